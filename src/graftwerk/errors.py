@@ -1,0 +1,121 @@
+"""One rooted tree of errors, written for the person who has to mend what went wrong.
+
+Every error says *what* happened, *where* (file:line, config key, module path), how to *mend* it, and what was *kept*.
+The exit code of a command is the exit code of its error; a traceback is shown only with ``--debug``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class GraftwerkError(Exception):
+    """The root. ``str(error)`` is the whole message; ``error.as_dict()`` is the same for programs.
+
+    Args:
+        what: What happened, in the user's terms, with the offending value.
+        where: A file with its line, a config key, or a module path.
+        mend: What to change so that it works.
+        kept: What is still good on disk, and where.
+    """
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self, what: str, *, where: str | None = None, mend: str | None = None, kept: str | None = None
+    ) -> None:
+        super().__init__(what)
+        self.what, self.where, self.mend, self.kept = what, where, mend, kept
+
+    def __str__(self) -> str:
+        parts = [self.what]
+        for label, text in (("where", self.where), ("mend", self.mend), ("kept", self.kept)):
+            if text:
+                parts.append(f"  {label}: {text}")
+        return "\n".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "error": self.code,
+            "exit_code": self.exit_code,
+            "what": self.what,
+            "where": self.where,
+            "mend": self.mend,
+            "kept": self.kept,
+        }
+
+
+class ConfigError(GraftwerkError):
+    """A wrong key, value, file or argument given by the user."""
+
+    code = "config"
+    exit_code = 2
+
+
+class DataError(GraftwerkError):
+    """Rows that cannot be read, or that could not be learnt from."""
+
+    code = "data"
+    exit_code = 3
+
+
+class ModelError(GraftwerkError):
+    """The model and what is asked of it do not fit (architecture, vocabulary, head)."""
+
+    code = "model"
+    exit_code = 4
+
+
+class UnsupportedError(ModelError):
+    """A method cannot do this on this model; the message says which can."""
+
+    code = "unsupported"
+
+
+class AdapterError(ModelError):
+    """An adapter folder and this model do not fit: missing, extra or mis-shaped weights, another base."""
+
+    code = "adapter"
+
+
+class EnvironmentFault(GraftwerkError):
+    """Disk, memory, permission, network, or a package that is not installed."""
+
+    code = "environment"
+    exit_code = 5
+
+
+class DivergedError(GraftwerkError):
+    """Loss or gradients stopped being finite."""
+
+    code = "diverged"
+    exit_code = 6
+
+
+class ConflictError(GraftwerkError):
+    """Somebody else holds what is wanted: a locked run folder, a name in use."""
+
+    code = "conflict"
+    exit_code = 7
+
+
+class IntegrityError(GraftwerkError):
+    """A file is damaged, hostile, or not what its name says."""
+
+    code = "integrity"
+    exit_code = 8
+
+
+class Interrupted(GraftwerkError):  # noqa: N818 - it is no fault
+    """SIGINT or SIGTERM, raised after a verified save. ``exit_code`` is 128 + the signal's number."""
+
+    code = "interrupted"
+
+    def __init__(self, signum: int, what: str, *, kept: str | None = None, mend: str | None = None) -> None:
+        super().__init__(what, kept=kept, mend=mend)
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]
+        return 128 + self.signum
