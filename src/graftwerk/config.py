@@ -1,0 +1,205 @@
+"""One run file, checked whole: the parts' own settings composed, `key=value` overrides applied, every mistake named.
+
+A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply and deep
+nesting are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_serializer, field_validator
+
+from graftwerk.data.settings import DataSettings
+from graftwerk.errors import ConfigError
+from graftwerk.evaluate.settings import EvaluationSettings
+from graftwerk.methods.base import Method
+from graftwerk.methods.catalog import parse_method
+from graftwerk.settings import Settings
+from graftwerk.train.settings import TrainingSettings
+
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_DEPTH = 32
+
+
+class RunConfig(Settings):
+    """Everything a run depends on. `config.yaml` in a run folder is this, with every default written out."""
+
+    model: str = Field(description="hub id, folder, .gguf file, or pkg://package/folder")
+    revision: str | None = Field(default=None, description="for a hub id: branch, tag or commit")
+    task: Literal["classification"] = Field(default="classification", description="what is learnt")
+    data: DataSettings
+    method: Method = Field(description="a method's name, or its settings with `name`")
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    output_dir: Path = Field(default=Path("runs/run"), description="the run folder")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Method:
+        return parse_method(value)
+
+    @field_serializer("method")
+    def _dump_method(self, method: Method) -> dict[str, Any]:
+        return method.to_dict()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
+        """Read a run file and apply overrides.
+
+        Args:
+            path: A YAML file.
+            overrides: ``["training.seed=1", "method.r=16"]``, or a mapping with the same dotted keys. A value is YAML.
+
+        Raises:
+            ConfigError: the file cannot be read, or a key or value is wrong; the nearest right key is named.
+        """
+        tree = read_yaml(Path(path))
+        return cls.build(tree, overrides, where=str(path))
+
+    @classmethod
+    def build(
+        cls, tree: dict[str, Any], overrides: list[str] | dict[str, Any] | None = None, *, where: str | None = None
+    ) -> RunConfig:
+        for key, value in parse_overrides(overrides).items():
+            _set(tree, key, value)
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            raise explain(error, cls, where) from None
+
+    def dump(self) -> str:
+        """The resolved run file as YAML, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping without tags, aliases or deep nesting."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"there is no run file {path}", mend="give the path of a .yaml file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} has {len(raw):,} bytes; a run file has at most {MAX_YAML_BYTES:,}")
+    try:
+        text = raw.decode("utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ConfigError("YAML aliases (*name) are not accepted in a run file", where=_line(path, event))
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > MAX_YAML_DEPTH:
+                    raise ConfigError(f"nested deeper than {MAX_YAML_DEPTH} levels", where=_line(path, event))
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+        tree = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text: byte {error.start}", where=str(path)) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{path}:{line}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"not valid YAML: {error}", where=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("a run file is a mapping with `model`, `data` and `method`", where=str(path))
+    return tree
+
+
+def _line(path: Path, event: yaml.Event) -> str:
+    return f"{path}:{event.start_mark.line + 1}" if event.start_mark else str(path)
+
+
+def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
+    if overrides is None:
+        return {}
+    if isinstance(overrides, dict):
+        return overrides
+    parsed = {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"`{item}` is not of the form key=value", mend="for instance training.seed=1")
+        try:
+            parsed[key.strip()] = _number(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of `{key}` is not YAML: {value}") from None
+    return parsed
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    keys = _place(dotted)
+    node = tree
+    for key in keys[:-1]:
+        child = node.get(key)
+        if key == "method" and isinstance(child, str):
+            child = {"name": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"`{key}` has no keys of its own, so `{dotted}` cannot be set", where=dotted)
+        node[key] = child
+        node = child
+    node[keys[-1]] = value
+
+
+def _place(dotted: str) -> list[str]:
+    """`learning_rate=1e-3` means `training.learning_rate` where the top level has no such key."""
+    keys = dotted.split(".")
+    if len(keys) == 1 and keys[0] not in RunConfig.model_fields:
+        if keys[0] in known_keys(TrainingSettings):
+            return ["training", keys[0]]
+        if keys[0] in known_keys(DataSettings):
+            return ["data", keys[0]]
+    return keys
+
+
+def known_keys(model: type[Settings]) -> set[str]:
+    """Field names and their accepted other spellings."""
+    keys: set[str] = set()
+    for name, field in model.model_fields.items():
+        keys.add(name)
+        choices = getattr(field.validation_alias, "choices", ())
+        keys.update(choice for choice in choices if isinstance(choice, str))
+    return keys
+
+
+def explain(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
+    """A pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(fault["loc"][-1]), sorted(_keys_at(model, fault["loc"][:-1])), n=1)
+            lines.append(f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+        elif fault["type"] == "missing":
+            lines.append(f"`{key}` is missing")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"`{key}`: {message} (got {fault.get('input')!r:.80})")
+    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, mend="`graftwerk schema` lists every key with its meaning")
+
+
+def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
+    current: Any = model
+    for part in loc:
+        field = current.model_fields.get(part) if isinstance(current, type) else None
+        current = field.annotation if field is not None else None
+        if not (isinstance(current, type) and issubclass(current, Settings)):
+            return set()
+    return known_keys(current)

@@ -1,0 +1,161 @@
+"""The contract that every method keeps, and nothing about how it gets into a model.
+
+A method is a frozen settings object (`LoRA(r=8)`) that knows three things: which *places* of a model it wants (by role, never
+by an architecture's names), how many parameters that costs (a formula), and how to build the module that goes there.
+
+Two kinds of module exist for places inside a layer (`Delta`), and one each for attention (`prefix.py`) and the input
+embedding (`prompt.py`, `ptuning.py`). Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head width,
+d model width, r rank, n virtual tokens, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationError, field_validator
+from torch import Tensor, nn
+
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.settings import Settings
+
+
+class Role(StrEnum):
+    """What a module is for, whatever its architecture calls it."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    FUSED_QKV = "fused_qkv"
+    ATTENTION_OUT = "attention_out"
+    FFN_IN = "ffn_in"
+    FFN_GATE = "ffn_gate"
+    FFN_OUT = "ffn_out"
+    OTHER_LINEAR = "other_linear"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+
+
+ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.ATTENTION_OUT})
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module of a model that a delta can go into.
+
+    Attributes:
+        path: Its dotted path in the model, as in `named_modules()`.
+        role: What it is for.
+        in_features, out_features: Its widths; equal for a norm.
+        has_bias: Whether it has a bias vector.
+        ffn: Identifies the feed-forward block that it belongs to (the same text for its first and its last layer).
+        layer: Index of its layer within its stack, or None outside the layers.
+    """
+
+    path: str
+    role: Role
+    in_features: int
+    out_features: int
+    has_bias: bool
+    ffn: str | None = None
+    layer: int | None = None
+
+
+class Delta(nn.Module):
+    """What an adapter adds to one module: it may change what goes in and what comes out.
+
+    A layer with active deltas computes ``y = layer(enter(x))`` and then ``leave(x, y)`` for each. Both get whole tensors
+    whose last dimension is the feature width; the first dimension is the rows (or a multiple of the rows).
+    A module's own parameters are called as PEFT calls them in its files wherever PEFT has the method.
+    """
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight (out, in) and bias with this delta in them. Only for methods with ``mergeable``."""
+        raise UnsupportedError(f"{type(self).__name__} cannot be folded into a weight")
+
+
+class Method(Settings):
+    """Settings of one method. Subclasses are final: `LoRA`, `Bottleneck`, `Prefix`, ..."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]]
+    mergeable: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = False
+    rows: ClassVar[bool] = True
+    """Whether different rows of one batch may use different adapters of this kind."""
+    peft_type: ClassVar[str | None] = None
+    default_learning_rate: ClassVar[float]
+    default_head_learning_rate: ClassVar[float | None] = None
+    """None: the same as the method's."""
+
+    modules_to_save: tuple[str, ...] | Literal["auto"] = Field(
+        default="auto", description="modules trained and stored whole with the adapter; auto: the task head, if the model has one"
+    )
+
+    def places(self, available: Sequence[Place]) -> list[Place]:
+        """Of all places of a model (heads left out), those this method wants.
+
+        Raises:
+            UnsupportedError: the model has none; the message names what was looked for.
+            ConfigError: a target names nothing; the message lists what there is.
+        """
+        return []
+
+    def build(self, place: Place, module: nn.Module) -> Delta:
+        """The delta for one place; ``module`` is the base module (read only: shapes, dtype, weights for initialisation)."""
+        raise NotImplementedError(self.name)
+
+    def count(self, places: Iterable[Place]) -> int:
+        """Trained parameters over these places, by formula (the head not counted)."""
+        return 0
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        """Factor on the learning rate of a parameter of a delta, by its name (LoRA+ uses it)."""
+        return 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **self.model_dump(mode="json")}
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Method:
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _explain(error, cls) from None
+
+    @field_validator("modules_to_save", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+def _explain(error: ValidationError, cls: type[Method]) -> ConfigError:
+    import difflib
+
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, list(cls.model_fields), n=1)
+            lines.append(f"method `{cls.name}` has no setting `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+        else:
+            lines.append(f"`{key}` of method `{cls.name}`: {fault['msg']} (got {fault.get('input')!r:.80})")
+    return ConfigError("; ".join(lines), where="method", mend=f"it has: {', '.join(cls.model_fields)}")
+
+
+def kaiming_uniform(out_features: int, in_features: int) -> Tensor:
+    """What `nn.Linear` starts from: U(-1/sqrt(in), 1/sqrt(in))."""
+    weight = torch.empty(out_features, in_features)
+    nn.init.kaiming_uniform_(weight, a=5**0.5)
+    return weight
