@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, ValidationError, field_validator
 from torch import Tensor, nn
 
@@ -114,7 +113,11 @@ class Method(Settings):
 
     def build(self, place: Place, module: nn.Module) -> Delta:
         """The delta for one place; ``module`` is the base module (read only: shapes, dtype, weights for initialisation)."""
-        raise NotImplementedError(self.name)
+        raise UnsupportedError(f"{self.title} puts nothing into single layers")
+
+    def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
+        """The deltas for all places, by path; for methods whose deltas belong together, in place of `build`."""
+        return {place.path: self.build(place, module) for place, module in zip(places, modules, strict=True)}
 
     def count(self, places: Iterable[Place]) -> int:
         """Trained parameters over these places, by formula (the head not counted)."""
@@ -154,8 +157,17 @@ def _explain(error: ValidationError, cls: type[Method]) -> ConfigError:
     return ConfigError("; ".join(lines), where="method", mend=f"it has: {', '.join(cls.model_fields)}")
 
 
-def kaiming_uniform(out_features: int, in_features: int) -> Tensor:
-    """What `nn.Linear` starts from: U(-1/sqrt(in), 1/sqrt(in))."""
-    weight = torch.empty(out_features, in_features)
-    nn.init.kaiming_uniform_(weight, a=5**0.5)
-    return weight
+def base_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as (out, in), detached: GPT-2's `Conv1D` is turned, a 4-bit one is unpacked."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state).detach()  # type: ignore[no-any-return]
+    return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (in, out), as transformers' `Conv1D` does."""
+    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)

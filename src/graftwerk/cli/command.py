@@ -1,0 +1,52 @@
+"""How a command is made: every one of them takes `--json`, `--quiet` and `--debug`, and gets an `Output`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from graftwerk.cli.output import Output, dump, stdout_to_stderr
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout; everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: results and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_COMMON = (("json", Json), ("quiet", Quiet), ("debug", Debug))
+
+Result = dict[str, Any]
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+    """Register ``function(out, ...) -> result`` as a command. The result is what `--json` prints.
+
+    The function's other parameters become the command's arguments and options, its docstring the help.
+    """
+
+    def register(function: Callable[..., Result]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [parameter for key, parameter in signature.parameters.items() if key != "out"]
+
+        @wraps(function)
+        def run(**values: Any) -> None:
+            as_json, quiet, _ = values.pop("json"), values.pop("quiet"), values.pop("debug")  # `main` reads --debug
+            out = Output(as_json=as_json, quiet=quiet)
+            if not as_json:
+                function(out, **values)
+                return
+            with stdout_to_stderr() as stdout:
+                print(dump(function(out, **values)), file=stdout, flush=True)
+
+        common = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+            for key, annotation in _COMMON
+        ]
+        run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *common]}
+        del run.__wrapped__  # typer would read the wrapped function's hints
+        app.command(name)(run)
+        return run
+
+    return register

@@ -1,0 +1,118 @@
+"""The entry point: which commands there are, and what becomes of an error.
+
+A command's module is imported here, but nothing heavy stands at the top of one: `graftwerk --help` imports neither torch nor
+pydantic nor transformers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from graftwerk.cli import compare, doctor, evaluate, inspect, methods, predict, report, schema, train
+from graftwerk.cli.output import dump
+from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, Interrupted
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+_OS_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM}
+
+app = typer.Typer(
+    name="graftwerk",
+    help="Adapt pretrained Hugging Face models to your own data by training a small part of them, and compare the ways honestly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+) -> None:
+    if version:
+        import graftwerk
+
+        print(graftwerk.__version__)
+        raise typer.Exit
+
+
+for room in (train, evaluate, predict, compare, inspect, methods, doctor, schema, report):
+    room.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and give its exit code; nothing is raised.
+
+    0 done; 2 usage or configuration; 3 data; 4 model or adapter do not fit; 5 environment; 6 diverged; 7 conflict;
+    8 integrity; 130 and 143 interrupted; 141 nobody reads our output any more; 1 anything else, which is a defect.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags = given[: given.index("--")] if "--" in given else given
+    # Idle OpenMP threads that spin take the cores from whoever else works on the machine; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        typer.main.get_command(app).main(given, prog_name="graftwerk", standalone_mode=False)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as leave:
+        return leave.exit_code
+    except BrokenPipeError:
+        _drop_stdout()
+        return BROKEN_PIPE
+    except (Exception, KeyboardInterrupt) as error:
+        fault = as_fault(error)
+        if "--debug" in flags:
+            traceback.print_exception(error)
+        _say(fault, as_json="--json" in flags)
+        return fault.exit_code
+
+
+def as_fault(error: BaseException) -> GraftwerkError:
+    """Any error in the user's terms."""
+    if isinstance(error, GraftwerkError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(signal.SIGINT, "stopped by Ctrl-C")
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        name = context.command_path if context is not None else "graftwerk"
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        return ConfigError(message, mend=f"`{name} --help` shows what there is")
+    if isinstance(error, MemoryError):
+        return EnvironmentFault(
+            "there is not enough memory",
+            mend="a smaller training.per_device_train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing",
+        )
+    if isinstance(error, OSError) and error.errno in _OS_FAULTS:
+        return EnvironmentFault(f"{error.strerror or error}", where=str(error.filename) if error.filename else None)
+    text = " ".join(str(error).split())
+    return GraftwerkError(
+        f"{type(error).__name__}: {text}" if text else type(error).__name__,
+        mend="this is a defect of graftwerk or of a library under it; run again with --debug for the traceback",
+    )
+
+
+def _say(fault: GraftwerkError, *, as_json: bool) -> None:
+    try:
+        print(f"graftwerk: {fault}", file=sys.stderr, flush=True)
+        if as_json:
+            print(dump(fault.as_dict()), flush=True)
+    except BrokenPipeError:
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Nobody reads any more: what Python flushes at its exit must not raise again."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            continue

@@ -1,0 +1,115 @@
+"""What a command says and where: results on stdout, everything else on stderr; with `--json` one object as the last line.
+
+Libraries print to stdout as they please. With `--json` their prints are sent to stderr for the time of the command, at the
+level of Python's `sys.stdout` and of the process's file descriptor, so that stdout holds the object alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+PLAIN_WIDTH = 140
+"""Columns of a table that goes to a file or a pipe, where no terminal says how wide it is."""
+
+
+class Output:
+    """The two streams of one command.
+
+    Args:
+        as_json: Print the result as one JSON object; tables for people go to stderr.
+        quiet: Leave out progress and notes; results and errors remain.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+
+    def show(self, *things: RenderableType) -> None:
+        """The result, for people: stdout, or stderr with `--json`."""
+        console(sys.stderr if self.as_json else sys.stdout).print(*things, sep="\n", soft_wrap=False)
+
+    def line(self, text: str) -> None:
+        """A line of the result that is never wrapped or coloured: a path, a prediction."""
+        print(text, file=sys.stderr if self.as_json else sys.stdout)
+
+    def note(self, text: str) -> None:
+        """Something said on the way: stderr, not with `--quiet`."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something to know in any case: stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+
+def console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
+    return Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
+
+
+def table(*headings: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
+    """A plain table; columns named in `numbers` are set flush right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_edge=False)
+    for heading in headings:
+        made.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
+    return made
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[TextIO]:
+    """Send everything that anybody prints to stderr; gives the real stdout for the one object."""
+    real = sys.stdout
+    sys.stdout.flush()
+    try:
+        descriptor = real.fileno()
+        target = sys.stderr.fileno()
+    except (OSError, ValueError, AttributeError):  # not files: a test's buffers
+        with redirect_stdout(sys.stderr):
+            yield real
+        return
+    saved = os.dup(descriptor)
+    with os.fdopen(os.dup(descriptor), "w", encoding="utf-8") as stdout:
+        os.dup2(target, descriptor)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield stdout
+        finally:
+            os.dup2(saved, descriptor)
+            os.close(saved)
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """One line of JSON that every parser reads: no NaN, no infinities."""
+    return json.dumps(plain(data), ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Paths, tuples, numpy numbers and pydantic's own become what JSON has; a number that is not finite becomes null."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)

@@ -1,0 +1,23 @@
+"""What a check of the data can say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the data that the user should know: counted, with one example, and what to change.
+
+    Attributes:
+        code: A fixed word for programs (`rows-skipped`, `duplicates`, `leakage`, ...).
+        rows: How many rows it is about.
+        grave: The figures of this run would mislead.
+    """
+
+    code: str
+    message: str
+    rows: int
+    example: str | None = None
+    mend: str | None = None
+    grave: bool = False

@@ -1,0 +1,66 @@
+"""What may stand in a part of a row: each reader gives back the clean value or says, in a ValueError, what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Part = Callable[[Any], str]
+
+
+def text_part(value: Any) -> str:
+    """Text with at least one visible character, as it stands.
+
+    Raises:
+        ValueError: missing, empty, not text, or with a NUL or half a surrogate pair in it.
+    """
+    if not isinstance(value, str):
+        raise ValueError("is missing" if _absent(value) else f"is {_kind(value)}, not text")
+    if not value.strip():
+        raise ValueError("is empty")
+    _check_characters(value)
+    return value
+
+
+def label_part(value: Any) -> str:
+    """A class name. Numbers become their shortest text, so that 1, 1.0 and "1" are one class; true and false are named so.
+
+    Raises:
+        ValueError: missing, empty, or neither text nor number.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if not isinstance(value, str):
+        raise ValueError("is missing" if _absent(value) else f"is {_kind(value)}, not a class")
+    name = value.strip()
+    if not name:
+        raise ValueError("is empty")
+    _check_characters(name)
+    return name
+
+
+def _check_characters(text: str) -> None:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        # A JSON escape like "\ud800" alone: no character, and no tokenizer takes it.
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    return {list: "a list", dict: "an object", bytes: "bytes"}.get(type(value), f"of type {type(value).__name__}")

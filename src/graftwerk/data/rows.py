@@ -1,0 +1,77 @@
+"""Rows as they were read: each with the line it stands on, and beside them the ones that could not be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graftwerk.data.findings import Finding
+from graftwerk.errors import DataError
+
+SHOWN = 5
+"""Bad rows that a message lists; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used. ``line`` counts from 1 (for parquet and hub data: the row's number)."""
+
+    line: int
+    reason: str
+
+
+@dataclass
+class Table:
+    """Rows of one source.
+
+    Attributes:
+        source: As the user named it.
+        shown: What stands in front of the line in messages: the file's path, or the hub id.
+        rows: One mapping a row.
+        lines: For each row, its first line in the file, from 1.
+        bad: Rows left out, in order of their lines.
+        columns: Every column there is, in order of appearance.
+        unit: Whether `lines` counts lines of a text file or rows of a table.
+        read: Rows seen, the bad and the filtered ones included.
+    """
+
+    source: str
+    shown: str
+    rows: list[dict[str, Any]]
+    lines: list[int]
+    bad: list[BadRow] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+    unit: Literal["line", "row"] = "line"
+    read: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, line: int) -> str:
+        """`file:line`, or `file row n` where a file has no lines."""
+        return f"{self.shown}:{line}" if self.unit == "line" else f"{self.shown} row {line}"
+
+    def where(self, index: int) -> str:
+        """The place of a row, by its index in `rows`."""
+        return self.at(self.lines[index])
+
+
+def settle_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[Finding, ...]:
+    """Stop at rows that cannot be used, or count them.
+
+    Raises:
+        DataError: there are bad rows and ``on_bad_row`` is ``fail``; the first places and reasons are listed.
+    """
+    if not table.bad:
+        return ()
+    table.bad.sort(key=lambda bad: bad.line)
+    places = [f"{table.at(bad.line)}: {bad.reason}" for bad in table.bad[:SHOWN]]
+    count, more = len(table.bad), len(table.bad) - len(places)
+    message = f"{count:,} of {table.read:,} rows of {table.source} cannot be used"
+    if on_bad_row == "fail":
+        raise DataError(
+            message,
+            where="; ".join(places) + (f"; and {more:,} more" if more else ""),
+            mend="mend these rows, or set `data.on_bad_row: skip` to leave them out and have them counted",
+        )
+    return (Finding("rows-skipped", f"{message} and were left out", count, example=places[0]),)

@@ -1,0 +1,161 @@
+"""From a source to the rows a task understands: read, filter, name the parts, and hold on to every line number."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from graftwerk.data.files import READERS, read_file
+from graftwerk.data.parts import Part
+from graftwerk.data.rows import BadRow, Table
+from graftwerk.errors import ConfigError, DataError
+from graftwerk.locate import PACKAGE_SCHEME, locate
+
+HUB_SCHEME = "hub://"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+Scalar = str | int | float | bool
+Filter = Mapping[str, Scalar | list[Scalar]]
+
+
+def read_rows(
+    source: str,
+    *,
+    parts: Mapping[str, Part],
+    optional: Mapping[str, Part] | None = None,
+    columns: Mapping[str, str] | None = None,
+    filter: Filter | None = None,
+    split: str = "train",
+) -> Table:
+    """The rows of a source that pass the filter, with the parts' names in place of the columns' names.
+
+    Nothing is dropped unseen: a row that cannot be used is in ``bad`` with its line and reason; `settle_bad_rows` fails or
+    counts them.
+
+    Args:
+        source: A path, ``pkg://package/inner/path``, ``hub://owner/name[/configuration]`` or ``owner/name``.
+        parts: What a row must have, each with the reader of its value.
+        optional: Parts that are taken where their column exists.
+        columns: Which column plays which part; a part not named here is its own column.
+        filter: Keep rows whose column has this value, or one of these; compared as numbers where both are numbers, else as text.
+        split: For a hub id: which of its splits.
+
+    Raises:
+        ConfigError: no such source, column or part.
+        DataError: the source as a whole cannot be read, or the filter leaves nothing.
+        EnvironmentFault: no network, missing package or permission.
+    """
+    columns, filter, optional = columns or {}, filter or {}, optional or {}
+    _check_parts(columns, [*parts, *optional])
+    table = _read(source, split)
+    _check_columns(table, [columns.get(part, part) for part in parts], "columns")
+    _check_columns(table, [columns[part] for part in optional if part in columns], "columns")
+    _check_columns(table, filter, "filter")
+    wanted = {column: values if isinstance(values, list) else [values] for column, values in filter.items()}
+    readers = {part: (columns.get(part, part), read) for part, read in {**parts, **optional}.items()}
+    present = set(table.columns)
+    readers = {part: pair for part, pair in readers.items() if part in parts or pair[0] in present}
+
+    result = Table(table.source, table.shown, [], [], table.bad, table.columns, table.unit, table.read)
+    for line, row in zip(table.lines, table.rows, strict=True):
+        try:
+            if not _passes(row, wanted):
+                continue
+            result.rows.append({part: _part(row, column, read) for part, (column, read) in readers.items()})
+        except ValueError as error:
+            result.bad.append(BadRow(line, str(error)))
+        else:
+            result.lines.append(line)
+    if wanted and table.rows and not result.rows and len(result.bad) == len(table.bad):
+        raise DataError(_nothing_passes(table, wanted), where="data.filter")
+    return result
+
+
+def _read(source: str, split: str) -> Table:
+    if source.startswith(HUB_SCHEME) or is_hub_id(source):
+        from graftwerk.data.hub import read_hub
+
+        return read_hub(source.removeprefix(HUB_SCHEME), split, source)
+    return read_file(locate(source), source)
+
+
+def is_hub_id(source: str) -> bool:
+    """`owner/name`, unless that is a file here or ends like one."""
+    if source.startswith((PACKAGE_SCHEME, ".", "~")) or not _HUB_ID.fullmatch(source):
+        return False
+    if source.lower().endswith(tuple(READERS)):
+        return False
+    from pathlib import Path
+
+    return not Path(source).exists()
+
+
+def _part(row: Mapping[str, Any], column: str, read: Part) -> str:
+    if column not in row:
+        raise ValueError(f"`{column}` is missing")
+    try:
+        return read(row[column])
+    except ValueError as error:
+        raise ValueError(f"`{column}` {error}") from None
+
+
+def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
+    known = list(known)
+    for part in columns:
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            raise ConfigError(
+                f"this task has no part `{part}`", where=f"data.columns.{part}", mend=f"{hint}Its parts: {', '.join(known)}"
+            )
+
+
+def _check_columns(table: Table, wanted: Iterable[str], key: str) -> None:
+    """A column that no row has is a mistake in the run file, not in the rows."""
+    if not table.columns and not table.rows:
+        return  # an empty file, or bad rows only: said elsewhere
+    for column in wanted:
+        if column not in table.columns:
+            near = difflib.get_close_matches(column, table.columns, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
+                hint = "the fields are not separated by commas; save it with commas, or as .tsv with tabs. "
+            listed = ", ".join(table.columns)
+            raise ConfigError(
+                f"{table.source} has no column `{column}`",
+                where=f"data.{key}",
+                mend=f"{hint}It has: {listed}" + ("; `data.columns: {text: ...}` names the right one" if key == "columns" else ""),
+            )
+
+
+def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]]) -> bool:
+    for column, values in wanted.items():
+        if column not in row:
+            raise ValueError(f"`{column}` is missing, by which rows are filtered")
+        if not any(_same(row[column], value) for value in values):
+            return False
+    return True
+
+
+def _same(cell: Any, value: Scalar) -> bool:
+    """Whether a cell (text, in a csv file) has the value that the run file names."""
+    if cell is None or isinstance(cell, list | dict):
+        return False
+    if isinstance(value, bool) or isinstance(cell, bool):
+        return str(cell).strip().casefold() == str(value).strip().casefold()
+    if isinstance(value, int | float):
+        try:
+            return float(cell) == float(value)
+        except ValueError:
+            return False
+    return str(cell) == value
+
+
+def _nothing_passes(table: Table, wanted: Mapping[str, list[Scalar]]) -> str:
+    column, values = next(iter(wanted.items()))
+    seen = Counter(str(row.get(column)) for row in table.rows).most_common(5)
+    held = ", ".join(f"{name!r:.60} ({count:,})" for name, count in seen)
+    return f"no row of {table.source} passes the filter {dict(wanted)}; the most frequent values of `{column}`: {held}, wanted: {values}"

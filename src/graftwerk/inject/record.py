@@ -1,0 +1,104 @@
+"""What a model knows of its grafts: one record per model, one box per touched module."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from graftwerk.errors import ConfigError
+from graftwerk.inject.selection import Selection
+
+if TYPE_CHECKING:
+    from graftwerk.inject.attach import Graft
+
+CHILD = "graft"
+"""Name of the one child that a touched module gets; base modules never have one of that name."""
+_ATTRIBUTE = "_graftwerk_record"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+class Box(nn.Module):
+    """The child of a touched module: the modules of all adapters there, by adapter name, and who is active."""
+
+    selection: Selection
+
+    def __init__(self, selection: Selection) -> None:
+        super().__init__()
+        self.selection = selection
+
+    def put(self, name: str, module: nn.Module) -> None:
+        # Past `add_module`, which refuses names that are attributes (`training`); adapters may be called anything legal.
+        self._modules[name] = module
+
+    def take(self, name: str) -> None:
+        self._modules.pop(name, None)
+
+    def get(self, name: str | None) -> nn.Module | None:
+        return None if name is None else self._modules.get(name)
+
+    def active(self) -> list[nn.Module]:
+        """The modules of the selected adapters that are here, in order; only where all rows use the same ones."""
+        modules = self._modules
+        return [module for name in self.selection.names if (module := modules.get(name)) is not None]
+
+    @property
+    def empty(self) -> bool:
+        return not self._modules
+
+
+class Record:
+    """All grafts of one model and who is active."""
+
+    def __init__(self) -> None:
+        self.selection = Selection()
+        self.grafts: dict[str, Graft] = {}
+
+    @staticmethod
+    def of(model: nn.Module) -> Record | None:
+        record = model.__dict__.get(_ATTRIBUTE)
+        assert record is None or isinstance(record, Record)
+        return record
+
+    @staticmethod
+    def make(model: nn.Module) -> Record:
+        """The model's record, created at the first graft."""
+        record = Record.of(model)
+        if record is None:
+            record = Record()
+            model.__dict__[_ATTRIBUTE] = record
+        return record
+
+    @staticmethod
+    def forget(model: nn.Module) -> None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+
+    def box(self, module: nn.Module) -> Box:
+        """The box of a module, created when missing."""
+        box = module._modules.get(CHILD)
+        if box is None:
+            box = Box(self.selection)
+            module._modules[CHILD] = box
+        assert isinstance(box, Box)
+        return box
+
+
+def box_of(module: nn.Module) -> Box | None:
+    box = module._modules.get(CHILD)
+    return box if isinstance(box, Box) else None
+
+
+def check_name(name: str) -> str:
+    """An adapter's name: letters, digits, `_` and `-`, at most 64.
+
+    Raises:
+        ConfigError: anything else; names become parts of paths and parameter names.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        shown = ascii(name)[:80]
+        raise ConfigError(
+            f"{shown} cannot be an adapter's name",
+            mend="use at most 64 letters, digits, `_` or `-`, beginning with a letter or digit",
+        )
+    return name

@@ -1,0 +1,88 @@
+"""Who is active: one object per model, shared by all adapted layers, so that switching is one assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that use the same adapter; ``name`` None is the bare base. ``index`` is a LongTensor of row numbers."""
+
+    name: str | None
+    index: Tensor
+
+
+class Selection:
+    """The active adapters of one model.
+
+    Attributes:
+        names: Adapters applied, in order, to every row. Ignored while ``rows`` is set.
+        rows: An adapter, or None for the bare base, for each row of the batch; None when all rows use ``names``.
+    """
+
+    __slots__ = ("_groups", "names", "rows")
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.rows: tuple[str | None, ...] | None = None
+        self._groups: dict[tuple[int, str], tuple[Group, ...]] = {}
+
+    def choose(self, names: tuple[str, ...]) -> None:
+        self.names, self.rows = names, None
+
+    def choose_rows(self, rows: tuple[str | None, ...]) -> None:
+        self.rows = rows
+        self._groups = {}
+
+    def used(self) -> tuple[str, ...]:
+        """Every adapter that the next batch involves."""
+        if self.rows is None:
+            return self.names
+        return tuple(dict.fromkeys(name for name in self.rows if name is not None))
+
+    def repeats(self, size: int) -> int:
+        """How many consecutive entries of a tensor's first dimension belong to each named row.
+
+        Beam search repeats every row, and some layers flatten (B, T) to (B·T): both keep a row's entries together.
+
+        Raises:
+            ConfigError: the batch is not a multiple of the rows that were named.
+        """
+        assert self.rows is not None
+        if size % len(self.rows):
+            raise ConfigError(
+                f"adapters were named for {len(self.rows)} rows, but the batch has {size}",
+                where="activate(model, rows=...)",
+                mend="name one adapter, or None, for each row of the batch",
+            )
+        return size // len(self.rows)
+
+    def groups(self, size: int, device: torch.device) -> tuple[Group, ...]:
+        """The rows of a batch of ``size``, grouped by adapter, the bare base included."""
+        key = (size, str(device))
+        if key not in self._groups:
+            repeats = self.repeats(size)
+            members: dict[str | None, list[int]] = {}
+            for row, name in enumerate(self.rows or ()):
+                members.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
+            self._groups[key] = tuple(
+                Group(name, torch.tensor(index, dtype=torch.long, device=device)) for name, index in members.items()
+            )
+        return self._groups[key]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        names, rows, groups = self.names, self.rows, self._groups
+        self.names, self.rows = (), None
+        try:
+            yield
+        finally:
+            self.names, self.rows, self._groups = names, rows, groups

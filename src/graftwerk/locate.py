@@ -1,0 +1,67 @@
+"""Places that a run file names, turned into paths: plain paths, and `pkg://package/inner/path` inside installed packages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+from graftwerk.errors import ConfigError, EnvironmentFault
+
+PACKAGE_SCHEME = "pkg://"
+
+
+def locate(place: str | Path) -> Path:
+    """The existing file or folder that a place names.
+
+    A package is found without being imported, so none of its code runs, and nothing outside its folder can be named.
+
+    Args:
+        place: ``pkg://package/inner/path``, or a path (``~`` is the home folder).
+
+    Raises:
+        ConfigError: there is no such file; the exact path and the nearest name beside it are given.
+        EnvironmentFault: the package is not installed.
+    """
+    text = str(place)
+    if "\0" in text:
+        raise ConfigError(f"a path cannot hold a NUL character: {text!r}")
+    path = _in_package(text) if text.startswith(PACKAGE_SCHEME) else Path(text).expanduser()
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name longer than the file system takes
+        raise ConfigError(f"`{text[:200]}` cannot be a path: {error.strerror}") from None
+    if not exists:
+        raise ConfigError(f"there is no file or folder {path}", where=text if text != str(path) else None, mend=_near(path))
+    return path
+
+
+def _in_package(text: str) -> Path:
+    package, _, inner = text.removeprefix(PACKAGE_SCHEME).partition("/")
+    if not package.isidentifier():
+        raise ConfigError(f"`{package}` is no package name", where=text, mend="write pkg://package/path/inside")
+    spec = importlib.util.find_spec(package)
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    if not roots:
+        raise EnvironmentFault(
+            f"the package `{package}` is not installed here",
+            where=text,
+            mend=f"pip install {package.replace('_', '-')}",
+        )
+    root = Path(roots[0]).resolve()
+    path = root / inner
+    # Compared as resolved parts, not as text: `package-evil` is not inside `package`, and a link may lead outside.
+    if not path.resolve().is_relative_to(root):
+        raise ConfigError(f"`{inner}` leads outside the package `{package}`", where=text)
+    return path
+
+
+def _near(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return f"the folder {parent} does not exist either"
+    names = sorted(entry.name for entry in parent.iterdir())
+    near = difflib.get_close_matches(path.name, names, n=1)
+    if near:
+        return f"did you mean {parent / near[0]}?"
+    return f"{parent} holds: {', '.join(names[:10]) or 'nothing'}{', ...' if len(names) > 10 else ''}"

@@ -1,0 +1,67 @@
+"""BitFit: the biases alone are trained.
+
+Paper: Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+arXiv:2106.10199, equation 1-2. Here as a trained offset on every bias of the base model (linear layers and layer norms), starting at
+zero, so that the base's own biases stay as they are:
+
+    y + b'        for every layer that has a bias b; merged: b + b'
+
+Parameters: out for each layer with a bias.
+Trade-off: almost nothing to store, almost as good as LoRA on small data with encoders; impossible on models without biases
+(Llama, Mistral, Gemma, T5), where it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.errors import UnsupportedError
+from graftwerk.methods.base import Delta, Method, Place
+
+
+class BitFit(Method):
+    """Settings: none of its own."""
+
+    name: ClassVar[str] = "bitfit"
+    title: ClassVar[str] = "BitFit"
+    paper: ClassVar[str] = "Ben Zaken et al. 2021, arXiv:2106.10199"
+    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+    default_learning_rate: ClassVar[float] = 3e-3
+
+    def places(self, available: Sequence[Place]) -> list[Place]:
+        chosen = [place for place in available if place.has_bias]
+        if not chosen:
+            raise UnsupportedError(
+                "BitFit trains biases, and this model has none",
+                where="method",
+                mend="use lora or ia3, which need none",
+            )
+        return chosen
+
+    def build(self, place: Place, module: nn.Module) -> Delta:
+        return BitFitDelta(place.out_features)
+
+    def count(self, places: Iterable[Place]) -> int:
+        """sum of out over layers with a bias."""
+        return sum(place.out_features for place in places)
+
+
+class BitFitDelta(Delta):
+    """``bitfit_b`` (out,)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bitfit_b = nn.Parameter(torch.zeros(width))
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.bitfit_b.to(y.dtype)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert bias is not None
+        return weight, (bias + self.bitfit_b).to(bias.dtype)

@@ -1,0 +1,68 @@
+"""DoRA: LoRA on the direction of each output's weight row, its length trained apart.
+
+Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5, with section 4.3 (the norm
+is a constant in the backward pass):
+
+    h = m / ||W + s B A||  *  (W x + s B A x) + bias        m (out,) starts as the row norms of W; norms are over inputs
+
+Parameters: LoRA's r (in + out), plus out.
+Trade-off: nearer to full fine-tuning than LoRA at small ranks, for a product W A^T more in every step. Dropout acts on the
+low-rank path alone (PEFT drops the input of W x too while training; without dropout both are the same function).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.methods.base import Delta, Place, base_weight
+
+
+class DoRADelta(Delta):
+    """``lora_A`` (r, in), ``lora_B`` (out, r), ``lora_magnitude_vector`` (out,)."""
+
+    def __init__(self, place: Place, module: nn.Module, rank: int, scale: float, dropout: float, identity: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        self.lora_A = nn.Linear(place.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, place.out_features, bias=False)
+        if identity:
+            nn.init.zeros_(self.lora_B.weight)
+        # The base layer in a tuple: read, never registered as a child of the adapter.
+        self._base = (module,)
+        self._squares: Tensor | None = None
+        self.lora_magnitude_vector = nn.Parameter(self.norm(base_weight(module)).clone())
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor) -> Tensor:
+        """Row norms of W + s B A, (out,), without ever forming B A.
+
+        ||w + s b A||^2 = ||w||^2 + 2 s b·(A w) + s^2 b (A A^T) b^T, row by row.
+        """
+        a, b = self.lora_A.weight, self.lora_B.weight
+        weight = weight.to(a.dtype)
+        if self._squares is None or self._squares.device != weight.device:
+            self._squares = weight.square().sum(1)
+        cross = (F.linear(weight, a) * b).sum(1)
+        own = (F.linear(b, a @ a.T) * b).sum(1)
+        return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        module = self._base[0]
+        a, b, magnitude = self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
+        ratio = magnitude / self.norm(base_weight(module))
+        h = x.to(a.dtype)
+        if self.dropout and self.training:
+            h = F.dropout(h, self.dropout, True)
+        update = F.linear(F.linear(h, a) * self.scale, b)
+        bias = module.bias
+        plain = y if bias is None else y - bias
+        out = ratio * (plain + update)
+        return (out if bias is None else out + bias).to(y.dtype)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ratio = self.lora_magnitude_vector / self.norm(weight)
+        whole = weight.to(ratio.dtype) + self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        return (ratio[:, None] * whole).to(weight.dtype), bias

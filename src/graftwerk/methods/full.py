@@ -1,0 +1,33 @@
+"""Full fine-tuning: every weight is trained. The baseline that the small methods are measured against.
+
+Source: Howard & Ruder 2018, arXiv:1801.06146, and every model card since.
+
+Parameters: all of them.
+Trade-off: the most that a model can learn from the data, for 16 bytes of memory a parameter in training, a copy of the model for each
+task, and the most forgetting.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from graftwerk.methods.base import Method
+
+
+class Full(Method):
+    """Settings: whether the base's own weights are kept beside the trained ones."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full fine-tuning"
+    paper: ClassVar[str] = "Howard & Ruder 2018, arXiv:1801.06146"
+    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "weights"
+    identity_at_start: ClassVar[bool] = True
+    rows: ClassVar[bool] = False
+    default_learning_rate: ClassVar[float] = 5e-5
+
+    keep_base: bool = Field(
+        default=True,
+        description="keep the base's weights in memory, so that the model can be disabled, switched and detached; false: train in place",
+    )

@@ -1,0 +1,104 @@
+"""IA3: learned vectors that scale keys, values and the feed-forward's inner activations.
+
+Paper: Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
+arXiv:2205.05638, section 3.3:
+
+    keys: l_k * (W_k x)     values: l_v * (W_v x)     feed-forward: W_2 (l_ff * f(W_1 x))        all l start at one
+
+Parameters: out for each scaled projection, in for each feed-forward output layer. A projection that makes query, key and value
+at once is scaled whole, as PEFT does.
+Trade-off: a few thousand parameters, nothing at inference once merged; it can only scale what is there, so it wants high
+learning rates and reaches less on tasks far from pretraining.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.methods.base import Delta, Method, Place, Role
+from graftwerk.methods.lora import matches, select
+
+_SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
+
+
+class IA3(Method):
+    """Settings: the targets, where they are not the paper's."""
+
+    name: ClassVar[str] = "ia3"
+    title: ClassVar[str] = "IA3"
+    paper: ClassVar[str] = "Liu et al. 2022, arXiv:2205.05638"
+    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "IA3"
+    default_learning_rate: ClassVar[float] = 1e-2
+
+    target_modules: tuple[str, ...] | Literal["auto"] = Field(
+        default="auto", description="layers to scale, the feed-forward ones included; auto: keys, values, feed-forward outputs"
+    )
+    feedforward_modules: tuple[str, ...] | Literal["auto"] = Field(
+        default="auto", description="those of the targets whose input is scaled, not their output"
+    )
+
+    @field_validator("target_modules", "feedforward_modules", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list | set) else value
+
+    def places(self, available: Sequence[Place]) -> list[Place]:
+        linear = [place for place in available if place.role is not Role.NORM]
+        if self.target_modules == "auto":
+            chosen = [place for place in linear if place.role in _SCALED]
+            if not chosen:
+                raise UnsupportedError(
+                    "which layers of this model make keys and values is not known",
+                    where="method.target_modules",
+                    mend="list target_modules and feedforward_modules by name",
+                )
+        else:
+            chosen = select(linear, self.target_modules)
+        if self.feedforward_modules != "auto":
+            for target in self.feedforward_modules:
+                if not any(matches(place.path, target) for place in chosen):
+                    raise ConfigError(f"feedforward_modules: `{target}` is none of the targets", where="method.feedforward_modules")
+        return chosen
+
+    def scales_input(self, place: Place) -> bool:
+        if self.feedforward_modules == "auto":
+            return place.role is Role.FFN_OUT
+        return any(matches(place.path, target) for target in self.feedforward_modules)
+
+    def build(self, place: Place, module: nn.Module) -> Delta:
+        return IA3Delta(place.in_features if self.scales_input(place) else place.out_features, self.scales_input(place))
+
+    def count(self, places: Iterable[Place]) -> int:
+        """sum of out over scaled projections and of in over feed-forward outputs."""
+        return sum(p.in_features if self.scales_input(p) else p.out_features for p in places)
+
+
+class IA3Delta(Delta):
+    """``ia3_l``: (out, 1) where the output is scaled, (1, in) where the input is; PEFT's shapes."""
+
+    def __init__(self, width: int, scales_input: bool) -> None:
+        super().__init__()
+        self.scales_input = scales_input
+        self.ia3_l = nn.Parameter(torch.ones((1, width) if scales_input else (width, 1)))
+
+    def enter(self, x: Tensor) -> Tensor:
+        return (x * self.ia3_l.flatten()).to(x.dtype) if self.scales_input else x
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        return y if self.scales_input else (y * self.ia3_l.flatten()).to(y.dtype)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # (1, in) scales columns, (out, 1) rows; only the latter reaches the bias.
+        folded = (weight * self.ia3_l).to(weight.dtype)
+        if self.scales_input or bias is None:
+            return folded, bias
+        return folded, (bias * self.ia3_l.flatten()).to(bias.dtype)

@@ -1,0 +1,221 @@
+"""LoRA: a frozen linear layer plus a trained product of two thin matrices.
+
+Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, equation 3:
+
+    h = W x + (alpha / r) B A x        A (r, in) Kaiming-uniform, B (out, r) zero; dropout on the low-rank path only
+
+Options, each from its own paper:
+
+* ``use_rslora``: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), so that large ranks keep learning.
+* ``use_dora``: magnitude and direction apart (see dora.py).
+* ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (Meng et al. 2024,
+  arXiv:2404.02948, equations 2-4). The paper moves the rest into W; here W stays as it is and the start is subtracted:
+  h = W x + s (B A - B0 A0) x, which is the same function and leaves the base untouched.
+* ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
+
+Parameters: r (in + out) for each adapted layer; DoRA adds out.
+Trade-off: no cost at inference once merged, and the closest to full fine-tuning of the small methods; it touches every
+adapted matrix, so its training step is dearer than that of soft prompts' parameters would suggest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight
+
+Rank = Annotated[int, Field(ge=1, le=65536)]
+
+
+class LoRA(Method):
+    """Settings of LoRA and its variants.
+
+    ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear layer of the
+    base model, heads left out), or a list of module names or suffixes (``["q_proj", "v_proj"]``).
+    """
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685"
+    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "LORA"
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    r: Rank = Field(default=8, validation_alias=AliasChoices("r", "rank"), description="rank of the update")
+    lora_alpha: float = Field(
+        default=16, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="scale: alpha/r is applied"
+    )
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="on the low-rank path only"
+    )
+    target_modules: tuple[str, ...] | Literal["attention", "all-linear"] = Field(
+        default="all-linear", description="attention, all-linear, or names or suffixes of linear layers"
+    )
+    use_rslora: bool = Field(default=False, description="scale alpha/sqrt(r) in place of alpha/r")
+    use_dora: bool = Field(default=False, description="train magnitude and direction apart (DoRA)")
+    init_lora_weights: bool | Literal["pissa"] = Field(
+        default=True, description="true: B zero; pissa: the largest singular directions; false: B random, no identity at start"
+    )
+    loraplus_lr_ratio: float = Field(default=1.0, ge=1, description="LoRA+: learning rate of B over that of A")
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict, description="rank of modules by suffix, where it differs from r")
+    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha of modules by suffix, where it differs")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _targets(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("attention", "all-linear"):
+            return (value,)
+        return tuple(value) if isinstance(value, list | set) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> LoRA:
+        if self.use_dora and self.init_lora_weights == "pissa":
+            raise ValueError("use_dora and init_lora_weights=pissa exclude each other: both redefine the start")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: nothing would be adapted")
+        return self
+
+    def places(self, available: Sequence[Place]) -> list[Place]:
+        linear = [place for place in available if place.role is not Role.NORM]
+        if self.target_modules == "all-linear":
+            chosen = linear
+        elif self.target_modules == "attention":
+            chosen = [place for place in linear if place.role in ATTENTION_ROLES]
+            if not chosen:
+                raise UnsupportedError(
+                    "which layers of this model are its attention is not known",
+                    where="method.target_modules",
+                    mend="use all-linear, or list the layers by name",
+                )
+        else:
+            chosen = select(linear, self.target_modules)
+        self._check_patterns(chosen)
+        return chosen
+
+    def _check_patterns(self, chosen: Sequence[Place]) -> None:
+        for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in pattern:
+                if not any(matches(place.path, key) for place in chosen):
+                    raise ConfigError(f"`{key}` matches none of the adapted layers", where=f"method.{field}")
+
+    def rank(self, path: str) -> int:
+        return int(_pattern(self.rank_pattern, path, self.r))
+
+    def scale(self, path: str) -> float:
+        """alpha/r, or alpha/sqrt(r) with rsLoRA."""
+        rank, alpha = self.rank(path), float(_pattern(self.alpha_pattern, path, self.lora_alpha))
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def build(self, place: Place, module: nn.Module) -> Delta:
+        rank = self.rank(place.path)
+        if self.init_lora_weights == "pissa" and rank > min(place.in_features, place.out_features):
+            raise ConfigError(
+                f"PiSSA takes {rank} singular directions, but {place.path} has {min(place.in_features, place.out_features)}",
+                where="method.r",
+            )
+        if self.use_dora:
+            from graftwerk.methods.dora import DoRADelta
+
+            return DoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights is not False)
+        return LoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
+
+    def count(self, places: Iterable[Place]) -> int:
+        """sum of r (in + out), and out more with DoRA."""
+        return sum(
+            self.rank(p.path) * (p.in_features + p.out_features) + (p.out_features if self.use_dora else 0) for p in places
+        )
+
+    def learning_rate_factor(self, parameter: str) -> float:
+        return self.loraplus_lr_ratio if "lora_B" in parameter else 1.0
+
+
+class LoRADelta(Delta):
+    """``lora_A`` (r, in) and ``lora_B`` (out, r); with PiSSA also what they started from, which does not train."""
+
+    def __init__(
+        self, place: Place, module: nn.Module, rank: int, scale: float, dropout: float, init: bool | Literal["pissa"]
+    ) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        self.lora_A = nn.Linear(place.in_features, rank, bias=False)  # Kaiming-uniform, as the paper's code starts it
+        self.lora_B = nn.Linear(rank, place.out_features, bias=False)
+        if init is True:
+            nn.init.zeros_(self.lora_B.weight)
+        self.pissa = init == "pissa"
+        if self.pissa:
+            a, b = principal(base_weight(module), rank, scale)
+            with torch.no_grad():
+                self.lora_A.weight.copy_(a)
+                self.lora_B.weight.copy_(b)
+            self.register_buffer("start_A", a)
+            self.register_buffer("start_B", b)
+
+    def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        # Scaled on the thin side: r values a token in place of `out`.
+        return F.linear(F.linear(x, a) * self.scale, b)
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.lora_A.weight, self.lora_B.weight
+        h = x.to(a.dtype)
+        if self.dropout and self.training:
+            h = F.dropout(h, self.dropout, True)
+        update = self._product(h, a, b)
+        if self.pissa:
+            update = update - self._product(h, self.start_A, self.start_B)  # type: ignore[arg-type]
+        return y + update.to(y.dtype)
+
+    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        update = self.lora_B.weight @ self.lora_A.weight
+        if self.pissa:
+            update = update - self.start_B @ self.start_A  # type: ignore[operator]
+        return (weight.to(update.dtype) + self.scale * update).to(weight.dtype), bias
+
+
+def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """PiSSA's start: A (r, in) and B (out, r) with ``scale`` B A the best rank-r approximation of ``weight`` (out, in)."""
+    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    root = torch.sqrt(s[:rank] / scale)
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+
+
+def matches(path: str, target: str) -> bool:
+    """Whether a target names this module: its whole path, or the end of it at a dot."""
+    return path == target or path.endswith("." + target)
+
+
+def select(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
+    """The places that the targets name.
+
+    Raises:
+        ConfigError: a target matches nothing; the nearest names are given.
+    """
+    import difflib
+
+    for target in targets:
+        if not any(matches(place.path, target) for place in places):
+            names = sorted({place.path.rpartition(".")[2] for place in places})
+            near = difflib.get_close_matches(target, names, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            raise ConfigError(
+                f"target_modules: `{target}` matches no layer of this model",
+                where="method.target_modules",
+                mend=f"{hint}The layers end in: {', '.join(names[:30])}",
+            )
+    return [place for place in places if any(matches(place.path, target) for target in targets)]
+
+
+def _pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the longest key that names this module."""
+    keys = [key for key in pattern if matches(path, key)]
+    return pattern[max(keys, key=len)] if keys else default

@@ -1,0 +1,26 @@
+"""Linear probe: the task head alone is trained on a frozen model.
+
+Source: Alain & Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644. The baseline
+from below: what a method reaches beyond it, it has learnt inside the model.
+
+Parameters: those of the head (d labels + labels for a linear one), none in the base.
+Trade-off: the cheapest there is, since nothing below the head needs a backward pass; it can only read what the frozen model says.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from graftwerk.methods.base import Method
+
+
+class Probe(Method):
+    """Settings: none of its own. Refused on models without a task head."""
+
+    name: ClassVar[str] = "probe"
+    title: ClassVar[str] = "Linear probe"
+    paper: ClassVar[str] = "Alain & Bengio 2016, arXiv:1610.01644"
+    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+    default_learning_rate: ClassVar[float] = 1e-2
