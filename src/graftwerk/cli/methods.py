@@ -1,0 +1,82 @@
+"""`graftwerk methods`: what there is to choose from, told by the methods themselves."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.output import Output, table
+
+if TYPE_CHECKING:
+    from graftwerk.methods.base import Method
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "methods")
+    def methods(out: Output) -> Result:
+        """List the methods: paper, tasks, what they train, whether they merge, their learning rate."""
+        rows = describe_methods()
+        shown = table(
+            "name", "method", "learning rate", "merges", "mixed rows", "PEFT type", "trained parameters", numbers=("learning rate",)
+        )
+        for row in rows:
+            shown.add_row(
+                row["name"],
+                f"{row['title']}\n{row['paper']}",
+                f"{row['learning_rate']:g}",
+                "yes" if row["mergeable"] else "no",
+                "yes" if row["rows"] else "no",
+                row["peft_type"] or "none",
+                row["parameters"],
+            )
+        out.show(shown)
+        for row in rows:
+            for shorthand, values in row["shorthands"].items():
+                meaning = ", ".join(f"{key}: {value}" for key, value in values.items())
+                out.line(f"{shorthand} is short for {{name: {row['name']}, {meaning}}}")
+        return {"methods": rows}
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Every method as plain values; the wording comes from the head of the method's own file."""
+    from graftwerk.methods.catalog import METHODS, SHORTHANDS
+    from graftwerk.tasks.catalog import TASKS
+
+    rows = []
+    for name, method in METHODS.items():
+        rows.append(
+            {
+                "name": name,
+                "title": method.title,
+                "paper": method.paper,
+                "tasks": [task for task, kind in TASKS.items() if kind.head or name != "probe"],
+                "kind": method.kind,
+                "mergeable": method.mergeable,
+                "identity_at_start": method.identity_at_start,
+                "rows": method.rows,
+                "peft_type": method.peft_type,
+                "learning_rate": method.default_learning_rate,
+                "head_learning_rate": method.default_head_learning_rate or method.default_learning_rate,
+                "parameters": said_of(method, "Parameters"),
+                "trade_off": said_of(method, "Trade-off"),
+                "settings": list(method.model_fields),
+                "shorthands": {
+                    short: {key: value for key, value in values.items() if key != "name"}
+                    for short, values in SHORTHANDS.items()
+                    if values["name"] == name
+                },
+            }
+        )
+    return rows
+
+
+def said_of(method: type[Method], subject: str) -> str:
+    """The sentence after ``subject:`` at the head of the method's file, on one line."""
+    head = inspect.getdoc(sys.modules[method.__module__]) or ""
+    found = re.search(rf"^{re.escape(subject)}: (.+?)(?=\n\n|\n[A-Z][\w-]*: |\Z)", head, re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""

@@ -1,0 +1,107 @@
+"""The JSON schema of the run file, made from the settings models; editors check and complete run files with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from graftwerk.config import RunConfig, known_keys
+from graftwerk.methods.catalog import METHODS, SHORTHANDS
+from graftwerk.settings import Settings
+
+
+def run_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a run file, every method's settings and every accepted other spelling included."""
+    schema = RunConfig.model_json_schema()
+    definitions = schema["$defs"]
+    definitions.pop("Method", None)
+    for method in METHODS.values():
+        definitions[method.__name__] = _method_schema(method)
+    schema["properties"]["method"] = {
+        "description": RunConfig.model_fields["method"].description,
+        "oneOf": [
+            {"enum": [*METHODS, *SHORTHANDS]},
+            *({"$ref": f"#/$defs/{method.__name__}"} for method in METHODS.values()),
+        ],
+    }
+    for model in (RunConfig, *_parts(RunConfig)):
+        _add_aliases(model, schema if model is RunConfig else definitions[model.__name__])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def run_keys() -> Iterator[dict[str, Any]]:
+    """Every key of a run file with its kind, default and meaning, in reading order; keys of methods as ``method(lora).r``."""
+    yield from _keys(RunConfig, "")
+    for name, method in METHODS.items():
+        yield from _keys(method, f"method({name}).")
+
+
+def _method_schema(method: type[Settings]) -> dict[str, Any]:
+    name = next(key for key, value in METHODS.items() if value is method)
+    schema = method.model_json_schema()
+    schema.pop("$defs", None)
+    names = [name, *(short for short, values in SHORTHANDS.items() if values["name"] == name)]
+    schema["properties"] = {
+        "name": {"enum": names, "description": "which method"},
+        **schema.get("properties", {}),
+    }
+    schema["required"] = ["name", *schema.get("required", [])]
+    _add_aliases(method, schema)
+    return schema
+
+
+def _add_aliases(model: type[Settings], schema: dict[str, Any]) -> None:
+    """pydantic's schema names only the first spelling of a key; the others are accepted, so they are listed."""
+    properties = schema["properties"]
+    for name in model.model_fields:
+        for other in sorted(_spellings(model, name) - {name}):
+            properties[other] = {**properties[name], "description": f"the same as `{name}`"}
+
+
+def _spellings(model: type[Settings], name: str) -> set[str]:
+    choices = getattr(model.model_fields[name].validation_alias, "choices", ())
+    return {name, *(choice for choice in choices if choice in known_keys(model))}
+
+
+def _parts(model: type[Settings]) -> Iterator[type[Settings]]:
+    for field in model.model_fields.values():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Settings) and annotation.__name__ != "Method":
+            yield annotation
+
+
+def _keys(model: type[BaseModel], prefix: str) -> Iterator[dict[str, Any]]:
+    described = model.model_json_schema()
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Settings) and annotation.__name__ != "Method":
+            yield from _keys(annotation, f"{prefix}{name}.")
+            continue
+        properties = described["properties"][name]
+        yield {
+            "key": prefix + name,
+            "kind": "method" if name == "method" else _kind(properties),
+            "required": field.is_required(),
+            "default": properties.get("default"),
+            "meaning": field.description or "",
+        }
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """A few words for the type of a key: `number > 0`, `text`, `linear | cosine | constant`."""
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(_kind(option) for option in schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    kind = schema.get("type")
+    if kind == "array":
+        return f"list of {_kind(schema['items'])}" if "items" in schema else "list"
+    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true | false", "null": "null"}
+    words = names.get(str(kind), "mapping")
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[bound]:g}" for bound, sign in bounds.items() if bound in schema]
+    return " ".join([words, *limits])
