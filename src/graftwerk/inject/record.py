@@ -40,8 +40,8 @@ class Box(nn.Module):
 
     def active(self) -> list[nn.Module]:
         """The modules of the selected adapters that are here, in order; only where all rows use the same ones."""
-        modules = self._modules
-        return [module for name in self.selection.names if (module := modules.get(name)) is not None]
+        modules, merged = self._modules, self.selection.merged
+        return [module for name in self.selection.names if name not in merged and (module := modules.get(name)) is not None]
 
     @property
     def empty(self) -> bool:
@@ -54,6 +54,27 @@ class Record:
     def __init__(self) -> None:
         self.selection = Selection()
         self.grafts: dict[str, Graft] = {}
+        self._flags: dict[str, bool] = {}
+
+    def remember(self, model: nn.Module) -> None:
+        """Note which parameters required gradients before the first graft froze the base."""
+        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+    def restore_flags(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._flags.get(name, True))
+
+    def settle(self) -> None:
+        """Make whole-weight grafts follow the selection: theirs are the only values that switching has to move."""
+        used = self.selection.used()
+        fulls = [graft for graft in self.grafts.values() if graft.weights is not None]
+        # First every one that leaves, then the one that comes: two never hold the parameters at once.
+        for graft in fulls:
+            if graft.name not in used:
+                graft.weights.put(live=False)  # type: ignore[union-attr]
+        for graft in fulls:
+            if graft.name in used:
+                graft.weights.put(live=True)  # type: ignore[union-attr]
 
     @staticmethod
     def of(model: nn.Module) -> Record | None:

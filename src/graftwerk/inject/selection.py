@@ -26,12 +26,14 @@ class Selection:
     Attributes:
         names: Adapters applied, in order, to every row. Ignored while ``rows`` is set.
         rows: An adapter, or None for the bare base, for each row of the batch; None when all rows use ``names``.
+        merged: Adapters whose deltas are folded into the base's weights now; their heads still apply.
     """
 
-    __slots__ = ("_groups", "names", "rows")
+    __slots__ = ("_groups", "merged", "names", "rows")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
+        self.merged: frozenset[str] = frozenset()
         self.rows: tuple[str | None, ...] | None = None
         self._groups: dict[tuple[int, str], tuple[Group, ...]] = {}
 

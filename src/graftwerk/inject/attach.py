@@ -1,0 +1,255 @@
+"""Attaching, activating and removing grafts: the verbs of the public API.
+
+    graft = attach(model, LoRA(r=8), name="news")
+    activate(model, "news")                       activate(model, rows=["news", None, "legal"])
+    with disabled(model): ...                     detach(model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
+from graftwerk.inject.graft import Graft
+from graftwerk.inject.heads import copy_head, head_paths
+from graftwerk.inject.layers import adapt, restore
+from graftwerk.inject.record import CHILD, Record, box_of, check_name
+from graftwerk.inject.targets import Anatomy, anatomy
+from graftwerk.inject.weights import TrainedWeights
+from graftwerk.methods.base import Method, Place
+
+__all__ = ["Graft", "activate", "adapter_state_dict", "attach", "detach", "disabled", "grafts"]
+
+_WITHOUT_LAYERS = ("attention", "embedding")
+"""Kinds of methods that do not work inside single layers; each has a module of its own in this room."""
+
+
+def _room(kind: str) -> Any:
+    return import_module(f"graftwerk.inject.{kind}")
+
+
+def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Graft:
+    """Put a method into a model, in place, and make it the active one.
+
+    The base is frozen; the adapter's parameters and its copy of the task head are trained. Initial values come from torch's global
+    random generator. Nothing of the base is moved, renamed or copied.
+
+    Args:
+        model: Any transformers model; it stays a plain `PreTrainedModel`.
+        method: `LoRA(...)`, `Prefix(...)`, ...
+        name: Letters, digits, `_`, `-`.
+
+    Raises:
+        ConflictError: the name is taken, or an adapter is merged.
+        UnsupportedError: the method cannot work on this architecture; the message says why.
+        ConfigError: a target or module that the settings name does not exist.
+    """
+    check_name(name)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
+    known = Record.of(model)
+    if known is not None:
+        if name in known.grafts:
+            raise ConflictError(f"this model has an adapter `{name}` already", mend="delete it first, or choose another name")
+        _refuse_while_merged(known, "attach another adapter")
+        if any(graft.weights is not None and graft.weights.other is None for graft in known.grafts.values()):
+            raise UnsupportedError(
+                "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
+                mend="attach with Full(keep_base=True), or load the base again",
+            )
+    view = anatomy(model)
+    heads = head_paths(model, method, view)
+    if method.kind == "layer":
+        places = method.places(view.places)
+        if not places and not heads:
+            raise UnsupportedError(
+                f"{method.title} trains the task head alone, and {type(model).__name__} has none",
+                mend="load the model with a task head, for instance AutoModelForSequenceClassification",
+            )
+        hosts: dict[str, nn.Module] = dict(method.assemble(places, [model.get_submodule(p.path) for p in places]))
+    elif method.kind == "weights":
+        places, hosts = [], {}
+    else:
+        places, hosts = [], _room(method.kind).modules(model, method, view)
+    # Nothing can fail from here on, so that a refused method leaves the model as it was.
+    record = Record.make(model)
+    if known is None:
+        record.remember(model)
+    return _install(model, record, method, name, view, places, hosts, heads)
+
+
+def _install(
+    model: PreTrainedModel,
+    record: Record,
+    method: Method,
+    name: str,
+    view: Anatomy,
+    places: list[Place],
+    hosts: Mapping[str, nn.Module],
+    heads: tuple[str, ...],
+) -> Graft:
+    weights = None
+    if method.kind == "weights":
+        record.selection.choose(())
+        record.settle()  # so that what is kept is the base, not another full graft
+        weights = TrainedWeights(model, getattr(method, "keep_base", True))
+        heads = ()
+    else:
+        for parameter_name, parameter in model.named_parameters():
+            if CHILD not in parameter_name.split("."):
+                parameter.requires_grad_(False)
+    for path, module in hosts.items():
+        host = model.get_submodule(path)
+        _place(record, host, name, module, like=host)
+        if path in view.by_path:
+            adapt(host, record.box(host))
+    for path in heads:
+        host = model.get_submodule(path)
+        _place(record, host, name, copy_head(host), like=host)
+        adapt(host, record.box(host), head=True)
+    if method.kind in _WITHOUT_LAYERS:
+        _room(method.kind).engage(model, record)
+    graft = Graft(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
+    record.grafts[name] = graft
+    activate(model, name)
+    return graft
+
+
+def _place(record: Record, host: nn.Module, name: str, module: nn.Module, like: nn.Module) -> None:
+    """Put an adapter's module beside the weights it works with, in the model's mode."""
+    device = next((p.device for p in like.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    record.box(host).put(name, module.to(device).train(like.training))
+
+
+def grafts(model: nn.Module) -> dict[str, Graft]:
+    """All grafts on a model, by name; empty where there is none."""
+    record = Record.of(model)
+    return {} if record is None else dict(record.grafts)
+
+
+def activate(
+    model: nn.Module, name: str | Sequence[str] | None = None, *, rows: Sequence[str | None] | None = None
+) -> None:
+    """Choose who is active: one adapter, several in order, none, or one (or none) for each row of the next batches.
+
+    Args:
+        name: An adapter's name, a list of names that apply one after the other, or None for the bare base.
+        rows: For each row of a batch a name, or None for the bare base. Stays in force until the next call.
+
+    Raises:
+        ConfigError: no such adapter; the names there are are listed.
+        UnsupportedError: a kind of adapter that cannot differ by row.
+        ConflictError: an adapter is merged into the base.
+    """
+    record = Record.of(model)
+    if record is None:
+        if name is None and rows is None:
+            return
+        raise ConfigError("this model has no adapters", mend="attach or load one first")
+    if rows is not None and name is not None:
+        raise ConfigError("give one name for all rows, or rows, not both")
+    chosen = list(rows) if rows is not None else ([name] if isinstance(name, str) else list(name or ()))
+    for one in chosen:
+        if one is not None and one not in record.grafts:
+            raise ConfigError(f"there is no adapter `{one}` on this model", mend=f"there are: {', '.join(record.grafts) or 'none'}")
+    if rows is not None:
+        if not rows:
+            raise ConfigError("rows is empty", where="activate(model, rows=...)")
+        for one in dict.fromkeys(chosen):
+            if one is not None and not record.grafts[one].method.rows:
+                raise UnsupportedError(
+                    f"`{one}` is {record.grafts[one].method.title}: it replaces the base's weights, so it cannot differ by row",
+                    mend="run its rows in a batch of their own",
+                )
+        _refuse_while_merged(record, "choose adapters by row")
+        record.selection.choose_rows(tuple(rows))
+    else:
+        if set(record.selection.merged) - {one for one in chosen if one}:
+            _refuse_while_merged(record, "switch adapters")
+        record.selection.choose(tuple(one for one in chosen if one is not None))
+    record.settle()
+
+
+def _refuse_while_merged(record: Record, wish: str) -> None:
+    if record.selection.merged:
+        raise ConflictError(
+            f"cannot {wish}: `{', '.join(sorted(record.selection.merged))}` is merged into the base", mend="unmerge it first"
+        )
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The bare base inside the block: no adapter, no head of an adapter; merged weights are taken out and put back."""
+    record = Record.of(model)
+    if record is None:
+        yield
+        return
+    with ExitStack() as stack:
+        merged = [record.grafts[name] for name in record.selection.merged]
+        for graft in merged:
+            graft.unmerge()
+            stack.callback(graft.merge)
+        stack.callback(record.settle)
+        stack.enter_context(record.selection.disabled())
+        record.settle()
+        yield
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take every graft off: classes, parameters, flags, hooks and configuration are those from before.
+
+    Raises:
+        UnsupportedError: full fine-tuning ran with ``keep_base=False``: the base's weights are gone.
+    """
+    record = Record.of(model)
+    if record is None:
+        return model
+    for name in list(record.grafts):
+        remove(model, name)
+    record.restore_flags(model)
+    Record.forget(model)
+    return model
+
+
+def remove(model: PreTrainedModel, name: str) -> None:
+    """Delete one adapter; modules that no adapter touches any more get their own class back."""
+    record = Record.of(model)
+    if record is None or name not in record.grafts:
+        raise ConfigError(f"there is no adapter `{name}` on this model")
+    graft = record.grafts[name]
+    graft.unmerge()
+    if graft.weights is not None:
+        graft.weights.put(live=False)
+        for parameter in graft.weights.parameters.values():
+            parameter.requires_grad_(False)
+    selection = record.selection
+    if selection.rows is not None and name in selection.rows:
+        selection.choose(())
+    selection.names = tuple(one for one in selection.names if one != name)
+    del record.grafts[name]
+    for path in dict.fromkeys((*graft.hosts, *graft.heads)):
+        host = model.get_submodule(path)
+        box = box_of(host)
+        assert box is not None
+        box.take(name)
+        if box.empty:
+            restore(host)
+    kind = graft.method.kind
+    if kind in _WITHOUT_LAYERS and not any(other.method.kind == kind for other in record.grafts.values()):
+        _room(kind).release(model, record)
+    record.settle()
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one adapter, its head included, keyed by module path; for those who store things themselves."""
+    found = grafts(model)
+    if name not in found:
+        raise ConfigError(f"there is no adapter `{name}` on this model", mend=f"there are: {', '.join(found) or 'none'}")
+    return found[name].state_dict()

@@ -1,0 +1,250 @@
+"""One adapter on one model: what it touches, what it trains, its tensors, and the verbs on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
+from graftwerk.inject.heads import fit_head
+from graftwerk.inject.merge import Kept, fold, unfold
+from graftwerk.inject.record import CHILD, Record, box_of
+from graftwerk.inject.targets import Anatomy
+from graftwerk.inject.weights import TrainedWeights
+from graftwerk.methods.base import Delta, Method, Place
+
+
+class Graft:
+    """An adapter on a model, made by `attach` or `load`. ``print(graft)`` says what was touched and what trains.
+
+    Attributes:
+        name: Its name on this model.
+        method: Its settings.
+        places: The layers it touches, for methods that work inside layers.
+        hosts: Paths of all modules that carry a part of it, heads not counted.
+        heads: Paths of the modules that it trains and stores whole.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        model: PreTrainedModel,
+        record: Record,
+        places: tuple[Place, ...],
+        hosts: tuple[str, ...],
+        heads: tuple[str, ...],
+        anatomy: Anatomy,
+        weights: TrainedWeights | None,
+    ) -> None:
+        self.name, self.method, self.model = name, method, model
+        self.places, self.hosts, self.heads = places, hosts, heads
+        self.weights = weights
+        self._record = record
+        self._task_heads = heads if weights is None else anatomy.heads
+        self._kept: Kept | None = None
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(host path, this adapter's module there), heads last."""
+        for path in (*self.hosts, *self.heads):
+            yield path, self._module(path)
+
+    def _module(self, path: str) -> nn.Module:
+        box = box_of(self.model.get_submodule(path))
+        module = None if box is None else box.get(self.name)
+        if module is None:
+            raise ConflictError(f"the adapter `{self.name}` has been deleted from this model")
+        return module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by raw key (``<module path>.<parameter>``), always in the same order; the head's included."""
+        if self.weights is not None:
+            yield from self.weights.parameters.items()
+            return
+        for path, module in self.modules():
+            for key, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    yield _join(path, key), parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by raw key, detached; they share memory with the model."""
+        if self.weights is not None:
+            values = self.weights.other if not self.weights.live else None
+            return {
+                key: (parameter if values is None else values[key]).detach() for key, parameter in self.weights.parameters.items()
+            }
+        return {
+            _join(path, key): tensor.detach() for path, module in self.modules() for key, tensor in module.state_dict().items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put stored tensors in. A head with another number of labels makes this adapter's head as wide.
+
+        Raises:
+            AdapterError: a tensor is missing, is not known, or has another shape. Nothing is changed then.
+            ConflictError: the adapter is merged.
+        """
+        if self.merged:
+            raise ConflictError(f"`{self.name}` is merged into the base; its weights cannot change now", mend="unmerge it first")
+        own = self.state_dict()
+        missing = [key for key in own if key not in tensors]
+        extra = [key for key in tensors if key not in own]
+        if missing or extra:
+            raise AdapterError(
+                f"{_some('missing', missing)}{'; ' if missing and extra else ''}{_some('not known here', extra)}",
+                where=f"adapter `{self.name}`",
+                mend="the adapter was made with other settings or for another architecture",
+            )
+        wrong = [
+            f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
+            for key in own
+            if tensors[key].shape != own[key].shape and not self.is_head(key)
+        ]
+        if wrong:
+            raise AdapterError(_some("mis-shaped", wrong), where=f"adapter `{self.name}`")
+        for path in self.heads:
+            box = box_of(self.model.get_submodule(path))
+            assert box is not None
+            inner = {key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")}
+            fit_head(box, self.name, inner, path)
+        own = self.state_dict()
+        still = [f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected" for key in own if tensors[key].shape != own[key].shape]
+        if still:
+            raise AdapterError(_some("mis-shaped", still), where=f"adapter `{self.name}`")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    def is_head(self, key: str) -> bool:
+        """Whether a raw key belongs to a head."""
+        return any(key == path or key.startswith(path + ".") for path in self._task_heads)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters of the method itself, heads not counted."""
+        return sum(parameter.numel() for key, parameter in self.named_parameters() if not self.is_head(key))
+
+    @property
+    def num_head_parameters(self) -> int:
+        return sum(parameter.numel() for key, parameter in self.named_parameters() if self.is_head(key))
+
+    @property
+    def num_base_parameters(self) -> int:
+        """Parameters of the model without any grafts."""
+        return sum(
+            _elements(parameter) for name, parameter in self.model.named_parameters() if CHILD not in name.split(".")
+        )
+
+    def learning_rate_factor(self, key: str) -> float:
+        return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
+
+    # -- verbs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        return self.name in self._record.selection.merged
+
+    def merge(self) -> None:
+        """Fold the adapter into the base's weights; its head stays its own. Outputs stay the same, the cost of the adapter goes.
+
+        Raises:
+            UnsupportedError: the method cannot be folded, or the base is quantized.
+            ConflictError: another adapter is merged, or this one is not the active one.
+        """
+        if self.merged:
+            return
+        if not self.method.mergeable:
+            raise UnsupportedError(
+                f"{self.method.title} cannot be merged: it is no change of a weight",
+                mend="serve it unmerged; lora, ia3 and bitfit can be merged",
+            )
+        selection = self._record.selection
+        if selection.merged:
+            raise ConflictError(f"`{', '.join(selection.merged)}` is merged already", mend="unmerge it first")
+        if selection.rows is not None or selection.names != (self.name,):
+            raise ConflictError(f"`{self.name}` is not the one active adapter", mend=f'activate(model, "{self.name}") first')
+        layers = [(path, self.model.get_submodule(path), self._module(path)) for path in self.hosts]
+        self._kept = fold((path, layer, delta) for path, layer, delta in layers if isinstance(delta, Delta))
+        selection.merged = frozenset({self.name})
+
+    def unmerge(self) -> None:
+        """Give the base its own weights back, bit for bit."""
+        if not self.merged:
+            return
+        assert self._kept is not None
+        unfold(self.model, self._kept)
+        self._kept = None
+        self._record.selection.merged = frozenset()
+
+    def activate(self) -> None:
+        """Make this the one active adapter."""
+        from graftwerk.inject.attach import activate
+
+        activate(self.model, self.name)
+
+    def delete(self) -> None:
+        """Take this adapter off the model."""
+        from graftwerk.inject.attach import remove
+
+        remove(self.model, self.name)
+
+    def save(self, folder: str | Path, **metadata: Any) -> Path:
+        """Write the adapter folder (PEFT's format), whole or not at all."""
+        # The one look upwards of this room: people expect the verb on the object.
+        from graftwerk.store.folder import save_adapter
+
+        return save_adapter(self, Path(folder), metadata=metadata or None)
+
+    # -- words -----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"<Graft {self.name}: {self.method.title} on {type(self.model).__name__}>"
+
+    def __str__(self) -> str:
+        settings = self.method.model_dump(exclude_defaults=True)
+        shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+        base, own, head = self.num_base_parameters, self.num_parameters, self.num_head_parameters
+        lines = [f"{self.name}: {self.method.title}{f' ({shown})' if shown else ''} on {type(self.model).__name__}"]
+        if self.weights is not None:
+            lines.append(f"  touches  every weight of the model ({len(self.weights.parameters)} tensors)")
+        elif self.hosts:
+            counts = Counter(path.rpartition(".")[2] or type(self.model).__name__ for path in self.hosts)
+            lines.append(f"  touches  {len(self.hosts)} modules: " + ", ".join(f"{n} x {name}" for name, n in counts.items()))
+        if self.heads:
+            lines.append(f"  head     {', '.join(self.heads)}: {head:,} parameters, a copy of its own")
+        total = own + head
+        lines.append(f"  trains   {total:,} parameters, {100 * total / base:.2f} % of the base's {base:,}")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        lines.append(f"  on disk  {size / 1e6:.2f} MB")
+        return "\n".join(lines)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """4-bit weights hold two values a byte; bitsandbytes keeps the true shape in the quantization state."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+def _some(what: str, keys: list[str], most: int = 5) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{len(keys)} {what}: {', '.join(keys[:most])}{more}"

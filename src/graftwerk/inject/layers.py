@@ -1,0 +1,114 @@
+"""Adapted layers: the same object with another class, so that nothing of the base moves or is renamed.
+
+`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a layer norm the class ``Adapted<its class>``;
+its deltas live in one child, the `Box`. `restore(module)` undoes both.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.inject.record import CHILD, Box, box_of
+from graftwerk.methods.base import Delta
+
+if TYPE_CHECKING:
+    _Layer = nn.Linear
+else:
+    _Layer = object
+
+
+class Adapted(_Layer):
+    """Mixed in before a layer's own class: enter, the layer itself, leave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        box = self._modules[CHILD]
+        assert isinstance(box, Box)
+        if box.selection.rows is not None:
+            return self._forward_rows(x, box)
+        deltas = box.active()
+        if not deltas:
+            return super().forward(x)
+        for delta in deltas:
+            x = delta.enter(x)  # type: ignore[operator]
+        y = super().forward(x)
+        for delta in deltas:
+            y = delta.leave(x, y)  # type: ignore[operator]
+        return y
+
+    def _forward_rows(self, x: Tensor, box: Box) -> Tensor:
+        """One pass through the base layer for all rows; each adapter works on its own rows."""
+        groups = [
+            (group.index, delta)
+            for group in box.selection.groups(x.shape[0], x.device)
+            if isinstance(delta := box.get(group.name), Delta)
+        ]
+        for index, delta in groups:
+            if type(delta).enter is not Delta.enter:
+                x = x.index_copy(0, index, delta.enter(x[index]))
+        y = super().forward(x)
+        for index, delta in groups:
+            if type(delta).leave is not Delta.leave:
+                y = y.index_copy(0, index, delta.leave(x[index], y[index]))
+        return y
+
+
+class AdaptedHead(nn.Module):
+    """Mixed in before the class of a task head: each adapter's own copy of the head answers for its rows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        box = self._modules[CHILD]
+        assert isinstance(box, Box)
+        selection = box.selection
+        if selection.rows is None:
+            copies = [head for name in selection.names if (head := box.get(name)) is not None]
+            return copies[-1](*args, **kwargs) if copies else super().forward(*args, **kwargs)  # type: ignore[misc]
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        size = first.shape[0]
+        outputs, order = [], []
+        for group in selection.groups(size, first.device):
+            part_args = [_rows(value, size, group.index) for value in args]
+            part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
+            head = box.get(group.name)
+            run = super().forward if head is None else head  # type: ignore[misc]
+            outputs.append(run(*part_args, **part_kwargs))
+            order.append(group.index)
+        _check_same_width(outputs)
+        return torch.cat(outputs)[torch.argsort(torch.cat(order))]
+
+
+def _rows(value: Any, size: int, index: Tensor) -> Any:
+    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+
+
+def _check_same_width(outputs: list[Tensor]) -> None:
+    from graftwerk.errors import UnsupportedError
+
+    widths = sorted({output.shape[-1] for output in outputs})
+    if len(widths) > 1:
+        raise UnsupportedError(
+            f"the heads of the adapters in this batch give different numbers of scores: {widths}",
+            where="activate(model, rows=...)",
+            mend="put only adapters with equally many labels, and none without a head of that size, into one batch",
+        )
+
+
+@cache
+def _adapted_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
+    return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": base.__module__, "_graftwerk_base": base})
+
+
+def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
+    """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more."""
+    if not hasattr(type(module), "_graftwerk_base"):
+        module.__class__ = _adapted_class(type(module), AdaptedHead if head else Adapted)
+    assert box_of(module) is box
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back and take its box away."""
+    module.__class__ = getattr(type(module), "_graftwerk_base", type(module))
+    module._modules.pop(CHILD, None)
