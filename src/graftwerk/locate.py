@@ -32,7 +32,9 @@ def locate(place: str | Path) -> Path:
     except OSError as error:  # a name longer than the file system takes
         raise ConfigError(f"`{text[:200]}` cannot be a path: {error.strerror}") from None
     if not exists:
-        raise ConfigError(f"there is no file or folder {path}", where=text if text != str(path) else None, mend=_near(path))
+        raise ConfigError(
+            f"there is no file or folder {path}", where=text if text != str(path) else None, mend=_near(path)
+        )
     return path
 
 

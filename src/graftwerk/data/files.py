@@ -192,7 +192,9 @@ def _read_json(path: Path, table: Table) -> None:
     columns: dict[str, None] = {}
     position, line, counted = _skip_space(text, 0), 1, 0
     if text[position : position + 1] != "[":
-        raise DataError("a .json file of rows is a list of objects", where=f"{path}:1", mend="one object a line is .jsonl")
+        raise DataError(
+            "a .json file of rows is a list of objects", where=f"{path}:1", mend="one object a line is .jsonl"
+        )
     position = _skip_space(text, position + 1)
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
@@ -203,7 +205,9 @@ def _read_json(path: Path, table: Table) -> None:
                 raise ValueError("a comma or the end of the list is missing after this item")
         except (ValueError, RecursionError, StopIteration) as error:
             # Where one item ends and the next begins is unknown from here on, so nothing after it can be saved.
-            raise DataError(f"broken JSON: {error}", where=f"{path}:{line}", mend="mend it, or write one object a line (.jsonl)") from None
+            raise DataError(
+                f"broken JSON: {error}", where=f"{path}:{line}", mend="mend it, or write one object a line (.jsonl)"
+            ) from None
         reason = _bad_characters(text[position:end]) if suspicious else None
         if reason is None and not isinstance(row, dict):
             reason = f"is {_json_kind(row)}, not an object"

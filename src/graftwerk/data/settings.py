@@ -33,7 +33,9 @@ class DataSettings(Settings):
     test: Rows | Share | str | None = Field(
         default=None, description="rows held out for the figures alone: a number of rows, a share, or a source"
     )
-    max_train_rows: Rows | None = Field(default=None, description="use at most so many training rows, drawn by `split_seed`")
+    max_train_rows: Rows | None = Field(
+        default=None, description="use at most so many training rows, drawn by `split_seed`"
+    )
     split_seed: int = Field(default=0, description="seed of the shuffle that splits; the same for every training seed")
     max_length: Rows | None = Field(
         default=None, description="tokens kept of a row; none: what the model was trained for, at most 512"

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from graftwerk.data.files import READERS, read_file
 from graftwerk.data.parts import Part
@@ -109,7 +109,9 @@ def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
             near = difflib.get_close_matches(part, known, n=1)
             hint = f"did you mean `{near[0]}`? " if near else ""
             raise ConfigError(
-                f"this task has no part `{part}`", where=f"data.columns.{part}", mend=f"{hint}Its parts: {', '.join(known)}"
+                f"this task has no part `{part}`",
+                where=f"data.columns.{part}",
+                mend=f"{hint}Its parts: {', '.join(known)}",
             )
 
 
@@ -127,7 +129,8 @@ def _check_columns(table: Table, wanted: Iterable[str], key: str) -> None:
             raise ConfigError(
                 f"{table.source} has no column `{column}`",
                 where=f"data.{key}",
-                mend=f"{hint}It has: {listed}" + ("; `data.columns: {text: ...}` names the right one" if key == "columns" else ""),
+                mend=f"{hint}It has: {listed}"
+                + ("; `data.columns: {text: ...}` names the right one" if key == "columns" else ""),
             )
 
 

@@ -10,22 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
+from graftwerk.data.findings import Finding as Finding
 from graftwerk.data.settings import DataSettings
 
 Row = dict[str, Any]
 """A row as the task understands it: the parts (`text`, `label`) by name, whatever the columns were called."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something about the data that the user should know: counted, with one example, and what to change."""
-
-    code: str
-    message: str
-    rows: int
-    example: str | None = None
-    mend: str | None = None
-    grave: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,211 @@
+"""Checks of labelled text before a model is loaded: what would make a run worthless stops it, what would mislead is counted."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+from graftwerk.data.findings import Finding
+from graftwerk.data.split import fold
+from graftwerk.errors import AdapterError, DataError
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
+
+
+def label_names(labels: Sequence[str]) -> tuple[str, ...]:
+    """The classes in the order of their ids: by number where all are whole numbers, else by code point."""
+    names = set(labels)
+    if all(_INTEGER.fullmatch(name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def check_labels(
+    used: Mapping[str, Sequence[str]], known: Sequence[str] | None, source: str
+) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
+    """The label names of a run, and what there is to say about them.
+
+    Args:
+        used: The labels of the rows of each split: ``train``, ``validation``, ``test``.
+        known: The names an adapter already has; they stay as they are, in their order.
+        source: For messages.
+
+    Raises:
+        DataError: one class only; or validation or test have classes that training has not.
+        AdapterError: the rows have classes that the adapter has not.
+    """
+    if known is not None:
+        for split, labels in used.items():
+            extra = sorted(set(labels) - set(known))
+            if extra:
+                raise AdapterError(
+                    f"the {split} rows have {_classes(extra)} that the adapter was not trained for",
+                    where=f"rows: {_listed(label_names(labels))}; adapter: {_listed(known)}",
+                    mend="use rows with the adapter's classes, or train a new adapter",
+                )
+        return tuple(known), _absent_classes(used, known)
+    names = label_names(used["train"])
+    if len(names) < 2:
+        raise DataError(
+            f"all {len(used['train']):,} training rows of {source} have the one class {names[0]!r}; there is nothing to tell apart",
+            mend="check `data.columns.label` and `data.filter`, or add rows of other classes",
+        )
+    for split, labels in used.items():
+        extra = sorted(set(labels) - set(names))
+        if extra:
+            raise DataError(
+                f"the {split} rows have {_classes(extra)} that no training row has",
+                where=f"train: {_listed(names)}; {split}: {_listed(label_names(labels))}",
+                mend="give both the same classes (spelling and case count), or remove those rows",
+            )
+    return names, _spellings(names) + _single_rows(used["train"]) + _absent_classes(used, names)
+
+
+def _spellings(names: Sequence[str]) -> tuple[Finding, ...]:
+    folded: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        folded[fold(name)].append(name)
+    alike = [group for group in folded.values() if len(group) > 1]
+    if not alike:
+        return ()
+    shown = ", ".join(repr(name) for name in alike[0])
+    message = f"classes differ only in case or white space: {shown}; they are learnt as different classes"
+    return (Finding("label-spelling", message, 0, example=shown, mend="spell each class in one way", grave=True),)
+
+
+def _single_rows(labels: Sequence[str]) -> tuple[Finding, ...]:
+    rare = sorted(name for name, count in Counter(labels).items() if count == 1)
+    if not rare:
+        return ()
+    every = len(rare) * 2 > len(labels)
+    return (
+        Finding(
+            "rare-classes",
+            f"{len(rare):,} of {len(set(labels)):,} classes have a single training row",
+            len(rare),
+            example=_listed(rare),
+            mend="is `data.columns.label` the right column?"
+            if every
+            else "add rows of these classes, or leave them out",
+            grave=every,
+        ),
+    )
+
+
+def _absent_classes(used: Mapping[str, Sequence[str]], names: Sequence[str]) -> tuple[Finding, ...]:
+    findings = []
+    for split, labels in used.items():
+        absent = [name for name in names if name not in set(labels)] if labels else []
+        if absent:
+            message = f"the {split} rows have none of {_classes(absent)}: no figure will say anything about them"
+            findings.append(
+                Finding("absent-classes", message, 0, example=_listed(absent), mend=f"use more {split} rows")
+            )
+    return tuple(findings)
+
+
+def check_duplicates(texts: Mapping[str, Sequence[str]], labels: Mapping[str, Sequence[str]]) -> tuple[Finding, ...]:
+    """Rows that stand more than once, in a split or on both sides of one; compared after folding white space and case.
+
+    Args:
+        texts, labels: Of each split (``train``, ``validation``, ``test``), row by row.
+    """
+    folded = {split: [fold(text) for text in rows] for split, rows in texts.items()}
+    findings: list[Finding] = []
+    for split, rows in folded.items():
+        findings += _inside(split, rows, texts[split], labels[split])
+    splits = list(folded)
+    for at, first in enumerate(splits):
+        for second in splits[at + 1 :]:
+            findings += _across(first, second, folded, texts)
+    return tuple(findings)
+
+
+def _inside(split: str, folded: Sequence[str], texts: Sequence[str], labels: Sequence[str]) -> list[Finding]:
+    classes: dict[str, set[str]] = defaultdict(set)
+    first: dict[str, int] = {}
+    repeated: list[int] = []
+    exact = 0
+    seen: set[str] = set()
+    for index, key in enumerate(folded):
+        classes[key].add(labels[index])
+        if key in first:
+            repeated.append(index)
+            exact += texts[index] in seen
+        else:
+            first[key] = index
+        seen.add(texts[index])
+    findings = []
+    if repeated:
+        message = (
+            f"{len(repeated):,} of {len(texts):,} {split} rows repeat another row's text ({exact:,} to the letter)"
+        )
+        findings.append(
+            Finding("duplicates", message, len(repeated), example=_short(texts[repeated[0]]), mend="remove the repeats")
+        )
+    torn = [key for key, names in classes.items() if len(names) > 1]
+    if torn:
+        rows = sum(1 for key in folded if len(classes[key]) > 1)
+        example = f"{_short(texts[first[torn[0]]])} is {' and '.join(sorted(classes[torn[0]]))}"
+        message = f"{len(torn):,} texts of the {split} rows have more than one class ({rows:,} rows)"
+        findings.append(Finding("conflicting-labels", message, rows, example=example, mend="decide for one class each"))
+    return findings
+
+
+def _across(
+    first: str, second: str, folded: Mapping[str, Sequence[str]], texts: Mapping[str, Sequence[str]]
+) -> list[Finding]:
+    known, known_exact = set(folded[first]), set(texts[first])
+    leaked = [index for index, key in enumerate(folded[second]) if key in known]
+    if not leaked:
+        return []
+    exact = sum(1 for index in leaked if texts[second][index] in known_exact)
+    message = (
+        f"{len(leaked):,} of {len(texts[second]):,} {second} rows also stand in the {first} rows"
+        f" ({exact:,} to the letter, the others but for white space or case)"
+    )
+    mend = f"remove them from one side; figures on the {second} rows are better than the truth"
+    return [Finding("leakage", message, len(leaked), example=_short(texts[second][leaked[0]]), mend=mend, grave=True)]
+
+
+def check_truncation(
+    truncated: Sequence[int], max_length: int, max_truncated: float, split: str = "train"
+) -> tuple[Finding, ...]:
+    """What the length limit costs.
+
+    Args:
+        truncated: For each row, the tokens that did not fit into ``max_length``.
+        max_truncated: The share of rows that may lose tokens (`data.max_truncated`).
+
+    Raises:
+        DataError: more rows than that lose tokens.
+    """
+    cut = [count for count in truncated if count]
+    if not cut:
+        return ()
+    share = len(cut) / len(truncated)
+    message = (
+        f"{len(cut):,} of {len(truncated):,} {split} rows ({share:.0%}) are longer than {max_length} tokens and lose"
+        f" {sum(cut) / len(cut):,.0f} tokens each on average"
+    )
+    if share > max_truncated:
+        raise DataError(
+            message,
+            where=f"data.max_truncated allows {max_truncated:.0%} of the rows",
+            mend="raise `data.max_length` as far as the model allows, shorten the texts, or raise `data.max_truncated`",
+        )
+    return (Finding("truncated", message, len(cut), mend="raise `data.max_length` if the ends of the texts matter"),)
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"the class {names[0]!r}" if len(names) == 1 else f"{len(names)} classes ({_listed(names)})"
+
+
+def _listed(names: Sequence[str], shown: int = 20) -> str:
+    return ", ".join(names[:shown]) + (f", and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= 80 else flat[:77] + "...")

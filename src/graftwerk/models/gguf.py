@@ -1,0 +1,94 @@
+"""GGUF files: unpacked once into a plain safetensors folder in the cache, because unpacking takes tens of seconds.
+
+The copy is float32 and without the `quantization_config` that transformers leaves behind (the weights are no longer
+quantized, and with it the model could not be saved). It is named by the file's SHA-256 and the library's version: another
+file, or another unpacker, is another copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from graftwerk.errors import EnvironmentFault, IntegrityError, ModelError
+from graftwerk.models.cache import cache_folder
+from graftwerk.models.quiet import quiet
+
+MAGIC = b"GGUF"
+
+
+def unpacked(path: Path) -> Path:
+    """The folder with the plain copy of a GGUF file, made where it is not there yet.
+
+    Raises:
+        EnvironmentFault: the `gguf` package is missing, or the cache cannot be written (with the bytes needed).
+        IntegrityError: it is not a GGUF file.
+        ModelError: transformers cannot unpack this kind of model.
+    """
+    import transformers
+
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise IntegrityError(f"{path} is not a GGUF file")
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
+    if not target.is_dir():
+        _unpack(path, target)
+    return target
+
+
+def _unpack(path: Path, target: Path) -> None:
+    try:
+        import gguf  # noqa: F401 - transformers needs it
+    except ImportError:
+        raise EnvironmentFault(
+            "reading .gguf files needs the package gguf", where=str(path), mend="pip install 'graftwerk[gguf]'"
+        ) from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, **place, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"transformers cannot unpack {path}: {error}", mend="give the same model as a safetensors folder"
+        ) from None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
+        try:
+            with quiet():
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+            for file in temporary.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            _put(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the unpacked copy of {path.name} cannot be kept in {target.parent}: {error.strerror or error}",
+            where=f"{needed:,} bytes are needed",
+            mend="make room, or set GRAFTWERK_CACHE to a folder that can be written",
+        ) from None
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Whole or not at all: one rename. Where another process was faster, its copy is as good."""
+    try:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise

@@ -1,0 +1,292 @@
+"""Base models and their tokenizers from a hub id, a folder, an installed package or a GGUF file; nothing of theirs is run.
+
+Every source becomes a local folder first, passes the gate, and is then loaded from safetensors alone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, IntegrityError, ModelError, UnsupportedError
+from graftwerk.locate import PACKAGE_SCHEME, locate
+from graftwerk.models import gguf, hub
+from graftwerk.models.gate import check_configuration, check_weights
+from graftwerk.models.quiet import quiet
+
+LONGEST = 512
+"""Tokens of a row where neither the user nor the model asks for fewer."""
+
+_new_weights: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+class HeadedTask(Protocol):
+    """What loading needs to know of a task (`tasks.base.Task` is one): which head, with which labels."""
+
+    @property
+    def name(self) -> str: ...
+    def auto_class(self) -> Any: ...
+    def model_kwargs(self, splits: Any) -> dict[str, Any]: ...
+
+
+def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The checked local folder of a model.
+
+    Args:
+        name: Hub id, folder, .gguf file, or `pkg://package/...` for a folder or .gguf file inside an installed package.
+        revision: For a hub id: branch, tag or commit.
+        weights: Whether the weights must be there too.
+
+    Raises:
+        ConfigError: no such folder, file or hub model; or a revision for something that has none.
+        EnvironmentFault: a file is missing and cannot be fetched; it is named.
+        IntegrityError: the model asks for code of its own, or has pickled weights only.
+    """
+    if not name.strip() or "\0" in name:
+        raise ConfigError(f"{name!r} is no model", where="model")
+    local = _local(name)
+    if local is None:
+        folder = hub.fetch(name, revision, weights=weights)
+    else:
+        if revision is not None:
+            raise ConfigError(
+                f"`revision: {revision}` is for hub models; {name} is a local one", where="revision", mend="remove it"
+            )
+        folder = gguf.unpacked(local) if local.is_file() else local
+    check_configuration(folder, name)
+    if weights:
+        check_weights(folder, name)
+    return folder
+
+
+def _local(name: str) -> Path | None:
+    """The folder or .gguf file that a name means, or None for a hub id."""
+    if name.startswith((PACKAGE_SCHEME, "/", ".", "~")) or Path(name).exists() or not hub.is_hub_id(name):
+        path = locate(name)
+        if path.is_file() and path.suffix != ".gguf":
+            raise ConfigError(f"{path} is no model", where="model", mend="give its folder, or a .gguf file")
+        return path
+    return None
+
+
+def load_config(name: str, revision: str | None = None) -> Any:
+    """The model's transformers configuration, without its weights.
+
+    Raises:
+        ModelError: transformers does not know this kind of model; and what `model_folder` raises.
+    """
+    from transformers import AutoConfig
+
+    folder = model_folder(name, revision, weights=False)
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # whatever a foreign configuration makes transformers stumble over
+            raise ModelError(
+                f"the configuration of {name} cannot be used: {_first(error)}", where=str(folder / "config.json")
+            ) from error
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The model's tokenizer. One without a pad token (most decoders) gets its end token for padding.
+
+    Raises:
+        EnvironmentFault: its files are missing.
+        ModelError: it cannot be used, or has neither pad nor end token; and what `model_folder` raises.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_folder(name, revision, weights=False)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise EnvironmentFault(
+            f"{folder / 'tokenizer.json'} is missing, so there is no tokenizer",
+            where=name,
+            mend="fetch the tokenizer's files into the model's folder",
+        )
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # damaged or foreign tokenizer files fail in a hundred ways
+            raise ModelError(f"the tokenizer of {name} cannot be used: {_first(error)}", where=str(folder)) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"the tokenizer of {name} has neither a pad nor an end token", where=str(folder))
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+)
+
+
+def load_model(
+    name: str,
+    task: HeadedTask | None,
+    splits: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Any:
+    """The base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
+
+    A head that the checkpoint lacks, or has with other classes, starts from torch's global random state: seed it before.
+    `newly_initialised` tells which weights those are.
+
+    Args:
+        task: Decides the head; None: the bare model.
+        splits: The task's `Splits`, where the label names come from; None: the checkpoint's own.
+
+    Raises:
+        UnsupportedError: this architecture has no such head in transformers.
+        ModelError: the checkpoint lacks weights of the model's body, or they have other shapes.
+        IntegrityError: a weight file is damaged; and what `model_folder` raises.
+    """
+    from transformers import AutoModel
+
+    folder = model_folder(name, revision)
+    config = load_config(name, revision)
+    auto = AutoModel if task is None else task.auto_class()
+    if type(config) not in auto._model_mapping:
+        what = "loaded bare" if task is None else f"used for {task.name}"
+        raise UnsupportedError(
+            f"a model of the kind `{config.model_type}` cannot be {what}: transformers has no {auto.__name__} for it",
+            where=name,
+        )
+    kwargs = {} if task is None or splits is None else task.model_kwargs(splits)
+    with quiet():
+        try:
+            model, report = auto.from_pretrained(
+                folder,
+                **kwargs,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # judged below: right for a head, wrong for anything else
+                output_loading_info=True,
+            )
+        except GraftwerkError:
+            raise
+        except MemoryError:
+            raise EnvironmentFault(f"{name} does not fit into memory", mend="use a smaller model") from None
+        except Exception as error:  # the library's errors have no common root
+            raise _load_error(error, name, folder) from error
+    model.config._name_or_path = name
+    _new_weights[model] = _judge(model, report, name)
+    return model.eval()
+
+
+def newly_initialised(model: nn.Module) -> tuple[str, ...]:
+    """Parameters that `load_model` did not find in the checkpoint, sorted by name; empty for a model from elsewhere."""
+    return _new_weights.get(model, ())
+
+
+def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:
+    """A new head is right; a body with new weights would silently be a worse model."""
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted((entry[0], tuple(entry[1]), tuple(entry[2])) for entry in report["mismatched_keys"])
+    body = model.base_model
+    # A model without a head is its own body.
+    inside = (lambda key: True) if body is model else (lambda key: key.startswith(f"{model.base_model_prefix}."))
+    shapes = [
+        f"{key}: {stored} in the file, {wanted} in the model" for key, stored, wanted in mismatched if inside(key)
+    ]
+    if shapes:
+        raise ModelError(
+            f"weights of {name} have other shapes than its config.json says: {shapes[0]}",
+            where=f"{len(shapes)} weights",
+        )
+    # The pooler on top of some encoders is trained with the head and often left out of checkpoints.
+    lacking = [key for key in missing if inside(key) and ".pooler." not in f".{key}"]
+    if lacking:
+        raise ModelError(
+            f"{name} lacks {len(lacking):,} weights of the model itself, {lacking[0]} among them",
+            mend="the checkpoint is incomplete or of another architecture than its config.json says",
+        )
+    return tuple(sorted({*missing, *(key for key, _, _ in mismatched)}))
+
+
+def _load_error(error: Exception, name: str, folder: Path) -> GraftwerkError:
+    text = _first(error)
+    if type(error).__name__ == "SafetensorError":
+        return IntegrityError(
+            f"a weight file of {name} is damaged: {text}", where=str(folder), mend="fetch the model again"
+        )
+    if isinstance(error, ImportError):
+        return EnvironmentFault(f"{name} needs a package that is not installed: {text}", where=str(folder))
+    return ModelError(f"{name} cannot be loaded: {text}", where=str(folder))
+
+
+def fix_padding(model: Any, tokenizer: Any) -> None:
+    """Make model and tokenizer agree on the pad id, in place. A decoder's classification head needs it to find a row's last token.
+
+    Raises:
+        ModelError: the tokenizer has no pad token, or has more tokens than the model has embeddings.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no pad token", mend="load it with load_tokenizer, which chooses the end token"
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings or tokenizer.pad_token_id >= embeddings:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the model {embeddings:,} embeddings",
+            mend="use the tokenizer that belongs to the model",
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None) -> int:
+    """Tokens of a row, special ones included: what is wanted, or what the model takes, at most 512.
+
+    Args:
+        config: The model's transformers configuration.
+        wanted: `data.max_length` of the run file.
+
+    Raises:
+        ConfigError: more is wanted than the model has positions.
+    """
+    limit = position_limit(config)
+    if wanted is not None:
+        if limit is not None and wanted > limit:
+            raise ConfigError(
+                f"`max_length: {wanted}` is more than the {limit} positions of the model",
+                where="data.max_length",
+                mend=f"at most {limit}",
+            )
+        return wanted
+    # A tokenizer without a limit of its own says 1e30.
+    return int(min(LONGEST, limit or LONGEST, tokenizer.model_max_length))
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions of a model with learnt positions; None where positions are relative and there is no table to run out of."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is None or getattr(config, "relative_attention_num_buckets", None):
+        return None
+    # RoBERTa and its family count positions from the pad id upwards, so two places of the table are never reached.
+    offset = config.pad_token_id + 1 if config.model_type in ROBERTA_LIKE and config.pad_token_id is not None else 0
+    return int(positions) - offset
+
+
+ROBERTA_LIKE = frozenset(
+    {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "data2vec-text", "mpnet", "ibert", "xmod"}
+)
+
+
+def _first(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

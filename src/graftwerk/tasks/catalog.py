@@ -1,0 +1,24 @@
+"""Name -> task: the only list of tasks there is."""
+
+from __future__ import annotations
+
+import difflib
+
+from graftwerk.errors import ConfigError
+from graftwerk.tasks.base import Task
+from graftwerk.tasks.classification import Classification
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
+
+
+def task_named(name: str) -> Task:
+    """The task of this name.
+
+    Raises:
+        ConfigError: there is none; the nearest is named.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise ConfigError(f"there is no task `{name}`", where="task", mend=f"{hint}There are: {', '.join(TASKS)}")
+    return TASKS[name]()

@@ -1,0 +1,200 @@
+"""Text classification: one text in, one of two or more classes out.
+
+Works with every model that transformers can put a sequence classification head on: encoders (BERT family) through their first
+or pooled position, decoders through the last position that is not padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graftwerk.data.lint import check_duplicates, check_labels
+from graftwerk.data.parts import label_part, text_part
+from graftwerk.data.rows import Table, settle_bad_rows
+from graftwerk.data.settings import DataSettings
+from graftwerk.data.sources import read_rows
+from graftwerk.data.split import held_out, split_rows
+from graftwerk.errors import DataError
+from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task
+from graftwerk.tasks.encoding import encode_texts, pad
+
+PARTS = {"text": text_part, "label": label_part}
+
+
+class Classification(Task):
+    """Single-label classification, binary and multi-class."""
+
+    name: ClassVar[str] = "classification"
+    parts: ClassVar[tuple[str, ...]] = tuple(PARTS)
+    main_metric: ClassVar[str] = "accuracy"
+    head: ClassVar[bool] = True
+
+    def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+        """Read, check and split the rows; nothing of a model is needed or loaded.
+
+        Args:
+            labels: The label names an adapter already has. Rows must use these, and may use fewer.
+
+        Raises:
+            ConfigError: no such source, column or split size.
+            DataError: unreadable or unusable rows, one class only, classes that differ between splits.
+            AdapterError: the rows have classes that ``labels`` has not.
+            EnvironmentFault: a source cannot be reached.
+        """
+        findings: list[Finding] = []
+        tables = {"train": _table(data.train, data, findings)}
+        counts: dict[str, int] = {}
+        for split, wanted in (("validation", data.validation), ("test", data.test)):
+            if isinstance(wanted, str):
+                tables[split] = _table(wanted, data, findings)
+                counts[split] = 0
+            else:
+                counts[split] = held_out(wanted, len(tables["train"]), f"data.{split}")
+        rows = tables["train"].rows
+        train, validation, test = split_rows(
+            [row["text"] for row in rows],
+            [row["label"] for row in rows],
+            **counts,
+            max_train=data.max_train_rows,
+            split_seed=data.split_seed,
+        )
+        chosen: dict[str, list[Row]] = {"train": [rows[index] for index in train]}
+        for split, indices in (("validation", validation), ("test", test)):
+            chosen[split] = tables[split].rows if split in tables else [rows[index] for index in indices]
+        texts = {split: [row["text"] for row in part] for split, part in chosen.items()}
+        used = {split: [row["label"] for row in part] for split, part in chosen.items()}
+        names, said = check_labels(used, labels, data.train)
+        findings += said
+        findings += check_duplicates(texts, used)
+        origin: dict[str, Any] = {"train": data.train, "validation": data.validation, "test": data.test}
+        origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
+        origin["rows"] = {split: len(part) for split, part in chosen.items()}
+        return Splits(
+            train=chosen["train"],
+            validation=chosen["validation"],
+            test=chosen["test"],
+            labels=names,
+            fingerprint=_fingerprint(chosen, names),
+            findings=tuple(findings),
+            origin=origin,
+        )
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+        """Token ids and class id of each row, in order. A row without a `label` gets the target None.
+
+        Args:
+            rows: Each with `text`, and with `label` where it is known.
+            max_length: Tokens kept of a row, special tokens included; what is lost is counted in each example.
+
+        Raises:
+            DataError: a label that is not in ``splits.labels``.
+        """
+        ids = {name: index for index, name in enumerate(splits.labels or ())}
+        targets: list[int | None] = []
+        for row in rows:
+            label = row.get("label")
+            if label is not None and label not in ids:
+                raise DataError(
+                    f"a row has the class {label!r}, which is none of: {', '.join(ids)}",
+                    where=f"text: {str(row['text'])[:80]!r}",
+                )
+            targets.append(None if label is None else ids[label])
+        encoded = encode_texts([row["text"] for row in rows], tokenizer, max_length)
+        return [
+            Example(inputs, target, truncated) for (inputs, truncated), target in zip(encoded, targets, strict=True)
+        ]
+
+    def model_kwargs(self, splits: Splits) -> dict[str, Any]:
+        names = splits.labels or ()
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` and the like (rows, longest of the batch); `labels` (rows,) if every row has a target."""
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
+        return batch
+
+    def loss(self, outputs: Any, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy over the rows of the batch, in float32 whatever the model computes in."""
+        return F.cross_entropy(outputs.logits.float(), batch["labels"], label_smoothing=label_smoothing)
+
+    def weight(self, batch: dict[str, Tensor]) -> int:
+        return int(batch["labels"].numel())
+
+    def predictions(self, logits: Sequence[Tensor], targets: Sequence[Any] | None, loss: float | None) -> Predictions:
+        """Softmax over the classes, in float64 so that a row's scores add up to one.
+
+        Args:
+            logits: Per batch (rows, classes), together in the order of the rows.
+            targets: Class ids, or None where rows have none.
+        """
+        together = torch.cat([part.detach().cpu() for part in logits]) if len(logits) else torch.zeros(0, 0)
+        scores = together.double().softmax(-1).numpy()
+        known = targets is not None and all(target is not None for target in targets)
+        return Predictions(scores, np.asarray(targets, dtype=np.int64) if known else None, loss)
+
+
+def rows_for_prediction(
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: Literal["fail", "skip"] = "fail",
+    *,
+    split: str = "train",
+) -> tuple[Table, tuple[Finding, ...]]:
+    """Rows to predict for: each has `text`, no row needs a label, and none is taken even where the source has one.
+
+    Returns:
+        The table (``table.rows[i]["text"]``, ``table.where(i)`` is its file and line), and what was left out.
+
+    Raises:
+        ConfigError, DataError, EnvironmentFault: as for reading labelled rows.
+    """
+    text = {part: column for part, column in (columns or {}).items() if part != "label"}
+    table = read_rows(source, parts={"text": text_part}, columns=text, split=split)
+    findings = settle_bad_rows(table, on_bad_row)
+    if not table.rows:
+        raise DataError(f"{source} has no rows", where=table.shown)
+    return table, findings
+
+
+def _table(source: str, data: DataSettings, findings: list[Finding]) -> Table:
+    table = read_rows(source, parts=PARTS, columns=data.columns, filter=data.filter, split=data.split)
+    findings += settle_bad_rows(table, data.on_bad_row)
+    if not table.rows:
+        raise DataError(
+            f"{source} has no rows that can be used", where=table.shown, mend="give a file with at least two rows"
+        )
+    return table
+
+
+def _fingerprint(chosen: Mapping[str, Sequence[Row]], names: Sequence[str]) -> str:
+    """Hash of every row of every split in order, and of the label names in order.
+
+    The settings that made the splits (source, filter, seed, sizes) count through the rows that they chose, so that moved or
+    renamed files stay the same data.
+    """
+    digest = hashlib.sha256(json.dumps(list(names)).encode())
+    for split, rows in chosen.items():
+        digest.update(json.dumps([split, len(rows)]).encode())
+        for row in rows:
+            digest.update(json.dumps([row["text"], row["label"]]).encode())
+    return digest.hexdigest()
