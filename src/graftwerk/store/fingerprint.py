@@ -1,0 +1,85 @@
+"""The fingerprint of a base model: which weights an adapter was trained on, whatever its files were called.
+
+It covers the pretrained part alone, so that every class that loads the same checkpoint agrees: no adapters, no task
+heads, no output embeddings and no poolers (classes differ in whether they have them, and a class that finds none in the
+checkpoint draws them at random). Values count as bfloat16: a checkpoint has the same fingerprint whether it was loaded
+in float32 or in bfloat16. (In float16 it may differ, since rounding twice is not rounding once.)
+
+Of each tensor at most `SAMPLES` values, evenly spread, are hashed. Two checkpoints of one shape differ everywhere, so
+nothing is gained by reading all of them, and a model that is still lazily on disk stays there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAMPLES = 16_384
+"""Values hashed of each tensor."""
+_LEFT_OUT = frozenset({"graft", "pooler", "lm_head", "classifier", "score", "qa_outputs"})
+"""Modules that are no part of the pretrained base, wherever they stand."""
+
+_Versions = tuple[tuple[str, int, int], ...]
+_known: WeakKeyDictionary[nn.Module, tuple[_Versions, str]] = WeakKeyDictionary()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """32 hexadecimal digits that stand for the weights of the base.
+
+    About 0.1 s for 135 M parameters the first time; then remembered for as long as no parameter of the base is replaced
+    or changed in place. (Writing through ``parameter.data`` escapes torch's own bookkeeping, and so ours.)
+
+    Raises:
+        ModelError: weights are on the meta device: nothing has been loaded yet.
+    """
+    parameters = sorted(_base_parameters(model))
+    versions = tuple((name, parameter.data_ptr(), _version(parameter)) for name, parameter in parameters)
+    known = _known.get(model)
+    if known is not None and known[0] == versions:
+        return known[1]
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in parameters:
+        if parameter.is_meta:
+            raise ModelError(f"the weights of this model are not loaded (`{name}` is on the meta device)")
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        digest.update(_sample(parameter))
+    _known[model] = (versions, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of the base by their names within it; of tied ones the first name."""
+    outputs = model.get_output_embeddings()
+    for name, parameter in model.base_model.named_parameters():
+        if _LEFT_OUT.isdisjoint(name.split(".")) and not _only_in(outputs, parameter, model):
+            yield name, parameter
+
+
+def _only_in(outputs: nn.Module | None, parameter: Tensor, model: PreTrainedModel) -> bool:
+    """Whether a parameter belongs to the output embeddings and not, by a tie, to the input embeddings too."""
+    if outputs is None or not any(parameter is other for other in outputs.parameters(recurse=False)):
+        return False
+    inputs = model.get_input_embeddings()
+    return not any(parameter is other for other in inputs.parameters(recurse=False))
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
+
+
+def _sample(parameter: Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    values = flat[:: max(1, -(-flat.numel() // SAMPLES))]
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    return values.contiguous().view(torch.uint8).cpu().numpy().tobytes()
