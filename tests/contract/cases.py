@@ -1,0 +1,88 @@
+"""The matrix: every method, every family, and the pairs that are refused, each with its reason.
+
+README's capability table is rendered from here (`python -m tests.contract.cases`); the contract tests hold every cell of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.methods.base import Method
+from graftwerk.methods.catalog import parse_method
+from tests.families import FAMILIES, Family
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "r": 2},
+    "lora attention": {"name": "lora", "r": 2, "target_modules": "attention"},
+    "rslora": {"name": "lora", "r": 2, "use_rslora": True},
+    "dora": {"name": "lora", "r": 2, "use_dora": True},
+    "pissa": {"name": "lora", "r": 2, "init_lora_weights": "pissa"},
+    "houlsby": {"name": "bottleneck", "placement": "houlsby", "adapter_size": 3},
+    "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer", "adapter_size": 3},
+    "parallel": {"name": "bottleneck", "placement": "parallel", "adapter_size": 3, "scaling": 2.0},
+    "prefix": {"name": "prefix", "num_virtual_tokens": 3},
+    "prefix mlp": {"name": "prefix", "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 6},
+    "prompt": {"name": "prompt", "num_virtual_tokens": 3},
+    "ptuning mlp": {"name": "ptuning", "num_virtual_tokens": 3, "encoder_hidden_size": 6},
+    "ptuning lstm": {
+        "name": "ptuning", "num_virtual_tokens": 3, "encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM",
+    },
+    "ia3": {"name": "ia3"},
+    "bitfit": {"name": "bitfit"},
+    "probe": {"name": "probe"},
+    "full": {"name": "full"},
+}  # fmt: skip
+
+REFUSED: dict[tuple[str, str], str] = {
+    **{("bitfit", family): "this model has none" for family in ("modernbert", "llama", "mistral", "gemma", "t5")},
+    ("probe", "marian"): "the task head alone",
+}
+"""(method, family) -> words of the error. No bias to train; no task head in transformers."""
+
+PAIRS = [(method, family) for method in METHODS for family in FAMILIES if (method, family) not in REFUSED]
+
+
+def method_of(name: str) -> Method:
+    return parse_method(METHODS[name])
+
+
+def has_head(method: str, family: Family) -> bool:
+    """Encoders are tried as classifiers, so that heads are in every check; the others as language models."""
+    return family.classifier is not None and (family.kind == "encoder" or method == "probe")
+
+
+def model_and_batch(method: str, family_name: str, *, rows: int = 3, seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
+    family = FAMILIES[family_name]
+    model = family.build(classifier=has_head(method, family), seed=seed)
+    batch = family.batch(rows=rows, seed=seed + 1)
+    if family.kind == "seq2seq" and has_head(method, family):
+        # These heads read the end token: one in each row, at the same place.
+        batch = {"input_ids": batch["input_ids"].clamp_min(3), "attention_mask": torch.ones_like(batch["attention_mask"])}
+        batch["input_ids"][:, -1] = 2
+    return model, batch
+
+
+def perturb(parameters: Iterator[torch.nn.Parameter], seed: int, scale: float = 0.3) -> None:
+    """Move every element away from where it starts, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def table() -> str:
+    """The capability table in Markdown."""
+    heads = " | ".join(FAMILIES)
+    lines = [f"| method | merges | {heads} |", f"|---|---|{'---|' * len(FAMILIES)}"]
+    for name in METHODS:
+        cells = " | ".join("no" if (name, family) in REFUSED else "yes" for family in FAMILIES)
+        lines.append(f"| {name} | {'yes' if method_of(name).mergeable else 'no'} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
