@@ -1,4 +1,4 @@
-"""Places that a run file names, turned into paths: plain paths, and `pkg://package/inner/path` inside installed packages."""
+"""Places that a run file names, turned into paths: plain ones, and `pkg://package/inner/path` in installed packages."""
 
 from __future__ import annotations
 

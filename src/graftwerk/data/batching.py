@@ -6,15 +6,15 @@ import random
 from collections.abc import Sequence
 
 POOL = 64
-"""Batches' worth of rows that are sorted together. All rows at once would make nearly the same batches every epoch; a pool
-this large leaves a few per cent of padding."""
+"""Batches' worth of rows that are sorted together. All rows at once would make nearly the same batches every epoch; a
+pool this large leaves a few per cent of padding."""
 
 
 def length_grouped(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The batches of one epoch.
 
-    Rows are shuffled, cut into pools, sorted by length within their pool and cut into batches; then the batches are shuffled.
-    The batch with the longest row comes first: a run that does not fit into memory says so at once.
+    Rows are shuffled, cut into pools, sorted by length within their pool and cut into batches; then the batches are
+    shuffled. The batch with the longest row comes first: a run that does not fit into memory says so at once.
 
     Args:
         lengths: Tokens of each row.

@@ -1,7 +1,7 @@
 """Files of rows: csv, tsv, jsonl, json, parquet. Every row keeps its line; what cannot be read is kept as a bad row.
 
-Text is UTF-8 (with or without a byte order mark). A file with a few wrong bytes is still read: the rows that hold them are bad
-rows, the others are good.
+Text is UTF-8, with or without a byte order mark. A file with a few wrong bytes is still read: the rows that hold them
+are bad rows, the others are good.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_file(path: Path, source: str) -> Table:
 
 
 def _text(path: Path) -> tuple[str, bool]:
-    """The file as text, and whether some of it is not UTF-8 (those bytes are kept as lone surrogates, U+DC80 and up)."""
+    """The file as text, and whether some of it is not UTF-8 (those bytes become lone surrogates, U+DC80 and up)."""
     raw = path.read_bytes()
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError("the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8")
@@ -102,7 +102,7 @@ def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
 
 
 def _records(text: str, delimiter: str, table: Table) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of each record. After one that breaks the quoting rules, reading goes on with the next line."""
+    """(first line, cells) of each record. After broken quoting, reading goes on in the line after its first."""
     lines = io.StringIO(text, newline="").readlines()
     before = csv.field_size_limit(MAX_FIELD_CHARACTERS)  # one setting for the whole process: put back below
     try:

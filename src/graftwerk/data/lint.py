@@ -1,4 +1,4 @@
-"""Checks of labelled text before a model is loaded: what would make a run worthless stops it, what would mislead is counted."""
+"""Checks of labelled text before a model is loaded: what makes a run worthless stops it, what misleads is counted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def check_labels(
     names = label_names(used["train"])
     if len(names) < 2:
         raise DataError(
-            f"all {len(used['train']):,} training rows of {source} have the one class {names[0]!r}; there is nothing to tell apart",
+            f"all {len(used['train']):,} training rows of {source} have the one class {names[0]!r};"
+            " there is nothing to tell apart",
             mend="check `data.columns.label` and `data.filter`, or add rows of other classes",
         )
     for split, labels in used.items():

@@ -1,4 +1,4 @@
-"""What may stand in a part of a row: each reader gives back the clean value or says, in a ValueError, what is wrong with it."""
+"""What may stand in a part of a row: a reader gives back the clean value, or a ValueError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def text_part(value: Any) -> str:
 
 
 def label_part(value: Any) -> str:
-    """A class name. Numbers become their shortest text, so that 1, 1.0 and "1" are one class; true and false are named so.
+    """A class name. Numbers become their shortest text, so that 1, 1.0 and "1" are one class.
 
     Raises:
         ValueError: missing, empty, or neither text nor number.
@@ -63,4 +63,7 @@ def _kind(value: Any) -> str:
         return "true or false"
     if isinstance(value, int | float):
         return f"the number {value}"
-    return {list: "a list", dict: "an object", bytes: "bytes"}.get(type(value), f"of type {type(value).__name__}")
+    for kind, name in ((list, "a list"), (dict, "an object"), (bytes, "bytes")):
+        if isinstance(value, kind):
+            return name
+    return f"of type {type(value).__name__}"

@@ -22,7 +22,7 @@ class DataSettings(Settings):
     train: str = Field(description="source of the training rows")
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description="which column plays which part, for instance {text: review, label: stars}; a part not named is its own column",
+        description="which column plays which part: {text: review, label: stars}; a part not named is its own column",
     )
     filter: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="keep rows whose column has this value, or one of these values"

@@ -32,15 +32,15 @@ def read_rows(
 ) -> Table:
     """The rows of a source that pass the filter, with the parts' names in place of the columns' names.
 
-    Nothing is dropped unseen: a row that cannot be used is in ``bad`` with its line and reason; `settle_bad_rows` fails or
-    counts them.
+    Nothing is dropped unseen: a row that cannot be used is in ``bad`` with its line and reason; `settle_bad_rows` fails
+    or counts them.
 
     Args:
         source: A path, ``pkg://package/inner/path``, ``hub://owner/name[/configuration]`` or ``owner/name``.
         parts: What a row must have, each with the reader of its value.
         optional: Parts that are taken where their column exists.
         columns: Which column plays which part; a part not named here is its own column.
-        filter: Keep rows whose column has this value, or one of these; compared as numbers where both are numbers, else as text.
+        filter: Keep rows whose column has this value, or one of these; as numbers where both are numbers, else as text.
         split: For a hub id: which of its splits.
 
     Raises:
@@ -161,4 +161,7 @@ def _nothing_passes(table: Table, wanted: Mapping[str, list[Scalar]]) -> str:
     column, values = next(iter(wanted.items()))
     seen = Counter(str(row.get(column)) for row in table.rows).most_common(5)
     held = ", ".join(f"{name!r:.60} ({count:,})" for name, count in seen)
-    return f"no row of {table.source} passes the filter {dict(wanted)}; the most frequent values of `{column}`: {held}, wanted: {values}"
+    return (
+        f"no row of {table.source} passes the filter {dict(wanted)};"
+        f" the most frequent values of `{column}`: {held}, wanted: {values}"
+    )

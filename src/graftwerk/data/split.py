@@ -1,9 +1,9 @@
 """Rows held out for validation and test: drawn by what a row says, not by where it stands.
 
-Every row gets a place in an order that depends on its text and the split seed alone, so the same rows are drawn on every
-machine and whatever the file's order, and adding rows to a file hardly moves the others. Rows with the same text (apart from white
-space and case) stay together, so that no held-out row was also learnt from. The order alternates between the classes in
-proportion to their sizes: every prefix of it is stratified.
+Every row gets a place in an order that depends on its text and the split seed, so the same rows are drawn on every
+machine and whatever the file's order, and adding rows to a file hardly moves the others. Rows with the same text (apart
+from white space and case) stay together, so that no held-out row was also learnt from. The order alternates between the
+classes in proportion to their sizes: every prefix of it is stratified.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def split_rows(
 ) -> tuple[list[int], list[int], list[int]]:
     """Indices of the rows for training, validation and test, each in the order of the file.
 
-    Test rows are drawn first, then validation, then training, each from where the one before stopped: the test rows do not
-    depend on how much validation there is, and fewer training rows are a part of more training rows.
+    Test rows are drawn first, then validation, then training, each from where the one before stopped: the test rows do
+    not depend on how much validation there is, and fewer training rows are a part of more training rows.
 
     Raises:
         DataError: repeated texts leave no way to hold out so many rows, or nothing is left to learn from.
@@ -108,7 +108,7 @@ def split_rows(
 
 
 def _take(groups: list[list[int]], count: int) -> tuple[list[int], list[list[int]]]:
-    """The first ``count`` rows of whole groups, as near as groups allow without going over; and the groups not taken."""
+    """The first ``count`` rows of whole groups, as near as they allow without going over; and the groups not taken."""
     taken: list[int] = []
     passed: list[list[int]] = []
     for at, group in enumerate(groups):

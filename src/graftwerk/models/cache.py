@@ -1,4 +1,4 @@
-"""The folder for what is costly to make and can always be made again: converted models, hardware probes, checked hashes."""
+"""The folder for what is costly to make and can be made again: converted models, hardware probes, checked hashes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The one gate for base models: what a folder holds is checked before transformers reads any of it.
 
-Refused: code that comes with the model, kernels fetched from a repository that the model names, checkpoints that only exist
-pickled, adapter folders, weight files that are something else. A model needs `config.json` and safetensors.
+Refused: code that comes with the model, kernels fetched from a repository that the model names, checkpoints that only
+exist pickled, adapter folders, weight files that are something else. A model needs `config.json` and safetensors.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _check_tree(tree: Any, path: Path) -> None:
             raise IntegrityError(
                 f"the model asks to run code of its own (`auto_map`: {_short(value)})",
                 where=str(path),
-                mend="such code is never run; if transformers knows this kind of model itself, remove `auto_map` from a copy",
+                mend="such code is never run; if transformers knows this model type, remove `auto_map` from a copy",
             )
         if key == "trust_remote_code" and value:
             raise IntegrityError(

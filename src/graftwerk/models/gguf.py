@@ -1,8 +1,8 @@
 """GGUF files: unpacked once into a plain safetensors folder in the cache, because unpacking takes tens of seconds.
 
 The copy is float32 and without the `quantization_config` that transformers leaves behind (the weights are no longer
-quantized, and with it the model could not be saved). It is named by the file's SHA-256 and the library's version: another
-file, or another unpacker, is another copy.
+quantized, and with it the model could not be saved). It is named by the file's SHA-256 and the library's version:
+another file, or another unpacker, is another copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: fetched into its own cache, in two steps, so that a refused model costs no weights."""
+"""Models of the Hugging Face hub: fetched into its cache in two steps, so that a refused model costs no weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _refuse_pickled(name: str, revision: str | None) -> None:
-    """Before a download: a model without safetensors is refused by its list of files. Offline the gate finds it later."""
+    """Before a download: a model without safetensors is refused by its list of files. Offline, the gate does it."""
     import huggingface_hub
     from huggingface_hub import errors
 

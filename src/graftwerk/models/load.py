@@ -1,4 +1,4 @@
-"""Base models and their tokenizers from a hub id, a folder, an installed package or a GGUF file; nothing of theirs is run.
+"""Base models and tokenizers from a hub id, a folder, an installed package or a GGUF file; nothing of theirs is run.
 
 Every source becomes a local folder first, passes the gate, and is then loaded from safetensors alone.
 """
@@ -140,8 +140,8 @@ def load_model(
 ) -> Any:
     """The base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
 
-    A head that the checkpoint lacks, or has with other classes, starts from torch's global random state: seed it before.
-    `newly_initialised` tells which weights those are.
+    A head that the checkpoint lacks, or has for another number of classes, starts from torch's global random state:
+    seed it before. `newly_initialised` tells which weights those are.
 
     Args:
         task: Decides the head; None: the bare model.
@@ -229,7 +229,9 @@ def _load_error(error: Exception, name: str, folder: Path) -> GraftwerkError:
 
 
 def fix_padding(model: Any, tokenizer: Any) -> None:
-    """Make model and tokenizer agree on the pad id, in place. A decoder's classification head needs it to find a row's last token.
+    """Make model and tokenizer agree on the pad id, in place.
+
+    A decoder's classification head needs it to find a row's last token.
 
     Raises:
         ModelError: the tokenizer has no pad token, or has more tokens than the model has embeddings.
@@ -273,7 +275,7 @@ def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None) -> in
 
 
 def position_limit(config: Any) -> int | None:
-    """Positions of a model with learnt positions; None where positions are relative and there is no table to run out of."""
+    """Positions that a model was made for; None where they are relative and there is no table to run out of."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if positions is None or getattr(config, "relative_attention_num_buckets", None):
         return None

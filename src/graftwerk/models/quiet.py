@@ -1,4 +1,4 @@
-"""transformers without its progress bars and load reports: what they say is said by this library's own errors and findings."""
+"""transformers without its progress bars and load reports: what they say, this library's own errors say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is: how its rows are read, encoded, batched, scored. One file per task; the loop knows only this contract."""
+"""What a task is: how rows are read, encoded, batched, scored. One file per task; the loop knows only this contract."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Text classification: one text in, one of two or more classes out.
 
-Works with every model that transformers can put a sequence classification head on: encoders (BERT family) through their first
-or pooled position, decoders through the last position that is not padding.
+Works with every model that transformers can put a sequence classification head on: encoders (BERT family) through their
+first or pooled position, decoders through the last position that is not padding.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Classification(Task):
         return AutoModelForSequenceClassification
 
     def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and the like (rows, longest of the batch); `labels` (rows,) if every row has a target."""
+        """`input_ids`, `attention_mask` and the like (rows, longest row); `labels` (rows,) if all have a target."""
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
             batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
@@ -189,8 +189,8 @@ def _table(source: str, data: DataSettings, findings: list[Finding]) -> Table:
 def _fingerprint(chosen: Mapping[str, Sequence[Row]], names: Sequence[str]) -> str:
     """Hash of every row of every split in order, and of the label names in order.
 
-    The settings that made the splits (source, filter, seed, sizes) count through the rows that they chose, so that moved or
-    renamed files stay the same data.
+    The settings that made the splits (source, filter, seed, sizes) count through the rows that they chose, so that
+    moved or renamed files stay the same data.
     """
     digest = hashlib.sha256(json.dumps(list(names)).encode())
     for split, rows in chosen.items():

@@ -60,8 +60,8 @@ def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: Any) -> dict[str, Ten
     """A batch as long as its longest row, padded on the right, with its mask.
 
     The mask comes from the rows' lengths and never from comparing with the pad id: where padding is the end token, a
-    row's own end token stays visible and trained. Padding is always on the right, whatever side a tokenizer prefers for generating:
-    models with learnt positions count them from the left.
+    row's own end token stays visible and trained. Padding is always on the right, whatever side a tokenizer prefers for
+    generating: models with learnt positions count them from the left.
 
     Returns:
         int64 tensors (rows, longest): the inputs' names and `attention_mask`, 1 for a token and 0 for padding.

@@ -1,0 +1,169 @@
+"""What this machine is fast in, found by trying: the compute type, and the number of threads.
+
+Hardware that takes a type is often slow in it: a processor without bfloat16 instructions multiplies bfloat16 matrices
+several times slower than float32. So nothing is assumed from names; a short matrix product in each type decides.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwerk.errors import ConfigError
+from graftwerk.models.cache import recall, remember
+
+TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+SIDE = {"cpu": 256, "cuda": 4096, "mps": 2048}
+"""Side of the square matrices of the probe: large enough to show the kernel, small enough to take milliseconds."""
+
+WORTH = 1.2
+"""A shorter type must be this much faster than float32; less is not worth its rounding."""
+
+
+def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:
+    """The type for the model's products (autocast). Weights and optimizer stay float32.
+
+    Args:
+        wanted: `float32`, `bfloat16`, `float16`, or `auto`: the fastest of them here. Bfloat16 goes before float16,
+            whose range is small, unless float16 is clearly faster.
+
+    Raises:
+        ConfigError: another name, or a type that this device cannot multiply in.
+    """
+    kind = torch.device(device).type
+    if wanted == "auto":
+        return TYPES[_fastest(probe(kind))]
+    if wanted not in TYPES:
+        raise ConfigError(
+            f"there is no compute type `{wanted}`", where="training.compute_type", mend=f"auto, {', '.join(TYPES)}"
+        )
+    if wanted != "float32" and math.isinf(_seconds(TYPES[wanted], kind, limit=math.inf)):
+        raise ConfigError(f"this {kind} cannot compute in {wanted}", where="training.compute_type", mend="use `auto`")
+    return TYPES[wanted]
+
+
+def _fastest(seconds: dict[str, float]) -> str:
+    best = "float32"
+    for name in ("bfloat16", "float16"):
+        if seconds[name] * WORTH < seconds[best]:
+            best = name
+    return best
+
+
+@cache
+def probe(kind: str = "cpu") -> dict[str, float]:
+    """Seconds of one square matrix product by type; infinite where the device cannot. Measured once for a machine.
+
+    Kept in the cache folder by processor, torch version and thread count.
+    """
+    key = f"{kind}: {device_name(kind)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    kept = recall("compute-types", key)
+    if (
+        isinstance(kept, dict)
+        and set(kept) == set(TYPES)
+        and all(isinstance(value, int | float) for value in kept.values())
+    ):
+        return {name: float(value) for name, value in kept.items()}
+    seconds: dict[str, float] = {}
+    for name, dtype in TYPES.items():
+        # A type that is already many times slower than float32 in its first product is not tried further.
+        seconds[name] = _seconds(dtype, kind, limit=4 * seconds.get("float32", math.inf))
+    # JSON has no infinity; a number that no product takes stands for it.
+    remember("compute-types", key, {name: min(value, 1e9) for name, value in seconds.items()})
+    return seconds
+
+
+def _seconds(dtype: torch.dtype, kind: str, *, limit: float, repeats: int = 5) -> float:
+    """The best of a few products, in seconds; stops early above ``limit``."""
+    try:
+        a = torch.ones(SIDE.get(kind, 1024), SIDE.get(kind, 1024), dtype=dtype, device=kind)
+        best = math.inf
+        with torch.inference_mode():
+            torch.mm(a, a)  # the first call sets kernels up
+            for _ in range(repeats):
+                _wait(kind)
+                start = time.perf_counter()
+                torch.mm(a, a)
+                _wait(kind)
+                best = min(best, time.perf_counter() - start)
+                if best > limit:
+                    break
+    except (RuntimeError, TypeError, AssertionError):  # torch's ways of saying that there is no such kernel or device
+        return math.inf
+    return best
+
+
+def _wait(kind: str) -> None:
+    if kind == "cuda":
+        torch.cuda.synchronize()
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(kind: str = "cpu") -> str:
+    """The processor's or the accelerator's name, as the system gives it."""
+    if kind == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: of its affinity mask and its control group's quota, the lesser."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Let torch compute with so many threads; None: as `OMP_NUM_THREADS` says, else every core that is ours.
+
+    More threads than cores make torch many times slower, and inside a container torch counts the whole machine's cores.
+
+    Returns:
+        The number now in use.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    if threads is None:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(asked) if asked.isdigit() and int(asked) > 0 else usable_cores()
+    if threads < 1:
+        raise ConfigError(f"{threads} threads are too few", mend="at least 1")
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+    return threads
+
+
+def hardware_facts() -> dict[str, Any]:
+    """What `graftwerk doctor` shows: processor or accelerator, cores, threads, the probe, the type chosen."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = probe(kind)
+    return {
+        "device": kind,
+        "name": device_name(kind),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "compute_type": _fastest(seconds),
+        "probe_seconds": {name: value if value < 1e9 else None for name, value in seconds.items()},
+        "torch": torch.__version__,
+    }

