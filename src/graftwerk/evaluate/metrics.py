@@ -19,10 +19,10 @@ from graftwerk.evaluate.bootstrap import (
     Ints,
     Statistic,
     accuracy,
-    draw_counts,
     f1,
     kinds,
     percentile_interval,
+    resample,
     roc_auc,
 )
 from graftwerk.tasks.base import Predictions
@@ -70,7 +70,7 @@ def metrics_of(
     (seen, given), counts = kinds(targets, predicted)
     classes = len(names)
     rng = np.random.default_rng(seed)
-    of_cells = _draws(
+    of_cells = resample(
         counts,
         [accuracy(seen, given), f1(seen, given, classes, "macro"), f1(seen, given, classes, "weighted")],
         resamples,
@@ -128,11 +128,6 @@ def statistic_of(metric: str, targets: Ints, scores: Floats) -> Statistic:
     raise ModelError(f"there is no metric `{metric}`", mend=f"there are: {', '.join(METRICS)}")
 
 
-def _draws(counts: Ints, statistics: Sequence[Statistic], resamples: int, rng: np.random.Generator) -> Floats:
-    blocks = [np.stack([f(weights) for f in statistics]) for weights in draw_counts(counts, resamples, rng)]
-    return np.concatenate(blocks, axis=1)
-
-
 def _points(targets: Ints, predicted: Ints) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score
 
@@ -162,7 +157,7 @@ def _roc_auc_figure(
         absent = [names[c] for c in range(scores.shape[1]) if not (targets == c).any()]
         shown = ", ".join(f"`{name}`" for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         return {"value": None, "low": None, "high": None, "note": f"undefined: no row has the label {shown}"}
-    draws = _draws(np.ones(len(targets), dtype=np.int64), [roc_auc(targets, scores)], resamples, rng)[0]
+    draws = resample(np.ones(len(targets), dtype=np.int64), [roc_auc(targets, scores)], resamples, rng)[0]
     return _figure(value, draws, confidence)
 
 

@@ -1,0 +1,87 @@
+"""The one way in which a model is asked about many rows: no gradient, like lengths together, answers in the rows' order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.tasks.base import Example, Predictions, Task
+
+Progress = Callable[[int, int], None]
+"""Told (rows done, rows in all) after every batch; what it raises ends the evaluation."""
+
+
+def run_model(
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    on_progress: Progress | None = None,
+) -> Predictions:
+    """The model's answers to all examples, in the order of the examples.
+
+    Rows are worked off longest first in batches of like lengths, so that hardly anything is padding and memory runs out, if it does, in
+    the first batch. The model is in evaluation mode inside and as it was afterwards.
+
+    Args:
+        model: On the device it is to compute on; whatever adapters are active on it are part of the answer.
+        examples: Encoded rows, with or without targets. The loss is the mean over all targets, None where a row has none.
+        batch_size: Rows a forward pass.
+        dtype: What products are computed in; anything but float32 means autocast.
+    """
+    order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
+    answers: list[Tensor | None] = [None] * len(examples)
+    losses: list[float] = []
+    weights: list[int] = []
+    with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = to_device(task.collate([examples[row] for row in rows], tokenizer), model)
+            outputs = forward(model, batch)
+            if "labels" in batch:
+                losses.append(float(task.loss(outputs, batch)))
+                weights.append(task.weight(batch))
+            logits = outputs.logits.detach().float().cpu()
+            for place, row in enumerate(rows):
+                answers[row] = logits[place : place + 1]
+            if on_progress is not None:
+                on_progress(start + len(rows), len(order))
+    targets = [example.target for example in examples]
+    known = len(examples) > 0 and all(target is not None for target in targets)
+    loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / max(sum(weights), 1) if known else None
+    return task.predictions([answer for answer in answers if answer is not None], targets if known else None, loss)
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Any:
+    """The model's outputs; targets stay outside, the task computes the loss."""
+    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+
+
+def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    device = device_of(model)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def device_of(model: Any) -> torch.device:
+    return next(iter(model.parameters())).device
+
+
+def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
