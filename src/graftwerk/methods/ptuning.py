@@ -1,25 +1,113 @@
-"""P-tuning."""
+"""P-tuning: input embeddings in front of the text, computed by a small network.
+
+Paper: Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385, section 3.2:
+
+    P_i = MLP([h_i→ ; h_i←]),   h = LSTM(e)        or, without the recurrence,   P_i = MLP(e_i)      e: (n, d) trained
+    model([P; E(x)])
+
+The networks are those of PEFT, parameter by parameter: the plain one has three linear layers with ReLU between, the
+recurrent one two linear layers after a bidirectional LSTM.
+
+Parameters, hidden width h: n·d + (d·h + h) + (h·h + h) + (h·d + d) for the MLP; for the LSTM n·d + its two
+directions, 8·h·(d + h + 2) for its first layer and 8·h·(3·h + 2) for each further one, + (4·h·h + 2·h) + (2·h·d + d).
+Trade-off: the network makes training steadier than prompt tuning's bare vectors and can be thrown away afterwards;
+while training it is many times larger than what it makes. A unit of a ReLU that is off for all n tokens gets no
+gradient.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
+from graftwerk.methods.prompt import PromptModule, PromptVectors
 from graftwerk.methods.virtual import VirtualTokens
 
 
 class PTuning(VirtualTokens):
+    """Settings: how many virtual tokens, and the network that makes them."""
+
     name: ClassVar[str] = "ptuning"
     title: ClassVar[str] = "P-tuning"
-    paper: ClassVar[str] = "Liu et al. 2021, https://arxiv.org/abs/2103.10385"
+    paper: ClassVar[str] = "Liu et al. 2021, arXiv:2103.10385"
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "embedding"
     peft_type: ClassVar[str | None] = "P_TUNING"
     default_learning_rate: ClassVar[float] = 3e-3
 
-    encoder_reparameterization_type: Literal["MLP", "LSTM"] = Field(
-        default="MLP", description="the network that the virtual tokens are computed by"
+    encoder_reparameterization_type: Literal["MLP", "LSTM", "NONE"] = Field(
+        default="MLP",
+        description="the network that makes the virtual tokens; NONE: bare vectors, as they are stored without a network",
     )
-    encoder_hidden_size: int | None = Field(default=None, ge=1, description="its hidden width; None: the model's width")
+    encoder_hidden_size: int | None = Field(
+        default=None, ge=1, description="its hidden width h; None: the model's width"
+    )
     encoder_num_layers: int = Field(default=2, ge=1, description="layers of the LSTM")
-    encoder_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout between the LSTM's layers")
+    encoder_dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="dropout between the layers of the LSTM")
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        kind = self.encoder_reparameterization_type
+        if kind != "LSTM" and self.encoder_num_layers != 2:
+            raise ValueError(f"`encoder_num_layers` has no effect with {kind}: only the LSTM has layers to count")
+        if self.encoder_dropout and (kind != "LSTM" or self.encoder_num_layers == 1):
+            raise ValueError(
+                "`encoder_dropout` works between the layers of an LSTM, and there is only one layer or none"
+            )
+        if kind == "NONE" and self.encoder_hidden_size is not None:
+            raise ValueError("`encoder_hidden_size` has no effect with NONE: there is no network")
+        return self
+
+    def count_vectors(self, width: int) -> int:
+        """Trained parameters, by formula; ``width`` is d."""
+        n, d = self.num_virtual_tokens, width
+        h = self.encoder_hidden_size or d
+        if self.encoder_reparameterization_type == "NONE":
+            return n * d
+        if self.encoder_reparameterization_type == "MLP":
+            return n * d + (d * h + h) + (h * h + h) + (h * d + d)
+        lstm = 8 * h * (d + h + 2) + (self.encoder_num_layers - 1) * 8 * h * (3 * h + 2)
+        return n * d + lstm + (4 * h * h + 2 * h) + (2 * h * d + d)
+
+    def build_prompt(self, embedding: nn.Module, width: int) -> PromptModule:
+        """The module of one adapter; it starts from noise, as PEFT's."""
+        if self.encoder_reparameterization_type == "NONE":
+            return PromptVectors(torch.randn(self.num_virtual_tokens, width))
+        return PromptEncoder(
+            self.num_virtual_tokens,
+            width,
+            self.encoder_hidden_size or width,
+            recurrent_layers=self.encoder_num_layers if self.encoder_reparameterization_type == "LSTM" else 0,
+            dropout=self.encoder_dropout,
+        )
+
+
+class PromptEncoder(PromptModule):
+    """The network; its parameters are named as in PEFT's prompt encoder.
+
+    Args:
+        recurrent_layers: Layers of the LSTM; 0 for the plain MLP.
+    """
+
+    def __init__(self, n: int, width: int, hidden: int, *, recurrent_layers: int, dropout: float) -> None:
+        super().__init__()
+        self.n = n
+        self.embedding = nn.Embedding(n, width)
+        if recurrent_layers:
+            self.lstm_head = nn.LSTM(
+                width, hidden, recurrent_layers, dropout=dropout, bidirectional=True, batch_first=True
+            )
+            self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+        else:
+            self.mlp_head = nn.Sequential(
+                nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)
+            )
+
+    def vectors(self) -> Tensor:
+        inner = self.embedding.weight
+        if hasattr(self, "lstm_head"):
+            inner = self.lstm_head(inner[None])[0][0]
+        output: Tensor = self.mlp_head(inner)
+        return output

@@ -20,7 +20,7 @@ class VirtualTokens(Method):
 class FromText(VirtualTokens):
     """Abstract: virtual tokens that may start as the words of a text.
 
-    A method knows no tokenizer, so `init_text` has to be turned into token ids before the method is attached: `with_token_ids`.
+    A method knows no tokenizer, so `init_text` has to be turned into ids before it is attached: `with_token_ids`.
     """
 
     init: Literal["random", "text"] = Field(
@@ -61,15 +61,23 @@ class FromText(VirtualTokens):
             raise ValueError("a text to start from was given, but `init` is `random`")
         return self
 
+    @property
+    def wants_token_ids(self) -> bool:
+        """Whether there is a text that still has to be turned into token ids."""
+        return self.init_text is not None and self.init_token_ids is None
+
     def with_token_ids(self, ids: Sequence[int]) -> Self:
         """These settings with the text turned into ids (without special tokens)."""
         return self.model_copy(update={"init": "text", "init_token_ids": tuple(int(token) for token in ids)})
 
-    def start_ids(self) -> tuple[int, ...] | None:
+    def start_ids(self, vocabulary: int) -> tuple[int, ...] | None:
         """Exactly `num_virtual_tokens` ids to start from, or None for a random start.
 
+        Args:
+            vocabulary: Rows of the model's embedding table.
+
         Raises:
-            ConfigError: there is a text, but nobody has turned it into ids.
+            ConfigError: nobody has turned the text into ids yet, or an id is not in the vocabulary.
         """
         if self.init == "random":
             return None
@@ -78,6 +86,12 @@ class FromText(VirtualTokens):
                 f"`init_text` is not yet tokenized: {self.init_text!r:.60}",
                 where=f"method.init_text of `{self.name}`",
                 mend="attach `method.with_token_ids(tokenizer(text, add_special_tokens=False).input_ids)`",
+            )
+        if wrong := [token for token in self.init_token_ids if not 0 <= token < vocabulary]:
+            raise ConfigError(
+                f"token id {wrong[0]} is not in the model's vocabulary of {vocabulary}",
+                where=f"method.init_token_ids of `{self.name}`",
+                mend="tokenize the text with this model's own tokenizer",
             )
         times = -(-self.num_virtual_tokens // len(self.init_token_ids))
         return (self.init_token_ids * times)[: self.num_virtual_tokens]

@@ -1,0 +1,361 @@
+"""Prefixes in the attention function: learned keys and values in front of those that a model computes.
+
+Transformers' models call their attention by a name in the configuration. An adapted model's name is one of ours; our
+function looks for prefixes in the calling module's box, puts them in front of key and value, widens mask and position
+bias by as many columns, and hands over to the implementation that the model had. Without an active prefix it only
+hands over, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call, after the
+cache was read.
+
+Legend: B rows, H heads, G key/value heads, D head width, Q queries, K keys, n virtual tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from graftwerk.errors import ConflictError, UnsupportedError
+from graftwerk.inject.record import Box, Record, box_of
+from graftwerk.inject.targets import Anatomy, AttentionPlace
+from graftwerk.inject.virtual import (
+    cached_tokens,
+    check_room,
+    inputs_of,
+    lengths,
+    own_positions,
+    per_row,
+    size_of,
+    users,
+)
+from graftwerk.methods.base import Method
+from graftwerk.methods.prefix import Prefix, PrefixModule, PrefixTrunk, PrefixVectors, ProjectedPrefix
+
+_OURS = "graftwerk_"
+_KeysAndValues = tuple[Tensor, Tensor]
+_listener: ContextVar[dict[int, _KeysAndValues] | None] = ContextVar("graftwerk_listener", default=None)
+"""While a model is listened to: id(attention module) -> the keys and values of its last call."""
+
+
+# -- the attention function -------------------------------------------------------------------------------------------
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """What transformers calls: query (B, H, Q, D), key and value (B, G, K, D), mask (B or 1, H or 1, Q, K).
+
+    A mask of booleans is True where a key is seen, one of numbers is added to the scores.
+    """
+    original = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
+    if (listener := _listener.get()) is not None:
+        listener[id(module)] = (key, value)
+    box = box_of(module)
+    prefix = None if box is None else _prefix(box, key)
+    if prefix is not None:
+        prefix_key, prefix_value, seen = prefix
+        n = prefix_key.shape[2]
+        if attention_mask is None and implementation == "sdpa" and _hides_the_future(module, query, kwargs):
+            square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            attention_mask = square.tril()[None, None]
+        if attention_mask is not None or seen is not None:
+            attention_mask = _widened(attention_mask, seen, n, query, key)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))
+        key = torch.cat((prefix_key, key), dim=2)
+        value = torch.cat((prefix_value, value), dim=2)
+    return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _hides_the_future(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether sdpa, given no mask, would let each query see only the keys up to its own."""
+    causal = kwargs.get("is_causal")
+    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, key: Tensor) -> Tensor:
+    """A mask with n columns in front; ``seen`` (B, n) says which of them a row sees, None that it sees all."""
+    if mask is None:
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+    columns = torch.ones(1, n, dtype=torch.bool, device=key.device) if seen is None else seen
+    columns = columns[:, None, None, :]
+    if mask.dtype != torch.bool:
+        hidden = torch.finfo(mask.dtype).min
+        columns = torch.zeros(columns.shape, dtype=mask.dtype, device=mask.device).masked_fill(~columns, hidden)
+    size = max(mask.shape[0], columns.shape[0])
+    columns = columns.expand(size, mask.shape[1], mask.shape[2], n)
+    return torch.cat((columns, mask.expand(size, -1, -1, -1)), dim=-1)
+
+
+def _prefix(box: Box, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Keys and values (B, G, n, D) and, where rows differ, (B, n): the columns that a row sees; None without prefix."""
+    rows, repeats = users(box, PrefixModule, key.shape[0])
+    counts = lengths(rows)
+    n = max(counts)
+    if n == 0:
+        return None
+    size, heads, _, width = key.shape
+    if len(rows) == 1:
+        pairs = [module.vectors() for module in rows[0]]
+        one_key, one_value = (
+            torch.cat([pair[side] for pair in pairs]).to(key.dtype).view(1, n, heads, width).transpose(1, 2)
+            for side in (0, 1)
+        )
+        return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
+    vectors = {id(module): module.vectors() for row in rows for module in row}
+    keys, values = (torch.cat([pair[side] for pair in vectors.values()]).to(key.dtype) for side in (0, 1))
+    starts, total = {}, 0
+    for identity, pair in vectors.items():
+        starts[identity] = total
+        total += pair[0].shape[0]
+    # Columns that a row does not have point at its first vector or any other: the mask hides them.
+    index = torch.tensor(
+        [[starts[id(m)] + i for m in row for i in range(m.n)] + [0] * (n - sum(m.n for m in row)) for row in rows],
+        device=key.device,
+    ).repeat_interleave(repeats, dim=0)
+    shape = (size, n, heads, width)
+    seen = None
+    if min(counts) < n:
+        seen = torch.arange(n, device=key.device)[None] < per_row(counts, repeats, key.device)
+    return keys[index].view(shape).transpose(1, 2), values[index].view(shape).transpose(1, 2), seen
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    """Each modeling file of transformers has an eager implementation of its own."""
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    raise UnsupportedError(
+        f"{type(module).__name__} has no eager attention that a prefix could go into",
+        mend='load the model with attn_implementation="sdpa"',
+    )
+
+
+_MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
+for _name, _mask in _MASKS.items():
+    AttentionInterface.register(_OURS + _name, partial(_attend, _name))
+    AttentionMaskInterface.register(_OURS + _name, _mask)
+
+
+# -- which implementation a model uses --------------------------------------------------------------------------------
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every configuration object in a model; the two halves of T5 have copies of their own."""
+    found = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    return list(found.values())
+
+
+def _check_implementation(model: PreTrainedModel) -> None:
+    for config in _configs(model):
+        name = (config._attn_implementation or "").removeprefix(_OURS)
+        if name not in ("", *_MASKS):
+            raise UnsupportedError(
+                f"a prefix cannot go into the attention implementation `{name}`",
+                mend='load the model with attn_implementation="sdpa" or "eager"',
+            )
+        if name == "eager" and getattr(config, "reorder_and_upcast_attn", False):
+            raise UnsupportedError(
+                "with `reorder_and_upcast_attn` GPT-2's eager attention does not go through transformers' interface",
+                mend='load the model with attn_implementation="sdpa"',
+            )
+
+
+def _use_ours(model: nn.Module) -> None:
+    for config in _configs(model):
+        if config._attn_implementation in _MASKS:
+            config._attn_implementation_internal = _OURS + config._attn_implementation
+
+
+def _use_theirs(model: nn.Module) -> None:
+    for config in _configs(model):
+        if (config._attn_implementation or "").startswith(_OURS):
+            config._attn_implementation_internal = config._attn_implementation.removeprefix(_OURS)
+
+
+# -- hooks on the stacks ----------------------------------------------------------------------------------------------
+
+
+class _BeforeStack:
+    """Forward pre-hook: in decoder-only models the text's positions begin after the prefix.
+
+    An object and not a closure, so that a deep copy of the model has hooks that know the copy.
+    """
+
+    def __init__(self, witness: nn.Module, shifts: bool) -> None:
+        """``witness`` is an attention of this stack: it has a part of every prefix."""
+        self.witness, self.shifts = witness, shifts
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        box = box_of(self.witness)
+        if box is None:
+            return None
+        inputs = inputs_of(stack, args, kwargs)
+        size, tokens, device = size_of(inputs)
+        rows, repeats = users(box, PrefixModule, size)
+        counts = lengths(rows)
+        if max(counts) == 0:
+            return None
+        implementation = getattr(stack.config, "_attn_implementation", None)
+        if not str(implementation).startswith(_OURS):
+            raise ConflictError(
+                f"the attention implementation was changed to `{implementation}` while a prefix is active",
+                mend="choose the implementation before attaching",
+            )
+        if not self.shifts:
+            return None
+        past = cached_tokens(inputs)
+        check_room(stack, max(counts), past + tokens)
+        shift = counts[0] if len(set(counts)) == 1 else per_row(counts, repeats, device)
+        inputs["position_ids"] = own_positions(stack, inputs, past) + shift
+        return (), inputs
+
+
+class _LetGradientsIn:
+    """Forward hook on a stack's embeddings: reentrant checkpointing trains nothing if no input asks for a gradient."""
+
+    def __init__(self, witness: nn.Module, stack: nn.Module) -> None:
+        self.witness, self.stack = witness, stack
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if not (self.stack.training and torch.is_grad_enabled()) or output.requires_grad:
+            return
+        box = box_of(self.witness)
+        if box is None or not box.selection.used():
+            return
+        if any(getattr(part, "gradient_checkpointing", False) for part in self.stack.modules()):
+            output.requires_grad_(True)
+
+
+# -- the three verbs --------------------------------------------------------------------------------------------------
+
+
+def modules(model: PreTrainedModel, method: Method, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """The modules of a new prefix by host path: one for each attention, and with a network one for each stack.
+
+    Raises:
+        UnsupportedError: the architecture is not in the table, or its attention cannot take a prefix.
+    """
+    assert isinstance(method, Prefix)
+    if not anatomy.attentions:
+        raise UnsupportedError(
+            f"prefix tuning does not know where the attention of `{anatomy.model_type}` is",
+            mend="use lora, bottleneck or prompt tuning on this model",
+        )
+    _check_implementation(model)
+    starts = _starting_values(model, method, anatomy)
+    if not method.prefix_projection:
+        return {place.path: PrefixVectors(*starts[place.path]) for place in anatomy.attentions}
+    made: dict[str, nn.Module] = {}
+    trunks = {}
+    for stack in anatomy.stacks:
+        hidden = method.encoder_hidden_size or anatomy.stacks[0].width
+        trunk = PrefixTrunk(method.num_virtual_tokens, stack.width, hidden)
+        made[stack.path] = trunks[stack.kind] = trunk
+    for place in anatomy.attentions:
+        made[place.path] = ProjectedPrefix(trunks[place.stack], *starts[place.path])
+    return made
+
+
+def engage(model: PreTrainedModel, record: Record) -> None:
+    """Make a model's attention look for prefixes. Done twice, it changes nothing more."""
+    from graftwerk.inject.targets import anatomy
+
+    view = anatomy(model)
+    _use_ours(model)
+    for stack in view.stacks:
+        witness = next((place for place in view.attentions if place.stack == stack.kind), None)
+        if witness is None:
+            continue
+        host = model.get_submodule(stack.path)
+        attention = model.get_submodule(witness.path)
+        if not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
+            host.register_forward_pre_hook(_BeforeStack(attention, stack.kind == "causal"), with_kwargs=True)
+        embedding = host.get_input_embeddings()
+        if not any(isinstance(hook, _LetGradientsIn) for hook in embedding._forward_hooks.values()):
+            embedding.register_forward_hook(_LetGradientsIn(attention, host))
+
+
+def release(model: PreTrainedModel, record: Record) -> None:
+    """Give a model its own attention back: configuration and hooks are those from before."""
+    _use_theirs(model)
+    for module in model.modules():
+        drop_hooks(module, (_BeforeStack, _LetGradientsIn))
+
+
+def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take hooks of these kinds off a module."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for identity in [identity for identity, hook in hooks.items() if isinstance(hook, kinds)]:
+            del hooks[identity]
+            with_kwargs.pop(identity, None)
+
+
+# -- where a prefix starts --------------------------------------------------------------------------------------------
+
+
+def _starting_values(model: PreTrainedModel, method: Prefix, anatomy: Anatomy) -> dict[str, _KeysAndValues]:
+    """Keys and values (n, G·D) for each attention: those that the frozen model has for a text, or for random tokens."""
+    table = model.get_input_embeddings().weight
+    ids = method.start_ids(table.shape[0])
+    chosen = torch.randint(table.shape[0], (method.num_virtual_tokens,)) if ids is None else torch.tensor(ids)
+    heard = _listen(model, chosen.to(table.device)[None])
+    return {place.path: _flat(heard[id(model.get_submodule(place.path))], place) for place in anatomy.attentions}
+
+
+def _flat(pair: _KeysAndValues, place: AttentionPlace) -> _KeysAndValues:
+    """(1, G, n, D) -> (n, G·D)."""
+    width = place.kv_heads * place.head_dim
+    key, value = (tensor[0].transpose(0, 1).reshape(-1, width).float() for tensor in pair)
+    return key, value
+
+
+@torch.no_grad()
+def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
+    """Run the bare base over ids (1, n), in evaluation mode, and return keys and values by id(attention module)."""
+    record = Record.of(model)
+    heard: dict[int, _KeysAndValues] = {}
+    was_ours = any((config._attn_implementation or "").startswith(_OURS) for config in _configs(model))
+    modes = {module: module.training for module in model.modules()}
+    extra: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    token = _listener.set(heard)
+    try:
+        _use_ours(model)
+        model.eval()
+        with contextlib.nullcontext() if record is None else _without_grafts(record):
+            model.base_model(input_ids=ids, **extra)
+    finally:
+        _listener.reset(token)
+        for module, training in modes.items():
+            module.training = training
+        if not was_ours:
+            _use_theirs(model)
+    return heard
+
+
+@contextlib.contextmanager
+def _without_grafts(record: Record) -> Iterator[None]:
+    with record.selection.disabled():
+        record.settle()
+        yield
+    record.settle()

@@ -1,0 +1,124 @@
+"""Virtual tokens in a batch: which modules each row uses, and what a stack does about positions.
+
+Shared by prefixes (`attention.py`) and prompts (`embedding.py`).
+Legend: B rows of the batch, T tokens of the text, n virtual tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.errors import ModelError
+from graftwerk.inject.record import Box
+
+Virtual = TypeVar("Virtual", bound=nn.Module)
+
+
+def users(box: Box, kind: type[Virtual], size: int) -> tuple[list[list[Virtual]], int]:
+    """The active modules of one kind at a host for each named row, and how many rows of the batch each stands for.
+
+    Where all rows use the same adapters there is one named row, which stands for the whole batch of ``size``.
+    """
+    selection = box.selection
+    if selection.rows is None:
+        return [[module for module in box.active() if isinstance(module, kind)]], size
+    repeats = selection.repeats(size)
+    return [[module] if isinstance(module := box.get(name), kind) else [] for name in selection.rows], repeats
+
+
+def lengths(rows: Sequence[Sequence[Any]]) -> list[int]:
+    """n of each named row."""
+    return [sum(module.n for module in row) for row in rows]
+
+
+def per_row(values: Sequence[int], repeats: int, device: torch.device) -> Tensor:
+    """(B, 1) from one value for each named row."""
+    return torch.tensor(values, device=device).repeat_interleave(repeats).unsqueeze(1)
+
+
+@cache
+def _parameters(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def inputs_of(stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, however they were passed."""
+    return {**dict(zip(_parameters(type(stack).forward), args, strict=False)), **kwargs}
+
+
+def accepts(stack: nn.Module, name: str) -> bool:
+    return name in _parameters(type(stack).forward)
+
+
+def cached_tokens(inputs: Mapping[str, Any]) -> int:
+    """Positions that the cache of a call holds already; 0 without a cache."""
+    past = inputs.get("past_key_values")
+    return 0 if past is None else int(past.get_seq_length())
+
+
+def size_of(inputs: Mapping[str, Any]) -> tuple[int, int, torch.device]:
+    """(B, T, device) of a call."""
+    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    tensor = ids if ids is not None else embeds
+    if tensor is None:
+        raise ModelError("the model was called with neither input_ids nor inputs_embeds")
+    return tensor.shape[0], tensor.shape[1], tensor.device
+
+
+def own_positions(stack: nn.Module, inputs: Mapping[str, Any], past: int) -> Tensor:
+    """The position ids (B or 1, T) that the stack would use if nobody changed the call.
+
+    Args:
+        past: Tokens of the text, virtual ones not counted, that the cache holds.
+    """
+    if (given := inputs.get("position_ids")) is not None:
+        return torch.as_tensor(given)
+    _, tokens, device = size_of(inputs)
+    embeddings: Any = getattr(stack, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa: counted from the padding id, pads left out
+        padding = embeddings.padding_idx
+        if (ids := inputs.get("input_ids")) is not None:
+            return torch.as_tensor(embeddings.create_position_ids_from_input_ids(ids, padding, past))
+        return torch.arange(padding + 1, padding + 1 + tokens, device=device).unsqueeze(0)
+    mask = inputs.get("attention_mask")
+    if _counts_by_mask(stack) and mask is not None:
+        counted = mask.long().cumsum(dim=1)
+        return torch.as_tensor(counted * mask.long() - 1)[:, -tokens:]
+    return torch.arange(past, past + tokens, device=device).unsqueeze(0)
+
+
+def _counts_by_mask(stack: nn.Module) -> bool:
+    """OPT counts positions by the mask, so that padding at the left has none."""
+    return type(getattr(stack, "embed_positions", None)).__name__ == "OPTLearnedPositionalEmbedding"
+
+
+def first_position(stack: nn.Module) -> int:
+    """The position id of a row's first token."""
+    embeddings: Any = getattr(stack, "embeddings", None)
+    return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+
+
+def check_room(stack: nn.Module, virtual: int, text: int) -> None:
+    """Refuse rows that are longer, virtual tokens included, than a model with a table of positions can number.
+
+    Raises:
+        ModelError: with the number of tokens that do fit.
+    """
+    table = getattr(getattr(stack, "embeddings", None), "position_embeddings", None)
+    if table is None:
+        table = getattr(stack, "wpe", getattr(stack, "embed_positions", None))
+    if not isinstance(table, nn.Embedding):
+        return  # positions are computed: rotary, relative, or made as needed
+    room = table.num_embeddings - int(getattr(table, "offset", first_position(stack)))
+    if virtual + text > room:
+        raise ModelError(
+            f"{text} tokens of text and {virtual} virtual tokens are more than the {room} positions that"
+            f" {type(stack).__name__} has",
+            mend=f"cut texts to {max(room - virtual, 0)} tokens, or use fewer virtual tokens",
+        )
