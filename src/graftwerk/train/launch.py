@@ -1,0 +1,99 @@
+"""One process or several: what accelerate found, and the few things that processes tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftwerk.errors import UnsupportedError
+from graftwerk.tasks.base import Example, Predictions
+
+
+def is_main_process() -> bool:
+    """Before torch or accelerate are imported: what the launcher put into the environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class Processes:
+    """The processes that train together, each with a copy of the model, and this one among them.
+
+    Precision is the loop's (autocast, scaler), so that nothing is wrapped around the model's forward and left there.
+
+    Raises:
+        UnsupportedError: launched in a way that shards the model.
+    """
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate.utils import DistributedType, GradientAccumulationPlugin
+
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise UnsupportedError(
+                f"training with {kind.value} is not supported",
+                mend="launch with plain data parallelism (accelerate launch --multi_gpu, or --cpu --num_processes N)",
+            )
+        self.device: torch.device = self.accelerator.device
+        self.count: int = self.accelerator.num_processes
+        self.index: int = self.accelerator.process_index
+
+    @property
+    def main(self) -> bool:
+        return self.index == 0
+
+    def prepare(self, model: Any) -> Any:
+        """The model on this process's device, its gradients averaged over the processes where there are several."""
+        return self.accelerator.prepare_model(model)
+
+    def alone(self, model: Any) -> AbstractContextManager[Any]:
+        """Inside, gradients stay here: for all micro-batches of a step but the last."""
+        return nullcontext() if self.count == 1 else self.accelerator.no_sync(model)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise over all processes."""
+        if self.count == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        return total
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(...) on each process to (processes, ...) on all, on the CPU. Every process has the same shape."""
+        if self.count == 1:
+            return tensor[None].cpu()
+        gathered: Tensor = self.accelerator.gather(tensor[None].to(self.device))
+        return gathered.cpu()
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def share(self, rows: Sequence[Example]) -> Sequence[Example]:
+        """This process's part of the rows to evaluate: every ``count``-th."""
+        return rows if self.count == 1 else rows[self.index :: self.count]
+
+    def together(self, own: Predictions, rows: int) -> Predictions:
+        """The predictions of all processes on their shares, in the order of the rows; the loss is the mean over all."""
+        if self.count == 1:
+            return own
+        missing = -(-rows // self.count) - len(own.scores)  # gathering needs equal shapes
+        scores = self._interleaved(np.pad(own.scores, [(0, missing), (0, 0)]))[:rows]
+        targets = None if own.targets is None else self._interleaved(np.pad(own.targets, (0, missing)))[:rows]
+        if own.loss is None:
+            return Predictions(scores, targets, None)
+        total, count = self.sum(torch.tensor([own.loss * len(own.scores), len(own.scores)], device=self.device)).tolist()
+        return Predictions(scores, targets, total / count)
+
+    def _interleaved(self, own: np.ndarray) -> np.ndarray:
+        """(each, ...) on each process to (processes x each, ...), one row of each process in turn."""
+        gathered = self.gather(torch.from_numpy(own)).transpose(0, 1)
+        return gathered.reshape(-1, *gathered.shape[2:]).numpy()

@@ -1,0 +1,446 @@
+"""The one training loop, over accelerate: `Trainer.fit` is the whole story, the methods below it are its sentences.
+
+Legend: a *step* is one update of the optimizer from ``rows_per_step`` rows; it is worked off in *micro-batches*, on one
+or several processes. Everything that the next step depends on is in `TrainState`, the parameters, the optimizer's moments
+and the random generators, and goes into every checkpoint; row order and learning rate follow from the step's number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import ConfigError, DivergedError, EnvironmentFault, Interrupted, UnsupportedError
+from graftwerk.inject.attach import Graft
+from graftwerk.tasks.base import Example, Predictions, Task
+from graftwerk.train import memory, optim, rng
+from graftwerk.train.checkpoint import Checkpoints, Snapshot
+from graftwerk.train.clock import Clock
+from graftwerk.train.diagnosis import Diagnosis
+from graftwerk.train.events import Event, Listener
+from graftwerk.train.launch import Processes
+from graftwerk.train.mode import training_mode
+from graftwerk.train.order import epoch_order, micro_batches
+from graftwerk.train.settings import TrainingSettings
+from graftwerk.train.signals import StopSignals
+from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Plain numbers, stored in every checkpoint.
+
+    Attributes:
+        step: Steps done, the skipped ones included.
+        micro_batch: Rows of a micro-batch; smaller than the settings say after memory ran out.
+        bad_steps: Steps skipped because loss or gradient were not finite.
+        best: ``step``, ``metric`` and ``value`` of the best evaluation so far.
+        stale: Evaluations since the best one.
+        evaluated, logged: The steps of the last evaluation and the last ``step`` event.
+        loss_sum, loss_count: Of the steps since the last ``step`` event.
+        grad_norm: Of the last step, before clipping.
+        seconds: Of training so far, evaluations and checkpoints included.
+    """
+
+    step: int
+    micro_batch: int
+    bad_steps: int = 0
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    evaluated: int = 0
+    logged: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains a graft that is attached and active on its model.
+
+    Args:
+        graft: What is trained; its model is moved to the device that accelerate chooses.
+        train, validation: Encoded rows; without validation rows nothing is evaluated and the last state is the best.
+        checkpoints: Where states go.
+        emit: Told everything that happens.
+        stop: Looked at between steps.
+        log_position: Forces the event log to the disk and says how long it is; stored in checkpoints.
+        identity: What this run is (settings, data, base); stored in checkpoints as it is.
+        dtype: What forward passes compute in; anything but float32 means autocast.
+        prior_loss: As for `Diagnosis`.
+
+    Raises:
+        ConfigError: settings that ask for validation rows where there are none.
+        UnsupportedError: the model or the way of launching cannot do what the settings ask.
+        EnvironmentFault: the optimizer's state does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        graft: Graft,
+        task: Task,
+        tokenizer: Any,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        settings: TrainingSettings,
+        *,
+        checkpoints: Checkpoints,
+        emit: Listener = lambda event: None,
+        stop: StopSignals | None = None,
+        log_position: Callable[[], int] = lambda: 0,
+        identity: Mapping[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        prior_loss: float | None = None,
+    ) -> None:
+        check_settings(settings, bool(validation), task)
+        self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
+        self.train, self.validation = train, validation
+        self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
+        self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
+        self.processes = Processes()
+        self.device = self.processes.device
+        if dtype == torch.float16 and self.device.type == "cpu":
+            raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16")
+        self.model = self.processes.prepare(graft.model)
+        self.parameters = list(graft.parameters())
+        try:
+            self.optimizer = optim.build_optimizer(graft, settings)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            raise self._no_memory("the optimizer's state does not fit into memory") from None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
+        self.lengths = [example.length for example in train]
+        self.rows_per_step = (
+            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.processes.count
+        )
+        self.steps_per_epoch = math.ceil(len(train) / self.rows_per_step)
+        self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
+        self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
+        self.evaluate = Evaluator(
+            graft,
+            task,
+            tokenizer,
+            self.processes,
+            batch_size=settings.per_device_eval_batch_size,
+            dtype=dtype,
+            asked_to_stop=lambda: self.stop.signum is not None,
+            say=lambda text: self.emit(Event("memory", self.state.step, text=text)),
+        )
+        self.diagnosis = Diagnosis(
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            learning_rate=optim.peak_rates(graft, settings).method,
+            default_learning_rate=graft.method.default_learning_rate,
+            method=graft.method.name,
+            prior_loss=prior_loss,
+        )
+        self.state = TrainState(step=0, micro_batch=settings.per_device_train_batch_size)
+        self.best_predictions: tuple[int, Predictions] | None = None
+        """Step and validation predictions of the best state, if this process made them."""
+        self.first_step_at: float | None = None
+        """`time.monotonic()` when the first step of this process was done."""
+        self._clock = Clock()
+        self._order: tuple[int, list[list[int]]] = (-1, [])
+        self._saved = -1
+        self._asked_to_stop = 0
+
+    # -- the story -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> TrainState:
+        """Train to the end, from the beginning or from what `restore` put in.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, when the state is saved.
+            DivergedError: too many steps with a non-finite loss or gradient.
+            EnvironmentFault: memory or disk do not suffice; earlier checkpoints are whole.
+        """
+        self._clock.start(self.state.seconds)
+        if self.state.step == 0 and self.processes.index > 0:
+            torch.manual_seed(self.settings.seed + self.processes.index)  # every process draws its own dropout
+        with self.stop.deferring(), training_mode(self.graft.model, self.settings.gradient_checkpointing):
+            self._settle()
+            while not self.done:
+                self._step()
+                self._settle()
+        self.state.seconds = self._clock.seconds()
+        return self.state
+
+    @property
+    def done(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return self.state.step >= self.total_steps or (patience is not None and self.state.stale >= patience)
+
+    def hand_over(self) -> int:
+        """Put the best evaluated state into the graft, where the settings say so; gives the step it is of."""
+        best = self.state.best
+        if not self.settings.load_best or best is None or best["step"] == self.state.step:
+            return self.state.step
+        self.graft.load_state_dict(self.checkpoints.weights(best["step"]))
+        return int(best["step"])
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        state, settings = self.state, self.settings
+        rows = self._rows(state.step)
+        while True:
+            try:
+                loss, state.grad_norm = self._gradients(rows)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+            self._use_smaller_batches()  # outside of the handler, whose traceback holds the failed tensors
+        factor = optim.schedule(settings.lr_scheduler_type, state.step, self.total_steps, self.warmup_steps)
+        optim.set_rates(self.optimizer, factor)
+        state.step += 1
+        if math.isfinite(loss) and math.isfinite(state.grad_norm):
+            self.scaler.step(self.optimizer)
+        else:
+            self._bad_step(loss)
+        self.scaler.update()
+        state.loss_sum += loss
+        state.loss_count += 1
+        self._clock.step()
+        self.first_step_at = self.first_step_at or time.monotonic()
+        for event in self.diagnosis.trained(state.step, loss):
+            self.emit(event)
+        if self._clock.progress_due():
+            self.emit(Event("progress", state.step, total=self.total_steps, loss=loss, left_seconds=self._left()))
+
+    def _gradients(self, rows: Sequence[int]) -> tuple[float, float]:
+        """The gradient of the mean loss over all targets of the step, clipped.
+
+        Micro-batches count by their number of targets, so that the result does not depend on how the step was cut up.
+
+        Returns:
+            That mean loss, and the norm of the gradient before clipping.
+        """
+        processes = self.processes
+        pieces = micro_batches(
+            rows, self.lengths, self.state.micro_batch, processes=processes.count, process=processes.index
+        )
+        # A process without rows left takes part with weight zero: the others wait for its gradients.
+        batches = [self._batch(piece or rows[:1]) for piece in pieces]
+        weights = [self.task.weight(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
+        total = float(sum(weights))
+        if processes.count > 1:
+            total = processes.sum(torch.tensor(total, device=self.device)).item()
+        loss_sum = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
+            last = number == len(batches)
+            with nullcontext() if last else processes.alone(self.model):
+                with self._autocast():
+                    outputs = self.model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+                    loss = self.task.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
+                loss_sum += loss.detach()
+                # Several processes' gradients are averaged, and the mean is over all rows: hence times their number.
+                processes.accelerator.backward(self.scaler.scale(loss * processes.count))
+        self.scaler.unscale_(self.optimizer)
+        if self.settings.max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if processes.count > 1:
+            asked = torch.tensor(float(self.stop.signum or 0), device=self.device)
+            loss_sum, asked = processes.sum(torch.stack([loss_sum, asked]))
+            self._asked_to_stop = max(self._asked_to_stop, int(asked))
+        figures: list[float] = torch.stack([loss_sum, norm]).tolist()  # the one wait for the device in a step
+        return figures[0], figures[1]
+
+    def _bad_step(self, loss: float) -> None:
+        """A step that the optimizer does not see: weights and moments stay as they were."""
+        state, most = self.state, self.settings.max_bad_steps
+        if self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1:
+            return  # an overflow of float16: the scale is lowered, as it is meant to be
+        state.bad_steps += 1
+        what = "gradient" if math.isfinite(loss) else "loss"
+        if state.bad_steps > most:
+            raise DivergedError(
+                f"the {what} of step {state.step} is not finite, and {most} such steps have been skipped already",
+                where=f"step {state.step} of {self.total_steps}",
+                mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
+                kept=self._kept(),
+            )
+        text = f"the {what} is not finite; this step is skipped ({state.bad_steps} of at most {most})"
+        self.emit(Event("bad_step", state.step, text=text, loss=loss, grad_norm=state.grad_norm))
+
+    def _use_smaller_batches(self) -> None:
+        """Half the micro-batch, twice the accumulation: the same step in less memory."""
+        state = self.state
+        self.optimizer.zero_grad(set_to_none=True)
+        memory.release()
+        if state.micro_batch == 1:
+            raise self._no_memory("one row at a time does not fit into memory")
+        if self.processes.count > 1:  # the others are waiting for gradients that this one cannot make
+            raise self._no_memory(f"micro-batches of {state.micro_batch} rows do not fit into memory")
+        state.micro_batch = math.ceil(state.micro_batch / 2)
+        accumulation = math.ceil(self.rows_per_step / state.micro_batch)
+        text = (
+            f"out of memory ({memory.numbers(self.device)}): going on with {accumulation} micro-batches of "
+            f"{state.micro_batch} rows; a step still has {self.rows_per_step} rows"
+        )
+        self.emit(Event("memory", state.step, text=text, micro_batch=state.micro_batch, accumulation=accumulation))
+
+    # -- between steps ---------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Whatever is due after the steps done so far and not yet done: log, evaluate, save, stop."""
+        state, settings = self.state, self.settings
+        at_end = state.step >= self.total_steps
+        if state.loss_count and (at_end or state.step % settings.logging_steps == 0):
+            self._log()
+        evaluation_due = at_end or state.step % (settings.eval_steps or self.steps_per_epoch) == 0
+        better = False
+        if evaluation_due and state.evaluated != state.step:
+            try:
+                better = self._validate()
+            except StopEvaluation:
+                pass  # a resumed run makes up for it
+        save_due = state.step % settings.save_steps == 0 if settings.save_steps else evaluation_due
+        signum = self._asked_to_stop if self.processes.count > 1 else self.stop.signum
+        if (save_due or better or self.done or signum) and self._saved != state.step and state.step:
+            self._save()
+        if signum:
+            raise Interrupted(
+                signum,
+                f"stopped after step {state.step} of {self.total_steps}",
+                kept=self._kept(),
+                mend="the same command with --resume goes on from there",
+            )
+
+    def _log(self) -> None:
+        state = self.state
+        figures = {
+            "loss": state.loss_sum / state.loss_count,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": state.grad_norm,
+            "epoch": state.step / self.steps_per_epoch,
+            "seconds": self._clock.seconds(),
+            "left_seconds": self._left(),
+        }
+        state.loss_sum, state.loss_count, state.logged = 0.0, 0, state.step
+        self.emit(Event("step", state.step, **figures))
+
+    def _validate(self) -> bool:
+        """Metrics on the validation rows; True if they are the best so far."""
+        state = self.state
+        if not self.validation:
+            return False
+        self._clock.pause()
+        predictions = self.evaluate(self.validation)
+        metrics = points(predictions)
+        name = self.settings.metric_for_best or self.task.main_metric
+        value = metrics.get(name)
+        better = value is not None and (state.best is None or is_better(name, value, state.best["value"]))
+        if better:
+            state.best = {"step": state.step, "metric": name, "value": value}
+            self.best_predictions = (state.step, predictions)
+        state.stale = 0 if better else state.stale + 1
+        state.evaluated = state.step
+        self._clock.evaluation_seconds = self._clock.pause()
+        self.emit(Event("evaluation", state.step, **metrics, best=better, seconds=self._clock.seconds()))
+        for event in self.diagnosis.validated(state.step, predictions.loss):
+            self.emit(event)
+        if self.done and state.step < self.total_steps:
+            text = f"{state.stale} evaluations in a row were no better than step {state.best and state.best['step']}"
+            self.emit(Event("early_stopping", state.step, text=text))
+        return better
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        state, settings = self.state, self.settings
+        state.seconds = self._clock.seconds()
+        gathered = {name: self.processes.gather(tensor) for name, tensor in rng.capture(self.device).items()}
+        schedule = {"kind": settings.lr_scheduler_type, "total_steps": self.total_steps, "warmup_steps": self.warmup_steps}
+        if self.processes.main:
+            snapshot = Snapshot(
+                step=state.step,
+                weights=self.graft.state_dict(),
+                optimizer=optim.optimizer_tensors(self.optimizer),
+                rng={f"{n}.{name}": states[n] for name, states in gathered.items() for n in range(self.processes.count)},
+                state={
+                    **asdict(state),
+                    "processes": self.processes.count,
+                    "schedule": schedule,
+                    "scaler": self.scaler.state_dict(),
+                    "diagnosis": self.diagnosis.state_dict(),
+                    "log_position": self.log_position(),
+                    "run": self.identity,
+                },
+            )
+            path = self.checkpoints.save(snapshot)
+            self.emit(Event("checkpoint", state.step, path=str(path), seconds=self._clock.seconds()))
+        self.processes.wait()
+        self._saved = state.step
+        self._clock.pause()
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put back everything that the next step depends on. The caller has checked that it is the same run.
+
+        Raises:
+            ConfigError: the checkpoint was made by another number of processes.
+            AdapterError, IntegrityError: its tensors do not belong to this graft.
+        """
+        values = snapshot.state
+        if values["processes"] != self.processes.count:
+            raise ConfigError(
+                f"this run was trained by {values['processes']} processes and would go on with {self.processes.count}",
+                mend=f"accelerate launch --num_processes {values['processes']}",
+            )
+        self.graft.load_state_dict(snapshot.weights)
+        optim.load_optimizer_tensors(self.optimizer, snapshot.optimizer)
+        self.diagnosis.load_state_dict(values["diagnosis"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(dict(values["scaler"]))
+        self.state = TrainState(**{name: values[name] for name in TrainState.__dataclass_fields__})
+        self._saved = self.state.step
+        mine = f"{self.processes.index}."
+        states = {name.removeprefix(mine): tensor for name, tensor in snapshot.rng.items() if name.startswith(mine)}
+        rng.restore(states, self.device)
+
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    def _rows(self, step: int) -> list[int]:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            seed, group = self.settings.seed, self.settings.length_group
+            self._order = (epoch, epoch_order(self.lengths, self.rows_per_step, seed=seed, epoch=epoch, group=group))
+        return self._order[1][position]
+
+    def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        batch = self.task.collate([self.train[row] for row in rows], self.tokenizer)
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+    def _left(self) -> float:
+        """Seconds to the end of the training, by the pace so far."""
+        steps = self.total_steps - self.state.step
+        evaluations = math.ceil(steps / (self.settings.eval_steps or self.steps_per_epoch))
+        return steps * self._clock.step_seconds + evaluations * self._clock.evaluation_seconds
+
+    def _kept(self) -> str | None:
+        latest = self.checkpoints.latest()
+        return None if latest is None else str(latest)
+
+    def _no_memory(self, what: str) -> EnvironmentFault:
+        longest = max((example.length for example in self.train), default=0)
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        return EnvironmentFault(
+            f"{what}: {memory.numbers(self.device)}; rows have up to {longest} tokens, {trained:,} parameters are trained",
+            mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or data.max_length, "
+            "a method that trains less, or a smaller model",
+            kept=self._kept(),
+        )

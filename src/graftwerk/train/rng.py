@@ -1,0 +1,61 @@
+"""The states of all random number generators as tensors, so that they can lie in a safetensors file (never a pickle)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftwerk.errors import IntegrityError
+
+
+def capture(device: torch.device) -> dict[str, Tensor]:
+    """States of Python's, NumPy's (the global one) and torch's generators, and of ``device``'s own where it is no CPU.
+
+    Returns:
+        ``torch`` (n,) uint8; ``numpy`` (626,) int64: 624 words, position, has_gauss; ``numpy_gauss`` () float64;
+        ``python`` (626,) int64: version and 625 words; ``python_gauss`` () float64, NaN for none; ``device`` (m,) uint8.
+    """
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, python_gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*(int(key) for key in keys), int(position), int(has_gauss)], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(float(gauss), dtype=torch.float64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor(math.nan if python_gauss is None else python_gauss, dtype=torch.float64),
+    }
+    if device.type != "cpu":
+        states["device"] = _backend(device).get_rng_state()
+    return states
+
+
+def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """The inverse of `capture`.
+
+    Raises:
+        IntegrityError: a state is missing or has another form.
+    """
+    try:
+        torch.set_rng_state(states["torch"].clone())
+        numpy_words = states["numpy"].tolist()
+        np.random.set_state(
+            ("MT19937", np.array(numpy_words[:624], dtype=np.uint32), numpy_words[624], numpy_words[625],
+             states["numpy_gauss"].item())
+        )  # fmt: skip
+        version, *words = states["python"].tolist()
+        gauss = states["python_gauss"].item()
+        random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+        if device.type != "cpu":
+            _backend(device).set_rng_state(states["device"].clone())
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        raise IntegrityError(f"the states of the random number generators cannot be restored: {error}") from error
+
+
+def _backend(device: torch.device) -> Any:
+    return getattr(torch, device.type)

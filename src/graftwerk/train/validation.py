@@ -1,0 +1,131 @@
+"""Evaluation inside a training: the model's answers to held-out rows, and which state is the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftwerk.errors import ConfigError, DivergedError
+from graftwerk.inject.attach import Graft
+from graftwerk.tasks.base import Example, Predictions, Task
+from graftwerk.train import memory
+from graftwerk.train.launch import Processes
+from graftwerk.train.settings import TrainingSettings
+
+NEED_ROWS = ("eval_steps", "early_stopping_patience", "metric_for_best")
+
+
+class StopEvaluation(Exception):  # noqa: N818 - no error: a signal came
+    """Raised out of an evaluation that is to be left; nothing has changed."""
+
+
+class Evaluator:
+    """Asks the model about rows; halves the batch where memory runs out.
+
+    Args:
+        batch_size: Rows of a forward pass.
+        dtype: What it computes in.
+        asked_to_stop: Looked at after every batch, where one process is alone; several have to stay together.
+        say: Told in words when the batch is halved.
+    """
+
+    def __init__(
+        self,
+        graft: Graft,
+        task: Task,
+        tokenizer: Any,
+        processes: Processes,
+        *,
+        batch_size: int,
+        dtype: torch.dtype,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.graft, self.task, self.tokenizer, self.processes = graft, task, tokenizer, processes
+        self.batch_size, self.dtype, self.asked_to_stop, self.say = batch_size, dtype, asked_to_stop, say
+
+    def __call__(self, examples: Sequence[Example]) -> Predictions:
+        """Answers in the order of the rows, on every process; the model is left in the mode it was in.
+
+        Raises:
+            StopEvaluation: it was asked to stop.
+            DivergedError: the answers are not finite.
+        """
+        shared = len(examples) >= self.processes.count
+        own = self._predict(self.processes.share(examples) if shared else examples)
+        predictions = self.processes.together(own, len(examples)) if shared else own
+        if not np.isfinite(predictions.scores).all():
+            raise DivergedError(
+                "the model's scores are not finite",
+                mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
+            )
+        return predictions
+
+    def _predict(self, examples: Sequence[Example]) -> Predictions:
+        from graftwerk.evaluate.run import run_model
+
+        training = self.graft.model.training
+        while True:
+            try:
+                predictions: Predictions = run_model(
+                    self.graft.model,
+                    self.task,
+                    examples,
+                    self.tokenizer,
+                    batch_size=self.batch_size,
+                    dtype=self.dtype,
+                    on_progress=self._on_progress,
+                )
+                return predictions
+            except (MemoryError, RuntimeError) as error:
+                if not memory.is_out_of_memory(error) or self.batch_size == 1:
+                    raise
+            finally:
+                self.graft.model.train(training)
+            memory.release()
+            self.batch_size = math.ceil(self.batch_size / 2)
+            self.say(f"out of memory in evaluation: going on with {self.batch_size} rows a batch")
+
+    def _on_progress(self, *_: Any) -> None:
+        if self.processes.count == 1 and self.asked_to_stop():
+            raise StopEvaluation
+
+
+def points(predictions: Predictions) -> dict[str, float]:
+    """The metrics' values without intervals, which would cost more than the evaluation of a small split."""
+    from graftwerk.evaluate.metrics import METRICS, checked, point
+
+    targets, scores = checked(predictions)
+    metrics = {} if predictions.loss is None else {"loss": predictions.loss}
+    return metrics | {name: value for name in METRICS if (value := point(name, targets, scores)) is not None}
+
+
+def is_better(metric: str, value: float, best: float) -> bool:
+    return value < best if metric == "loss" else value > best
+
+
+def check_settings(settings: TrainingSettings, has_validation: bool, task: Task) -> None:
+    """Refuses settings that need validation rows where there are none, and metrics that do not exist.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    from graftwerk.evaluate.metrics import METRICS
+
+    if not has_validation:
+        for name in NEED_ROWS:
+            if getattr(settings, name) is not None:
+                raise ConfigError(
+                    f"`{name}` needs validation rows", where=f"training.{name}", mend="set data.validation, or leave it out"
+                )
+    known = ("loss", *METRICS)
+    if settings.metric_for_best is not None and settings.metric_for_best not in known:
+        raise ConfigError(
+            f"there is no metric `{settings.metric_for_best}` for {task.name}",
+            where="training.metric_for_best",
+            mend=f"there are: {', '.join(known)}",
+        )
