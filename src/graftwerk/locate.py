@@ -62,7 +62,7 @@ def _near(path: Path) -> str:
     parent = path.parent
     if not parent.is_dir():
         return f"the folder {parent} does not exist either"
-    names = sorted(entry.name for entry in parent.iterdir())
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
         return f"did you mean {parent / near[0]}?"

@@ -34,15 +34,16 @@ def read_hub(name: str, split: str, source: str) -> Table:
     except (ConnectionError, TimeoutError) as error:
         # datasets' own offline error is a ConnectionError.
         raise EnvironmentFault(
-            f"the data set `{repository}` is not in the local cache and the hub cannot be reached: {_first(error)}",
-            where=source,
-            mend="fetch it once with a network, or give a local file",
+            f"there is no local file `{source}`, and as a data set of the hub `{repository}` is not in the local cache"
+            " and the hub cannot be reached",
+            where=_first(error),
+            mend="fetch it once with a network, or give a local file with its ending",
         ) from None
     except (datasets.exceptions.DatasetNotFoundError, ValueError, FileNotFoundError, RuntimeError) as error:
         raise ConfigError(
             f"the data set `{repository}` cannot be used: {_first(error)}",
             where=source,
-            mend="hub://owner/name/configuration names a configuration, `data.split` a split",
+            mend="owner/name/configuration names a configuration, owner/name:split a split",
         ) from None
     finally:
         if bars:

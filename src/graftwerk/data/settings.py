@@ -15,8 +15,9 @@ Rows = Annotated[int, Field(ge=1)]
 class DataSettings(Settings):
     """Where rows come from and which of them are used.
 
-    A source is a path (csv, tsv, jsonl, json, parquet), a hub id (``hub://owner/name`` or ``owner/name``), or a file
-    inside an installed package (``pkg://package/path/inside.csv``).
+    A source is a path (csv, tsv, jsonl, json, parquet), a file inside an installed package
+    (``pkg://package/path/inside.csv``), or a data set of the hub: ``owner/name[/configuration][:split]``, with or
+    without ``hub://`` in front.
     """
 
     train: str = Field(description="source of the training rows")
@@ -46,4 +47,4 @@ class DataSettings(Settings):
     max_truncated: float = Field(
         default=0.2, ge=0, le=1, description="refuse when more than this share of the rows would lose tokens"
     )
-    split: str = Field(default="train", description="for a hub id: which of its splits is `train`")
+    split: str = Field(default="train", description="for a hub id in `train` that names no split: which to read")

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from graftwerk.data.files import READERS, read_file
@@ -15,7 +16,7 @@ from graftwerk.errors import ConfigError, DataError
 from graftwerk.locate import PACKAGE_SCHEME, locate
 
 HUB_SCHEME = "hub://"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
 
 Scalar = str | int | float | bool
 Filter = Mapping[str, Scalar | list[Scalar]]
@@ -36,12 +37,13 @@ def read_rows(
     or counts them.
 
     Args:
-        source: A path, ``pkg://package/inner/path``, ``hub://owner/name[/configuration]`` or ``owner/name``.
+        source: A path, ``pkg://package/inner/path``, or ``owner/name[/configuration][:split]`` of the hub, with or
+            without ``hub://`` in front.
         parts: What a row must have, each with the reader of its value.
         optional: Parts that are taken where their column exists.
         columns: Which column plays which part; a part not named here is its own column.
         filter: Keep rows whose column has this value, or one of these; as numbers where both are numbers, else as text.
-        split: For a hub id: which of its splits.
+        split: For a hub id that names none: which of its splits.
 
     Raises:
         ConfigError: no such source, column or part.
@@ -59,7 +61,7 @@ def read_rows(
     present = set(table.columns)
     readers = {part: pair for part, pair in readers.items() if part in parts or pair[0] in present}
 
-    result = Table(table.source, table.shown, [], [], table.bad, table.columns, table.unit, table.read)
+    result = Table(table.source, table.shown, [], [], list(table.bad), table.columns, table.unit, table.read)
     for line, row in zip(table.lines, table.rows, strict=True):
         try:
             if not _passes(row, wanted):
@@ -78,18 +80,17 @@ def _read(source: str, split: str) -> Table:
     if source.startswith(HUB_SCHEME) or is_hub_id(source):
         from graftwerk.data.hub import read_hub
 
-        return read_hub(source.removeprefix(HUB_SCHEME), split, source)
+        name, _, own_split = source.removeprefix(HUB_SCHEME).partition(":")
+        return read_hub(name, own_split or split, source)
     return read_file(locate(source), source)
 
 
 def is_hub_id(source: str) -> bool:
-    """`owner/name`, unless that is a file here or ends like one."""
+    """`owner/name`, with or without a configuration and a split, unless that is a file here or ends like one."""
     if source.startswith((PACKAGE_SCHEME, ".", "~")) or not _HUB_ID.fullmatch(source):
         return False
     if source.lower().endswith(tuple(READERS)):
         return False
-    from pathlib import Path
-
     return not Path(source).exists()
 
 

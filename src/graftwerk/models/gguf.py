@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from graftwerk.errors import EnvironmentFault, IntegrityError, ModelError
@@ -30,15 +31,22 @@ def unpacked(path: Path) -> Path:
     """
     import transformers
 
-    with path.open("rb") as file:
-        if file.read(4) != MAGIC:
-            raise IntegrityError(f"{path} is not a GGUF file")
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    state = path.stat()
+    digest = _digest(path, state.st_size, state.st_mtime_ns)
     target = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}-transformers-{transformers.__version__}"
     if not target.is_dir():
         _unpack(path, target)
     return target
+
+
+@cache
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of the file as it is now; size and time only tell whether it is still the one that was read."""
+    with path.open("rb") as file:
+        if file.read(4) != MAGIC:
+            raise IntegrityError(f"{path} is not a GGUF file")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _unpack(path: Path, target: Path) -> None:

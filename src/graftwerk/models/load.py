@@ -79,9 +79,12 @@ def load_config(name: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: transformers does not know this kind of model; and what `model_folder` raises.
     """
+    return _config(model_folder(name, revision, weights=False), name)
+
+
+def _config(folder: Path, name: str) -> Any:
     from transformers import AutoConfig
 
-    folder = model_folder(name, revision, weights=False)
     with quiet():
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -155,7 +158,7 @@ def load_model(
     from transformers import AutoModel
 
     folder = model_folder(name, revision)
-    config = load_config(name, revision)
+    config = _config(folder, name)
     auto = AutoModel if task is None else task.auto_class()
     if type(config) not in auto._model_mapping:
         what = "loaded bare" if task is None else f"used for {task.name}"
@@ -223,6 +226,8 @@ def _load_error(error: Exception, name: str, folder: Path) -> GraftwerkError:
         return IntegrityError(
             f"a weight file of {name} is damaged: {text}", where=str(folder), mend="fetch the model again"
         )
+    if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
+        return EnvironmentFault(f"{name} does not fit into memory: {text}", mend="use a smaller model")
     if isinstance(error, ImportError):
         return EnvironmentFault(f"{name} needs a package that is not installed: {text}", where=str(folder))
     return ModelError(f"{name} cannot be loaded: {text}", where=str(folder))

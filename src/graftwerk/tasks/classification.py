@@ -22,7 +22,7 @@ from graftwerk.data.rows import Table, settle_bad_rows
 from graftwerk.data.settings import DataSettings
 from graftwerk.data.sources import read_rows
 from graftwerk.data.split import held_out, split_rows
-from graftwerk.errors import DataError
+from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task
 from graftwerk.tasks.encoding import encode_texts, pad
 
@@ -50,11 +50,17 @@ class Classification(Task):
             EnvironmentFault: a source cannot be reached.
         """
         findings: list[Finding] = []
-        tables = {"train": _table(data.train, data, findings)}
+        tables = {"train": _table(data.train, data, data.split, findings)}
         counts: dict[str, int] = {}
         for split, wanted in (("validation", data.validation), ("test", data.test)):
             if isinstance(wanted, str):
-                tables[split] = _table(wanted, data, findings)
+                if wanted == data.train:
+                    raise ConfigError(
+                        f"`{split}` is the same source as `train`: its figures would say nothing",
+                        where=f"data.{split}",
+                        mend="give a number of rows or a share to hold out, or another source",
+                    )
+                tables[split] = _table(wanted, data, split, findings)
                 counts[split] = 0
             else:
                 counts[split] = held_out(wanted, len(tables["train"]), f"data.{split}")
@@ -69,6 +75,11 @@ class Classification(Task):
         chosen: dict[str, list[Row]] = {"train": [rows[index] for index in train]}
         for split, indices in (("validation", validation), ("test", test)):
             chosen[split] = tables[split].rows if split in tables else [rows[index] for index in indices]
+        if data.max_train_rows is not None and len(train) < data.max_train_rows:
+            message = (
+                f"there are {len(train):,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
+            )
+            findings.append(Finding("fewer-rows", message, len(train), mend="give more data, or ask for fewer rows"))
         texts = {split: [row["text"] for row in part] for split, part in chosen.items()}
         used = {split: [row["label"] for row in part] for split, part in chosen.items()}
         names, said = check_labels(used, labels, data.train)
@@ -176,8 +187,8 @@ def rows_for_prediction(
     return table, findings
 
 
-def _table(source: str, data: DataSettings, findings: list[Finding]) -> Table:
-    table = read_rows(source, parts=PARTS, columns=data.columns, filter=data.filter, split=data.split)
+def _table(source: str, data: DataSettings, split: str, findings: list[Finding]) -> Table:
+    table = read_rows(source, parts=PARTS, columns=data.columns, filter=data.filter, split=split)
     findings += settle_bad_rows(table, data.on_bad_row)
     if not table.rows:
         raise DataError(
