@@ -3,8 +3,8 @@
 Transformers' models call their attention by a name in the configuration. An adapted model's name is one of ours; our
 function looks for prefixes in the calling module's box, puts them in front of key and value, widens mask and position
 bias by as many columns, and hands over to the implementation that the model had. Without an active prefix it only
-hands over, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call, after the
-cache was read.
+hands over, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call,
+after the cache was read.
 
 Legend: B rows, H heads, G key/value heads, D head width, Q queries, K keys, n virtual tokens.
 """
@@ -31,6 +31,7 @@ from graftwerk.inject.targets import Anatomy, AttentionPlace
 from graftwerk.inject.virtual import (
     cached_tokens,
     check_room,
+    gathered,
     inputs_of,
     lengths,
     own_positions,
@@ -118,17 +119,9 @@ def _prefix(box: Box, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | Non
             for side in (0, 1)
         )
         return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
-    vectors = {id(module): module.vectors() for row in rows for module in row}
-    keys, values = (torch.cat([pair[side] for pair in vectors.values()]).to(key.dtype) for side in (0, 1))
-    starts, total = {}, 0
-    for identity, pair in vectors.items():
-        starts[identity] = total
-        total += pair[0].shape[0]
-    # Columns that a row does not have point at its first vector or any other: the mask hides them.
-    index = torch.tensor(
-        [[starts[id(m)] + i for m in row for i in range(m.n)] + [0] * (n - sum(m.n for m in row)) for row in rows],
-        device=key.device,
-    ).repeat_interleave(repeats, dim=0)
+    distinct, index = gathered(rows, repeats, key.device)
+    pairs = [module.vectors() for module in distinct]
+    keys, values = (torch.cat([pair[side] for pair in pairs]).to(key.dtype) for side in (0, 1))
     shape = (size, n, heads, width)
     seen = None
     if min(counts) < n:

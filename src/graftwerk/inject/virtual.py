@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -37,9 +39,78 @@ def lengths(rows: Sequence[Sequence[Any]]) -> list[int]:
     return [sum(module.n for module in row) for row in rows]
 
 
+def gathered(rows: Sequence[Sequence[Virtual]], repeats: int, device: torch.device) -> tuple[list[Virtual], Tensor]:
+    """How to lay out the vectors of rows that differ, in one lookup.
+
+    Returns:
+        The distinct modules, and (B, n) indices into their vectors one after the other. Where a row has less than the
+        most n, its last columns point at some vector that is not its own; a mask has to hide them.
+    """
+    distinct = list(dict.fromkeys(module for row in rows for module in row))
+    starts = dict(zip(distinct, accumulate(lengths([[module] for module in distinct]), initial=0), strict=False))
+    most = max(lengths(rows))
+    index = [[starts[module] + i for module in row for i in range(int(module.n))] for row in rows]  # type: ignore[arg-type]
+    filled = torch.tensor([row + [0] * (most - len(row)) for row in index], device=device)
+    return distinct, filled.repeat_interleave(repeats, dim=0)
+
+
 def per_row(values: Sequence[int], repeats: int, device: torch.device) -> Tensor:
     """(B, 1) from one value for each named row."""
     return torch.tensor(values, device=device).repeat_interleave(repeats).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of each row's virtual tokens among its real ones; S = n + T.
+
+    Attributes:
+        n: Virtual tokens of the row that has most.
+        counts: (B, 1), virtual tokens of each row.
+        leads: (B, 1), padding in front of each row's text; None where there is none.
+        causal: Whether rows end, and not begin, at the same place.
+        even: Whether all rows have n virtual tokens.
+    """
+
+    n: int
+    counts: Tensor
+    leads: Tensor | None
+    causal: bool
+    even: bool
+
+    def merge(self, virtual: Tensor, real: Tensor) -> Tensor:
+        """(B, n, ...) and (B, T, ...) -> (B, S, ...), zeros where a row has neither."""
+        if self.even and self.leads is None:
+            return torch.cat((virtual, real), dim=1)
+        nothing = torch.zeros_like(real[:, :1])
+        index = self._index(real.shape[1], real.device)
+        index = index.view(*index.shape, *[1] * (real.dim() - 2)).expand(-1, -1, *real.shape[2:])
+        return torch.cat((virtual, real, nothing), dim=1).gather(1, index)
+
+    def _index(self, tokens: int, device: torch.device) -> Tensor:
+        """(B, S): for each position of the result, where in [virtual; real; nothing] its value is."""
+        place = torch.arange(self.n + tokens, device=device)[None]
+        if self.causal:
+            leads = 0 if self.leads is None else self.leads
+            which, token = place - (leads + self.n - self.counts), place - self.n
+            is_real = token >= leads
+        else:
+            which, token = place, place - self.counts
+            is_real = (token >= 0) & (token < tokens)
+        is_virtual = (which >= 0) & (which < self.counts)
+        nothing = torch.full_like(which.expand(len(self.counts), -1), self.n + tokens)
+        return torch.where(is_virtual, which, torch.where(is_real, self.n + token, nothing))
+
+    def mask(self, real: Tensor) -> Tensor:
+        """(B, T) -> (B, S); virtual tokens are seen."""
+        return self.merge(real.new_ones(real.shape[0], self.n), real)
+
+    def text_of(self, states: Tensor) -> Tensor:
+        """(B, S, ...) -> (B, T, ...): the states at the text's positions."""
+        if self.causal or self.even:
+            return states[:, self.n :]
+        tokens = states.shape[1] - self.n
+        index = self.counts + torch.arange(tokens, device=states.device)[None]
+        return states.gather(1, index.view(*index.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:]))
 
 
 @cache
@@ -80,8 +151,8 @@ def own_positions(stack: nn.Module, inputs: Mapping[str, Any], past: int) -> Ten
     if (given := inputs.get("position_ids")) is not None:
         return torch.as_tensor(given)
     _, tokens, device = size_of(inputs)
-    embeddings: Any = getattr(stack, "embeddings", None)
-    if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa: counted from the padding id, pads left out
+    if numbers_from_ids(stack):
+        embeddings: Any = stack.embeddings
         padding = embeddings.padding_idx
         if (ids := inputs.get("input_ids")) is not None:
             return torch.as_tensor(embeddings.create_position_ids_from_input_ids(ids, padding, past))
@@ -93,6 +164,11 @@ def own_positions(stack: nn.Module, inputs: Mapping[str, Any], past: int) -> Ten
     return torch.arange(past, past + tokens, device=device).unsqueeze(0)
 
 
+def numbers_from_ids(stack: nn.Module) -> bool:
+    """RoBERTa and its kin number tokens from the padding id on, and leave padding out."""
+    return hasattr(getattr(stack, "embeddings", None), "create_position_ids_from_input_ids")
+
+
 def _counts_by_mask(stack: nn.Module) -> bool:
     """OPT counts positions by the mask, so that padding at the left has none."""
     return type(getattr(stack, "embed_positions", None)).__name__ == "OPTLearnedPositionalEmbedding"
@@ -100,8 +176,8 @@ def _counts_by_mask(stack: nn.Module) -> bool:
 
 def first_position(stack: nn.Module) -> int:
     """The position id of a row's first token."""
-    embeddings: Any = getattr(stack, "embeddings", None)
-    return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
+    embeddings: Any = stack.embeddings if numbers_from_ids(stack) else None
+    return 0 if embeddings is None else int(embeddings.padding_idx) + 1
 
 
 def check_room(stack: nn.Module, virtual: int, text: int) -> None:

@@ -39,7 +39,7 @@ class PTuning(VirtualTokens):
 
     encoder_reparameterization_type: Literal["MLP", "LSTM", "NONE"] = Field(
         default="MLP",
-        description="the network that makes the virtual tokens; NONE: bare vectors, as they are stored without a network",
+        description="the network that makes the virtual tokens; NONE: bare vectors, as stored without a network",
     )
     encoder_hidden_size: int | None = Field(
         default=None, ge=1, description="its hidden width h; None: the model's width"
