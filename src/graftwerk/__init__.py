@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graftwerk.evaluate.run import predict as predict
     from graftwerk.inject.attach import Graft as Graft
     from graftwerk.inject.attach import activate as activate
+    from graftwerk.inject.attach import adapter_state_dict as adapter_state_dict
     from graftwerk.inject.attach import attach as attach
     from graftwerk.inject.attach import detach as detach
     from graftwerk.inject.attach import disabled as disabled
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from graftwerk.methods.probe import Probe as Probe
     from graftwerk.methods.prompt import Prompt as Prompt
     from graftwerk.methods.ptuning import PTuning as PTuning
-    from graftwerk.store.folder import adapter_state_dict as adapter_state_dict
     from graftwerk.store.folder import load_adapter as load
     from graftwerk.store.folder import save_adapter as save
     from graftwerk.train.run import train as train
@@ -58,7 +58,7 @@ _HOMES = {
     "Graft": ("graftwerk.inject.attach", "Graft"),
     "load": ("graftwerk.store.folder", "load_adapter"),
     "save": ("graftwerk.store.folder", "save_adapter"),
-    "adapter_state_dict": ("graftwerk.store.folder", "adapter_state_dict"),
+    "adapter_state_dict": ("graftwerk.inject.attach", "adapter_state_dict"),
     "RunConfig": ("graftwerk.config", "RunConfig"),
     "train": ("graftwerk", "train"),  # packages that can be called: see verbs.py
     "evaluate": ("graftwerk", "evaluate"),

@@ -46,7 +46,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
         run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *common]}
         del run.__wrapped__  # typer would read the wrapped function's hints
-        app.command(name)(run)
+        short = (function.__doc__ or "").strip().partition("\n")[0]
+        app.command(name, short_help=short)(run)
         return run
 
     return register

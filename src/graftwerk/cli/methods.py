@@ -76,7 +76,11 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def said_of(method: type[Method], subject: str) -> str:
-    """The sentence after ``subject:`` at the head of the method's file, on one line."""
+    """What the head of the method's file says after ``subject``, on one line; "for each layer: r (in + out)" with its qualifier."""
     head = inspect.getdoc(sys.modules[method.__module__]) or ""
-    found = re.search(rf"^{re.escape(subject)}: (.+?)(?=\n\n|\n[A-Z][\w-]*: |\Z)", head, re.DOTALL | re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    pattern = rf"^{re.escape(subject)}([^:\n]*): (.+?)(?=\n\n|\n[A-Z][\w-]*[^:\n]*: |\Z)"
+    found = re.search(pattern, head, re.DOTALL | re.MULTILINE)
+    if found is None:
+        return ""
+    qualifier = f"{found[1].strip(" ,")}: " if found[1].strip(" ,") else ""
+    return qualifier + " ".join(found[2].split())

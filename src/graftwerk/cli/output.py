@@ -6,6 +6,7 @@ level of Python's `sys.stdout` and of the process's file descriptor, so that std
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -36,7 +37,14 @@ class Output:
 
     def show(self, *things: RenderableType) -> None:
         """The result, for people: stdout, or stderr with `--json`."""
-        console(sys.stderr if self.as_json else sys.stdout).print(*things, sep="\n", soft_wrap=False)
+        stream = sys.stderr if self.as_json else sys.stdout
+        if stream.isatty():
+            console(stream).print(*things, sep="\n")
+            return
+        held = io.StringIO()
+        console(held).print(*things, sep="\n")
+        # rich fills every line up to the width of the table
+        print("\n".join(line.rstrip() for line in held.getvalue().splitlines()), file=stream)
 
     def line(self, text: str) -> None:
         """A line of the result that is never wrapped or coloured: a path, a prediction."""
@@ -91,6 +99,11 @@ def stdout_to_stderr() -> Iterator[TextIO]:
         finally:
             os.dup2(saved, descriptor)
             os.close(saved)
+
+
+def printable(text: str) -> str:
+    """Text from files without what could move the cursor, colour the terminal or turn the line around."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
 
 
 def dump(data: Mapping[str, Any]) -> str:

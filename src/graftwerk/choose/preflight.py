@@ -1,0 +1,137 @@
+"""Everything that can be known about a run before a model is loaded: the data, the lengths, what would train, how many steps.
+
+Needs the model's configuration and tokenizer, not its weights: the model is built without storage (torch's `meta` device), and
+trained parameters are counted by the methods' formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graftwerk.config import RunConfig
+from graftwerk.data.lint import check_truncation
+from graftwerk.errors import DataError
+from graftwerk.methods.base import Method
+from graftwerk.methods.prefix import Prefix
+from graftwerk.models.load import load_config, load_tokenizer, max_length_for
+from graftwerk.tasks.base import Example, Finding, Splits, Task
+from graftwerk.tasks.catalog import task_named
+
+SHOWN_TOKENS = 40
+"""Tokens of the first row that are shown as the model sees them."""
+
+
+def preflight(config: RunConfig) -> dict[str, Any]:
+    """Check a run whole and say what it would do.
+
+    Returns:
+        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut), ``findings``,
+        ``first_row`` (the text and its tokens as the model sees them), ``parameters`` (trained, head, total, share), ``steps``,
+        ``learning_rate``, ``output_dir``.
+
+    Raises:
+        ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
+    """
+    task = task_named(config.task)
+    splits = task.read(config.data)
+    tokenizer = load_tokenizer(config.model, config.revision)
+    architecture = load_config(config.model, config.revision)
+    max_length = max_length_for(architecture, tokenizer, config.data.max_length)
+    encoded = {
+        name: task.encode(rows, tokenizer, splits, max_length)
+        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+        if rows
+    }
+    findings = list(splits.findings)
+    for name, examples in encoded.items():
+        cut = [example.truncated for example in examples]
+        try:
+            findings += check_truncation(cut, max_length, config.data.max_truncated, name)
+        except DataError as error:
+            findings.append(Finding("truncated", error.what, sum(map(bool, cut)), mend=error.mend, grave=True))
+    training = config.training
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(encoded["train"]) / rows_per_step)
+    return {
+        "model": {"name": config.model, "kind": architecture.model_type, "max_length": max_length},
+        "task": config.task,
+        "data": {
+            "origin": splits.origin,
+            "fingerprint": splits.fingerprint,
+            "rows": {name: len(examples) for name, examples in encoded.items()},
+            "labels": _labels(splits),
+            "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
+            "truncated": {name: sum(bool(example.truncated) for example in rows) for name, rows in encoded.items()},
+        },
+        "findings": [asdict(finding) for finding in findings],
+        "first_row": _as_seen(splits, encoded["train"][0], tokenizer),
+        "method": config.method.to_dict(),
+        "parameters": count_parameters(config.method, task, architecture, splits),
+        "steps": training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch),
+        "steps_per_epoch": steps_per_epoch,
+        "rows_per_step": rows_per_step,
+        "learning_rate": config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate,
+        "output_dir": {"path": str(config.output_dir), "exists": Path(config.output_dir).exists()},
+    }
+
+
+def count_parameters(method: Method, task: Task, architecture: Any, splits: Splits) -> dict[str, Any]:
+    """``trained`` (head not counted), ``head``, ``total`` of the base, ``share`` trained of it; nothing is loaded.
+
+    Raises:
+        UnsupportedError, ConfigError: the method cannot work on this architecture, or a target names nothing.
+    """
+    import torch
+
+    from graftwerk.inject.heads import head_paths
+    from graftwerk.inject.targets import anatomy
+
+    for key, value in task.model_kwargs(splits).items():
+        setattr(architecture, key, value)
+    with torch.device("meta"):
+        model = task.auto_class().from_config(architecture)
+    view = anatomy(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    heads = head_paths(model, method, view)
+    head = sum(parameter.numel() for path in heads for parameter in model.get_submodule(path).parameters())
+    if method.kind == "layer":
+        own = method.count(method.places(view.places))
+    elif method.kind == "weights":
+        own = total - head
+    elif isinstance(method, Prefix):
+        own = method.count_vectors(
+            [place.kv_heads * place.head_dim for place in view.attentions], [stack.width for stack in view.stacks]
+        )
+    else:
+        own = sum(method.count_vectors(stack.width) for stack in view.stacks)  # type: ignore[attr-defined]
+    return {"trained": own, "head": head, "total": total, "share": (own + head) / total}
+
+
+def _labels(splits: Splits) -> dict[str, dict[str, int]]:
+    """How many rows each label has in each split, in the order of the label ids."""
+    counted = {
+        name: Counter(row["label"] for row in rows)
+        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+        if rows
+    }
+    return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels or ()}
+
+
+def _lengths(examples: Sequence[Example]) -> dict[str, int]:
+    lengths = [example.length + example.truncated for example in examples]
+    median, most, longest = np.percentile(lengths, [50, 95, 100]).round().astype(int).tolist()
+    return {"median": median, "p95": most, "longest": longest, "tokens": sum(lengths)}
+
+
+def _as_seen(splits: Splits, example: Example, tokenizer: Any) -> dict[str, Any]:
+    """What the first row looks like to the model: a wrong column or a missing special token shows at a glance."""
+    tokens = tokenizer.convert_ids_to_tokens(example.inputs["input_ids"])
+    label = splits.labels[example.target] if splits.labels else None
+    return {"text": splits.train[0]["text"], "tokens": tokens[:SHOWN_TOKENS], "length": example.length, "label": label}

@@ -1,0 +1,109 @@
+"""`graftwerk doctor`: what this machine is fast in, and what is wrong with a run before it costs anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.figures import byte_size, count, share
+from graftwerk.cli.output import Output, printable, table
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings in place of those in the file.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "doctor")
+    def doctor(
+        out: Output,
+        config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run file to check.", show_default=False)] = None,
+        overrides: Overrides = None,
+    ) -> Result:
+        """Check the machine, and with a run file its data and settings.
+
+        Without a run file: cores, memory, versions, the compute type that is fast here. With one: columns, labels, lengths,
+        truncation, duplicates, what would be trained. No model is loaded.
+        """
+        from graftwerk.cli.machine import describe_machine
+
+        machine = describe_machine()
+        show_machine(out, machine)
+        if config is None:
+            return {"machine": machine}
+        from graftwerk.choose.preflight import preflight
+        from graftwerk.config import RunConfig
+
+        checked = preflight(RunConfig.load(config, overrides))
+        show_preflight(out, checked)
+        refuse_grave(checked)
+        return {"machine": machine, "run": checked}
+
+
+def show_machine(out: Output, machine: dict[str, Any]) -> None:
+    from graftwerk.cli.machine import OPTIONAL
+
+    shown = table("machine", "")
+    shown.add_row("system", f"{machine['system']}, Python {machine['python']}")
+    shown.add_row("cores", f"{machine['cores']} ({machine['threads']} threads in torch)")
+    total, free = machine["memory_bytes"], machine["memory_available_bytes"]
+    if total is not None:
+        shown.add_row("memory", byte_size(total) + (f", {byte_size(free)} to be had" if free is not None else ""))
+    shown.add_row("devices", ", ".join(machine["devices"]) or "no GPU")
+    shown.add_row("compute type", f"{machine['compute_type']} (the fastest here, by a short probe)")
+    for name, version in machine["versions"].items():
+        shown.add_row(name, version or f"not installed ({OPTIONAL.get(name, 'needed')})")
+    out.show(shown)
+
+
+def show_preflight(out: Output, checked: dict[str, Any]) -> None:
+    data, parameters = checked["data"], checked["parameters"]
+    model = checked["model"]
+    out.line(f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters, rows of up to {model['max_length']} tokens")
+    out.line(
+        f"method  {checked['method']['name']}: trains {count(parameters['trained'])} parameters and a head of {count(parameters['head'])}"
+        f" ({share(parameters['share'])}), learning rate {checked['learning_rate']:g}"
+    )
+    out.line(f"steps   {checked['steps']:,} of {checked['rows_per_step']} rows, {checked['steps_per_epoch']:,} an epoch")
+    place = checked["output_dir"]
+    out.line(f"output  {place['path']}" + (" (exists already)" if place["exists"] else ""))
+    shown = table("rows", "", "median", "95 %", "longest", "cut", numbers=("", "median", "95 %", "longest", "cut"), title="\ntokens of a row")
+    for split, rows in data["rows"].items():
+        lengths = data["lengths"][split]
+        cut = data["truncated"][split]
+        shown.add_row(split, f"{rows:,}", *(str(lengths[key]) for key in ("median", "p95", "longest")), f"{cut:,}")
+    out.show(shown)
+    splits = list(data["rows"])
+    labels = table("label", *splits, numbers=splits, title="\nrows of each label")
+    for label, counts in data["labels"].items():
+        labels.add_row(printable(label), *(f"{counts[split]:,}" for split in splits))
+    out.show(labels)
+    first = checked["first_row"]
+    out.line(f"\nfirst row as the model sees it ({first['length']} tokens, label {printable(str(first['label']))}):")
+    out.line("  " + printable(" ".join(first["tokens"])) + (" ..." if first["length"] > len(first["tokens"]) else ""))
+    for finding in checked["findings"]:
+        out.line(f"\n{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
+        for key in ("example", "mend"):
+            if finding[key]:
+                out.line(f"  {key}: {printable(finding[key])}")
+    if not checked["findings"]:
+        out.line("\nnothing wrong was found")
+
+
+def refuse_grave(checked: dict[str, Any]) -> None:
+    """Data that makes the figures mislead is an error, so that a script sees it by the exit code.
+
+    Raises:
+        DataError: naming each grave finding.
+    """
+    from graftwerk.errors import DataError
+
+    grave = [finding for finding in checked["findings"] if finding["grave"]]
+    if grave:
+        raise DataError(
+            "; ".join(finding["message"] for finding in grave),
+            mend=next((finding["mend"] for finding in grave if finding["mend"]), None),
+        )

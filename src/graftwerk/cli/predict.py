@@ -1,0 +1,34 @@
+"""`graftwerk predict`: what a trained adapter says about texts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.output import Output, printable
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "predict")
+    def predict(
+        out: Output,
+        target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")],
+        texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...]", help="The texts.", show_default=False)] = None,
+        data: Annotated[str | None, typer.Option(help="A file of rows, in place of texts.")] = None,
+    ) -> Result:
+        """Label texts with a trained adapter; one line each: label, its probability, the text."""
+        from graftwerk.errors import ConfigError
+        from graftwerk.evaluate.run import predict
+
+        if bool(texts) == bool(data):
+            raise ConfigError(
+                "give texts or --data, not both" if texts else "there is nothing to predict",
+                mend='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
+            )
+        result = predict(target, texts=texts or None, data=data)
+        for place, row in enumerate(result["predictions"]):
+            text = texts[place] if texts else str(row.get("text", ""))
+            out.line(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}".rstrip())
+        return result
