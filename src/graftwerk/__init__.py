@@ -1,6 +1,6 @@
 """graftwerk: adapt pretrained Hugging Face models to your own data by training a small part of them.
 
-The whole public API stands here and is imported when it is first used, so that `import graftwerk` costs next to nothing:
+The whole public API stands here and is imported when it is first used, so that `import graftwerk` costs nothing:
 
 - methods: `LoRA`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`, `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `grafts`, `adapter_state_dict`, `load`, `save`
@@ -67,7 +67,33 @@ _HOMES = {
 }
 
 __version__: str
-__all__ = ["__version__", "errors", *_HOMES]  # noqa: PLE0604 - names are strings
+__all__ = [
+    "IA3",
+    "BitFit",
+    "Bottleneck",
+    "Full",
+    "Graft",
+    "LoRA",
+    "PTuning",
+    "Prefix",
+    "Probe",
+    "Prompt",
+    "RunConfig",
+    "__version__",
+    "activate",
+    "adapter_state_dict",
+    "attach",
+    "compare",
+    "detach",
+    "disabled",
+    "errors",
+    "evaluate",
+    "grafts",
+    "load",
+    "predict",
+    "save",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

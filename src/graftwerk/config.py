@@ -1,7 +1,7 @@
 """One run file, checked whole: the parts' own settings composed, `key=value` overrides applied, every mistake named.
 
-A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply and deep
-nesting are refused.
+A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply and
+deep nesting are refused.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def explain(error: ValidationError, model: type[Settings], where: str | None) ->
         else:
             message = fault["msg"].removeprefix("Value error, ")
             lines.append(f"`{key}`: {message} (got {fault.get('input')!r:.80})")
-    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, mend="`graftwerk schema` lists every key with its meaning")
+    mend = "`graftwerk schema` lists every key with its meaning"
+    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, mend=mend)
 
 
 def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:

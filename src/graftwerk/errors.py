@@ -79,7 +79,7 @@ class AdapterError(ModelError):
     code = "adapter"
 
 
-class EnvironmentFault(GraftwerkError):
+class EnvironmentFault(GraftwerkError):  # noqa: N818 - EnvironmentError is Python's own
     """Disk, memory, permission, network, or a package that is not installed."""
 
     code = "environment"

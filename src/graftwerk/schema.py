@@ -26,13 +26,14 @@ def run_schema() -> dict[str, Any]:
             *({"$ref": f"#/$defs/{method.__name__}"} for method in METHODS.values()),
         ],
     }
-    for model in (RunConfig, *_parts(RunConfig)):
-        _add_aliases(model, schema if model is RunConfig else definitions[model.__name__])
+    _add_aliases(RunConfig, schema)
+    for model in _parts(RunConfig):
+        _add_aliases(model, definitions[model.__name__])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def run_keys() -> Iterator[dict[str, Any]]:
-    """Every key of a run file with its kind, default and meaning, in reading order; keys of methods as ``method(lora).r``."""
+    """Every key of a run file with its kind, default and meaning; keys of methods as ``method(lora).r``."""
     yield from _keys(RunConfig, "")
     for name, method in METHODS.items():
         yield from _keys(method, f"method({name}).")

@@ -1,6 +1,6 @@
 """The root of every settings model: frozen, unknown keys refused, every field described.
 
-The description of a field is what `graftwerk schema`, the command line's help and the docs show; it is written once, there.
+The description of a field is what `graftwerk schema` and the docs show; it is written once, there.
 """
 
 from __future__ import annotations

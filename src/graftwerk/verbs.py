@@ -1,7 +1,7 @@
 """`graftwerk.train(...)` and `graftwerk.evaluate(...)`: two verbs that are also the names of their rooms.
 
-Python binds a package's name on its parent when anything inside it is imported, so a function of the same name there would
-work or not depending on what was imported before. The packages themselves can therefore be called.
+Python binds a package's name on its parent when anything inside it is imported, so a function of the same name there
+would work or not depending on what was imported before. The packages themselves can therefore be called.
 """
 
 from __future__ import annotations

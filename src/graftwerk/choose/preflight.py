@@ -1,7 +1,7 @@
-"""Everything that can be known about a run before a model is loaded: the data, the lengths, what would train, how many steps.
+"""What can be known about a run before a model is loaded: the data, the lengths, what would train, the steps.
 
-Needs the model's configuration and tokenizer, not its weights: the model is built without storage (torch's `meta` device), and
-trained parameters are counted by the methods' formulas.
+Needs the model's configuration and tokenizer, not its weights: the model is built without storage (torch's `meta`
+device), and trained parameters are counted by the methods' formulas.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     """Check a run whole and say what it would do.
 
     Returns:
-        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut), ``findings``,
-        ``first_row`` (the text and its tokens as the model sees them), ``parameters`` (trained, head, total, share), ``steps``,
-        ``learning_rate``, ``output_dir``.
+        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut),
+        ``findings``, ``first_row`` (the text and its tokens as the model sees them), ``parameters`` (trained, head,
+        total, share), ``steps``, ``learning_rate``, ``output_dir``.
 
     Raises:
         ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
@@ -59,6 +59,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     training = config.training
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(encoded["train"]) / rows_per_step)
+    rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
     return {
         "model": {"name": config.model, "kind": architecture.model_type, "max_length": max_length},
         "task": config.task,
@@ -77,7 +78,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "steps": training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch),
         "steps_per_epoch": steps_per_epoch,
         "rows_per_step": rows_per_step,
-        "learning_rate": config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate,
+        "learning_rate": rate,
         "output_dir": {"path": str(config.output_dir), "exists": Path(config.output_dir).exists()},
     }
 

@@ -11,7 +11,9 @@ import typer
 
 from graftwerk.cli.output import Output, dump, stdout_to_stderr
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout; everything else on stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object as the last line of stdout; everything else on stderr.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes: results and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _COMMON = (("json", Json), ("quiet", Quiet), ("debug", Debug))

@@ -7,26 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from graftwerk.cli.arguments import Overrides
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.figures import byte_size, count, share
 from graftwerk.cli.output import Output, printable, table
-
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings in place of those in the file.", show_default=False)
-]
 
 
 def register(app: typer.Typer) -> None:
     @command(app, "doctor")
     def doctor(
         out: Output,
-        config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run file to check.", show_default=False)] = None,
+        config: Annotated[
+            Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run file to check.", show_default=False)
+        ] = None,
         overrides: Overrides = None,
     ) -> Result:
         """Check the machine, and with a run file its data and settings.
 
-        Without a run file: cores, memory, versions, the compute type that is fast here. With one: columns, labels, lengths,
-        truncation, duplicates, what would be trained. No model is loaded.
+        Without a run file: cores, memory, versions, the compute type that is fast here. With one: columns, labels,
+        lengths, truncation, duplicates, what would be trained. No model is loaded.
         """
         from graftwerk.cli.machine import describe_machine
 
@@ -60,17 +59,30 @@ def show_machine(out: Output, machine: dict[str, Any]) -> None:
 
 
 def show_preflight(out: Output, checked: dict[str, Any]) -> None:
-    data, parameters = checked["data"], checked["parameters"]
-    model = checked["model"]
-    out.line(f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters, rows of up to {model['max_length']} tokens")
+    data, parameters, model = checked["data"], checked["parameters"], checked["model"]
     out.line(
-        f"method  {checked['method']['name']}: trains {count(parameters['trained'])} parameters and a head of {count(parameters['head'])}"
-        f" ({share(parameters['share'])}), learning rate {checked['learning_rate']:g}"
+        f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters, "
+        f"rows of up to {model['max_length']} tokens"
     )
-    out.line(f"steps   {checked['steps']:,} of {checked['rows_per_step']} rows, {checked['steps_per_epoch']:,} an epoch")
+    out.line(
+        f"method  {checked['method']['name']}: trains {count(parameters['trained'])} parameters and a head of "
+        f"{count(parameters['head'])} ({share(parameters['share'])}), learning rate {checked['learning_rate']:g}"
+    )
+    out.line(
+        f"steps   {checked['steps']:,} of {checked['rows_per_step']} rows, {checked['steps_per_epoch']:,} an epoch"
+    )
     place = checked["output_dir"]
     out.line(f"output  {place['path']}" + (" (exists already)" if place["exists"] else ""))
-    shown = table("rows", "", "median", "95 %", "longest", "cut", numbers=("", "median", "95 %", "longest", "cut"), title="\ntokens of a row")
+    shown = table(
+        "rows",
+        "",
+        "median",
+        "95 %",
+        "longest",
+        "cut",
+        numbers=("", "median", "95 %", "longest", "cut"),
+        title="\ntokens of a row",
+    )
     for split, rows in data["rows"].items():
         lengths = data["lengths"][split]
         cut = data["truncated"][split]

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graftwerk.cli.arguments import RunOrAdapter
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.figures import byte_size, figure, seconds
 from graftwerk.cli.output import Output, table
@@ -15,22 +16,23 @@ def register(app: typer.Typer) -> None:
     @command(app, "evaluate")
     def evaluate(
         out: Output,
-        target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")],
+        target: RunOrAdapter,
         data: Annotated[
-            str | None, typer.Option(help="Labelled rows: a file or pkg://package/file. Default: the run's own held-out rows.")
+            str | None,
+            typer.Option(help="Labelled rows: a file or pkg://package/file. Default: the run's own held-out rows."),
         ] = None,
     ) -> Result:
         """Measure a trained adapter: accuracy, F1, ROC-AUC with intervals; latency, memory, size."""
         from graftwerk.evaluate.run import evaluate
 
         result = evaluate(target, data=data)
-        show_metrics(out, result["metrics"], rows=result["rows"])
+        show_metrics(out, result["metrics"], title=f"{result['rows']:,} rows")
         show_cost(out, result["cost"])
         return result
 
 
-def show_metrics(out: Output, metrics: dict[str, Any], *, rows: int) -> None:
-    shown = table("metric", "value", "interval", numbers=("value",), title=f"on {rows:,} rows")
+def show_metrics(out: Output, metrics: dict[str, Any], *, title: str) -> None:
+    shown = table("metric", "value", "interval", numbers=("value",), title=title)
     for name, measured in metrics.items():
         value, interval = figure(measured)
         shown.add_row(name, value, interval)
@@ -42,7 +44,9 @@ def show_cost(out: Output, cost: dict[str, Any]) -> None:
     for name, value in cost.items():
         if value is None or isinstance(value, dict | list):
             continue
-        text = byte_size(value) if name.endswith("bytes") else seconds(value) if name.endswith("seconds") else f"{value}"
+        text = (
+            byte_size(value) if name.endswith("bytes") else seconds(value) if name.endswith("seconds") else f"{value}"
+        )
         shown.add_row(name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " "), text)
     if shown.row_count:
         out.show(shown)

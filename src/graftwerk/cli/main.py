@@ -1,7 +1,7 @@
 """The entry point: which commands there are, and what becomes of an error.
 
-A command's module is imported here, but nothing heavy stands at the top of one: `graftwerk --help` imports neither torch nor
-pydantic nor transformers.
+A command's module is imported here, but nothing heavy stands at the top of one: `graftwerk --help` imports neither
+torch nor pydantic nor transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _OS_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 app = typer.Typer(
     name="graftwerk",
-    help="Adapt pretrained Hugging Face models to your own data by training a small part of them, and compare the ways honestly.",
+    help="Adapt pretrained Hugging Face models to your own data by training a small part of them, "
+    "and compare the ways honestly.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -89,7 +90,8 @@ def as_fault(error: BaseException) -> GraftwerkError:
     if isinstance(error, MemoryError):
         return EnvironmentFault(
             "there is not enough memory",
-            mend="a smaller training.per_device_train_batch_size with more gradient_accumulation_steps, or gradient_checkpointing",
+            mend="a smaller training.per_device_train_batch_size with more training.gradient_accumulation_steps, "
+            "or training.gradient_checkpointing=true",
         )
     if isinstance(error, OSError) and error.errno in _OS_FAULTS:
         return EnvironmentFault(f"{error.strerror or error}", where=str(error.filename) if error.filename else None)

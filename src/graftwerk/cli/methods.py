@@ -22,7 +22,14 @@ def register(app: typer.Typer) -> None:
         """List the methods: paper, tasks, what they train, whether they merge, their learning rate."""
         rows = describe_methods()
         shown = table(
-            "name", "method", "learning rate", "merges", "mixed rows", "PEFT type", "trained parameters", numbers=("learning rate",)
+            "name",
+            "method",
+            "learning rate",
+            "merges",
+            "mixed rows",
+            "PEFT type",
+            "trained parameters",
+            numbers=("learning rate",),
         )
         for row in rows:
             shown.add_row(
@@ -76,11 +83,11 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def said_of(method: type[Method], subject: str) -> str:
-    """What the head of the method's file says after ``subject``, on one line; "for each layer: r (in + out)" with its qualifier."""
+    """What the head of the method's file says after ``subject``, with its qualifier ("for each layer"), on one line."""
     head = inspect.getdoc(sys.modules[method.__module__]) or ""
     pattern = rf"^{re.escape(subject)}([^:\n]*): (.+?)(?=\n\n|\n[A-Z][\w-]*[^:\n]*: |\Z)"
     found = re.search(pattern, head, re.DOTALL | re.MULTILINE)
     if found is None:
         return ""
-    qualifier = f"{found[1].strip(" ,")}: " if found[1].strip(" ,") else ""
+    qualifier = f"{found[1].strip(' ,')}: " if found[1].strip(" ,") else ""
     return qualifier + " ".join(found[2].split())

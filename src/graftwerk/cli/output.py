@@ -1,7 +1,7 @@
-"""What a command says and where: results on stdout, everything else on stderr; with `--json` one object as the last line.
+"""What a command says and where: results on stdout, all else on stderr; with `--json` one object as the last line.
 
-Libraries print to stdout as they please. With `--json` their prints are sent to stderr for the time of the command, at the
-level of Python's `sys.stdout` and of the process's file descriptor, so that stdout holds the object alone.
+Libraries print to stdout as they please. With `--json` their prints are sent to stderr for the time of the command, at
+the level of Python's `sys.stdout` and of the process's file descriptor, so that stdout holds the object alone.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def dump(data: Mapping[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Paths, tuples, numpy numbers and pydantic's own become what JSON has; a number that is not finite becomes null."""
+    """Paths, tuples and numpy's numbers become what JSON has; a number that is not finite becomes null."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

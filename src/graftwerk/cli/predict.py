@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from graftwerk.cli.arguments import RunOrAdapter
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable
 
@@ -14,8 +15,10 @@ def register(app: typer.Typer) -> None:
     @command(app, "predict")
     def predict(
         out: Output,
-        target: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")],
-        texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT ...]", help="The texts.", show_default=False)] = None,
+        target: RunOrAdapter,
+        texts: Annotated[
+            list[str] | None, typer.Argument(metavar="[TEXT ...]", help="The texts.", show_default=False)
+        ] = None,
         data: Annotated[str | None, typer.Option(help="A file of rows, in place of texts.")] = None,
     ) -> Result:
         """Label texts with a trained adapter; one line each: label, its probability, the text."""

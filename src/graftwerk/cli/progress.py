@@ -1,4 +1,4 @@
-"""A run told to the person watching it: a bar with the time left on a terminal, a plain line every few seconds elsewhere."""
+"""A run told to who watches it: a bar with the time left on a terminal, a plain line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._close_bar()
 
     def __call__(self, event: Event) -> None:

@@ -1,12 +1,62 @@
-"""`graftwerk train`: methods side by side on the user's data."""
+"""`graftwerk train`: from a run file to a run folder."""
 
 from __future__ import annotations
 
+from typing import Annotated, Any
+
 import typer
 
+from graftwerk.cli.arguments import ConfigFile, DryRun, Overrides
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output
 
 
 def register(app: typer.Typer) -> None:
-    pass
+    @command(app, "train")
+    def train(
+        out: Output,
+        config: ConfigFile,
+        overrides: Overrides = None,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on with the run in output_dir, bit for bit.")
+        ] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+        dry_run: DryRun = False,
+    ) -> Result:
+        """Train an adapter as a run file says.
+
+        Leaves a run folder with the adapter, the figures, the events and a report; its path is the last line printed.
+        """
+        from graftwerk.config import RunConfig
+
+        settings = RunConfig.load(config, overrides)
+        if dry_run:
+            from graftwerk.choose.preflight import preflight
+            from graftwerk.cli.doctor import refuse_grave, show_preflight
+
+            checked = preflight(settings)
+            show_preflight(out, checked)
+            refuse_grave(checked)
+            return {"dry_run": True, **checked}
+        from graftwerk.cli.progress import Progress
+        from graftwerk.report.html import write_report
+        from graftwerk.train.run import train
+
+        with Progress(out) as progress:
+            run = train(settings, resume=resume, overwrite=overwrite, listener=progress)
+        report = write_report(run.folder)
+        show_run(out, run.manifest)
+        out.line(str(run.folder))
+        return {**run.to_dict(), "report": report}
+
+
+def show_run(out: Output, manifest: dict[str, Any]) -> None:
+    """What came out: the figures of the rows that chose nothing, where there are such rows."""
+    from graftwerk.cli.evaluate import show_cost, show_metrics
+
+    metrics = manifest["metrics"]
+    for split in ("test", "validation"):
+        if metrics.get(split):
+            show_metrics(out, metrics[split], title=f"{split}: {manifest['data']['rows'][split]:,} rows")
+            break
+    show_cost(out, manifest["cost"])
