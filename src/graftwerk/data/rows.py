@@ -33,6 +33,7 @@ class Table:
         columns: Every column there is, in order of appearance.
         unit: Whether `lines` counts lines of a text file or rows of a table.
         read: Rows seen, the bad and the filtered ones included.
+        unmatched: `column: value` of the filter that no row has, where others of its values have rows.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Table:
     columns: tuple[str, ...] = ()
     unit: Literal["line", "row"] = "line"
     read: int = 0
+    unmatched: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)

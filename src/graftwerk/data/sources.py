@@ -62,9 +62,10 @@ def read_rows(
     readers = {part: pair for part, pair in readers.items() if part in parts or pair[0] in present}
 
     result = Table(table.source, table.shown, [], [], list(table.bad), table.columns, table.unit, table.read)
+    met: set[tuple[str, int]] = set()
     for line, row in zip(table.lines, table.rows, strict=True):
         try:
-            if not _passes(row, wanted):
+            if not _passes(row, wanted, met):
                 continue
             result.rows.append({part: _part(row, column, read) for part, (column, read) in readers.items()})
         except ValueError as error:
@@ -73,6 +74,8 @@ def read_rows(
             result.lines.append(line)
     if wanted and table.rows and not result.rows and len(result.bad) == len(table.bad):
         raise DataError(_nothing_passes(table, wanted), where="data.filter")
+    values = [(column, at, value) for column, listed in wanted.items() for at, value in enumerate(listed)]
+    result.unmatched = tuple(f"{column}: {value}" for column, at, value in values if (column, at) not in met)
     return result
 
 
@@ -135,12 +138,15 @@ def _check_columns(table: Table, wanted: Iterable[str], key: str) -> None:
             )
 
 
-def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]]) -> bool:
+def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]], met: set[tuple[str, int]]) -> bool:
+    """Whether a row has a wanted value in every filtered column; which value it was is added to ``met``."""
     for column, values in wanted.items():
         if column not in row:
             raise ValueError(f"`{column}` is missing, by which rows are filtered")
-        if not any(_same(row[column], value) for value in values):
+        at = next((at for at, value in enumerate(values) if _same(row[column], value)), None)
+        if at is None:
             return False
+        met.add((column, at))
     return True
 
 

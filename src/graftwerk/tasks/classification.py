@@ -190,6 +190,9 @@ def rows_for_prediction(
 def _table(source: str, data: DataSettings, split: str, findings: list[Finding]) -> Table:
     table = read_rows(source, parts=PARTS, columns=data.columns, filter=data.filter, split=split)
     findings += settle_bad_rows(table, data.on_bad_row)
+    if table.unmatched:
+        message = f"no row of {source} has {', '.join(table.unmatched)}, which the filter asks for"
+        findings.append(Finding("filter-unmatched", message, 0, mend="check the spelling in `data.filter`"))
     if not table.rows:
         raise DataError(
             f"{source} has no rows that can be used", where=table.shown, mend="give a file with at least two rows"

@@ -1,0 +1,212 @@
+"""Files of rows: what was written is read back, every row knows its line, and a bad row costs nothing but itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftwerk.data.files import read_file
+from graftwerk.data.rows import Table
+from graftwerk.errors import ConfigError, DataError, EnvironmentFault
+
+# Everything that UTF-8 can write: no lone surrogates. NUL is a fault of its own below.
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
+cells = st.lists(st.tuples(text, text), min_size=1, max_size=15)
+
+
+def read(tmp_path: Path, name: str, content: str | bytes) -> Table:
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_file(path, name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rows")
+
+
+@given(cells, st.sampled_from([("csv", ","), ("tsv", "\t")]), st.sampled_from(["\n", "\r\n"]), st.booleans())
+def test_delimited_files_come_back_as_written(
+    folder: Path, rows: list[tuple[str, str]], kind: tuple[str, str], end: str, mark: bool
+) -> None:
+    ending, delimiter = kind
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerow(["text", "label"])
+    writer.writerows(rows)
+    table = read(folder, f"a.{ending}", ("\ufeff" if mark else "") + file.getvalue())
+    assert table.bad == []
+    assert [(row["text"], row["label"]) for row in table.rows] == rows
+    assert table.columns == ("text", "label")
+
+
+def lines_of(content: str) -> list[str]:
+    """Lines as the csv module counts them."""
+    return io.StringIO(content, newline="").readlines()
+
+
+@given(cells)
+def test_every_csv_row_knows_the_line_it_begins_on(folder: Path, rows: list[tuple[str, str]]) -> None:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writerow(["text", "label"])
+    for at, (first, second) in enumerate(rows):
+        writer.writerow([f"<{at}>{first}", second])
+    table = read(folder, "a.csv", file.getvalue())
+    lines = lines_of(file.getvalue())
+    assert all(lines[line - 1].startswith(f'"<{at}>') for at, line in enumerate(table.lines))
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    st.lists,
+    max_leaves=5,
+)
+objects = st.lists(st.dictionaries(text, values, max_size=4), min_size=1, max_size=10)
+
+
+@given(objects, st.booleans())
+def test_jsonl_comes_back_as_written(folder: Path, rows: list[dict[str, Any]], ascii_only: bool) -> None:
+    content = "\n\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+    table = read(folder, "a.jsonl", content)
+    assert table.rows == rows
+    assert table.lines == [1 + 2 * at for at in range(len(rows))]
+    assert table.bad == []
+
+
+@given(objects, st.sampled_from([None, 2]))
+def test_json_comes_back_as_written_and_keeps_its_lines(
+    folder: Path, rows: list[dict[str, Any]], indent: int | None
+) -> None:
+    content = json.dumps(rows, indent=indent, ensure_ascii=False)
+    table = read(folder, "a.json", content)
+    assert table.rows == rows
+    assert all(content.split("\n")[line - 1].lstrip(" [").startswith("{") for line in table.lines)
+    assert len(set(table.lines)) == (len(rows) if indent else 1)
+
+
+@given(st.binary(max_size=200), st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet"]))
+def test_no_bytes_do_more_than_a_data_error(folder: Path, content: bytes, ending: str) -> None:
+    try:
+        table = read(folder, f"any.{ending}", content)
+    except DataError:
+        return
+    assert table.read == len(table.rows) + len(table.bad)
+
+
+JSONL_FAULTS = {
+    "broken": (b'{"text": "a"', "broken JSON"),
+    "comma": (b'{"text": "a",}', "broken JSON"),
+    "list": (b'["a"]', "a list, not an object"),
+    "number": (b"17", "a number, not an object"),
+    "null": (b"null", "null, not an object"),
+    "utf8": (b'{"text": "\xff"}', "not UTF-8 (byte 0xff)"),
+    "latin1": ('{"text": "café"}'.encode("latin-1"), "not UTF-8 (byte 0xe9)"),
+    "nul": (b'{"text": "a\0b"}', "NUL"),
+    "twice": (b'{"text": "a", "text": "b"}', "`text` more than once"),
+    "nan": (b'{"text": NaN}', "NaN is not JSON"),
+    "digits": (b'{"text": ' + b"9" * 5000 + b"}", "broken JSON"),
+    "deep": (b'{"text": ' + b"[" * 100_000 + b"}", "broken JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", JSONL_FAULTS)
+def test_a_bad_jsonl_line_is_named_and_the_others_are_kept(tmp_path: Path, fault: str) -> None:
+    line, reason = JSONL_FAULTS[fault]
+    table = read(tmp_path, "a.jsonl", b'{"text": "first"}\n' + line + b'\n\n{"text": "last"}\n')
+    assert [row["text"] for row in table.rows] == ["first", "last"]
+    assert table.lines == [1, 4]
+    assert [bad.line for bad in table.bad] == [2]
+    assert reason in table.bad[0].reason
+    assert table.read == 3
+
+
+CSV_FAULTS = {
+    "few": (b"alone", "has 1 fields where the header has 2"),
+    "many": (b"a,b,c", "has 3 fields where the header has 2"),
+    "utf8": (b"\xff\xfe,1", "not UTF-8 (byte 0xff)"),
+    "nul": (b"a\0b,1", "NUL"),
+    "after quote": (b'"a"b,1', "broken quoting"),
+    "unclosed": (b'"a,1', "broken quoting"),
+}
+
+
+@pytest.mark.parametrize("fault", CSV_FAULTS)
+def test_a_bad_csv_row_is_named_and_the_others_are_kept(tmp_path: Path, fault: str) -> None:
+    line, reason = CSV_FAULTS[fault]
+    table = read(tmp_path, "a.csv", b'text,label\n"two\nlines",1\n' + line + b"\nlast,0\n")
+    assert [row["text"] for row in table.rows] == ["two\nlines", "last"]
+    assert table.lines == [2, 5]
+    assert [bad.line for bad in table.bad] == [4]
+    assert reason in table.bad[0].reason
+
+
+def test_a_long_field_is_read_and_the_process_wide_limit_is_put_back(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    table = read(tmp_path, "a.csv", "text\n" + "x" * 300_000 + "\n")
+    assert len(table.rows[0]["text"]) == 300_000
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"", "empty"),
+        ("a.csv", b"text,text\na,b\n", "`text` more than once"),
+        ("a.csv", "text,label\n".encode("utf-16"), "UTF-16"),
+        ("a.csv", b"te\xffxt,label\n", "header is not UTF-8"),
+        ("a.json", b'{"text": "a"}', "list of objects"),
+        ("a.json", b'[{"text": "a"}', "comma or the end of the list"),
+        ("a.json", b"[1 2]", "comma or the end of the list"),
+        ("a.json", b"[] x", "after the end"),
+        ("a.json", b"", "list of objects"),
+        ("a.parquet", b"PAR1 no", "parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_a_whole(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, name, content)
+    assert reason in caught.value.what
+    assert str(tmp_path / name) in str(caught.value.where)
+
+
+def test_broken_json_in_a_list_is_named_by_its_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, "a.json", '[\n  {"text": "a"},\n  {"text": b}\n]')
+    assert str(caught.value.where).endswith("a.json:3")
+
+
+def test_parquet_rows_are_counted_not_lines(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"text": "ä", "label": 1}, {"text": None, "label": 0}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    table = read_file(tmp_path / "a.parquet", "a.parquet")
+    assert table.rows == rows
+    assert table.where(1) == f"{tmp_path / 'a.parquet'} row 2"
+
+
+def test_other_endings_and_folders_are_refused_with_what_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ends in `\.txt`") as caught:
+        read(tmp_path, "a.txt", "x")
+    assert ".jsonl" in str(caught.value.mend)
+    (tmp_path / "f.csv").mkdir()
+    with pytest.raises(ConfigError, match="a folder"):
+        read_file(tmp_path / "f.csv", "f.csv")
+
+
+def test_missing_permission_is_an_environment_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # tests may run as root, whom no mode stops
+    with pytest.raises(EnvironmentFault, match="Permission denied"):
+        read_file(tmp_path / "a.csv", "a.csv")

@@ -1,0 +1,296 @@
+"""Text classification, from a source to a loss: reading, splitting, encoding, padding, scoring."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graftwerk.data.settings import DataSettings
+from graftwerk.errors import AdapterError, ConfigError, DataError
+from graftwerk.models.load import fix_padding, load_model, load_tokenizer
+from graftwerk.tasks.base import Example, Splits
+from graftwerk.tasks.catalog import task_named
+from graftwerk.tasks.classification import Classification, rows_for_prediction
+
+TASK = Classification()
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def rows_of(texts: str, label: str) -> list[dict[str, str]]:
+    return [{"text": text, "label": label} for text in texts]
+
+
+def codes(splits: Splits) -> list[str]:
+    return [finding.code for finding in splits.findings]
+
+
+def test_the_catalog_names_the_nearest_task() -> None:
+    assert isinstance(task_named("classification"), Classification)
+    with pytest.raises(ConfigError, match="no task `clasification`") as caught:
+        task_named("clasification")
+    assert "did you mean `classification`?" in str(caught.value.mend)
+
+
+# reading
+
+
+def test_real_glosses_are_split_by_class_without_a_word(glosses: Path) -> None:
+    splits = TASK.read(DataSettings(train=str(glosses), validation=36, test=0.1))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (180, 36, 24)
+    assert splits.labels is not None
+    assert len(splits.labels) == 12
+    assert Counter(row["label"] for row in splits.validation) == dict.fromkeys(splits.labels, 3)
+    assert splits.findings == ()
+    assert splits.origin["rows"] == {"train": 180, "validation": 36, "test": 24}
+
+
+def test_real_reviews_filtered_by_their_source(movies: str) -> None:
+    splits = TASK.read(
+        DataSettings(train=movies, filter={"source": "rotten_tomatoes"}, validation=500, max_train_rows=2000)
+    )
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (2000, 500, 0)
+    assert splits.labels == ("0", "1")
+    assert splits.findings == ()
+    # Half of the snippets are positive, and so of every split.
+    assert Counter(row["label"] for row in splits.validation) == {"0": 250, "1": 250}
+    assert Counter(row["label"] for row in splits.train) == {"0": 1000, "1": 1000}
+
+
+def test_the_fingerprint_is_of_the_rows_and_not_of_their_place(glosses: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"validation": 36, "test": 24}
+    first = TASK.read(DataSettings(train=str(glosses), **settings))
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(glosses.read_bytes())
+    assert TASK.read(DataSettings(train=str(moved), **settings)).fingerprint == first.fingerprint
+    assert TASK.read(DataSettings(train=str(moved), split_seed=1, **settings)).fingerprint != first.fingerprint
+    text = json.loads(glosses.read_text(encoding="utf-8").splitlines()[0])["text"]
+    moved.write_text(glosses.read_text(encoding="utf-8").replace(text, text + "!"), encoding="utf-8")
+    assert TASK.read(DataSettings(train=str(moved), **settings)).fingerprint != first.fingerprint
+
+
+def test_numeric_and_text_labels_meet_across_formats(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [{"text": f"t{at}", "label": at % 2} for at in range(10)])
+    (tmp_path / "b.csv").write_text("text,label\nx,1\ny,0\n")
+    splits = TASK.read(DataSettings(train=train, validation=str(tmp_path / "b.csv")))
+    assert splits.labels == ("0", "1")
+    assert [row["label"] for row in splits.validation] == ["1", "0"]
+
+
+def test_skipped_rows_are_counted_for_every_source(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [*rows_of("abc", "x"), *rows_of("def", "y"), {"text": "", "label": "x"}])
+    test = write(tmp_path / "b.jsonl", [*rows_of("gh", "x"), *rows_of("i", "y"), {"text": "t"}])
+    with pytest.raises(DataError, match="1 of 7 rows"):
+        TASK.read(DataSettings(train=train, test=test, validation=None))
+    splits = TASK.read(DataSettings(train=train, test=test, validation=None, on_bad_row="skip"))
+    assert codes(splits) == ["rows-skipped", "rows-skipped"]
+    assert splits.findings[0].example == f"{train}:7: `text` is empty"
+    assert splits.findings[1].example == f"{test}:4: `label` is missing"
+
+
+def test_faults_of_the_rows_stop_or_are_said(tmp_path: Path) -> None:
+    empty = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(DataError, match="no rows"):
+        TASK.read(DataSettings(train=empty))
+    one = write(tmp_path / "one.jsonl", rows_of("abcdef", "x"))
+    with pytest.raises(DataError, match="one class"):
+        TASK.read(DataSettings(train=one, validation=2))
+    train = write(tmp_path / "a.jsonl", [*rows_of("aabc", "x"), *rows_of("def", "y")])
+    said = TASK.read(DataSettings(train=train, validation=None, filter={"label": ["x", "y", "z"]})).findings[0]
+    assert (said.code, said.message.count("label: z")) == ("filter-unmatched", 1)
+    other = write(tmp_path / "b.jsonl", [*rows_of("A", "x"), *rows_of("z", "y")])
+    splits = TASK.read(DataSettings(train=train, validation=other, max_train_rows=100))
+    assert codes(splits) == ["fewer-rows", "duplicates", "leakage"]
+    with pytest.raises(ConfigError, match="same source"):
+        TASK.read(DataSettings(train=train, test=train))
+    with pytest.raises(ConfigError, match="holds out 7 of 7"):
+        TASK.read(DataSettings(train=train, validation=7))
+
+
+def test_an_adapters_labels_rule(tmp_path: Path) -> None:
+    rows = write(tmp_path / "a.jsonl", rows_of("abc", "y"))
+    splits = TASK.read(DataSettings(train=rows, validation=None), labels=("y", "x"))
+    assert splits.labels == ("y", "x")
+    with pytest.raises(AdapterError, match="the class 'y'"):
+        TASK.read(DataSettings(train=rows, validation=None), labels=("n", "x"))
+
+
+def test_repeated_texts_never_stand_on_both_sides(tmp_path: Path) -> None:
+    rows = [{"text": f"text {at // 2}" + " " * (at % 2), "label": at // 2 % 2} for at in range(200)]
+    splits = TASK.read(DataSettings(train=write(tmp_path / "a.jsonl", rows), validation=40, test=40))
+    assert "leakage" not in codes(splits)
+    assert (len(splits.validation), len(splits.test)) == (40, 40)
+
+
+def test_rows_for_prediction_need_no_label(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"review": "a"}, {"review": ""}, {"review": "b", "label": 3}])
+    columns = {"text": "review", "label": "label"}
+    with pytest.raises(DataError, match="1 of 3 rows"):
+        rows_for_prediction(source, columns)
+    table, findings = rows_for_prediction(source, columns, "skip")
+    assert table.rows == [{"text": "a"}, {"text": "b"}]
+    assert table.where(1) == f"{source}:3"
+    assert [finding.rows for finding in findings] == [1]
+    with pytest.raises(DataError, match="no rows"):
+        rows_for_prediction(write(tmp_path / "b.jsonl", []))
+
+
+# encoding
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return Splits([], [], [], ("no", "yes", "maybe"), "none")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_encoder: Path) -> Any:
+    return load_tokenizer(str(tiny_encoder))
+
+
+def test_encoding_gives_the_tokenizers_own_ids(tokenizer: Any, splits: Splits, gloss_texts: list[str]) -> None:
+    rows = [{"text": text, "label": "maybe"} for text in gloss_texts[:20]]
+    examples = TASK.encode(rows, tokenizer, splits, 512)
+    assert [example.inputs["input_ids"] for example in examples] == [
+        tokenizer(text)["input_ids"] for text in gloss_texts[:20]
+    ]
+    assert {example.target for example in examples} == {2}
+    assert {example.truncated for example in examples} == {0}
+
+
+def test_what_is_cut_off_is_counted_and_special_tokens_stay(
+    tokenizer: Any, splits: Splits, gloss_texts: list[str]
+) -> None:
+    whole = TASK.encode([{"text": text} for text in gloss_texts], tokenizer, splits, 512)
+    cut = TASK.encode([{"text": text} for text in gloss_texts], tokenizer, splits, 12)
+    assert sum(example.truncated > 0 for example in cut) > 100
+    for full, short in zip(whole, cut, strict=True):
+        assert full.length == short.length + short.truncated
+        assert short.length <= 12
+        assert short.inputs["input_ids"][-1] == tokenizer.sep_token_id
+        assert short.inputs["input_ids"][:-1] == full.inputs["input_ids"][: short.length - 1]
+
+
+def test_a_tokenizer_without_a_fast_core_gives_the_same(tokenizer: Any, splits: Splits, gloss_texts: list[str]) -> None:
+    class Slow:
+        """The same tokenizer without the answers that only a fast one has."""
+
+        is_fast = False
+        num_special_tokens_to_add = staticmethod(tokenizer.num_special_tokens_to_add)
+
+        def __call__(self, text: str, **kwargs: Any) -> Any:
+            assert isinstance(text, str)
+            assert not kwargs.get("return_overflowing_tokens")
+            return tokenizer(text, **kwargs)
+
+    rows = [{"text": text} for text in gloss_texts[:30]]
+    assert TASK.encode(rows, Slow(), splits, 12) == TASK.encode(rows, tokenizer, splits, 12)
+
+
+def test_labels_that_nobody_knows_are_refused(tokenizer: Any, splits: Splits) -> None:
+    with pytest.raises(DataError, match="'never', which is none of: no, yes, maybe"):
+        TASK.encode([{"text": "a", "label": "never"}], tokenizer, splits, 12)
+    assert TASK.encode([{"text": "a"}], tokenizer, splits, 12)[0].target is None
+    assert TASK.encode([], tokenizer, splits, 12) == []
+
+
+def test_a_limit_without_room_for_text_is_refused(tokenizer: Any, splits: Splits) -> None:
+    with pytest.raises(ConfigError, match="no room"):
+        TASK.encode([{"text": "a"}], tokenizer, splits, 2)
+
+
+# batches
+
+
+def test_padding_is_masked_by_position_even_where_the_pad_token_is_the_end_token(splits: Splits) -> None:
+    tokenizer = SimpleNamespace(pad_token_id=2, pad_token_type_id=0)
+    batch = TASK.collate([Example({"input_ids": [5, 2]}, 0), Example({"input_ids": [5, 6, 7, 2]}, 1)], tokenizer)
+    assert batch["input_ids"].tolist() == [[5, 2, 2, 2], [5, 6, 7, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 1]
+    assert TASK.weight(batch) == 2
+
+
+def test_a_batch_without_targets_has_no_labels() -> None:
+    tokenizer = SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
+    inputs = {"input_ids": [5, 6], "token_type_ids": [0, 1]}
+    batch = TASK.collate(
+        [Example(inputs, None), Example({name: ids[:1] for name, ids in inputs.items()}, 1)], tokenizer
+    )
+    assert "labels" not in batch
+    assert batch["token_type_ids"].tolist() == [[0, 1], [0, 0]]
+
+
+def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
+    logits = torch.randn(6, 3, dtype=torch.bfloat16)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    loss = TASK.loss(SimpleNamespace(logits=logits), {"labels": labels})
+    assert loss.dtype == torch.float32
+    expected = -torch.log_softmax(logits.float(), -1)[torch.arange(6), labels].mean()
+    torch.testing.assert_close(loss, expected)
+    smoothed = TASK.loss(SimpleNamespace(logits=logits), {"labels": labels}, label_smoothing=0.3)
+    uniform = -torch.log_softmax(logits.float(), -1).mean()
+    torch.testing.assert_close(smoothed, 0.7 * expected + 0.3 * uniform)
+
+
+def test_predictions_are_probabilities_in_the_order_of_the_rows() -> None:
+    logits = [torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0]])]
+    result = TASK.predictions(logits, [1, 0, 0], 0.5)
+    assert result.scores.argmax(-1).tolist() == [1, 0, 0]
+    np.testing.assert_allclose(result.scores.sum(-1), 1, rtol=1e-12)
+    assert result.targets is not None
+    assert result.targets.tolist() == [1, 0, 0]
+    assert TASK.predictions(logits, None, None).targets is None
+    assert TASK.predictions(logits, [1, None, 0], None).targets is None
+
+
+# with models
+
+
+@pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_decoder"])
+def test_a_row_gets_the_same_logits_alone_and_in_a_padded_batch(
+    kind: str, request: pytest.FixtureRequest, splits: Splits, gloss_texts: list[str]
+) -> None:
+    place = str(request.getfixturevalue(kind))
+    tokenizer = load_tokenizer(place)
+    model = load_model(place, TASK, splits)
+    fix_padding(model, tokenizer)
+    examples = TASK.encode([{"text": text, "label": "yes"} for text in gloss_texts[:8]], tokenizer, splits, 64)
+    with torch.inference_mode():
+        together = model(**TASK.collate(examples, tokenizer)).logits
+        alone = torch.cat([model(**TASK.collate([example], tokenizer)).logits for example in examples])
+    assert together.shape == (8, 3)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_decoder"])
+def test_the_whole_path_learns_on_real_glosses(kind: str, request: pytest.FixtureRequest, glosses: Path) -> None:
+    """Two classes, a few dozen steps of a model of random weights: better than chance on the rows it saw."""
+    place = str(request.getfixturevalue(kind))
+    splits = TASK.read(
+        DataSettings(train=str(glosses), filter={"label": ["noun.animal", "noun.cognition"]}, validation=8)
+    )
+    tokenizer = load_tokenizer(place)
+    torch.manual_seed(0)
+    model = load_model(place, TASK, splits)
+    fix_padding(model, tokenizer)
+    batch = TASK.collate(TASK.encode(splits.train, tokenizer, splits, 64), tokenizer)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        TASK.loss(model(**batch), batch).backward()
+        optimizer.step()
+    with torch.inference_mode():
+        scores = TASK.predictions([model(**batch).logits], batch["labels"].tolist(), None)
+    assert (scores.scores.argmax(-1) == scores.targets).mean() > 0.9
+    assert model.config.id2label == {0: "noun.animal", 1: "noun.cognition"}
