@@ -89,9 +89,14 @@ class Checkpoints:
         return sorted(int(match.group(1)) for match in found if match)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint there is, for messages."""
+        """The newest checkpoint there is; whether it is whole is not looked at."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
+
+    def latest_said(self) -> str | None:
+        """The same for the ``kept`` of an error."""
+        latest = self.latest()
+        return None if latest is None else str(latest)
 
     def save(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint, move the pointers, delete what is no longer needed.
@@ -104,7 +109,7 @@ class Checkpoints:
             raise DivergedError(
                 f"after step {snapshot.step} {len(bad)} trained tensors are not finite (the first: {bad[0]}); they are not saved",
                 mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
-                kept=str(self.latest() or "nothing") if self.steps() else None,
+                kept=self.latest_said(),
             )
         target = self.path(snapshot.step)
         tensors = [*snapshot.weights.values(), *snapshot.optimizer.values(), *snapshot.rng.values()]

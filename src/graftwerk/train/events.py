@@ -1,14 +1,16 @@
 """What a run says while it runs: events, and the listeners that write them down.
 
-Kinds: ``phase`` (name), ``finding`` (about the data), ``start`` (what will be done), ``progress`` (for people watching; never
-written down), ``step`` (loss, learning_rate, grad_norm, epoch, seconds, left_seconds), ``evaluation`` (metrics), ``checkpoint``,
-``diagnosis`` (code, text, mend), ``bad_step``, ``memory``, ``warning``, ``resume``, ``early_stopping``, ``finish``.
-Seconds are of training, counted by a monotonic clock and carried over a resume; order is the order of the lines.
+Kinds: ``phase`` (name) and ``progress`` (total, loss, left_seconds) are for people watching and never written down;
+``finding`` (about the data), ``start`` (what will be done), ``step`` (loss, learning_rate, grad_norm, epoch, seconds,
+left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, mend), ``bad_step``, ``memory``,
+``early_stopping`` and ``warning`` (text), ``resume`` (path), ``finish``. Seconds are of training, counted by a monotonic
+clock and carried over a resume; order is the order of the lines.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from typing import Any
 
 from graftwerk.errors import EnvironmentFault
 
-TRANSIENT = frozenset({"progress"})
+TRANSIENT = frozenset({"progress", "phase"})
 """Kinds that are shown and forgotten."""
 
 
@@ -43,6 +45,26 @@ class Event:
 
 
 Listener = Callable[[Event], None]
+WORTH_A_WARNING = frozenset({"warning", "diagnosis", "bad_step", "memory"})
+
+
+class Hub:
+    """Passes each event on to every listener, in the order in which they were added."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = list(listeners)
+
+    def __call__(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+def to_logging(event: Event) -> None:
+    """Where nobody listens: what goes wrong is a warning of the logger `graftwerk`."""
+    figures = event.figures
+    if event.kind in WORTH_A_WARNING or (event.kind == "finding" and figures.get("grave")):
+        mend = f" ({figures['mend']})" if figures.get("mend") else ""
+        logging.getLogger("graftwerk").warning("step %d: %s%s", event.step, figures.get("text") or figures.get("message"), mend)
 
 
 class JsonLines:
@@ -139,7 +161,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if self._after is None else self._after + 1
-        return SummaryWriter(str(self.folder), purge_step=purge)  # type: ignore[no-untyped-call]
+        return SummaryWriter(str(self.folder), purge_step=purge)
 
     def _trouble(self, error: OSError) -> None:
         self._broken = True

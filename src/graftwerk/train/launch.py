@@ -74,6 +74,10 @@ class Processes:
         gathered: Tensor = self.accelerator.gather(tensor[None].to(self.device))
         return gathered.cpu()
 
+    def agree(self, flag: bool) -> bool:
+        """True on all if it is true on any."""
+        return flag if self.count == 1 else self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 

@@ -43,7 +43,7 @@ class TrainState:
         bad_steps: Steps skipped because loss or gradient were not finite.
         best: ``step``, ``metric`` and ``value`` of the best evaluation so far.
         stale: Evaluations since the best one.
-        evaluated, logged: The steps of the last evaluation and the last ``step`` event.
+        evaluated: The step of the last evaluation.
         loss_sum, loss_count: Of the steps since the last ``step`` event.
         grad_norm: Of the last step, before clipping.
         seconds: Of training so far, evaluations and checkpoints included.
@@ -55,7 +55,6 @@ class TrainState:
     best: dict[str, Any] | None = None
     stale: int = 0
     evaluated: int = 0
-    logged: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
     grad_norm: float = 0.0
@@ -75,6 +74,7 @@ class Trainer:
         identity: What this run is (settings, data, base); stored in checkpoints as it is.
         dtype: What forward passes compute in; anything but float32 means autocast.
         prior_loss: As for `Diagnosis`.
+        processes: Those that train together; None: as this one was launched.
 
     Raises:
         ConfigError: settings that ask for validation rows where there are none.
@@ -98,13 +98,14 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         prior_loss: float | None = None,
+        processes: Processes | None = None,
     ) -> None:
         check_settings(settings, bool(validation), task)
         self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
         self.train, self.validation = train, validation
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
-        self.processes = Processes()
+        self.processes = processes or Processes()
         self.device = self.processes.device
         if dtype == torch.float16 and self.device.type == "cpu":
             raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16")
@@ -185,6 +186,22 @@ class Trainer:
             return self.state.step
         self.graft.load_state_dict(self.checkpoints.weights(best["step"]))
         return int(best["step"])
+
+    def plan(self) -> dict[str, Any]:
+        """What will be done, for the first event."""
+        rates = optim.peak_rates(self.graft, self.settings)
+        return {
+            "total_steps": self.total_steps,
+            "steps_per_epoch": self.steps_per_epoch,
+            "rows_per_step": self.rows_per_step,
+            "rows": {"train": len(self.train), "validation": len(self.validation)},
+            "method": self.graft.method.name,
+            "learning_rate": rates.method,
+            "head_learning_rate": rates.head,
+            "device": str(self.device),
+            "compute_type": str(self.dtype).removeprefix("torch."),
+            "processes": self.processes.count,
+        }
 
     # -- one step --------------------------------------------------------------------------------------------------
 
@@ -269,7 +286,7 @@ class Trainer:
                 f"the {what} of step {state.step} is not finite, and {most} such steps have been skipped already",
                 where=f"step {state.step} of {self.total_steps}",
                 mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
-                kept=self._kept(),
+                kept=self.checkpoints.latest_said(),
             )
         text = f"the {what} is not finite; this step is skipped ({state.bad_steps} of at most {most})"
         self.emit(Event("bad_step", state.step, text=text, loss=loss, grad_norm=state.grad_norm))
@@ -314,7 +331,7 @@ class Trainer:
             raise Interrupted(
                 signum,
                 f"stopped after step {state.step} of {self.total_steps}",
-                kept=self._kept(),
+                kept=self.checkpoints.latest_said(),
                 mend="the same command with --resume goes on from there",
             )
 
@@ -328,7 +345,7 @@ class Trainer:
             "seconds": self._clock.seconds(),
             "left_seconds": self._left(),
         }
-        state.loss_sum, state.loss_count, state.logged = 0.0, 0, state.step
+        state.loss_sum, state.loss_count = 0.0, 0
         self.emit(Event("step", state.step, **figures))
 
     def _validate(self) -> bool:
@@ -346,7 +363,7 @@ class Trainer:
             state.best = {"step": state.step, "metric": name, "value": value}
             self.best_predictions = (state.step, predictions)
         state.stale = 0 if better else state.stale + 1
-        state.evaluated = state.step
+        state.evaluated, self._saved = state.step, -1
         self._clock.evaluation_seconds = self._clock.pause()
         self.emit(Event("evaluation", state.step, **metrics, best=better, seconds=self._clock.seconds()))
         for event in self.diagnosis.validated(state.step, predictions.loss):
@@ -431,10 +448,6 @@ class Trainer:
         evaluations = math.ceil(steps / (self.settings.eval_steps or self.steps_per_epoch))
         return steps * self._clock.step_seconds + evaluations * self._clock.evaluation_seconds
 
-    def _kept(self) -> str | None:
-        latest = self.checkpoints.latest()
-        return None if latest is None else str(latest)
-
     def _no_memory(self, what: str) -> EnvironmentFault:
         longest = max((example.length for example in self.train), default=0)
         trained = sum(parameter.numel() for parameter in self.parameters)
@@ -442,5 +455,5 @@ class Trainer:
             f"{what}: {memory.numbers(self.device)}; rows have up to {longest} tokens, {trained:,} parameters are trained",
             mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or data.max_length, "
             "a method that trains less, or a smaller model",
-            kept=self._kept(),
+            kept=self.checkpoints.latest_said(),
         )

@@ -17,7 +17,9 @@ class TrainingSettings(Settings):
     num_train_epochs: float = Field(
         default=3.0, gt=0, validation_alias=AliasChoices("num_train_epochs", "epochs"), description="passes over the data"
     )
-    max_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="stop after so many optimizer steps")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="exactly so many optimizer steps, whatever num_train_epochs says"
+    )
     per_device_train_batch_size: int = Field(
         default=16, ge=1, validation_alias=AliasChoices("per_device_train_batch_size", "batch_size"), description="rows a step and device"
     )
@@ -42,6 +44,10 @@ class TrainingSettings(Settings):
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: what this hardware is fast in, found by a short probe"
     )
+    warm_start: str | None = Field(
+        default=None,
+        description="a run, checkpoint or adapter folder of the same method whose weights are where training begins",
+    )
     seed: int = Field(default=0, ge=0, description="of initialisation, row order and dropout")
     eval_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="evaluate every so many steps; none: every epoch")
     save_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="checkpoint every so many steps; none: with every evaluation")
@@ -52,5 +58,5 @@ class TrainingSettings(Settings):
     load_best: bool = Field(default=True, description="hand over the best evaluated state, not the last")
     metric_for_best: str | None = Field(default=None, description="none: the task's own; `loss` is smaller-is-better")
     max_bad_steps: int = Field(default=5, ge=0, description="steps with a non-finite loss or gradient that are skipped before stopping")
-    logging_steps: int = Field(default=10, ge=1)
+    logging_steps: int = Field(default=10, ge=1, description="steps whose mean loss is reported together")
     report_to: tuple[Tracker, ...] = Field(default=("jsonl", "tensorboard"), description="where metrics go as they happen")

@@ -1,0 +1,87 @@
+"""The end of a run: the best state in the adapter folder, its figures with intervals, the manifest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import Interrupted
+from graftwerk.tasks.base import Predictions
+from graftwerk.train.events import Event
+from graftwerk.train.folder import RunFolder
+from graftwerk.train.loop import Trainer
+from graftwerk.train.prepare import Prepared
+from graftwerk.train.validation import StopEvaluation
+
+IN_METADATA = ("task", "labels", "max_length", "data", "metrics", "parameters", "cost", "best", "seed", "command", "versions", "graftwerk")
+"""What an adapter takes along of its run's manifest."""
+
+
+def finish(
+    trainer: Trainer,
+    prepared: Prepared,
+    settings: RunConfig,
+    folder: RunFolder,
+    manifest: dict[str, Any],
+    *,
+    peak: int | None,
+    first_step: float | None,
+) -> None:
+    """Hand over the best state, measure it, store it, say so. All processes take part; one writes.
+
+    Args:
+        manifest: That of the opening; filled in place.
+        peak: Bytes held at the most while training, above what was held before the model was loaded.
+        first_step: Seconds from the start of the process to the end of its first step; None if it did none.
+
+    Raises:
+        Interrupted: a signal came; all of this is done again by a resumed run.
+        EnvironmentFault: the adapter cannot be written; the checkpoints are whole.
+    """
+    from graftwerk.evaluate.cost import size_on_disk
+    from graftwerk.evaluate.metrics import metrics_of
+    from graftwerk.store.folder import save_adapter
+
+    trainer.emit(Event("phase", trainer.state.step, name="evaluating"))
+    step = trainer.hand_over()
+    for split in ("validation", "test"):
+        if not prepared.examples[split]:
+            continue
+        predictions = _predictions(trainer, prepared, split, step)
+        manifest["metrics"][split] = metrics_of(
+            predictions,
+            prepared.splits.labels,
+            confidence=settings.evaluation.confidence,
+            resamples=settings.evaluation.resamples,
+        )
+    if not trainer.processes.main:
+        return
+    manifest["best"] = trainer.state.best
+    manifest["cost"] = {
+        "training_seconds": trainer.state.seconds,
+        "steps": trainer.state.step,
+        "peak_memory_bytes": peak,
+        "first_step_seconds": first_step,
+    }
+    metadata = {name: manifest[name] for name in IN_METADATA}
+    trainer.emit(Event("phase", trainer.state.step, name="saving the adapter"))
+    save_adapter(trainer.graft, folder.adapter, metadata=metadata)
+    manifest["cost"]["adapter_bytes"] = size_on_disk(folder.adapter)
+    manifest["status"] = "finished"
+    folder.write_manifest(manifest)
+    trainer.emit(Event("finish", trainer.state.step, metrics=manifest["metrics"], cost=manifest["cost"], best=manifest["best"]))
+
+
+def _predictions(trainer: Trainer, prepared: Prepared, split: str, step: int) -> Predictions:
+    """Those of the evaluation that found the best state, if this process made it; else made now."""
+    if split == "validation" and trainer.best_predictions is not None and trainer.best_predictions[0] == step:
+        return trainer.best_predictions[1]
+    try:
+        return trainer.evaluate(prepared.examples[split])
+    except StopEvaluation:
+        raise Interrupted(
+            trainer.stop.signum or 15,
+            "stopped in the last evaluation; training itself is done",
+            kept=trainer.checkpoints.latest_said(),
+            mend="the same command with --resume does what is left",
+        ) from None

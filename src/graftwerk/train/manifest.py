@@ -1,0 +1,71 @@
+"""`manifest.json`: what everything downstream reads of a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.inject.attach import Graft
+from graftwerk.train.folder import CONFIG
+from graftwerk.train.prepare import SPLITS, Prepared
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "scikit-learn")
+
+
+def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerprint: str) -> dict[str, Any]:
+    """The manifest of a run that begins: all that is known before the first step."""
+    splits = prepared.splits
+    head, own = graft.num_head_parameters, graft.num_parameters
+    total = graft.num_base_parameters
+    return {
+        "format": FORMAT,
+        "status": "running",
+        "graftwerk": _version("graftwerk"),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "model": settings.model,
+        "base_fingerprint": base_fingerprint,
+        "task": settings.task,
+        "method": prepared.method.to_dict(),
+        "labels": None if splits.labels is None else list(splits.labels),
+        "max_length": prepared.max_length,
+        "data": {
+            "fingerprint": splits.fingerprint,
+            "origin": splits.origin,
+            "rows": {name: len(prepared.examples[name]) for name in SPLITS},
+            "findings": prepared.findings,
+        },
+        "parameters": {"trained": own + head, "head": head, "total": total, "share": (own + head) / total},
+        "cost": {},
+        "metrics": {},
+        "best": None,
+        "command": command(settings),
+        "seed": settings.training.seed,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of sums depend on beside the settings."""
+    import torch
+
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def command(settings: RunConfig) -> str:
+    """How to repeat the run: the command that was given, or the one that reads the resolved run file."""
+    if Path(sys.argv[0]).name in ("graftwerk", "__main__.py") and "train" in sys.argv[1:2]:
+        words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        return shlex.join(["graftwerk", *words])
+    return shlex.join(["graftwerk", "train", os.fspath(settings.output_dir / CONFIG)])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,133 @@
+"""What a training starts from: rows that are read, checked and encoded, and a model with a graft on it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError
+from graftwerk.inject.attach import Graft, attach
+from graftwerk.methods.base import Method
+from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.train.events import Event, Listener
+from graftwerk.train.validation import check_settings
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ready for the loop.
+
+    Attributes:
+        method: The configured method; texts to start from are tokenized.
+        examples: Encoded rows of ``train``, ``validation`` and ``test``.
+        max_length: Tokens kept of a row.
+        findings: What was noticed about the data, as plain values.
+        prior_loss: Loss of a model that knows nothing but how frequent each label is; None where there are no labels.
+    """
+
+    task: Task
+    method: Method
+    splits: Splits
+    tokenizer: Any
+    examples: dict[str, list[Example]]
+    max_length: int
+    findings: list[dict[str, Any]]
+    prior_loss: float | None
+
+
+def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = None) -> Prepared:
+    """Read, check and encode the rows. Of the model, only its configuration and tokenizer are looked at.
+
+    Args:
+        labels: Label names that have to be kept, because weights exist that were trained with them.
+
+    Raises:
+        DataError, ConfigError, ModelError, EnvironmentFault: as the rooms for data and models say.
+    """
+    from graftwerk.data.lint import check_truncation
+    from graftwerk.models.load import load_config, load_tokenizer
+    from graftwerk.tasks.catalog import task_named
+
+    task = task_named(settings.task)
+    splits = task.read(settings.data, labels)
+    check_settings(settings.training, bool(splits.validation), task)
+    tokenizer = load_tokenizer(settings.model, settings.revision)
+    max_length = _max_length(settings, load_config(settings.model, settings.revision), tokenizer)
+    findings = list(splits.findings)
+    examples: dict[str, list[Example]] = {}
+    for name in SPLITS:
+        examples[name] = task.encode(getattr(splits, name), tokenizer, splits, max_length)
+        lost = [example.truncated for example in examples[name]]
+        findings += check_truncation(lost, max_length, settings.data.max_truncated, name)
+    said = [asdict(finding) for finding in findings]
+    for finding in said:
+        emit(Event("finding", 0, **finding))
+    smoothing = settings.training.label_smoothing
+    prior_loss = None if splits.labels is None else _prior_loss(examples["train"], len(splits.labels), smoothing)
+    method = _with_text(settings.method, tokenizer)
+    return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
+
+
+def load_graft(settings: RunConfig, prepared: Prepared) -> tuple[Graft, str]:
+    """The base model with a new graft on it, all random values drawn from the seed; and the base's fingerprint."""
+    import numpy as np
+    import torch
+
+    from graftwerk.models.load import fix_padding, load_model
+    from graftwerk.store.fingerprint import fingerprint
+
+    seed = settings.training.seed
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model = load_model(settings.model, prepared.task, prepared.splits, dtype=torch.float32, revision=settings.revision)
+    fix_padding(model, prepared.tokenizer)
+    base = fingerprint(model)
+    return attach(model, prepared.method), base
+
+
+def _max_length(settings: RunConfig, config: Any, tokenizer: Any) -> int:
+    """Virtual tokens at the input take positions of the model's table, which are then not there for text."""
+    from graftwerk.models.load import max_length_for, position_limit
+
+    wanted = settings.data.max_length
+    length = max_length_for(config, tokenizer, wanted)
+    limit = position_limit(config)
+    if settings.method.kind != "embedding" or limit is None:
+        return length
+    virtual: int = getattr(settings.method, "num_virtual_tokens", 0)
+    if wanted is not None and wanted + virtual > limit:
+        raise ConfigError(
+            f"`max_length: {wanted}` and {virtual} virtual tokens are more than the {limit} positions of the model",
+            where="data.max_length",
+            mend=f"at most {limit - virtual}, or fewer virtual tokens",
+        )
+    if limit <= virtual:
+        raise ConfigError(
+            f"{virtual} virtual tokens leave no room in the {limit} positions of the model", where="method.num_virtual_tokens"
+        )
+    return min(length, limit - virtual)
+
+
+def _with_text(method: Method, tokenizer: Any) -> Method:
+    """Virtual tokens that start as the words of a text need the ids of these words."""
+    text = getattr(method, "init_text", None)
+    if text is None or getattr(method, "init_token_ids", None) is not None:
+        return method
+    with_ids: Method = method.with_token_ids(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[attr-defined]
+    return with_ids
+
+
+def _prior_loss(examples: Sequence[Example], classes: int, smoothing: float) -> float | None:
+    """Entropy of the label frequencies, in nats: the least loss that is to be had without reading a row."""
+    counts = Counter(example.target for example in examples)
+    total = sum(counts.values())
+    shares = [(1 - smoothing) * counts.get(label, 0) / total + smoothing / classes for label in range(classes)]
+    return -sum(share * math.log(share) for share in shares if share > 0) if total else None

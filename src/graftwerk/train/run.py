@@ -1,0 +1,231 @@
+"""`train`: from a run file to a run folder. What can be wrong is found in the order of what it costs to find it.
+
+First the settings, then the folder, the data, the model; only then is anything of an earlier run replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import DivergedError, GraftwerkError, Interrupted
+from graftwerk.train.checkpoint import Checkpoints, Snapshot
+from graftwerk.train.clock import seconds_since_process_start
+from graftwerk.train.events import Event, Hub, JsonLines, Listener, TensorBoard, to_logging
+from graftwerk.train.folder import CONFIG, Run, RunFolder
+from graftwerk.train.identity import environment_warning, refuse_changes
+from graftwerk.train.lock import RunLock
+from graftwerk.train.signals import StopSignals
+
+__all__ = ["Run", "train"]
+
+_trained_before = False
+"""Whether this process has trained already: then a run's clock starts with its call, not with the process."""
+
+
+def train(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train an adapter as a run file says, and leave a run folder.
+
+    Args:
+        config: A run file, its content as a mapping, or a `RunConfig`.
+        resume: Go on with the run in `output_dir`, bit for bit as if it had never stopped; begin it if there is none. A
+            finished run is given back as it is.
+        overwrite: Replace the run in `output_dir`.
+        listener: Told every event as it happens (`train.events`); without one, what goes wrong goes to `logging`.
+        overrides: Settings by name, over those of the run file: ``learning_rate=1e-3``, ``method="prefix"``; dotted keys as
+            ``**{"data.max_train_rows": 100}``.
+
+    Raises:
+        ConfigError, DataError, ModelError, EnvironmentFault: found before anything is trained or replaced.
+        ConflictError: another process trains there; there is a run already; or what is resumed is another run.
+        Interrupted: SIGINT or SIGTERM, after the state was saved.
+        DivergedError: loss or gradients were not finite again and again.
+        IntegrityError: no checkpoint is whole.
+    """
+    global _trained_before
+    began = time.monotonic() - (0.0 if _trained_before else seconds_since_process_start())
+    _trained_before = True
+    settings = _read_config(config, overrides)
+    folder = RunFolder(settings.output_dir)
+    main = os.environ.get("RANK", "0") == "0"  # set by the launcher; nothing heavy is imported to find out
+    hub = Hub(*([listener or to_logging] if main else []))
+    checkpoints = Checkpoints(
+        folder.checkpoints, limit=settings.training.save_total_limit, warn=lambda text: hub(Event("warning", 0, text=text))
+    )
+    stop = StopSignals(kept=checkpoints.latest_said)
+    with stop.installed(), RunLock(folder.path) if main else nullcontext():
+        earlier = folder.settle(resume=resume, overwrite=overwrite) if main else None
+        finished = earlier is not None and earlier["status"] == "finished"
+        if finished:
+            _refuse_other_settings(settings, folder)
+        if main:
+            checkpoints.clean()
+        from graftwerk.train.launch import Processes
+
+        processes = Processes()
+        if not processes.agree(finished):  # the main process has looked at the folder; the others do as it does
+            _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
+        processes.wait()
+    return Run(folder.path)
+
+
+def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
+    if isinstance(config, RunConfig):
+        return RunConfig.build(config.model_dump(mode="json"), overrides) if overrides else config
+    if isinstance(config, Mapping):
+        return RunConfig.build(dict(config), overrides)
+    return RunConfig.load(config, overrides)
+
+
+def _refuse_other_settings(settings: RunConfig, folder: RunFolder) -> None:
+    """A finished run is given back only to who asks for that very run."""
+    written = folder.path / CONFIG
+    if written.is_file():
+        before = RunConfig.load(written).model_dump(mode="json")
+        refuse_changes({"config": before}, {"config": settings.model_dump(mode="json")}, folder.adapter)
+
+
+class _Work:
+    """One call of `train` inside its locked folder."""
+
+    def __init__(
+        self,
+        settings: RunConfig,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        stop: StopSignals,
+        hub: Hub,
+        processes: Any,
+        began: float,
+    ) -> None:
+        self.settings, self.folder, self.checkpoints, self.stop = settings, folder, checkpoints, stop
+        self.hub, self.processes, self.began = hub, processes, began
+        self.manifest: dict[str, Any] = {}
+
+    def do(self, resume: bool) -> None:
+        from graftwerk.evaluate.cost import peak_memory, resident
+        from graftwerk.models.hardware import compute_type, set_threads
+        from graftwerk.train.finish import finish
+        from graftwerk.train.loop import Trainer
+        from graftwerk.train.manifest import environment, opening
+        from graftwerk.train.prepare import load_graft, prepare
+        from graftwerk.train.warm import warm_labels, warm_start
+
+        settings, hub = self.settings, self.hub
+        set_threads()
+        dtype = compute_type(settings.training.compute_type, self.processes.device)
+        snapshot = self.checkpoints.load_latest() if resume else None
+        identity: dict[str, Any] = {"config": settings.model_dump(mode="json"), "environment": environment()}
+        self._same_run(snapshot, identity, "config")
+        early: list[Event] = []
+        hub.listeners.append(early.append)
+        hub(Event("phase", 0, name="reading the data"))
+        prepared = prepare(settings, hub, warm_labels(settings.training.warm_start))
+        identity["data"] = prepared.splits.fingerprint
+        self._same_run(snapshot, identity, "data")
+        hub(Event("phase", 0, name="loading the model"))
+        baseline = resident(self.processes.device)
+        graft, identity["base"] = load_graft(settings, prepared)
+        self._same_run(snapshot, identity, "base")
+        if settings.training.warm_start is not None:
+            warm_start(graft, settings.training.warm_start)
+        trainer = Trainer(
+            graft,
+            prepared.task,
+            prepared.tokenizer,
+            prepared.examples["train"],
+            prepared.examples["validation"],
+            settings.training,
+            checkpoints=self.checkpoints,
+            emit=hub,
+            stop=self.stop,
+            identity=identity,
+            dtype=dtype,
+            prior_loss=prepared.prior_loss,
+            processes=self.processes,
+        )
+        self.manifest = opening(settings, prepared, graft, identity["base"])
+        if self.processes.main:
+            hub.listeners.remove(early.append)
+            self._open_folder(snapshot)
+        with self._logs(snapshot, early) as log_position:
+            trainer.log_position = log_position
+            if snapshot is None:
+                hub(Event("start", 0, **trainer.plan(), parameters=self.manifest["parameters"]))
+            else:
+                trainer.restore(snapshot)
+                hub(Event("resume", snapshot.step, path=str(self.checkpoints.path(snapshot.step))))
+                if text := environment_warning(snapshot.state["run"], identity):
+                    hub(Event("warning", snapshot.step, text=text))
+            with self._failure_noted():
+                with peak_memory(above=baseline, device=self.processes.device) as peak:
+                    trainer.fit()
+                first = None if trainer.first_step_at is None else trainer.first_step_at - self.began
+                finish(trainer, prepared, settings, self.folder, self.manifest, peak=peak.bytes, first_step=first)
+
+    def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
+        if snapshot is not None:
+            known = snapshot.state["run"]
+            refuse_changes({part: known.get(part)}, {part: identity[part]}, self.checkpoints.path(snapshot.step))
+
+    def _open_folder(self, snapshot: Snapshot | None) -> None:
+        """From here on the folder is this run's; what an earlier one left goes, unless this one goes on with it."""
+        if snapshot is None:
+            self.folder.clear()
+        self.folder.write_manifest(self.manifest)
+        self.folder.write_config(self.settings.dump())
+
+    @contextmanager
+    def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> Iterator[Callable[[], int]]:
+        """The log files, open; gives what forces the event log to the disk and says how long it is."""
+        if not self.processes.main:
+            yield lambda: 0
+            return
+        step = 0 if snapshot is None else snapshot.step
+        offset = 0 if snapshot is None else int(snapshot.state["log_position"])
+        wanted = self.settings.training.report_to
+
+        def trouble(text: str) -> None:
+            self.hub(Event("warning", step, text=text))
+
+        log = JsonLines(self.folder.log, offset, trouble) if "jsonl" in wanted else None
+        board = TensorBoard(self.folder.tensorboard, step if snapshot else None, trouble) if "tensorboard" in wanted else None
+        writers = [writer for writer in (log, board) if writer is not None]
+        self.hub.listeners.extend(writers)
+        try:
+            if log is not None and log.missing:
+                trouble(f"{log.path} is {log.missing:,} bytes shorter than it was at the checkpoint")
+            for event in early if log is not None and snapshot is None else ():
+                log(event)  # type: ignore[misc]  # what was said before there was a folder to say it in
+            yield log.sync if log is not None else lambda: 0
+        finally:
+            for writer in writers:
+                self.hub.listeners.remove(writer)
+                writer.close()
+
+    @contextmanager
+    def _failure_noted(self) -> Iterator[None]:
+        """The manifest says how it ended, if it can still be written."""
+        try:
+            yield
+        except BaseException as error:
+            if self.processes.main:
+                status = "diverged" if isinstance(error, DivergedError) else "interrupted"
+                said = error.as_dict() if isinstance(error, GraftwerkError) else {"error": type(error).__name__}
+                try:
+                    self.folder.write_manifest({**self.manifest, "status": status, "error": said})
+                except (GraftwerkError, OSError):
+                    pass  # the error that brought us here is the one to report
+            raise
