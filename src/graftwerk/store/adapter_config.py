@@ -1,8 +1,8 @@
 """What an `adapter_config.json` may say: every key that PEFT 0.21 knows, by kind of adapter, and what becomes of it.
 
 A key is *read* (it decides what is computed), *free* (it can change nothing once the weights are there: how they were
-initialised, how they were trained), or *off* (a variant that computes something else: refused unless switched off). A key
-that is not in the table is refused too, unless its value is empty: newer versions of PEFT add switches that are off by
+initialised, how they were trained), or *off* (a variant that computes something else: refused unless empty). A key that
+is not in the table is refused too, unless it is empty: newer versions of PEFT add switches that are off by
 default. Nothing here imports what a file names, evaluates an expression, or matches a pattern.
 """
 

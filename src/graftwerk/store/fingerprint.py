@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
+from graftwerk.inject.attach import disabled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +42,13 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Raises:
         ModelError: weights are on the meta device: nothing has been loaded yet.
+        UnsupportedError: the model was trained in full and the base's weights were not kept.
     """
+    with disabled(model):  # a merged adapter comes out for the moment, and so do weights that were trained in full
+        return _fingerprint(model)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
     parameters = sorted(_base_parameters(model))
     versions = tuple((name, parameter.data_ptr(), _version(parameter)) for name, parameter in parameters)
     known = _known.get(model)

@@ -1,0 +1,210 @@
+"""The model card (README.md) of an adapter: what it is, on what it was trained, how good it is, how to repeat it.
+
+Everything in it that came from outside (names, labels, commands) is escaped: text stays text on whatever page shows the
+card, and things that look like secrets are blotted out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]#!|<>&~$:@])")
+_SECRETS = re.compile(
+    r"(?P<scheme>://)[^/\s:@]+:[^/\s@]+@"
+    r"|(?P<key>\b[\w-]*(?:token|password|passwd|secret|api[_-]?key|authorization)[\w-]*\s*[=:]\s*)\S+"
+    r"|\b(?:hf|sk|ghp|gho|xox[abp])[_-][A-Za-z0-9_-]{12,}",
+    re.IGNORECASE,
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+MOST_LABELS = 50
+
+
+def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The card's text.
+
+    Args:
+        own: The content of `graftwerk.json`. Used where present: name, base, method, labels, task, data, metrics
+            (``{"test": {"accuracy": {"value", "low", "high"}}}``), parameters, cost, command, license, versions.
+        config: The content of `adapter_config.json`.
+    """
+    sections = [
+        _front_matter(own, config),
+        _opening(own, config),
+        _figures(own),
+        _data(own),
+        _settings(own),
+        _use(own),
+        _repeat(own),
+        _limits(own),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def text(value: Any, most: int = 200) -> str:
+    """One line of plain text, whatever ``value`` holds: no markup, no control or direction characters, no secrets."""
+    line = " ".join(_redacted(str(value)).split())
+    line = "".join(character for character in line if unicodedata.category(character)[0] != "C")
+    if len(line) > most:
+        line = line[: most - 1] + "…"
+    # Dots end numbers of lists only at the start of a line; nothing of ours begins with foreign text.
+    return _SPECIAL.sub(r"\\\1", line).replace("\\<", "&lt;").replace("\\>", "&gt;").replace("\\&", "&amp;")
+
+
+def block(value: str, language: str = "") -> str:
+    """A code block that its content cannot end."""
+    lines = [
+        "".join(character for character in line if character == "\t" or unicodedata.category(character)[0] != "C")
+        for line in _redacted(value).splitlines()
+    ]
+    content = "\n".join(lines)
+    longest = max((len(run) for run in re.findall("`+", content)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{content}\n{fence}"
+
+
+def _redacted(value: str) -> str:
+    def hidden(match: re.Match[str]) -> str:
+        return f"{match['scheme'] or match['key'] or ''}[redacted]{'@' if match['scheme'] else ''}"
+
+    return _SECRETS.sub(hidden, value)
+
+
+def _front_matter(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Metadata in YAML; every value is written as JSON text, which YAML reads as text."""
+    lines = ["---"]
+    base = _base_name(own)
+    if _HUB_ID.fullmatch(base):
+        lines.append(f"base_model: {json.dumps(base)}")
+    if not str(config.get("peft_type", "")).startswith("GRAFTWERK"):
+        lines.append('library_name: "peft"')
+    if own.get("license"):
+        lines.append(f"license: {json.dumps(str(own['license'])[:100])}")
+    lines += ["tags:", '  - "graftwerk"', f"  - {json.dumps(str(_method(own).get('name', 'adapter'))[:40])}", "---"]
+    return "\n".join(lines)
+
+
+def _base_name(own: Mapping[str, Any]) -> str:
+    base = own.get("base")
+    return str(base.get("name") or "") if isinstance(base, Mapping) else ""
+
+
+def _method(own: Mapping[str, Any]) -> Mapping[str, Any]:
+    method = own.get("method")
+    return method if isinstance(method, Mapping) else {}
+
+
+def _opening(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    base = own.get("base") if isinstance(own.get("base"), Mapping) else {}
+    assert isinstance(base, Mapping)
+    kind, name = text(_method(own).get("name", "?")), text(_base_name(own) or "an unnamed base")
+    lines = [
+        f"# {text(own.get('name', 'adapter'))}",
+        "",
+        f"An adapter ({kind}, `{_code(config.get('peft_type', '?'))}`) for {name}.",
+        "",
+        f"- architecture: {text(base.get('architecture', '?'))}",
+        f"- fingerprint of the base's weights: `{_code(base.get('fingerprint') or 'unknown')}`",
+    ]
+    if own.get("task"):
+        lines.append(f"- task: {text(own['task'])}")
+    parameters = own.get("parameters")
+    if isinstance(parameters, Mapping) and isinstance(parameters.get("trained"), int):
+        share = parameters.get("share")
+        of_base = f", {100 * share:.2f} % of the base's" if isinstance(share, int | float) else ""
+        lines.append(f"- trained parameters: {parameters['trained']:,}{of_base}")
+    labels = own.get("labels")
+    if isinstance(labels, list) and labels:
+        more = f" and {len(labels) - MOST_LABELS} more" if len(labels) > MOST_LABELS else ""
+        lines.append(f"- labels: {', '.join(text(label, 60) for label in labels[:MOST_LABELS])}{more}")
+    return "\n".join(lines)
+
+
+def _figures(own: Mapping[str, Any]) -> str:
+    metrics = own.get("metrics")
+    rows = []
+    for part, values in metrics.items() if isinstance(metrics, Mapping) else ():
+        for metric, figure in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(figure, Mapping):
+                interval = f"{_number(figure.get('low'))} to {_number(figure.get('high'))}"
+                rows.append(f"| {text(part)} | {text(metric)} | {_number(figure.get('value'))} | {interval} |")
+            else:
+                rows.append(f"| {text(part)} | {text(metric)} | {_number(figure)} | |")
+    if not rows:
+        return ""
+    return "\n".join(["## Figures", "", "| rows | measure | value | interval |", "|---|---|---|---|", *rows])
+
+
+def _data(own: Mapping[str, Any]) -> str:
+    data = own.get("data")
+    if not isinstance(data, Mapping) or not data:
+        return ""
+    lines = ["## Data", ""]
+    if data.get("origin"):
+        lines.append(f"- from: {text(data['origin'], 400)}")
+    rows = data.get("rows")
+    if isinstance(rows, Mapping):
+        counts = ", ".join(f"{text(part)} {_number(count)}" for part, count in rows.items())
+        lines.append(f"- rows: {counts}")
+    if data.get("fingerprint"):
+        lines.append(f"- fingerprint: `{_code(data['fingerprint'])}`")
+    return "\n".join(lines)
+
+
+def _settings(own: Mapping[str, Any]) -> str:
+    method = _method(own)
+    if not method:
+        return ""
+    return "## Settings\n\n" + block(json.dumps(method, indent=2, ensure_ascii=False), "json")
+
+
+def _use(own: Mapping[str, Any]) -> str:
+    base = json.dumps(_base_name(own) or "the base model")
+    return "## Use\n\n" + block(
+        "import graftwerk as gw\n"
+        "from graftwerk.models.load import load_model\n"
+        "\n"
+        f"model = load_model({base}, None, None)  # or any transformers model with the same weights\n"
+        'graft = gw.load(model, "this folder")',
+        "python",
+    )
+
+
+def _repeat(own: Mapping[str, Any]) -> str:
+    parts = []
+    if own.get("command"):
+        parts.append("## Repeat\n\n" + block(str(own["command"])[:4000], "sh"))
+    versions = own.get("versions")
+    if isinstance(versions, Mapping) and versions:
+        parts.append("With " + ", ".join(f"{text(name)} {text(version)}" for name, version in versions.items()) + ".")
+    cost = own.get("cost")
+    if isinstance(cost, Mapping) and isinstance(cost.get("training_seconds"), int | float):
+        parts.append(f"Training took {cost['training_seconds']:,.0f} seconds.")
+    return "\n\n".join(parts)
+
+
+def _limits(own: Mapping[str, Any]) -> str:
+    return (
+        "## Limits and licence\n\n"
+        "The adapter works only with the base whose fingerprint stands above. It inherits the base's limits; on texts"
+        " unlike those it was trained on, the figures above say nothing. "
+        + (
+            f"Licence: {text(own['license'])}."
+            if own.get("license")
+            else "No licence was given; the base's and the data's apply."
+        )
+    )
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "–" if value is None else text(value, 40)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _code(value: Any) -> str:
+    """For use between single backticks."""
+    return re.sub(r"[^\w.:/ -]", "", str(value), flags=re.ASCII)[:100]

@@ -1,0 +1,400 @@
+"""Adapter folders: a graft on disk, in PEFT's format, written whole or not at all, and read through one gate.
+
+    adapter_config.json             PEFT's settings (or a type of our own, GRAFTWERK_...)
+    adapter_model.safetensors       the tensors, by PEFT's keys
+    graftwerk_training.safetensors  what PEFT does not store and training needs to go on; only where there is such
+    graftwerk.json                  base and its fingerprint, method, labels, data, figures, checksums of the others
+    README.md                       the model card
+
+A folder without `graftwerk.json` is read as PEFT's. With it, every file must be the one that was written: whoever
+changes one on purpose deletes `graftwerk.json`, and what it says is not believed any more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import (
+    AdapterError,
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    UnsupportedError,
+)
+from graftwerk.inject.attach import Graft, attach, detach, grafts
+from graftwerk.inject.targets import Anatomy, anatomy
+from graftwerk.methods.lora import LoRA
+from graftwerk.methods.prefix import Prefix
+from graftwerk.methods.prompt import Prompt
+from graftwerk.methods.ptuning import PTuning
+from graftwerk.store.adapter_config import CONFIG_FILE
+from graftwerk.store.atomic import recover, write_folder
+from graftwerk.store.card import model_card
+from graftwerk.store.fingerprint import fingerprint
+from graftwerk.store.info import (
+    CARD_FILE,
+    FORMAT,
+    OWN_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    AdapterInfo,
+    check_files,
+    checksum,
+    read_adapter_config,
+)
+from graftwerk.store.peft_format import (
+    Restored,
+    Stored,
+    read_ia3,
+    read_lora,
+    read_own,
+    write_ia3,
+    write_lora,
+    write_own,
+)
+from graftwerk.store.peft_virtual import read_prefix, read_prompt, write_prefix, write_prompt
+from graftwerk.store.safety import read_tensors, refuse_pickles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
+
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, OWN_FILE, CARD_FILE)
+_RESERVED = ("format", "name", "base", "files")
+
+_WRITERS = {
+    "lora": write_lora,
+    "ia3": write_ia3,
+    "prompt": write_prompt,
+    "ptuning": write_prompt,
+    "prefix": write_prefix,
+}
+_READERS = {
+    "LORA": read_lora,
+    "IA3": read_ia3,
+    "PROMPT_TUNING": read_prompt,
+    "P_TUNING": read_prompt,
+    "PREFIX_TUNING": read_prefix,
+}
+
+
+def save_adapter(
+    graft: Graft, folder: Path | str, *, metadata: Mapping[str, Any] | None = None, card: str | None = None
+) -> Path:
+    """Write a graft's folder, whole or not at all.
+
+    An adapter that is there already is replaced; other files beside it are kept.
+
+    Args:
+        graft: What to store; it stays as it is.
+        folder: Where to. Must be new, empty, or an adapter folder.
+        metadata: Facts for `graftwerk.json` and the card: ``model`` (the base's name), ``labels``, ``task``, ``data``,
+            ``metrics``, ``cost``, ``command``, ``versions``, ``license``, and whatever else JSON can hold.
+            ``base_fingerprint`` saves computing it, and is needed after `Full(keep_base=False)`.
+        card: The text of `README.md`; by default one is made from the metadata.
+
+    Raises:
+        DivergedError: a tensor holds NaN or infinity; such an adapter is never written.
+        ConflictError: the folder has other content and no adapter.
+        EnvironmentFault: no space, no permission; what was there is untouched.
+        ConfigError: metadata that JSON cannot hold.
+    """
+    target = Path(os.path.realpath(folder))
+    _check_finite(graft)
+    facts = dict(metadata or {})
+    own = _own_facts(graft, facts)
+    base_name = own["base"]["name"]
+    stored = _WRITERS.get(graft.method.name, write_own)(graft, base_name)
+    text = model_card(own, stored.config) if card is None else card
+    recover(target)
+    _check_replaceable(target)
+
+    def fill(partial: Path) -> None:
+        _keep_others(target, partial)
+        (partial / CONFIG_FILE).write_bytes(_json(stored.config))
+        _write_tensors(stored.tensors, partial / WEIGHTS_FILE)
+        if stored.training:
+            _write_tensors(stored.training, partial / TRAINING_FILE)
+        written = (CONFIG_FILE, WEIGHTS_FILE, *((TRAINING_FILE,) if stored.training else ()))
+        own["files"] = {name: checksum(partial / name) for name in written}
+        (partial / OWN_FILE).write_bytes(_json(own))
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
+
+    return write_folder(target, fill, bytes_needed=_size(stored) + len(text.encode()) + 65_536)
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: Path | str,
+    name: str | None = None,
+    *,
+    force: bool = False,
+    trainable: bool = False,
+) -> Graft:
+    """Put a stored adapter, ours or PEFT's, on a model, and make it the active one.
+
+    Args:
+        model: Must have the base weights that the adapter was trained on, and a head where the adapter has one.
+        folder: The adapter's folder.
+        name: What to call it; by default what it was called, or ``default``.
+        force: Accept a base with other weights than those it was trained on (the shapes must still fit).
+        trainable: Let its parameters train on; else they are frozen.
+
+    Raises:
+        AdapterError: tensors are missing, extra or mis-shaped, or the base is another one (named).
+        IntegrityError: a file is damaged, hostile or was changed.
+        ConfigError, UnsupportedError, EnvironmentFault: as `read_adapter_config`; the name is taken: ConflictError.
+
+    The model is as before whenever this raises. Torch's random state is not touched.
+    """
+    info = read_adapter_config(folder)
+    if info.own:
+        check_files(info)
+        _check_base(model, info, force)
+    view = anatomy(model)
+    try:
+        restored = _restored(model, view, info)
+        if info.own:
+            _check_size(restored, view)
+        name = name or info.name or "default"
+        graft = _attached(model, restored, name)
+    except (AdapterError, UnsupportedError) as error:
+        error.where = f"{info.folder}" if error.where is None else f"{info.folder}: {error.where}"
+        if error.mend is None and info.base_name:
+            error.mend = f"the adapter was made for `{info.base_name}`"
+        raise
+    if not trainable:
+        for parameter in graft.parameters():
+            parameter.requires_grad_(False)
+    return graft
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def _check_finite(graft: Graft) -> None:
+    for key, tensor in graft.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"`{key}` of adapter `{graft.name}` holds NaN or infinity, so it is not written",
+                mend="go back to the last good checkpoint and lower the learning rate",
+            )
+
+
+def _own_facts(graft: Graft, facts: dict[str, Any]) -> dict[str, Any]:
+    reserved = [key for key in _RESERVED if key in facts]
+    if reserved:
+        raise ConfigError(
+            f"metadata may not hold `{reserved[0]}`: it is written from the graft itself", where="metadata"
+        )
+    model = graft.model
+    name = facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or None
+    known = facts.pop("base_fingerprint", None)
+    base = {
+        "name": name,
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "fingerprint": known or _base_fingerprint(graft),
+    }
+    facts.setdefault("labels", _labels(graft))
+    facts.setdefault("versions", _versions())
+    facts.setdefault("parameters", _parameters(graft))
+    facts["method"] = graft.method.to_dict()
+    return {"format": FORMAT, "name": graft.name, "base": base, **facts}
+
+
+def _base_fingerprint(graft: Graft) -> str | None:
+    try:
+        return fingerprint(graft.model)
+    except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
+        return None
+
+
+def _parameters(graft: Graft) -> dict[str, Any]:
+    own = sum(tensor.numel() for key, tensor in graft.state_dict().items() if not graft.is_head(key))
+    head = sum(tensor.numel() for key, tensor in graft.state_dict().items() if graft.is_head(key))
+    total = graft.num_base_parameters
+    return {"trained": own, "head": head, "total": total, "share": own / total}
+
+
+def _labels(graft: Graft) -> list[str] | None:
+    names: Mapping[int, str] = getattr(graft.model.config, "id2label", None) or {}
+    if not graft.heads or all(name == f"LABEL_{index}" for index, name in names.items()):
+        return None
+    return [str(names[index]) for index in sorted(names)]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("graftwerk", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _json(values: Any) -> bytes:
+    try:
+        return (json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"metadata cannot be written as JSON: {error}", where="metadata") from None
+
+
+def _finite(values: Any) -> Any:
+    """NaN and infinity, which JSON does not have, become null."""
+    if isinstance(values, float) and not math.isfinite(values):
+        return None
+    if isinstance(values, Mapping):
+        return {str(key): _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return values
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Views of one storage (a tied head) would be refused; copies on the CPU are what is meant.
+    save_file(
+        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, {"format": "pt"}
+    )
+
+
+def _size(stored: Stored) -> int:
+    tensors = [*stored.tensors.values(), *stored.training.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.is_dir() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
+        raise ConflictError(
+            f"{target} is not empty and holds no adapter, so nothing is written there",
+            where=str(target),
+            mend="name a new or empty folder",
+        )
+
+
+def _keep_others(target: Path, partial: Path) -> None:
+    """Files beside an adapter that is replaced stay: a tokenizer, notes, other adapters in folders below."""
+    if not target.is_dir():
+        return
+    for entry in sorted(os.listdir(target)):
+        if entry in _FILES:
+            continue
+        source = target / entry
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, partial / entry, symlinks=True)
+        else:
+            shutil.copy2(source, partial / entry, follow_symlinks=False)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
+    wanted = info.base_fingerprint
+    if force or wanted is None or info.own["method"]["name"] == "full":  # whose tensors are all weights there are
+        return
+    found = fingerprint(model)
+    if found != wanted:
+        architecture = info.own["base"].get("architecture")
+        raise AdapterError(
+            f"this adapter was trained on another base: `{info.base_name or 'unnamed'}` ({architecture!s:.60}, weights"
+            f" {wanted}); the model given has weights {found}",
+            where=str(info.folder),
+            mend=f"load `{info.base_name or wanted}`, or force it (force=True, --force) if weights are meant to differ",
+        )
+
+
+def _restored(model: PreTrainedModel, view: Anatomy, info: AdapterInfo) -> Restored:
+    path = info.folder / WEIGHTS_FILE
+    if not path.exists():
+        refuse_pickles(info.folder, WEIGHTS_FILE)
+        raise AdapterError(f"missing: {WEIGHTS_FILE}")
+    # An adapter is never larger than its base; twice that, for float64 and heads, is where trying to read it ends.
+    bound = 4 * sum(parameter.numel() * max(parameter.element_size(), 4) for parameter in model.parameters()) + 2**26
+    tensors = read_tensors(path, max_bytes=bound)
+    _check_numbers(tensors)
+    reader = _READERS.get(info.peft_type)
+    method = info.method
+    if reader is None:
+        assert method is not None
+        return read_own(method, tensors)
+    restored = reader(model, view, info.config, tensors)
+    if method is None:
+        return restored
+    if TRAINING_FILE not in info.own["files"]:
+        return Restored(method, restored.tensors)
+    training = read_tensors(info.folder / TRAINING_FILE, max_bytes=bound)
+    _check_numbers(training)
+    saved = restored.method.modules_to_save
+    assert saved != "auto"
+    heads = {
+        key: tensor
+        for key, tensor in restored.tensors.items()
+        if any(key == head or key.startswith(head + ".") for head in saved)
+    }
+    return Restored(method, {**training, **heads})
+
+
+def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterError(f"`{key[:200]}` holds {tensor.dtype} where an adapter has floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise AdapterError(f"`{key[:200]}` holds NaN or infinity: the training that made it had diverged")
+
+
+def _check_size(restored: Restored, view: Anatomy) -> None:
+    """What the settings ask for must be what the file holds, before memory is reserved for it."""
+    method = restored.method
+    saved = view.heads if method.modules_to_save == "auto" else method.modules_to_save
+    found = sum(
+        tensor.numel()
+        for key, tensor in restored.tensors.items()
+        if not any(key == head or key.startswith(head + ".") for head in saved) and ".start_" not in key
+    )
+    if isinstance(method, Prefix):
+        widths = [place.kv_heads * place.head_dim for place in view.attentions]
+        expected = method.count_vectors(widths, [stack.width for stack in view.stacks])
+    elif isinstance(method, Prompt | PTuning):
+        expected = method.count_vectors(view.stacks[0].width) if view.stacks else 0
+    elif method.kind == "layer":
+        expected = method.count(method.places(view.places))
+    else:
+        return  # full: the model itself says how large it is
+    if expected != found:
+        raise AdapterError(
+            f"with these settings the adapter has {expected:,} parameters on this model, but the file holds {found:,}"
+        )
+
+
+def _attached(model: PreTrainedModel, restored: Restored, name: str) -> Graft:
+    first = not grafts(model)
+    tensors = dict(restored.tensors)
+    with torch.random.fork_rng(devices=[]):
+        graft = attach(model, restored.method, name)
+    try:
+        if isinstance(restored.method, LoRA) and restored.method.init_lora_weights == "pissa":
+            # A folder of PEFT has no start in it: attaching has just computed it from the base, as PEFT does.
+            start = {key: value for key, value in graft.state_dict().items() if ".start_" in key}
+            tensors = {**start, **tensors}
+        graft.load_state_dict(tensors)
+    except BaseException:
+        graft.delete()
+        if first:
+            detach(model)
+        raise
+    return graft

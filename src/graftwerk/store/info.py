@@ -1,0 +1,151 @@
+"""What an adapter folder says of itself, read through the gate; and whether its files are those that were written."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftwerk.errors import AdapterError, EnvironmentFault, IntegrityError, UnsupportedError
+from graftwerk.methods.base import Method
+from graftwerk.methods.catalog import METHODS, parse_method
+from graftwerk.store.adapter_config import CONFIG_FILE, OWN_PREFIX, read_config
+from graftwerk.store.atomic import recover
+from graftwerk.store.safety import read_json
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+TRAINING_FILE = "graftwerk_training.safetensors"
+OWN_FILE = "graftwerk.json"
+CARD_FILE = "README.md"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter folder says of itself, read through the gate; no weights are read.
+
+    Attributes:
+        folder: Where it is.
+        config: `adapter_config.json`.
+        own: `graftwerk.json`; empty for folders of PEFT.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    own: dict[str, Any]
+
+    @property
+    def peft_type(self) -> str:
+        return str(self.config["peft_type"])
+
+    @property
+    def name(self) -> str | None:
+        """The name that the adapter had where it was trained."""
+        name = self.own.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def base_name(self) -> str | None:
+        """What the base model was called where the adapter was trained; maybe a path there."""
+        name = self.own["base"].get("name") if self.own else self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        return self.own["base"].get("fingerprint") if self.own else None
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of the classes, in the order of the head's outputs."""
+        labels: list[str] | None = self.own.get("labels")
+        return labels
+
+    @property
+    def method(self) -> Method | None:
+        """Its settings; None for folders of PEFT, whose settings are known only together with a model.
+
+        Raises:
+            ConfigError: a setting is not known in this version.
+        """
+        return parse_method(self.own["method"]) if self.own else None
+
+
+def read_adapter_config(folder: Path | str) -> AdapterInfo:
+    """What a folder says of itself, without reading weights.
+
+    Raises:
+        EnvironmentFault: there is no such folder, or a file of it is missing.
+        IntegrityError, ConfigError, UnsupportedError: as `adapter_config.read_config`.
+        AdapterError: the folder holds no adapter; those in folders below are named.
+    """
+    folder = recover(Path(folder))
+    if not folder.is_dir():
+        raise EnvironmentFault(f"there is no folder {folder}", where=str(folder), mend="check the path")
+    if not (folder / CONFIG_FILE).exists():
+        below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+        raise AdapterError(
+            f"{folder} holds no adapter: it has no {CONFIG_FILE}",
+            where=str(folder),
+            mend=f"there are adapters below it: {', '.join(below[:20])}" if below else "name an adapter's folder",
+        )
+    config = read_config(folder)
+    own = _checked_own(read_json(folder / OWN_FILE), folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
+    if not own and str(config["peft_type"]).startswith(OWN_PREFIX):
+        raise AdapterError(
+            f"{config['peft_type']} is a type of graftwerk's, whose settings stand in {OWN_FILE}, and that is missing",
+            where=str(folder),
+        )
+    return AdapterInfo(folder, config, own)
+
+
+def _checked_own(own: dict[str, Any], path: Path) -> dict[str, Any]:
+    if own.get("format") != FORMAT:
+        raise UnsupportedError(
+            f"{path.name} has format {own.get('format')!a:.20}; this version reads format {FORMAT}",
+            where=str(path),
+            mend="update graftwerk",
+        )
+    labels = own.get("labels")
+    files = own.get("files")
+    good = (
+        isinstance(own.get("base"), dict)
+        and isinstance(own["base"].get("fingerprint"), str | None)
+        and isinstance(own.get("method"), dict)
+        and own["method"].get("name") in METHODS
+        and (labels is None or (isinstance(labels, list) and all(isinstance(label, str) for label in labels)))
+        and isinstance(files, dict)
+        and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys() <= {CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE}
+        and all(isinstance(known, dict) and known.keys() == {"bytes", "crc32"} for known in files.values())
+    )
+    if not good:
+        raise IntegrityError(f"{path.name} does not say what it should", where=str(path), mend="save the adapter again")
+    return own
+
+
+def check_files(info: AdapterInfo) -> None:
+    """Compare the files of one of our folders with what `graftwerk.json` says of them.
+
+    Raises:
+        AdapterError: a file is missing.
+        IntegrityError: a file is not the one that was written.
+    """
+    for name, known in info.own["files"].items():
+        path = info.folder / name
+        if not path.is_file():
+            raise AdapterError(f"missing: {name}", where=str(info.folder))
+        if path.stat().st_size != known["bytes"] or checksum(path) != known:
+            raise IntegrityError(
+                f"{name} is not the file that was written: it was damaged or changed",
+                where=str(path),
+                mend=f"take it from a copy; if it was changed on purpose, delete {OWN_FILE} beside it",
+            )
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """Size and CRC-32: against damage, not against forgery (who can write the folder can write the checksum)."""
+    crc, size = 0, 0
+    with open(path, "rb") as stream:
+        while chunk := stream.read(2**20):
+            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return {"bytes": size, "crc32": crc}
