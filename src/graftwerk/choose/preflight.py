@@ -9,20 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from graftwerk.config import RunConfig
-from graftwerk.data.lint import check_truncation
-from graftwerk.errors import DataError
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix import Prefix
-from graftwerk.models.load import load_config, load_tokenizer, max_length_for
-from graftwerk.tasks.base import Example, Finding, Splits, Task
-from graftwerk.tasks.catalog import task_named
+from graftwerk.models.load import load_config
+from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.train.prepare import prepare
 
 SHOWN_TOKENS = 40
 """Tokens of the first row that are shown as the model sees them."""
@@ -39,29 +35,16 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
     """
-    task = task_named(config.task)
-    splits = task.read(config.data)
-    tokenizer = load_tokenizer(config.model, config.revision)
+    prepared = prepare(config, emit=lambda event: None)
     architecture = load_config(config.model, config.revision)
-    max_length = max_length_for(architecture, tokenizer, config.data.max_length)
-    encoded = {
-        name: task.encode(rows, tokenizer, splits, max_length)
-        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-        if rows
-    }
-    findings = list(splits.findings)
-    for name, examples in encoded.items():
-        cut = [example.truncated for example in examples]
-        try:
-            findings += check_truncation(cut, max_length, config.data.max_truncated, name)
-        except DataError as error:
-            findings.append(Finding("truncated", error.what, sum(map(bool, cut)), mend=error.mend, grave=True))
+    splits = prepared.splits
+    encoded = {name: examples for name, examples in prepared.examples.items() if examples}
     training = config.training
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(encoded["train"]) / rows_per_step)
     rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
     return {
-        "model": {"name": config.model, "kind": architecture.model_type, "max_length": max_length},
+        "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
         "task": config.task,
         "data": {
             "origin": splits.origin,
@@ -71,15 +54,15 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
             "truncated": {name: sum(bool(example.truncated) for example in rows) for name, rows in encoded.items()},
         },
-        "findings": [asdict(finding) for finding in findings],
-        "first_row": _as_seen(splits, encoded["train"][0], tokenizer),
-        "method": config.method.to_dict(),
-        "parameters": count_parameters(config.method, task, architecture, splits),
+        "findings": prepared.findings,
+        "first_row": _as_seen(splits, encoded["train"][0], prepared.tokenizer),
+        "method": prepared.method.to_dict(),
+        "parameters": count_parameters(config.method, prepared.task, architecture, splits),
         "steps": training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch),
         "steps_per_epoch": steps_per_epoch,
         "rows_per_step": rows_per_step,
         "learning_rate": rate,
-        "output_dir": {"path": str(config.output_dir), "exists": Path(config.output_dir).exists()},
+        "output_dir": {"path": str(config.output_dir), "exists": config.output_dir.exists()},
     }
 
 
