@@ -1,10 +1,10 @@
 """Resampling, vectorised: draws of rows as weights, and the metrics as functions of weights.
 
-A bootstrap draw of n rows is a vector of counts that sum to n. Every metric here is a function of such counts, so a thousand
-draws are one (draws, kinds) matrix and a metric over all of them is a matrix product or a cumulative sum, never a Python loop
-over draws. Rows that a metric cannot tell apart are one *kind*: accuracy and F1 see only (target, predicted), so their draws are
-multinomial counts of the cells of the confusion matrix, which has the same law as drawing the rows and is as cheap for a
-million rows as for a hundred.
+A bootstrap draw of n rows is a vector of counts that sum to n. Every metric here is a function of such counts, so a
+thousand draws are one (draws, kinds) matrix and a metric over all of them is a matrix product or a cumulative sum,
+never a Python loop over draws. Rows that a metric cannot tell apart are one *kind*: accuracy and F1 see only (target,
+predicted), so their draws are multinomial counts of the cells of the confusion matrix, which has the same law as
+drawing the rows and is as cheap for a million rows as for a hundred.
 
 Source of the scheme: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13.
 Legend: R draws, K kinds, C classes.
@@ -34,7 +34,9 @@ def kinds(*columns: NDArray[Any]) -> tuple[tuple[NDArray[Any], ...], Ints]:
 
 
 def draw_counts(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Blocks (<= R, K) of bootstrap counts; each row of a block sums to the number of rows, and the blocks have R rows in all."""
+    """Blocks (<= R, K) of bootstrap counts; each row of a block sums to the number of rows, and the blocks have R
+    rows in all.
+    """
     n, size = int(counts.sum()), len(counts)
     single = size == n
     block = max(1, BLOCK // max(size, 1))
@@ -48,9 +50,7 @@ def draw_counts(counts: Ints, resamples: int, rng: np.random.Generator) -> Itera
             yield rng.multinomial(n, counts / n, size=rows).astype(np.float64)
 
 
-def resample(
-    counts: Ints, statistics: Sequence[Statistic], resamples: int, rng: np.random.Generator
-) -> Floats:
+def resample(counts: Ints, statistics: Sequence[Statistic], resamples: int, rng: np.random.Generator) -> Floats:
     """Each statistic over the same draws: (len(statistics), R)."""
     blocks = [np.stack([f(weights) for f in statistics]) for weights in draw_counts(counts, resamples, rng)]
     return np.concatenate(blocks, axis=1)
@@ -72,18 +72,19 @@ def f1(targets: Ints, predicted: Ints, classes: int, average: Literal["macro", "
         hits, wanted, given = weights @ both, weights @ is_target, weights @ is_predicted
         seen = wanted + given
         score = np.divide(2 * hits, seen, out=np.zeros_like(seen), where=seen > 0)
-        if average == "weighted":
-            return (score * wanted).sum(axis=1) / wanted.sum(axis=1)
-        return score.sum(axis=1) / (seen > 0).sum(axis=1)
+        shares = wanted if average == "weighted" else (seen > 0).astype(np.float64)
+        result: Floats = (score * shares).sum(axis=1) / shares.sum(axis=1)
+        return result
 
     return statistic
 
 
 def rank_auc(positive: NDArray[np.bool_], scores: Floats) -> Statistic:
-    """Area under the ROC curve of one class against the rest, by ranks: P(score of a positive > score of a negative) + P(tie)/2.
+    """Area under the ROC curve of one class against the rest, by ranks: P(score of a positive > score of a negative)
+    + P(tie)/2.
 
-    The rows are sorted once; a draw then costs two sums over tied groups and one cumulative sum. Undefined (nan) where a draw
-    has no positive or no negative row.
+    The rows are sorted once; a draw then costs two sums over tied groups and one cumulative sum. Undefined (nan)
+    where a draw has no positive or no negative row.
     """
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
@@ -96,13 +97,16 @@ def rank_auc(positive: NDArray[np.bool_], scores: Floats) -> Statistic:
         below = np.add.reduceat(ranked, starts, axis=1) - above
         wins = (above * (np.cumsum(below, axis=1) - 0.5 * below)).sum(axis=1)
         pairs = above.sum(axis=1) * below.sum(axis=1)
-        return np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
+        result: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
+        return result
 
     return statistic
 
 
 def roc_auc(targets: Ints, scores: Floats) -> Statistic:
-    """Two classes: that of the second. More: the plain mean over classes, each against the rest; nan where a class is absent."""
+    """Two classes: that of the second. More: the plain mean over classes, each against the rest; nan where a class is
+    absent.
+    """
     classes = scores.shape[1]
     if classes == 2:
         return rank_auc(targets == 1, scores[:, 1])

@@ -1,4 +1,6 @@
-"""The one way in which a model is asked about many rows: no gradient, like lengths together, answers in the rows' order."""
+"""The one way in which a model is asked about many rows: no gradient, like lengths together, answers in the rows'
+order.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,13 @@ def run_model(
 ) -> Predictions:
     """The model's answers to all examples, in the order of the examples.
 
-    Rows are worked off longest first in batches of like lengths, so that hardly anything is padding and memory runs out, if it does, in
-    the first batch. The model is in evaluation mode inside and as it was afterwards.
+    Rows are worked off longest first in batches of like lengths, so that hardly anything is padding and memory runs
+    out, if it does, in the first batch. The model is in evaluation mode inside and as it was afterwards.
 
     Args:
         model: On the device it is to compute on; whatever adapters are active on it are part of the answer.
-        examples: Encoded rows, with or without targets. The loss is the mean over all targets, None where a row has none.
+        examples: Encoded rows, with or without targets. The loss is the mean over all targets, None where a row has
+            none.
         batch_size: Rows a forward pass.
         dtype: What products are computed in; anything but float32 means autocast.
     """
@@ -70,7 +73,8 @@ def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def device_of(model: Any) -> torch.device:
-    return next(iter(model.parameters())).device
+    device: torch.device = next(iter(model.parameters())).device
+    return device
 
 
 def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:

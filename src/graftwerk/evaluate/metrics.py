@@ -1,8 +1,8 @@
 """How good predictions are, each figure with the interval that its rows allow.
 
-Point values come from scikit-learn. Intervals are percentile bootstrap intervals over rows (`bootstrap.py`): they say how far the
-figure would move with other held-out rows of the same kind, not how far it would move with another training seed;
-`paired.py` has both. What cannot be computed is None with a note that says why; it is never guessed.
+Point values come from scikit-learn. Intervals are percentile bootstrap intervals over rows (`bootstrap.py`): they say
+how far the figure would move with other held-out rows of the same kind, not how far it would move with another
+training seed; `paired.py` has both. What cannot be computed is None with a note that says why; it is never guessed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def metrics_of(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Figure]:
-    """Accuracy, F1 (macro, weighted) and ROC-AUC of classifications, each with a percentile bootstrap interval over rows.
+    """Accuracy, F1 (macro, weighted) and ROC-AUC of classifications, each with a percentile bootstrap interval over
+    rows.
 
-    ROC-AUC of two classes is that of the second; of more, the mean over classes of each against the rest. It is None where the
-    rows lack a class.
+    ROC-AUC of two classes is that of the second; of more, the mean over classes of each against the rest. It is None
+    where the rows lack a class.
 
     Args:
         predictions: ``scores`` (n, C) that sum to one, ``targets`` (n,) class ids.
@@ -90,7 +91,9 @@ def metrics_of(
 def checked(predictions: Predictions, labels: Sequence[str] | None = None) -> tuple[Ints, Floats]:
     """Targets (n,) and scores (n, C), after what would make every figure meaningless has been refused."""
     if predictions.targets is None:
-        raise DataError("the rows have no labels, so nothing can be measured on them", mend="give rows with a label column")
+        raise DataError(
+            "the rows have no labels, so nothing can be measured on them", mend="give rows with a label column"
+        )
     targets = np.asarray(predictions.targets).astype(np.int64)
     scores = np.asarray(predictions.scores, dtype=np.float64)
     if len(targets) == 0:
@@ -102,7 +105,10 @@ def checked(predictions: Predictions, labels: Sequence[str] | None = None) -> tu
         )
     if not np.isfinite(scores).all():
         bad = int((~np.isfinite(scores)).any(axis=1).sum())
-        raise ModelError(f"the model's scores are not finite on {bad} of {len(scores)} rows", mend="the run has diverged; train again")
+        raise ModelError(
+            f"the model's scores are not finite on {bad} of {len(scores)} rows",
+            mend="the run has diverged; train again",
+        )
     return targets, scores
 
 
@@ -155,7 +161,9 @@ def _roc_auc_figure(
     value = _roc_auc_point(targets, scores)
     if value is None:
         absent = [names[c] for c in range(scores.shape[1]) if not (targets == c).any()]
-        shown = ", ".join(f"`{name}`" for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        shown = ", ".join(f"`{name}`" for name in absent[:5]) + (
+            f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        )
         return {"value": None, "low": None, "high": None, "note": f"undefined: no row has the label {shown}"}
     draws = resample(np.ones(len(targets), dtype=np.int64), [roc_auc(targets, scores)], resamples, rng)[0]
     return _figure(value, draws, confidence)
