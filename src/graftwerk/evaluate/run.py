@@ -1,5 +1,186 @@
-"""Evaluation and prediction with what training left on disk."""
+"""`evaluate` and `predict`: what training left on disk, measured and used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwerk.errors import ConfigError
+from graftwerk.evaluate.forward import Progress
 from graftwerk.evaluate.forward import run_model as run_model
+from graftwerk.evaluate.opened import Opened, held_out, labelled_rows, open_adapter
+from graftwerk.tasks.base import Example
+
+BATCH = 64
+
+
+def evaluate(
+    target: Any,
+    data: str | Path | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    model: str | None = None,
+    force: bool = False,
+    batch_size: int = BATCH,
+    confidence: float | None = None,
+    resamples: int | None = None,
+    store: bool = False,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a trained adapter.
+
+    Args:
+        target: A run folder, an adapter folder (ours or PEFT's), or the `Run` that `train` gave back.
+        data: Labelled rows: a file, `pkg://...` or a hub id. Default: the rows that the run itself held out, test
+            before validation.
+        columns: Which column of `data` plays which part; default: as in training.
+        model: The base model, where it is not where the adapter says.
+        force: Accept a base with other weights than those the adapter was trained on.
+        batch_size: Rows a forward pass.
+        confidence, resamples: Of the intervals; default: as the run file says.
+        store: Leave `evaluation.json` and the predictions, row by row, in the run folder.
+        on_progress: Told (rows done, rows in all).
+
+    Returns:
+        ``metrics`` (each with value, low, high, and a note where something needs saying), ``rows``, ``split`` (test,
+        validation, or data), ``loss``, ``labels``, ``cost`` (milliseconds a row by batch size, bytes of the adapter,
+        bytes of memory that loading and evaluating took at most), ``notes``.
+
+    Raises:
+        ConfigError: there is nothing to evaluate, or no rows to do it on.
+        DataError, AdapterError, ModelError, IntegrityError, EnvironmentFault: as reading and loading say.
+    """
+    from graftwerk.evaluate.cost import latency, peak_memory, size_on_disk
+    from graftwerk.evaluate.metrics import metrics_of
+    from graftwerk.evaluate.stored import store_evaluation
+
+    with peak_memory() as peak:
+        opened = open_adapter(target, model=model, force=force)
+        if data is None:
+            if columns is not None:
+                raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+            split, rows = held_out(opened)
+        else:
+            split, rows = "data", labelled_rows(opened, str(data), None if columns is None else dict(columns))
+        if store and (opened.run is None or data is not None):
+            raise ConfigError("only what a run measured on its own held-out rows can be stored with it")
+        examples = opened.encode(rows)
+        predictions = run_model(
+            opened.model,
+            opened.task,
+            examples,
+            opened.tokenizer,
+            batch_size=batch_size,
+            dtype=opened.dtype,
+            on_progress=on_progress,
+        )
+    settings = opened.evaluation
+    metrics = metrics_of(
+        predictions,
+        opened.labels,
+        confidence=confidence or settings.confidence,
+        resamples=resamples or settings.resamples,
+    )
+    timed = latency(
+        opened.model,
+        opened.task,
+        examples,
+        opened.tokenizer,
+        batches=settings.latency_batches,
+        dtype=opened.dtype,
+    )
+    result: dict[str, Any] = {
+        "metrics": metrics,
+        "rows": len(examples),
+        "split": split,
+        "loss": predictions.loss,
+        "labels": list(opened.labels),
+        "cost": {
+            **{f"latency_ms_batch_{size}": round(value, 4) for size, value in timed.items()},
+            "adapter_bytes": size_on_disk(opened.info.folder),
+            "peak_memory_bytes": peak.bytes,
+        },
+        "notes": _notes(opened, examples),
+    }
+    if split == "validation":
+        result["notes"].append(
+            "these rows also chose the checkpoint, so the figures are a little too good; set data.test"
+        )
+    if store and opened.run is not None:
+        store_evaluation(opened.run, opened.info.folder, result, predictions)
+    return result
+
+
+def predict(
+    target: Any,
+    texts: str | Sequence[str] | None = None,
+    data: str | Path | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    model: str | None = None,
+    force: bool = False,
+    batch_size: int = BATCH,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Label texts, or the rows of a file (which need no labels), with a trained adapter.
+
+    Args:
+        texts: One text or several.
+        data: In place of texts: a file, `pkg://...` or a hub id.
+        The others: as for `evaluate`.
+
+    Returns:
+        ``predictions``: for each row, in order, ``label``, ``scores`` by label (they add up to one), and with `data`
+        its ``text``; ``notes``: what was cut or left out, counted.
+
+    Raises:
+        ConfigError: neither texts nor data, or both; an empty text.
+        DataError, AdapterError, ModelError, IntegrityError, EnvironmentFault: as reading and loading say.
+    """
+    if (texts is None) == (data is None):
+        raise ConfigError("give texts or data" + ("" if texts is None else ", not both"))
+    if data is None and columns is not None:
+        raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+    listed = [texts] if isinstance(texts, str) else list(texts or ())
+    for place, text in enumerate(listed):
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"text {place + 1} of {len(listed)} is {'empty' if isinstance(text, str) else 'no text'}")
+    if data is None and not listed:
+        return {"predictions": [], "notes": []}
+    opened = open_adapter(target, model=model, force=force)
+    said: list[str] = []
+    if data is not None:
+        from graftwerk.tasks.classification import rows_for_prediction
+
+        on_bad_row = opened.settings.data.on_bad_row if opened.settings else "fail"
+        table, findings = rows_for_prediction(
+            str(data), opened.columns if columns is None else dict(columns), on_bad_row
+        )
+        listed = [str(row["text"]) for row in table.rows]
+        said = [finding.message for finding in findings]
+    examples = opened.encode([{"text": text} for text in listed])
+    found = run_model(
+        opened.model,
+        opened.task,
+        examples,
+        opened.tokenizer,
+        batch_size=batch_size,
+        dtype=opened.dtype,
+        on_progress=on_progress,
+    )
+    predictions = []
+    for text, scores in zip(listed, found.scores, strict=True):
+        answer: dict[str, Any] = {
+            "label": opened.labels[int(scores.argmax())],
+            "scores": {label: float(score) for label, score in zip(opened.labels, scores, strict=True)},
+        }
+        predictions.append(answer if data is None else {**answer, "text": text})
+    return {"predictions": predictions, "notes": said + _notes(opened, examples)}
+
+
+def _notes(opened: Opened, examples: Sequence[Example]) -> list[str]:
+    cut = sum(example.truncated > 0 for example in examples)
+    if not cut:
+        return []
+    return [f"{cut:,} of {len(examples):,} rows were cut to {opened.max_length} tokens"]

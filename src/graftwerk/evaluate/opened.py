@@ -1,0 +1,220 @@
+"""A trained adapter, opened for use: its base, tokenizer, task and labels, from a run folder or an adapter folder
+alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwerk.config import RunConfig
+from graftwerk.data.settings import DataSettings
+from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
+from graftwerk.evaluate.settings import EvaluationSettings
+from graftwerk.store.adapter_config import CONFIG_FILE
+from graftwerk.store.atomic import recover
+from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, read_adapter_config
+from graftwerk.store.safety import read_header, read_json
+from graftwerk.tasks.base import Example, Row, Splits, Task
+
+MANIFEST, CONFIG, ADAPTER = "manifest.json", "config.yaml", "adapter"
+HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is needed to ask the adapter about rows.
+
+    Attributes:
+        run: The run's folder and settings, or None for an adapter folder that stands alone.
+        columns: How the training data called the parts of a row.
+        data_fingerprint: Of the rows it was trained and measured on, where that is known.
+    """
+
+    info: AdapterInfo
+    run: Path | None
+    settings: RunConfig | None
+    model: Any
+    tokenizer: Any
+    task: Task
+    splits: Splits
+    max_length: int
+    dtype: torch.dtype
+    columns: dict[str, str]
+    data_fingerprint: str | None
+    evaluation: EvaluationSettings
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self.splits.labels or ()
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        return self.task.encode(rows, self.tokenizer, self.splits, self.max_length)
+
+    def method_name(self) -> str:
+        return self.info.method.name if self.info.method is not None else self.info.peft_type.lower()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a path means, before anything heavy is loaded."""
+
+    info: AdapterInfo
+    run: Path | None
+    settings: RunConfig | None
+    manifest: dict[str, Any]
+
+
+def find(target: Any) -> Target:
+    """A run folder (its adapter is meant), an adapter folder, or the `Run` that `train` gave back.
+
+    Raises:
+        ConfigError: neither, or a run that is not finished.
+        IntegrityError, AdapterError, EnvironmentFault: what is there cannot be read.
+    """
+    path = Path(getattr(target, "folder", target))
+    if not path.is_dir():
+        raise ConfigError(f"there is no folder {path}", mend="give a run folder or an adapter folder")
+    if not (path / MANIFEST).is_file():
+        if not recover(path / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"{path} is neither a run folder nor an adapter folder: it has no {MANIFEST} and no {CONFIG_FILE}",
+                mend="give a run folder or an adapter folder",
+            )
+        if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
+            return Target(read_adapter_config(path), None, None, {})
+        path = path.parent
+    manifest = read_json(path / MANIFEST)
+    adapter = recover(path / ADAPTER)
+    if not adapter.is_dir():
+        raise ConfigError(
+            f"the run in {path} has no adapter yet (status: {manifest.get('status')})",
+            mend="go on with it: graftwerk train ... --resume",
+        )
+    return Target(read_adapter_config(adapter), path, RunConfig.load(path / CONFIG), manifest)
+
+
+def open_adapter(target: Any, *, model: str | None = None, force: bool = False) -> Opened:
+    """Load base, tokenizer and adapter; the adapter is active and the model in evaluation mode.
+
+    Args:
+        target: A run folder, an adapter folder (ours or PEFT's), or a `Run`.
+        model: The base, where it is not where the adapter says.
+        force: Accept a base with other weights than those that the adapter was trained on.
+
+    Raises:
+        AdapterError: the adapter does not fit the base, or says too little to be used.
+        ConfigError, ModelError, EnvironmentFault, IntegrityError: as loading models and adapters does.
+    """
+    from graftwerk.models.hardware import compute_type, set_threads
+    from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, max_length_for
+    from graftwerk.store.folder import load_adapter
+    from graftwerk.tasks.catalog import task_named
+
+    found = find(target)
+    settings, own, info = found.settings, found.manifest or found.info.own, found.info
+    name = model or (settings.model if settings else info.base_name)
+    if name is None:
+        raise AdapterError(
+            "the adapter does not say which model it was made for", where=str(info.folder), mend="name it: model=..."
+        )
+    revision = settings.revision if settings and model is None else None
+    task = task_named(_task_name(info, own))
+    tokenizer = load_tokenizer(name, revision)
+    architecture = load_config(name, revision)
+    splits = Splits((), (), (), _labels(info, own, architecture), "")
+    kept = own.get("max_length")
+    max_length = max_length_for(architecture, tokenizer, kept if isinstance(kept, int) else None)
+    set_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_type(settings.training.compute_type if settings else "auto", device)
+    base = load_model(name, task, splits, revision=revision)
+    fix_padding(base, tokenizer)
+    load_adapter(base, info.folder, force=force)
+    origin = (own.get("data") or {}).get("origin") or {}
+    return Opened(
+        info=info,
+        run=found.run,
+        settings=settings,
+        model=base.to(device).eval(),
+        tokenizer=tokenizer,
+        task=task,
+        splits=splits,
+        max_length=max_length,
+        dtype=dtype,
+        columns=dict(settings.data.columns if settings else origin.get("columns") or {}),
+        data_fingerprint=(own.get("data") or {}).get("fingerprint"),
+        evaluation=settings.evaluation if settings else EvaluationSettings(),
+    )
+
+
+def _task_name(info: AdapterInfo, own: dict[str, Any]) -> str:
+    if isinstance(own.get("task"), str):
+        return str(own["task"])
+    if info.config.get("task_type") == "SEQ_CLS":
+        return "classification"
+    raise UnsupportedError(
+        f"the adapter does not say what task it is for (task_type: {json.dumps(info.config.get('task_type'))})",
+        where=str(info.folder / CONFIG_FILE),
+        mend="adapters for classification (SEQ_CLS) can be evaluated",
+    )
+
+
+def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[str, ...]:
+    """The adapter's own; for a folder of PEFT, which stores none, the base's if it has as many classes, else 0, 1,
+    ...
+    """
+    labels = own.get("labels")
+    if labels is not None:
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise IntegrityError("`labels` is not a list of names", where=str(info.folder))
+        return tuple(labels)
+    named = getattr(architecture, "id2label", None) or {}
+    known = tuple(str(named[index]) for index in sorted(named))
+    for key, tensor in read_header(info.folder / WEIGHTS_FILE).items():
+        if key.endswith(HEADS) and "lora_" not in key:
+            classes = tensor.shape[0]
+            return known if len(known) == classes else tuple(str(index) for index in range(classes))
+    return known
+
+
+def held_out(opened: Opened) -> tuple[str, Sequence[Row]]:
+    """The run's own rows that were not trained on: test where there is one, else validation.
+
+    Raises:
+        ConfigError: an adapter folder alone, or a run that held nothing out.
+        IntegrityError: the data has changed since, so these may be rows that were trained on.
+    """
+    if opened.settings is None:
+        raise ConfigError(
+            f"{opened.info.folder} is an adapter folder alone and has no rows of its own",
+            mend="give labelled rows with --data (data=...), or the run folder that the adapter came from",
+        )
+    splits = opened.task.read(opened.settings.data, opened.labels)
+    if opened.data_fingerprint is not None and splits.fingerprint != opened.data_fingerprint:
+        raise IntegrityError(
+            "the data has changed since the training, so the held-out rows may be rows that were trained on",
+            where=f"{opened.settings.data.train}: fingerprint {splits.fingerprint[:12]}, "
+            f"at training {opened.data_fingerprint[:12]}",
+            mend="give labelled rows that were not trained on with --data (data=...)",
+        )
+    for name in ("test", "validation"):
+        rows: Sequence[Row] = getattr(splits, name)
+        if rows:
+            return name, rows
+    raise ConfigError(
+        "this run held no rows out",
+        where="data.validation, data.test",
+        mend="give labelled rows with --data (data=...)",
+    )
+
+
+def labelled_rows(opened: Opened, data: str, columns: dict[str, str] | None) -> Sequence[Row]:
+    """All rows of a source, with labels that the adapter knows."""
+    settings = DataSettings(train=data, columns=opened.columns if columns is None else columns, validation=None)
+    return opened.task.read(settings, opened.labels).train
