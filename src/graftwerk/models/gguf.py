@@ -64,10 +64,13 @@ def _unpack(path: Path, target: Path) -> None:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
             model = AutoModelForCausalLM.from_pretrained(path.parent, **place, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+    except MemoryError:
+        raise EnvironmentFault(f"{path} does not fit into memory unpacked", mend="use a smaller model") from None
+    except Exception as error:  # a damaged or foreign file fails wherever its bytes lead the reader
         raise ModelError(
-            f"transformers cannot unpack {path}: {error}", mend="give the same model as a safetensors folder"
-        ) from None
+            f"transformers cannot unpack {path}: {error}",
+            mend="the file may be cut off or of an unknown kind; give the same model as a safetensors folder",
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

@@ -210,6 +210,8 @@ def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:
             f"weights of {name} have other shapes than its config.json says: {shapes[0]}",
             where=f"{len(shapes)} weights",
         )
+    # The position tables of Marian and its like are computed, not learnt, and never stored.
+    missing = [key for key in missing if "Sinusoidal" not in type(model.get_submodule(key.rpartition(".")[0])).__name__]
     # The pooler on top of some encoders is trained with the head and often left out of checkpoints.
     lacking = [key for key in missing if inside(key) and ".pooler." not in f".{key}"]
     if lacking:

@@ -1,0 +1,154 @@
+"""Probing: what is fast decides, once for a machine; threads never exceed the cores that are ours."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftwerk.errors import ConfigError
+from graftwerk.models import hardware
+from graftwerk.models.cache import cache_folder, recall, remember
+from graftwerk.models.hardware import compute_type, hardware_facts, probe, set_threads, usable_cores
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path / "cache"))
+    probe.cache_clear()
+    yield
+    probe.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
+    """Let products take so long; returns the list of types tried."""
+    tried: list[str] = []
+
+    def timed(dtype: torch.dtype, kind: str, *, limit: float, repeats: int = 5) -> float:
+        name = str(dtype).removeprefix("torch.")
+        tried.append(name)
+        return seconds[name]
+
+    monkeypatch.setattr(hardware, "_seconds", timed)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"float32": 1.0, "bfloat16": 9.0, "float16": 8.0}, torch.float32),
+        ({"float32": 1.0, "bfloat16": 0.5, "float16": 0.5}, torch.bfloat16),
+        ({"float32": 1.0, "bfloat16": 0.5, "float16": 0.3}, torch.float16),
+        ({"float32": 1.0, "bfloat16": 0.95, "float16": math.inf}, torch.float32),
+        ({"float32": 1.0, "bfloat16": math.inf, "float16": 0.2}, torch.float16),
+    ],
+)
+def test_the_fastest_type_is_chosen_if_it_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], chosen: torch.dtype
+) -> None:
+    pretend(monkeypatch, **seconds)
+    assert compute_type("auto") == chosen
+
+
+def test_it_is_measured_once_for_a_process_and_once_for_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = pretend(monkeypatch, float32=1.0, bfloat16=0.1, float16=math.inf)
+    assert compute_type() == compute_type() == torch.bfloat16
+    assert tried == ["float32", "bfloat16", "float16"]
+    probe.cache_clear()  # as in a new process
+    assert compute_type() == torch.bfloat16
+    assert len(tried) == 3
+    probe.cache_clear()
+    monkeypatch.setattr(hardware, "device_name", lambda kind: "another processor")
+    compute_type()
+    assert len(tried) == 6
+
+
+def test_damaged_or_foreign_memory_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = pretend(monkeypatch, float32=1.0, bfloat16=0.1, float16=0.1)
+    compute_type()
+    path = cache_folder() / "compute-types.json"
+    [key] = json.loads(path.read_text())
+    for content in ("{", "[]", json.dumps({key: {"float32": "fast"}}), json.dumps({key: 7})):
+        path.write_text(content)
+        probe.cache_clear()
+        before = len(tried)
+        assert compute_type() == torch.bfloat16
+        assert len(tried) == before + 3
+
+
+def test_the_real_probe_gives_a_time_for_each_type() -> None:
+    seconds = probe("cpu")
+    assert set(seconds) == {"float32", "bfloat16", "float16"}
+    assert 0 < seconds["float32"] < math.inf
+    assert compute_type("auto") in hardware.TYPES.values()
+
+
+def test_a_named_type_is_taken_and_others_are_refused() -> None:
+    assert compute_type("float32") == torch.float32
+    assert compute_type("bfloat16") == torch.bfloat16
+    with pytest.raises(ConfigError, match="no compute type `int3`"):
+        compute_type("int3")
+
+
+def test_a_type_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, float16=math.inf)
+    with pytest.raises(ConfigError, match="cannot compute in float16"):
+        compute_type("float16")
+
+
+def test_threads_follow_the_environment_and_else_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert set_threads() == torch.get_num_threads() == 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(hardware, "usable_cores", lambda: 2)
+        assert set_threads() == torch.get_num_threads() == 2
+        assert set_threads(1) == torch.get_num_threads() == 1
+        with pytest.raises(ConfigError):
+            set_threads(0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    for quota, cores in (("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1), ("nonsense", 64)):
+        monkeypatch.setattr(Path, "read_text", lambda self, encoding, quota=quota: quota)
+        assert usable_cores() == cores
+
+
+def test_facts_are_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, float32=1.0, bfloat16=2.0, float16=math.inf)
+    facts = json.loads(json.dumps(hardware_facts(), allow_nan=False))
+    assert facts["compute_type"] == "float32"
+    assert facts["probe_seconds"] == {"float32": 1.0, "bfloat16": 2.0, "float16": None}
+
+
+def test_memory_is_kept_by_name_and_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recall("notes", "a") is None
+    remember("notes", "a", [1])
+    remember("notes", "b", 2)
+    assert (recall("notes", "a"), recall("notes", "b"), recall("other", "a")) == ([1], 2, None)
+    assert [entry.name for entry in cache_folder().iterdir()] == ["notes.json"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path / "file"))
+    remember("notes", "a", 1)  # a cache that cannot be written is no error
+    assert recall("notes", "a") is None
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", "~/mine")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("GRAFTWERK_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "graftwerk"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / ".cache" / "graftwerk"
