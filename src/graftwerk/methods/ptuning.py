@@ -8,15 +8,18 @@ Paper: Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385, section 3.2:
 The networks are those of PEFT, parameter by parameter: the plain one has three linear layers with ReLU between, the
 recurrent one two linear layers after a bidirectional LSTM.
 
+Start: noise, as in PEFT, but with the biases before a ReLU moved to the middle of what its units get. Otherwise up to
+half of the units are off for all n tokens, and what is off for all of them gets no gradient.
+
 Parameters, hidden width h: n·d + (d·h + h) + (h·h + h) + (h·d + d) for the MLP; for the LSTM n·d + its two
 directions, 8·h·(d + h + 2) for its first layer and 8·h·(3·h + 2) for each further one, + (4·h·h + 2·h) + (2·h·d + d).
 Trade-off: the network makes training steadier than prompt tuning's bare vectors and can be thrown away afterwards;
-while training it is many times larger than what it makes. A unit of a ReLU that is off for all n tokens gets no
-gradient.
+while training it is many times larger than what it makes.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -104,10 +107,25 @@ class PromptEncoder(PromptModule):
             self.mlp_head = nn.Sequential(
                 nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width)
             )
+        self._wake()
 
-    def vectors(self) -> Tensor:
-        inner = self.embedding.weight
+    @torch.no_grad()
+    def _wake(self) -> None:
+        """Move the biases so that each unit of a ReLU is on for some of the virtual tokens and off for others."""
+        inner = self._before_mlp()
+        for layer, following in pairwise(self.mlp_head):
+            if isinstance(layer, nn.Linear) and isinstance(following, nn.ReLU):
+                inputs = layer(inner)
+                # With one token there is no middle; it is mirrored to the side where the unit is on.
+                layer.bias.sub_(inputs.mean(dim=0) if self.n > 1 else inputs[0] - inputs[0].abs())
+            inner = layer(inner)
+
+    def _before_mlp(self) -> Tensor:
+        inner: Tensor = self.embedding.weight
         if hasattr(self, "lstm_head"):
             inner = self.lstm_head(inner[None])[0][0]
-        output: Tensor = self.mlp_head(inner)
+        return inner
+
+    def vectors(self) -> Tensor:
+        output: Tensor = self.mlp_head(self._before_mlp())
         return output
