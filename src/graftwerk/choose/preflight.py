@@ -67,7 +67,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
 
 
 def count_parameters(method: Method, task: Task, architecture: Any, splits: Splits) -> dict[str, Any]:
-    """``trained`` (head not counted), ``head``, ``total`` of the base, ``share`` trained of it; nothing is loaded.
+    """``trained`` (the head included), ``head``, ``total`` of the base, ``share`` trained of it; nothing is loaded.
 
     Raises:
         UnsupportedError, ConfigError: the method cannot work on this architecture, or a target names nothing.
@@ -95,7 +95,7 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
         )
     else:
         own = sum(method.count_vectors(stack.width) for stack in view.stacks)  # type: ignore[attr-defined]
-    return {"trained": own, "head": head, "total": total, "share": (own + head) / total}
+    return {"trained": own + head, "head": head, "total": total, "share": (own + head) / total}
 
 
 def _labels(splits: Splits) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.output import Output, dump, stdout_to_stderr
+from graftwerk.errors import Interrupted
 
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of stdout; everything else on stderr.")
@@ -19,6 +21,10 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 _COMMON = (("json", Json), ("quiet", Quiet), ("debug", Debug))
 
 Result = dict[str, Any]
+
+
+class ReaderGone(Exception):  # noqa: N818 - no error
+    """Nobody reads our output any more: `graftwerk ... | head -1`."""
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
@@ -35,11 +41,17 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
         def run(**values: Any) -> None:
             as_json, quiet, _ = values.pop("json"), values.pop("quiet"), values.pop("debug")  # `main` reads --debug
             out = Output(as_json=as_json, quiet=quiet)
-            if not as_json:
-                function(out, **values)
-                return
-            with stdout_to_stderr() as stdout:
-                print(dump(function(out, **values)), file=stdout, flush=True)
+            # typer would make exit codes of its own of these two
+            try:
+                if not as_json:
+                    function(out, **values)
+                    return
+                with stdout_to_stderr() as stdout:
+                    print(dump(function(out, **values)), file=stdout, flush=True)
+            except KeyboardInterrupt:
+                raise Interrupted(signal.SIGINT, "stopped by Ctrl-C") from None
+            except BrokenPipeError as error:
+                raise ReaderGone from error
 
         common = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)

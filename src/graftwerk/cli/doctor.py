@@ -65,8 +65,9 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
         f"rows of up to {model['max_length']} tokens"
     )
     out.line(
-        f"method  {checked['method']['name']}: trains {count(parameters['trained'])} parameters and a head of "
-        f"{count(parameters['head'])} ({share(parameters['share'])}), learning rate {checked['learning_rate']:g}"
+        f"method  {checked['method']['name']}: trains {count(parameters['trained'])} parameters "
+        f"({share(parameters['share'])}), {count(parameters['head'])} of them in the head, "
+        f"learning rate {checked['learning_rate']:g}"
     )
     out.line(
         f"steps   {checked['steps']:,} of {checked['rows_per_step']} rows, {checked['steps_per_epoch']:,} an epoch"

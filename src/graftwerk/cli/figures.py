@@ -44,6 +44,8 @@ def byte_size(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A duration: 850 µs, 3.2 ms, 4.1 s, 2 min 05 s, 1 h 02 min."""
+    if value <= 0:
+        return "0 s"
     if value < 1e-3:
         return f"{value * 1e6:.0f} µs"
     if value < 1:

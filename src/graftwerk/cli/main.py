@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import typer
 
 from graftwerk.cli import compare, doctor, evaluate, inspect, methods, predict, report, schema, train
+from graftwerk.cli.command import ReaderGone
 from graftwerk.cli.output import dump
 from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, Interrupted
 
@@ -60,12 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Idle OpenMP threads that spin take the cores from whoever else works on the machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        typer.main.get_command(app).main(given, prog_name="graftwerk", standalone_mode=False)
+        code = typer.main.get_command(app).main(given, prog_name="graftwerk", standalone_mode=False)
         sys.stdout.flush()
-        return 0
-    except typer.Exit as leave:
-        return leave.exit_code
-    except BrokenPipeError:
+        return code if isinstance(code, int) else 0
+    except (BrokenPipeError, ReaderGone):
         _drop_stdout()
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt) as error:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from graftwerk.cli.figures import count, number, seconds, share
-from graftwerk.cli.output import Output, console
+from graftwerk.cli.output import Output, console, printable
 
 if TYPE_CHECKING:
     from graftwerk.train.events import Event
@@ -86,7 +86,7 @@ class Progress:
         if self.quiet:
             return
         total, loss, left = figures["total"], figures.get("loss"), figures.get("left_seconds")
-        remaining = "" if left is None else f"{seconds(left)} left"
+        remaining = f"{seconds(left)} left" if left else ""
         if self.stream.isatty():
             if self._bar is None:
                 self._open_bar(total)
@@ -134,15 +134,23 @@ def describe_evaluation(step: int, figures: dict[str, Any]) -> str:
 def describe_trouble(event: Event) -> str:
     """A finding about the data, a diagnosis, a warning: what it is, and what to change."""
     figures = event.figures
-    text = figures.get("text") or figures.get("message") or ""
+    text = printable(figures.get("text") or figures.get("message") or "")
     where = f"step {event.step}: " if event.step else ""
-    mend = f"\n  mend: {figures['mend']}" if figures.get("mend") else ""
-    example = f"\n  for instance: {figures['example']}" if figures.get("example") else ""
+    mend = f"\n  mend: {printable(figures['mend'])}" if figures.get("mend") else ""
+    example = f"\n  for instance: {printable(figures['example'])}" if figures.get("example") else ""
     return f"{where}{event.kind.replace('_', ' ')}: {text}{example}{mend}"
 
 
 def describe_start(figures: dict[str, Any]) -> str:
-    return str(figures)
-
-
-__all__ = ["Progress", "count", "share"]
+    """What the run will do and cost, before its first step; the time is known after a few of them."""
+    parameters = figures["parameters"]
+    where = f"{figures['device']}, {figures['compute_type']}"
+    if figures["processes"] > 1:
+        where += f", {figures['processes']} processes"
+    steps = f"{figures['total_steps']:,} steps of {figures['rows_per_step']} rows"
+    epochs = f"{figures['steps_per_epoch']:,} an epoch"
+    return (
+        f"{figures['method']}: trains {count(parameters['trained'])} of {count(parameters['total'])} parameters"
+        f" ({share(parameters['share'])}), {count(parameters['head'])} of them in the head\n"
+        f"{steps} ({epochs}), learning rate {figures['learning_rate']:g}, on {where}"
+    )

@@ -39,11 +39,12 @@ def register(app: typer.Typer) -> None:
             refuse_grave(checked)
             return {"dry_run": True, **checked}
         from graftwerk.cli.progress import Progress
-        from graftwerk.report.html import write_report
         from graftwerk.train.run import train
 
         with Progress(out) as progress:
             run = train(settings, resume=resume, overwrite=overwrite, listener=progress)
+        from graftwerk.report.html import write_report
+
         report = write_report(run.folder)
         show_run(out, run.manifest)
         out.line(str(run.folder))

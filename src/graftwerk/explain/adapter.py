@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import EnvironmentFault, UnsupportedError
-from graftwerk.store.folder import WEIGHTS_FILE, AdapterInfo, read_adapter_config
+from graftwerk.store.folder import read_adapter_config
+from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, check_files
 from graftwerk.store.naming import named_by
 from graftwerk.store.safety import read_tensors
 
@@ -72,6 +73,8 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
     path = info.folder / WEIGHTS_FILE
     if not path.is_file():
         raise EnvironmentFault(f"{path} is missing", where=str(info.folder))
+    if info.own:
+        check_files(info)
     tensors = read_tensors(path)
     learnt = list(what_was_learnt(info, tensors))
     own = info.own
@@ -79,8 +82,7 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
     return {
         "folder": str(info.folder),
         "peft_type": info.peft_type,
-        "method": own.get("method")
-        or {key: value for key, value in info.config.items() if value not in (None, [], {})},
+        "method": own.get("method") or _said(info.config),
         "name": info.name,
         "base": {"name": info.base_name, "fingerprint": info.base_fingerprint},
         "labels": info.labels,

@@ -34,11 +34,13 @@ class TrainingSettings(Settings):
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(default="linear", description="shape of the decay")
     warmup_ratio: float = Field(default=0.06, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled decay, on matrices only")
-    adam_beta1: float = Field(default=0.9, gt=0, lt=1)
-    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
+    adam_beta1: float = Field(default=0.9, gt=0, lt=1, description="AdamW: decay of the mean of the gradients")
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW: decay of the mean of their squares")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW: added to the root of that mean")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the global gradient norm; null: never")
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each target that is spread over all labels"
+    )
     length_group: bool = Field(default=True, description="batch rows of like length, so that hardly anything is padding")
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward: less memory, more time")
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(

@@ -1,0 +1,180 @@
+"""What becomes of an error: plain words, the exit code of its kind, JSON for programs, a traceback only on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graftwerk import errors
+from graftwerk.cli import main as entry
+from tests.cli.commands import Run
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def raises(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("graftwerk.cli.methods.describe_methods", raises)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.ConfigError("w", where="k", mend="m", kept="x"), 2),
+        (errors.DataError("w", where="k", mend="m", kept="x"), 3),
+        (errors.ModelError("w", where="k", mend="m", kept="x"), 4),
+        (errors.AdapterError("w", where="k", mend="m", kept="x"), 4),
+        (errors.EnvironmentFault("w", where="k", mend="m", kept="x"), 5),
+        (errors.DivergedError("w", where="k", mend="m", kept="x"), 6),
+        (errors.ConflictError("w", where="k", mend="m", kept="x"), 7),
+        (errors.IntegrityError("w", where="k", mend="m", kept="x"), 8),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
+    monkeypatch: pytest.MonkeyPatch, graftwerk: Run, error: errors.GraftwerkError, code: int
+) -> None:
+    breaking(monkeypatch, error)
+    said = graftwerk("methods")
+    assert said.code == code
+    assert said.out == ""
+    assert said.err == "graftwerk: w\n  where: k\n  mend: m\n  kept: x\n"
+    said = graftwerk("methods", "--json")
+    assert said.code == code
+    assert said.json == {
+        "error": error.code,
+        "exit_code": code,
+        "what": "w",
+        "where": "k",
+        "mend": "m",
+        "kept": "x",
+    }
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_after_a_save(monkeypatch: pytest.MonkeyPatch, graftwerk: Run, signum: int, code: int) -> None:
+    breaking(monkeypatch, errors.Interrupted(signum, "stopped after step 3", kept="runs/x"))
+    said = graftwerk("methods", "--json")
+    assert said.code == code
+    assert said.json["exit_code"] == code
+    assert said.json["kept"] == "runs/x"
+
+
+def test_ctrl_c_anywhere_else(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+    breaking(monkeypatch, KeyboardInterrupt())
+    said = graftwerk("methods")
+    assert said.code == 130
+    assert said.err == "graftwerk: stopped by Ctrl-C\n"
+
+
+def test_an_unexpected_exception_is_one_plain_line(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+    breaking(monkeypatch, KeyError("a\nb"))
+    said = graftwerk("methods")
+    assert said.code == 1
+    first, mend, *rest = said.err.splitlines()
+    assert first.startswith("graftwerk: KeyError: ")
+    assert "--debug" in mend
+    assert rest == []
+    said = graftwerk("methods", "--debug")
+    assert said.code == 1
+    assert "Traceback (most recent call last)" in said.err
+    assert "in raises" in said.err
+
+
+def test_debug_after_two_dashes_is_no_option(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+    breaking(monkeypatch, KeyError("x"))
+    assert "Traceback" not in graftwerk("methods", "--", "--debug").err
+
+
+def test_memory_and_disk_are_the_environment(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+    breaking(monkeypatch, MemoryError())
+    said = graftwerk("methods")
+    assert said.code == 5
+    assert "memory" in said.err
+    breaking(monkeypatch, OSError(28, "No space left on device", "/x/y"))
+    said = graftwerk("methods")
+    assert said.code == 5
+    assert "No space left on device" in said.err
+    assert "where: /x/y" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "x.yaml"], "trian"),
+        (["train"], "CONFIG.yaml"),
+        (["methods", "--jsno"], "--jsno"),
+        (["train", "no-such-file.yaml"], "no-such-file.yaml"),
+    ],
+    ids=["no such command", "missing argument", "no such option", "no such file"],
+)
+def test_wrong_usage(graftwerk: Run, arguments: list[str], words: str) -> None:
+    said = graftwerk(*arguments)
+    assert said.code == 2
+    assert said.out == ""
+    assert words in said.err
+    assert "mend:" in said.err
+    said = graftwerk(*arguments, "--json")
+    assert said.code == 2
+    assert words in said.json["what"]
+    assert said.json["error"] == "config"
+
+
+def test_a_key_with_a_typing_error_is_named_with_the_right_one(graftwerk: Run, config: Path) -> None:
+    said = graftwerk("train", config, "--json", "training.lerning_rate=1e-3")
+    assert said.code == 2
+    assert "did you mean `learning_rate`" in said.json["what"]
+    said = graftwerk("train", config, "method.rnak=4")
+    assert said.code == 2
+    assert "rank" in said.err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`graftwerk methods | head -1`: no message, no traceback, the exit code of a broken pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "graftwerk", "methods"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writing)
+    assert done.returncode == entry.BROKEN_PIPE == 141
+    assert done.stderr == ""
+
+
+def test_help_and_version(graftwerk: Run) -> None:
+    said = graftwerk("--help")
+    assert said.code == 0
+    for name in ("train", "evaluate", "predict", "compare", "inspect", "methods", "doctor", "schema", "report"):
+        assert f"\n  {name} " in said.out
+        own = graftwerk(name, "--help")
+        assert own.code == 0
+        for option in ("--json", "--quiet", "--debug", "--help"):
+            assert option in own.out, (name, option)
+    assert graftwerk("--version").out.strip().count(".") == 2
+
+
+def test_json_of_any_command_is_alone_on_stdout_whatever_libraries_print(tmp_path: Path) -> None:
+    """Prints of Python and of C, and of child processes, go to stderr."""
+    script = (
+        "import os, sys\n"
+        "from graftwerk.cli import methods\n"
+        "def noisy():\n"
+        "    print('from python'); os.write(1, b'from C\\n'); os.system('echo from a child')\n"
+        "    return []\n"
+        "methods.describe_methods = noisy\n"
+        "from graftwerk.cli.main import main\n"
+        "sys.exit(main(['methods', '--json']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"methods": []}
+    assert done.stdout.count("\n") == 1
+    for origin in ("from python", "from C", "from a child"):
+        assert origin in done.stderr

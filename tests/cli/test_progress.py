@@ -1,0 +1,112 @@
+"""What a person sees of a run: lines where nothing can be redrawn, a bar on a terminal, silence once nobody listens."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+from graftwerk.cli import progress as room
+from graftwerk.cli.output import Output
+from graftwerk.cli.progress import Progress
+from graftwerk.train.events import Event
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+PLAN: dict[str, Any] = {
+    "total_steps": 375,
+    "steps_per_epoch": 125,
+    "rows_per_step": 16,
+    "method": "lora",
+    "learning_rate": 1e-3,
+    "device": "cpu",
+    "compute_type": "float32",
+    "processes": 1,
+    "parameters": {"trained": 338_690, "head": 770, "total": 22_713_986, "share": 0.0149},
+}
+
+
+def told(*events: Event, stream: io.StringIO | None = None, quiet: bool = False) -> str:
+    stream = stream or io.StringIO()
+    with Progress(Output(quiet=quiet), stream=stream) as progress:
+        for event in events:
+            progress(event)
+    return stream.getvalue()
+
+
+def test_the_cost_is_said_before_the_first_step() -> None:
+    said = told(Event("phase", 0, name="loading the model"), Event("start", 0, **PLAN))
+    assert said.startswith("loading the model ...\n")
+    for words in ("338,690 of 22.7 M parameters", "1.49 %", "375 steps of 16 rows", "125 an epoch", "0.001", "cpu"):
+        assert words in said
+
+
+def test_plain_lines_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with Progress(Output(), stream=stream) as progress:
+        for step in range(1, 13):
+            progress(Event("progress", step, total=12, loss=0.5, left_seconds=12.0 - step))
+            now[0] += 1
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "step 1/12  loss 0.500  11.0 s left",
+        "step 6/12  loss 0.500  6.0 s left",
+        "step 11/12  loss 0.500  1.0 s left",
+        "step 12/12  loss 0.500",
+    ]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    said = told(
+        Event("progress", 3, total=12, loss=0.25, left_seconds=125.0),
+        Event("evaluation", 3, accuracy=0.75, loss=0.6, best=True, seconds=4.0),
+        stream=Terminal(),
+    )
+    assert "3/12" in said
+    assert "0.250" in said
+    assert "2 min 05 s left" in said
+    assert "step 3: validation accuracy 0.750, loss 0.600 (the best so far)" in said
+
+
+def test_trouble_is_said_with_its_mend_even_when_quiet() -> None:
+    events = [
+        Event("progress", 70, total=100, loss=0.7, left_seconds=1.0),
+        Event("diagnosis", 70, code="no_learning", text="nothing is learnt", mend="training.learning_rate=auto"),
+        Event(
+            "finding", 0, code="leakage", message="3 rows leak", rows=3, example="'x'", mend="remove them", grave=True
+        ),
+        Event("warning", 0, text="the log is full"),
+    ]
+    said = told(*events, quiet=True)
+    assert said == (
+        "step 70: diagnosis: nothing is learnt\n  mend: training.learning_rate=auto\n"
+        "finding: 3 rows leak\n  for instance: 'x'\n  mend: remove them\n"
+        "warning: the log is full\n"
+    )
+    assert "step 70/100" in told(*events)
+
+
+def test_a_broken_pipe_silences_and_does_not_stop_the_training() -> None:
+    class Broken(io.StringIO):
+        writes = 0
+
+        def write(self, text: str) -> int:
+            self.writes += 1
+            raise BrokenPipeError
+
+    stream = Broken()
+    with Progress(Output(), stream=stream) as progress:
+        for step in range(1, 5):
+            progress(Event("evaluation", step, accuracy=0.5))
+    assert stream.writes == 1
+
+
+def test_text_of_an_event_cannot_drive_the_terminal() -> None:
+    assert "\x1b" not in told(Event("finding", 0, message="class '\x1b[2J'", rows=1, example="\x07"))

@@ -1,0 +1,151 @@
+"""What `graftwerk schema` and `graftwerk methods` say comes from the settings models and the methods' own files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from graftwerk.cli.methods import describe_methods, said_of
+from graftwerk.config import RunConfig, known_keys
+from graftwerk.methods.catalog import METHODS, SHORTHANDS, parse_method
+from graftwerk.schema import run_keys, run_schema
+from tests.cli.commands import Run
+
+
+def accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    """Enough of JSON schema to try run files on ours."""
+    if "$ref" in schema:
+        return accepts(root["$defs"][schema["$ref"].rpartition("/")[2]], value, root)
+    for word, count in (("anyOf", any), ("oneOf", lambda found: sum(found) == 1)):
+        if word in schema:
+            return bool(count([accepts(option, value, root) for option in schema[word]]))
+    if "enum" in schema:
+        return value in schema["enum"]
+    if "const" in schema:
+        return bool(value == schema["const"])
+    kinds: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "null": type(None)}
+    kind = schema.get("type")
+    if kind in kinds:
+        if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind in ("integer", "number")):
+            return False
+        return not (
+            value is not None
+            and kind in ("integer", "number")
+            and (
+                value < schema.get("minimum", value)
+                or value > schema.get("maximum", value)
+                or value <= schema.get("exclusiveMinimum", value - 1)
+                or value >= schema.get("exclusiveMaximum", value + 1)
+            )
+        )
+    if kind == "array":
+        return isinstance(value, list) and all(accepts(schema.get("items", {}), item, root) for item in value)
+    if kind == "object" or "properties" in schema:
+        known = schema.get("properties", {})
+        more = schema.get("additionalProperties", True)
+        return (
+            isinstance(value, dict)
+            and all(name in value for name in schema.get("required", []))
+            and all(
+                accepts(known[name], item, root)
+                if name in known
+                else (accepts(more, item, root) if isinstance(more, dict) else more)
+                for name, item in value.items()
+            )
+        )
+    return True
+
+
+RUN = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        ({}, True),
+        ({"method": {"name": "lora", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}}, True),
+        ({"method": {"name": "dora", "rank": 4}}, True),
+        ({"method": {"name": "lora", "r": 0}}, False),
+        ({"method": {"name": "lora", "adapter_size": 8}}, False),
+        ({"method": "lorra"}, False),
+        ({"method": {"r": 8}}, False),
+        ({"training": {"lr": 1e-3, "epochs": 2}}, True),
+        ({"training": {"learning_rate": "auto"}}, True),
+        ({"training": {"learning_rate": "fast"}}, False),
+        ({"trainin": {}}, False),
+        ({"data": {"train": "x", "validation": 0.2, "filter": {"source": ["a", "b"]}}}, True),
+        ({"data": {}}, False),
+    ],
+)
+def test_the_schema_takes_what_a_run_file_takes(change: dict[str, Any], right: bool) -> None:
+    tree = {**RUN, **change}
+    schema = run_schema()
+    assert accepts(schema, tree, schema) is right
+    from graftwerk.errors import ConfigError
+
+    if right:
+        RunConfig.build(tree)
+    else:
+        with pytest.raises(ConfigError):
+            RunConfig.build(tree)
+
+
+def test_every_setting_of_every_method_is_in_the_schema() -> None:
+    schema = run_schema()
+    names = set()
+    for method in METHODS.values():
+        own = schema["$defs"][method.__name__]
+        assert known_keys(method) | {"name"} == set(own["properties"]), method
+        assert own["additionalProperties"] is False
+        names.update(own["properties"]["name"]["enum"])
+    assert names == {*METHODS, *SHORTHANDS}
+
+
+def test_every_key_has_a_meaning() -> None:
+    keys = list(run_keys())
+    assert len(keys) > 60
+    assert [key["key"] for key in keys if not key["meaning"]] == []
+    assert {key["key"] for key in keys if key["required"]} == {"model", "data.train", "method"}
+    rate = next(key for key in keys if key["key"] == "training.learning_rate")
+    assert rate["kind"] == "number > 0 | auto"
+    assert rate["default"] == "auto"
+
+
+def test_schema_as_a_command(graftwerk: Run) -> None:
+    said = graftwerk("schema", "--json")
+    assert said.code == 0
+    assert said.json["properties"]["model"]
+    assert said.err == ""
+    said = graftwerk("schema")
+    assert "training.per_device_train_batch_size" in said.out
+    assert "method(lora).r" in said.out
+
+
+def test_methods_as_a_command(graftwerk: Run) -> None:
+    said = graftwerk("methods", "--json")
+    assert said.code == 0
+    rows = {row["name"]: row for row in said.json["methods"]}
+    assert set(rows) == set(METHODS)
+    lora = rows["lora"]
+    assert lora["paper"].startswith("Hu et al. 2021")
+    assert lora["mergeable"] is True
+    assert lora["peft_type"] == "LORA"
+    assert lora["learning_rate"] == METHODS["lora"].default_learning_rate
+    assert lora["parameters"].startswith("r (in + out) for each adapted layer")
+    assert "classification" in lora["tasks"]
+    assert rows["bottleneck"]["peft_type"] is None
+    said = graftwerk("methods")
+    for row in rows.values():
+        assert row["title"] in said.out
+    for shorthand in SHORTHANDS:
+        assert f"{shorthand} is short for" in said.out
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_methods_file_opens_with_its_cost(name: str) -> None:
+    for subject in ("Parameters", "Trade-off"):
+        assert said_of(METHODS[name], subject).endswith("."), subject
+    row = next(row for row in describe_methods() if row["name"] == name)
+    parse_method({"name": name})
+    assert row["settings"] == list(METHODS[name].model_fields)
