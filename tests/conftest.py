@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 # The same examples on every machine: a test that fails once fails again.
 settings.register_profile(
-    "graftwerk", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "graftwerk", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("graftwerk")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graftwerk.data.lint import check_duplicates, check_labels, check_truncation, label_names
+from graftwerk.data.lint import PlacedRows, check_duplicates, check_labels, check_truncation, label_names
 from graftwerk.errors import AdapterError, DataError
 
 
@@ -70,32 +70,38 @@ def test_usual_labels_say_nothing() -> None:
     assert check_labels(used, None, "rows.csv") == (("a", "b"), ())
 
 
+def placed(file: str, texts: list[str], labels: list[str] | None = None) -> PlacedRows:
+    return PlacedRows(texts, labels or ["x"] * len(texts), lambda index: f"{file}:{index + 1}")
+
+
 def test_duplicates_inside_a_split_are_counted_exactly_and_folded() -> None:
     texts = ["A b", "a  B", "A b", "c", "a b"]
-    findings = check_duplicates({"train": texts}, {"train": ["x"] * 5})
+    findings = check_duplicates({"train": placed("a.csv", texts)})
     assert codes(findings) == ["duplicates"]
     assert findings[0].rows == 3
     assert "(1 to the letter)" in findings[0].message
+    assert findings[0].example == "a.csv:1 and a.csv:2: 'a B'"
 
 
 def test_one_text_with_two_classes_is_said() -> None:
-    findings = check_duplicates({"train": ["a", "A", "b"]}, {"train": ["x", "y", "x"]})
+    findings = check_duplicates({"train": placed("a.csv", ["a", "A", "b"], ["x", "y", "x"])})
     assert codes(findings) == ["duplicates", "conflicting-labels"]
     assert findings[1].rows == 2
-    assert findings[1].example == "'a' is x and y"
+    assert findings[1].example == "a.csv:1: 'a' is x and y"
 
 
 def test_leakage_between_any_two_splits_is_grave() -> None:
     texts = {"train": ["a b", "c"], "validation": ["A  b", "d", "c"], "test": ["D", "e"]}
-    findings = check_duplicates(texts, {split: ["x"] * len(rows) for split, rows in texts.items()})
+    findings = check_duplicates({split: placed(f"{split}.csv", rows) for split, rows in texts.items()})
     assert codes(findings) == ["leakage", "leakage"]
     assert all(finding.grave for finding in findings)
     assert "2 of 3 validation rows also stand in the train rows (1 to the letter" in findings[0].message
+    assert findings[0].example == "train.csv:1 and validation.csv:1: 'A b'"
     assert "1 of 2 test rows also stand in the validation rows (0 to the letter" in findings[1].message
 
 
 def test_distinct_rows_say_nothing() -> None:
-    assert check_duplicates({"train": ["a", "b"], "test": ["c"]}, {"train": ["x", "y"], "test": ["x"]}) == ()
+    assert check_duplicates({"train": placed("a.csv", ["a", "b"]), "test": placed("b.csv", ["c"])}) == ()
 
 
 def test_truncation_is_counted_below_the_limit_and_refused_above() -> None:

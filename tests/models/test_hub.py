@@ -124,8 +124,15 @@ def test_pickle_is_never_asked_for_and_a_model_of_it_alone_is_refused(
     monkeypatch.setattr(HfApi, "list_repo_files", lambda self, name, revision: ["config.json", "pytorch_model.bin"])
     with pytest.raises(IntegrityError, match=r"pickle only \(pytorch_model.bin\)"):
         model_folder("owner/tiny")
-    patterns = [*hub.SMALL_FILES, "model*.safetensors"]
-    for file in ("pytorch_model.bin", "model.pt", "tokenizer.pkl", "modeling_evil.py", "model.ckpt", "tf_model.h5"):
+    patterns = [*hub.SMALL_FILES, *hub.WEIGHTS]
+    for file in (
+        "pytorch_model.bin",
+        "model.pt",
+        "tokenizer.pkl",
+        "modeling_evil.py",
+        "tf_model.h5",
+        "model.fp16.safetensors",
+    ):
         assert not any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
 
 

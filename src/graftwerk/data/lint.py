@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 
 from graftwerk.data.findings import Finding
 from graftwerk.data.split import fold
@@ -106,68 +109,75 @@ def _absent_classes(used: Mapping[str, Sequence[str]], names: Sequence[str]) -> 
     return tuple(findings)
 
 
-def check_duplicates(texts: Mapping[str, Sequence[str]], labels: Mapping[str, Sequence[str]]) -> tuple[Finding, ...]:
-    """Rows that stand more than once, in a split or on both sides of one; compared after folding white space and case.
+@dataclass(frozen=True)
+class PlacedRows:
+    """The rows of one split: texts and labels one by one, and the place (`file:line`) of a row by its index."""
 
-    Args:
-        texts, labels: Of each split (``train``, ``validation``, ``test``), row by row.
-    """
-    folded = {split: [fold(text) for text in rows] for split, rows in texts.items()}
+    texts: Sequence[str]
+    labels: Sequence[str]
+    where: Callable[[int], str]
+
+    @cached_property
+    def folded(self) -> list[str]:
+        return [fold(text) for text in self.texts]
+
+    def show(self, index: int) -> str:
+        return f"{self.where(index)}: {_short(self.texts[index])}"
+
+
+def check_duplicates(splits: Mapping[str, PlacedRows]) -> tuple[Finding, ...]:
+    """Rows that stand more than once, in a split or on both sides of one; white space and case do not count."""
     findings: list[Finding] = []
-    for split, rows in folded.items():
-        findings += _inside(split, rows, texts[split], labels[split])
-    splits = list(folded)
-    for at, first in enumerate(splits):
-        for second in splits[at + 1 :]:
-            findings += _across(first, second, folded, texts)
+    for name, rows in splits.items():
+        findings += _inside(name, rows)
+    for first, second in combinations(splits, 2):
+        findings += _across(first, splits[first], second, splits[second])
     return tuple(findings)
 
 
-def _inside(split: str, folded: Sequence[str], texts: Sequence[str], labels: Sequence[str]) -> list[Finding]:
+def _inside(split: str, rows: PlacedRows) -> list[Finding]:
     classes: dict[str, set[str]] = defaultdict(set)
     first: dict[str, int] = {}
     repeated: list[int] = []
     exact = 0
     seen: set[str] = set()
-    for index, key in enumerate(folded):
-        classes[key].add(labels[index])
+    for index, key in enumerate(rows.folded):
+        classes[key].add(rows.labels[index])
         if key in first:
             repeated.append(index)
-            exact += texts[index] in seen
+            exact += rows.texts[index] in seen
         else:
             first[key] = index
-        seen.add(texts[index])
+        seen.add(rows.texts[index])
     findings = []
+    count = len(rows.texts)
     if repeated:
-        message = (
-            f"{len(repeated):,} of {len(texts):,} {split} rows repeat another row's text ({exact:,} to the letter)"
-        )
-        findings.append(
-            Finding("duplicates", message, len(repeated), example=_short(texts[repeated[0]]), mend="remove the repeats")
-        )
+        example = f"{rows.where(first[rows.folded[repeated[0]]])} and {rows.show(repeated[0])}"
+        message = f"{len(repeated):,} of {count:,} {split} rows repeat another row's text ({exact:,} to the letter)"
+        findings.append(Finding("duplicates", message, len(repeated), example=example, mend="remove the repeats"))
     torn = [key for key, names in classes.items() if len(names) > 1]
     if torn:
-        rows = sum(1 for key in folded if len(classes[key]) > 1)
-        example = f"{_short(texts[first[torn[0]]])} is {' and '.join(sorted(classes[torn[0]]))}"
-        message = f"{len(torn):,} texts of the {split} rows have more than one class ({rows:,} rows)"
-        findings.append(Finding("conflicting-labels", message, rows, example=example, mend="decide for one class each"))
+        held = sum(1 for key in rows.folded if len(classes[key]) > 1)
+        example = f"{rows.show(first[torn[0]])} is {' and '.join(sorted(classes[torn[0]]))}"
+        message = f"{len(torn):,} texts of the {split} rows have more than one class ({held:,} rows)"
+        findings.append(Finding("conflicting-labels", message, held, example=example, mend="decide for one class each"))
     return findings
 
 
-def _across(
-    first: str, second: str, folded: Mapping[str, Sequence[str]], texts: Mapping[str, Sequence[str]]
-) -> list[Finding]:
-    known, known_exact = set(folded[first]), set(texts[first])
-    leaked = [index for index, key in enumerate(folded[second]) if key in known]
+def _across(first: str, one: PlacedRows, second: str, other: PlacedRows) -> list[Finding]:
+    known = {key: index for index, key in enumerate(one.folded)}
+    known_exact = set(one.texts)
+    leaked = [index for index, key in enumerate(other.folded) if key in known]
     if not leaked:
         return []
-    exact = sum(1 for index in leaked if texts[second][index] in known_exact)
+    exact = sum(1 for index in leaked if other.texts[index] in known_exact)
     message = (
-        f"{len(leaked):,} of {len(texts[second]):,} {second} rows also stand in the {first} rows"
+        f"{len(leaked):,} of {len(other.texts):,} {second} rows also stand in the {first} rows"
         f" ({exact:,} to the letter, the others but for white space or case)"
     )
+    example = f"{one.where(known[other.folded[leaked[0]]])} and {other.show(leaked[0])}"
     mend = f"remove them from one side; figures on the {second} rows are better than the truth"
-    return [Finding("leakage", message, len(leaked), example=_short(texts[second][leaked[0]]), mend=mend, grave=True)]
+    return [Finding("leakage", message, len(leaked), example=example, mend=mend, grave=True)]
 
 
 def check_truncation(

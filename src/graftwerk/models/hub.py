@@ -14,6 +14,9 @@ from graftwerk.models.gate import PICKLED, check_configuration
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 """Configuration and tokenizers. `*.model` are sentencepiece's own files (protocol buffers)."""
 
+WEIGHTS = ["model.safetensors", "model-*-of-*.safetensors"]
+"""Not `model.fp16.safetensors` and other variants, which would be fetched for nothing."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -40,7 +43,7 @@ def fetch(name: str, revision: str | None, *, weights: bool) -> Path:
     if weights:
         if not any(folder.glob("*.safetensors")):
             _refuse_pickled(name, revision)
-        folder = _snapshot(name, revision, [*SMALL_FILES, "model*.safetensors"])
+        folder = _snapshot(name, revision, [*SMALL_FILES, *WEIGHTS])
         for file in sorted(folder.glob("*.safetensors")):
             _check_hash(file)
     return folder

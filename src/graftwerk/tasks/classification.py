@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwerk.data.lint import check_duplicates, check_labels
+from graftwerk.data.lint import PlacedRows, check_duplicates, check_labels
 from graftwerk.data.parts import label_part, text_part
 from graftwerk.data.rows import Table, settle_bad_rows
 from graftwerk.data.settings import DataSettings
@@ -50,50 +50,21 @@ class Classification(Task):
             EnvironmentFault: a source cannot be reached.
         """
         findings: list[Finding] = []
-        tables = {"train": _table(data.train, data, data.split, findings)}
-        counts: dict[str, int] = {}
-        for split, wanted in (("validation", data.validation), ("test", data.test)):
-            if isinstance(wanted, str):
-                if wanted == data.train:
-                    raise ConfigError(
-                        f"`{split}` is the same source as `train`: its figures would say nothing",
-                        where=f"data.{split}",
-                        mend="give a number of rows or a share to hold out, or another source",
-                    )
-                tables[split] = _table(wanted, data, split, findings)
-                counts[split] = 0
-            else:
-                counts[split] = held_out(wanted, len(tables["train"]), f"data.{split}")
-        rows = tables["train"].rows
-        train, validation, test = split_rows(
-            [row["text"] for row in rows],
-            [row["label"] for row in rows],
-            **counts,
-            max_train=data.max_train_rows,
-            split_seed=data.split_seed,
-        )
-        chosen: dict[str, list[Row]] = {"train": [rows[index] for index in train]}
-        for split, indices in (("validation", validation), ("test", test)):
-            chosen[split] = tables[split].rows if split in tables else [rows[index] for index in indices]
-        if data.max_train_rows is not None and len(train) < data.max_train_rows:
-            message = (
-                f"there are {len(train):,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
-            )
-            findings.append(Finding("fewer-rows", message, len(train), mend="give more data, or ask for fewer rows"))
-        texts = {split: [row["text"] for row in part] for split, part in chosen.items()}
-        used = {split: [row["label"] for row in part] for split, part in chosen.items()}
-        names, said = check_labels(used, labels, data.train)
+        chosen = _choose(data, findings)
+        placed = {split: _placed(table, indices) for split, (table, indices) in chosen.items()}
+        names, said = check_labels({split: rows.labels for split, rows in placed.items()}, labels, data.train)
         findings += said
-        findings += check_duplicates(texts, used)
+        findings += check_duplicates(placed)
+        rows = {split: [table.rows[index] for index in indices] for split, (table, indices) in chosen.items()}
         origin: dict[str, Any] = {"train": data.train, "validation": data.validation, "test": data.test}
         origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
-        origin["rows"] = {split: len(part) for split, part in chosen.items()}
+        origin["rows"] = {split: len(part) for split, part in rows.items()}
         return Splits(
-            train=chosen["train"],
-            validation=chosen["validation"],
-            test=chosen["test"],
+            train=rows["train"],
+            validation=rows["validation"],
+            test=rows["test"],
             labels=names,
-            fingerprint=_fingerprint(chosen, names),
+            fingerprint=_fingerprint(rows, names),
             findings=tuple(findings),
             origin=origin,
         )
@@ -185,6 +156,44 @@ def rows_for_prediction(
     if not table.rows:
         raise DataError(f"{source} has no rows", where=table.shown)
     return table, findings
+
+
+def _choose(data: DataSettings, findings: list[Finding]) -> dict[str, tuple[Table, Sequence[int]]]:
+    """The rows of each split, as a table and the indices of the rows that are used of it."""
+    table = _table(data.train, data, data.split, findings)
+    chosen: dict[str, tuple[Table, Sequence[int]]] = {}
+    counts = {"validation": 0, "test": 0}
+    for split, wanted in (("validation", data.validation), ("test", data.test)):
+        if not isinstance(wanted, str):
+            counts[split] = held_out(wanted, len(table), f"data.{split}")
+            continue
+        if wanted == data.train:
+            raise ConfigError(
+                f"`{split}` is the same source as `train`: its figures would say nothing",
+                where=f"data.{split}",
+                mend="give a number of rows or a share to hold out, or another source",
+            )
+        other = _table(wanted, data, split, findings)
+        chosen[split] = (other, range(len(other)))
+    train, validation, test = split_rows(
+        [row["text"] for row in table.rows],
+        [row["label"] for row in table.rows],
+        **counts,
+        max_train=data.max_train_rows,
+        split_seed=data.split_seed,
+    )
+    if data.max_train_rows is not None and len(train) < data.max_train_rows:
+        message = f"there are {len(train):,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
+        findings.append(Finding("fewer-rows", message, len(train), mend="give more data, or ask for fewer rows"))
+    drawn = {"train": (table, train), "validation": (table, validation), "test": (table, test)}
+    return {split: chosen.get(split, pair) for split, pair in drawn.items()}
+
+
+def _placed(table: Table, indices: Sequence[int]) -> PlacedRows:
+    rows = [table.rows[index] for index in indices]
+    return PlacedRows(
+        [row["text"] for row in rows], [row["label"] for row in rows], lambda at: table.where(indices[at])
+    )
 
 
 def _table(source: str, data: DataSettings, split: str, findings: list[Finding]) -> Table:
