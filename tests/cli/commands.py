@@ -33,11 +33,11 @@ class Said:
 Run = Callable[..., Said]
 
 
-def run_file(folder: Path, model: Path, data: Path, **changes: Any) -> Path:
+def run_file(folder: Path, model: Path, rows: Path, **changes: Any) -> Path:
     """A small run: 12 classes of glosses on a tiny encoder, a few steps."""
     settings = {
         "model": str(model),
-        "data": {"train": str(data), "validation": 36, "test": 36},
+        "data": {"train": str(rows), "validation": 36, "test": 36},
         "method": "lora",
         "training": {"max_steps": 4, "eval_steps": 2, "report_to": ["jsonl"]},
         "evaluation": {"resamples": 100, "latency_batches": 1},
