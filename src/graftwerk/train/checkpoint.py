@@ -135,7 +135,7 @@ class Checkpoints:
             weights=read_tensors(path / WEIGHTS),
             optimizer=read_tensors(path / OPTIMIZER),
             rng=read_tensors(path / RNG),
-            state=read_json(path / STATE),
+            state={key: value for key, value in read_json(path / STATE).items() if key != "format"},
         )
 
     def load_latest(self) -> Snapshot | None:
@@ -221,7 +221,10 @@ def _verify(folder: Path) -> None:
         if FILES not in there:
             raise IntegrityError(f"{listing} is missing")
         content = listing.read_bytes()
-        known = read_json(listing)
+        try:
+            known = read_json(listing)
+        except IntegrityError as error:
+            raise IntegrityError(f"{listing} is damaged: {error.what}") from None
         if known.get("format") != FORMAT:
             raise IntegrityError(f"{listing} is of format {known.get('format')!r:.20}; this version reads format {FORMAT}")
         if content != _canonical(known).encode():

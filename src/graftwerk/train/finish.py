@@ -13,7 +13,10 @@ from graftwerk.train.loop import Trainer
 from graftwerk.train.prepare import Prepared
 from graftwerk.train.validation import StopEvaluation
 
-IN_METADATA = ("task", "labels", "max_length", "data", "metrics", "parameters", "cost", "best", "seed", "command", "versions", "graftwerk")
+IN_METADATA = (
+    "model", "base_fingerprint", "task", "labels", "max_length", "data", "metrics", "parameters", "cost", "best", "seed",
+    "command", "versions", "graftwerk",
+)  # fmt: skip
 """What an adapter takes along of its run's manifest."""
 
 

@@ -44,8 +44,8 @@ class TrainState:
         best: ``step``, ``metric`` and ``value`` of the best evaluation so far.
         stale: Evaluations since the best one.
         evaluated: The step of the last evaluation.
-        loss_sum, loss_count: Of the steps since the last ``step`` event.
-        grad_norm: Of the last step, before clipping.
+        loss_sum, loss_count: Of the steps since the last ``step`` event; bad ones have events of their own.
+        grad_norm: Of the last good step, before clipping.
         seconds: Of training so far, evaluations and checkpoints included.
     """
 
@@ -210,7 +210,7 @@ class Trainer:
         rows = self._rows(state.step)
         while True:
             try:
-                loss, state.grad_norm = self._gradients(rows)
+                loss, norm = self._gradients(rows)
                 break
             except (MemoryError, RuntimeError) as error:
                 if not memory.is_out_of_memory(error):
@@ -219,13 +219,14 @@ class Trainer:
         factor = optim.schedule(settings.lr_scheduler_type, state.step, self.total_steps, self.warmup_steps)
         optim.set_rates(self.optimizer, factor)
         state.step += 1
-        if math.isfinite(loss) and math.isfinite(state.grad_norm):
+        if math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
+            state.loss_sum += loss
+            state.loss_count += 1
+            state.grad_norm = norm
         else:
-            self._bad_step(loss)
+            self._bad_step(loss, norm)
         self.scaler.update()
-        state.loss_sum += loss
-        state.loss_count += 1
         self._clock.step()
         self.first_step_at = self.first_step_at or time.monotonic()
         for event in self.diagnosis.trained(state.step, loss):
@@ -274,7 +275,7 @@ class Trainer:
         figures: list[float] = torch.stack([loss_sum, norm]).tolist()  # the one wait for the device in a step
         return figures[0], figures[1]
 
-    def _bad_step(self, loss: float) -> None:
+    def _bad_step(self, loss: float, norm: float) -> None:
         """A step that the optimizer does not see: weights and moments stay as they were."""
         state, most = self.state, self.settings.max_bad_steps
         if self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1:
@@ -289,7 +290,7 @@ class Trainer:
                 kept=self.checkpoints.latest_said(),
             )
         text = f"the {what} is not finite; this step is skipped ({state.bad_steps} of at most {most})"
-        self.emit(Event("bad_step", state.step, text=text, loss=loss, grad_norm=state.grad_norm))
+        self.emit(Event("bad_step", state.step, text=text, loss=loss, grad_norm=norm))
 
     def _use_smaller_batches(self) -> None:
         """Half the micro-batch, twice the accumulation: the same step in less memory."""

@@ -25,7 +25,7 @@ def warm_labels(source: str | None) -> list[str] | None:
     else:
         from graftwerk.store.folder import read_adapter_config
 
-        labels = read_adapter_config(folder).get("labels")
+        labels = read_adapter_config(folder).labels
     return None if labels is None else [str(label) for label in labels]
 
 
