@@ -149,10 +149,10 @@ def test_a_bad_csv_row_is_named_and_the_others_are_kept(tmp_path: Path, fault: s
 
 
 def test_a_long_field_is_read_and_the_process_wide_limit_is_put_back(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
+    csv.field_size_limit(131_072)
     table = read(tmp_path, "a.csv", "text\n" + "x" * 300_000 + "\n")
     assert len(table.rows[0]["text"]) == 300_000
-    assert csv.field_size_limit() == before
+    assert csv.field_size_limit() == 131_072
 
 
 @pytest.mark.parametrize(

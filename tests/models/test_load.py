@@ -31,8 +31,9 @@ from graftwerk.models.load import (
     newly_initialised,
     position_limit,
 )
-from graftwerk.tasks.base import Splits
+from graftwerk.tasks.base import Example, Splits
 from graftwerk.tasks.classification import Classification
+from tests.families import FAMILIES
 
 TASK = Classification()
 
@@ -112,6 +113,35 @@ def test_a_kind_of_model_without_such_a_head_is_refused_before_loading(tmp_path:
         load_model(str(tmp_path), TASK, labels("a", "b"))
     # Bare it loads; its position tables, which no file holds, are not taken for missing weights.
     assert newly_initialised(load_model(str(tmp_path), None, None)) == ()
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_the_same_whatever_the_seed(tmp_path: Path) -> None:
+    """Adapters do not store it: a base loaded again for an adapter must be the base that it was trained on."""
+    FAMILIES["bert"].build().save_pretrained(tmp_path)  # a masked language model, which has no pooler
+    poolers, heads = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = load_model(str(tmp_path), TASK, labels("a", "b"))
+        poolers.append(model.bert.pooler.dense.weight.detach())
+        heads.append(model.classifier.weight.detach())
+    assert "bert.pooler.dense.weight" in newly_initialised(model)
+    assert torch.equal(*poolers)
+    assert poolers[0].std() > 0.005
+    assert not torch.equal(*heads)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.classifier])
+def test_every_family_gets_a_head_and_its_rows_do_not_see_padding(name: str, tmp_path: Path) -> None:
+    FAMILIES[name].build().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = load_model(str(tmp_path), TASK, labels("a", "b", "c"))
+    tokenizer = SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
+    long, short = Example({"input_ids": [5, 6, 7, 8, 2]}, 0), Example({"input_ids": [9, 2]}, 1)
+    with torch.inference_mode():
+        together = model(**TASK.collate([long, short], tokenizer)).logits
+        alone = model(**TASK.collate([short], tokenizer)).logits
+    assert together.shape == (2, 3)
+    torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_is_printed_and_the_librarys_settings_are_put_back(

@@ -6,6 +6,7 @@ Every source becomes a local folder first, passes the gate, and is then loaded f
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,7 +220,25 @@ def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:
             f"{name} lacks {len(lacking):,} weights of the model itself, {lacking[0]} among them",
             mend="the checkpoint is incomplete or of another architecture than its config.json says",
         )
+    _fill_body(model, [key for key in missing if inside(key)])
     return tuple(sorted({*missing, *(key for key, _, _ in mismatched)}))
+
+
+def _fill_body(model: Any, keys: Sequence[str]) -> None:
+    """Give a pooler that the checkpoint lacks the same values every time.
+
+    An adapter is trained on top of it and does not store it, so a base loaded again must be the same base. Only the
+    head, which is stored, may depend on the seed.
+    """
+    scale = getattr(model.config, "initializer_range", 0.02)
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key in sorted(keys):
+            drawn = torch.zeros(parameters[key].shape)
+            if key.endswith(".weight"):
+                drawn.normal_(0.0, scale, generator=generator)
+            parameters[key].copy_(drawn)
 
 
 def _load_error(error: Exception, name: str, folder: Path) -> GraftwerkError:
