@@ -77,13 +77,12 @@ def metrics_of(
         resamples,
         rng,
     )
-    points = _points(targets, predicted)
     figures = {
-        name: _figure(points[name], draws, confidence)
+        name: _figure(point(name, targets, scores) or 0.0, draws, confidence)
         for name, draws in zip(("accuracy", "f1_macro", "f1_weighted"), of_cells, strict=True)
     }
-    if points["accuracy"] in (0.0, 1.0):
-        figures["accuracy"] = _certain(points["accuracy"], len(targets), confidence)
+    if (accurate := figures["accuracy"]["value"]) in (0.0, 1.0):
+        figures["accuracy"] = _certain(accurate, len(targets), confidence)
     figures["roc_auc"] = _roc_auc_figure(targets, scores, names, confidence, resamples, rng)
     return figures
 
@@ -114,9 +113,14 @@ def checked(predictions: Predictions, labels: Sequence[str] | None = None) -> tu
 
 def point(metric: str, targets: Ints, scores: Floats) -> float | None:
     """One metric's value by scikit-learn; None where it is undefined."""
+    from sklearn.metrics import accuracy_score, f1_score
+
     if metric == "roc_auc":
         return _roc_auc_point(targets, scores)
-    return _points(targets, scores.argmax(axis=1))[metric]
+    predicted = scores.argmax(axis=1)
+    if metric == "accuracy":
+        return float(accuracy_score(targets, predicted))
+    return float(f1_score(targets, predicted, average=metric.removeprefix("f1_"), zero_division=0))
 
 
 def statistic_of(metric: str, targets: Ints, scores: Floats) -> Statistic:
@@ -132,16 +136,6 @@ def statistic_of(metric: str, targets: Ints, scores: Floats) -> Statistic:
     if metric == "roc_auc":
         return roc_auc(targets, scores)
     raise ModelError(f"there is no metric `{metric}`", mend=f"there are: {', '.join(METRICS)}")
-
-
-def _points(targets: Ints, predicted: Ints) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score
-
-    return {
-        "accuracy": float(accuracy_score(targets, predicted)),
-        "f1_macro": float(f1_score(targets, predicted, average="macro", zero_division=0)),
-        "f1_weighted": float(f1_score(targets, predicted, average="weighted", zero_division=0)),
-    }
 
 
 def _roc_auc_point(targets: Ints, scores: Floats) -> float | None:
