@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from graftwerk.errors import ConfigError
+
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="A run file; `graftwerk schema` lists its keys.")
 ]
@@ -22,3 +24,35 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and say what would be done; load and train nothing.")
 ]
 RunOrAdapter = Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", metavar="PART=NAME", help="What a column of --data is called: text=review.", show_default=False
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", help="The base model, where it is not where the adapter says.", show_default=False),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Accept a base with other weights than those the adapter was trained on.")
+]
+
+
+def columns_of(given: list[str] | None) -> dict[str, str] | None:
+    """`["text=review"]` -> `{"text": "review"}`.
+
+    Raises:
+        ConfigError: one is not of that form.
+    """
+    if not given:
+        return None
+    columns = {}
+    for item in given:
+        part, equals, name = item.partition("=")
+        if not (part and equals and name):
+            raise ConfigError(
+                f"`--column {item}` is not of the form part=name", mend="for instance --column text=review"
+            )
+        columns[part] = name
+    return columns

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwerk.cli.arguments import RunOrAdapter
+from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.figures import byte_size, figure, seconds
 from graftwerk.cli.output import Output, table
@@ -18,16 +18,22 @@ def register(app: typer.Typer) -> None:
         out: Output,
         target: RunOrAdapter,
         data: Annotated[
-            str | None,
-            typer.Option(help="Labelled rows: a file or pkg://package/file. Default: the run's own held-out rows."),
+            str | None, typer.Option(help="Labelled rows; default: the run's own held-out rows.", show_default=False)
         ] = None,
+        column: Columns = None,
+        model: Base = None,
+        force: Force = False,
     ) -> Result:
-        """Measure a trained adapter: accuracy, F1, ROC-AUC with intervals; latency, memory, size."""
+        """Measure a trained adapter: figures with intervals, latency, memory, size."""
+        from graftwerk.cli.progress import Rows
         from graftwerk.evaluate.run import evaluate
 
-        result = evaluate(target, data=data)
-        show_metrics(out, result["metrics"], title=f"{result['rows']:,} rows")
+        with Rows(out, "evaluating") as rows:
+            result = evaluate(target, data, columns=columns_of(column), model=model, force=force, on_progress=rows)
+        show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows")
         show_cost(out, result["cost"])
+        for note in result["notes"]:
+            out.warn(f"note: {note}")
         return result
 
 
@@ -35,18 +41,25 @@ def show_metrics(out: Output, metrics: dict[str, Any], *, title: str) -> None:
     shown = table("metric", "value", "interval", numbers=("value",), title=title)
     for name, measured in metrics.items():
         value, interval = figure(measured)
-        shown.add_row(name, value, interval)
+        note = measured.get("note") if isinstance(measured, dict) else None
+        shown.add_row(name, value, f"{interval} ({note})" if note else interval)
     out.show(shown)
 
 
 def show_cost(out: Output, cost: dict[str, Any]) -> None:
-    shown = table("cost", "value", numbers=("value",))
+    shown = table("cost", "value", numbers=("value",), title=" ")
     for name, value in cost.items():
-        if value is None or isinstance(value, dict | list):
-            continue
-        text = (
-            byte_size(value) if name.endswith("bytes") else seconds(value) if name.endswith("seconds") else f"{value}"
-        )
-        shown.add_row(name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " "), text)
+        if value is not None and not isinstance(value, dict | list):
+            shown.add_row(*_cost(name, value))
     if shown.row_count:
         out.show(shown)
+
+
+def _cost(name: str, value: float) -> tuple[str, str]:
+    """`latency_ms_batch_32` -> (latency a row, batch of 32; 1.2 ms), by the unit in the name."""
+    if name.startswith("latency_ms_batch_"):
+        return f"latency a row, batch of {name.rpartition('_')[2]}", seconds(value / 1000)
+    for ending, written in (("_bytes", byte_size), ("_seconds", seconds)):
+        if name.endswith(ending):
+            return name.removesuffix(ending).replace("_", " "), written(value)
+    return name.replace("_", " "), f"{value:,}"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graftwerk.cli.arguments import RunOrAdapter
+from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable
 
@@ -19,9 +19,16 @@ def register(app: typer.Typer) -> None:
         texts: Annotated[
             list[str] | None, typer.Argument(metavar="[TEXT ...]", help="The texts.", show_default=False)
         ] = None,
-        data: Annotated[str | None, typer.Option(help="A file of rows, in place of texts.")] = None,
+        data: Annotated[str | None, typer.Option(help="A file of rows, in place of texts.", show_default=False)] = None,
+        column: Columns = None,
+        model: Base = None,
+        force: Force = False,
     ) -> Result:
-        """Label texts with a trained adapter; one line each: label, its probability, the text."""
+        """Label texts with a trained adapter.
+
+        One line each, separated by tabs: the label, its probability, the text.
+        """
+        from graftwerk.cli.progress import Rows
         from graftwerk.errors import ConfigError
         from graftwerk.evaluate.run import predict
 
@@ -30,8 +37,13 @@ def register(app: typer.Typer) -> None:
                 "give texts or --data, not both" if texts else "there is nothing to predict",
                 mend='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
             )
-        result = predict(target, texts=texts or None, data=data)
+        with Rows(out, "predicting") as rows:
+            result = predict(
+                target, texts or None, data, columns=columns_of(column), model=model, force=force, on_progress=rows
+            )
         for place, row in enumerate(result["predictions"]):
-            text = texts[place] if texts else str(row.get("text", ""))
-            out.line(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}".rstrip())
+            text = texts[place] if texts else row["text"]
+            out.line(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}")
+        for note in result["notes"]:
+            out.warn(f"note: {note}")
         return result

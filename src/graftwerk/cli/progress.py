@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from graftwerk.cli.figures import count, number, seconds, share
 from graftwerk.cli.output import Output, console, printable
@@ -15,44 +17,102 @@ if TYPE_CHECKING:
 
 EVERY_SECONDS = 5.0
 """Between two plain lines."""
+SHORT = 2.0
+"""Seconds of work that nobody needs to be told about."""
 NOT_SHOWN = frozenset({"loss", "seconds", "best", "left_seconds"})
 
 
-class Progress:
-    """A listener of training events that writes to stderr; used as a context manager.
-
-    A stream that can no longer be written (the reader went away) silences it; the training goes on.
+class Display:
+    """Where progress goes: stderr, silent for good once that can no longer be written (the reader went away).
 
     Args:
-        out: With ``quiet`` only findings, warnings and diagnoses are written.
-        label: What the steps belong to, where several runs follow one another.
+        out: With ``quiet`` nothing that merely moves is written.
     """
 
     def __init__(self, out: Output, *, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self.quiet, self.silent = out.quiet, False
-        self.label = ""
         self._bar: Any = None
         self._task: Any = None
-        self._told = 0.0
+        self._told = -EVERY_SECONDS
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close_bar()
+        self.close_bar()
 
-    def __call__(self, event: Event) -> None:
-        if self.silent:
-            return
+    @contextmanager
+    def _written(self) -> Iterator[None]:
         try:
-            self._tell(event)
+            yield
         except (OSError, ValueError):  # the pipe is broken, or the stream closed
             self.silent = True
 
-    def _tell(self, event: Event) -> None:
+    def line(self, text: str) -> None:
+        if self.silent:
+            return
+        with self._written():
+            if self._bar is not None:
+                self._bar.console.print(text)
+            else:
+                print(text, file=self.stream, flush=True)
+
+    def move(self, what: str, done: int, total: int, *figures: str) -> None:
+        """A bar on a terminal; elsewhere a line every few seconds and one at the end."""
+        if self.quiet or self.silent:
+            return
+        shown = "  ".join(figure for figure in figures if figure)
+        if self.stream.isatty():
+            with self._written():
+                if self._bar is None:
+                    self._open_bar(what, total)
+                self._bar.update(self._task, completed=done, total=total, figures=shown)
+                if done >= total:
+                    self.close_bar()
+            return
+        now = time.monotonic()
+        if now - self._told >= EVERY_SECONDS or done >= total:
+            self._told = now
+            self.line(f"{what} {done}/{total}  {shown}".rstrip())
+
+    def _open_bar(self, what: str, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+        self._bar = Bar(*columns, console=console(self.stream), transient=True)
+        self._task = self._bar.add_task(what, total=total, figures="")
+        self._bar.start()
+
+    def close_bar(self) -> None:
+        if self._bar is not None:
+            bar, self._bar, self._task = self._bar, None, None
+            with self._written():
+                bar.stop()
+
+
+class Rows(Display):
+    """Rows done of all rows, for evaluation and prediction: called with both numbers."""
+
+    def __init__(self, out: Output, what: str, *, stream: TextIO | None = None) -> None:
+        super().__init__(out, stream=stream)
+        self.what, self._began = what, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        took = time.monotonic() - self._began
+        if took < SHORT and self._bar is None:
+            return
+        left = took / done * (total - done) if done else 0
+        self.move(self.what, done, total, f"{seconds(left)} left" if left else "")
+
+
+class Progress(Display):
+    """A run, told by its events. With ``quiet`` only findings, warnings and diagnoses are written."""
+
+    def __call__(self, event: Event) -> None:
         figures = event.figures
         match event.kind:
             case "phase":
@@ -60,65 +120,23 @@ class Progress:
             case "start":
                 self._note(describe_start(figures))
             case "progress":
-                self._steps(event.step, figures)
+                left = figures.get("left_seconds")
+                loss = f"loss {number(figures.get('loss'))}"
+                self.move("step", event.step, figures["total"], loss, f"{seconds(left)} left" if left else "")
             case "evaluation":
                 self._note(describe_evaluation(event.step, figures))
-            case "resume" | "early_stopping":
-                self._note(f"step {event.step}: {event.kind.replace('_', ' ')}: {figures.get('text', '')}".rstrip(": "))
+            case "resume":
+                self._note(f"going on from step {event.step}: {figures.get('path', '')}")
+            case "early_stopping":
+                self._note(f"step {event.step}: stopping early: {figures.get('text', '')}")
             case "finding" | "diagnosis" | "bad_step" | "memory" | "warning":
-                self._line(describe_trouble(event))
+                self.line(describe_trouble(event))
             case "finish":
-                self._close_bar()
-
-    # -- writing ---------------------------------------------------------------------------------------------------
+                self.close_bar()
 
     def _note(self, text: str) -> None:
         if not self.quiet:
-            self._line(text)
-
-    def _line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(text)
-        else:
-            print(text, file=self.stream, flush=True)
-
-    def _steps(self, step: int, figures: dict[str, Any]) -> None:
-        if self.quiet:
-            return
-        total, loss, left = figures["total"], figures.get("loss"), figures.get("left_seconds")
-        remaining = f"{seconds(left)} left" if left else ""
-        if self.stream.isatty():
-            if self._bar is None:
-                self._open_bar(total)
-            self._bar.update(self._task, completed=step, total=total, loss=number(loss), remaining=remaining)
-            if step >= total:
-                self._close_bar()
-            return
-        now = time.monotonic()
-        if now - self._told >= EVERY_SECONDS or step >= total:
-            self._told = now
-            self._line(f"{self.label}step {step}/{total}  loss {number(loss)}  {remaining}".rstrip())
-
-    def _open_bar(self, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Bar
-
-        self._bar = Bar(
-            TextColumn(self.label + "training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[remaining]}"),
-            console=console(self.stream),
-            transient=True,
-        )
-        self._task = self._bar.add_task("training", total=total, loss="–", remaining="")
-        self._bar.start()
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
+            self.line(text)
 
 
 def describe_evaluation(step: int, figures: dict[str, Any]) -> str:
