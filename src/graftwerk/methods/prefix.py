@@ -27,10 +27,10 @@ attention by n and wants a learning rate a thousand times that of full fine-tuni
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
 from graftwerk.methods.virtual import FromText
@@ -54,6 +54,12 @@ class Prefix(FromText):
     encoder_hidden_size: int | None = Field(
         default=None, ge=1, description="hidden width h of that network; None: the model's width"
     )
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> Self:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("`encoder_hidden_size` has no effect without `prefix_projection`: there is no network")
+        return self
 
     def count_vectors(self, attentions: Iterable[int], stacks: Iterable[int]) -> int:
         """Trained parameters, by formula.
