@@ -225,8 +225,9 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     )
     places: list[Place] = []
     layer_of = _LayerFinder(layout)
+    outputs = model.get_output_embeddings()  # in T5 they lie beside the stacks, and there the base is the model itself
     for path, module in model.named_modules():
-        if "graft" in path.split(".") or not _inside(path, base_path) or not path:
+        if "graft" in path.split(".") or not _inside(path, base_path) or not path or module is outputs:
             continue
         if isinstance(module, nn.Linear | Conv1D):
             in_features, out_features = linear_shape(module)
