@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight
+from graftwerk.methods.fused import LoRALinear
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
@@ -174,6 +175,17 @@ class LoRADelta(Delta):
         if self.pissa:
             update = update - self._product(h, self.start_A, self.start_B)  # type: ignore[arg-type]
         return y + update.to(y.dtype)
+
+    def through(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        a, b, weight = self.lora_A.weight, self.lora_B.weight, layer.weight
+        plain = (
+            getattr(type(layer), "_graftwerk_base", None) is nn.Linear
+            and not self.pissa
+            and not (self.dropout and self.training)
+            and x.dtype == weight.dtype == a.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+        return LoRALinear.apply(x, weight, layer.bias, a, b, self.scale) if plain else None  # type: ignore[no-any-return, no-untyped-call]
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update = self.lora_B.weight @ self.lora_A.weight
