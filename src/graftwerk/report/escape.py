@@ -1,0 +1,61 @@
+"""The only way text gets into a page: everything from a file is escaped, everything of our own is marked as markup.
+
+`Markup` is text that is HTML already. Whatever is no `Markup` is escaped when it is put into some, so that forgetting to escape is not
+possible: a label called ``<script>`` is shown as such.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable
+from typing import Any
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Control characters, which HTML forbids, halves of surrogate pairs, which UTF-8 cannot hold, and marks that turn the direction of text,
+with which a name can pass for another."""
+_NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*\Z")
+
+
+class Markup(str):
+    """HTML that was made here."""
+
+    __slots__ = ()
+
+
+def text(value: Any) -> Markup:
+    """A value from outside as HTML: escaped; what cannot be seen becomes U+FFFD."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(html.escape(_UNSEEN.sub("\ufffd", str(value)), quote=True))
+
+
+def join(parts: Iterable[Any], between: str = "") -> Markup:
+    """Parts one after another, each escaped unless it is markup; so is what stands between."""
+    return Markup(text(between).join(text(part) for part in parts))
+
+
+def tag(name: str, *content: Any, **attributes: Any) -> Markup:
+    """An element: ``tag("p", "a < b", class_="note")``.
+
+    Args:
+        name: Of the element.
+        content: Escaped unless it is markup. None is left out.
+        attributes: Underscores become hyphens, a last one is dropped; True gives a bare attribute; None and False none.
+    """
+    name_ = name.removesuffix("/")
+    if not _NAME.match(name_):
+        raise ValueError(f"{name!r} is no element")
+    said = "".join(_attribute(key, value) for key, value in attributes.items())
+    if name != name_:
+        return Markup(f"<{name_}{said}/>")
+    return Markup(f"<{name}{said}>{join(part for part in content if part is not None)}</{name}>")
+
+
+def _attribute(key: str, value: Any) -> str:
+    key = key.removesuffix("_").replace("_", "-")
+    if not _NAME.match(key):
+        raise ValueError(f"{key!r} is no attribute")
+    if value is None or value is False:
+        return ""
+    return f" {key}" if value is True else f' {key}="{text(value)}"'
