@@ -12,7 +12,7 @@ DEMO_SEEDS   ?= 0
 DEMO_ARGS    ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test test-all check format bench clean clean-venv
+.PHONY: help setup setup-demo demo test test-all check format capabilities bench clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-all: check ## the slow tests too
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+capabilities: setup ## write the README's table of what works on what, from the contract test
+	$(BIN)/python -m tests.readme
 
 bench: setup ## every benchmark; results as JSON in benchmarks/results
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,132 @@
+"""All that the README tells a reader to run, run: its own words, in its own order, in a folder like a fresh clone.
+
+What is shortened is the work, not the words: the folder holds the project's example run files with few rows and steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graftwerk.cli.main import main
+from graftwerk.config import RunConfig, read_yaml
+from tests.contract.cases import table
+from tests.readme import README, between_markers, blocks, commands
+
+ROOT = README.parent
+SHORT = {
+    "data": {"max_train_rows": 16, "validation": 8, "test": 8},
+    "training": {"max_steps": 2, "per_device_train_batch_size": 4},
+    "evaluation": {"resamples": 100, "latency_batches": 1},
+}
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: str, movies: str) -> Path:
+    """The project's examples, shortened, and a reader's own file."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    for path in (tmp_path / "examples").glob("*.yaml"):
+        tree = read_yaml(path)
+        for part, values in SHORT.items():
+            tree[part] = {**tree.get(part, {}), **values}
+        path.write_text(yaml.safe_dump(tree))
+    with (tmp_path / "my-reviews.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["review", "label"], ["I liked it", 1], ["I did not", 0], ["wonderful", 1]])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    given = commands("graftwerk")
+    assert len(given) >= 14
+    shown = {shlex.split(command)[1] for command in given}
+    assert shown == {
+        "doctor", "train", "evaluate", "predict", "inspect", "report", "compare", "methods", "schema",
+    }  # fmt: skip
+    for command in given:
+        arguments = shlex.split(command)[1:]
+        code = main(arguments)
+        said = capfd.readouterr()
+        assert code == 0, f"{command}\n{said.err}"
+        assert "Traceback" not in said.err, command
+        if arguments[0] == "train" and "--dry-run" not in arguments:
+            folder = clone / said.out.rstrip("\n").rpartition("\n")[2]
+            assert (folder / "adapter" / "adapter_config.json").is_file(), command
+            assert (folder / "report.html").is_file(), command
+        if "--json" in arguments:
+            assert isinstance(json.loads(said.out), dict), command
+        if arguments[0] == "predict":
+            assert len(said.out.splitlines()) == 2
+
+
+def test_the_python_example(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("python")
+    assert len([line for line in example.splitlines() if line.strip()]) <= 11
+    exec(compile(example, "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "'label':" in said
+    assert "topics: LoRA" in said
+
+
+def test_the_run_file() -> None:
+    (example,) = blocks("yaml")
+    config = RunConfig.build(yaml.safe_load(example))
+    assert config.method.name == "lora"
+    assert config.data.columns == {"text": "review", "label": "stars"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_example_run_files_are_whole(path: Path) -> None:
+    config = RunConfig.load(path)
+    assert config.output_dir.parts[0] == "runs"
+    assert path.name in path.read_text().split("\n")[1], "its second line says how it is run"
+
+
+def test_make_has_the_targets() -> None:
+    for command in commands("make"):
+        done = subprocess.run(
+            ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    for target in ("setup", "demo", "check", "test", "bench", "clean"):
+        assert f"make {target} " in done.stdout
+
+
+def test_the_capability_table_is_that_of_the_contract_test() -> None:
+    assert between_markers() == table(), "run `make capabilities`"
+
+
+def test_install_comes_early_and_links_lead_somewhere() -> None:
+    text = README.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert any(line.startswith("make demo") for line in lines[:20])
+    import re
+
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+    tree = next(block for block in blocks("") if block.startswith("src/graftwerk/"))
+    rooms = {path.name for path in (ROOT / "src" / "graftwerk").iterdir() if (path / "__init__.py").is_file()}
+    assert rooms == {word.strip("/") for word in tree.split() if word.endswith("/") and word.strip("/") in rooms}
+
+
+def test_the_quickstart_script(
+    monkeypatch: pytest.MonkeyPatch, minilm: str, movies: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import quickstart
+
+    monkeypatch.setattr(quickstart, "BATCH", 4)
+    monkeypatch.setattr(quickstart, "EPOCHS", 1)
+    quickstart.main(rows=8, held_out=8)
+    said = capsys.readouterr().out
+    assert "adapter_model.safetensors" in said
+    answers = json.loads(said.rpartition("three adapters: ")[2])
+    assert answers[0] != answers[2]
