@@ -9,6 +9,7 @@ JOBS   ?= 2
 # The demo: seven ways, one seed, on examples/movies.yaml. Override, for instance: make demo DEMO_METHODS=lora,full DEMO_SEEDS=0,1,2
 DEMO_METHODS ?= full,lora,bottleneck,prefix,ia3,bitfit,probe
 DEMO_SEEDS   ?= 0
+DEMO_FOLDER  ?= runs/demo
 DEMO_ARGS    ?=
 
 .DEFAULT_GOAL := help
@@ -35,8 +36,9 @@ $(VENV)/.setup-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e '.[demo]'
 	@touch $@
 
-demo: setup-demo ## seven ways of adapting MiniLM to movie reviews, side by side: a table and runs/movies-compare/report.html
-	HF_HUB_OFFLINE=1 $(BIN)/graftwerk compare examples/movies.yaml methods=$(DEMO_METHODS) seeds=$(DEMO_SEEDS) $(DEMO_ARGS)
+demo: setup-demo ## seven ways of adapting MiniLM to movie reviews, side by side: a table and runs/demo/report.html
+	HF_HUB_OFFLINE=1 $(BIN)/graftwerk compare examples/movies.yaml methods=$(DEMO_METHODS) seeds=$(DEMO_SEEDS) \
+		output_dir=$(DEMO_FOLDER) $(DEMO_ARGS)
 
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -2,8 +2,127 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Annotated, Any
+
 import typer
+
+from graftwerk.cli.arguments import ConfigFile, DryRun
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.figures import count, share
+from graftwerk.cli.output import Output, printable, table
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="methods=A,B,... [seeds=0,1,2] [key=value ...]",
+        help="What to compare: names, or a YAML list as in methods='[lora, {name: lora, r: 16}]'; then the seeds, and "
+        "settings in place of those in the file.",
+        show_default=False,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
-    pass
+    @command(app, "compare")
+    def compare(
+        out: Output,
+        config: ConfigFile,
+        settings: Settings = None,
+        metric: Annotated[
+            str | None, typer.Option(help="What decides; default: the task's own.", show_default=False)
+        ] = None,
+        prefer: Annotated[
+            str | None,
+            typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
+        ] = None,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Train all of it again.")] = False,
+        dry_run: DryRun = False,
+    ) -> Result:
+        """Train and measure methods side by side, over several seeds.
+
+        Each method trains at its own learning rate on the same rows; differences come with paired intervals. The same
+        command again goes on where it stopped. The folder of the comparison is output_dir.
+        """
+        methods, seeds, overrides = read_settings(settings or [])
+        if dry_run:
+            return show_plan(out, config, methods, seeds, overrides)
+        from graftwerk.choose.compare import compare
+
+        chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
+        compared = compare(
+            config, methods, seeds, overwrite=overwrite, metric=metric, quiet=out.quiet, **chosen, **overrides
+        )
+        if sys.stdout.isatty() and not out.as_json:
+            out.show(compared)
+        else:
+            out.line(compared.table())
+        out.line(f"\n{compared.report}\n{compared.folder}")
+        return compared.to_dict()
+
+
+def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
+    """``methods=`` and ``seeds=`` apart from the settings of the run file.
+
+    Raises:
+        ConfigError: no methods; or something that is not of the form key=value.
+    """
+    import yaml
+
+    from graftwerk.config import parse_overrides
+    from graftwerk.errors import ConfigError
+
+    methods: Any = None
+    seeds = "0,1,2"
+    others = []
+    for item in given:
+        key, equals, value = item.partition("=")
+        if key == "methods" and equals:
+            methods = value
+        elif key == "seeds" and equals:
+            seeds = value.strip("[] ")
+        else:
+            others.append(item)
+    if methods is None:
+        raise ConfigError("which methods?", where="methods", mend="for instance methods=full,lora,bottleneck")
+    if methods.lstrip().startswith(("[", "{")):
+        try:
+            methods = yaml.safe_load(methods)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where="methods") from None
+        methods = [methods] if isinstance(methods, dict) else methods
+    return methods, seeds, parse_overrides(others)
+
+
+def show_plan(out: Output, config: Any, methods: Any, seeds: str, overrides: dict[str, Any]) -> Result:
+    """What a comparison would do, checked as far as that goes without loading a model."""
+    from graftwerk.choose.entries import parse_entries, parse_seeds
+    from graftwerk.choose.preflight import preflight
+    from graftwerk.cli.doctor import refuse_grave
+    from graftwerk.config import RunConfig
+
+    entries, numbers = parse_entries(methods), parse_seeds(seeds)
+    shown = table("method", "trained", "share", "learning rate", numbers=("trained", "share", "learning rate"))
+    planned: list[dict[str, Any]] = []
+    checked: dict[str, Any] = {}
+    for entry in entries:
+        checked = preflight(RunConfig.load(config, {"method": entry.method, **overrides}))
+        parameters = checked["parameters"]
+        planned.append(
+            {"name": entry.name, "method": checked["method"], "parameters": parameters, "steps": checked["steps"]}
+        )
+        shown.add_row(
+            printable(entry.name),
+            count(parameters["trained"]),
+            share(parameters["share"]),
+            f"{checked['learning_rate']:g}",
+        )
+    out.show(shown)
+    steps = sum(one["steps"] for one in planned) * len(numbers)
+    rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
+    out.line(f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}")
+    for finding in checked["findings"]:
+        out.warn(f"{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
+    refuse_grave(checked)
+    data = {key: checked[key] for key in ("data", "findings", "output_dir")}
+    return {"dry_run": True, "methods": planned, "seeds": numbers, "steps": steps, **data}
