@@ -6,7 +6,6 @@ deep nesting are refused.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +13,11 @@ import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator
 
 from graftwerk.data.settings import DataSettings
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import parse_method
-from graftwerk.settings import Settings
+from graftwerk.settings import Settings, known_keys
 from graftwerk.train.settings import TrainingSettings
 
 MAX_YAML_BYTES = 1 << 20
@@ -169,24 +168,14 @@ def _place(dotted: str) -> list[str]:
     return keys
 
 
-def known_keys(model: type[Settings]) -> set[str]:
-    """Field names and their accepted other spellings."""
-    keys: set[str] = set()
-    for name, field in model.model_fields.items():
-        keys.add(name)
-        choices = getattr(field.validation_alias, "choices", ())
-        keys.update(choice for choice in choices if isinstance(choice, str))
-    return keys
-
-
 def explain(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
     """A pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), sorted(_keys_at(model, fault["loc"][:-1])), n=1)
-            lines.append(f"unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+            near = did_you_mean(str(fault["loc"][-1]), sorted(_keys_at(model, fault["loc"][:-1])))
+            lines.append(f"unknown key `{key}`" + f"; {near}".rstrip("; "))
         elif fault["type"] == "missing":
             lines.append(f"`{key}` is missing")
         else:

@@ -6,7 +6,15 @@ The exit code of a command is the exit code of its error; a traceback is shown o
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, ClassVar
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """``did you mean `right`? ``, with the space after it, or nothing where no known name is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return f"did you mean `{near[0]}`? " if near else ""
 
 
 class GraftwerkError(Exception):

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from graftwerk.config import RunConfig, known_keys
+from graftwerk.config import RunConfig
 from graftwerk.methods.catalog import METHODS, SHORTHANDS
-from graftwerk.settings import Settings
+from graftwerk.settings import Settings, known_keys
 
 
 def run_schema() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 from graftwerk.data.files import READERS, read_file
 from graftwerk.data.parts import Part
 from graftwerk.data.rows import BadRow, Table
-from graftwerk.errors import ConfigError, DataError
+from graftwerk.errors import ConfigError, DataError, did_you_mean
 from graftwerk.locate import PACKAGE_SCHEME, locate
 
 HUB_SCHEME = "hub://"
@@ -110,8 +109,7 @@ def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
     known = list(known)
     for part in columns:
         if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
+            hint = did_you_mean(part, known)
             raise ConfigError(
                 f"this task has no part `{part}`",
                 where=f"data.columns.{part}",
@@ -125,8 +123,7 @@ def _check_columns(table: Table, wanted: Iterable[str], key: str) -> None:
         return  # an empty file, or bad rows only: said elsewhere
     for column in wanted:
         if column not in table.columns:
-            near = difflib.get_close_matches(column, table.columns, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
+            hint = did_you_mean(column, table.columns)
             if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
                 hint = "the fields are not separated by commas; save it with commas, or as .tsv with tabs. "
             listed = ", ".join(table.columns)

@@ -18,8 +18,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, field_validator
 from torch import Tensor, nn
 
-from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.settings import Settings
+from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
+from graftwerk.settings import Settings, known_keys
 
 
 class Role(StrEnum):
@@ -151,14 +151,12 @@ class Method(Settings):
 
 
 def _explain(error: ValidationError, cls: type[Method]) -> ConfigError:
-    import difflib
-
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, list(cls.model_fields), n=1)
-            lines.append(f"method `{cls.name}` has no setting `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+            near = did_you_mean(key, sorted(known_keys(cls)))
+            lines.append(f"method `{cls.name}` has no setting `{key}`" + f"; {near}".rstrip("; "))
         else:
             lines.append(f"`{key}` of method `{cls.name}`: {fault['msg']} (got {fault.get('input')!r:.80})")
     return ConfigError("; ".join(lines), where="method", mend=f"it has: {', '.join(cls.model_fields)}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.methods.base import Method
 from graftwerk.methods.bitfit import BitFit
 from graftwerk.methods.bottleneck import Bottleneck
@@ -51,7 +50,6 @@ def parse_method(value: Any) -> Method:
         name = values.pop("name")
     if name not in METHODS:
         names = [*METHODS, *SHORTHANDS]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
+        hint = did_you_mean(name, names)
         raise ConfigError(f"there is no method `{name}`", where="method.name", mend=f"{hint}There are: {', '.join(names)}")
     return METHODS[name].parse(values)

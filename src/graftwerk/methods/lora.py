@@ -29,7 +29,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight
 from graftwerk.methods.fused import LoRALinear
 
@@ -212,13 +212,10 @@ def select(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
     Raises:
         ConfigError: a target matches nothing; the nearest names are given.
     """
-    import difflib
-
     for target in targets:
         if not any(matches(place.path, target) for place in places):
             names = sorted({place.path.rpartition(".")[2] for place in places})
-            near = difflib.get_close_matches(target, names, n=1)
-            hint = f"did you mean `{near[0]}`? " if near else ""
+            hint = did_you_mean(target, names)
             raise ConfigError(
                 f"target_modules: `{target}` matches no layer of this model",
                 where="method.target_modules",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
 
@@ -18,7 +16,6 @@ def task_named(name: str) -> Task:
         ConfigError: there is none; the nearest is named.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
+        hint = did_you_mean(name, TASKS)
         raise ConfigError(f"there is no task `{name}`", where="task", mend=f"{hint}There are: {', '.join(TASKS)}")
     return TASKS[name]()

@@ -1,0 +1,215 @@
+"""Parameter counts by formula, and the equations of the layer methods against their papers, number by number."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graftwerk.inject.attach as gw
+from graftwerk.errors import ConfigError
+from graftwerk.inject.layers import adapt
+from graftwerk.inject.record import Record
+from graftwerk.methods.base import Place, Role
+from graftwerk.methods.bottleneck import Bottleneck, BottleneckNetwork
+from graftwerk.methods.catalog import METHODS, SHORTHANDS, parse_method
+from graftwerk.methods.ia3 import IA3
+from graftwerk.methods.lora import LoRA, principal
+from tests.families import FAMILIES
+
+
+def place(inputs: int, outputs: int, role: Role = Role.OTHER_LINEAR, bias: bool = True) -> Place:
+    return Place("layer", role, inputs, outputs, bias)
+
+
+def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.OTHER_LINEAR) -> tuple[nn.Linear, Any]:
+    """One linear layer with one delta on it, active."""
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs)
+    record = Record()
+    delta = method.build(place(inputs, outputs, role), layer)
+    record.box(layer).put("a", delta)
+    adapt(layer, record.box(layer))
+    record.selection.choose(("a",))
+    layer.requires_grad_(False)
+    delta.requires_grad_(True)
+    return layer, delta
+
+
+def test_lora_of_rank_8_on_512_by_512_has_8192() -> None:
+    delta = LoRA(r=8).build(place(512, 512), nn.Linear(512, 512))
+    assert LoRA(r=8).count([place(512, 512)]) == sum(p.numel() for p in delta.parameters()) == 8192
+
+
+def test_bottleneck_of_64_on_1024() -> None:
+    network = BottleneckNetwork(1024, 1024, 64, "gelu", False, 1.0)
+    without = Bottleneck(adapter_size=64, layer_norm=False)
+    assert without.count([place(1024, 1024)]) == sum(p.numel() for p in network.parameters()) == 132_160
+    assert without.count([place(1024, 1024)] * 48) == 6_343_680
+    assert Bottleneck(adapter_size=64).count([place(1024, 1024)]) == 132_160 + 2 * 1024
+
+
+def test_dora_and_ia3_counts() -> None:
+    assert LoRA(r=4, use_dora=True).count([place(30, 20)]) == 4 * 50 + 20
+    assert IA3().count([place(30, 20, Role.KEY), place(30, 20, Role.FFN_OUT)]) == 20 + 30
+
+
+def test_lora_equation() -> None:
+    layer, delta = adapted(LoRA(r=3, lora_alpha=7))
+    nn.init.normal_(delta.lora_B.weight)
+    x = torch.randn(2, 5, 12)
+    expected = F.linear(x, layer.weight, layer.bias) + (7 / 3) * x @ delta.lora_A.weight.T @ delta.lora_B.weight.T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_rslora_scale_and_patterns() -> None:
+    method = LoRA(r=4, lora_alpha=8, use_rslora=True, rank_pattern={"q": 16}, alpha_pattern={"b.q": 2})
+    assert method.scale("x.v") == 8 / math.sqrt(4)
+    assert method.scale("a.q") == 8 / math.sqrt(16)
+    assert method.scale("b.q") == 2 / math.sqrt(16)
+    assert method.rank("b.q") == 16
+    assert method.scale("x.notq") == 8 / math.sqrt(4)
+
+
+def test_dora_equation() -> None:
+    """m * (W + sBA) / ||W + sBA||, rows being outputs."""
+    layer, delta = adapted(LoRA(r=3, use_dora=True))
+    with torch.no_grad():
+        delta.lora_B.weight.normal_()
+        delta.lora_magnitude_vector.add_(torch.rand(10))
+    x = torch.randn(2, 5, 12)
+    whole = layer.weight + delta.scale * delta.lora_B.weight @ delta.lora_A.weight
+    whole = delta.lora_magnitude_vector[:, None] * whole / whole.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias))
+
+
+def test_pissa_starts_at_the_largest_directions() -> None:
+    weight = torch.randn(10, 12)
+    a, b = principal(weight, 4, scale=2.0)
+    u, s, vh = torch.linalg.svd(weight)
+    torch.testing.assert_close(2.0 * b @ a, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], atol=1e-5, rtol=1e-4)
+
+
+def test_ia3_and_bitfit_equations() -> None:
+    x = torch.randn(2, 5, 12)
+    layer, delta = adapted(IA3(), role=Role.KEY)
+    nn.init.normal_(delta.ia3_l)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias) * delta.ia3_l.flatten())
+    layer, delta = adapted(IA3(), role=Role.FFN_OUT)
+    nn.init.normal_(delta.ia3_l)
+    torch.testing.assert_close(layer(x), F.linear(x * delta.ia3_l.flatten(), layer.weight, layer.bias))
+    layer, delta = adapted(parse_method("bitfit"))
+    nn.init.normal_(delta.bitfit_b)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias + delta.bitfit_b))
+
+
+def test_bottleneck_equation() -> None:
+    layer, delta = adapted(Bottleneck(adapter_size=3, non_linearity="relu", scaling=0.5))
+    net = delta.bottleneck
+    nn.init.normal_(net.up.weight)
+    x = torch.randn(2, 5, 12)
+    y = F.linear(x, layer.weight, layer.bias)
+    inner = F.relu(F.linear(F.layer_norm(y, (10,), net.norm.weight, net.norm.bias), net.down.weight, net.down.bias))
+    torch.testing.assert_close(layer(x), y + 0.5 * F.linear(inner, net.up.weight, net.up.bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("input_gradient", [True, False])
+def test_the_fused_lora_equals_the_plain_one(bias: bool, input_gradient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and every gradient, one autograd node against the plain operations."""
+    from graftwerk.methods import lora
+
+    layer, delta = adapted(LoRA(r=3, lora_alpha=5))
+    if not bias:
+        layer.bias = None
+    nn.init.normal_(delta.lora_B.weight)
+    x = torch.randn(2, 5, 12, requires_grad=input_gradient)
+    upstream = torch.randn(2, 5, 10)
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(lora.LoRADelta, "through", lambda *_: None)
+        x.grad = delta.lora_A.weight.grad = delta.lora_B.weight.grad = None
+        y = layer(x)
+        assert ("LoRALinear" in type(y.grad_fn).__name__ or "LoRALinear" in str(y.grad_fn.next_functions)) == fused
+        (y * upstream).sum().backward()
+        results.append([y.detach(), x.grad, delta.lora_A.weight.grad, delta.lora_B.weight.grad])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_on_the_low_rank_path_only() -> None:
+    layer, delta = adapted(LoRA(r=3, lora_dropout=0.5))
+    x = torch.randn(4, 12)
+    delta.train()
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))  # B is zero: nothing else is dropped
+    nn.init.normal_(delta.lora_B.weight)
+    assert not torch.equal(layer(x), layer(x))
+    delta.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_loraplus_ratio_reaches_b_alone() -> None:
+    graft = gw.attach(FAMILIES["bert"].build(classifier=True), LoRA(r=2, loraplus_lr_ratio=16))
+    factors = {key: graft.learning_rate_factor(key) for key, _ in graft.named_parameters()}
+    assert {f for key, f in factors.items() if "lora_B" in key} == {16.0}
+    assert {f for key, f in factors.items() if "lora_B" not in key} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("lroa", "did you mean `lora`"),
+        ({"name": "lora", "rnak": 3}, "did you mean"),
+        ({"name": "lora", "r": 0}, "greater than or equal to 1"),
+        ({"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
+        ({"name": "lora", "target_modules": []}, "target_modules is empty"),
+        ({"name": "bottleneck", "adapter_size": 4, "reduction_factor": 2}, "not both"),
+        ({"r": 8}, "with `name`"),
+    ],
+)
+def test_wrong_settings_are_named(spec: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_method(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "lora", "target_modules": ["qurey"]}, "did you mean `query`"),
+        ({"name": "lora", "rank_pattern": {"nothing": 2}}, "matches none"),
+        ({"name": "lora", "init_lora_weights": "pissa", "r": 40}, "singular directions"),
+        ({"name": "ia3", "feedforward_modules": ["nothing"]}, "none of the targets"),
+        ({"name": "lora", "modules_to_save": ["nothing"]}, "no module `nothing`"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(spec: Any, words: str) -> None:
+    model = FAMILIES["bert"].build(classifier=True)
+    with pytest.raises(ConfigError, match=words):
+        gw.attach(model, parse_method(spec))
+    assert not gw.grafts(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_every_method_is_described() -> None:
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.title
+        assert "arXiv" in method.paper
+        assert method.default_learning_rate > 0
+        assert all(field.description for field in method.model_fields.values()), name
+    assert {parse_method(name).name for name in SHORTHANDS} <= set(METHODS)
+
+
+def test_suffixes_match_whole_names() -> None:
+    method = LoRA(target_modules=["dense"])
+    places = [place(2, 2)]
+    named = [Place(path, Role.OTHER_LINEAR, 2, 2, True) for path in ("a.dense", "a.predense", "dense")]
+    assert [p.path for p in method.places(named)] == ["a.dense", "dense"]
+    assert places
