@@ -1,0 +1,381 @@
+"""`compare`: methods side by side on the user's data, over several seeds, with what the figures can and cannot show.
+
+Every method and seed is an ordinary run folder below `output_dir` (`lora-seed0`, ...), trained and measured in a
+process of its own that is forked from a warm one (`warm.py`). All runs share base, rows and splits; only the method
+and the seed differ, and each method trains at its own learning rate. Runs go seed by seed, so that a comparison
+stopped half way already has all methods. What is done stays done: the same call again goes on where it stopped, in
+the middle of a run too.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from graftwerk.choose.display import Display, Moment
+from graftwerk.choose.entries import Entry, parse_entries, parse_seeds
+from graftwerk.choose.gather import Measured, gather, measured_run
+from graftwerk.choose.pace import Pace
+from graftwerk.choose.table import percent, plain, rich_table
+from graftwerk.choose.verdict import COSTS, MARGIN
+from graftwerk.choose.workers import Crashed, Workers
+from graftwerk.config import RunConfig, parse_overrides, read_yaml
+from graftwerk.errors import ConfigError, ConflictError, DivergedError, IntegrityError, Interrupted
+from graftwerk.evaluate.metrics import METRICS
+from graftwerk.store.atomic import write_file
+from graftwerk.store.safety import read_json
+from graftwerk.train.folder import MANIFEST, read_manifest
+from graftwerk.train.lock import RunLock
+
+COMPARISON, CONFIG, LOG = "comparison.json", "config.yaml", "workers.log"
+FORMAT = 1
+
+Listener = Callable[[Moment], None]
+
+
+class Comparison:
+    """A comparison on disk.
+
+    Attributes:
+        folder: Its folder, with a run folder for each method and seed.
+        result: `comparison.json`.
+        report: `report.html`, or None where it was not asked for.
+
+    Raises:
+        ConfigError: there is no comparison in that folder.
+    """
+
+    def __init__(self, folder: str | Path, *, report: Path | None = None) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / COMPARISON).is_file():
+            raise ConfigError(f"{folder} holds no comparison: it has no {COMPARISON}")
+        self.result = read_json(self.folder / COMPARISON)
+        if self.result.get("format") != FORMAT:
+            raise IntegrityError(f"{COMPARISON} has another format than {FORMAT}", where=str(self.folder))
+        self.report = report
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `graftwerk compare --json` prints."""
+        return {"comparison": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
+
+    def table(self) -> str:
+        """The result as plain text: a row a method, and below it what can be said."""
+        return plain(self.result)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __rich__(self) -> Any:
+        return rich_table(self.result)
+
+    def __repr__(self) -> str:
+        return f"<Comparison {self.folder}: {len(self.result['methods'])} methods, {len(self.result['seeds'])} seeds>"
+
+
+def compare(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    methods: Sequence[Any] | str,
+    seeds: Sequence[int] | int | str = (0, 1, 2),
+    *,
+    overwrite: bool = False,
+    metric: str | None = None,
+    prefer: str = "trained_parameters",
+    margin: float = MARGIN,
+    listener: Listener | None = None,
+    quiet: bool = False,
+    report: bool = True,
+    **overrides: Any,
+) -> Comparison:
+    """Train and measure each method with each seed, and say what the differences are worth.
+
+    Goes on where an earlier call with the same settings stopped. A run that diverges or whose process dies is
+    reported, and the others go on; any other error stops the comparison, and what is done is kept.
+
+    Args:
+        config: A run file, its content, or a `RunConfig`. Its `method` and seed do not count; `output_dir` holds the
+            comparison.
+        methods: Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``; a `label` names it), or
+            methods as built.
+        seeds: Of training. The split of the rows has its own seed and is the same for all.
+        overwrite: Train all of it again.
+        metric: What decides; default: the task's own.
+        prefer: The cost by which the recommendation is made, one of `verdict.COSTS`.
+        margin: How far below the best mean a method is still considered.
+        listener: Told every `Moment`, in place of the progress on stderr.
+        quiet: No progress.
+        report: Write `report.html`.
+        overrides: Settings of the run file by name, as for `train`.
+
+    Raises:
+        ConfigError, DataError, ModelError: found before anything is trained.
+        ConflictError: the folder is in use, or holds other runs.
+        Interrupted: SIGINT or SIGTERM; the run at work has saved its state.
+        EnvironmentFault: disk or memory do not suffice.
+    """
+    work = _Work(config, parse_entries(methods), parse_seeds(seeds), overrides)
+    if metric is not None and metric not in METRICS:
+        raise ConfigError(f"there is no metric `{metric}`", where="metric", mend=f"there are: {', '.join(METRICS)}")
+    if prefer not in COSTS:
+        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", mend=f"there are: {', '.join(COSTS)}")
+    display = None if quiet or listener is not None else Display()
+    work.tell = listener or display or (lambda moment: None)
+    try:
+        work.do(overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
+    finally:
+        if display is not None:
+            display.close()
+    page = None
+    if report:
+        from graftwerk.report.html import write_report
+
+        page = write_report(work.folder)
+    return Comparison(work.folder, report=page)
+
+
+class _Work:
+    """One call of `compare`: its runs, what became of each, and what is told on the way."""
+
+    def __init__(
+        self,
+        config: RunConfig | str | Path | Mapping[str, Any],
+        entries: list[Entry],
+        seeds: list[int],
+        overrides: Mapping[str, Any],
+    ) -> None:
+        tree = _tree(config)
+        _refuse_overrides(overrides)
+        base = RunConfig.build(
+            {**tree, "method": entries[0].method},
+            dict(overrides),
+            where=str(config) if isinstance(config, str | Path) else None,
+        )
+        self.base, self.entries, self.seeds = base, entries, seeds
+        self.folder = base.output_dir
+        self.tell: Listener = lambda moment: None
+        self.plan = [(entry, seed) for seed in seeds for entry in entries]
+        self.pace = Pace([entry.name for entry, _ in self.plan])
+        self.runs: dict[str, dict[int, Measured]] = {entry.name: {} for entry in entries}
+        self.failed: dict[str, dict[int, str]] = {entry.name: {} for entry in entries}
+
+    def config_of(self, entry: Entry, seed: int) -> dict[str, Any]:
+        """The resolved run file of one run, as plain values."""
+        tree = self.base.model_dump(mode="json")
+        tree["method"] = entry.method.to_dict()
+        tree["training"]["seed"] = seed
+        tree["output_dir"] = str(self.folder_of(entry, seed))
+        return tree
+
+    def folder_of(self, entry: Entry, seed: int) -> Path:
+        return self.folder / f"{entry.name}-seed{seed}"
+
+    def do(self, *, overwrite: bool, metric: str | None, prefer: str, margin: float) -> None:
+        if (self.folder / MANIFEST).exists():
+            raise ConflictError(
+                f"{self.folder} is the folder of a run",
+                mend="give the comparison another one: output_dir=runs/comparison",
+            )
+        with RunLock(self.folder), Workers(self.folder / LOG) as workers:
+            checked = self._check(workers, overwrite)
+            head = self._head(checked, metric or checked["main_metric"], prefer)
+            self._write({**head, "status": "running", "methods": [], "differences": [], "seconds": None})
+            write_file(self.folder / CONFIG, self.base.dump())
+            try:
+                for entry, seed in self.plan:
+                    self._run(workers, entry, seed, overwrite)
+            except Interrupted as stopped:
+                stopped.kept = f"{self.pace.done} of {len(self.plan)} runs in {self.folder}"
+                stopped.mend = "the same command again goes on from there"
+                raise
+            result = gather(
+                self.entries,
+                self.runs,
+                self.failed,
+                metric=head["metric"],
+                confidence=self.base.evaluation.confidence,
+                resamples=self.base.evaluation.resamples,
+                prefer=prefer,
+                margin=margin,
+            )
+            everything = [run for runs in self.runs.values() for run in runs.values()]
+            seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in everything)
+            self._write({**head, **result, "status": "finished", "seconds": seconds})
+            self._say("end", text="done")
+
+    # -- one run -----------------------------------------------------------------------------------------------------
+
+    def _run(self, workers: Workers, entry: Entry, seed: int, overwrite: bool) -> None:
+        folder = self.folder_of(entry, seed)
+        who = f"{entry.name}, seed {seed}"
+        manifest = None if overwrite else read_manifest(folder)
+        if manifest is not None:
+            if (found := measured_run(folder)) is not None:
+                self.runs[entry.name][seed] = found
+                self.pace.finished(entry.name, None)
+                return
+            if manifest["status"] == "diverged":
+                self._failed(entry, seed, str((manifest.get("error") or {}).get("what", "diverged")))
+                return
+        began = time.monotonic()
+        steps = _Steps()
+
+        def on_event(event: dict[str, Any]) -> None:
+            text = steps.heard(event)
+            kind = "note" if event["kind"] in NOTED else "phase" if event["kind"] == "phase" else "step"
+            elapsed = time.monotonic() - began
+            left = self.pace.left(elapsed, steps.left_seconds)
+            self._say(kind, who, text, steps.step, steps.steps, left)
+
+        try:
+            workers.run({"kind": "run", "config": self.config_of(entry, seed), "overwrite": overwrite}, on_event)
+        except (DivergedError, Crashed) as error:
+            self._failed(entry, seed, error.what)
+            return
+        found = measured_run(folder)
+        if found is None:
+            raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
+        self.runs[entry.name][seed] = found
+        self.pace.finished(entry.name, time.monotonic() - began)
+        self._say("run", who, _result_line(found), left=self.pace.left())
+
+    def _failed(self, entry: Entry, seed: int, why: str) -> None:
+        self.failed[entry.name][seed] = why
+        self.pace.finished(entry.name, None)
+        self._say("note", f"{entry.name}, seed {seed}", f"failed: {why}", left=self.pace.left())
+
+    # -- around the runs ---------------------------------------------------------------------------------------------
+
+    def _check(self, workers: Workers, overwrite: bool) -> dict[str, Any]:
+        first = self.seeds[0]
+        runs = {} if overwrite else {str(self.folder_of(e, seed)): self.config_of(e, seed) for e, seed in self.plan}
+        job = {
+            "kind": "check",
+            "configs": {entry.name: self.config_of(entry, first) for entry in self.entries},
+            "runs": {folder: tree for folder, tree in runs.items() if Path(folder).is_dir()},
+        }
+        return workers.run(job, lambda event: self._say("phase", "", event.get("name", "")))
+
+    def _head(self, checked: Mapping[str, Any], metric: str, prefer: str) -> dict[str, Any]:
+        """What is known before the first run."""
+        given = [entry.given for entry in self.entries]
+        words = (
+            ",".join(given)
+            if all(isinstance(name, str) for name in given)
+            else yaml.safe_dump(given, default_flow_style=True, width=10_000).strip()
+        )
+        seeds = ",".join(map(str, self.seeds))
+        command = ["graftwerk", "compare", str(self.folder / CONFIG), f"methods={words}", f"seeds={seeds}"]
+        return {
+            "format": FORMAT,
+            "graftwerk": _version(),
+            "command": shlex.join(command),
+            "model": self.base.model,
+            "task": self.base.task,
+            "metric": metric,
+            "confidence": self.base.evaluation.confidence,
+            "seeds": self.seeds,
+            "prefer": prefer,
+            "machine": checked["machine"],
+            "data": {
+                "origin": checked["origin"],
+                "fingerprint": checked["fingerprint"],
+                "rows": checked["rows"],
+                "findings": checked["findings"],
+            },
+            "training": self.base.training.model_dump(mode="json"),
+            "notes": self._notes(checked),
+        }
+
+    def _notes(self, checked: Mapping[str, Any]) -> list[str]:
+        notes = []
+        if not checked["rows"].get("test"):
+            if not checked["rows"].get("validation"):
+                raise ConfigError("nothing is held out to compare on", where="data.test", mend="data.test: 500")
+            notes.append(
+                "the validation rows that chose the checkpoints also make these figures, which are a little too good "
+                "for all methods; data.test holds out rows of their own"
+            )
+        if len(self.seeds) == 1:
+            notes.append("one seed: intervals do not hold what another training seed would change; seeds=0,1,2")
+        if self.base.training.learning_rate != "auto":
+            notes.append(
+                f"all methods were trained at learning rate {self.base.training.learning_rate:g}, which cannot suit "
+                "them all; training.learning_rate=auto takes each method's own"
+            )
+        grave = [finding["message"] for finding in checked["findings"] if finding.get("grave")]
+        return notes + grave
+
+    def _write(self, result: Mapping[str, Any]) -> None:
+        write_file(self.folder / COMPARISON, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _say(
+        self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None
+    ) -> None:
+        self.tell(Moment(kind, self.pace.done, len(self.plan), run, text, step, steps, left))
+
+
+NOTED = frozenset({"diagnosis", "bad_step", "memory", "warning", "early_stopping"})
+
+
+class _Steps:
+    """Where the run at work is, from its events."""
+
+    def __init__(self) -> None:
+        self.step = self.steps = 0
+        self.left_seconds: float | None = None
+
+    def heard(self, event: Mapping[str, Any]) -> str:
+        """Take an event in; gives what there is to say about it."""
+        kind = event["kind"]
+        self.step = event["step"] or self.step
+        if kind == "start":
+            self.steps = event["total_steps"]
+        elif kind == "progress":
+            self.steps, self.left_seconds = event["total"], event.get("left_seconds")
+        elif kind == "phase":
+            return str(event["name"])
+        elif kind in NOTED:
+            mend = f" ({event['mend']})" if event.get("mend") else ""
+            return f"{event.get('text', kind)}{mend}"
+        return ""
+
+
+def _result_line(run: Measured) -> str:
+    """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
+    figure = run.evaluation["metrics"]["accuracy"]
+    seconds = run.manifest["cost"]["training_seconds"]
+    between = f"{percent(figure['low'])} to {percent(figure['high'])}"
+    return f"accuracy {percent(figure['value'])} ({between}), {seconds:.0f} s of training"
+
+
+def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config, RunConfig):
+        return config.model_dump(mode="json")
+    if isinstance(config, Mapping):
+        return dict(config)
+    return read_yaml(Path(config))
+
+
+def _refuse_overrides(overrides: Mapping[str, Any]) -> None:
+    for key in parse_overrides(dict(overrides)):
+        if key.split(".")[0] == "method":
+            raise ConfigError(
+                f"`{key}` would hold for every method",
+                where=key,
+                mend="give settings with the method: methods=[{name: lora, r: 16}, ...]",
+            )
+        if key.split(".")[-1] == "seed":
+            raise ConfigError(f"`{key}`: a comparison has several seeds", where=key, mend="seeds=0,1,2")
+
+
+def _version() -> str:
+    try:
+        return version("graftwerk")
+    except PackageNotFoundError:
+        return "unknown"

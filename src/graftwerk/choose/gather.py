@@ -1,0 +1,191 @@
+"""From finished runs on disk to the figures of a comparison: means, intervals, differences, costs, a recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from graftwerk.choose.entries import Entry
+from graftwerk.choose.verdict import COSTS, in_words, pareto_front, recommend, verdict
+from graftwerk.errors import IntegrityError
+from graftwerk.evaluate.metrics import METRICS, point
+from graftwerk.evaluate.paired import Joint, joint_bootstrap
+from graftwerk.evaluate.stored import load_evaluation
+from graftwerk.tasks.base import Predictions
+from graftwerk.train.folder import ADAPTER, read_manifest
+
+LEAST_RESAMPLES = 2000
+"""Simultaneous intervals look further into the tails than single ones."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished run: its manifest, what `evaluate` stored with it, and its answers row by row."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    evaluation: dict[str, Any]
+    predictions: Predictions
+
+
+def measured_run(folder: Path) -> Measured | None:
+    """A run that is finished and measured; None where something is still to do.
+
+    Raises:
+        IntegrityError: its files are damaged.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("status") != "finished" or not (folder / ADAPTER).is_dir():
+        return None
+    found = load_evaluation(folder, folder / ADAPTER)
+    return None if found is None else Measured(folder, manifest, *found)
+
+
+def gather(
+    entries: Sequence[Entry],
+    runs: Mapping[str, Mapping[int, Measured]],
+    failed: Mapping[str, Mapping[int, str]],
+    *,
+    metric: str,
+    confidence: float,
+    resamples: int,
+    prefer: str,
+    margin: float,
+) -> dict[str, Any]:
+    """The part of `comparison.json` that stands on measurements.
+
+    Args:
+        runs: By method's name, by seed. A method may have none (all its runs failed).
+        failed: Why runs have no result, likewise.
+
+    Raises:
+        IntegrityError: the runs do not share base, data or rows.
+        DataError: the metric is undefined on the held-out rows.
+    """
+    names = [entry.name for entry in entries if runs.get(entry.name)]
+    everything = [run for name in names for run in runs[name].values()]
+    if not everything:
+        return {"methods": [_unmeasured(entry, failed) for entry in entries], "differences": [], "front": {}}
+    _check_alike(everything)
+    resamples = max(resamples, LEAST_RESAMPLES)
+    answers = {name: {seed: run.predictions for seed, run in runs[name].items()} for name in names}
+    joints = _joints(answers, metric, resamples)
+    main = joints[metric]
+    differences = main.simultaneous(confidence)
+    methods = [
+        _method(entry, runs[entry.name], failed.get(entry.name, {}), joints, metric, confidence)
+        if entry.name in names
+        else _unmeasured(entry, failed)
+        for entry in entries
+    ]
+    shown = [method for method in methods if method.get("figure")]
+    half_widths = [(difference["high"] - difference["low"]) / 2 for difference in differences]
+    return {
+        "rows": everything[0].evaluation["rows"],
+        "split": everything[0].evaluation["split"],
+        "labels": everything[0].evaluation["labels"],
+        "base_fingerprint": everything[0].manifest["base_fingerprint"],
+        "methods": methods,
+        "differences": [
+            {**difference, "verdict": verdict(difference), "text": in_words(difference)} for difference in differences
+        ],
+        "front": {
+            cost: pareto_front(
+                {method["name"]: method["figure"]["value"] for method in shown},
+                {method["name"]: method["cost"][cost] for method in shown if method["cost"].get(cost) is not None},
+            )
+            for cost in COSTS
+        },
+        "resolution": median(half_widths) if half_widths else None,
+        "recommendation": recommend(shown, differences, prefer=prefer, margin=margin),
+    }
+
+
+def _check_alike(runs: Sequence[Measured]) -> None:
+    """What must be the same for figures to be comparable."""
+    for what, values in (
+        ("base model", {str(run.manifest["base_fingerprint"]) for run in runs}),
+        ("rows", {str(run.manifest["data"]["fingerprint"]) for run in runs}),
+        ("held-out split", {str(run.evaluation["split"]) for run in runs}),
+        ("labels", {str(run.evaluation["labels"]) for run in runs}),
+    ):
+        if len(values) > 1:
+            raise IntegrityError(
+                f"the runs of this comparison do not share their {what}: {', '.join(sorted(values))}",
+                where=", ".join(str(run.folder) for run in runs[:4]),
+                mend="compare again in an empty output_dir",
+            )
+
+
+def _joints(answers: Mapping[str, Mapping[int, Predictions]], metric: str, resamples: int) -> dict[str, Joint]:
+    """A joint bootstrap of every metric that these rows define; the metric that decides comes first."""
+    first = next(iter(next(iter(answers.values())).values()))
+    assert first.targets is not None
+    joints = {metric: joint_bootstrap(answers, metric, resamples=resamples)}
+    for name in METRICS:
+        if name != metric and point(name, first.targets, first.scores) is not None:
+            joints[name] = joint_bootstrap(answers, name, resamples=resamples)
+    return joints
+
+
+def _method(
+    entry: Entry,
+    runs: Mapping[int, Measured],
+    failed: Mapping[int, str],
+    joints: Mapping[str, Joint],
+    metric: str,
+    confidence: float,
+) -> dict[str, Any]:
+    first = next(iter(runs.values()))
+    return {
+        **_said_of(entry),
+        "figure": joints[metric].figure(entry.name, confidence),
+        "metrics": {name: joint.figure(entry.name, confidence) for name, joint in joints.items()},
+        "parameters": first.manifest["parameters"],
+        "cost": {name: _middle([_costs(run)[name] for run in runs.values()]) for name in COSTS},
+        "runs": {
+            str(seed): {
+                "folder": run.folder.name,
+                "value": joints[metric].values[entry.name][seed],
+                **_costs(run),
+                "best": run.manifest.get("best"),
+            }
+            for seed, run in sorted(runs.items())
+        },
+        "failed": {str(seed): why for seed, why in sorted(failed.items())},
+    }
+
+
+def _unmeasured(entry: Entry, failed: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    why = {str(seed): text for seed, text in sorted(failed.get(entry.name, {}).items())}
+    return {**_said_of(entry), "figure": None, "cost": {}, "runs": {}, "failed": why}
+
+
+def _said_of(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "title": entry.method.title,
+        "settings": entry.method.to_dict(),
+        "mergeable": entry.method.mergeable,
+    }
+
+
+def _costs(run: Measured) -> dict[str, float | None]:
+    manifest, evaluation = run.manifest["cost"], run.evaluation["cost"]
+    return {
+        "trained_parameters": run.manifest["parameters"]["trained"],
+        "adapter_bytes": evaluation["adapter_bytes"],
+        "training_seconds": manifest.get("training_seconds"),
+        "peak_memory_bytes": manifest.get("peak_memory_bytes"),
+        "latency_ms_batch_1": evaluation.get("latency_ms_batch_1"),
+        "latency_ms_batch_32": evaluation.get("latency_ms_batch_32"),
+    }
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    """The median over seeds: one run beside which the machine was busy does not move it."""
+    known = [value for value in values if value is not None]
+    return median(known) if known else None

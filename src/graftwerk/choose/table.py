@@ -1,0 +1,148 @@
+"""A comparison as text: for terminals with rich, for pipes and files in plain columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graftwerk.choose.display import duration
+from graftwerk.choose.verdict import between, signed, turned, verdict
+
+HEADINGS = (
+    "method",
+    "",
+    "interval",
+    "against the best",
+    "trained",
+    "adapter",
+    "time",
+    "memory",
+    "ms/row 1",
+    "ms/row 32",
+)
+LEFT = frozenset({0, 3})
+"""Columns of words; the others are numbers, flush right."""
+
+
+def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row a method, best first, as text."""
+    methods = ranked(result)
+    best = methods[0]["name"] if methods else ""
+    chosen = (result.get("recommendation") or {}).get("method")
+    rows: list[tuple[str, ...]] = []
+    for method in methods:
+        figure, cost = method["figure"], method["cost"]
+        rows.append(
+            (
+                method["name"] + (" *" if method["name"] == chosen else ""),
+                percent(figure["value"]),
+                f"{percent(figure['low'])}\N{EN DASH}{percent(figure['high'])}",
+                against(result["differences"], method["name"], best),
+                count(cost.get("trained_parameters")),
+                byte_size(cost.get("adapter_bytes")),
+                "\N{EN DASH}" if cost.get("training_seconds") is None else duration(cost["training_seconds"]),
+                byte_size(cost.get("peak_memory_bytes")),
+                milliseconds(cost.get("latency_ms_batch_1")),
+                milliseconds(cost.get("latency_ms_batch_32")),
+            )
+        )
+    return rows
+
+
+def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The methods that were measured, best mean first."""
+    measured = [method for method in result["methods"] if method.get("figure")]
+    return sorted(measured, key=lambda method: -method["figure"]["value"])
+
+
+def against(differences: Sequence[Any], name: str, best: str) -> str:
+    """``the best mean``, ``no difference shown``, or ``worse by 3.1 [1.2, 5.0]``."""
+    if name == best:
+        return "the best mean"
+    difference = turned(between(differences, name, best))  # how much the best is better
+    low, value, high = (100 * difference[part] for part in ("low", "value", "high"))
+    if verdict(difference) == "better":
+        return f"worse by {value:.1f} [{low:.1f}, {high:.1f}]"
+    return f"no difference shown ({signed(-value)})"
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """What stands under the table."""
+    said = []
+    seeds = len(result["seeds"])
+    said.append(
+        f"{result['metric']} in percent on {result['rows']:,} {result['split']} rows, mean of {seeds} "
+        f"seed{'s' if seeds > 1 else ''}; {100 * result['confidence']:g} % intervals, jointly for all differences."
+    )
+    if result.get("resolution") is not None:
+        said.append(
+            f"With these rows and seeds, differences under about {100 * result['resolution']:.1f} points are not to be "
+            "seen."
+        )
+    if recommendation := result.get("recommendation"):
+        said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
+    for method in result["methods"]:
+        for seed, why in (method.get("failed") or {}).items():
+            said.append(f"{method['name']}, seed {seed}, failed: {why}")
+    return said + [f"Note: {note}." for note in result.get("notes", ())]
+
+
+def plain(result: Mapping[str, Any]) -> str:
+    """Columns of plain text, for pipes."""
+    headings = (*HEADINGS[:1], result["metric"], *HEADINGS[2:])
+    lines = [headings, *rows_of(result)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column in LEFT else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*text, "", *sentences(result)])
+
+
+def rich_table(result: Mapping[str, Any]) -> Any:
+    """The same for a terminal; the recommended method stands out."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    headings = (*HEADINGS[:1], result["metric"], *HEADINGS[2:])
+    for column, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if column in LEFT else "right", overflow="fold", no_wrap=column == 0)
+    for row in rows_of(result):
+        made.add_row(*(Text(cell) for cell in row), style="bold" if row[0].endswith(" *") else "")
+    return Group(made, Text(""), *(Text(sentence) for sentence in sentences(result)))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def count(value: float | None) -> str:
+    """Parameters: 770, 43.9 k, 22.7 M."""
+    return _scaled(value, 1000, ("", " k", " M", " B"))
+
+
+def byte_size(value: float | None) -> str:
+    return _scaled(value, 1000, (" B", " kB", " MB", " GB"))
+
+
+def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    for unit in units[:-1]:
+        if value < 0.9995 * step:
+            return f"{value:.0f}{unit}" if unit == units[0] or value >= 99.95 else f"{value:.1f}{unit}"
+        value /= step
+    return f"{value:.1f}{units[-1]}"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return "\N{EN DASH}"
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"

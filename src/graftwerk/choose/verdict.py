@@ -1,0 +1,176 @@
+"""What a comparison's figures mean, in words: who is better, what cannot be told apart, what to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from graftwerk.errors import ConfigError
+from graftwerk.evaluate.paired import Difference
+
+COSTS: dict[str, str] = {
+    "trained_parameters": "trained parameters",
+    "adapter_bytes": "adapter size",
+    "training_seconds": "training time",
+    "peak_memory_bytes": "peak memory",
+    "latency_ms_batch_1": "latency, one row",
+    "latency_ms_batch_32": "latency, 32 rows",
+}
+"""What a method costs, and how that is called; smaller is better for all."""
+
+MARGIN = 0.01
+"""A method this much below the best is still a candidate: one point of accuracy."""
+ALIKE = 0.1
+"""Costs within a tenth of each other count as equal, and training time decides."""
+
+Verdict = Literal["better", "worse", "no difference shown"]
+
+
+def verdict(difference: Difference) -> Verdict:
+    """Of `a` against `b`, by whether the interval has zero in it."""
+    if difference["low"] > 0:
+        return "better"
+    return "worse" if difference["high"] < 0 else "no difference shown"
+
+
+def in_words(difference: Difference) -> str:
+    """``better by 1.2 points [0.3, 2.1]``, or ``no difference shown: +0.4 points [-0.8, +1.6]``."""
+    value, low, high = (100 * difference[part] for part in ("value", "low", "high"))
+    found = verdict(difference)
+    if found == "better":
+        return f"better by {value:.1f} points [{low:.1f}, {high:.1f}]"
+    if found == "worse":
+        return f"worse by {-value:.1f} points [{-high:.1f}, {-low:.1f}]"
+    return f"no difference shown: {signed(value)} points [{signed(low)}, {signed(high)}]"
+
+
+def signed(value: float) -> str:
+    """With its sign, a true minus, and no -0.0."""
+    text = f"{abs(value):.1f}"
+    if float(text) == 0:
+        return text
+    return f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"
+
+
+def turned(difference: Difference) -> Difference:
+    """The same difference seen from the other side."""
+    return {
+        "a": difference["b"],
+        "b": difference["a"],
+        "value": -difference["value"],
+        "low": -difference["high"],
+        "high": -difference["low"],
+        "p": difference["p"],
+    }
+
+
+def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
+    """The difference of `a` to `b`, whichever way round it was computed."""
+    for difference in differences:
+        if (difference["a"], difference["b"]) == (a, b):
+            return difference
+        if (difference["a"], difference["b"]) == (b, a):
+            return turned(difference)
+    raise KeyError((a, b))
+
+
+def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float]) -> list[str]:
+    """Methods that no other beats in both, by their point values, cheapest first.
+
+    One is beaten by another that is at least as good and as cheap, and better in one of the two.
+    """
+    known = [name for name in quality if name in cost]
+
+    def beaten(name: str) -> bool:
+        return any(
+            quality[other] >= quality[name]
+            and cost[other] <= cost[name]
+            and (quality[other] > quality[name] or cost[other] < cost[name])
+            for other in known
+        )
+
+    return sorted((name for name in known if not beaten(name)), key=lambda name: cost[name])
+
+
+def recommend(
+    methods: Sequence[Mapping[str, Any]], differences: Sequence[Difference], *, prefer: str, margin: float = MARGIN
+) -> dict[str, str] | None:
+    """The cheapest of the methods that are as good as the best, as far as these rows and seeds can tell.
+
+    A candidate is not shown to be worse than the best, and its mean is at most `margin` below: with few rows nothing
+    is ever shown to be worse, and a wide interval is no argument for a method.
+
+    Args:
+        methods: Each with ``name``, ``figure`` and ``cost``.
+        prefer: The cost to go by, one of `COSTS`.
+
+    Returns:
+        ``method`` and ``reason``; None where nothing was measured.
+
+    Raises:
+        ConfigError: no such cost.
+    """
+    if prefer not in COSTS:
+        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", mend=f"there are: {', '.join(COSTS)}")
+    measured = sorted(methods, key=lambda method: -method["figure"]["value"])
+    if not measured:
+        return None
+    best = measured[0]
+    candidates = [
+        method
+        for method in measured
+        if method is best
+        or (
+            method["figure"]["value"] >= best["figure"]["value"] - margin
+            and verdict(between(differences, method["name"], best["name"])) != "worse"
+        )
+    ]
+    costed = [method for method in candidates if method["cost"].get(prefer) is not None]
+    if not costed:
+        return {"method": best["name"], "reason": f"the best mean; {COSTS[prefer]} could not be measured"}
+    least = min(method["cost"][prefer] for method in costed)
+    near = [method for method in costed if method["cost"][prefer] <= (1 + ALIKE) * least]
+    chosen = min(
+        near, key=lambda method: (method["cost"].get("training_seconds") or float("inf"), method["cost"][prefer])
+    )
+    return {
+        "method": chosen["name"],
+        "reason": _reason(chosen, best, measured, candidates, differences, prefer, margin),
+    }
+
+
+def _reason(
+    chosen: Mapping[str, Any],
+    best: Mapping[str, Any],
+    measured: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Mapping[str, Any]],
+    differences: Sequence[Difference],
+    prefer: str,
+    margin: float,
+) -> str:
+    if len(measured) == 1:
+        return "the only method that was measured"
+    if chosen is best:
+        better = [
+            method["name"]
+            for method in measured[1:]
+            if verdict(between(differences, best["name"], method["name"])) == "better"
+        ]
+        if len(candidates) == 1:
+            shown = "shown to be better than all others" if len(better) == len(measured) - 1 else "no other comes near"
+            return f"the best mean, and {shown}" if better else f"the best mean by more than {100 * margin:g} points"
+        return f"the best mean, and the least {COSTS[prefer]} of the {len(candidates)} methods near it"
+    difference = between(differences, chosen["name"], best["name"])
+    value, low = 100 * difference["value"], 100 * difference["low"]
+    ratio = chosen["cost"][prefer] / best["cost"][prefer] if best["cost"].get(prefer) else None
+    saving = f" with {_share(ratio)} of its {COSTS[prefer]}" if ratio is not None and ratio < 1 else ""
+    return (
+        f"{signed(value)} points against {best['name']}, the best mean, no difference shown{saving}; "
+        f"the interval allows it to be up to {-low:.1f} points worse"
+    )
+
+
+def _share(ratio: float) -> str:
+    """0.0147 -> 1.5 %."""
+    percent = 100 * ratio
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %" if percent >= 0.1 else "less than 0.1 %"
