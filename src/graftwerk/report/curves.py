@@ -1,0 +1,194 @@
+"""Lines over the steps of a run: losses, validation metrics, the learning rate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from graftwerk.report import numbers
+from graftwerk.report.escape import Markup, join, tag
+from graftwerk.report.frame import LABEL_SIZE, Frame, axes, circle, label, line, path, svg
+from graftwerk.report.labels import text_width
+from graftwerk.report.scales import Linear, around, from_zero
+
+MOST_POINTS = 400
+"""More are thinned out: each point drawn stands for the mean of its neighbours."""
+SIZES = {"wide": 760.0, "narrow": 350.0}
+DOTS = 30
+"""With so many points or fewer, each gets a dot."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line: its name, its class in the style sheet, and (step, value) in order; None is a gap (a loss that was no number)."""
+
+    name: str
+    kind: str
+    points: Sequence[tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point that is pointed out: the step that was kept."""
+
+    step: float
+    value: float
+    text: str
+
+
+def chart(
+    curves: Sequence[Curve],
+    *,
+    title: str,
+    show: Callable[[float | None], str],
+    steps: float,
+    height: float = 260.0,
+    zero: bool = False,
+    least: float = 0.0,
+    marks: Sequence[Mark] = (),
+    tick: Callable[[float], str] | None = None,
+) -> Markup:
+    """One chart in two widths; the pointer or the arrow keys read the values.
+
+    Args:
+        title: Of the height axis.
+        show: How a value is written.
+        steps: How many the run has in all: the width of the chart.
+        zero: The height axis begins at zero.
+        least: What it spans at least.
+        tick: How a value is written at the axis, if otherwise.
+    """
+    thinned = [Curve(curve.name, curve.kind, _thinned(curve.points)) for curve in curves]
+    values = [value for curve in thinned for _, value in curve.points if value is not None]
+    values += [mark.value for mark in marks]
+    if not values:
+        return tag("p", f"{title}: no figures.", class_="missing")
+    return join(
+        _draw(thinned, values, title, show, max(steps, 1.0), width, size, height, zero, least, marks, tick or show)
+        for size, width in SIZES.items()
+    )
+
+
+def _draw(
+    curves: Sequence[Curve],
+    values: Sequence[float],
+    title: str,
+    show: Callable[[float | None], str],
+    steps: float,
+    width: float,
+    size: str,
+    height: float,
+    zero: bool,
+    least: float,
+    marks: Sequence[Mark],
+    tick: Callable[[float], str],
+) -> Markup:
+    def scale(start: float, end: float) -> Linear:
+        return from_zero(values, start, end) if zero else around(values, start, end, least=least)
+
+    names = [curve.name for curve in curves] if len(curves) > 1 else []
+    room = max((text_width(name, LABEL_SIZE) for name in names), default=0.0) + 12 if names and size == "wide" else 14.0
+    frame = Frame.around(width, height, [tick(value) for value in scale(0, 1).ticks(6)], right=room)
+    inner = frame.inner
+    x, y = Linear(0.0, steps, inner.left, inner.right), scale(inner.bottom, inner.top)
+    parts = [
+        axes(
+            frame, x, y, x_text=lambda step: f"{step:,.0f}" if step == round(step) else "", y_text=tick,
+            x_title="Step \N{RIGHTWARDS ARROW}", y_title=title,
+        )
+    ]  # fmt: skip
+    track: list[tuple[float, float, str]] = []
+    ends: list[tuple[float, Curve]] = []
+    for curve in curves:
+        for piece in _pieces(curve.points):
+            drawn = [(x(step), y(value)) for step, value in piece]
+            parts.append(path(drawn, f"line {curve.kind}"))
+            if len(curve.points) <= DOTS or len(piece) == 1:
+                parts += [circle(px, py, 3, f"knot {curve.kind}") for px, py in drawn]
+            track += [
+                (round(x(step), 1), round(y(value), 1), f"Step {step:,.0f}\n{curve.name}\t{show(value)}")
+                for step, value in piece
+            ]
+        last = [value for _, value in curve.points if value is not None]
+        if last:
+            ends.append((y(last[-1]), curve))
+    for mark in marks:
+        px, py = x(mark.step), y(mark.value)
+        parts.append(circle(px, py, 6, "kept"))
+        parts.append(_beside(mark.text, px, py, inner.left, inner.right, inner.top))
+    if names and size == "wide":
+        parts += [label(curve.name, inner.right + 8, at + 4, f"name {curve.kind}") for at, curve in _spread(ends)]
+    elif names:
+        parts.append(_legend([curve for _, curve in ends], frame))
+    cursor = tag("g", line(0, inner.top, 0, inner.bottom, "cursor-line"), circle(0, 0, 4.5, "cursor-dot"), class_="cursor")
+    track.sort()
+    return svg(
+        frame,
+        *parts,
+        cursor,
+        class_=f"chart curve {size}",
+        role="img",
+        tabindex="0",
+        data_track=json.dumps(track, ensure_ascii=False, separators=(",", ":")),
+        aria_label=_said(title, curves, show),
+    )
+
+
+def _beside(text: str, px: float, py: float, left: float, right: float, top: float) -> Markup:
+    """The words of a mark above or below it, inside the chart."""
+    half = text_width(text, LABEL_SIZE) / 2
+    middle = min(max(px, left + half), right - half)
+    height = py - 12 if py - 12 - LABEL_SIZE > top else py + 12 + LABEL_SIZE
+    return label(text, middle, height, "name kept-name", "middle")
+
+
+def _spread(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:
+    """Names at the ends of their lines, a line of text apart."""
+    placed: list[tuple[float, Curve]] = []
+    for at, curve in sorted(ends, key=lambda end: end[0]):
+        placed.append((max(at, placed[-1][0] + LABEL_SIZE + 3) if placed else at, curve))
+    return placed
+
+
+def _legend(curves: Sequence[Curve], frame: Frame) -> Markup:
+    """Names above the chart, flush right, where there is no room at the lines' ends."""
+    parts, right = [], frame.width
+    for curve in reversed(curves):
+        parts.append(label(curve.name, right, 14, f"name {curve.kind}", "end"))
+        right -= text_width(curve.name, LABEL_SIZE) + 12
+    return join(reversed(parts))
+
+
+def _pieces(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
+    """The line without its gaps."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    for step, value in points:
+        if value is not None:
+            pieces[-1].append((step, value))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
+    """At most `MOST_POINTS`: means over equal numbers of neighbours, at their last step."""
+    every = -(-len(points) // MOST_POINTS)
+    if every <= 1:
+        return list(points)
+    thinned: list[tuple[float, float | None]] = []
+    for start in range(0, len(points), every):
+        group = points[start : start + every]
+        known = [value for _, value in group if value is not None]
+        thinned.append((group[-1][0], sum(known) / len(known) if known else None))
+    return thinned
+
+
+def _said(title: str, curves: Sequence[Curve], show: Callable[[float | None], str]) -> str:
+    parts = []
+    for curve in curves:
+        known = [(step, value) for step, value in curve.points if value is not None]
+        if known:
+            (first, begin), (last, end) = known[0], known[-1]
+            parts.append(f"{curve.name}: {show(begin)} at step {first:,.0f}, {show(end)} at step {last:,.0f}")
+    return f"{title}. {'; '.join(parts)}. {numbers.title('arrow keys')} read single values."

@@ -1,0 +1,143 @@
+"""Names beside the points they belong to, none over another, over a point or over an interval.
+
+A name first tries the places right beside its point; where all are taken, the nearest free place anywhere in the chart, with a thin line
+to its point. A chart that is full leaves names out and gives them back, so that the page can say so.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+_WIDE = "mwMWOQG@%&"
+_NARROW = "iljtfrI.,:;'|!()[] "
+SAFETY = 1.06
+"""Fonts differ; metrics are those of Helvetica."""
+GAP = 9.0
+"""Pixels between a point's middle and its name."""
+GRID = 7.0
+
+
+@dataclass(frozen=True)
+class Box:
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: Box) -> bool:
+        return (
+            self.left < other.right
+            and other.left < self.right
+            and self.top < other.bottom
+            and other.top < self.bottom
+        )
+
+    def within(self, other: Box) -> bool:
+        return (
+            self.left >= other.left
+            and self.right <= other.right
+            and self.top >= other.top
+            and self.bottom <= other.bottom
+        )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A name's place: its box, and the point that it may need a line to."""
+
+    box: Box
+    led: bool
+
+    def line_end(self, x: float, y: float) -> tuple[float, float]:
+        """Where a line from the point meets the name."""
+        box = self.box
+        return min(max(x, box.left), box.right), min(max(y, box.top + 2), box.bottom - 2)
+
+
+def text_width(text: str, size: float) -> float:
+    """Pixels of a line of text in a sans-serif font of so many pixels, rather too many than too few."""
+    return SAFETY * size * sum(_character(character) for character in text)
+
+
+def cut(text: str, most: int) -> str:
+    """At most so many characters, the last an ellipsis if some are missing."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def place(
+    points: Sequence[tuple[float, float]],
+    sizes: Sequence[tuple[float, float]],
+    obstacles: Sequence[Box],
+    area: Box,
+) -> list[Placed | None]:
+    """A place for each name; None where there is no room.
+
+    Args:
+        points: What is named, in pixels.
+        sizes: Width and height of each name.
+        obstacles: What names must not cover.
+        area: What they must not leave.
+    """
+    found: list[Placed | None] = [None] * len(points)
+    taken = list(obstacles)
+
+    def crowd(index: int) -> tuple[float, int]:
+        x, y = points[index]
+        near = sum(abs(other[0] - x) < 90 and abs(other[1] - y) < 30 for other in points)
+        return (-near, index)
+
+    for index in sorted(range(len(points)), key=crowd):
+        for placed in _candidates(points[index], sizes[index], area):
+            if placed.box.within(area) and not any(placed.box.overlaps(other) for other in taken):
+                found[index] = placed
+                taken.append(placed.box)
+                break
+    return found
+
+
+def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box) -> Iterator[Placed]:
+    (x, y), (width, height) = point, size
+    middle = y - height / 2
+    for left, top in (
+        (x + GAP, middle),
+        (x - GAP - width, middle),
+        (x + GAP, middle - height * 0.7),
+        (x + GAP, middle + height * 0.7),
+        (x - GAP - width, middle - height * 0.7),
+        (x - GAP - width, middle + height * 0.7),
+        (x - width / 2, y - GAP - height),
+        (x - width / 2, y + GAP),
+    ):
+        yield Placed(Box(left, top, left + width, top + height), False)
+    columns = int((area.right - area.left - width) // GRID) + 1
+    rows = int((area.bottom - area.top - height) // GRID) + 1
+    grid = [
+        (area.left + column * GRID, area.top + row * GRID)
+        for column in range(max(columns, 0))
+        for row in range(max(rows, 0))
+    ]
+
+    def distance(corner: tuple[float, float]) -> float:
+        dx = max(corner[0] - x, x - corner[0] - width, 0.0)
+        dy = max(corner[1] - y, y - corner[1] - height, 0.0)
+        return dx * dx + 2 * dy * dy
+
+    for left, top in sorted(grid, key=distance):
+        yield Placed(Box(left, top, left + width, top + height), True)
+
+
+def _character(character: str) -> float:
+    """Width over font size."""
+    if unicodedata.east_asian_width(character) in "WF":
+        return 1.0
+    if unicodedata.combining(character):
+        return 0.0
+    if character in _WIDE:
+        return 0.85
+    if character in _NARROW:
+        return 0.34
+    if character.isupper():
+        return 0.72
+    return 0.57
