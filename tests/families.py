@@ -16,8 +16,10 @@ SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_atten
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GATED = {**SMALL, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 4}
 BART = {
-    "vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64, "decoder_start_token_id": 2, "forced_eos_token_id": None, **IDS,
+    "vocab_size": 64, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64, "decoder_start_token_id": 2,
+    "forced_eos_token_id": None, **IDS,
 }  # fmt: skip
 
 
@@ -43,13 +45,17 @@ class Family:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-            if labels != 3:  # the head comes first in the stream of random numbers; the base must not depend on its size
+            if (
+                labels != 3
+            ):  # the head comes first in the stream of random numbers; the base must not depend on its size
                 usual = dict(self.build(classifier=classifier, seed=seed).base_model.named_parameters())
                 for name, parameter in model.base_model.named_parameters():
                     parameter.copy_(usual[name])
         return model
 
-    def batch(self, rows: int = 3, tokens: int = 7, *, seed: int = 0, padded: bool = True, labels: bool = False) -> dict[str, Tensor]:
+    def batch(
+        self, rows: int = 3, tokens: int = 7, *, seed: int = 0, padded: bool = True, labels: bool = False
+    ) -> dict[str, Tensor]:
         """Token ids from 3 up, right-padded rows of different length, and decoder inputs for encoder-decoder models."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, 64, (rows, tokens), generator=generator)
@@ -72,20 +78,39 @@ class Family:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("bert", "encoder", lambda: tf.BertConfig(**SMALL, max_position_embeddings=64), "BertForMaskedLM", "BertForSequenceClassification"),
-        Family("roberta", "encoder", lambda: tf.RobertaConfig(**SMALL, max_position_embeddings=64, pad_token_id=0, type_vocab_size=1), "RobertaForMaskedLM", "RobertaForSequenceClassification"),
-        Family("distilbert", "encoder", lambda: tf.DistilBertConfig(vocab_size=64, dim=16, n_layers=2, n_heads=4, hidden_dim=24, max_position_embeddings=64, pad_token_id=0), "DistilBertForMaskedLM", "DistilBertForSequenceClassification"),
-        Family("modernbert", "encoder", lambda: tf.ModernBertConfig(**SMALL, max_position_embeddings=64, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, global_attn_every_n_layers=2, local_attention=4), "ModernBertForMaskedLM", "ModernBertForSequenceClassification"),
-        Family("electra", "encoder", lambda: tf.ElectraConfig(**SMALL, embedding_size=12, max_position_embeddings=64), "ElectraForMaskedLM", "ElectraForSequenceClassification"),
-        Family("gpt2", "decoder", lambda: tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=4, n_inner=24, n_positions=64, **IDS), "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
-        Family("opt", "decoder", lambda: tf.OPTConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, ffn_dim=24, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16, **IDS), "OPTForCausalLM", "OPTForSequenceClassification"),
-        Family("llama", "decoder", lambda: tf.LlamaConfig(**GATED), "LlamaForCausalLM", "LlamaForSequenceClassification"),
-        Family("qwen2", "decoder", lambda: tf.Qwen2Config(**{k: v for k, v in GATED.items() if k != "head_dim"}), "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
-        Family("mistral", "decoder", lambda: tf.MistralConfig(**GATED, sliding_window=4), "MistralForCausalLM", "MistralForSequenceClassification"),
-        Family("gemma", "decoder", lambda: tf.GemmaConfig(**GATED), "GemmaForCausalLM", "GemmaForSequenceClassification"),
-        Family("t5", "seq2seq", lambda: tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2), "T5ForConditionalGeneration", "T5ForSequenceClassification"),
-        Family("bart", "seq2seq", lambda: tf.BartConfig(**BART), "BartForConditionalGeneration", "BartForSequenceClassification"),
-        Family("mbart", "seq2seq", lambda: tf.MBartConfig(**BART), "MBartForConditionalGeneration", "MBartForSequenceClassification"),
-        Family("marian", "seq2seq", lambda: tf.MarianConfig(**{**BART, "decoder_start_token_id": 0}), "MarianMTModel", None),
+        Family("bert", "encoder", lambda: tf.BertConfig(**SMALL, max_position_embeddings=64), "BertForMaskedLM",
+        "BertForSequenceClassification"),
+        Family("roberta", "encoder", lambda: tf.RobertaConfig(**SMALL, max_position_embeddings=64, pad_token_id=0,
+        type_vocab_size=1), "RobertaForMaskedLM", "RobertaForSequenceClassification"),
+        Family("distilbert", "encoder", lambda: tf.DistilBertConfig(vocab_size=64, dim=16, n_layers=2, n_heads=4,
+        hidden_dim=24, max_position_embeddings=64, pad_token_id=0), "DistilBertForMaskedLM",
+        "DistilBertForSequenceClassification"),
+        Family("modernbert", "encoder", lambda: tf.ModernBertConfig(**SMALL, max_position_embeddings=64,
+        pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2, global_attn_every_n_layers=2,
+        local_attention=4), "ModernBertForMaskedLM", "ModernBertForSequenceClassification"),
+        Family("electra", "encoder", lambda: tf.ElectraConfig(**SMALL, embedding_size=12, max_position_embeddings=64),
+        "ElectraForMaskedLM", "ElectraForSequenceClassification"),
+        Family("gpt2", "decoder", lambda: tf.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=4, n_inner=24,
+        n_positions=64, **IDS), "GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+        Family("opt", "decoder", lambda: tf.OPTConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, ffn_dim=24,
+        num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=16, **IDS), "OPTForCausalLM",
+        "OPTForSequenceClassification"),
+        Family("llama", "decoder", lambda: tf.LlamaConfig(**GATED), "LlamaForCausalLM",
+        "LlamaForSequenceClassification"),
+        Family("qwen2", "decoder", lambda: tf.Qwen2Config(**{k: v for k, v in GATED.items() if k != "head_dim"}),
+        "Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+        Family("mistral", "decoder", lambda: tf.MistralConfig(**GATED, sliding_window=4), "MistralForCausalLM",
+        "MistralForSequenceClassification"),
+        Family("gemma", "decoder", lambda: tf.GemmaConfig(**GATED), "GemmaForCausalLM",
+        "GemmaForSequenceClassification"),
+        Family("t5", "seq2seq", lambda: tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2,
+        num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2), "T5ForConditionalGeneration",
+        "T5ForSequenceClassification"),
+        Family("bart", "seq2seq", lambda: tf.BartConfig(**BART), "BartForConditionalGeneration",
+        "BartForSequenceClassification"),
+        Family("mbart", "seq2seq", lambda: tf.MBartConfig(**BART), "MBartForConditionalGeneration",
+        "MBartForSequenceClassification"),
+        Family("marian", "seq2seq", lambda: tf.MarianConfig(**{**BART, "decoder_start_token_id": 0}), "MarianMTModel",
+        None),
     )
 }  # fmt: skip

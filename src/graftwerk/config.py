@@ -1,7 +1,7 @@
 """One run file, checked whole: the parts' own settings composed, `key=value` overrides applied, every mistake named.
 
-A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply and
-deep nesting are refused.
+A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply
+and deep nesting are refused.
 """
 
 from __future__ import annotations
@@ -186,10 +186,11 @@ def explain(error: ValidationError, model: type[Settings], where: str | None) ->
 
 
 def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
-    current: Any = model
+    current = model
     for part in loc:
-        field = current.model_fields.get(part) if isinstance(current, type) else None
-        current = field.annotation if field is not None else None
-        if not (isinstance(current, type) and issubclass(current, Settings)):
+        field = current.model_fields.get(part)
+        annotation = field.annotation if field is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
             return set()
+        current = annotation
     return known_keys(current)

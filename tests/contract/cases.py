@@ -1,6 +1,7 @@
 """The matrix: every method, every family, and the pairs that are refused, each with its reason.
 
-README's capability table is rendered from here (`python -m tests.contract.cases`); the contract tests hold every cell of it.
+README's capability table is rendered from here (`python -m tests.contract.cases`); the contract tests hold every cell
+of it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def model_and_batch(method: str, family_name: str, *, rows: int = 3, seed: int =
     batch = family.batch(rows=rows, seed=seed + 1)
     if family.kind == "seq2seq" and has_head(method, family):
         # These heads read the end token: one in each row, at the same place.
-        batch = {"input_ids": batch["input_ids"].clamp_min(3), "attention_mask": torch.ones_like(batch["attention_mask"])}
+        batch = {
+            "input_ids": batch["input_ids"].clamp_min(3),
+            "attention_mask": torch.ones_like(batch["attention_mask"]),
+        }
         batch["input_ids"][:, -1] = 2
     return model, batch
 

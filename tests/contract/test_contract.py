@@ -24,7 +24,9 @@ def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).logits
 
 
-def grafted(method: str, family: str, *, name: str = "a", rows: int = 3, moved: bool = True) -> tuple[Any, dict[str, Tensor], gw.Graft]:
+def grafted(
+    method: str, family: str, *, name: str = "a", rows: int = 3, moved: bool = True
+) -> tuple[Any, dict[str, Tensor], gw.Graft]:
     model, batch = model_and_batch(method, family, rows=rows)
     torch.manual_seed(5)
     graft = gw.attach(model, method_of(method), name=name)
@@ -73,7 +75,8 @@ def test_start(method: str, family: str) -> None:
 
 @matrix
 def test_base_is_untouched(method: str, family: str) -> None:
-    """State-dict keys, values and object identities of the base, also after a training step; and all of it after detach."""
+    """State-dict keys, values and object identities of the base, also after a training step; and all of it after
+    detach."""
     model, batch = model_and_batch(method, family)
     before = run(model, batch)
     parameters = dict(model.named_parameters())
@@ -276,7 +279,9 @@ def test_training_goes_on_from_a_saved_adapter(method: str, family: str, tmp_pat
     expected = dict(graft.named_parameters())
     assert expected.keys() == dict(again.named_parameters()).keys()
     for key, parameter in again.named_parameters():
-        torch.testing.assert_close(parameter, expected[key], atol=1e-5, rtol=1e-4, msg=lambda text, at=key: f"{at}: {text}")
+        torch.testing.assert_close(
+            parameter, expected[key], atol=1e-5, rtol=1e-4, msg=lambda text, at=key: f"{at}: {text}"
+        )
 
 
 @matrix
@@ -315,7 +320,10 @@ def test_each_adapter_keeps_its_own_head(method: str, family: str, tmp_path: Pat
     kind = FAMILIES[family]
     batch = kind.batch(rows=3)
     if kind.kind == "seq2seq":
-        batch = {"input_ids": batch["input_ids"].clamp_min(3), "attention_mask": torch.ones_like(batch["attention_mask"])}
+        batch = {
+            "input_ids": batch["input_ids"].clamp_min(3),
+            "attention_mask": torch.ones_like(batch["attention_mask"]),
+        }
         batch["input_ids"][:, -1] = 2
     model = kind.build(classifier=True, labels=3)
     first = gw.attach(model, method_of(method), name="three")

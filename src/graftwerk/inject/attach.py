@@ -1,8 +1,10 @@
 """Attaching, activating and removing grafts: the verbs of the public API.
 
+In one look:
+
     graft = attach(model, LoRA(r=8), name="news")
-    activate(model, "news")                       activate(model, rows=["news", None, "legal"])
-    with disabled(model): ...                     detach(model)
+    activate(model, "news")                 activate(model, rows=["news", None, "legal"])
+    with disabled(model): ...               detach(model)
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def _room(kind: str) -> Any:
 def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Graft:
     """Put a method into a model, in place, and make it the active one.
 
-    The base is frozen; the adapter's parameters and its copy of the task head are trained. Initial values come from torch's global
-    random generator. Nothing of the base is moved, renamed or copied.
+    The base is frozen; the adapter's parameters and its copy of the task head are trained. Initial values come from
+    torch's global random generator. Nothing of the base is moved, renamed or copied.
 
     Args:
         model: Any transformers model; it stays a plain `PreTrainedModel`.
@@ -57,7 +59,9 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Gra
     known = Record.of(model)
     if known is not None:
         if name in known.grafts:
-            raise ConflictError(f"this model has an adapter `{name}` already", mend="delete it first, or choose another name")
+            raise ConflictError(
+                f"this model has an adapter `{name}` already", mend="delete it first, or choose another name"
+            )
         _refuse_while_merged(known, "attach another adapter")
         if any(graft.weights is not None and graft.weights.other is None for graft in known.grafts.values()):
             raise UnsupportedError(
@@ -158,14 +162,17 @@ def activate(
     chosen = list(rows) if rows is not None else ([name] if isinstance(name, str) else list(name or ()))
     for one in chosen:
         if one is not None and one not in record.grafts:
-            raise ConfigError(f"there is no adapter `{one}` on this model", mend=f"there are: {', '.join(record.grafts) or 'none'}")
+            raise ConfigError(
+                f"there is no adapter `{one}` on this model", mend=f"there are: {', '.join(record.grafts) or 'none'}"
+            )
     if rows is not None:
         if not rows:
             raise ConfigError("rows is empty", where="activate(model, rows=...)")
         for one in dict.fromkeys(chosen):
             if one is not None and not record.grafts[one].method.rows:
                 raise UnsupportedError(
-                    f"`{one}` is {record.grafts[one].method.title}: it replaces the base's weights, so it cannot differ by row",
+                    f"`{one}` is {record.grafts[one].method.title}: it replaces the base's weights, so it cannot "
+                    f"differ by row",
                     mend="run its rows in a batch of their own",
                 )
         _refuse_while_merged(record, "choose adapters by row")
@@ -180,7 +187,8 @@ def activate(
 def _refuse_while_merged(record: Record, wish: str) -> None:
     if record.selection.merged:
         raise ConflictError(
-            f"cannot {wish}: `{', '.join(sorted(record.selection.merged))}` is merged into the base", mend="unmerge it first"
+            f"cannot {wish}: `{', '.join(sorted(record.selection.merged))}` is merged into the base",
+            mend="unmerge it first",
         )
 
 
@@ -251,5 +259,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     """The tensors of one adapter, its head included, keyed by module path; for those who store things themselves."""
     found = grafts(model)
     if name not in found:
-        raise ConfigError(f"there is no adapter `{name}` on this model", mend=f"there are: {', '.join(found) or 'none'}")
+        raise ConfigError(
+            f"there is no adapter `{name}` on this model", mend=f"there are: {', '.join(found) or 'none'}"
+        )
     return found[name].state_dict()

@@ -83,10 +83,13 @@ class Graft:
         if self.weights is not None:
             values = self.weights.other if not self.weights.live else None
             return {
-                key: (parameter if values is None else values[key]).detach() for key, parameter in self.weights.parameters.items()
+                key: (parameter if values is None else values[key]).detach()
+                for key, parameter in self.weights.parameters.items()
             }
         return {
-            _join(path, key): tensor.detach() for path, module in self.modules() for key, tensor in module.state_dict().items()
+            _join(path, key): tensor.detach()
+            for path, module in self.modules()
+            for key, tensor in module.state_dict().items()
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -97,7 +100,9 @@ class Graft:
             ConflictError: the adapter is merged.
         """
         if self.merged:
-            raise ConflictError(f"`{self.name}` is merged into the base; its weights cannot change now", mend="unmerge it first")
+            raise ConflictError(
+                f"`{self.name}` is merged into the base; its weights cannot change now", mend="unmerge it first"
+            )
         own = self.state_dict()
         missing = [key for key in own if key not in tensors]
         extra = [key for key in tensors if key not in own]
@@ -117,10 +122,16 @@ class Graft:
         for path in self.heads:
             box = box_of(self.model.get_submodule(path))
             assert box is not None
-            inner = {key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")}
+            inner = {
+                key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
+            }
             fit_head(box, self.name, inner, path)
         own = self.state_dict()
-        still = [f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected" for key in own if tensors[key].shape != own[key].shape]
+        still = [
+            f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
+            for key in own
+            if tensors[key].shape != own[key].shape
+        ]
         if still:
             raise AdapterError(_some("mis-shaped", still), where=f"adapter `{self.name}`")
         with torch.no_grad():
@@ -159,7 +170,8 @@ class Graft:
         return self.name in self._record.selection.merged
 
     def merge(self) -> None:
-        """Fold the adapter into the base's weights; its head stays its own. Outputs stay the same, the cost of the adapter goes.
+        """Fold the adapter into the base's weights; its head stays its own. Outputs stay the same, the cost of the
+        adapter goes.
 
         Raises:
             UnsupportedError: the method cannot be folded, or the base is quantized.
@@ -176,7 +188,9 @@ class Graft:
         if selection.merged:
             raise ConflictError(f"`{', '.join(selection.merged)}` is merged already", mend="unmerge it first")
         if selection.rows is not None or selection.names != (self.name,):
-            raise ConflictError(f"`{self.name}` is not the one active adapter", mend=f'activate(model, "{self.name}") first')
+            raise ConflictError(
+                f"`{self.name}` is not the one active adapter", mend=f'activate(model, "{self.name}") first'
+            )
         layers = [(path, self.model.get_submodule(path), self._module(path)) for path in self.hosts]
         self._kept = fold((path, layer, delta) for path, layer, delta in layers if isinstance(delta, Delta))
         selection.merged = frozenset({self.name})
@@ -223,7 +237,9 @@ class Graft:
             lines.append(f"  touches  every weight of the model ({len(self.weights.parameters)} tensors)")
         elif self.hosts:
             counts = Counter(path.rpartition(".")[2] or type(self.model).__name__ for path in self.hosts)
-            lines.append(f"  touches  {len(self.hosts)} modules: " + ", ".join(f"{n} x {name}" for name, n in counts.items()))
+            lines.append(
+                f"  touches  {len(self.hosts)} modules: " + ", ".join(f"{n} x {name}" for name, n in counts.items())
+            )
         if self.heads:
             lines.append(f"  head     {', '.join(self.heads)}: {head:,} parameters, a copy of its own")
         total = own + head

@@ -24,7 +24,9 @@ def head_paths(model: nn.Module, method: Method, anatomy: Anatomy) -> tuple[str,
     modules = dict(model.named_modules())
     paths = []
     for name in method.modules_to_save:
-        found = [path for path in modules if (path == name or path.endswith("." + name)) and CHILD not in path.split(".")]
+        found = [
+            path for path in modules if (path == name or path.endswith("." + name)) and CHILD not in path.split(".")
+        ]
         if not found:
             raise ConfigError(
                 f"modules_to_save: there is no module `{name}` in {type(model).__name__}",

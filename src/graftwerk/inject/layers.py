@@ -1,7 +1,7 @@
 """Adapted layers: the same object with another class, so that nothing of the base moves or is renamed.
 
-`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a layer norm the class ``Adapted<its class>``;
-its deltas live in one child, the `Box`. `restore(module)` undoes both.
+`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a layer norm the class ``Adapted<its
+class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Adapted(_Layer):
         deltas = box.active()
         if not deltas:
             return super().forward(x)
-        if len(deltas) == 1 and (y := deltas[0].through(self, x)) is not None:  # type: ignore[operator]
+        if len(deltas) == 1 and (y := deltas[0].through(self, x)) is not None:
             return y  # type: ignore[no-any-return]
         for delta in deltas:
-            x = delta.enter(x)  # type: ignore[operator]
+            x = delta.enter(x)
         y = super().forward(x)
         for delta in deltas:
-            y = delta.leave(x, y)  # type: ignore[operator]
-        return y
+            y = delta.leave(x, y)
+        return y  # type: ignore[no-any-return]
 
     def _forward_rows(self, x: Tensor, box: Box) -> Tensor:
         """One pass through the base layer for all rows; each adapter works on its own rows."""
@@ -67,7 +67,7 @@ class AdaptedHead(nn.Module):
         selection = box.selection
         if selection.rows is None:
             copies = [head for name in selection.names if (head := box.get(name)) is not None]
-            return copies[-1](*args, **kwargs) if copies else super().forward(*args, **kwargs)  # type: ignore[misc]
+            return copies[-1](*args, **kwargs) if copies else super().forward(*args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         size = first.shape[0]
         outputs, order = [], []
@@ -75,7 +75,7 @@ class AdaptedHead(nn.Module):
             part_args = [_rows(value, size, group.index) for value in args]
             part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
             head = box.get(group.name)
-            run = super().forward if head is None else head  # type: ignore[misc]
+            run = super().forward if head is None else head
             outputs.append(run(*part_args, **part_kwargs))
             order.append(group.index)
         _check_same_width(outputs)
@@ -99,7 +99,7 @@ def _check_same_width(outputs: list[Tensor]) -> None:
 
 
 @cache
-def _adapted_class(base: type[nn.Module], mixin: type) -> type[nn.Module]:
+def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
     return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": base.__module__, "_graftwerk_base": base})
 
 

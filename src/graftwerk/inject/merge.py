@@ -1,7 +1,7 @@
 """Folding deltas into the base's weights and taking them out again, bit for bit.
 
-Merging writes the folded weight into a new tensor and keeps the old one; unmerging puts the old one back. So unmerge is exact and
-costs nothing, for the memory of the touched weights while merged.
+Merging writes the folded weight into a new tensor and keeps the old one; unmerging puts the old one back. So unmerge
+is exact and costs nothing, for the memory of the touched weights while merged.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def fold(layers: Iterable[tuple[str, nn.Module, Delta]]) -> Kept:
     for path, module, weight, new_bias in folded:
         own_weight, own_bias = module.weight, module.bias
         assert isinstance(own_weight, Tensor)
-        kept[path] = (own_weight.data, None if own_bias is None else own_bias.data)  # type: ignore[union-attr]
+        assert own_bias is None or isinstance(own_bias, Tensor)
+        kept[path] = (own_weight.data, None if own_bias is None else own_bias.data)
         own_weight.data = weight
-        if new_bias is not None:
-            own_bias.data = new_bias  # type: ignore[union-attr]
+        if new_bias is not None and own_bias is not None:
+            own_bias.data = new_bias
     return kept
 
 
@@ -53,6 +54,6 @@ def unfold(model: nn.Module, kept: Kept) -> None:
     """Put the tensors from before back into their parameters."""
     for path, (weight, bias) in kept.items():
         module = model.get_submodule(path)
-        module.weight.data = weight  # type: ignore[union-attr]
+        module.weight.data = weight
         if bias is not None:
-            module.bias.data = bias  # type: ignore[union-attr]
+            module.bias.data = bias

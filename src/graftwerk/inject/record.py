@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -29,7 +29,8 @@ class Box(nn.Module):
         self.selection = selection
 
     def put(self, name: str, module: nn.Module) -> None:
-        # Past `add_module`, which refuses names that are attributes (`training`); adapters may be called anything legal.
+        # Past `add_module`, which refuses names that are attributes (`training`); adapters may be called anything
+        # legal.
         self._modules[name] = module
 
     def take(self, name: str) -> None:
@@ -38,10 +39,12 @@ class Box(nn.Module):
     def get(self, name: str | None) -> nn.Module | None:
         return None if name is None else self._modules.get(name)
 
-    def active(self) -> list[nn.Module]:
+    def active(self) -> list[Any]:
         """The modules of the selected adapters that are here, in order; only where all rows use the same ones."""
         modules, merged = self._modules, self.selection.merged
-        return [module for name in self.selection.names if name not in merged and (module := modules.get(name)) is not None]
+        return [
+            module for name in self.selection.names if name not in merged and (module := modules.get(name)) is not None
+        ]
 
     @property
     def empty(self) -> bool:

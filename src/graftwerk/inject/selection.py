@@ -14,7 +14,9 @@ from graftwerk.errors import ConfigError
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch that use the same adapter; ``name`` None is the bare base. ``index`` is a LongTensor of row numbers."""
+    """Rows of a batch that use the same adapter; ``name`` None is the bare base. ``index`` is a LongTensor of row
+    numbers.
+    """
 
     name: str | None
     index: Tensor

@@ -1,8 +1,8 @@
 """Which module of a model is what: the one table of architectures, and nothing that changes a model.
 
-`anatomy(model)` reads the table and gives places by role (`methods.base.Place`), attention modules, stacks and heads. A model
-of an architecture that is not listed still has its linear layers as places (`OTHER_LINEAR`), so that LoRA on named or all
-linear layers works; methods that need to know what a layer is for say which architectures are known.
+`anatomy(model)` reads the table and gives places by role (`methods.base.Place`), attention modules, stacks and heads.
+A model of an architecture that is not listed still has its linear layers as places (`OTHER_LINEAR`), so that LoRA on
+named or all linear layers works; methods that need to know what a layer is for say which architectures are known.
 """
 
 from __future__ import annotations
@@ -58,7 +58,20 @@ _PROJECTIONS = {
     "self_attn.v_proj": Role.VALUE,
 }
 _GATED = Layout(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "granite", "smollm3", "stablelm"),
+    model_types=(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "stablelm",
+    ),
     layers="layers",
     roles={
         **_PROJECTIONS,
@@ -200,7 +213,9 @@ class Anatomy:
     attentions: tuple[AttentionPlace, ...]
     stacks: tuple[StackPlace, ...]
     heads: tuple[str, ...]
-    """Modules outside the base model that a task put there (`classifier`, `score`): trained whole with every adapter."""
+    """Modules outside the base model that a task put there (`classifier`, `score`): trained whole with every
+    adapter.
+    """
     by_path: Mapping[str, Place] = field(default_factory=dict)
 
 
@@ -264,7 +279,7 @@ def _base_path(model: PreTrainedModel) -> str:
     base = model.base_model
     if base is model:
         return ""
-    return next(name for name, module in model.named_modules() if module is base)
+    return next(str(name) for name, module in model.named_modules() if module is base)
 
 
 def _inside(path: str, base_path: str) -> bool:
@@ -313,7 +328,9 @@ def _attentions(model: PreTrainedModel, layout: Layout | None, places: list[Plac
         )
         cross = any(path.endswith(name) for name in layout.cross)
         found.append(
-            AttentionPlace(path, _stack_kind(model, layout, path), cross, place.layer, width // head_dim, head_dim, place.path)
+            AttentionPlace(
+                path, _stack_kind(model, layout, path), cross, place.layer, width // head_dim, head_dim, place.path
+            )
         )
     return tuple(found)
 

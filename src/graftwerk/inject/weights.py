@@ -14,7 +14,8 @@ class TrainedWeights:
 
     Attributes:
         live: Whether the model's parameters hold the trained values now.
-        other: The values that are not in the model: the base's while live, the trained ones otherwise; None when the base's
+        other: The values that are not in the model: the base's while live, the trained ones otherwise; None when the
+        base's
             values were not kept.
     """
 

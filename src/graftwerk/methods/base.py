@@ -1,11 +1,12 @@
 """The contract that every method keeps, and nothing about how it gets into a model.
 
-A method is a frozen settings object (`LoRA(r=8)`) that knows three things: which *places* of a model it wants (by role, never
-by an architecture's names), how many parameters that costs (a formula), and how to build the module that goes there.
+A method is a frozen settings object (`LoRA(r=8)`) that knows three things: which *places* of a model it wants (by
+role, never by an architecture's names), how many parameters that costs (a formula), and how to build the module that
+goes there.
 
 Two kinds of module exist for places inside a layer (`Delta`), and one each for attention (`prefix.py`) and the input
-embedding (`prompt.py`, `ptuning.py`). Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head width,
-d model width, r rank, n virtual tokens, L layers.
+embedding (`prompt.py`, `ptuning.py`). Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head
+width, d model width, r rank, n virtual tokens, L layers.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ class Place:
 class Delta(nn.Module):
     """What an adapter adds to one module: it may change what goes in and what comes out.
 
-    A layer with active deltas computes ``y = layer(enter(x))`` and then ``leave(x, y)`` for each. Both get whole tensors
-    whose last dimension is the feature width; the first dimension is the rows (or a multiple of the rows).
-    A module's own parameters are called as PEFT calls them in its files wherever PEFT has the method.
+    A layer with active deltas computes ``y = layer(enter(x))`` and then ``leave(x, y)`` for each. Both get whole
+    tensors whose last dimension is the feature width; the first dimension is the rows (or a multiple of the rows). A
+    module's own parameters are called as PEFT calls them in its files wherever PEFT has the method.
     """
 
     def enter(self, x: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ class Method(Settings):
     """None: the same as the method's."""
 
     modules_to_save: tuple[str, ...] | Literal["auto"] = Field(
-        default="auto", description="modules trained and stored whole with the adapter; auto: the task head, if the model has one"
+        default="auto",
+        description="modules trained and stored whole with the adapter; auto: the task head, if the model has one",
     )
 
     def places(self, available: Sequence[Place]) -> list[Place]:
@@ -119,7 +121,9 @@ class Method(Settings):
         return []
 
     def build(self, place: Place, module: nn.Module) -> Delta:
-        """The delta for one place; ``module`` is the base module (read only: shapes, dtype, weights for initialisation)."""
+        """The delta for one place; ``module`` is the base module (read only: shapes, dtype, weights for
+        initialisation).
+        """
         raise UnsupportedError(f"{self.title} puts nothing into single layers")
 
     def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:

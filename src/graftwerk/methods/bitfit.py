@@ -1,14 +1,13 @@
 """BitFit: the biases alone are trained.
 
-Paper: Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
-arXiv:2106.10199, equation 1-2. Here as a trained offset on every bias of the base model (linear layers and layer norms), starting at
-zero, so that the base's own biases stay as they are:
+Paper: Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
+Language-models", arXiv:2106.10199, equation 1-2. Here as a trained offset on every bias of the base model (linear
+layers and layer norms), starting at zero, so that the base's own biases stay as they are:
 
     y + b'        for every layer that has a bias b; merged: b + b'
 
-Parameters: out for each layer with a bias.
-Trade-off: almost nothing to store, almost as good as LoRA on small data with encoders; impossible on models without biases
-(Llama, Mistral, Gemma, T5), where it raises.
+Parameters: out for each layer with a bias. Trade-off: almost nothing to store, almost as good as LoRA on small data
+with encoders; impossible on models without biases (Llama, Mistral, Gemma, T5), where it raises.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Bottleneck adapters: a small two-layer network beside or behind a frozen block.
 
-Papers: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, figure 2 (after the attention
-output and after the feed-forward output, before each is added to the residual); Pfeiffer et al. 2020, arXiv:2005.00247 (after the
-feed-forward only); He et al. 2021, "Towards a Unified View", arXiv:2110.04366, equation 6 (parallel, on the feed-forward's input):
+Papers: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv:1902.00751, figure 2 (after the
+attention output and after the feed-forward output, before each is added to the residual); Pfeiffer et al. 2020,
+arXiv:2005.00247 (after the feed-forward only); He et al. 2021, "Towards a Unified View", arXiv:2110.04366, equation 6
+(parallel, on the feed-forward's input):
 
     sequential:  y + up(f(down(norm(y))))          y: output of the block's last linear layer
     parallel:    FFN(x) + s up(f(down(norm(x))))   x: input of the feed-forward block
 
-``up`` starts at zero, so the model starts as the base exactly. (The paper starts near it, with small normal weights; zero
-trains as well here and makes the start testable.)
+``up`` starts at zero, so the model starts as the base exactly. (The paper starts near it, with small normal weights;
+zero trains as well here and makes the start testable.)
 
 Parameters for each adapter of size m on width d: 2 d m + m + d, and 2 d more for its layer norm.
 Trade-off: the steadiest of the small methods on small data; it cannot be merged, so it stays in the forward pass.
@@ -30,7 +31,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 class Bottleneck(Method):
-    """Settings: where adapters stand and how wide they are (``adapter_size``, or the width over ``reduction_factor``)."""
+    """Settings: where adapters stand and how wide they are (``adapter_size``, or the width over
+    ``reduction_factor``).
+    """
 
     name: ClassVar[str] = "bottleneck"
     title: ClassVar[str] = "Bottleneck adapter"
@@ -40,17 +43,22 @@ class Bottleneck(Method):
     default_learning_rate: ClassVar[float] = 1e-3
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
-        default="houlsby", description="after attention and feed-forward, after feed-forward, or beside the feed-forward"
+        default="houlsby",
+        description="after attention and feed-forward, after feed-forward, or beside the feed-forward",
     )
     reduction_factor: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="adapter size = model width / this; 16 where neither is given"
     )
     adapter_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, validation_alias=AliasChoices("adapter_size", "bottleneck_size"), description="width of the bottleneck"
+        default=None,
+        validation_alias=AliasChoices("adapter_size", "bottleneck_size"),
+        description="width of the bottleneck",
     )
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = Field(default="gelu", description="between down and up")
     layer_norm: bool = Field(default=True, description="a trained layer norm before the down projection")
-    scaling: float = Field(default=1.0, gt=0, description="factor on the adapter's output (the paper's s for parallel: 4)")
+    scaling: float = Field(
+        default=1.0, gt=0, description="factor on the adapter's output (the paper's s for parallel: 4)"
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> Bottleneck:
@@ -75,7 +83,8 @@ class Bottleneck(Method):
             raise UnsupportedError(
                 "which layers of this model end its attention and feed-forward blocks is not known",
                 where="method.placement",
-                mend="bottleneck adapters need a listed architecture (`graftwerk methods` names them); LoRA works on any",
+                mend="bottleneck adapters need a listed architecture (`graftwerk methods` names them); LoRA "
+                "works on any",
             )
         return chosen
 
@@ -99,7 +108,9 @@ class Bottleneck(Method):
         return SequentialDelta(self._network(place.out_features, place.out_features))
 
     def _network(self, in_width: int, out_width: int) -> BottleneckNetwork:
-        return BottleneckNetwork(in_width, out_width, self.size(out_width), self.non_linearity, self.layer_norm, self.scaling)
+        return BottleneckNetwork(
+            in_width, out_width, self.size(out_width), self.non_linearity, self.layer_norm, self.scaling
+        )
 
     def count(self, places: Iterable[Place]) -> int:
         """sum of 2 d m + m + d, with 2 d for the norm, over the blocks' outputs."""
@@ -115,7 +126,9 @@ class Bottleneck(Method):
 class BottleneckNetwork(nn.Module):
     """norm, down (m, d), non-linearity, up (d, m) starting at zero, scale."""
 
-    def __init__(self, in_width: int, out_width: int, size: int, non_linearity: str, layer_norm: bool, scaling: float) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, size: int, non_linearity: str, layer_norm: bool, scaling: float
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_width) if layer_norm else None
         self.down = nn.Linear(in_width, size)
@@ -129,8 +142,8 @@ class BottleneckNetwork(nn.Module):
         h = x.to(self.down.weight.dtype)
         if self.norm is not None:
             h = self.norm(h)
-        h = self.up(self.activation(self.down(h)))
-        return h if self.scaling == 1.0 else h * self.scaling
+        out: Tensor = self.up(self.activation(self.down(h)))
+        return out if self.scaling == 1.0 else out * self.scaling
 
 
 class SequentialDelta(Delta):
@@ -139,7 +152,8 @@ class SequentialDelta(Delta):
         self.bottleneck = network
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.bottleneck(y).to(y.dtype)
+        update: Tensor = self.bottleneck(y)
+        return y + update.to(y.dtype)
 
 
 class Tap(Delta):
@@ -163,4 +177,5 @@ class ParallelDelta(Delta):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         seen, self._tap[0].seen = self._tap[0].seen, None
         assert seen is not None, "the feed-forward block ended without having begun"
-        return y + self.bottleneck(seen).to(y.dtype)
+        update: Tensor = self.bottleneck(seen)
+        return y + update.to(y.dtype)

@@ -51,5 +51,7 @@ def parse_method(value: Any) -> Method:
     if name not in METHODS:
         names = [*METHODS, *SHORTHANDS]
         hint = did_you_mean(name, names)
-        raise ConfigError(f"there is no method `{name}`", where="method.name", mend=f"{hint}There are: {', '.join(names)}")
+        raise ConfigError(
+            f"there is no method `{name}`", where="method.name", mend=f"{hint}There are: {', '.join(names)}"
+        )
     return METHODS[name].parse(values)

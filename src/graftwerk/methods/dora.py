@@ -1,13 +1,13 @@
 """DoRA: LoRA on the direction of each output's weight row, its length trained apart.
 
-Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5, with section 4.3 (the norm
-is a constant in the backward pass):
+Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353, equation 5, with section 4.3
+(the norm is a constant in the backward pass):
 
     h = m / ||W + s B A||  *  (W x + s B A x) + bias        m (out,) starts as the row norms of W; norms are over inputs
 
-Parameters: LoRA's r (in + out), plus out.
-Trade-off: nearer to full fine-tuning than LoRA at small ranks, for a product W A^T more in every step. Dropout acts on the
-low-rank path alone (PEFT drops the input of W x too while training; without dropout both are the same function).
+Parameters: LoRA's r (in + out), plus out. Trade-off: nearer to full fine-tuning than LoRA at small ranks, for a
+product W A^T more in every step. Dropout acts on the low-rank path alone (PEFT drops the input of W x too while
+training; without dropout both are the same function).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from graftwerk.methods.base import Delta, Place, base_weight
 class DoRADelta(Delta):
     """``lora_A`` (r, in), ``lora_B`` (out, r), ``lora_magnitude_vector`` (out,)."""
 
-    def __init__(self, place: Place, module: nn.Module, rank: int, scale: float, dropout: float, identity: bool) -> None:
+    def __init__(
+        self, place: Place, module: nn.Module, rank: int, scale: float, dropout: float, identity: bool
+    ) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = dropout
@@ -58,6 +60,7 @@ class DoRADelta(Delta):
             h = F.dropout(h, self.dropout, True)
         update = F.linear(F.linear(h, a) * self.scale, b)
         bias = module.bias
+        assert bias is None or isinstance(bias, Tensor)
         plain = y if bias is None else y - bias
         out = ratio * (plain + update)
         return (out if bias is None else out + bias).to(y.dtype)

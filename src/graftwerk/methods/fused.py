@@ -1,8 +1,9 @@
 """A linear layer and its LoRA in one autograd node.
 
-The plain path costs little arithmetic and much traffic: each adapted layer keeps several thin intermediates, adds whole outputs and
-gradients out of place, and multiplies in orders that suit no GEMM kernel. Here the input is kept once, sums happen in
-place, and thin products are taken with the thin side first. Same sums as `LoRADelta.leave`, up to rounding.
+The plain path costs little arithmetic and much traffic: each adapted layer keeps several thin intermediates, adds
+whole outputs and gradients out of place, and multiplies in orders that suit no GEMM kernel. Here the input is kept
+once, sums happen in place, and thin products are taken with the thin side first. Same sums as `LoRADelta.leave`, up
+to rounding.
 
 Legend: N rows times tokens, i inputs, o outputs, r rank.
 """

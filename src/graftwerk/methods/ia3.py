@@ -5,10 +5,10 @@ arXiv:2205.05638, section 3.3:
 
     keys: l_k * (W_k x)     values: l_v * (W_v x)     feed-forward: W_2 (l_ff * f(W_1 x))        all l start at one
 
-Parameters: out for each scaled projection, in for each feed-forward output layer. A projection that makes query, key and value
-at once is scaled whole, as PEFT does.
-Trade-off: a few thousand parameters, nothing at inference once merged; it can only scale what is there, so it wants high
-learning rates and reaches less on tasks far from pretraining.
+Parameters: out for each scaled projection, in for each feed-forward output layer. A projection that makes query, key
+and value at once is scaled whole, as PEFT does. Trade-off: a few thousand parameters, nothing at inference once
+merged; it can only scale what is there, so it wants high learning rates and reaches less on tasks far from
+pretraining.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class IA3(Method):
     default_learning_rate: ClassVar[float] = 1e-2
 
     target_modules: tuple[str, ...] | Literal["auto"] = Field(
-        default="auto", description="layers to scale, the feed-forward ones included; auto: keys, values, feed-forward outputs"
+        default="auto",
+        description="layers to scale, the feed-forward ones included; auto: keys, values, feed-forward outputs",
     )
     feedforward_modules: tuple[str, ...] | Literal["auto"] = Field(
         default="auto", description="those of the targets whose input is scaled, not their output"
@@ -66,7 +67,9 @@ class IA3(Method):
         if self.feedforward_modules != "auto":
             for target in self.feedforward_modules:
                 if not any(matches(place.path, target) for place in chosen):
-                    raise ConfigError(f"feedforward_modules: `{target}` is none of the targets", where="method.feedforward_modules")
+                    raise ConfigError(
+                        f"feedforward_modules: `{target}` is none of the targets", where="method.feedforward_modules"
+                    )
         return chosen
 
     def scales_input(self, place: Place) -> bool:

@@ -6,7 +6,8 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
 
 Options, each from its own paper:
 
-* ``use_rslora``: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), so that large ranks keep learning.
+* ``use_rslora``: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), so that large ranks keep
+learning.
 * ``use_dora``: magnitude and direction apart (see dora.py).
 * ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (Meng et al. 2024,
   arXiv:2404.02948, equations 2-4). The paper moves the rest into W; here W stays as it is and the start is subtracted:
@@ -39,8 +40,8 @@ Rank = Annotated[int, Field(ge=1, le=65536)]
 class LoRA(Method):
     """Settings of LoRA and its variants.
 
-    ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear layer of the
-    base model, heads left out), or a list of module names or suffixes (``["q_proj", "v_proj"]``).
+    ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear
+    layer of the base model, heads left out), or a list of module names or suffixes (``["q_proj", "v_proj"]``).
     """
 
     name: ClassVar[str] = "lora"
@@ -57,7 +58,11 @@ class LoRA(Method):
         default=16, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="scale: alpha/r is applied"
     )
     lora_dropout: float = Field(
-        default=0.0, ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="on the low-rank path only"
+        default=0.0,
+        ge=0,
+        lt=1,
+        validation_alias=AliasChoices("lora_dropout", "dropout"),
+        description="on the low-rank path only",
     )
     target_modules: tuple[str, ...] | Literal["attention", "all-linear"] = Field(
         default="all-linear", description="attention, all-linear, or names or suffixes of linear layers"
@@ -65,11 +70,16 @@ class LoRA(Method):
     use_rslora: bool = Field(default=False, description="scale alpha/sqrt(r) in place of alpha/r")
     use_dora: bool = Field(default=False, description="train magnitude and direction apart (DoRA)")
     init_lora_weights: bool | Literal["pissa"] = Field(
-        default=True, description="true: B zero; pissa: the largest singular directions; false: B random, no identity at start"
+        default=True,
+        description="true: B zero; pissa: the largest singular directions; false: B random, no identity at start",
     )
     loraplus_lr_ratio: float = Field(default=1.0, ge=1, description="LoRA+: learning rate of B over that of A")
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict, description="rank of modules by suffix, where it differs from r")
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="alpha of modules by suffix, where it differs")
+    rank_pattern: dict[str, Rank] = Field(
+        default_factory=dict, description="rank of modules by suffix, where it differs from r"
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="alpha of modules by suffix, where it differs"
+    )
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -119,21 +129,25 @@ class LoRA(Method):
 
     def build(self, place: Place, module: nn.Module) -> Delta:
         rank = self.rank(place.path)
-        if self.init_lora_weights == "pissa" and rank > min(place.in_features, place.out_features):
+        most = min(place.in_features, place.out_features)
+        if self.init_lora_weights == "pissa" and rank > most:
             raise ConfigError(
-                f"PiSSA takes {rank} singular directions, but {place.path} has {min(place.in_features, place.out_features)}",
+                f"PiSSA takes {rank} singular directions, but {place.path} has {most}",
                 where="method.r",
             )
         if self.use_dora:
             from graftwerk.methods.dora import DoRADelta
 
-            return DoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights is not False)
+            return DoRADelta(
+                place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights is not False
+            )
         return LoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
 
     def count(self, places: Iterable[Place]) -> int:
         """sum of r (in + out), and out more with DoRA."""
         return sum(
-            self.rank(p.path) * (p.in_features + p.out_features) + (p.out_features if self.use_dora else 0) for p in places
+            self.rank(p.path) * (p.in_features + p.out_features) + (p.out_features if self.use_dora else 0)
+            for p in places
         )
 
     def learning_rate_factor(self, parameter: str) -> float:
@@ -185,7 +199,7 @@ class LoRADelta(Delta):
             and x.dtype == weight.dtype == a.dtype
             and not torch.is_autocast_enabled(x.device.type)
         )
-        return LoRALinear.apply(x, weight, layer.bias, a, b, self.scale) if plain else None  # type: ignore[no-any-return, no-untyped-call]
+        return LoRALinear.apply(x, weight, layer.bias, a, b, self.scale) if plain else None  # type: ignore[no-untyped-call]
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update = self.lora_B.weight @ self.lora_A.weight
@@ -195,7 +209,9 @@ class LoRADelta(Delta):
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """PiSSA's start: A (r, in) and B (out, r) with ``scale`` B A the best rank-r approximation of ``weight`` (out, in)."""
+    """PiSSA's start: A (r, in) and B (out, r) with ``scale`` B A the best rank-r approximation of ``weight`` (out,
+    in).
+    """
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = torch.sqrt(s[:rank] / scale)
     return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()

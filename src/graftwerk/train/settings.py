@@ -1,4 +1,6 @@
-"""What a run file says under `training:`. Defaults that belong to a method (the learning rate) stand in the method's file."""
+"""What a run file says under `training:`. Defaults that belong to a method (the learning rate) stand in the method's
+file.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,38 @@ class TrainingSettings(Settings):
     """The loop: how long, how fast, in which batches, what is kept."""
 
     num_train_epochs: float = Field(
-        default=3.0, gt=0, validation_alias=AliasChoices("num_train_epochs", "epochs"), description="passes over the data"
+        default=3.0,
+        gt=0,
+        validation_alias=AliasChoices("num_train_epochs", "epochs"),
+        description="passes over the data",
     )
     max_steps: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="exactly so many optimizer steps, whatever num_train_epochs says"
     )
     per_device_train_batch_size: int = Field(
-        default=16, ge=1, validation_alias=AliasChoices("per_device_train_batch_size", "batch_size"), description="rows a step and device"
+        default=16,
+        ge=1,
+        validation_alias=AliasChoices("per_device_train_batch_size", "batch_size"),
+        description="rows a step and device",
     )
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="micro-batches summed into one optimizer step")
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="micro-batches summed into one optimizer step"
+    )
     per_device_eval_batch_size: int = Field(default=64, ge=1, description="rows a forward pass in evaluation")
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        default="auto", validation_alias=AliasChoices("learning_rate", "lr"), description="peak rate; auto: the method's own"
+        default="auto",
+        validation_alias=AliasChoices("learning_rate", "lr"),
+        description="peak rate; auto: the method's own",
     )
     head_learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto", description="peak rate of the task head; auto: the method's own"
     )
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(default="linear", description="shape of the decay")
-    warmup_ratio: float = Field(default=0.06, ge=0, lt=1, description="share of the steps in which the rate rises from zero")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="shape of the decay"
+    )
+    warmup_ratio: float = Field(
+        default=0.06, ge=0, lt=1, description="share of the steps in which the rate rises from zero"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled decay, on matrices only")
     adam_beta1: float = Field(default=0.9, gt=0, lt=1, description="AdamW: decay of the mean of the gradients")
     adam_beta2: float = Field(default=0.999, gt=0, lt=1, description="AdamW: decay of the mean of their squares")
@@ -41,8 +57,12 @@ class TrainingSettings(Settings):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of each target that is spread over all labels"
     )
-    length_group: bool = Field(default=True, description="batch rows of like length, so that hardly anything is padding")
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations in backward: less memory, more time")
+    length_group: bool = Field(
+        default=True, description="batch rows of like length, so that hardly anything is padding"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations in backward: less memory, more time"
+    )
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: what this hardware is fast in, found by a short probe"
     )
@@ -51,14 +71,22 @@ class TrainingSettings(Settings):
         description="a run, checkpoint or adapter folder of the same method whose weights are where training begins",
     )
     seed: int = Field(default=0, ge=0, description="of initialisation, row order and dropout")
-    eval_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="evaluate every so many steps; none: every epoch")
-    save_steps: Annotated[int, Field(ge=1)] | None = Field(default=None, description="checkpoint every so many steps; none: with every evaluation")
+    eval_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="evaluate every so many steps; none: every epoch"
+    )
+    save_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="checkpoint every so many steps; none: with every evaluation"
+    )
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept beside the best one")
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="stop after so many evaluations without a better one"
     )
     load_best: bool = Field(default=True, description="hand over the best evaluated state, not the last")
     metric_for_best: str | None = Field(default=None, description="none: the task's own; `loss` is smaller-is-better")
-    max_bad_steps: int = Field(default=5, ge=0, description="steps with a non-finite loss or gradient that are skipped before stopping")
+    max_bad_steps: int = Field(
+        default=5, ge=0, description="steps with a non-finite loss or gradient that are skipped before stopping"
+    )
     logging_steps: int = Field(default=10, ge=1, description="steps whose mean loss is reported together")
-    report_to: tuple[Tracker, ...] = Field(default=("jsonl", "tensorboard"), description="where metrics go as they happen")
+    report_to: tuple[Tracker, ...] = Field(
+        default=("jsonl", "tensorboard"), description="where metrics go as they happen"
+    )
