@@ -121,7 +121,9 @@ def _draw(
         parts += [label(curve.name, inner.right + 8, at + 4, f"name {curve.kind}") for at, curve in _spread(ends)]
     elif names:
         parts.append(_legend([curve for _, curve in ends], frame))
-    cursor = tag("g", line(0, inner.top, 0, inner.bottom, "cursor-line"), circle(0, 0, 4.5, "cursor-dot"), class_="cursor")
+    cursor = tag(
+        "g", line(0, inner.top, 0, inner.bottom, "cursor-line"), circle(0, 0, 4.5, "cursor-dot"), class_="cursor"
+    )
     track.sort()
     return svg(
         frame,

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 """Control characters, which HTML forbids, halves of surrogate pairs, which UTF-8 cannot hold, and marks that turn the direction of text,
 with which a name can pass for another."""
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*\Z")
@@ -35,7 +37,7 @@ def join(parts: Iterable[Any], between: str = "") -> Markup:
     return Markup(text(between).join(text(part) for part in parts))
 
 
-def tag(name: str, *content: Any, **attributes: Any) -> Markup:
+def tag(name: str, /, *content: Any, **attributes: Any) -> Markup:
     """An element: ``tag("p", "a < b", class_="note")``.
 
     Args:

@@ -107,7 +107,9 @@ def listed(names: list[str], last: str = "and") -> str:
 
 def settings(method: Mapping[str, Any]) -> str:
     """A method's settings in one line, without its name and what is left empty."""
-    said = [f"{key} {_setting(value)}" for key, value in method.items() if key != "name" and value not in (None, {}, [])]
+    said = [
+        f"{key} {_setting(value)}" for key, value in method.items() if key != "name" and value not in (None, {}, [])
+    ]
     return ", ".join(said)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 from graftwerk.report.escape import Markup, join, tag, text
 
 
-def document(*, title: str, kicker: str, headline: Any, deck: Sequence[Any], sections: Iterable[Markup], footer: Any) -> str:
+def document(
+    *, title: str, kicker: str, headline: Any, deck: Sequence[Any], sections: Iterable[Markup], footer: Any
+) -> str:
     """A whole page.
 
     Args:
@@ -86,10 +88,7 @@ def big_figures(rows: Iterable[tuple[str, Any, Any]]) -> Markup:
     """Headline figures: what it is, the figure, what has to be said about it."""
     return tag(
         "dl",
-        *(
-            tag("div", tag("dt", name), tag("dd", tag("strong", value), remark))
-            for name, value, remark in rows
-        ),
+        *(tag("div", tag("dt", name), tag("dd", tag("strong", value), remark)) for name, value, remark in rows),
         class_="figures",
     )
 
@@ -115,7 +114,11 @@ def messages(entries: Sequence[Markup]) -> Markup:
 
 
 def table(
-    caption: str, headings: Sequence[tuple[str, str]], rows: Iterable[tuple[str, Sequence[Any]]], *, class_: str | None = None
+    caption: str,
+    headings: Sequence[tuple[str, str]],
+    rows: Iterable[tuple[str, Sequence[Any]]],
+    *,
+    class_: str | None = None,
 ) -> Markup:
     """A table that scrolls by itself where the screen is narrow.
 
@@ -129,10 +132,7 @@ def table(
         tag(
             "tr",
             tag("th", cells[0], scope="row"),
-            *(
-                tag("td", cell, class_=kind or None)
-                for cell, (_, kind) in zip(cells[1:], headings[1:], strict=True)
-            ),
+            *(tag("td", cell, class_=kind or None) for cell, (_, kind) in zip(cells[1:], headings[1:], strict=True)),
             class_=row_class or None,
         )
         for row_class, cells in rows

@@ -71,7 +71,9 @@ def tradeoff(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], metri
         for place, cost in enumerate(shown)
     ]
     choices = [tag("label", cost.name, for_=f"cost-{place}") for place, cost in enumerate(shown)]
-    panels = [tag("div", _panel(points, fronts, cost, metric), class_=f"panel panel-{n}") for n, cost in enumerate(shown)]
+    panels = [
+        tag("div", _panel(points, fronts, cost, metric), class_=f"panel panel-{n}") for n, cost in enumerate(shown)
+    ]
     return tag(
         "fieldset",
         tag("legend", "Cost on the horizontal axis"),

