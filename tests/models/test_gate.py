@@ -101,9 +101,10 @@ def test_pickled_weights_alone_are_refused_unopened(folder: Path, tmp_path: Path
     assert not mark.exists()
 
 
-def test_pickle_under_the_name_of_safetensors_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [b"", (40).to_bytes(8, "little")], ids=["bare", "with a plausible length"])
+def test_pickle_under_the_name_of_safetensors_is_refused(folder: Path, tmp_path: Path, start: bytes) -> None:
     mark = tmp_path / "opened"
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Boom(mark)) * 10)
+    (folder / "model.safetensors").write_bytes(start + pickle.dumps(Boom(mark)) * 10)
     with pytest.raises(IntegrityError, match="not a safetensors file"):
         load_model(str(folder), None, None)
     assert not mark.exists()
