@@ -221,22 +221,6 @@ class _BeforeStack:
         return (), inputs
 
 
-class _LetGradientsIn:
-    """Forward hook on a stack's embeddings: reentrant checkpointing trains nothing if no input asks for a gradient."""
-
-    def __init__(self, witness: nn.Module, stack: nn.Module) -> None:
-        self.witness, self.stack = witness, stack
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if not (self.stack.training and torch.is_grad_enabled()) or output.requires_grad:
-            return
-        box = box_of(self.witness)
-        if box is None or not box.selection.used():
-            return
-        if any(getattr(part, "gradient_checkpointing", False) for part in self.stack.modules()):
-            output.requires_grad_(True)
-
-
 # -- the three verbs --------------------------------------------------------------------------------------------------
 
 
@@ -281,16 +265,13 @@ def engage(model: PreTrainedModel, record: Record) -> None:
         attention = model.get_submodule(witness.path)
         if not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
             host.register_forward_pre_hook(_BeforeStack(attention, stack.kind == "causal"), with_kwargs=True)
-        embedding = host.get_input_embeddings()
-        if not any(isinstance(hook, _LetGradientsIn) for hook in embedding._forward_hooks.values()):
-            embedding.register_forward_hook(_LetGradientsIn(attention, host))
 
 
 def release(model: PreTrainedModel, record: Record) -> None:
     """Give a model its own attention back: configuration and hooks are those from before."""
     _use_theirs(model)
     for module in model.modules():
-        drop_hooks(module, (_BeforeStack, _LetGradientsIn))
+        drop_hooks(module, (_BeforeStack,))
 
 
 def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
