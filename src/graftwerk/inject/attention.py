@@ -289,12 +289,18 @@ def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
 
 
 def _starting_values(model: PreTrainedModel, method: Prefix, anatomy: Anatomy) -> dict[str, _KeysAndValues]:
-    """Keys and values (n, G·D) for each attention: those that the frozen model has for a text, or for random tokens."""
+    """Keys and values (n, G·D) for each attention: small random ones, or the frozen model's for a text."""
     table = model.get_input_embeddings().weight
     ids = method.start_ids(table.shape[0])
-    chosen = torch.randint(table.shape[0], (method.num_virtual_tokens,)) if ids is None else torch.tensor(ids)
-    heard = _listen(model, chosen.to(table.device)[None])
+    if ids is None:
+        return {place.path: _small(method, place) for place in anatomy.attentions}
+    heard = _listen(model, torch.tensor(ids, device=table.device)[None])
     return {place.path: _flat(heard[id(model.get_submodule(place.path))], place) for place in anatomy.attentions}
+
+
+def _small(method: Prefix, place: AttentionPlace) -> _KeysAndValues:
+    shape = (method.num_virtual_tokens, place.kv_heads * place.head_dim)
+    return torch.randn(shape) * method.init_std, torch.randn(shape) * method.init_std
 
 
 def _flat(pair: _KeysAndValues, place: AttentionPlace) -> _KeysAndValues:

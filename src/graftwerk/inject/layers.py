@@ -106,7 +106,7 @@ def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
 def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
     """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more."""
     if not hasattr(type(module), "_graftwerk_base"):
-        module.__class__ = _adapted_class(type(module), AdaptedHead if head else Adapted)
+        module.__class__ = _adapted_class(type(module), AdaptedHead if head else Adapted)  # type: ignore[arg-type]
     assert box_of(module) is box
 
 
