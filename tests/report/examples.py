@@ -49,7 +49,12 @@ def comparison(names: tuple[str, ...] | None = None, seeds: tuple[int, ...] = (0
                 "mergeable": name == "lora",
                 "figure": figure(mean),
                 "metrics": {"accuracy": figure(mean), "f1_macro": figure(mean - 0.002), "roc_auc": figure(mean + 0.08)},
-                "parameters": {"trained": parameters, "head": 770, "total": 22_713_986, "share": parameters / 22_713_986},
+                "parameters": {
+                    "trained": parameters,
+                    "head": 770,
+                    "total": 22_713_986,
+                    "share": parameters / 22_713_986,
+                },
                 "cost": cost,
                 "runs": {
                     str(seed): {
@@ -75,7 +80,12 @@ def comparison(names: tuple[str, ...] | None = None, seeds: tuple[int, ...] = (0
         "prefer": "trained_parameters",
         "machine": {"device": "cpu", "threads": 2},
         "data": data(),
-        "training": {"num_train_epochs": 3.0, "max_steps": None, "per_device_train_batch_size": 16, "learning_rate": "auto"},
+        "training": {
+            "num_train_epochs": 3.0,
+            "max_steps": None,
+            "per_device_train_batch_size": 16,
+            "learning_rate": "auto",
+        },
         "notes": [] if len(seeds) > 1 else ["one seed: intervals do not hold what another training seed would change"],
         "rows": 500,
         "split": "test",
@@ -126,7 +136,16 @@ def differences(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
         low, high = value - 0.021, value + 0.021
         verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
         found.append(
-            {"a": a["name"], "b": b["name"], "value": value, "low": low, "high": high, "p": 0.04, "verdict": verdict, "text": ""}
+            {
+                "a": a["name"],
+                "b": b["name"],
+                "value": value,
+                "low": low,
+                "high": high,
+                "p": 0.04,
+                "verdict": verdict,
+                "text": "",
+            }
         )
     return found
 
@@ -143,7 +162,12 @@ def front(methods: list[dict[str, Any]], cost: str) -> list[str]:
 
 def manifest() -> dict[str, Any]:
     """`manifest.json` of a finished run."""
-    metrics = {"accuracy": figure(0.781), "f1_macro": figure(0.78), "f1_weighted": figure(0.781), "roc_auc": figure(0.862, 0.02)}
+    metrics = {
+        "accuracy": figure(0.781),
+        "f1_macro": figure(0.78),
+        "f1_weighted": figure(0.781),
+        "roc_auc": figure(0.862, 0.02),
+    }
     return {
         "format": 1,
         "status": "finished",

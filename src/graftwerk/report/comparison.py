@@ -11,7 +11,7 @@ from graftwerk.report import numbers, page, verdicts
 from graftwerk.report.data import findings_section, measured_on, origin_facts
 from graftwerk.report.escape import Markup, join, tag
 from graftwerk.report.files import REPORT, items, mapping, mappings, number, words
-from graftwerk.report.strips import scale_of, strip
+from graftwerk.report.tables import costs, differences, other_metrics, quality
 from graftwerk.report.tradeoff import COSTS, Point, tradeoff
 
 
@@ -77,15 +77,15 @@ def _results(
         page.section("Quality against cost", page.figure(tradeoff(points, fronts, metric), join(caption))),
         page.section(
             "The figures",
-            _quality(methods, found, metric, chosen, result),
+            quality(methods, found, metric, chosen, result),
             tag("h3", "What each method costs"),
-            _costs(methods, chosen),
+            costs(methods, chosen),
             page.paragraph(
                 "Medians over seeds. Latency is a forward pass, per row, without tokenizing.", class_="note"
             ),
-            _other_metrics(methods, words(result, "metric"), chosen),
+            other_metrics(methods, words(result, "metric"), chosen),
         ),
-        _differences(found, result, metric),
+        differences(found, result, metric),
     ]
 
 
@@ -103,155 +103,6 @@ def _point(method: Mapping[str, Any], metric: str, chosen: str | None) -> Point:
         words(method, "name"), number(figure, "value") or 0.0, number(figure, "low"), number(figure, "high"),
         costs, "\n".join(lines), words(method, "name") == chosen,
     )  # fmt: skip
-
-
-def _name(method: Mapping[str, Any], chosen: str | None, settings: bool = False) -> Markup:
-    said = [tag("span", "recommended", class_="tag")] if words(method, "name") == chosen else []
-    if settings:
-        said.append(tag("span", words(method, "title"), class_="tag"))
-    return join([words(method, "name"), *said])
-
-
-def _row_class(method: Mapping[str, Any], chosen: str | None) -> str:
-    return "recommended" if words(method, "name") == chosen else ""
-
-
-def _quality(
-    methods: Sequence[Mapping[str, Any]],
-    found: Sequence[verdicts.Difference],
-    metric: str,
-    chosen: str | None,
-    result: Mapping[str, Any],
-) -> Markup:
-    seeds = {words(method, "name"): _seed_values(method) for method in methods}
-    bounds = [number(method, "figure", part) for method in methods for part in ("value", "low", "high")]
-    scale = scale_of([*bounds, *(value for values in seeds.values() for value in values)])
-    best, planned = words(methods[0], "name"), len(items(result, "seeds"))
-    rows = []
-    for method in methods:
-        name, figure = words(method, "name"), mapping(method, "figure")
-        value = number(figure, "value") or 0.0
-        said = f"{numbers.percent(value)}, interval {numbers.interval(figure)}; seeds: {', '.join(map(numbers.bare_percent, seeds[name]))}"
-        drawing = strip(
-            scale,
-            value,
-            number(figure, "low"),
-            number(figure, "high"),
-            seeds[name],
-            kind=_row_class(method, chosen),
-            said=said,
-        )
-        against = "the best mean" if name == best else _against(verdicts.between(found, best, name))
-        runs = f"{len(seeds[name])} of {planned}" if planned and len(seeds[name]) < planned else str(len(seeds[name]))
-        cells = [
-            _name(method, chosen, True),
-            numbers.bare_percent(value),
-            numbers.interval(figure),
-            drawing,
-            runs,
-            against,
-        ]
-        rows.append((_row_class(method, chosen), cells))
-    headings = [
-        ("Method", ""), (f"{numbers.title(metric)}, %", "number"), ("Interval", "number"),
-        ("Mean, interval, each seed", ""), ("Seeds", "number"), ("Against the best", "words"),
-    ]  # fmt: skip
-    return page.table("Quality of each method", headings, rows)
-
-
-def _against(difference: verdicts.Difference | None) -> str:
-    """Seen from the best: how much worse this one is."""
-    if difference is None:
-        return numbers.DASH
-    if difference.verdict == "better":
-        low, high = (f"{100 * bound:.1f}" for bound in (difference.low, difference.high))
-        return f"worse by {100 * difference.value:.1f} points ({low} to {high})"
-    return f"no difference shown ({numbers.signed_points(-difference.value)})"
-
-
-def _seed_values(method: Mapping[str, Any]) -> list[float]:
-    values = [number(run, "value") for run in mapping(method, "runs").values()]
-    return [value for value in values if value is not None]
-
-
-def _costs(methods: Sequence[Mapping[str, Any]], chosen: str | None) -> Markup:
-    headings = [
-        ("Method", ""), ("Trained parameters", "number"), ("Share", "number"), ("Adapter", "number"), ("Training", "number"),
-        ("Peak memory", "number"), ("Latency, 1 row", "number"), ("Latency, 32 rows", "number"),
-    ]  # fmt: skip
-    rows = []
-    for method in methods:
-        cost = mapping(method, "cost")
-        cells = [
-            _name(method, chosen),
-            numbers.exact(number(cost, "trained_parameters")),
-            numbers.share(number(method, "parameters", "share")),
-            numbers.byte_size(number(cost, "adapter_bytes")),
-            numbers.seconds(number(cost, "training_seconds")),
-            numbers.byte_size(number(cost, "peak_memory_bytes")),
-            numbers.milliseconds(number(cost, "latency_ms_batch_1")),
-            numbers.milliseconds(number(cost, "latency_ms_batch_32")),
-        ]
-        rows.append((_row_class(method, chosen), cells))
-    return page.table("Cost of each method", headings, rows)
-
-
-def _other_metrics(methods: Sequence[Mapping[str, Any]], main: str, chosen: str | None) -> Markup | None:
-    names = list(dict.fromkeys(name for method in methods for name in mapping(method, "metrics") if name != main))
-    if not names:
-        return None
-    rows = []
-    for method in methods:
-        cells: list[Any] = [_name(method, chosen)]
-        for name in names:
-            figure = mapping(method, "metrics", name)
-            cells.append(
-                join(
-                    [numbers.bare_percent(number(figure, "value")), tag("span", numbers.interval(figure), class_="tag")]
-                )
-            )
-        rows.append((_row_class(method, chosen), cells))
-    headings = [("Method", ""), *((f"{numbers.title(numbers.metric_name(name))}, %", "number") for name in names)]
-    return join([tag("h3", "Other metrics"), page.table("Other metrics of each method", headings, rows)])
-
-
-def _differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any], metric: str) -> Markup:
-    if not found:
-        return Markup()
-    scale = scale_of([bound for d in found for bound in (d.low, d.value, d.high)], zero=True)
-    rows = []
-    for d in found:
-        shown = d.verdict != "no difference shown"
-        limits = f"{numbers.signed_points(d.low)} to {numbers.signed_points(d.high)}"
-        said = f"{d.a} against {d.b}: {numbers.signed_points(d.value)} points, interval {limits}"
-        kind = "" if shown else "unshown"
-        drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
-        verdict = f"{d.a} is {d.verdict}" if shown else d.verdict
-        p = numbers.DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
-        rows.append(
-            (
-                "shown" if shown else "unshown",
-                [f"{d.a} against {d.b}", numbers.signed_points(d.value), limits, drawing, p, verdict],
-            )
-        )
-    headings = [
-        ("Pair", ""), ("Points", "number"), ("Interval", "number"), ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
-    ]  # fmt: skip
-    level = _confidence(result)
-    text = (
-        f"Every pair on the same rows and seeds, in points of {metric}. {level}The intervals hold all at once, and p is adjusted for the "
-        "number of pairs: a difference counts as shown only if its interval leaves zero out."
-    )
-    return page.section(
-        "What the differences are worth",
-        page.paragraph(text),
-        page.table("Paired differences", headings, rows, class_="pairs"),
-    )
-
-
-def _confidence(result: Mapping[str, Any]) -> str:
-    confidence = number(result, "confidence")
-    return "" if confidence is None else f"Confidence {100 * confidence:g} %. "
 
 
 def _runs(folder: Path, result: Mapping[str, Any], metric: str) -> Markup:
@@ -311,7 +162,7 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
         ("Task", words(result, "task")),
         ("Measured on", measured_on(result)),
         ("Seeds", words(result, "seeds")),
-        ("Labels", numbers.listed([str(name) for name in items(result, "labels")])),
+        ("Labels", words(result, "labels")),
         *origin_facts(mapping(result, "data")),
         ("Confidence", "" if confidence is None else f"{100 * confidence:g} %"),
         (

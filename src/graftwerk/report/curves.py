@@ -116,7 +116,7 @@ def _draw(
     for mark in marks:
         px, py = x(mark.step), y(mark.value)
         parts.append(circle(px, py, 6, "kept"))
-        parts.append(_beside(mark.text, px, py, inner.left, inner.right, inner.top))
+        parts.append(_beside(mark.text, px, py, inner.left, inner.right, 20.0))
     if names and size == "wide":
         parts += [label(curve.name, inner.right + 8, at + 4, f"name {curve.kind}") for at, curve in _spread(ends)]
     elif names:
@@ -141,7 +141,7 @@ def _beside(text: str, px: float, py: float, left: float, right: float, top: flo
     """The words of a mark above or below it, inside the chart."""
     half = text_width(text, LABEL_SIZE) / 2
     middle = min(max(px, left + half), right - half)
-    height = py - 12 if py - 12 - LABEL_SIZE > top else py + 12 + LABEL_SIZE
+    height = py - 12 if py - 12 > top else py + 12 + LABEL_SIZE
     return label(text, middle, height, "name kept-name", "middle")
 
 

@@ -22,7 +22,7 @@ def origin_facts(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
     origin = mapping(data, "origin")
     rows = [f"{numbers.exact(number(value))} {name}" for name, value in mapping(data, "rows").items()]
     selected = ", ".join(f"{key} = {words(value)}" for key, value in mapping(origin, "filter").items())
-    columns = ", ".join(f"{part} from `{words(name)}`" for part, name in mapping(origin, "columns").items())
+    columns = ", ".join(f"{part} = {words(name)}" for part, name in mapping(origin, "columns").items())
     return [
         ("Training rows from", words(origin, "train")),
         ("Only rows with", selected),

@@ -30,6 +30,11 @@ class Frame:
         return cls(width, height, Box(left, TOP, width - right, height - BOTTOM))
 
 
+def heights(frame: Frame) -> int:
+    """How many grid lines there is room for."""
+    return max(3, min(6, int((frame.inner.bottom - frame.inner.top) / 32)))
+
+
 def px(value: float) -> str:
     """A coordinate: a tenth of a pixel is exact enough."""
     text = f"{value:.1f}"
@@ -65,17 +70,18 @@ def axes(
     y_text: Callable[[float], str],
     x_title: str,
     y_title: str,
+    x_ticks: Callable[[Scale, int], list[float]] = lambda scale, most: scale.ticks(most),
 ) -> Markup:
     """Grid lines for the heights, ticks for the widths, and what they are, above and below."""
     inner = frame.inner
     parts: list[Markup] = [label(y_title, 0, 14, "axis-title")]
-    for tick in y.ticks(6):
+    for tick in y.ticks(heights(frame)):
         height = y(tick)
         parts.append(line(inner.left, height, inner.right, height, "grid"))
         parts.append(label(y_text(tick), inner.left - 6, height + 4, "tick", "end"))
     parts.append(line(inner.left, inner.bottom, inner.right, inner.bottom, "base"))
     free = -1e9
-    for tick in x.ticks(7 if frame.width > 500 else 5):
+    for tick in x_ticks(x, 7 if frame.width > 500 else 5):
         place, text = x(tick), x_text(tick)
         half = text_width(text, TICK_SIZE) / 2
         middle = min(max(place, half), frame.width - half)

@@ -17,6 +17,8 @@ SAFETY = 1.06
 GAP = 9.0
 """Pixels between a point's middle and its name."""
 GRID = 7.0
+AWAY = 16.0
+"""Pixels that a name with a line keeps from other points."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,33 @@ def place(
         return (-near, index)
 
     for index in sorted(range(len(points)), key=crowd):
+        spare: Placed | None = None
         for placed in _candidates(points[index], sizes[index], area):
-            if placed.box.within(area) and not any(placed.box.overlaps(other) for other in taken):
+            if not placed.box.within(area) or any(placed.box.overlaps(other) for other in taken):
+                continue
+            if _plain_whose(placed, points, index):
                 found[index] = placed
-                taken.append(placed.box)
                 break
+            if placed.led and spare is None:
+                spare = placed
+        found[index] = placed_here = found[index] or spare
+        if placed_here is not None:
+            taken.append(placed_here.box)
     return found
+
+
+def _plain_whose(placed: Placed, points: Sequence[tuple[float, float]], index: int) -> bool:
+    """Whether a reader would not take the name for that of another point."""
+    own = _distance(placed.box, *points[index])
+    others = [_distance(placed.box, *point) for place, point in enumerate(points) if place != index]
+    return all(other > (AWAY**2 if placed.led else own) for other in others)
+
+
+def _distance(box: Box, x: float, y: float) -> float:
+    """Squared, from a point to a box."""
+    dx = max(box.left - x, x - box.right, 0.0)
+    dy = max(box.top - y, y - box.bottom, 0.0)
+    return dx * dx + dy * dy
 
 
 def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box) -> Iterator[Placed]:
@@ -116,12 +139,7 @@ def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box
         for row in range(max(rows, 0))
     ]
 
-    def distance(corner: tuple[float, float]) -> float:
-        dx = max(corner[0] - x, x - corner[0] - width, 0.0)
-        dy = max(corner[1] - y, y - corner[1] - height, 0.0)
-        return dx * dx + 2 * dy * dy
-
-    for left, top in sorted(grid, key=distance):
+    for left, top in sorted(grid, key=lambda at: _distance(Box(at[0], at[1], at[0] + width, at[1] + height), x, y)):
         yield Placed(Box(left, top, left + width, top + height), True)
 
 

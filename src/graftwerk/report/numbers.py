@@ -73,7 +73,7 @@ def seconds(value: float | None) -> str:
     if value is None:
         return DASH
     if value < 9.95:
-        return f"{value:.1f}{THIN}s"
+        return f"{value:.0f}{THIN}s" if value == 0 else f"{value:.1f}{THIN}s"
     if value < 59.5:
         return f"{value:.0f}{THIN}s"
     minutes, rest = divmod(round(value), 60)
@@ -88,6 +88,11 @@ def milliseconds(value: float | None) -> str:
         return DASH
     text = f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
     return f"{text}{THIN}ms"
+
+
+def short(text: str) -> str:
+    """For an axis: without a last zero, 1.0 k -> 1 k."""
+    return text.replace(f".0{THIN}", THIN)
 
 
 def plain(value: float | None) -> str:

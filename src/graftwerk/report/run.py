@@ -10,7 +10,7 @@ from graftwerk.report import numbers, page
 from graftwerk.report.curves import Curve, Mark, chart
 from graftwerk.report.data import findings_section, measured_on, origin_facts
 from graftwerk.report.escape import Markup, tag
-from graftwerk.report.files import items, mapping, number, words
+from graftwerk.report.files import mapping, number, words
 
 SAID = {
     "diagnosis": "Diagnosis",
@@ -306,7 +306,7 @@ def _setting(manifest: Mapping[str, Any]) -> Markup:
                 ("Model", words(manifest, "model")),
                 ("Base fingerprint", words(manifest, "base_fingerprint")),
                 ("Task", words(manifest, "task")),
-                ("Labels", numbers.listed([words(label) for label in items(manifest, "labels")])),
+                ("Labels", words(manifest, "labels")),
                 *origin_facts(mapping(manifest, "data")),
                 ("Longest input", f"{words(manifest, 'max_length')} tokens" if words(manifest, "max_length") else ""),
                 ("Seed", words(manifest, "seed")),

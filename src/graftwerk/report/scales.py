@@ -61,6 +61,24 @@ class Log:
 
 Scale = Linear | Log
 
+CLOCK = (
+    1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 10_800, 21_600, 43_200, 86_400, 172_800, 604_800,
+)  # fmt: skip
+"""Seconds that are round on a clock."""
+
+
+def clock_ticks(scale: Scale, most: int = 6) -> list[float]:
+    """Round times on a scale of seconds; shorter and longer ones than `CLOCK` has are left to `ticks`."""
+    if isinstance(scale, Log):
+        inside = [float(time) for time in CLOCK if scale.low <= time <= scale.high]
+        every = -(-len(inside) // most) if inside else 1
+        return inside[::every] if len(inside) > 1 else scale.ticks(most)
+    rough = (scale.high - scale.low) / max(most - 1, 1)
+    step = next((time for time in CLOCK if time >= rough), None) if rough > 1 else None
+    if step is None:
+        return scale.ticks(most)
+    return [float(time) for time in range(0, int(scale.high) + 1, step) if time >= scale.low]
+
 
 def around(values: Iterable[float], start: float, end: float, *, least: float = 0.0, margin: float = 0.06) -> Linear:
     """A linear scale on which all values have room on both sides, and which spans at least so much.

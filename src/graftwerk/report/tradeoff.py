@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from graftwerk.report import numbers
 from graftwerk.report.escape import Markup, join, tag
 from graftwerk.report.frame import LABEL_SIZE, Frame, axes, circle, label, line, path, svg
 from graftwerk.report.labels import Box, cut, place, text_width
-from graftwerk.report.scales import Linear, Scale, around, decades, from_zero
+from graftwerk.report.scales import Linear, Scale, around, clock_ticks, decades, from_zero
 
 SIZES = {"wide": (760.0, 420.0, 28), "narrow": (350.0, 400.0, 18)}
 """Width and height in pixels, and the longest name."""
@@ -30,11 +31,12 @@ class Cost:
     key: str
     name: str
     show: Callable[[float | None], str]
+    ticks: Callable[[Scale, int], list[float]] = lambda scale, most: scale.ticks(most)
 
 
 COSTS = (
     Cost("trained_parameters", "trained parameters", numbers.count),
-    Cost("training_seconds", "training time", numbers.seconds),
+    Cost("training_seconds", "training time", numbers.seconds, clock_ticks),
     Cost("peak_memory_bytes", "peak memory", numbers.byte_size),
     Cost("latency_ms_batch_1", "latency, one row", numbers.milliseconds),
     Cost("latency_ms_batch_32", "latency a row, 32 at once", numbers.milliseconds),
@@ -119,7 +121,10 @@ def _chart(
     for (px, _), point in zip(where, points, strict=True):
         if point.low is not None and point.high is not None:
             obstacles.append(Box(px - 3, y(point.high) - 1, px + 3, y(point.low) + 1))
-    placed = place(where, [(text_width(name, LABEL_SIZE), 16.0) for name in names], obstacles, inner)
+    corners = _corners(front, middles, {point.name: y(point.value) for point in points}, inner)
+    for (x1, y1), (x2, y2) in pairwise(corners):
+        obstacles.append(Box(min(x1, x2) - 1, min(y1, y2) - 1, max(x1, x2) + 1, max(y1, y2) + 1))
+    placed = place(where, [(1.08 * text_width(name, LABEL_SIZE), 16.0) for name in names], obstacles, inner)
     marks, texts = [], []
     for point, (px, py), name, spot in zip(points, where, names, placed, strict=True):
         kind = "recommended" if point.recommended else "on-front" if point.name in front else "beaten"
@@ -132,7 +137,7 @@ def _chart(
             leader = line(px, py, *spot.line_end(px, py), "leader") if spot.led else None
         marks.append(
             tag(
-                "g", leader, bar, circle(px, py, 11, "reach"), circle(px, py, 5, "dot"),
+                "g", leader, bar, circle(px, py, 11, "reach"), circle(px, py, 6.5 if point.recommended else 5, "dot"),
                 class_=f"point {kind}", tabindex="0", role="img", data_tip=point.details,
                 aria_label=point.details.replace("\t", ": ").replace("\n", "; "),
             )
@@ -141,10 +146,10 @@ def _chart(
     drawn = svg(
         frame,
         axes(
-            frame, x, y, x_text=cost.show, y_text=lambda tick: _tick(tick, y),
+            frame, x, y, x_ticks=cost.ticks, x_text=lambda tick: numbers.short(cost.show(tick)), y_text=lambda tick: _tick(tick, y),
             x_title=f"{numbers.title(cost.name)} \N{RIGHTWARDS ARROW}", y_title=f"\N{UPWARDS ARROW} {numbers.title(metric)}, %",
         ),
-        _front(front, middles, {point.name: y(point.value) for point in points}, inner),
+        path(corners, "front"),
         *marks,
         *texts,
         class_=f"chart {size}",
@@ -154,7 +159,9 @@ def _chart(
     return drawn, [point.name for point, spot in zip(points, placed, strict=True) if spot is None]
 
 
-def _front(front: Sequence[str], xs: Mapping[str, float], ys: Mapping[str, float], inner: Box) -> Markup:
+def _corners(
+    front: Sequence[str], xs: Mapping[str, float], ys: Mapping[str, float], inner: Box
+) -> list[tuple[float, float]]:
     """The best quality to be had for a cost or less: a staircase through the methods on the front."""
     corners: list[tuple[float, float]] = []
     for name in front:
@@ -164,7 +171,7 @@ def _front(front: Sequence[str], xs: Mapping[str, float], ys: Mapping[str, float
             corners.append((xs[name], ys[name]))
     if corners:
         corners.append((inner.right, corners[-1][1]))
-    return path(corners, "front")
+    return corners
 
 
 def _scale(points: Sequence[Point], cost: Cost, inner: Box) -> Scale:
@@ -182,7 +189,7 @@ def _apart(xs: Sequence[float], inner: Box) -> list[float]:
     moved = list(xs)
     for _ in range(40):
         still = True
-        for left, right in zip(order, order[1:], strict=False):
+        for left, right in pairwise(order):
             missing = gap - (moved[right] - moved[left])
             if missing > 1e-3:
                 moved[left] -= missing / 2
