@@ -1,4 +1,4 @@
-"""The page of a comparison: what came out, the trade-off, every figure, what the differences are worth, how it was measured."""
+"""The page of a comparison: what came out, the trade-off, every figure, what differences are worth, how to repeat it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
     sections = [_state(result), *_results(result, methods, found, metric)]
     sections += [_runs(folder, result, metric), _failures(result), findings_section(mapping(result, "data"))]
     sections += [_how(result, metric), _repeat(result)]
+    compared = numbers.plural(len(mappings(result, "methods")), "method")
     return page.document(
         title=f"Comparison: {folder.name}",
-        kicker=f"Comparison of {numbers.plural(len(mappings(result, 'methods')), 'method')} on {words(result, 'model') or 'a model'}",
+        kicker=f"Comparison of {compared} on {words(result, 'model') or 'a model'}",
         headline=verdicts.headline(result),
         deck=[
             verdicts.reason(result),
@@ -53,7 +54,7 @@ def _state(result: Mapping[str, Any]) -> Markup:
     """What has to be known before any figure is believed."""
     said = [page.message("Note:", note) for note in map(str, items(result, "notes"))]
     if words(result, "status") == "running":
-        text = "Some runs are still to do, or the comparison was stopped; the command at the end of this page goes on with it."
+        text = "Runs are still to do, or it was stopped; the command at the end of this page goes on with it."
         said.insert(0, page.message("Not finished.", text, grave=True))
     return page.section("Before you read the figures", page.messages(said)) if said else Markup()
 
@@ -67,11 +68,12 @@ def _results(
     fronts = {cost: [str(name) for name in items(result, "front", cost)] for cost in mapping(result, "front")}
     points = [_point(method, metric, chosen) for method in methods]
     caption = [
-        "Each point is a method: its mean, and a bar for the interval. Higher is better, further left is cheaper. The dotted line is the "
-        "Pareto front: nothing else that was tried is at least as good and cheaper. ",
+        "Each point is a method: its mean, and a bar for the interval. Higher is better, further left is cheaper. ",
+        "The dotted line is the Pareto front: for its methods, nothing that was tried is as good and cheaper. ",
         tag("span", class_="key recommended"), "recommended  ",
         tag("span", class_="key on-front"), "on the front  ",
-        tag("span", class_="key"), "beaten on both counts. Point at a method, or reach it with the Tab key, for all its figures.",
+        tag("span", class_="key"), "beaten on both counts. ",
+        "Point at a method, or reach it with the Tab key, for all its figures.",
     ]  # fmt: skip
     return [
         page.section("Quality against cost", page.figure(tradeoff(points, fronts, metric), join(caption))),
@@ -145,7 +147,7 @@ def _failures(result: Mapping[str, Any]) -> Markup:
             said.append(
                 page.message(
                     f"{words(method, 'name')}, seed {seed}:",
-                    words({"why": why}, "why") or "no reason is stored",
+                    words(why) or "no reason is stored",
                     grave=True,
                 )
             )
@@ -167,8 +169,10 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
         ("Confidence", "" if confidence is None else f"{100 * confidence:g} %"),
         (
             "Intervals",
-            "bootstrap: held-out rows and seeds are drawn together for all methods; an interval of a mean holds what other rows and other "
-            "seeds would change, those of differences hold for all pairs at once",
+            (
+                "bootstrap: held-out rows and seeds are drawn together for all methods; an interval of a mean holds what "
+                "other rows and other seeds would change, those of differences hold for all pairs at once"
+            ),
         ),
         ("Learning rate", "each method's own" if rate == "auto" else rate),
         ("Epochs", words(training, "num_train_epochs") if not words(training, "max_steps") else ""),
@@ -176,11 +180,7 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
         ("Rows a step", words(training, "per_device_train_batch_size")),
         (
             "Machine",
-            ", ".join(
-                f"{key} {words(value_, 'v')}"
-                for key, value in mapping(result, "machine").items()
-                if (value_ := {"v": value})
-            ),
+            ", ".join(f"{key} {words(result, 'machine', key)}" for key in mapping(result, "machine")),
         ),
         ("Training in all", numbers.seconds(number(result, "seconds")) if number(result, "seconds") else ""),
     ]

@@ -21,7 +21,7 @@ DOTS = 30
 
 @dataclass(frozen=True)
 class Curve:
-    """A line: its name, its class in the style sheet, and (step, value) in order; None is a gap (a loss that was no number)."""
+    """A line: its name, its class in the style sheet, and (step, value) in order; None is a gap (a loss of nan)."""
 
     name: str
     kind: str

@@ -38,7 +38,7 @@ def findings_section(data: Mapping[str, Any]) -> Markup:
     if not found:
         if "findings" not in data:
             return Markup()
-        text = "Nothing was noticed: no duplicates, no rows of the training among those held out, nothing cut or left out beyond the limits."
+        text = "The checks (duplicates, leakage, label balance, cut texts, rows left out) found nothing to mention."
         return page.section("The data", page.paragraph(text, class_="note"))
     said = []
     for finding in found:

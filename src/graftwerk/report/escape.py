@@ -1,7 +1,7 @@
 """The only way text gets into a page: everything from a file is escaped, everything of our own is marked as markup.
 
-`Markup` is text that is HTML already. Whatever is no `Markup` is escaped when it is put into some, so that forgetting to escape is not
-possible: a label called ``<script>`` is shown as such.
+`Markup` is text that is HTML already. Whatever is no `Markup` is escaped when it is put into some, so that forgetting
+to escape is not possible: a label called ``<script>`` is shown as such.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
-"""Control characters, which HTML forbids, halves of surrogate pairs, which UTF-8 cannot hold, and marks that turn the direction of text,
-with which a name can pass for another."""
+"""Control characters, which HTML forbids, halves of surrogate pairs, which UTF-8 cannot hold, and marks that turn the
+direction of text, with which a name can pass for another."""
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*\Z")
 
 

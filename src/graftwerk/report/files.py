@@ -1,7 +1,7 @@
 """Reading the plain files of a run or a comparison, and writing the page whole or not at all.
 
-What is read may be old, incomplete or written by something else: `at` and its kind give None where a value is not what was expected, and
-the page then says that it is missing. Only a file that cannot be read at all is an error.
+What is read may be old, incomplete or written by something else: `at` and its kind give None where a value is not what
+was expected, and the page then says that it is missing. Only a file that cannot be read at all is an error.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ EVALUATION = "evaluation.json"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a run or of a comparison: one file that needs nothing else, and no network.
+    """Write `report.html` into the folder of a run or of a comparison: one file that needs nothing else, no network.
 
     What is missing (test rows, a log, the end of the run) is said on the page.
 

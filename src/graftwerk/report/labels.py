@@ -1,7 +1,7 @@
 """Names beside the points they belong to, none over another, over a point or over an interval.
 
-A name first tries the places right beside its point; where all are taken, the nearest free place anywhere in the chart, with a thin line
-to its point. A chart that is full leaves names out and gives them back, so that the page can say so.
+A name first tries the places right beside its point; where all are taken, the nearest free place anywhere in the chart,
+with a thin line to its point. A chart that is full leaves names out, so that the page can say so.
 """
 
 from __future__ import annotations

@@ -58,13 +58,14 @@ def run_page(
     versions = ", ".join(
         f"{name} {words(mapping(manifest, 'versions'), name)}" for name in mapping(manifest, "versions")
     )
+    footer = f"Written by graftwerk {words(manifest, 'graftwerk')} from the files in {folder.name}. {versions}".strip()
     return page.document(
         title=f"Run: {folder.name}",
         kicker=f"{words(manifest, 'method', 'name') or 'A run'} on {words(manifest, 'model') or 'a model'}",
         headline=_headline(manifest, split, figures),
         deck=[_deck(manifest, figures, rows, split, confidence)],
         sections=[part for part in sections if part],
-        footer=f"Written by graftwerk {words(manifest, 'graftwerk')} from the files in {folder.name}. {versions}".strip(),
+        footer=footer,
     )
 
 
@@ -103,10 +104,8 @@ def _deck(
     said = []
     figure = mapping(figures, metric) if metric else {}
     if number(figure, "low") is not None:
-        level = f"{100 * confidence:g} % interval" if confidence else "interval"
-        said.append(
-            f"{level[0].upper()}{level[1:]} {numbers.interval(figure)} on {measured_on({'rows': rows, 'split': split})}."
-        )
+        level = f"{100 * confidence:g}{numbers.THIN}% interval" if confidence else "Interval"
+        said.append(f"{level} {numbers.interval(figure)} on {measured_on({'rows': rows, 'split': split})}.")
     trained, share = number(manifest, "parameters", "trained"), number(manifest, "parameters", "share")
     seconds = number(manifest, "cost", "training_seconds")
     if trained is not None:
@@ -140,7 +139,7 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
                 )
             )
     if broken:
-        text = f"{numbers.plural(broken, 'line')} of metrics.jsonl could not be read and {'is' if broken == 1 else 'are'} left out"
+        text = f"left out, because they cannot be read: {numbers.plural(broken, 'line')} of metrics.jsonl"
         said.append(page.message("Note:", text))
     if not events:
         said.append(page.message("Note:", "there is no metrics.jsonl, or it is empty: no curves can be drawn"))
@@ -165,8 +164,10 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
     if not parts:
         return Markup()
     level = f"{100 * confidence:g} % intervals" if confidence else "Intervals"
-    text = f"{level}, by bootstrap over rows: how far a figure would move with other rows of the same kind, not with another seed."
-    return page.section("How good it is", *parts, page.paragraph(text, class_="note"))
+    text = (
+        "by bootstrap over rows: how far a figure would move with other rows of the same kind, not with another seed."
+    )
+    return page.section("How good it is", *parts, page.paragraph(f"{level}, {text}", class_="note"))
 
 
 def _learning(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Markup:

@@ -1,4 +1,4 @@
-"""Small drawings within table rows, all rows on one scale: a value with its interval, and each seed as a dot; a difference beside zero."""
+"""Small drawings within table rows, all on one scale: a value, its interval and each seed; a difference beside zero."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def quality(
     for method in methods:
         name, figure = words(method, "name"), mapping(method, "figure")
         value = number(figure, "value") or 0.0
-        said = f"{numbers.percent(value)}, interval {numbers.interval(figure)}; seeds: {', '.join(map(numbers.bare_percent, seeds[name]))}"
+        each = ", ".join(map(numbers.bare_percent, seeds[name]))
+        said = f"{numbers.percent(value)}, interval {numbers.interval(figure)}; seeds: {each}"
         drawing = strip(
             scale,
             value,
@@ -82,7 +83,8 @@ def _seed_values(method: Mapping[str, Any]) -> list[float]:
 
 def costs(methods: Sequence[Mapping[str, Any]], chosen: str | None) -> Markup:
     headings = [
-        ("Method", ""), ("Trained parameters", "number"), ("Share", "number"), ("Adapter", "number"), ("Training", "number"),
+        ("Method", ""), ("Trained parameters", "number"), ("Share", "number"),
+        ("Adapter", "number"), ("Training", "number"),
         ("Peak memory", "number"), ("Latency, 1 row", "number"), ("Latency, 32 rows", "number"),
     ]  # fmt: skip
     rows = []
@@ -141,12 +143,13 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
             )
         )
     headings = [
-        ("Pair", ""), ("Points", "number"), ("Interval", "number"), ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
+        ("Pair", ""), ("Points", "number"), ("Interval", "number"),
+        ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
     ]  # fmt: skip
     level = _confidence(result)
     text = (
-        f"Every pair on the same rows and seeds, in points of {metric}. {level}The intervals hold all at once, and p is adjusted for the "
-        "number of pairs: a difference counts as shown only if its interval leaves zero out."
+        f"Every pair on the same rows and seeds, in points of {metric}. {level}The intervals hold all at once, and p is "
+        "adjusted for the number of pairs: a difference counts as shown only if its interval leaves zero out."
     )
     return page.section(
         "What the differences are worth",

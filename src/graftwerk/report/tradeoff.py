@@ -1,7 +1,7 @@
 """The trade-off chart: quality against cost, one point a method with its interval, its name beside it.
 
-It is drawn once for every cost and for two widths; which one is seen is decided by the style sheet (a radio button, a media query), so
-that the switch works without scripts, with the keyboard, and in print.
+It is drawn once for every cost and for two widths; which one is seen is decided by the style sheet (a radio button, a
+media query), so that the switch works without scripts, with the keyboard, and in print.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A method: its quality as shares of one, its costs by key (None where not measured), and all its figures in words."""
+    """A method: its quality in shares of one, its costs by key (None where not measured), all its figures in words."""
 
     name: str
     value: float
@@ -133,7 +133,9 @@ def _chart(
             bar = line(px, y(point.high), px, y(point.low), "bar")
         text, leader = None, None
         if spot is not None:
-            text = label(name, spot.box.left, spot.box.bottom - 4, "name")
+            before = spot.box.right <= px
+            edge = spot.box.right if before else spot.box.left
+            text = label(name, edge, spot.box.bottom - 4, "name", "end" if before else "start")
             leader = line(px, py, *spot.line_end(px, py), "leader") if spot.led else None
         marks.append(
             tag(
@@ -146,8 +148,10 @@ def _chart(
     drawn = svg(
         frame,
         axes(
-            frame, x, y, x_ticks=cost.ticks, x_text=lambda tick: numbers.short(cost.show(tick)), y_text=lambda tick: _tick(tick, y),
-            x_title=f"{numbers.title(cost.name)} \N{RIGHTWARDS ARROW}", y_title=f"\N{UPWARDS ARROW} {numbers.title(metric)}, %",
+            frame, x, y,
+            x_ticks=cost.ticks, x_text=lambda tick: numbers.short(cost.show(tick)), y_text=lambda tick: _tick(tick, y),
+            x_title=f"{numbers.title(cost.name)} \N{RIGHTWARDS ARROW}",
+            y_title=f"\N{UPWARDS ARROW} {numbers.title(metric)}, %",
         ),
         path(corners, "front"),
         *marks,

@@ -94,7 +94,8 @@ def headline(result: Mapping[str, Any]) -> str:
     saving = _saving(result, chosen, best)
     against = between(found, chosen, best)
     if against is not None and against.verdict == "worse":
-        return f"Take {chosen}: it costs less than {best}, which is better by {numbers.signed_points(-against.value)} points"
+        points = numbers.signed_points(-against.value).lstrip("+")
+        return f"Take {chosen}: it costs less than {best}, which is better by {points} points"
     return f"Take {chosen}: it is not shown to be worse than {best}, the best mean{saving}"
 
 
