@@ -71,6 +71,8 @@ if TYPE_CHECKING:
 __all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, OWN_FILE, CARD_FILE)
+_START = ".start_"
+"""PiSSA keeps what it started from in tensors of these names."""
 _RESERVED = ("format", "name", "base", "files")
 
 _WRITERS = {
@@ -222,9 +224,10 @@ def _base_fingerprint(graft: Graft) -> str | None:
 
 
 def _parameters(graft: Graft) -> dict[str, Any]:
-    own = sum(tensor.numel() for key, tensor in graft.state_dict().items() if not graft.is_head(key))
-    head = sum(tensor.numel() for key, tensor in graft.state_dict().items() if graft.is_head(key))
-    total = graft.num_base_parameters
+    # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start never trains.
+    sizes = {key: tensor.numel() for key, tensor in graft.state_dict().items() if _START not in key}
+    head = sum(size for key, size in sizes.items() if graft.is_head(key))
+    own, total = sum(sizes.values()) - head, graft.num_base_parameters
     return {"trained": own, "head": head, "total": total, "share": own / total}
 
 
@@ -364,7 +367,7 @@ def _check_size(restored: Restored, view: Anatomy) -> None:
     found = sum(
         tensor.numel()
         for key, tensor in restored.tensors.items()
-        if not any(key == head or key.startswith(head + ".") for head in saved) and ".start_" not in key
+        if not any(key == head or key.startswith(head + ".") for head in saved) and _START not in key
     )
     if isinstance(method, Prefix):
         widths = [place.kv_heads * place.head_dim for place in view.attentions]
@@ -389,7 +392,7 @@ def _attached(model: PreTrainedModel, restored: Restored, name: str) -> Graft:
     try:
         if isinstance(restored.method, LoRA) and restored.method.init_lora_weights == "pissa":
             # A folder of PEFT has no start in it: attaching has just computed it from the base, as PEFT does.
-            start = {key: value for key, value in graft.state_dict().items() if ".start_" in key}
+            start = {key: value for key, value in graft.state_dict().items() if _START in key}
             tensors = {**start, **tensors}
         graft.load_state_dict(tensors)
     except BaseException:
