@@ -27,7 +27,14 @@ from graftwerk.choose.table import percent, plain, rich_table
 from graftwerk.choose.verdict import COSTS, MARGIN
 from graftwerk.choose.workers import Crashed, Workers
 from graftwerk.config import RunConfig, parse_overrides, read_yaml
-from graftwerk.errors import ConfigError, ConflictError, DivergedError, IntegrityError, Interrupted
+from graftwerk.errors import (
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    GraftwerkError,
+    IntegrityError,
+    Interrupted,
+)
 from graftwerk.evaluate.metrics import METRICS
 from graftwerk.store.atomic import write_file
 from graftwerk.store.safety import read_json
@@ -189,9 +196,10 @@ class _Work:
             try:
                 for entry, seed in self.plan:
                     self._run(workers, entry, seed, overwrite)
-            except Interrupted as stopped:
+            except GraftwerkError as stopped:
                 stopped.kept = f"{self.pace.done} of {len(self.plan)} runs in {self.folder}"
-                stopped.mend = "the same command again goes on from there"
+                if isinstance(stopped, Interrupted):
+                    stopped.mend = "the same command again goes on from there"
                 raise
             result = gather(
                 self.entries,

@@ -63,9 +63,11 @@ class Display:
             self._bar = None
 
     def _plain(self, moment: Moment) -> None:
+        if moment.kind == "phase" and moment.run:
+            return  # reading, loading, saving of every run: too much for a log
         if moment.kind == "step":
             now = time.monotonic()
-            if now - self._told < EVERY_SECONDS:
+            if not moment.step or now - self._told < EVERY_SECONDS:
                 return
             self._told = now
             text = f"step {moment.step}/{moment.steps}"

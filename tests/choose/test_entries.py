@@ -1,0 +1,65 @@
+"""Methods and seeds as people write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from graftwerk.choose.entries import parse_entries, parse_seeds
+from graftwerk.errors import ConfigError
+from graftwerk.methods.lora import LoRA
+
+
+def test_names_shorthands_mappings_and_methods() -> None:
+    entries = parse_entries(
+        ["lora", "dora", {"name": "lora", "r": 16}, {"label": "tiny", "name": "lora", "r": 2}, LoRA(r=4)]
+    )
+    assert [entry.name for entry in entries] == ["lora", "dora", "lora-r16", "tiny", "lora-r4"]
+    assert entries[0].method == LoRA()
+    assert entries[1].method == LoRA(use_dora=True)
+    assert entries[2].method == LoRA(r=16)
+    assert entries[3].method == LoRA(r=2)
+
+
+def test_text_is_split_at_commas() -> None:
+    assert [entry.name for entry in parse_entries(" full, lora ,houlsby,")] == ["full", "lora", "houlsby"]
+
+
+def test_names_are_fit_for_folders() -> None:
+    entry = parse_entries([{"name": "lora", "target_modules": ["query", "value"], "lora_alpha": 2.5}])[0]
+    assert entry.name == "lora-target_modules-query-value-lora_alpha2.5"
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ([], "no methods"),
+        ("", "no methods"),
+        (["lora", "lora"], "same method"),
+        (["lora", {"name": "lora", "r": 8}], "same method"),
+        (["dora", {"name": "lora", "use_dora": True, "label": "d"}], "same method"),
+        ([{"label": "x", "name": "lora"}, {"label": "X", "name": "full"}], "two methods would be called"),
+        ([{"label": "../up", "name": "lora"}], "a label is"),
+        ([{"label": "", "name": "lora"}], "a label is"),
+        ([{"label": "a/b", "name": "lora"}], "a label is"),
+        (["loar"], "no method"),
+        ([{"name": "lora", "rnk": 3}], "no setting"),
+        ([{"name": "lora", "target_modules": ["x" * 80]}], "too long"),
+        ([7], "a method is a name"),
+    ],
+)
+def test_what_is_refused(methods: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse_entries(methods)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("0,1, 2", [0, 1, 2]), ((3, 1), [3, 1]), (4, [4]), ("7", [7])])
+def test_seeds(given: Any, wanted: list[int]) -> None:
+    assert parse_seeds(given) == wanted
+
+
+@pytest.mark.parametrize("given", ["", [], "a", [-1], [0, 0], [True], [1.5], "1.5", [None]])
+def test_what_is_no_seed(given: Any) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        parse_seeds(given)

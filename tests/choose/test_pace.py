@@ -1,0 +1,49 @@
+"""Time left, from what is known so far."""
+
+from __future__ import annotations
+
+import pytest
+
+from graftwerk.choose.display import duration
+from graftwerk.choose.pace import Pace
+
+PLAN = ["full", "lora", "full", "lora"]
+
+
+def test_nothing_is_said_before_anything_is_known() -> None:
+    assert Pace(PLAN).left() is None
+
+
+def test_the_first_run_tells_by_its_steps() -> None:
+    """10 s gone, 50 s of steps left: 60 s a run, three more runs."""
+    assert Pace(PLAN).left(10, 50) == 50 + 3 * 60
+
+
+def test_a_methods_own_runs_count_most() -> None:
+    pace = Pace(PLAN)
+    pace.finished("full", 100)
+    assert pace.left() == 300  # lora is not known yet: as long as the others
+    pace.finished("lora", 40)
+    assert pace.left() == 140
+    assert pace.left(30) == 110
+    assert pace.left(300) == 40  # it takes longer than expected, but not less than nothing
+    assert pace.left(30, 50) == 90
+    pace.finished("full", 200)
+    pace.finished("lora", 40)
+    assert pace.left() == 0
+
+
+def test_runs_that_were_there_already_say_nothing_about_time() -> None:
+    pace = Pace(PLAN)
+    pace.finished("full", None)
+    pace.finished("lora", None)
+    assert pace.left() is None
+    assert pace.left(5, 5) == 5 + 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (659, "10 min"), (3900, "1 h 05 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,129 @@
+"""Figures in words: what may be called better, what is on the front, what is recommended and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftwerk.choose.verdict import between, in_words, pareto_front, recommend, signed, turned, verdict
+from graftwerk.errors import ConfigError
+from graftwerk.evaluate.paired import Difference
+
+
+def difference(a: str, b: str, value: float, half: float) -> Difference:
+    return {"a": a, "b": b, "value": value, "low": value - half, "high": value + half, "p": None}
+
+
+def method(name: str, value: float, parameters: float | None, seconds: float = 10.0) -> dict[str, Any]:
+    figure = {"value": value, "low": value - 0.03, "high": value + 0.03}
+    return {"name": name, "figure": figure, "cost": {"trained_parameters": parameters, "training_seconds": seconds}}
+
+
+def pairs(methods: list[dict[str, Any]], half: float) -> list[Difference]:
+    return [
+        difference(a["name"], b["name"], a["figure"]["value"] - b["figure"]["value"], half)
+        for place, a in enumerate(methods)
+        for b in methods[place + 1 :]
+    ]
+
+
+def test_words() -> None:
+    assert in_words(difference("a", "b", 0.012, 0.009)) == "better by 1.2 points [0.3, 2.1]"
+    assert in_words(difference("a", "b", -0.012, 0.009)) == "worse by 1.2 points [0.3, 2.1]"
+    assert in_words(difference("a", "b", 0.004, 0.012)) == "no difference shown: +0.4 points [−0.8, +1.6]"
+    assert in_words(difference("a", "b", 0.0, 0.0)) == "no difference shown: 0.0 points [0.0, 0.0]"
+
+
+def test_an_interval_that_touches_zero_shows_nothing() -> None:
+    assert verdict({"a": "a", "b": "b", "value": 0.01, "low": 0.0, "high": 0.02, "p": None}) == "no difference shown"
+    assert verdict({"a": "a", "b": "b", "value": 0.01, "low": 1e-9, "high": 0.02, "p": None}) == "better"
+
+
+def test_signs() -> None:
+    assert [signed(x) for x in (1.25, -1.25, 0.01, -0.01, 0.0)] == ["+1.2", "−1.2", "0.0", "0.0", "0.0"]
+
+
+def test_a_difference_is_found_from_either_side() -> None:
+    one = difference("a", "b", 0.02, 0.01)
+    assert between([one], "a", "b") == one
+    assert between([one], "b", "a") == turned(one)
+    assert turned(turned(one)) == one
+    assert turned(one)["low"] == -one["high"]
+    with pytest.raises(KeyError):
+        between([one], "a", "c")
+
+
+def test_front() -> None:
+    quality = {"full": 0.79, "lora": 0.79, "prefix": 0.77, "bitfit": 0.75, "prompt": 0.70, "probe": 0.64}
+    cost = {"full": 100.0, "lora": 10.0, "prefix": 10.0, "bitfit": 5.0, "prompt": 6.0, "probe": 1.0}
+    assert pareto_front(quality, cost) == ["probe", "bitfit", "lora"]
+    assert pareto_front({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}) == ["a", "b"]  # neither beats its equal
+    assert pareto_front(quality, {"lora": 1.0}) == ["lora"]  # a cost that was not measured is no cost of zero
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
+def test_nothing_on_the_front_is_beaten_and_everything_else_is(points: list[tuple[int, int]]) -> None:
+    quality = {str(i): float(q) for i, (q, _) in enumerate(points)}
+    cost = {str(i): float(c) for i, (_, c) in enumerate(points)}
+    front = set(pareto_front(quality, cost))
+    assert front
+    for name in quality:
+        better = [
+            other
+            for other in quality
+            if quality[other] >= quality[name]
+            and cost[other] <= cost[name]
+            and (quality[other], cost[other]) != (quality[name], cost[name])
+        ]
+        assert (name not in front) == bool(better)
+
+
+def test_the_cheapest_of_those_that_are_as_good_is_recommended() -> None:
+    methods = [method("full", 0.792, 22e6), method("lora", 0.788, 3e5), method("bitfit", 0.754, 2e4)]
+    found = recommend(methods, pairs(methods, 0.02), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "lora"
+    assert found["reason"] == (
+        "−0.4 points against full, the best mean, no difference shown with 1.4 % of its trained parameters; "
+        "the interval allows it to be up to 2.4 points worse"
+    )
+
+
+def test_a_wide_interval_is_no_argument_for_a_poor_method() -> None:
+    """Twenty rows show nothing; that does not make a method five points below a good choice."""
+    methods = [method("full", 0.80, 22e6), method("probe", 0.75, 800)]
+    found = recommend(methods, pairs(methods, 0.3), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "full"
+    assert "more than 1 points" in found["reason"]
+
+
+def test_a_small_difference_that_is_shown_counts() -> None:
+    methods = [method("full", 0.800, 22e6), method("lora", 0.795, 3e5)]
+    found = recommend(methods, pairs(methods, 0.002), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "full"
+    assert "shown to be better than all others" in found["reason"]
+
+
+def test_among_equally_cheap_ones_the_faster_is_recommended() -> None:
+    methods = [
+        method("dora", 0.79, 3.1e5, seconds=90),
+        method("lora", 0.788, 3.0e5, seconds=60),
+        method("full", 0.78, 2e7),
+    ]
+    found = recommend(methods, pairs(methods, 0.05), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "lora"
+
+
+def test_a_cost_that_was_not_measured_decides_nothing() -> None:
+    methods = [method("full", 0.80, None), method("lora", 0.79, None)]
+    found = recommend(methods, pairs(methods, 0.05), prefer="trained_parameters")
+    assert found == {"method": "full", "reason": "the best mean; trained parameters could not be measured"}
+    assert recommend([], [], prefer="trained_parameters") is None
+    with pytest.raises(ConfigError, match="no cost `money`"):
+        recommend(methods, [], prefer="money")
