@@ -103,7 +103,7 @@ def _install(
     if method.kind == "weights":
         record.selection.choose(())
         record.settle()  # so that what is kept is the base, not another full graft
-        weights = TrainedWeights(model, getattr(method, "keep_base", True))
+        weights = TrainedWeights(model, getattr(method, "keep_base", True), record.flags)
         heads = ()
     else:
         for parameter_name, parameter in model.named_parameters():

@@ -57,15 +57,16 @@ class Record:
     def __init__(self) -> None:
         self.selection = Selection()
         self.grafts: dict[str, Graft] = {}
-        self._flags: dict[str, bool] = {}
+        self.flags: dict[str, bool] = {}
+        """Which parameters required gradients before the first graft, by name."""
 
     def remember(self, model: nn.Module) -> None:
         """Note which parameters required gradients before the first graft froze the base."""
-        self._flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
     def restore_flags(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._flags.get(name, True))
+            parameter.requires_grad_(self.flags.get(name, True))
 
     def settle(self) -> None:
         """Make whole-weight grafts follow the selection: theirs are the only values that switching has to move."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -10,18 +12,20 @@ from graftwerk.inject.record import CHILD
 
 
 class TrainedWeights:
-    """All base parameters of a model, trained.
+    """All base parameters of a model that were trainable before (Marian's sinusoids are not), trained.
 
     Attributes:
         live: Whether the model's parameters hold the trained values now.
         other: The values that are not in the model: the base's while live, the trained ones otherwise; None when the
-        base's
-            values were not kept.
+            base's values were not kept.
     """
 
-    def __init__(self, model: nn.Module, keep_base: bool) -> None:
+    def __init__(self, model: nn.Module, keep_base: bool, flags: Mapping[str, bool]) -> None:
+        """``flags``: which parameters required gradients before the first graft, by name."""
         self.parameters = {
-            name: parameter for name, parameter in model.named_parameters() if CHILD not in name.split(".")
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if CHILD not in name.split(".") and flags.get(name, True)
         }
         quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
         if quantized:
