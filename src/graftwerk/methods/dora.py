@@ -45,7 +45,7 @@ class DoRADelta(Delta):
         """
         a, b = self.lora_A.weight, self.lora_B.weight
         weight = weight.to(a.dtype)
-        if self._squares is None or self._squares.device != weight.device:
+        if self._squares is None or self._squares.device != weight.device or self._squares.dtype != weight.dtype:
             self._squares = weight.square().sum(1)
         cross = (F.linear(weight, a) * b).sum(1)
         own = (F.linear(b, a @ a.T) * b).sum(1)
