@@ -1,4 +1,4 @@
-"""The page of a comparison: what came out, the trade-off, every figure, what differences are worth, how to repeat it."""
+"""The page of a comparison: the result, the trade-off, every figure, what differences are worth, how to repeat it."""
 
 from __future__ import annotations
 
@@ -170,8 +170,8 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
         (
             "Intervals",
             (
-                "bootstrap: held-out rows and seeds are drawn together for all methods; an interval of a mean holds what "
-                "other rows and other seeds would change, those of differences hold for all pairs at once"
+                "bootstrap: held-out rows and seeds are drawn together for all methods; an interval of a mean holds "
+                "what other rows and other seeds would change, those of differences hold for all pairs at once"
             ),
         ),
         ("Learning rate", "each method's own" if rate == "auto" else rate),

@@ -38,7 +38,7 @@ def findings_section(data: Mapping[str, Any]) -> Markup:
     if not found:
         if "findings" not in data:
             return Markup()
-        text = "The checks (duplicates, leakage, label balance, cut texts, rows left out) found nothing to mention."
+        text = "The checks (duplicates, leakage, label balance, cut texts, rows left out) found nothing."
         return page.section("The data", page.paragraph(text, class_="note"))
     said = []
     for finding in found:

@@ -148,8 +148,8 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
     ]  # fmt: skip
     level = _confidence(result)
     text = (
-        f"Every pair on the same rows and seeds, in points of {metric}. {level}The intervals hold all at once, and p is "
-        "adjusted for the number of pairs: a difference counts as shown only if its interval leaves zero out."
+        f"Every pair on the same rows and seeds, in points of {metric}. {level}The intervals hold all at once, and p "
+        "is adjusted for the number of pairs: a difference counts as shown only if its interval leaves zero out."
     )
     return page.section(
         "What the differences are worth",
