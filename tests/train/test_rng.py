@@ -46,3 +46,14 @@ def test_a_state_that_is_gone_or_wrong_is_told() -> None:
         rng.restore({**states, "python": torch.zeros(3, dtype=torch.int64)}, CPU)
     with pytest.raises(IntegrityError):
         rng.restore({**states, "torch": torch.zeros(3, dtype=torch.uint8)}, CPU)
+
+
+def test_what_is_drawn_aside_is_not_drawn() -> None:
+    rng.seed(5)
+    expected = [draw(), draw()]
+    rng.seed(5)
+    again = [draw()]
+    with pytest.raises(KeyError), rng.untouched(CPU):
+        draw()
+        raise KeyError
+    assert [*again, draw()] == expected

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +31,9 @@ from graftwerk.train.order import epoch_order, micro_batches
 from graftwerk.train.settings import TrainingSettings
 from graftwerk.train.signals import StopSignals
 from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
+
+SEED_STRIDE = 1_000_003
+"""Training draws from other seeds than initialisation, and each process from its own."""
 
 
 @dataclass
@@ -150,6 +153,7 @@ class Trainer:
         """`time.monotonic()` when the first step of this process was done."""
         self._clock = Clock()
         self._order: tuple[int, list[list[int]]] = (-1, [])
+        self._news: list[Event] = []
         self._saved = -1
         self._asked_to_stop = 0
 
@@ -164,8 +168,8 @@ class Trainer:
             EnvironmentFault: memory or disk do not suffice; earlier checkpoints are whole.
         """
         self._clock.start(self.state.seconds)
-        if self.state.step == 0 and self.processes.index > 0:
-            torch.manual_seed(self.settings.seed + self.processes.index)  # every process draws its own dropout
+        if self.state.step == 0:
+            rng.seed(self.settings.seed + SEED_STRIDE * (1 + self.processes.index))  # every process its own dropout
         with self.stop.deferring(), training_mode(self.graft.model, self.settings.gradient_checkpointing):
             self._settle()
             while not self.done:
@@ -229,10 +233,9 @@ class Trainer:
         self.scaler.update()
         self._clock.step()
         self.first_step_at = self.first_step_at or time.monotonic()
-        for event in self.diagnosis.trained(state.step, loss):
-            self.emit(event)
+        self._news += self.diagnosis.trained(state.step, loss)
         if self._clock.progress_due():
-            self.emit(Event("progress", state.step, total=self.total_steps, loss=loss, left_seconds=self._left()))
+            self._news.append(Event("progress", state.step, total=self.total_steps, loss=loss, left_seconds=self._left()))
 
     def _gradients(self, rows: Sequence[int]) -> tuple[float, float]:
         """The gradient of the mean loss over all targets of the step, clipped.
@@ -290,7 +293,7 @@ class Trainer:
                 kept=self.checkpoints.latest_said(),
             )
         text = f"the {what} is not finite; this step is skipped ({state.bad_steps} of at most {most})"
-        self.emit(Event("bad_step", state.step, text=text, loss=loss, grad_norm=norm))
+        self._news.append(Event("bad_step", state.step, text=text, loss=loss, grad_norm=norm))
 
     def _use_smaller_batches(self) -> None:
         """Half the micro-batch, twice the accumulation: the same step in less memory."""
@@ -307,28 +310,31 @@ class Trainer:
             f"out of memory ({memory.numbers(self.device)}): going on with {accumulation} micro-batches of "
             f"{state.micro_batch} rows; a step still has {self.rows_per_step} rows"
         )
-        self.emit(Event("memory", state.step, text=text, micro_batch=state.micro_batch, accumulation=accumulation))
+        self._news.append(Event("memory", state.step, text=text, micro_batch=state.micro_batch, accumulation=accumulation))
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        """Whatever is due after the steps done so far and not yet done: log, evaluate, save, stop."""
+        """Whatever is due after the steps done so far and not yet done: tell, evaluate, save, stop."""
         state, settings = self.state, self.settings
         at_end = state.step >= self.total_steps
-        if state.loss_count and (at_end or state.step % settings.logging_steps == 0):
-            self._log()
         evaluation_due = at_end or state.step % (settings.eval_steps or self.steps_per_epoch) == 0
         better = False
-        if evaluation_due and state.evaluated != state.step:
-            try:
-                better = self._validate()
-            except StopEvaluation:
-                pass  # a resumed run makes up for it
+        with rng.untouched(self.device):  # what is saved is what the next step draws from
+            for event in self._news:
+                self.emit(event)
+            self._news.clear()
+            if state.loss_count and (at_end or state.step % settings.logging_steps == 0):
+                self._log()
+            if evaluation_due and state.evaluated != state.step:
+                with suppress(StopEvaluation):  # a resumed run makes up for one that was left
+                    better = self._validate()
         save_due = state.step % settings.save_steps == 0 if settings.save_steps else evaluation_due
-        signum = self._asked_to_stop if self.processes.count > 1 else self.stop.signum
-        if (save_due or better or self.done or signum) and self._saved != state.step and state.step:
+        if state.step and self._saved != state.step and (save_due or better or self.done):
             self._save()
-        if signum:
+        if signum := self._asked_to_stop if self.processes.count > 1 else self.stop.signum:
+            if state.step and self._saved != state.step:
+                self._save()
             raise Interrupted(
                 signum,
                 f"stopped after step {state.step} of {self.total_steps}",
@@ -397,8 +403,9 @@ class Trainer:
                     "run": self.identity,
                 },
             )
-            path = self.checkpoints.save(snapshot)
-            self.emit(Event("checkpoint", state.step, path=str(path), seconds=self._clock.seconds()))
+            with rng.untouched(self.device):
+                path = self.checkpoints.save(snapshot)
+                self.emit(Event("checkpoint", state.step, path=str(path), seconds=self._clock.seconds()))
         self.processes.wait()
         self._saved = state.step
         self._clock.pause()

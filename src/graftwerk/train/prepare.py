@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.inject.attach import Graft, attach
 from graftwerk.methods.base import Method
 from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.train import rng
 from graftwerk.train.events import Event, Listener
 from graftwerk.train.validation import check_settings
 
@@ -77,16 +77,12 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
 
 def load_graft(settings: RunConfig, prepared: Prepared) -> tuple[Graft, str]:
     """The base model with a new graft on it, all random values drawn from the seed; and the base's fingerprint."""
-    import numpy as np
     import torch
 
     from graftwerk.models.load import fix_padding, load_model
     from graftwerk.store.fingerprint import fingerprint
 
-    seed = settings.training.seed
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    rng.seed(settings.training.seed)
     model = load_model(settings.model, prepared.task, prepared.splits, dtype=torch.float32, revision=settings.revision)
     fix_padding(model, prepared.tokenizer)
     base = fingerprint(model)

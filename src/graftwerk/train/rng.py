@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,16 @@ def capture(device: torch.device) -> dict[str, Tensor]:
 
     Returns:
         ``torch`` (n,) uint8; ``numpy`` (626,) int64: 624 words, position, has_gauss; ``numpy_gauss`` () float64;
-        ``python`` (626,) int64: version and 625 words; ``python_gauss`` () float64, NaN for none; ``device`` (m,) uint8.
+        ``python`` (627,) int64: version, 625 words, has_gauss; ``python_gauss`` () float64; ``device`` (m,) uint8.
     """
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, words, python_gauss = random.getstate()
     states = {
         "torch": torch.get_rng_state(),
         "numpy": torch.tensor([*(int(key) for key in keys), int(position), int(has_gauss)], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(float(gauss), dtype=torch.float64),
-        "python": torch.tensor([version, *words], dtype=torch.int64),
-        "python_gauss": torch.tensor(math.nan if python_gauss is None else python_gauss, dtype=torch.float64),
+        "numpy_gauss": torch.tensor(float(gauss) if has_gauss else 0.0, dtype=torch.float64),
+        "python": torch.tensor([version, *words, python_gauss is not None], dtype=torch.int64),
+        "python_gauss": torch.tensor(python_gauss or 0.0, dtype=torch.float64),
     }
     if device.type != "cpu":
         states["device"] = _backend(device).get_rng_state()
@@ -48,13 +48,37 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
             ("MT19937", np.array(numpy_words[:624], dtype=np.uint32), numpy_words[624], numpy_words[625],
              states["numpy_gauss"].item())
         )  # fmt: skip
-        version, *words = states["python"].tolist()
-        gauss = states["python_gauss"].item()
-        random.setstate((version, tuple(words), None if math.isnan(gauss) else gauss))
+        version, *words, has_gauss = states["python"].tolist()
+        random.setstate((version, tuple(words), states["python_gauss"].item() if has_gauss else None))
         if device.type != "cpu":
             _backend(device).set_rng_state(states["device"].clone())
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise IntegrityError(f"the states of the random number generators cannot be restored: {error}") from error
+
+
+def seed(number: int) -> None:
+    """Seed all generators, of the devices too."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+@contextmanager
+def untouched(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, the generators are afterwards as they were.
+
+    Libraries draw when they are imported, and what is imported when is different in a resumed run.
+    """
+    ours, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = None if device.type == "cpu" else _backend(device).get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
+        if devices is not None:
+            _backend(device).set_rng_state(devices)
 
 
 def _backend(device: torch.device) -> Any:
