@@ -95,19 +95,20 @@ class _HighWater(_Meter):
     _open: ClassVar[list[_HighWater]] = []
 
     def start(self) -> None:
-        self._tell()
+        self.tell()
         self._highest = 0
         _set_mark_back()
         self._open.append(self)
 
     def stop(self) -> int | None:
-        self._tell()
+        self.tell()
         self._open.remove(self)
         return self._highest - _code()
 
-    def _tell(self) -> None:
+    @classmethod
+    def tell(cls) -> None:
         mark = _status("VmHWM") or 0
-        for meter in self._open:
+        for meter in cls._open:
             meter._highest = max(meter._highest, mark)
 
 
@@ -142,6 +143,7 @@ def _meter(device: torch.device | str | None) -> _Meter:
         return _Cuda()
     if sys.platform != "linux":
         return _Meter()
+    _HighWater.tell()  # before the mark is set back for the first time
     return _HighWater() if _set_mark_back() else _Sampler()
 
 
