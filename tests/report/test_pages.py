@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftwerk.errors import ConfigError, EnvironmentFault, IntegrityError
@@ -39,7 +39,7 @@ def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-# -- what holds for every page -----------------------------------------------------------------------------------------
+# -- what holds for every page --------------------------------------------------
 
 
 def test_policy_forbids_everything_but_the_page_s_own_style_and_script(html: str) -> None:
@@ -93,13 +93,14 @@ def test_every_table_has_as_many_cells_as_headings(html: str) -> None:
         assert len({len(re.findall(r"<t[hd][ >]", row)) for row in rows}) == 1
 
 
-# -- a comparison --------------------------------------------------------------------------------------------------------
+# -- a comparison --------------------------------------------------
 
 
 def test_comparison_says_its_result_first(tmp_path: Path) -> None:
     page = comparison(tmp_path)
     assert page.one("h1").text == (
-        "Take lora: it is not shown to be worse than full, the best mean, at 1.5\N{NARROW NO-BREAK SPACE}% of its trained parameters"
+        "Take lora: it is not shown to be worse than full, the best mean, "
+        "at 1.5\N{NARROW NO-BREAK SPACE}% of its trained parameters"
     )
     assert "Why lora: −0.5 points against full" in page.one("header").text
     assert "500 test rows, mean over 3 seeds" in page.one("header").text
@@ -209,7 +210,7 @@ def test_runs_with_a_page_are_linked_and_names_do_not_lead_out(tmp_path: Path) -
     assert [a.attributes["href"] for a in page.all("a")] == ["./lora-seed0/report.html"]
 
 
-# -- a run ----------------------------------------------------------------------------------------------------------------
+# -- a run --------------------------------------------------
 
 
 def test_run_says_how_good_how_it_learnt_and_what_it_cost(tmp_path: Path) -> None:
@@ -286,7 +287,7 @@ def test_findings_and_what_to_change(tmp_path: Path) -> None:
     assert "remove them" in item.text
 
 
-# -- what comes in ---------------------------------------------------------------------------------------------------------
+# -- what comes in --------------------------------------------------
 
 
 def poisoned(tree: Any, text: str) -> Any:
@@ -299,6 +300,7 @@ def poisoned(tree: Any, text: str) -> Any:
     return text + tree if isinstance(tree, str) else tree
 
 
+@settings(max_examples=12)
 @given(st.one_of(st.just(HOSTILE), st.text(max_size=40)))
 def test_hostile_texts_stay_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("hostile")
@@ -321,6 +323,7 @@ ANYTHING = st.recursive(
 )
 
 
+@settings(max_examples=20)
 @given(st.data())
 def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("odd")

@@ -19,6 +19,9 @@ COMPARISON, MANIFEST, CONFIG, LOG, REPORT = (
     "comparison.json", "manifest.json", "config.yaml", "metrics.jsonl", "report.html",
 )  # fmt: skip
 
+LARGEST = 1e30
+"""No figure of a run is larger, nor, unless it is zero, as small as one by this; so that a scale cannot overflow."""
+
 
 def at(tree: Any, *keys: str) -> Any:
     """What lies at these keys; None where there is nothing."""
@@ -53,7 +56,9 @@ def number(tree: Any, *keys: str) -> float | None:
         value = float(found)
     except OverflowError:
         return None
-    return value if math.isfinite(value) else None
+    if not math.isfinite(value) or abs(value) > LARGEST:
+        return None
+    return 0.0 if abs(value) < 1 / LARGEST else value
 
 
 def words(tree: Any, *keys: str) -> str:

@@ -16,7 +16,9 @@ SAFETY = 1.06
 """Fonts differ; metrics are those of Helvetica."""
 GAP = 9.0
 """Pixels between a point's middle and its name."""
-GRID = 7.0
+GRID = 10.0
+MOST_LED = 24
+"""With more names than this, lines to far-away names would be a thicket, and looking for places takes long."""
 AWAY = 16.0
 """Pixels that a name with a line keeps from other points."""
 
@@ -89,7 +91,7 @@ def place(
 
     for index in sorted(range(len(points)), key=crowd):
         spare: Placed | None = None
-        for placed in _candidates(points[index], sizes[index], area):
+        for placed in _candidates(points[index], sizes[index], area, led=len(points) <= MOST_LED):
             if not placed.box.within(area) or any(placed.box.overlaps(other) for other in taken):
                 continue
             if _plain_whose(placed, points, index):
@@ -117,7 +119,7 @@ def _distance(box: Box, x: float, y: float) -> float:
     return dx * dx + dy * dy
 
 
-def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box) -> Iterator[Placed]:
+def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box, *, led: bool) -> Iterator[Placed]:
     (x, y), (width, height) = point, size
     middle = y - height / 2
     for left, top in (
@@ -131,6 +133,8 @@ def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box
         (x - width / 2, y + GAP),
     ):
         yield Placed(Box(left, top, left + width, top + height), False)
+    if not led:
+        return
     columns = int((area.right - area.left - width) // GRID) + 1
     rows = int((area.bottom - area.top - height) // GRID) + 1
     grid = [
@@ -139,7 +143,13 @@ def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box
         for row in range(max(rows, 0))
     ]
 
-    for left, top in sorted(grid, key=lambda at: _distance(Box(at[0], at[1], at[0] + width, at[1] + height), x, y)):
+    def far(corner: tuple[float, float]) -> float:
+        left, top = corner
+        dx = left - x if left > x else max(x - left - width, 0.0)
+        dy = top - y if top > y else max(y - top - height, 0.0)
+        return dx * dx + dy * dy
+
+    for left, top in sorted(grid, key=far):
         yield Placed(Box(left, top, left + width, top + height), True)
 
 
