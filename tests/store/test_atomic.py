@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_a_reader_finds_the_old_folder_when_the_new_one_never_came(tmp_path: Pat
     os.rename(target, tmp_path / ".adapter.replaced")
     assert recover(target) == target
     assert content(target) == {"old"}
+
+
+def test_a_writer_clears_up_after_one_that_died_between_two_renames(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    for still_there in (False, True):
+        write_folder(target, filler("old"))
+        (shutil.copytree if still_there else os.rename)(target, tmp_path / ".adapter.replaced")
+        write_folder(target, filler("new"))
+        assert content(target) == {"new"}
+        assert os.listdir(tmp_path) == ["adapter"]
 
 
 def test_a_living_writers_partial_is_left_alone(tmp_path: Path) -> None:

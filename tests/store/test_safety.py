@@ -66,6 +66,8 @@ HEADERS: dict[str, tuple[bytes | dict[str, Any], int]] = {
     "gap": ({"a": entry(0, 8, [2]), "b": entry(12, 20, [2])}, 20),
     "gap at the start": ({"a": entry(4, 12, [2])}, 12),
     "bytes at the end": ({"a": entry(0, 8, [2])}, 12),
+    "more bytes than its shape": ({"a": entry(0, 8, [1])}, 8),
+    "fewer bytes than its shape": ({"a": entry(0, 4, [2])}, 4),
     "beyond the file": ({"a": entry(0, 80, [20])}, 8),
     "overflow to nothing": ({"a": entry(0, 0, [2**32, 2**32])}, 0),
     "overflow to little": ({"a": entry(0, 4, [2**62 + 1])}, 4),
@@ -265,11 +267,12 @@ def test_a_pickle_never_runs_in_any_disguise(tmp_path: Path) -> None:
     assert SANG == ["unpickled"], "the canary cannot sing, so this test proves nothing"
 
 
-def test_a_pickle_by_name_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "adapter_model.bin").write_bytes(b"anything")
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".pkl", ".ckpt", ".PT", ".npy", ".pickle"])
+def test_a_pickle_by_name_is_not_even_opened(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"adapter_model{suffix}").write_bytes(b"anything")
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
     with pytest.raises(IntegrityError, match="not opened"):
-        read_tensors(tmp_path / "adapter_model.bin")
+        read_tensors(tmp_path / f"adapter_model{suffix}")
     with pytest.raises(IntegrityError, match="not opened"):
         refuse_pickles(tmp_path, "adapter_model.safetensors")
 

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
 from graftwerk.inject.attach import disabled
+from graftwerk.store.walk import base_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLES = 16_384
 """Values hashed of each tensor."""
-_LEFT_OUT = frozenset({"graft", "pooler", "lm_head", "classifier", "score", "qa_outputs"})
+_LEFT_OUT = frozenset({"pooler", "lm_head", "classifier", "score", "qa_outputs"})
 """Modules that are no part of the pretrained base, wherever they stand."""
 
 _Versions = tuple[tuple[str, int, int], ...]
@@ -67,7 +68,7 @@ def _fingerprint(model: PreTrainedModel) -> str:
 def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the base by their names within it; of tied ones the first name."""
     outputs = model.get_output_embeddings()
-    for name, parameter in model.base_model.named_parameters():
+    for name, parameter in base_parameters(model.base_model).items():
         if _LEFT_OUT.isdisjoint(name.split(".")) and not _only_in(outputs, parameter, model):
             yield name, parameter
 

@@ -64,6 +64,7 @@ from graftwerk.store.peft_format import (
 )
 from graftwerk.store.peft_virtual import read_prefix, read_prompt, write_prefix, write_prompt
 from graftwerk.store.safety import read_tensors, refuse_pickles
+from graftwerk.store.walk import base_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -327,7 +328,10 @@ def _restored(model: PreTrainedModel, view: Anatomy, info: AdapterInfo) -> Resto
         refuse_pickles(info.folder, WEIGHTS_FILE)
         raise AdapterError(f"missing: {WEIGHTS_FILE}")
     # An adapter is never larger than its base; twice that, for float64 and heads, is where trying to read it ends.
-    bound = 4 * sum(parameter.numel() * max(parameter.element_size(), 4) for parameter in model.parameters()) + 2**26
+    bound = (
+        4 * sum(parameter.numel() * max(parameter.element_size(), 4) for parameter in base_parameters(model).values())
+        + 2**26
+    )
     tensors = read_tensors(path, max_bytes=bound)
     _check_numbers(tensors)
     reader = _READERS.get(info.peft_type)

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, UnsupportedError
 from graftwerk.inject.attach import Graft
-from graftwerk.inject.record import CHILD
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.base import Method
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
 from graftwerk.store.adapter_config import OWN_PREFIX
 from graftwerk.store.naming import endings, ends_with, layer_number, named_by
+from graftwerk.store.walk import base_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,9 +164,7 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 def _module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """All modules that PEFT would compare its targets with: saved heads are never adapted."""
-    return [
-        path for path, _ in model.named_modules() if path and CHILD not in path.split(".") and not _within(path, heads)
-    ]
+    return [path for path in base_modules(model) if path and not _within(path, heads)]
 
 
 def _within(path: str, modules: Iterable[str]) -> bool:
@@ -258,7 +256,7 @@ def read_heads(
         AdapterError: a tensor that belongs to no saved module of this model, or a saved module without tensors.
     """
     names: Sequence[str] = config.get("modules_to_save") or ()
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     heads: dict[str, None] = {}
     raw, unknown = {}, []
     for key, tensor in tensors.items():
@@ -314,7 +312,7 @@ def _check_layers(
     """The layers that the file has tensors for must be the model's, and those that the settings list."""
     if not layers:
         raise AdapterError("the file has no tensors of an adapter in it")
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     unknown = [path for path in layers if path not in modules]
     if unknown:
         raise AdapterError(
