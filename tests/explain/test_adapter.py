@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from graftwerk.errors import AdapterError, IntegrityError
 from graftwerk.explain.adapter import describe_adapter
@@ -112,9 +112,9 @@ def test_a_folder_of_peft(tmp_path: Path) -> None:
 
 def test_a_changed_file_and_a_folder_without_adapter_are_refused(tmp_path: Path) -> None:
     stored(tmp_path / "good", "lora")
-    config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
-    (tmp_path / "good" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
-    with pytest.raises(IntegrityError):
+    weights = tmp_path / "good" / "adapter_model.safetensors"
+    save_file({key: tensor + 1 for key, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors"):
         describe_adapter(tmp_path / "good")
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterError, match="holds no adapter"):
