@@ -116,6 +116,20 @@ def test_left_padded_generation_equals_rows_alone(family: str) -> None:
     assert torch.equal(tokens, torch.cat([token for token, _ in alone]))
 
 
+def test_left_padding_without_position_ids() -> None:
+    """OPT counts positions by the mask, with a prefix as well as without."""
+    model, batch = FAMILIES["opt"].build(), left_padded(FAMILIES["opt"].batch())
+    moved(model, METHODS["prefix"], "a", 1)
+    moved(model, LONGER["prefix"], "b", 2)
+    rows = ["a", "b", None]
+    alone = []
+    for row, name in enumerate(rows):
+        activate(model, name)
+        alone.append(logits(model, one(batch, row)))
+    activate(model, rows=rows)
+    expect_rows(logits(model, batch), alone, batch)
+
+
 @pytest.mark.parametrize("family", [*CAUSAL, *SEQ2SEQ])
 def test_beams_of_mixed_rows_with_and_without_cache(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
@@ -296,6 +310,16 @@ def test_attention_without_an_interface_is_refused() -> None:
     gpt2.config.reorder_and_upcast_attn = True
     with pytest.raises(UnsupportedError, match="reorder_and_upcast_attn"):
         attach(gpt2, METHODS["prefix"])
+
+
+def test_attention_that_never_calls_the_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].build()
+    last = model.model.layers[1].self_attn
+    monkeypatch.setattr(last, "forward", lambda hidden_states, **kwargs: (hidden_states, None))
+    with pytest.raises(UnsupportedError, match="does not go through transformers' attention interface") as caught:
+        attach(model, METHODS["prefix"].with_token_ids([5, 9]))
+    assert caught.value.where == "model.layers.1.self_attn"
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_another_attention_chosen_later_is_no_silent_base() -> None:

@@ -266,6 +266,20 @@ def test_left_padded_generation_equals_rows_alone(family: str) -> None:
         assert torch.equal(tokens, torch.cat([token for token, _ in alone]))
 
 
+def test_left_padding_without_position_ids() -> None:
+    """OPT counts positions by the mask, with virtual tokens as well as without."""
+    model, batch = FAMILIES["opt"].build(), left_padded(FAMILIES["opt"].batch())
+    moved(model, METHODS["prompt"], "a", 1)
+    moved(model, LONGER, "b", 2)
+    rows = ["a", "b", None]
+    alone = []
+    for row, name in enumerate(rows):
+        activate(model, name)
+        alone.append(logits(model, one(batch, row)))
+    activate(model, rows=rows)
+    expect_rows(logits(model, batch), alone, batch)
+
+
 @pytest.mark.parametrize("family", [*CAUSAL, *SEQ2SEQ])
 @pytest.mark.parametrize("padded", [False, True])
 def test_beams_of_mixed_rows_with_and_without_cache(family: str, padded: bool) -> None:

@@ -43,6 +43,7 @@ def test_other_spellings() -> None:
             {"name": "prefix", "encoder_hidden_size": 8},
             "`encoder_hidden_size` has no effect without `prefix_projection`",
         ),
+        ({"name": "prefix", "init_text": "a film", "init_std": 0.1}, "`init_std` has no effect on a start from text"),
         ({"name": "ptuning", "encoder_num_layers": 3}, "no effect with MLP"),
         ({"name": "ptuning", "encoder_dropout": 0.1}, "`encoder_dropout` works between the layers"),
         (

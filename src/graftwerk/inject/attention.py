@@ -295,7 +295,14 @@ def _starting_values(model: PreTrainedModel, method: Prefix, anatomy: Anatomy) -
     if ids is None:
         return {place.path: _small(method, place) for place in anatomy.attentions}
     heard = _listen(model, torch.tensor(ids, device=table.device)[None])
-    return {place.path: _flat(heard[id(model.get_submodule(place.path))], place) for place in anatomy.attentions}
+    hosts = {place: model.get_submodule(place.path) for place in anatomy.attentions}
+    if silent := [place.path for place, host in hosts.items() if id(host) not in heard]:
+        raise UnsupportedError(
+            f"the attention of {type(model).__name__} does not go through transformers' attention interface",
+            where=silent[0],
+            mend="use lora, bottleneck or prompt tuning on this model",
+        )
+    return {place.path: _flat(heard[id(host)], place) for place, host in hosts.items()}
 
 
 def _small(method: Prefix, place: AttentionPlace) -> _KeysAndValues:

@@ -58,6 +58,8 @@ class Prefix(FromText):
 
     @model_validator(mode="after")
     def _nothing_without_effect(self) -> Self:
+        if self.init == "text" and self.init_std != type(self).model_fields["init_std"].default:
+            raise ValueError("`init_std` has no effect on a start from text")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise ValueError("`encoder_hidden_size` has no effect without `prefix_projection`: there is no network")
         return self
