@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"name": "prefix", "num_virtual_tokens": 3},
     "prefix mlp": {"name": "prefix", "num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 6},
     "prompt": {"name": "prompt", "num_virtual_tokens": 3},
-    "ptuning mlp": {"name": "ptuning", "num_virtual_tokens": 12, "encoder_hidden_size": 6},
+    "ptuning mlp": {"name": "ptuning", "num_virtual_tokens": 3, "encoder_hidden_size": 6},
     "ptuning lstm": {
         "name": "ptuning", "num_virtual_tokens": 3, "encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM",
     },

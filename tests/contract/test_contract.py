@@ -107,7 +107,9 @@ def test_base_is_untouched(method: str, family: str) -> None:
 
 
 @matrix
-def test_every_element_trains_and_nothing_else(method: str, family: str) -> None:
+def test_every_element_trains_and_nothing_else(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A rectifier that is off for all of these rows would hide whether its weights can be reached; this is about wiring.
+    monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.nn.functional.silu(x))
     model, _, graft = grafted(method, family)
     mine = {id(parameter) for parameter in graft.parameters()}
     assert mine
@@ -125,10 +127,6 @@ def test_every_element_trains_and_nothing_else(method: str, family: str) -> None
         if method == "full":
             # Tokens and positions that no row has cannot be learnt about; every tensor as a whole is.
             assert total.abs().sum() > 0, key
-        elif method.startswith("ptuning"):
-            # The network reads the same few embeddings in every batch: a rectifier that is off for them stays off, and so
-            # does one in a head that pools a virtual token.
-            assert (total > 0).float().mean() > 0.25, key
         else:
             assert (total > 0).all(), f"{key}: {(total == 0).sum()} of {total.numel()} elements get no gradient"
 
