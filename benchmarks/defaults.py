@@ -2,8 +2,8 @@
 
     python benchmarks/defaults.py lora=5e-4,1e-3,2e-3 prefix=1e-2,3e-2 --seeds 0,1
 
-Reads the film snippets, takes away every row that `examples/movies.yaml` trains, chooses or measures on, and splits the rest:
-2,000 to train on, 1,500 to measure on. Prints one JSON object a run.
+Reads the film snippets, takes away every row that `examples/movies.yaml` trains, chooses or measures on, and splits
+the rest: 2,000 to train on, 1,500 to measure on. Prints one JSON object a run.
 """
 
 from __future__ import annotations
