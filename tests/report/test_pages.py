@@ -300,7 +300,7 @@ def poisoned(tree: Any, text: str) -> Any:
     return text + tree if isinstance(tree, str) else tree
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.one_of(st.just(HOSTILE), st.text(max_size=40)))
 def test_hostile_texts_stay_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("hostile")
@@ -323,7 +323,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.data())
 def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("odd")
@@ -378,3 +378,22 @@ def test_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
 def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
     folder = examples.write_comparison(tmp_path, examples.comparison())
     assert write_report(folder).read_bytes() == write_report(str(folder)).read_bytes()
+
+
+def test_pairs_are_told_from_the_better_side(tmp_path: Path) -> None:
+    result = examples.comparison(names=("full", "probe"))
+    (pair,) = result["differences"]
+    pair.update(a="probe", b="full", value=-0.06, low=-0.08, high=-0.04, verdict="worse")
+    page = page_of(examples.write_comparison(tmp_path, result))
+    assert [e.text for e in page.all("td", "verdict")] == ["full is better"]
+    assert "full against probe+6.0+4.0 to +8.0" in page.text
+    assert "worse by 6.0 points (4.0 to 8.0)" in page.text
+
+
+def test_figures_too_large_to_be_any_are_missing_ones(tmp_path: Path) -> None:
+    result = examples.comparison()
+    for method, value in zip(result["methods"], (1e308, -1e308, 1e-320, 0.0, 5.0, 1e31, 2.0), strict=True):
+        method["cost"]["training_seconds"] = method["figure"]["high"] = value
+    page = page_of(examples.write_comparison(tmp_path, result))
+    assert "Not measured, so not drawn: full, lora and ia3." in page.text
+    assert "nan" not in " ".join(str(e.attributes) for e in page.all("line"))
