@@ -16,7 +16,9 @@ from graftwerk.errors import GraftwerkError
 
 
 class Child:
-    """``function`` in a process of its own; `wait` gives its exit code, that of a `GraftwerkError`, or minus the signal."""
+    """``function`` in a process of its own; `wait` gives its exit code, that of a `GraftwerkError`, or minus the
+    signal.
+    """
 
     def __init__(self, function: Callable[[], object]) -> None:
         self.pid = os.fork()
@@ -59,11 +61,18 @@ def log_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     """The events of a run's log, without what the clock says; of all kinds, or of these."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in line.items() if key not in TIMES} for line in lines if not kinds or line["kind"] in kinds
+        {key: value for key, value in line.items() if key not in TIMES}
+        for line in lines
+        if not kinds or line["kind"] in kinds
     ]
 
 
 def left_by(folder: Path) -> dict[str, bytes]:
-    """Every byte that training left: the adapter's weights, and of each checkpoint the weights, moments and generators."""
-    files = [folder / "adapter" / "adapter_model.safetensors", *sorted((folder / "checkpoints").glob("step-*/*.safetensors"))]
+    """Every byte that training left: the adapter's weights, and of each checkpoint the weights, moments and
+    generators.
+    """
+    files = [
+        folder / "adapter" / "adapter_model.safetensors",
+        *sorted((folder / "checkpoints").glob("step-*/*.safetensors")),
+    ]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}

@@ -47,7 +47,9 @@ def _tree(model: Path, data: Path, output_dir: Path, method: Any = "lora", **tra
 
 @pytest.fixture
 def run_file(tmp_path: Path, tiny_encoder: Path, glosses: Path) -> Callable[..., Tree]:
-    """A run file as a mapping: 12 steps of 6 rows, evaluated and saved every 4; keyword arguments are `training` settings."""
+    """A run file as a mapping: 12 steps of 6 rows, evaluated and saved every 4; keyword arguments are `training`
+    settings.
+    """
 
     def build(output_dir: Path | str = tmp_path / "run", *, method: Any = "lora", **training: Any) -> Tree:
         return _tree(tiny_encoder, glosses, Path(output_dir), method, **training)

@@ -30,14 +30,19 @@ def snapshot(step: int, best: int | None = None, **state: Any) -> Snapshot:
         weights={"a.lora_A.weight": tensor(4, 8), "classifier.bias": tensor(3)},
         optimizer={"exp_avg.classifier.bias": tensor(3), "step.classifier.bias": tensor()},
         rng={"0.torch": torch.arange(20, dtype=torch.uint8)},
-        state={"step": step, "best": None if best is None else {"step": best, "metric": "accuracy", "value": 0.5}, **state},
+        state={
+            "step": step,
+            "best": None if best is None else {"step": best, "metric": "accuracy", "value": 0.5},
+            **state,
+        },
     )
 
 
 def same(one: Snapshot, other: Snapshot) -> bool:
     tensors = [(getattr(one, part), getattr(other, part)) for part in ("weights", "optimizer", "rng")]
     return all(
-        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a) for a, b in tensors
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) and a[key].dtype == b[key].dtype for key in a)
+        for a, b in tensors
     ) and dict(one.state) == dict(other.state)
 
 
@@ -211,7 +216,9 @@ def killed_at(call: int, save: Any) -> Child:
 
 
 def test_killed_at_each_step_of_a_save_there_is_the_old_or_the_new_and_never_a_mixture(tmp_path: Path) -> None:
-    """Also of a save that replaces a checkpoint and deletes old ones; and the next save works as if nothing had been."""
+    """Also of a save that replaces a checkpoint and deletes old ones; and the next save works as if nothing had
+    been.
+    """
     kept, seen = tmp_path / "kept", set()
     checkpoints = Checkpoints(kept, limit=1)
     checkpoints.save(snapshot(1, 1))

@@ -13,7 +13,12 @@ PRIOR = 0.69
 
 def watcher(rate: float = 1e-3, total: int = 300, prior: float | None = PRIOR) -> Diagnosis:
     return Diagnosis(
-        total_steps=total, warmup_steps=18, learning_rate=rate, default_learning_rate=1e-3, method="lora", prior_loss=prior
+        total_steps=total,
+        warmup_steps=18,
+        learning_rate=rate,
+        default_learning_rate=1e-3,
+        method="lora",
+        prior_loss=prior,
     )
 
 

@@ -43,15 +43,14 @@ def test_in_a_step(run_file: Build, tmp_path: Path, undisturbed: Path, signum: i
     assert Run(tmp_path / "run").manifest["status"] == "interrupted"
     assert not (tmp_path / "run" / ".lock").exists()
     train(run_file(), resume=True)
-    assert left_by(tmp_path / "run")["adapter/adapter_model.safetensors"] == (
-        left_by(undisturbed)["adapter/adapter_model.safetensors"]
+    assert (
+        left_by(tmp_path / "run")["adapter/adapter_model.safetensors"]
+        == (left_by(undisturbed)["adapter/adapter_model.safetensors"])
     )
     assert log_of(tmp_path / "run", "step", "evaluation") == log_of(undisturbed, "step", "evaluation")
 
 
-def test_in_an_evaluation(
-    run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_an_evaluation(run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is left at once, the step is saved, and the resumed run evaluates first."""
     real = evaluation.run_model
 
@@ -71,9 +70,7 @@ def test_in_an_evaluation(
     assert log_of(tmp_path / "run", "step", "evaluation") == log_of(undisturbed, "step", "evaluation")
 
 
-def test_in_the_last_evaluation(
-    run_file: Build, tmp_path: Path, undisturbed: Path
-) -> None:
+def test_in_the_last_evaluation(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
     with pytest.raises(Interrupted) as caught:
         train(run_file(), listener=signals_at("phase", 12, signal.SIGTERM))
     assert (caught.value.kept or "").endswith("step-000012")

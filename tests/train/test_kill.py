@@ -15,8 +15,12 @@ from tests.train.children import Child, left_by, log_of
 Build = Callable[..., dict[str, Any]]
 
 
-def test_killed_at_random_and_resumed_it_ends_in_the_same_bytes(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
-    """Each child goes on where the one before was killed; the time to the kill is drawn from the time that a whole run takes."""
+def test_killed_at_random_and_resumed_it_ends_in_the_same_bytes(
+    run_file: Build, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Each child goes on where the one before was killed; the time to the kill is drawn from the time that a whole
+    run takes.
+    """
     tree = run_file()
     draw, kills, runs = random.Random(7), 0, 0
     started = time.monotonic()
@@ -35,7 +39,7 @@ def test_killed_at_random_and_resumed_it_ends_in_the_same_bytes(run_file: Build,
     assert left_by(tmp_path / "run") == left_by(undisturbed)
     kinds = ("step", "evaluation", "diagnosis")
     assert log_of(tmp_path / "run", *kinds) == log_of(undisturbed, *kinds)
-    assert not [path for path in (tmp_path / "run").rglob(".*")]
+    assert not list((tmp_path / "run").rglob(".*"))
 
 
 def test_killed_right_after_each_step_and_each_save(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
@@ -43,7 +47,15 @@ def test_killed_right_after_each_step_and_each_save(run_file: Build, tmp_path: P
     import os
     import signal
 
-    moments = [("step", 1), ("step", 4), ("evaluation", 4), ("checkpoint", 4), ("step", 7), ("checkpoint", 12), ("phase", 12)]
+    moments = [
+        ("step", 1),
+        ("step", 4),
+        ("evaluation", 4),
+        ("checkpoint", 4),
+        ("step", 7),
+        ("checkpoint", 12),
+        ("phase", 12),
+    ]
     for moment in moments:
 
         def listener(event: Any, moment: tuple[str, int] = moment) -> None:

@@ -26,7 +26,8 @@ from graftwerk.train.settings import TrainingSettings
 
 
 class Bench:
-    """36 rows to train on and 12 to validate, of token ids that say what their class is; a BERT of width 32 from its config.
+    """36 rows to train on and 12 to validate, of token ids that say what their class is; a BERT of width 32 from its
+    config.
 
     Nothing is read or tokenized, so that losses can be written down here.
     """
@@ -47,13 +48,20 @@ class Bench:
         self, folder: Path, *, method: Any = "lora", dropout: bool = False, validation: bool = True, **kwargs: Any
     ) -> Trainer:
         own = {name: kwargs.pop(name) for name in ("emit", "stop", "dtype") if name in kwargs}
-        settings = {"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, **kwargs}
+        settings = {
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            **kwargs,
+        }
         rate = 0.1 if dropout else 0.0
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=84, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=3,
+            vocab_size=84, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            num_labels=3,
             max_position_embeddings=64, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate,
         )  # fmt: skip
         return Trainer(
@@ -95,7 +103,8 @@ class Failing(Classification):
         return self.fail(self.calls, batch, loss)
 
 
-# -- golden: the same step however it is cut up ---------------------------------------------------------------------------
+# -- golden: the same step however it is cut up
+# ---------------------------------------------------------------------------
 
 GOLDEN = [1.09350, 1.11270, 1.09467, 1.13070, 1.09647, 1.08207, 1.09480, 1.11192]
 
@@ -105,7 +114,9 @@ def test_batch_8_once_is_batch_4_twice(bench: Bench, tmp_path: Path, method: str
     """36 rows in steps of 8: the last step of an epoch has 4, and the second epoch begins in the middle."""
     rate = {} if method == "lora" else {"learning_rate": 1e-3}
     whole = bench.trainer(tmp_path / "a", method=method, **rate)
-    cut = bench.trainer(tmp_path / "b", method=method, per_device_train_batch_size=4, gradient_accumulation_steps=2, **rate)
+    cut = bench.trainer(
+        tmp_path / "b", method=method, per_device_train_batch_size=4, gradient_accumulation_steps=2, **rate
+    )
     one, two = losses(whole), losses(cut)
     assert len(one) == 8
     assert one == pytest.approx(two, rel=1e-5)
@@ -185,7 +196,9 @@ def test_training_leaves_the_model_as_it_was(bench: Bench, tmp_path: Path) -> No
 def test_clipping_bounds_the_gradient(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path / "a", max_grad_norm=1e-3)
     _, norm = trainer._gradients(trainer._rows(0))
-    clipped = torch.stack([parameter.grad.norm() for parameter in trainer.parameters if parameter.grad is not None]).norm()
+    clipped = torch.stack(
+        [parameter.grad.norm() for parameter in trainer.parameters if parameter.grad is not None]
+    ).norm()
     assert norm > 1e-3
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
     free = bench.trainer(tmp_path / "b", max_grad_norm=None)
@@ -201,7 +214,8 @@ def test_how_long(bench: Bench, tmp_path: Path) -> None:
     assert bench.trainer(tmp_path, max_steps=100, warmup_ratio=0.1).warmup_steps == 10
 
 
-# -- evaluation, the best, stopping early ---------------------------------------------------------------------------------
+# -- evaluation, the best, stopping early
+# ---------------------------------------------------------------------------------
 
 
 def test_evaluated_and_saved_when_it_was_asked_for(bench: Bench, tmp_path: Path) -> None:
@@ -284,7 +298,8 @@ def test_settings_that_need_rows_are_refused_without(bench: Bench, tmp_path: Pat
             bench.trainer(tmp_path, validation=False, **setting)
 
 
-# -- faults ---------------------------------------------------------------------------------------------------------------
+# -- faults
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_is_skipped_before_the_optimizer_sees_it(bench: Bench, tmp_path: Path) -> None:
@@ -339,7 +354,9 @@ def test_one_bad_micro_batch_spoils_the_step_and_no_more(bench: Bench, tmp_path:
 def too_many(limit: int) -> Failing:
     def fail(call: int, batch: dict[str, Tensor], loss: Tensor) -> Tensor:
         if len(batch["labels"]) > limit:
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to ...")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to ..."
+            )
         return loss
 
     return Failing(fail)
@@ -405,14 +422,22 @@ def test_scores_that_are_not_finite_end_the_run(bench: Bench, tmp_path: Path, mo
         bench.trainer(tmp_path, max_steps=1).fit()
 
 
-# -- resuming -------------------------------------------------------------------------------------------------------------
+# -- resuming
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])
 @pytest.mark.parametrize("stop_at", [3, 5, 6])
 def test_resumed_is_as_if_it_had_never_stopped(bench: Bench, tmp_path: Path, method: str, stop_at: int) -> None:
     """With dropout, evaluations in between, and the stop in and at the end of an epoch."""
-    kwargs = {"method": method, "dropout": True, "eval_steps": 2, "save_steps": 1, "learning_rate": 1e-3, "logging_steps": 2}
+    kwargs = {
+        "method": method,
+        "dropout": True,
+        "eval_steps": 2,
+        "save_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 2,
+    }
     whole, events = bench.trainer(tmp_path / "a", **kwargs), []
     whole.emit = events.append
     whole.fit()
@@ -440,7 +465,9 @@ def test_resumed_is_as_if_it_had_never_stopped(bench: Bench, tmp_path: Path, met
         return {key: value for key, value in event.as_dict().items() if "seconds" not in key and key != "path"}
 
     kinds = ("step", "evaluation", "diagnosis")
-    assert [told(e) for e in resumed if e.kind in kinds] == [told(e) for e in events if e.kind in kinds and e.step > stop_at]
+    assert [told(e) for e in resumed if e.kind in kinds] == [
+        told(e) for e in events if e.kind in kinds and e.step > stop_at
+    ]
     one, two = whole.checkpoints.load(8), second.checkpoints.load(8)
     for part in ("weights", "optimizer", "rng"):
         a, b = getattr(one, part), getattr(two, part)

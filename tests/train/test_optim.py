@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_the_schedule_rises_and_falls(kind: str) -> None:
     factors = [schedule(kind, step, total=100, warmup=10) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert factors[10] == 1.0
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[10:]))
     if kind == "constant":
         assert factors[-1] == 1.0
     else:

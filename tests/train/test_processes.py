@@ -117,12 +117,23 @@ print("status:", run.manifest["status"], flush=True)
 
 @pytest.mark.slow
 def test_accelerate_launch(run_file: Build, tmp_path: Path, still: Path) -> None:
-    """The real launcher, cold. Accelerate starts several CPU processes on one machine through its torchrun launcher only."""
+    """The real launcher, cold. Accelerate starts several CPU processes on one machine through its torchrun launcher
+    only.
+    """
     shared = {**run_file(tmp_path / "two", per_device_train_batch_size=4), "model": str(still)}
     alone = {**run_file(tmp_path / "one", per_device_train_batch_size=8), "model": str(still)}
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "config.json").write_text(json.dumps(shared))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(tmp_path / "config.json")],

@@ -18,7 +18,13 @@ CPU = torch.device("cpu")
 
 def draw() -> list[float]:
     # gauss and standard_normal make two numbers at once and keep one: that one is part of the state.
-    return [random.random(), random.gauss(0, 1), float(np.random.standard_normal()), float(np.random.rand()), torch.rand(1).item()]
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        float(np.random.standard_normal()),
+        float(np.random.rand()),
+        torch.rand(1).item(),
+    ]
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "with a normal number kept back"])
@@ -53,7 +59,7 @@ def test_what_is_drawn_aside_is_not_drawn() -> None:
     expected = [draw(), draw()]
     rng.seed(5)
     again = [draw()]
-    with pytest.raises(KeyError), rng.untouched(CPU):
+    with pytest.raises(KeyError), rng.untouched(CPU):  # noqa: PT012
         draw()
         raise KeyError
     assert [*again, draw()] == expected

@@ -114,7 +114,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(run_file: 
     assert left_by(tmp_path / "a") != left_by(tmp_path / "c")
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_again(run_file: Build, no_model: None, tmp_path: Path) -> None:
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(
+    run_file: Build, no_model: None, tmp_path: Path
+) -> None:
     tree = run_file()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text(json.dumps({"status": "finished"}))
@@ -206,7 +208,7 @@ def test_going_on_with_other_data_is_refused(
         row["text"] += " and so on"
     source.write_text("".join(json.dumps(row) + "\n" for row in changed))
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(ConflictError, match="data: '[0-9a-f]+") as caught:
+    with pytest.raises(ConflictError, match=r"data: '[0-9a-f]+") as caught:
         train(tree, resume=True)
     assert "warm_start" in (caught.value.mend or "")
 
@@ -217,10 +219,14 @@ def test_settings_that_change_nothing_may_change(run_file: Build, tmp_path: Path
     assert run.manifest["status"] == "finished"
 
 
-def test_a_warm_start_begins_from_the_weights_of_an_unfinished_run(run_file: Build, tmp_path: Path, stopped: Path) -> None:
+def test_a_warm_start_begins_from_the_weights_of_an_unfinished_run(
+    run_file: Build, tmp_path: Path, stopped: Path
+) -> None:
     """As the refusal offers it: the checkpoint, and another folder."""
     for number, source in enumerate((stopped, stopped / "checkpoints" / "step-000009")):
-        tree = run_file(tmp_path / str(number), warm_start=str(source), learning_rate=1e-12, max_steps=1, eval_steps=None)
+        tree = run_file(
+            tmp_path / str(number), warm_start=str(source), learning_rate=1e-12, max_steps=1, eval_steps=None
+        )
         weights = Checkpoints(train(tree).folder / "checkpoints").weights(1)
         for key, tensor in Checkpoints(stopped / "checkpoints").weights(9).items():
             assert torch.allclose(weights[key], tensor, atol=1e-6), key
@@ -266,7 +272,7 @@ def test_what_is_wrong_with_the_settings_shows_before_the_model_is_loaded(run_fi
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(run_file: Build, no_model: None) -> None:
-    with pytest.raises(EnvironmentFault, match="/proc/1/run|/sys/run") as caught:
+    with pytest.raises(EnvironmentFault, match=r"/proc/1/run|/sys/run") as caught:
         train(run_file("/sys/run"))
     assert caught.value.exit_code == 5
 

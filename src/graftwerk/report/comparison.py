@@ -72,7 +72,7 @@ def _results(
         "The dotted line is the Pareto front: for its methods, nothing that was tried is as good and cheaper. ",
         tag("span", class_="key recommended"), "recommended  ",
         tag("span", class_="key on-front"), "on the front  ",
-        tag("span", class_="key"), "beaten on both counts. ",
+        tag("span", class_="key"), "beaten: another is no worse and no dearer. ",
         "Point at a method, or reach it with the Tab key, for all its figures.",
     ]  # fmt: skip
     return [

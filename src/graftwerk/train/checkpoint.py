@@ -10,7 +10,8 @@ checkpoints/
   latest        text: the name of the newest whole one
   best          text: the name of the best evaluated one
 ```
-The two pointers are for people and other programs. What is gone on from is the newest folder that proves whole, so that a
+The two pointers are for people and other programs. What is gone on from is the newest folder that proves whole, so
+that a
 lost or lying pointer costs nothing.
 """
 
@@ -107,7 +108,8 @@ class Checkpoints:
         """
         if bad := [key for key, tensor in snapshot.weights.items() if not bool(torch.isfinite(tensor).all())]:
             raise DivergedError(
-                f"after step {snapshot.step} {len(bad)} trained tensors are not finite (the first: {bad[0]}); they are not saved",
+                f"after step {snapshot.step} {len(bad)} trained tensors are not finite (the first: {bad[0]}); "
+                f"they are not saved",
                 mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
                 kept=self.latest_said(),
             )
@@ -139,7 +141,8 @@ class Checkpoints:
         )
 
     def load_latest(self) -> Snapshot | None:
-        """The newest whole checkpoint, or None if there has never been one; damaged ones are passed over with a warning.
+        """The newest whole checkpoint, or None if there has never been one; damaged ones are passed over with a
+        warning.
 
         Raises:
             IntegrityError: there are some, and none is whole; the newest one's fault is named.
@@ -226,12 +229,16 @@ def _verify(folder: Path) -> None:
         except IntegrityError as error:
             raise IntegrityError(f"{listing} is damaged: {error.what}") from None
         if known.get("format") != FORMAT:
-            raise IntegrityError(f"{listing} is of format {known.get('format')!r:.20}; this version reads format {FORMAT}")
+            raise IntegrityError(
+                f"{listing} is of format {known.get('format')!r:.20}; this version reads format {FORMAT}"
+            )
         if content != _canonical(known).encode():
             raise IntegrityError(f"{listing} has been changed")
         files = known["files"]
         if wrong := sorted({FILES, *files} ^ there):
-            raise IntegrityError(f"{folder / wrong[0]} is {'missing' if wrong[0] in files else 'not part of this checkpoint'}")
+            raise IntegrityError(
+                f"{folder / wrong[0]} is {'missing' if wrong[0] in files else 'not part of this checkpoint'}"
+            )
         for name, figures in files.items():
             size = (folder / name).stat().st_size
             if size != figures["bytes"]:

@@ -2,12 +2,14 @@
 
 Three things are looked for, each said once. Losses are noisy, so everything is judged on means over windows of steps:
 
-- ``no_learning``: after the warm-up and enough steps the loss is still where it was at the start, or where it would be for a model
+- ``no_learning``: after the warm-up and enough steps the loss is still where it was at the start, or where it would
+be for a model
   that knows nothing but how frequent each label is. Typically a learning rate that fits full fine-tuning.
 - ``overfitting``: the validation loss has risen at two evaluations in a row while the training loss fell.
 - ``divergence``: the loss is far above where it started.
 
-The whole state is numbers, so that it goes into checkpoints and a resumed run says what an undisturbed one would have said.
+The whole state is numbers, so that it goes into checkpoints and a resumed run says what an undisturbed one would have
+said.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Diagnosis:
         learning_rate: The method's peak rate in this run.
         default_learning_rate: The method's own rate.
         method: Its name, for the advice.
-        prior_loss: Loss of a model that answers with the frequency of each label whatever it reads; None where the task has
+        prior_loss: Loss of a model that answers with the frequency of each label whatever it reads; None where the
+        task has
             no labels.
     """
 
@@ -122,9 +125,11 @@ class Diagnosis:
         return self._say(
             "overfitting",
             step,
-            f"the validation loss rises ({_row(memory.validated)}) while the training loss falls ({_row(memory.trained)}): "
+            f"the validation loss rises ({_row(memory.validated)}) while the training loss falls "
+            f"({_row(memory.trained)}): "
             "the model learns these rows by heart",
-            "fewer epochs or training.early_stopping_patience=1; more rows; a smaller adapter, more dropout or weight decay. "
+            "fewer epochs or training.early_stopping_patience=1; more rows; a smaller adapter, more dropout or "
+            "weight decay. "
             "With training.load_best the best evaluated state is handed over in any case",
         )
 
@@ -141,26 +146,44 @@ class Diagnosis:
         lower = min(self.rate / 5, self.default_rate)
         return (
             f"the loss has risen to {recent:.3g}, far above the {reference:.3g} it started from: training diverges",
-            f"training.learning_rate={lower:.1g} (it is {self.rate:.3g}, the default of {self.method} is {self.default_rate:.3g}), "
-            "a longer training.warmup_ratio, or training.max_grad_norm=1",
+            (
+                f"training.learning_rate={lower:.1g} (it is {self.rate:.3g}, the default of {self.method} is "
+                f"{self.default_rate:.3g}), a longer training.warmup_ratio, or training.max_grad_norm=1"
+            ),
         )
 
     def _not_learning(self, step: int, recent: float, known: float) -> tuple[str, str]:
         knows = "a model that only knows how frequent each label is" if known == self.prior_loss else "the start"
         if self.rate < self.default_rate / 3:
             mend = (
-                f"training.learning_rate=auto: {self.rate:.3g} is {self.default_rate / self.rate:.0f} times lower than the "
-                f"{self.default_rate:.3g} that {self.method} is known to need; small methods want far higher rates than full fine-tuning"
+                f"training.learning_rate=auto: {self.rate:.3g} is {self.default_rate / self.rate:.0f} times "
+                f"lower than the "
+                f"{self.default_rate:.3g} that {self.method} is known to need; small methods want far higher "
+                f"rates than full fine-tuning"
             )
         elif self.rate > self.default_rate * 10:
-            mend = f"training.learning_rate=auto: {self.rate:.3g} is far above the {self.default_rate:.3g} that {self.method} needs"
+            mend = (
+                f"training.learning_rate=auto: {self.rate:.3g} is far above the {self.default_rate:.3g} that "
+                f"{self.method} needs"
+            )
         else:
             mend = (
-                f"try training.learning_rate={self.rate * 5:.1g} and {self.rate / 5:.1g}; check that the labels belong to their rows; "
+                f"try training.learning_rate={self.rate * 5:.1g} and {self.rate / 5:.1g}; check that the labels "
+                f"belong to their rows; "
                 "a larger adapter or another method"
             )
-        return f"after {step} steps the loss ({recent:.3g}) is no better than that of {knows} ({known:.3g}): nothing is learnt", mend
+        return (
+            (
+                f"after {step} steps the loss ({recent:.3g}) is no better than that of {knows} ({known:.3g}): "
+                "nothing is learnt"
+            ),
+            mend,
+        )
 
 
 def _row(values: list[float]) -> str:
-    return " > ".join(f"{value:.3f}" for value in values) if values[0] > values[-1] else " < ".join(f"{v:.3f}" for v in values)
+    return (
+        " > ".join(f"{value:.3f}" for value in values)
+        if values[0] > values[-1]
+        else " < ".join(f"{v:.3f}" for v in values)
+    )

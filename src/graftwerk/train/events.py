@@ -2,9 +2,9 @@
 
 Kinds: ``phase`` (name) and ``progress`` (total, loss, left_seconds) are for people watching and never written down;
 ``finding`` (about the data), ``start`` (what will be done), ``step`` (loss, learning_rate, grad_norm, epoch, seconds,
-left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, mend), ``bad_step``, ``memory``,
-``early_stopping`` and ``warning`` (text), ``resume`` (path), ``finish``. Seconds are of training, counted by a monotonic
-clock and carried over a resume; order is the order of the lines.
+left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, mend), ``bad_step``,
+``memory``, ``early_stopping`` and ``warning`` (text), ``resume`` (path), ``finish``. Seconds are of training, counted
+by a monotonic clock and carried over a resume; order is the order of the lines.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ def to_logging(event: Event) -> None:
     figures = event.figures
     if event.kind in WORTH_A_WARNING or (event.kind == "finding" and figures.get("grave")):
         mend = f" ({figures['mend']})" if figures.get("mend") else ""
-        logging.getLogger("graftwerk").warning("step %d: %s%s", event.step, figures.get("text") or figures.get("message"), mend)
+        logging.getLogger("graftwerk").warning(
+            "step %d: %s%s", event.step, figures.get("text") or figures.get("message"), mend
+        )
 
 
 class JsonLines:
     """One JSON object per event and line, as it happens.
 
-    A log that cannot be written is no reason to lose a training: whole lines that do not fit are left out and counted in
-    ``lost``; ``on_trouble`` is told once, when it begins.
+    A log that cannot be written is no reason to lose a training: whole lines that do not fit are left out and counted
+    in ``lost``; ``on_trouble`` is told once, when it begins.
 
     Args:
         path: The file; its folder exists.
@@ -105,7 +107,9 @@ class JsonLines:
         except OSError as error:
             self.lost += 1
             if self.lost == 1 and self._on_trouble is not None:
-                self._on_trouble(f"{self.path} cannot be written ({error.strerror or error}); training goes on without it")
+                self._on_trouble(
+                    f"{self.path} cannot be written ({error.strerror or error}); training goes on without it"
+                )
         else:
             self.position += written
 
@@ -166,7 +170,9 @@ class TensorBoard:
     def _trouble(self, error: OSError) -> None:
         self._broken = True
         if self._on_trouble is not None:
-            self._on_trouble(f"TensorBoard files in {self.folder} cannot be written ({error}); training goes on without them")
+            self._on_trouble(
+                f"TensorBoard files in {self.folder} cannot be written ({error}); training goes on without them"
+            )
 
 
 def _plain(value: Any) -> Any:

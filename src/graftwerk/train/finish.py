@@ -14,9 +14,21 @@ from graftwerk.train.prepare import Prepared
 from graftwerk.train.validation import StopEvaluation
 
 IN_METADATA = (
-    "model", "base_fingerprint", "task", "labels", "max_length", "data", "metrics", "parameters", "cost", "best", "seed",
-    "command", "versions", "graftwerk",
-)  # fmt: skip
+    "model",
+    "base_fingerprint",
+    "task",
+    "labels",
+    "max_length",
+    "data",
+    "metrics",
+    "parameters",
+    "cost",
+    "best",
+    "seed",
+    "command",
+    "versions",
+    "graftwerk",
+)
 """What an adapter takes along of its run's manifest."""
 
 
@@ -72,7 +84,9 @@ def finish(
     manifest["cost"]["adapter_bytes"] = size_on_disk(folder.adapter)
     manifest["status"] = "finished"
     folder.write_manifest(manifest)
-    trainer.emit(Event("finish", trainer.state.step, metrics=manifest["metrics"], cost=manifest["cost"], best=manifest["best"]))
+    trainer.emit(
+        Event("finish", trainer.state.step, metrics=manifest["metrics"], cost=manifest["cost"], best=manifest["best"])
+    )
 
 
 def _predictions(trainer: Trainer, prepared: Prepared, split: str, step: int) -> Predictions:

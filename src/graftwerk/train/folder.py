@@ -77,7 +77,8 @@ class RunFolder:
         if manifest is None:
             if found:
                 raise ConflictError(
-                    f"{self.path} has {', '.join(found)}, but no {MANIFEST}, so it is no run that could be gone on with",
+                    f"{self.path} has {', '.join(found)}, but no {MANIFEST}, so it is no run that could be gone "
+                    f"on with",
                     mend="choose another output_dir, or replace these with --overwrite",
                 )
             return None

@@ -33,7 +33,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """What does not forbid going on, but makes sums round differently from here on."""
     old, new = before.get("environment", {}), now.get("environment", {})
-    changed = [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [
+        f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     return f"the rest of this run will not be the same to the last bit: {'; '.join(changed)}" if changed else None
 
 

@@ -94,7 +94,9 @@ class Processes:
         targets = None if own.targets is None else self._interleaved(np.pad(own.targets, (0, missing)))[:rows]
         if own.loss is None:
             return Predictions(scores, targets, None)
-        total, count = self.sum(torch.tensor([own.loss * len(own.scores), len(own.scores)], device=self.device)).tolist()
+        total, count = self.sum(
+            torch.tensor([own.loss * len(own.scores), len(own.scores)], device=self.device)
+        ).tolist()
         return Predictions(scores, targets, total / count)
 
     def _interleaved(self, own: np.ndarray) -> np.ndarray:

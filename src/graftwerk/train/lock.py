@@ -1,9 +1,9 @@
 """One run per folder. The lock is a small JSON file that says who holds it, and a kernel lock (flock) on that file.
 
 The kernel drops its lock with the process, so a killed run leaves none. What is written in the file names the holder,
-and decides where the kernel cannot: file systems without flock, and a child process that outlived the run and inherited
-the descriptor. A process is identified by boot id, pid namespace, pid and start time: pids are used again, and a
-wall clock may jump.
+and decides where the kernel cannot: file systems without flock, and a child process that outlived the run and
+inherited the descriptor. A process is identified by boot id, pid namespace, pid and start time: pids are used again,
+and a wall clock may jump.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def _open(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except (FileExistsError, NotADirectoryError):
-        raise ConflictError(f"{path.parent} is a file; a run needs a folder", mend="choose another output_dir") from None
+        raise ConflictError(
+            f"{path.parent} is a file; a run needs a folder", mend="choose another output_dir"
+        ) from None
     except OSError as error:
         what, mend = FAULTS.get(error.errno or 0, (str(error), "choose another output_dir"))
         raise EnvironmentFault(f"cannot write into {path.parent}: {what}", where=str(path.parent), mend=mend) from None

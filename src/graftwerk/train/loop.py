@@ -1,8 +1,9 @@
 """The one training loop, over accelerate: `Trainer.fit` is the whole story, the methods below it are its sentences.
 
-Legend: a *step* is one update of the optimizer from ``rows_per_step`` rows; it is worked off in *micro-batches*, on one
-or several processes. Everything that the next step depends on is in `TrainState`, the parameters, the optimizer's moments
-and the random generators, and goes into every checkpoint; row order and learning rate follow from the step's number.
+Legend: a *step* is one update of the optimizer from ``rows_per_step`` rows; it is worked off in *micro-batches*, on
+one or several processes. Everything that the next step depends on is in `TrainState`, the parameters, the optimizer's
+moments and the random generators, and goes into every checkpoint; row order and learning rate follow from the step's
+number.
 """
 
 from __future__ import annotations
@@ -40,16 +41,12 @@ SEED_STRIDE = 1_000_003
 class TrainState:
     """Where a run is. Plain numbers, stored in every checkpoint.
 
-    Attributes:
-        step: Steps done, the skipped ones included.
-        micro_batch: Rows of a micro-batch; smaller than the settings say after memory ran out.
-        bad_steps: Steps skipped because loss or gradient were not finite.
-        best: ``step``, ``metric`` and ``value`` of the best evaluation so far.
-        stale: Evaluations since the best one.
-        evaluated: The step of the last evaluation.
-        loss_sum, loss_count: Of the steps since the last ``step`` event; bad ones have events of their own.
-        grad_norm: Of the last good step, before clipping.
-        seconds: Of training so far, evaluations and checkpoints included.
+    Attributes: step: Steps done, the skipped ones included. micro_batch: Rows of a micro-batch; smaller than the
+        settings say after memory ran out. bad_steps: Steps skipped because loss or gradient were not finite. best:
+        ``step``, ``metric`` and ``value`` of the best evaluation so far. stale: Evaluations since the best one.
+        evaluated: The step of the last evaluation. loss_sum, loss_count: Of the steps since the last ``step`` event;
+        bad ones have events of their own. grad_norm: Of the last good step, before clipping. seconds: Of training so
+        far, evaluations and checkpoints included.
     """
 
     step: int
@@ -67,17 +64,12 @@ class TrainState:
 class Trainer:
     """Trains a graft that is attached and active on its model.
 
-    Args:
-        graft: What is trained; its model is moved to the device that accelerate chooses.
-        train, validation: Encoded rows; without validation rows nothing is evaluated and the last state is the best.
-        checkpoints: Where states go.
-        emit: Told everything that happens.
-        stop: Looked at between steps.
-        log_position: Forces the event log to the disk and says how long it is; stored in checkpoints.
-        identity: What this run is (settings, data, base); stored in checkpoints as it is.
-        dtype: What forward passes compute in; anything but float32 means autocast.
-        prior_loss: As for `Diagnosis`.
-        processes: Those that train together; None: as this one was launched.
+    Args: graft: What is trained; its model is moved to the device that accelerate chooses. train, validation: Encoded
+        rows; without validation rows nothing is evaluated and the last state is the best. checkpoints: Where states
+        go. emit: Told everything that happens. stop: Looked at between steps. log_position: Forces the event log to
+        the disk and says how long it is; stored in checkpoints. identity: What this run is (settings, data, base);
+        stored in checkpoints as it is. dtype: What forward passes compute in; anything but float32 means autocast.
+        prior_loss: As for `Diagnosis`. processes: Those that train together; None: as this one was launched.
 
     Raises:
         ConfigError: settings that ask for validation rows where there are none.
@@ -111,7 +103,9 @@ class Trainer:
         self.processes = processes or Processes()
         self.device = self.processes.device
         if dtype == torch.float16 and self.device.type == "cpu":
-            raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16")
+            raise UnsupportedError(
+                "float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16"
+            )
         self.model = self.processes.prepare(graft.model)
         self.parameters = list(graft.parameters())
         try:
@@ -235,7 +229,9 @@ class Trainer:
         self.first_step_at = self.first_step_at or time.monotonic()
         self._news += self.diagnosis.trained(state.step, loss)
         if self._clock.progress_due():
-            self._news.append(Event("progress", state.step, total=self.total_steps, loss=loss, left_seconds=self._left()))
+            self._news.append(
+                Event("progress", state.step, total=self.total_steps, loss=loss, left_seconds=self._left())
+            )
 
     def _gradients(self, rows: Sequence[int]) -> tuple[float, float]:
         """The gradient of the mean loss over all targets of the step, clipped.
@@ -310,7 +306,9 @@ class Trainer:
             f"out of memory ({memory.numbers(self.device)}): going on with {accumulation} micro-batches of "
             f"{state.micro_batch} rows; a step still has {self.rows_per_step} rows"
         )
-        self._news.append(Event("memory", state.step, text=text, micro_batch=state.micro_batch, accumulation=accumulation))
+        self._news.append(
+            Event("memory", state.step, text=text, micro_batch=state.micro_batch, accumulation=accumulation)
+        )
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
@@ -386,13 +384,19 @@ class Trainer:
         state, settings = self.state, self.settings
         state.seconds = self._clock.seconds()
         gathered = {name: self.processes.gather(tensor) for name, tensor in rng.capture(self.device).items()}
-        schedule = {"kind": settings.lr_scheduler_type, "total_steps": self.total_steps, "warmup_steps": self.warmup_steps}
+        schedule = {
+            "kind": settings.lr_scheduler_type,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+        }
         if self.processes.main:
             snapshot = Snapshot(
                 step=state.step,
                 weights=self.graft.state_dict(),
                 optimizer=optim.optimizer_tensors(self.optimizer),
-                rng={f"{n}.{name}": states[n] for name, states in gathered.items() for n in range(self.processes.count)},
+                rng={
+                    f"{n}.{name}": states[n] for name, states in gathered.items() for n in range(self.processes.count)
+                },
                 state={
                     **asdict(state),
                     "processes": self.processes.count,
@@ -460,8 +464,10 @@ class Trainer:
         longest = max((example.length for example in self.train), default=0)
         trained = sum(parameter.numel() for parameter in self.parameters)
         return EnvironmentFault(
-            f"{what}: {memory.numbers(self.device)}; rows have up to {longest} tokens, {trained:,} parameters are trained",
-            mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or data.max_length, "
+            f"{what}: {memory.numbers(self.device)}; rows have up to {longest} tokens, {trained:,} parameters "
+            f"are trained",
+            mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
+            "data.max_length, "
             "a method that trains less, or a smaller model",
             kept=self.checkpoints.latest_said(),
         )

@@ -28,7 +28,8 @@ def numbers(device: torch.device) -> str:
     """How much this process holds and how much there is, in words."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return f"{torch.cuda.memory_allocated(device) / 2**30:.1f} GiB in use, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free on {device}"
+        used = torch.cuda.memory_allocated(device) / 2**30
+        return f"{used:.1f} GiB in use, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free on {device}"
     held = _kilobytes("/proc/self/status", "VmRSS:")
     free_kilobytes = _kilobytes("/proc/meminfo", "MemAvailable:")
     if held is None or free_kilobytes is None:

@@ -1,7 +1,8 @@
-"""The optimizer: AdamW over a graft's parameters in groups of one learning rate each, and the schedule as a pure function.
+"""The optimizer: AdamW over a graft's parameters in groups of one learning rate each, and the schedule as a pure
+function.
 
-AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101. The decay acts on matrices only:
-vectors, biases, norms and scales are not pulled towards zero.
+AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101. The decay acts on matrices
+only: vectors, biases, norms and scales are not pulled towards zero.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Rates:
 
 
 def peak_rates(graft: Graft, settings: TrainingSettings) -> Rates:
-    """`auto` resolved: a method's rate is its class default; a head's the method's default for heads, else the method's rate."""
+    """`auto` resolved: a method's rate is its class default; a head's the method's default for heads, else the
+    method's rate.
+    """
     own = graft.method.default_learning_rate
     rate = own if settings.learning_rate == "auto" else settings.learning_rate
     if settings.head_learning_rate != "auto":
@@ -63,7 +66,9 @@ def parameter_groups(graft: Graft, settings: TrainingSettings) -> list[dict[str,
 
 
 def build_optimizer(graft: Graft, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW whose moments are already there, so that a step can no longer run out of memory half way through an update."""
+    """AdamW whose moments are already there, so that a step can no longer run out of memory half way through an
+    update.
+    """
     groups = parameter_groups(graft, settings)
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
@@ -80,7 +85,9 @@ def build_optimizer(graft: Graft, settings: TrainingSettings) -> torch.optim.Ada
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments by name: ``exp_avg.<raw key>`` and ``exp_avg_sq.<raw key>`` shaped as the parameter, ``step.<raw key>`` ()."""
+    """The moments by name: ``exp_avg.<raw key>`` and ``exp_avg_sq.<raw key>`` shaped as the parameter, ``step.<raw
+    key>`` ().
+    """
     return {
         f"{moment}.{key}": optimizer.state[parameter][moment].detach()
         for group in optimizer.param_groups
@@ -111,8 +118,9 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
 def schedule(kind: str, step: int, total: int, warmup: int) -> float:
     """Factor on the peak rate of step ``step`` (counted from 0) of ``total``.
 
-    The rate rises linearly over the first ``warmup`` steps (the first already learns), then stays (`constant`), or falls
-    towards zero along a line (`linear`) or half a cosine (`cosine`), which it would reach one step after the last.
+    The rate rises linearly over the first ``warmup`` steps (the first already learns), then stays (`constant`), or
+    falls towards zero along a line (`linear`) or half a cosine (`cosine`), which it would reach one step after the
+    last.
     """
     if step < warmup:
         return (step + 1) / warmup

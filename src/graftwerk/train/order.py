@@ -1,8 +1,8 @@
 """Which rows go into which step, micro-batch and process: pure functions of lengths, seed and epoch.
 
 A step's rows are drawn first, and only then cut into micro-batches and shared among processes. So a step is the same
-set of rows whether it is worked off as (batch 8, accumulation 1), as (4, 2), or by two processes of 4, and resuming in
-the middle of an epoch needs nothing but the step's number.
+set of rows whether it is worked off as (batch 8, accumulation 1), as (4, 2), or by two processes of 4, and resuming
+in the middle of an epoch needs nothing but the step's number.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def micro_batches(
 ) -> list[list[int]]:
     """One process's share of a step, as micro-batches of at most ``micro`` rows.
 
-    The step's rows are sorted by length and cut into equal pieces, dealt out so that processes working at the same time
-    have pieces of like length. All processes get the same number of pieces; in a step with fewer rows than pieces some
-    are empty.
+    The step's rows are sorted by length and cut into equal pieces, dealt out so that processes working at the same
+    time have pieces of like length. All processes get the same number of pieces; in a step with fewer rows than
+    pieces some are empty.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     rounds = math.ceil(len(ordered) / (micro * processes))

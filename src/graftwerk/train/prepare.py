@@ -107,7 +107,8 @@ def _max_length(settings: RunConfig, config: Any, tokenizer: Any) -> int:
         )
     if limit <= virtual:
         raise ConfigError(
-            f"{virtual} virtual tokens leave no room in the {limit} positions of the model", where="method.num_virtual_tokens"
+            f"{virtual} virtual tokens leave no room in the {limit} positions of the model",
+            where="method.num_virtual_tokens",
         )
     return min(length, limit - virtual)
 

@@ -1,4 +1,6 @@
-"""The states of all random number generators as tensors, so that they can lie in a safetensors file (never a pickle)."""
+"""The states of all random number generators as tensors, so that they can lie in a safetensors file (never a
+pickle).
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ First the settings, then the folder, the data, the model; only then is anything 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import DivergedError, GraftwerkError, Interrupted
+from graftwerk.errors import DivergedError, GraftwerkError
 from graftwerk.train.checkpoint import Checkpoints, Snapshot
 from graftwerk.train.clock import seconds_since_process_start
 from graftwerk.train.events import Event, Hub, JsonLines, Listener, TensorBoard, to_logging
@@ -44,7 +45,8 @@ def train(
             finished run is given back as it is.
         overwrite: Replace the run in `output_dir`.
         listener: Told every event as it happens (`train.events`); without one, what goes wrong goes to `logging`.
-        overrides: Settings by name, over those of the run file: ``learning_rate=1e-3``, ``method="prefix"``; dotted keys as
+        overrides: Settings by name, over those of the run file: ``learning_rate=1e-3``, ``method="prefix"``; dotted
+        keys as
             ``**{"data.max_train_rows": 100}``.
 
     Raises:
@@ -62,7 +64,9 @@ def train(
     main = os.environ.get("RANK", "0") == "0"  # set by the launcher; nothing heavy is imported to find out
     hub = Hub(*([listener or to_logging] if main else []))
     checkpoints = Checkpoints(
-        folder.checkpoints, limit=settings.training.save_total_limit, warn=lambda text: hub(Event("warning", 0, text=text))
+        folder.checkpoints,
+        limit=settings.training.save_total_limit,
+        warn=lambda text: hub(Event("warning", 0, text=text)),
     )
     stop = StopSignals(kept=checkpoints.latest_said)
     with stop.installed(), RunLock(folder.path) if main else nullcontext():
@@ -201,7 +205,11 @@ class _Work:
             self.hub(Event("warning", step, text=text))
 
         log = JsonLines(self.folder.log, offset, trouble) if "jsonl" in wanted else None
-        board = TensorBoard(self.folder.tensorboard, step if snapshot else None, trouble) if "tensorboard" in wanted else None
+        board = (
+            TensorBoard(self.folder.tensorboard, step if snapshot else None, trouble)
+            if "tensorboard" in wanted
+            else None
+        )
         writers = [writer for writer in (log, board) if writer is not None]
         self.hub.listeners.extend(writers)
         try:
@@ -224,8 +232,7 @@ class _Work:
             if self.processes.main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
                 said = error.as_dict() if isinstance(error, GraftwerkError) else {"error": type(error).__name__}
-                try:
+                # The error that brought us here is the one to report, not one on top of it.
+                with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": said})
-                except (GraftwerkError, OSError):
-                    pass  # the error that brought us here is the one to report
             raise

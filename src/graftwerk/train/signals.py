@@ -18,9 +18,10 @@ SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """What was asked for, and what to do about it.
 
-    Outside `deferring` (rows are read, the model is loaded: nothing to save) a signal raises `Interrupted` where it hits.
-    Inside, the first one only sets ``signum``; the loop looks at it between steps, saves, and raises `Interrupted`
-    itself. A second one raises at once: files are written whole or not at all, so the last good state stays.
+    Outside `deferring` (rows are read, the model is loaded: nothing to save) a signal raises `Interrupted` where it
+    hits. Inside, the first one only sets ``signum``; the loop looks at it between steps, saves, and raises
+    `Interrupted` itself. A second one raises at once: files are written whole or not at all, so the last good state
+    stays.
 
     Args:
         kept: Says what is on disk, for the message of an immediate stop.

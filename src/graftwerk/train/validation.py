@@ -120,7 +120,9 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
         for name in NEED_ROWS:
             if getattr(settings, name) is not None:
                 raise ConfigError(
-                    f"`{name}` needs validation rows", where=f"training.{name}", mend="set data.validation, or leave it out"
+                    f"`{name}` needs validation rows",
+                    where=f"training.{name}",
+                    mend="set data.validation, or leave it out",
                 )
     known = ("loss", *METRICS)
     if settings.metric_for_best is not None and settings.metric_for_best not in known:

@@ -81,7 +81,9 @@ def _adapter_weights(graft: Graft, folder: Path) -> dict[str, Tensor]:
 def _existing(source: str) -> Path:
     folder = Path(source)
     if not folder.is_dir():
-        raise ConfigError(f"there is no folder {source}", where=KEY, mend="give a run, a checkpoint or an adapter folder")
+        raise ConfigError(
+            f"there is no folder {source}", where=KEY, mend="give a run, a checkpoint or an adapter folder"
+        )
     return folder
 
 
