@@ -94,7 +94,8 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
             [place.kv_heads * place.head_dim for place in view.attentions], [stack.width for stack in view.stacks]
         )
     else:
-        own = sum(method.count_vectors(stack.width) for stack in view.stacks)  # type: ignore[attr-defined]
+        # Prompts stand in front of the text alone: in an encoder-decoder, at the encoder.
+        own = method.count_vectors(view.stacks[0].width)  # type: ignore[attr-defined]
     return {"trained": own + head, "head": head, "total": total, "share": (own + head) / total}
 
 
