@@ -205,6 +205,7 @@ def test_a_run_of_a_comparison_is_the_run_that_train_makes(
 def test_the_report_is_written(story: Story) -> None:
     assert story.finished.report == story.finished.folder / "report.html"
     assert story.finished.report.stat().st_size > 1000
+    assert (story.finished.folder / "small-seed0" / "report.html").is_file()
 
 
 def test_it_can_be_opened_again(story: Story, tmp_path: Path) -> None:

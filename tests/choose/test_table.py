@@ -24,7 +24,7 @@ def result() -> dict[str, Any]:
             "latency_ms_batch_32": None,
         }
         figure = {"value": value, "low": value - 0.03, "high": value + 0.03}
-        return {"name": name, "figure": figure, "cost": cost, "failed": {}}
+        return {"name": name, "figure": figure, "cost": cost, "failed": {}, "mergeable": name != "full"}
 
     prompt = {"name": "prompt", "figure": None, "cost": {}, "failed": {"0": "the loss is not finite"}}
     return {
@@ -69,6 +69,7 @@ def test_plain_text(result: dict[str, Any]) -> None:
     for said in (
         "accuracy in percent on 500 test rows, mean of 3 seeds",
         "under about 2.4 points",
+        "lora and bitfit can be merged into the base",
         "* Recommended: lora: it is cheap.",
         "prompt, seed 0, failed: the loss is not finite",
         "Note: something to know.",

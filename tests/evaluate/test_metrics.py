@@ -54,20 +54,28 @@ def test_every_draw_is_what_scikit_learn_says_of_it(name: str, classes: int) -> 
     """The vectorised metrics, tied scores included, against scikit-learn with the same rows weighted one draw at a
     time.
     """
-    predictions = made(60, classes, decimals=0)
-    weights = next(draw_counts(np.ones(60, dtype=np.int64), 50, np.random.default_rng(1)))
-    assert (weights.sum(axis=1) == 60).all()
+    predictions = made(14, classes, decimals=0)
+    weights = next(draw_counts(np.ones(14, dtype=np.int64), 120, np.random.default_rng(1)))
+    assert (weights.sum(axis=1) == 14).all()
     found = statistic_of(name, predictions.targets, predictions.scores)(weights)
-    compared = 0
+    lacking = 0
     for draw, value in zip(weights, found, strict=True):
-        rows = np.repeat(np.arange(60), draw.astype(int))
-        if len(np.unique(predictions.targets[rows])) < classes:
-            assert name != "roc_auc" or np.isnan(value)
+        rows = np.repeat(np.arange(14), draw.astype(int))
+        all_there = len(np.unique(predictions.targets[rows])) == classes
+        lacking += not all_there
+        if name == "roc_auc" and not all_there:
+            assert np.isnan(value)
             continue
         wanted = by_sklearn(name, predictions.targets[rows], predictions.scores[rows])
         assert value == pytest.approx(wanted, abs=1e-12)
-        compared += 1
-    assert compared > 40
+    assert classes == 2 or 10 < lacking < 110, "draws with and without all classes are to be seen"
+
+
+def test_every_row_is_drawn_as_often_as_any_other() -> None:
+    for counts in (np.ones(5, dtype=np.int64), np.array([1, 1, 1, 2])):
+        drawn = np.concatenate(list(draw_counts(counts, 4000, np.random.default_rng(0))))
+        assert drawn.mean(axis=0) == pytest.approx(counts, rel=0.05)
+        assert drawn[:, 0].var() == pytest.approx(0.8, rel=0.1)  # binomial: 5 draws of a fifth
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=12))
@@ -86,21 +94,21 @@ def test_rank_auc_counts_pairs(rows: list[tuple[bool, int, int]]) -> None:
     assert np.isnan(found) if pairs == 0 else found == pytest.approx(wins / pairs)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", ["accuracy", "f1_macro", "roc_auc"])
 def test_interval_is_that_of_drawing_rows_one_by_one(name: str) -> None:
     """Cells of the confusion matrix drawn as counts have the law of rows drawn one by one."""
     predictions = made(120, 2, seed=3)
     targets, scores = predictions.targets, predictions.scores
     rng = np.random.default_rng(11)
     slow = []
-    for _ in range(400):
+    for _ in range(200):
         rows = rng.integers(0, 120, 120)
         slow.append(by_sklearn(name, targets[rows], scores[rows]))
     figure = metrics_of(predictions, None, resamples=4000)[name]
     low, high = np.quantile(slow, [0.025, 0.975])
     spread = np.std(slow)
-    assert figure["low"] == pytest.approx(low, abs=0.3 * spread)
-    assert figure["high"] == pytest.approx(high, abs=0.3 * spread)
+    assert figure["low"] == pytest.approx(low, abs=0.4 * spread)
+    assert figure["high"] == pytest.approx(high, abs=0.4 * spread)
 
 
 def test_draws_over_kinds_and_over_rows_have_the_same_mean_and_spread() -> None:

@@ -116,10 +116,10 @@ def held(seeds: int, seed_effect: float, comparisons: int) -> tuple[float, float
     return single / comparisons, family / comparisons
 
 
-@pytest.mark.parametrize(("seeds", "seed_effect"), [(1, 0.0), (3, 0.0), (3, 0.3)])
+@pytest.mark.parametrize(("seeds", "seed_effect"), [(1, 0.0), (3, 0.3)])
 def test_nothing_is_found_where_there_is_nothing(seeds: int, seed_effect: float) -> None:
     """95 % intervals on simulated comparisons without a difference; 0.3 is a spread of three points between seeds."""
-    single, family = held(seeds, seed_effect, 60)
+    single, family = held(seeds, seed_effect, 50)
     assert single >= 0.9
     assert family >= 0.88
 

@@ -165,6 +165,7 @@ class _Work:
         )
         self.base, self.entries, self.seeds = base, entries, seeds
         self.folder = base.output_dir
+        self.metric = ""
         self.tell: Listener = lambda moment: None
         self.plan = [(entry, seed) for seed in seeds for entry in entries]
         self.pace = Pace([entry.name for entry, _ in self.plan])
@@ -190,7 +191,8 @@ class _Work:
             )
         with RunLock(self.folder), Workers(self.folder / LOG) as workers:
             checked = self._check(workers, overwrite)
-            head = self._head(checked, metric or checked["main_metric"], prefer)
+            self.metric = metric or checked["main_metric"]
+            head = self._head(checked, prefer)
             self._write({**head, "status": "running", "methods": [], "differences": [], "seconds": None})
             write_file(self.folder / CONFIG, self.base.dump())
             try:
@@ -205,7 +207,7 @@ class _Work:
                 self.entries,
                 self.runs,
                 self.failed,
-                metric=head["metric"],
+                metric=self.metric,
                 confidence=self.base.evaluation.confidence,
                 resamples=self.base.evaluation.resamples,
                 prefer=prefer,
@@ -250,7 +252,7 @@ class _Work:
             raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
         self.runs[entry.name][seed] = found
         self.pace.finished(entry.name, time.monotonic() - began)
-        self._say("run", who, _result_line(found), left=self.pace.left())
+        self._say("run", who, _result_line(found, self.metric), left=self.pace.left())
 
     def _failed(self, entry: Entry, seed: int, why: str) -> None:
         self.failed[entry.name][seed] = why
@@ -269,7 +271,7 @@ class _Work:
         }
         return workers.run(job, lambda event: self._say("phase", "", event.get("name", "")))
 
-    def _head(self, checked: Mapping[str, Any], metric: str, prefer: str) -> dict[str, Any]:
+    def _head(self, checked: Mapping[str, Any], prefer: str) -> dict[str, Any]:
         """What is known before the first run."""
         given = [entry.given for entry in self.entries]
         words = (
@@ -285,7 +287,7 @@ class _Work:
             "command": shlex.join(command),
             "model": self.base.model,
             "task": self.base.task,
-            "metric": metric,
+            "metric": self.metric,
             "confidence": self.base.evaluation.confidence,
             "seeds": self.seeds,
             "prefer": prefer,
@@ -354,12 +356,14 @@ class _Steps:
         return ""
 
 
-def _result_line(run: Measured) -> str:
+def _result_line(run: Measured, metric: str) -> str:
     """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
-    figure = run.evaluation["metrics"]["accuracy"]
+    figure = run.evaluation["metrics"][metric]
     seconds = run.manifest["cost"]["training_seconds"]
-    between = f"{percent(figure['low'])} to {percent(figure['high'])}"
-    return f"accuracy {percent(figure['value'])} ({between}), {seconds:.0f} s of training"
+    if figure["value"] is None:
+        return f"{metric} {figure.get('note', 'is undefined')}, {seconds:.0f} s of training"
+    between = "" if figure["low"] is None else f" ({percent(figure['low'])} to {percent(figure['high'])})"
+    return f"{metric} {percent(figure['value'])}{between}, {seconds:.0f} s of training"
 
 
 def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,7 @@ class Display:
             what=what,
             runs=f"{moment.done}/{moment.total} runs",
             left=_remaining(moment).strip(" ,"),
+            refresh=True,
         )
         if moment.kind == "end":
             self.close()

@@ -100,6 +100,7 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.config import RunConfig
     from graftwerk.evaluate.run import evaluate
     from graftwerk.evaluate.stored import load_evaluation
+    from graftwerk.report.html import write_report
     from graftwerk.train.run import train
 
     def listener(event: Any) -> None:
@@ -112,4 +113,5 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     if load_evaluation(run.folder, run.adapter) is None:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
         evaluate(run, store=True, batch_size=config.training.per_device_eval_batch_size)
+    write_report(run.folder)
     return {"seconds": time.monotonic() - began}

@@ -81,10 +81,20 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         )
     if recommendation := result.get("recommendation"):
         said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
+    merging = [method["name"] for method in ranked(result) if method.get("mergeable")]
+    if merging:
+        said.append(
+            f"Latency is with the adapter attached. {_listed(merging)} can be merged into the base, which then "
+            "takes no longer than without."
+        )
     for method in result["methods"]:
         for seed, why in (method.get("failed") or {}).items():
             said.append(f"{method['name']}, seed {seed}, failed: {why}")
     return said + [f"Note: {note}." for note in result.get("notes", ())]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def plain(result: Mapping[str, Any]) -> str:

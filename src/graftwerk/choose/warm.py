@@ -47,6 +47,7 @@ PRELOADED = (
     "graftwerk.evaluate.run",
     "graftwerk.evaluate.stored",
     "graftwerk.models.load",
+    "graftwerk.report.html",
     "graftwerk.store.folder",
     "graftwerk.tasks.catalog",
     "graftwerk.train.finish",
