@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from graftwerk.errors import DivergedError, EnvironmentFault, IntegrityError
+from graftwerk.train import checkpoint
 from graftwerk.train.checkpoint import FILES, Checkpoints, Snapshot
 from tests.train.children import Child
 
@@ -100,7 +102,7 @@ def test_cut_off_at_any_byte_the_one_before_is_used_and_the_file_named(tmp_path:
     checkpoints, said = pair(tmp_path)
     file = tmp_path / "step-000002" / name
     whole = file.read_bytes()
-    for length in {*range(0, len(whole), max(1, len(whole) // 40)), len(whole) - 1}:
+    for length in {*range(0, len(whole), max(1, len(whole) // 15)), len(whole) - 1}:
         file.write_bytes(whole[:length])
         said.clear()
         loaded = checkpoints.load_latest()
@@ -118,7 +120,7 @@ def test_one_bit_flipped_anywhere_is_seen(tmp_path: Path, name: str) -> None:
     checkpoints, said = pair(tmp_path)
     file = tmp_path / "step-000002" / name
     whole = file.read_bytes()
-    for place in range(0, len(whole), max(1, len(whole) // 60)):
+    for place in range(0, len(whole), max(1, len(whole) // 25)):
         changed = bytearray(whole)
         changed[place] ^= 1 << (place % 8)
         file.write_bytes(bytes(changed))
@@ -145,6 +147,37 @@ def test_when_none_is_whole_the_file_is_named_and_the_exit_code_is_8(tmp_path: P
     with pytest.raises(IntegrityError, match=r"step-000002/state.json") as caught:
         checkpoints.load_latest()
     assert caught.value.exit_code == 8
+
+
+def test_without_the_optimizer_there_is_no_resume_but_a_warm_start(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    saved = snapshot(1)
+    checkpoints.save(saved)
+    (tmp_path / "step-000001" / "optimizer.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"optimizer.safetensors is missing") as caught:
+        checkpoints.load_latest()
+    assert f"warm_start={tmp_path / 'step-000001'}" in (caught.value.mend or "")
+    assert torch.equal(checkpoints.weights(1)["classifier.bias"], saved.weights["classifier.bias"])
+    (tmp_path / "step-000001" / "adapter.safetensors").write_bytes(b"x")
+    with pytest.raises(IntegrityError) as caught:
+        checkpoints.load_latest()
+    assert "warm_start" not in (caught.value.mend or "")
+
+
+def test_at_a_size_limit_the_last_good_one_stays(tmp_path: Path) -> None:
+    checkpoints, _ = pair(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    large = snapshot(3)
+    large.weights["classifier.weight"] = torch.zeros(10_000)  # type: ignore[index]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(EnvironmentFault, match="larger than the allowed file size") as caught:
+            checkpoints.save(large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_pointers_may_be_gone_or_lie(tmp_path: Path) -> None:
@@ -209,7 +242,8 @@ def killed_at(call: int, save: Any) -> Child:
         for name in ("fsync", "replace", "rename", "unlink"):
             setattr(os, name, deadly(getattr(os, name)))
         shutil.rmtree = deadly(shutil.rmtree)
-        Path.write_text = deadly(Path.write_text)  # type: ignore[method-assign]
+        Path.write_bytes = deadly(Path.write_bytes)  # type: ignore[method-assign]
+        checkpoint.write_tensors = deadly(checkpoint.write_tensors)
         save()
 
     return Child(run)

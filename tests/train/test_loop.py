@@ -426,8 +426,7 @@ def test_scores_that_are_not_finite_end_the_run(bench: Bench, tmp_path: Path, mo
 # -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "prompt"])
-@pytest.mark.parametrize("stop_at", [3, 5, 6])
+@pytest.mark.parametrize(("method", "stop_at"), [("lora", 3), ("full", 5), ("prompt", 6)])
 def test_resumed_is_as_if_it_had_never_stopped(bench: Bench, tmp_path: Path, method: str, stop_at: int) -> None:
     """With dropout, evaluations in between, and the stop in and at the end of an epoch."""
     kwargs = {

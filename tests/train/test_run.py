@@ -319,3 +319,15 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_good(run_file: Build, mo
     assert weights is not None
     assert all(torch.isfinite(tensor).all() for tensor in weights.weights.values())
     assert '"nan"' in (folder / "metrics.jsonl").read_text()
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    jumps = iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + (-1) ** next(jumps) * 1e8)
+    run = train(run_file(max_steps=2, eval_steps=None))
+    assert 0 < run.manifest["cost"]["training_seconds"] < 600
+    assert 0 < run.manifest["cost"]["first_step_seconds"] < 6000
+    assert all(0 <= line["left_seconds"] < 600 for line in map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+               if line["kind"] == "step")  # fmt: skip

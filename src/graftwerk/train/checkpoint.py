@@ -34,6 +34,7 @@ from torch import Tensor
 from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
 from graftwerk.store.atomic import recover, write_file, write_folder
 from graftwerk.store.safety import read_json, read_tensors
+from graftwerk.train.tensorfile import write_tensors
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, RNG, STATE, FILES = (
@@ -158,18 +159,31 @@ class Checkpoints:
                     self.warn(f"{'; '.join(faults)}: going on from {self.path(step).name}")
                 return snapshot
         if faults:
+            start = self._with_whole_weights()
+            warm = f"; its weights are whole: training.warm_start={start} in another output_dir begins from them"
             raise IntegrityError(
                 f"no checkpoint is whole: {'; '.join(faults)}",
                 where=str(self.folder),
-                mend="put back an undamaged copy, or begin anew with --overwrite",
+                mend="put back an undamaged copy, or begin anew with --overwrite" + (warm if start else ""),
             )
         return None
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """The trained parameters of a checkpoint, verified as in `load`."""
+        """The trained parameters of a checkpoint, verified; its other files may be damaged.
+
+        Raises:
+            IntegrityError: the weights or the list of files are missing, cut off or changed.
+        """
         path = recover(self.path(step))
-        _verify(path)
+        _verify(path, only=WEIGHTS)
         return read_tensors(path / WEIGHTS)
+
+    def _with_whole_weights(self) -> Path | None:
+        for step in reversed(self.steps()):
+            with contextlib.suppress(IntegrityError):
+                self.weights(step)
+                return self.path(step)
+        return None
 
     def clean(self) -> None:
         """Remove what killed writers left. Only for the holder of the run's lock."""
@@ -204,20 +218,23 @@ class Checkpoints:
 
 
 def _fill(folder: Path, snapshot: Snapshot) -> None:
-    from safetensors.torch import save_file
-
-    for name, tensors in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer), (RNG, snapshot.rng)):
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / name)
-    (folder / STATE).write_text(_canonical({"format": FORMAT, **snapshot.state}))
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-        for name in (WEIGHTS, OPTIMIZER, RNG, STATE)
+    sums = {
+        name: write_tensors(folder / name, tensors)
+        for name, tensors in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer), (RNG, snapshot.rng))
     }
+    state = _canonical({"format": FORMAT, **snapshot.state}).encode()
+    (folder / STATE).write_bytes(state)
+    sums[STATE] = hashlib.sha256(state).hexdigest()
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sums.items()}
     (folder / FILES).write_text(_canonical({"format": FORMAT, "files": files}))
 
 
-def _verify(folder: Path) -> None:
-    """Raises IntegrityError unless every file is there, none is extra, and every byte is as it was written."""
+def _verify(folder: Path, only: str | None = None) -> None:
+    """Raises IntegrityError unless every file is there, none is extra, and every byte is as it was written.
+
+    Args:
+        only: Look at this one alone, and the list.
+    """
     listing = folder / FILES
     try:
         there = {entry.name for entry in folder.iterdir()}
@@ -235,11 +252,12 @@ def _verify(folder: Path) -> None:
         if content != _canonical(known).encode():
             raise IntegrityError(f"{listing} has been changed")
         files = known["files"]
-        if wrong := sorted({FILES, *files} ^ there):
+        if (wrong := sorted({FILES, *files} ^ there)) and (only is None or only not in there):
             raise IntegrityError(
                 f"{folder / wrong[0]} is {'missing' if wrong[0] in files else 'not part of this checkpoint'}"
             )
-        for name, figures in files.items():
+        for name in files if only is None else (only,):
+            figures = files[name]
             size = (folder / name).stat().st_size
             if size != figures["bytes"]:
                 raise IntegrityError(f"{folder / name} has {size:,} bytes; {figures['bytes']:,} were written")
