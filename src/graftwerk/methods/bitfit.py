@@ -6,8 +6,9 @@ layers and layer norms), starting at zero, so that the base's own biases stay as
 
     y + b'        for every layer that has a bias b; merged: b + b'
 
-Parameters: out for each layer with a bias. Trade-off: almost nothing to store, almost as good as LoRA on small data
-with encoders; impossible on models without biases (Llama, Mistral, Gemma, T5), where it raises.
+Parameters: out for each layer with a bias.
+Trade-off: almost nothing to store, almost as good as LoRA on small data with encoders; impossible on models without
+biases (Llama, Mistral, Gemma, T5), where it raises.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@ Paper: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:240
 
     h = m / ||W + s B A||  *  (W x + s B A x) + bias        m (out,) starts as the row norms of W; norms are over inputs
 
-Parameters: LoRA's r (in + out), plus out. Trade-off: nearer to full fine-tuning than LoRA at small ranks, for a
-product W A^T more in every step. Dropout acts on the low-rank path alone (PEFT drops the input of W x too while
-training; without dropout both are the same function).
+Parameters: LoRA's r (in + out), plus out.
+Trade-off: nearer to full fine-tuning than LoRA at small ranks, for a product W A^T more in every step. Dropout acts
+on the low-rank path alone (PEFT drops the input of W x too while training; without dropout both are the same
+function).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Source: Howard & Ruder 2018, arXiv:1801.06146, and every model card since.
 
-Parameters: all of them. Trade-off: the most that a model can learn from the data, for 16 bytes of memory a parameter
-in training, a copy of the model for each task, and the most forgetting.
+Parameters: all of them.
+Trade-off: the most that a model can learn from the data, for 16 bytes of memory a parameter in training, a copy of
+the model for each task, and the most forgetting.
 """
 
 from __future__ import annotations

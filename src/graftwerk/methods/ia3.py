@@ -6,9 +6,9 @@ arXiv:2205.05638, section 3.3:
     keys: l_k * (W_k x)     values: l_v * (W_v x)     feed-forward: W_2 (l_ff * f(W_1 x))        all l start at one
 
 Parameters: out for each scaled projection, in for each feed-forward output layer. A projection that makes query, key
-and value at once is scaled whole, as PEFT does. Trade-off: a few thousand parameters, nothing at inference once
-merged; it can only scale what is there, so it wants high learning rates and reaches less on tasks far from
-pretraining.
+and value at once is scaled whole, as PEFT does.
+Trade-off: a few thousand parameters, nothing at inference once merged; it can only scale what is there, so it wants
+high learning rates and reaches less on tasks far from pretraining.
 """
 
 from __future__ import annotations

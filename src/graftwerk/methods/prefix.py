@@ -20,8 +20,9 @@ words were tried and reached less (0.743 against 0.777 on film reviews, all else
 chosen so that its output is that start (exactly, where n is at most h + 1).
 
 Parameters: 2·n·G·D for each attention; with the network n·d + d·h + h for each stack and (h + 1)·2·G·D for each
-attention. Trade-off: tiny and never touches a weight, so that rows of a batch may have different prefixes; it
-lengthens every attention by n and wants a learning rate a thousand times that of full fine-tuning.
+attention.
+Trade-off: tiny and never touches a weight, so that rows of a batch may have different prefixes; it lengthens every
+attention by n and wants a learning rate a thousand times that of full fine-tuning.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Source: Alain & Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644. The
 baseline from below: what a method reaches beyond it, it has learnt inside the model.
 
-Parameters: those of the head (d labels + labels for a linear one), none in the base. Trade-off: the cheapest there
-is, since nothing below the head needs a backward pass; it can only read what the frozen model says.
+Parameters: those of the head (d labels + labels for a linear one), none in the base.
+Trade-off: the cheapest there is, since nothing below the head needs a backward pass; it can only read what the frozen
+model says.
 """
 
 from __future__ import annotations
