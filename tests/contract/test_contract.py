@@ -110,7 +110,10 @@ def test_base_is_untouched(method: str, family: str) -> None:
 def test_every_element_trains_and_nothing_else(method: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A rectifier that is off for all of these rows would hide whether its weights can be reached; this is about wiring.
     monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.nn.functional.silu(x))
-    model, _, graft = grafted(method, family)
+    model, _, graft = grafted(method, family, moved=False)
+    # Far enough that nothing is zero any more, and not so far that an activation function saturates to a slope of zero.
+    perturb(graft.parameters(), 7, scale=0.1)
+    model.double()
     mine = {id(parameter) for parameter in graft.parameters()}
     assert mine
     seen: dict[str, Tensor] = {}
