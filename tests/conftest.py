@@ -145,3 +145,9 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_given_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parallel test runners set COLUMNS to the width of their own terminal."""
+    monkeypatch.delenv("COLUMNS", raising=False)

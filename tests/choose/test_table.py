@@ -154,6 +154,7 @@ def test_progress_in_a_pipe_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_progress_on_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
     text = told(Terminal(), monkeypatch)
     assert "the loss [is] not finite" in text
     assert "accuracy 78.8" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ MB = 1_000_000
 def work(megabytes: int) -> None:
     held = torch.ones(megabytes * MB // 4)
     held += 1
+    time.sleep(0.1)  # held for as long as a look of the sampler may be late
 
 
 @pytest.fixture(params=[memory._HighWater, memory._Sampler], ids=["high-water mark", "sampler"])
