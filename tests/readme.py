@@ -11,7 +11,8 @@ BEGIN, END = "<!-- capabilities:begin -->", "<!-- capabilities:end -->"
 
 def blocks(language: str) -> list[str]:
     """The contents of the fenced blocks of one language; "" for those without."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [content for said, content in fences if said == language]
 
 
 def commands(program: str) -> list[str]:

@@ -141,7 +141,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "graftwerk", "methods"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+        [sys.executable, "-m", "graftwerk", "methods"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600
     )
     os.close(writing)
     assert done.returncode == entry.BROKEN_PIPE == 141
@@ -172,7 +172,7 @@ def test_json_of_any_command_is_alone_on_stdout_whatever_libraries_print(tmp_pat
         "from graftwerk.cli.main import main\n"
         "sys.exit(main(['methods', '--json']))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"methods": []}
     assert done.stdout.count("\n") == 1
