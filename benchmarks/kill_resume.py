@@ -48,7 +48,12 @@ def tiny_model(folder: Path) -> None:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
@@ -91,7 +96,10 @@ def child(function: Callable[[], object]) -> int:
 
 def left_by(folder: Path) -> dict[str, bytes | list[dict[str, Any]]]:
     """What has to be the same: files by their bytes, the log by its lines without what the clock says."""
-    files = [folder / "adapter" / "adapter_model.safetensors", *sorted((folder / "checkpoints").glob("step-*/*.safetensors"))]
+    files = [
+        folder / "adapter" / "adapter_model.safetensors",
+        *sorted((folder / "checkpoints").glob("step-*/*.safetensors")),
+    ]
     left: dict[str, Any] = {str(file.relative_to(folder)): file.read_bytes() for file in files}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     left["metrics.jsonl"] = [
@@ -144,7 +152,10 @@ def main() -> int:
         found = left_by(folder / "run")
         wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         differing += wrong
-        print(f"run {runs} is done after {kills} kills: {'differs in ' + ', '.join(wrong) if wrong else 'same bytes'}", flush=True)
+        print(
+            f"run {runs} is done after {kills} kills: {'differs in ' + ', '.join(wrong) if wrong else 'same bytes'}",
+            flush=True,
+        )
         shutil.rmtree(folder / "run")
     verdict = {
         "kills": kills,
@@ -159,7 +170,8 @@ def main() -> int:
     }
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(verdict, indent=1) + "\n")
-    print(f"{kills} kills, {runs} runs to the end, {len(expected)} files each: {'DIFFERENT' if differing else 'all bytes the same'}")
+    said = "DIFFERENT" if differing else "all bytes the same"
+    print(f"{kills} kills, {runs} runs to the end, {len(expected)} files each: {said}")
     if differing:
         print(f"kept: {folder}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 """Tensors into a safetensors file, hashed on the way: no copy of them in memory, and the file is not read again.
 
-Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data). Reading goes through
+Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data). Reading goes
+through
 the gate for all files, `store.safety.read_tensors`.
 """
 
