@@ -60,8 +60,8 @@ format: setup ## let ruff rewrite what it can
 capabilities: setup ## write the README's table of what works on what, from the contract test
 	$(BIN)/python -m tests.readme
 
-bench: setup ## every benchmark; results as JSON in benchmarks/results
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: setup ## measurements that are no tests: a training killed fifty times and compared byte for byte
+	$(BIN)/python benchmarks/kill_resume.py --kills 50
 
 clean: ## caches and build leftovers; runs/ and the virtual environment stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

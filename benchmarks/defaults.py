@@ -1,21 +1,24 @@
-"""How the default learning rates were chosen: one method, one rate at a time, on rows that no published figure uses.
+"""How a method's defaults were chosen: some settings of one method, on rows that no published figure uses.
 
-    python benchmarks/defaults.py lora=5e-4,1e-3,2e-3 prefix=1e-2,3e-2 --seeds 0,1
+    python benchmarks/defaults.py lora learning_rate=5e-4,1e-3,2e-3 --seeds 0,1
+    python benchmarks/defaults.py bottleneck learning_rate=1e-3,2e-3 method.layer_norm=true,false
 
-Reads the film snippets, takes away every row that `examples/movies.yaml` trains, chooses or measures on, and splits
-the rest: 2,000 to train on, 1,500 to measure on. Prints one JSON object a run.
+Every combination of the values given is trained with every seed. Reads the film snippets, takes away every row that
+`examples/movies.yaml` trains, chooses or measures on, and splits the rest: 2,000 to train on, 1,500 to measure on.
+Prints one JSON object a run.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
 import time
 from pathlib import Path
 
-from graftwerk.config import RunConfig
+from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.data.settings import DataSettings
 from graftwerk.tasks.catalog import task_named
 from graftwerk.train.run import train
@@ -40,41 +43,35 @@ def rows(folder: Path) -> tuple[Path, Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="+", metavar="METHOD=RATE,RATE", help="a method and the rates to try")
+    parser.add_argument("method", help="its name, as in a run file")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE,VALUE", help="a key of a run file, and what to try")
     parser.add_argument("--seeds", default="0", help="for instance 0,1,2")
-    parser.add_argument("--head", default="auto", help="learning rate of the head")
     options = parser.parse_args()
+    keys = [entry.partition("=")[0] for entry in options.settings]
+    values = [entry.partition("=")[2].split(",") for entry in options.settings]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_file, test_file = rows(folder)
-        for entry in options.methods:
-            method, _, rates = entry.partition("=")
-            for rate in rates.split(","):
-                for seed in options.seeds.split(","):
-                    started = time.monotonic()
-                    run = train(
-                        EXAMPLE,
-                        method=method,
-                        output_dir=str(folder / f"{method}-{rate}-{seed}"),
-                        **{
-                            "data.train": str(train_file),
-                            "data.filter": {},
-                            "data.validation": None,
-                            "data.test": str(test_file),
-                            "data.max_train_rows": None,
-                            "training.learning_rate": float(rate),
-                            "training.head_learning_rate": options.head
-                            if options.head == "auto"
-                            else float(options.head),
-                            "training.seed": int(seed),
-                        },
-                    )
-                    accuracy = run.manifest["metrics"]["test"]["accuracy"]
-                    seconds = round(time.monotonic() - started, 1)
-                    print(
-                        json.dumps({"method": method, "rate": rate, "seed": seed, **accuracy, "seconds": seconds}),
-                        flush=True,
-                    )
+        fixed = {
+            "method": options.method,
+            "data.train": str(train_file),
+            "data.filter": {},
+            "data.validation": None,
+            "data.test": str(test_file),
+            "data.max_train_rows": None,
+            "training.report_to": [],
+        }
+        for number, chosen in enumerate(itertools.product(*values)):
+            tried = dict(zip(keys, chosen, strict=True))
+            for seed in map(int, options.seeds.split(",")):
+                started = time.monotonic()
+                settings = parse_overrides([f"{key}={value}" for key, value in tried.items()])
+                out = {"output_dir": str(folder / f"{number}-{seed}"), "training.seed": seed}
+                run = train(EXAMPLE, **{**fixed, **settings, **out})
+                accuracy = run.manifest["metrics"]["test"]["accuracy"]
+                seconds = round(time.monotonic() - started, 1)
+                result = {"method": options.method, **tried, "seed": seed, **accuracy, "seconds": seconds}
+                print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

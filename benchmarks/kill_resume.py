@@ -3,12 +3,10 @@
     python benchmarks/kill_resume.py --kills 50 [--method lora] [--seed 0] [--json FILE]
 
 A tiny BERT with random weights learns real dictionary glosses, with dropout. Trainings run in forked children of one
-process that
-has everything imported, so that most kills hit a training and not an import. Each child goes on where the one before
-it was
-killed; a run that reaches its end is compared and the next one begins. Compared are the adapter's weights, the
-weights, moments
-and random states of every checkpoint left, and every logged loss. Exit code 0 means that nothing differed.
+process that has everything imported, so that most kills hit a training and not an import. Each child goes on where
+the one before it was killed; a run that reaches its end is compared and the next one begins. Compared are the
+adapter's weights, the weights, moments and random states of every checkpoint left, and every logged loss. Exit code 0
+means that nothing differed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """All that the README tells a reader to run, run: its own words, in its own order, in a folder like a fresh clone.
 
-What is shortened is the work, not the words: the folder holds the project's example run files with few rows and steps.
+What is shortened is the work, not the words: the folder holds the project's example run files with few rows and steps
+of the same real text.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shlex
 import shutil
@@ -17,6 +19,7 @@ import yaml
 
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig, read_yaml
+from graftwerk.locate import locate
 from tests.contract.cases import table
 from tests.readme import README, between_markers, blocks, commands
 
@@ -32,10 +35,17 @@ SHORT = {
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: str, movies: str) -> Path:
     """The project's examples, shortened, and a reader's own file."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    with locate(movies).open(newline="", encoding="utf-8") as whole, (tmp_path / "short.csv").open("w") as short:
+        rows = csv.DictReader(whole)
+        writer = csv.DictWriter(short, rows.fieldnames or ())
+        writer.writeheader()
+        writer.writerows(itertools.islice((row for row in rows if row["source"] == "rotten_tomatoes"), 0, 8000, 100))
     for path in (tmp_path / "examples").glob("*.yaml"):
         tree = read_yaml(path)
         for part, values in SHORT.items():
             tree[part] = {**tree.get(part, {}), **values}
+        if tree["data"]["train"] == movies:
+            tree["data"]["train"] = "short.csv"
         path.write_text(yaml.safe_dump(tree))
     with (tmp_path / "my-reviews.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["review", "label"], ["I liked it", 1], ["I did not", 0], ["wonderful", 1]])

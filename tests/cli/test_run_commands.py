@@ -155,3 +155,14 @@ def test_settings_of_a_comparison() -> None:
         read_settings(["methods=[lora"])
     with pytest.raises(ConfigError, match="not of the form"):
         read_settings(["methods=lora", "seeds"])
+
+
+def test_one_process_of_a_launch_speaks_for_all(
+    graftwerk: Run, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Under `accelerate launch` every process runs the command; only the main one prints and writes the report."""
+    monkeypatch.setattr("graftwerk.train.run.train", lambda *_, **__: None)
+    monkeypatch.setenv("RANK", "1")
+    said = graftwerk("train", config, "--json")
+    assert (said.code, said.out) == (0, "")
+    assert not (tmp_path / "run").exists()

@@ -103,6 +103,31 @@ def test_seeds_are_drawn_without_understating_their_variance() -> None:
     assert joint.draws[:, 0].var() == pytest.approx(np.var(values, ddof=1) / 3, rel=0.1)
 
 
+def test_what_few_seeds_say_counts_for_little() -> None:
+    """Three seeds alone decide: the interval is Student's with two degrees of freedom, 2.2 times the normal one."""
+    rows = np.arange(5000) / 5000
+    a = {seed: answers(rows < value) for seed, value in enumerate((0.9, 0.8, 0.6))}
+    b = dict.fromkeys(range(3), answers(rows < 0.7))
+    found = paired_difference(a, b)
+    # Two of three seeds are drawn, so percentiles reach from the worst seed to the best, and no further.
+    assert (found["high"] - found["low"]) / (0.9 - 0.6) == pytest.approx(4.30 / 1.96, rel=0.05)
+    many = {seed: answers(rows < 0.7 + 0.1 * (-1) ** seed) for seed in range(40)}
+    b = dict.fromkeys(range(40), answers(rows < 0.7))
+    found = paired_difference(many, b)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.1 / np.sqrt(39), rel=0.15)
+
+
+def test_seeds_that_agree_by_luck_are_not_believed() -> None:
+    """Two of five methods whose seeds agree to the row: their interval allows for what seeds do to the other pairs."""
+    rng = np.random.default_rng(12)
+    runs = comparison(rng, methods=3, seeds=3, seed_effect=0.8)
+    calm = comparison(rng, methods=2, seeds=1)
+    runs |= {f"calm{m}": dict.fromkeys(range(3), run[0]) for m, run in enumerate(calm.values())}
+    among_others = {(p["a"], p["b"]): p for p in joint_bootstrap(runs, "accuracy").simultaneous(0.95)}["calm0", "calm1"]
+    alone = joint_bootstrap({name: runs[name] for name in ("calm0", "calm1")}, "accuracy").simultaneous(0.95)[0]
+    assert among_others["high"] - among_others["low"] > 2 * (alone["high"] - alone["low"])
+
+
 def held(seeds: int, seed_effect: float, comparisons: int) -> tuple[float, float]:
     """How often zero, the truth, lies in one pair's interval; and in all intervals of five methods at once."""
     rng = np.random.default_rng(6)

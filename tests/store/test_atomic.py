@@ -113,8 +113,8 @@ def test_a_writer_clears_up_after_one_that_died_between_two_renames(tmp_path: Pa
         write_folder(target, filler("old"))
         (shutil.copytree if still_there else os.rename)(target, tmp_path / ".adapter.replaced")
         write_folder(target, filler("new"))
-        assert content(target) == {"new"}
         assert os.listdir(tmp_path) == ["adapter"]
+        assert content(target) == {"new"}
 
 
 def test_a_living_writers_partial_is_left_alone(tmp_path: Path) -> None:

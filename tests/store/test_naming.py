@@ -72,3 +72,20 @@ def test_layers_are_counted_as_in_peft(path: str, names: list[str] | None, wante
     config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[wanted], layers_pattern=names)
     full = f"base.{path}.q_proj"
     assert (layer_number(full, names) == wanted) == bool(check_target_module_exists(config, full))
+
+
+def test_numbers_that_count_layers() -> None:
+    for path, names, number in (
+        ("model.layers.3.mlp.experts.7.up_proj", None, 3),
+        ("h.3.attn.c_attn", None, None),  # PEFT wants something in front of the list's name
+        ("transformer.h.3.attn.c_attn", None, 3),
+        ("h.3.attn.c_attn", ["h"], 3),
+        ("model.layers.3.mlp.experts.7.up_proj", ["experts"], 7),
+        ("model.layers.3", None, None),
+        ("model.layers.3.q_proj", ["h"], None),
+    ):
+        assert layer_number(path, names) == number
+        if number is not None:
+            leaf = path.rpartition(".")[2]
+            config = LoraConfig(target_modules=[leaf], layers_to_transform=[number], layers_pattern=names)
+            assert check_target_module_exists(config, path)

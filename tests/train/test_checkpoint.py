@@ -239,7 +239,7 @@ def killed_at(call: int, save: Any) -> Child:
 
             return wrapped
 
-        for name in ("fsync", "replace", "rename", "unlink"):
+        for name in ("fsync", "replace", "rename"):
             setattr(os, name, deadly(getattr(os, name)))
         shutil.rmtree = deadly(shutil.rmtree)
         Path.write_bytes = deadly(Path.write_bytes)  # type: ignore[method-assign]

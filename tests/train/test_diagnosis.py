@@ -52,8 +52,16 @@ def test_a_run_that_learns_is_left_alone() -> None:
 
 
 def test_a_slow_start_is_given_time() -> None:
-    levels = [0.69] * 55 + [max(0.3, 0.69 - 0.01 * step) for step in range(245)]
+    """At a rate that is usual for the method, longer than at one that explains why nothing is learnt."""
+    levels = [0.69] * 130 + [max(0.3, 0.69 - 0.01 * step) for step in range(170)]
     assert said(watcher(), noisy(levels)) == []
+    assert [event.figures["code"] for event in said(watcher(2e-5), noisy(levels))] == ["no_learning"]
+
+
+def test_a_usual_rate_that_teaches_nothing_is_said_too() -> None:
+    (event,) = said(watcher(), noisy([0.695] * 300))
+    assert event.figures["code"] == "no_learning"
+    assert "learning_rate=0.005" in event.figures["mend"]
 
 
 def test_a_short_run_is_not_judged() -> None:

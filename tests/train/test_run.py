@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from graftwerk.errors import (
     EnvironmentFault,
     GraftwerkError,
     Interrupted,
+    UnsupportedError,
 )
 from graftwerk.models import load as loading
 from graftwerk.store.safety import read_tensors
@@ -331,3 +333,65 @@ def test_a_wall_clock_that_jumps_changes_nothing(run_file: Build, monkeypatch: p
     assert 0 < run.manifest["cost"]["first_step_seconds"] < 6000
     lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
     assert all(0 <= line["left_seconds"] < 600 for line in lines if line["kind"] == "step")
+
+
+def test_float16_without_an_accelerator_is_refused_before_the_model(run_file: Build, no_model: None) -> None:
+    with pytest.raises(UnsupportedError, match="float16"):
+        train(run_file(compute_type="float16"))
+
+
+def test_a_mixed_precision_that_the_launcher_was_given_is_not_silently_ignored(
+    run_file: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    events: list[Event] = []
+    train(run_file(max_steps=1, eval_steps=None, compute_type="float32"), listener=events.append)
+    assert ["bf16" in event.figures["text"] for event in events if event.kind == "warning"] == [True]
+
+
+def test_a_log_that_was_switched_off_for_a_while_keeps_what_it_had(run_file: Build, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(run_file(), listener=stopping_at(3))
+    with pytest.raises(Interrupted):
+        train(run_file(report_to=[]), resume=True, listener=stopping_at(6))
+    train(run_file(), resume=True)
+    assert [line["step"] for line in log_of(tmp_path / "run", "step")] == [1, 2, 3, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_run_whose_log_fills_the_disk_is_finished(
+    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def pwrite(descriptor: int, content: bytes, offset: int) -> int:
+        if b'"step": 5' in content:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    events: list[Event] = []
+    assert train(run_file(), listener=events.append).manifest["status"] == "finished"
+    assert len([event for event in events if event.kind == "warning"]) == 1
+    assert [line["step"] for line in log_of(tmp_path / "run", "step")] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_full_disk_in_a_save_ends_with_code_5_and_the_run_can_go_on(
+    run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftwerk.train import checkpoint
+
+    real = checkpoint.write_tensors
+
+    def write_tensors(path: Path, tensors: Any) -> str:
+        if "step-000008" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write_tensors)
+    with pytest.raises(EnvironmentFault, match=r"disk is full; [0-9,]+ bytes are needed") as caught:
+        train(run_file())
+    assert caught.value.exit_code == 5
+    assert Run(tmp_path / "run").manifest["status"] == "interrupted"
+    monkeypatch.undo()
+    train(run_file(), resume=True)
+    assert left_by(tmp_path / "run") == left_by(undisturbed)

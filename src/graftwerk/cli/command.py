@@ -20,7 +20,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _COMMON = (("json", Json), ("quiet", Quiet), ("debug", Debug))
 
-Result = dict[str, Any]
+Result = dict[str, Any] | None
+"""What `--json` prints; None: nothing, for the processes of a launch beside the main one."""
 
 
 class ReaderGone(Exception):  # noqa: N818 - no error
@@ -47,7 +48,9 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
                     function(out, **values)
                     return
                 with stdout_to_stderr() as stdout:
-                    print(dump(function(out, **values)), file=stdout, flush=True)
+                    result = function(out, **values)
+                    if result is not None:
+                        print(dump(result), file=stdout, flush=True)
             except KeyboardInterrupt:
                 raise Interrupted(signal.SIGINT, "stopped by Ctrl-C") from None
             except BrokenPipeError as error:

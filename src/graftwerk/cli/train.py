@@ -39,10 +39,13 @@ def register(app: typer.Typer) -> None:
             refuse_grave(checked)
             return {"dry_run": True, **checked}
         from graftwerk.cli.progress import Progress
+        from graftwerk.train.launch import is_main_process
         from graftwerk.train.run import train
 
         with Progress(out) as progress:
             run = train(settings, resume=resume, overwrite=overwrite, listener=progress)
+        if not is_main_process():  # under `accelerate launch`: one process speaks for all
+            return None
         from graftwerk.report.html import write_report
 
         report = write_report(run.folder)

@@ -21,9 +21,9 @@ pairs, draw by draw, gives one factor for every standard error (Romano and Wolf,
 some have seeds that agree by luck, and the largest deviation finds them; so no pair's seed variance counts as smaller
 than the median over the pairs. An interval without zero and an adjusted p below 1 - confidence are the same event.
 
-In simulated comparisons of seven methods without any difference (500 rows, two to five seeds, from no seed effect to
-one several times the row effect) all 21 intervals held zero in 93 to 99 % of the comparisons; without the two
-corrections in as few as 40 %.
+In simulated comparisons of seven methods without any difference (500 rows, two to five seeds, a spread between seeds of
+one to two points) all 21 intervals held zero in 95 to 99 % of the comparisons; without the two corrections in as few as
+66 % (docs/decisions/0007).
 """
 
 from __future__ import annotations

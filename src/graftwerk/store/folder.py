@@ -32,11 +32,8 @@ from graftwerk.errors import (
     UnsupportedError,
 )
 from graftwerk.inject.attach import Graft, attach, detach, grafts
-from graftwerk.inject.targets import Anatomy, anatomy
+from graftwerk.inject.targets import anatomy
 from graftwerk.methods.lora import LoRA
-from graftwerk.methods.prefix import Prefix
-from graftwerk.methods.prompt import Prompt
-from graftwerk.methods.ptuning import PTuning
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.atomic import recover, write_folder
 from graftwerk.store.card import model_card
@@ -55,16 +52,12 @@ from graftwerk.store.info import (
 from graftwerk.store.peft_format import (
     Restored,
     Stored,
-    read_ia3,
-    read_lora,
-    read_own,
     write_ia3,
     write_lora,
     write_own,
 )
-from graftwerk.store.peft_virtual import read_prefix, read_prompt, write_prefix, write_prompt
-from graftwerk.store.safety import read_tensors, refuse_pickles
-from graftwerk.store.walk import base_parameters
+from graftwerk.store.peft_virtual import write_prefix, write_prompt
+from graftwerk.store.restore import START, check_size, restored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +65,6 @@ if TYPE_CHECKING:
 __all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, OWN_FILE, CARD_FILE)
-_START = ".start_"
-"""PiSSA keeps what it started from in tensors of these names."""
 _RESERVED = ("format", "name", "base", "files")
 
 _WRITERS = {
@@ -82,13 +73,6 @@ _WRITERS = {
     "prompt": write_prompt,
     "ptuning": write_prompt,
     "prefix": write_prefix,
-}
-_READERS = {
-    "LORA": read_lora,
-    "IA3": read_ia3,
-    "PROMPT_TUNING": read_prompt,
-    "P_TUNING": read_prompt,
-    "PREFIX_TUNING": read_prefix,
 }
 
 
@@ -167,11 +151,11 @@ def load_adapter(
         _check_base(model, info, force)
     view = anatomy(model)
     try:
-        restored = _restored(model, view, info)
+        found = restored(model, view, info)
         if info.own:
-            _check_size(restored, view)
+            check_size(found, view)
         name = name or info.name or "default"
-        graft = _attached(model, restored, name)
+        graft = _attached(model, found, name)
     except (AdapterError, UnsupportedError) as error:
         error.where = f"{info.folder}" if error.where is None else f"{info.folder}: {error.where}"
         if error.mend is None and info.base_name:
@@ -210,7 +194,8 @@ def _own_facts(graft: Graft, facts: dict[str, Any]) -> dict[str, Any]:
         "model_type": model.config.model_type,
         "fingerprint": known or _base_fingerprint(graft),
     }
-    facts.setdefault("labels", _labels(graft))
+    labels = facts.get("labels") or _labels(graft)
+    facts["labels"] = None if labels is None else [str(label) for label in labels]
     facts.setdefault("versions", _versions())
     facts.setdefault("parameters", _parameters(graft))
     facts["method"] = graft.method.to_dict()
@@ -226,7 +211,7 @@ def _base_fingerprint(graft: Graft) -> str | None:
 
 def _parameters(graft: Graft) -> dict[str, Any]:
     # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start never trains.
-    sizes = {key: tensor.numel() for key, tensor in graft.state_dict().items() if _START not in key}
+    sizes = {key: tensor.numel() for key, tensor in graft.state_dict().items() if START not in key}
     head = sum(size for key, size in sizes.items() if graft.is_head(key))
     own, total = sum(sizes.values()) - head, graft.num_base_parameters
     return {"trained": own, "head": head, "total": total, "share": own / total}
@@ -322,81 +307,15 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
         )
 
 
-def _restored(model: PreTrainedModel, view: Anatomy, info: AdapterInfo) -> Restored:
-    path = info.folder / WEIGHTS_FILE
-    if not path.exists():
-        refuse_pickles(info.folder, WEIGHTS_FILE)
-        raise AdapterError(f"missing: {WEIGHTS_FILE}")
-    # An adapter is never larger than its base; twice that, for float64 and heads, is where trying to read it ends.
-    bound = (
-        4 * sum(parameter.numel() * max(parameter.element_size(), 4) for parameter in base_parameters(model).values())
-        + 2**26
-    )
-    tensors = read_tensors(path, max_bytes=bound)
-    _check_numbers(tensors)
-    reader = _READERS.get(info.peft_type)
-    method = info.method
-    if reader is None:
-        assert method is not None
-        return read_own(method, tensors)
-    restored = reader(model, view, info.config, tensors)
-    if method is None:
-        return restored
-    if TRAINING_FILE not in info.own["files"]:
-        return Restored(method, restored.tensors)
-    training = read_tensors(info.folder / TRAINING_FILE, max_bytes=bound)
-    _check_numbers(training)
-    saved = restored.method.modules_to_save
-    assert saved != "auto"
-    heads = {
-        key: tensor
-        for key, tensor in restored.tensors.items()
-        if any(key == head or key.startswith(head + ".") for head in saved)
-    }
-    return Restored(method, {**training, **heads})
-
-
-def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"`{key[:200]}` holds {tensor.dtype} where an adapter has floating-point numbers")
-        if not torch.isfinite(tensor.float()).all():
-            raise AdapterError(f"`{key[:200]}` holds NaN or infinity: the training that made it had diverged")
-
-
-def _check_size(restored: Restored, view: Anatomy) -> None:
-    """What the settings ask for must be what the file holds, before memory is reserved for it."""
-    method = restored.method
-    saved = view.heads if method.modules_to_save == "auto" else method.modules_to_save
-    found = sum(
-        tensor.numel()
-        for key, tensor in restored.tensors.items()
-        if not any(key == head or key.startswith(head + ".") for head in saved) and _START not in key
-    )
-    if isinstance(method, Prefix):
-        widths = [place.kv_heads * place.head_dim for place in view.attentions]
-        expected = method.count_vectors(widths, [stack.width for stack in view.stacks])
-    elif isinstance(method, Prompt | PTuning):
-        expected = method.count_vectors(view.stacks[0].width) if view.stacks else 0
-    elif method.kind == "layer":
-        expected = method.count(method.places(view.places))
-    else:
-        return  # full: the model itself says how large it is
-    if expected != found:
-        raise AdapterError(
-            f"with these settings the adapter has {expected:,} parameters on this model, but the file holds {found:,}"
-        )
-
-
-def _attached(model: PreTrainedModel, restored: Restored, name: str) -> Graft:
+def _attached(model: PreTrainedModel, found: Restored, name: str) -> Graft:
     first = not grafts(model)
-    tensors = dict(restored.tensors)
+    tensors = dict(found.tensors)
     with torch.random.fork_rng(devices=[]):
-        graft = attach(model, restored.method, name)
+        graft = attach(model, found.method, name)
     try:
-        if isinstance(restored.method, LoRA) and restored.method.init_lora_weights == "pissa":
+        if isinstance(found.method, LoRA) and found.method.init_lora_weights == "pissa":
             # A folder of PEFT has no start in it: attaching has just computed it from the base, as PEFT does.
-            start = {key: value for key, value in graft.state_dict().items() if _START in key}
+            start = {key: value for key, value in graft.state_dict().items() if START in key}
             tensors = {**start, **tensors}
         graft.load_state_dict(tensors)
     except BaseException:

@@ -27,10 +27,11 @@ START = 5
 """Steps that say where the loss started."""
 ENOUGH_STEPS = 60
 """Before so many steps nothing is said about learning too little..."""
-ENOUGH_SHARE = 0.3
-"""...nor before this share of the run."""
-LEARNT = 0.03
-"""Share of the reference loss by which the loss must have fallen to count as learning."""
+ENOUGH_SHARE = {"usual": 0.6, "strange": 0.3}
+"""...nor before this share of the run; earlier where the rate is far from the method's own, which explains it."""
+LEARNT = 0.015
+"""Share of the reference loss by which the loss must have fallen to count as learning: about twice the standard error
+of a window's mean in batches of 16, as long as a model has learnt nothing."""
 FAR_ABOVE = 1.5
 """Times the reference loss that counts as divergence."""
 RISE = 0.01
@@ -134,7 +135,9 @@ class Diagnosis:
         )
 
     def _long_enough(self, step: int) -> bool:
-        return step >= max(ENOUGH_STEPS, math.ceil(ENOUGH_SHARE * self.total), self.warmup + WINDOW)
+        strange = not self.default_rate / 3 <= self.rate <= self.default_rate * 10
+        share = ENOUGH_SHARE["strange" if strange else "usual"]
+        return step >= max(ENOUGH_STEPS, math.ceil(share * self.total), self.warmup + WINDOW)
 
     def _say(self, code: str, step: int, text: str, mend: str) -> list[Event]:
         if code in self._memory.said:

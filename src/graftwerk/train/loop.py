@@ -12,13 +12,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftwerk.errors import ConfigError, DivergedError, EnvironmentFault, Interrupted, UnsupportedError
+from graftwerk.errors import DivergedError, EnvironmentFault, Interrupted
 from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
 from graftwerk.train import memory, optim, rng
@@ -27,38 +26,15 @@ from graftwerk.train.clock import Clock
 from graftwerk.train.diagnosis import Diagnosis
 from graftwerk.train.events import Event, Listener
 from graftwerk.train.launch import Processes
-from graftwerk.train.mode import training_mode
+from graftwerk.train.mode import check_compute_type, training_mode
 from graftwerk.train.order import epoch_order, micro_batches
 from graftwerk.train.settings import TrainingSettings
 from graftwerk.train.signals import StopSignals
+from graftwerk.train.state import TrainState, put_back, take
 from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
 
 SEED_STRIDE = 1_000_003
 """Training draws from other seeds than initialisation, and each process from its own."""
-
-
-@dataclass
-class TrainState:
-    """Where a run is. Plain numbers, stored in every checkpoint.
-
-    Attributes: step: Steps done, the skipped ones included. micro_batch: Rows of a micro-batch; smaller than the
-        settings say after memory ran out. bad_steps: Steps skipped because loss or gradient were not finite. best:
-        ``step``, ``metric`` and ``value`` of the best evaluation so far. stale: Evaluations since the best one.
-        evaluated: The step of the last evaluation. loss_sum, loss_count: Of the steps since the last ``step`` event;
-        bad ones have events of their own. grad_norm: Of the last good step, before clipping. seconds: Of training so
-        far, evaluations and checkpoints included.
-    """
-
-    step: int
-    micro_batch: int
-    bad_steps: int = 0
-    best: dict[str, Any] | None = None
-    stale: int = 0
-    evaluated: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    grad_norm: float = 0.0
-    seconds: float = 0.0
 
 
 class Trainer:
@@ -102,10 +78,7 @@ class Trainer:
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
         self.processes = processes or Processes()
         self.device = self.processes.device
-        if dtype == torch.float16 and self.device.type == "cpu":
-            raise UnsupportedError(
-                "float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16"
-            )
+        check_compute_type(dtype, self.device)
         self.model = self.processes.prepare(graft.model)
         self.parameters = list(graft.parameters())
         try:
@@ -381,37 +354,14 @@ class Trainer:
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        state, settings = self.state, self.settings
-        state.seconds = self._clock.seconds()
-        gathered = {name: self.processes.gather(tensor) for name, tensor in rng.capture(self.device).items()}
-        schedule = {
-            "kind": settings.lr_scheduler_type,
-            "total_steps": self.total_steps,
-            "warmup_steps": self.warmup_steps,
-        }
+        self.state.seconds = self._clock.seconds()
+        snapshot = take(self)  # with the random states of all processes: before anything else can draw
         if self.processes.main:
-            snapshot = Snapshot(
-                step=state.step,
-                weights=self.graft.state_dict(),
-                optimizer=optim.optimizer_tensors(self.optimizer),
-                rng={
-                    f"{n}.{name}": states[n] for name, states in gathered.items() for n in range(self.processes.count)
-                },
-                state={
-                    **asdict(state),
-                    "processes": self.processes.count,
-                    "schedule": schedule,
-                    "scaler": self.scaler.state_dict(),
-                    "diagnosis": self.diagnosis.state_dict(),
-                    "log_position": self.log_position(),
-                    "run": self.identity,
-                },
-            )
             with rng.untouched(self.device):
                 path = self.checkpoints.save(snapshot)
-                self.emit(Event("checkpoint", state.step, path=str(path), seconds=self._clock.seconds()))
+                self.emit(Event("checkpoint", self.state.step, path=str(path), seconds=self._clock.seconds()))
         self.processes.wait()
-        self._saved = state.step
+        self._saved = self.state.step
         self._clock.pause()
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -421,22 +371,8 @@ class Trainer:
             ConfigError: the checkpoint was made by another number of processes.
             AdapterError, IntegrityError: its tensors do not belong to this graft.
         """
-        values = snapshot.state
-        if values["processes"] != self.processes.count:
-            raise ConfigError(
-                f"this run was trained by {values['processes']} processes and would go on with {self.processes.count}",
-                mend=f"accelerate launch --num_processes {values['processes']}",
-            )
-        self.graft.load_state_dict(snapshot.weights)
-        optim.load_optimizer_tensors(self.optimizer, snapshot.optimizer)
-        self.diagnosis.load_state_dict(values["diagnosis"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(dict(values["scaler"]))
-        self.state = TrainState(**{name: values[name] for name in TrainState.__dataclass_fields__})
+        put_back(self, snapshot)
         self._saved = self.state.step
-        mine = f"{self.processes.index}."
-        states = {name.removeprefix(mine): tensor for name, tensor in snapshot.rng.items() if name.startswith(mine)}
-        rng.restore(states, self.device)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 

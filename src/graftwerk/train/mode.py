@@ -6,7 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from graftwerk.errors import UnsupportedError
+
+
+def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
+    """
+    Raises:
+        UnsupportedError: float16 on a processor, where its gradients cannot be scaled.
+    """
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ First the settings, then the folder, the data, the model; only then is anything 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from graftwerk.train.lock import RunLock
 from graftwerk.train.signals import StopSignals
 
 __all__ = ["Run", "train"]
+
+LAUNCHED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
 _trained_before = False
 """Whether this process has trained already: then a run's clock starts with its call, not with the process."""
@@ -89,7 +92,7 @@ def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: 
     if isinstance(config, RunConfig):
         return RunConfig.build(config.model_dump(mode="json"), overrides) if overrides else config
     if isinstance(config, Mapping):
-        return RunConfig.build(dict(config), overrides)
+        return RunConfig.build(copy.deepcopy(dict(config)), overrides)  # overrides are put into it
     return RunConfig.load(config, overrides)
 
 
@@ -124,12 +127,14 @@ class _Work:
         from graftwerk.train.finish import finish
         from graftwerk.train.loop import Trainer
         from graftwerk.train.manifest import environment, opening
+        from graftwerk.train.mode import check_compute_type
         from graftwerk.train.prepare import load_graft, prepare
         from graftwerk.train.warm import warm_labels, warm_start
 
         settings, hub = self.settings, self.hub
         set_threads()
         dtype = compute_type(settings.training.compute_type, self.processes.device)
+        check_compute_type(dtype, self.processes.device)
         snapshot = self.checkpoints.load_latest() if resume else None
         identity: dict[str, Any] = {"config": settings.model_dump(mode="json"), "environment": environment()}
         self._same_run(snapshot, identity, "config")
@@ -173,6 +178,12 @@ class _Work:
                 hub(Event("resume", snapshot.step, path=str(self.checkpoints.path(snapshot.step))))
                 if text := environment_warning(snapshot.state["run"], identity):
                     hub(Event("warning", snapshot.step, text=text))
+            asked, used = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), str(dtype).removeprefix("torch.")
+            if asked != "no" and LAUNCHED_PRECISION.get(asked) != used:
+                text = (
+                    f"accelerate's mixed precision ({asked}) is not used: training.compute_type decides; it is {used}"
+                )
+                hub(Event("warning", trainer.state.step, text=text))
             with self._failure_noted():
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
                     trainer.fit()
@@ -217,11 +228,15 @@ class _Work:
                 trouble(f"{log.path} is {log.missing:,} bytes shorter than it was at the checkpoint")
             for event in early if log is not None and snapshot is None else ():
                 log(event)  # type: ignore[misc]  # what was said before there was a folder to say it in
-            yield log.sync if log is not None else lambda: 0
+            yield log.sync if log is not None else self._log_bytes
         finally:
             for writer in writers:
                 self.hub.listeners.remove(writer)
                 writer.close()
+
+    def _log_bytes(self) -> int:
+        """Of a log that is not written now, but may have been, and may be again."""
+        return self.folder.log.stat().st_size if self.folder.log.is_file() else 0
 
     @contextmanager
     def _failure_noted(self) -> Iterator[None]:

@@ -1,0 +1,87 @@
+"""Where a run is: what goes into a checkpoint, and how it is put back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from graftwerk.errors import ConfigError
+from graftwerk.train import optim, rng
+from graftwerk.train.checkpoint import Snapshot
+
+if TYPE_CHECKING:
+    from graftwerk.train.loop import Trainer
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Plain numbers, stored in every checkpoint.
+
+    Attributes: step: Steps done, the skipped ones included. micro_batch: Rows of a micro-batch; smaller than the
+        settings say after memory ran out. bad_steps: Steps skipped because loss or gradient were not finite. best:
+        ``step``, ``metric`` and ``value`` of the best evaluation so far. stale: Evaluations since the best one.
+        evaluated: The step of the last evaluation. loss_sum, loss_count: Of the steps since the last ``step`` event;
+        bad ones have events of their own. grad_norm: Of the last good step, before clipping. seconds: Of training so
+        far, evaluations and checkpoints included.
+    """
+
+    step: int
+    micro_batch: int
+    bad_steps: int = 0
+    best: dict[str, Any] | None = None
+    stale: int = 0
+    evaluated: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    grad_norm: float = 0.0
+    seconds: float = 0.0
+
+
+def take(trainer: Trainer) -> Snapshot:
+    """Everything that the next step depends on. All processes take part: each has random states of its own."""
+    count, settings = trainer.processes.count, trainer.settings
+    gathered = {name: trainer.processes.gather(tensor) for name, tensor in rng.capture(trainer.device).items()}
+    schedule = {
+        "kind": settings.lr_scheduler_type,
+        "total_steps": trainer.total_steps,
+        "warmup_steps": trainer.warmup_steps,
+    }
+    return Snapshot(
+        step=trainer.state.step,
+        weights=trainer.graft.state_dict(),
+        optimizer=optim.optimizer_tensors(trainer.optimizer),
+        rng={f"{process}.{name}": states[process] for name, states in gathered.items() for process in range(count)},
+        state={
+            **asdict(trainer.state),
+            "processes": count,
+            "schedule": schedule,
+            "scaler": trainer.scaler.state_dict(),
+            "diagnosis": trainer.diagnosis.state_dict(),
+            "log_position": trainer.log_position(),
+            "run": trainer.identity,
+        },
+    )
+
+
+def put_back(trainer: Trainer, snapshot: Snapshot) -> None:
+    """The inverse of `take`.
+
+    Raises:
+        ConfigError: the checkpoint was made by another number of processes.
+        AdapterError, IntegrityError: its tensors do not belong to this graft.
+    """
+    values = snapshot.state
+    if values["processes"] != trainer.processes.count:
+        raise ConfigError(
+            f"this run was trained by {values['processes']} processes and would go on with {trainer.processes.count}",
+            mend=f"accelerate launch --num_processes {values['processes']}",
+        )
+    trainer.graft.load_state_dict(snapshot.weights)
+    optim.load_optimizer_tensors(trainer.optimizer, snapshot.optimizer)
+    trainer.diagnosis.load_state_dict(values["diagnosis"])
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(dict(values["scaler"]))
+    trainer.state = TrainState(**{name: values[name] for name in TrainState.__dataclass_fields__})
+    mine = f"{trainer.processes.index}."
+    states = {name.removeprefix(mine): tensor for name, tensor in snapshot.rng.items() if name.startswith(mine)}
+    rng.restore(states, trainer.device)
