@@ -7,7 +7,7 @@ and deep nesting are refused.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator
@@ -18,6 +18,9 @@ from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import parse_method
 from graftwerk.settings import Settings, known_keys
+from graftwerk.tasks.base import Task
+from graftwerk.tasks.catalog import parse_task
+from graftwerk.tasks.classification import Classification
 from graftwerk.train.settings import TrainingSettings
 
 MAX_YAML_BYTES = 1 << 20
@@ -29,12 +32,23 @@ class RunConfig(Settings):
 
     model: str = Field(description="hub id, folder, .gguf file, or pkg://package/folder")
     revision: str | None = Field(default=None, description="for a hub id: branch, tag or commit")
-    task: Literal["classification"] = Field(default="classification", description="what is learnt")
+    task: Task = Field(
+        default_factory=Classification, description="what is learnt: a task's name, or its settings with `name`"
+    )
     data: DataSettings
     method: Method = Field(description="a method's name, or its settings with `name`")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     output_dir: Path = Field(default=Path("runs/run"), description="the run folder")
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task(cls, value: Any) -> Task:
+        return parse_task(value)
+
+    @field_serializer("task")
+    def _dump_task(self, task: Task) -> dict[str, Any]:
+        return task.to_dict()
 
     @field_validator("method", mode="before")
     @classmethod
@@ -146,7 +160,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node = tree
     for key in keys[:-1]:
         child = node.get(key)
-        if key == "method" and isinstance(child, str):
+        if key in ("method", "task") and isinstance(child, str):
             child = {"name": child}
         if child is None:
             child = {}

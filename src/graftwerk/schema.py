@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from graftwerk.config import RunConfig
+from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import METHODS, SHORTHANDS
 from graftwerk.settings import Settings, known_keys
+from graftwerk.tasks.base import Task
+from graftwerk.tasks.catalog import TASKS
+
+CHOICES: dict[str, Mapping[str, type[Settings]]] = {"method": METHODS, "task": TASKS}
+"""Keys of a run file whose value is a name, or the settings of what has that name."""
 
 
 def run_schema() -> dict[str, Any]:
     """JSON schema (draft 2020-12) of a run file, every method's settings and every accepted other spelling included."""
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
-    definitions.pop("Method", None)
-    for method in METHODS.values():
-        definitions[method.__name__] = _method_schema(method)
-    schema["properties"]["method"] = {
-        "description": RunConfig.model_fields["method"].description,
-        "oneOf": [
-            {"enum": [*METHODS, *SHORTHANDS]},
-            *({"$ref": f"#/$defs/{method.__name__}"} for method in METHODS.values()),
-        ],
-    }
+    for key, choices, shorthands in (("method", METHODS, SHORTHANDS), ("task", TASKS, {})):
+        definitions.pop(key.capitalize(), None)
+        for choice in choices.values():
+            definitions[choice.__name__] = _choice_schema(choice, key, choices, shorthands)
+        schema["properties"][key] = {
+            "description": RunConfig.model_fields[key].description,
+            "oneOf": [
+                {"enum": [*choices, *shorthands]},
+                *({"$ref": f"#/$defs/{choice.__name__}"} for choice in choices.values()),
+            ],
+        }
     _add_aliases(RunConfig, schema)
     for model in _parts(RunConfig):
         _add_aliases(model, definitions[model.__name__])
@@ -33,23 +40,28 @@ def run_schema() -> dict[str, Any]:
 
 
 def run_keys() -> Iterator[dict[str, Any]]:
-    """Every key of a run file with its kind, default and meaning; keys of methods as ``method(lora).r``."""
+    """Every key of a run file with its kind, default and meaning; keys of methods as ``method(lora).r``, keys of tasks
+    likewise.
+    """
     yield from _keys(RunConfig, "")
-    for name, method in METHODS.items():
-        yield from _keys(method, f"method({name}).")
+    for key, choices in CHOICES.items():
+        for name, model in choices.items():
+            yield from _keys(model, f"{key}({name}).")
 
 
-def _method_schema(method: type[Settings]) -> dict[str, Any]:
-    name = next(key for key, value in METHODS.items() if value is method)
-    schema = method.model_json_schema()
+def _choice_schema(
+    model: type[Settings],
+    key: str,
+    choices: Mapping[str, type[Settings]],
+    shorthands: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    name = next(known for known, value in choices.items() if value is model)
+    schema = model.model_json_schema()
     schema.pop("$defs", None)
-    names = [name, *(short for short, values in SHORTHANDS.items() if values["name"] == name)]
-    schema["properties"] = {
-        "name": {"enum": names, "description": "which method"},
-        **schema.get("properties", {}),
-    }
+    names = [name, *(short for short, values in shorthands.items() if values["name"] == name)]
+    schema["properties"] = {"name": {"enum": names, "description": f"which {key}"}, **schema.get("properties", {})}
     schema["required"] = ["name", *schema.get("required", [])]
-    _add_aliases(method, schema)
+    _add_aliases(model, schema)
     return schema
 
 
@@ -69,7 +81,7 @@ def _spellings(model: type[Settings], name: str) -> set[str]:
 def _parts(model: type[Settings]) -> Iterator[type[Settings]]:
     for field in model.model_fields.values():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Settings) and annotation.__name__ != "Method":
+        if isinstance(annotation, type) and issubclass(annotation, Settings) and annotation not in (Method, Task):
             yield annotation
 
 
@@ -77,13 +89,13 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[dict[str, Any]]:
     described = model.model_json_schema()
     for name, field in model.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, Settings) and annotation.__name__ != "Method":
+        if isinstance(annotation, type) and issubclass(annotation, Settings) and annotation not in (Method, Task):
             yield from _keys(annotation, f"{prefix}{name}.")
             continue
         properties = described["properties"][name]
         yield {
             "key": prefix + name,
-            "kind": "method" if name == "method" else _kind(properties),
+            "kind": name if name in CHOICES else _kind(properties),
             "required": field.is_required(),
             "default": properties.get("default"),
             "meaning": field.description or "",

@@ -5,13 +5,46 @@ The description of a field is what `graftwerk schema` and the docs show; it is w
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from graftwerk.errors import ConfigError, did_you_mean
 
 
 class Settings(BaseModel):
     """Frozen pydantic model; unknown keys are errors, aliases and field names are both accepted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+
+
+Model = TypeVar("Model", bound=Settings)
+
+
+def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, where: str) -> Model:
+    """A part of a run file that chooses among models by name: one method's settings, or one task's.
+
+    Args:
+        what: How messages call it: "method `lora`".
+        where: The key of the run file.
+
+    Raises:
+        ConfigError: an unknown key (the nearest is named) or a wrong value.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = ".".join(str(part) for part in fault["loc"])
+            if fault["type"] == "extra_forbidden":
+                near = did_you_mean(key, sorted(known_keys(model)))
+                lines.append(f"{what} has no setting `{key}`" + f"; {near}".rstrip("; "))
+            else:
+                lines.append(f"`{key}` of {what}: {fault['msg']} (got {fault.get('input')!r:.80})")
+        has = f"it has: {', '.join(model.model_fields)}" if model.model_fields else "it has no settings"
+        raise ConfigError("; ".join(lines), where=where, mend=has) from None
 
 
 def known_keys(model: type[Settings]) -> set[str]:

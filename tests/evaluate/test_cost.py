@@ -140,6 +140,9 @@ class Padding:
         rows = [torch.tensor(example.inputs["input_ids"]) for example in examples]
         return {"input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True)}
 
+    def forward(self, model: Any, batch: dict[str, torch.Tensor]) -> Any:
+        return model(**batch)
+
 
 def rows(lengths: list[int]) -> list[Example]:
     return [Example({"input_ids": [1] * length}, None) for length in lengths]

@@ -11,10 +11,10 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from graftwerk.errors import DataError, ModelError
 from graftwerk.evaluate.bootstrap import draw_counts, kinds, percentile_interval, rank_auc, resample
 from graftwerk.evaluate.metrics import METRICS, metrics_of, point, statistic_of
-from graftwerk.tasks.base import Predictions
+from graftwerk.tasks.predictions import ClassPredictions
 
 
-def made(n: int, classes: int, seed: int = 0, *, skill: float = 1.0, decimals: int | None = None) -> Predictions:
+def made(n: int, classes: int, seed: int = 0, *, skill: float = 1.0, decimals: int | None = None) -> ClassPredictions:
     """Predictions of a model of some skill; with few decimals many scores are tied."""
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, classes, n)
@@ -22,7 +22,7 @@ def made(n: int, classes: int, seed: int = 0, *, skill: float = 1.0, decimals: i
     if decimals is not None:
         logits = logits.round(decimals)
     scores = np.exp(logits)
-    return Predictions(scores / scores.sum(1, keepdims=True), targets, None)
+    return ClassPredictions(None, scores / scores.sum(1, keepdims=True), targets)
 
 
 def by_sklearn(name: str, targets: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = None) -> float:
@@ -130,7 +130,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     held = 0
     for _ in range(200):
         right = rng.random(150) < 0.7
-        predictions = Predictions(np.eye(2)[np.where(right, 0, 1)], np.zeros(150, dtype=int), None)
+        predictions = ClassPredictions(None, np.eye(2)[np.where(right, 0, 1)], np.zeros(150, dtype=int))
         statistic = statistic_of("accuracy", predictions.targets, predictions.scores)
         low, high = percentile_interval(resample(np.ones(150, dtype=np.int64), [statistic], 300, rng)[0], 0.95)
         held += low <= 0.7 <= high
@@ -148,26 +148,26 @@ def test_the_same_seed_gives_the_same_intervals_and_more_confidence_wider_ones()
 
 def test_roc_auc_of_rows_that_lack_a_class_is_said_to_be_undefined() -> None:
     predictions = made(30, 3)
-    two = Predictions(predictions.scores, predictions.targets % 2, None)
+    two = ClassPredictions(None, predictions.scores, predictions.targets % 2)
     figure = metrics_of(two, ["apple", "pear", "plum"])["roc_auc"]
     assert figure["value"] is figure["low"] is figure["high"] is None
     assert "`plum`" in figure["note"]
     assert "apple" not in figure["note"]
-    assert point("roc_auc", two.targets, two.scores) is None
+    assert point("roc_auc", two) is None
 
 
 def test_a_class_with_one_row_leaves_draws_out_and_says_so() -> None:
     predictions = made(40, 2)
     targets = np.zeros(40, dtype=int)
     targets[7] = 1
-    figure = metrics_of(Predictions(predictions.scores, targets, None), None, resamples=400)["roc_auc"]
+    figure = metrics_of(ClassPredictions(None, predictions.scores, targets), None, resamples=400)["roc_auc"]
     assert "lack" in figure["note"]  # about e^-1 of the draws miss the one row
     assert figure["low"] <= figure["value"] <= figure["high"]
 
 
 def test_an_interval_on_too_few_draws_is_not_given() -> None:
     scores = np.full((4, 4), 0.25)
-    figure = metrics_of(Predictions(scores, np.arange(4), None), None)["roc_auc"]
+    figure = metrics_of(ClassPredictions(None, scores, np.arange(4)), None)["roc_auc"]
     assert figure["value"] == 0.5
     assert figure["low"] is None
     assert "no interval" in figure["note"]
@@ -175,12 +175,12 @@ def test_an_interval_on_too_few_draws_is_not_given() -> None:
 
 def test_all_rows_right_is_no_certainty() -> None:
     targets = np.arange(20) % 2
-    figures = metrics_of(Predictions(np.eye(2)[targets], targets, None), None)
+    figures = metrics_of(ClassPredictions(None, np.eye(2)[targets], targets), None)
     assert figures["accuracy"]["value"] == figures["accuracy"]["high"] == 1.0
     assert figures["accuracy"]["low"] == pytest.approx(0.05 ** (1 / 20))
     assert "no spread" in figures["accuracy"]["note"]
     assert "not certainty" in figures["f1_macro"]["note"]
-    wrong = metrics_of(Predictions(np.eye(2)[1 - targets], targets, None), None)["accuracy"]
+    wrong = metrics_of(ClassPredictions(None, np.eye(2)[1 - targets], targets), None)["accuracy"]
     assert (wrong["value"], wrong["low"]) == (0.0, 0.0)
     assert wrong["high"] == pytest.approx(1 - 0.05 ** (1 / 20))
 
@@ -188,15 +188,15 @@ def test_all_rows_right_is_no_certainty() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     good = made(10, 2)
     with pytest.raises(DataError, match="no labels"):
-        metrics_of(Predictions(good.scores, None, None), None)
+        metrics_of(ClassPredictions(None, good.scores, None), None)
     with pytest.raises(DataError, match="no rows"):
-        metrics_of(Predictions(np.zeros((0, 2)), np.zeros(0, dtype=int), None), None)
+        metrics_of(ClassPredictions(None, np.zeros((0, 2)), np.zeros(0, dtype=int)), None)
     with pytest.raises(ModelError, match="3 labels"):
         metrics_of(good, ["a", "b", "c"])
     broken = good.scores.copy()
     broken[3] = np.nan
     with pytest.raises(ModelError, match="not finite on 1 of 10"):
-        metrics_of(Predictions(broken, good.targets, None), None)
+        metrics_of(ClassPredictions(None, broken, good.targets), None)
 
 
 def test_many_rows_are_drawn_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

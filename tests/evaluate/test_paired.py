@@ -8,12 +8,12 @@ import pytest
 from graftwerk.errors import DataError
 from graftwerk.evaluate.metrics import metrics_of
 from graftwerk.evaluate.paired import joint_bootstrap, paired_difference
-from graftwerk.tasks.base import Predictions
+from graftwerk.tasks.predictions import ClassPredictions
 
 
-def answers(right: np.ndarray) -> Predictions:
+def answers(right: np.ndarray) -> ClassPredictions:
     """Predictions on rows of class 0 that are right where said."""
-    return Predictions(np.eye(2)[np.where(right, 0, 1)], np.zeros(len(right), dtype=int), None)
+    return ClassPredictions(None, np.eye(2)[np.where(right, 0, 1)], np.zeros(len(right), dtype=int))
 
 
 def comparison(
@@ -24,10 +24,10 @@ def comparison(
     rows: int = 200,
     seed_effect: float = 0.0,
     better: float = 0.0,
-) -> dict[str, dict[int, Predictions]]:
+) -> dict[str, dict[int, ClassPredictions]]:
     """Methods alike, but for the first being better by so much on the latent scale; rows share their difficulty."""
     difficulty = rng.normal(2.0, 2.0, rows)
-    made: dict[str, dict[int, Predictions]] = {}
+    made: dict[str, dict[int, ClassPredictions]] = {}
     for m in range(methods):
         own = difficulty + rng.normal(0, 1.2, rows) + (better if m == 0 else 0)
         made[f"m{m}"] = {
@@ -77,9 +77,9 @@ def test_every_metric_can_be_compared(metric: str) -> None:
     rng = np.random.default_rng(4)
     targets = rng.integers(0, 3, 150)
 
-    def model(skill: float) -> Predictions:
+    def model(skill: float) -> ClassPredictions:
         scores = np.exp(rng.normal(size=(150, 3)) + skill * np.eye(3)[targets])
-        return Predictions(scores / scores.sum(1, keepdims=True), targets, None)
+        return ClassPredictions(None, scores / scores.sum(1, keepdims=True), targets)
 
     found = paired_difference([model(2.5) for _ in range(3)], [model(0.5) for _ in range(3)], metric=metric)
     assert 0 < found["low"] < found["value"] < found["high"] < 1
@@ -204,7 +204,7 @@ def test_other_rows_are_refused() -> None:
     a, b = answers(np.ones(20, dtype=bool)), answers(np.ones(21, dtype=bool))
     with pytest.raises(DataError, match="other rows"):
         paired_difference(a, b)
-    relabelled = Predictions(a.scores, 1 - a.targets, None)
+    relabelled = ClassPredictions(None, a.scores, 1 - a.targets)
     with pytest.raises(DataError, match="`b` with seed 0"):
         paired_difference(a, relabelled)
 

@@ -16,7 +16,7 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import AdapterError, ConfigError, DataError
 from graftwerk.models.load import fix_padding, load_model, load_tokenizer
 from graftwerk.tasks.base import Example, Splits
-from graftwerk.tasks.catalog import task_named
+from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.classification import Classification, rows_for_prediction
 
 TASK = Classification()
@@ -36,9 +36,9 @@ def codes(splits: Splits) -> list[str]:
 
 
 def test_the_catalog_names_the_nearest_task() -> None:
-    assert isinstance(task_named("classification"), Classification)
+    assert isinstance(parse_task("classification"), Classification)
     with pytest.raises(ConfigError, match="no task `clasification`") as caught:
-        task_named("clasification")
+        parse_task("clasification")
     assert "did you mean `classification`?" in str(caught.value.mend)
 
 
@@ -244,14 +244,15 @@ def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
 
 
 def test_predictions_are_probabilities_in_the_order_of_the_rows() -> None:
-    logits = [torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0]])]
-    result = TASK.predictions(logits, [1, 0, 0], 0.5)
+    logits = [torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])]
+    rows = [Example({"input_ids": [1]}, target) for target in (1, 0, 0)]
+    result = TASK.predictions(logits, rows, 0.5, None)
     assert result.scores.argmax(-1).tolist() == [1, 0, 0]
     np.testing.assert_allclose(result.scores.sum(-1), 1, rtol=1e-12)
     assert result.targets is not None
     assert result.targets.tolist() == [1, 0, 0]
-    assert TASK.predictions(logits, None, None).targets is None
-    assert TASK.predictions(logits, [1, None, 0], None).targets is None
+    assert [answer["label"] for answer in TASK.answers(result, ["no", "yes"])] == ["yes", "no", "no"]
+    assert TASK.predictions(logits, [*rows[:2], Example({"input_ids": [1]}, None)], None, None).targets is None
 
 
 # with models
@@ -284,13 +285,15 @@ def test_the_whole_path_learns_on_real_glosses(kind: str, request: pytest.Fixtur
     torch.manual_seed(0)
     model = load_model(place, TASK, splits)
     fix_padding(model, tokenizer)
-    batch = TASK.collate(TASK.encode(splits.train, tokenizer, splits, 64), tokenizer)
+    examples = TASK.encode(splits.train, tokenizer, splits, 64)
+    batch = TASK.collate(examples, tokenizer)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(25):
         optimizer.zero_grad()
         TASK.loss(model(**batch), batch).backward()
         optimizer.step()
     with torch.inference_mode():
-        scores = TASK.predictions([model(**batch).logits], batch["labels"].tolist(), None)
+        kept = TASK.respond(TASK.forward(model, batch), batch)
+    scores = TASK.predictions(list(kept.split(1)), examples, None, None)
     assert (scores.scores.argmax(-1) == scores.targets).mean() > 0.9
     assert model.config.id2label == {0: "noun.animal", 1: "noun.cognition"}

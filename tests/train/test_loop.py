@@ -17,8 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from graftwerk.errors import ConfigError, DivergedError, EnvironmentFault, UnsupportedError
 from graftwerk.inject.attach import attach
 from graftwerk.methods.catalog import parse_method
-from graftwerk.tasks.base import Example, Predictions
+from graftwerk.tasks.base import Example
 from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.predictions import ClassPredictions
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.loop import Trainer
@@ -417,7 +418,8 @@ def test_out_of_memory_in_evaluation_halves_its_batch(
 def test_scores_that_are_not_finite_end_the_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graftwerk.evaluate import run
 
-    monkeypatch.setattr(run, "run_model", lambda *_, **__: Predictions(np.full((12, 3), np.nan), np.zeros(12), 1.0))
+    broken = ClassPredictions(1.0, np.full((12, 3), np.nan), np.zeros(12, dtype=np.int64))
+    monkeypatch.setattr(run, "run_model", lambda *_, **__: broken)
     with pytest.raises(DivergedError, match="scores are not finite"):
         bench.trainer(tmp_path, max_steps=1).fit()
 

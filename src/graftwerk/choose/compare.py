@@ -286,7 +286,7 @@ class _Work:
             "graftwerk": _version(),
             "command": shlex.join(command),
             "model": self.base.model,
-            "task": self.base.task,
+            "task": self.base.task.name,
             "metric": self.metric,
             "confidence": self.base.evaluation.confidence,
             "seeds": self.seeds,

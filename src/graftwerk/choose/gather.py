@@ -14,7 +14,7 @@ from graftwerk.errors import IntegrityError
 from graftwerk.evaluate.metrics import METRICS, point
 from graftwerk.evaluate.paired import Joint, joint_bootstrap
 from graftwerk.evaluate.stored import load_evaluation
-from graftwerk.tasks.base import Predictions
+from graftwerk.tasks.predictions import Predictions
 from graftwerk.train.folder import ADAPTER, read_manifest
 
 LEAST_RESAMPLES = 2000
@@ -123,10 +123,9 @@ def _check_alike(runs: Sequence[Measured]) -> None:
 def _joints(answers: Mapping[str, Mapping[int, Predictions]], metric: str, resamples: int) -> dict[str, Joint]:
     """A joint bootstrap of every metric that these rows define; the metric that decides comes first."""
     first = next(iter(next(iter(answers.values())).values()))
-    assert first.targets is not None
     joints = {metric: joint_bootstrap(answers, metric, resamples=resamples)}
     for name in METRICS:
-        if name != metric and point(name, first.targets, first.scores) is not None:
+        if name != metric and point(name, first) is not None:
             joints[name] = joint_bootstrap(answers, name, resamples=resamples)
     return joints
 

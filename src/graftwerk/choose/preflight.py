@@ -45,7 +45,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
     return {
         "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
-        "task": config.task,
+        "task": config.task.name,
         "data": {
             "origin": splits.origin,
             "fingerprint": splits.fingerprint,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from graftwerk.evaluate.forward import autocast, device_of, evaluation_mode, forward, to_device
+from graftwerk.evaluate.forward import autocast, device_of, evaluation_mode, to_device
 from graftwerk.evaluate.memory import peak_memory as peak_memory
 from graftwerk.evaluate.memory import resident as resident
 from graftwerk.tasks.base import Example, Task
@@ -65,7 +65,7 @@ def _pass(model: Any, task: Task, rows: Sequence[Example], tokenizer: Any) -> fl
     device = device_of(model)
     _wait(device)
     started = time.perf_counter()
-    forward(model, to_device(task.collate(rows, tokenizer), model))
+    task.forward(model, to_device(task.collate(rows, tokenizer), model))
     _wait(device)
     return time.perf_counter() - started
 

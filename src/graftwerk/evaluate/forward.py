@@ -26,6 +26,7 @@ def run_model(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     on_progress: Progress | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Predictions:
     """The model's answers to all examples, in the order of the examples.
 
@@ -38,6 +39,7 @@ def run_model(
             none.
         batch_size: Rows a forward pass.
         dtype: What products are computed in; anything but float32 means autocast.
+        texts: What was generated for each row, where the task generates and was asked to.
     """
     order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
     answers: list[Tensor | None] = [None] * len(examples)
@@ -47,24 +49,19 @@ def run_model(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = to_device(task.collate([examples[row] for row in rows], tokenizer), model)
-            outputs = forward(model, batch)
+            outputs = task.forward(model, batch)
             if "labels" in batch:
                 losses.append(float(task.loss(outputs, batch)))
                 weights.append(task.weight(batch))
-            logits = outputs.logits.detach().float().cpu()
+            answered = task.respond(outputs, batch)
             for place, row in enumerate(rows):
-                answers[row] = logits[place : place + 1]
+                answers[row] = answered[place : place + 1]
             if on_progress is not None:
                 on_progress(start + len(rows), len(order))
     targets = [example.target for example in examples]
     known = len(examples) > 0 and all(target is not None for target in targets)
     loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / max(sum(weights), 1) if known else None
-    return task.predictions([answer for answer in answers if answer is not None], targets if known else None, loss)
-
-
-def forward(model: Any, batch: dict[str, Tensor]) -> Any:
-    """The model's outputs; targets stay outside, the task computes the loss."""
-    return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+    return task.predictions([answer for answer in answers if answer is not None], examples, loss, texts)
 
 
 def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -1,166 +1,297 @@
-"""How good predictions are, each figure with the interval that its rows allow.
+"""How good predictions are, each figure with the interval that its rows allow; the one list of metrics.
 
-Point values come from scikit-learn. Intervals are percentile bootstrap intervals over rows (`bootstrap.py`): they say
-how far the figure would move with other held-out rows of the same kind, not how far it would move with another
-training seed; `paired.py` has both. What cannot be computed is None with a note that says why; it is never guessed.
+Intervals are percentile bootstrap intervals over rows (`bootstrap.py`): they say how far the figure would move with
+other held-out rows of the same kind, not how far it would move with another training seed; `paired.py` has both. What
+cannot be computed is None with a note that says why; it is never guessed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError
-from graftwerk.evaluate.bootstrap import (
-    Floats,
-    Ints,
-    Statistic,
-    accuracy,
-    f1,
-    kinds,
-    percentile_interval,
-    resample,
-    roc_auc,
-)
-from graftwerk.tasks.base import Predictions
+from graftwerk.evaluate import class_metrics, text_metrics
+from graftwerk.evaluate.bootstrap import Floats, Ints, Statistic, percentile_interval, resample
+from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
-METRICS = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
 FEW_DRAWS = 0.5
 """An interval stands on at least this share of the draws; with fewer the rows cannot carry one."""
 
 
 class Figure(TypedDict):
-    """A metric with its interval; ``note`` where something about it needs saying."""
+    """A metric with its interval; ``note`` where something about it needs saying, ``signature`` where others need it to
+    get the same number.
+    """
 
     value: float | None
     low: float | None
     high: float | None
     note: NotRequired[str]
+    signature: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        title: As people write it.
+        unit: ``share`` (0 to 1), ``points`` (0 to 100), ``tokens``, or ``nats`` (perplexity: their exponential).
+        higher: Whether more is better; None: neither.
+        value: Of all rows; None where undefined on them.
+        statistic: The same as a function of row weights (R, n).
+        defined: Whether these predictions have what it needs.
+        signature: With which versions and options it was computed.
+        cells: Whether it sees the confusion matrix alone.
+    """
+
+    title: str
+    unit: Literal["share", "points", "tokens", "nats"]
+    higher: bool | None
+    value: Callable[[Any], float | None]
+    statistic: Callable[[Any], Statistic]
+    defined: Callable[[Predictions], bool]
+    signature: Callable[[], str] | None = None
+    cells: bool = False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return {"share": (0.0, 1.0), "points": (0.0, 100.0)}.get(self.unit, (0.0, math.inf))
+
+
+def _of_classes(predictions: Predictions) -> bool:
+    return isinstance(predictions, ClassPredictions)
+
+
+def _of_likelihoods(predictions: Predictions) -> bool:
+    return isinstance(predictions, TextPredictions) and bool(predictions.tokens.sum())
+
+
+def _of_texts(predictions: Predictions) -> bool:
+    return (
+        isinstance(predictions, TextPredictions)
+        and predictions.texts is not None
+        and predictions.references is not None
+    )
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(
+        "accuracy",
+        "share",
+        True,
+        class_metrics.accuracy,
+        class_metrics.accuracy_statistic,
+        _of_classes,
+        cells=True,
+    ),
+    "f1_macro": Metric(
+        "macro F1",
+        "share",
+        True,
+        class_metrics.f1_macro,
+        class_metrics.f1_macro_statistic,
+        _of_classes,
+        cells=True,
+    ),
+    "f1_weighted": Metric(
+        "weighted F1",
+        "share",
+        True,
+        class_metrics.f1_weighted,
+        class_metrics.f1_weighted_statistic,
+        _of_classes,
+        cells=True,
+    ),
+    "roc_auc": Metric("ROC-AUC", "share", True, class_metrics.area, class_metrics.area_statistic, _of_classes),
+    "exact_match": Metric(
+        "exact match", "share", True, text_metrics.exact_match, text_metrics.exact_match_statistic, _of_texts
+    ),
+    "rouge1": Metric(
+        "ROUGE-1",
+        "share",
+        True,
+        text_metrics.rouge1,
+        text_metrics.rouge1_statistic,
+        _of_texts,
+        text_metrics.rouge_signature,
+    ),
+    "rouge2": Metric(
+        "ROUGE-2",
+        "share",
+        True,
+        text_metrics.rouge2,
+        text_metrics.rouge2_statistic,
+        _of_texts,
+        text_metrics.rouge_signature,
+    ),
+    "rougeL": Metric(
+        "ROUGE-L",
+        "share",
+        True,
+        text_metrics.rouge_l,
+        text_metrics.rouge_l_statistic,
+        _of_texts,
+        text_metrics.rouge_signature,
+    ),
+    "bleu": Metric(
+        "BLEU",
+        "points",
+        True,
+        text_metrics.bleu,
+        text_metrics.bleu_statistic,
+        _of_texts,
+        text_metrics.bleu_signature,
+    ),
+    "chrf": Metric(
+        "chrF",
+        "points",
+        True,
+        text_metrics.chrf,
+        text_metrics.chrf_statistic,
+        _of_texts,
+        text_metrics.chrf_signature,
+    ),
+    "perplexity": Metric(
+        "perplexity",
+        "nats",
+        False,
+        text_metrics.perplexity,
+        text_metrics.perplexity_statistic,
+        _of_likelihoods,
+    ),
+    "length": Metric(
+        "words an answer",
+        "tokens",
+        None,
+        text_metrics.length,
+        text_metrics.length_statistic,
+        _of_texts,
+    ),
+}
 
 
 def metrics_of(
     predictions: Predictions,
-    labels: Sequence[str] | None,
+    labels: Sequence[str] | None = None,
     *,
+    names: Sequence[str] | None = None,
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Figure]:
-    """Accuracy, F1 (macro, weighted) and ROC-AUC of classifications, each with a percentile bootstrap interval over
-    rows.
-
-    ROC-AUC of two classes is that of the second; of more, the mean over classes of each against the rest. It is None
-    where the rows lack a class.
+    """Every metric that these predictions define, each with a percentile bootstrap interval over rows.
 
     Args:
-        predictions: ``scores`` (n, C) that sum to one, ``targets`` (n,) class ids.
-        labels: Names of the C classes for the notes, or None.
+        labels: Names of the classes, for notes.
+        names: Which metrics; None: all there are.
         confidence: Level of the intervals.
         resamples: Bootstrap draws.
         seed: Of the draws; the same seed and rows give the same draws for every model.
+
     Raises:
         DataError: no rows, or rows without targets.
         ModelError: scores that are not finite, or not one a class.
     """
-    targets, scores = checked(predictions, labels)
-    names = list(labels) if labels is not None else [str(c) for c in range(scores.shape[1])]
-    predicted = scores.argmax(axis=1)
-    (seen, given), counts = kinds(targets, predicted)
-    classes = len(names)
+    check(predictions, labels)
     rng = np.random.default_rng(seed)
-    of_cells = resample(
-        counts,
-        [accuracy(seen, given), f1(seen, given, classes, "macro"), f1(seen, given, classes, "weighted")],
-        resamples,
-        rng,
-    )
-    figures = {
-        name: _figure(point(name, targets, scores) or 0.0, draws, confidence)
-        for name, draws in zip(("accuracy", "f1_macro", "f1_weighted"), of_cells, strict=True)
-    }
-    if (accurate := figures["accuracy"]["value"]) in (0.0, 1.0):
-        figures["accuracy"] = _certain(accurate, len(targets), confidence)
-    figures["roc_auc"] = _roc_auc_figure(targets, scores, names, confidence, resamples, rng)
-    return figures
+    figures: dict[str, Figure] = {}
+    for cells in (True, False):  # metrics of one kind share their draws
+        chosen = [
+            name
+            for name, metric in METRICS.items()
+            if metric.cells is cells and metric.defined(predictions) and (names is None or name in names)
+        ]
+        drawable = {name: value for name in chosen if (value := METRICS[name].value(predictions)) is not None}
+        for name in chosen:
+            if name not in drawable:
+                figures[name] = {"value": None, "low": None, "high": None, "note": _undefined(predictions, labels)}
+        if not drawable:
+            continue
+        if cells:
+            assert isinstance(predictions, ClassPredictions)
+            drawn_from, counts = class_metrics.kinds_of(predictions)
+        else:
+            drawn_from, counts = predictions, np.ones(predictions.rows, dtype=np.int64)  # type: ignore[assignment]
+        draws = resample(counts, [METRICS[name].statistic(drawn_from) for name in drawable], resamples, rng)
+        for (name, value), drawn in zip(drawable.items(), draws, strict=True):
+            figures[name] = _figure(value, drawn, confidence)
+            if (signature := METRICS[name].signature) is not None:
+                figures[name]["signature"] = signature()
+    for name in ("accuracy", "exact_match"):
+        if name in figures and figures[name]["value"] in (0.0, 1.0):
+            figures[name] = _certain(float(figures[name]["value"] or 0.0), predictions.rows, confidence)
+    order = list(METRICS) if names is None else list(names)
+    return {name: figures[name] for name in order if name in figures}
 
 
-def checked(predictions: Predictions, labels: Sequence[str] | None = None) -> tuple[Ints, Floats]:
-    """Targets (n,) and scores (n, C), after what would make every figure meaningless has been refused."""
-    if predictions.targets is None:
-        raise DataError(
-            "the rows have no labels, so nothing can be measured on them", mend="give rows with a label column"
-        )
-    targets = np.asarray(predictions.targets).astype(np.int64)
-    scores = np.asarray(predictions.scores, dtype=np.float64)
-    if len(targets) == 0:
+def check(predictions: Predictions, labels: Sequence[str] | None = None) -> None:
+    """
+    Raises:
+        DataError: no rows, or rows without targets.
+        ModelError: scores that are not finite, or not one a class.
+    """
+    if predictions.rows == 0:
         raise DataError("there are no rows to measure on", mend="hold out rows with data.validation or data.test")
-    if scores.ndim != 2 or len(scores) != len(targets) or (labels is not None and scores.shape[1] != len(labels)):
+    if isinstance(predictions, ClassPredictions):
+        if predictions.targets is None:
+            raise DataError(
+                "the rows have no labels, so nothing can be measured on them", mend="give rows with a label column"
+            )
+        shape, rows = predictions.scores.shape, len(predictions.targets)
+        if len(shape) != 2 or shape[0] != rows or (labels is not None and shape[1] != len(labels)):
+            raise ModelError(
+                f"scores of shape {shape} do not fit {rows} rows"
+                + (f" and {len(labels)} labels" if labels is not None else "")
+            )
+        bad = int((~np.isfinite(predictions.scores)).any(axis=1).sum())
+    else:
+        assert isinstance(predictions, TextPredictions)
+        rows, bad = predictions.rows, int((~np.isfinite(predictions.nll)).sum())
+    if bad:
         raise ModelError(
-            f"scores of shape {scores.shape} do not fit {len(targets)} rows"
-            + (f" and {len(labels)} labels" if labels is not None else "")
+            f"the model's scores are not finite on {bad} of {rows} rows", mend="the run has diverged; train again"
         )
-    if not np.isfinite(scores).all():
-        bad = int((~np.isfinite(scores)).any(axis=1).sum())
-        raise ModelError(
-            f"the model's scores are not finite on {bad} of {len(scores)} rows",
-            mend="the run has diverged; train again",
-        )
-    return targets, scores
 
 
-def point(metric: str, targets: Ints, scores: Floats) -> float | None:
-    """One metric's value by scikit-learn; None where it is undefined."""
-    from sklearn.metrics import accuracy_score, f1_score
-
-    if metric == "roc_auc":
-        return _roc_auc_point(targets, scores)
-    predicted = scores.argmax(axis=1)
-    if metric == "accuracy":
-        return float(accuracy_score(targets, predicted))
-    return float(f1_score(targets, predicted, average=metric.removeprefix("f1_"), zero_division=0))
+def point(metric: str, predictions: Predictions) -> float | None:
+    """One metric's value; None where it is undefined."""
+    return METRICS[metric].value(predictions) if METRICS[metric].defined(predictions) else None
 
 
-def statistic_of(metric: str, targets: Ints, scores: Floats) -> Statistic:
+def statistic_of(metric: str, predictions: Predictions) -> Statistic:
     """The same metric as a function of row weights (R, n)."""
-    classes = scores.shape[1]
-    predicted = scores.argmax(axis=1)
-    if metric == "accuracy":
-        return accuracy(targets, predicted)
-    if metric == "f1_macro":
-        return f1(targets, predicted, classes, "macro")
-    if metric == "f1_weighted":
-        return f1(targets, predicted, classes, "weighted")
-    if metric == "roc_auc":
-        return roc_auc(targets, scores)
-    raise ModelError(f"there is no metric `{metric}`", mend=f"there are: {', '.join(METRICS)}")
+    if metric not in METRICS:
+        raise ModelError(f"there is no metric `{metric}`", mend=f"there are: {', '.join(METRICS)}")
+    return METRICS[metric].statistic(predictions)
 
 
-def _roc_auc_point(targets: Ints, scores: Floats) -> float | None:
-    from sklearn.metrics import roc_auc_score
-
-    classes = scores.shape[1]
-    if len(np.unique(targets)) < classes:
-        return None
-    if classes == 2:
-        return float(roc_auc_score(targets == 1, scores[:, 1]))
-    return float(np.mean([roc_auc_score(targets == c, scores[:, c]) for c in range(classes)]))
+def same_rows(a: Predictions, b: Predictions) -> bool:
+    """Whether two models answered the same rows, as far as their targets tell."""
+    if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
+        return np.array_equal(_ids(a.targets), _ids(b.targets)) and a.scores.shape == b.scores.shape
+    if isinstance(a, TextPredictions) and isinstance(b, TextPredictions):
+        return a.references == b.references and np.array_equal(a.tokens, b.tokens)
+    return False
 
 
-def _roc_auc_figure(
-    targets: Ints, scores: Floats, names: list[str], confidence: float, resamples: int, rng: np.random.Generator
-) -> Figure:
-    value = _roc_auc_point(targets, scores)
-    if value is None:
-        absent = [names[c] for c in range(scores.shape[1]) if not (targets == c).any()]
-        shown = ", ".join(f"`{name}`" for name in absent[:5]) + (
-            f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        )
-        return {"value": None, "low": None, "high": None, "note": f"undefined: no row has the label {shown}"}
-    draws = resample(np.ones(len(targets), dtype=np.int64), [roc_auc(targets, scores)], resamples, rng)[0]
-    return _figure(value, draws, confidence)
+def _ids(targets: Any) -> Ints:
+    return np.asarray([] if targets is None else targets).astype(np.int64)
+
+
+def _undefined(predictions: Predictions, labels: Sequence[str] | None) -> str:
+    if not isinstance(predictions, ClassPredictions) or predictions.targets is None:
+        return "undefined on these rows"
+    classes = predictions.scores.shape[1]
+    names = list(labels) if labels is not None else [str(c) for c in range(classes)]
+    absent = [names[c] for c in range(classes) if not (predictions.targets == c).any()]
+    shown = ", ".join(f"`{name}`" for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    return f"undefined: no row has the label {shown}"
 
 
 def _figure(value: float, draws: Floats, confidence: float) -> Figure:

@@ -114,7 +114,6 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
     from graftwerk.models.hardware import compute_type, set_threads
     from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, max_length_for
     from graftwerk.store.folder import load_adapter
-    from graftwerk.tasks.catalog import task_named
 
     found = find(target)
     settings, own, info = found.settings, found.manifest or found.info.own, found.info
@@ -124,9 +123,9 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
             "the adapter does not say which model it was made for", where=str(info.folder), mend="name it: model=..."
         )
     revision = settings.revision if settings and model is None else None
-    task = task_named(_task_name(info, own))
-    tokenizer = load_tokenizer(name, revision)
     architecture = load_config(name, revision)
+    task = _task(info, own).on(architecture)
+    tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
     kept = own.get("max_length")
     max_length = max_length_for(architecture, tokenizer, kept if isinstance(kept, int) else None)
@@ -153,11 +152,15 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
     )
 
 
-def _task_name(info: AdapterInfo, own: dict[str, Any]) -> str:
+def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:
+    from graftwerk.tasks.catalog import parse_task
+
+    if isinstance(own.get("task_settings"), dict):
+        return parse_task(own["task_settings"])
     if isinstance(own.get("task"), str):
-        return str(own["task"])
+        return parse_task(own["task"])
     if info.config.get("task_type") == "SEQ_CLS":
-        return "classification"
+        return parse_task("classification")
     raise UnsupportedError(
         f"the adapter does not say what task it is for (task_type: {json.dumps(info.config.get('task_type'))})",
         where=str(info.folder / CONFIG_FILE),

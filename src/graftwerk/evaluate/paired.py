@@ -37,8 +37,8 @@ import numpy as np
 
 from graftwerk.errors import DataError
 from graftwerk.evaluate.bootstrap import Floats, draw_counts, percentile_interval
-from graftwerk.evaluate.metrics import Figure, checked, point, statistic_of
-from graftwerk.tasks.base import Predictions
+from graftwerk.evaluate.metrics import METRICS, Figure, check, point, same_rows, statistic_of
+from graftwerk.tasks.predictions import Predictions
 
 Runs = Mapping[int, Predictions]
 """A method's predictions by training seed, all on the same rows."""
@@ -66,12 +66,14 @@ class Joint:
         means: Point values (M,): the mean over a method's seeds.
         draws: Bootstrap means (R, M), drawn jointly; nan where a draw leaves the metric undefined.
         values: Each method's value by seed.
+        metric: Of what.
     """
 
     methods: tuple[str, ...]
     means: Floats
     draws: Floats
     values: dict[str, dict[int, float]]
+    metric: str = "accuracy"
 
     def figure(self, method: str, confidence: float) -> Figure:
         """A method's mean over seeds with its percentile interval."""
@@ -79,7 +81,8 @@ class Joint:
         values = self.values[method]
         low, high = _percentiles(self.draws[:, m], float(self.means[m]), list(values.values()), confidence)
         # A share of rows lies between 0 and 1 whatever the widening says.
-        figure: Figure = {"value": float(self.means[m]), "low": max(low, 0.0), "high": min(high, 1.0)}
+        least, most = METRICS[self.metric].bounds
+        figure: Figure = {"value": float(self.means[m]), "low": max(low, least), "high": min(high, most)}
         if len(values) == 1:
             figure["note"] = "one seed: the interval does not hold what another training seed would change"
         return figure
@@ -170,20 +173,23 @@ def joint_bootstrap(methods: Mapping[str, Runs], metric: str, *, resamples: int 
     """
     names = tuple(methods)
     columns = [(m, seed_) for m, name in enumerate(names) for seed_ in methods[name]]
-    targets, first = checked(methods[names[columns[0][0]]][columns[0][1]])
+    first = methods[names[columns[0][0]]][columns[0][1]]
     statistics, values = [], dict[str, dict[int, float]]()
     for m, seed_ in columns:
-        own, scores = checked(methods[names[m]][seed_])
-        if not np.array_equal(own, targets) or scores.shape != first.shape:
+        own = methods[names[m]][seed_]
+        check(own)
+        if not same_rows(own, first):
             raise DataError(
                 f"`{names[m]}` with seed {seed_} was measured on other rows than `{names[columns[0][0]]}`",
                 mend="run the comparison again in an empty folder, so that all runs share their held-out rows",
             )
-        value = point(metric, targets, scores)
+        value = point(metric, own)
         if value is None:
-            raise DataError(f"`{metric}` is undefined on these rows: a class is absent", mend="hold out more rows")
+            raise DataError(
+                f"`{metric}` is undefined on these rows", mend="hold out more rows, so that no class is absent"
+            )
         values.setdefault(names[m], {})[seed_] = value
-        statistics.append(statistic_of(metric, targets, scores))
+        statistics.append(statistic_of(metric, own))
     rng = np.random.default_rng(seed)
     seeds = sorted({seed_ for _, seed_ in columns})
     picked = _draw_seeds(len(seeds), resamples, rng)
@@ -193,14 +199,14 @@ def joint_bootstrap(methods: Mapping[str, Runs], metric: str, *, resamples: int 
     share = picked[:, [seeds.index(seed_) for _, seed_ in columns]]
     draws = np.empty((resamples, len(names)))
     start = 0
-    for weights in draw_counts(np.ones(len(targets), dtype=np.int64), resamples, rng):
+    for weights in draw_counts(np.ones(first.rows, dtype=np.int64), resamples, rng):
         rows = slice(start, start + len(weights))
         by_run = np.stack([f(weights) for f in statistics], axis=1) * share[rows]
         drawn = share[rows] @ belongs
         draws[rows] = np.divide(by_run @ belongs, drawn, out=np.full_like(drawn, np.nan), where=drawn > 0)
         start += len(weights)
     means = np.array([np.mean(list(values[name].values())) for name in names])
-    return Joint(names, means, draws, values)
+    return Joint(names, means, draws, values, metric)
 
 
 def _draw_seeds(seeds: int, resamples: int, rng: np.random.Generator) -> Floats:

@@ -66,6 +66,7 @@ def evaluate(
         if store and (opened.run is None or data is not None):
             raise ConfigError("only what a run measured on its own held-out rows can be stored with it")
         examples = opened.encode(rows)
+        settings = opened.evaluation
         predictions = run_model(
             opened.model,
             opened.task,
@@ -74,11 +75,12 @@ def evaluate(
             batch_size=batch_size,
             dtype=opened.dtype,
             on_progress=on_progress,
+            texts=_texts(opened, examples, on_progress) if settings.generate else None,
         )
-    settings = opened.evaluation
     metrics = metrics_of(
         predictions,
-        opened.labels,
+        opened.labels or None,
+        names=opened.task.metrics,
         confidence=confidence or settings.confidence,
         resamples=resamples or settings.resamples,
     )
@@ -168,15 +170,31 @@ def predict(
         batch_size=batch_size,
         dtype=opened.dtype,
         on_progress=on_progress,
+        texts=_texts(opened, examples, on_progress),
     )
-    predictions = []
-    for text, scores in zip(listed, found.scores, strict=True):
-        answer: dict[str, Any] = {
-            "label": opened.labels[int(scores.argmax())],
-            "scores": {label: float(score) for label, score in zip(opened.labels, scores, strict=True)},
-        }
-        predictions.append(answer if data is None else {**answer, "text": text})
+    predictions = opened.task.answers(found, opened.labels or None)
+    if data is not None:
+        predictions = [{**answer, "text": text} for answer, text in zip(predictions, listed, strict=True)]
     return {"predictions": predictions, "notes": said + _notes(opened, examples)}
+
+
+def _texts(opened: Opened, examples: Sequence[Example], on_progress: Progress | None) -> list[str] | None:
+    """The model's own answers, for tasks that have any."""
+    from graftwerk.evaluate.generation import generate
+    from graftwerk.tasks.text import TextTask
+
+    task = opened.task
+    if not isinstance(task, TextTask) or not task.generates:
+        return None
+    return generate(
+        opened.model,
+        task,
+        examples,
+        opened.tokenizer,
+        opened.evaluation,
+        dtype=opened.dtype,
+        on_progress=on_progress,
+    )
 
 
 def _notes(opened: Opened, examples: Sequence[Example]) -> list[str]:

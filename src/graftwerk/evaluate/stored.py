@@ -5,18 +5,21 @@ and JSON.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from graftwerk.errors import IntegrityError
 from graftwerk.store.atomic import write_file
 from graftwerk.store.info import OWN_FILE, checksum
 from graftwerk.store.safety import read_json, read_tensors
-from graftwerk.tasks.base import Predictions
+from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
-PREDICTIONS, EVALUATION = "predictions.safetensors", "evaluation.json"
+PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
+TEXTS = ("texts", "references", "sources", "sets")
 FORMAT = 1
 
 
@@ -28,16 +31,18 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
     """
     from safetensors.numpy import save
 
-    tensors = {"scores": np.ascontiguousarray(predictions.scores, dtype=np.float64)}
-    if predictions.targets is not None:
-        tensors["targets"] = np.ascontiguousarray(predictions.targets, dtype=np.int64)
-    write_file(run / PREDICTIONS, save(tensors, {"format": "np"}))
+    write_file(run / PREDICTIONS, save(_tensors(predictions), {"format": "np"}))
+    if isinstance(predictions, TextPredictions):
+        columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
+        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in _rows(columns)]
+        write_file(run / ANSWERS, "".join(line + "\n" for line in lines))
     kept = {
         "format": FORMAT,
         **result,
         "loss": predictions.loss,
         "adapter": checksum(adapter / OWN_FILE),
         "predictions": checksum(run / PREDICTIONS),
+        "answers": checksum(run / ANSWERS) if isinstance(predictions, TextPredictions) else None,
     }
     write_file(run / EVALUATION, json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -57,8 +62,30 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
         return None
     if not (run / PREDICTIONS).is_file() or kept.get("predictions") != checksum(run / PREDICTIONS):
         return None
-    tensors = read_tensors(run / PREDICTIONS)
-    if "scores" not in tensors:
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(run / PREDICTIONS).items()}
+    if "scores" in tensors:
+        return kept, ClassPredictions(kept.get("loss"), tensors["scores"], tensors.get("targets"))
+    if not {"nll", "tokens"} <= tensors.keys():
         raise IntegrityError(f"{PREDICTIONS} holds no scores", where=str(run))
-    targets = tensors["targets"].numpy() if "targets" in tensors else None
-    return kept, Predictions(tensors["scores"].numpy(), targets, kept.get("loss"))
+    if not (run / ANSWERS).is_file() or kept.get("answers") != checksum(run / ANSWERS):
+        return None
+    rows = [json.loads(line) for line in (run / ANSWERS).read_text(encoding="utf-8").splitlines()]
+    columns = {name: tuple(str(row[name]) for row in rows) for name in TEXTS if rows and name in rows[0]}
+    return kept, TextPredictions(kept.get("loss"), tensors["nll"], tensors["tokens"], **columns)
+
+
+def _tensors(predictions: Predictions) -> dict[str, NDArray[Any]]:
+    if isinstance(predictions, TextPredictions):
+        return {
+            "nll": np.ascontiguousarray(predictions.nll, dtype=np.float64),
+            "tokens": np.ascontiguousarray(predictions.tokens, dtype=np.int64),
+        }
+    assert isinstance(predictions, ClassPredictions)
+    tensors: dict[str, NDArray[Any]] = {"scores": np.ascontiguousarray(predictions.scores, dtype=np.float64)}
+    if predictions.targets is not None:
+        tensors["targets"] = np.ascontiguousarray(predictions.targets, dtype=np.int64)
+    return tensors
+
+
+def _rows(columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    return zip(*columns.values(), strict=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
-from graftwerk.settings import Settings, known_keys
+from graftwerk.errors import UnsupportedError
+from graftwerk.settings import Settings, parse_settings
 
 
 class Role(StrEnum):
@@ -143,27 +143,12 @@ class Method(Settings):
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Method:
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise _explain(error, cls) from None
+        return parse_settings(cls, values, what=f"method `{cls.name}`", where="method")
 
     @field_validator("modules_to_save", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
-
-
-def _explain(error: ValidationError, cls: type[Method]) -> ConfigError:
-    lines = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            near = did_you_mean(key, sorted(known_keys(cls)))
-            lines.append(f"method `{cls.name}` has no setting `{key}`" + f"; {near}".rstrip("; "))
-        else:
-            lines.append(f"`{key}` of method `{cls.name}`: {fault['msg']} (got {fault.get('input')!r:.80})")
-    return ConfigError("; ".join(lines), where="method", mend=f"it has: {', '.join(cls.model_fields)}")
 
 
 def base_weight(module: nn.Module) -> Tensor:

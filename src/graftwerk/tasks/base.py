@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-import numpy as np
 from torch import Tensor
 
 from graftwerk.data.findings import Finding as Finding
 from graftwerk.data.settings import DataSettings
+from graftwerk.settings import Settings
+from graftwerk.tasks.predictions import Predictions as Predictions
 
 Row = dict[str, Any]
 """A row as the task understands it: the parts (`text`, `label`) by name, whatever the columns were called."""
@@ -40,39 +41,58 @@ class Splits:
 
 @dataclass(frozen=True)
 class Example:
-    """One encoded row. ``inputs`` holds lists of token ids and the like; ``target`` what the loss compares with."""
+    """One encoded row.
+
+    Attributes:
+        inputs: Lists of token ids and the like, as the model is called.
+        target: What the loss compares with: a class id; or token ids, -100 where nothing is trained. None where
+            unknown.
+        truncated: Tokens that did not fit.
+        prompt: For tasks that generate: the token ids that an answer is to follow. None: nothing to generate.
+        row: Where the example came from, for metrics that compare texts.
+    """
 
     inputs: dict[str, list[int]]
     target: Any
     truncated: int = 0
-    """Tokens that did not fit."""
+    prompt: list[int] | None = None
+    row: Row | None = None
 
     @property
     def length(self) -> int:
         return len(self.inputs["input_ids"])
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a model said about rows, in the order of the rows.
-
-    For classification ``scores`` is (rows, classes), softmaxed.
-    """
-
-    scores: np.ndarray
-    targets: np.ndarray | None
-    loss: float | None
-
-
-class Task(ABC):
-    """The contract. A task object holds settings only; it never holds a model or rows."""
+class Task(Settings):
+    """The contract, and the settings of one task; it never holds a model or rows. Subclasses are final or abstract."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     """Names of the columns it needs: ``("text", "label")``."""
-    main_metric: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+    """What is measured, by the names of `evaluate.metrics.METRICS`; the first decides a comparison."""
+    best_metric: ClassVar[str]
+    """What chooses the checkpoint: one of `metrics`, or `loss`."""
     head: ClassVar[bool]
     """Whether the task puts a head of its own on the model."""
+    generates: ClassVar[bool] = False
+    """Whether answers are texts that the model writes."""
+
+    @property
+    def main_metric(self) -> str:
+        return self.metrics[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **self.model_dump(mode="json")}
+
+    def on(self, architecture: Any) -> Self:
+        """The task as it is for a model of this transformers configuration; most are the same for all.
+
+        Raises:
+            UnsupportedError: such a model cannot do it.
+        """
+        return self
 
     @abstractmethod
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
@@ -100,14 +120,32 @@ class Task(ABC):
     def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
         """Pad to the longest of the batch; ``labels`` included where there are targets."""
 
+    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+        """The model's outputs; targets stay outside, the task computes the loss."""
+        return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+
     @abstractmethod
-    def loss(self, outputs: Any, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Mean loss of a batch, a scalar, from the model's outputs (logits), in float32."""
 
     @abstractmethod
-    def weight(self, batch: dict[str, Tensor]) -> int:
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
         """How many targets the mean in `loss` is over; micro-batches are weighted by it."""
 
     @abstractmethod
-    def predictions(self, logits: Sequence[Tensor], targets: Sequence[Any] | None, loss: float | None) -> Predictions:
-        """Gather the per-batch logits (already in row order) into one result."""
+    def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """What is kept of a pass for each row, for `predictions`: (rows, any width), on the CPU."""
+
+    @abstractmethod
+    def predictions(
+        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> Predictions:
+        """Everything that was kept, one (1, width) tensor a row in the order of the rows, as one result.
+
+        Args:
+            texts: What was generated for each row, if anything was.
+        """
+
+    @abstractmethod
+    def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        """For each row, what `predict` says: ``label`` and ``scores``, or ``text``."""

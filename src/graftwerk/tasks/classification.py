@@ -25,6 +25,7 @@ from graftwerk.data.split import held_out, split_rows
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task
 from graftwerk.tasks.encoding import encode_texts, pad
+from graftwerk.tasks.predictions import ClassPredictions
 
 PARTS = {"text": text_part, "label": label_part}
 
@@ -33,8 +34,10 @@ class Classification(Task):
     """Single-label classification, binary and multi-class."""
 
     name: ClassVar[str] = "classification"
+    title: ClassVar[str] = "Text classification"
     parts: ClassVar[tuple[str, ...]] = tuple(PARTS)
-    main_metric: ClassVar[str] = "accuracy"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
+    best_metric: ClassVar[str] = "accuracy"
     head: ClassVar[bool] = True
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
@@ -115,24 +118,38 @@ class Classification(Task):
             batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
         return batch
 
-    def loss(self, outputs: Any, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the rows of the batch, in float32 whatever the model computes in."""
         return F.cross_entropy(outputs.logits.float(), batch["labels"], label_smoothing=label_smoothing)
 
-    def weight(self, batch: dict[str, Tensor]) -> int:
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
         return int(batch["labels"].numel())
 
-    def predictions(self, logits: Sequence[Tensor], targets: Sequence[Any] | None, loss: float | None) -> Predictions:
-        """Softmax over the classes, in float64 so that a row's scores add up to one.
+    def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The logits, (rows, classes)."""
+        logits: Tensor = outputs.logits.detach().float().cpu()
+        return logits
 
-        Args:
-            logits: Per batch (rows, classes), together in the order of the rows.
-            targets: Class ids, or None where rows have none.
-        """
-        together = torch.cat([part.detach().cpu() for part in logits]) if len(logits) else torch.zeros(0, 0)
+    def predictions(
+        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> ClassPredictions:
+        """Softmax over the classes, in float64 so that a row's scores add up to one."""
+        together = torch.cat(list(kept)) if len(kept) else torch.zeros(0, 0)
         scores = together.double().softmax(-1).numpy()
-        known = targets is not None and all(target is not None for target in targets)
-        return Predictions(scores, np.asarray(targets, dtype=np.int64) if known else None, loss)
+        targets = [example.target for example in examples]
+        known = bool(targets) and all(target is not None for target in targets)
+        return ClassPredictions(loss, scores, np.asarray(targets, dtype=np.int64) if known else None)
+
+    def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        assert isinstance(predictions, ClassPredictions)
+        names = labels or [str(index) for index in range(predictions.scores.shape[1])]
+        return [
+            {
+                "label": names[int(scores.argmax())],
+                "scores": {name: float(score) for name, score in zip(names, scores, strict=True)},
+            }
+            for scores in predictions.scores
+        ]
 
 
 def rows_for_prediction(

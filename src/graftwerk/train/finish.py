@@ -6,6 +6,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import Interrupted
+from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.tasks.base import Predictions
 from graftwerk.train.events import Event
 from graftwerk.train.folder import RunFolder
@@ -17,6 +18,7 @@ IN_METADATA = (
     "model",
     "base_fingerprint",
     "task",
+    "task_settings",
     "labels",
     "max_length",
     "data",
@@ -62,10 +64,11 @@ def finish(
     for split in ("validation", "test"):
         if not prepared.examples[split]:
             continue
-        predictions = _predictions(trainer, prepared, split, step)
+        predictions = _predictions(trainer, prepared, split, step, settings.evaluation)
         manifest["metrics"][split] = metrics_of(
             predictions,
             prepared.splits.labels,
+            names=prepared.task.metrics,
             confidence=settings.evaluation.confidence,
             resamples=settings.evaluation.resamples,
         )
@@ -89,12 +92,20 @@ def finish(
     )
 
 
-def _predictions(trainer: Trainer, prepared: Prepared, split: str, step: int) -> Predictions:
+def _predictions(
+    trainer: Trainer, prepared: Prepared, split: str, step: int, evaluation: EvaluationSettings
+) -> Predictions:
     """Those of the evaluation that found the best state, if this process made it; else made now."""
-    if split == "validation" and trainer.best_predictions is not None and trainer.best_predictions[0] == step:
+    generation = evaluation if prepared.task.generates and evaluation.generate else None
+    if (
+        generation is None
+        and split == "validation"
+        and trainer.best_predictions is not None
+        and trainer.best_predictions[0] == step
+    ):
         return trainer.best_predictions[1]
     try:
-        return trainer.evaluate(prepared.examples[split])
+        return trainer.evaluate(prepared.examples[split], generation)
     except StopEvaluation:
         raise Interrupted(
             trainer.stop.signum or 15,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.base import Example, Predictions
+from graftwerk.tasks.predictions import ClassPredictions, TextPredictions
 
 
 def is_main_process() -> bool:
@@ -89,15 +90,32 @@ class Processes:
         """The predictions of all processes on their shares, in the order of the rows; the loss is the mean over all."""
         if self.count == 1:
             return own
-        missing = -(-rows // self.count) - len(own.scores)  # gathering needs equal shapes
+        missing = -(-rows // self.count) - own.rows  # gathering needs equal shapes
+        if isinstance(own, TextPredictions):
+            return self._texts_together(own, rows, missing)
+        assert isinstance(own, ClassPredictions)
         scores = self._interleaved(np.pad(own.scores, [(0, missing), (0, 0)]))[:rows]
         targets = None if own.targets is None else self._interleaved(np.pad(own.targets, (0, missing)))[:rows]
         if own.loss is None:
-            return Predictions(scores, targets, None)
-        total, count = self.sum(
-            torch.tensor([own.loss * len(own.scores), len(own.scores)], device=self.device)
-        ).tolist()
-        return Predictions(scores, targets, total / count)
+            return ClassPredictions(None, scores, targets)
+        total, count = self.sum(torch.tensor([own.loss * own.rows, own.rows], device=self.device)).tolist()
+        return ClassPredictions(total / count, scores, targets)
+
+    def _texts_together(self, own: TextPredictions, rows: int, missing: int) -> TextPredictions:
+        from accelerate.utils import gather_object
+
+        nll = self._interleaved(np.pad(own.nll, (0, missing)))[:rows]
+        tokens = self._interleaved(np.pad(own.tokens, (0, missing)))[:rows]
+        columns: dict[str, tuple[str, ...] | None] = {}
+        for name in ("texts", "references", "sources", "sets"):
+            values = getattr(own, name)
+            if values is None:
+                columns[name] = None
+                continue
+            each: list[list[str]] = gather_object([list(values)])
+            columns[name] = tuple(each[row % self.count][row // self.count] for row in range(rows))
+        loss = None if own.loss is None else float(nll.sum() / max(int(tokens.sum()), 1))
+        return TextPredictions(loss, nll, tokens, **columns)
 
     def _interleaved(self, own: np.ndarray) -> np.ndarray:
         """(each, ...) on each process to (processes x each, ...), one row of each process in turn."""

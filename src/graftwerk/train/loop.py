@@ -230,7 +230,7 @@ class Trainer:
             last = number == len(batches)
             with nullcontext() if last else processes.alone(self.model):
                 with self._autocast():
-                    outputs = self.model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+                    outputs = self.task.forward(self.model, batch)
                     loss = self.task.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
                 loss_sum += loss.detach()
                 # Several processes' gradients are averaged, and the mean is over all rows: hence times their number.
@@ -333,8 +333,8 @@ class Trainer:
             return False
         self._clock.pause()
         predictions = self.evaluate(self.validation)
-        metrics = points(predictions)
-        name = self.settings.metric_for_best or self.task.main_metric
+        metrics = points(predictions, self.task)
+        name = self.settings.metric_for_best or self.task.best_metric
         value = metrics.get(name)
         better = value is not None and (state.best is None or is_better(name, value, state.best["value"]))
         if better:

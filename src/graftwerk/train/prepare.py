@@ -53,13 +53,13 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     """
     from graftwerk.data.lint import check_truncation
     from graftwerk.models.load import load_config, load_tokenizer
-    from graftwerk.tasks.catalog import task_named
 
-    task = task_named(settings.task)
-    splits = task.read(settings.data, labels)
-    check_settings(settings.training, bool(splits.validation), task)
+    check_settings(settings.training, settings.data.validation is not None, settings.task)
+    splits = settings.task.read(settings.data, labels)
+    architecture = load_config(settings.model, settings.revision)
+    task = settings.task.on(architecture)
     tokenizer = load_tokenizer(settings.model, settings.revision)
-    max_length = _max_length(settings, load_config(settings.model, settings.revision), tokenizer)
+    max_length = _max_length(settings, architecture, tokenizer)
     findings = list(splits.findings)
     examples: dict[str, list[Example]] = {}
     for name in SPLITS:

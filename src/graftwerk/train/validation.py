@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from graftwerk.errors import ConfigError, DivergedError
+from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
+from graftwerk.tasks.text import TextTask
 from graftwerk.train import memory
 from graftwerk.train.launch import Processes
 from graftwerk.train.settings import TrainingSettings
@@ -48,29 +49,47 @@ class Evaluator:
         self.graft, self.task, self.tokenizer, self.processes = graft, task, tokenizer, processes
         self.batch_size, self.dtype, self.asked_to_stop, self.say = batch_size, dtype, asked_to_stop, say
 
-    def __call__(self, examples: Sequence[Example]) -> Predictions:
+    def __call__(self, examples: Sequence[Example], generation: EvaluationSettings | None = None) -> Predictions:
         """Answers in the order of the rows, on every process; the model is left in the mode it was in.
+
+        Args:
+            generation: How texts are generated, for tasks that have any; None: they are not, which is much faster.
 
         Raises:
             StopEvaluation: it was asked to stop.
             DivergedError: the answers are not finite.
         """
         shared = len(examples) >= self.processes.count
-        own = self._predict(self.processes.share(examples) if shared else examples)
+        own = self._predict(self.processes.share(examples) if shared else examples, generation)
         predictions = self.processes.together(own, len(examples)) if shared else own
-        if not np.isfinite(predictions.scores).all():
+        if not predictions.finite:
             raise DivergedError(
                 "the model's scores are not finite",
                 mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
             )
         return predictions
 
-    def _predict(self, examples: Sequence[Example]) -> Predictions:
+    def _predict(self, examples: Sequence[Example], generation: EvaluationSettings | None) -> Predictions:
+        from graftwerk.evaluate.generation import generate
         from graftwerk.evaluate.run import run_model
 
         training = self.graft.model.training
+        texts: list[str] | None = None
         while True:
             try:
+                if texts is None and generation is not None and isinstance(self.task, TextTask):
+                    generation = generation.model_copy(
+                        update={"generation_batch_size": min(generation.generation_batch_size, self.batch_size)}
+                    )
+                    texts = generate(
+                        self.graft.model,
+                        self.task,
+                        examples,
+                        self.tokenizer,
+                        generation,
+                        dtype=self.dtype,
+                        on_progress=self._on_progress,
+                    )
                 predictions: Predictions = run_model(
                     self.graft.model,
                     self.task,
@@ -79,6 +98,7 @@ class Evaluator:
                     batch_size=self.batch_size,
                     dtype=self.dtype,
                     on_progress=self._on_progress,
+                    texts=texts,
                 )
                 return predictions
             except (MemoryError, RuntimeError) as error:
@@ -95,17 +115,19 @@ class Evaluator:
             raise StopEvaluation
 
 
-def points(predictions: Predictions) -> dict[str, float]:
+def points(predictions: Predictions, task: Task) -> dict[str, float]:
     """The metrics' values without intervals, which would cost more than the evaluation of a small split."""
-    from graftwerk.evaluate.metrics import METRICS, checked, point
+    from graftwerk.evaluate.metrics import check, point
 
-    targets, scores = checked(predictions)
+    check(predictions)
     metrics = {} if predictions.loss is None else {"loss": predictions.loss}
-    return metrics | {name: value for name in METRICS if (value := point(name, targets, scores)) is not None}
+    return metrics | {name: value for name in task.metrics if (value := point(name, predictions)) is not None}
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    return value < best if metric == "loss" else value > best
+    from graftwerk.evaluate.metrics import METRICS
+
+    return value < best if metric == "loss" or METRICS[metric].higher is False else value > best
 
 
 def check_settings(settings: TrainingSettings, has_validation: bool, task: Task) -> None:
@@ -114,8 +136,6 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
     Raises:
         ConfigError: naming the setting.
     """
-    from graftwerk.evaluate.metrics import METRICS
-
     if not has_validation:
         for name in NEED_ROWS:
             if getattr(settings, name) is not None:
@@ -124,7 +144,7 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
                     where=f"training.{name}",
                     mend="set data.validation, or leave it out",
                 )
-    known = ("loss", *METRICS)
+    known = ("loss", *task.metrics)
     if settings.metric_for_best is not None and settings.metric_for_best not in known:
         raise ConfigError(
             f"there is no metric `{settings.metric_for_best}` for {task.name}",

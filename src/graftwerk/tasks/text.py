@@ -1,0 +1,190 @@
+"""What all tasks have in common in which a model writes text: the loss on marked tokens, likelihoods, prompts.
+
+Two layouts. A *causal* model reads prompt and answer in one row; ``labels`` repeat the row's tokens where they are to
+be learnt and are -100 elsewhere, and position t predicts label t + 1. An *encoder-decoder* reads the source; its
+decoder predicts ``labels``, which the model itself shifts to the right. In both, the vocabulary head runs only where a
+label is: of a prompt of 300 tokens and an answer of 5, five rows of logits are made and not 305.
+
+Legend: B rows, T tokens, N labelled tokens of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+from torch.nn import functional as F
+
+from graftwerk.errors import UnsupportedError
+from graftwerk.tasks.base import Example, Predictions, Splits, Task
+from graftwerk.tasks.encoding import pad
+from graftwerk.tasks.predictions import TextPredictions
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+Layout = Literal["causal", "encoder-decoder"]
+
+
+class TextTask(Task):
+    """Abstract; subclasses say how rows are read and encoded. `on` must have been called before anything else is."""
+
+    best_metric: ClassVar[str] = "loss"
+    head: ClassVar[bool] = False
+    generates: ClassVar[bool] = True
+    layouts: ClassVar[tuple[Layout, ...]] = ("causal", "encoder-decoder")
+    """What kinds of model can do it."""
+
+    _layout: Layout = PrivateAttr(default="causal")
+
+    def on(self, architecture: Any) -> Self:
+        layout: Layout = "encoder-decoder" if getattr(architecture, "is_encoder_decoder", False) else "causal"
+        if layout not in self.layouts:
+            raise UnsupportedError(
+                f"{self.title} needs a {' or '.join(self.layouts)} model, and `{architecture.model_type}` is none",
+                where="task",
+            )
+        bound = self.model_copy()
+        bound._layout = layout
+        return bound
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def model_kwargs(self, splits: Splits) -> dict[str, Any]:
+        return {}
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        return AutoModelForCausalLM if self._layout == "causal" else AutoModelForSeq2SeqLM
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (B, T), padded on the right; `labels` (B, T or the longest answer) if all rows
+        have a target.
+        """
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            width = max(len(example.target) for example in examples)
+            batch["labels"] = torch.full((len(examples), width), IGNORED, dtype=torch.long)
+            for row, example in enumerate(examples):
+                batch["labels"][row, : len(example.target)] = torch.tensor(example.target, dtype=torch.long)
+        return batch
+
+    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+        """Outputs whose ``logits`` are (N, V): those that predict a label, row by row."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        labels = batch.get("labels")
+        if labels is None:
+            return model(**inputs)
+        plain = getattr(model, "module", model)
+        if self._layout == "encoder-decoder":
+            inputs["decoder_input_ids"] = plain.prepare_decoder_input_ids_from_labels(labels=labels)
+        mask = self._predicting(labels)
+        if _keeps_logits(type(plain)):
+            return model(**inputs, logits_to_keep=mask)
+        outputs = model(**inputs)
+        outputs.logits = outputs.logits[mask]
+        return outputs
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy over the labelled tokens of the batch, in float32."""
+        return F.cross_entropy(outputs.logits.float(), self._wanted(batch["labels"]), label_smoothing=label_smoothing)
+
+    def weight(self, batch: Mapping[str, Tensor]) -> int:
+        return int(self._predicting(batch["labels"]).sum())
+
+    def _predicting(self, labels: Tensor) -> Tensor:
+        """(B, T) bool: positions whose output is compared with a label."""
+        if self._layout == "encoder-decoder":
+            return labels != IGNORED
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+        mask[:, :-1] = labels[:, 1:] != IGNORED
+        return mask
+
+    def _wanted(self, labels: Tensor) -> Tensor:
+        """(N,): the labels, in the order of the logits."""
+        if self._layout == "causal":
+            labels = labels[:, 1:]
+        return labels[labels != IGNORED]
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """(B, 2): the summed negative log-likelihood of a row's labels in nats, and how many there are."""
+        rows = batch["input_ids"].shape[0]
+        if "labels" not in batch:
+            return torch.zeros(rows, 2, dtype=torch.float64)
+        mask, wanted = self._predicting(batch["labels"]), self._wanted(batch["labels"])
+        each = F.cross_entropy(outputs.logits.float(), wanted, reduction="none").double()
+        row = torch.arange(rows, device=mask.device)[:, None].expand_as(mask)[mask]
+        summed = torch.zeros(rows, dtype=torch.float64, device=mask.device).index_add_(0, row, each)
+        return torch.stack([summed, mask.sum(dim=1).double()], dim=1).cpu()
+
+    def predictions(
+        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> TextPredictions:
+        together = torch.cat(list(kept)).numpy() if len(kept) else np.zeros((0, 2))
+        references = [self.reference(example) for example in examples]
+        sources = [self.source(example) for example in examples]
+        return TextPredictions(
+            loss,
+            together[:, 0],
+            together[:, 1].astype(np.int64),
+            texts=None if texts is None else tuple(texts),
+            references=_all_known(references),
+            sources=_all_known(sources),
+        )
+
+    def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        assert isinstance(predictions, TextPredictions)
+        return [{"output": text} for text in predictions.texts or ()]
+
+    def reference(self, example: Example) -> str | None:
+        """The right answer, as it is compared with a generated one."""
+        return None
+
+    def source(self, example: Example) -> str | None:
+        """What the answer is made from, for people who read the table."""
+        return None
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def collate_prompts(self, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Tensor]:
+        """Padded on the left for causal models, which go on where a prompt ends; on the right for encoders."""
+        batch = pad([{"input_ids": prompt} for prompt in prompts], tokenizer)
+        if self._layout == "causal":
+            width = batch["input_ids"].shape[1]
+            for row, prompt in enumerate(prompts):
+                for tensor in batch.values():
+                    tensor[row] = tensor[row].roll(width - len(prompt))
+        return batch
+
+    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        """What `generate` is told beside the search itself."""
+        return {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+    def new_tokens(self, written: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What was written, without the prompt."""
+        return written[:, batch["input_ids"].shape[1] :] if self._layout == "causal" else written
+
+    def decode(self, tokens: Sequence[int], tokenizer: Any) -> str:
+        text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text.strip()
+
+
+def _keeps_logits(model: Any) -> bool:
+    """Whether a class of models can be told at which positions the vocabulary head is wanted."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _all_known(values: Sequence[str | None]) -> tuple[str, ...] | None:
+    return tuple(map(str, values)) if values and all(value is not None for value in values) else None
