@@ -111,10 +111,11 @@ def _absent_classes(used: Mapping[str, Sequence[str]], names: Sequence[str]) -> 
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """The rows of one split: texts and labels one by one, and the place (`file:line`) of a row by its index."""
+    """The rows of one split: texts and labels (None: rows have no class) one by one, and the place (`file:line`) of a
+    row by its index."""
 
     texts: Sequence[str]
-    labels: Sequence[str]
+    labels: Sequence[str] | None
     where: Callable[[int], str]
 
     @cached_property
@@ -142,7 +143,8 @@ def _inside(split: str, rows: PlacedRows) -> list[Finding]:
     exact = 0
     seen: set[str] = set()
     for index, key in enumerate(rows.folded):
-        classes[key].add(rows.labels[index])
+        if rows.labels is not None:
+            classes[key].add(rows.labels[index])
         if key in first:
             repeated.append(index)
             exact += rows.texts[index] in seen

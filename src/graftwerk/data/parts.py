@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-Part = Callable[[Any], str]
+Part = Callable[[Any], Any]
+"""The clean value may be anything: text, or the messages of a conversation."""
 
 
 def text_part(value: Any) -> str:

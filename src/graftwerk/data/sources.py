@@ -49,9 +49,21 @@ def read_rows(
         DataError: the source as a whole cannot be read, or the filter leaves nothing.
         EnvironmentFault: no network, missing package or permission.
     """
+    _check_parts(columns or {}, [*parts, *(optional or {})])  # before a file is opened
+    return name_parts(read_source(source, split), parts=parts, optional=optional, columns=columns, filter=filter)
+
+
+def name_parts(
+    table: Table,
+    *,
+    parts: Mapping[str, Part],
+    optional: Mapping[str, Part] | None = None,
+    columns: Mapping[str, str] | None = None,
+    filter: Filter | None = None,
+) -> Table:
+    """The second half of `read_rows`: the rows that pass, their columns read and renamed; ``table`` stays as it is."""
     columns, filter, optional = columns or {}, filter or {}, optional or {}
     _check_parts(columns, [*parts, *optional])
-    table = _read(source, split)
     _check_columns(table, [columns.get(part, part) for part in parts], "columns")
     _check_columns(table, [columns[part] for part in optional if part in columns], "columns")
     _check_columns(table, filter, "filter")
@@ -78,7 +90,8 @@ def read_rows(
     return result
 
 
-def _read(source: str, split: str) -> Table:
+def read_source(source: str, split: str = "train") -> Table:
+    """All rows of a source as they stand, under the names of their columns. Arguments and errors as for `read_rows`."""
     if source.startswith(HUB_SCHEME) or is_hub_id(source):
         from graftwerk.data.hub import read_hub
 
@@ -96,7 +109,7 @@ def is_hub_id(source: str) -> bool:
     return not Path(source).exists()
 
 
-def _part(row: Mapping[str, Any], column: str, read: Part) -> str:
+def _part(row: Mapping[str, Any], column: str, read: Part) -> Any:
     if column not in row:
         raise ValueError(f"`{column}` is missing")
     try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from graftwerk.data.findings import Finding as Finding
+from graftwerk.data.lint import check_duplicates
+from graftwerk.data.reading import Reading, SplitRows, fingerprint_of, origin_of
 from graftwerk.data.settings import DataSettings
 from graftwerk.settings import Settings
 from graftwerk.tasks.predictions import Predictions as Predictions
@@ -28,6 +30,7 @@ class Splits:
         fingerprint: Hash of the rows of all three splits in order, and of the settings that made them.
         findings: What was noticed while reading (dropped rows, duplicates, leakage).
         origin: Where the rows came from, for the manifest and the model card.
+        where: For each split, the place (`file:line`) of a row by its index.
     """
 
     train: Sequence[Row]
@@ -37,6 +40,33 @@ class Splits:
     fingerprint: str
     findings: tuple[Finding, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
+    where: Mapping[str, Callable[[int], str]] = field(default_factory=dict)
+
+
+def splits_of(
+    data: DataSettings,
+    chosen: Mapping[str, SplitRows],
+    findings: Sequence[Finding],
+    parts: Sequence[str],
+    *,
+    labels: tuple[str, ...] | None = None,
+) -> Splits:
+    """What `read_splits` chose, checked for repeated rows, with its fingerprint.
+
+    Args:
+        findings: What was noticed so far.
+        parts: What the fingerprint is of: every part of a row that the task reads.
+    """
+    rows = {split: part.rows for split, part in chosen.items()}
+    repeated = check_duplicates({split: part.placed() for split, part in chosen.items()})
+    return Splits(
+        **rows,
+        labels=labels,
+        fingerprint=fingerprint_of(rows, parts, labels or ()),
+        findings=(*findings, *repeated),
+        origin=origin_of(data, chosen),
+        where={split: part.where for split, part in chosen.items()},
+    )
 
 
 @dataclass(frozen=True)
@@ -93,6 +123,22 @@ class Task(Settings):
             UnsupportedError: such a model cannot do it.
         """
         return self
+
+    def settled(self, splits: Splits) -> Self:
+        """The task with what the rows of a run fix for good, the languages of a translation say; most fix nothing."""
+        return self
+
+    def question(self, text: str) -> Row:
+        """The row that a bare text stands for, where a model is asked about it."""
+        return {self.parts[0]: text}
+
+    @abstractmethod
+    def reading(self, columns: Sequence[str]) -> Reading:
+        """What a row is, in a source whose columns can play these parts.
+
+        Raises:
+            ConfigError: rows with such columns are none of this task.
+        """
 
     @abstractmethod
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:

@@ -6,8 +6,6 @@ first or pooled position, decoders through the last position that is not padding
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -16,18 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwerk.data.lint import PlacedRows, check_duplicates, check_labels
+from graftwerk.data.lint import check_labels
 from graftwerk.data.parts import label_part, text_part
-from graftwerk.data.rows import Table, settle_bad_rows
+from graftwerk.data.reading import Reading, read_splits, read_unanswered
+from graftwerk.data.rows import Table
 from graftwerk.data.settings import DataSettings
-from graftwerk.data.sources import read_rows
-from graftwerk.data.split import held_out, split_rows
-from graftwerk.errors import ConfigError, DataError
-from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task
+from graftwerk.errors import DataError
+from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task, splits_of
 from graftwerk.tasks.encoding import encode_texts, pad
 from graftwerk.tasks.predictions import ClassPredictions
 
-PARTS = {"text": text_part, "label": label_part}
+READING = Reading({"text": text_part, "label": label_part}, key="text", stratify="label", answers=("label",))
 
 
 class Classification(Task):
@@ -35,10 +32,13 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     title: ClassVar[str] = "Text classification"
-    parts: ClassVar[tuple[str, ...]] = tuple(PARTS)
+    parts: ClassVar[tuple[str, ...]] = tuple(READING.parts)
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
     best_metric: ClassVar[str] = "accuracy"
     head: ClassVar[bool] = True
+
+    def reading(self, columns: Sequence[str]) -> Reading:
+        return READING
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
         """Read, check and split the rows; nothing of a model is needed or loaded.
@@ -52,25 +52,11 @@ class Classification(Task):
             AdapterError: the rows have classes that ``labels`` has not.
             EnvironmentFault: a source cannot be reached.
         """
-        findings: list[Finding] = []
-        chosen = _choose(data, findings)
-        placed = {split: _placed(table, indices) for split, (table, indices) in chosen.items()}
-        names, said = check_labels({split: rows.labels for split, rows in placed.items()}, labels, data.train)
+        chosen, findings = read_splits(data, self.reading)
+        placed = {split: part.placed() for split, part in chosen.items()}
+        names, said = check_labels({split: rows.labels or () for split, rows in placed.items()}, labels, data.train)
         findings += said
-        findings += check_duplicates(placed)
-        rows = {split: [table.rows[index] for index in indices] for split, (table, indices) in chosen.items()}
-        origin: dict[str, Any] = {"train": data.train, "validation": data.validation, "test": data.test}
-        origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
-        origin["rows"] = {split: len(part) for split, part in rows.items()}
-        return Splits(
-            train=rows["train"],
-            validation=rows["validation"],
-            test=rows["test"],
-            labels=names,
-            fingerprint=_fingerprint(rows, names),
-            findings=tuple(findings),
-            origin=origin,
-        )
+        return splits_of(data, chosen, findings, self.parts, labels=names)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
         """Token ids and class id of each row, in order. A row without a `label` gets the target None.
@@ -167,74 +153,4 @@ def rows_for_prediction(
     Raises:
         ConfigError, DataError, EnvironmentFault: as for reading labelled rows.
     """
-    text = {part: column for part, column in (columns or {}).items() if part != "label"}
-    table = read_rows(source, parts={"text": text_part}, columns=text, split=split)
-    findings = settle_bad_rows(table, on_bad_row)
-    if not table.rows:
-        raise DataError(f"{source} has no rows", where=table.shown)
-    return table, findings
-
-
-def _choose(data: DataSettings, findings: list[Finding]) -> dict[str, tuple[Table, Sequence[int]]]:
-    """The rows of each split, as a table and the indices of the rows that are used of it."""
-    table = _table(data.train, data, data.split, findings)
-    chosen: dict[str, tuple[Table, Sequence[int]]] = {}
-    counts = {"validation": 0, "test": 0}
-    for split, wanted in (("validation", data.validation), ("test", data.test)):
-        if not isinstance(wanted, str):
-            counts[split] = held_out(wanted, len(table), f"data.{split}")
-            continue
-        if wanted == data.train:
-            raise ConfigError(
-                f"`{split}` is the same source as `train`: its figures would say nothing",
-                where=f"data.{split}",
-                mend="give a number of rows or a share to hold out, or another source",
-            )
-        other = _table(wanted, data, split, findings)
-        chosen[split] = (other, range(len(other)))
-    train, validation, test = split_rows(
-        [row["text"] for row in table.rows],
-        [row["label"] for row in table.rows],
-        **counts,
-        max_train=data.max_train_rows,
-        split_seed=data.split_seed,
-    )
-    if data.max_train_rows is not None and len(train) < data.max_train_rows:
-        message = f"there are {len(train):,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
-        findings.append(Finding("fewer-rows", message, len(train), mend="give more data, or ask for fewer rows"))
-    drawn = {"train": (table, train), "validation": (table, validation), "test": (table, test)}
-    return {split: chosen.get(split, pair) for split, pair in drawn.items()}
-
-
-def _placed(table: Table, indices: Sequence[int]) -> PlacedRows:
-    rows = [table.rows[index] for index in indices]
-    return PlacedRows(
-        [row["text"] for row in rows], [row["label"] for row in rows], lambda at: table.where(indices[at])
-    )
-
-
-def _table(source: str, data: DataSettings, split: str, findings: list[Finding]) -> Table:
-    table = read_rows(source, parts=PARTS, columns=data.columns, filter=data.filter, split=split)
-    findings += settle_bad_rows(table, data.on_bad_row)
-    if table.unmatched:
-        message = f"no row of {source} has {', '.join(table.unmatched)}, which the filter asks for"
-        findings.append(Finding("filter-unmatched", message, 0, mend="check the spelling in `data.filter`"))
-    if not table.rows:
-        raise DataError(
-            f"{source} has no rows that can be used", where=table.shown, mend="give a file with at least two rows"
-        )
-    return table
-
-
-def _fingerprint(chosen: Mapping[str, Sequence[Row]], names: Sequence[str]) -> str:
-    """Hash of every row of every split in order, and of the label names in order.
-
-    The settings that made the splits (source, filter, seed, sizes) count through the rows that they chose, so that
-    moved or renamed files stay the same data.
-    """
-    digest = hashlib.sha256(json.dumps(list(names)).encode())
-    for split, rows in chosen.items():
-        digest.update(json.dumps([split, len(rows)]).encode())
-        for row in rows:
-            digest.update(json.dumps([row["text"], row["label"]]).encode())
-    return digest.hexdigest()
+    return read_unanswered(source, lambda _: READING, columns, on_bad_row, split=split)

@@ -20,8 +20,10 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftwerk.data.reading import read_splits
+from graftwerk.data.settings import DataSettings
 from graftwerk.errors import UnsupportedError
-from graftwerk.tasks.base import Example, Predictions, Splits, Task
+from graftwerk.tasks.base import Example, Predictions, Splits, Task, splits_of
 from graftwerk.tasks.encoding import pad
 from graftwerk.tasks.predictions import TextPredictions
 
@@ -57,6 +59,10 @@ class TextTask(Task):
     def layout(self) -> Layout:
         return self._layout
 
+    def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+        chosen, findings = read_splits(data, self.reading)
+        return splits_of(data, chosen, findings, self.parts)
+
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
         return {}
 
@@ -87,7 +93,7 @@ class TextTask(Task):
             return model(**inputs)
         plain = getattr(model, "module", model)
         if self._layout == "encoder-decoder":
-            inputs["decoder_input_ids"] = plain.prepare_decoder_input_ids_from_labels(labels=labels)
+            inputs["decoder_input_ids"] = _shifted(plain, labels)
         mask = self._predicting(labels)
         if _keeps_logits(type(plain)):
             return model(**inputs, logits_to_keep=mask)
@@ -168,6 +174,10 @@ class TextTask(Task):
                     tensor[row] = tensor[row].roll(width - len(prompt))
         return batch
 
+    def generation_group(self, example: Example) -> Any:
+        """Only rows with the same (hashable) value are answered in one batch: their `generation_options` are alike."""
+        return None
+
     def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
         """What `generate` is told beside the search itself."""
         return {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -179,6 +189,17 @@ class TextTask(Task):
     def decode(self, tokens: Sequence[int], tokenizer: Any) -> str:
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text.strip()
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor:
+    """(B, T): what a decoder reads to predict ``labels``: the start token, and the labels but the last."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return shifted
+    # M2M100 and NLLB shift inside `forward`, which would then compute the loss too
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)
 
 
 def _keeps_logits(model: Any) -> bool:

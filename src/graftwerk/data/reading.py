@@ -1,0 +1,216 @@
+"""From the data settings of a run to the rows of its splits, for every task: only what a row must have differs.
+
+A task says with a `Reading` which parts a row has, which of them identifies it and what it is stratified by; reading,
+counting what is left out, splitting and looking for repeated rows are the same for all and stand here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graftwerk.data.findings import Finding
+from graftwerk.data.lint import PlacedRows
+from graftwerk.data.parts import Part
+from graftwerk.data.rows import BadRow, Table, settle_bad_rows
+from graftwerk.data.settings import DataSettings
+from graftwerk.data.sources import name_parts, read_source
+from graftwerk.data.split import held_out, split_rows
+from graftwerk.errors import ConfigError, DataError
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a row of a task is.
+
+    Attributes:
+        parts: What every row has, each with the reader of its value (`data.parts`): it gives back the clean value, text
+            or not, or raises a ValueError that says what is wrong.
+        key: The part, or the function of a row, whose text identifies it: rows with the same stay on one side of a
+            split, and are duplicates, or leakage.
+        optional: Parts that are taken where a row has them.
+        stratify: The part whose shares every split keeps; None: no part.
+        answers: Parts that are not needed, and not taken, where a model is asked about rows.
+        shape: Makes the row of a task from the parts that were read (messages from instruction and output, say); a
+            ValueError makes it a bad row, with its place.
+    """
+
+    parts: Mapping[str, Part]
+    key: str | Callable[[Mapping[str, Any]], str]
+    optional: Mapping[str, Part] = field(default_factory=dict)
+    stratify: str | None = None
+    answers: tuple[str, ...] = ()
+    shape: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+
+    def key_of(self, row: Mapping[str, Any]) -> str:
+        return str(row[self.key]) if isinstance(self.key, str) else self.key(row)
+
+
+Recognise = Callable[[Sequence[str]], Reading]
+"""Given the parts that the columns of a source can play (its columns, as `data.columns` renames them), what its rows
+are. Called once a source; most tasks read all alike."""
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split: some of a table's."""
+
+    table: Table
+    indices: Sequence[int]
+    reading: Reading
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.table.rows[index] for index in self.indices]
+
+    def where(self, index: int) -> str:
+        """The place (`file:line`) of a row, by its index in `rows`."""
+        return self.table.where(self.indices[index])
+
+    def placed(self) -> PlacedRows:
+        """For the checks: what identifies each row, its class where there are classes, its place."""
+        rows, by = self.rows, self.reading.stratify
+        return PlacedRows(
+            [self.reading.key_of(row) for row in rows], None if by is None else [row[by] for row in rows], self.where
+        )
+
+
+def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, SplitRows], list[Finding]]:
+    """The rows of ``train``, ``validation`` and ``test``, and what was noticed while reading.
+
+    Raises:
+        ConfigError: no such source, column or split size.
+        DataError: unreadable or unusable rows.
+        EnvironmentFault: a source cannot be reached.
+    """
+    findings: list[Finding] = []
+    table, reading = _table(data.train, data, data.split, recognise, findings)
+    chosen: dict[str, SplitRows] = {}
+    counts = {"validation": 0, "test": 0}
+    for split, wanted in (("validation", data.validation), ("test", data.test)):
+        if not isinstance(wanted, str):
+            counts[split] = held_out(wanted, len(table), f"data.{split}")
+            continue
+        if wanted == data.train:
+            raise ConfigError(
+                f"`{split}` is the same source as `train`: its figures would say nothing",
+                where=f"data.{split}",
+                mend="give a number of rows or a share to hold out, or another source",
+            )
+        other, its_reading = _table(wanted, data, split, recognise, findings)
+        chosen[split] = SplitRows(other, range(len(other)), its_reading)
+    by = reading.stratify
+    train, validation, test = split_rows(
+        [reading.key_of(row) for row in table.rows],
+        None if by is None else [row[by] for row in table.rows],
+        **counts,
+        max_train=data.max_train_rows,
+        split_seed=data.split_seed,
+    )
+    if data.max_train_rows is not None and len(train) < data.max_train_rows:
+        message = f"there are {len(train):,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
+        findings.append(Finding("fewer-rows", message, len(train), mend="give more data, or ask for fewer rows"))
+    for split, indices in zip(SPLITS, (train, validation, test), strict=True):
+        chosen.setdefault(split, SplitRows(table, indices, reading))
+    return {split: chosen[split] for split in SPLITS}, findings
+
+
+def read_unanswered(
+    source: str,
+    recognise: Recognise,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: Literal["fail", "skip"] = "fail",
+    *,
+    split: str = "train",
+) -> tuple[Table, tuple[Finding, ...]]:
+    """Rows to ask a model about: no row needs an answer, and none is taken even where the source has one.
+
+    Returns:
+        The table (``table.where(i)`` is the file and line of ``table.rows[i]``), and what was left out.
+
+    Raises:
+        ConfigError, DataError, EnvironmentFault: as for reading rows to learn from.
+    """
+    raw = read_source(source, split)
+    reading = recognise(_parts_of(raw, columns or {}))
+    asked = Reading(
+        {part: read for part, read in reading.parts.items() if part not in reading.answers},
+        reading.key,
+        {part: read for part, read in reading.optional.items() if part not in reading.answers},
+        shape=reading.shape,
+    )
+    named = {part: column for part, column in (columns or {}).items() if part not in reading.answers}
+    table = _named(raw, asked, named, {})
+    findings = settle_bad_rows(table, on_bad_row)
+    if not table.rows:
+        raise DataError(f"{source} has no rows", where=table.shown)
+    return table, findings
+
+
+def fingerprint_of(chosen: Mapping[str, Sequence[Mapping[str, Any]]], parts: Sequence[str], head: Any = ()) -> str:
+    """Hash of every row of every split in order, and of ``head``, which fixes what the rows mean (label names).
+
+    The settings that made the splits (source, filter, seed, sizes) count through the rows that they chose, so that
+    moved or renamed files stay the same data.
+
+    Args:
+        parts: What counts of a row, in this order; a part that a row does not have counts as null.
+    """
+    digest = hashlib.sha256(json.dumps(list(head)).encode())
+    for split, rows in chosen.items():
+        digest.update(json.dumps([split, len(rows)]).encode())
+        for row in rows:
+            digest.update(json.dumps([row.get(part) for part in parts]).encode())
+    return digest.hexdigest()
+
+
+def origin_of(data: DataSettings, chosen: Mapping[str, SplitRows]) -> dict[str, Any]:
+    """Where rows came from, for the manifest and the model card."""
+    origin: dict[str, Any] = {"train": data.train, "validation": data.validation, "test": data.test}
+    origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
+    origin["rows"] = {split: len(part.indices) for split, part in chosen.items()}
+    return origin
+
+
+def _table(
+    source: str, data: DataSettings, split: str, recognise: Recognise, findings: list[Finding]
+) -> tuple[Table, Reading]:
+    raw = read_source(source, split)
+    reading = recognise(_parts_of(raw, data.columns))
+    table = _named(raw, reading, data.columns, data.filter)
+    findings += settle_bad_rows(table, data.on_bad_row)
+    if table.unmatched:
+        message = f"no row of {source} has {', '.join(table.unmatched)}, which the filter asks for"
+        findings.append(Finding("filter-unmatched", message, 0, mend="check the spelling in `data.filter`"))
+    if not table.rows:
+        raise DataError(
+            f"{source} has no rows that can be used", where=table.shown, mend="give a file with at least two rows"
+        )
+    return table, reading
+
+
+def _parts_of(table: Table, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """What the columns are called once `data.columns` has renamed them; a column may play several parts."""
+    renamed = set(columns.values())
+    return (*columns, *(column for column in table.columns if column not in renamed and column not in columns))
+
+
+def _named(raw: Table, reading: Reading, columns: Mapping[str, str], filter: Mapping[str, Any]) -> Table:
+    table = name_parts(raw, parts=reading.parts, optional=reading.optional, columns=columns, filter=filter)
+    if reading.shape is None:
+        return table
+    rows, lines = [], []
+    for line, row in zip(table.lines, table.rows, strict=True):
+        try:
+            rows.append(reading.shape(row))
+        except ValueError as error:
+            table.bad.append(BadRow(line, str(error)))
+        else:
+            lines.append(line)
+    table.rows, table.lines = rows, lines
+    return table
