@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate.settings": {"settings"},
     "methods": {"errors", "settings"},
     "config": {"errors", "settings", "methods", "tasks", *SETTINGS},
-    "schema": {"config", "methods", "settings", "tasks"},
+    "schema": {"augment.settings", "config", "methods", "settings", "tasks"},
     "inject": {"errors", "methods"},
     "store": {*BASE, "inject", "methods"},
     "data": {*BASE, "data.settings"},

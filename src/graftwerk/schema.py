@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from graftwerk.augment.settings import AUGMENTERS, Translator
 from graftwerk.config import RunConfig
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import METHODS, SHORTHANDS
@@ -16,6 +17,8 @@ from graftwerk.tasks.catalog import TASKS
 
 CHOICES: dict[str, Mapping[str, type[Settings]]] = {"method": METHODS, "task": TASKS}
 """Keys of a run file whose value is a name, or the settings of what has that name."""
+AUGMENT = "data.augment"
+"""The key whose value is a list of such."""
 
 
 def run_schema() -> dict[str, Any]:
@@ -33,6 +36,15 @@ def run_schema() -> dict[str, Any]:
                 *({"$ref": f"#/$defs/{choice.__name__}"} for choice in choices.values()),
             ],
         }
+    definitions.pop("Augmenter", None)
+    for augmenter in AUGMENTERS.values():
+        definitions[augmenter.__name__] = _choice_schema(augmenter, "augmenter", AUGMENTERS, {})
+    listed = {"oneOf": [{"enum": [*AUGMENTERS]}, *({"$ref": f"#/$defs/{it.__name__}"} for it in AUGMENTERS.values())]}
+    augment = definitions["DataSettings"]["properties"]["augment"]
+    augment["anyOf"] = [{"type": "array", "items": listed}, *listed["oneOf"]]
+    for key in ("type", "items"):
+        augment.pop(key, None)
+    definitions["Translator"] = {"additionalProperties": False, **Translator.model_json_schema()}
     _add_aliases(RunConfig, schema)
     for model in _parts(RunConfig):
         _add_aliases(model, definitions[model.__name__])
@@ -41,12 +53,14 @@ def run_schema() -> dict[str, Any]:
 
 def run_keys() -> Iterator[dict[str, Any]]:
     """Every key of a run file with its kind, default and meaning; keys of methods as ``method(lora).r``, keys of tasks
-    likewise.
+    and augmenters likewise.
     """
     yield from _keys(RunConfig, "")
     for key, choices in CHOICES.items():
         for name, model in choices.items():
             yield from _keys(model, f"{key}({name}).")
+    for name, augmenter in AUGMENTERS.items():
+        yield from _keys(augmenter, f"{AUGMENT}({name}).")
 
 
 def _choice_schema(
@@ -95,7 +109,11 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[dict[str, Any]]:
         properties = described["properties"][name]
         yield {
             "key": prefix + name,
-            "kind": name if name in CHOICES else _kind(properties),
+            "kind": name
+            if name in CHOICES
+            else "list of augmenters"
+            if prefix + name == AUGMENT
+            else _kind(properties),
             "required": field.is_required(),
             "default": properties.get("default"),
             "meaning": field.description or "",

@@ -76,6 +76,11 @@ RUN = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora"}
         ({"trainin": {}}, False),
         ({"data": {"train": "x", "validation": 0.2, "filter": {"source": ["a", "b"]}}}, True),
         ({"data": {}}, False),
+        ({"data": {"train": "x", "augment": ["word_dropout", {"name": "word_shuffle", "distance": 2}]}}, True),
+        ({"data": {"train": "x", "augment": {"name": "word_dropout", "n": 2}}}, True),
+        ({"data": {"train": "x", "augment": [{"name": "back_translation", "model": "m"}]}}, True),
+        ({"data": {"train": "x", "augment": [{"name": "back_translation"}]}}, False),
+        ({"data": {"train": "x", "augment": [{"name": "word_dropout", "distance": 2}]}}, False),
     ],
 )
 def test_the_schema_takes_what_a_run_file_takes(change: dict[str, Any], right: bool) -> None:
@@ -106,7 +111,11 @@ def test_every_key_has_a_meaning() -> None:
     keys = list(run_keys())
     assert len(keys) > 60
     assert [key["key"] for key in keys if not key["meaning"]] == []
-    assert {key["key"] for key in keys if key["required"]} == {"model", "data.train", "method"}
+    assert {key["key"] for key in keys if key["required"] and "(" not in key["key"]} == {
+        "model",
+        "data.train",
+        "method",
+    }
     rate = next(key for key in keys if key["key"] == "training.learning_rate")
     assert rate["kind"] == "number > 0 | auto"
     assert rate["default"] == "auto"

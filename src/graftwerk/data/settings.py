@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 
+from graftwerk.augment.settings import Augmenter, parse_augmenters
 from graftwerk.settings import Settings
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -48,3 +49,15 @@ class DataSettings(Settings):
         default=0.2, ge=0, le=1, description="refuse when more than this share of the rows would lose tokens"
     )
     split: str = Field(default="train", description="for a hub id in `train` that names no split: which to read")
+    augment: tuple[Augmenter, ...] = Field(
+        default=(), description="augmenters that make further training rows: names, or settings with `name`"
+    )
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _augment(cls, value: Any) -> tuple[Augmenter, ...]:
+        return parse_augmenters(value)
+
+    @field_serializer("augment")
+    def _dump_augment(self, augment: tuple[Augmenter, ...]) -> list[dict[str, Any]]:
+        return [augmenter.to_dict() for augmenter in augment]
