@@ -10,8 +10,11 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from graftwerk.errors import DataError, ModelError
 from graftwerk.evaluate.bootstrap import draw_counts, kinds, percentile_interval, rank_auc, resample
-from graftwerk.evaluate.metrics import METRICS, metrics_of, point, statistic_of
+from graftwerk.evaluate.metrics import metrics_of, point, statistic_of
+from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.predictions import ClassPredictions
+
+METRICS = Classification.metrics
 
 
 def made(n: int, classes: int, seed: int = 0, *, skill: float = 1.0, decimals: int | None = None) -> ClassPredictions:
@@ -57,7 +60,7 @@ def test_every_draw_is_what_scikit_learn_says_of_it(name: str, classes: int) -> 
     predictions = made(14, classes, decimals=0)
     weights = next(draw_counts(np.ones(14, dtype=np.int64), 120, np.random.default_rng(1)))
     assert (weights.sum(axis=1) == 14).all()
-    found = statistic_of(name, predictions.targets, predictions.scores)(weights)
+    found = statistic_of(name, predictions)(weights)
     lacking = 0
     for draw, value in zip(weights, found, strict=True):
         rows = np.repeat(np.arange(14), draw.astype(int))
@@ -131,7 +134,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     for _ in range(200):
         right = rng.random(150) < 0.7
         predictions = ClassPredictions(None, np.eye(2)[np.where(right, 0, 1)], np.zeros(150, dtype=int))
-        statistic = statistic_of("accuracy", predictions.targets, predictions.scores)
+        statistic = statistic_of("accuracy", predictions)
         low, high = percentile_interval(resample(np.ones(150, dtype=np.int64), [statistic], 300, rng)[0], 0.95)
         held += low <= 0.7 <= high
     assert 180 <= held <= 198
