@@ -185,9 +185,7 @@ def joint_bootstrap(methods: Mapping[str, Runs], metric: str, *, resamples: int 
             )
         value = point(metric, own)
         if value is None:
-            raise DataError(
-                f"`{metric}` is undefined on these rows", mend="hold out more rows, so that no class is absent"
-            )
+            raise DataError(f"`{metric}` is undefined on these rows: a class is absent", mend="hold out more rows")
         values.setdefault(names[m], {})[seed_] = value
         statistics.append(statistic_of(metric, own))
     rng = np.random.default_rng(seed)
