@@ -195,8 +195,8 @@ def test_parquet_rows_are_counted_not_lines(tmp_path: Path) -> None:
 
 
 def test_other_endings_and_folders_are_refused_with_what_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ends in `\.txt`") as caught:
-        read(tmp_path, "a.txt", "x")
+    with pytest.raises(ConfigError, match=r"ends in `\.docx`") as caught:
+        read(tmp_path, "a.docx", "x")
     assert ".jsonl" in str(caught.value.mend)
     (tmp_path / "f.csv").mkdir()
     with pytest.raises(ConfigError, match="a folder"):

@@ -1,4 +1,6 @@
-"""Files of rows: csv, tsv, jsonl, json, parquet. Every row keeps its line; what cannot be read is kept as a bad row.
+"""Files of rows: csv, tsv, jsonl, json, parquet, txt, compressed or not; folders and pairs of them.
+
+Every row keeps its line; what cannot be read is kept as a bad row.
 
 Text is UTF-8, with or without a byte order mark. A file with a few wrong bytes is still read: the rows that hold them
 are bad rows, the others are good.
@@ -15,37 +17,91 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from graftwerk.data.rows import BadRow, Table
+from graftwerk.data.compressed import OPENERS, plain_name, read_bytes
+from graftwerk.data.rows import BadRow, Table, joined
+from graftwerk.data.textfiles import TextRows, fill_text, pair_lines
 from graftwerk.errors import ConfigError, DataError, EnvironmentFault
 
 MAX_FIELD_CHARACTERS = 1 << 27
 """The csv module's own limit (131,072) is below a long document."""
 
 
-def read_file(path: Path, source: str) -> Table:
-    """All rows of a file, by its ending.
+def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
+    """All rows of a file, by its ending, or of the files of a folder.
+
+    Args:
+        text_rows: What is a row of a .txt file.
 
     Raises:
-        ConfigError: an ending that is not read here.
+        ConfigError: an ending that is not read here; a folder with files of several kinds, or of none.
         DataError: the file as a whole cannot be read (UTF-16, no header, not parquet).
         EnvironmentFault: missing permission, or a package that reads this kind of file is not installed.
+        IntegrityError: a compressed file that is damaged, or expands beyond all proportion.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None or path.is_dir():
-        kind = "a folder" if path.is_dir() else f"a file that ends in `{path.suffix}`"
-        raise ConfigError(f"{path} is {kind}", mend=f"rows are read from {', '.join(READERS)}", where=source)
+    if path.is_dir():
+        return _read_folder(path, source, text_rows)
     table = Table(source, str(path), [], [])
     try:
-        reader(path, table)
+        ending = kind_of(path)
+        reader = READERS.get(ending)
+        if reader is None:
+            raise ConfigError(
+                f"{path} is a file that ends in `{ending}`",
+                mend=f"rows are read from {', '.join(READERS)}, also with {', '.join(OPENERS)} behind it",
+                where=source,
+            )
+        (_read_documents if reader is _read_text and text_rows == "document" else reader)(path, table)
     except PermissionError as error:
         raise EnvironmentFault(f"{path} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows) + len(table.bad)
     return table
 
 
+def read_pair(first: Path, second: Path, source: str) -> Table:
+    """Rows with `source` and `target` from two files of text (whatever they end in), line by line.
+
+    Raises:
+        DataError: they have not the same number of lines.
+        EnvironmentFault, IntegrityError: as for `read_file`.
+    """
+    table = Table(source, str(first), [], [])
+    try:
+        pair_lines((first, _text(first)[0]), (second, _text(second)[0]), table)
+    except PermissionError as error:
+        raise EnvironmentFault(f"{error.filename} cannot be read: {error.strerror}", where=source) from None
+    table.read = len(table.rows)
+    return table
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says how a file is read, that of a compression left out."""
+    return Path(plain_name(path)).suffix.lower()
+
+
+def _read_folder(path: Path, source: str, text_rows: TextRows) -> Table:
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    kinds: dict[str, list[Path]] = {}
+    for file in files:
+        if (kind := kind_of(file)) in READERS:
+            kinds.setdefault(kind, []).append(file)
+    if len(kinds) != 1:
+        held = ", ".join(f"{len(of_kind):,} x {kind}" for kind, of_kind in sorted(kinds.items()))
+        raise ConfigError(
+            f"{path} is a folder with {'files of several kinds (' + held + ')' if kinds else 'no file of rows'}",
+            where=source,
+            mend="give a folder with files of one kind, or a pattern such as folder/*.jsonl"
+            if kinds
+            else f"rows are read from {', '.join(READERS)}",
+        )
+    (of_kind,) = kinds.values()
+    table = joined([read_file(file, source, text_rows) for file in of_kind], source, str(path))
+    table.passed_over = tuple(file.name for file in files if file not in of_kind)
+    return table
+
+
 def _text(path: Path) -> tuple[str, bool]:
     """The file as text, and whether some of it is not UTF-8 (those bytes become lone surrogates, U+DC80 and up)."""
-    raw = path.read_bytes()
+    raw = read_bytes(path)
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError("the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -244,7 +300,9 @@ def _read_parquet(path: Path, table: Table) -> None:
             "reading parquet needs the package pyarrow", where=str(path), mend="pip install 'graftwerk[data]'"
         ) from None
     try:
-        content = pyarrow.parquet.ParquetFile(path).read()
+        content = pyarrow.parquet.ParquetFile(
+            io.BytesIO(read_bytes(path)) if path.suffix.lower() in OPENERS else path
+        ).read()
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, PermissionError):
             raise
@@ -258,6 +316,19 @@ def _read_parquet(path: Path, table: Table) -> None:
     table.unit = "row"
 
 
+# text
+
+
+def _read_text(path: Path, table: Table, rows: TextRows = "line") -> None:
+    text, damaged = _text(path)
+    suspicious = damaged or "\0" in text
+    fill_text(text, table, rows, _bad_characters if suspicious else lambda _: None)
+
+
+def _read_documents(path: Path, table: Table) -> None:
+    _read_text(path, table, "document")
+
+
 READERS: dict[str, Callable[[Path, Table], None]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
@@ -265,5 +336,6 @@ READERS: dict[str, Callable[[Path, Table], None]] = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
 }
 """What each ending is read by: the only list of formats."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from graftwerk.data.findings import Finding
+from graftwerk.data.formats import columns_of_format
 from graftwerk.data.lint import PlacedRows
 from graftwerk.data.parts import Part
 from graftwerk.data.rows import BadRow, Table, settle_bad_rows
-from graftwerk.data.settings import DataSettings
+from graftwerk.data.settings import DataSettings, Source, plain, shown
 from graftwerk.data.sources import name_parts, read_source
 from graftwerk.data.split import held_out, split_rows
 from graftwerk.errors import ConfigError, DataError
@@ -38,6 +39,8 @@ class Reading:
         answers: Parts that are not needed, and not taken, where a model is asked about rows.
         shape: Makes the row of a task from the parts that were read (messages from instruction and output, say); a
             ValueError makes it a bad row, with its place.
+        ask: The same for a row that a model is asked about; None: `shape` does that too.
+        format: Which of `data.formats` it is; None: rows of this task have no format to choose.
     """
 
     parts: Mapping[str, Part]
@@ -46,6 +49,8 @@ class Reading:
     stratify: str | None = None
     answers: tuple[str, ...] = ()
     shape: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    ask: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    format: str | None = None
 
     def key_of(self, row: Mapping[str, Any]) -> str:
         return str(row[self.key]) if isinstance(self.key, str) else self.key(row)
@@ -89,14 +94,14 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
         EnvironmentFault: a source cannot be reached.
     """
     findings: list[Finding] = []
-    table, reading = _table(data.train, data, data.split, recognise, findings)
+    table, reading = _table(data.source, data, data.split, recognise, findings)
     chosen: dict[str, SplitRows] = {}
     counts = {"validation": 0, "test": 0}
     for split, wanted in (("validation", data.validation), ("test", data.test)):
-        if not isinstance(wanted, str):
+        if wanted is None or isinstance(wanted, int | float):
             counts[split] = held_out(wanted, len(table), f"data.{split}")
             continue
-        if wanted == data.train:
+        if wanted == data.source:
             raise ConfigError(
                 f"`{split}` is the same source as `train`: its figures would say nothing",
                 where=f"data.{split}",
@@ -142,7 +147,7 @@ def read_unanswered(
         {part: read for part, read in reading.parts.items() if part not in reading.answers},
         reading.key,
         {part: read for part, read in reading.optional.items() if part not in reading.answers},
-        shape=reading.shape,
+        shape=reading.ask or reading.shape,
     )
     named = {part: column for part, column in (columns or {}).items() if part not in reading.answers}
     table = _named(raw, asked, named, {})
@@ -171,25 +176,39 @@ def fingerprint_of(chosen: Mapping[str, Sequence[Mapping[str, Any]]], parts: Seq
 
 def origin_of(data: DataSettings, chosen: Mapping[str, SplitRows]) -> dict[str, Any]:
     """Where rows came from, for the manifest and the model card."""
-    origin: dict[str, Any] = {"train": data.train, "validation": data.validation, "test": data.test}
+    origin: dict[str, Any] = {
+        "train": [plain(each) for each in data.train] if isinstance(data.train, list) else plain(data.train),
+        "validation": plain(data.validation),
+        "test": plain(data.test),
+    }
     origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
     origin["rows"] = {split: len(part.indices) for split, part in chosen.items()}
     return origin
 
 
 def _table(
-    source: str, data: DataSettings, split: str, recognise: Recognise, findings: list[Finding]
+    source: Source, data: DataSettings, split: str, recognise: Recognise, findings: list[Finding]
 ) -> tuple[Table, Reading]:
-    raw = read_source(source, split)
-    reading = recognise(_parts_of(raw, data.columns))
+    raw = read_source(source, split, data.text_rows)
+    reading = recognise(columns_of_format(_parts_of(raw, data.columns), data.format))
+    if data.format != reading.format and data.format is not None:
+        raise ConfigError(
+            f"`{data.format}` is no format of this task's rows", where="data.format", mend="leave `data.format` out"
+        )
     table = _named(raw, reading, data.columns, data.filter)
     findings += settle_bad_rows(table, data.on_bad_row)
+    if table.passed_over:
+        count, first = len(table.passed_over), table.passed_over[0]
+        message = f"{count:,} files of {shown(source)} are of no kind that rows are read from, and were passed over"
+        findings.append(Finding("files-passed-over", message, 0, example=first))
     if table.unmatched:
-        message = f"no row of {source} has {', '.join(table.unmatched)}, which the filter asks for"
+        message = f"no row of {shown(source)} has {', '.join(table.unmatched)}, which the filter asks for"
         findings.append(Finding("filter-unmatched", message, 0, mend="check the spelling in `data.filter`"))
     if not table.rows:
         raise DataError(
-            f"{source} has no rows that can be used", where=table.shown, mend="give a file with at least two rows"
+            f"{shown(source)} has no rows that can be used",
+            where=table.shown,
+            mend="give a file with at least two rows",
         )
     return table, reading
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from graftwerk.data.findings import Finding
@@ -34,6 +36,9 @@ class Table:
         unit: Whether `lines` counts lines of a text file or rows of a table.
         read: Rows seen, the bad and the filtered ones included.
         unmatched: `column: value` of the filter that no row has, where others of its values have rows.
+        passed_over: Files of a folder that are of no kind that rows are read from.
+        pieces: For rows of several files, each file's table without its rows, and what its lines are counted from:
+            line n of the file is line ``offset + n`` of this table.
     """
 
     source: str
@@ -45,17 +50,50 @@ class Table:
     unit: Literal["line", "row"] = "line"
     read: int = 0
     unmatched: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    pieces: tuple[tuple[int, Table], ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def at(self, line: int) -> str:
         """`file:line`, or `file row n` where a file has no lines."""
+        if self.pieces:
+            offset, piece = self.pieces[bisect(self.pieces, line - 1, key=lambda pair: pair[0]) - 1]
+            return piece.at(line - offset)
         return f"{self.shown}:{line}" if self.unit == "line" else f"{self.shown} row {line}"
 
     def where(self, index: int) -> str:
         """The place of a row, by its index in `rows`."""
         return self.at(self.lines[index])
+
+
+def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
+    """The rows of several tables, one after another; every row keeps its file and line.
+
+    Raises:
+        DataError: the tables have no column in common (a file with another header).
+    """
+    whole = Table(source, shown, [], [], columns=tuple(dict.fromkeys(name for it in tables for name in it.columns)))
+    pieces = []
+    offset = 0
+    for table in tables:
+        if table.columns and not set(table.columns) & set(tables[0].columns or table.columns):
+            raise DataError(
+                f"{table.shown} has the columns {', '.join(table.columns)}, and {tables[0].shown} has"
+                f" {', '.join(tables[0].columns)}",
+                where=source,
+                mend="read files with other columns as sets of their own, each with its `columns`",
+            )
+        pieces.append((offset, replace(table, rows=[], lines=[], bad=[])))
+        whole.rows += table.rows
+        whole.lines += [offset + line for line in table.lines]
+        whole.bad += [BadRow(offset + bad.line, bad.reason) for bad in table.bad]
+        whole.read += table.read
+        offset += max([0, *table.lines, *(bad.line for bad in table.bad)])
+        whole.passed_over += table.passed_over
+    whole.pieces = tuple(pieces)
+    return whole
 
 
 def settle_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[Finding, ...]:

@@ -2,37 +2,107 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from graftwerk.augment.settings import Augmenter, parse_augmenters
 from graftwerk.settings import Settings
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Annotated[int, Field(ge=1)]
+Format = Literal["instruction", "chat", "prompt-completion", "text"]
+
+
+class Pair(Settings):
+    """Two files of text whose lines belong together."""
+
+    source: str = Field(description="file with a sentence a line")
+    target: str = Field(description="file with the sentence that belongs to it, in the same line")
+
+
+Source = str | list[str] | Pair
+"""One place, several (all rows of all of them, in this order), or two files line by line."""
+Filter = dict[str, str | int | float | bool | list[str | int | float | bool]]
+
+
+class SetSettings(Settings):
+    """One of several data sets that are learnt together: where its rows are, and how often they are drawn."""
+
+    name: str | None = Field(default=None, min_length=1, description="what figures call it; none: after its file")
+    source: str | list[str] = Field(description="source of the rows; with `target`, the first of two aligned files")
+    target: str | None = Field(default=None, description="second of two files whose lines belong together")
+    task: str | dict[str, Any] | None = Field(default=None, description="this set's task; none: that of the run")
+    weight: float = Field(default=1.0, gt=0, description="how often its rows are drawn, against those of other sets")
+    max_rows: Rows | None = Field(default=None, description="use at most so many of its rows to train on")
+    columns: dict[str, str] | None = Field(default=None, description="as `data.columns`, which it replaces")
+    filter: Filter | None = Field(default=None, description="as `data.filter`, which it replaces")
+    prefix: str | None = Field(default=None, description="`prefix` of its task")
+    source_lang: str | None = Field(default=None, description="`source_lang` of its task")
+    target_lang: str | None = Field(default=None, description="`target_lang` of its task")
+    validation: Rows | Share | Source | None = Field(
+        default=None, description="as `data.validation`, which it replaces; none: a number or share of that is taken"
+    )
+    test: Rows | Share | Source | None = Field(default=None, description="as `data.test`, likewise")
+
+    @property
+    def rows_from(self) -> Source:
+        """Raises ValueError where `target` stands beside several sources."""
+        if self.target is None:
+            return self.source
+        if not isinstance(self.source, str):
+            raise ValueError("`target` needs one `source`")
+        return Pair(source=self.source, target=self.target)
+
+
+def shown(source: Source) -> str:
+    """A source as messages call it."""
+    if isinstance(source, str):
+        return source
+    if isinstance(source, Pair):
+        return f"{source.source} and {source.target}"
+    return ", ".join(source[:3]) + (f", and {len(source) - 3} more" if len(source) > 3 else "")
+
+
+def plain(source: Any) -> Any:
+    """A source as JSON holds it."""
+    return source.model_dump() if isinstance(source, Settings) else source
 
 
 class DataSettings(Settings):
     """Where rows come from and which of them are used.
 
-    A source is a path (csv, tsv, jsonl, json, parquet), a file inside an installed package
-    (``pkg://package/path/inside.csv``), or a data set of the hub: ``owner/name[/configuration][:split]``, with or
-    without ``hub://`` in front.
+    A source is a file (csv, tsv, jsonl, json, parquet, txt, also compressed), a folder of files of one kind, a pattern
+    (``texts/*.jsonl``), a file inside an installed package (``pkg://package/path/inside.csv``), or a data set of the
+    hub: ``owner/name[/configuration][:split]``, with or without ``hub://`` in front; a list of these; or two files
+    whose lines belong together: ``{source: a.de, target: a.en}``.
     """
 
-    train: str = Field(description="source of the training rows")
+    train: str | list[str] | Pair | Annotated[list[SetSettings], Field(min_length=1)] = Field(
+        description="source of the training rows; or a list of sets, each with `source` and settings of its own"
+    )
+    temperature: Annotated[float, Field(ge=1)] | Literal["infinity"] | None = Field(
+        default=None,
+        description="for several sets: rows drawn in proportion to the sets' sizes (1, as without), or more evenly,"
+        " up to all sets alike (infinity)",
+    )
+    text_rows: Literal["line", "document"] = Field(
+        default="line", description="in a .txt file a row is a line, or what stands between blank lines"
+    )
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="which column plays which part: {text: review, label: stars}; a part not named is its own column",
     )
-    filter: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
+    format: Format | None = Field(
+        default=None, description="how rows hold what is said, for tasks with instructions; none: told by the columns"
+    )
+    filter: Filter = Field(
         default_factory=dict, description="keep rows whose column has this value, or one of these values"
     )
-    validation: Rows | Share | str | None = Field(
+    validation: Rows | Share | Source | None = Field(
         default=0.1, description="rows held out for choosing the checkpoint: a number of rows, a share, or a source"
     )
-    test: Rows | Share | str | None = Field(
+    test: Rows | Share | Source | None = Field(
         default=None, description="rows held out for the figures alone: a number of rows, a share, or a source"
     )
     max_train_rows: Rows | None = Field(
@@ -61,3 +131,36 @@ class DataSettings(Settings):
     @field_serializer("augment")
     def _dump_augment(self, augment: tuple[Augmenter, ...]) -> list[dict[str, Any]]:
         return [augmenter.to_dict() for augmenter in augment]
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _infinity(cls, value: Any) -> Any:
+        """`.inf` is YAML's word for it, which JSON has not."""
+        return "infinity" if value == float("inf") else value
+
+    @model_validator(mode="after")
+    def _sets_only(self) -> Self:
+        if self.temperature is not None and not self.sets:
+            raise ValueError("`temperature` does nothing for one data set: give `train` a list of sets")
+        for each in self.sets:
+            _ = each.rows_from
+        return self
+
+    @property
+    def sets(self) -> tuple[SetSettings, ...]:
+        """The sets of `train`, where it is a list of such."""
+        listed = self.train if isinstance(self.train, list) else []
+        return tuple(each for each in listed if isinstance(each, SetSettings))
+
+    @property
+    def source(self) -> Source:
+        """`train` as one source.
+
+        Raises:
+            ValueError: it is several sets.
+        """
+        if isinstance(self.train, str | Pair):
+            return self.train
+        if self.sets:
+            raise ValueError("`train` is several sets")
+        return [each for each in self.train if isinstance(each, str)]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from graftwerk.data.files import READERS, read_file
+from graftwerk.data.compressed import OPENERS
+from graftwerk.data.files import READERS, read_file, read_pair
 from graftwerk.data.parts import Part
-from graftwerk.data.rows import BadRow, Table
+from graftwerk.data.rows import BadRow, Table, joined
+from graftwerk.data.settings import Pair, Source, shown
+from graftwerk.data.textfiles import TextRows
 from graftwerk.errors import ConfigError, DataError, did_you_mean
 from graftwerk.locate import PACKAGE_SCHEME, locate
 
@@ -22,7 +27,7 @@ Filter = Mapping[str, Scalar | list[Scalar]]
 
 
 def read_rows(
-    source: str,
+    source: Source,
     *,
     parts: Mapping[str, Part],
     optional: Mapping[str, Part] | None = None,
@@ -72,13 +77,19 @@ def name_parts(
     present = set(table.columns)
     readers = {part: pair for part, pair in readers.items() if part in parts or pair[0] in present}
 
-    result = Table(table.source, table.shown, [], [], list(table.bad), table.columns, table.unit, table.read)
+    result = replace(table, rows=[], lines=[], bad=list(table.bad))
     met: set[tuple[str, int]] = set()
     for line, row in zip(table.lines, table.rows, strict=True):
         try:
             if not _passes(row, wanted, met):
                 continue
-            result.rows.append({part: _part(row, column, read) for part, (column, read) in readers.items()})
+            result.rows.append(
+                {
+                    part: _part(row, column, read)
+                    for part, (column, read) in readers.items()
+                    if part in parts or column in row
+                }
+            )
         except ValueError as error:
             result.bad.append(BadRow(line, str(error)))
         else:
@@ -90,21 +101,50 @@ def name_parts(
     return result
 
 
-def read_source(source: str, split: str = "train") -> Table:
-    """All rows of a source as they stand, under the names of their columns. Arguments and errors as for `read_rows`."""
+def read_source(source: Source, split: str = "train", text_rows: TextRows = "line") -> Table:
+    """All rows of a source as they stand, under the names of their columns. Arguments and errors as for `read_rows`.
+
+    Args:
+        text_rows: What is a row of a .txt file.
+    """
+    if isinstance(source, Pair):
+        return read_pair(locate(source.source), locate(source.target), shown(source))
+    if isinstance(source, list):
+        if not source:
+            raise ConfigError("a list of sources names none", where="data.train")
+        return joined([read_source(each, split, text_rows) for each in source], shown(source), shown(source))
     if source.startswith(HUB_SCHEME) or is_hub_id(source):
         from graftwerk.data.hub import read_hub
 
         name, _, own_split = source.removeprefix(HUB_SCHEME).partition(":")
         return read_hub(name, own_split or split, source)
-    return read_file(locate(source), source)
+    files = _matching(source)
+    if files is not None:
+        return joined([read_file(file, source, text_rows) for file in files], source, source)
+    return read_file(locate(source), source, text_rows)
+
+
+def _matching(source: str) -> list[Path] | None:
+    """The files that a pattern stands for, sorted; None where it is no pattern, or a file is called just so.
+
+    Raises:
+        ConfigError: no file matches.
+    """
+    if not any(mark in source for mark in "*?[") or source.startswith(PACKAGE_SCHEME) or Path(source).exists():
+        return None
+    found = sorted(Path(name) for name in glob(str(Path(source).expanduser()), recursive=True) if Path(name).is_file())
+    if not found:
+        raise ConfigError(
+            f"no file matches the pattern {source}", mend="* stands for any part of a name, ** for folders"
+        )
+    return found
 
 
 def is_hub_id(source: str) -> bool:
     """`owner/name`, with or without a configuration and a split, unless that is a file here or ends like one."""
     if source.startswith((PACKAGE_SCHEME, ".", "~")) or not _HUB_ID.fullmatch(source):
         return False
-    if source.lower().endswith(tuple(READERS)):
+    if source.lower().endswith((*READERS, *OPENERS)):
         return False
     return not Path(source).exists()
 

@@ -18,7 +18,7 @@ from graftwerk.data.lint import check_labels
 from graftwerk.data.parts import label_part, text_part
 from graftwerk.data.reading import Reading, read_splits, read_unanswered
 from graftwerk.data.rows import Table
-from graftwerk.data.settings import DataSettings
+from graftwerk.data.settings import DataSettings, shown
 from graftwerk.errors import DataError
 from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task, splits_of
 from graftwerk.tasks.encoding import encode_texts, pad
@@ -54,7 +54,9 @@ class Classification(Task):
         """
         chosen, findings = read_splits(data, self.reading)
         placed = {split: part.placed() for split, part in chosen.items()}
-        names, said = check_labels({split: rows.labels or () for split, rows in placed.items()}, labels, data.train)
+        names, said = check_labels(
+            {split: rows.labels or () for split, rows in placed.items()}, labels, shown(data.source)
+        )
         findings += said
         return splits_of(data, chosen, findings, self.parts, labels=names)
 
