@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
     "verbs": set(),
+    "figures": set(),
     "locate": {"errors"},
     "data.settings": {"settings"},
     "train.settings": {"settings"},
@@ -37,8 +38,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {*BELOW_TRAIN, "evaluate", "verbs"},
     "report": {"errors"},
     "explain": {*BASE, "store"},
-    "choose": {*BELOW_TRAIN, "train", "evaluate", "report"},
-    "cli": {*BELOW_TRAIN, "schema", "train", "evaluate", "choose", "report", "explain"},
+    "choose": {*BELOW_TRAIN, "figures", "train", "evaluate", "report"},
+    "cli": {*BELOW_TRAIN, "figures", "schema", "train", "evaluate", "choose", "report", "explain"},
     "__main__": {"cli"},
 }
 # Imports inside a function that point back on purpose, each with its reason.
