@@ -54,6 +54,25 @@ def test_what_it_says() -> None:
         assert words in card, words
 
 
+def test_where_the_rows_came_from_is_a_list_of_facts() -> None:
+    origin = {
+        "train": "reviews.csv",
+        "test": 500,
+        "columns": {"text": "review", "label": "stars"},
+        "filter": {},
+        "rows": {"train": 2000},
+    }
+    card = model_card({**OWN, "data": {**OWN["data"], "origin": origin}}, CONFIG)
+    said = card.partition("## Data\n\n")[2].partition("\n\n")[0].splitlines()
+    assert said == [
+        "- train: reviews.csv",
+        "- test: 500",
+        "- columns: text = review, label = stars",
+        "- rows: train 2,000, test 500",
+        "- fingerprint: `cd34`",
+    ]
+
+
 def test_with_next_to_nothing() -> None:
     card = model_card({}, {})
     assert "Figures" not in card
@@ -80,8 +99,10 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("bad", HOSTILE)
-def test_hostile_text_breaks_out_nowhere(bad: str) -> None:
+def test_hostile_text_breaks_out_nowhere(bad: str, nested: bool) -> None:
+    origin = {bad: bad, "columns": {bad: bad}} if nested else bad
     own = {
         **OWN,
         "name": bad,
@@ -89,7 +110,7 @@ def test_hostile_text_breaks_out_nowhere(bad: str) -> None:
         "method": {"name": bad},
         "labels": [bad],
         "task": bad,
-        "data": {"origin": bad, "fingerprint": bad, "rows": {bad: 1}},
+        "data": {"origin": origin, "fingerprint": bad, "rows": {bad: 1}},
         "metrics": {bad: {bad: {"value": bad, "low": 1, "high": 2}}},
         "versions": {bad: bad},
         "license": bad,
