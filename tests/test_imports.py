@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "settings": {"errors"},
     "verbs": set(),
+    "figures": set(),
     "locate": {"errors"},
     "augment.settings": {"errors", "settings"},
     "data.settings": {"settings", "augment.settings"},
@@ -39,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {*BELOW_TRAIN, "evaluate", "augment", "verbs"},
     "report": {"errors"},
     "explain": {*BASE, "store"},
-    "choose": {*BELOW_TRAIN, "train", "evaluate", "augment", "report"},
-    "cli": {*BELOW_TRAIN, "schema", "train", "evaluate", "augment", "choose", "report", "explain"},
+    "choose": {*BELOW_TRAIN, "figures", "train", "evaluate", "augment", "report"},
+    "cli": {*BELOW_TRAIN, "figures", "schema", "train", "evaluate", "augment", "choose", "report", "explain"},
     "__main__": {"cli"},
 }
 # Imports inside a function that point back on purpose, each with its reason.

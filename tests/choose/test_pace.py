@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from graftwerk.choose.display import duration
 from graftwerk.choose.pace import Pace
 
 PLAN = ["full", "lora", "full", "lora"]
@@ -39,11 +36,3 @@ def test_runs_that_were_there_already_say_nothing_about_time() -> None:
     pace.finished("lora", None)
     assert pace.left() is None
     assert pace.left(5, 5) == 5 + 10
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (659, "10 min"), (3900, "1 h 05 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

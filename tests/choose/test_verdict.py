@@ -92,13 +92,20 @@ def test_the_cheapest_of_those_that_are_as_good_is_recommended() -> None:
     )
 
 
+def test_the_same_answers_are_called_so() -> None:
+    methods = [method("full", 0.5, 22e6), method("ia3", 0.5, 2.2e4)]
+    found = recommend(methods, pairs(methods, 0.0), prefer="trained_parameters")
+    assert found is not None
+    assert found["reason"] == "the same answers as full on every row, with 0.1 % of its trained parameters"
+
+
 def test_a_wide_interval_is_no_argument_for_a_poor_method() -> None:
     """Twenty rows show nothing; that does not make a method five points below a good choice."""
     methods = [method("full", 0.80, 22e6), method("probe", 0.75, 800)]
     found = recommend(methods, pairs(methods, 0.3), prefer="trained_parameters")
     assert found is not None
     assert found["method"] == "full"
-    assert "more than 1 points" in found["reason"]
+    assert found["reason"] == "the best mean by more than 1 point"
 
 
 def test_a_small_difference_that_is_shown_counts() -> None:

@@ -157,6 +157,8 @@ def test_help_and_version(graftwerk: Run) -> None:
         assert own.code == 0
         for option in ("--json", "--quiet", "--debug", "--help"):
             assert option in own.out, (name, option)
+    alone = graftwerk()
+    assert (alone.code, alone.out, alone.err) == (0, graftwerk("--help").out, "")
     assert graftwerk("--version").out.strip().count(".") == 2
 
 

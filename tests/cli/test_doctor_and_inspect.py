@@ -90,4 +90,20 @@ def test_inspect_goes_through_the_gate(graftwerk: Run, tmp_path: Path) -> None:
     said = graftwerk("inspect", tmp_path, "--json")
     assert said.code == 8
     assert said.json["error"] == "integrity"
-    assert graftwerk("inspect", tmp_path / "nothing").code == 5
+
+
+def test_inspect_without_an_adapter_says_what_is_there(graftwerk: Run, tmp_path: Path) -> None:
+    said = graftwerk("inspect", tmp_path / "nothing")
+    assert said.code == 2
+    assert f"there is no folder {tmp_path / 'nothing'}" in said.err
+    one = tmp_path / "lora-seed0"
+    one.mkdir()
+    (one / "manifest.json").write_text("{}")
+    said = graftwerk("inspect", one)
+    assert said.code == 2
+    assert "has no adapter yet" in said.err
+    assert "--resume" in said.err
+    (tmp_path / "comparison.json").write_text("{}")
+    said = graftwerk("inspect", tmp_path)
+    assert said.code == 2
+    assert f"name one of its runs: {one}" in said.err

@@ -56,9 +56,9 @@ def test_plain_lines_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += 1
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "step 1/12  loss 0.500  11.0 s left",
-        "step 6/12  loss 0.500  6.0 s left",
-        "step 11/12  loss 0.500  1.0 s left",
+        "step 1/12  loss 0.500  11 s left",
+        "step 6/12  loss 0.500  6 s left",
+        "step 11/12  loss 0.500  1 s left",
         "step 12/12  loss 0.500",
     ]
 

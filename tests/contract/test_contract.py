@@ -81,6 +81,7 @@ def test_base_is_untouched(method: str, family: str) -> None:
     model, batch = model_and_batch(method, family)
     before = run(model, batch)
     parameters = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     modules = dict(model.named_modules())
     classes = {name: type(module) for name, module in modules.items()}
     values = {name: value.clone() for name, value in model.state_dict().items()}
@@ -89,12 +90,16 @@ def test_base_is_untouched(method: str, family: str) -> None:
     graft = gw.attach(model, method_of(method))
     optimizer = torch.optim.SGD(graft.parameters(), lr=0.1)
     loss_of(model, batch).backward()
+    at_start = run(model, batch)
     optimizer.step()
+    assert not torch.allclose(run(model, batch), at_start, atol=1e-5), "a step changes what the model says"
     for name, value in values.items():
         if method != "full":
             assert torch.equal(model.state_dict()[name], value), name
     for name, parameter in parameters.items():
         assert model.get_parameter(name) is parameter
+    for name, buffer in buffers.items():
+        assert model.get_buffer(name) is buffer
     for name, module in modules.items():
         assert model.get_submodule(name) is module
     assert [key for key in model.state_dict() if "graft" not in key.split(".")] == list(values)
@@ -264,6 +269,14 @@ def test_save_and_load(method: str, family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(run(fresh, batch), expected, **CLOSE)
     own, others = graft.state_dict(), loaded.state_dict()
     assert list(own) == list(others)
+    # What is loaded to be used does not train, says so, and does not forget it when it was switched off.
+    size = sum(parameter.numel() for parameter in graft.parameters())
+    assert f"  trains   {size:,} parameters" in str(graft)
+    assert f"  frozen   {size:,} parameters" in str(loaded)
+    with gw.disabled(fresh):
+        pass
+    assert loaded.frozen
+    assert not any(parameter.requires_grad for parameter in fresh.parameters())
 
 
 @matrix

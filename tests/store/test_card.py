@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graftwerk.store.card import block, model_card, text
@@ -54,6 +54,25 @@ def test_what_it_says() -> None:
         assert words in card, words
 
 
+def test_where_the_rows_came_from_is_a_list_of_facts() -> None:
+    origin = {
+        "train": "reviews.csv",
+        "test": 500,
+        "columns": {"text": "review", "label": "stars"},
+        "filter": {},
+        "rows": {"train": 2000},
+    }
+    card = model_card({**OWN, "data": {**OWN["data"], "origin": origin}}, CONFIG)
+    said = card.partition("## Data\n\n")[2].partition("\n\n")[0].splitlines()
+    assert said == [
+        "- train: reviews.csv",
+        "- test: 500",
+        "- columns: text = review, label = stars",
+        "- rows: train 2,000, test 500",
+        "- fingerprint: `cd34`",
+    ]
+
+
 def test_with_next_to_nothing() -> None:
     card = model_card({}, {})
     assert "Figures" not in card
@@ -80,8 +99,10 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("bad", HOSTILE)
-def test_hostile_text_breaks_out_nowhere(bad: str) -> None:
+def test_hostile_text_breaks_out_nowhere(bad: str, nested: bool) -> None:
+    origin = {bad: bad, "columns": {bad: bad}} if nested else bad
     own = {
         **OWN,
         "name": bad,
@@ -89,7 +110,7 @@ def test_hostile_text_breaks_out_nowhere(bad: str) -> None:
         "method": {"name": bad},
         "labels": [bad],
         "task": bad,
-        "data": {"origin": bad, "fingerprint": bad, "rows": {bad: 1}},
+        "data": {"origin": origin, "fingerprint": bad, "rows": {bad: 1}},
         "metrics": {bad: {bad: {"value": bad, "low": 1, "high": 2}}},
         "versions": {bad: bad},
         "license": bad,
@@ -111,14 +132,18 @@ def test_hostile_text_breaks_out_nowhere(bad: str) -> None:
 
 
 def outside_fences(card: str) -> str:
-    """The card without its front matter and without what stands in code blocks, read as Markdown reads fences."""
-    lines, fence = [], ""
+    """The card without its front matter and without what stands in code blocks, read as CommonMark reads fences: a
+    block ends at the first line that holds nothing but at least as many backticks as opened it, up to three spaces in.
+    """
+    lines, fence = [], 0
     for line in card.split("---\n", 2)[2].splitlines():
-        run = line[: len(line) - len(line.lstrip("`"))]
-        if not fence and len(run) >= 3:
-            fence = run
-        elif fence and line.strip() == fence:
-            fence = ""
+        indent = len(line) - len(line.lstrip(" "))
+        ticks = len(line.strip(" ")) - len(line.strip(" ").lstrip("`"))
+        alone = indent <= 3 and set(line.strip(" \t")) == {"`"}
+        if not fence and indent <= 3 and ticks >= 3:
+            fence = ticks
+        elif fence and alone and ticks >= fence:
+            fence = 0
         elif not fence:
             lines.append(line)
     assert not fence, "a code block is never closed"
@@ -126,12 +151,19 @@ def outside_fences(card: str) -> str:
 
 
 @given(st.text(max_size=60))
-def test_text_is_one_line_and_a_block_ends_where_it_should(value: str) -> None:
+def test_text_is_one_line(value: str) -> None:
     line = text(value)
     assert len(line.splitlines()) <= 1
     assert "<" not in line
-    card = f"---\n---\n{block(value)}\nafter"
-    assert outside_fences(card) == "after"
+
+
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["`", "```", "````", "\n", " ", "x"]), max_size=12).map("".join))
+@example("```")
+@example("x\n````\ny")
+@example("   `````\n```")
+def test_no_content_ends_its_block(value: str) -> None:
+    """Whatever runs of backticks it holds, what comes after the block is all that stands outside."""
+    assert outside_fences(f"---\n---\n{block(value)}\nafter") == "after"
 
 
 def test_secrets_are_blotted_out() -> None:

@@ -154,9 +154,11 @@ def test_files_that_no_run_left_are_not_touched(run_file: Build, tmp_path: Path)
 def test_overwrite_replaces_the_run_and_leaves_other_files(run_file: Build, tmp_path: Path) -> None:
     train(run_file())
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "evaluation.json").write_text("{}")  # figures of the adapter that goes
     run = train(run_file(learning_rate=2e-2), overwrite=True)
     assert run.manifest["status"] == "finished"
     assert (run.folder / "notes.txt").read_text() == "mine"
+    assert not (run.folder / "evaluation.json").exists()
     assert len(log_of(run.folder, "step")) == 12
 
 

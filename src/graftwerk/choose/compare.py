@@ -23,7 +23,7 @@ from graftwerk.choose.display import Display, Moment
 from graftwerk.choose.entries import Entry, parse_entries, parse_seeds
 from graftwerk.choose.gather import Measured, gather, measured_run
 from graftwerk.choose.pace import Pace
-from graftwerk.choose.table import percent, plain, rich_table
+from graftwerk.choose.table import plain, rich_table
 from graftwerk.choose.verdict import COSTS, MARGIN
 from graftwerk.choose.workers import Crashed, Workers
 from graftwerk.config import RunConfig, parse_overrides, read_yaml
@@ -36,6 +36,7 @@ from graftwerk.errors import (
     Interrupted,
 )
 from graftwerk.evaluate.metrics import METRICS
+from graftwerk.figures import duration, percent
 from graftwerk.store.atomic import write_file
 from graftwerk.store.safety import read_json
 from graftwerk.train.folder import MANIFEST, read_manifest
@@ -228,6 +229,7 @@ class _Work:
             if (found := measured_run(folder)) is not None:
                 self.runs[entry.name][seed] = found
                 self.pace.finished(entry.name, None)
+                self._say("note", who, f"there already: {_result_line(found, self.metric)}")
                 return
             if manifest["status"] == "diverged":
                 self._failed(entry, seed, str((manifest.get("error") or {}).get("what", "diverged")))
@@ -330,7 +332,7 @@ class _Work:
         self.tell(Moment(kind, self.pace.done, len(self.plan), run, text, step, steps, left))
 
 
-NOTED = frozenset({"diagnosis", "bad_step", "memory", "warning", "early_stopping"})
+NOTED = frozenset({"resume", "diagnosis", "bad_step", "memory", "warning", "early_stopping"})
 
 
 class _Steps:
@@ -350,6 +352,8 @@ class _Steps:
             self.steps, self.left_seconds = event["total"], event.get("left_seconds")
         elif kind == "phase":
             return str(event["name"])
+        elif kind == "resume":
+            return f"going on from step {self.step}"
         elif kind in NOTED:
             mend = f" ({event['mend']})" if event.get("mend") else ""
             return f"{event.get('text', kind)}{mend}"
@@ -359,11 +363,11 @@ class _Steps:
 def _result_line(run: Measured, metric: str) -> str:
     """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
     figure = run.evaluation["metrics"][metric]
-    seconds = run.manifest["cost"]["training_seconds"]
+    time_taken = duration(run.manifest["cost"]["training_seconds"])
     if figure["value"] is None:
-        return f"{metric} {figure.get('note', 'is undefined')}, {seconds:.0f} s of training"
+        return f"{metric} {figure.get('note', 'is undefined')}, {time_taken} of training"
     between = "" if figure["low"] is None else f" ({percent(figure['low'])} to {percent(figure['high'])})"
-    return f"{metric} {percent(figure['value'])}{between}, {seconds:.0f} s of training"
+    return f"{metric} {percent(figure['value'])}{between}, {time_taken} of training"
 
 
 def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:

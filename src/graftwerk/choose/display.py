@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
+from graftwerk.figures import duration
+
 EVERY_SECONDS = 5.0
 """Between two plain lines about steps."""
 
@@ -67,7 +69,7 @@ class Display:
             return  # reading, loading, saving of every run: too much for a log
         if moment.kind == "step":
             now = time.monotonic()
-            if not moment.step or now - self._told < EVERY_SECONDS:
+            if not (moment.step and moment.steps) or now - self._told < EVERY_SECONDS:
                 return
             self._told = now
             text = f"step {moment.step}/{moment.steps}"
@@ -117,14 +119,3 @@ def _remaining(moment: Moment) -> str:
     if moment.left_seconds is None or moment.kind == "end":
         return ""
     return f", {duration(moment.left_seconds)} left"
-
-
-def duration(seconds: float) -> str:
-    """For people: 42 s, 3 min 20 s, 1 h 05 min."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s" if minutes < 10 else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min"

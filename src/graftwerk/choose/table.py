@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftwerk.choose.display import duration
 from graftwerk.choose.verdict import between, signed, turned, verdict
+from graftwerk.figures import byte_size, duration, milliseconds, percent, short_count
 
 HEADINGS = (
     "method",
@@ -38,9 +38,9 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 percent(figure["value"]),
                 f"{percent(figure['low'])}\N{EN DASH}{percent(figure['high'])}",
                 against(result["differences"], method["name"], best),
-                count(cost.get("trained_parameters")),
+                short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
-                "\N{EN DASH}" if cost.get("training_seconds") is None else duration(cost["training_seconds"]),
+                duration(cost.get("training_seconds")),
                 byte_size(cost.get("peak_memory_bytes")),
                 milliseconds(cost.get("latency_ms_batch_1")),
                 milliseconds(cost.get("latency_ms_batch_32")),
@@ -74,10 +74,14 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         f"{result['metric']} in percent on {result['rows']:,} {result['split']} rows, mean of {seeds} "
         f"seed{'s' if seeds > 1 else ''}; {100 * result['confidence']:g} % intervals, jointly for all differences."
     )
-    if result.get("resolution") is not None:
+    if result.get("resolution"):
         said.append(
             f"With these rows and seeds, differences under about {100 * result['resolution']:.1f} points are not to be "
             "seen."
+        )
+    elif result.get("resolution") == 0:
+        said.append(
+            "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
         )
     if recommendation := result.get("recommendation"):
         said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
@@ -127,32 +131,3 @@ def rich_table(result: Mapping[str, Any]) -> Any:
     for row in rows_of(result):
         made.add_row(*(Text(cell) for cell in row), style="bold" if row[0].endswith(" *") else "")
     return Group(made, Text(""), *(Text(sentence) for sentence in sentences(result)))
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def count(value: float | None) -> str:
-    """Parameters: 770, 43.9 k, 22.7 M."""
-    return _scaled(value, 1000, ("", " k", " M", " B"))
-
-
-def byte_size(value: float | None) -> str:
-    return _scaled(value, 1000, (" B", " kB", " MB", " GB"))
-
-
-def _scaled(value: float | None, step: int, units: Sequence[str]) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    for unit in units[:-1]:
-        if value < 0.9995 * step:
-            return f"{value:.0f}{unit}" if unit == units[0] or value >= 99.95 else f"{value:.1f}{unit}"
-        value /= step
-    return f"{value:.1f}{units[-1]}"
-
-
-def milliseconds(value: float | None) -> str:
-    if value is None:
-        return "\N{EN DASH}"
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"

@@ -158,16 +158,22 @@ def _reason(
         ]
         if len(candidates) == 1:
             shown = "shown to be better than all others" if len(better) == len(measured) - 1 else "no other comes near"
-            return f"the best mean, and {shown}" if better else f"the best mean by more than {100 * margin:g} points"
+            return f"the best mean, and {shown}" if better else f"the best mean by more than {_points(100 * margin)}"
         return f"the best mean, and the least {COSTS[prefer]} of the {len(candidates)} methods near it"
     difference = between(differences, chosen["name"], best["name"])
     value, low = 100 * difference["value"], 100 * difference["low"]
     ratio = chosen["cost"][prefer] / best["cost"][prefer] if best["cost"].get(prefer) else None
     saving = f" with {_share(ratio)} of its {COSTS[prefer]}" if ratio is not None and ratio < 1 else ""
+    if difference["low"] == difference["high"] == 0:
+        return f"the same answers as {best['name']} on every row,{saving}"
     return (
         f"{signed(value)} points against {best['name']}, the best mean, no difference shown{saving}; "
         f"the interval allows it to be up to {-low:.1f} points worse"
     )
+
+
+def _points(number: float) -> str:
+    return f"{number:g} point{'' if number == 1 else 's'}"
 
 
 def _share(ratio: float) -> str:

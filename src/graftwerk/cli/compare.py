@@ -9,8 +9,8 @@ import typer
 
 from graftwerk.cli.arguments import ConfigFile, DryRun
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.figures import count, share
 from graftwerk.cli.output import Output, printable, table
+from graftwerk.figures import count, share
 
 Settings = Annotated[
     list[str] | None,

@@ -9,8 +9,8 @@ import typer
 
 from graftwerk.cli.arguments import Overrides
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.figures import byte_size, count, share
 from graftwerk.cli.output import Output, printable, table
+from graftwerk.figures import byte_size, count, share
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +47,8 @@ def show_machine(out: Output, machine: dict[str, Any]) -> None:
 
     shown = table("machine", "")
     shown.add_row("system", f"{machine['system']}, Python {machine['python']}")
-    shown.add_row("cores", f"{machine['cores']} ({machine['threads']} threads in torch)")
+    threads = machine["threads"]
+    shown.add_row("cores", f"{machine['cores']} ({threads} thread{'' if threads == 1 else 's'} in torch)")
     total, free = machine["memory_bytes"], machine["memory_available_bytes"]
     if total is not None:
         shown.add_row("memory", byte_size(total) + (f", {byte_size(free)} to be had" if free is not None else ""))

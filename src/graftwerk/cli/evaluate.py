@@ -8,8 +8,8 @@ import typer
 
 from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.figures import byte_size, figure, seconds
 from graftwerk.cli.output import Output, table
+from graftwerk.figures import byte_size, figure, seconds
 
 
 def register(app: typer.Typer) -> None:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.figures import byte_size, count, figure
 from graftwerk.cli.output import Output, printable, table
+from graftwerk.errors import ConfigError
+from graftwerk.figures import byte_size, count, figure
 
 
 def register(app: typer.Typer) -> None:
@@ -22,14 +23,37 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> Result:
         """Show what an adapter touches, holds and learnt, and where it comes from."""
+        folder = adapter_in(target)
         from graftwerk.explain.adapter import describe_adapter
 
-        # A run folder keeps its adapter under this name; an adapter folder holds no folder of that name with a config.
-        inner = target / "adapter"
-        described = describe_adapter(inner if (inner / "adapter_config.json").is_file() else target)
+        described = describe_adapter(folder)
         show_origin(out, described)
         show_learnt(out, described, modules=modules)
         return described
+
+
+def adapter_in(target: Path) -> Path:
+    """The adapter folder that is meant: itself, or the one in a run folder.
+
+    Raises:
+        ConfigError: there is no such folder, or it is a run without an adapter, or a comparison.
+    """
+    inner = target / "adapter"
+    if (inner / "adapter_config.json").is_file():
+        return inner
+    if not target.is_dir():
+        raise ConfigError(f"there is no folder {target}", mend="give a run folder or an adapter folder")
+    if (target / "adapter_config.json").is_file():
+        return target
+    if (target / "manifest.json").is_file():
+        raise ConfigError(f"the run in {target} has no adapter yet", mend="go on with it: graftwerk train ... --resume")
+    if (target / "comparison.json").is_file():
+        runs = sorted(path.parent.name for path in target.glob("*/manifest.json"))
+        raise ConfigError(
+            f"{target} holds a comparison, not one adapter",
+            mend=f"name one of its runs: {', '.join(str(target / run) for run in runs[:5])}",
+        )
+    return target  # the gate says what is wrong with it
 
 
 def show_origin(out: Output, described: dict[str, Any]) -> None:

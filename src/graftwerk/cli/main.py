@@ -27,7 +27,6 @@ app = typer.Typer(
     name="graftwerk",
     help="Adapt pretrained Hugging Face models to your own data by training a small part of them, "
     "and compare the ways honestly.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done; 2 usage or configuration; 3 data; 4 model or adapter do not fit; 5 environment; 6 diverged; 7 conflict;
     8 integrity; 130 and 143 interrupted; 141 nobody reads our output any more; 1 anything else, which is a defect.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags = given[: given.index("--")] if "--" in given else given
     # Idle OpenMP threads that spin take the cores from whoever else works on the machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

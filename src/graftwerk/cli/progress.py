@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from graftwerk.cli.figures import count, number, seconds, share
 from graftwerk.cli.output import Output, console, printable
+from graftwerk.figures import count, duration, number, share
 
 if TYPE_CHECKING:
     from graftwerk.train.events import Event
@@ -106,7 +106,7 @@ class Rows(Display):
         if took < SHORT and self._bar is None:
             return
         left = took / done * (total - done) if done else 0
-        self.move(self.what, done, total, f"{seconds(left)} left" if left else "")
+        self.move(self.what, done, total, f"{duration(left)} left" if left else "")
 
 
 class Progress(Display):
@@ -122,7 +122,7 @@ class Progress(Display):
             case "progress":
                 left = figures.get("left_seconds")
                 loss = f"loss {number(figures.get('loss'))}"
-                self.move("step", event.step, figures["total"], loss, f"{seconds(left)} left" if left else "")
+                self.move("step", event.step, figures["total"], loss, f"{duration(left)} left" if left else "")
             case "evaluation":
                 self._note(describe_evaluation(event.step, figures))
             case "resume":

@@ -66,13 +66,18 @@ class Graft:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What trains, by raw key (``<module path>.<parameter>``), always in the same order; the head's included."""
+        for key, parameter in self._own():
+            if self.weights is not None or parameter.requires_grad:  # weights that sleep require no gradient either
+                yield key, parameter
+
+    def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters of this adapter, also those that do not train."""
         if self.weights is not None:
             yield from self.weights.parameters.items()
             return
         for path, module in self.modules():
             for key, parameter in module.named_parameters():
-                if parameter.requires_grad:
-                    yield _join(path, key), parameter
+                yield _join(path, key), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, parameter in self.named_parameters():
@@ -137,6 +142,20 @@ class Graft:
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it trains, as after `load` without ``trainable=True``."""
+        if self.weights is not None:
+            return not self.weights.trainable
+        return not any(parameter.requires_grad for _, parameter in self._own())
+
+    def freeze(self) -> None:
+        """Let nothing of it train any more, also after it was switched off and on again."""
+        if self.weights is not None:
+            self.weights.trainable = False
+        for _, parameter in self._own():
+            parameter.requires_grad_(False)
 
     # -- figures ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +250,10 @@ class Graft:
     def __str__(self) -> str:
         settings = self.method.model_dump(exclude_defaults=True)
         shown = ", ".join(f"{key}={value}" for key, value in settings.items())
-        base, own, head = self.num_base_parameters, self.num_parameters, self.num_head_parameters
+        base, total, head = self.num_base_parameters, 0, 0
+        for key, parameter in self._own():
+            total += parameter.numel()
+            head += parameter.numel() if self.is_head(key) else 0
         lines = [f"{self.name}: {self.method.title}{f' ({shown})' if shown else ''} on {type(self.model).__name__}"]
         if self.weights is not None:
             lines.append(f"  touches  every weight of the model ({len(self.weights.parameters)} tensors)")
@@ -242,10 +264,10 @@ class Graft:
             )
         if self.heads:
             lines.append(f"  head     {', '.join(self.heads)}: {head:,} parameters, a copy of its own")
-        total = own + head
-        lines.append(f"  trains   {total:,} parameters, {100 * total / base:.2f} % of the base's {base:,}")
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
-        lines.append(f"  on disk  {size / 1e6:.2f} MB")
+        size = f"{total:,} parameters, {100 * total / base:.2f} % of the base's {base:,}"
+        lines.append(f"  frozen   {size}: nothing trains" if self.frozen else f"  trains   {size}")
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        lines.append(f"  on disk  {stored / 1e6:.2f} MB")
         return "\n".join(lines)
 
 

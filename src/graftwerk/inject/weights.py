@@ -18,6 +18,7 @@ class TrainedWeights:
         live: Whether the model's parameters hold the trained values now.
         other: The values that are not in the model: the base's while live, the trained ones otherwise; None when the
             base's values were not kept.
+        trainable: Whether they train while live.
     """
 
     def __init__(self, model: nn.Module, keep_base: bool, flags: Mapping[str, bool]) -> None:
@@ -36,7 +37,7 @@ class TrainedWeights:
         self.other: dict[str, Tensor] | None = None
         if keep_base:
             self.other = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.live = True
+        self.live = self.trainable = True
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
@@ -57,5 +58,5 @@ class TrainedWeights:
             for name, parameter in self.parameters.items():
                 parameter.data, self.other[name] = self.other[name], parameter.data
         for parameter in self.parameters.values():
-            parameter.requires_grad_(live)
+            parameter.requires_grad_(live and self.trainable)
         self.live = live

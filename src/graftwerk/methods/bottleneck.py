@@ -40,7 +40,7 @@ class Bottleneck(Method):
     paper: ClassVar[str] = "Houlsby et al. 2019, arXiv:1902.00751"
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
     identity_at_start: ClassVar[bool] = True
-    default_learning_rate: ClassVar[float] = 2e-3
+    default_learning_rate: ClassVar[float] = 1e-3
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         default="houlsby",

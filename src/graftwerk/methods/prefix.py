@@ -15,8 +15,9 @@ Departures: the paper drops the network after training, here both forms can be s
 for all layers; this is that matrix cut into blocks, so that each is used (and its gradient found) where it belongs.
 
 Start: small random values (``init_std``), or the keys and values that the frozen model itself computes for a given
-text (the paper, section 7.4). Small ones leave the pretrained attention nearly as it is; keys and values of random
-words were tried and reached less (0.743 against 0.777 on film reviews, all else equal). With the network, W_a is
+text (the paper, section 7.4). Small values are no identity: a key near zero has a score near zero, so the prefix draws
+a share of the attention (n of n + T for a text of T tokens with scores like it) away to values near zero. They are the
+default because a start from words taken at random reached less, see docs/decisions/0006. With the network, W_a is
 chosen so that its output is that start (exactly, where n is at most h + 1).
 
 Parameters: 2·n·G·D for each attention; with the network n·d + d·h + h for each stack and (h + 1)·2·G·D for each

@@ -34,6 +34,7 @@ class Prompt(FromText):
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "embedding"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     default_learning_rate: ClassVar[float] = 3e-2
+    default_head_learning_rate: ClassVar[float | None] = 1e-2
 
     def count_vectors(self, width: int) -> int:
         """Trained parameters, by formula; ``width`` is d."""

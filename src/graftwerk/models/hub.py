@@ -114,5 +114,6 @@ def _check_hash(file: Path) -> None:
 
 
 def _first(error: Exception) -> str:
+    """The error's first sentence; libraries go on with what does not fit here."""
     lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    return lines[0].partition(". ")[0][:160] if lines else type(error).__name__

@@ -110,6 +110,10 @@ def resolution(result: Mapping[str, Any]) -> str:
     value = number(result, "resolution")
     if value is None:
         return ""
+    if value == 0:
+        return (
+            "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
+        )
     return f"With these rows and seeds, differences under about {100 * value:.1f} points cannot be shown."
 
 

@@ -143,8 +143,13 @@ def _data(own: Mapping[str, Any]) -> str:
     if not isinstance(data, Mapping) or not data:
         return ""
     lines = ["## Data", ""]
-    if data.get("origin"):
-        lines.append(f"- from: {text(data['origin'], 400)}")
+    origin = data.get("origin")
+    if isinstance(origin, Mapping):
+        # How many rows there were of each part is said below.
+        facts = ((name, value) for name, value in origin.items() if name != "rows" and value not in (None, {}, []))
+        lines += [f"- {text(name)}: {_fact(value)}" for name, value in facts]
+    elif origin:
+        lines.append(f"- from: {text(origin, 400)}")
     rows = data.get("rows")
     if isinstance(rows, Mapping):
         counts = ", ".join(f"{text(part)} {_number(count)}" for part, count in rows.items())
@@ -152,6 +157,13 @@ def _data(own: Mapping[str, Any]) -> str:
     if data.get("fingerprint"):
         lines.append(f"- fingerprint: `{_code(data['fingerprint'])}`")
     return "\n".join(lines)
+
+
+def _fact(value: Any) -> str:
+    """A setting on one line: mappings as ``text = review``, without braces."""
+    if isinstance(value, Mapping):
+        return text(", ".join(f"{key} = {item}" for key, item in value.items()), 400)
+    return text(value, 400)
 
 
 def _settings(own: Mapping[str, Any]) -> str:

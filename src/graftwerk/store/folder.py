@@ -162,8 +162,7 @@ def load_adapter(
             error.mend = f"the adapter was made for `{info.base_name}`"
         raise
     if not trainable:
-        for parameter in graft.parameters():
-            parameter.requires_grad_(False)
+        graft.freeze()
     return graft
 
 

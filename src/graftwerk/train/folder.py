@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
+from graftwerk.evaluate.stored import EVALUATION, PREDICTIONS
 from graftwerk.store.atomic import recover, write_file
 from graftwerk.store.safety import read_json
 
 MANIFEST, CONFIG, LOG = "manifest.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
-OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT)
-"""All that a run writes; nothing else in its folder is ever touched."""
+OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT, EVALUATION, PREDICTIONS)
+"""All that a run, or the measuring of it, writes; nothing else in its folder is ever touched."""
 
 
 class Run:

@@ -1,4 +1,4 @@
-"""How numbers and foreign text are written."""
+"""What a command says: JSON for programs, text and tables for people."""
 
 from __future__ import annotations
 
@@ -8,35 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graftwerk.cli.figures import byte_size, count, figure, number, seconds, share
 from graftwerk.cli.output import Output, dump, printable, table
 from tests.cli.commands import Run
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0 s"),
-        (8.5e-4, "850 µs"),
-        (0.0032, "3.2 ms"),
-        (4.06, "4.1 s"),
-        (59.96, "60.0 s"),
-        (125, "2 min 05 s"),
-        (3599.6, "1 h 00 min"),
-        (3725, "1 h 02 min"),
-    ],
-)
-def test_durations(value: float, text: str) -> None:
-    assert seconds(value) == text
-
-
-def test_numbers() -> None:
-    assert [number(value) for value in (0.7884, None, float("nan"))] == ["0.788", "–", "–"]
-    assert [count(value) for value in (770, 337_920, 22.7e6, 1.5e9)] == ["770", "337,920", "22.7 M", "1.5 B"]
-    assert [byte_size(value) for value in (480, 5_200, 1_371_187, 2.5e10)] == ["480 B", "5.2 kB", "1.4 MB", "25.0 GB"]
-    assert share(0.01491) == "1.49 %"
-    assert figure({"value": 0.5, "low": 0.4, "high": 0.6}) == ("0.500", "0.400 to 0.600")
-    assert figure({"value": 0.5, "low": None, "high": None}) == ("0.500", "")
 
 
 def test_json_has_no_nan_and_no_foreign_types() -> None:
