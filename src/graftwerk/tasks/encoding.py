@@ -14,11 +14,14 @@ MODEL_INPUTS = ("input_ids", "token_type_ids")
 """What is kept of a tokenizer's answer. The mask is not: `pad` makes it from positions."""
 
 
-def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[tuple[dict[str, list[int]], int]]:
+def encode_texts(
+    texts: Sequence[str], tokenizer: Any, max_length: int, *, as_target: bool = False
+) -> list[tuple[dict[str, list[int]], int]]:
     """Tokenize all texts in one call.
 
     Args:
         max_length: Tokens kept of a text, its special tokens included.
+        as_target: As what a decoder is to write, which some tokenizers treat differently (languages, vocabularies).
 
     Returns:
         For each text its inputs (lists of equal length), and how many of its tokens did not fit.
@@ -32,9 +35,13 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[
     if not texts:
         return []
     if not tokenizer.is_fast:
-        return [_encode_slowly(text, tokenizer, max_length) for text in texts]
+        return [_encode_slowly(text, tokenizer, max_length, as_target) for text in texts]
     answer = tokenizer(
-        list(texts), truncation=True, max_length=max_length, return_attention_mask=False, return_overflowing_tokens=True
+        **_as(list(texts), as_target),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_overflowing_tokens=True,
     )
     names = [name for name in MODEL_INPUTS if name in answer]
     encoded: list[tuple[dict[str, list[int]], int]] = []
@@ -48,10 +55,15 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, max_length: int) -> list[
     return [(inputs, lost[text]) for text, (inputs, _) in enumerate(encoded)]
 
 
-def _encode_slowly(text: str, tokenizer: Any, max_length: int) -> tuple[dict[str, list[int]], int]:
+def _as(texts: str | list[str], as_target: bool) -> dict[str, Any]:
+    return {"text_target" if as_target else "text": texts}
+
+
+def _encode_slowly(text: str, tokenizer: Any, max_length: int, as_target: bool) -> tuple[dict[str, list[int]], int]:
     """For tokenizers written in Python, which do not report what they cut off for a batch."""
-    answer = tokenizer(text, truncation=True, max_length=max_length, return_attention_mask=False)
-    whole = len(tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"])
+    said = _as(text, as_target)
+    answer = tokenizer(**said, truncation=True, max_length=max_length, return_attention_mask=False)
+    whole = len(tokenizer(**said, return_attention_mask=False, verbose=False)["input_ids"])
     inputs = {name: list(answer[name]) for name in MODEL_INPUTS if name in answer}
     return inputs, whole - len(inputs["input_ids"])
 

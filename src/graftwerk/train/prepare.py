@@ -57,7 +57,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     check_settings(settings.training, settings.data.validation is not None, settings.task)
     splits = settings.task.read(settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
-    task = settings.task.on(architecture)
+    task = settings.task.on(architecture).settled(splits)
     tokenizer = load_tokenizer(settings.model, settings.revision)
     max_length = _max_length(settings, architecture, tokenizer)
     findings = list(splits.findings)

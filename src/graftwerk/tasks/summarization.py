@@ -1,0 +1,47 @@
+"""Summarization: a document in, its summary out. T5's way of asking (Raffel et al. 2020) is a prefix."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from graftwerk.tasks.base import Row
+from graftwerk.tasks.text_to_text import TextToText, check_fields
+
+
+class Summarization(TextToText):
+    """Encoder-decoder models read a prefix and the document; causal ones a template with the document in it."""
+
+    name: ClassVar[str] = "summarization"
+    title: ClassVar[str] = "Summarization"
+    parts: ClassVar[tuple[str, ...]] = ("document", "summary")
+    metrics: ClassVar[tuple[str, ...]] = ("rougeL", "rouge1", "rouge2", "exact_match", "perplexity", "length")
+    usual_prefix: ClassVar[str] = "summarize: "
+    usual_template: ClassVar[str] = "Summarize the following text.\n\n{document}\n\nSummary:\n"
+
+    prefix: str | None = Field(
+        default=None,
+        description="before the document, for encoder-decoder models; none: 'summarize: ' for T5 and its like, else "
+        "nothing",
+    )
+    template: str | None = Field(
+        default=None, description="what a causal model reads, with {document} in it; none: a plain request"
+    )
+    chat: bool = Field(
+        default=True,
+        description="causal models: the template is a user's turn, where the tokenizer has a chat template",
+    )
+
+    @field_validator("prefix")
+    @classmethod
+    def _check_prefix(cls, value: str | None) -> str | None:
+        return check_fields(value, (), None)
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, value: str | None) -> str | None:
+        return check_fields(value, ("document",), "document")
+
+    def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
+        return {}

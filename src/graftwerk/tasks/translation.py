@@ -1,0 +1,215 @@
+"""Translation: a text in one language in, the same in another out.
+
+How a model is told the languages depends on its family (`codes.py`): by codes in the tokens (mBART, M2M100, NLLB,
+multilingual Marian), in words (T5's "translate German to English: ", a causal model's template), or not at all (a
+Marian model of one pair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, field_validator
+
+from graftwerk.data.parts import text_part
+from graftwerk.data.reading import Reading, fingerprint_of
+from graftwerk.data.settings import DataSettings
+from graftwerk.errors import ConfigError, DataError
+from graftwerk.tasks.base import Example, Row, Splits
+from graftwerk.tasks.codes import Codes, check_code, codes_of, language_name, name_or_error, speaking
+from graftwerk.tasks.text_to_text import TextToText, check_fields, fields_in
+
+SIDES = ("source_lang", "target_lang")
+
+
+class Translation(TextToText):
+    """Rows are pairs of texts; each may carry its own languages, else those of the settings count."""
+
+    name: ClassVar[str] = "translation"
+    title: ClassVar[str] = "Translation"
+    parts: ClassVar[tuple[str, ...]] = ("source", "target", *SIDES)
+    metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match", "perplexity", "length")
+    usual_prefix: ClassVar[str] = "translate {source_lang} to {target_lang}: "
+    usual_template: ClassVar[str] = (
+        "Translate the following text from {source_lang} to {target_lang}.\n\n{source}\n\nTranslation:\n"
+    )
+    fields: ClassVar[tuple[str, ...]] = SIDES
+
+    source_lang: str | None = Field(
+        default=None, description="language of the sources of rows that do not say it: a code that the tokenizer knows"
+    )
+    target_lang: str | None = Field(default=None, description="language of the targets, likewise")
+    both_directions: bool = Field(default=False, description="every pair is learnt and measured in both directions")
+    prefix: str | None = Field(
+        default=None,
+        description="before the source, for encoder-decoder models; {source_lang} and {target_lang} become English "
+        "names; none: 'translate {source_lang} to {target_lang}: ' for T5 and its like, else nothing",
+    )
+    template: str | None = Field(
+        default=None,
+        description="what a causal model reads, with {source} in it, and {source_lang}, {target_lang} if wanted; none: "
+        "a plain request",
+    )
+    chat: bool = Field(
+        default=True,
+        description="causal models: the template is a user's turn, where the tokenizer has a chat template",
+    )
+
+    @field_validator("prefix")
+    @classmethod
+    def _check_prefix(cls, value: str | None) -> str | None:
+        return check_fields(value, SIDES, None)
+
+    @field_validator("template")
+    @classmethod
+    def _check_template(cls, value: str | None) -> str | None:
+        return check_fields(value, ("source", *SIDES), "source")
+
+    def reading(self, columns: Sequence[str]) -> Reading:
+        usual = super().reading(columns)
+        return replace(usual, optional=dict.fromkeys(SIDES, text_part))
+
+    def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+        splits = super().read(data, labels)
+        if not self.both_directions:
+            return splits
+        rows = {split: self._both(getattr(splits, split)) for split in ("train", "validation", "test")}
+        counted = {split: len(part) for split, part in rows.items()}
+        return replace(
+            splits,
+            train=rows["train"],
+            validation=rows["validation"],
+            test=rows["test"],
+            fingerprint=fingerprint_of(rows, self.parts, ["both directions"]),
+            origin={**splits.origin, "rows": counted},
+            where={split: _of_pair(where) for split, where in splits.where.items()},
+        )
+
+    def _both(self, rows: Sequence[Row]) -> list[Row]:
+        """Each row and, behind it, the same turned around."""
+        both = []
+        for row in rows:
+            source, target = (row.get(side) or getattr(self, side) for side in SIDES)
+            languages = {"source_lang": source, "target_lang": target}
+            if source is None or target is None:
+                raise ConfigError(
+                    "both directions need the languages of every pair",
+                    where="task.source_lang, task.target_lang",
+                    mend="name them, or give rows with the columns source_lang and target_lang",
+                )
+            there = {**row, **languages}
+            both += [there, {**row, "source": row["target"], "target": row["source"],
+                             "source_lang": target, "target_lang": source}]  # fmt: skip
+        return both
+
+    def settled(self, splits: Splits) -> Self:
+        """With the languages of the rows, where all have the same: what a bare text is taken to be later."""
+        rows = splits.train[::2] if self.both_directions else splits.train
+        pairs = {tuple(row.get(side) or getattr(self, side) for side in SIDES) for row in rows}
+        if len(pairs) != 1:
+            return self
+        source, target = pairs.pop()
+        return self._changed(source_lang=source, target_lang=target)
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
+        """English names, for those languages that prefix or template mention."""
+        wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
+        return {
+            side: name_or_error(self._language(row, side), setting=side, given=row.get(side) is None, where=_said(row))
+            for side in SIDES
+            if side in wanted
+        }
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
+        """
+        Raises:
+            ConfigError, DataError: a language is not said, or unknown to the tokenizer (all that it knows are listed);
+                both directions with a model that cannot tell them apart.
+        """
+        if self.layout == "causal":
+            self._check_told(None)
+            return super().encode(rows, tokenizer, splits, max_length)
+        codes = codes_of(tokenizer)
+        self._check_told(codes)
+        if codes is None:
+            self._check_pair(rows, tokenizer)
+            return super().encode(rows, tokenizer, splits, max_length)
+        pairs = [self._pair(row, codes) for row in rows]
+        examples: dict[int, Example] = {}
+        for pair in dict.fromkeys(pairs):
+            places = [place for place, other in enumerate(pairs) if other == pair]
+            chosen = [rows[place] for place in places]
+            marks = [f">>{pair[1]}<< " if codes.place == "source" else ""] * len(chosen)
+            with speaking(tokenizer, *pair) if codes.both else nullcontext():
+                made = self.encode_pairs(chosen, marks, tokenizer, max_length)
+            examples |= dict(zip(places, made, strict=True))
+        return [examples[place] for place in range(len(rows))]
+
+    def _pair(self, row: Row, codes: Codes) -> tuple[str, str]:
+        sides = SIDES if codes.both else SIDES[1:]
+        for side in sides:
+            check_code(self._language(row, side), codes, setting=side, given=row.get(side) is None, where=_said(row))
+        return self._language(row, SIDES[0]) if codes.both else "", self._language(row, SIDES[1])
+
+    def _language(self, row: Row, side: str) -> str:
+        code: str | None = row.get(side) or getattr(self, side)
+        if code is None:
+            raise ConfigError(
+                f"nothing says the {side.partition('_')[0]} language of a row",
+                where=f"task.{side}, or the column {side}",
+                mend="name it in the run file (task: {name: translation, source_lang: ..., target_lang: ...}), or "
+                "give rows with such columns",
+            )
+        return code
+
+    def _check_told(self, codes: Codes | None) -> None:
+        told = codes is not None or "target_lang" in fields_in(
+            self.template if self.layout == "causal" else self.prefix
+        )
+        if self.both_directions and not told:
+            raise ConfigError(
+                "nothing would tell the model which direction is wanted: its tokenizer has no language codes",
+                where="task.both_directions",
+                mend="train two adapters; or put {target_lang} into task.template (causal models) or task.prefix",
+            )
+
+    def _check_pair(self, rows: Sequence[Row], tokenizer: Any) -> None:
+        """A Marian model of one pair says which: rows of another would be learnt as if they were of this one."""
+        for side in SIDES:
+            own = getattr(tokenizer, side, None)
+            name = language_name(own) if isinstance(own, str) else None
+            for row in rows if name is not None else ():
+                code = row.get(side) or getattr(self, side)
+                if code is not None and language_name(code) not in (None, name):
+                    raise DataError(
+                        f"the model's {side.partition('_')[0]} language is {name} alone, and a row has `{code}`",
+                        where=_said(row),
+                        mend="use the model of this pair, or other rows",
+                    )
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def generation_group(self, example: Example) -> Any:
+        """Rows of one batch are written in one language."""
+        return (example.row or {}).get("target_lang") or self.target_lang
+
+    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        options = super().generation_options(model, tokenizer, example)
+        codes = codes_of(tokenizer) if self.layout == "encoder-decoder" else None
+        if codes is None or not codes.both:
+            return options
+        language = codes.ids[self._language(example.row or {}, "target_lang")]
+        return {**options, ("forced_bos_token_id" if codes.place == "first" else "decoder_start_token_id"): language}
+
+
+def _of_pair(where: Callable[[int], str]) -> Callable[[int], str]:
+    return lambda index: where(index // 2)
+
+
+def _said(row: Row) -> str:
+    return f"source: {str(row.get('source'))[:80]!r}"

@@ -1,0 +1,123 @@
+"""Summarization: prefixes by family, templates of causal models, what is cut of a document that is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.tasks.summarization import Summarization
+from graftwerk.tasks.text import IGNORED
+from tests.families import FAMILIES
+from tests.tiny_text import SYNOPSES, build, rows_of
+
+ROWS = rows_of(SYNOPSES)[:6]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = build(family, tmp_path_factory.mktemp("models") / family)
+        return made[family]
+
+    return folder
+
+
+def on(folder: Path, **settings: Any) -> tuple[Summarization, Any]:
+    task = Summarization(**settings).on(AutoConfig.from_pretrained(folder))
+    return task, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "prefix"),
+    [
+        ("t5", {}, "summarize: "), ("bart", {}, ""), ("mbart50", {}, ""),
+        ("t5", {"prefix": ""}, ""), ("bart", {"prefix": "tl;dr "}, "tl;dr "),
+    ],
+)  # fmt: skip
+def test_prefix_by_family_and_the_tokenizers_own_labels(
+    family: str, settings: dict[str, str], prefix: str, folder: Callable[[str], Path]
+) -> None:
+    task, tokenizer = on(folder(family), **settings)
+    assert task.to_dict()["prefix"] == prefix, "the manifest has to say what was read"
+    examples = task.encode(ROWS, tokenizer, None, 2000)
+    golden = tokenizer([prefix + row["document"] for row in ROWS], text_target=[row["summary"] for row in ROWS])
+    assert [example.inputs["input_ids"] for example in examples] == golden["input_ids"]
+    assert [example.target for example in examples] == golden["labels"]
+    assert [task.reference(example) for example in examples] == [row["summary"] for row in ROWS]
+    assert [task.source(example) for example in examples] == [row["document"] for row in ROWS]
+
+
+def test_a_chat_template_is_used_unless_told_not_to(folder: Callable[[str], Path]) -> None:
+    row = {"document": "It prints.", "summary": "A printer"}
+    task, tokenizer = on(folder("llama"), template="Sum: {document}")
+    example = task.encode([row], tokenizer, None, 100)[0]
+    assert tokenizer.decode(example.inputs["input_ids"]) == "<s>u:Sum: It prints.</s><s>a:A printer</s>"
+    assert tokenizer.decode(example.prompt) == "<s>u:Sum: It prints.</s><s>a:"
+    assert tokenizer.decode([token for token in example.target if token != IGNORED]) == "A printer</s>"
+    plain, _ = on(folder("llama"), template="Sum: {document}\n", chat=False)
+    example = plain.encode([row], tokenizer, None, 100)[0]
+    assert tokenizer.decode(example.inputs["input_ids"]) == "Sum: It prints.\nA printer</s>"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_long_document_is_cut_and_never_the_template_or_the_answer(
+    family: str, folder: Callable[[str], Path]
+) -> None:
+    task, tokenizer = on(folder(family), template="<< {document} >>\n")
+    for row in ROWS:
+        whole = task.encode([row], tokenizer, None, 5000)[0]
+        cut = task.encode([row], tokenizer, None, 100)[0]
+        assert whole.truncated == 0
+        assert cut.truncated >= whole.length - 100 > 0
+        assert 90 <= cut.length <= 100, "room is left unused"
+        text = tokenizer.decode(cut.prompt)
+        before, after = tokenizer.decode(whole.prompt).split(row["document"])
+        assert text.startswith(before)
+        assert text.endswith(after)
+        assert row["document"].startswith(text[len(before) : -len(after)].rstrip("\ufffd"))
+        assert [t for t in cut.target if t != IGNORED] == [t for t in whole.target if t != IGNORED]
+
+
+def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(folder: Callable[[str], Path]) -> None:
+    task, tokenizer = on(folder("gpt2"), template="{document}\n")
+    row = {"document": "short", "summary": "word " * 100}
+    example = task.encode([row], tokenizer, None, 60)[0]
+    answer = tokenizer(row["summary"])["input_ids"]
+    assert example.length == 60
+    assert example.truncated == len(answer) + 1 - (60 - len(example.prompt))
+    assert tokenizer.decode(example.prompt) == "short\n"
+
+
+def test_room_is_left_for_an_answer_that_is_not_known(folder: Callable[[str], Path]) -> None:
+    task, tokenizer = on(folder("gpt2"))
+    example = task.encode([task.question(ROWS[0]["document"])], tokenizer, None, 100)[0]
+    assert example.target is None
+    assert 60 <= len(example.prompt) <= 75
+
+
+def test_a_template_that_leaves_no_room(folder: Callable[[str], Path]) -> None:
+    task, tokenizer = on(folder("gpt2"), template="very long " * 20 + "{document}")
+    with pytest.raises(ConfigError, match="the template alone takes"):
+        task.encode(ROWS, tokenizer, None, 64)
+
+
+def test_the_causal_loss_is_the_one_that_the_model_computes_itself(folder: Callable[[str], Path]) -> None:
+    task, tokenizer = on(folder("llama"))
+    tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(folder("llama")).eval()
+    batch = task.collate(task.encode(ROWS, tokenizer, None, 128), tokenizer)
+    own = float(task.loss(task.forward(model, batch), batch))
+    assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)
+
+
+def test_an_encoder_cannot_write() -> None:
+    with pytest.raises(UnsupportedError, match="needs a causal or encoder-decoder model"):
+        Summarization().on(FAMILIES["bert"].config())
