@@ -9,8 +9,10 @@ from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.summarization import Summarization
+from graftwerk.tasks.translation import Translation
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification,)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Summarization, Translation)}
 
 
 def parse_task(value: Any) -> Task:
