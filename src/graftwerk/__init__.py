@@ -4,7 +4,7 @@ The whole public API stands here and is imported when it is first used, so that 
 
 - methods: `LoRA`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`, `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `grafts`, `adapter_state_dict`, `load`, `save`
-- from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `compare`
+- from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `compare`, `augment`
 - `errors`: one rooted tree
 """
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graftwerk import errors as errors
 
 if TYPE_CHECKING:
+    from graftwerk.augment.run import augment as augment
     from graftwerk.choose.compare import compare as compare
     from graftwerk.config import RunConfig as RunConfig
     from graftwerk.evaluate.run import evaluate as evaluate
@@ -63,6 +64,7 @@ _HOMES = {
     "train": ("graftwerk", "train"),  # packages that can be called: see verbs.py
     "evaluate": ("graftwerk", "evaluate"),
     "predict": ("graftwerk.evaluate.run", "predict"),
+    "augment": ("graftwerk", "augment"),
     "compare": ("graftwerk.choose.compare", "compare"),
 }
 
@@ -83,6 +85,7 @@ __all__ = [
     "activate",
     "adapter_state_dict",
     "attach",
+    "augment",
     "compare",
     "detach",
     "disabled",

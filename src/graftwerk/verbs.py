@@ -1,4 +1,4 @@
-"""`graftwerk.train(...)` and `graftwerk.evaluate(...)`: two verbs that are also the names of their rooms.
+"""`graftwerk.train(...)`, `graftwerk.evaluate(...)`, `graftwerk.augment(...)`: verbs that are also names of rooms.
 
 Python binds a package's name on its parent when anything inside it is imported, so a function of the same name there
 would work or not depending on what was imported before. The packages themselves can therefore be called.

@@ -1,0 +1,42 @@
+"""Sampling whose random numbers belong to a row: which rows stand beside it in a batch does not change them.
+
+`generate(do_sample=True)` draws from one stream for the whole batch, so that a row's answer would depend on its
+neighbours and on every batch before. Here a row has a stream of its own, seeded by its text, from which it takes one
+number a token; the token is where that number falls in the cumulated probabilities, the likeliest token first.
+
+Nucleus (top-p) sampling: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration".
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class OwnDraws:
+    """A logits processor for greedy search: it leaves a single token possible, the one drawn.
+
+    Args:
+        draws: A stream for each row of the batch.
+        temperature: Logits are divided by it; above 0.
+        top_p: Only the likeliest tokens that together have this probability can be drawn (always at least one).
+    """
+
+    def __init__(self, draws: Sequence[random.Random], temperature: float = 1.0, top_p: float = 1.0) -> None:
+        self.draws, self.temperature, self.top_p = draws, temperature, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, T) ids so far, (B, V) logits -> (B, V): 0 for the token drawn, -inf for the others."""
+        probabilities = (scores.float() / self.temperature).softmax(-1)
+        # stable: equal logits must not be ordered by chance
+        likely, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+        until = likely.cumsum(-1, dtype=torch.float64)
+        before = until - likely
+        inside = before < self.top_p  # the first always is
+        mass = torch.where(inside, until, 0.0).max(-1).values
+        drawn = torch.tensor([draws.random() for draws in self.draws], dtype=torch.float64, device=scores.device)
+        place = (until <= (drawn * mass)[:, None]).sum(-1, keepdim=True).clamp(max=inside.sum(-1, keepdim=True) - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)
