@@ -6,7 +6,7 @@ What cannot become that is a bad row, with its place.
 
 | format | columns | a turn |
 |---|---|---|
-| instruction | `instruction`, `output`, and `input` where there is one | `input` follows `instruction` after an empty line |
+| instruction | `instruction`, `output`, and `input` where there is one | `input` after an empty line |
 | chat | `messages` or `conversations` | `{role, content}` or `{from, value}`; human is user, gpt is assistant |
 | prompt-completion | `prompt`, `completion` | |
 | text | `text` | |

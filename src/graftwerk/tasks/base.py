@@ -80,6 +80,7 @@ class Example:
         truncated: Tokens that did not fit.
         prompt: For tasks that generate: the token ids that an answer is to follow. None: nothing to generate.
         row: Where the example came from, for metrics that compare texts.
+        notes: What is odd about it, in the words of `tasks.findings`, for the checks before training.
     """
 
     inputs: dict[str, list[int]]
@@ -87,6 +88,7 @@ class Example:
     truncated: int = 0
     prompt: list[int] | None = None
     row: Row | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -112,6 +114,11 @@ class Task(Settings):
     @property
     def main_metric(self) -> str:
         return self.metrics[0]
+
+    @property
+    def packs(self) -> bool:
+        """Whether several of its rows can stand in one (`tasks.packing`)."""
+        return False
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **self.model_dump(mode="json")}
@@ -165,6 +172,10 @@ class Task(Settings):
     @abstractmethod
     def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
         """Pad to the longest of the batch; ``labels`` included where there are targets."""
+
+    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """As `collate`, for a step of training; what it draws, it draws from torch's generator."""
+        return self.collate(examples, tokenizer)
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """The model's outputs; targets stay outside, the task computes the loss."""

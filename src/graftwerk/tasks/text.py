@@ -59,6 +59,10 @@ class TextTask(Task):
     def layout(self) -> Layout:
         return self._layout
 
+    @property
+    def packs(self) -> bool:
+        return self._layout == "causal"
+
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
         chosen, findings = read_splits(data, self.reading)
         return splits_of(data, chosen, findings, self.parts)
@@ -87,10 +91,12 @@ class TextTask(Task):
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """Outputs whose ``logits`` are (N, V): those that predict a label, row by row."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch.get("labels")
         if labels is None:
             return model(**inputs)
+        if "position_ids" in inputs and "attention_mask" not in inputs:
+            inputs["use_cache"] = False  # rows packed into one: with a cache, transformers does not look for them
         plain = getattr(model, "module", model)
         if self._layout == "encoder-decoder":
             inputs["decoder_input_ids"] = _shifted(plain, labels)

@@ -60,6 +60,10 @@ class TrainingSettings(Settings):
     length_group: bool = Field(
         default=True, description="batch rows of like length, so that hardly anything is padding"
     )
+    packing: bool = Field(
+        default=False,
+        description="several rows in one of at most data.max_length tokens, none of which sees another: no padding",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, more time"
     )

@@ -89,6 +89,7 @@ class Evaluator:
                         generation,
                         dtype=self.dtype,
                         on_progress=self._on_progress,
+                        say=self.say,
                     )
                 predictions: Predictions = run_model(
                     self.graft.model,
@@ -144,6 +145,12 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
                     where=f"training.{name}",
                     mend="set data.validation, or leave it out",
                 )
+    if settings.packing and not task.packs:
+        raise ConfigError(
+            f"rows of {task.name} cannot be packed: only what a causal model reads and writes in one row can",
+            where="training.packing",
+            mend="leave it out",
+        )
     known = ("loss", *task.metrics)
     if settings.metric_for_best is not None and settings.metric_for_best not in known:
         raise ConfigError(

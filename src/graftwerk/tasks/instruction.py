@@ -1,0 +1,193 @@
+"""Instruction tuning: a causal model learns to answer as the assistant of the rows' conversations does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from string import Formatter
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from graftwerk.data.formats import asked_of, conversation, question, recognise
+from graftwerk.data.parts import label_part
+from graftwerk.data.reading import Reading
+from graftwerk.errors import ConfigError, DataError
+from graftwerk.tasks.base import Example, Row, Splits
+from graftwerk.tasks.chat import Encoded, encode_conversations, end_ids
+from graftwerk.tasks.findings import ENDLESS, SPECIAL, TORN
+from graftwerk.tasks.template import Choice, template_for
+from graftwerk.tasks.text import Layout, TextTask
+
+READ = ("instruction", "chat", "prompt-completion")
+OUTPUT = "output"
+
+
+class Instruction(TextTask):
+    """Conversations in any of the formats of `data.formats`; or plain columns, made into instructions by `prompt`."""
+
+    name: ClassVar[str] = "instruction"
+    title: ClassVar[str] = "Instruction tuning"
+    parts: ClassVar[tuple[str, ...]] = ("turns",)
+    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity", "length")
+    layouts: ClassVar[tuple[Layout, ...]] = ("causal",)
+
+    template: Choice = Field(
+        default="auto", description="chat: the model's own template; plain: a plain one; auto: its own where it has one"
+    )
+    system: str | None = Field(default=None, min_length=1, description="system message of rows that have none")
+    prompt: str | None = Field(
+        default=None, min_length=1, description="makes the instruction from columns: 'Which kind of thing is {text}?'"
+    )
+    answer: str | None = Field(
+        default=None, min_length=1, description="with `prompt`, makes the answer: '{label}'; none: the column `output`"
+    )
+
+    @field_validator("prompt", "answer")
+    @classmethod
+    def _fields(cls, value: str | None) -> str | None:
+        if value is not None and not fields_of(value):
+            raise ValueError("names no column in braces: '... {text} ...'")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Instruction:
+        if self.answer is not None and self.prompt is None:
+            raise ValueError("`answer` does nothing without `prompt`")
+        return self
+
+    def reading(self, columns: Sequence[str]) -> Reading:
+        if self.prompt is None:
+            name, format = recognise(columns, READ)
+            return Reading(
+                format.parts,
+                key=_asked,
+                optional=format.optional,
+                answers=format.answers,
+                shape=format.shape,
+                ask=format.ask,
+                format=name,
+            )
+        asked, answer = fields_of(self.prompt), fields_of(self._answer)
+        return Reading(
+            dict.fromkeys(dict.fromkeys((*asked, *answer)), label_part),
+            key=_asked,
+            answers=tuple(part for part in answer if part not in asked),
+            shape=self._filled,
+            ask=self._filled_question,
+        )
+
+    def question(self, text: str) -> Row:
+        if self.prompt is None:
+            return {"turns": [["user", text]]}
+        fields = fields_of(self.prompt)
+        if len(fields) > 1:
+            listed = ", ".join(fields)
+            raise ConfigError(
+                f"the prompt of this adapter is made from several columns ({listed}), and a text is one",
+                where="task.prompt",
+                mend="give a file with these columns: --data",
+            )
+        return self._filled_question({fields[0]: text})
+
+    @property
+    def _answer(self) -> str:
+        return self.answer or f"{{{OUTPUT}}}"
+
+    def _filled(self, row: dict[str, Any]) -> dict[str, Any]:
+        turns = self._filled_question(row)["turns"]
+        return conversation([*turns, ["assistant", self._answer.format_map(row)]])
+
+    def _filled_question(self, row: dict[str, Any]) -> dict[str, Any]:
+        assert self.prompt is not None
+        return question([["user", self.prompt.format_map(row)]])
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+        """A row whose last turn is not the assistant's gets the target None: it is asked, and no answer is known.
+
+        Raises:
+            DataError: the template does not take a row's conversation, with the reason.
+            IntegrityError, ModelError, ConfigError, UnsupportedError: the template or tokenizer cannot be used.
+        """
+        template = template_for(tokenizer, self.template)
+        conversations = [self._turns(row) for row in rows]
+        encoded = encode_conversations(conversations, template, tokenizer, max_length)
+        unfit = [at for at, one in enumerate(encoded) if one.unfit is not None]
+        if unfit:
+            raise DataError(
+                f"the {template.name} template of the model does not take {len(unfit):,} of {len(rows):,} rows:"
+                f" {encoded[unfit[0]].unfit}",
+                where=_place(rows, unfit[0], splits),
+                mend="task.template=plain uses a plain template; or leave these rows out",
+            )
+        special = tuple(token for token in tokenizer.all_special_tokens if len(token) > 2)
+        return [
+            Example(
+                {"input_ids": one.ids},
+                one.labels,
+                one.truncated,
+                prompt=one.prompt,
+                row=row,
+                notes=_notes(one, turns, special),
+            )
+            for row, turns, one in zip(rows, conversations, encoded, strict=True)
+        ]
+
+    def _turns(self, row: Row) -> list[list[str]]:
+        turns: list[list[str]] = row["turns"]
+        if self.system is not None and turns[0][0] != "system":
+            return [["system", self.system], *turns]
+        return turns
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def reference(self, example: Example) -> str | None:
+        if example.row is None or example.target is None:
+            return None
+        role, content = example.row["turns"][-1]
+        return str(content).strip() if role == "assistant" else None
+
+    def source(self, example: Example) -> str | None:
+        return None if example.row is None else asked_of(example.row["turns"])
+
+    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        ends = end_ids(template_for(tokenizer, self.template), tokenizer)
+        return {**super().generation_options(model, tokenizer, example), "eos_token_id": ends}
+
+
+def fields_of(text: str) -> tuple[str, ...]:
+    """The columns named in braces, in order.
+
+    Raises:
+        ValueError: something in braces that is no plain name.
+    """
+    names = []
+    for _, name, spec, turn in Formatter().parse(text):
+        if name is None:
+            continue
+        if not name or spec or turn or any(mark in name for mark in ".[]"):
+            raise ValueError(f"`{{{name}}}` is no column; a brace that is meant as one is written twice")
+        names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    return asked_of(row["turns"])
+
+
+def _notes(encoded: Encoded, turns: Sequence[Sequence[str]], special: Sequence[str]) -> tuple[str, ...]:
+    found = {
+        ENDLESS: encoded.endless,
+        TORN: encoded.torn,
+        SPECIAL: any(token in content for _, content in turns for token in special),
+    }
+    return tuple(code for code, is_so in found.items() if is_so)
+
+
+def _place(rows: Sequence[Row], at: int, splits: Splits | None) -> str:
+    """`file:line` of a row, where these are the rows of a split; else its question."""
+    for split, where in ({} if splits is None else splits.where).items():
+        if rows is getattr(splits, split):
+            return where(at)
+    return repr(asked_of(rows[at]["turns"])[:80])

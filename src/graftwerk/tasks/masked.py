@@ -1,0 +1,110 @@
+"""Masked language modelling on plain text (BERT, Devlin et al. 2019, arXiv:1810.04805): an encoder learns to tell what
+stood in the places that were hidden from it.
+
+Of the tokens that are no special ones a share is chosen; of the chosen, 80 % become the mask token, 10 % a random token
+and 10 % stay, and all of them are to be told. In training every pass over a row chooses anew, from torch's generator,
+whose state is part of a checkpoint. In evaluation the choice depends on the row's tokens alone, so that the
+perplexities of two models or two moments are of the same places.
+
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graftwerk.errors import ModelError, UnsupportedError
+from graftwerk.tasks.base import Example, Row
+from graftwerk.tasks.encoding import pad
+from graftwerk.tasks.plain_text import PlainText
+from graftwerk.tasks.text import IGNORED
+
+MASK, RANDOM = 0.8, 0.1
+"""Shares of the chosen tokens that become the mask token, and a random one."""
+
+
+class Masked(PlainText):
+    name: ClassVar[str] = "masked"
+    title: ClassVar[str] = "Masked language modelling"
+    closes_every_block: ClassVar[bool] = True
+
+    mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens that are to be told")
+
+    def on(self, architecture: Any) -> Self:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        if architecture.is_encoder_decoder or architecture.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            raise UnsupportedError(
+                f"{self.title.lower()} needs an encoder that was trained so, and `{architecture.model_type}` is none",
+                where="task",
+                mend="task=causal for a model that writes",
+            )
+        return self
+
+    @property
+    def packs(self) -> bool:
+        return False
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForMaskedLM
+
+        return AutoModelForMaskedLM
+
+    def around(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        whole = tokenizer("a b", verbose=False)["input_ids"]
+        text = tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]
+        begin = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
+        return list(whole[:begin]), list(whole[begin + len(text) :])
+
+    def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
+        """With the places hidden that evaluation hides."""
+        digest = hashlib.blake2b(torch.tensor(ids).numpy().tobytes(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        hidden, labels = self._hide(torch.tensor([ids]), tokenizer, generator)
+        return Example({"input_ids": hidden[0].tolist()}, labels[0].tolist(), lost, row=row, notes=notes)
+
+    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """As `collate`, with other places hidden each time; draws from torch's generator."""
+        rows = [{"input_ids": _shown(example)} for example in examples]
+        batch = pad(rows, tokenizer)
+        batch["input_ids"], batch["labels"] = self._hide(batch["input_ids"], tokenizer, None, batch["attention_mask"])
+        return batch
+
+    def _hide(
+        self, ids: Tensor, tokenizer: Any, generator: torch.Generator | None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, T) ids with some hidden, and (B, T) labels; every row with a token of text has a place to tell."""
+        if tokenizer.mask_token_id is None:
+            raise ModelError("the tokenizer has no mask token, so nothing can be hidden", where="model")
+        special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
+        eligible = ~torch.isin(ids, torch.tensor(special))
+        if seen is not None:
+            eligible &= seen.bool()
+        drawn = torch.rand(ids.shape, generator=generator).masked_fill(~eligible, 2.0)
+        least = drawn == drawn.min(dim=1, keepdim=True).values
+        chosen = ((drawn < self.mask_probability) | least) & eligible
+        labels = ids.masked_fill(~chosen, IGNORED)
+        action = torch.rand(ids.shape, generator=generator)
+        replaced = torch.randint(len(tokenizer), ids.shape, generator=generator)
+        hidden = torch.where(chosen & (action < MASK), torch.full_like(ids, tokenizer.mask_token_id), ids)
+        return torch.where(chosen & (action >= MASK) & (action < MASK + RANDOM), replaced, hidden), labels
+
+    def _predicting(self, labels: Tensor) -> Tensor:
+        return labels != IGNORED
+
+    def _wanted(self, labels: Tensor) -> Tensor:
+        return labels[labels != IGNORED]
+
+
+def _shown(example: Example) -> list[int]:
+    """The tokens as they were before places were hidden for evaluation."""
+    return [
+        token if label == IGNORED else label
+        for token, label in zip(example.inputs["input_ids"], example.target, strict=True)
+    ]
