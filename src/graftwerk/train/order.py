@@ -13,14 +13,26 @@ from collections.abc import Sequence
 from graftwerk.data.batching import length_grouped, shuffled
 
 
-def epoch_order(lengths: Sequence[int], rows_per_step: int, *, seed: int, epoch: int, group: bool) -> list[list[int]]:
-    """The rows of each step of one epoch; every row once, only the last or one other step may be smaller.
+def epoch_order(
+    lengths: Sequence[int],
+    rows_per_step: int,
+    *,
+    seed: int,
+    epoch: int,
+    group: bool,
+    drawn: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """The rows of each step of one epoch; only the last or one other step may be smaller.
 
     Args:
         lengths: Tokens of each row.
+        drawn: The rows of this epoch, where not every row comes once; a row may come more than once.
         rows_per_step: Over all processes and micro-batches.
         group: Rows of like length together; otherwise a plain shuffle.
     """
+    if drawn is not None:
+        places = epoch_order([lengths[row] for row in drawn], rows_per_step, seed=seed, epoch=epoch, group=group)
+        return [[drawn[place] for place in step] for step in places]
     if group:
         return length_grouped(lengths, rows_per_step, seed, epoch)
     return shuffled(len(lengths), rows_per_step, seed, epoch)
