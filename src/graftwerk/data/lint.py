@@ -13,6 +13,8 @@ from graftwerk.data.findings import Finding
 from graftwerk.data.split import fold
 from graftwerk.errors import AdapterError, DataError
 
+SKEWED, HOPELESS = 0.9, 0.99
+"""Shares of one class that are worth saying, and that leave too few others to learn from."""
 _INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
 
 
@@ -63,7 +65,27 @@ def check_labels(
                 where=f"train: {_listed(names)}; {split}: {_listed(label_names(labels))}",
                 mend="give both the same classes (spelling and case count), or remove those rows",
             )
-    return names, _spellings(names) + _single_rows(used["train"]) + _absent_classes(used, names)
+    said = _spellings(names) + _single_rows(used["train"]) + _skew(used["train"]) + _absent_classes(used, names)
+    return names, said
+
+
+def _skew(labels: Sequence[str]) -> tuple[Finding, ...]:
+    """One class that outweighs all others: always saying it scores as high, and teaches nothing."""
+    (most, count), *_ = Counter(labels).most_common(1)
+    share = count / len(labels)
+    if share < SKEWED:
+        return ()
+    message = f"{share:.1%} of the {len(labels):,} training rows have the class {most!r}: a model that always says so"
+    return (
+        Finding(
+            "label-skew",
+            f"{message} is right as often",
+            len(labels) - count,
+            example=f"{len(labels) - count:,} rows have another class",
+            mend="give more rows of the other classes; look at f1_macro, not at accuracy",
+            grave=share >= HOPELESS,
+        ),
+    )
 
 
 def _spellings(names: Sequence[str]) -> tuple[Finding, ...]:
