@@ -1,0 +1,142 @@
+"""Causal models: plain text, instructions and classes from a run file, through training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftwerk.data.settings import DataSettings
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.evaluate.run import evaluate, predict
+from graftwerk.models.load import load_tokenizer
+from graftwerk.tasks.causal import Causal
+from graftwerk.train.run import train
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_decoder: Path) -> Any:
+    return load_tokenizer(str(tiny_decoder))
+
+
+def encoded(tokenizer: Any, texts: list[str], max_length: int = 64, **settings: Any) -> list[Any]:
+    return Causal(**settings).encode([{"text": text} for text in texts], tokenizer, None, max_length)  # type: ignore[arg-type]
+
+
+def test_every_token_is_trained_and_the_end_too(tokenizer: Any) -> None:
+    (example,) = encoded(tokenizer, ["a short high fly ball"])
+    text = tokenizer("a short high fly ball", add_special_tokens=False)["input_ids"]
+    assert example.inputs["input_ids"] == example.target == [*text, tokenizer.eos_token_id]
+    batch = Causal().collate([example], tokenizer)
+    assert Causal().weight(batch) == len(text)  # the first token is predicted by nothing, the end by the last
+
+
+def test_a_tokenizer_that_begins_texts_begins_every_block(tiny_decoder: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(str(tiny_decoder))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    blocks = encoded(tokenizer, ["a short high fly ball " * 5], max_length=12)
+    assert len(blocks) > 2
+    assert {example.inputs["input_ids"][0] for example in blocks} == {tokenizer.bos_token_id}
+    ends = [example.inputs["input_ids"][-1] == tokenizer.eos_token_id for example in blocks]
+    assert ends == [False] * (len(blocks) - 1) + [True]
+
+
+def test_what_is_cut_is_counted(tokenizer: Any) -> None:
+    text = "a short high fly ball " * 5
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    (kept,) = encoded(tokenizer, [text], max_length=10, blocks=False)
+    assert (kept.length, kept.truncated) == (10, tokens - 9)
+    blocks = encoded(tokenizer, [text], max_length=10)
+    assert sum(example.length + example.truncated for example in blocks) == tokens + 1
+    with pytest.raises(ConfigError, match="leaves no room"):
+        encoded(tokenizer, [text], max_length=2)
+
+
+def test_only_texts_are_read(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(ConfigError, match="no format"):
+        Causal().read(DataSettings(train=str(rows), validation=None))
+
+
+def test_encoders_and_encoder_decoders_are_refused() -> None:
+    from transformers import T5Config
+
+    with pytest.raises(UnsupportedError):
+        Causal().on(T5Config())
+
+
+def tree(model: Path, data: Path, folder: Path, task: Any, method: Any = "lora", **training: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "task": task,
+        "data": {
+            "train": str(data), "validation": 12, "test": 12, "max_train_rows": 36, "max_length": 48,
+            "max_truncated": 1.0,
+        },
+        "method": method,
+        "training": {
+            "max_steps": 3, "per_device_train_batch_size": 12, "learning_rate": 1e-2, "logging_steps": 1,
+            "report_to": ["jsonl"], **training,
+        },
+        "evaluation": {"resamples": 100, "max_new_tokens": 3, "latency_batches": 1},
+        "output_dir": str(folder),
+    }  # fmt: skip
+
+
+INSTRUCTION = {"name": "instruction", "prompt": "which kind is {text}", "answer": "{label}"}
+
+
+def test_texts_from_a_run_file(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+    run = train(tree(tiny_decoder, glosses, tmp_path / "run", "causal"), listener=lambda event: None)
+    figure = run.manifest["metrics"]["test"]["perplexity"]
+    assert evaluate(run, resamples=100)["metrics"]["perplexity"]["value"] == pytest.approx(figure["value"], rel=1e-5)
+    with pytest.raises(UnsupportedError, match="gives no answers"):
+        predict(run, "a ball")
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_instructions_from_a_run_file(packing: bool, tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+    losses: list[float] = []
+    run = train(
+        tree(tiny_decoder, glosses, tmp_path / "run", INSTRUCTION, packing=packing),
+        listener=lambda event: losses.append(event.figures["loss"]) if event.kind == "step" else None,
+    )
+    figures = run.manifest["metrics"]["test"]
+    assert {"exact_match", "rouge1", "rouge2", "rougeL", "perplexity", "length"} == figures.keys()
+    assert len(losses) == 3
+    if not packing:
+        result = predict(run, ["a short high fly ball", "fruit"])
+        assert len(result["predictions"]) == 2
+        assert all(isinstance(row["output"], str) for row in result["predictions"])
+        found = evaluate(run, resamples=100)["metrics"]
+        assert found["perplexity"]["value"] == pytest.approx(figures["perplexity"]["value"], rel=1e-5)
+
+
+def test_packed_training_takes_the_same_steps(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+    seen: dict[bool, list[float]] = {False: [], True: []}
+    for packing, losses in seen.items():
+        train(
+            tree(tiny_decoder, glosses, tmp_path / str(packing), INSTRUCTION, packing=packing, compute_type="float32"),
+            listener=lambda event, losses=losses: (
+                losses.append(event.figures["loss"]) if event.kind == "step" else None
+            ),  # type: ignore[misc]
+        )
+    assert seen[True] == pytest.approx(seen[False], abs=1e-4)
+
+
+def test_classes_with_a_causal_model_from_a_run_file(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+    run = train(tree(tiny_decoder, glosses, tmp_path / "run", "classification"), listener=lambda event: None)
+    accuracy = run.manifest["metrics"]["test"]["accuracy"]["value"]
+    assert evaluate(run, resamples=100)["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
+    (answer,) = predict(run, "a short high fly ball")["predictions"]
+    labels = {json.loads(line)["label"] for line in glosses.read_text(encoding="utf-8").splitlines()}
+    assert answer["label"] in labels
+    assert torch.tensor(list(answer["scores"].values())).sum() == pytest.approx(1)
