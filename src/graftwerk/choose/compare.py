@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from graftwerk.choose.display import Display, Moment
-from graftwerk.choose.entries import Entry, parse_entries, parse_seeds
+from graftwerk.choose.entries import Entry, parse_entries, parse_seeds, with_and_without
 from graftwerk.choose.gather import Measured, gather, measured_run
 from graftwerk.choose.pace import Pace
 from graftwerk.choose.table import plain, rich_table
@@ -92,6 +92,7 @@ def compare(
     methods: Sequence[Any] | str,
     seeds: Sequence[int] | int | str = (0, 1, 2),
     *,
+    augment: Sequence[str] | str | None = None,
     overwrite: bool = False,
     metric: str | None = None,
     prefer: str = "trained_parameters",
@@ -112,6 +113,7 @@ def compare(
         methods: Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``; a `label` names it), or
             methods as built.
         seeds: Of training. The split of the rows has its own seed and is the same for all.
+        augment: `with,without`: each method with the rows of `data.augment`, and without them.
         overwrite: Train all of it again.
         metric: What decides; default: the task's own.
         prefer: The cost by which the recommendation is made, one of `verdict.COSTS`.
@@ -127,7 +129,7 @@ def compare(
         Interrupted: SIGINT or SIGTERM; the run at work has saved its state.
         EnvironmentFault: disk or memory do not suffice.
     """
-    work = _Work(config, parse_entries(methods), parse_seeds(seeds), overrides)
+    work = _Work(config, parse_entries(methods), parse_seeds(seeds), overrides, augment)
     if metric is not None and metric not in METRICS:
         raise ConfigError(f"there is no metric `{metric}`", where="metric", mend=f"there are: {', '.join(METRICS)}")
     if prefer not in COSTS:
@@ -156,6 +158,7 @@ class _Work:
         entries: list[Entry],
         seeds: list[int],
         overrides: Mapping[str, Any],
+        augment: Sequence[str] | str | None,
     ) -> None:
         tree = _tree(config)
         _refuse_overrides(overrides)
@@ -164,7 +167,8 @@ class _Work:
             dict(overrides),
             where=str(config) if isinstance(config, str | Path) else None,
         )
-        self.base, self.entries, self.seeds = base, entries, seeds
+        entries = with_and_without(entries, augment, bool(base.data.augment))
+        self.base, self.entries, self.seeds, self.augment = base, entries, seeds, augment
         self.folder = base.output_dir
         self.metric = ""
         self.tell: Listener = lambda moment: None
@@ -175,8 +179,7 @@ class _Work:
 
     def config_of(self, entry: Entry, seed: int) -> dict[str, Any]:
         """The resolved run file of one run, as plain values."""
-        tree = self.base.model_dump(mode="json")
-        tree["method"] = entry.method.to_dict()
+        tree = entry.changed(self.base.model_dump(mode="json"))
         tree["training"]["seed"] = seed
         tree["output_dir"] = str(self.folder_of(entry, seed))
         return tree
@@ -275,7 +278,8 @@ class _Work:
 
     def _head(self, checked: Mapping[str, Any], prefer: str) -> dict[str, Any]:
         """What is known before the first run."""
-        given = [entry.given for entry in self.entries]
+        # a method that is compared with and without augmented rows is two entries and was named once
+        given = list({id(entry.given): entry.given for entry in self.entries}.values())
         words = (
             ",".join(given)
             if all(isinstance(name, str) for name in given)
@@ -283,6 +287,9 @@ class _Work:
         )
         seeds = ",".join(map(str, self.seeds))
         command = ["graftwerk", "compare", str(self.folder / CONFIG), f"methods={words}", f"seeds={seeds}"]
+        if self.augment is not None:
+            words_given = self.augment if isinstance(self.augment, str) else ",".join(self.augment)
+            command.append(f"augment={words_given}")
         return {
             "format": FORMAT,
             "graftwerk": _version(),

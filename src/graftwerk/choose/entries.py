@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftwerk.errors import ConfigError
@@ -24,11 +24,21 @@ class Entry:
         name: Short, unique, fit for a folder: ``lora``, ``dora``, ``lora-r16``, or the `label` that was given.
         method: Its settings.
         given: As it was named, for the command that repeats the comparison.
+        changes: Settings of the run file that are others for this entry alone, by dotted key.
     """
 
     name: str
     method: Method
     given: Any
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def changed(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """A run file's content with this entry's method and changes in it."""
+        tree = {**tree, "method": self.method.to_dict()}
+        for key, value in self.changes.items():
+            part, _, name = key.partition(".")
+            tree[part] = {**tree[part], name: value}
+        return tree
 
 
 def parse_entries(methods: Sequence[Any] | str) -> list[Entry]:
@@ -58,6 +68,45 @@ def parse_entries(methods: Sequence[Any] | str) -> list[Entry]:
                 )
         entries.append(entry)
     return entries
+
+
+def with_and_without(entries: Sequence[Entry], augment: Sequence[str] | str | None, augmented: bool) -> list[Entry]:
+    """Each method with the augmented rows that the run file asks for, and without them.
+
+    Args:
+        augment: `with`, `without`, or both; None: the methods as they are.
+        augmented: Whether the run file asks for any.
+
+    Raises:
+        ConfigError: another word, one twice, or no `data.augment` to do with and without.
+    """
+    if augment is None:
+        return list(entries)
+    words = [word.strip() for word in augment.split(",")] if isinstance(augment, str) else list(augment)
+    if not words or len(set(words)) < len(words) or not set(words) <= set(AUGMENT):
+        raise ConfigError(f"{augment!r:.80} is not understood", where="augment", mend="augment=with,without")
+    if not augmented:
+        raise ConfigError(
+            "the run file asks for no augmented rows, so there is nothing to do with and without",
+            where="augment",
+            mend="for instance data.augment: [word_dropout] in the run file",
+        )
+    crossed = []
+    for entry in entries:
+        for word in words:
+            ending, changes = AUGMENT[word]
+            crossed.append(replace(entry, name=f"{entry.name}{ending}", changes={**entry.changes, **changes}))
+    names = [entry.name.lower() for entry in crossed]
+    if len(set(names)) < len(names):
+        raise ConfigError("two of these would have the same name", where="methods", mend="give one of them a label")
+    return crossed
+
+
+AUGMENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "with": ("-augmented", {}),
+    "without": ("-plain", {"data.augment": []}),
+}
+"""Word -> what it puts behind a method's name, and what it changes."""
 
 
 def _entry(given: Any) -> Entry:

@@ -169,6 +169,7 @@ def _said_of(entry: Entry) -> dict[str, Any]:
         "title": entry.method.title,
         "settings": entry.method.to_dict(),
         "mergeable": entry.method.mergeable,
+        **({"changes": dict(entry.changes)} if entry.changes else {}),
     }
 
 

@@ -15,9 +15,9 @@ from graftwerk.figures import count, share
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="methods=A,B,... [seeds=0,1,2] [key=value ...]",
-        help="What to compare: names, or a YAML list as in methods='[lora, {name: lora, r: 16}]'; then the seeds, and "
-        "settings in place of those in the file.",
+        metavar="methods=A,B,... [seeds=0,1,2] [augment=with,without] [key=value ...]",
+        help="What to compare: names, or a YAML list as in methods='[lora, {name: lora, r: 16}]'; then the seeds; "
+        "whether with and without the rows of data.augment; and settings in place of those in the file.",
         show_default=False,
     ),
 ]
@@ -45,13 +45,22 @@ def register(app: typer.Typer) -> None:
         command again goes on where it stopped. The folder of the comparison is output_dir.
         """
         methods, seeds, overrides = read_settings(settings or [])
+        augment = overrides.pop("augment", None)
         if dry_run:
-            return show_plan(out, config, methods, seeds, overrides)
+            return show_plan(out, config, methods, seeds, overrides, augment)
         from graftwerk.choose.compare import compare
 
         chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
         compared = compare(
-            config, methods, seeds, overwrite=overwrite, metric=metric, quiet=out.quiet, **chosen, **overrides
+            config,
+            methods,
+            seeds,
+            augment=augment,
+            overwrite=overwrite,
+            metric=metric,
+            quiet=out.quiet,
+            **chosen,
+            **overrides,
         )
         if sys.stdout.isatty() and not out.as_json:
             out.show(compared)
@@ -94,19 +103,23 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     return methods, seeds, parse_overrides(others)
 
 
-def show_plan(out: Output, config: Any, methods: Any, seeds: str, overrides: dict[str, Any]) -> Result:
+def show_plan(
+    out: Output, config: Any, methods: Any, seeds: str, overrides: dict[str, Any], augment: Any = None
+) -> Result:
     """What a comparison would do, checked as far as that goes without loading a model."""
-    from graftwerk.choose.entries import parse_entries, parse_seeds
+    from graftwerk.choose.entries import parse_entries, parse_seeds, with_and_without
     from graftwerk.choose.preflight import preflight
     from graftwerk.cli.doctor import refuse_grave
     from graftwerk.config import RunConfig
 
     entries, numbers = parse_entries(methods), parse_seeds(seeds)
+    augmented = RunConfig.load(config, {"method": entries[0].method, **overrides}).data.augment
+    entries = with_and_without(entries, augment, bool(augmented))
     shown = table("method", "trained", "share", "learning rate", numbers=("trained", "share", "learning rate"))
     planned: list[dict[str, Any]] = []
     checked: dict[str, Any] = {}
     for entry in entries:
-        checked = preflight(RunConfig.load(config, {"method": entry.method, **overrides}))
+        checked = preflight(RunConfig.load(config, {"method": entry.method, **overrides, **entry.changes}))
         parameters = checked["parameters"]
         planned.append(
             {"name": entry.name, "method": checked["method"], "parameters": parameters, "steps": checked["steps"]}

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import typer
 
-from graftwerk.cli import compare, doctor, evaluate, inspect, methods, predict, report, schema, train
+from graftwerk.cli import augment, compare, doctor, evaluate, inspect, methods, predict, report, schema, train
 from graftwerk.cli.command import ReaderGone
 from graftwerk.cli.output import dump
 from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, Interrupted
@@ -45,7 +45,7 @@ def root(
         raise typer.Exit
 
 
-for room in (train, evaluate, predict, compare, inspect, methods, doctor, schema, report):
+for room in (train, evaluate, predict, augment, compare, inspect, methods, doctor, schema, report):
     room.register(app)
 
 

@@ -154,8 +154,17 @@ def _data(own: Mapping[str, Any]) -> str:
     if isinstance(rows, Mapping):
         counts = ", ".join(f"{text(part)} {_number(count)}" for part, count in rows.items())
         lines.append(f"- rows: {counts}")
+    augmented = data.get("augmented")
+    for made in augmented.get("made", ()) if isinstance(augmented, Mapping) else ():
+        if isinstance(made, Mapping):
+            lines.append(
+                f"- augmented: {_number(made.get('made'))} rows by {text(made.get('kind'), 40)}, made from "
+                f"{_number(made.get('read'))}; in training alone"
+            )
     if data.get("fingerprint"):
         lines.append(f"- fingerprint: `{_code(data['fingerprint'])}`")
+    if isinstance(augmented, Mapping) and augmented.get("fingerprint"):
+        lines.append(f"- fingerprint of the augmented rows: `{_code(augmented['fingerprint'])}`")
     return "\n".join(lines)
 
 

@@ -15,6 +15,8 @@ from graftwerk.store.safety import read_json
 
 MANIFEST, CONFIG, LOG = "manifest.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
+MADE_BEFORE = ("augmented.jsonl", "augmented.about.json", "augmented.jsonl.unfinished")
+"""Augmented rows, which are made before a run begins, by it or by `graftwerk augment`, and checked when it does."""
 OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT, EVALUATION, PREDICTIONS)
 """All that a run, or the measuring of it, writes; nothing else in its folder is ever touched."""
 
@@ -96,9 +98,14 @@ class RunFolder:
             kept=str(self.checkpoints) if self.checkpoints.is_dir() else None,
         )
 
-    def clear(self) -> None:
-        """Remove what an earlier run left. The manifest goes last: until then the folder says what it was."""
-        for name in sorted(OURS, key=lambda name: name == MANIFEST):
+    def clear(self, *, augmented: bool = False) -> None:
+        """Remove what an earlier run left. The manifest goes last: until then the folder says what it was.
+
+        Args:
+            augmented: Leave augmented rows: they are those of the run that begins.
+        """
+        names = OURS if augmented else (*MADE_BEFORE, *OURS)
+        for name in sorted(names, key=lambda name: name == MANIFEST):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -38,8 +38,9 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "data": {
             "fingerprint": splits.fingerprint,
             "origin": splits.origin,
-            "rows": {name: len(prepared.examples[name]) for name in SPLITS},
+            "rows": rows_of(prepared),
             "findings": prepared.findings,
+            **({} if prepared.augmented is None else {"augmented": prepared.augmented}),
         },
         "parameters": {"trained": own + head, "head": head, "total": total, "share": (own + head) / total},
         "cost": {},
@@ -48,6 +49,21 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "command": command(settings),
         "seed": settings.training.seed,
     }
+
+
+def rows_of(prepared: Prepared) -> dict[str, int]:
+    """Rows of each split; those that were made are counted apart from the real ones."""
+    rows = {name: len(prepared.examples[name]) for name in SPLITS}
+    if prepared.augmented is not None:
+        rows["train"] -= prepared.augmented["rows"]
+        rows["augmented"] = prepared.augmented["rows"]
+    return rows
+
+
+def data_identity(prepared: Prepared) -> str:
+    """What a run that is gone on with must still be trained on: the real rows, and those that were made of them."""
+    real = prepared.splits.fingerprint
+    return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
 
 
 def environment() -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Prepared:
         max_length: Tokens kept of a row.
         findings: What was noticed about the data, as plain values.
         prior_loss: Loss of a model that knows nothing but how frequent each label is; None where there are no labels.
+        augmented: Rows that were made stand behind the real training rows: ``rows`` (how many), ``fingerprint``,
+            ``files``, ``made`` (by which augmenter).
     """
 
     task: Task
@@ -40,6 +42,7 @@ class Prepared:
     max_length: int
     findings: list[dict[str, Any]]
     prior_loss: float | None
+    augmented: dict[str, Any] | None = None
 
 
 def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = None) -> Prepared:

@@ -124,9 +124,10 @@ class _Work:
     def do(self, resume: bool) -> None:
         from graftwerk.evaluate.cost import peak_memory, resident
         from graftwerk.models.hardware import compute_type, set_threads
+        from graftwerk.train.augmented import add_augmented
         from graftwerk.train.finish import finish
         from graftwerk.train.loop import Trainer
-        from graftwerk.train.manifest import environment, opening
+        from graftwerk.train.manifest import data_identity, environment, opening
         from graftwerk.train.mode import check_compute_type
         from graftwerk.train.prepare import load_graft, prepare
         from graftwerk.train.warm import warm_labels, warm_start
@@ -142,7 +143,8 @@ class _Work:
         hub.listeners.append(early.append)
         hub(Event("phase", 0, name="reading the data"))
         prepared = prepare(settings, hub, warm_labels(settings.training.warm_start))
-        identity["data"] = prepared.splits.fingerprint
+        prepared = add_augmented(prepared, settings, self.folder.path, hub, self.processes)
+        identity["data"] = data_identity(prepared)
         self._same_run(snapshot, identity, "data")
         hub(Event("phase", 0, name="loading the model"))
         baseline = resident(self.processes.device)
@@ -198,7 +200,7 @@ class _Work:
     def _open_folder(self, snapshot: Snapshot | None) -> None:
         """From here on the folder is this run's; what an earlier one left goes, unless this one goes on with it."""
         if snapshot is None:
-            self.folder.clear()
+            self.folder.clear(augmented=bool(self.settings.data.augment))
         self.folder.write_manifest(self.manifest)
         self.folder.write_config(self.settings.dump())
 

@@ -1,0 +1,79 @@
+"""The effect of augmentation, measured like a method: the same runs with and without, on the same held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+
+from graftwerk.choose import compare as compare_module
+from graftwerk.choose.compare import compare
+from graftwerk.choose.entries import parse_entries, with_and_without
+from graftwerk.choose.jobs import perform
+from graftwerk.errors import ConfigError
+from graftwerk.train.folder import read_manifest
+
+
+class InThisProcess:
+    """Workers without a process of their own, which costs more to start than these runs take."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def run(self, job: dict[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        return perform(job, lambda message: on_event(message["event"]))
+
+
+def test_with_and_without(tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_module, "Workers", InThisProcess)
+    settings = {
+        "model": str(tiny_encoder),
+        "data": {"train": str(glosses), "validation": 24, "test": 48, "augment": [{"name": "word_dropout", "n": 2}]},
+        "training": {"max_steps": 2, "eval_steps": 2, "report_to": ["jsonl"]},
+        "evaluation": {"latency_batches": 1, "resamples": 100},
+        "output_dir": str(tmp_path / "cmp"),
+    }
+    result = compare(settings, "probe", 0, augment="with,without", quiet=True, report=False).result
+    assert [method["name"] for method in result["methods"]] == ["probe-augmented", "probe-plain"]
+    assert {(one["a"], one["b"]) for one in result["differences"]} & {
+        ("probe-augmented", "probe-plain"),
+        ("probe-plain", "probe-augmented"),
+    }
+    assert "augment=with,without" in result["command"]
+    assert "methods=probe " in result["command"]
+    rows = {}
+    for name in ("probe-augmented", "probe-plain"):
+        manifest = read_manifest(tmp_path / "cmp" / f"{name}-seed0")
+        assert manifest is not None
+        rows[name] = manifest["data"]["rows"]
+    assert rows["probe-plain"] == {"train": 168, "validation": 24, "test": 48}
+    assert rows["probe-augmented"].pop("augmented") > 168
+    assert rows["probe-augmented"] == rows["probe-plain"]
+
+
+def test_names_and_changes() -> None:
+    crossed = with_and_without(parse_entries("lora,ia3"), "with,without", True)
+    assert [entry.name for entry in crossed] == ["lora-augmented", "lora-plain", "ia3-augmented", "ia3-plain"]
+    tree = {"data": {"train": "x", "augment": ["word_dropout"]}}
+    assert [entry.changed(tree)["data"]["augment"] for entry in crossed[:2]] == [["word_dropout"], []]
+    assert tree["data"]["augment"] == ["word_dropout"]
+    assert with_and_without(crossed, None, False) == crossed
+
+
+@pytest.mark.parametrize("words", ["with,with", "both", "", ["without", "never"]])
+def test_what_is_not_understood(words: Any) -> None:
+    with pytest.raises(ConfigError, match="not understood"):
+        with_and_without(parse_entries("lora"), words, True)
+
+
+def test_nothing_to_do_without() -> None:
+    with pytest.raises(ConfigError, match="nothing to do with and without"):
+        with_and_without(parse_entries("lora"), "with,without", False)
