@@ -7,10 +7,10 @@ and deep nesting are refused.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_serializer, field_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, did_you_mean
@@ -21,6 +21,7 @@ from graftwerk.settings import Settings, known_keys
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.mixture import Mixture, compose
 from graftwerk.train.settings import TrainingSettings
 
 MAX_YAML_BYTES = 1 << 20
@@ -58,6 +59,13 @@ class RunConfig(Settings):
     @field_serializer("method")
     def _dump_method(self, method: Method) -> dict[str, Any]:
         return method.to_dict()
+
+    @model_validator(mode="after")
+    def _several_sets(self) -> Self:
+        """With several data sets the task is composed of theirs; a resolved run file says so already."""
+        if self.data.sets and not isinstance(self.task, Mixture):
+            object.__setattr__(self, "task", compose(self.task, self.data.sets))  # frozen for everybody else
+        return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:

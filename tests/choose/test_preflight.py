@@ -63,8 +63,12 @@ def test_a_run_in_figures(tmp_path: Path, tiny_encoder: Path, glosses: Path, mon
     assert said["model"]["max_length"] == 64
     assert len(said["data"]["labels"]) == 12
     assert sum(counts["train"] for counts in said["data"]["labels"].values()) == 168
-    assert said["first_row"]["tokens"][0] == "[CLS]"
-    assert said["first_row"]["label"] in said["data"]["labels"]
+    batch = said["first_batch"]
+    assert batch["shape"][0] == len(batch["rows"]) == 8
+    for row in batch["rows"]:
+        assert (row["tokens"][0], row["tokens"][-1]) == ("[CLS]", "[SEP]")
+        assert len(row["tokens"]) + row["padding"] == batch["shape"][1]
+        assert row["label"] in said["data"]["labels"]
     lengths = said["data"]["lengths"]["train"]
     assert 0 < lengths["median"] <= lengths["p95"] <= lengths["longest"] < lengths["tokens"]
     assert said["output_dir"]["exists"] is False

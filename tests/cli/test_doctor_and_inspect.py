@@ -28,7 +28,7 @@ def test_a_run_file_is_checked_and_nothing_is_written(graftwerk: Run, config: Pa
     assert said.json["run"]["method"]["name"] == "ia3"
     shown = graftwerk("doctor", config).out
     for words in (
-        "first row as the model sees it",
+        "first batch as the model sees it (16 rows",
         "[CLS]",
         "noun.animal",
         "rows of each label",

@@ -132,7 +132,7 @@ def test_micro_batches_count_by_their_targets(bench: Bench, tmp_path: Path) -> N
     whole = bench.trainer(tmp_path / "a", max_steps=1, max_grad_norm=None)
     cut = bench.trainer(tmp_path / "b", max_steps=1, max_grad_norm=None)
     cut.state.micro_batch = 3
-    rows = whole._rows(0)
+    rows = whole.rows_of(0)
     assert whole._gradients(rows) == pytest.approx(cut._gradients(rows), rel=1e-5)
     for a, b in zip(whole.parameters, cut.parameters, strict=True):
         assert a.grad is not None
@@ -196,14 +196,14 @@ def test_training_leaves_the_model_as_it_was(bench: Bench, tmp_path: Path) -> No
 
 def test_clipping_bounds_the_gradient(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path / "a", max_grad_norm=1e-3)
-    _, norm = trainer._gradients(trainer._rows(0))
+    _, norm = trainer._gradients(trainer.rows_of(0))
     clipped = torch.stack(
         [parameter.grad.norm() for parameter in trainer.parameters if parameter.grad is not None]
     ).norm()
     assert norm > 1e-3
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
     free = bench.trainer(tmp_path / "b", max_grad_norm=None)
-    _, unclipped = free._gradients(free._rows(0))
+    _, unclipped = free._gradients(free.rows_of(0))
     assert unclipped == pytest.approx(norm, rel=1e-5)
 
 

@@ -18,10 +18,8 @@ from graftwerk.methods.base import Method
 from graftwerk.methods.prefix import Prefix
 from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.train.gate import first_batch
 from graftwerk.train.prepare import prepare
-
-SHOWN_TOKENS = 40
-"""Tokens of the first row that are shown as the model sees them."""
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
 
     Returns:
         ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut),
-        ``findings``, ``first_row`` (the text and its tokens as the model sees them), ``parameters`` (trained, head,
+        ``findings``, ``first_batch`` (as the model sees it: `train.gate.first_batch`), ``parameters`` (trained, head,
         total, share), ``steps``, ``learning_rate``, ``output_dir``.
 
     Raises:
@@ -55,7 +53,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "truncated": {name: sum(bool(example.truncated) for example in rows) for name, rows in encoded.items()},
         },
         "findings": prepared.findings,
-        "first_row": _as_seen(splits, encoded["train"][0], prepared.tokenizer),
+        "first_batch": first_batch(config, prepared.task, splits, encoded["train"], prepared.tokenizer),
+        "allowed": list(config.data.allow),
         "method": prepared.method.to_dict(),
         "parameters": count_parameters(config.method, prepared.task, architecture, splits),
         "steps": training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch),
@@ -101,22 +100,17 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
 
 def _labels(splits: Splits) -> dict[str, dict[str, int]]:
     """How many rows each label has in each split, in the order of the label ids."""
+    if splits.labels is None:
+        return {}
     counted = {
         name: Counter(row["label"] for row in rows)
         for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
         if rows
     }
-    return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels or ()}
+    return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels}
 
 
 def _lengths(examples: Sequence[Example]) -> dict[str, int]:
     lengths = [example.length + example.truncated for example in examples]
     median, most, longest = np.percentile(lengths, [50, 95, 100]).round().astype(int).tolist()
     return {"median": median, "p95": most, "longest": longest, "tokens": sum(lengths)}
-
-
-def _as_seen(splits: Splits, example: Example, tokenizer: Any) -> dict[str, Any]:
-    """What the first row looks like to the model: a wrong column or a missing special token shows at a glance."""
-    tokens = tokenizer.convert_ids_to_tokens(example.inputs["input_ids"])
-    label = splits.labels[example.target] if splits.labels else None
-    return {"text": splits.train[0]["text"], "tokens": tokens[:SHOWN_TOKENS], "length": example.length, "label": label}

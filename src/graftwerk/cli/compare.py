@@ -109,8 +109,8 @@ def show_plan(
     """What a comparison would do, checked as far as that goes without loading a model."""
     from graftwerk.choose.entries import parse_entries, parse_seeds, with_and_without
     from graftwerk.choose.preflight import preflight
-    from graftwerk.cli.doctor import refuse_grave
     from graftwerk.config import RunConfig
+    from graftwerk.train.gate import refuse_grave
 
     entries, numbers = parse_entries(methods), parse_seeds(seeds)
     augmented = RunConfig.load(config, {"method": entries[0].method, **overrides}).data.augment
@@ -136,6 +136,6 @@ def show_plan(
     out.line(f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}")
     for finding in checked["findings"]:
         out.warn(f"{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
-    refuse_grave(checked)
+    refuse_grave(checked["findings"], checked["allowed"])
     data = {key: checked[key] for key in ("data", "findings", "output_dir")}
     return {"dry_run": True, "methods": planned, "seeds": numbers, "steps": steps, **data}

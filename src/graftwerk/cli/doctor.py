@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from graftwerk.cli.arguments import Overrides
+from graftwerk.cli.batch import show_batch
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.figures import byte_size, count, share
@@ -35,10 +37,11 @@ def register(app: typer.Typer) -> None:
             return {"machine": machine}
         from graftwerk.choose.preflight import preflight
         from graftwerk.config import RunConfig
+        from graftwerk.train.gate import refuse_grave
 
         checked = preflight(RunConfig.load(config, overrides))
         show_preflight(out, checked)
-        refuse_grave(checked)
+        refuse_grave(checked["findings"], checked["allowed"])
         return {"machine": machine, "run": checked}
 
 
@@ -91,13 +94,12 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
         shown.add_row(split, f"{rows:,}", *(str(lengths[key]) for key in ("median", "p95", "longest")), f"{cut:,}")
     out.show(shown)
     splits = list(data["rows"])
-    labels = table("label", *splits, numbers=splits, title="\nrows of each label")
-    for label, counts in data["labels"].items():
-        labels.add_row(printable(label), *(f"{counts[split]:,}" for split in splits))
-    out.show(labels)
-    first = checked["first_row"]
-    out.line(f"\nfirst row as the model sees it ({first['length']} tokens, label {printable(str(first['label']))}):")
-    out.line("  " + printable(" ".join(first["tokens"])) + (" ..." if first["length"] > len(first["tokens"]) else ""))
+    if data["labels"]:
+        labels = table("label", *splits, numbers=splits, title="\nrows of each label")
+        for label, counts in data["labels"].items():
+            labels.add_row(printable(label), *(f"{counts[split]:,}" for split in splits))
+        out.show(labels)
+    show_batch(checked["first_batch"], sys.stderr if out.as_json else sys.stdout)
     for finding in checked["findings"]:
         out.line(f"\n{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
         for key in ("example", "mend"):
@@ -105,19 +107,3 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
                 out.line(f"  {key}: {printable(finding[key])}")
     if not checked["findings"]:
         out.line("\nnothing wrong was found")
-
-
-def refuse_grave(checked: dict[str, Any]) -> None:
-    """Data that makes the figures mislead is an error, so that a script sees it by the exit code.
-
-    Raises:
-        DataError: naming each grave finding.
-    """
-    from graftwerk.errors import DataError
-
-    grave = [finding for finding in checked["findings"] if finding["grave"]]
-    if grave:
-        raise DataError(
-            "; ".join(finding["message"] for finding in grave),
-            mend=next((finding["mend"] for finding in grave if finding["mend"]), None),
-        )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from graftwerk.cli.batch import show_batch
 from graftwerk.cli.output import Output, console, printable
 from graftwerk.figures import count, duration, number, share
 
@@ -117,6 +118,10 @@ class Progress(Display):
         match event.kind:
             case "phase":
                 self._note(f"{figures['name']} ...")
+            case "first_batch":
+                if not self.quiet and not self.silent:
+                    with self._written():
+                        show_batch(figures, self.stream)
             case "start":
                 self._note(describe_start(figures))
             case "progress":

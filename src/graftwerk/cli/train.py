@@ -20,6 +20,9 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on with the run in output_dir, bit for bit.")
         ] = False,
+        force: Annotated[
+            bool, typer.Option("--force", help="Go on in spite of grave findings about the data (data.allow=[all]).")
+        ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
@@ -29,14 +32,15 @@ def register(app: typer.Typer) -> None:
         """
         from graftwerk.config import RunConfig
 
-        settings = RunConfig.load(config, overrides)
+        settings = RunConfig.load(config, [*(overrides or []), *(["data.allow=[all]"] if force else [])])
         if dry_run:
             from graftwerk.choose.preflight import preflight
-            from graftwerk.cli.doctor import refuse_grave, show_preflight
+            from graftwerk.cli.doctor import show_preflight
+            from graftwerk.train.gate import refuse_grave
 
             checked = preflight(settings)
             show_preflight(out, checked)
-            refuse_grave(checked)
+            refuse_grave(checked["findings"], checked["allowed"])
             return {"dry_run": True, **checked}
         from graftwerk.cli.progress import Progress
         from graftwerk.train.launch import is_main_process

@@ -118,6 +118,9 @@ class DataSettings(Settings):
     max_truncated: float = Field(
         default=0.2, ge=0, le=1, description="refuse when more than this share of the rows would lose tokens"
     )
+    allow: tuple[str, ...] = Field(
+        default=(), description="grave findings, by their codes, that do not stop a run; `all`: none does"
+    )
     split: str = Field(default="train", description="for a hub id in `train` that names no split: which to read")
     augment: tuple[Augmenter, ...] = Field(
         default=(), description="augmenters that make further training rows: names, or settings with `name`"

@@ -17,6 +17,7 @@ import numpy as np
 from graftwerk.errors import DataError, ModelError
 from graftwerk.evaluate import class_metrics, text_metrics
 from graftwerk.evaluate.bootstrap import Floats, Ints, Statistic, percentile_interval, resample
+from graftwerk.evaluate.by_set import over_sets
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
 FEW_DRAWS = 0.5
@@ -174,6 +175,7 @@ METRICS: dict[str, Metric] = {
         _of_texts,
     ),
 }
+METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
 
 
 def metrics_of(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graftwerk.data.findings import Finding as Finding
 from graftwerk.data.lint import check_duplicates
+from graftwerk.data.near import check_near_leakage
 from graftwerk.data.reading import Reading, SplitRows, fingerprint_of, origin_of
 from graftwerk.data.settings import DataSettings
 from graftwerk.settings import Settings
@@ -58,7 +59,8 @@ def splits_of(
         parts: What the fingerprint is of: every part of a row that the task reads.
     """
     rows = {split: part.rows for split, part in chosen.items()}
-    repeated = check_duplicates({split: part.placed() for split, part in chosen.items()})
+    placed = {split: part.placed() for split, part in chosen.items()}
+    repeated = (*check_duplicates(placed), *check_near_leakage(placed))
     return Splits(
         **rows,
         labels=labels,

@@ -8,11 +8,17 @@ from typing import Any
 from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Task
+from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.instruction import Instruction
+from graftwerk.tasks.masked import Masked
+from graftwerk.tasks.mixture import Mixture
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Summarization, Translation)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, Summarization, Translation, Instruction, Causal, Masked, Mixture)
+}
 
 
 def parse_task(value: Any) -> Task:

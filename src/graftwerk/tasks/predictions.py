@@ -66,6 +66,17 @@ class TextPredictions(Predictions):
     sources: tuple[str, ...] | None = None
     sets: tuple[str, ...] | None = None
 
+    def of_set(self, name: str) -> TextPredictions:
+        """Those of one set's rows."""
+        kept = [row for row, other in enumerate(self.sets or ()) if other == name]
+
+        def some(values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+            return None if values is None else tuple(values[row] for row in kept)
+
+        nll, tokens = self.nll[kept], self.tokens[kept]
+        loss = float(nll.sum() / tokens.sum()) if tokens.sum() else None
+        return TextPredictions(loss, nll, tokens, some(self.texts), some(self.references), some(self.sources))
+
     @property
     def rows(self) -> int:
         return len(self.nll)

@@ -12,6 +12,7 @@ from graftwerk.train.events import Event
 from graftwerk.train.folder import RunFolder
 from graftwerk.train.loop import Trainer
 from graftwerk.train.prepare import Prepared
+from graftwerk.train.sets import drawn
 from graftwerk.train.validation import StopEvaluation
 
 IN_METADATA = (
@@ -55,6 +56,7 @@ def finish(
         Interrupted: a signal came; all of this is done again by a resumed run.
         EnvironmentFault: the adapter cannot be written; the checkpoints are whole.
     """
+    from graftwerk.evaluate.by_set import metrics_by_set
     from graftwerk.evaluate.cost import size_on_disk
     from graftwerk.evaluate.metrics import metrics_of
     from graftwerk.store.folder import save_adapter
@@ -65,13 +67,17 @@ def finish(
         if not prepared.examples[split]:
             continue
         predictions = _predictions(trainer, prepared, split, step, settings.evaluation)
-        manifest["metrics"][split] = metrics_of(
-            predictions,
-            prepared.splits.labels,
-            names=prepared.task.metrics,
-            confidence=settings.evaluation.confidence,
-            resamples=settings.evaluation.resamples,
-        )
+        options: dict[str, Any] = {
+            "labels": prepared.splits.labels,
+            "names": prepared.task.metrics,
+            "confidence": settings.evaluation.confidence,
+            "resamples": settings.evaluation.resamples,
+        }
+        manifest["metrics"][split] = metrics_of(predictions, **options)
+        if by_set := metrics_by_set(predictions, **options):
+            manifest.setdefault("metrics_by_set", {})[split] = by_set
+    if (shares := drawn(trainer)) is not None:
+        manifest["data"]["sets"] = shares
     if not trainer.processes.main:
         return
     manifest["best"] = trainer.state.best

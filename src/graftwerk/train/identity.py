@@ -10,6 +10,7 @@ from graftwerk.errors import ConflictError
 
 FREE = (
     "config.output_dir",
+    "config.data.allow",
     "config.evaluation.",
     "config.training.logging_steps",
     "config.training.report_to",

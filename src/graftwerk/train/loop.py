@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftwerk.data.mixture import Sampler
 from graftwerk.errors import DivergedError, EnvironmentFault, Interrupted
 from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
+from graftwerk.tasks.packing import check_packing, pack
 from graftwerk.train import memory, optim, rng
 from graftwerk.train.checkpoint import Checkpoints, Snapshot
 from graftwerk.train.clock import Clock
@@ -46,6 +48,8 @@ class Trainer:
         the disk and says how long it is; stored in checkpoints. identity: What this run is (settings, data, base);
         stored in checkpoints as it is. dtype: What forward passes compute in; anything but float32 means autocast.
         prior_loss: As for `Diagnosis`. processes: Those that train together; None: as this one was launched.
+        max_length: Tokens of a packed row; None: those of the longest row.
+        draw: The rows of each epoch, for several data sets; None: every row once.
 
     Raises:
         ConfigError: settings that ask for validation rows where there are none.
@@ -70,10 +74,12 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         prior_loss: float | None = None,
         processes: Processes | None = None,
+        max_length: int | None = None,
+        draw: Sampler | None = None,
     ) -> None:
         check_settings(settings, bool(validation), task)
         self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
-        self.train, self.validation = train, validation
+        self.train, self.validation, self.draw = train, validation, draw
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
         self.processes = processes or Processes()
@@ -89,6 +95,9 @@ class Trainer:
             raise self._no_memory("the optimizer's state does not fit into memory") from None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
         self.lengths = [example.length for example in train]
+        self.max_length = max_length or max(self.lengths, default=1)
+        if settings.packing:
+            check_packing(graft.model, task, train, tokenizer)
         self.rows_per_step = (
             settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.processes.count
         )
@@ -178,7 +187,7 @@ class Trainer:
 
     def _step(self) -> None:
         state, settings = self.state, self.settings
-        rows = self._rows(state.step)
+        rows = self.rows_of(state.step)
         while True:
             try:
                 loss, norm = self._gradients(rows)
@@ -376,15 +385,21 @@ class Trainer:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _rows(self, step: int) -> list[int]:
+    def rows_of(self, step: int) -> list[int]:
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             seed, group = self.settings.seed, self.settings.length_group
-            self._order = (epoch, epoch_order(self.lengths, self.rows_per_step, seed=seed, epoch=epoch, group=group))
+            drawn = None if self.draw is None else self.draw(epoch)
+            steps = epoch_order(self.lengths, self.rows_per_step, seed=seed, epoch=epoch, group=group, drawn=drawn)
+            self._order = (epoch, steps)
         return self._order[1][position]
 
     def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        batch = self.task.collate([self.train[row] for row in rows], self.tokenizer)
+        examples = [self.train[row] for row in rows]
+        if self.settings.packing:
+            batch = pack(examples, self.tokenizer, self.max_length)
+        else:
+            batch = self.task.collate_training(examples, self.tokenizer)
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:

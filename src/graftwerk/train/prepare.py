@@ -55,8 +55,10 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         DataError, ConfigError, ModelError, EnvironmentFault: as the rooms for data and models say.
     """
     from graftwerk.data.lint import check_truncation
-    from graftwerk.models.load import load_config, load_tokenizer
+    from graftwerk.models.load import load_config, load_tokenizer, position_limit
+    from graftwerk.train.gate import check_allowed, check_encoded
 
+    check_allowed(settings.data.allow)
     check_settings(settings.training, settings.data.validation is not None, settings.task)
     splits = settings.task.read(settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
@@ -69,6 +71,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         examples[name] = task.encode(getattr(splits, name), tokenizer, splits, max_length)
         lost = [example.truncated for example in examples[name]]
         findings += check_truncation(lost, max_length, settings.data.max_truncated, name)
+    findings += check_encoded(settings, task, splits, examples, position_limit(architecture))
     said = [asdict(finding) for finding in findings]
     for finding in said:
         emit(Event("finding", 0, **finding))

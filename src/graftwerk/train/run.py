@@ -126,10 +126,12 @@ class _Work:
         from graftwerk.models.hardware import compute_type, set_threads
         from graftwerk.train.augmented import add_augmented
         from graftwerk.train.finish import finish
+        from graftwerk.train.gate import first_batch, refuse_grave
         from graftwerk.train.loop import Trainer
         from graftwerk.train.manifest import data_identity, environment, opening
         from graftwerk.train.mode import check_compute_type
         from graftwerk.train.prepare import load_graft, prepare
+        from graftwerk.train.sets import sampler_of
         from graftwerk.train.warm import warm_labels, warm_start
 
         settings, hub = self.settings, self.hub
@@ -143,6 +145,12 @@ class _Work:
         hub.listeners.append(early.append)
         hub(Event("phase", 0, name="reading the data"))
         prepared = prepare(settings, hub, warm_labels(settings.training.warm_start))
+        refuse_grave(prepared.findings, settings.data.allow)
+        if snapshot is None:
+            batch = first_batch(
+                settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
+            )
+            hub(Event("first_batch", 0, **batch))
         prepared = add_augmented(prepared, settings, self.folder.path, hub, self.processes)
         identity["data"] = data_identity(prepared)
         self._same_run(snapshot, identity, "data")
@@ -166,6 +174,8 @@ class _Work:
             dtype=dtype,
             prior_loss=prepared.prior_loss,
             processes=self.processes,
+            max_length=prepared.max_length,
+            draw=sampler_of(settings, prepared.task, prepared.examples["train"]),
         )
         self.manifest = opening(settings, prepared, graft, identity["base"])
         if self.processes.main:
