@@ -384,3 +384,17 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, str], said: s
 
 def test_load_config_is_causal(tiny_decoder: Path) -> None:
     assert Instruction().on(load_config(str(tiny_decoder))).layout == "causal"
+
+
+def test_a_template_that_adds_a_system_message_of_its_own_trains_the_answers_alone(tiny_decoder: Path) -> None:
+    """As SmolLM2's does: only where the first message is none, so every prefix of a conversation begins with it."""
+    own = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nbe a short ball<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    tokenizer = with_template(tiny_decoder, own)
+    (example,) = Instruction().encode([{"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
+    assert trained(tokenizer, example) == ["act <|im_end|>", "food <|im_end|>"]
+    assert said(tokenizer, example.inputs["input_ids"]).startswith("<|im_start|> system be a short ball <|im_end|>")
