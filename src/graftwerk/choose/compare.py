@@ -23,8 +23,8 @@ from graftwerk.choose.display import Display, Moment
 from graftwerk.choose.entries import Entry, parse_entries, parse_seeds, with_and_without
 from graftwerk.choose.gather import Measured, gather, measured_run
 from graftwerk.choose.pace import Pace
-from graftwerk.choose.table import plain, rich_table
-from graftwerk.choose.verdict import COSTS, MARGIN
+from graftwerk.choose.table import plain, rich_table, shown
+from graftwerk.choose.verdict import COSTS
 from graftwerk.choose.workers import Crashed, Workers
 from graftwerk.config import RunConfig, parse_overrides, read_yaml
 from graftwerk.errors import (
@@ -36,7 +36,7 @@ from graftwerk.errors import (
     Interrupted,
 )
 from graftwerk.evaluate.metrics import METRICS
-from graftwerk.figures import duration, percent
+from graftwerk.figures import duration
 from graftwerk.store.atomic import write_file
 from graftwerk.store.safety import read_json
 from graftwerk.train.folder import MANIFEST, read_manifest
@@ -96,7 +96,7 @@ def compare(
     overwrite: bool = False,
     metric: str | None = None,
     prefer: str = "trained_parameters",
-    margin: float = MARGIN,
+    margin: float | None = None,
     listener: Listener | None = None,
     quiet: bool = False,
     report: bool = True,
@@ -117,7 +117,8 @@ def compare(
         overwrite: Train all of it again.
         metric: What decides; default: the task's own.
         prefer: The cost by which the recommendation is made, one of `verdict.COSTS`.
-        margin: How far below the best mean a method is still considered.
+        margin: How far below the best mean a method is still considered, in the metric's own unit; default: a point,
+            or one percent of the best where the metric has no points.
         listener: Told every `Moment`, in place of the progress on stderr.
         quiet: No progress.
         report: Write `report.html`.
@@ -187,7 +188,7 @@ class _Work:
     def folder_of(self, entry: Entry, seed: int) -> Path:
         return self.folder / f"{entry.name}-seed{seed}"
 
-    def do(self, *, overwrite: bool, metric: str | None, prefer: str, margin: float) -> None:
+    def do(self, *, overwrite: bool, metric: str | None, prefer: str, margin: float | None) -> None:
         if (self.folder / MANIFEST).exists():
             raise ConflictError(
                 f"{self.folder} is the folder of a run",
@@ -373,8 +374,9 @@ def _result_line(run: Measured, metric: str) -> str:
     time_taken = duration(run.manifest["cost"]["training_seconds"])
     if figure["value"] is None:
         return f"{metric} {figure.get('note', 'is undefined')}, {time_taken} of training"
-    between = "" if figure["low"] is None else f" ({percent(figure['low'])} to {percent(figure['high'])})"
-    return f"{metric} {percent(figure['value'])}{between}, {time_taken} of training"
+    low, high = figure["low"], figure["high"]
+    between = "" if low is None else f" ({shown(low, metric)} to {shown(high, metric)})"
+    return f"{metric} {shown(figure['value'], metric)}{between}, {time_taken} of training"
 
 
 def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def gather(
     confidence: float,
     resamples: int,
     prefer: str,
-    margin: float,
+    margin: float | None,
 ) -> dict[str, Any]:
     """The part of `comparison.json` that stands on measurements.
 
@@ -72,7 +72,7 @@ def gather(
     _check_alike(everything)
     resamples = max(resamples, LEAST_RESAMPLES)
     answers = {name: {seed: run.predictions for seed, run in runs[name].items()} for name in names}
-    joints = _joints(answers, metric, resamples)
+    joints = _joints(answers, metric, resamples, everything[0].evaluation["metrics"])
     main = joints[metric]
     differences = main.simultaneous(confidence)
     methods = [
@@ -90,17 +90,19 @@ def gather(
         "base_fingerprint": everything[0].manifest["base_fingerprint"],
         "methods": methods,
         "differences": [
-            {**difference, "verdict": verdict(difference), "text": in_words(difference)} for difference in differences
+            {**difference, "verdict": verdict(difference, metric), "text": in_words(difference, metric)}
+            for difference in differences
         ],
         "front": {
             cost: pareto_front(
                 {method["name"]: method["figure"]["value"] for method in shown},
                 {method["name"]: method["cost"][cost] for method in shown if method["cost"].get(cost) is not None},
+                metric,
             )
             for cost in COSTS
         },
         "resolution": median(half_widths) if half_widths else None,
-        "recommendation": recommend(shown, differences, prefer=prefer, margin=margin),
+        "recommendation": recommend(shown, differences, prefer=prefer, margin=margin, metric=metric),
     }
 
 
@@ -120,12 +122,14 @@ def _check_alike(runs: Sequence[Measured]) -> None:
             )
 
 
-def _joints(answers: Mapping[str, Mapping[int, Predictions]], metric: str, resamples: int) -> dict[str, Joint]:
-    """A joint bootstrap of every metric that these rows define; the metric that decides comes first."""
+def _joints(
+    answers: Mapping[str, Mapping[int, Predictions]], metric: str, resamples: int, measured: Mapping[str, Any]
+) -> dict[str, Joint]:
+    """A joint bootstrap of every metric that was measured and is defined; the metric that decides comes first."""
     first = next(iter(next(iter(answers.values())).values()))
     joints = {metric: joint_bootstrap(answers, metric, resamples=resamples)}
     for name in METRICS:
-        if name != metric and point(name, first) is not None:
+        if name != metric and name in measured and point(name, first) is not None:
             joints[name] = joint_bootstrap(answers, name, resamples=resamples)
     return joints
 

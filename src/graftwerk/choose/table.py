@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.choose.verdict import between, signed, turned, verdict
-from graftwerk.figures import byte_size, duration, milliseconds, percent, short_count
+from graftwerk.evaluate.metrics import METRICS
+from graftwerk.figures import byte_size, duration, milliseconds, short_count
 
 HEADINGS = (
     "method",
@@ -20,13 +21,15 @@ HEADINGS = (
     "ms/row 1",
     "ms/row 32",
 )
+HOW = {"share": " in percent", "points": " in points", "tokens": "", "nats": " (less is better)"}
+"""How a metric's figures are to be read, by its unit."""
 LEFT = frozenset({0, 3})
 """Columns of words; the others are numbers, flush right."""
 
 
 def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """One row a method, best first, as text."""
-    methods = ranked(result)
+    methods, metric = ranked(result), result["metric"]
     best = methods[0]["name"] if methods else ""
     chosen = (result.get("recommendation") or {}).get("method")
     rows: list[tuple[str, ...]] = []
@@ -35,9 +38,9 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 method["name"] + (" *" if method["name"] == chosen else ""),
-                percent(figure["value"]),
-                f"{percent(figure['low'])}\N{EN DASH}{percent(figure['high'])}",
-                against(result["differences"], method["name"], best),
+                shown(figure["value"], metric),
+                f"{shown(figure['low'], metric)}\N{EN DASH}{shown(figure['high'], metric)}",
+                against(result["differences"], method["name"], best, metric),
                 short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
                 duration(cost.get("training_seconds")),
@@ -52,32 +55,38 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The methods that were measured, best mean first."""
     measured = [method for method in result["methods"] if method.get("figure")]
-    return sorted(measured, key=lambda method: -method["figure"]["value"])
+    return sorted(measured, key=lambda method: -METRICS[result["metric"]].better(method["figure"]["value"], 0.0))
 
 
-def against(differences: Sequence[Any], name: str, best: str) -> str:
+def shown(value: float, metric: str) -> str:
+    """A share in percent, BLEU and its like in points, perplexity as itself."""
+    return f"{METRICS[metric].scale * value:.1f}"
+
+
+def against(differences: Sequence[Any], name: str, best: str, metric: str = "accuracy") -> str:
     """``the best mean``, ``no difference shown``, or ``worse by 3.1 [1.2, 5.0]``."""
     if name == best:
         return "the best mean"
     difference = turned(between(differences, name, best))  # how much the best is better
-    low, value, high = (100 * difference[part] for part in ("low", "value", "high"))
-    if verdict(difference) == "better":
-        return f"worse by {value:.1f} [{low:.1f}, {high:.1f}]"
-    return f"no difference shown ({signed(-value)})"
+    known, better = METRICS[metric], verdict(difference, metric) == "better"
+    if better and known.higher is False:
+        difference = turned(difference)
+    low, value, high = (known.scale * difference[part] for part in ("low", "value", "high"))
+    return f"worse by {value:.1f} [{low:.1f}, {high:.1f}]" if better else f"no difference shown ({signed(-value)})"
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What stands under the table."""
     said = []
-    seeds = len(result["seeds"])
+    seeds, known = len(result["seeds"]), METRICS[result["metric"]]
     said.append(
-        f"{result['metric']} in percent on {result['rows']:,} {result['split']} rows, mean of {seeds} "
+        f"{result['metric']}{HOW[known.unit]} on {result['rows']:,} {result['split']} rows, mean of {seeds} "
         f"seed{'s' if seeds > 1 else ''}; {100 * result['confidence']:g} % intervals, jointly for all differences."
     )
     if result.get("resolution"):
         said.append(
-            f"With these rows and seeds, differences under about {100 * result['resolution']:.1f} points are not to be "
-            "seen."
+            "With these rows and seeds, differences under about "
+            f"{known.scale * result['resolution']:.1f}{known.words} are not to be seen."
         )
     elif result.get("resolution") == 0:
         said.append(

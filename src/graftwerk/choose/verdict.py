@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from graftwerk.errors import ConfigError
+from graftwerk.evaluate.metrics import METRICS
 from graftwerk.evaluate.paired import Difference
 
 COSTS: dict[str, str] = {
@@ -18,30 +19,41 @@ COSTS: dict[str, str] = {
 }
 """What a method costs, and how that is called; smaller is better for all."""
 
-MARGIN = 0.01
-"""A method this much below the best is still a candidate: one point of accuracy."""
+MARGIN = 1.0
+"""A method this many points below the best is still a candidate."""
+RELATIVE_MARGIN = 0.01
+"""Likewise for metrics without points (perplexity), as a share of the best."""
 ALIKE = 0.1
 """Costs within a tenth of each other count as equal, and training time decides."""
 
 Verdict = Literal["better", "worse", "no difference shown"]
 
 
-def verdict(difference: Difference) -> Verdict:
-    """Of `a` against `b`, by whether the interval has zero in it."""
+def margin_of(metric: str, best: float) -> float:
+    """How far below the best a method still is a candidate, in the metric's own unit."""
+    known = METRICS[metric]
+    return MARGIN / known.scale if known.unit in ("share", "points") else RELATIVE_MARGIN * abs(best)
+
+
+def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
+    """Of `a` against `b`, by whether the interval has zero in it; where less is better, less is better."""
+    if METRICS[metric].higher is False:
+        difference = turned(difference)
     if difference["low"] > 0:
         return "better"
     return "worse" if difference["high"] < 0 else "no difference shown"
 
 
-def in_words(difference: Difference) -> str:
+def in_words(difference: Difference, metric: str = "accuracy") -> str:
     """``better by 1.2 points [0.3, 2.1]``, or ``no difference shown: +0.4 points [-0.8, +1.6]``."""
-    value, low, high = (100 * difference[part] for part in ("value", "low", "high"))
-    found = verdict(difference)
-    if found == "better":
-        return f"better by {value:.1f} points [{low:.1f}, {high:.1f}]"
-    if found == "worse":
-        return f"worse by {-value:.1f} points [{-high:.1f}, {-low:.1f}]"
-    return f"no difference shown: {signed(value)} points [{signed(low)}, {signed(high)}]"
+    known = METRICS[metric]
+    found = verdict(difference, metric)
+    if found == "no difference shown":
+        value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
+        return f"{found}: {signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
+    larger = difference if difference["low"] > 0 else turned(difference)
+    value, low, high = (known.scale * larger[part] for part in ("value", "low", "high"))
+    return f"{found} by {value:.1f}{known.words} [{low:.1f}, {high:.1f}]"
 
 
 def signed(value: float) -> str:
@@ -74,12 +86,14 @@ def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
     raise KeyError((a, b))
 
 
-def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float]) -> list[str]:
+def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float], metric: str = "accuracy") -> list[str]:
     """Methods that no other beats in both, by their point values, cheapest first.
 
     One is beaten by another that is at least as good and as cheap, and better in one of the two.
     """
     known = [name for name in quality if name in cost]
+    if METRICS[metric].higher is False:
+        quality = {name: -value for name, value in quality.items()}
 
     def beaten(name: str) -> bool:
         return any(
@@ -93,7 +107,12 @@ def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float]) -> lis
 
 
 def recommend(
-    methods: Sequence[Mapping[str, Any]], differences: Sequence[Difference], *, prefer: str, margin: float = MARGIN
+    methods: Sequence[Mapping[str, Any]],
+    differences: Sequence[Difference],
+    *,
+    prefer: str,
+    margin: float | None = None,
+    metric: str = "accuracy",
 ) -> dict[str, str] | None:
     """The cheapest of the methods that are as good as the best, as far as these rows and seeds can tell.
 
@@ -103,6 +122,7 @@ def recommend(
     Args:
         methods: Each with ``name``, ``figure`` and ``cost``.
         prefer: The cost to go by, one of `COSTS`.
+        margin: In the metric's own unit; None: `margin_of`.
 
     Returns:
         ``method`` and ``reason``; None where nothing was measured.
@@ -112,17 +132,19 @@ def recommend(
     """
     if prefer not in COSTS:
         raise ConfigError(f"there is no cost `{prefer}`", where="prefer", mend=f"there are: {', '.join(COSTS)}")
-    measured = sorted(methods, key=lambda method: -method["figure"]["value"])
+    known = METRICS[metric]
+    measured = sorted(methods, key=lambda method: -known.better(method["figure"]["value"], 0.0))
     if not measured:
         return None
     best = measured[0]
+    margin = margin_of(metric, best["figure"]["value"]) if margin is None else margin
     candidates = [
         method
         for method in measured
         if method is best
         or (
-            method["figure"]["value"] >= best["figure"]["value"] - margin
-            and verdict(between(differences, method["name"], best["name"])) != "worse"
+            known.better(method["figure"]["value"], best["figure"]["value"]) >= -margin
+            and verdict(between(differences, method["name"], best["name"]), metric) != "worse"
         )
     ]
     costed = [method for method in candidates if method["cost"].get(prefer) is not None]
@@ -135,7 +157,7 @@ def recommend(
     )
     return {
         "method": chosen["name"],
-        "reason": _reason(chosen, best, measured, candidates, differences, prefer, margin),
+        "reason": _reason(chosen, best, measured, candidates, differences, prefer, margin, metric),
     }
 
 
@@ -147,33 +169,38 @@ def _reason(
     differences: Sequence[Difference],
     prefer: str,
     margin: float,
+    metric: str,
 ) -> str:
+    known = METRICS[metric]
     if len(measured) == 1:
         return "the only method that was measured"
     if chosen is best:
         better = [
             method["name"]
             for method in measured[1:]
-            if verdict(between(differences, best["name"], method["name"])) == "better"
+            if verdict(between(differences, best["name"], method["name"]), metric) == "better"
         ]
         if len(candidates) == 1:
             shown = "shown to be better than all others" if len(better) == len(measured) - 1 else "no other comes near"
-            return f"the best mean, and {shown}" if better else f"the best mean by more than {_points(100 * margin)}"
+            return f"the best mean, and {shown}" if better else f"the best mean by more than {_points(margin, metric)}"
         return f"the best mean, and the least {COSTS[prefer]} of the {len(candidates)} methods near it"
     difference = between(differences, chosen["name"], best["name"])
-    value, low = 100 * difference["value"], 100 * difference["low"]
+    worst = difference["high"] if known.higher is False else -difference["low"]
+    value, worst = known.scale * difference["value"], known.scale * worst
     ratio = chosen["cost"][prefer] / best["cost"][prefer] if best["cost"].get(prefer) else None
     saving = f" with {_share(ratio)} of its {COSTS[prefer]}" if ratio is not None and ratio < 1 else ""
     if difference["low"] == difference["high"] == 0:
         return f"the same answers as {best['name']} on every row,{saving}"
     return (
-        f"{signed(value)} points against {best['name']}, the best mean, no difference shown{saving}; "
-        f"the interval allows it to be up to {-low:.1f} points worse"
+        f"{signed(value)}{known.words} against {best['name']}, the best mean, no difference shown{saving}; "
+        f"the interval allows it to be up to {worst:.1f}{known.words} worse"
     )
 
 
-def _points(number: float) -> str:
-    return f"{number:g} point{'' if number == 1 else 's'}"
+def _points(margin: float, metric: str) -> str:
+    known = METRICS[metric]
+    number = f"{known.scale * margin:.4g}"
+    return f"{number}{known.words.removesuffix('s') if number == '1' else known.words}"
 
 
 def _share(ratio: float) -> str:

@@ -8,8 +8,8 @@ import typer
 
 from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.output import Output, table
-from graftwerk.figures import byte_size, figure, seconds
+from graftwerk.cli.output import Output, printable, table
+from graftwerk.figures import DASH, byte_size, figure, seconds
 
 
 def register(app: typer.Typer) -> None:
@@ -23,27 +23,74 @@ def register(app: typer.Typer) -> None:
         column: Columns = None,
         model: Base = None,
         force: Force = False,
+        baseline: Annotated[
+            bool | None,
+            typer.Option(
+                "--baseline/--no-baseline",
+                help="Measure the unadapted base too; default: as the run file says.",
+                show_default=False,
+            ),
+        ] = None,
     ) -> Result:
         """Measure a trained adapter: figures with intervals, latency, memory, size."""
         from graftwerk.cli.progress import Rows
         from graftwerk.evaluate.run import evaluate
 
         with Rows(out, "evaluating") as rows:
-            result = evaluate(target, data, columns=columns_of(column), model=model, force=force, on_progress=rows)
-        show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows")
+            result = evaluate(
+                target, data, columns=columns_of(column), model=model, force=force, baseline=baseline, on_progress=rows
+            )
+        before = (result.get("baseline") or {}).get("metrics")
+        show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows", before=before)
+        show_examples(out, result.get("examples") or [])
         show_cost(out, result["cost"])
         for note in result["notes"]:
             out.warn(f"note: {note}")
         return result
 
 
-def show_metrics(out: Output, metrics: dict[str, Any], *, title: str) -> None:
-    shown = table("metric", "value", "interval", numbers=("value",), title=title)
+def show_metrics(out: Output, metrics: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> None:
+    """One row a metric; with those of the unadapted base beside them, where they were measured."""
+    names = (
+        ("metric", "value", "interval") if before is None else ("metric", "base", "interval ", "adapter", "interval")
+    )
+    shown = table(*names, numbers=("value", "base", "adapter"), title=title)
     for name, measured in metrics.items():
-        value, interval = figure(measured)
+        cells = [name, *(_figure(name, before.get(name)) if before is not None else ()), *_figure(name, measured)]
         note = measured.get("note") if isinstance(measured, dict) else None
-        shown.add_row(name, value, f"{interval} ({note})" if note else interval)
+        if note:
+            cells[-1] += f" ({note})"
+        shown.add_row(*cells)
     out.show(shown)
+    signatures = {measured["signature"]: name for name, measured in metrics.items() if "signature" in (measured or {})}
+    for signature, name in signatures.items():
+        out.note(f"{name}: {signature}")
+
+
+def _figure(name: str, measured: Any) -> tuple[str, str]:
+    """Metrics of texts as people write them: BLEU 23.4, ROUGE-L 39.6 %, perplexity 12.3; those of classes as shares."""
+    from graftwerk.evaluate.metrics import METRICS
+
+    known = METRICS.get(name)
+    if known is None or known.cells or name == "roc_auc" or not isinstance(measured, dict):
+        return figure(measured)
+    ending = " %" if known.unit == "share" else ""
+    value, low, high = (
+        None if measured.get(part) is None else f"{known.scale * measured[part]:.1f}"
+        for part in ("value", "low", "high")
+    )
+    return DASH if value is None else value + ending, "" if low is None or high is None else f"{low} to {high}{ending}"
+
+
+def show_examples(out: Output, examples: list[dict[str, Any]]) -> None:
+    """A few answers: what was asked, what is right, what the base says alone and with the adapter."""
+    for example in examples:
+        shown = table("", "", title=" ")
+        shown.show_header = False
+        for part in ("source", "reference", "before", "after"):
+            if example.get(part) is not None:
+                shown.add_row(part, printable(example[part]))
+        out.show(shown)
 
 
 def show_cost(out: Output, cost: dict[str, Any]) -> None:

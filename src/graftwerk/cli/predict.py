@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Label texts with a trained adapter.
 
-        One line each, separated by tabs: the label, its probability, the text.
+        One line each, separated by tabs: the label, its probability, the text; of a task that writes, the answer alone.
         """
         from graftwerk.cli.progress import Rows
         from graftwerk.errors import ConfigError
@@ -42,6 +42,9 @@ def register(app: typer.Typer) -> None:
                 target, texts or None, data, columns=columns_of(column), model=model, force=force, on_progress=rows
             )
         for place, row in enumerate(result["predictions"]):
+            if "output" in row:
+                out.line(printable(row["output"]))
+                continue
             text = texts[place] if texts else row["text"]
             out.line(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}")
         for note in result["notes"]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 
-from graftwerk.errors import DataError, ModelError
+from graftwerk.errors import DataError, EnvironmentFault, ModelError
 from graftwerk.evaluate import class_metrics, text_metrics
 from graftwerk.evaluate.bootstrap import Floats, Ints, Statistic, percentile_interval, resample
 from graftwerk.evaluate.by_set import over_sets
@@ -48,6 +49,7 @@ class Metric:
         statistic: The same as a function of row weights (R, n).
         defined: Whether these predictions have what it needs.
         signature: With which versions and options it was computed.
+        package: What has to be installed for it, beside what always is.
         cells: Whether it sees the confusion matrix alone.
     """
 
@@ -59,6 +61,21 @@ class Metric:
     defined: Callable[[Predictions], bool]
     signature: Callable[[], str] | None = None
     cells: bool = False
+    package: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by for people: shares become points (or per cent), all else is shown as it is."""
+        return 100.0 if self.unit == "share" else 1.0
+
+    @property
+    def words(self) -> str:
+        """What a difference is counted in, with a space before it."""
+        return {"share": " points", "points": " points", "tokens": " words", "nats": ""}[self.unit]
+
+    def better(self, value: float, other: float) -> float:
+        """By how much a value is better than another; negative where it is worse."""
+        return other - value if self.higher is False else value - other
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -121,6 +138,7 @@ METRICS: dict[str, Metric] = {
         text_metrics.rouge1_statistic,
         _of_texts,
         text_metrics.rouge_signature,
+        package="rouge-score",
     ),
     "rouge2": Metric(
         "ROUGE-2",
@@ -130,6 +148,7 @@ METRICS: dict[str, Metric] = {
         text_metrics.rouge2_statistic,
         _of_texts,
         text_metrics.rouge_signature,
+        package="rouge-score",
     ),
     "rougeL": Metric(
         "ROUGE-L",
@@ -139,6 +158,7 @@ METRICS: dict[str, Metric] = {
         text_metrics.rouge_l_statistic,
         _of_texts,
         text_metrics.rouge_signature,
+        package="rouge-score",
     ),
     "bleu": Metric(
         "BLEU",
@@ -148,6 +168,7 @@ METRICS: dict[str, Metric] = {
         text_metrics.bleu_statistic,
         _of_texts,
         text_metrics.bleu_signature,
+        package="sacrebleu",
     ),
     "chrf": Metric(
         "chrF",
@@ -157,6 +178,7 @@ METRICS: dict[str, Metric] = {
         text_metrics.chrf_statistic,
         _of_texts,
         text_metrics.chrf_signature,
+        package="sacrebleu",
     ),
     "perplexity": Metric(
         "perplexity",
@@ -176,6 +198,25 @@ METRICS: dict[str, Metric] = {
     ),
 }
 METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
+
+
+def packages_of(names: Sequence[str]) -> list[str]:
+    """What these metrics need beside what is always installed, by the names that pip knows."""
+    return list(dict.fromkeys(package for name in names if (package := METRICS[name].package) is not None))
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """
+    Raises:
+        EnvironmentFault: a package that one of these metrics needs is not installed; before training begins.
+    """
+    for package in packages_of(names):
+        if find_spec(package.replace("-", "_")) is None:
+            needing = [METRICS[name].title for name in names if METRICS[name].package == package]
+            raise EnvironmentFault(
+                f"{', '.join(needing)} need{'s' if len(needing) == 1 else ''} the package {package}",
+                mend="pip install 'graftwerk[text]'; or evaluation.generate=false, which leaves answers unmeasured",
+            )
 
 
 def metrics_of(

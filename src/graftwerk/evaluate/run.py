@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graftwerk.data.reading import read_unanswered
 from graftwerk.errors import ConfigError
 from graftwerk.evaluate.forward import Progress
 from graftwerk.evaluate.forward import run_model as run_model
 from graftwerk.evaluate.opened import Opened, held_out, labelled_rows, open_adapter
-from graftwerk.tasks.base import Example
+from graftwerk.tasks.base import Example, Predictions, Row, Task
+from graftwerk.tasks.text import TextTask
 
 BATCH = 64
 
@@ -26,6 +28,7 @@ def evaluate(
     confidence: float | None = None,
     resamples: int | None = None,
     store: bool = False,
+    baseline: bool | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a trained adapter.
@@ -40,19 +43,24 @@ def evaluate(
         batch_size: Rows a forward pass.
         confidence, resamples: Of the intervals; default: as the run file says.
         store: Leave `evaluation.json` and the predictions, row by row, in the run folder.
+        baseline: Measure the unadapted base on the same rows too; default: as the run file says.
         on_progress: Told (rows done, rows in all).
 
     Returns:
-        ``metrics`` (each with value, low, high, and a note where something needs saying), ``rows``, ``split`` (test,
+        ``metrics`` (each with value, low, high, and a note where something needs saying; for several data sets their
+        macro means), ``metrics_by_set``, ``rows``, ``split`` (test,
         validation, or data), ``loss``, ``labels``, ``cost`` (milliseconds a row by batch size, bytes of the adapter,
-        bytes of memory that loading and evaluating took at most), ``notes``.
+        bytes of memory that loading and evaluating took at most), ``notes``. For tasks that write: ``examples``
+        (source, reference, the base's answer before, the adapter's after). With a baseline: its ``metrics``, ``loss``.
 
     Raises:
         ConfigError: there is nothing to evaluate, or no rows to do it on.
         DataError, AdapterError, ModelError, IntegrityError, EnvironmentFault: as reading and loading say.
     """
+    from graftwerk.evaluate.by_set import metrics_by_set
     from graftwerk.evaluate.cost import latency, peak_memory, size_on_disk
-    from graftwerk.evaluate.metrics import metrics_of
+    from graftwerk.evaluate.metrics import metrics_of, require_packages
+    from graftwerk.evaluate.shown import before_and_after, check_baseline, of_base
     from graftwerk.evaluate.stored import store_evaluation
 
     with peak_memory() as peak:
@@ -65,25 +73,35 @@ def evaluate(
             split, rows = "data", labelled_rows(opened, str(data), None if columns is None else dict(columns))
         if store and (opened.run is None or data is not None):
             raise ConfigError("only what a run measured on its own held-out rows can be stored with it")
-        examples = opened.encode(rows)
         settings = opened.evaluation
-        predictions = run_model(
-            opened.model,
-            opened.task,
-            examples,
-            opened.tokenizer,
-            batch_size=batch_size,
-            dtype=opened.dtype,
-            on_progress=on_progress,
-            texts=_texts(opened, examples, on_progress) if settings.generate else None,
-        )
-    metrics = metrics_of(
-        predictions,
-        opened.labels or None,
-        names=opened.task.metrics,
-        confidence=confidence or settings.confidence,
-        resamples=resamples or settings.resamples,
-    )
+        wants_base = settings.baseline if baseline is None else baseline
+        if settings.generate:
+            require_packages(opened.task.metrics)
+        if wants_base:
+            check_baseline(opened.task)
+        examples = opened.encode(rows)
+        said: list[str] = []
+
+        def measured() -> Predictions:
+            return run_model(
+                opened.model,
+                opened.task,
+                examples,
+                opened.tokenizer,
+                batch_size=batch_size,
+                dtype=opened.dtype,
+                on_progress=on_progress,
+                texts=_texts(opened, examples, on_progress, said.append) if settings.generate else None,
+            )
+
+        predictions = measured()
+    options: dict[str, Any] = {
+        "labels": opened.labels or None,
+        "names": opened.task.metrics,
+        "confidence": confidence or settings.confidence,
+        "resamples": resamples or settings.resamples,
+    }
+    metrics = metrics_of(predictions, **options)
     timed = latency(
         opened.model,
         opened.task,
@@ -94,6 +112,7 @@ def evaluate(
     )
     result: dict[str, Any] = {
         "metrics": metrics,
+        "metrics_by_set": metrics_by_set(predictions, **options),
         "rows": len(examples),
         "split": split,
         "loss": predictions.loss,
@@ -103,8 +122,15 @@ def evaluate(
             "adapter_bytes": size_on_disk(opened.info.folder),
             "peak_memory_bytes": peak.bytes,
         },
-        "notes": _notes(opened, examples),
+        "notes": said + _notes(opened, examples),
     }
+    base = of_base(opened.model, measured) if wants_base else None
+    if base is not None:
+        result["baseline"] = {"metrics": metrics_of(base, **options), "loss": base.loss}
+    if shown := before_and_after(
+        opened.model, opened.task, examples, opened.tokenizer, settings, predictions, dtype=opened.dtype, base=base
+    ):
+        result["examples"] = shown
     if split == "validation":
         result["notes"].append(
             "these rows also chose the checkpoint, so the figures are a little too good; set data.test"
@@ -125,7 +151,7 @@ def predict(
     batch_size: int = BATCH,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Label texts, or the rows of a file (which need no labels), with a trained adapter.
+    """Label or answer texts, or the rows of a file (which need no labels), with a trained adapter.
 
     Args:
         texts: One text or several.
@@ -134,7 +160,8 @@ def predict(
 
     Returns:
         ``predictions``: for each row, in order, ``label``, ``scores`` by label (they add up to one), and with `data`
-        its ``text``; ``notes``: what was cut or left out, counted.
+        its ``text``; for tasks that write ``output``, and with `data` its ``source``; ``notes``: what was cut or left
+        out, counted.
 
     Raises:
         ConfigError: neither texts nor data, or both; an empty text.
@@ -152,16 +179,14 @@ def predict(
         return {"predictions": [], "notes": []}
     opened = open_adapter(target, model=model, force=force)
     said: list[str] = []
+    rows = [opened.task.question(text) for text in listed]
     if data is not None:
-        from graftwerk.tasks.classification import rows_for_prediction
-
         on_bad_row = opened.settings.data.on_bad_row if opened.settings else "fail"
-        table, findings = rows_for_prediction(
-            str(data), opened.columns if columns is None else dict(columns), on_bad_row
-        )
-        listed = [str(row["text"]) for row in table.rows]
+        named = opened.columns if columns is None else dict(columns)
+        table, findings = read_unanswered(str(data), opened.task.reading, named, on_bad_row)
+        rows = list(table.rows)
         said = [finding.message for finding in findings]
-    examples = opened.encode([{"text": text} for text in listed])
+    examples = opened.encode(rows)
     found = run_model(
         opened.model,
         opened.task,
@@ -170,18 +195,25 @@ def predict(
         batch_size=batch_size,
         dtype=opened.dtype,
         on_progress=on_progress,
-        texts=_texts(opened, examples, on_progress),
+        texts=_texts(opened, examples, on_progress, said.append),
     )
     predictions = opened.task.answers(found, opened.labels or None)
     if data is not None:
-        predictions = [{**answer, "text": text} for answer, text in zip(predictions, listed, strict=True)]
+        sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
+        predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
     return {"predictions": predictions, "notes": said + _notes(opened, examples)}
 
 
-def _texts(opened: Opened, examples: Sequence[Example], on_progress: Progress | None) -> list[str] | None:
+def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
+    """What an answer of a file's row stands beside."""
+    return {"source": task.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
+
+
+def _texts(
+    opened: Opened, examples: Sequence[Example], on_progress: Progress | None, say: Callable[[str], None]
+) -> list[str] | None:
     """The model's own answers, for tasks that have any."""
     from graftwerk.evaluate.generation import generate
-    from graftwerk.tasks.text import TextTask
 
     task = opened.task
     if not isinstance(task, TextTask) or not task.generates:
@@ -194,6 +226,7 @@ def _texts(opened: Opened, examples: Sequence[Example], on_progress: Progress | 
         opened.evaluation,
         dtype=opened.dtype,
         on_progress=on_progress,
+        say=say,
     )
 
 

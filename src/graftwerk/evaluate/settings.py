@@ -24,3 +24,11 @@ class EvaluationSettings(Settings):
     num_beams: int = Field(default=1, ge=1, description="beams of the search; 1: greedy")
     length_penalty: float = Field(default=1.0, description="of beam search: above 1 for longer answers")
     generation_batch_size: int = Field(default=16, ge=1, description="rows that are answered together")
+    examples: int = Field(
+        default=5,
+        ge=0,
+        description="answers that are shown: source, reference, the base's own answer and the adapter's",
+    )
+    baseline: bool = Field(
+        default=False, description="measure the unadapted base on the same rows too, for a table of before and after"
+    )

@@ -66,9 +66,11 @@ def _results(
         return []
     chosen = verdicts.recommended(result)
     fronts = {cost: [str(name) for name in items(result, "front", cost)] for cost in mapping(result, "front")}
-    points = [_point(method, metric, chosen) for method in methods]
+    points = [_point(method, words(result, "metric"), chosen) for method in methods]
     caption = [
-        "Each point is a method: its mean, and a bar for the interval. Higher is better, further left is cheaper. ",
+        "Each point is a method: its mean, and a bar for the interval. ",
+        "Lower" if words(result, "metric") in numbers.LESS_IS_BETTER else "Higher",
+        " is better, further left is cheaper. ",
         "The dotted line is the Pareto front: for its methods, nothing that was tried is as good and cheaper. ",
         tag("span", class_="key recommended"), "recommended  ",
         tag("span", class_="key on-front"), "on the front  ",
@@ -76,7 +78,9 @@ def _results(
         "Point at a method, or reach it with the Tab key, for all its figures.",
     ]  # fmt: skip
     return [
-        page.section("Quality against cost", page.figure(tradeoff(points, fronts, metric), join(caption))),
+        page.section(
+            "Quality against cost", page.figure(tradeoff(points, fronts, words(result, "metric")), join(caption))
+        ),
         page.section(
             "The figures",
             quality(methods, found, metric, chosen, result),
@@ -97,8 +101,8 @@ def _point(method: Mapping[str, Any], metric: str, chosen: str | None) -> Point:
     name = " ".join(words(method, "name").split())
     lines = [
         name,
-        f"{numbers.title(metric)}\t{numbers.percent(number(figure, 'value'))}",
-        f"Interval\t{numbers.interval(figure)}",
+        f"{numbers.title(numbers.metric_name(metric))}\t{numbers.value_of(metric, number(figure, 'value'))}",
+        f"Interval\t{numbers.interval_of(metric, figure)}",
     ]
     lines += [f"{numbers.title(cost.name)}\t{cost.show(costs[cost.key])}" for cost in COSTS]
     return Point(
@@ -115,7 +119,7 @@ def _runs(folder: Path, result: Mapping[str, Any], metric: str) -> Markup:
             cells = [
                 _link(folder, words(run, "folder") or words(method, "name")),
                 seed,
-                numbers.bare_percent(number(run, "value")),
+                numbers.bare(words(result, "metric"), number(run, "value")),
                 numbers.seconds(number(run, "training_seconds")),
                 numbers.byte_size(number(run, "peak_memory_bytes")),
                 numbers.DASH if best is None else f"{best:,.0f}",
@@ -124,7 +128,7 @@ def _runs(folder: Path, result: Mapping[str, Any], metric: str) -> Markup:
     if not rows:
         return Markup()
     headings = [
-        ("Run", ""), ("Seed", "number"), (f"{numbers.title(metric)}, %", "number"), ("Training", "number"),
+        ("Run", ""), ("Seed", "number"), (numbers.heading(words(result, "metric")), "number"), ("Training", "number"),
         ("Peak memory", "number"), ("Best step", "number"),
     ]  # fmt: skip
     summary = tag("summary", f"All {numbers.plural(len(rows), 'run')}, one by one")

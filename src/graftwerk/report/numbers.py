@@ -8,7 +8,14 @@ from typing import Any
 from graftwerk.report.files import number
 
 DASH, MINUS, THIN = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
-METRICS = {"accuracy": "accuracy", "f1_macro": "macro F1", "f1_weighted": "weighted F1", "roc_auc": "ROC-AUC"}
+METRICS = {
+    "accuracy": "accuracy", "f1_macro": "macro F1", "f1_weighted": "weighted F1", "roc_auc": "ROC-AUC",
+    "exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU",
+    "chrf": "chrF", "perplexity": "perplexity", "length": "words an answer",
+}  # fmt: skip
+NO_SHARES = {"bleu": " points", "chrf": " points", "perplexity": "", "length": " words"}
+"""Metrics that are not shares of one, and what their differences are counted in."""
+LESS_IS_BETTER = frozenset({"perplexity", "loss"})
 
 
 def metric_name(metric: str) -> str:
@@ -27,6 +34,40 @@ def percent(value: float | None) -> str:
 
 def bare_percent(value: float | None) -> str:
     return DASH if value is None else _fixed(100 * value)
+
+
+def scale(metric: str) -> float:
+    """What a metric's values are multiplied by: shares are shown in percent, all else as it is."""
+    return 1.0 if metric in NO_SHARES else 100.0
+
+
+def unit(metric: str) -> str:
+    """Of a difference, with its space."""
+    return NO_SHARES.get(metric, " points")
+
+
+def heading(metric: str) -> str:
+    """With the unit, for a column or an axis: `Accuracy, %`, `BLEU`."""
+    return title(metric_name(metric)) + ("" if metric in NO_SHARES else ", %")
+
+
+def value_of(metric: str, value: float | None) -> str:
+    """`78.6 %`, BLEU `23.4`, perplexity `12.3`."""
+    return percent(value) if metric not in NO_SHARES else bare(metric, value)
+
+
+def bare(metric: str, value: float | None) -> str:
+    """The same without the sign."""
+    return DASH if value is None else _fixed(scale(metric) * value)
+
+
+def interval_of(metric: str, figure: Any) -> str:
+    return interval(figure, lambda value: bare(metric, value))
+
+
+def signed(metric: str, value: float | None) -> str:
+    """A difference in the metric's own unit: +1.2, −0.4, 0.0."""
+    return signed_points(None if value is None else value * scale(metric) / 100)
 
 
 def share(value: float | None) -> str:

@@ -10,7 +10,7 @@ from graftwerk.report import numbers, page
 from graftwerk.report.curves import Curve, Mark, chart
 from graftwerk.report.data import findings_section, measured_on, origin_facts
 from graftwerk.report.escape import Markup, tag
-from graftwerk.report.files import mapping, number, words
+from graftwerk.report.files import mapping, mappings, number, words
 
 SAID = {
     "diagnosis": "Diagnosis",
@@ -47,6 +47,7 @@ def run_page(
     sections = [
         _state(manifest, events, broken),
         _metrics(manifest, confidence),
+        _examples(manifest, evaluation),
         _learning(manifest, events),
         _messages(events),
         findings_section(mapping(manifest, "data")),
@@ -88,7 +89,7 @@ def _headline(manifest: Mapping[str, Any], split: str, figures: Mapping[str, Any
     metric = _main_metric(manifest, figures)
     value = number(figures, metric, "value") if metric else None
     if value is not None:
-        return f"{method} reaches {numbers.percent(value)} {numbers.metric_name(metric)} on {split} rows"
+        return f"{method} reaches {numbers.value_of(metric, value)} {numbers.metric_name(metric)} on {split} rows"
     return {
         "finished": f"{method} is trained, and no rows were held out to say how well",
         "running": f"{method} is still training, or its process died without a word",
@@ -105,7 +106,7 @@ def _deck(
     figure = mapping(figures, metric) if metric else {}
     if number(figure, "low") is not None:
         level = f"{100 * confidence:g}{numbers.THIN}% interval" if confidence else "Interval"
-        said.append(f"{level} {numbers.interval(figure)} on {measured_on({'rows': rows, 'split': split})}.")
+        said.append(f"{level} {numbers.interval_of(metric, figure)} on {measured_on({'rows': rows, 'split': split})}.")
     trained, share = number(manifest, "parameters", "trained"), number(manifest, "parameters", "share")
     seconds = number(manifest, "cost", "training_seconds")
     if trained is not None:
@@ -155,8 +156,12 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
         shown, notes = [], []
         for name, figure in figures.items():
             value = number(figure, "value")
-            remark = f"{numbers.interval(figure)}" if number(figure, "low") is not None else "no interval"
-            shown.append((numbers.title(numbers.metric_name(name)), numbers.percent(value), remark))
+            remark = numbers.interval_of(name, figure) if number(figure, "low") is not None else "no interval"
+            if (base := number(manifest, "baseline", split, name, "value")) is not None:
+                remark += f"; the base alone: {numbers.value_of(name, base)}"
+            shown.append((numbers.title(numbers.metric_name(name)), numbers.value_of(name, value), remark))
+            if signature := words(figure, "signature"):
+                notes.append(page.paragraph(f"{numbers.title(numbers.metric_name(name))}: {signature}", class_="note"))
             if note := words(figure, "note"):
                 notes.append(page.paragraph(f"{numbers.title(numbers.metric_name(name))}: {note}.", class_="note"))
         rows = number(manifest, "data", "rows", split)
@@ -168,6 +173,25 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
         "by bootstrap over rows: how far a figure would move with other rows of the same kind, not with another seed."
     )
     return page.section("How good it is", *parts, page.paragraph(f"{level}, {text}", class_="note"))
+
+
+def _examples(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
+    """Answers that the model wrote, for tasks that write: of evenly spaced rows, so that nobody chose them."""
+    shown = mappings(evaluation, "examples") or mappings(manifest, "examples")
+    if not shown:
+        return Markup()
+    parts: list[Any] = []
+    for example in shown:
+        rows = [
+            (name, words(example, part))
+            for name, part in (
+                ("Source", "source"), ("Right", "reference"),
+                ("The base alone", "before"), ("With the adapter", "after"),
+            )
+            if example.get(part) is not None
+        ]  # fmt: skip
+        parts.append(page.facts([(name, text or "(nothing)") for name, text in rows]))
+    return page.section("What it writes", *parts)
 
 
 def _learning(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Markup:
@@ -198,6 +222,8 @@ def _learning(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) 
 def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], total: float) -> Markup:
     known = [name for name in evaluations[0] if name in numbers.METRICS]
     metric = words(manifest, "best", "metric") or next(iter(known), "")
+    if metric == "loss":
+        return Markup()  # drawn above, beside the training loss
     if not metric or not any(number(event, metric) is not None for event in evaluations):
         return page.paragraph("The validation metric is not stored.", class_="missing")
     step, value = number(manifest, "best", "step"), number(manifest, "best", "value")
@@ -208,7 +234,7 @@ def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, 
     )
     name = numbers.metric_name(metric)
     points = _series(evaluations, metric)
-    if all(value is None or 0 <= value <= 1 for _, value in points):
+    if metric not in numbers.NO_SHARES and all(value is None or 0 <= value <= 1 for _, value in points):
         drawn = chart(
             [Curve(name, "metric", points)], title=f"Validation {name}, %", show=numbers.percent,
             tick=lambda value: f"{100 * value:.3g}", steps=total, least=0.02, marks=marks,

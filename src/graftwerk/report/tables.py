@@ -33,12 +33,13 @@ def quality(
     bounds = [number(method, "figure", part) for method in methods for part in ("value", "low", "high")]
     scale = scale_of([*bounds, *(value for values in seeds.values() for value in values)])
     best, planned = words(methods[0], "name"), len(items(result, "seeds"))
+    key = words(result, "metric")
     rows = []
     for method in methods:
         name, figure = words(method, "name"), mapping(method, "figure")
         value = number(figure, "value") or 0.0
-        each = ", ".join(map(numbers.bare_percent, seeds[name]))
-        said = f"{numbers.percent(value)}, interval {numbers.interval(figure)}; seeds: {each}"
+        each = ", ".join(numbers.bare(key, one) for one in seeds[name])
+        said = f"{numbers.value_of(key, value)}, interval {numbers.interval_of(key, figure)}; seeds: {each}"
         drawing = strip(
             scale,
             value,
@@ -48,32 +49,32 @@ def quality(
             kind=_row_class(method, chosen),
             said=said,
         )
-        against = "the best mean" if name == best else _against(verdicts.between(found, best, name))
+        against = "the best mean" if name == best else _against(verdicts.between(found, best, name), key)
         runs = f"{len(seeds[name])} of {planned}" if planned and len(seeds[name]) < planned else str(len(seeds[name]))
         cells = [
             _name(method, chosen, True),
-            numbers.bare_percent(value),
-            numbers.interval(figure),
+            numbers.bare(key, value),
+            numbers.interval_of(key, figure),
             drawing,
             runs,
             against,
         ]
         rows.append((_row_class(method, chosen), cells))
     headings = [
-        ("Method", ""), (f"{numbers.title(metric)}, %", "number"), ("Interval", "number"),
+        ("Method", ""), (numbers.heading(key), "number"), ("Interval", "number"),
         ("Mean, interval, each seed", ""), ("Seeds", "number"), ("Against the best", "words"),
     ]  # fmt: skip
     return page.table("Quality of each method", headings, rows)
 
 
-def _against(difference: verdicts.Difference | None) -> str:
+def _against(difference: verdicts.Difference | None, metric: str) -> str:
     """Seen from the best: how much worse this one is."""
     if difference is None:
         return numbers.DASH
     if difference.verdict == "better":
-        low, high = (f"{100 * bound:.1f}" for bound in (difference.low, difference.high))
-        return f"worse by {100 * difference.value:.1f} points ({low} to {high})"
-    return f"no difference shown ({numbers.signed_points(-difference.value)})"
+        low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
+        return f"worse by {numbers.bare(metric, difference.value)}{numbers.unit(metric)} ({low} to {high})"
+    return f"no difference shown ({numbers.signed(metric, -difference.value)})"
 
 
 def _seed_values(method: Mapping[str, Any]) -> list[float]:
@@ -115,23 +116,27 @@ def other_metrics(methods: Sequence[Mapping[str, Any]], main: str, chosen: str |
             figure = mapping(method, "metrics", name)
             cells.append(
                 join(
-                    [numbers.bare_percent(number(figure, "value")), tag("span", numbers.interval(figure), class_="tag")]
+                    [
+                        numbers.bare(name, number(figure, "value")),
+                        tag("span", numbers.interval_of(name, figure), class_="tag"),
+                    ]
                 )
             )
         rows.append((_row_class(method, chosen), cells))
-    headings = [("Method", ""), *((f"{numbers.title(numbers.metric_name(name))}, %", "number") for name in names)]
+    headings = [("Method", ""), *((numbers.heading(name), "number") for name in names)]
     return join([tag("h3", "Other metrics"), page.table("Other metrics of each method", headings, rows)])
 
 
 def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any], metric: str) -> Markup:
     if not found:
         return Markup()
+    key = words(result, "metric")
     scale = scale_of([bound for d in found for bound in (d.low, d.value, d.high)], zero=True)
     rows = []
     for d in found:
         shown = d.verdict != "no difference shown"
-        limits = f"{numbers.signed_points(d.low)} to {numbers.signed_points(d.high)}"
-        said = f"{d.a} against {d.b}: {numbers.signed_points(d.value)} points, interval {limits}"
+        limits = f"{numbers.signed(key, d.low)} to {numbers.signed(key, d.high)}"
+        said = f"{d.a} against {d.b}: {numbers.signed(key, d.value)}{numbers.unit(key)}, interval {limits}"
         kind = "" if shown else "unshown"
         drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
         verdict = f"{d.a} is {d.verdict}" if shown else d.verdict
@@ -139,11 +144,11 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
         rows.append(
             (
                 "shown" if shown else "unshown",
-                [f"{d.a} against {d.b}", numbers.signed_points(d.value), limits, drawing, p, verdict],
+                [f"{d.a} against {d.b}", numbers.signed(key, d.value), limits, drawing, p, verdict],
             )
         )
     headings = [
-        ("Pair", ""), ("Points", "number"), ("Interval", "number"),
+        ("Pair", ""), ("Difference" if key in numbers.NO_SHARES else "Points", "number"), ("Interval", "number"),
         ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
     ]  # fmt: skip
     level = _confidence(result)

@@ -46,7 +46,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A method: its quality in shares of one, its costs by key (None where not measured), all its figures in words."""
+    """A method: its quality in the metric's own unit, its costs by key (None where not measured), all in words."""
 
     name: str
     value: float
@@ -63,7 +63,7 @@ def tradeoff(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], metri
     Args:
         points: The methods that were measured.
         fronts: Names on the Pareto front by cost, cheapest first.
-        metric: What the quality is, for the axis.
+        metric: What the quality is, by its name in the files, for the axis.
     """
     shown = [cost for cost in COSTS if any(_has(point, cost) for point in points)]
     if not shown:
@@ -109,10 +109,10 @@ def _chart(
     """The chart, and the methods whose names did not fit."""
     width, height, longest = SIZES[size]
     bounds = [bound for point in points for bound in (point.low, point.value, point.high) if bound is not None]
-    y = around(bounds, 0, 1, least=0.02)
-    frame = Frame.around(width, height, [_tick(tick, y) for tick in y.ticks(6)])
+    y = around(bounds, 0, 1, least=2 / numbers.scale(metric))
+    frame = Frame.around(width, height, [_tick(tick, y, metric) for tick in y.ticks(6)])
     inner = frame.inner
-    y = around(bounds, inner.bottom, inner.top, least=0.02)
+    y = around(bounds, inner.bottom, inner.top, least=2 / numbers.scale(metric))
     x = _scale(points, cost, inner)
     middles = dict(zip([p.name for p in points], _apart([x(_cost(p, cost)) for p in points], inner), strict=True))
     where = [(middles[point.name], y(point.value)) for point in points]
@@ -149,16 +149,17 @@ def _chart(
         frame,
         axes(
             frame, x, y,
-            x_ticks=cost.ticks, x_text=lambda tick: numbers.short(cost.show(tick)), y_text=lambda tick: _tick(tick, y),
+            x_ticks=cost.ticks, x_text=lambda tick: numbers.short(cost.show(tick)),
+            y_text=lambda tick: _tick(tick, y, metric),
             x_title=f"{numbers.title(cost.name)} \N{RIGHTWARDS ARROW}",
-            y_title=f"\N{UPWARDS ARROW} {numbers.title(metric)}, %",
+            y_title=f"\N{UPWARDS ARROW} {numbers.heading(metric)}",
         ),
         path(corners, "front"),
         *marks,
         *texts,
         class_=f"chart {size}",
         role="group",
-        aria_label=f"{metric} against {cost.name}",
+        aria_label=f"{numbers.metric_name(metric)} against {cost.name}",
     )  # fmt: skip
     return drawn, [point.name for point, spot in zip(points, placed, strict=True) if spot is None]
 
@@ -205,8 +206,9 @@ def _apart(xs: Sequence[float], inner: Box) -> list[float]:
     return moved
 
 
-def _tick(value: float, scale: Linear) -> str:
-    return f"{100 * value:.{0 if (scale.high - scale.low) > 0.05 else 1}f}"
+def _tick(value: float, scale: Linear, metric: str) -> str:
+    shown = numbers.scale(metric)
+    return f"{shown * value:.{0 if shown * (scale.high - scale.low) > 5 else 1}f}"
 
 
 def _has(point: Point, cost: Cost) -> bool:

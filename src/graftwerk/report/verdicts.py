@@ -20,7 +20,7 @@ _OTHER_WAY: dict[Verdict, Verdict] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """``a`` minus ``b`` in shares of one, and what it shows."""
+    """How much better ``a`` is than ``b``, in the metric's own unit, and what it shows."""
 
     a: str
     b: str
@@ -37,16 +37,20 @@ class Difference:
 def measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The methods that have a figure, best mean first."""
     found = [method for method in mappings(result, "methods") if number(method, "figure", "value") is not None]
-    return sorted(found, key=lambda method: -(number(method, "figure", "value") or 0.0))
+    sign = 1 if words(result, "metric") in numbers.LESS_IS_BETTER else -1
+    return sorted(found, key=lambda method: sign * (number(method, "figure", "value") or 0.0))
 
 
 def differences(result: Mapping[str, Any]) -> list[Difference]:
     """Those that are whole, each turned so that the better mean comes first; the largest first."""
     found = []
+    less = words(result, "metric") in numbers.LESS_IS_BETTER
     for entry in mappings(result, "differences"):
         value, low, high = (number(entry, part) for part in ("value", "low", "high"))
         if value is None or low is None or high is None:
             continue
+        if less:  # seen so that more is better, as everything below takes it; values stay in their unit
+            value, low, high = -value, -high, -low
         verdict: Verdict
         match words(entry, "verdict"):
             case "better" | "worse" | "no difference shown" as said:
@@ -83,7 +87,7 @@ def headline(result: Mapping[str, Any]) -> str:
         return "No run of this comparison gave a result"
     names = [words(method, "name") for method in methods]
     if len(methods) == 1:
-        value = numbers.percent(number(methods[0], "figure", "value"))
+        value = numbers.value_of(words(result, "metric"), number(methods[0], "figure", "value"))
         return f"{names[0]} reaches {value} {metric}; there is no other result to compare it with"
     found = differences(result)
     best, chosen = names[0], recommended(result)
@@ -94,8 +98,9 @@ def headline(result: Mapping[str, Any]) -> str:
     saving = _saving(result, chosen, best)
     against = between(found, chosen, best)
     if against is not None and against.verdict == "worse":
-        points = numbers.signed_points(-against.value).lstrip("+")
-        return f"Take {chosen}: it costs less than {best}, which is better by {points} points"
+        key = words(result, "metric")
+        points = numbers.signed(key, -against.value).lstrip("+") + numbers.unit(key)
+        return f"Take {chosen}: it costs less than {best}, which is better by {points}"
     return f"Take {chosen}: it is not shown to be worse than {best}, the best mean{saving}"
 
 
@@ -114,7 +119,9 @@ def resolution(result: Mapping[str, Any]) -> str:
         return (
             "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
         )
-    return f"With these rows and seeds, differences under about {100 * value:.1f} points cannot be shown."
+    metric = words(result, "metric")
+    least = f"{numbers.scale(metric) * value:.1f}{numbers.unit(metric)}"
+    return f"With these rows and seeds, differences under about {least} cannot be shown."
 
 
 def _beaten(found: Sequence[Difference], best: str, names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from graftwerk.config import RunConfig
@@ -59,10 +60,12 @@ def finish(
     from graftwerk.evaluate.by_set import metrics_by_set
     from graftwerk.evaluate.cost import size_on_disk
     from graftwerk.evaluate.metrics import metrics_of
+    from graftwerk.evaluate.shown import before_and_after, of_base
     from graftwerk.store.folder import save_adapter
 
     trainer.emit(Event("phase", trainer.state.step, name="evaluating"))
     step = trainer.hand_over()
+    model = trainer.graft.model
     for split in ("validation", "test"):
         if not prepared.examples[split]:
             continue
@@ -76,6 +79,21 @@ def finish(
         manifest["metrics"][split] = metrics_of(predictions, **options)
         if by_set := metrics_by_set(predictions, **options):
             manifest.setdefault("metrics_by_set", {})[split] = by_set
+        base = None
+        if settings.evaluation.baseline:
+            base = of_base(model, partial(_measured, trainer, prepared, split, settings.evaluation))
+            manifest.setdefault("baseline", {})[split] = metrics_of(base, **options)
+        if trainer.processes.main:  # of test rows, where there are any: they come last
+            manifest["examples"] = before_and_after(
+                model,
+                prepared.task,
+                prepared.examples[split],
+                prepared.tokenizer,
+                settings.evaluation,
+                predictions,
+                dtype=trainer.evaluate.dtype,
+                base=base,
+            )
     if (shares := drawn(trainer)) is not None:
         manifest["data"]["sets"] = shares
     if not trainer.processes.main:
@@ -110,6 +128,11 @@ def _predictions(
         and trainer.best_predictions[0] == step
     ):
         return trainer.best_predictions[1]
+    return _measured(trainer, prepared, split, evaluation)
+
+
+def _measured(trainer: Trainer, prepared: Prepared, split: str, evaluation: EvaluationSettings) -> Predictions:
+    generation = evaluation if prepared.task.generates and evaluation.generate else None
     try:
         return trainer.evaluate(prepared.examples[split], generation)
     except StopEvaluation:

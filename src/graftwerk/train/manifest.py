@@ -15,7 +15,7 @@ from graftwerk.train.folder import CONFIG
 from graftwerk.train.prepare import SPLITS, Prepared
 
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "scikit-learn")
 
 
 def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerprint: str) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "format": FORMAT,
         "status": "running",
         "graftwerk": _version("graftwerk"),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(prepared)}},
         "model": settings.model,
         "base_fingerprint": base_fingerprint,
         "task": prepared.task.name,
@@ -49,6 +49,14 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "command": command(settings),
         "seed": settings.training.seed,
     }
+
+
+def _packages(prepared: Prepared) -> list[str]:
+    """What computed the run; with the package of a tokenizer written in Python, and those of the metrics."""
+    from graftwerk.evaluate.metrics import packages_of
+
+    tokenizer = [] if prepared.tokenizer.is_fast else ["sentencepiece"]
+    return [*PACKAGES, *tokenizer, *packages_of(prepared.task.metrics)]
 
 
 def rows_of(prepared: Prepared) -> dict[str, int]:

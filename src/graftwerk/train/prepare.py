@@ -60,6 +60,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
 
     check_allowed(settings.data.allow)
     check_settings(settings.training, settings.data.validation is not None, settings.task)
+    _check_evaluation(settings)
     splits = settings.task.read(settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
     task = settings.task.on(architecture).settled(splits)
@@ -79,6 +80,22 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     prior_loss = None if splits.labels is None else _prior_loss(examples["train"], len(splits.labels), smoothing)
     method = _with_text(settings.method, tokenizer)
     return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
+
+
+def _check_evaluation(settings: RunConfig) -> None:
+    """What would only be missed when the training is done.
+
+    Raises:
+        EnvironmentFault: a metric's package is not installed.
+        ConfigError: the base has no figures to measure.
+    """
+    from graftwerk.evaluate.metrics import require_packages
+    from graftwerk.evaluate.shown import check_baseline
+
+    if settings.task.generates and settings.evaluation.generate:
+        require_packages(settings.task.metrics)
+    if settings.evaluation.baseline:
+        check_baseline(settings.task)
 
 
 def load_graft(settings: RunConfig, prepared: Prepared) -> tuple[Graft, str]:

@@ -1,0 +1,154 @@
+"""Metrics of texts against direct calls of sacreBLEU and rouge-score, and bootstrap draws against texts drawn again."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+from graftwerk.choose.table import against, shown
+from graftwerk.choose.verdict import in_words, margin_of, recommend, verdict
+from graftwerk.errors import EnvironmentFault
+from graftwerk.evaluate import metrics
+from graftwerk.evaluate.metrics import METRICS, metrics_of, packages_of, require_packages, statistic_of
+from graftwerk.report import numbers
+from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.summarization import Summarization
+from graftwerk.tasks.translation import Translation
+from tests.tiny_text import GNOME, rows_of
+
+TEXTS = ("exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "length")
+
+
+def made(n: int = 24, seed: int = 0) -> TextPredictions:
+    """References of real text; answers with words dropped and swapped, one right, one empty."""
+    rng = np.random.default_rng(seed)
+    references = [row["target"] for row in rows_of(GNOME["de"])[:n]]
+    answers = []
+    for text in references:
+        words = [word for word in text.split() if rng.random() > 0.3]
+        at = int(rng.integers(len(words))) if words else 0
+        answers.append(" ".join(words[at:] + words[:at]) if rng.random() < 0.3 else " ".join(words))
+    answers[0], answers[1] = references[0], ""
+    tokens = rng.integers(1, 30, n)
+    return TextPredictions(1.0, rng.gamma(2.0, 1.0, n) * tokens, tokens, tuple(answers), tuple(references))
+
+
+def directly(name: str, answers: list[str], references: list[str]) -> float:
+    if name == "bleu":
+        return float(sacrebleu.corpus_bleu(answers, [references]).score)
+    if name == "chrf":
+        return float(sacrebleu.corpus_chrf(answers, [references]).score)
+    if name == "exact_match":
+        return float(np.mean([a.split() == r.split() for a, r in zip(answers, references, strict=True)]))
+    if name == "length":
+        return float(np.mean([len(answer.split()) for answer in answers]))
+    scorer = RougeScorer([name], use_stemmer=False)
+    return float(np.mean([scorer.score(r, a)[name].fmeasure for a, r in zip(answers, references, strict=True)]))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_values_are_those_of_the_packages_that_define_them(name: str) -> None:
+    found = made()
+    assert found.texts is not None
+    assert found.references is not None
+    value = metrics_of(found, names=[name], resamples=100)[name]["value"]
+    assert value == pytest.approx(directly(name, list(found.texts), list(found.references)), abs=1e-9)
+    assert value > 0, "a figure of zero shows nothing"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_draw_is_worth_what_the_drawn_texts_are(name: str) -> None:
+    found, rng = made(), np.random.default_rng(1)
+    assert found.texts is not None
+    assert found.references is not None
+    drawn = rng.multinomial(24, np.full(24, 1 / 24), size=3)
+    for weights, value in zip(drawn, statistic_of(name, found)(drawn.astype(float)), strict=True):
+        rows = np.repeat(np.arange(24), weights)
+        texts, references = [found.texts[row] for row in rows], [found.references[row] for row in rows]
+        assert value == pytest.approx(directly(name, texts, references), abs=1e-9)
+
+
+def test_perplexity_is_that_of_a_token_not_of_a_row() -> None:
+    found = TextPredictions(None, np.array([2.0, 30.0]), np.array([2, 10]))
+    assert METRICS["perplexity"].value(found) == pytest.approx(math.exp(32 / 12))
+    assert statistic_of("perplexity", found)(np.array([[2.0, 0.0], [1.0, 1.0]])) == pytest.approx(
+        [math.exp(1.0), math.exp(32 / 12)]
+    )
+    assert not METRICS["bleu"].defined(found)
+
+
+def test_signatures_say_how_others_get_the_same_number() -> None:
+    figures = metrics_of(made(), names=["bleu", "chrf", "rougeL"], resamples=100)
+    version = sacrebleu.__version__
+    assert figures["bleu"]["signature"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
+    assert figures["chrf"]["signature"] == f"nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:{version}"
+    assert figures["rougeL"]["signature"].startswith("f-measure|stemmer:no|tok:rouge-score|version:")
+    for figure in figures.values():
+        assert figure["low"] < figure["value"] < figure["high"]
+
+
+def test_a_missing_package_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_packages((*Translation.metrics, *Summarization.metrics))
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "sacrebleu" else find_spec(name))
+    require_packages(Summarization.metrics)
+    with pytest.raises(EnvironmentFault, match=r"BLEU, chrF need the package sacrebleu") as error:
+        require_packages(Translation.metrics)
+    assert "graftwerk[text]" in str(error.value.mend)
+    assert packages_of(Translation.metrics) == ["sacrebleu"]
+    assert packages_of(Summarization.metrics) == ["rouge-score"]
+
+
+# -- units and directions
+
+
+def difference(value: float, low: float, high: float) -> Any:
+    return {"a": "lora", "b": "ia3", "value": value, "low": low, "high": high, "p": 0.01}
+
+
+def method(name: str, value: float, trained: int) -> dict[str, Any]:
+    return {"name": name, "figure": {"value": value}, "cost": {"trained_parameters": trained}}
+
+
+def test_points_stay_points_and_shares_become_percent() -> None:
+    assert shown(0.396, "rougeL") == "39.6"
+    assert shown(23.42, "bleu") == "23.4"
+    assert shown(12.34, "perplexity") == "12.3"
+    assert in_words(difference(3.1, 1.2, 5.0), "bleu") == "better by 3.1 points [1.2, 5.0]"
+    assert in_words(difference(0.031, 0.012, 0.05), "rougeL") == "better by 3.1 points [1.2, 5.0]"
+    assert margin_of("bleu", 20.0) == 1.0
+    assert margin_of("rougeL", 0.4) == 0.01
+    assert margin_of("perplexity", 12.0) == pytest.approx(0.12)
+
+
+def test_less_perplexity_is_better() -> None:
+    d = difference(-2.0, -3.0, -1.0)
+    assert verdict(d, "perplexity") == "better"
+    assert verdict(d, "bleu") == "worse"
+    assert in_words(d, "perplexity") == "better by 2.0 [1.0, 3.0]"
+    assert against([d], "ia3", "lora", "perplexity") == "worse by 2.0 [1.0, 3.0]"
+    methods = [method("ia3", 12.0, 10), method("lora", 10.0, 100)]
+    chosen = recommend(methods, [d], prefer="trained_parameters", metric="perplexity")
+    assert chosen is not None
+    assert chosen["method"] == "lora"
+    near = [method("ia3", 10.05, 10), method("lora", 10.0, 100)]
+    chosen = recommend(near, [difference(-0.05, -0.2, 0.1)], prefer="trained_parameters", metric="perplexity")
+    assert chosen is not None
+    assert chosen["method"] == "ia3"
+    assert chosen["reason"].startswith("+0.1 against lora, the best mean, no difference shown")
+    assert chosen["reason"].endswith("up to 0.2 worse")
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_page_shows_every_metric_in_its_own_unit(name: str) -> None:
+    """The page imports nothing of ours, so it has a list of its own."""
+    metric = METRICS[name]
+    assert numbers.metric_name(name) == metric.title
+    assert numbers.scale(name) == metric.scale
+    assert numbers.unit(name) == metric.words
+    assert (name in numbers.LESS_IS_BETTER) == (metric.higher is False)
