@@ -1,0 +1,54 @@
+"""Tasks that write, by commands alone on tiny models: train, evaluate with a baseline, predict, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.commands import Run
+from tests.tiny_text import GNOME, SYNOPSES, build
+
+
+@pytest.mark.parametrize(("task", "family"), [("translation", "mbart50"), ("summarization", "llama")])
+def test_from_a_run_file_to_texts(task: str, family: str, graftwerk: Run, tmp_path: Path) -> None:
+    config = {
+        "model": str(build(family, tmp_path / "model")),
+        "task": task,
+        "data": {
+            "train": str(GNOME["de"] if task == "translation" else SYNOPSES), "max_train_rows": 8,
+            "validation": 2, "test": 3, "max_length": 200, "max_truncated": 1.0,
+        },
+        "method": {"name": "lora", "r": 2},
+        "training": {"max_steps": 2, "report_to": ["jsonl"], "learning_rate": 1e-2},
+        "evaluation": {"max_new_tokens": 4, "latency_batches": 1, "resamples": 100, "examples": 2, "baseline": True},
+        "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    said = graftwerk("train", tmp_path / "run.yaml", "-q")
+    assert said.code == 0, said.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    main = "bleu" if task == "translation" else "rougeL"
+    assert manifest["metrics"]["test"][main]["signature"]
+    assert manifest["baseline"]["test"]["perplexity"]["value"] != manifest["metrics"]["test"]["perplexity"]["value"]
+    assert {"sacrebleu" if task == "translation" else "rouge-score", "tokenizers"} <= set(manifest["versions"])
+    assert [set(example) for example in manifest["examples"]] == [{"source", "reference", "before", "after"}] * 2
+    if task == "translation":
+        assert manifest["task_settings"]["source_lang"] == "de_DE"
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "What it writes" in page
+    assert "The base alone" in page
+
+    said = graftwerk("evaluate", tmp_path / "run", "--json")
+    assert said.code == 0, said.err
+    assert said.json["metrics"][main]["value"] == pytest.approx(manifest["metrics"]["test"][main]["value"])
+    assert said.json["examples"] == manifest["examples"]
+    assert set(said.json["baseline"]["metrics"]) == set(said.json["metrics"])
+
+    said = graftwerk("predict", tmp_path / "run", "Drucken Sie.", "Ein Paket.", "--json")
+    assert said.code == 0, said.err
+    assert [set(row) for row in said.json["predictions"]] == [{"output"}, {"output"}]
+    lines = graftwerk("predict", tmp_path / "run", "Drucken Sie.").out.splitlines()
+    assert lines == [" ".join(said.json["predictions"][0]["output"].split())]
