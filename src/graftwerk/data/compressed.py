@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,15 +74,22 @@ def read_bytes(path: Path) -> bytes:
         IntegrityError: damaged, cut off, or a file that expands beyond all proportion.
         EnvironmentFault: the package for this compression is not installed.
     """
+    return path.read_bytes() if path.suffix.lower() not in OPENERS else b"".join(pieces(path))
+
+
+def pieces(path: Path) -> Generator[bytes, None, None]:
+    """The content of a file, expanded, piece by piece. Raises as `read_bytes` does."""
     open_it = OPENERS.get(path.suffix.lower())
-    if open_it is None:
-        return path.read_bytes()
     limit = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
-    pieces, size = [], 0
+    size = 0
+    if open_it is None:
+        with path.open("rb") as plain:
+            while piece := plain.read(_PIECE):
+                yield piece
+        return
     try:
         with open_it(path) as file:
             while piece := file.read(_PIECE):
-                pieces.append(piece)
                 size += len(piece)
                 if size > limit:
                     raise IntegrityError(
@@ -89,6 +97,7 @@ def read_bytes(path: Path) -> bytes:
                         where=str(path),
                         mend="if you trust it, expand it yourself and give the plain file",
                     )
+                yield piece
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError) as error:
         if isinstance(error, PermissionError):
             raise
@@ -98,7 +107,28 @@ def read_bytes(path: Path) -> bytes:
         if type(error).__name__ != "ZstdError":
             raise
         raise IntegrityError(f"the compressed file is damaged: {error}", where=str(path)) from None
-    return b"".join(pieces)
+
+
+class Expanded(io.RawIOBase):
+    """The content of a file, expanded, as a binary file that is read once from its beginning. Raises as `pieces`."""
+
+    def __init__(self, path: Path) -> None:
+        self._pieces, self._rest = pieces(path), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self._rest = memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._pieces.close()
+        super().close()
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:

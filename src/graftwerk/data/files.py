@@ -8,22 +8,28 @@ are bad rows, the others are good.
 
 from __future__ import annotations
 
-import csv
 import io
-import itertools
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from graftwerk.data.compressed import OPENERS, plain_name, read_bytes
+from graftwerk.data.lines import (
+    DECODER,
+    Fault,
+    Found,
+    bad_characters,
+    delimited_rows,
+    json_kind,
+    jsonl_rows,
+    no_fault,
+)
+from graftwerk.data.lines import (
+    text_rows as rows_of_text,
+)
 from graftwerk.data.rows import BadRow, Table, joined
-from graftwerk.data.textfiles import TextRows, fill_text, pair_lines
+from graftwerk.data.textfiles import TextRows, pair_lines
 from graftwerk.errors import ConfigError, DataError, EnvironmentFault
-
-MAX_FIELD_CHARACTERS = 1 << 27
-"""The csv module's own limit (131,072) is below a long document."""
 
 
 def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
@@ -111,72 +117,30 @@ def _text(path: Path) -> tuple[str, bool]:
         return raw.decode("utf-8", errors="surrogateescape"), True
 
 
-def _bad_characters(text: str) -> str | None:
-    """What is wrong with the characters of a row, if anything is."""
-    if "\0" in text:
-        return "holds a NUL byte"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"is not UTF-8 (byte 0x{ord(text[error.start]) - 0xDC00:02x})"
-    return None
-
-
 # csv and tsv
 
 
 def _read_delimited(path: Path, table: Table, delimiter: str) -> None:
+    text, fault = _text_and_fault(path)
+    columns: dict[str, None] = {}
+    lines = io.StringIO(text, newline="")
+    _fill(table, columns, delimited_rows(lines, delimiter, columns, fault=fault, file=str(path)))
+
+
+def _text_and_fault(path: Path) -> tuple[str, Fault]:
+    """Characters are only looked at one by one where some of the file are wrong."""
     text, damaged = _text(path)
-    suspicious = damaged or "\0" in text
-    records = _records(text, delimiter, table)
-    header: list[str] | None = None
-    for line, cells in records:
-        if not cells:  # an empty line
-            continue
-        reason = next(filter(None, map(_bad_characters, cells)), None) if suspicious else None
-        if header is None:
-            header = _header(cells, reason, f"{path}:{line}")
-            table.columns = tuple(header)
-        elif reason is not None:
-            table.bad.append(BadRow(line, reason))
-        elif len(cells) != len(header):
-            table.bad.append(BadRow(line, f"has {len(cells)} fields where the header has {len(header)}"))
+    return text, bad_characters if damaged or "\0" in text else no_fault
+
+
+def _fill(table: Table, columns: dict[str, None], found: Found) -> None:
+    for line, row in found:
+        if isinstance(row, str):
+            table.bad.append(BadRow(line, row))
         else:
-            table.rows.append(dict(zip(header, cells, strict=True)))
+            table.rows.append(row)
             table.lines.append(line)
-    if header is None:
-        raise DataError("the file is empty: not even a header", where=str(path))
-
-
-def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
-    if reason is not None:
-        raise DataError(f"the header {reason}", where=where)
-    names = [cell.strip() for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"the header has the column `{twice[0]}` more than once", where=where)
-    return names
-
-
-def _records(text: str, delimiter: str, table: Table) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of each record. After broken quoting, reading goes on in the line after its first."""
-    lines = io.StringIO(text, newline="").readlines()
-    before = csv.field_size_limit(MAX_FIELD_CHARACTERS)  # one setting for the whole process: put back below
-    try:
-        start = 0
-        while start < len(lines):
-            reader = csv.reader(itertools.islice(lines, start, None), delimiter=delimiter, strict=True)
-            first = start + 1
-            try:
-                for cells in reader:
-                    yield first, cells
-                    first = start + reader.line_num + 1
-                return
-            except csv.Error as error:
-                table.bad.append(BadRow(first, f"broken quoting ({error})"))
-                start = first
-    finally:
-        csv.field_size_limit(before)
+    table.columns = tuple(columns)
 
 
 def _read_csv(path: Path, table: Table) -> None:
@@ -191,62 +155,17 @@ def _read_tsv(path: Path, table: Table) -> None:
 
 
 def _read_jsonl(path: Path, table: Table) -> None:
-    text, damaged = _text(path)
-    suspicious = damaged or "\0" in text
+    text, fault = _text_and_fault(path)
     columns: dict[str, None] = {}
-    for line, raw in enumerate(text.split("\n"), start=1):
-        if not raw or raw.isspace():
-            continue
-        reason = _bad_characters(raw) if suspicious else None
-        row: Any = None
-        if reason is None:
-            row, reason = _object(raw)
-        if reason is None:
-            columns.update(dict.fromkeys(row))
-            table.rows.append(row)
-            table.lines.append(line)
-        else:
-            table.bad.append(BadRow(line, reason))
-    table.columns = tuple(columns)
-
-
-def _object(raw: str) -> tuple[Any, str | None]:
-    """The JSON object in ``raw``, or what is wrong with it."""
-    try:
-        value = _DECODER.decode(raw)
-    except json.JSONDecodeError as error:
-        return None, f"broken JSON ({error.msg}, column {error.colno})"
-    except (ValueError, RecursionError) as error:
-        return None, f"broken JSON ({error})"
-    return (value, None) if isinstance(value, dict) else (None, f"is {_json_kind(value)}, not an object")
-
-
-def _json_kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    return {list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key `{next(name for name in names if names.count(name) > 1)}` more than once")
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+    _fill(table, columns, jsonl_rows(io.StringIO(text, newline="\n"), columns, fault=fault))
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _read_json(path: Path, table: Table) -> None:
     """A JSON list of objects, read item by item, so that each keeps its line."""
-    text, damaged = _text(path)
-    suspicious = damaged or "\0" in text
+    text, fault = _text_and_fault(path)
     columns: dict[str, None] = {}
     position, line, counted = _skip_space(text, 0), 1, 0
     if text[position : position + 1] != "[":
@@ -257,7 +176,7 @@ def _read_json(path: Path, table: Table) -> None:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = _DECODER.raw_decode(text, position)
+            row, end = DECODER.raw_decode(text, position)
             after = _skip_space(text, end)
             if text[after : after + 1] not in (",", "]"):
                 raise ValueError("a comma or the end of the list is missing after this item")
@@ -266,9 +185,9 @@ def _read_json(path: Path, table: Table) -> None:
             raise DataError(
                 f"broken JSON: {error}", where=f"{path}:{line}", mend="mend it, or write one object a line (.jsonl)"
             ) from None
-        reason = _bad_characters(text[position:end]) if suspicious else None
+        reason = None if fault is no_fault else fault(text[position:end])
         if reason is None and not isinstance(row, dict):
-            reason = f"is {_json_kind(row)}, not an object"
+            reason = f"is {json_kind(row)}, not an object"
         if reason is None:
             columns.update(dict.fromkeys(row))
             table.rows.append(row)
@@ -320,9 +239,10 @@ def _read_parquet(path: Path, table: Table) -> None:
 
 
 def _read_text(path: Path, table: Table, rows: TextRows = "line") -> None:
-    text, damaged = _text(path)
-    suspicious = damaged or "\0" in text
-    fill_text(text, table, rows, _bad_characters if suspicious else lambda _: None)
+    text, fault = _text_and_fault(path)
+    columns: dict[str, None] = {}
+    lines = io.StringIO(text, newline="\n")
+    _fill(table, columns, rows_of_text(lines, columns, documents=rows == "document", fault=fault))
 
 
 def _read_documents(path: Path, table: Table) -> None:
