@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.errors import ConfigError, DataError, GraftwerkError, IntegrityError, ModelError, UnsupportedError
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.text import IGNORED
 from tests.families import FAMILIES
@@ -65,6 +65,56 @@ def test_a_chat_template_is_used_unless_told_not_to(folder: Callable[[str], Path
     plain, _ = on(folder("llama"), template="Sum: {document}\n", chat=False)
     example = plain.encode([row], tokenizer, None, 100)[0]
     assert tokenizer.decode(example.inputs["input_ids"]) == "Sum: It prints.\nA printer</s>"
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def test_an_answer_ends_as_the_chat_template_ends_it(folder: Callable[[str], Path]) -> None:
+    """Its end token is not the tokenizer's: it is learnt, what follows it is not, and it ends what is generated."""
+    task, tokenizer = on(folder("llama"), template="Sum: {document}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
+    tokenizer.chat_template = CHATML
+    row = {"document": " It prints. ", "summary": "A printer"}
+    example = task.encode([row], tokenizer, None, 100)[0]
+    assert tokenizer.decode(example.prompt) == "<|user|>\nSum:  It prints.<|end|>\n<|assistant|>\n"
+    assert tokenizer.decode(example.inputs["input_ids"][len(example.prompt) :]) == "A printer<|end|>\n"
+    assert tokenizer.decode([token for token in example.target if token != IGNORED]) == "A printer<|end|>"
+    assert task.encode([task.question(" It prints. ")], tokenizer, None, 100)[0].prompt == example.prompt
+    ends = task.generation_options(None, tokenizer, example)["eos_token_id"]
+    assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}
+
+
+@pytest.mark.parametrize(
+    ("template", "error", "said"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", IntegrityError, "half a se"),
+        ("{{ 'a' * 99999999999 }}", DataError, "memory"),
+        ("{{ ''.__class__.__mro__ }}", DataError, "does not take"),
+        ("{{ raise_exception('no users here') }}", DataError, "no users here"),
+        ("{% for", ModelError, "is not a template"),
+    ],
+)
+def test_a_hostile_chat_template_harms_nothing(
+    template: str, error: type[GraftwerkError], said: str, folder: Callable[[str], Path]
+) -> None:
+    """It is code from outside, so it runs in a process with limits; the error says how to do without it."""
+    task, tokenizer = on(folder("llama"))
+    tokenizer.chat_template = template
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("rendered in this process")
+
+    tokenizer.apply_chat_template = refuse
+    with pytest.raises(error, match=said) as caught:
+        task.encode(ROWS, tokenizer, None, 128)
+    assert "task.chat=false" in str(caught.value.mend)
+    plain, tokenizer = on(folder("llama"), chat=False)
+    tokenizer.chat_template = template
+    assert len(plain.encode(ROWS, tokenizer, None, 128)) == len(ROWS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

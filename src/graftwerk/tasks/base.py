@@ -43,6 +43,10 @@ class Splits:
     origin: dict[str, Any] = field(default_factory=dict)
     where: Mapping[str, Callable[[int], str]] = field(default_factory=dict)
 
+    def place(self, rows: Sequence[Row], at: int) -> str | None:
+        """`file:line` of a row by its index in `rows`, where these are one of the splits."""
+        return next((where(at) for split, where in self.where.items() if rows is getattr(self, split)), None)
+
 
 def splits_of(
     data: DataSettings,

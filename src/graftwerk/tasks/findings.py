@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graftwerk.data.findings import Finding
 from graftwerk.tasks.base import Example
+from graftwerk.tasks.chat import Encoded
 from graftwerk.tasks.text import IGNORED
 
 MASKED = "labels-all-masked"
@@ -14,6 +16,10 @@ ENDLESS = "end-untrained"
 TORN = "prompt-torn"
 SPECIAL = "special-token-in-text"
 BLOCKS = "cut-into-blocks"
+
+
+Noted = tuple[int, int]
+"""How many rows, and the first of them."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,26 @@ _MEANINGS: Mapping[str, _Meaning] = {
 }
 
 
+def special_words(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens that no text holds by chance."""
+    return tuple(token for token in tokenizer.all_special_tokens if len(token) > 2)
+
+
+def notes_of(encoded: Encoded, texts: Iterable[str], special: Sequence[str]) -> tuple[str, ...]:
+    """What is odd about an encoded conversation, for `Example.notes`.
+
+    Args:
+        texts: What is said in it.
+        special: As `special_words` gives them.
+    """
+    found = {
+        ENDLESS: encoded.endless,
+        TORN: encoded.torn,
+        SPECIAL: any(token in text for text in texts for token in special),
+    }
+    return tuple(code for code, is_so in found.items() if is_so)
+
+
 def check_examples(
     split: str, examples: Sequence[Example], where: Callable[[int], str] | None = None
 ) -> tuple[Finding, ...]:
@@ -55,11 +81,24 @@ def check_examples(
     Args:
         where: The place (`file:line`) of a row, by its index.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, Noted] = {}
     for at, example in enumerate(examples):
-        for note in _notes(example):
-            found.setdefault(note, []).append(at)
-    return tuple(_finding(code, split, found[code], len(examples), where) for code in _MEANINGS if code in found)
+        note(found, at, example)
+    return findings_of(split, found, len(examples), where)
+
+
+def note(found: dict[str, Noted], at: int, example: Example) -> None:
+    """Count what is odd about row ``at``."""
+    for code in _notes(example):
+        count, first = found.get(code, (0, at))
+        found[code] = (count + 1, first)
+
+
+def findings_of(
+    split: str, found: Mapping[str, Noted], count: int, where: Callable[[int], str] | None = None
+) -> tuple[Finding, ...]:
+    """What was counted, as findings. Arguments as for `check_examples`; ``count``: all rows of the split."""
+    return tuple(_finding(code, split, *found[code], count, where) for code in _MEANINGS if code in found)
 
 
 def _notes(example: Example) -> tuple[str, ...]:
@@ -69,13 +108,13 @@ def _notes(example: Example) -> tuple[str, ...]:
     return example.notes
 
 
-def _finding(code: str, split: str, rows: list[int], count: int, where: Callable[[int], str] | None) -> Finding:
+def _finding(code: str, split: str, rows: int, first: int, count: int, where: Callable[[int], str] | None) -> Finding:
     meaning = _MEANINGS[code]
     return Finding(
         code,
-        f"{len(rows):,} of {count:,} {split} rows {meaning.message}",
-        len(rows),
-        example=None if where is None else where(rows[0]),
+        f"{rows:,} of {count:,} {split} rows {meaning.message}",
+        rows,
+        example=None if where is None else where(first),
         mend=meaning.mend,
         grave=meaning.grave,
     )

@@ -13,8 +13,8 @@ from graftwerk.data.parts import label_part
 from graftwerk.data.reading import Reading
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Row, Splits
-from graftwerk.tasks.chat import Encoded, encode_conversations, end_ids
-from graftwerk.tasks.findings import ENDLESS, SPECIAL, TORN
+from graftwerk.tasks.chat import encode_conversations, end_ids
+from graftwerk.tasks.findings import notes_of, special_words
 from graftwerk.tasks.template import Choice, template_for
 from graftwerk.tasks.text import Layout, TextTask
 
@@ -118,10 +118,11 @@ class Instruction(TextTask):
             raise DataError(
                 f"the {template.name} template of the model does not take {len(unfit):,} of {len(rows):,} rows:"
                 f" {encoded[unfit[0]].unfit}",
-                where=_place(rows, unfit[0], splits),
+                where=(splits.place(rows, unfit[0]) if splits is not None else None)
+                or repr(asked_of(rows[unfit[0]]["turns"])[:80]),
                 mend="task.template=plain uses a plain template; or leave these rows out",
             )
-        special = tuple(token for token in tokenizer.all_special_tokens if len(token) > 2)
+        special = special_words(tokenizer)
         return [
             Example(
                 {"input_ids": one.ids},
@@ -129,7 +130,7 @@ class Instruction(TextTask):
                 one.truncated,
                 prompt=one.prompt,
                 row=row,
-                notes=_notes(one, turns, special),
+                notes=notes_of(one, [content for _, content in turns], special),
             )
             for row, turns, one in zip(rows, conversations, encoded, strict=True)
         ]
@@ -174,20 +175,3 @@ def fields_of(text: str) -> tuple[str, ...]:
 
 def _asked(row: Mapping[str, Any]) -> str:
     return asked_of(row["turns"])
-
-
-def _notes(encoded: Encoded, turns: Sequence[Sequence[str]], special: Sequence[str]) -> tuple[str, ...]:
-    found = {
-        ENDLESS: encoded.endless,
-        TORN: encoded.torn,
-        SPECIAL: any(token in content for _, content in turns for token in special),
-    }
-    return tuple(code for code, is_so in found.items() if is_so)
-
-
-def _place(rows: Sequence[Row], at: int, splits: Splits | None) -> str:
-    """`file:line` of a row, where these are the rows of a split; else its question."""
-    for split, where in ({} if splits is None else splits.where).items():
-        if rows is getattr(splits, split):
-            return where(at)
-    return repr(asked_of(rows[at]["turns"])[:80])

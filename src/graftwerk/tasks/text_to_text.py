@@ -15,13 +15,12 @@ from typing import Any, ClassVar, Self
 
 from graftwerk.data.parts import text_part
 from graftwerk.data.reading import Reading
-from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.errors import ConfigError, DataError, UnsupportedError
+from graftwerk.tasks.asking import WITHOUT, Asking, Fill, check_frame
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.encoding import encode_texts
-from graftwerk.tasks.text import IGNORED, TextTask
-
-ANSWER_SHARE = 4
-"""Of the tokens of a causal model's row, one in so many is left for an answer that is not known yet."""
+from graftwerk.tasks.findings import notes_of, special_words
+from graftwerk.tasks.text import TextTask
 
 T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Model types that are told in words what to do."""
@@ -90,9 +89,11 @@ class TextToText(TextTask):
 
         Raises:
             ConfigError: the template leaves no room for text.
+            DataError: the model's chat template does not take a row.
+            IntegrityError, ModelError, UnsupportedError: the chat template or tokenizer cannot be used.
         """
         if self.layout == "causal":
-            return [self._one_row(row, tokenizer, max_length) for row in rows]
+            return self._causal(rows, tokenizer, splits, max_length)
         return self.encode_pairs(rows, [""] * len(rows), tokenizer, max_length)
 
     def encode_pairs(self, rows: Sequence[Row], marks: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
@@ -117,65 +118,37 @@ class TextToText(TextTask):
             examples.append(Example({"input_ids": ids}, target, cut + lost, prompt=ids, row=row))
         return examples
 
-    def _one_row(self, row: Row, tokenizer: Any, max_length: int) -> Example:
+    def _causal(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
         read, written = self.parts[:2]
-        values = self.words(row, tokenizer)
-        frame = len(self._prompt("", values, tokenizer))
-        if frame + 2 > max_length:
-            raise ConfigError(
-                f"the template alone takes {frame} of {max_length} tokens",
-                where="task.template",
-                mend="a shorter template, or a longer data.max_length",
-            )
-        answer = None if row.get(written) is None else self._answer(row[written], tokenizer)
-        prompt = self._prompt(row[read], values, tokenizer)
-        wanted = len(prompt) + (len(answer) if answer is not None else max_length // ANSWER_SHARE)
-        lost = 0
-        if wanted > max_length:
-            half = max((max_length - frame) // 2, 1)
-            if answer is not None and len(answer) > half and len(answer) > max_length - len(prompt):
-                kept = max(half, max_length - len(prompt))
-                lost, answer = len(answer) - kept, answer[:kept]
-            room = max_length - (len(answer) if answer is not None else min(max_length // ANSWER_SHARE, half))
-            prompt, cut = self._shortened(row[read], values, tokenizer, prompt, room)
-            lost += cut
-        if answer is None:
-            return Example({"input_ids": prompt}, None, lost, prompt=prompt, row=row)
-        target = [IGNORED] * len(prompt) + answer
-        return Example({"input_ids": prompt + answer}, target, lost, prompt=prompt, row=row)
+        asking = self._asking(tokenizer)
+        fills = [self._fill(self.words(row, tokenizer)) for row in rows]
+        frames = dict.fromkeys(dict.fromkeys(fill("") for fill in fills), 0)
+        for empty, one in zip(frames, asking.encode(list(frames), [None] * len(frames)), strict=True):
+            frames[empty] = len(one.prompt)
+            check_frame(frames[empty], max_length)
+        answers = [row.get(written) for row in rows]
+        encoded = asking.encode([fill(row[read]) for fill, row in zip(fills, rows, strict=True)], answers)
+        special = special_words(tokenizer)
+        examples = []
+        for at, (row, fill, answer, whole) in enumerate(zip(rows, fills, answers, encoded, strict=True)):
+            one, lost = whole, 0
+            if whole.unfit is None:
+                one, lost = asking.shortened(whole, row[read], fill, answer, frames[fill("")], max_length)
+            if one.unfit is not None:
+                raise DataError(
+                    f"the chat template of the model does not take a row: {one.unfit}",
+                    where=(splits.place(rows, at) if splits is not None else None) or f"{read}: {row[read][:80]!r}",
+                    mend=f"{WITHOUT}; or leave such rows out",
+                )
+            notes = notes_of(one, [row[read], answer or ""], special)
+            examples.append(Example({"input_ids": one.ids}, one.labels, lost, prompt=one.prompt, row=row, notes=notes))
+        return examples
 
-    def _prompt(self, text: str, values: dict[str, str], tokenizer: Any) -> list[int]:
-        """Ids of everything that stands before an answer."""
-        asked = str(self.template).format(**{self.parts[0]: text}, **values)
-        if self.chat and tokenizer.chat_template:
-            turn = [{"role": "user", "content": asked}]
-            ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
-            return list(ids)
-        ids = list(tokenizer(asked, verbose=False)["input_ids"])
-        return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids  # what ends here is not the answer
+    def _fill(self, values: dict[str, str]) -> Fill:
+        return lambda text: str(self.template).format(**{self.parts[0]: text}, **values)
 
-    def _answer(self, text: str, tokenizer: Any) -> list[int]:
-        """Ids of an answer, the end token included."""
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return [*ids, tokenizer.eos_token_id]
-
-    def _shortened(
-        self, text: str, values: dict[str, str], tokenizer: Any, prompt: list[int], room: int
-    ) -> tuple[list[int], int]:
-        """The prompt with as much of the text's beginning as there is room for, and how many tokens were cut."""
-        whole = len(prompt)
-        ids = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
-        keep = len(ids["input_ids"])
-        while len(prompt) > room and keep > 0:
-            keep = max(keep - (len(prompt) - room), 0)
-            if not keep:
-                text = ""
-            elif tokenizer.is_fast:
-                text = text[: ids["offset_mapping"][keep - 1][1]]
-            else:
-                text = tokenizer.decode(ids["input_ids"][:keep])
-            prompt = self._prompt(text, values, tokenizer)
-        return prompt, whole - len(prompt)
+    def _asking(self, tokenizer: Any) -> Asking:
+        return Asking(tokenizer, chat=self.chat)
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
@@ -185,6 +158,12 @@ class TextToText(TextTask):
 
     def source(self, example: Example) -> str | None:
         return str((example.row or {}).get(self.parts[0], ""))
+
+    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        options = super().generation_options(model, tokenizer, example)
+        if self.layout == "causal":
+            options["eos_token_id"] = self._asking(tokenizer).end_ids()
+        return options
 
 
 def _refuse_encoder(architecture: Any, title: str) -> None:
