@@ -182,9 +182,15 @@ def test_differences_fronts_and_recommendation(story: Story) -> None:
     assert pair["verdict"].split()[0] in pair["text"]
     assert set(result["front"]) == set(result["methods"][0]["cost"])
     assert "small" in result["front"]["trained_parameters"]
-    assert result["recommendation"]["method"] in {"full", "small"}
+    best = max((method["figure"] for method in result["methods"]), key=lambda figure: figure["value"])
+    shown = best["low"] > result["majority"]["value"]
+    assert result["majority"]["value"] == result["majority"]["share"] == pytest.approx(4 / 48, abs=2 / 48)
+    assert (result["recommendation"] is not None) is shown
+    assert (result["at_chance"] is None) is shown
+    assert (result["at_chance"] in result["notes"]) is not shown
     assert result["resolution"] == pytest.approx((pair["high"] - pair["low"]) / 2)
-    assert "Recommended" in story.finished.table()
+    assert ("Recommended" in story.finished.table()) is shown
+    assert ("always answering the most frequent label" in story.finished.table()) is not shown
     assert str(story.finished) == story.finished.table()
 
 

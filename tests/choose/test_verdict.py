@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwerk.choose.verdict import between, in_words, pareto_front, recommend, signed, turned, verdict
+from graftwerk.choose.verdict import at_chance, between, in_words, pareto_front, recommend, signed, turned, verdict
 from graftwerk.errors import ConfigError
 from graftwerk.evaluate.paired import Difference
 
@@ -134,3 +134,19 @@ def test_a_cost_that_was_not_measured_decides_nothing() -> None:
     assert recommend([], [], prefer="trained_parameters") is None
     with pytest.raises(ConfigError, match="no cost `money`"):
         recommend(methods, [], prefer="money")
+
+
+def test_nothing_is_recommended_where_the_best_may_know_nothing_but_the_most_frequent_label() -> None:
+    methods = [method("a", 0.55, 10.0), method("b", 0.53, 5.0)]  # intervals of 3 points on either side
+    said = at_chance(methods, 0.53, 0.53, "accuracy")
+    assert said is not None
+    assert said.startswith("no method is shown to be better than always answering the most frequent label (53.0 % of")
+    assert at_chance(methods, 0.52, 0.52, "accuracy") is not None  # the end of the interval shows nothing either
+    assert at_chance(methods, 0.51, 0.51, "accuracy") is None
+    assert at_chance(methods, 0.7, 0.7, "accuracy") is not None  # even worse than that
+    alone = at_chance(methods[:1], 0.53, 0.8, "f1_macro")
+    assert alone is not None
+    assert alone.startswith("a is not shown")
+    assert alone.endswith("(80.0 % of the rows), which has a f1 macro of 53.0")
+    assert at_chance(methods, None, 0.5, "roc_auc") is None
+    assert at_chance([], 0.5, 0.5, "accuracy") is None

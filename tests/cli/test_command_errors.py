@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -137,15 +138,38 @@ def test_a_key_with_a_typing_error_is_named_with_the_right_one(graftwerk: Run, c
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    """`graftwerk methods | head -1`: no message, no traceback, the exit code of a broken pipe."""
+    """`graftwerk schema | head -1`: no message, no traceback, nothing failed."""
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, "-m", "graftwerk", "methods"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600
+        [sys.executable, "-m", "graftwerk", "schema"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=600
     )
     os.close(writing)
-    assert done.returncode == entry.BROKEN_PIPE == 141
+    assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments", [["schema"], ["methods"], ["methods", "--json"]], ids=" ".join)
+def test_how_much_was_read_makes_no_difference(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    """A short result fits into the pipe before its reader goes, a long one does not."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    dropped: list[bool] = []
+    monkeypatch.setattr(entry, "_drop_stdout", lambda: dropped.append(True))
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert entry.main(arguments) == 0
+    assert dropped
+
+
+def test_a_pipe_that_breaks_in_the_middle_of_the_work_is_not_success(
+    monkeypatch: pytest.MonkeyPatch, graftwerk: Run
+) -> None:
+    breaking(monkeypatch, BrokenPipeError())
+    monkeypatch.setattr(entry, "_drop_stdout", lambda: None)
+    assert graftwerk("methods").code == entry.BROKEN_PIPE == 141
 
 
 def test_help_and_version(graftwerk: Run) -> None:

@@ -60,13 +60,25 @@ def test_dry_run_writes_nothing(graftwerk: Run, config: Path, tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
+@pytest.mark.parametrize("command", [["train"], ["train", "--dry-run"], ["doctor"]], ids=" ".join)
+def test_what_fails_before_it_begins_leaves_no_folder(
+    graftwerk: Run, config: Path, tmp_path: Path, command: list[str]
+) -> None:
+    said = graftwerk(command[0], config, *command[1:], "data.train=nowhere.csv", f"output_dir={tmp_path / 'a' / 'b'}")
+    assert said.code == 2, said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+
+
 def test_a_finished_run_is_kept_unless_told_otherwise(graftwerk: Run, config: Path, run: Path) -> None:
     weights = run / "adapter" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
     said = graftwerk("train", config, "--json")
     assert said.code == 7
     assert "--overwrite" in said.json["mend"]
-    assert graftwerk("train", config, "--resume").code == 0
+    said = graftwerk("train", config, "--resume")
+    assert said.code == 0
+    assert said.err == f"the run in {run} is finished; nothing was left to do\n"
+    assert said.last == str(run)
     assert weights.stat().st_mtime_ns == before
     assert graftwerk("train", config, "--overwrite", "-q").code == 0
     assert weights.stat().st_mtime_ns != before

@@ -11,12 +11,22 @@ from torch import Tensor
 
 import graftwerk.inject.attach as gw
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
+from graftwerk.inject.targets import anatomy
+from graftwerk.methods.prefix import Prefix
+from graftwerk.methods.probe import Probe
+from graftwerk.methods.prompt import Prompt
+from graftwerk.methods.ptuning import PTuning
 from graftwerk.store.folder import load_adapter, save_adapter
 from tests.contract.cases import METHODS, PAIRS, REFUSED, has_head, method_of, model_and_batch, perturb
 from tests.families import FAMILIES
 
 matrix = pytest.mark.parametrize(("method", "family"), PAIRS)
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+
+PARTNERS = {"lora": "prefix", "lora attention": "prompt", "rslora": "ia3", "dora": "parallel", "pissa": "ptuning mlp"}
+"""What a method shares a batch with: an adapter of another kind; LoRA for all that are none themselves."""
+HEAD_NAMES = ("classifier.", "score.", "classification_head.", "pre_classifier.", "head.")
+"""What transformers calls the parts of a task head, on whatever family."""
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -141,12 +151,34 @@ def test_every_element_trains_and_nothing_else(method: str, family: str, monkeyp
 
 @matrix
 def test_counts_follow_the_formula(method: str, family: str) -> None:
-    model, _, graft = grafted(method, family, moved=False)
+    model, _ = model_and_batch(method, family)
+    view = anatomy(model)
+    base = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    heads = sum(size for name, size in base.items() if name.startswith(tuple(f"{head}." for head in view.heads)))
+    torch.manual_seed(5)
+    graft = gw.attach(model, method_of(method))
     real = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert graft.num_parameters + graft.num_head_parameters == real
-    if graft.places:
-        assert graft.num_parameters == graft.method.count(graft.places)
+    assert graft.num_head_parameters == heads
     assert f"{real:,} parameters" in str(graft)
+    settings = graft.method
+    if isinstance(settings, Prefix):
+        widths = [place.kv_heads * place.head_dim for place in view.attentions]
+        formula = settings.count_vectors(widths, [stack.width for stack in view.stacks])
+    elif isinstance(settings, Prompt | PTuning):
+        formula = settings.count_vectors(next(stack.width for stack in view.stacks if stack.kind != "decoder"))
+    elif method == "full":
+        formula = sum(base.values()) - heads
+    elif method == "probe":
+        formula = 0
+        assert heads == sum(size for name, size in base.items() if name.startswith(HEAD_NAMES)) > 0
+    else:
+        formula = settings.count(graft.places)
+        assert graft.places
+    assert graft.num_parameters == formula
+    if method == "bitfit":
+        biases = {name: size for name, size in base.items() if name.endswith(".bias")}
+        assert formula == sum(size for name, size in biases.items() if not name.startswith(HEAD_NAMES))
 
 
 @matrix
@@ -213,28 +245,36 @@ def test_merge(method: str, family: str) -> None:
 
 @matrix
 def test_mixed_rows_equal_one_by_one(method: str, family: str) -> None:
-    model, batch, _ = grafted(method, family, rows=4)
-    rows = ["a", None, "b", "a"]
+    """Two adapters of the method, one of another kind, and none, all in one batch."""
+    model, batch, _ = grafted(method, family, rows=5)
+    partner = gw.attach(model, method_of(PARTNERS.get(method, "lora")), name="partner")
+    perturb(partner.parameters(), 9)
+    rows = ["a", None, "b", "partner", "a"]
     if not method_of(method).rows:
-        with pytest.raises(UnsupportedError, match="cannot differ by row"):
-            gw.activate(model, rows=["a", None])
-        return
-    other = gw.attach(model, method_of(method), name="b")
-    perturb(other.parameters(), 8)
+        for mixed in (["a", None], ["partner", "a"]):
+            with pytest.raises(UnsupportedError, match=r"`a` is .* cannot differ by row"):
+                gw.activate(model, rows=mixed)
+        rows = ["partner", None, "partner", "partner", None]  # it may lie beside them
+    else:
+        other = gw.attach(model, method_of(method), name="b")
+        perturb(other.parameters(), 8)
+    model.double()  # so that what is left is a difference of the mathematics, not of rounding
     alone = []
     for index, name in enumerate(rows):
         gw.activate(model, name)
         alone.append(run(model, {key: value[index : index + 1] for key, value in batch.items()}))
     gw.activate(model, rows=rows)
-    _same_rows(run(model, batch), alone, batch)
-    with pytest.raises(ConfigError, match="named for 4 rows"):
+    _same_rows(run(model, batch), alone, batch, atol=1e-9, rtol=1e-9)
+    with pytest.raises(ConfigError, match="named for 5 rows"):
         run(model, {key: value[:3] for key, value in batch.items()})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_different_kinds_in_one_batch(family: str) -> None:
-    kinds = ["lora", "dora", "prefix", "prompt", "ia3", "houlsby", "ptuning mlp", "parallel"]
-    model, batch = model_and_batch("lora", family, rows=9)
+def test_rows_of_all_kinds_in_one_batch(family: str) -> None:
+    kinds = [kind for kind in METHODS if method_of(kind).rows and (kind, family) not in REFUSED]
+    if not has_head("lora", FAMILIES[family]):
+        kinds = [kind for kind in kinds if kind != "probe"]  # with a language model there is no head for it
+    model, batch = model_and_batch("lora", family, rows=len(kinds) + 1)
     for seed, kind in enumerate(kinds):
         graft = gw.attach(model, method_of(kind), name=kind.replace(" ", "-"))
         perturb(graft.parameters(), seed)
@@ -248,14 +288,16 @@ def test_rows_of_different_kinds_in_one_batch(family: str) -> None:
     _same_rows(run(model, batch), alone, batch)
 
 
-def _same_rows(together: Tensor, alone: list[Tensor], batch: dict[str, Tensor]) -> None:
+def _same_rows(
+    together: Tensor, alone: list[Tensor], batch: dict[str, Tensor], *, atol: float = 1e-5, rtol: float = 1e-4
+) -> None:
     for index, one in enumerate(alone):
         row = together[index]
         if row.dim() == 2 and "decoder_input_ids" not in batch:
             # What a model says at padding is nobody's answer.
             real = batch["attention_mask"][index].bool()
             row, one = row[real], one[:, real]
-        torch.testing.assert_close(row, one[0], atol=1e-5, rtol=1e-4, msg=lambda text, at=index: f"row {at}: {text}")
+        torch.testing.assert_close(row, one[0], atol=atol, rtol=rtol, msg=lambda text, at=index: f"row {at}: {text}")
 
 
 @matrix
@@ -334,6 +376,26 @@ def test_generation_with_and_without_cache(method: str, family: str) -> None:
     assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
     beams = model.generate(**batch, **options, num_beams=2, use_cache=True)
     assert torch.equal(beams, model.generate(**batch, **options, num_beams=2, use_cache=False))
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.kind != "encoder"])
+def test_generation_with_a_probe(family: str) -> None:
+    """A language model has no task head, which is said; its output layer, asked for by name, is a head like any."""
+    kind = FAMILIES[family]
+    with pytest.raises(UnsupportedError, match="the task head alone"):
+        gw.attach(kind.build(), method_of("probe"))
+    model, batch = kind.build(), kind.batch(rows=2, padded=False)
+    batch.pop("decoder_input_ids", None)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(**batch, **options)
+    graft = gw.attach(model, Probe(modules_to_save=("lm_head",)))
+    assert torch.equal(model.generate(**batch, **options), before)
+    perturb(graft.parameters(), 7)
+    cached = model.generate(**batch, **options)
+    assert not torch.equal(cached, before)
+    assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
+    with gw.disabled(model):
+        assert torch.equal(model.generate(**batch, **options), before)
 
 
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.classifier])

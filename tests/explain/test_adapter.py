@@ -110,6 +110,22 @@ def test_a_folder_of_peft(tmp_path: Path) -> None:
     assert theirs["layers"] == ours["layers"]
 
 
+def test_a_folder_that_peft_made(tmp_path: Path) -> None:
+    """Of PEFT's many keys those stay that decide what is computed."""
+    from peft import LoraConfig, get_peft_model
+
+    model = FAMILIES["bert"].build(classifier=True)
+    settings = LoraConfig(r=4, lora_alpha=8, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False)
+    get_peft_model(model, settings).save_pretrained(tmp_path)
+    described = describe_adapter(tmp_path)
+    kept = described["method"]
+    assert set(kept) == {"r", "lora_alpha", "target_modules", "modules_to_save"}
+    assert (kept["r"], kept["lora_alpha"], kept["target_modules"]) == (4, 8, ["query"])
+    layers = {layer["layer"]: layer for layer in described["layers"]}
+    assert [layer["parameters"] for layer in layers.values()] == [2 * 4 * 16, 2 * 4 * 16, 51]
+    assert all(layer["norm"] > 0 for layer in layers.values())
+
+
 def test_a_changed_file_and_a_folder_without_adapter_are_refused(tmp_path: Path) -> None:
     stored(tmp_path / "good", "lora")
     weights = tmp_path / "good" / "adapter_model.safetensors"

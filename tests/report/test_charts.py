@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import combinations, pairwise
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwerk.report import numbers
-from graftwerk.report.curves import MOST_POINTS, Curve, chart
+from graftwerk.report.curves import MOST_POINTS, Chart, Curve, charts
 from graftwerk.report.escape import Markup, tag, text
 from graftwerk.report.labels import Box, place, text_width
 from graftwerk.report.scales import Linear, Log, around, clock_ticks, decades, from_zero
@@ -109,7 +110,7 @@ def test_a_method_without_interval_is_drawn_as_a_point() -> None:
 
 def test_long_curves_are_thinned_and_gaps_are_gaps() -> None:
     points = [(float(step), None if 500 <= step < 600 else 1.0 / (step + 1)) for step in range(5000)]
-    page = Page(chart([Curve("loss", "train", points)], title="Loss", show=numbers.plain, steps=5000))
+    page = Page(*charts([Chart([Curve("loss", "train", points)], "Loss", numbers.plain)], steps=5000))
     wide, narrow = page.all("svg")
     assert len(page.all("path", "train")) == 4  # two pieces in each of the two widths
     assert "gap" not in wide.text
@@ -119,7 +120,30 @@ def test_long_curves_are_thinned_and_gaps_are_gaps() -> None:
 
 
 def test_a_chart_without_figures_says_so() -> None:
-    assert "no figures" in chart([Curve("a", "train", [(1.0, None)])], title="Loss", show=numbers.plain, steps=10)
+    empty = Chart([Curve("a", "train", [(1.0, None)])], "Loss", numbers.plain)
+    full = Chart([Curve("b", "train", [(1.0, 0.5)])], "Loss", numbers.plain)
+    (alone,) = charts([empty], steps=10)
+    beside, _ = charts([empty, full], steps=10)
+    assert alone == beside
+    assert "no figures" in alone
+
+
+def test_a_step_is_at_the_same_place_in_all_charts() -> None:
+    """Whatever stands beside the data: long and short values on the axes, names at the ends of lines."""
+    steps = [(float(step), 0.0001234 * (step + 1)) for step in range(0, 101, 10)]
+    wanted = [
+        Chart([Curve("training loss", "train", steps), Curve("validation loss", "validation", steps)], "Loss", str),
+        Chart([Curve("accuracy", "metric", [(0.0, 0.5), (50.0, 0.6), (100.0, 1.0)])], "Accuracy", numbers.percent),
+        Chart([Curve("rate", "rate", [(0.0, 0.0), (50.0, 1.0), (100.0, 2.0)])], "Rate", numbers.plain, height=150),
+    ]
+    pages = [Page(chart) for chart in charts(wanted, steps=100)]
+    for size in ("wide", "narrow"):
+        ends = set()
+        for page in pages:
+            (drawn,) = page.all("svg", size)
+            places = [x for x, _, _ in json.loads(drawn.attributes["data-track"] or "")]
+            ends.add((min(places), max(places)))
+        assert len(ends) == 1, size
 
 
 @pytest.mark.parametrize(

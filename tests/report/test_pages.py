@@ -152,6 +152,14 @@ def test_every_seed_is_a_dot_and_every_pair_a_row(tmp_path: Path) -> None:
     assert not [text for text in verdicts if "worse" in text]
 
 
+def test_nothing_is_taken_where_none_is_better_than_the_most_frequent_label(tmp_path: Path) -> None:
+    said = "no method is shown to be better than always answering the most frequent label (50.0 % of the rows)"
+    page = comparison(tmp_path, recommendation=None, at_chance=said, notes=[said])
+    assert "none is shown to be better than always answering the most frequent label" in page.one("h1").text
+    assert said in page.text
+    assert "Why" not in page.one("header").text
+
+
 def test_one_seed_is_said(tmp_path: Path) -> None:
     result = examples.comparison(seeds=(7,))
     page = page_of(examples.write_comparison(tmp_path, result))

@@ -43,7 +43,7 @@ def test_what_it_says() -> None:
         "`ab12`",
         "12,345, 1.23 %",
         "bad, good",
-        "| test | accuracy | 0.7912 | 0.751 to 0.82 |",
+        "| test | accuracy | 0.791 | 0.751 to 0.820 |",
         "reviews.csv",
         "train 2,000, test 500",
         "graftwerk train run.yaml seed=1",

@@ -40,6 +40,23 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
     assert not (tmp_path / LOCK_FILE).exists()
 
 
+def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
+    own = tmp_path / "runs" / "one"
+    with RunLock(own):
+        assert (own / LOCK_FILE).exists()
+    assert not list(tmp_path.iterdir())
+    own.mkdir(parents=True)
+    with RunLock(own):
+        pass
+    assert own.is_dir(), "a folder that was there stays"
+    with RunLock(own / "two"):
+        (own / "kept").touch()
+    assert [path.name for path in own.iterdir()] == ["kept"]
+    with RunLock(own / "three"):
+        (own / "three" / "result").touch()
+    assert [path.name for path in (own / "three").iterdir()] == ["result"]
+
+
 def test_the_same_process_cannot_take_it_twice(tmp_path: Path) -> None:
     with RunLock(tmp_path), pytest.raises(ConflictError, match=f"process {os.getpid()} "):
         RunLock(tmp_path).acquire()

@@ -195,9 +195,14 @@ class _Work:
                 mend="give the comparison another one: output_dir=runs/comparison",
             )
         with RunLock(self.folder), Workers(self.folder / LOG) as workers:
-            checked = self._check(workers, overwrite)
-            self.metric = metric or checked["main_metric"]
-            head = self._head(checked, prefer)
+            try:
+                checked = self._check(workers, overwrite)
+                self.metric = metric or checked["main_metric"]
+                head = self._head(checked, prefer)
+            except GraftwerkError as error:
+                if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
+                    (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
+                raise
             self._write({**head, "status": "running", "methods": [], "differences": [], "seconds": None})
             write_file(self.folder / CONFIG, self.base.dump())
             try:
@@ -220,6 +225,8 @@ class _Work:
             )
             everything = [run for runs in self.runs.values() for run in runs.values()]
             seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in everything)
+            if result.get("at_chance"):
+                head["notes"] = [result["at_chance"], *head["notes"]]
             self._write({**head, **result, "status": "finished", "seconds": seconds})
             self._say("end", text="done")
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from graftwerk.choose.entries import Entry
-from graftwerk.choose.verdict import COSTS, in_words, pareto_front, recommend, verdict
+from graftwerk.choose.verdict import COSTS, at_chance, in_words, pareto_front, recommend, verdict
 from graftwerk.errors import IntegrityError
 from graftwerk.evaluate.metrics import METRICS, point
 from graftwerk.evaluate.paired import Joint, joint_bootstrap
 from graftwerk.evaluate.stored import load_evaluation
-from graftwerk.tasks.predictions import Predictions
+from graftwerk.tasks.predictions import ClassPredictions, Predictions
 from graftwerk.train.folder import ADAPTER, read_manifest
 
 LEAST_RESAMPLES = 2000
@@ -82,6 +84,8 @@ def gather(
         for entry in entries
     ]
     shown = [method for method in methods if method.get("figure")]
+    majority = _most_frequent(everything[0], metric)
+    nothing = None if majority is None else at_chance(shown, majority["value"], majority["share"], metric)
     half_widths = [(difference["high"] - difference["low"]) / 2 for difference in differences]
     return {
         "rows": everything[0].evaluation["rows"],
@@ -102,7 +106,29 @@ def gather(
             for cost in COSTS
         },
         "resolution": median(half_widths) if half_widths else None,
-        "recommendation": recommend(shown, differences, prefer=prefer, margin=margin, metric=metric),
+        "majority": majority,
+        "at_chance": nothing,
+        "recommendation": None
+        if nothing
+        else recommend(shown, differences, prefer=prefer, margin=margin, metric=metric),
+    }
+
+
+def _most_frequent(run: Measured, metric: str) -> dict[str, float | None] | None:
+    """What the metric gives to who always answers the most frequent label, and that label's share of the rows.
+
+    None where rows have no labels.
+    """
+    predictions = run.predictions
+    if not isinstance(predictions, ClassPredictions) or predictions.targets is None or not run.evaluation["labels"]:
+        return None
+    targets, scores = predictions.targets, predictions.scores
+    counts = np.bincount(targets, minlength=scores.shape[1])
+    always = np.zeros(scores.shape)
+    always[:, counts.argmax()] = 1.0
+    return {
+        "share": float(counts.max() / len(targets)),
+        "value": point(metric, ClassPredictions(None, always, targets)),
     }
 
 

@@ -161,6 +161,30 @@ def recommend(
     }
 
 
+def at_chance(
+    methods: Sequence[Mapping[str, Any]], blind: float | None, share: float | None, metric: str
+) -> str | None:
+    """That nothing was learnt, as far as these rows and seeds can tell; None where something was.
+
+    Args:
+        methods: As for `recommend`.
+        blind: What the metric gives to who always answers the most frequent label; None where that is undefined.
+        share: That label's share of the rows.
+    """
+    if not methods or blind is None or share is None:
+        return None
+    best = max(methods, key=lambda method: method["figure"]["value"])
+    low = best["figure"].get("low")
+    if low is None or low > blind:
+        return None
+    none = "no method is" if len(methods) > 1 else f"{best['name']} is not"
+    worth = "" if metric == "accuracy" else f", which has a {metric.replace('_', ' ')} of {100 * blind:.1f}"
+    return (
+        f"{none} shown to be better than always answering the most frequent label "
+        f"({100 * share:.1f} % of the rows){worth}"
+    )
+
+
 def _reason(
     chosen: Mapping[str, Any],
     best: Mapping[str, Any],

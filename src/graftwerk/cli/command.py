@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwerk.cli.output import Output, dump, stdout_to_stderr
+from graftwerk.cli.output import Output, dump, read, stdout_to_stderr
 from graftwerk.errors import Interrupted
 
 Json = Annotated[
@@ -22,10 +22,6 @@ _COMMON = (("json", Json), ("quiet", Quiet), ("debug", Debug))
 
 Result = dict[str, Any] | None
 """What `--json` prints; None: nothing, for the processes of a launch beside the main one."""
-
-
-class ReaderGone(Exception):  # noqa: N818 - no error
-    """Nobody reads our output any more: `graftwerk ... | head -1`."""
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
@@ -50,11 +46,10 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
                 with stdout_to_stderr() as stdout:
                     result = function(out, **values)
                     if result is not None:
-                        print(dump(result), file=stdout, flush=True)
+                        with read():
+                            print(dump(result), file=stdout, flush=True)
             except KeyboardInterrupt:
                 raise Interrupted(signal.SIGINT, "stopped by Ctrl-C") from None
-            except BrokenPipeError as error:
-                raise ReaderGone from error
 
         common = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)

@@ -58,9 +58,11 @@ def adapter_in(target: Path) -> Path:
 
 def show_origin(out: Output, described: dict[str, Any]) -> None:
     base, metadata, method = described["base"], described["metadata"], described["method"]
+    foreign = "name" not in method  # the method's settings are then those of PEFT
     lines = {
         "adapter": described["folder"],
-        "method": f"{method.get('name') or described['peft_type']} (PEFT type {described['peft_type']})",
+        "method": described["peft_type"] if foreign else f"{method['name']} (PEFT type {described['peft_type']})",
+        "settings": settings_of(method),
         "base": base["name"] or "not said",
         "fingerprint": base["fingerprint"] or "none: made by another tool, so any base of the right shape is accepted",
         "stored": f"{count(described['parameters'])} parameters, {byte_size(described['bytes'])}",
@@ -74,7 +76,19 @@ def show_origin(out: Output, described: dict[str, Any]) -> None:
         lines["repeat"] = metadata["command"]
     width = max(map(len, lines))
     for name, text in lines.items():
-        out.line(f"{name.ljust(width)}  {printable(str(text))}")
+        if text:
+            out.line(f"{name.ljust(width)}  {printable(str(text))}")
+
+
+def settings_of(method: dict[str, Any]) -> str:
+    """A method's settings on one line, without those that are empty or off: ``r 8, target_modules query value``."""
+    said = []
+    for key, value in method.items():
+        if key == "name" or value in (None, [], {}, False, ""):
+            continue
+        shown = " ".join(map(str, value)) if isinstance(value, list) else "" if value is True else str(value)
+        said.append(f"{key} {shown}".rstrip())
+    return ", ".join(said)
 
 
 def show_learnt(out: Output, described: dict[str, Any], *, modules: bool) -> None:

@@ -16,8 +16,7 @@ from collections.abc import Sequence
 import typer
 
 from graftwerk.cli import augment, compare, doctor, evaluate, inspect, methods, predict, report, schema, train
-from graftwerk.cli.command import ReaderGone
-from graftwerk.cli.output import dump
+from graftwerk.cli.output import ReaderGone, dump, read
 from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, Interrupted
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -53,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; nothing is raised.
 
     0 done; 2 usage or configuration; 3 data; 4 model or adapter do not fit; 5 environment; 6 diverged; 7 conflict;
-    8 integrity; 130 and 143 interrupted; 141 nobody reads our output any more; 1 anything else, which is a defect.
+    8 integrity; 130 and 143 interrupted; 1 anything else, which is a defect. Who stops reading the result (`| head`)
+    has what was wanted, however much of it was written by then: 0. A pipe that breaks in the middle of the work: 141.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags = given[: given.index("--")] if "--" in given else given
@@ -61,9 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = typer.main.get_command(app).main(given, prog_name="graftwerk", standalone_mode=False)
-        sys.stdout.flush()
+        with read():
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except (BrokenPipeError, ReaderGone):
+    except ReaderGone:
+        _drop_stdout()
+        return 0
+    except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt) as error:

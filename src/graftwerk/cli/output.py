@@ -24,6 +24,23 @@ PLAIN_WIDTH = 140
 """Columns of a table that goes to a file or a pipe, where no terminal says how wide it is."""
 
 
+class ReaderGone(Exception):  # noqa: N818 - no error
+    """Who reads the result has all that was wanted: `graftwerk ... | head -1`."""
+
+
+@contextmanager
+def read() -> Iterator[None]:
+    """Around writing the result.
+
+    Raises:
+        ReaderGone: nobody reads it any more.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+
+
 class Output:
     """The two streams of one command.
 
@@ -44,11 +61,15 @@ class Output:
         held = io.StringIO()
         console(held).print(*things, sep="\n")
         # rich fills every line up to the width of the table
-        print("\n".join(line.rstrip() for line in held.getvalue().splitlines()), file=stream)
+        self.line("\n".join(line.rstrip() for line in held.getvalue().splitlines()))
 
     def line(self, text: str) -> None:
         """A line of the result that is never wrapped or coloured: a path, a prediction."""
-        print(text, file=sys.stderr if self.as_json else sys.stdout)
+        if self.as_json:
+            print(text, file=sys.stderr)
+            return
+        with read():
+            print(text)
 
     def note(self, text: str) -> None:
         """Something said on the way: stderr, not with `--quiet`."""

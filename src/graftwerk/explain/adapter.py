@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import EnvironmentFault, UnsupportedError
+from graftwerk.store.adapter_config import KEYS
 from graftwerk.store.folder import read_adapter_config
 from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, check_files
 from graftwerk.store.naming import named_by
@@ -213,8 +214,16 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """PEFT's settings without those that say nothing."""
-    return {key: value for key, value in config.items() if value not in (None, [], {})}
+    """Of PEFT's settings those that decide what is computed, without those that are off."""
+    known = KEYS.get(str(config.get("peft_type")), {})
+    return {
+        key: value
+        for key, value in config.items()
+        if key in known
+        and known[key].use == "read"
+        and key not in ("peft_type", "base_model_name_or_path")
+        and value not in (None, [], {}, False, "none", "")
+    }
 
 
 def _plain_key(key: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graftwerk.report import numbers
 from graftwerk.report.escape import Markup, join, tag
-from graftwerk.report.frame import LABEL_SIZE, Frame, axes, circle, label, line, path, svg
-from graftwerk.report.labels import text_width
+from graftwerk.report.frame import BOTTOM, LABEL_SIZE, RIGHT, TOP, Frame, axes, circle, label, line, path, svg
+from graftwerk.report.labels import Box, text_width
 from graftwerk.report.scales import Linear, around, from_zero
 
 MOST_POINTS = 400
@@ -37,61 +37,81 @@ class Mark:
     text: str
 
 
-def chart(
-    curves: Sequence[Curve],
-    *,
-    title: str,
-    show: Callable[[float | None], str],
-    steps: float,
-    height: float = 260.0,
-    zero: bool = False,
-    least: float = 0.0,
-    marks: Sequence[Mark] = (),
-    tick: Callable[[float], str] | None = None,
-) -> Markup:
-    """One chart in two widths; the pointer or the arrow keys read the values.
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the steps of a run.
 
-    Args:
+    Attributes:
         title: Of the height axis.
         show: How a value is written.
-        steps: How many the run has in all: the width of the chart.
+        height: In pixels.
         zero: The height axis begins at zero.
         least: What it spans at least.
         tick: How a value is written at the axis, if otherwise.
     """
-    thinned = [Curve(curve.name, curve.kind, _thinned(curve.points)) for curve in curves]
-    values = [value for curve in thinned for _, value in curve.points if value is not None]
-    values += [mark.value for mark in marks]
-    if not values:
-        return tag("p", f"{title}: no figures.", class_="missing")
-    return join(
-        _draw(thinned, values, title, show, max(steps, 1.0), width, size, height, zero, least, marks, tick or show)
-        for size, width in SIZES.items()
-    )
+
+    curves: Sequence[Curve]
+    title: str
+    show: Callable[[float | None], str]
+    height: float = 260.0
+    zero: bool = False
+    least: float = 0.0
+    marks: Sequence[Mark] = ()
+    tick: Callable[[float], str] | None = None
+
+    def values(self) -> list[float]:
+        found = [value for curve in self.curves for _, value in curve.points if value is not None]
+        return found + [mark.value for mark in self.marks]
+
+    def scale(self, start: float, end: float) -> Linear:
+        values = self.values()
+        return from_zero(values, start, end) if self.zero else around(values, start, end, least=self.least)
+
+    def written(self, value: float) -> str:
+        return (self.tick or self.show)(value)
+
+    def names(self) -> list[str]:
+        """What has to be told apart; a single curve is named by the title."""
+        return [curve.name for curve in self.curves] if len(self.curves) > 1 else []
+
+    def room(self, size: str) -> tuple[float, float]:
+        """What the axis needs on the left, and the names at the ends of the lines on the right."""
+        left = Frame.around(0, 0, [self.written(value) for value in self.scale(0, 1).ticks(6)]).inner.left
+        names = self.names() if size == "wide" else []
+        return left, max((text_width(name, LABEL_SIZE) + 12 for name in names), default=RIGHT)
 
 
-def _draw(
-    curves: Sequence[Curve],
-    values: Sequence[float],
-    title: str,
-    show: Callable[[float | None], str],
-    steps: float,
-    width: float,
-    size: str,
-    height: float,
-    zero: bool,
-    least: float,
-    marks: Sequence[Mark],
-    tick: Callable[[float], str],
-) -> Markup:
-    def scale(start: float, end: float) -> Linear:
-        return from_zero(values, start, end) if zero else around(values, start, end, least=least)
+def charts(wanted: Sequence[Chart], *, steps: float) -> list[Markup]:
+    """Charts to stand one below the other: a step is at the same place in all of them.
 
-    names = [curve.name for curve in curves] if len(curves) > 1 else []
-    room = max((text_width(name, LABEL_SIZE) for name in names), default=0.0) + 12 if names and size == "wide" else 14.0
-    frame = Frame.around(width, height, [tick(value) for value in scale(0, 1).ticks(6)], right=room)
+    Each comes in two widths; the pointer or the arrow keys read the values.
+
+    Args:
+        steps: How many the run has in all: the width of the charts.
+    """
+    thinned = [
+        replace(chart, curves=[Curve(curve.name, curve.kind, _thinned(curve.points)) for curve in chart.curves])
+        for chart in wanted
+    ]
+    rooms = {size: [chart.room(size) for chart in thinned if chart.values()] for size in SIZES}
+    return [
+        join(
+            _draw(chart, max(steps, 1.0), size, max(left for left, _ in rooms[size]), max(r for _, r in rooms[size]))
+            for size in SIZES
+        )
+        if chart.values()
+        else tag("p", f"{chart.title}: no figures.", class_="missing")
+        for chart in thinned
+    ]
+
+
+def _draw(chart: Chart, steps: float, size: str, left: float, right: float) -> Markup:
+    curves, title, show, tick = chart.curves, chart.title, chart.show, chart.written
+    names = chart.names()
+    width = SIZES[size]
+    frame = Frame(width, chart.height, Box(left, TOP, width - right, chart.height - BOTTOM))
     inner = frame.inner
-    x, y = Linear(0.0, steps, inner.left, inner.right), scale(inner.bottom, inner.top)
+    x, y = Linear(0.0, steps, inner.left, inner.right), chart.scale(inner.bottom, inner.top)
     parts = [
         axes(
             frame, x, y, x_text=lambda step: f"{step:,.0f}" if step == round(step) else "", y_text=tick,
@@ -113,7 +133,7 @@ def _draw(
         last = [value for _, value in curve.points if value is not None]
         if last:
             ends.append((y(last[-1]), curve))
-    for mark in marks:
+    for mark in chart.marks:
         px, py = x(mark.step), y(mark.value)
         parts.append(circle(px, py, 6, "kept"))
         parts.append(_beside(mark.text, px, py, inner.left, inner.right, 20.0))

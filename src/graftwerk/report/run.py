@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.report import numbers, page
-from graftwerk.report.curves import Curve, Mark, chart
+from graftwerk.report.curves import Chart, Curve, Mark, charts
 from graftwerk.report.data import findings_section, measured_on, origin_facts
 from graftwerk.report.escape import Markup, tag
 from graftwerk.report.files import mapping, mappings, number, words
@@ -205,27 +205,32 @@ def _learning(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) 
     losses = [Curve("training loss", "train", _series(steps, "loss"))]
     if evaluations:
         losses.append(Curve("validation loss", "validation", _series(evaluations, "loss")))
-    parts = [page.figure(chart(losses, title="Loss", show=numbers.plain, steps=total, least=0.02), _gaps(steps))]
-    if evaluations:
-        parts.append(_validation(manifest, evaluations, total))
-    else:
-        parts.append(
-            page.paragraph("No validation rows, or no evaluation yet: there is no validation curve.", class_="missing")
-        )
     rate = Curve("learning rate", "rate", _series(steps, "learning_rate"))
-    parts.append(
-        page.figure(chart([rate], title="Learning rate", show=numbers.plain, steps=total, height=150, zero=True))
-    )
-    return page.section("How it learnt", *parts)
+    wanted = [Chart(losses, "Loss", numbers.plain, least=0.02)]
+    validation = _validation(manifest, evaluations, total)
+    if validation is not None:
+        wanted.append(validation)
+    wanted.append(Chart([rate], "Learning rate", numbers.plain, height=150, zero=True))
+    loss, *others = charts(wanted, steps=total)
+    missing = None
+    if validation is None and not (evaluations and words(manifest, "best", "metric") == "loss"):
+        why = (
+            "The validation metric is not stored."
+            if evaluations
+            else "No validation rows, or no evaluation yet: there is no validation curve."
+        )
+        missing = page.paragraph(why, class_="missing")
+    return page.section("How it learnt", page.figure(loss, _gaps(steps)), missing, *map(page.figure, others))
 
 
-def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], total: float) -> Markup:
-    known = [name for name in evaluations[0] if name in numbers.METRICS]
+def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], total: float) -> Chart | None:
+    """The metric that chose the checkpoint; None where it was not measured or not stored."""
+    known = [name for name in evaluations[0] if name in numbers.METRICS] if evaluations else []
     metric = words(manifest, "best", "metric") or next(iter(known), "")
     if metric == "loss":
-        return Markup()  # drawn above, beside the training loss
+        return None  # drawn beside the training loss
     if not metric or not any(number(event, metric) is not None for event in evaluations):
-        return page.paragraph("The validation metric is not stored.", class_="missing")
+        return None
     step, value = number(manifest, "best", "step"), number(manifest, "best", "value")
     marks = (
         [Mark(step, value, f"kept: step {step:,.0f}")]
@@ -235,15 +240,11 @@ def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, 
     name = numbers.metric_name(metric)
     points = _series(evaluations, metric)
     if metric not in numbers.NO_SHARES and all(value is None or 0 <= value <= 1 for _, value in points):
-        drawn = chart(
-            [Curve(name, "metric", points)], title=f"Validation {name}, %", show=numbers.percent,
-            tick=lambda value: f"{100 * value:.3g}", steps=total, least=0.02, marks=marks,
+        return Chart(
+            [Curve(name, "metric", points)], f"Validation {name}, %", numbers.percent,
+            tick=lambda value: f"{100 * value:.3g}", least=0.02, marks=marks,
         )  # fmt: skip
-    else:
-        drawn = chart(
-            [Curve(name, "metric", points)], title=f"Validation {name}", show=numbers.plain, steps=total, marks=marks
-        )
-    return page.figure(drawn)
+    return Chart([Curve(name, "metric", points)], f"Validation {name}", numbers.plain, marks=marks)
 
 
 def _series(events: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[float, float | None]]:

@@ -124,7 +124,7 @@ def other_metrics(methods: Sequence[Mapping[str, Any]], main: str, chosen: str |
             )
         rows.append((_row_class(method, chosen), cells))
     headings = [("Method", ""), *((numbers.heading(name), "number") for name in names)]
-    return join([tag("h3", "Other metrics"), page.table("Other metrics of each method", headings, rows)])
+    return join([tag("h3", "Other metrics"), page.table("Other metrics of each method", headings, rows, class_="few")])
 
 
 def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any], metric: str) -> Markup:

@@ -86,6 +86,9 @@ def headline(result: Mapping[str, Any]) -> str:
             return "This comparison is not finished: there is no result yet"
         return "No run of this comparison gave a result"
     names = [words(method, "name") for method in methods]
+    if words(result, "at_chance"):
+        who = f"{words(methods[0], 'name')} is not" if len(methods) == 1 else "Take none of them yet: none is"
+        return f"{who} shown to be better than always answering the most frequent label"
     if len(methods) == 1:
         value = numbers.value_of(words(result, "metric"), number(methods[0], "figure", "value"))
         return f"{names[0]} reaches {value} {metric}; there is no other result to compare it with"

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from graftwerk.errors import ConflictError, EnvironmentFault
+from graftwerk.errors import ConflictError, EnvironmentFault, GraftwerkError
 from graftwerk.store.atomic import FAULTS
 
 LOCK_FILE = ".lock"
@@ -78,14 +78,18 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_FILE
         self._descriptor: int | None = None
+        self._made: list[Path] = []
 
     def acquire(self) -> RunLock:
         patience = time.monotonic() + _WRITING_SECONDS
         while self._descriptor is None:
-            descriptor = _open(self.path)
+            descriptor = self._open()
             try:
                 if self._take(descriptor, give_up=time.monotonic() > patience):
                     self._descriptor = descriptor
+            except GraftwerkError:
+                self._leave_no_folder()
+                raise
             finally:
                 if self._descriptor is None:
                     os.close(descriptor)
@@ -97,6 +101,25 @@ class RunLock:
         self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it is gone
         os.close(self._descriptor)
         self._descriptor = None
+        self._leave_no_folder()
+
+    def _open(self) -> int:
+        """The lock file's descriptor. The folders that have to be made for it are remembered."""
+        self._made += [folder for folder in self.path.parents if folder not in self._made and not folder.exists()]
+        try:
+            return _open(self.path)
+        except GraftwerkError:
+            self._leave_no_folder()
+            raise
+
+    def _leave_no_folder(self) -> None:
+        """What was made for the lock alone, and is still empty, goes with it: nothing has come of this run."""
+        for folder in self._made:  # the innermost first
+            try:
+                folder.rmdir()
+            except OSError:  # something is in it, or somebody else has removed it
+                break
+        self._made = []
 
     def __enter__(self) -> RunLock:
         return self.acquire()
@@ -149,10 +172,15 @@ def _held(path: Path, holder: Holder | None) -> ConflictError:
     )
 
 
-def _open(path: Path) -> int:
+def _open(path: Path, tries: int = 20) -> int:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # who held it took the empty folder along at this moment
+            if tries == 1:
+                raise
+            return _open(path, tries - 1)
     except (FileExistsError, NotADirectoryError):
         raise ConflictError(
             f"{path.parent} is a file; a run needs a folder", mend="choose another output_dir"

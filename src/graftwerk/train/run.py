@@ -84,6 +84,8 @@ def train(
         processes = Processes()
         if not processes.agree(finished):  # the main process has looked at the folder; the others do as it does
             _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
+        elif main:
+            hub(Event("nothing_left", 0, text=f"the run in {folder.path} is finished; nothing was left to do"))
         processes.wait()
     return Run(folder.path)
 
