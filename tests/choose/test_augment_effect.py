@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
 from graftwerk.choose import compare as compare_module
 from graftwerk.choose.compare import compare
 from graftwerk.choose.entries import parse_entries, with_and_without
-from graftwerk.choose.jobs import perform
 from graftwerk.errors import ConfigError
 from graftwerk.train.folder import read_manifest
-
-
-class InThisProcess:
-    """Workers without a process of their own, which costs more to start than these runs take."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def run(self, job: dict[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        return perform(job, lambda message: on_event(message["event"]))
+from tests.choose.here import InThisProcess
 
 
 def test_with_and_without(tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,13 +377,13 @@ class _Steps:
 
 def _result_line(run: Measured, metric: str) -> str:
     """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
-    figure = run.evaluation["metrics"][metric]
+    figure, title = run.evaluation["metrics"][metric], METRICS[metric].title
     time_taken = duration(run.manifest["cost"]["training_seconds"])
     if figure["value"] is None:
-        return f"{metric} {figure.get('note', 'is undefined')}, {time_taken} of training"
+        return f"{title} {figure.get('note', 'is undefined')}, {time_taken} of training"
     low, high = figure["low"], figure["high"]
     between = "" if low is None else f" ({shown(low, metric)} to {shown(high, metric)})"
-    return f"{metric} {shown(figure['value'], metric)}{between}, {time_taken} of training"
+    return f"{title} {shown(figure['value'], metric)}{between}, {time_taken} of training"
 
 
 def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:

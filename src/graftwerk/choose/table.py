@@ -80,7 +80,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     said = []
     seeds, known = len(result["seeds"]), METRICS[result["metric"]]
     said.append(
-        f"{result['metric']}{HOW[known.unit]} on {result['rows']:,} {result['split']} rows, mean of {seeds} "
+        f"{known.title}{HOW[known.unit]} on {result['rows']:,} {result['split']} rows, mean of {seeds} "
         f"seed{'s' if seeds > 1 else ''}; {100 * result['confidence']:g} % intervals, jointly for all differences."
     )
     if result.get("resolution"):
@@ -112,7 +112,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def plain(result: Mapping[str, Any]) -> str:
     """Columns of plain text, for pipes."""
-    headings = (*HEADINGS[:1], result["metric"], *HEADINGS[2:])
+    headings = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:])
     lines = [headings, *rows_of(result)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     text = [
@@ -134,7 +134,7 @@ def rich_table(result: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    headings = (*HEADINGS[:1], result["metric"], *HEADINGS[2:])
+    headings = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:])
     for column, heading in enumerate(headings):
         made.add_column(heading, justify="left" if column in LEFT else "right", overflow="fold", no_wrap=column == 0)
     for row in rows_of(result):

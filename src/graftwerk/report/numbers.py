@@ -23,8 +23,9 @@ def metric_name(metric: str) -> str:
 
 
 def title(name: str) -> str:
-    """With a capital at the start; the rest as it is."""
-    return name[:1].upper() + name[1:]
+    """With a capital at the start; the rest as it is, and names with capitals of their own (chrF) too."""
+    first = name.partition(" ")[0]
+    return name if first != first.lower() else name[:1].upper() + name[1:]
 
 
 def percent(value: float | None) -> str:

@@ -148,12 +148,17 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
             )
         )
     headings = [
-        ("Pair", ""), ("Difference" if key in numbers.NO_SHARES else "Points", "number"), ("Interval", "number"),
+        ("Pair", ""), (numbers.title(numbers.unit(key).strip()) or "Difference", "number"), ("Interval", "number"),
         ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
     ]  # fmt: skip
     level = _confidence(result)
+    how = (
+        f"{metric} in its own unit, seen so that more is better"
+        if key in numbers.LESS_IS_BETTER
+        else f"in{numbers.unit(key)} of {metric}"
+    )
     text = (
-        f"Every pair on the same rows and seeds, in points of {metric}. {level}The intervals hold all at once, and p "
+        f"Every pair on the same rows and seeds, {how}. {level}The intervals hold all at once, and p "
         "is adjusted for the number of pairs: a difference counts as shown only if its interval leaves zero out."
     )
     return page.section(
