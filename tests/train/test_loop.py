@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -93,15 +94,19 @@ def losses(trainer: Trainer) -> list[float]:
 class Failing(Classification):
     """Fails at chosen calls of the loss in training."""
 
-    def __init__(self, fail: Callable[[int, dict[str, Tensor], Tensor], Tensor]) -> None:
-        self.fail, self.calls = fail, 0
+    _fail: Callable[[int, Mapping[str, Tensor], Tensor], Tensor] = PrivateAttr()
+    _calls: int = PrivateAttr(default=0)
 
-    def loss(self, outputs: Any, batch: dict[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+    def __init__(self, fail: Callable[[int, Mapping[str, Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        self._fail = fail
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         loss = super().loss(outputs, batch, label_smoothing)
         if not torch.is_grad_enabled():
             return loss
-        self.calls += 1
-        return self.fail(self.calls, batch, loss)
+        self._calls += 1
+        return self._fail(self._calls, batch, loss)
 
 
 # -- golden: the same step however it is cut up
@@ -245,10 +250,10 @@ def scripted(trainer: Trainer, values: list[float], metric: str = "accuracy") ->
     import graftwerk.train.loop as loop
 
     class Figures:
-        def __call__(self, predictions: Any) -> dict[str, float]:
+        def __call__(self, predictions: Any, task: Any) -> dict[str, float]:
             return {"loss": 1.0, "accuracy": 0.0, metric: next(left)}
 
-    trainer.evaluate = lambda examples: type("P", (), {"loss": 1.0})()  # type: ignore[assignment, method-assign]
+    trainer.evaluate = lambda examples, generation=None: type("P", (), {"loss": 1.0})()  # type: ignore[assignment, method-assign]
     loop.points = Figures()  # type: ignore[assignment]
 
 

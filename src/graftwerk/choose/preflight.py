@@ -20,6 +20,7 @@ from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.train.gate import first_batch
 from graftwerk.train.prepare import prepare
+from graftwerk.train.stream import EncodedStream
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "rows": {name: len(examples) for name, examples in encoded.items()},
             "labels": _labels(splits),
             "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
-            "truncated": {name: sum(bool(example.truncated) for example in rows) for name, rows in encoded.items()},
+            "truncated": {name: _truncated(rows) for name, rows in encoded.items()},
         },
         "findings": prepared.findings,
         "first_batch": first_batch(config, prepared.task, splits, encoded["train"], prepared.tokenizer),
@@ -110,7 +111,21 @@ def _labels(splits: Splits) -> dict[str, dict[str, int]]:
     return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels}
 
 
+def _truncated(examples: Sequence[Example]) -> int:
+    return examples.cut if isinstance(examples, EncodedStream) else sum(bool(it.truncated) for it in examples)
+
+
 def _lengths(examples: Sequence[Example]) -> dict[str, int]:
+    if isinstance(examples, EncodedStream):
+        return _lengths_counted(examples.lengths_counted)
     lengths = [example.length + example.truncated for example in examples]
     median, most, longest = np.percentile(lengths, [50, 95, 100]).round().astype(int).tolist()
     return {"median": median, "p95": most, "longest": longest, "tokens": sum(lengths)}
+
+
+def _lengths_counted(counts: Counter[int]) -> dict[str, int]:
+    lengths = sorted(counts)
+    upto = np.cumsum([counts[length] for length in lengths])
+    median, most = (lengths[int(np.searchsorted(upto, share * upto[-1]))] for share in (0.5, 0.95))
+    tokens = sum(length * count for length, count in counts.items())
+    return {"median": median, "p95": most, "longest": lengths[-1], "tokens": tokens}

@@ -85,6 +85,18 @@ def kind_of(path: Path) -> str:
 
 
 def _read_folder(path: Path, source: str, text_rows: TextRows) -> Table:
+    of_kind, passed_over = files_in(path, source)
+    table = joined([read_file(file, source, text_rows) for file in of_kind], source, str(path))
+    table.passed_over = passed_over
+    return table
+
+
+def files_in(path: Path, source: str) -> tuple[list[Path], tuple[str, ...]]:
+    """The files of rows in a folder, sorted, and the names of those of other kinds.
+
+    Raises:
+        ConfigError: files of several kinds, or of none.
+    """
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     kinds: dict[str, list[Path]] = {}
     for file in files:
@@ -100,9 +112,7 @@ def _read_folder(path: Path, source: str, text_rows: TextRows) -> Table:
             else f"rows are read from {', '.join(READERS)}",
         )
     (of_kind,) = kinds.values()
-    table = joined([read_file(file, source, text_rows) for file in of_kind], source, str(path))
-    table.passed_over = tuple(file.name for file in files if file not in of_kind)
-    return table
+    return of_kind, tuple(file.name for file in files if file not in of_kind)
 
 
 def _text(path: Path) -> tuple[str, bool]:

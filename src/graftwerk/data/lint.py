@@ -27,12 +27,12 @@ def label_names(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_labels(
-    used: Mapping[str, Sequence[str]], known: Sequence[str] | None, source: str
+    used: Mapping[str, Sequence[str] | Mapping[str, int]], known: Sequence[str] | None, source: str
 ) -> tuple[tuple[str, ...], tuple[Finding, ...]]:
     """The label names of a run, and what there is to say about them.
 
     Args:
-        used: The labels of the rows of each split: ``train``, ``validation``, ``test``.
+        used: The labels of the rows of each split (``train``, ``validation``, ``test``), or how many rows have each.
         known: The names an adapter already has; they stay as they are, in their order.
         source: For messages.
 
@@ -40,48 +40,51 @@ def check_labels(
         DataError: one class only; or validation or test have classes that training has not.
         AdapterError: the rows have classes that the adapter has not.
     """
+    counts = {split: Counter(labels) for split, labels in used.items()}
     if known is not None:
-        for split, labels in used.items():
+        for split, labels in counts.items():
             extra = sorted(set(labels) - set(known))
             if extra:
                 raise AdapterError(
                     f"the {split} rows have {_classes(extra)} that the adapter was not trained for",
-                    where=f"rows: {_listed(label_names(labels))}; adapter: {_listed(known)}",
+                    where=f"rows: {_listed(label_names(list(labels)))}; adapter: {_listed(known)}",
                     mend="use rows with the adapter's classes, or train a new adapter",
                 )
-        return tuple(known), _absent_classes(used, known)
-    names = label_names(used["train"])
+        return tuple(known), _absent_classes(counts, known)
+    train = counts["train"]
+    names = label_names(list(train))
     if len(names) < 2:
         raise DataError(
-            f"all {len(used['train']):,} training rows of {source} have the one class {names[0]!r};"
+            f"all {train.total():,} training rows of {source} have the one class {names[0]!r};"
             " there is nothing to tell apart",
             mend="check `data.columns.label` and `data.filter`, or add rows of other classes",
         )
-    for split, labels in used.items():
+    for split, labels in counts.items():
         extra = sorted(set(labels) - set(names))
         if extra:
             raise DataError(
                 f"the {split} rows have {_classes(extra)} that no training row has",
-                where=f"train: {_listed(names)}; {split}: {_listed(label_names(labels))}",
+                where=f"train: {_listed(names)}; {split}: {_listed(label_names(list(labels)))}",
                 mend="give both the same classes (spelling and case count), or remove those rows",
             )
-    said = _spellings(names) + _single_rows(used["train"]) + _skew(used["train"]) + _absent_classes(used, names)
+    said = _spellings(names) + _single_rows(train) + _skew(train) + _absent_classes(counts, names)
     return names, said
 
 
-def _skew(labels: Sequence[str]) -> tuple[Finding, ...]:
+def _skew(labels: Counter[str]) -> tuple[Finding, ...]:
     """One class that outweighs all others: always saying it scores as high, and teaches nothing."""
-    (most, count), *_ = Counter(labels).most_common(1)
-    share = count / len(labels)
+    (most, count), *_ = labels.most_common(1)
+    rows = labels.total()
+    share = count / rows
     if share < SKEWED:
         return ()
-    message = f"{share:.1%} of the {len(labels):,} training rows have the class {most!r}: a model that always says so"
+    message = f"{share:.1%} of the {rows:,} training rows have the class {most!r}: a model that always says so"
     return (
         Finding(
             "label-skew",
             f"{message} is right as often",
-            len(labels) - count,
-            example=f"{len(labels) - count:,} rows have another class",
+            rows - count,
+            example=f"{rows - count:,} rows have another class",
             mend="give more rows of the other classes; look at f1_macro, not at accuracy",
             grave=share >= HOPELESS,
         ),
@@ -100,15 +103,15 @@ def _spellings(names: Sequence[str]) -> tuple[Finding, ...]:
     return (Finding("label-spelling", message, 0, example=shown, mend="spell each class in one way", grave=True),)
 
 
-def _single_rows(labels: Sequence[str]) -> tuple[Finding, ...]:
-    rare = sorted(name for name, count in Counter(labels).items() if count == 1)
+def _single_rows(labels: Counter[str]) -> tuple[Finding, ...]:
+    rare = sorted(name for name, count in labels.items() if count == 1)
     if not rare:
         return ()
-    every = len(rare) * 2 > len(labels)
+    every = len(rare) * 2 > labels.total()
     return (
         Finding(
             "rare-classes",
-            f"{len(rare):,} of {len(set(labels)):,} classes have a single training row",
+            f"{len(rare):,} of {len(labels):,} classes have a single training row",
             len(rare),
             example=_listed(rare),
             mend="is `data.columns.label` the right column?"
@@ -119,10 +122,10 @@ def _single_rows(labels: Sequence[str]) -> tuple[Finding, ...]:
     )
 
 
-def _absent_classes(used: Mapping[str, Sequence[str]], names: Sequence[str]) -> tuple[Finding, ...]:
+def _absent_classes(used: Mapping[str, Counter[str]], names: Sequence[str]) -> tuple[Finding, ...]:
     findings = []
     for split, labels in used.items():
-        absent = [name for name in names if name not in set(labels)] if labels else []
+        absent = [name for name in names if name not in labels] if labels else []
         if absent:
             message = f"the {split} rows have none of {_classes(absent)}: no figure will say anything about them"
             findings.append(
@@ -216,13 +219,19 @@ def check_truncation(
     Raises:
         DataError: more rows than that lose tokens.
     """
-    cut = [count for count in truncated if count]
+    return check_cut(sum(map(bool, truncated)), sum(truncated), len(truncated), max_length, max_truncated, split)
+
+
+def check_cut(
+    cut: int, tokens: int, rows: int, max_length: int, max_truncated: float, split: str = "train"
+) -> tuple[Finding, ...]:
+    """The same where it is counted already: ``cut`` of ``rows`` rows lose ``tokens`` tokens in all."""
     if not cut:
         return ()
-    share = len(cut) / len(truncated)
+    share = cut / rows
     message = (
-        f"{len(cut):,} of {len(truncated):,} {split} rows ({share:.0%}) are longer than {max_length} tokens and lose"
-        f" {sum(cut) / len(cut):,.0f} tokens each on average"
+        f"{cut:,} of {rows:,} {split} rows ({share:.0%}) are longer than {max_length} tokens and lose"
+        f" {tokens / cut:,.0f} tokens each on average"
     )
     if share > max_truncated:
         raise DataError(
@@ -230,7 +239,7 @@ def check_truncation(
             where=f"data.max_truncated allows {max_truncated:.0%} of the rows",
             mend="raise `data.max_length` as far as the model allows, shorten the texts, or raise `data.max_truncated`",
         )
-    return (Finding("truncated", message, len(cut), mend="raise `data.max_length` if the ends of the texts matter"),)
+    return (Finding("truncated", message, cut, mend="raise `data.max_length` if the ends of the texts matter"),)
 
 
 def _classes(names: Sequence[str]) -> str:

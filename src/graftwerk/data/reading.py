@@ -101,12 +101,7 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
         if wanted is None or isinstance(wanted, int | float):
             counts[split] = held_out(wanted, len(table), f"data.{split}")
             continue
-        if wanted == data.source:
-            raise ConfigError(
-                f"`{split}` is the same source as `train`: its figures would say nothing",
-                where=f"data.{split}",
-                mend="give a number of rows or a share to hold out, or another source",
-            )
+        _refuse_same(wanted, data, split)
         other, its_reading = _table(wanted, data, split, recognise, findings)
         chosen[split] = SplitRows(other, range(len(other)), its_reading)
     by = reading.stratify
@@ -123,6 +118,31 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
     for split, indices in zip(SPLITS, (train, validation, test), strict=True):
         chosen.setdefault(split, SplitRows(table, indices, reading))
     return {split: chosen[split] for split in SPLITS}, findings
+
+
+def held_out_elsewhere(
+    data: DataSettings, recognise: Recognise, findings: list[Finding]
+) -> tuple[dict[str, SplitRows], Reading | None]:
+    """The rows of ``validation`` and ``test`` where both are sources of their own or none."""
+    chosen: dict[str, SplitRows] = {}
+    reading: Reading | None = None
+    for split, wanted in (("validation", data.validation), ("test", data.test)):
+        if wanted is None or isinstance(wanted, int | float):
+            chosen[split] = SplitRows(Table("", "", [], []), (), Reading({}, key=lambda row: ""))
+            continue
+        _refuse_same(wanted, data, split)
+        table, reading = _table(wanted, data, split, recognise, findings)
+        chosen[split] = SplitRows(table, range(len(table)), reading)
+    return chosen, reading
+
+
+def _refuse_same(wanted: Source, data: DataSettings, split: str) -> None:
+    if wanted == data.source:
+        raise ConfigError(
+            f"`{split}` is the same source as `train`: its figures would say nothing",
+            where=f"data.{split}",
+            mend="give a number of rows or a share to hold out, or another source",
+        )
 
 
 def read_unanswered(
@@ -149,8 +169,8 @@ def read_unanswered(
         {part: read for part, read in reading.optional.items() if part not in reading.answers},
         shape=reading.ask or reading.shape,
     )
-    named = {part: column for part, column in (columns or {}).items() if part not in reading.answers}
-    table = _named(raw, asked, named, {})
+    renamed = {part: column for part, column in (columns or {}).items() if part not in reading.answers}
+    table = named(raw, asked, renamed, {})
     findings = settle_bad_rows(table, on_bad_row)
     if not table.rows:
         raise DataError(f"{source} has no rows", where=table.shown)
@@ -174,7 +194,7 @@ def fingerprint_of(chosen: Mapping[str, Sequence[Mapping[str, Any]]], parts: Seq
     return digest.hexdigest()
 
 
-def origin_of(data: DataSettings, chosen: Mapping[str, SplitRows]) -> dict[str, Any]:
+def origin_of(data: DataSettings, counts: Mapping[str, int]) -> dict[str, Any]:
     """Where rows came from, for the manifest and the model card."""
     origin: dict[str, Any] = {
         "train": [plain(each) for each in data.train] if isinstance(data.train, list) else plain(data.train),
@@ -182,7 +202,7 @@ def origin_of(data: DataSettings, chosen: Mapping[str, SplitRows]) -> dict[str, 
         "test": plain(data.test),
     }
     origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
-    origin["rows"] = {split: len(part.indices) for split, part in chosen.items()}
+    origin["rows"] = dict(counts)
     return origin
 
 
@@ -190,12 +210,8 @@ def _table(
     source: Source, data: DataSettings, split: str, recognise: Recognise, findings: list[Finding]
 ) -> tuple[Table, Reading]:
     raw = read_source(source, split, data.text_rows)
-    reading = recognise(columns_of_format(_parts_of(raw, data.columns), data.format))
-    if data.format != reading.format and data.format is not None:
-        raise ConfigError(
-            f"`{data.format}` is no format of this task's rows", where="data.format", mend="leave `data.format` out"
-        )
-    table = _named(raw, reading, data.columns, data.filter)
+    reading = reading_of(raw, data, recognise)
+    table = named(raw, reading, data.columns, data.filter)
     findings += settle_bad_rows(table, data.on_bad_row)
     if table.passed_over:
         count, first = len(table.passed_over), table.passed_over[0]
@@ -213,14 +229,31 @@ def _table(
     return table, reading
 
 
+def reading_of(raw: Table, data: DataSettings, recognise: Recognise) -> Reading:
+    """What the rows of a source are.
+
+    Raises:
+        ConfigError: none of the task's, or not of the format that is asked for.
+    """
+    reading = recognise(columns_of_format(_parts_of(raw, data.columns), data.format))
+    if data.format != reading.format and data.format is not None:
+        raise ConfigError(
+            f"`{data.format}` is no format of this task's rows", where="data.format", mend="leave `data.format` out"
+        )
+    return reading
+
+
 def _parts_of(table: Table, columns: Mapping[str, str]) -> tuple[str, ...]:
     """What the columns are called once `data.columns` has renamed them; a column may play several parts."""
     renamed = set(columns.values())
     return (*columns, *(column for column in table.columns if column not in renamed and column not in columns))
 
 
-def _named(raw: Table, reading: Reading, columns: Mapping[str, str], filter: Mapping[str, Any]) -> Table:
-    table = name_parts(raw, parts=reading.parts, optional=reading.optional, columns=columns, filter=filter)
+def named(
+    raw: Table, reading: Reading, columns: Mapping[str, str], filter: Mapping[str, Any], *, whole: bool = True
+) -> Table:
+    """The rows as the task understands them; ``whole`` as for `name_parts`."""
+    table = name_parts(raw, parts=reading.parts, optional=reading.optional, columns=columns, filter=filter, whole=whole)
     if reading.shape is None:
         return table
     rows, lines = [], []

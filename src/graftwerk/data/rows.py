@@ -102,12 +102,19 @@ def settle_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[
     Raises:
         DataError: there are bad rows and ``on_bad_row`` is ``fail``; the first places and reasons are listed.
     """
-    if not table.bad:
-        return ()
     table.bad.sort(key=lambda bad: bad.line)
     places = [f"{table.at(bad.line)}: {bad.reason}" for bad in table.bad[:SHOWN]]
-    count, more = len(table.bad), len(table.bad) - len(places)
-    message = f"{count:,} of {table.read:,} rows of {table.source} cannot be used"
+    return settle(len(table.bad), places, table.read, table.source, on_bad_row)
+
+
+def settle(
+    count: int, places: Sequence[str], read: int, source: str, on_bad_row: Literal["fail", "skip"]
+) -> tuple[Finding, ...]:
+    """The same for rows that are only counted; ``places`` are the first of them."""
+    if not count:
+        return ()
+    more = count - len(places)
+    message = f"{count:,} of {read:,} rows of {source} cannot be used"
     if on_bad_row == "fail":
         raise DataError(
             message,

@@ -122,6 +122,14 @@ class DataSettings(Settings):
         default=(), description="grave findings, by their codes, that do not stop a run; `all`: none does"
     )
     split: str = Field(default="train", description="for a hub id in `train` that names no split: which to read")
+    streaming: bool = Field(
+        default=False,
+        description="read training rows while training, for files larger than the memory; `max_train_rows` are then"
+        " the first ones, and rows held out need sources of their own",
+    )
+    buffer_rows: Rows = Field(
+        default=10_000, description="with `streaming`: rows in memory, shuffled and grouped by length among themselves"
+    )
     augment: tuple[Augmenter, ...] = Field(
         default=(), description="augmenters that make further training rows: names, or settings with `name`"
     )
@@ -147,6 +155,24 @@ class DataSettings(Settings):
             raise ValueError("`temperature` does nothing for one data set: give `train` a list of sets")
         for each in self.sets:
             _ = each.rows_from
+        return self
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if not self.streaming:
+            if self.buffer_rows != DataSettings.model_fields["buffer_rows"].default:
+                raise ValueError("`buffer_rows` does nothing without `streaming: true`")
+            return self
+        for split, wanted in (("validation", self.validation), ("test", self.test)):
+            if isinstance(wanted, int | float):
+                raise ValueError(
+                    f"with `streaming`, rows cannot be drawn from the training rows to be held out: give `{split}` a"
+                    f" source of its own, or null, in place of {wanted}"
+                )
+        if self.sets:
+            raise ValueError("`streaming` reads one data set, and `train` lists several sets")
+        if self.augment:
+            raise ValueError("`augment` reads rows that are in memory: write its rows with `graftwerk augment`")
         return self
 
     @property

@@ -65,8 +65,13 @@ def name_parts(
     optional: Mapping[str, Part] | None = None,
     columns: Mapping[str, str] | None = None,
     filter: Filter | None = None,
+    whole: bool = True,
 ) -> Table:
-    """The second half of `read_rows`: the rows that pass, their columns read and renamed; ``table`` stays as it is."""
+    """The second half of `read_rows`: the rows that pass, their columns read and renamed; ``table`` stays as it is.
+
+    Args:
+        whole: That no row passes is an error; False for a part of the rows.
+    """
     columns, filter, optional = columns or {}, filter or {}, optional or {}
     _check_parts(columns, [*parts, *optional])
     _check_columns(table, [columns.get(part, part) for part in parts], "columns")
@@ -94,7 +99,7 @@ def name_parts(
             result.bad.append(BadRow(line, str(error)))
         else:
             result.lines.append(line)
-    if wanted and table.rows and not result.rows and len(result.bad) == len(table.bad):
+    if whole and wanted and table.rows and not result.rows and len(result.bad) == len(table.bad):
         raise DataError(_nothing_passes(table, wanted), where="data.filter")
     values = [(column, at, value) for column, listed in wanted.items() for at, value in enumerate(listed)]
     result.unmatched = tuple(f"{column}: {value}" for column, at, value in values if (column, at) not in met)
@@ -118,13 +123,13 @@ def read_source(source: Source, split: str = "train", text_rows: TextRows = "lin
 
         name, _, own_split = source.removeprefix(HUB_SCHEME).partition(":")
         return read_hub(name, own_split or split, source)
-    files = _matching(source)
+    files = matching(source)
     if files is not None:
         return joined([read_file(file, source, text_rows) for file in files], source, source)
     return read_file(locate(source), source, text_rows)
 
 
-def _matching(source: str) -> list[Path] | None:
+def matching(source: str) -> list[Path] | None:
     """The files that a pattern stands for, sorted; None where it is no pattern, or a file is called just so.
 
     Raises:

@@ -14,6 +14,7 @@ from graftwerk.data.lint import check_duplicates
 from graftwerk.data.near import check_near_leakage
 from graftwerk.data.reading import Reading, SplitRows, fingerprint_of, origin_of
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.stream import Streamed
 from graftwerk.settings import Settings
 from graftwerk.tasks.predictions import Predictions as Predictions
 
@@ -70,8 +71,31 @@ def splits_of(
         labels=labels,
         fingerprint=fingerprint_of(rows, parts, labels or ()),
         findings=(*findings, *repeated),
-        origin=origin_of(data, chosen),
+        origin=origin_of(data, {split: len(part) for split, part in rows.items()}),
         where={split: part.where for split, part in chosen.items()},
+    )
+
+
+def splits_of_stream(
+    data: DataSettings,
+    streamed: Streamed,
+    parts: Sequence[str],
+    *,
+    labels: tuple[str, ...] | None = None,
+    findings: Sequence[Finding] = (),
+) -> Splits:
+    """The same for training rows that are not held in memory; those of validation and test are."""
+    held = {split: part.rows for split, part in streamed.held.items()}
+    placed = {"train": streamed.repeated, **{split: part.placed() for split, part in streamed.held.items()}}
+    counts = {"train": len(streamed.rows), **{split: len(rows) for split, rows in held.items()}}
+    return Splits(
+        train=streamed.rows,
+        **held,
+        labels=labels,
+        fingerprint=fingerprint_of(held, parts, [*(labels or ()), streamed.digest]),
+        findings=(*streamed.findings, *findings, *check_duplicates(placed)),
+        origin=origin_of(data, counts),
+        where={"train": streamed.rows.where, **{split: part.where for split, part in streamed.held.items()}},
     )
 
 

@@ -19,8 +19,9 @@ from graftwerk.data.parts import label_part, text_part
 from graftwerk.data.reading import Reading, read_splits, read_unanswered
 from graftwerk.data.rows import Table
 from graftwerk.data.settings import DataSettings, shown
+from graftwerk.data.stream import read_stream
 from graftwerk.errors import DataError
-from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task, splits_of
+from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task, splits_of, splits_of_stream
 from graftwerk.tasks.encoding import encode_texts, pad
 from graftwerk.tasks.predictions import ClassPredictions
 
@@ -52,6 +53,10 @@ class Classification(Task):
             AdapterError: the rows have classes that ``labels`` has not.
             EnvironmentFault: a source cannot be reached.
         """
+        if data.streaming:
+            streamed = read_stream(data, self.reading, self.parts)
+            names, said = check_labels(streamed.classes or {}, labels, shown(data.source))
+            return splits_of_stream(data, streamed, self.parts, labels=names, findings=said)
         chosen, findings = read_splits(data, self.reading)
         placed = {split: part.placed() for split, part in chosen.items()}
         names, said = check_labels(

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from graftwerk.data.reading import read_splits
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.stream import read_stream
 from graftwerk.errors import UnsupportedError
-from graftwerk.tasks.base import Example, Predictions, Splits, Task, splits_of
+from graftwerk.tasks.base import Example, Predictions, Splits, Task, splits_of, splits_of_stream
 from graftwerk.tasks.encoding import pad
 from graftwerk.tasks.predictions import TextPredictions
 
@@ -64,6 +65,8 @@ class TextTask(Task):
         return self._layout == "causal"
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+        if data.streaming:
+            return splits_of_stream(data, read_stream(data, self.reading, self.parts), self.parts)
         chosen, findings = read_splits(data, self.reading)
         return splits_of(data, chosen, findings, self.parts)
 

@@ -73,6 +73,12 @@ class Translation(TextToText):
         return replace(usual, optional=dict.fromkeys(SIDES, text_part))
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+        if data.streaming and self.both_directions:
+            raise ConfigError(
+                "rows that are streamed are not turned around",
+                where="task.both_directions",
+                mend="write both directions into the file, with the columns source_lang and target_lang",
+            )
         splits = super().read(data, labels)
         if not self.both_directions:
             return splits

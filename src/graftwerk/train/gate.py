@@ -9,10 +9,11 @@ from graftwerk.config import RunConfig
 from graftwerk.data.findings import Finding
 from graftwerk.errors import ConfigError, DataError, did_you_mean
 from graftwerk.tasks.base import Example, Splits, Task
-from graftwerk.tasks.findings import check_examples
+from graftwerk.tasks.findings import check_examples, findings_of
 from graftwerk.tasks.text import IGNORED, TextTask
 from graftwerk.train.order import epoch_order, micro_batches
 from graftwerk.train.sets import sampler_of
+from graftwerk.train.stream import EncodedStream
 
 ALL = "all"
 """In `data.allow`: whatever it is."""
@@ -39,8 +40,12 @@ def check_encoded(
     findings: list[Finding] = []
     for split, rows in examples.items():
         where = splits.where.get(split)
-        if isinstance(task, TextTask):
-            findings += check_examples(split, rows, where if len(rows) == len(getattr(splits, split)) else None)
+        if len(rows) != len(getattr(splits, split)):
+            where = None  # rows that were cut into several
+        if isinstance(rows, EncodedStream):
+            findings += findings_of(split, rows.notes, len(rows), where)
+        elif isinstance(task, TextTask):
+            findings += check_examples(split, rows, where)
     if isinstance(task, TextTask) and task.generates and settings.evaluation.generate:
         findings += _answer_limit(settings, task, examples, positions)
     return findings
@@ -119,12 +124,15 @@ def first_batch(
         encoder-decoders ``answer``, the tokens that the decoder learns.
     """
     training = settings.training
-    lengths = [example.length for example in examples]
     size = training.per_device_train_batch_size
+    rows_per_step = size * training.gradient_accumulation_steps
+    if isinstance(examples, EncodedStream):
+        examples = examples.hold(0, min(len(examples), examples.part_steps(rows_per_step) * rows_per_step))
+    lengths = [example.length for example in examples]
     sampler = sampler_of(settings, task, examples)
     steps = epoch_order(
         lengths,
-        size * training.gradient_accumulation_steps,
+        rows_per_step,
         seed=training.seed,
         epoch=0,
         group=training.length_group,

@@ -33,6 +33,7 @@ from graftwerk.train.order import epoch_order, micro_batches
 from graftwerk.train.settings import TrainingSettings
 from graftwerk.train.signals import StopSignals
 from graftwerk.train.state import TrainState, put_back, take
+from graftwerk.train.stream import EncodedStream, LengthsHeld
 from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
 
 SEED_STRIDE = 1_000_003
@@ -94,14 +95,20 @@ class Trainer:
                 raise
             raise self._no_memory("the optimizer's state does not fit into memory") from None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
-        self.lengths = [example.length for example in train]
-        self.max_length = max_length or max(self.lengths, default=1)
-        if settings.packing:
-            check_packing(graft.model, task, train, tokenizer)
         self.rows_per_step = (
             settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.processes.count
         )
         self.steps_per_epoch = math.ceil(len(train) / self.rows_per_step)
+        self.lengths: Sequence[int]
+        if isinstance(train, EncodedStream):
+            self.part_steps, self.lengths = train.part_steps(self.rows_per_step), LengthsHeld(train)
+            self.longest = max(train.lengths_counted)
+        else:
+            self.part_steps, self.lengths = self.steps_per_epoch, [example.length for example in train]
+            self.longest = max(self.lengths, default=1)
+        self.max_length = max_length or self.longest
+        if settings.packing:
+            check_packing(graft.model, task, self._part(0), tokenizer)
         self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
         self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
         self.evaluate = Evaluator(
@@ -129,6 +136,7 @@ class Trainer:
         """`time.monotonic()` when the first step of this process was done."""
         self._clock = Clock()
         self._order: tuple[int, list[list[int]]] = (-1, [])
+        """The part of the training that steps are laid out for, and their rows."""
         self._news: list[Event] = []
         self._saved = -1
         self._asked_to_stop = 0
@@ -386,13 +394,24 @@ class Trainer:
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def rows_of(self, step: int) -> list[int]:
+        """The rows of a step. Streamed rows come part by part, others in one part an epoch."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
+        at, position = divmod(position, self.part_steps)
+        part = epoch * math.ceil(self.steps_per_epoch / self.part_steps) + at
+        if self._order[0] != part:
             seed, group = self.settings.seed, self.settings.length_group
             drawn = None if self.draw is None else self.draw(epoch)
-            steps = epoch_order(self.lengths, self.rows_per_step, seed=seed, epoch=epoch, group=group, drawn=drawn)
-            self._order = (epoch, steps)
+            first = at * self.part_steps * self.rows_per_step
+            lengths = [example.length for example in self._part(first)]
+            steps = epoch_order(lengths, self.rows_per_step, seed=seed, epoch=part, group=group, drawn=drawn)
+            self._order = (part, [[first + row for row in rows] for rows in steps])
         return self._order[1][position]
+
+    def _part(self, first: int) -> Sequence[Example]:
+        """The rows of the part that begins with row ``first``, in memory."""
+        if not isinstance(self.train, EncodedStream):
+            return self.train
+        return self.train.hold(first, min(len(self.train), first + self.part_steps * self.rows_per_step))
 
     def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         examples = [self.train[row] for row in rows]
@@ -412,10 +431,9 @@ class Trainer:
         return steps * self._clock.step_seconds + evaluations * self._clock.evaluation_seconds
 
     def _no_memory(self, what: str) -> EnvironmentFault:
-        longest = max((example.length for example in self.train), default=0)
         trained = sum(parameter.numel() for parameter in self.parameters)
         return EnvironmentFault(
-            f"{what}: {memory.numbers(self.device)}; rows have up to {longest} tokens, {trained:,} parameters "
+            f"{what}: {memory.numbers(self.device)}; rows have up to {self.longest} tokens, {trained:,} parameters "
             f"are trained",
             mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
             "data.max_length, "

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graftwerk.config import RunConfig
+from graftwerk.data.stream import StreamedRows
 from graftwerk.errors import ConfigError
 from graftwerk.inject.attach import Graft, attach
 from graftwerk.methods.base import Method
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.train import rng
 from graftwerk.train.events import Event, Listener
+from graftwerk.train.stream import EncodedStream
 from graftwerk.train.validation import check_settings
 
 SPLITS = ("train", "validation", "test")
@@ -26,7 +28,7 @@ class Prepared:
 
     Attributes:
         method: The configured method; texts to start from are tokenized.
-        examples: Encoded rows of ``train``, ``validation`` and ``test``.
+        examples: Encoded rows (streamed: an `EncodedStream`) of ``train``, ``validation`` and ``test``.
         max_length: Tokens kept of a row.
         findings: What was noticed about the data, as plain values.
         prior_loss: Loss of a model that knows nothing but how frequent each label is; None where there are no labels.
@@ -38,7 +40,7 @@ class Prepared:
     method: Method
     splits: Splits
     tokenizer: Any
-    examples: dict[str, list[Example]]
+    examples: dict[str, Sequence[Example]]
     max_length: int
     findings: list[dict[str, Any]]
     prior_loss: float | None
@@ -54,7 +56,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     Raises:
         DataError, ConfigError, ModelError, EnvironmentFault: as the rooms for data and models say.
     """
-    from graftwerk.data.lint import check_truncation
+    from graftwerk.data.lint import check_cut, check_truncation
     from graftwerk.models.load import load_config, load_tokenizer, position_limit
     from graftwerk.train.gate import check_allowed, check_encoded
 
@@ -67,17 +69,27 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     tokenizer = load_tokenizer(settings.model, settings.revision)
     max_length = _max_length(settings, architecture, tokenizer)
     findings = list(splits.findings)
-    examples: dict[str, list[Example]] = {}
+    examples: dict[str, Sequence[Example]] = {}
     for name in SPLITS:
-        examples[name] = task.encode(getattr(splits, name), tokenizer, splits, max_length)
+        rows, most = getattr(splits, name), settings.data.max_truncated
+        if isinstance(rows, StreamedRows):
+            emit(Event("phase", 0, name=f"encoding {len(rows):,} streamed rows once, to count them"))
+            stream = EncodedStream(task, rows, tokenizer, splits, max_length, settings.data.buffer_rows)
+            findings += check_cut(stream.cut, stream.tokens_cut, len(stream), max_length, most, name)
+            examples[name] = stream
+            continue
+        examples[name] = task.encode(rows, tokenizer, splits, max_length)
         lost = [example.truncated for example in examples[name]]
-        findings += check_truncation(lost, max_length, settings.data.max_truncated, name)
+        findings += check_truncation(lost, max_length, most, name)
     findings += check_encoded(settings, task, splits, examples, position_limit(architecture))
     said = [asdict(finding) for finding in findings]
     for finding in said:
         emit(Event("finding", 0, **finding))
-    smoothing = settings.training.label_smoothing
-    prior_loss = None if splits.labels is None else _prior_loss(examples["train"], len(splits.labels), smoothing)
+    prior_loss = None
+    if splits.labels is not None:
+        train = examples["train"]
+        targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
+        prior_loss = _prior_loss(targets, len(splits.labels), settings.training.label_smoothing)
     method = _with_text(settings.method, tokenizer)
     return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
 
@@ -145,9 +157,8 @@ def _with_text(method: Method, tokenizer: Any) -> Method:
     return with_ids
 
 
-def _prior_loss(examples: Sequence[Example], classes: int, smoothing: float) -> float | None:
+def _prior_loss(counts: Counter[Any], classes: int, smoothing: float) -> float | None:
     """Entropy of the label frequencies, in nats: the least loss that is to be had without reading a row."""
-    counts = Counter(example.target for example in examples)
     total = sum(counts.values())
     shares = [(1 - smoothing) * counts.get(label, 0) / total + smoothing / classes for label in range(classes)]
     return -sum(share * math.log(share) for share in shares if share > 0) if total else None

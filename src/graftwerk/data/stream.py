@@ -1,0 +1,300 @@
+"""Training rows that are read as they are needed, for files larger than the memory (`data.streaming`).
+
+A stream is gone through from its beginning each time; nothing of what has passed is kept. Before training it is gone
+through once to read and check every row: what is found, the classes and the number of rows are then known as they are
+for rows in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+from graftwerk.data.compressed import Expanded
+from graftwerk.data.files import files_in, kind_of
+from graftwerk.data.findings import Finding
+from graftwerk.data.lines import Found, bad_characters, delimited_rows, jsonl_rows, text_rows
+from graftwerk.data.lint import PlacedRows
+from graftwerk.data.reading import Reading, Recognise, SplitRows, held_out_elsewhere, named, reading_of
+from graftwerk.data.rows import SHOWN, BadRow, Table, settle
+from graftwerk.data.settings import DataSettings, Pair, Source, shown
+from graftwerk.data.sources import HUB_SCHEME, is_hub_id, matching
+from graftwerk.data.split import fold
+from graftwerk.data.textfiles import TextRows
+from graftwerk.errors import ConfigError, DataError, EnvironmentFault
+from graftwerk.locate import locate
+
+KINDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
+CHUNK = 1000
+"""Rows that are read and checked at a time."""
+REMEMBERED = 1_000_000
+"""Texts whose hashes are kept to find repeated ones: about 100 MB."""
+
+
+class StreamedRows(Sequence[dict[str, Any]]):
+    """The training rows in the order of their files. Going through them reads them anew; so does asking for one.
+
+    Args:
+        count: How many rows there are.
+    """
+
+    def __init__(self, data: DataSettings, recognise: Recognise, count: int) -> None:
+        self._data, self._recognise, self._count = data, recognise, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """
+        Raises:
+            DataError: there are fewer rows than were counted: the files have changed.
+        """
+        met = 0
+        for table, _ in _tables(self._data, self._recognise):
+            for row in islice(table.rows, self._count - met):
+                met += 1
+                yield row
+            if met == self._count:
+                return
+        raise DataError(
+            f"there are {met:,} rows where {self._count:,} were counted before training: the files have changed",
+            where=shown(self._data.source),
+            mend="leave the files as they are while they are trained on",
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return list(islice(self, *index.indices(self._count)))
+        return next(islice(self, range(self._count)[index], None))
+
+    def where(self, index: int) -> str:
+        """The place (`file:line`) of a row."""
+        for table, _ in _tables(self._data, self._recognise):
+            if index < len(table):
+                return table.where(index)
+            index -= len(table)
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What a first pass over a stream found.
+
+    Attributes:
+        rows: The training rows.
+        held: The rows of ``validation`` and ``test``, in memory.
+        findings: What was noticed while reading.
+        classes: For each split, how many rows of each class; None where rows have no class.
+        repeated: Of each training row whose text is also held out, the text and the place, once each.
+        digest: Hash of the training rows in order.
+    """
+
+    rows: StreamedRows
+    held: dict[str, SplitRows]
+    findings: list[Finding]
+    classes: dict[str, Counter[str]] | None
+    repeated: PlacedRows
+    digest: str
+
+
+def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) -> Streamed:
+    """Go through the training rows once; read the rows that are held out, which are sources of their own.
+
+    Args:
+        parts: What the digest is of.
+
+    Raises:
+        ConfigError: a source or setting that streaming has no way for.
+        DataError, EnvironmentFault, IntegrityError: as for rows in memory.
+    """
+    findings: list[Finding] = []
+    held, held_reading = held_out_elsewhere(data, recognise, findings)
+    keys = {split: {fold(text) for text in part.placed().texts} for split, part in held.items()}
+    held_keys = set().union(*keys.values())
+    passed = _Passed(held_keys)
+    limit = data.max_train_rows
+    for table, reading in _tables(data, recognise):
+        for bad in table.bad:
+            passed.bad += 1
+            if len(passed.places) < SHOWN:
+                passed.places.append(f"{table.at(bad.line)}: {bad.reason}")
+        passed.read += table.read
+        if table.read > len(table.bad):  # nothing can be said of a filter by rows that cannot be read
+            now = set(table.unmatched)
+            passed.unmatched = now if passed.unmatched is None else passed.unmatched & now
+        for at in range(len(table) if limit is None else min(len(table), limit - passed.rows)):
+            assert reading is not None
+            passed.add(table, at, reading, parts)
+        held_reading = reading or held_reading
+        if passed.rows == limit:
+            break
+    source = shown(data.source)
+    findings += settle(passed.bad, passed.places, passed.read, source, data.on_bad_row)
+    if not passed.rows:
+        raise DataError(
+            f"{source} has no rows that can be used", where="data.train", mend="see `data.filter`, or give more rows"
+        )
+    findings += passed.findings(source, data)
+    classes = None
+    if held_reading is not None and held_reading.stratify is not None:
+        classes = {"train": passed.classes}
+        classes |= {split: Counter(part.placed().labels or ()) for split, part in held.items()}
+    repeated = PlacedRows([text for text, _ in passed.met.values()], None, lambda at: list(passed.met.values())[at][1])
+    rows = StreamedRows(data, recognise, passed.rows)
+    return Streamed(rows, held, findings, classes, repeated, passed.digest.hexdigest())
+
+
+class _Passed:
+    """Counts of what has passed."""
+
+    def __init__(self, held: set[str]) -> None:
+        self.held = held
+        self.rows = self.bad = self.read = self.repeats = self.torn = 0
+        self.places: list[str] = []
+        self.repeat: tuple[str, str] | None = None
+        self.conflict: str | None = None
+        self.unmatched: set[str] | None = None
+        self.classes: Counter[str] = Counter()
+        self.seen: dict[bytes, bytes] = {}
+        self.met: dict[str, tuple[str, str]] = {}
+        self.digest = hashlib.sha256()
+
+    def add(self, table: Table, at: int, reading: Reading, parts: Sequence[str]) -> None:
+        row = table.rows[at]
+        text = reading.key_of(row)
+        folded = fold(text)
+        label = "" if reading.stratify is None else str(row[reading.stratify])
+        self.rows += 1
+        self.classes[label] += 1
+        self.digest.update(json.dumps([row.get(part) for part in parts]).encode())
+        if folded in self.held and folded not in self.met:
+            self.met[folded] = (text, table.where(at))
+        key, own = _short_hash(folded), _short_hash(label)
+        before = self.seen.get(key)
+        if before is not None:
+            self.repeats += 1
+            self.repeat = self.repeat or (table.where(at), text)
+            if before != own:
+                self.torn += 1
+                self.conflict = self.conflict or table.where(at)
+        elif len(self.seen) < REMEMBERED:
+            self.seen[key] = own
+
+    def findings(self, source: str, data: DataSettings) -> list[Finding]:
+        found = [
+            Finding(
+                "streamed",
+                f"the {self.rows:,} training rows are read as they are needed: they are shuffled and grouped by length"
+                f" within {data.buffer_rows:,} rows, and rows that are nearly those held out were not looked for",
+                self.rows,
+            )
+        ]
+        if data.max_train_rows is not None and self.rows < data.max_train_rows:
+            message = (
+                f"there are {self.rows:,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
+            )
+            found.append(Finding("fewer-rows", message, self.rows, mend="give more data, or ask for fewer rows"))
+        if self.unmatched:
+            message = f"no row of {source} has {', '.join(sorted(self.unmatched))}, which the filter asks for"
+            found.append(Finding("filter-unmatched", message, 0, mend="check the spelling in `data.filter`"))
+        looked = "" if len(self.seen) < REMEMBERED else f", of the first {REMEMBERED:,} texts"
+        if self.repeat is not None:
+            message = f"{self.repeats:,} of {self.rows:,} train rows repeat another row's text{looked}"
+            place, text = self.repeat
+            example = f"{place}: {' '.join(text.split())[:80]!r}"
+            found.append(Finding("duplicates", message, self.repeats, example=example, mend="remove the repeats"))
+        if self.torn:
+            message = f"{self.torn:,} train rows have another class than an earlier row of the same text{looked}"
+            found.append(
+                Finding(
+                    "conflicting-labels", message, self.torn, example=self.conflict, mend="decide for one class each"
+                )
+            )
+        return found
+
+
+def _short_hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, Reading | None]]:
+    """The rows in tables of at most `CHUNK`, read and named; bad rows beside them. The reading is None as long as there
+    was no row to tell what rows are."""
+    columns: dict[str, None] = {}
+    reading: Reading | None = None
+    for file in _files(data.source):
+        found = _rows_of(file, columns, data.text_rows)
+        while chunk := list(islice(found, CHUNK)):
+            table = Table(
+                shown(data.source),
+                str(file),
+                [row for _, row in chunk if not isinstance(row, str)],
+                [line for line, row in chunk if not isinstance(row, str)],
+                [BadRow(line, row) for line, row in chunk if isinstance(row, str)],
+                tuple(columns),
+            )
+            if reading is None and table.rows:
+                reading = reading_of(table, data, recognise)
+            if reading is not None:
+                table = named(table, reading, data.columns, data.filter, whole=False)
+            yield replace(table, read=len(chunk)), reading
+
+
+def _files(source: Source) -> Iterator[Path]:
+    """
+    Raises:
+        ConfigError: a source that is not made of lines.
+    """
+    if isinstance(source, list):
+        for each in source:
+            yield from _files(each)
+        return
+    if isinstance(source, Pair):
+        raise _not_streamed("two aligned files are", "write them as one .jsonl or .tsv file")
+    if source.startswith(HUB_SCHEME) or is_hub_id(source):
+        raise _not_streamed(f"{source} is", "download it and write it as .jsonl")
+    path = locate(source) if (files := matching(source)) is None else None
+    if path is not None:
+        files = files_in(path, source)[0] if path.is_dir() else [path]
+    for file in files or ():
+        if kind_of(file) not in KINDS:
+            raise _not_streamed(f"{file} is", "write it as .jsonl")
+        yield file
+
+
+def _not_streamed(what: str, mend: str) -> ConfigError:
+    return ConfigError(
+        f"{what} not read row by row; streaming reads {', '.join(KINDS)}, also compressed",
+        where="data.train",
+        mend=f"{mend}, or data.streaming=false",
+    )
+
+
+def _rows_of(file: Path, columns: dict[str, None], text: TextRows) -> Found:
+    kind = kind_of(file)
+    try:
+        with io.BufferedReader(Expanded(file)) as raw:
+            if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError("the file is UTF-16, not UTF-8", where=f"{file}:1", mend="save it as UTF-8")
+            newline = "" if kind in (".csv", ".tsv") else "\n"
+            lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+            if kind in (".csv", ".tsv"):
+                delimiter = "," if kind == ".csv" else "\t"
+                yield from delimited_rows(lines, delimiter, columns, fault=bad_characters, file=str(file))
+            elif kind == ".txt":
+                yield from text_rows(lines, columns, documents=text == "document", fault=bad_characters)
+            else:
+                yield from jsonl_rows(lines, columns, fault=bad_characters)
+    except PermissionError as error:
+        raise EnvironmentFault(f"{file} cannot be read: {error.strerror}", where=str(file)) from None
