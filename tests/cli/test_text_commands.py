@@ -52,3 +52,57 @@ def test_from_a_run_file_to_texts(task: str, family: str, graftwerk: Run, tmp_pa
     assert [set(row) for row in said.json["predictions"]] == [{"output"}, {"output"}]
     lines = graftwerk("predict", tmp_path / "run", "Drucken Sie.").out.splitlines()
     assert lines == [" ".join(said.json["predictions"][0]["output"].split())]
+
+
+SUMMARIES = {"train": str(SYNOPSES), "max_length": 200}
+PAIRS = {"train": str(GNOME["de"]), "max_length": 128}
+GIVEN = {
+    "summarization": {"document": "It prints what you draw."},
+    "translation": {"source": "Drucken Sie."},
+    "instruction": {"prompt": "Drucken Sie."},
+}
+"""What a file is to hold whose rows are answered: no answers."""
+CASES = {
+    "t5-summarization": ("t5", "summarization", SUMMARIES, "rougeL"),
+    "bart-summarization": ("bart", "summarization", SUMMARIES, "rougeL"),
+    "causal-translation": ("gpt2", "translation", PAIRS, "bleu"),
+    "chat-translation": ("llama", "translation", PAIRS, "bleu"),
+    "instruction": ("llama", "instruction", {**PAIRS, "columns": {"prompt": "source", "completion": "target"}},
+                    "exact_match"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_train_evaluate_predict(case: str, graftwerk: Run, tmp_path: Path) -> None:
+    family, task, data, main = CASES[case]
+    config = {
+        "model": str(build(family, tmp_path / "model")),
+        "task": task,
+        "data": {"max_train_rows": 6, "validation": 2, "test": 2, "max_truncated": 1.0, **data},
+        "method": {"name": "lora", "r": 2},
+        "training": {"max_steps": 2, "report_to": ["jsonl"], "learning_rate": 1e-2},
+        "evaluation": {"max_new_tokens": 3, "latency_batches": 1, "resamples": 100, "examples": 1},
+        "output_dir": str(tmp_path / "run"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    said = graftwerk("train", tmp_path / "run.yaml", "-q")
+    assert said.code == 0, said.err
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["status"] == "finished"
+    said = graftwerk("evaluate", tmp_path / "run", "--json")
+    assert said.code == 0, said.err
+    for name in (main, "perplexity"):
+        assert said.json["metrics"][name]["value"] == pytest.approx(manifest["metrics"]["test"][name]["value"]), name
+    assert said.json["rows"] == 2
+
+    (text,) = GIVEN[task].values()
+    (tmp_path / "asked.jsonl").write_text(json.dumps(GIVEN[task]) + "\n", encoding="utf-8")
+    of_file = graftwerk(
+        "predict", tmp_path / "run", "--data", tmp_path / "asked.jsonl",
+        *(f"--column={name}={name}" for name in GIVEN[task]), "--json",
+    )  # fmt: skip
+    assert of_file.code == 0, of_file.err
+    of_text = graftwerk("predict", tmp_path / "run", text, "--json")
+    assert of_text.code == 0, of_text.err
+    assert of_text.json["predictions"] == [{"output": of_file.json["predictions"][0]["output"]}]
+    assert of_file.json["predictions"][0]["source"] == text

@@ -97,7 +97,7 @@ class TextTask(Task):
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch.get("labels")
         if labels is None:
-            return model(**inputs)
+            return self._unanswered(model, inputs)
         if "position_ids" in inputs and "attention_mask" not in inputs:
             inputs["use_cache"] = False  # rows packed into one: with a cache, transformers does not look for them
         plain = getattr(model, "module", model)
@@ -109,6 +109,16 @@ class TextTask(Task):
         outputs = model(**inputs)
         outputs.logits = outputs.logits[mask]
         return outputs
+
+    def _unanswered(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """A pass over rows without an answer, whose logits nobody compares: as few as a model makes."""
+        plain = getattr(model, "module", model)
+        if self._layout == "encoder-decoder":
+            ids = inputs["input_ids"]
+            start = getattr(plain.config, "decoder_start_token_id", None)
+            first = ids[:, :1] if start is None else torch.full_like(ids[:, :1], start)
+            return model(**inputs, decoder_input_ids=first)
+        return model(**inputs, logits_to_keep=1) if _keeps_logits(type(plain)) else model(**inputs)
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the labelled tokens of the batch, in float32."""
