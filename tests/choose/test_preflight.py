@@ -90,3 +90,28 @@ def test_what_training_would_stop_at(tmp_path: Path, tiny_encoder: Path, glosses
     method = {"name": "lora", "target_modules": ["q_proj"]}
     with pytest.raises(ConfigError, match="q_proj"):
         preflight(RunConfig.load(run_file(tmp_path, tiny_encoder, glosses, method=method)))
+
+
+def test_augmented_rows_are_counted_in_the_steps(tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(glosses.read_text(encoding="utf-8").splitlines(keepends=True)[:10]))
+    path = run_file(
+        tmp_path,
+        tiny_encoder,
+        glosses,
+        training={"num_train_epochs": 1, "per_device_train_batch_size": 8},
+        data={
+            "train": str(glosses),
+            "validation": 40,
+            "augment": [
+                {"name": "word_shuffle", "n": 2, "weight": 0.5},
+                {"name": "file", "path": str(more), "weight": 3},
+            ],
+        },
+    )
+    checked = preflight(RunConfig.load(path))
+    assert checked["data"]["rows"]["train"] == 200
+    assert checked["data"]["augmented_at_most"] == 200 + 30
+    assert checked["steps"] == (200 + 230 + 7) // 8
+    plain = preflight(RunConfig.load(path, {"data.augment": []}))
+    assert (plain["steps"], plain["data"]["augmented_at_most"]) == (25, None)

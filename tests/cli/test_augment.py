@@ -72,3 +72,19 @@ def test_mistakes_are_named(graftwerk: Run, rows: Path, words: list[str], said: 
 def test_help_has_examples(graftwerk: Run) -> None:
     said = graftwerk("augment", "--help")
     assert "--by back-translation" in " ".join(said.out.split())
+
+
+def test_dry_runs_count_the_augmented_rows(graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
+    path = run_file(tmp_path, tiny_encoder, glosses, training={"num_train_epochs": 1})
+    augment = "data.augment=[{name: word_shuffle, n: 3}]"
+    made = 3 * (240 - 72)
+    steps = -(-(made + 168) // 16)
+    for words in (("train", path, augment, "--dry-run"), ("doctor", path, augment)):
+        said = graftwerk(*words).out
+        assert f"steps   {steps} of 16 rows" in said, said
+        assert f"{made} augmented rows are counted" in said
+    both = graftwerk(
+        "compare", path, "methods=lora", "seeds=0", augment, "augment=with,without", "--dry-run", "--json"
+    ).json
+    assert [one["steps"] for one in both["methods"]] == [steps, 11]
+    assert [one["augmented_at_most"] for one in both["methods"]] == [made, None]

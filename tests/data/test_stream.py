@@ -83,9 +83,7 @@ def test_rows_places_and_bad_rows_are_those_in_memory(tmp_path: Path, name: str,
 @pytest.mark.parametrize("text_rows", ["line", "document"])
 def test_text_by_lines_and_documents(tmp_path: Path, text_rows: str) -> None:
     source = write(tmp_path / "a.txt", "one\ntwo\r\n\n \nthree\u2028still three\nfour\n\nfive")
-    one, other = (
-        read(source, streaming=streaming, task=Causal(), text_rows=text_rows) for streaming in (True, False)
-    )
+    one, other = (read(source, streaming=streaming, task=Causal(), text_rows=text_rows) for streaming in (True, False))
     assert places(one) == places(other)
     assert len(one.train) == (5 if text_rows == "line" else 3)
 

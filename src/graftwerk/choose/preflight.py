@@ -18,6 +18,7 @@ from graftwerk.methods.base import Method
 from graftwerk.methods.prefix import Prefix
 from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.train.augmented import planned
 from graftwerk.train.gate import first_batch
 from graftwerk.train.prepare import prepare
 from graftwerk.train.stream import EncodedStream
@@ -27,7 +28,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     """Check a run whole and say what it would do.
 
     Returns:
-        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut),
+        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut;
+        ``augmented_at_most``: rows that would be made, which are counted in ``steps`` too; None: nothing is augmented),
         ``findings``, ``first_batch`` (as the model sees it: `train.gate.first_batch`), ``parameters`` (trained, head,
         total, share), ``steps``, ``learning_rate``, ``output_dir``.
 
@@ -40,7 +42,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     encoded = {name: examples for name, examples in prepared.examples.items() if examples}
     training = config.training
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(encoded["train"]) / rows_per_step)
+    made = planned(prepared, config)
+    steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
     rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
     return {
         "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
@@ -49,6 +52,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "origin": splits.origin,
             "fingerprint": splits.fingerprint,
             "rows": {name: len(examples) for name, examples in encoded.items()},
+            "augmented_at_most": made,
             "labels": _labels(splits),
             "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
             "truncated": {name: _truncated(rows) for name, rows in encoded.items()},

@@ -109,6 +109,7 @@ def show_plan(
     """What a comparison would do, checked as far as that goes without loading a model."""
     from graftwerk.choose.entries import parse_entries, parse_seeds, with_and_without
     from graftwerk.choose.preflight import preflight
+    from graftwerk.cli.doctor import with_augmented
     from graftwerk.config import RunConfig
     from graftwerk.train.gate import refuse_grave
 
@@ -122,7 +123,13 @@ def show_plan(
         checked = preflight(RunConfig.load(config, {"method": entry.method, **overrides, **entry.changes}))
         parameters = checked["parameters"]
         planned.append(
-            {"name": entry.name, "method": checked["method"], "parameters": parameters, "steps": checked["steps"]}
+            {
+                "name": entry.name,
+                "method": checked["method"],
+                "parameters": parameters,
+                "steps": checked["steps"],
+                "augmented_at_most": checked["data"]["augmented_at_most"],
+            }
         )
         shown.add_row(
             printable(entry.name),
@@ -132,8 +139,11 @@ def show_plan(
         )
     out.show(shown)
     steps = sum(one["steps"] for one in planned) * len(numbers)
+    note = with_augmented(max((one["augmented_at_most"] for one in planned if one["augmented_at_most"]), default=None))
     rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
-    out.line(f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}")
+    out.line(
+        f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}{note}"
+    )
     for finding in checked["findings"]:
         out.warn(f"{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
     refuse_grave(checked["findings"], checked["allowed"])

@@ -62,6 +62,11 @@ def show_machine(out: Output, machine: dict[str, Any]) -> None:
     out.show(shown)
 
 
+def with_augmented(made: int | None) -> str:
+    """Behind a number of steps: that it counts rows which are yet to be made."""
+    return "" if made is None else f" (at most: {made:,} augmented rows are counted, before any are left out)"
+
+
 def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     data, parameters, model = checked["data"], checked["parameters"], checked["model"]
     out.line(
@@ -75,6 +80,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     )
     out.line(
         f"steps   {checked['steps']:,} of {checked['rows_per_step']} rows, {checked['steps_per_epoch']:,} an epoch"
+        + with_augmented(data["augmented_at_most"])
     )
     place = checked["output_dir"]
     out.line(f"output  {place['path']}" + (" (exists already)" if place["exists"] else ""))

@@ -7,6 +7,7 @@ its own, and both are part of what a run is when it is gone on with.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from graftwerk.augment.chance import fingerprint
 from graftwerk.augment.make import Augmented, make, weighted
 from graftwerk.augment.rows import ORIGIN
-from graftwerk.augment.run import AUGMENTED
+from graftwerk.augment.run import AUGMENTED, plan
 from graftwerk.augment.settings import FromFile
 from graftwerk.config import RunConfig
 from graftwerk.data.files import read_file
@@ -93,6 +94,27 @@ def add_augmented(prepared: Prepared, settings: RunConfig, folder: Path, emit: L
             "made": counts,
         },
     )
+
+
+def planned(prepared: Prepared, settings: RunConfig) -> int | None:
+    """How many examples `add_augmented` would add, at most: some of what is made may be left out. Nothing is made.
+
+    Returns:
+        None where nothing is augmented.
+
+    Raises:
+        ConfigError, DataError: what making or reading them would stop at.
+    """
+    if not settings.data.augment:
+        return None
+    rows = prepared.splits.train
+    asked = plan(rows, settings.data.augment, prepared.task.parts)
+    variants = 0.0
+    for augmenter, what in zip(settings.data.augment, asked, strict=True):
+        read = len(_read(augmenter.path, settings, prepared)) if isinstance(augmenter, FromFile) else what["variants"]
+        variants += augmenter.weight * read
+    # rows that are cut into several are so in their variants too
+    return math.ceil(variants * len(prepared.examples["train"]) / len(rows))
 
 
 def _made(prepared: Prepared, settings: RunConfig, target: Path, emit: Listener, processes: Any) -> Augmented:
