@@ -195,3 +195,18 @@ def test_before_and_after_of_a_few_rows(folder: Callable[[str], Path]) -> None:
     assert [row["after"] for row in shown] == [after[place] for place in (0, 2, 5)]
     assert [row["before"] for row in shown] != [row["after"] for row in shown]
     assert before_and_after(model, task, examples, tokenizer, settings(examples=0), found) == []
+
+
+def test_a_length_that_a_model_comes_with_is_not_spoken_of(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.generation import utils as theirs
+
+    model, task, tokenizer = loaded(folder("gpt2"), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS[:2]], tokenizer, None, 256)
+    plain = generate(model, task, examples, tokenizer, settings())
+    monkeypatch.setattr(model.generation_config, "max_length", 3)
+    said: list[str] = []
+    monkeypatch.setattr(theirs.logger, "warning", lambda text, *_: said.append(text))
+    assert generate(model, task, examples, tokenizer, settings()) == plain
+    assert said == []

@@ -172,3 +172,18 @@ def test_a_real_model_unpacks_and_reads_english(smollm: str) -> None:
     with torch.inference_mode():
         assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
     assert tokenizer.chat_template
+
+
+def test_unpacking_draws_no_bars_and_leaves_theirs_alone(
+    tiny_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = theirs.tqdm
+    capfd.readouterr()
+    unpacking._unpack(tiny_gguf, tmp_path / "copy")
+    said = capfd.readouterr()
+    assert "GGUF tensors" not in said.err + said.out
+    assert (said.out, said.err) == ("", "")
+    assert theirs.tqdm is before

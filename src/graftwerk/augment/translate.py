@@ -199,6 +199,7 @@ def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked
     times = n if sampled else 1
     limits = [_limit(settings, loaded, example) for _, example in batch]
     options: dict[str, Any] = {"max_new_tokens": max(limits), "num_beams": settings.num_beams, "do_sample": False}
+    options["max_length"] = None  # many models come with one, which is not to count beside `max_new_tokens`
     if sampled:
         draws = [
             chance(settings.seed, settings.name, leg, variant, question.key)

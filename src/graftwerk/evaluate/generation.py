@@ -89,6 +89,7 @@ def _write(
     batch = task.collate_prompts([example.prompt or [] for example in examples], tokenizer)
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     options: dict[str, Any] = {"max_new_tokens": most, "num_beams": settings.num_beams, "do_sample": False}
+    options["max_length"] = None  # many models come with one, which is not to count beside `max_new_tokens`
     if settings.num_beams > 1:
         options["length_penalty"] = settings.length_penalty
     # The models of some tasks come with a least length (56 tokens for BART's news), which is not to exceed the most.

@@ -11,6 +11,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +51,19 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """transformers draws the bar of unpacking with tqdm itself, which its own switch for bars does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as theirs
+
+    theirs_own = getattr(theirs, "tqdm", None)
+    theirs.tqdm = lambda items, **options: items
+    try:
+        yield
+    finally:
+        theirs.tqdm = theirs_own
+
+
 def _unpack(path: Path, target: Path) -> None:
     try:
         import gguf  # noqa: F401 - transformers needs it
@@ -61,7 +76,7 @@ def _unpack(path: Path, target: Path) -> None:
 
     place = {"gguf_file": path.name, "local_files_only": True}
     try:
-        with quiet():
+        with quiet(), _without_bar():
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
             model = AutoModelForCausalLM.from_pretrained(path.parent, **place, dtype=torch.float32)
     except MemoryError:
