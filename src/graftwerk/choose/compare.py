@@ -131,8 +131,13 @@ def compare(
         EnvironmentFault: disk or memory do not suffice.
     """
     work = _Work(config, parse_entries(methods), parse_seeds(seeds), overrides, augment)
-    if metric is not None and metric not in METRICS:
-        raise ConfigError(f"there is no metric `{metric}`", where="metric", mend=f"there are: {', '.join(METRICS)}")
+    known = work.base.task.metrics
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"there is no metric `{metric}` for {work.base.task.name}",
+            where="metric",
+            mend=f"there are: {', '.join(known)}",
+        )
     if prefer not in COSTS:
         raise ConfigError(f"there is no cost `{prefer}`", where="prefer", mend=f"there are: {', '.join(COSTS)}")
     display = None if quiet or listener is not None else Display()
