@@ -37,6 +37,7 @@ def test_from_a_run_file_to_texts(task: str, family: str, graftwerk: Run, tmp_pa
     assert [set(example) for example in manifest["examples"]] == [{"source", "reference", "before", "after"}] * 2
     if task == "translation":
         assert manifest["task_settings"]["source_lang"] == "de_DE"
+        assert "|tok:13a|" in manifest["metrics"]["test"]["bleu"]["signature"]
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "What it writes" in page
     assert "The base alone" in page

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from graftwerk.choose.table import against, shown
 from graftwerk.choose.verdict import in_words, margin_of, recommend, verdict
 from graftwerk.errors import EnvironmentFault
-from graftwerk.evaluate import metrics
+from graftwerk.evaluate import metrics, text_metrics
 from graftwerk.evaluate.metrics import METRICS, metrics_of, packages_of, require_packages, statistic_of
+from graftwerk.evaluate.stored import load_evaluation, store_evaluation
+from graftwerk.evaluate.text_metrics import UnicodeWords
 from graftwerk.report import numbers
+from graftwerk.store.info import OWN_FILE
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
@@ -93,6 +99,87 @@ def test_signatures_say_how_others_get_the_same_number() -> None:
         assert figure["low"] < figure["value"] < figure["high"]
 
 
+def answered(texts: list[str], references: list[str], languages: list[str] | None = None) -> TextPredictions:
+    ones = np.ones(len(texts))
+    spoken = None if languages is None else tuple(languages)
+    return TextPredictions(1.0, ones, ones.astype(int), tuple(texts), tuple(references), languages=spoken)
+
+
+CHINESE = (
+    ["我喜欢在公园里看书。", "今天天气不错,我们出去走走。"],
+    ["我很喜欢在公园里看书。", "今天天气很好,我们出去走走吧。"],
+)
+JAPANESE = (["私は毎日公園で本を読みます。"], ["私は毎朝公園で本を読みます。"])
+GERMAN = (["Öffnen Sie das Menü."], ["Öffnen Sie jetzt das kleine Menü."])
+
+
+@pytest.mark.parametrize(
+    ("language", "pair", "tokenizer"),
+    [("zh", CHINESE, "zh"), ("ja", JAPANESE, "char"), ("de", GERMAN, "13a"), ("", CHINESE, "13a")],
+)
+def test_bleu_counts_words_as_the_language_has_them(
+    language: str, pair: tuple[list[str], list[str]], tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_metrics, "find_spec", lambda name: None)
+    text_metrics._tokenizer_of.cache_clear()
+    texts, references = pair
+    found = answered(texts, references, [language] * len(texts))
+    figure = metrics_of(found, names=["bleu"], resamples=100)["bleu"]
+    expected = sacrebleu.corpus_bleu(texts, [references], tokenize=tokenizer).score
+    assert figure["value"] == pytest.approx(expected, abs=1e-9)
+    assert f"|tok:{tokenizer}|" in figure["signature"]
+    text_metrics._tokenizer_of.cache_clear()
+
+
+def test_japanese_and_korean_by_mecab_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_metrics, "find_spec", lambda name: name)
+    text_metrics._tokenizer_of.cache_clear()
+    assert [text_metrics._tokenizer_of(code) for code in ("ja", "ko", "zh", "fr")] == [
+        "ja-mecab", "ko-mecab", "zh", "13a",
+    ]  # fmt: skip
+    text_metrics._tokenizer_of.cache_clear()
+
+
+def test_bleu_of_rows_in_several_languages_counts_each_as_its_own() -> None:
+    texts, references = [*CHINESE[0], *GERMAN[0]], [*CHINESE[1], *GERMAN[1]]
+    found = answered(texts, references, ["zh", "zh", "de"])
+    assert METRICS["bleu"].signature is not None
+    assert "|tok:13a+zh|" in METRICS["bleu"].signature(found)
+    draws = statistic_of("bleu", found)(np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    assert draws[0] == pytest.approx(sacrebleu.corpus_bleu(*_corpus(CHINESE), tokenize="zh").score)
+    assert draws[1] == pytest.approx(sacrebleu.corpus_bleu(*_corpus(GERMAN)).score)
+
+
+def _corpus(pair: tuple[list[str], list[str]]) -> tuple[list[str], list[list[str]]]:
+    return pair[0], [pair[1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "value"),
+    [
+        # Words in common: die, für. The pieces of an ASCII tokenizer would also share "t", "r", "gr", "en".
+        ("die Tür für Größen", "die Tore für Grüße", 0.5),
+        ("быстрая лиса прыгает", "быстрая лиса спит", 2 / 3),  # of which rouge-score itself sees nothing
+        ("Gru\u0308n", "grün", 1.0),
+        ("हिन्दी में", "हिन्दी को", 0.5),
+        ("今天很好", "今天不好", 0.75),
+    ],
+)
+def test_rouge_of_other_letters_than_a_to_z(text: str, reference: str, value: float) -> None:
+    figure = metrics_of(answered([text], [reference]), names=["rouge1"], resamples=100)["rouge1"]
+    assert figure["value"] == pytest.approx(value)
+    assert "|tok:unicode-words|" in figure["signature"]
+
+
+def test_rouge_of_ascii_is_that_of_rouge_score_whatever_the_answers_hold() -> None:
+    found = answered(["a na\u00efve_answer 2nd"], ["A na ve answer, 2nd!"])
+    figure = metrics_of(found, names=["rouge1"], resamples=100)["rouge1"]
+    assert figure["value"] == 1.0
+    assert "|tok:rouge-score|" in figure["signature"]
+    for text in rows_of(GNOME["de"])[0]["target"], "it's 3.14_x -- B2B (c)":
+        assert UnicodeWords().tokenize(text) == DefaultTokenizer().tokenize(text)
+
+
 def test_a_missing_package_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     require_packages((*Translation.metrics, *Summarization.metrics))
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "sacrebleu" else find_spec(name))
@@ -152,3 +239,17 @@ def test_the_page_shows_every_metric_in_its_own_unit(name: str) -> None:
     assert numbers.scale(name) == metric.scale
     assert numbers.unit(name) == metric.words
     assert (name in numbers.LESS_IS_BETTER) == (metric.higher is False)
+
+
+def test_languages_are_stored_with_the_answers(tmp_path: Path) -> None:
+    """A comparison reads them, and must count the same words as the evaluation did."""
+    found = answered(*CHINESE, ["zh", "zh"])
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / OWN_FILE).write_text("{}")
+    store_evaluation(tmp_path, tmp_path / "adapter", {}, found)
+    _, again = load_evaluation(tmp_path, tmp_path / "adapter") or pytest.fail("nothing is stored")
+    assert isinstance(again, TextPredictions)
+    assert again.languages == ("zh", "zh")
+    assert METRICS["bleu"].value(again) == METRICS["bleu"].value(found)
+    with_sets = replace(found, sets=("a", "b"))
+    assert with_sets.of_set("b").languages == ("zh",)

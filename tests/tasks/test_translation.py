@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from graftwerk.data.settings import DataSettings
@@ -123,6 +124,25 @@ def test_the_trained_translator_reads_and_writes_in_its_own_codes() -> None:
     )
     assert [example.inputs["input_ids"] for example in examples] == golden["input_ids"]
     assert [example.target for example in examples] == golden["labels"]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "row", "language"),
+    [
+        ("mbart50", {"source_lang": "de_DE", "target_lang": "zh_CN"}, {}, "zh"),
+        ("mbart50", {"target_lang": "zh_CN"}, {"source_lang": "de_DE", "target_lang": "ja_XX"}, "ja"),
+        ("t5", {"source_lang": "German", "target_lang": "jpn"}, {}, "ja"),
+        ("marian", {}, {}, "en"),  # the model of one pair says it itself
+        ("bart", {}, {}, None),
+    ],
+)
+def test_metrics_are_told_the_language_of_each_answer(
+    family: str, settings: dict[str, str], row: dict[str, str], language: str | None, folder: Callable[[str], Path]
+) -> None:
+    task, tokenizer = on(folder(family), **settings)
+    examples = task.encode([{"source": "a", "target": "b", **row}], tokenizer, None, 64)
+    found = task.predictions([torch.ones(1, 2)], examples, 1.0, ["c"])
+    assert found.languages == (None if language is None else (language,))
 
 
 def test_without_targets_there_is_a_prompt_and_nothing_to_learn(folder: Callable[[str], Path]) -> None:

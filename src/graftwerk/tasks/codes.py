@@ -115,11 +115,18 @@ def language_name(code: str) -> str | None:
 
     None where it is unknown here.
     """
+    iso = iso_code(code)
+    return None if iso is None else NAMES[iso]
+
+
+def iso_code(code: str) -> str | None:
+    """Its code as in `NAMES`, from any spelling: `de` for `de_DE`, `deu_Latn`, `German`; None where unknown here."""
     plain = code.strip().strip("_<>")
     if plain.lower() in _BY_NAME:
         return _BY_NAME[plain.lower()]
     short = re.split(r"[_-]", plain)[0].lower()
-    return NAMES.get(_THREE.get(short, short))
+    short = _THREE.get(short, short)
+    return short if short in NAMES else None
 
 
 def name_or_error(code: str, *, setting: str, given: bool, where: str) -> str:
@@ -131,7 +138,7 @@ def name_or_error(code: str, *, setting: str, given: bool, where: str) -> str:
     if name is not None:
         return name
     said = f"`{code}` is no language that there is a name for"
-    mend = f"a code like de, de_DE or deu_Latn, or an English name: {', '.join(sorted(_BY_NAME.values()))}"
+    mend = f"a code like de, de_DE or deu_Latn, or an English name: {', '.join(sorted(set(NAMES.values())))}"
     if given:
         raise ConfigError(said, where=f"task.{setting}", mend=mend)
     raise DataError(said, where=f"`{setting}` of {where}", mend=mend)
@@ -159,7 +166,7 @@ NAMES = _pairs(
 )
 """English names by ISO 639-1 code, and by ISO 639-3 code where there is no shorter one."""
 NAMES["nb"] = NAMES["no"]
-_BY_NAME = {name.lower(): name for name in NAMES.values()}
+_BY_NAME = {name.lower(): code for code, name in reversed(NAMES.items())}
 _THREE = _pairs(
     "afr=af, amh=am, arb=ar, ara=ar, asm=as, azj=az, aze=az, bak=ba, bel=be, bul=bg, ben=bn, bos=bs, cat=ca, ces=cs, "
     "cym=cy, dan=da, deu=de, ger=de, ell=el, eng=en, epo=eo, spa=es, est=et, eus=eu, pes=fa, fas=fa, fin=fi, fao=fo, "

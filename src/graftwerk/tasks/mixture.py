@@ -231,6 +231,9 @@ class Mixture(TextTask):
     def source(self, example: Example) -> str | None:
         return self.task_of(example.row).source(example)
 
+    def language(self, example: Example) -> str | None:
+        return self.task_of(example.row).language(example)
+
     def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
         return self.task_of(example.row).generation_options(model, tokenizer, example)
 

@@ -57,6 +57,7 @@ class TextPredictions(Predictions):
         references: The right answer of each row; None where a task has none (plain text), or a row has none.
         sources: What each row was answered from, for metrics and tables that show it.
         sets: For rows of several data sets, the name of each row's set.
+        languages: The language (ISO code, or nothing) that each row's answer is to be in; None: of no row known.
     """
 
     nll: NDArray[np.float64]
@@ -65,6 +66,7 @@ class TextPredictions(Predictions):
     references: tuple[str, ...] | None = None
     sources: tuple[str, ...] | None = None
     sets: tuple[str, ...] | None = None
+    languages: tuple[str, ...] | None = None
 
     def of_set(self, name: str) -> TextPredictions:
         """Those of one set's rows."""
@@ -75,7 +77,8 @@ class TextPredictions(Predictions):
 
         nll, tokens = self.nll[kept], self.tokens[kept]
         loss = float(nll.sum() / tokens.sum()) if tokens.sum() else None
-        return TextPredictions(loss, nll, tokens, some(self.texts), some(self.references), some(self.sources))
+        columns = {name: some(getattr(self, name)) for name in ("texts", "references", "sources", "languages")}
+        return TextPredictions(loss, nll, tokens, **columns)
 
     @property
     def rows(self) -> int:

@@ -160,6 +160,7 @@ class TextTask(Task):
         together = torch.cat(list(kept)).numpy() if len(kept) else np.zeros((0, 2))
         references = [self.reference(example) for example in examples]
         sources = [self.source(example) for example in examples]
+        languages = tuple(self.language(example) or "" for example in examples)
         return TextPredictions(
             loss,
             together[:, 0],
@@ -167,6 +168,7 @@ class TextTask(Task):
             texts=None if texts is None else tuple(texts),
             references=_all_known(references),
             sources=_all_known(sources),
+            languages=languages if any(languages) else None,
         )
 
     def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
@@ -179,6 +181,10 @@ class TextTask(Task):
 
     def source(self, example: Example) -> str | None:
         """What the answer is made from, for people who read the table."""
+        return None
+
+    def language(self, example: Example) -> str | None:
+        """ISO code of the language of the right answer, for metrics that look for words; None: not known."""
         return None
 
     # -- generation ------------------------------------------------------------------------------------------------

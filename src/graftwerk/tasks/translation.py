@@ -19,7 +19,7 @@ from graftwerk.data.reading import Reading, fingerprint_of
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Row, Splits
-from graftwerk.tasks.codes import Codes, check_code, codes_of, language_name, name_or_error, speaking
+from graftwerk.tasks.codes import Codes, check_code, codes_of, iso_code, language_name, name_or_error, speaking
 from graftwerk.tasks.text_to_text import TextToText, check_fields, fields_in
 
 SIDES = ("source_lang", "target_lang")
@@ -144,7 +144,9 @@ class Translation(TextToText):
         self._check_told(codes)
         if codes is None:
             self._check_pair(rows, tokenizer)
-            return super().encode(rows, tokenizer, splits, max_length)
+            own = getattr(tokenizer, "target_lang", None)  # Marian: the model of one pair says what it writes
+            there = super().encode(rows, tokenizer, splits, max_length)
+            return [_in_language(example, own) for example in there] if isinstance(own, str) else there
         pairs = [self._pair(row, codes) for row in rows]
         examples: dict[int, Example] = {}
         for pair in dict.fromkeys(pairs):
@@ -198,6 +200,12 @@ class Translation(TextToText):
                         mend="use the model of this pair, or other rows",
                     )
 
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def language(self, example: Example) -> str | None:
+        code = (example.row or {}).get("target_lang") or self.target_lang
+        return None if code is None else iso_code(code)
+
     # -- generation ------------------------------------------------------------------------------------------------
 
     def generation_group(self, example: Example) -> Any:
@@ -215,6 +223,10 @@ class Translation(TextToText):
 
 def _of_pair(where: Callable[[int], str]) -> Callable[[int], str]:
     return lambda index: where(index // 2)
+
+
+def _in_language(example: Example, target: str) -> Example:
+    return replace(example, row={"target_lang": target, **(example.row or {})})
 
 
 def _said(row: Row) -> str:

@@ -107,7 +107,7 @@ class Processes:
         nll = self._interleaved(np.pad(own.nll, (0, missing)))[:rows]
         tokens = self._interleaved(np.pad(own.tokens, (0, missing)))[:rows]
         columns: dict[str, tuple[str, ...] | None] = {}
-        for name in ("texts", "references", "sources", "sets"):
+        for name in ("texts", "references", "sources", "sets", "languages"):
             values = getattr(own, name)
             if values is None:
                 columns[name] = None
