@@ -50,6 +50,11 @@ _MEANINGS: Mapping[str, _Meaning] = {
         "take it out of the text",
         False,
     ),
+    BLOCKS: _Meaning(
+        "are pieces of texts that are too long for one",
+        "task.blocks=false keeps the beginning of such a text alone; a longer `data.max_length` cuts fewer",
+        False,
+    ),
 }
 
 
