@@ -29,7 +29,7 @@ def tree(tmp_path: Path, run_file: Build, glosses: Path) -> Tree:
     rows = [line for line in glosses.read_text(encoding="utf-8").splitlines() if '"noun.a' in line]
     (tmp_path / "train.jsonl").write_text("\n".join(rows[:30] + rows[45:60]) + "\n")
     (tmp_path / "validation.jsonl").write_text("\n".join(rows[30:45]) + "\n")
-    settings = run_file()
+    settings = run_file(load_best=False)
     settings["data"] = {
         "train": str(tmp_path / "train.jsonl"),
         "validation": str(tmp_path / "validation.jsonl"),
