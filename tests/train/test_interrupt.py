@@ -95,7 +95,7 @@ def test_while_the_rows_are_read_and_the_model_is_loaded(
     with pytest.raises(Interrupted) as caught:
         train(run_file())
     assert caught.value.exit_code == 143
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [], "nothing was begun"
+    assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
 def test_in_a_save_it_is_finished(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
