@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-# Bytecode of the few modules that are used is made when they are; of all of torch's and transformers' it takes a minute.
-INSTALL := install -qq --no-compile -c constraints.txt
+INSTALL := install -qq -c constraints.txt
 JOBS   ?= 2
 
 # The demo: seven ways, one seed, on examples/movies.yaml. Override, for instance: make demo DEMO_METHODS=lora,full DEMO_SEEDS=0,1,2
