@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,21 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """By family, the folder of a tiny model that writes (`tiny_text.build`). Do not write into it."""
+    from tests.tiny_text import build
+
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = build(family, tmp_path_factory.mktemp("models") / family)
+        return made[family]
+
     return folder
 
 

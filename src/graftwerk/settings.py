@@ -47,6 +47,48 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
         raise ConfigError("; ".join(lines), where=where, mend=has) from None
 
 
+def parse_choice(
+    value: Any,
+    root: type[Any],
+    choices: Mapping[str, type[Model]],
+    *,
+    what: str,
+    where: str,
+    shorthands: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Model:
+    """A value of a run file that is a name, or settings with `name`: a method, a task, an augmenter.
+
+    Args:
+        root: What all choices are; a value that is one already is given back.
+        choices: By their names.
+        what: How messages call it, with its article: "a method".
+        where: The key of the run file.
+        shorthands: Names under which people know a setting of one of the choices: `name` and that setting.
+
+    Raises:
+        ConfigError: there is no such choice or setting; the nearest is named.
+    """
+    if isinstance(value, root):
+        built: Model = value
+        return built
+    if isinstance(value, str):
+        value = {"name": value}
+    shorthands = shorthands or {}
+    listed = f"There are: {', '.join([*choices, *shorthands])}"
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ConfigError(f"{what} is a name or a mapping with `name`, not {value!r:.80}", where=where, mend=listed)
+    kind = what.partition(" ")[2]
+    values = dict(value)
+    name = str(values.pop("name"))
+    if name in shorthands:
+        values = {**shorthands[name], **values}
+        name = str(values.pop("name"))
+    if name not in choices:
+        hint = did_you_mean(name, [*choices, *shorthands])
+        raise ConfigError(f"there is no {kind} `{name}`", where=where, mend=hint + listed)
+    return parse_settings(choices[name], values, what=f"{kind} `{name}`", where=where)
+
+
 def known_keys(model: type[Settings]) -> set[str]:
     """Field names and their accepted other spellings."""
     keys: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -316,6 +317,13 @@ def test_wrong_arguments_are_refused_at_once(settings: dict[str, Any], arguments
     with pytest.raises(ConfigError) as caught:
         compare(settings, quiet=True, **given)
     assert said in str(caught.value)
+
+
+def test_overrides_do_not_change_the_settings_that_were_given(settings: dict[str, Any]) -> None:
+    before = copy.deepcopy(settings)
+    with pytest.raises(ConfigError, match="no cost"):
+        compare(settings, ["lora"], quiet=True, prefer="money", **{"training.num_train_epochs": 7})
+    assert settings == before
 
 
 def test_the_folder_of_a_run_is_no_place_for_a_comparison(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from graftwerk.models.load import fix_padding, load_model, load_tokenizer
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
-from tests.tiny_text import GNOME, build, rows_of
+from tests.tiny_text import GNOME, rows_of
 
 ROWS = sorted(rows_of(GNOME["de"]), key=lambda row: len(row["source"]))[::30]  # 8 rows of all lengths
 METHODS = {
@@ -29,18 +29,6 @@ METHODS = {
     "prefix": gw.Prefix(num_virtual_tokens=3),
     "prompt": gw.Prompt(num_virtual_tokens=3),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp("models") / family)
-        return made[family]
-
-    return folder
 
 
 def loaded(folder: Path, task: Any, method: Any = None) -> tuple[Any, Any, Any]:
@@ -62,9 +50,9 @@ def settings(**values: Any) -> EvaluationSettings:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["bart", "t5", "marian", "llama", "gpt2"])
-def test_a_batch_gives_what_each_row_gives_alone(family: str, method: str, folder: Callable[[str], Path]) -> None:
+def test_a_batch_gives_what_each_row_gives_alone(family: str, method: str, text_model: Callable[[str], Path]) -> None:
     task = Translation(source_lang="de", target_lang="en")
-    model, task, tokenizer = loaded(folder(family), task, METHODS[method])
+    model, task, tokenizer = loaded(text_model(family), task, METHODS[method])
     examples = task.encode(ROWS, tokenizer, None, 256)
     beams = 2 if method in ("base", "prefix") else 1
     together = generate(model, task, examples, tokenizer, settings(num_beams=beams))
@@ -87,8 +75,8 @@ def _plainly(model: Any, task: Any, tokenizer: Any, example: Any, beams: int) ->
 
 
 @pytest.mark.parametrize("family", ["mbart50", "mbart", "m2m100"])
-def test_every_row_is_written_in_its_own_language(family: str, folder: Callable[[str], Path]) -> None:
-    model, task, tokenizer = loaded(folder(family), Translation())
+def test_every_row_is_written_in_its_own_language(family: str, text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model(family), Translation())
     de, en, fr = ("de", "en", "fr") if family == "m2m100" else ("de_DE", "en_XX", "fr_XX")
     rows = [{**row, "source_lang": de, "target_lang": (en, fr)[place % 2]} for place, row in enumerate(ROWS)]
     examples = task.encode(rows, tokenizer, None, 256)
@@ -107,8 +95,8 @@ def test_every_row_is_written_in_its_own_language(family: str, folder: Callable[
     assert sorted(asked) == sorted([(4, ids[en])] * 4 + [(4, ids[fr])] * 4)
 
 
-def test_batches_are_of_like_length_longest_first_and_told(folder: Callable[[str], Path]) -> None:
-    model, task, tokenizer = loaded(folder("t5"), Summarization())
+def test_batches_are_of_like_length_longest_first_and_told(text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model("t5"), Summarization())
     examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
     seen: list[int] = []
     usual = task.collate_prompts
@@ -125,8 +113,8 @@ def test_batches_are_of_like_length_longest_first_and_told(folder: Callable[[str
     assert told == [(5, 8), (8, 8)]
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(folder: Callable[[str], Path]) -> None:
-    model, task, tokenizer = loaded(folder("bart"), Summarization())
+def test_out_of_memory_halves_the_batch_and_loses_nothing(text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model("bart"), Summarization())
     examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
     golden = generate(model, task, examples, tokenizer, settings())
     usual, sizes, said = model.generate, list[int](), list[str]()
@@ -152,9 +140,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(folder: Callable[[str]
 
 @pytest.mark.parametrize("method", ["base", "prompt"])
 def test_a_prompt_near_the_end_of_the_positions_gets_what_room_there_is(
-    method: str, folder: Callable[[str], Path]
+    method: str, text_model: Callable[[str], Path]
 ) -> None:
-    model, task, tokenizer = loaded(folder("gpt2"), Summarization(template="{document}"), METHODS[method])
+    model, task, tokenizer = loaded(text_model("gpt2"), Summarization(template="{document}"), METHODS[method])
     virtual = 3 if method == "prompt" else 0
     examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
     full = [tokenizer.eos_token_id] * (512 - virtual - 4)
@@ -170,23 +158,23 @@ def test_a_prompt_near_the_end_of_the_positions_gets_what_room_there_is(
     )
 
 
-def test_the_limit_is_half_as_much_again_as_the_longest_reference(folder: Callable[[str], Path]) -> None:
-    _, task, tokenizer = loaded(folder("gpt2"), Translation(template="{source}\n"))
+def test_the_limit_is_half_as_much_again_as_the_longest_reference(text_model: Callable[[str], Path]) -> None:
+    _, task, tokenizer = loaded(text_model("gpt2"), Translation(template="{source}\n"))
     examples = task.encode(ROWS, tokenizer, None, 256)
     longest = max(len(tokenizer(row["target"])["input_ids"]) + 1 for row in ROWS)
     assert answer_limit(examples) == int(1.5 * longest) + 1
     assert answer_limit(task.encode([task.question("a")], tokenizer, None, 256)) == generation.FALLBACK
 
 
-def test_before_and_after_of_a_few_rows(folder: Callable[[str], Path]) -> None:
+def test_before_and_after_of_a_few_rows(text_model: Callable[[str], Path]) -> None:
     task = Translation(source_lang="de", target_lang="en")
-    model, task, tokenizer = loaded(folder("gpt2"), task, METHODS["prefix"])
+    model, task, tokenizer = loaded(text_model("gpt2"), task, METHODS["prefix"])
     examples = task.encode(ROWS, tokenizer, None, 256)
     after = generate(model, task, examples, tokenizer, settings())
     zeros = torch.zeros(len(ROWS)).numpy()
     found = TextPredictions(None, zeros, zeros.astype(int), tuple(after))
     shown = before_and_after(model, task, examples, tokenizer, settings(examples=3), found)
-    base, _, _ = loaded(folder("gpt2"), Translation())
+    base, _, _ = loaded(text_model("gpt2"), Translation())
     before = generate(base, task, examples, tokenizer, settings())
     assert shown_rows(8, 3) == [0, 2, 5]
     assert [row["source"] for row in shown] == [ROWS[place]["source"] for place in (0, 2, 5)]
@@ -198,11 +186,11 @@ def test_before_and_after_of_a_few_rows(folder: Callable[[str], Path]) -> None:
 
 
 def test_a_length_that_a_model_comes_with_is_not_spoken_of(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    text_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.generation import utils as theirs
 
-    model, task, tokenizer = loaded(folder("gpt2"), Summarization())
+    model, task, tokenizer = loaded(text_model("gpt2"), Summarization())
     examples = task.encode([{"document": row["source"]} for row in ROWS[:2]], tokenizer, None, 256)
     plain = generate(model, task, examples, tokenizer, settings())
     monkeypatch.setattr(model.generation_config, "max_length", 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.mixture import Mixture
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.translation import Translation
-from tests.tiny_text import GNOME, build, rows_of
+from tests.tiny_text import GNOME, rows_of
 
 DE = {"source": str(GNOME["de"]), "source_lang": "de_DE", "target_lang": "en_XX", "name": "de-en"}
 FR = {"source": str(GNOME["fr"]), "source_lang": "fr_XX", "target_lang": "en_XX", "name": "fr-en"}
@@ -26,9 +27,9 @@ BACK = {**DE, "columns": {"source": "target", "target": "source"}, "name": "en-d
 BACK |= {"source_lang": "en_XX", "target_lang": "de_DE"}
 
 
-@pytest.fixture(scope="module")
-def mbart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("mbart", tmp_path_factory.mktemp("models") / "mbart")
+@pytest.fixture(scope="session")
+def mbart(text_model: Callable[[str], Path]) -> Path:
+    return text_model("mbart")
 
 
 def config(sets: list[dict[str, Any]], **data: Any) -> RunConfig:

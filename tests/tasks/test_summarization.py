@@ -13,21 +13,15 @@ from graftwerk.errors import ConfigError, DataError, GraftwerkError, IntegrityEr
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.text import IGNORED
 from tests.families import FAMILIES
-from tests.tiny_text import SYNOPSES, build, rows_of
+from tests.tiny_text import SYNOPSES, rows_of
 
 ROWS = rows_of(SYNOPSES)[:6]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp("models") / family)
-        return made[family]
-
-    return folder
+def test_an_encoder_decoder_makes_no_use_of_a_chat_template(text_model: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="encoder-decoder") as caught:
+        Summarization(chat=False).on(AutoConfig.from_pretrained(text_model("bart")))
+    assert caught.value.where == "task.chat"
 
 
 def on(folder: Path, **settings: Any) -> tuple[Summarization, Any]:
@@ -43,9 +37,9 @@ def on(folder: Path, **settings: Any) -> tuple[Summarization, Any]:
     ],
 )  # fmt: skip
 def test_prefix_by_family_and_the_tokenizers_own_labels(
-    family: str, settings: dict[str, str], prefix: str, folder: Callable[[str], Path]
+    family: str, settings: dict[str, str], prefix: str, text_model: Callable[[str], Path]
 ) -> None:
-    task, tokenizer = on(folder(family), **settings)
+    task, tokenizer = on(text_model(family), **settings)
     assert task.to_dict()["prefix"] == prefix, "the manifest has to say what was read"
     examples = task.encode(ROWS, tokenizer, None, 2000)
     golden = tokenizer([prefix + row["document"] for row in ROWS], text_target=[row["summary"] for row in ROWS])
@@ -55,14 +49,14 @@ def test_prefix_by_family_and_the_tokenizers_own_labels(
     assert [task.source(example) for example in examples] == [row["document"] for row in ROWS]
 
 
-def test_a_chat_template_is_used_unless_told_not_to(folder: Callable[[str], Path]) -> None:
+def test_a_chat_template_is_used_unless_told_not_to(text_model: Callable[[str], Path]) -> None:
     row = {"document": "It prints.", "summary": "A printer"}
-    task, tokenizer = on(folder("llama"), template="Sum: {document}")
+    task, tokenizer = on(text_model("llama"), template="Sum: {document}")
     example = task.encode([row], tokenizer, None, 100)[0]
     assert tokenizer.decode(example.inputs["input_ids"]) == "<s>u:Sum: It prints.</s><s>a:A printer</s>"
     assert tokenizer.decode(example.prompt) == "<s>u:Sum: It prints.</s><s>a:"
     assert tokenizer.decode([token for token in example.target if token != IGNORED]) == "A printer</s>"
-    plain, _ = on(folder("llama"), template="Sum: {document}\n", chat=False)
+    plain, _ = on(text_model("llama"), template="Sum: {document}\n", chat=False)
     example = plain.encode([row], tokenizer, None, 100)[0]
     assert tokenizer.decode(example.inputs["input_ids"]) == "Sum: It prints.\nA printer</s>"
 
@@ -73,9 +67,9 @@ CHATML = (
 )
 
 
-def test_an_answer_ends_as_the_chat_template_ends_it(folder: Callable[[str], Path]) -> None:
+def test_an_answer_ends_as_the_chat_template_ends_it(text_model: Callable[[str], Path]) -> None:
     """Its end token is not the tokenizer's: it is learnt, what follows it is not, and it ends what is generated."""
-    task, tokenizer = on(folder("llama"), template="Sum: {document}")
+    task, tokenizer = on(text_model("llama"), template="Sum: {document}")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.chat_template = CHATML
     row = {"document": " It prints. ", "summary": "A printer"}
@@ -99,10 +93,10 @@ def test_an_answer_ends_as_the_chat_template_ends_it(folder: Callable[[str], Pat
     ],
 )
 def test_a_hostile_chat_template_harms_nothing(
-    template: str, error: type[GraftwerkError], said: str, folder: Callable[[str], Path]
+    template: str, error: type[GraftwerkError], said: str, text_model: Callable[[str], Path]
 ) -> None:
     """It is code from outside, so it runs in a process with limits; the error says how to do without it."""
-    task, tokenizer = on(folder("llama"))
+    task, tokenizer = on(text_model("llama"))
     tokenizer.chat_template = template
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -112,16 +106,16 @@ def test_a_hostile_chat_template_harms_nothing(
     with pytest.raises(error, match=said) as caught:
         task.encode(ROWS, tokenizer, None, 128)
     assert "task.chat=false" in str(caught.value.mend)
-    plain, tokenizer = on(folder("llama"), chat=False)
+    plain, tokenizer = on(text_model("llama"), chat=False)
     tokenizer.chat_template = template
     assert len(plain.encode(ROWS, tokenizer, None, 128)) == len(ROWS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_long_document_is_cut_and_never_the_template_or_the_answer(
-    family: str, folder: Callable[[str], Path]
+    family: str, text_model: Callable[[str], Path]
 ) -> None:
-    task, tokenizer = on(folder(family), template="<< {document} >>\n")
+    task, tokenizer = on(text_model(family), template="<< {document} >>\n")
     for row in ROWS:
         whole = task.encode([row], tokenizer, None, 5000)[0]
         cut = task.encode([row], tokenizer, None, 100)[0]
@@ -136,8 +130,8 @@ def test_a_long_document_is_cut_and_never_the_template_or_the_answer(
         assert [t for t in cut.target if t != IGNORED] == [t for t in whole.target if t != IGNORED]
 
 
-def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("gpt2"), template="{document}\n")
+def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("gpt2"), template="{document}\n")
     row = {"document": "short", "summary": "word " * 100}
     example = task.encode([row], tokenizer, None, 60)[0]
     answer = tokenizer(row["summary"])["input_ids"]
@@ -146,23 +140,23 @@ def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(folder: Calla
     assert tokenizer.decode(example.prompt) == "short\n"
 
 
-def test_room_is_left_for_an_answer_that_is_not_known(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("gpt2"))
+def test_room_is_left_for_an_answer_that_is_not_known(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("gpt2"))
     example = task.encode([task.question(ROWS[0]["document"])], tokenizer, None, 100)[0]
     assert example.target is None
     assert 60 <= len(example.prompt) <= 75
 
 
-def test_a_template_that_leaves_no_room(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("gpt2"), template="very long " * 20 + "{document}")
+def test_a_template_that_leaves_no_room(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("gpt2"), template="very long " * 20 + "{document}")
     with pytest.raises(ConfigError, match="the template alone takes"):
         task.encode(ROWS, tokenizer, None, 64)
 
 
-def test_the_causal_loss_is_the_one_that_the_model_computes_itself(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("llama"))
+def test_the_causal_loss_is_the_one_that_the_model_computes_itself(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("llama"))
     tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(folder("llama")).eval()
+    model = AutoModelForCausalLM.from_pretrained(text_model("llama")).eval()
     batch = task.collate(task.encode(ROWS, tokenizer, None, 128), tokenizer)
     own = float(task.loss(task.forward(model, batch), batch))
     assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)

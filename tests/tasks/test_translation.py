@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.codes import codes_of, language_name
 from graftwerk.tasks.text import IGNORED
 from graftwerk.tasks.translation import Translation
-from tests.tiny_text import GNOME, build, marian_tokenizer, rows_of
+from tests.tiny_text import GNOME, marian_tokenizer, rows_of
 
-MINI = Path("/work/shared/models/mini-mbart")
+TRAINED = Path(os.environ.get("GRAFTWERK_TRAINED_MBART", "no-such-folder"))
+"""A trained mBART-50-like model with German and English, where somebody has one."""
 ROWS = rows_of(GNOME["de"])[:6]
 CODES = {
     "mbart": ("de_DE", "en_XX"),
@@ -27,18 +29,6 @@ CODES = {
     "nllb": ("deu_Latn", "eng_Latn"),
     "m2m100": ("de", "en"),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(family: str) -> Path:
-        if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp("models") / family)
-        return made[family]
-
-    return folder
 
 
 def on(folder: Path, **settings: Any) -> tuple[Translation, Any]:
@@ -54,8 +44,8 @@ def pairs(source: str, target: str, n: int = 6) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("family", [*CODES, "bart", "t5", "marian"])
-def test_inputs_and_labels_are_what_the_tokenizer_itself_makes(family: str, folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder(family))
+def test_inputs_and_labels_are_what_the_tokenizer_itself_makes(family: str, text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model(family))
     source, target = CODES.get(family, ("de", "en"))
     examples = task.encode(pairs(source, target), tokenizer, None, 512)
     if family in CODES:
@@ -71,8 +61,8 @@ def test_inputs_and_labels_are_what_the_tokenizer_itself_makes(family: str, fold
 
 
 @pytest.mark.parametrize("family", CODES)
-def test_the_language_stands_where_the_family_wants_it(family: str, folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder(family))
+def test_the_language_stands_where_the_family_wants_it(family: str, text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model(family))
     source, target = CODES[family]
     example = task.encode(pairs(source, target), tokenizer, None, 512)[0]
     codes = codes_of(tokenizer)
@@ -86,9 +76,9 @@ def test_the_language_stands_where_the_family_wants_it(family: str, folder: Call
 
 
 def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_as_it_was(
-    folder: Callable[[str], Path],
+    text_model: Callable[[str], Path],
 ) -> None:
-    task, tokenizer = on(folder("mbart50"))
+    task, tokenizer = on(text_model("mbart50"))
     before = tokenizer.src_lang, tokenizer.tgt_lang
     rows = [
         {**ROWS[0], "source_lang": "de_DE", "target_lang": "en_XX"},
@@ -106,20 +96,20 @@ def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100", "nllb", "t5", "marian"])
-def test_the_loss_is_the_one_that_the_model_computes_itself(family: str, folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder(family))
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder(family)).eval()
+def test_the_loss_is_the_one_that_the_model_computes_itself(family: str, text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model(family))
+    model = AutoModelForSeq2SeqLM.from_pretrained(text_model(family)).eval()
     batch = task.collate(task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 512), tokenizer)
     own = float(task.loss(task.forward(model, batch), batch))
     assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)
     assert task.weight(batch) == int((batch["labels"] != IGNORED).sum())
 
 
-@pytest.mark.skipif(not MINI.is_dir(), reason="the small trained translator is not on this machine")
+@pytest.mark.skipif(not TRAINED.is_dir(), reason="GRAFTWERK_TRAINED_MBART names no folder of a trained mBART")
 def test_the_trained_translator_reads_and_writes_in_its_own_codes() -> None:
-    task, tokenizer = on(MINI)
+    task, tokenizer = on(TRAINED)
     examples = task.encode(ROWS, tokenizer, None, 512)
-    golden = AutoTokenizer.from_pretrained(MINI, src_lang="de_DE", tgt_lang="en_XX")(
+    golden = AutoTokenizer.from_pretrained(TRAINED, src_lang="de_DE", tgt_lang="en_XX")(
         [row["source"] for row in ROWS], text_target=[row["target"] for row in ROWS]
     )
     assert [example.inputs["input_ids"] for example in examples] == golden["input_ids"]
@@ -137,16 +127,16 @@ def test_the_trained_translator_reads_and_writes_in_its_own_codes() -> None:
     ],
 )
 def test_metrics_are_told_the_language_of_each_answer(
-    family: str, settings: dict[str, str], row: dict[str, str], language: str | None, folder: Callable[[str], Path]
+    family: str, settings: dict[str, str], row: dict[str, str], language: str | None, text_model: Callable[[str], Path]
 ) -> None:
-    task, tokenizer = on(folder(family), **settings)
+    task, tokenizer = on(text_model(family), **settings)
     examples = task.encode([{"source": "a", "target": "b", **row}], tokenizer, None, 64)
     found = task.predictions([torch.ones(1, 2)], examples, 1.0, ["c"])
     assert found.languages == (None if language is None else (language,))
 
 
-def test_without_targets_there_is_a_prompt_and_nothing_to_learn(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("mbart50"), source_lang="de_DE", target_lang="en_XX")
+def test_without_targets_there_is_a_prompt_and_nothing_to_learn(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("mbart50"), source_lang="de_DE", target_lang="en_XX")
     asked = task.encode([task.question(row["source"]) for row in ROWS], tokenizer, None, 512)
     known = task.encode(pairs("de_DE", "en_XX"), tokenizer, None, 512)
     assert [example.prompt for example in asked] == [example.prompt for example in known]
@@ -155,9 +145,11 @@ def test_without_targets_there_is_a_prompt_and_nothing_to_learn(folder: Callable
     assert [task.reference(example) for example in known] == [row["target"] for row in ROWS]
 
 
-def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(folder: Callable[[str], Path]) -> None:
+def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(
+    text_model: Callable[[str], Path],
+) -> None:
     for family in ("mbart50", "marian"):  # a fast tokenizer and one in Python
-        task, tokenizer = on(folder(family))
+        task, tokenizer = on(text_model(family))
         whole = task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 512)
         cut = task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 10)
         for long, short in zip(whole, cut, strict=True):
@@ -171,8 +163,8 @@ def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(fo
 # -- who is told what, in words
 
 
-def test_marian_of_several_languages_is_told_by_a_token(tmp_path: Path, folder: Callable[[str], Path]) -> None:
-    task = Translation(target_lang="fra").on(AutoConfig.from_pretrained(folder("marian")))
+def test_marian_of_several_languages_is_told_by_a_token(tmp_path: Path, text_model: Callable[[str], Path]) -> None:
+    task = Translation(target_lang="fra").on(AutoConfig.from_pretrained(text_model("marian")))
     tokenizer = marian_tokenizer(tmp_path, ["fra", "eng"])
     example = task.encode([{"source": "Drucken", "target": "Imprimer"}], tokenizer, None, 64)[0]
     assert tokenizer.convert_ids_to_tokens(example.prompt)[0] == ">>fra<<"
@@ -181,8 +173,8 @@ def test_marian_of_several_languages_is_told_by_a_token(tmp_path: Path, folder: 
     assert "fra, eng" in str(error.value.mend)
 
 
-def test_causal_models_read_a_template_and_learn_the_answer_alone(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("gpt2"), template="{source_lang}: {source}\n{target_lang}:\n")
+def test_causal_models_read_a_template_and_learn_the_answer_alone(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("gpt2"), template="{source_lang}: {source}\n{target_lang}:\n")
     row = {"source": "Drucker", "target": "Printer", "source_lang": "de", "target_lang": "en_XX"}
     example = task.encode([row], tokenizer, None, 64)[0]
     learnt = [token for token in example.target if token != IGNORED]
@@ -193,11 +185,11 @@ def test_causal_models_read_a_template_and_learn_the_answer_alone(folder: Callab
     assert example.inputs["input_ids"][len(example.prompt) :] == learnt
 
 
-def test_t5_may_have_another_prefix(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("t5"), prefix="nach {target_lang}: ")
+def test_t5_may_have_another_prefix(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("t5"), prefix="nach {target_lang}: ")
     example = task.encode([{"source": "Drucker", "target_lang": "deu_Latn"}], tokenizer, None, 64)[0]
     assert example.prompt == tokenizer("nach German: Drucker")["input_ids"]
-    plain, _ = on(folder("t5"), prefix="")
+    plain, _ = on(text_model("t5"), prefix="")
     assert plain.encode([{"source": "Drucker"}], tokenizer, None, 64)[0].prompt == tokenizer("Drucker")["input_ids"]
 
 
@@ -249,8 +241,8 @@ def test_the_languages_of_the_rows_become_those_of_the_task_where_all_have_the_s
 # -- what is refused
 
 
-def test_an_unknown_code_is_an_error_that_lists_the_known_ones(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("mbart50"), source_lang="de", target_lang="en_XX")
+def test_an_unknown_code_is_an_error_that_lists_the_known_ones(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("mbart50"), source_lang="de", target_lang="en_XX")
     with pytest.raises(ConfigError, match="no language `de`") as error:
         task.encode([{"source": "a", "target": "b"}], tokenizer, None, 64)
     assert error.value.where == "task.source_lang"
@@ -260,27 +252,29 @@ def test_an_unknown_code_is_an_error_that_lists_the_known_ones(folder: Callable[
     with pytest.raises(DataError, match="no language `deutsch`") as said:
         task.encode([{"source": "a", "target": "b", "source_lang": "deutsch"}], tokenizer, None, 64)
     assert "sl_SI" in str(said.value.mend)
-    t5, words = on(folder("t5"), source_lang="de", target_lang="qq")
+    t5, words = on(text_model("t5"), source_lang="de", target_lang="qq")
     with pytest.raises(ConfigError, match="`qq` is no language") as unknown:
         t5.encode([{"source": "a", "target": "b"}], words, None, 64)
     assert "German" in str(unknown.value.mend)
 
 
-def test_a_language_that_nothing_says(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("mbart50"), source_lang="de_DE")
+def test_a_language_that_nothing_says(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("mbart50"), source_lang="de_DE")
     with pytest.raises(ConfigError, match="nothing says the target language"):
         task.encode([{"source": "a", "target": "b"}], tokenizer, None, 64)
 
 
 @pytest.mark.parametrize("family", ["bart", "marian"])
-def test_both_directions_with_a_model_that_cannot_tell_them_apart(family: str, folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder(family), both_directions=True)
+def test_both_directions_with_a_model_that_cannot_tell_them_apart(
+    family: str, text_model: Callable[[str], Path]
+) -> None:
+    task, tokenizer = on(text_model(family), both_directions=True)
     with pytest.raises(ConfigError, match="which direction"):
         task.encode(pairs("de", "en"), tokenizer, None, 64)
 
 
-def test_a_marian_model_of_another_pair(folder: Callable[[str], Path]) -> None:
-    task, tokenizer = on(folder("marian"))
+def test_a_marian_model_of_another_pair(text_model: Callable[[str], Path]) -> None:
+    task, tokenizer = on(text_model("marian"))
     with pytest.raises(DataError, match="German alone"):
         task.encode(pairs("fr", "en"), tokenizer, None, 64)
 
@@ -304,7 +298,7 @@ def test_templates_are_checked_when_the_run_file_is_read(settings: dict[str, str
 
 
 @pytest.mark.parametrize(("family", "setting"), [("t5", "template"), ("gpt2", "prefix")])
-def test_a_setting_without_effect_is_refused(family: str, setting: str, folder: Callable[[str], Path]) -> None:
+def test_a_setting_without_effect_is_refused(family: str, setting: str, text_model: Callable[[str], Path]) -> None:
     text = "{source}" if setting == "template" else "to German: "
     with pytest.raises(ConfigError, match="reads a"):
-        on(folder(family), **{setting: text})
+        on(text_model(family), **{setting: text})

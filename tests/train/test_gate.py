@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.train.gate import refuse_grave
 from graftwerk.train.run import train
-from tests.tiny_text import GNOME, build
+from tests.tiny_text import GNOME
 
 LEAK = {"code": "leakage", "message": "rows leak", "example": "f:1", "mend": "take them out", "grave": True}
 
 
-@pytest.fixture(scope="module")
-def mbart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("mbart", tmp_path_factory.mktemp("models") / "mbart")
+@pytest.fixture(scope="session")
+def mbart(text_model: Callable[[str], Path]) -> Path:
+    return text_model("mbart")
 
 
 def run(model: Path, folder: Path, **changes: Any) -> RunConfig:

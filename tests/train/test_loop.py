@@ -390,6 +390,19 @@ def test_one_row_that_does_not_fit_is_an_error_with_numbers(bench: Bench, tmp_pa
     assert "gradient_checkpointing" in (caught.value.mend or "")
 
 
+def test_an_optimizer_that_does_not_fit_is_an_error_with_numbers(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftwerk.train import optim
+
+    def build_optimizer(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(optim, "build_optimizer", build_optimizer)
+    with pytest.raises(EnvironmentFault, match=r"optimizer's state.*up to \d+ tokens"):
+        bench.trainer(tmp_path)
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(bench: Bench, tmp_path: Path) -> None:
     def fail(call: int, batch: dict[str, Tensor], loss: Tensor) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from graftwerk.errors import ConfigError, did_you_mean
-from graftwerk.settings import Settings, parse_settings
+from graftwerk.errors import ConfigError
+from graftwerk.settings import Settings, parse_choice
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Times = Annotated[float, Field(gt=0, le=100)]
@@ -174,24 +174,11 @@ def parse_augmenter(value: Any) -> Augmenter:
     Raises:
         ConfigError: there is no such augmenter or setting; the nearest is named.
     """
-    if isinstance(value, Augmenter):
-        return value
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise ConfigError(
-            f"an augmenter is a name or a mapping with `name`, not {value!r:.80}",
-            where="data.augment",
-            mend=f"there are: {', '.join(AUGMENTERS)}",
-        )
-    values = dict(value)
-    name = str(values.pop("name")).replace("-", "_")
-    if name not in AUGMENTERS:
-        hint = did_you_mean(name, AUGMENTERS)
-        raise ConfigError(
-            f"there is no augmenter `{name}`", where="data.augment", mend=f"{hint}There are: {', '.join(AUGMENTERS)}"
-        )
-    return parse_settings(AUGMENTERS[name], values, what=f"augmenter `{name}`", where="data.augment")
+    if isinstance(value, Mapping) and "name" in value:
+        value = {**value, "name": str(value["name"]).replace("-", "_")}
+    return parse_choice(value, Augmenter, AUGMENTERS, what="an augmenter", where="data.augment")
 
 
 def parse_augmenters(value: Any) -> tuple[Augmenter, ...]:

@@ -9,19 +9,17 @@ the middle of a run too.
 
 from __future__ import annotations
 
+import copy
 import json
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from graftwerk.choose.display import Display, Moment
 from graftwerk.choose.entries import Entry, parse_entries, parse_seeds, with_and_without
 from graftwerk.choose.gather import Measured, gather, measured_run
+from graftwerk.choose.opening import CONFIG, FORMAT, opening
 from graftwerk.choose.pace import Pace
 from graftwerk.choose.table import plain, rich_table, shown
 from graftwerk.choose.verdict import COSTS
@@ -42,8 +40,7 @@ from graftwerk.store.safety import read_json
 from graftwerk.train.folder import MANIFEST, read_manifest
 from graftwerk.train.lock import RunLock
 
-COMPARISON, CONFIG, LOG = "comparison.json", "config.yaml", "workers.log"
-FORMAT = 1
+COMPARISON, LOG = "comparison.json", "workers.log"
 
 Listener = Callable[[Moment], None]
 
@@ -203,7 +200,7 @@ class _Work:
             try:
                 checked = self._check(workers, overwrite)
                 self.metric = metric or checked["main_metric"]
-                head = self._head(checked, prefer)
+                head = opening(self.base, self.entries, self.seeds, self.augment, self.metric, checked, prefer=prefer)
             except GraftwerkError as error:
                 if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
                     (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
@@ -289,60 +286,6 @@ class _Work:
         }
         return workers.run(job, lambda event: self._say("phase", "", event.get("name", "")))
 
-    def _head(self, checked: Mapping[str, Any], prefer: str) -> dict[str, Any]:
-        """What is known before the first run."""
-        # a method that is compared with and without augmented rows is two entries and was named once
-        given = list({id(entry.given): entry.given for entry in self.entries}.values())
-        words = (
-            ",".join(given)
-            if all(isinstance(name, str) for name in given)
-            else yaml.safe_dump(given, default_flow_style=True, width=10_000).strip()
-        )
-        seeds = ",".join(map(str, self.seeds))
-        command = ["graftwerk", "compare", str(self.folder / CONFIG), f"methods={words}", f"seeds={seeds}"]
-        if self.augment is not None:
-            words_given = self.augment if isinstance(self.augment, str) else ",".join(self.augment)
-            command.append(f"augment={words_given}")
-        return {
-            "format": FORMAT,
-            "graftwerk": _version(),
-            "command": shlex.join(command),
-            "model": self.base.model,
-            "task": self.base.task.name,
-            "metric": self.metric,
-            "confidence": self.base.evaluation.confidence,
-            "seeds": self.seeds,
-            "prefer": prefer,
-            "machine": checked["machine"],
-            "data": {
-                "origin": checked["origin"],
-                "fingerprint": checked["fingerprint"],
-                "rows": checked["rows"],
-                "findings": checked["findings"],
-            },
-            "training": self.base.training.model_dump(mode="json"),
-            "notes": self._notes(checked),
-        }
-
-    def _notes(self, checked: Mapping[str, Any]) -> list[str]:
-        notes = []
-        if not checked["rows"].get("test"):
-            if not checked["rows"].get("validation"):
-                raise ConfigError("nothing is held out to compare on", where="data.test", mend="data.test: 500")
-            notes.append(
-                "the validation rows that chose the checkpoints also make these figures, which are a little too good "
-                "for all methods; data.test holds out rows of their own"
-            )
-        if len(self.seeds) == 1:
-            notes.append("one seed: intervals do not hold what another training seed would change; seeds=0,1,2")
-        if self.base.training.learning_rate != "auto":
-            notes.append(
-                f"all methods were trained at learning rate {self.base.training.learning_rate:g}, which cannot suit "
-                "them all; training.learning_rate=auto takes each method's own"
-            )
-        grave = [finding["message"] for finding in checked["findings"] if finding.get("grave")]
-        return notes + grave
-
     def _write(self, result: Mapping[str, Any]) -> None:
         write_file(self.folder / COMPARISON, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -395,7 +338,7 @@ def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
     if isinstance(config, Mapping):
-        return dict(config)
+        return copy.deepcopy(dict(config))  # overrides are put into it
     return read_yaml(Path(config))
 
 
@@ -409,10 +352,3 @@ def _refuse_overrides(overrides: Mapping[str, Any]) -> None:
             )
         if key.split(".")[-1] == "seed":
             raise ConfigError(f"`{key}`: a comparison has several seeds", where=key, mend="seeds=0,1,2")
-
-
-def _version() -> str:
-    try:
-        return version("graftwerk")
-    except PackageNotFoundError:
-        return "unknown"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from graftwerk.errors import ConfigError, did_you_mean
-from graftwerk.settings import parse_settings
+from graftwerk.settings import parse_choice
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
@@ -27,15 +25,4 @@ def parse_task(value: Any) -> Task:
     Raises:
         ConfigError: there is no such task or setting; the nearest is named.
     """
-    if isinstance(value, Task):
-        return value
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise ConfigError(f"a task is a name or a mapping with `name`, not {value!r:.80}", where="task")
-    values = dict(value)
-    name = str(values.pop("name"))
-    if name not in TASKS:
-        hint = did_you_mean(name, TASKS)
-        raise ConfigError(f"there is no task `{name}`", where="task", mend=f"{hint}There are: {', '.join(TASKS)}")
-    return parse_settings(TASKS[name], values, what=f"task `{name}`", where="task")
+    return parse_choice(value, Task, TASKS, what="a task", where="task")

@@ -28,10 +28,6 @@ class Summarization(TextToText):
     template: str | None = Field(
         default=None, description="what a causal model reads, with {document} in it; none: a plain request"
     )
-    chat: bool = Field(
-        default=True,
-        description="causal models: the template is a user's turn, where the tokenizer has a chat template",
-    )
 
     @field_validator("prefix")
     @classmethod

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any, ClassVar, Self
 
+from pydantic import Field
+
 from graftwerk.data.parts import text_part
 from graftwerk.data.reading import Reading
 from graftwerk.errors import ConfigError, DataError, UnsupportedError
@@ -31,7 +33,10 @@ class TextToText(TextTask):
 
     prefix: str | None
     template: str | None
-    chat: bool
+    chat: bool = Field(
+        default=True,
+        description="causal models: the template is a user's turn, where the tokenizer has a chat template",
+    )
 
     usual_prefix: ClassVar[str]
     """What models of the T5 family are told."""
@@ -56,10 +61,10 @@ class TextToText(TextTask):
                     mend=f"template: 'something {{{self.parts[0]}}} something'",
                 )
             return bound._changed(template=self.template if self.template is not None else self.usual_template)
-        if self.template is not None:
+        if self.template is not None or not self.chat:
             raise ConfigError(
                 f"`{architecture.model_type}` is an encoder-decoder model, which reads a prefix and no template",
-                where="task.template",
+                where="task.template" if self.template is not None else "task.chat",
                 mend="prefix: 'something: '",
             )
         usual = self.usual_prefix if architecture.model_type in T5_LIKE else ""

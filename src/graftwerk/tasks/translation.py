@@ -53,10 +53,6 @@ class Translation(TextToText):
         description="what a causal model reads, with {source} in it, and {source_lang}, {target_lang} if wanted; none: "
         "a plain request",
     )
-    chat: bool = Field(
-        default=True,
-        description="causal models: the template is a user's turn, where the tokenizer has a chat template",
-    )
 
     @field_validator("prefix")
     @classmethod

@@ -11,7 +11,7 @@ from graftwerk.errors import ConfigError, DataError, did_you_mean
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.tasks.findings import check_examples, findings_of
 from graftwerk.tasks.text import IGNORED, TextTask
-from graftwerk.train.order import epoch_order, micro_batches
+from graftwerk.train.order import StepRows, micro_batches
 from graftwerk.train.sets import sampler_of
 from graftwerk.train.stream import EncodedStream
 
@@ -126,19 +126,14 @@ def first_batch(
     training = settings.training
     size = training.per_device_train_batch_size
     rows_per_step = size * training.gradient_accumulation_steps
-    if isinstance(examples, EncodedStream):
-        examples = examples.hold(0, min(len(examples), examples.part_steps(rows_per_step) * rows_per_step))
-    lengths = [example.length for example in examples]
-    sampler = sampler_of(settings, task, examples)
-    steps = epoch_order(
-        lengths,
+    rows_of = StepRows(
+        examples,
         rows_per_step,
         seed=training.seed,
-        epoch=0,
         group=training.length_group,
-        drawn=None if sampler is None else sampler(0),
+        draw=sampler_of(settings, task, examples),
     )
-    chosen = [examples[row] for row in micro_batches(steps[0], lengths, size)[0]]
+    chosen = [examples[row] for row in micro_batches(rows_of(0), rows_of.lengths, size)[0]]
     batch = task.collate(chosen, tokenizer)
     shown = []
     causal = isinstance(task, TextTask) and task.layout == "causal"

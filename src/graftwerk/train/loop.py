@@ -29,11 +29,10 @@ from graftwerk.train.diagnosis import Diagnosis
 from graftwerk.train.events import Event, Listener
 from graftwerk.train.launch import Processes
 from graftwerk.train.mode import check_compute_type, training_mode
-from graftwerk.train.order import epoch_order, micro_batches
+from graftwerk.train.order import StepRows, micro_batches
 from graftwerk.train.settings import TrainingSettings
 from graftwerk.train.signals import StopSignals
 from graftwerk.train.state import TrainState, put_back, take
-from graftwerk.train.stream import EncodedStream, LengthsHeld
 from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
 
 SEED_STRIDE = 1_000_003
@@ -80,7 +79,7 @@ class Trainer:
     ) -> None:
         check_settings(settings, bool(validation), task)
         self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
-        self.train, self.validation, self.draw = train, validation, draw
+        self.train, self.validation = train, validation
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
         self.processes = processes or Processes()
@@ -88,6 +87,10 @@ class Trainer:
         check_compute_type(dtype, self.device)
         self.model = self.processes.prepare(graft.model)
         self.parameters = list(graft.parameters())
+        self.rows_per_step = (
+            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.processes.count
+        )
+        self.rows_of = StepRows(train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=draw)
         try:
             self.optimizer = optim.build_optimizer(graft, settings)
         except (MemoryError, RuntimeError) as error:
@@ -95,20 +98,10 @@ class Trainer:
                 raise
             raise self._no_memory("the optimizer's state does not fit into memory") from None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
-        self.rows_per_step = (
-            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.processes.count
-        )
-        self.steps_per_epoch = math.ceil(len(train) / self.rows_per_step)
-        self.lengths: Sequence[int]
-        if isinstance(train, EncodedStream):
-            self.part_steps, self.lengths = train.part_steps(self.rows_per_step), LengthsHeld(train)
-            self.longest = max(train.lengths_counted)
-        else:
-            self.part_steps, self.lengths = self.steps_per_epoch, [example.length for example in train]
-            self.longest = max(self.lengths, default=1)
-        self.max_length = max_length or self.longest
+        self.steps_per_epoch = self.rows_of.steps_per_epoch
+        self.max_length = max_length or self.rows_of.longest
         if settings.packing:
-            check_packing(graft.model, task, self._part(0), tokenizer)
+            check_packing(graft.model, task, self.rows_of.part(0), tokenizer)
         self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
         self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
         self.evaluate = Evaluator(
@@ -135,8 +128,6 @@ class Trainer:
         self.first_step_at: float | None = None
         """`time.monotonic()` when the first step of this process was done."""
         self._clock = Clock()
-        self._order: tuple[int, list[list[int]]] = (-1, [])
-        """The part of the training that steps are laid out for, and their rows."""
         self._news: list[Event] = []
         self._saved = -1
         self._asked_to_stop = 0
@@ -233,7 +224,7 @@ class Trainer:
         """
         processes = self.processes
         pieces = micro_batches(
-            rows, self.lengths, self.state.micro_batch, processes=processes.count, process=processes.index
+            rows, self.rows_of.lengths, self.state.micro_batch, processes=processes.count, process=processes.index
         )
         # A process without rows left takes part with weight zero: the others wait for its gradients.
         batches = [self._batch(piece or rows[:1]) for piece in pieces]
@@ -393,26 +384,6 @@ class Trainer:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def rows_of(self, step: int) -> list[int]:
-        """The rows of a step. Streamed rows come part by part, others in one part an epoch."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        at, position = divmod(position, self.part_steps)
-        part = epoch * math.ceil(self.steps_per_epoch / self.part_steps) + at
-        if self._order[0] != part:
-            seed, group = self.settings.seed, self.settings.length_group
-            drawn = None if self.draw is None else self.draw(epoch)
-            first = at * self.part_steps * self.rows_per_step
-            lengths = [example.length for example in self._part(first)]
-            steps = epoch_order(lengths, self.rows_per_step, seed=seed, epoch=part, group=group, drawn=drawn)
-            self._order = (part, [[first + row for row in rows] for rows in steps])
-        return self._order[1][position]
-
-    def _part(self, first: int) -> Sequence[Example]:
-        """The rows of the part that begins with row ``first``, in memory."""
-        if not isinstance(self.train, EncodedStream):
-            return self.train
-        return self.train.hold(first, min(len(self.train), first + self.part_steps * self.rows_per_step))
-
     def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         examples = [self.train[row] for row in rows]
         if self.settings.packing:
@@ -433,8 +404,8 @@ class Trainer:
     def _no_memory(self, what: str) -> EnvironmentFault:
         trained = sum(parameter.numel() for parameter in self.parameters)
         return EnvironmentFault(
-            f"{what}: {memory.numbers(self.device)}; rows have up to {self.longest} tokens, {trained:,} parameters "
-            f"are trained",
+            f"{what}: {memory.numbers(self.device)}; rows have up to {self.rows_of.longest} tokens, {trained:,} "
+            "parameters are trained",
             mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
             "data.max_length, "
             "a method that trains less, or a smaller model",

@@ -11,6 +11,9 @@ import math
 from collections.abc import Sequence
 
 from graftwerk.data.batching import length_grouped, shuffled
+from graftwerk.data.mixture import Sampler
+from graftwerk.tasks.base import Example
+from graftwerk.train.stream import EncodedStream, LengthsHeld
 
 
 def epoch_order(
@@ -36,6 +39,62 @@ def epoch_order(
     if group:
         return length_grouped(lengths, rows_per_step, seed, epoch)
     return shuffled(len(lengths), rows_per_step, seed, epoch)
+
+
+class StepRows:
+    """Which rows each step of a training has: a pure function of the step's number.
+
+    An epoch is one part, or with streamed rows as many as `data.buffer_rows` makes of it; each part has an order of its
+    own, and its rows are the ones in memory while its steps are taken.
+
+    Args:
+        rows_per_step: Over all processes and micro-batches.
+        draw: The rows of each epoch, for several data sets; None: every row once.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        rows_per_step: int,
+        *,
+        seed: int,
+        group: bool,
+        draw: Sampler | None = None,
+    ) -> None:
+        self.examples, self.rows_per_step, self.draw = examples, rows_per_step, draw
+        self._seed, self._group = seed, group
+        self.steps_per_epoch = math.ceil(len(examples) / rows_per_step)
+        self.lengths: Sequence[int]
+        """Tokens of each row, of those in memory at least."""
+        if isinstance(examples, EncodedStream):
+            self._part_steps, self.lengths = examples.part_steps(rows_per_step), LengthsHeld(examples)
+            self.longest = max(examples.lengths_counted)
+        else:
+            self._part_steps, self.lengths = self.steps_per_epoch, [example.length for example in examples]
+            self.longest = max(self.lengths, default=1)
+        self._order: tuple[int, list[list[int]]] = (-1, [])
+        """The part that steps are laid out for, and their rows."""
+
+    def __call__(self, step: int) -> list[int]:
+        """The rows of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        at, position = divmod(position, self._part_steps)
+        part = epoch * math.ceil(self.steps_per_epoch / self._part_steps) + at
+        if self._order[0] != part:
+            drawn = None if self.draw is None else self.draw(epoch)
+            first = at * self._part_steps * self.rows_per_step
+            lengths = [example.length for example in self.part(first)]
+            steps = epoch_order(
+                lengths, self.rows_per_step, seed=self._seed, epoch=part, group=self._group, drawn=drawn
+            )
+            self._order = (part, [[first + row for row in rows] for rows in steps])
+        return self._order[1][position]
+
+    def part(self, first: int) -> Sequence[Example]:
+        """The rows of the part that begins with row ``first``, in memory."""
+        if not isinstance(self.examples, EncodedStream):
+            return self.examples
+        return self.examples.hold(first, min(len(self.examples), first + self._part_steps * self.rows_per_step))
 
 
 def micro_batches(

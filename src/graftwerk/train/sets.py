@@ -47,7 +47,7 @@ def drawn(trainer: Trainer) -> dict[str, Any] | None:
     """Of each set: its ``rows``, the ``asked`` share, and the share that was ``drawn`` in the steps so far; None for a
     run of one data set.
     """
-    sampler, task = trainer.draw, trainer.task
+    sampler, task = trainer.rows_of.draw, trainer.task
     if sampler is None or not isinstance(task, Mixture):
         return None
     counted: Counter[str] = Counter()
