@@ -139,6 +139,12 @@ class DataSettings(Settings):
     def _augment(cls, value: Any) -> tuple[Augmenter, ...]:
         return parse_augmenters(value)
 
+    @field_validator("allow", mode="before")
+    @classmethod
+    def _allow(cls, value: Any) -> Any:
+        """One code alone, as `all`, need not be a list."""
+        return (value,) if isinstance(value, str) else value
+
     @field_serializer("augment")
     def _dump_augment(self, augment: tuple[Augmenter, ...]) -> list[dict[str, Any]]:
         return [augmenter.to_dict() for augmenter in augment]
