@@ -1,4 +1,4 @@
-"""Who can write: adapters of ours on encoder-decoders and causal models, and bare causal models; asked as `predict` does."""
+"""Who can write: our adapters on encoder-decoders and causal models, and bare causal models; asked as by `predict`."""
 
 from __future__ import annotations
 
