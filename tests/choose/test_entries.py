@@ -31,6 +31,16 @@ def test_names_are_fit_for_folders() -> None:
     assert entry.name == "lora-target_modules-query-value-lora_alpha2.5"
 
 
+def test_an_entry_may_have_rates_of_its_own() -> None:
+    entries = parse_entries(["lora", {"name": "lora", "learning_rate": 5e-3}, {"name": "ia3", "head_learning_rate": 1}])
+    assert [entry.name for entry in entries] == ["lora", "lora-learning_rate0.005", "ia3-head_learning_rate1"]
+    assert entries[1].method == LoRA()
+    tree = {"training": {"learning_rate": "auto", "seed": 3}}
+    assert entries[0].changed(tree)["training"] == {"learning_rate": "auto", "seed": 3}
+    assert entries[1].changed(tree)["training"] == {"learning_rate": 5e-3, "seed": 3}
+    assert entries[2].changed(tree)["training"] == {"learning_rate": "auto", "head_learning_rate": 1, "seed": 3}
+
+
 @pytest.mark.parametrize(
     ("methods", "said"),
     [
@@ -47,6 +57,8 @@ def test_names_are_fit_for_folders() -> None:
         ([{"name": "lora", "rnk": 3}], "no setting"),
         ([{"name": "lora", "target_modules": ["x" * 80]}], "too long"),
         ([7], "a method is a name"),
+        ([{"name": "lora", "learning_rate": -1}], "learning_rate"),
+        ([{"name": "lora", "learning_rate": 1}, {"name": "lora", "r": 8, "learning_rate": 1}], "same method"),
     ],
 )
 def test_what_is_refused(methods: Any, said: str) -> None:

@@ -10,8 +10,12 @@ from typing import Any
 from graftwerk.errors import ConfigError
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import parse_method
+from graftwerk.settings import parse_settings
+from graftwerk.train.settings import TrainingSettings
 
 LABEL = "label"
+RATES = ("learning_rate", "head_learning_rate")
+"""Settings of the training that an entry may have for itself: no one rate suits all methods."""
 LONGEST = 60
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{LONGEST - 1}}}", re.ASCII)
 
@@ -42,7 +46,8 @@ class Entry:
 
 
 def parse_entries(methods: Sequence[Any] | str) -> list[Entry]:
-    """Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, also with a `label`), or built methods.
+    """Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, also with a `label` and with learning
+    rates of its own), or built methods.
 
     Raises:
         ConfigError: none; an unknown method or setting; two that are the same.
@@ -56,7 +61,7 @@ def parse_entries(methods: Sequence[Any] | str) -> list[Entry]:
     for given in listed:
         entry = _entry(given)
         for other in entries:
-            if other.method == entry.method:
+            if other.method == entry.method and other.changes == entry.changes:
                 raise ConfigError(
                     f"`{other.name}` and `{entry.name}` are the same method with the same settings", where="methods"
                 )
@@ -117,7 +122,11 @@ def _entry(given: Any) -> Entry:
         return Entry(_slug(str(given), {}), parse_method(given), given)
     values = dict(given)
     label = values.pop(LABEL, None)
-    method = parse_method(values)
+    method = parse_method({key: value for key, value in values.items() if key not in RATES})
+    changes = {f"training.{key}": values[key] for key in RATES if key in values}
+    parse_settings(
+        TrainingSettings, {key: values[key] for key in RATES if key in values}, what="an entry", where="methods"
+    )
     if label is None:
         name = _slug(str(values["name"]), {key: value for key, value in values.items() if key != "name"})
     elif isinstance(label, str) and _NAME.fullmatch(label):
@@ -126,7 +135,7 @@ def _entry(given: Any) -> Entry:
         raise ConfigError(
             f"a label is 1 to {LONGEST} letters, digits and . _ + -, not {label!r:.80}", where=f"methods.{LABEL}"
         )
-    return Entry(name, method, dict(given))
+    return Entry(name, method, dict(given), changes)
 
 
 def _slug(name: str, settings: Mapping[str, Any]) -> str:
