@@ -16,7 +16,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="methods=A,B,... [seeds=0,1,2] [augment=with,without] [key=value ...]",
-        help="What to compare: names, or a YAML list as in methods='[lora, {name: lora, r: 16, learning_rate: 5e-4}]'; then the seeds; "
+        help="What to compare: names, or a YAML list as in "
+        "methods='[lora, {name: lora, r: 16, learning_rate: 5.0e-4}]'; then the seeds; "
         "whether with and without the rows of data.augment; and settings in place of those in the file.",
         show_default=False,
     ),
