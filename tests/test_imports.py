@@ -13,7 +13,7 @@ SRC = Path(__file__).parents[1] / "src" / "graftwerk"
 BASE = {"errors", "settings", "locate"}
 SETTINGS = {"augment.settings", "data.settings", "train.settings", "evaluate.settings"}
 BELOW_TASKS = {*BASE, "data.settings", "data"}
-BELOW_TRAIN = {*BELOW_TASKS, *SETTINGS, "tasks", "models", "methods", "inject", "store", "config"}
+BELOW_TRAIN = {*BELOW_TASKS, *SETTINGS, "fast", "tasks", "models", "methods", "inject", "store", "config"}
 
 # Room -> what it may import besides itself. A room is a package or a single file; settings.py of a room is a room
 # of its own, so that the run file can be composed of settings without dragging the rooms in.
@@ -23,18 +23,19 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": set(),
     "figures": set(),
     "locate": {"errors"},
+    "fast": {"errors"},
     "augment.settings": {"errors", "settings"},
     "data.settings": {"settings", "augment.settings"},
     "train.settings": {"settings"},
     "evaluate.settings": {"settings"},
-    "methods": {"errors", "settings"},
+    "methods": {"errors", "settings", "fast"},
     "config": {"errors", "settings", "methods", "tasks", *SETTINGS},
     "schema": {"augment.settings", "config", "methods", "settings", "tasks"},
-    "inject": {"errors", "methods"},
+    "inject": {"errors", "methods", "fast"},
     "store": {*BASE, "inject", "methods"},
     "data": {*BASE, "data.settings"},
     "models": {*BASE},
-    "tasks": {*BELOW_TASKS, "models"},
+    "tasks": {*BELOW_TASKS, "models", "fast"},
     "evaluate": {*BELOW_TRAIN, "verbs"},
     "augment": {*BELOW_TRAIN, "evaluate", "verbs"},
     "train": {*BELOW_TRAIN, "evaluate", "augment", "verbs"},
