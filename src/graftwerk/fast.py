@@ -1,7 +1,7 @@
-"""The one switch of all fast paths: each gives what its plain path gives, so that turning it off changes the time alone.
+"""The one switch of all fast paths: each gives what its plain path gives, and turning it off changes the time alone.
 
-Tests and benchmarks compare the two; ``GRAFTWERK_PLAIN=1`` in the environment turns all of them off for a whole process,
-when somebody wants to know whether one is to blame. (``GRAFTWERK_PLAIN=fused,trunk``: these alone.)
+Tests and benchmarks compare the two; ``GRAFTWERK_PLAIN=1`` in the environment turns all of them off for a whole
+process, when somebody wants to know whether one is to blame. (``GRAFTWERK_PLAIN=fused,trunk``: these alone.)
 """
 
 from __future__ import annotations

@@ -54,6 +54,15 @@ def test_from_a_run_file_to_texts(task: str, family: str, graftwerk: Run, tmp_pa
     lines = graftwerk("predict", tmp_path / "run", "Drucken Sie.").out.splitlines()
     assert lines == [" ".join(said.json["predictions"][0]["output"].split())]
 
+    longer = graftwerk("evaluate", tmp_path / "run", "max_new_tokens=9", "evaluation.num_beams=2", "--json")
+    assert longer.code == 0, longer.err
+    assert [row["after"] for row in longer.json["examples"]] != [row["after"] for row in manifest["examples"]]
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8")) == manifest
+    written = graftwerk("predict", tmp_path / "run", "Drucken Sie.", "--set", "max_new_tokens=9", "--json").json
+    assert len(written["predictions"][0]["output"]) > len(said.json["predictions"][0]["output"])
+    assert "did you mean `num_beams`" in graftwerk("evaluate", tmp_path / "run", "num_beam=2").err
+    assert "settled by the training" in graftwerk("evaluate", tmp_path / "run", "training.seed=2").err
+
 
 SUMMARIES = {"train": str(SYNOPSES), "max_length": 200}
 PAIRS = {"train": str(GNOME["de"]), "max_length": 128}

@@ -20,6 +20,7 @@ from graftwerk.models.hardware import compute_type, hardware_facts, probe, set_t
 @pytest.fixture(autouse=True)
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GRAFTWERK_COMPUTE_TYPE")  # which the tests of all else have
     probe.cache_clear()
     yield
     probe.cache_clear()
@@ -86,6 +87,16 @@ def test_the_real_probe_gives_a_time_for_each_type() -> None:
     assert set(seconds) == {"float32", "bfloat16", "float16"}
     assert 0 < seconds["float32"] < math.inf
     assert compute_type("auto") in hardware.TYPES.values()
+
+
+def test_the_environment_can_say_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTWERK_COMPUTE_TYPE", "bfloat16")
+    assert compute_type("auto") == torch.bfloat16
+    assert compute_type("float32") == torch.float32
+    monkeypatch.setenv("GRAFTWERK_COMPUTE_TYPE", "int3")
+    with pytest.raises(ConfigError, match="int3") as error:
+        compute_type()
+    assert error.value.where == "GRAFTWERK_COMPUTE_TYPE"
 
 
 def test_a_named_type_is_taken_and_others_are_refused() -> None:

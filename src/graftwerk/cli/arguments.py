@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,14 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[key=value ...]",
         help="Settings in place of those in the file, for instance training.seed=1 method.r=16.",
+        show_default=False,
+    ),
+]
+EvaluationOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value ...]",
+        help="Settings of `evaluation:` in place of the run file's, for instance num_beams=4 max_new_tokens=40.",
         show_default=False,
     ),
 ]
@@ -56,3 +64,22 @@ def columns_of(given: list[str] | None) -> dict[str, str] | None:
             )
         columns[part] = name
     return columns
+
+
+def evaluation_of(given: list[str] | None) -> dict[str, Any]:
+    """`["num_beams=4", "evaluation.baseline=true"]` -> `{"num_beams": 4, "baseline": True}`.
+
+    Raises:
+        ConfigError: one is not of that form, or belongs to the training.
+    """
+    from graftwerk.config import parse_overrides
+
+    settings = {}
+    for key, value in parse_overrides(list(given or ())).items():
+        room, dot, name = key.rpartition(".")
+        if dot and room != "evaluation":
+            raise ConfigError(
+                f"`{key}` is settled by the training; only settings of `evaluation:` can change", where=key
+            )
+        settings[name] = value
+    return settings

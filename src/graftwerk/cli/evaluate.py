@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
+from graftwerk.cli.arguments import Base, Columns, EvaluationOverrides, Force, RunOrAdapter, columns_of, evaluation_of
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.figures import DASH, byte_size, figure, seconds
@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     def evaluate(
         out: Output,
         target: RunOrAdapter,
+        settings: EvaluationOverrides = None,
         data: Annotated[
             str | None, typer.Option(help="Labelled rows; default: the run's own held-out rows.", show_default=False)
         ] = None,
@@ -38,7 +39,14 @@ def register(app: typer.Typer) -> None:
 
         with Rows(out, "evaluating") as rows:
             result = evaluate(
-                target, data, columns=columns_of(column), model=model, force=force, baseline=baseline, on_progress=rows
+                target,
+                data,
+                columns=columns_of(column),
+                model=model,
+                force=force,
+                baseline=baseline,
+                evaluation=evaluation_of(settings),
+                on_progress=rows,
             )
         before = (result.get("baseline") or {}).get("metrics")
         show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows", before=before)

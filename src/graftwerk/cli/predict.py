@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
+from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of, evaluation_of
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable
 
@@ -23,6 +23,15 @@ def register(app: typer.Typer) -> None:
         column: Columns = None,
         model: Base = None,
         force: Force = False,
+        settings: Annotated[
+            list[str] | None,
+            typer.Option(
+                "--set",
+                metavar="KEY=VALUE",
+                help="A setting of `evaluation:` in place of the run file's: num_beams=4.",
+                show_default=False,
+            ),
+        ] = None,
     ) -> Result:
         """Label texts with a trained adapter.
 
@@ -39,7 +48,14 @@ def register(app: typer.Typer) -> None:
             )
         with Rows(out, "predicting") as rows:
             result = predict(
-                target, texts or None, data, columns=columns_of(column), model=model, force=force, on_progress=rows
+                target,
+                texts or None,
+                data,
+                columns=columns_of(column),
+                model=model,
+                force=force,
+                evaluation=evaluation_of(settings),
+                on_progress=rows,
             )
         for place, row in enumerate(result["predictions"]):
             if "output" in row:

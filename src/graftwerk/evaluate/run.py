@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from graftwerk.errors import ConfigError
 from graftwerk.evaluate.forward import Progress
 from graftwerk.evaluate.forward import run_model as run_model
 from graftwerk.evaluate.opened import Opened, held_out, labelled_rows, open_adapter
+from graftwerk.evaluate.settings import EvaluationSettings
+from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
 from graftwerk.tasks.text import TextTask
 
@@ -29,6 +32,7 @@ def evaluate(
     resamples: int | None = None,
     store: bool = False,
     baseline: bool | None = None,
+    evaluation: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a trained adapter.
@@ -44,6 +48,7 @@ def evaluate(
         confidence, resamples: Of the intervals; default: as the run file says.
         store: Leave `evaluation.json` and the predictions, row by row, in the run folder.
         baseline: Measure the unadapted base on the same rows too; default: as the run file says.
+        evaluation: Settings in place of the run file's: ``{"num_beams": 4}``.
         on_progress: Told (rows done, rows in all).
 
     Returns:
@@ -64,15 +69,17 @@ def evaluate(
     from graftwerk.evaluate.stored import store_evaluation
 
     with peak_memory() as peak:
-        opened = open_adapter(target, model=model, force=force)
+        opened = _with_settings(open_adapter(target, model=model, force=force), evaluation)
         if data is None:
             if columns is not None:
                 raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
             split, rows = held_out(opened)
         else:
             split, rows = "data", labelled_rows(opened, str(data), None if columns is None else dict(columns))
-        if store and (opened.run is None or data is not None):
-            raise ConfigError("only what a run measured on its own held-out rows can be stored with it")
+        if store and (opened.run is None or data is not None or evaluation):
+            raise ConfigError(
+                "only what a run measured on its own held-out rows, with its own settings, can be stored with it"
+            )
         settings = opened.evaluation
         wants_base = settings.baseline if baseline is None else baseline
         if settings.generate:
@@ -149,6 +156,7 @@ def predict(
     model: str | None = None,
     force: bool = False,
     batch_size: int = BATCH,
+    evaluation: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Label or answer texts, or the rows of a file (which need no labels), with a trained adapter.
@@ -177,7 +185,7 @@ def predict(
             raise ConfigError(f"text {place + 1} of {len(listed)} is {'empty' if isinstance(text, str) else 'no text'}")
     if data is None and not listed:
         return {"predictions": [], "notes": []}
-    opened = open_adapter(target, model=model, force=force)
+    opened = _with_settings(open_adapter(target, model=model, force=force), evaluation)
     said: list[str] = []
     rows = [opened.task.question(text) for text in listed]
     if data is not None:
@@ -202,6 +210,24 @@ def predict(
         sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
     return {"predictions": predictions, "notes": said + _notes(opened, examples)}
+
+
+def _with_settings(opened: Opened, changes: Mapping[str, Any] | None) -> Opened:
+    """With other settings of evaluation.
+
+    Raises:
+        ConfigError: one that there is not, or that does nothing for this task.
+    """
+    if not changes:
+        return opened
+    if not opened.task.generates:
+        for name in ("generate", "max_new_tokens", "num_beams", "length_penalty", "generation_batch_size"):
+            if name in changes:
+                raise ConfigError(f"`{name}` does nothing for {opened.task.name}: nothing is written", where=name)
+    settings = {**opened.evaluation.model_dump(), **changes}
+    return replace(
+        opened, evaluation=parse_settings(EvaluationSettings, settings, what="an evaluation", where="evaluation")
+    )
 
 
 def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:

@@ -24,6 +24,9 @@ TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfl
 SIDE = {"cpu": 256, "cuda": 4096, "mps": 2048}
 """Side of the square matrices of the probe: large enough to show the kernel, small enough to take milliseconds."""
 
+ENVIRONMENT = "GRAFTWERK_COMPUTE_TYPE"
+"""What `auto` means for a whole process, or for machines that are to compute alike; unset: what the probe finds."""
+
 WORTH = 1.2
 """A shorter type must be this much faster than float32; less is not worth its rounding."""
 
@@ -32,21 +35,23 @@ def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> to
     """The type for the model's products (autocast). Weights and optimizer stay float32.
 
     Args:
-        wanted: `float32`, `bfloat16`, `float16`, or `auto`: the fastest of them here. Bfloat16 goes before float16,
+        wanted: `float32`, `bfloat16`, `float16`, or `auto`: the fastest of them here, unless the environment
+            variable `GRAFTWERK_COMPUTE_TYPE` says which. Bfloat16 goes before float16,
             whose range is small, unless float16 is clearly faster.
 
     Raises:
         ConfigError: another name, or a type that this device cannot multiply in.
     """
     kind = torch.device(device).type
+    where = "training.compute_type"
+    if wanted == "auto" and (wanted := os.environ.get(ENVIRONMENT) or "auto") != "auto":
+        where = ENVIRONMENT
     if wanted == "auto":
         return TYPES[_fastest(probe(kind))]
     if wanted not in TYPES:
-        raise ConfigError(
-            f"there is no compute type `{wanted}`", where="training.compute_type", mend=f"auto, {', '.join(TYPES)}"
-        )
+        raise ConfigError(f"there is no compute type `{wanted}`", where=where, mend=f"auto, {', '.join(TYPES)}")
     if wanted != "float32" and math.isinf(_seconds(TYPES[wanted], kind, limit=math.inf)):
-        raise ConfigError(f"this {kind} cannot compute in {wanted}", where="training.compute_type", mend="use `auto`")
+        raise ConfigError(f"this {kind} cannot compute in {wanted}", where=where, mend="use `auto`")
     return TYPES[wanted]
 
 
