@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.inject.record import CHILD, Box, box_of
-from graftwerk.methods.base import Delta
+from graftwerk.inject.rows import through_rows
 
 if TYPE_CHECKING:
     _Layer = nn.Linear
@@ -28,7 +28,7 @@ class Adapted(_Layer):
         box = self._modules[CHILD]
         assert isinstance(box, Box)
         if box.selection.rows is not None:
-            return self._forward_rows(x, box)
+            return through_rows(box, super().forward, x)
         deltas = box.active()
         if not deltas:
             return super().forward(x)
@@ -40,22 +40,6 @@ class Adapted(_Layer):
         for delta in deltas:
             y = delta.leave(x, y)
         return y  # type: ignore[no-any-return]
-
-    def _forward_rows(self, x: Tensor, box: Box) -> Tensor:
-        """One pass through the base layer for all rows; each adapter works on its own rows."""
-        groups = [
-            (group.index, delta)
-            for group in box.selection.groups(x.shape[0], x.device)
-            if isinstance(delta := box.get(group.name), Delta)
-        ]
-        for index, delta in groups:
-            if type(delta).enter is not Delta.enter:
-                x = x.index_copy(0, index, delta.enter(x[index]))
-        y = super().forward(x)
-        for index, delta in groups:
-            if type(delta).leave is not Delta.leave:
-                y = y.index_copy(0, index, delta.leave(x[index], y[index]))
-        return y
 
 
 class AdaptedHead(nn.Module):

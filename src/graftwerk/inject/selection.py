@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from graftwerk.errors import ConfigError
+
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,29 @@ class Selection:
         merged: Adapters whose deltas are folded into the base's weights now; their heads still apply.
     """
 
-    __slots__ = ("_groups", "merged", "names", "rows")
+    __slots__ = ("_groups", "_kept", "merged", "names", "rows")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.merged: frozenset[str] = frozenset()
         self.rows: tuple[str | None, ...] | None = None
         self._groups: dict[tuple[int, str], tuple[Group, ...]] = {}
+        self._kept: dict[Any, Any] = {}
 
     def choose(self, names: tuple[str, ...]) -> None:
         self.names, self.rows = names, None
+        self._groups, self._kept = {}, {}
 
     def choose_rows(self, rows: tuple[str | None, ...]) -> None:
         self.rows = rows
-        self._groups = {}
+        self._groups, self._kept = {}, {}
+
+    def kept(self, key: Key, make: Callable[[Key], Made]) -> Made:
+        """What was made for this key since the adapters were last chosen; made now if nothing was."""
+        found = self._kept.get(key)
+        if found is None:
+            found = self._kept[key] = make(key)
+        return found  # type: ignore[no-any-return]
 
     def used(self) -> tuple[str, ...]:
         """Every adapter that the next batch involves."""
@@ -84,9 +97,17 @@ class Selection:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        names, rows, groups = self.names, self.rows, self._groups
+        names, rows, groups, kept = self.names, self.rows, self._groups, self._kept
         self.names, self.rows = (), None
         try:
             yield
         finally:
-            self.names, self.rows, self._groups = names, rows, groups
+            self.names, self.rows, self._groups, self._kept = names, rows, groups, kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be made again, so that copies of a model do not begin with copies of stacked adapters."""
+        return {"names": self.names, "rows": self.rows, "merged": self.merged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.names, self.rows, self.merged = state["names"], state["rows"], state["merged"]
+        self._groups, self._kept = {}, {}

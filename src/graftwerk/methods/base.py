@@ -11,7 +11,7 @@ width, d model width, r rank, n virtual tokens, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -20,6 +20,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.stacked import StackedDelta
 from graftwerk.settings import Settings, parse_settings
 
 
@@ -84,6 +85,27 @@ class Delta(nn.Module):
         Asked only where this is the one active delta. ``layer.forward`` must not be called here.
         """
         return None
+
+    def kin(self) -> Hashable | None:
+        """What deltas must have in common to be stacked (see stacked.py); None: this one works alone just now."""
+        return None
+
+    @property
+    def breadth(self) -> int:
+        """The size that stacking fills up to the largest: rank, bottleneck. Far apart, they are stacked apart."""
+        return 1
+
+    @staticmethod
+    def stacked(deltas: Sequence[Any]) -> StackedDelta:
+        """The stacked form of deltas of one `kin`, one for each entry; the same delta may stand there several times.
+
+        Differentiable with respect to the deltas' parameters.
+        """
+        raise NotImplementedError
+
+    def sources(self) -> list[Tensor]:
+        """All tensors that the stacked form is made from: where one changes, it is made again."""
+        return [*self.parameters(), *self.buffers()]
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias with this delta in them. Only for methods with ``mergeable``."""

@@ -13,7 +13,7 @@ biases (Llama, Mistral, Gemma, T5), where it raises.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Delta, Method, Place
+from graftwerk.methods.stacked import StackedDelta, stack
 
 
 class BitFit(Method):
@@ -62,6 +63,24 @@ class BitFitDelta(Delta):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.bitfit_b.to(y.dtype)
 
+    def kin(self) -> Hashable | None:
+        return "bitfit"
+
+    @staticmethod
+    def stacked(deltas: Sequence[BitFitDelta]) -> StackedDelta:
+        return StackedBitFit(deltas)
+
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert bias is not None
         return weight, (bias + self.bitfit_b).to(bias.dtype)
+
+
+class StackedBitFit(StackedDelta):
+    """The offsets (S, 1, out)."""
+
+    def __init__(self, deltas: Sequence[BitFitDelta]) -> None:
+        self.offsets = stack(deltas, lambda delta: delta.bitfit_b)[:, None]
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        offsets = self.offsets.to(y.dtype)
+        return y + offsets if torch.is_grad_enabled() else y.add_(offsets)

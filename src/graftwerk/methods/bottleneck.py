@@ -17,15 +17,17 @@ Trade-off: the steadiest of the small methods on small data; it cannot be merged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Delta, Method, Place, Role
+from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
@@ -101,6 +103,7 @@ class Bottleneck(Method):
             if place.role is Role.FFN_OUT:
                 tap, entry = taps[place.ffn]
                 network = self._network(entry.in_features, place.out_features)
+                tap.network = (network,)
                 deltas[place.path] = ParallelDelta(network, tap)
         return deltas
 
@@ -145,6 +148,41 @@ class BottleneckNetwork(nn.Module):
         out: Tensor = self.up(self.activation(self.down(h)))
         return out if self.scaling == 1.0 else out * self.scaling
 
+    def kin(self) -> Hashable:
+        return (self.activation, None if self.norm is None else self.norm.eps)
+
+    @property
+    def breadth(self) -> int:
+        return self.down.weight.shape[0]
+
+
+class StackedNetwork:
+    """norm (S, 1, i), down (S, m, i), up (S, m, o), each network's scale in its last layer.
+
+    Where a bottleneck was filled up, its activation is f(0), which is zero, and so are the columns behind it.
+    """
+
+    def __init__(self, networks: Sequence[BottleneckNetwork]) -> None:
+        self.activation = networks[0].activation
+        self.eps = None if networks[0].norm is None else networks[0].norm.eps
+        if self.eps is not None:
+            self.gain = stack(networks, lambda network: network.norm.weight)[:, None]
+            self.shift = stack(networks, lambda network: network.norm.bias)[:, None]
+        self.down = stack(networks, lambda network: network.down.weight)
+        self.down_bias = stack(networks, lambda network: network.down.bias)[:, None]
+        scales = each([network.scaling for network in networks], self.down)
+        self.up = (stack(networks, lambda network: network.up.weight) * scales).mT
+        self.up_bias = stack(networks, lambda network: network.up.bias)[:, None] * scales
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """y (S, M, o) and what the networks make of x (S, M, i)."""
+        h = x.to(self.down.dtype)
+        if self.eps is not None:
+            h = torch.addcmul(self.shift, F.layer_norm(h, h.shape[-1:], eps=self.eps), self.gain)
+        h = self.activation(product(h, self.down) + self.down_bias)
+        bias = self.up_bias.to(y.dtype)
+        return add_product(y + bias if torch.is_grad_enabled() else y.add_(bias), h, self.up)
+
 
 class SequentialDelta(Delta):
     def __init__(self, network: BottleneckNetwork) -> None:
@@ -155,6 +193,26 @@ class SequentialDelta(Delta):
         update: Tensor = self.bottleneck(y)
         return y + update.to(y.dtype)
 
+    def kin(self) -> Hashable | None:
+        return ("sequential", self.bottleneck.kin())
+
+    @property
+    def breadth(self) -> int:
+        return self.bottleneck.breadth
+
+    @staticmethod
+    def stacked(deltas: Sequence[SequentialDelta]) -> StackedDelta:
+        return StackedSequential(deltas)
+
+
+class StackedSequential(StackedDelta):
+    def __init__(self, deltas: Sequence[SequentialDelta]) -> None:
+        self.network = StackedNetwork([delta.bottleneck for delta in deltas])
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        # The bottleneck reads y, which is added to in place: it reads it first.
+        return self.network.added(y, y)
+
 
 class Tap(Delta):
     """Remembers what goes into the feed-forward block, until the block's end takes it."""
@@ -162,10 +220,33 @@ class Tap(Delta):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Tensor | None = None
+        # What reads it, in a tuple: it is a child of the other layer, not of this one. Taps are stacked as that is.
+        self.network: tuple[BottleneckNetwork, ...] = ()
 
     def enter(self, x: Tensor) -> Tensor:
         self.seen = x
         return x
+
+    def kin(self) -> Hashable | None:
+        return ("tap", self.network[0].kin())
+
+    @property
+    def breadth(self) -> int:
+        return self.network[0].breadth
+
+    @staticmethod
+    def stacked(deltas: Sequence[Tap]) -> StackedDelta:
+        return StackedTap(deltas)
+
+
+class StackedTap(StackedDelta):
+    """What all entries read is kept by the first one's tap: the block's end has the same entries in the same order."""
+
+    def __init__(self, deltas: Sequence[Tap]) -> None:
+        self.first = deltas[0]
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self.first.enter(x)
 
 
 class ParallelDelta(Delta):
@@ -175,7 +256,31 @@ class ParallelDelta(Delta):
         self._tap = (tap,)  # in a tuple: it is a child of the other layer, not of this one
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        update: Tensor = self.bottleneck(self.taken())
+        return y + update.to(y.dtype)
+
+    def taken(self) -> Tensor:
+        """What went into the block; it is not kept any longer."""
         seen, self._tap[0].seen = self._tap[0].seen, None
         assert seen is not None, "the feed-forward block ended without having begun"
-        update: Tensor = self.bottleneck(seen)
-        return y + update.to(y.dtype)
+        return seen
+
+    def kin(self) -> Hashable | None:
+        return ("parallel", self.bottleneck.kin())
+
+    @property
+    def breadth(self) -> int:
+        return self.bottleneck.breadth
+
+    @staticmethod
+    def stacked(deltas: Sequence[ParallelDelta]) -> StackedDelta:
+        return StackedParallel(deltas)
+
+
+class StackedParallel(StackedDelta):
+    def __init__(self, deltas: Sequence[ParallelDelta]) -> None:
+        self.first = deltas[0]
+        self.network = StackedNetwork([delta.bottleneck for delta in deltas])
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.network.added(self.first.taken(), y)

@@ -13,11 +13,14 @@ function).
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.methods.base import Delta, Place, base_weight
+from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
 
 class DoRADelta(Delta):
@@ -52,10 +55,14 @@ class DoRADelta(Delta):
         own = (F.linear(b, a @ a.T) * b).sum(1)
         return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
 
+    def ratio(self) -> Tensor:
+        """m / ||W + s B A||, (out,)."""
+        return self.lora_magnitude_vector / self.norm(base_weight(self._base[0]))
+
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         module = self._base[0]
-        a, b, magnitude = self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector
-        ratio = magnitude / self.norm(base_weight(module))
+        a, b = self.lora_A.weight, self.lora_B.weight
+        ratio = self.ratio()
         h = x.to(a.dtype)
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout, True)
@@ -66,7 +73,41 @@ class DoRADelta(Delta):
         out = ratio * (plain + update)
         return (out if bias is None else out + bias).to(y.dtype)
 
+    def kin(self) -> Hashable | None:
+        return None if self.dropout and self.training else "dora"
+
+    @property
+    def breadth(self) -> int:
+        return self.lora_A.weight.shape[0]
+
+    @staticmethod
+    def stacked(deltas: Sequence[DoRADelta]) -> StackedDelta:
+        return StackedDoRA(deltas)
+
+    def sources(self) -> list[Tensor]:
+        weight = self._base[0].weight  # norms are of the base's weight too
+        assert isinstance(weight, Tensor)
+        return [*super().sources(), weight]
+
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         ratio = self.lora_magnitude_vector / self.norm(weight)
         whole = weight.to(ratio.dtype) + self.scale * (self.lora_B.weight @ self.lora_A.weight)
         return (ratio[:, None] * whole).to(weight.dtype), bias
+
+
+class StackedDoRA(StackedDelta):
+    """A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
+
+    def __init__(self, deltas: Sequence[DoRADelta]) -> None:
+        a = stack(deltas, lambda delta: delta.lora_A.weight)
+        self.a = a * each([delta.scale for delta in deltas], a)
+        self.b = stack(deltas, lambda delta: delta.lora_B.weight).mT
+        self.ratio = stack(deltas, DoRADelta.ratio)[:, None]
+        self._base = deltas[0]._base[0]
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        bias = self._base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        plain = (y if bias is None else y - bias).to(self.a.dtype)
+        out = self.ratio * add_product(plain, product(x.to(self.a.dtype), self.a), self.b)
+        return (out if bias is None else out + bias).to(y.dtype)

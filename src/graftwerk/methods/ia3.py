@@ -13,7 +13,7 @@ high learning rates and reaches less on tasks far from pretraining.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import Delta, Method, Place, Role
 from graftwerk.methods.lora import matches, select
+from graftwerk.methods.stacked import StackedDelta, stack
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
 
@@ -99,9 +100,34 @@ class IA3Delta(Delta):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         return y if self.scales_input else (y * self.ia3_l.flatten()).to(y.dtype)
 
+    def kin(self) -> Hashable | None:
+        return ("ia3", self.scales_input)
+
+    @staticmethod
+    def stacked(deltas: Sequence[IA3Delta]) -> StackedDelta:
+        return StackedIA3(deltas)
+
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # (1, in) scales columns, (out, 1) rows; only the latter reaches the bias.
         folded = (weight * self.ia3_l).to(weight.dtype)
         if self.scales_input or bias is None:
             return folded, bias
         return folded, (bias * self.ia3_l.flatten()).to(bias.dtype)
+
+
+class StackedIA3(StackedDelta):
+    """The vectors (S, 1, width)."""
+
+    def __init__(self, deltas: Sequence[IA3Delta]) -> None:
+        self.scales_input = deltas[0].scales_input
+        self.vectors = stack(deltas, lambda delta: delta.ia3_l.flatten())[:, None]
+
+    def enter(self, x: Tensor) -> Tensor:
+        return (x * self.vectors).to(x.dtype) if self.scales_input else x
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.scales_input:
+            return y
+        if torch.is_grad_enabled() or y.dtype != self.vectors.dtype:
+            return (y * self.vectors).to(y.dtype)
+        return y.mul_(self.vectors)

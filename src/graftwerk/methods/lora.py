@@ -22,7 +22,7 @@ adapted matrix, so its training step is dearer than that of soft prompts' parame
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight
 from graftwerk.methods.fused import LoRALinear
+from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
@@ -201,11 +202,43 @@ class LoRADelta(Delta):
         )
         return LoRALinear.apply(x, weight, layer.bias, a, b, self.scale) if plain else None  # type: ignore[no-untyped-call]
 
+    def kin(self) -> Hashable | None:
+        return None if self.dropout and self.training else "lora"  # masks are drawn delta by delta
+
+    @property
+    def breadth(self) -> int:
+        return self.lora_A.weight.shape[0] * (2 if self.pissa else 1)
+
+    @staticmethod
+    def stacked(deltas: Sequence[LoRADelta]) -> StackedDelta:
+        return StackedLoRA(deltas)
+
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         update = self.lora_B.weight @ self.lora_A.weight
         if self.pissa:
             update = update - self.start_B @ self.start_A  # type: ignore[operator]
         return (weight.to(update.dtype) + self.scale * update).to(weight.dtype), bias
+
+
+class StackedLoRA(StackedDelta):
+    """A (S, r, i), scaled, and B (S, r, o); PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0]."""
+
+    def __init__(self, deltas: Sequence[LoRADelta]) -> None:
+        def a_of(delta: LoRADelta) -> Tensor:
+            a = delta.lora_A.weight
+            return torch.cat((a, delta.start_A)) if delta.pissa else a  # type: ignore[arg-type]
+
+        def b_of(delta: LoRADelta) -> Tensor:
+            b = delta.lora_B.weight
+            return torch.cat((b, -delta.start_B), dim=1) if delta.pissa else b  # type: ignore[operator]
+
+        a = stack(deltas, a_of)
+        scales = each([delta.scale for delta in deltas], a)
+        self.a = a * scales if torch.is_grad_enabled() else a.mul_(scales)
+        self.b = stack(deltas, b_of).mT
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        return add_product(y, product(x.to(self.a.dtype), self.a), self.b)
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
