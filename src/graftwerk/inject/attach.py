@@ -23,6 +23,7 @@ from graftwerk.inject.graft import Graft
 from graftwerk.inject.heads import copy_head, head_paths
 from graftwerk.inject.layers import adapt, restore
 from graftwerk.inject.record import CHILD, Record, box_of, check_name
+from graftwerk.inject.structure import Structure, base_parameters, forget, structure
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
 from graftwerk.methods.base import Method, Place
@@ -53,6 +54,22 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Gra
         UnsupportedError: the method cannot work on this architecture; the message says why.
         ConfigError: a target or module that the settings name does not exist.
     """
+    return attach_with(model, method, name, None)
+
+
+def attach_with(
+    model: PreTrainedModel, method: Method, name: str, tensors: Mapping[str, Tensor] | None, *, trainable: bool = True
+) -> Graft:
+    """`attach`, with stored values in place of initial ones; ``tensors`` by raw key, heads included.
+
+    Where a method can, the tensors become its parameters, without a copy; the rest is copied. The caller's mapping is
+    not changed, and its tensors should not be used elsewhere.
+
+    Raises:
+        AdapterError: a tensor is missing, is not known, or has another shape.
+
+    The model is as before whenever this raises.
+    """
     check_name(name)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
@@ -68,8 +85,9 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Gra
                 "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
                 mend="attach with Full(keep_base=True), or load the base again",
             )
-    view = anatomy(model)
+    view, base = anatomy(model), structure(model)
     heads = head_paths(model, method, view)
+    whole = False
     if method.kind == "layer":
         places = method.places(view.places)
         if not places and not heads:
@@ -77,16 +95,43 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Gra
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
                 mend="load the model with a task head, for instance AutoModelForSequenceClassification",
             )
-        hosts: dict[str, nn.Module] = dict(method.assemble(places, [model.get_submodule(p.path) for p in places]))
+        modules = [base.modules[place.path] for place in places]
+        around = None
+        if tensors is not None:
+            inner = {key: tensor for key, tensor in tensors.items() if not _within(key, heads)} if heads else tensors
+            around = method.around(places, modules, inner, trainable)
+        whole = around is not None and bool(places)
+        hosts: dict[str, nn.Module] = dict(method.assemble(places, modules) if around is None else around)
     elif method.kind == "weights":
         places, hosts = [], {}
     else:
         places, hosts = [], _room(method.kind).modules(model, method, view)
-    # Nothing can fail from here on, so that a refused method leaves the model as it was.
+    # Nothing can fail from here on but stored tensors that do not fit, so that a refused method leaves the model as it
+    # was.
     record = Record.make(model)
+    names, rows = record.selection.names, record.selection.rows
     if known is None:
-        record.remember(model)
-    return _install(model, record, method, name, view, places, hosts, heads)
+        record.remember(base.parameters)
+    graft = _install(model, record, method, name, view, base, places, hosts, heads)
+    if tensors is not None:
+        try:
+            graft.load_state_dict(tensors, heads_alone=whole)
+        except BaseException:
+            graft.delete()
+            if known is None:
+                detach(model)
+            elif rows is not None:
+                activate(model, rows=rows)
+            else:
+                activate(model, names)
+            raise
+        if not trainable:
+            graft.freeze(heads_alone=whole)
+    return graft
+
+
+def _within(key: str, heads: Sequence[str]) -> bool:
+    return any(key.startswith(f"{head}.") for head in heads)
 
 
 def _install(
@@ -95,6 +140,7 @@ def _install(
     method: Method,
     name: str,
     view: Anatomy,
+    base: Structure,
     places: list[Place],
     hosts: Mapping[str, nn.Module],
     heads: tuple[str, ...],
@@ -103,20 +149,20 @@ def _install(
     if method.kind == "weights":
         record.selection.choose(())
         record.settle()  # so that what is kept is the base, not another full graft
-        weights = TrainedWeights(model, getattr(method, "keep_base", True), record.flags)
+        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags)
         heads = ()
     else:
-        for parameter_name, parameter in model.named_parameters():
-            if CHILD not in parameter_name.split("."):
+        for parameter in base.parameters.values():
+            if parameter.requires_grad:
                 parameter.requires_grad_(False)
     for path, module in hosts.items():
-        host = model.get_submodule(path)
-        _place(record, host, name, module, like=host)
+        host = base.modules[path]
+        _place(record, host, name, module)
         if path in view.by_path:
             adapt(host, record.box(host))
     for path in heads:
-        host = model.get_submodule(path)
-        _place(record, host, name, copy_head(host), like=host)
+        host = base.modules[path]
+        _place(record, host, name, copy_head(host))
         adapt(host, record.box(host), head=True)
     if method.kind in _WITHOUT_LAYERS:
         _room(method.kind).engage(model, record)
@@ -126,10 +172,17 @@ def _install(
     return graft
 
 
-def _place(record: Record, host: nn.Module, name: str, module: nn.Module, like: nn.Module) -> None:
-    """Put an adapter's module beside the weights it works with, in the model's mode."""
-    device = next((p.device for p in like.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    record.box(host).put(name, module.to(device).train(like.training))
+def _place(record: Record, host: nn.Module, name: str, module: nn.Module) -> None:
+    """Put an adapter's module beside the weights it works with, in the host's mode."""
+    own = next((p for p in host._parameters.values() if p is not None), None)
+    if own is None:
+        own = next(host.parameters(), None)
+    device = torch.device("cpu") if own is None or own.is_meta else own.device
+    if any(parameter.device != device for parameter in module.parameters()):
+        module.to(device)
+    if module.training != host.training:
+        module.train(host.training)
+    record.box(host).put(name, module)
 
 
 def grafts(model: nn.Module) -> dict[str, Graft]:
@@ -221,8 +274,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         return model
     for name in list(record.grafts):
         remove(model, name)
-    record.restore_flags(model)
+    record.restore_flags(base_parameters(model))
     Record.forget(model)
+    forget(model)
     return model
 
 
@@ -242,8 +296,9 @@ def remove(model: PreTrainedModel, name: str) -> None:
         selection.choose(())
     selection.names = tuple(one for one in selection.names if one != name)
     del record.grafts[name]
+    base = structure(model)
     for path in dict.fromkeys((*graft.hosts, *graft.heads)):
-        host = model.get_submodule(path)
+        host = base.modules[path]
         box = box_of(host)
         assert box is not None
         box.take(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
 from graftwerk.inject.heads import fit_head
 from graftwerk.inject.merge import Kept, fold, unfold
-from graftwerk.inject.record import CHILD, Record, box_of
+from graftwerk.inject.record import Record, box_of
+from graftwerk.inject.structure import base_modules, base_parameters
 from graftwerk.inject.targets import Anatomy
 from graftwerk.inject.weights import TrainedWeights
 from graftwerk.methods.base import Delta, Method, Place
@@ -54,11 +55,12 @@ class Graft:
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """(host path, this adapter's module there), heads last."""
+        base = base_modules(self.model)
         for path in (*self.hosts, *self.heads):
-            yield path, self._module(path)
+            yield path, self._module(base[path])
 
-    def _module(self, path: str) -> nn.Module:
-        box = box_of(self.model.get_submodule(path))
+    def _module(self, host: nn.Module) -> nn.Module:
+        box = box_of(host)
         module = None if box is None else box.get(self.name)
         if module is None:
             raise ConflictError(f"the adapter `{self.name}` has been deleted from this model")
@@ -75,7 +77,11 @@ class Graft:
         if self.weights is not None:
             yield from self.weights.parameters.items()
             return
-        for path, module in self.modules():
+        yield from self._parameters(self.modules())
+
+    @staticmethod
+    def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, module in modules:
             for key, parameter in module.named_parameters():
                 yield _join(path, key), parameter
 
@@ -97,8 +103,11 @@ class Graft:
             for key, tensor in module.state_dict().items()
         }
 
-    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor], *, heads_alone: bool = False) -> None:
         """Put stored tensors in. A head with another number of labels makes this adapter's head as wide.
+
+        Args:
+            heads_alone: All tensors but those of the heads are in already; for `attach_with`.
 
         Raises:
             AdapterError: a tensor is missing, is not known, or has another shape. Nothing is changed then.
@@ -108,7 +117,9 @@ class Graft:
             raise ConflictError(
                 f"`{self.name}` is merged into the base; its weights cannot change now", mend="unmerge it first"
             )
-        own = self.state_dict()
+        if heads_alone:
+            tensors = {key: tensor for key, tensor in tensors.items() if self.is_head(key)}
+        own = self._head_state() if heads_alone else self.state_dict()
         missing = [key for key in own if key not in tensors]
         extra = [key for key in tensors if key not in own]
         if missing or extra:
@@ -131,7 +142,7 @@ class Graft:
                 key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
             }
             fit_head(box, self.name, inner, path)
-        own = self.state_dict()
+        own = self._head_state() if heads_alone else self.state_dict()
         still = [
             f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
             for key in own
@@ -143,6 +154,14 @@ class Graft:
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
 
+    def _head_state(self) -> dict[str, Tensor]:
+        base = base_modules(self.model)
+        return {
+            _join(path, key): tensor.detach()
+            for path in self.heads
+            for key, tensor in self._module(base[path]).state_dict().items()
+        }
+
     @property
     def frozen(self) -> bool:
         """Whether nothing of it trains, as after `load` without ``trainable=True``."""
@@ -150,11 +169,17 @@ class Graft:
             return not self.weights.trainable
         return not any(parameter.requires_grad for _, parameter in self._own())
 
-    def freeze(self) -> None:
-        """Let nothing of it train any more, also after it was switched off and on again."""
+    def freeze(self, *, heads_alone: bool = False) -> None:
+        """Let nothing of it train any more, also after it was switched off and on again.
+
+        Args:
+            heads_alone: All parameters but those of the heads are frozen already; for `attach_with`.
+        """
         if self.weights is not None:
             self.weights.trainable = False
-        for _, parameter in self._own():
+        base = base_modules(self.model)
+        heads = [(path, self._module(base[path])) for path in self.heads]
+        for _, parameter in self._parameters(heads) if heads_alone else self._own():
             parameter.requires_grad_(False)
 
     # -- figures ---------------------------------------------------------------------------------------------------
@@ -175,9 +200,7 @@ class Graft:
     @property
     def num_base_parameters(self) -> int:
         """Parameters of the model without any grafts."""
-        return sum(
-            _elements(parameter) for name, parameter in self.model.named_parameters() if CHILD not in name.split(".")
-        )
+        return sum(map(_elements, base_parameters(self.model).values()))
 
     def learning_rate_factor(self, key: str) -> float:
         return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
@@ -210,8 +233,9 @@ class Graft:
             raise ConflictError(
                 f"`{self.name}` is not the one active adapter", mend=f'activate(model, "{self.name}") first'
             )
-        layers = [(path, self.model.get_submodule(path), self._module(path)) for path in self.hosts]
-        self._kept = fold((path, layer, delta) for path, layer, delta in layers if isinstance(delta, Delta))
+        base = base_modules(self.model)
+        deltas = [(path, module) for path, module in self.modules() if isinstance(module, Delta)]
+        self._kept = fold((path, base[path], delta) for path, delta in deltas)
         selection.merged = frozenset({self.name})
 
     def unmerge(self) -> None:
@@ -219,7 +243,7 @@ class Graft:
         if not self.merged:
             return
         assert self._kept is not None
-        unfold(self.model, self._kept)
+        unfold(self._kept)
         self._kept = None
         self._record.selection.merged = frozenset()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, ConfigError
 from graftwerk.inject.record import CHILD, Box
+from graftwerk.inject.structure import base_modules
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.base import Method
 
@@ -21,12 +22,10 @@ def head_paths(model: nn.Module, method: Method, anatomy: Anatomy) -> tuple[str,
     """
     if method.modules_to_save == "auto":
         return anatomy.heads
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     paths = []
     for name in method.modules_to_save:
-        found = [
-            path for path in modules if (path == name or path.endswith("." + name)) and CHILD not in path.split(".")
-        ]
+        found = [path for path in modules if path == name or path.endswith("." + name)]
         if not found:
             raise ConfigError(
                 f"modules_to_save: there is no module `{name}` in {type(model).__name__}",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Delta, base_weight, is_transposed
 
-Kept = dict[str, tuple[Tensor, Tensor | None]]
-"""Path of a layer -> its weight and bias before merging."""
+Kept = list[tuple[nn.Parameter, Tensor]]
+"""Parameters that were folded into, and their tensors from before."""
 
 
 @torch.no_grad()
@@ -37,23 +37,17 @@ def fold(layers: Iterable[tuple[str, nn.Module, Delta]]) -> Kept:
         assert bias is None or isinstance(bias, Tensor)
         weight, new_bias = delta.folded(base_weight(module), None if bias is None else bias.detach())
         folded.append((path, module, (weight.T if is_transposed(module) else weight).contiguous(), new_bias))
-    kept: Kept = {}
-    for path, module, weight, new_bias in folded:
-        own_weight, own_bias = module.weight, module.bias
-        assert isinstance(own_weight, Tensor)
-        assert own_bias is None or isinstance(own_bias, Tensor)
-        kept[path] = (own_weight.data, None if own_bias is None else own_bias.data)
-        own_weight.data = weight
-        if new_bias is not None and own_bias is not None:
-            own_bias.data = new_bias
+    kept: Kept = []
+    for _, module, weight, new_bias in folded:
+        for own, new in ((module.weight, weight), (module.bias, new_bias)):
+            if isinstance(own, nn.Parameter) and new is not None and new.data_ptr() != own.data_ptr():
+                kept.append((own, own.data))
+                own.data = new
     return kept
 
 
 @torch.no_grad()
-def unfold(model: nn.Module, kept: Kept) -> None:
+def unfold(kept: Kept) -> None:
     """Put the tensors from before back into their parameters."""
-    for path, (weight, bias) in kept.items():
-        module = model.get_submodule(path)
-        module.weight.data = weight
-        if bias is not None:
-            module.bias.data = bias
+    for parameter, tensor in kept:
+        parameter.data = tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -60,18 +61,20 @@ class Record:
         self.flags: dict[str, bool] = {}
         """Which parameters required gradients before the first graft, by name."""
 
-    def remember(self, model: nn.Module) -> None:
-        """Note which parameters required gradients before the first graft froze the base."""
-        self.flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    def remember(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note which of the base's parameters required gradients before the first graft froze the base."""
+        self.flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
 
-    def restore_flags(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
+    def restore_flags(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
             parameter.requires_grad_(self.flags.get(name, True))
 
     def settle(self) -> None:
         """Make whole-weight grafts follow the selection: theirs are the only values that switching has to move."""
-        used = self.selection.used()
         fulls = [graft for graft in self.grafts.values() if graft.weights is not None]
+        if not fulls:
+            return
+        used = self.selection.used()
         # First every one that leaves, then the one that comes: two never hold the parameters at once.
         for graft in fulls:
             if graft.name not in used:

@@ -8,7 +8,7 @@ named or all linear layers works; methods that need to know what a layer is for 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from graftwerk.inject.record import CHILD
+from graftwerk.inject.structure import base_modules, structure
 from graftwerk.methods.base import Place, Role
 
 StackKind = Literal["encoder", "decoder", "causal"]
@@ -228,7 +230,11 @@ _TASK_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|Questi
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Read the anatomy of a model. Grafts that are already on it change nothing."""
+    """The anatomy of a model; read once for as long as its modules are the same. Grafts on it change nothing."""
+    return structure(model).kept("anatomy", lambda: _read(model))
+
+
+def _read(model: PreTrainedModel) -> Anatomy:
     config = model.config
     layout = _BY_TYPE.get(config.model_type)
     base_path = _base_path(model)
@@ -236,13 +242,13 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     heads = tuple(
         name
         for name, child in model.named_children()
-        if has_task_head and name != base_path and name != "graft" and any(True for _ in child.parameters())
+        if has_task_head and name != base_path and name != CHILD and any(True for _ in child.parameters())
     )
     places: list[Place] = []
     layer_of = _LayerFinder(layout)
     outputs = model.get_output_embeddings()  # in T5 they lie beside the stacks, and there the base is the model itself
-    for path, module in model.named_modules():
-        if "graft" in path.split(".") or not _inside(path, base_path) or not path or module is outputs:
+    for path, module in _distinct(model):
+        if not _inside(path, base_path) or not path or module is outputs:
             continue
         if isinstance(module, nn.Linear | Conv1D):
             in_features, out_features = linear_shape(module)
@@ -279,7 +285,16 @@ def _base_path(model: PreTrainedModel) -> str:
     base = model.base_model
     if base is model:
         return ""
-    return next(str(name) for name, module in model.named_modules() if module is base)
+    return next(name for name, module in _distinct(model) if module is base)
+
+
+def _distinct(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without grafts: shared modules once, under their first path."""
+    seen: set[int] = set()
+    for path, module in base_modules(model).items():
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
 
 
 def _inside(path: str, base_path: str) -> bool:
@@ -314,12 +329,12 @@ def _stack_kind(model: PreTrainedModel, layout: Layout, path: str) -> StackKind:
 def _attentions(model: PreTrainedModel, layout: Layout | None, places: list[Place]) -> tuple[AttentionPlace, ...]:
     if layout is None:
         return ()
-    found = []
+    found, modules = [], base_modules(model)
     for place in places:
         if place.role not in (Role.KEY, Role.FUSED_QKV) or place.layer is None:
             continue
         path = place.path.rpartition(".")[0]
-        module = model.get_submodule(path)
+        module = modules[path]
         width = place.out_features // (3 if place.role is Role.FUSED_QKV else 1)
         head_dim = next(
             value
@@ -341,7 +356,7 @@ def _stacks(model: PreTrainedModel, layout: Layout | None, base_path: str) -> tu
     if not layout.causal and not model.config.is_encoder_decoder:
         return (StackPlace(base_path, _stack_kind(model, layout, base_path), _embedding_width(model.base_model)),)
     found = []
-    for path, module in model.named_modules():
+    for path, module in _distinct(model):
         if (path.split(".")[-1] == layout.layers or path == layout.layers) and isinstance(module, nn.ModuleList):
             stack = path.rpartition(".")[0]
             width = _embedding_width(model.get_submodule(stack) if stack else model)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.inject.record import CHILD
 
 
 class TrainedWeights:
@@ -21,13 +20,9 @@ class TrainedWeights:
         trainable: Whether they train while live.
     """
 
-    def __init__(self, model: nn.Module, keep_base: bool, flags: Mapping[str, bool]) -> None:
-        """``flags``: which parameters required gradients before the first graft, by name."""
-        self.parameters = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if CHILD not in name.split(".") and flags.get(name, True)
-        }
+    def __init__(self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool]) -> None:
+        """``base``: all parameters of the base by name; ``flags``: which parameters required gradients before the first graft, by name."""
+        self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
         quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
         if quantized:
             raise UnsupportedError(

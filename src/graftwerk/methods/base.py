@@ -152,6 +152,15 @@ class Method(Settings):
         """The deltas for all places, by path; for methods whose deltas belong together, in place of `build`."""
         return {place.path: self.build(place, module) for place, module in zip(places, modules, strict=True)}
 
+    def around(
+        self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
+    ) -> dict[str, Delta] | None:
+        """As `assemble`, with stored tensors (by raw key: path and parameter) as the deltas' parameters, not copied.
+
+        None: this method builds its deltas first and copies into them; or the tensors are not exactly those wanted.
+        """
+        return None
+
     def count(self, places: Iterable[Place]) -> int:
         """Trained parameters over these places, by formula (the head not counted)."""
         return 0

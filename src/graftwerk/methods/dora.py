@@ -41,6 +41,20 @@ class DoRADelta(Delta):
         self._squares: Tensor | None = None
         self.lora_magnitude_vector = nn.Parameter(self.norm(base_weight(module)).clone())
 
+    @classmethod
+    def holding(
+        cls, module: nn.Module, a: nn.Parameter, b: nn.Parameter, magnitude: nn.Parameter, scale: float, dropout: float
+    ) -> DoRADelta:
+        """A delta of these parameters; nothing is drawn or copied, and no norm taken."""
+        from graftwerk.methods.lora import linear_of
+
+        delta = cls.__new__(cls)
+        nn.Module.__init__(delta)
+        delta.__dict__.update(scale=scale, dropout=dropout, _base=(module,), _squares=None)
+        delta._modules.update(lora_A=linear_of(a), lora_B=linear_of(b))
+        delta._parameters.update(lora_magnitude_vector=magnitude)
+        return delta
+
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
         """Row norms of W + s B A, (out,), without ever forming B A.

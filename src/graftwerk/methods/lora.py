@@ -144,6 +144,30 @@ class LoRA(Method):
             )
         return LoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
 
+    def around(
+        self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
+    ) -> dict[str, Delta] | None:
+        parts = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if self.use_dora else ()))
+        if self.init_lora_weights == "pissa" or len(tensors) != len(parts) * len(places):
+            return None
+        deltas: dict[str, Delta] = {}
+        for place, module in zip(places, modules, strict=True):
+            path, rank = place.path, self.rank(place.path)
+            found = [tensors.get(f"{path}.{part}") for part in parts]
+            shapes = [(rank, place.in_features), (place.out_features, rank), (place.out_features,)]
+            if any(one is None or one.shape != shape for one, shape in zip(found, shapes, strict=False)):
+                return None
+            parameters = [
+                nn.Parameter(one.to(torch.get_default_dtype()), trainable) for one in found if one is not None
+            ]
+            if self.use_dora:
+                from graftwerk.methods.dora import DoRADelta
+
+                deltas[path] = DoRADelta.holding(module, *parameters, self.scale(path), self.lora_dropout)
+            else:
+                deltas[path] = LoRADelta.holding(*parameters, self.scale(path), self.lora_dropout)
+        return deltas
+
     def count(self, places: Iterable[Place]) -> int:
         """sum of r (in + out), and out more with DoRA."""
         return sum(
@@ -176,6 +200,15 @@ class LoRADelta(Delta):
                 self.lora_B.weight.copy_(b)
             self.register_buffer("start_A", a)
             self.register_buffer("start_B", b)
+
+    @classmethod
+    def holding(cls, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> LoRADelta:
+        """A delta of these parameters; nothing is drawn or copied."""
+        delta = cls.__new__(cls)
+        nn.Module.__init__(delta)
+        delta.__dict__.update(scale=scale, dropout=dropout, pissa=False)
+        delta._modules.update(lora_A=linear_of(a), lora_B=linear_of(b))
+        return delta
 
     def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         # Scaled on the thin side: r values a token in place of `out`.
@@ -214,10 +247,12 @@ class LoRADelta(Delta):
         return StackedLoRA(deltas)
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        update = self.lora_B.weight @ self.lora_A.weight
+        a, b = self.lora_A.weight, self.lora_B.weight
+        # One pass over the weight, in the adapter's precision.
+        folded = torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale)
         if self.pissa:
-            update = update - self.start_B @ self.start_A  # type: ignore[operator]
-        return (weight.to(update.dtype) + self.scale * update).to(weight.dtype), bias
+            folded.addmm_(self.start_B, self.start_A, alpha=-self.scale)  # type: ignore[arg-type]
+        return folded.to(weight.dtype), bias
 
 
 class StackedLoRA(StackedDelta):
@@ -239,6 +274,17 @@ class StackedLoRA(StackedDelta):
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         return add_product(y, product(x.to(self.a.dtype), self.a), self.b)
+
+
+def linear_of(weight: nn.Parameter) -> nn.Linear:
+    """A linear layer without bias around a weight (out, in): `nn.Linear` would draw one first, which takes longer than
+    reading the weight from disk.
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.__dict__.update(in_features=weight.shape[1], out_features=weight.shape[0])
+    linear._parameters.update(weight=weight, bias=None)
+    return linear
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
 from graftwerk.inject.attach import disabled
-from graftwerk.store.walk import base_parameters
+from graftwerk.inject.structure import base_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -31,7 +31,7 @@ from graftwerk.errors import (
     DivergedError,
     UnsupportedError,
 )
-from graftwerk.inject.attach import Graft, attach, detach, grafts
+from graftwerk.inject.attach import Graft, attach, attach_with, detach, grafts
 from graftwerk.inject.targets import anatomy
 from graftwerk.methods.lora import LoRA
 from graftwerk.store.adapter_config import CONFIG_FILE
@@ -155,14 +155,12 @@ def load_adapter(
         if info.own:
             check_size(found, view)
         name = name or info.name or "default"
-        graft = _attached(model, found, name)
+        graft = _attached(model, found, name, trainable)
     except (AdapterError, UnsupportedError) as error:
         error.where = f"{info.folder}" if error.where is None else f"{info.folder}: {error.where}"
         if error.mend is None and info.base_name:
             error.mend = f"the adapter was made for `{info.base_name}`"
         raise
-    if not trainable:
-        graft.freeze()
     return graft
 
 
@@ -306,20 +304,22 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
         )
 
 
-def _attached(model: PreTrainedModel, found: Restored, name: str) -> Graft:
-    first = not grafts(model)
-    tensors = dict(found.tensors)
+def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: bool) -> Graft:
+    method, tensors = found.method, found.tensors
     with torch.random.fork_rng(devices=[]):
-        graft = attach(model, found.method, name)
-    try:
-        if isinstance(found.method, LoRA) and found.method.init_lora_weights == "pissa":
-            # A folder of PEFT has no start in it: attaching has just computed it from the base, as PEFT does.
+        if not (isinstance(method, LoRA) and method.init_lora_weights == "pissa"):
+            return attach_with(model, method, name, tensors, trainable=trainable)
+        # A folder of PEFT has no start in it: attaching computes it from the base, as PEFT does.
+        first = not grafts(model)
+        graft = attach(model, method, name)
+        try:
             start = {key: value for key, value in graft.state_dict().items() if START in key}
-            tensors = {**start, **tensors}
-        graft.load_state_dict(tensors)
-    except BaseException:
-        graft.delete()
-        if first:
-            detach(model)
-        raise
+            graft.load_state_dict({**start, **tensors})
+        except BaseException:
+            graft.delete()
+            if first:
+                detach(model)
+            raise
+    if not trainable:
+        graft.freeze()
     return graft

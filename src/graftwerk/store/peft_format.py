@@ -30,7 +30,7 @@ from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
 from graftwerk.store.adapter_config import OWN_PREFIX
 from graftwerk.store.naming import endings, ends_with, layer_number, named_by
-from graftwerk.store.walk import base_modules
+from graftwerk.inject.structure import base_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from graftwerk.store.info import TRAINING_FILE, WEIGHTS_FILE, AdapterInfo
 from graftwerk.store.peft_format import Restored, read_ia3, read_lora, read_own
 from graftwerk.store.peft_virtual import read_prefix, read_prompt
 from graftwerk.store.safety import read_tensors, refuse_pickles
-from graftwerk.store.walk import base_parameters
+from graftwerk.inject.structure import base_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
