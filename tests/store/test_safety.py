@@ -47,7 +47,7 @@ def test_every_type_comes_back_as_the_library_gives_it(tmp_path: Path) -> None:
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype
         assert found[key].shape == tensor.shape
-        assert found[key].untyped_storage().tolist() == tensor.clone().untyped_storage().tolist()
+        assert found[key].clone().untyped_storage().tolist() == tensor.clone().untyped_storage().tolist()
 
 
 def test_tensors_are_not_mapped_onto_the_file(tmp_path: Path) -> None:

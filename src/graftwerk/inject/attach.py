@@ -26,7 +26,7 @@ from graftwerk.inject.record import CHILD, Record, box_of, check_name
 from graftwerk.inject.structure import Structure, base_parameters, forget, structure
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
-from graftwerk.methods.base import Method, Place
+from graftwerk.methods.base import Method, Place, device_of
 
 __all__ = ["Graft", "activate", "adapter_state_dict", "attach", "detach", "disabled", "grafts"]
 
@@ -112,7 +112,7 @@ def attach_with(
     names, rows = record.selection.names, record.selection.rows
     if known is None:
         record.remember(base.parameters)
-    graft = _install(model, record, method, name, view, base, places, hosts, heads)
+    graft = _install(model, record, method, name, view, base, places, hosts, heads, whole)
     if tensors is not None:
         try:
             graft.load_state_dict(tensors, heads_alone=whole)
@@ -144,7 +144,9 @@ def _install(
     places: list[Place],
     hosts: Mapping[str, nn.Module],
     heads: tuple[str, ...],
+    placed: bool,
 ) -> Graft:
+    """``placed``: the hosts' modules are on their devices and in their modes already."""
     weights = None
     if method.kind == "weights":
         record.selection.choose(())
@@ -157,7 +159,10 @@ def _install(
                 parameter.requires_grad_(False)
     for path, module in hosts.items():
         host = base.modules[path]
-        _place(record, host, name, module)
+        if placed:
+            record.box(host).put(name, module)
+        else:
+            _place(record, host, name, module)
         if path in view.by_path:
             adapt(host, record.box(host))
     for path in heads:
@@ -174,10 +179,7 @@ def _install(
 
 def _place(record: Record, host: nn.Module, name: str, module: nn.Module) -> None:
     """Put an adapter's module beside the weights it works with, in the host's mode."""
-    own = next((p for p in host._parameters.values() if p is not None), None)
-    if own is None:
-        own = next(host.parameters(), None)
-    device = torch.device("cpu") if own is None or own.is_meta else own.device
+    device = device_of(host)
     if any(parameter.device != device for parameter in module.parameters()):
         module.to(device)
     if module.training != host.training:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -155,7 +156,8 @@ class Method(Settings):
     def around(
         self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
     ) -> dict[str, Delta] | None:
-        """As `assemble`, with stored tensors (by raw key: path and parameter) as the deltas' parameters, not copied.
+        """As `assemble`, with stored tensors (by raw key: path and parameter) as the deltas' parameters, not copied; on
+        the device and in the mode of their base modules.
 
         None: this method builds its deltas first and copies into them; or the tensors are not exactly those wanted.
         """
@@ -191,6 +193,14 @@ def base_weight(module: nn.Module) -> Tensor:
 
         return dequantize_4bit(weight.data, weight.quant_state).detach()  # type: ignore[no-any-return]
     return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a base module's own weights are; the CPU for one that has none or has not loaded them yet."""
+    own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
+    if own is None:
+        own = next(module.parameters(), None)
+    return torch.device("cpu") if own is None or own.is_meta else own.device
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -45,13 +45,13 @@ class DoRADelta(Delta):
     def holding(
         cls, module: nn.Module, a: nn.Parameter, b: nn.Parameter, magnitude: nn.Parameter, scale: float, dropout: float
     ) -> DoRADelta:
-        """A delta of these parameters; nothing is drawn or copied, and no norm taken."""
+        """A delta of these parameters, in the mode of its base module; nothing is drawn or copied, no norm taken."""
         from graftwerk.methods.lora import linear_of
 
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
-        delta.__dict__.update(scale=scale, dropout=dropout, _base=(module,), _squares=None)
-        delta._modules.update(lora_A=linear_of(a), lora_B=linear_of(b))
+        delta.__dict__.update(scale=scale, dropout=dropout, _base=(module,), _squares=None, training=module.training)
+        delta._modules.update(lora_A=linear_of(a, module.training), lora_B=linear_of(b, module.training))
         delta._parameters.update(lora_magnitude_vector=magnitude)
         return delta
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
-from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight
+from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight, device_of
 from graftwerk.methods.fused import LoRALinear
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
@@ -157,15 +157,16 @@ class LoRA(Method):
             shapes = [(rank, place.in_features), (place.out_features, rank), (place.out_features,)]
             if any(one is None or one.shape != shape for one, shape in zip(found, shapes, strict=False)):
                 return None
-            parameters = [
-                nn.Parameter(one.to(torch.get_default_dtype()), trainable) for one in found if one is not None
-            ]
+            to = (device_of(module), torch.get_default_dtype())
+            parameters = [nn.Parameter(one.to(*to), trainable) for one in found if one is not None]
             if self.use_dora:
                 from graftwerk.methods.dora import DoRADelta
 
-                deltas[path] = DoRADelta.holding(module, *parameters, self.scale(path), self.lora_dropout)
+                deltas[path] = DoRADelta.holding(
+                    module, *parameters, self.scale(path), self.lora_dropout
+                )
             else:
-                deltas[path] = LoRADelta.holding(*parameters, self.scale(path), self.lora_dropout)
+                deltas[path] = LoRADelta.holding(module, *parameters, self.scale(path), self.lora_dropout)
         return deltas
 
     def count(self, places: Iterable[Place]) -> int:
@@ -202,12 +203,15 @@ class LoRADelta(Delta):
             self.register_buffer("start_B", b)
 
     @classmethod
-    def holding(cls, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float) -> LoRADelta:
-        """A delta of these parameters; nothing is drawn or copied."""
+    def holding(
+        cls, module: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float
+    ) -> LoRADelta:
+        """A delta of these parameters, in the mode of its base module; nothing is drawn or copied."""
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
-        delta.__dict__.update(scale=scale, dropout=dropout, pissa=False)
-        delta._modules.update(lora_A=linear_of(a), lora_B=linear_of(b))
+        training = module.training
+        delta.__dict__.update(scale=scale, dropout=dropout, pissa=False, training=training)
+        delta._modules.update(lora_A=linear_of(a, training), lora_B=linear_of(b, training))
         return delta
 
     def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -276,13 +280,13 @@ class StackedLoRA(StackedDelta):
         return add_product(y, product(x.to(self.a.dtype), self.a), self.b)
 
 
-def linear_of(weight: nn.Parameter) -> nn.Linear:
+def linear_of(weight: nn.Parameter, training: bool) -> nn.Linear:
     """A linear layer without bias around a weight (out, in): `nn.Linear` would draw one first, which takes longer than
     reading the weight from disk.
     """
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
-    linear.__dict__.update(in_features=weight.shape[1], out_features=weight.shape[0])
+    linear.__dict__.update(in_features=weight.shape[1], out_features=weight.shape[0], training=training)
     linear._parameters.update(weight=weight, bias=None)
     return linear
 

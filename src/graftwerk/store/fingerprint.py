@@ -12,16 +12,17 @@ nothing is gained by reading all of them, and a model that is still lazily on di
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
 from graftwerk.inject.attach import disabled
-from graftwerk.inject.structure import base_parameters
+from graftwerk.inject.structure import Structure, structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +32,17 @@ SAMPLES = 16_384
 _LEFT_OUT = frozenset({"pooler", "lm_head", "classifier", "score", "qa_outputs"})
 """Modules that are no part of the pretrained base, wherever they stand."""
 
-_Versions = tuple[tuple[str, int, int], ...]
-_known: WeakKeyDictionary[nn.Module, tuple[_Versions, str]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Known:
+    """A fingerprint, and by what one sees that it still holds."""
+
+    structure: weakref.ref[Structure]
+    parameters: list[tuple[str, Tensor]]
+    versions: list[int]
+    digest: str
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -50,25 +60,26 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    parameters = sorted(_base_parameters(model))
-    versions = tuple((name, parameter.data_ptr(), _version(parameter)) for name, parameter in parameters)
-    known = _known.get(model)
-    if known is not None and known[0] == versions:
-        return known[1]
+    now, known = structure(model), _known.get(model)
+    same = known is not None and known.structure() is now
+    parameters = known.parameters if known is not None and same else sorted(_base_parameters(model))
+    versions = [number for _, parameter in parameters for number in (parameter.data_ptr(), _version(parameter))]
+    if known is not None and same and known.versions == versions:
+        return known.digest
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in parameters:
         if parameter.is_meta:
             raise ModelError(f"the weights of this model are not loaded (`{name}` is on the meta device)")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         digest.update(_sample(parameter))
-    _known[model] = (versions, digest.hexdigest())
+    _known[model] = _Known(weakref.ref(now), parameters, versions, digest.hexdigest())
     return digest.hexdigest()
 
 
 def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the base by their names within it; of tied ones the first name."""
     outputs = model.get_output_embeddings()
-    for name, parameter in base_parameters(model.base_model).items():
+    for name, parameter in Structure(model.base_model).parameters.items():
         if _LEFT_OUT.isdisjoint(name.split(".")) and not _only_in(outputs, parameter, model):
             yield name, parameter
 

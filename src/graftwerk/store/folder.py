@@ -32,12 +32,14 @@ from graftwerk.errors import (
     UnsupportedError,
 )
 from graftwerk.inject.attach import Graft, attach, attach_with, detach, grafts
+from graftwerk.inject.structure import looked_at_once
 from graftwerk.inject.targets import anatomy
 from graftwerk.methods.lora import LoRA
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.atomic import recover, write_folder
 from graftwerk.store.card import model_card
 from graftwerk.store.fingerprint import fingerprint
+from graftwerk.store.header import uncollected
 from graftwerk.store.info import (
     CARD_FILE,
     FORMAT,
@@ -46,7 +48,6 @@ from graftwerk.store.info import (
     WEIGHTS_FILE,
     AdapterInfo,
     check_files,
-    checksum,
     read_adapter_config,
 )
 from graftwerk.store.peft_format import (
@@ -57,6 +58,7 @@ from graftwerk.store.peft_format import (
     write_own,
 )
 from graftwerk.store.peft_virtual import write_prefix, write_prompt
+from graftwerk.store.safety import checksum
 from graftwerk.store.restore import START, check_size, restored
 
 if TYPE_CHECKING:
@@ -145,9 +147,13 @@ def load_adapter(
 
     The model is as before whenever this raises. Torch's random state is not touched.
     """
-    info = read_adapter_config(folder)
+    with uncollected(), looked_at_once(model):
+        return _loaded(model, read_adapter_config(folder), name, force, trainable)
+
+
+def _loaded(model: PreTrainedModel, info: AdapterInfo, name: str | None, force: bool, trainable: bool) -> Graft:
     if info.own:
-        check_files(info)
+        check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read
         _check_base(model, info, force)
     view = anatomy(model)
     try:

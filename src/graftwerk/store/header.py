@@ -69,7 +69,7 @@ def checked_header(content: bytes, path: Path, data_size: int) -> dict[str, Tens
         IntegrityError: anything about it is not exactly right.
     """
     _check_outline(content, path)
-    with _no_garbage_collection():
+    with uncollected():
         return _understood(content, path, data_size)
 
 
@@ -84,7 +84,7 @@ def _understood(content: bytes, path: Path, data_size: int) -> dict[str, TensorI
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Thousands of new objects and no cycles: looking for some among all of torch's takes most of the time."""
     enabled = gc.isenabled()
     gc.disable()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import METHODS, parse_method
 from graftwerk.store.adapter_config import CONFIG_FILE, OWN_PREFIX, read_config
 from graftwerk.store.atomic import recover
-from graftwerk.store.safety import read_json
+from graftwerk.store.safety import checksum, read_json, refuse_changed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 TRAINING_FILE = "graftwerk_training.safetensors"
@@ -54,6 +54,11 @@ class AdapterInfo:
     @property
     def base_fingerprint(self) -> str | None:
         return self.own["base"].get("fingerprint") if self.own else None
+
+    def written(self, name: str) -> dict[str, int] | None:
+        """Size and CRC-32 of a file as it was written; None where nobody noted it."""
+        files: dict[str, dict[str, int]] = self.own.get("files", {})
+        return files.get(name)
 
     @property
     def labels(self) -> list[str] | None:
@@ -123,8 +128,11 @@ def _checked_own(own: dict[str, Any], path: Path) -> dict[str, Any]:
     return own
 
 
-def check_files(info: AdapterInfo) -> None:
+def check_files(info: AdapterInfo, *, but: Collection[str] = ()) -> None:
     """Compare the files of one of our folders with what `graftwerk.json` says of them.
+
+    Args:
+        but: Files whose bytes are compared when they are read, and are only looked for here.
 
     Raises:
         AdapterError: a file is missing.
@@ -134,18 +142,5 @@ def check_files(info: AdapterInfo) -> None:
         path = info.folder / name
         if not path.is_file():
             raise AdapterError(f"missing: {name}", where=str(info.folder))
-        if path.stat().st_size != known["bytes"] or checksum(path) != known:
-            raise IntegrityError(
-                f"{name} is not the file that was written: it was damaged or changed",
-                where=str(path),
-                mend=f"take it from a copy; if it was changed on purpose, delete {OWN_FILE} beside it",
-            )
-
-
-def checksum(path: Path) -> dict[str, int]:
-    """Size and CRC-32: against damage, not against forgery (who can write the folder can write the checksum)."""
-    crc, size = 0, 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(2**20):
-            crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return {"bytes": size, "crc32": crc}
+        if path.stat().st_size != known["bytes"] or (name not in but and checksum(path) != known):
+            refuse_changed(path)

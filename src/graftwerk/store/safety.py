@@ -11,13 +11,15 @@ from __future__ import annotations
 import io
 import os
 import stat
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from graftwerk.errors import EnvironmentFault
+from graftwerk.errors import EnvironmentFault, IntegrityError
 from graftwerk.store.header import DTYPES, MAX_HEADER_BYTES, TensorInfo, checked_header
 from graftwerk.store.strict_json import MAX_JSON_BYTES, MAX_JSON_VALUES, check_depth, parse_json, refuse
 
@@ -41,42 +43,68 @@ _MAGIC: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file"),
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded"),
 )
+_PIECE = 2**16
 _CONVERT = (
     "ask its author for a safetensors file, or convert it where you can afford to run its code "
     "(PEFT: `save_pretrained(folder, safe_serialization=True)`)"
 )
 
 
-def read_tensors(path: Path | str, *, max_bytes: int | None = None) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in the file's order, on the CPU, each in memory of its own.
+def read_tensors(
+    path: Path | str, *, max_bytes: int | None = None, written: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in the file's order, on the CPU, in one block of memory of their own.
 
     Args:
         path: The file.
         max_bytes: Most bytes of data to accept; the machine's memory by default.
+        written: ``{bytes, crc32}`` of the file that was written; the one read must be the same. Checked on the bytes
+            that are used, in the same pass.
 
     Raises:
-        IntegrityError: it is a pickle or archive in any disguise, damaged, or its header is not exactly right.
+        IntegrityError: it is a pickle or archive in any disguise, damaged, another than the one written, or its header
+            is not exactly right.
         EnvironmentFault: it does not exist or cannot be read.
     """
     path = Path(path)
     with _opened(path) as stream:
-        header = _checked_header(stream, path, _memory() if max_bytes is None else max_bytes)
-        tensors = {}
-        for name, info in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):
-            tensor = torch.empty(info.shape, dtype=info.dtype)
-            if tensor.numel():
-                view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                if _read_into(stream, view) != len(view):
-                    refuse(path, f"it ends within tensor `{name!a}`")
-            tensors[name] = tensor
-    return tensors
+        if written is not None and os.fstat(stream.fileno()).st_size != written["bytes"]:
+            refuse_changed(path)
+        crc = Checksum()
+        try:
+            header = _checked_header(stream, path, _memory() if max_bytes is None else max_bytes, crc)
+        except IntegrityError:
+            if written is not None and checksum(path) != written:
+                refuse_changed(path)
+            raise
+        block = torch.empty(max((info.end for info in header.values()), default=0), dtype=torch.uint8)
+        ordered = sorted(header.items(), key=lambda item: (item[1].begin, item[1].end))
+        done = _read_into(stream, memoryview(block.numpy()), crc if written is not None else None)
+        if done < len(block):
+            name = next(name for name, info in ordered if info.end > done)
+            refuse(path, f"it ends within tensor `{name!a}`")
+        if written is not None and crc.value != written["crc32"]:
+            refuse_changed(path)
+    return {name: _tensor(block, info) for name, info in ordered}
+
+
+def _tensor(block: Tensor, info: TensorInfo) -> Tensor:
+    """A tensor that shares the block's memory, but not its version: writing to one is no change of another."""
+    begin, size = divmod(info.begin, info.dtype.itemsize)
+    if size or not info.end - info.begin:  # not at a place where one of this type may lie
+        return block[info.begin : info.end].clone().view(info.dtype).reshape(info.shape)
+    strides = [1]
+    for length in reversed(info.shape[1:]):
+        strides.append(strides[-1] * length)
+    shared = torch.empty(0, dtype=info.dtype)
+    return shared.set_(block.untyped_storage(), begin, info.shape, strides[::-1] if info.shape else ())  # type: ignore[arg-type]
 
 
 def read_header(path: Path | str) -> dict[str, TensorInfo]:
     """The checked header of a safetensors file; no data is read. Raises as `read_tensors` does."""
     path = Path(path)
     with _opened(path) as stream:
-        return _checked_header(stream, path, None)
+        return _checked_header(stream, path, None, Checksum())
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
@@ -145,9 +173,12 @@ def _opened(path: Path) -> io.FileIO:
     return stream
 
 
-def _checked_header(stream: io.FileIO, path: Path, max_bytes: int | None) -> dict[str, TensorInfo]:
+def _checked_header(
+    stream: io.FileIO, path: Path, max_bytes: int | None, crc: Checksum
+) -> dict[str, TensorInfo]:
     size = os.fstat(stream.fileno()).st_size
-    length = int.from_bytes(stream.read(8), "little")
+    start = stream.read(8)
+    length = int.from_bytes(start, "little")
     if size < 10 or length < 2:
         refuse(path, f"with {size:,} bytes it is too short for a safetensors file")
     if length > MAX_HEADER_BYTES:
@@ -159,18 +190,53 @@ def _checked_header(stream: io.FileIO, path: Path, max_bytes: int | None) -> dic
     content = stream.read(length)
     if len(content) != length:
         refuse(path, "it ends within its header")
+    crc.add(start)
+    crc.add(content)
     return checked_header(content, path, size - 8 - length)
 
 
-def _read_into(stream: io.FileIO, view: memoryview) -> int:
-    """Fills a view; one system call reads 2 GiB at most."""
+def _read_into(stream: io.FileIO, view: memoryview, crc: Checksum | None) -> int:
+    """Fills a view and returns how much of it. In small pieces: each is still in the processor's cache when its sum is
+    taken, and its memory when the next one comes.
+    """
     done = 0
     while done < len(view):
-        count = stream.readinto(view[done:])
+        count = stream.readinto(view[done : done + _PIECE])
         if not count:
             break
+        if crc is not None:
+            crc.add(view[done : done + count])
         done += count
     return done
+
+
+class Checksum:
+    """CRC-32: against damage, not against forgery (who can write the folder can write the checksum)."""
+
+    def __init__(self) -> None:
+        self.bytes, self.value = 0, 0
+
+    def add(self, content: bytes | memoryview) -> None:
+        self.value = zlib.crc32(content, self.value)
+        self.bytes += len(content)
+
+
+def checksum(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    crc = Checksum()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(2**20):
+            crc.add(chunk)
+    return {"bytes": crc.bytes, "crc32": crc.value}
+
+
+def refuse_changed(path: Path) -> NoReturn:
+    """Raises IntegrityError: the file is not the one that was written."""
+    raise IntegrityError(
+        f"{path.name} is not the file that was written: it was damaged or changed",
+        where=str(path),
+        mend="take it from a copy; if it was changed on purpose, delete graftwerk.json beside it",
+    )
 
 
 def _memory() -> int:
