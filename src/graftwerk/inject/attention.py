@@ -25,8 +25,10 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
+from graftwerk import fast
 from graftwerk.errors import ConflictError, UnsupportedError
 from graftwerk.inject.record import Box, Record, box_of
+from graftwerk.inject.rows import Kept
 from graftwerk.inject.targets import Anatomy, AttentionPlace
 from graftwerk.inject.virtual import (
     cached_tokens,
@@ -119,14 +121,37 @@ def _prefix(box: Box, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | Non
             for side in (0, 1)
         )
         return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
-    distinct, index = gathered(rows, repeats, key.device)
-    pairs = [module.vectors() for module in distinct]
-    keys, values = (torch.cat([pair[side] for pair in pairs]).to(key.dtype) for side in (0, 1))
+    own = (box, size, key.device, key.dtype, fast.enabled())
+    keys, values, seen = box.selection.kept(own, _MixedPrefix).now()
     shape = (size, n, heads, width)
-    seen = None
-    if min(counts) < n:
-        seen = torch.arange(n, device=key.device)[None] < per_row(counts, repeats, key.device)
-    return keys[index].view(shape).transpose(1, 2), values[index].view(shape).transpose(1, 2), seen
+    return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2), seen
+
+
+class _MixedPrefix:
+    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and what each row sees of them.
+
+    Made once for a selection, and again where a parameter has changed; in training at every call.
+    """
+
+    def __init__(self, own: tuple[Box, int, torch.device, torch.dtype, bool]) -> None:
+        box, size, device, self.dtype, self.may_keep = own
+        rows, repeats = users(box, PrefixModule, size)
+        counts = lengths(rows)
+        self.distinct, self.index = gathered(rows, repeats, device)
+        self.seen: Tensor | None = None
+        if min(counts) < max(counts):
+            self.seen = torch.arange(max(counts), device=device)[None] < per_row(counts, repeats, device)
+        sources = [tensor for module in self.distinct for tensor in module.sources()]
+        self.kept: Kept[_KeysAndValues] = Kept(list(dict.fromkeys(sources)))
+
+    def now(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values = self.kept.now(self._made) if self.may_keep else self._made()
+        return keys, values, self.seen
+
+    def _made(self) -> _KeysAndValues:
+        pairs = [module.vectors() for module in self.distinct]
+        keys, values = (torch.cat([pair[side] for pair in pairs]).to(self.dtype)[self.index] for side in (0, 1))
+        return keys, values
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:

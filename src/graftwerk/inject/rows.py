@@ -37,7 +37,7 @@ def through_rows(box: Box, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tens
     """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together."""
     selection = box.selection
     selection.repeats(x.shape[0])
-    working = [(part, part.now()) for part in selection.kept((box, box.training, fast.enabled("rows")), parts_of)]
+    working = [(part, part.now()) for part in selection.kept((box, box.training, fast.enabled()), parts_of)]
     for part, deltas in working:
         x = part.enter(deltas, x)
     y = layer(x)
@@ -157,7 +157,7 @@ class Kept(Generic[Made]):
     def now(self, make: Callable[[], Made]) -> Made:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.sources):
             return make()
-        stamp = _stamp(self.sources)
+        stamp = stamp_of(self.sources)
         if self.made is None or stamp is None or stamp != self.stamp:
             # Not as inference tensors: what is kept may be used where gradients are wanted for the input.
             with torch.inference_mode(False), torch.no_grad():
@@ -168,7 +168,7 @@ class Kept(Generic[Made]):
 _version = attrgetter("_version")
 
 
-def _stamp(tensors: Sequence[Tensor]) -> object:
+def stamp_of(tensors: Sequence[Tensor]) -> object:
     """Changes with every change of a tensor that torch knows of; None where torch does not keep count."""
     try:
         return [*map(_version, tensors), *map(Tensor.data_ptr, tensors)]

@@ -92,6 +92,10 @@ class PrefixModule(nn.Module):
         """Keys and values, (n, G·D) each, as they are in the attention: after any rotation."""
         raise NotImplementedError
 
+    def sources(self) -> list[Tensor]:
+        """All tensors that the vectors are made from."""
+        return list(self.parameters())
+
     def folded_state(self) -> dict[str, Tensor]:
         """The values by the names under which they are stored without a network; detached copies."""
         with torch.no_grad():
@@ -153,6 +157,9 @@ class ProjectedPrefix(PrefixModule):
         change = torch.linalg.pinv(inputs) @ missing
         output.weight.add_(change[:-1].T.float())
         output.bias.add_(change[-1].float())
+
+    def sources(self) -> list[Tensor]:
+        return [*super().sources(), *self._trunk[0].parameters()]
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         key, value = self.prefix_output(self._trunk[0]()).chunk(2, dim=-1)
