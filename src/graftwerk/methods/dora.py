@@ -39,6 +39,7 @@ class DoRADelta(Delta):
         # The base layer in a tuple: read, never registered as a child of the adapter.
         self._base = (module,)
         self._squares: Tensor | None = None
+        self._version: object = None
         self.lora_magnitude_vector = nn.Parameter(self.norm(base_weight(module)).clone())
 
     @classmethod
@@ -50,7 +51,7 @@ class DoRADelta(Delta):
 
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
-        delta.__dict__.update(scale=scale, dropout=dropout, _base=(module,), _squares=None, training=module.training)
+        delta.__dict__.update(scale=scale, dropout=dropout, _base=(module,), _squares=None, _version=None, training=module.training)
         delta._modules.update(lora_A=linear_of(a, module.training), lora_B=linear_of(b, module.training))
         delta._parameters.update(lora_magnitude_vector=magnitude)
         return delta
@@ -63,8 +64,11 @@ class DoRADelta(Delta):
         """
         a, b = self.lora_A.weight, self.lora_B.weight
         weight = weight.to(a.dtype)
-        if self._squares is None or self._squares.device != weight.device or self._squares.dtype != weight.dtype:
-            self._squares = weight.square().sum(1)
+        base = self._base[0].weight
+        assert isinstance(base, Tensor)
+        version = None if base.is_inference() else (base.data_ptr(), base._version, weight.dtype, weight.device)
+        if self._squares is None or version is None or version != self._version:
+            self._squares, self._version = weight.square().sum(1), version
         cross = (F.linear(weight, a) * b).sum(1)
         own = (F.linear(b, a @ a.T) * b).sum(1)
         return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
