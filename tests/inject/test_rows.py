@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from graftwerk.inject.record import box_of
 from graftwerk.inject.rows import Gathered, InTurn, parts_of
 from graftwerk.methods.base import Delta
 from graftwerk.methods.catalog import parse_method
+from graftwerk.store.folder import load_adapter
 from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
 from tests.families import FAMILIES
 
@@ -200,6 +202,44 @@ def test_what_is_kept_is_made_again_when_a_parameter_changes(method: str) -> Non
         assert not torch.allclose(found[2], before[2], atol=1e-6)
         assert torch.equal(found[1], before[1])
         before = found
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_changes_of_loaded_adapters_are_noticed(trainable: bool, tmp_path: Path) -> None:
+    """Frozen ones share one version; those that train have each their own, or autograd would mistake one for all."""
+    model, batch = model_and_batch("lora", "llama", rows=3)
+    attached(model, METHODS["lora"], "a", 1).save(tmp_path)
+    gw.detach(model)
+    for name in "ab":
+        load_adapter(model, tmp_path, name, trainable=trainable)
+    gw.activate(model, rows=["a", None, "b"])
+    sources = {len(part.kept.sources) for part in parts(model)}
+    assert sources == ({4} if trainable else {2})
+    before = logits(model, batch)
+    versions = [parameter._version for _, module in gw.grafts(model)["b"].modules() for parameter in module.parameters()]
+    with torch.no_grad():
+        gw.grafts(model)["b"]._module(model.model.layers[1].mlp.up_proj).lora_B.weight[0, 0] += 3
+    after = [parameter._version for _, module in gw.grafts(model)["b"].modules() for parameter in module.parameters()]
+    assert sum(one != other for one, other in zip(versions, after, strict=True)) == (1 if trainable else len(after))
+    found = logits(model, batch)
+    assert torch.equal(found[:2], before[:2])
+    assert not torch.allclose(found[2], before[2], atol=1e-4)
+    for _, module in gw.grafts(model)["a"].modules():
+        torch.nn.init.zeros_(module.lora_B.weight)
+    with gw.disabled(model):
+        base = logits(model, batch)
+    torch.testing.assert_close(logits(model, batch)[0], base[0])
+    model.double()
+    assert {part.now().a.dtype for part in parts(model)} == {torch.float64}
+    found = logits(model, batch)
+    with fast.plain():
+        torch.testing.assert_close(found, logits(model, batch), **CLOSE)
+    twin = copy.deepcopy(model)
+    gw.grafts(twin)["b"]._module(twin.model.layers[0].mlp.up_proj).lora_B.weight.data.add_(2)
+    with fast.plain():
+        expected = logits(twin, batch)
+    torch.testing.assert_close(logits(twin, batch), expected, **CLOSE)
+    assert torch.equal(logits(model, batch), found)
 
 
 def test_dora_notices_another_base_weight() -> None:

@@ -141,8 +141,8 @@ class _MixedPrefix:
         self.seen: Tensor | None = None
         if min(counts) < max(counts):
             self.seen = torch.arange(max(counts), device=device)[None] < per_row(counts, repeats, device)
-        sources = [tensor for module in self.distinct for tensor in module.sources()]
-        self.kept: Kept[_KeysAndValues] = Kept(list(dict.fromkeys(sources)))
+        sources = list(dict.fromkeys(tensor for module in self.distinct for tensor in module.sources()))
+        self.kept: Kept[_KeysAndValues] = Kept(sources, sources)
 
     def now(self) -> tuple[Tensor, Tensor, Tensor | None]:
         keys, values = self.kept.now(self._made) if self.may_keep else self._made()

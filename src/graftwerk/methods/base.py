@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.seal import Seal
 from graftwerk.methods.stacked import StackedDelta
 from graftwerk.settings import Settings, parse_settings
 
@@ -74,6 +75,9 @@ class Delta(nn.Module):
     module's own parameters are called as PEFT calls them in its files wherever PEFT has the method.
     """
 
+    seal: Seal | None = None
+    """Tells of changes of all parameters, where these were read from a file and do not train."""
+
     def enter(self, x: Tensor) -> Tensor:
         return x
 
@@ -105,8 +109,9 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def sources(self) -> list[Tensor]:
-        """All tensors that the stacked form is made from: where one changes, it is made again."""
-        return [*self.parameters(), *self.buffers()]
+        """All tensors that the stacked form is made from: where a version of one changes, it is made again."""
+        own = [*self.parameters(), *self.buffers()]
+        return [self.seal.block] if self.seal is not None and self.seal.covers(own) else own
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias with this delta in them. Only for methods with ``mergeable``."""

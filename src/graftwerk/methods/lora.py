@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight, device_of
 from graftwerk.methods.fused import LoRALinear
+from graftwerk.methods.seal import Seal
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
@@ -151,6 +152,8 @@ class LoRA(Method):
         if self.init_lora_weights == "pissa" or len(tensors) != len(parts) * len(places):
             return None
         deltas: dict[str, Delta] = {}
+        # The values that are not of the default type are copied below, and so leave the block.
+        seal = None if trainable else Seal.over(tensors.values())
         for place, module in zip(places, modules, strict=True):
             path, rank = place.path, self.rank(place.path)
             found = [tensors.get(f"{path}.{part}") for part in parts]
@@ -158,7 +161,8 @@ class LoRA(Method):
             if any(one is None or one.shape != shape for one, shape in zip(found, shapes, strict=False)):
                 return None
             to = (device_of(module), torch.get_default_dtype())
-            parameters = [nn.Parameter(one.to(*to), trainable) for one in found if one is not None]
+            own = [one if seal is None else seal.view(one) for one in found if one is not None]
+            parameters = [nn.Parameter(one.to(*to), trainable) for one in own]
             if self.use_dora:
                 from graftwerk.methods.dora import DoRADelta
 
@@ -167,6 +171,7 @@ class LoRA(Method):
                 )
             else:
                 deltas[path] = LoRADelta.holding(module, *parameters, self.scale(path), self.lora_dropout)
+            deltas[path].__dict__["seal"] = seal
         return deltas
 
     def count(self, places: Iterable[Place]) -> int:
