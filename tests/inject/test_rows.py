@@ -216,10 +216,11 @@ def test_changes_of_loaded_adapters_are_noticed(trainable: bool, tmp_path: Path)
     sources = {len(part.kept.sources) for part in parts(model)}
     assert sources == ({4} if trainable else {2})
     before = logits(model, batch)
-    versions = [parameter._version for _, module in gw.grafts(model)["b"].modules() for parameter in module.parameters()]
+    own = [parameter for _, module in gw.grafts(model)["b"].modules() for parameter in module.parameters()]
+    versions = [parameter._version for parameter in own]
     with torch.no_grad():
         gw.grafts(model)["b"]._module(model.model.layers[1].mlp.up_proj).lora_B.weight[0, 0] += 3
-    after = [parameter._version for _, module in gw.grafts(model)["b"].modules() for parameter in module.parameters()]
+    after = [parameter._version for parameter in own]
     assert sum(one != other for one, other in zip(versions, after, strict=True)) == (1 if trainable else len(after))
     found = logits(model, batch)
     assert torch.equal(found[:2], before[:2])

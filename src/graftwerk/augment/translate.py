@@ -23,7 +23,8 @@ from graftwerk.evaluate.forward import autocast, device_of, evaluation_mode
 from graftwerk.evaluate.opened import MANIFEST, open_adapter
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.fingerprint import fingerprint as weights_fingerprint
-from graftwerk.store.info import WEIGHTS_FILE, checksum
+from graftwerk.store.info import WEIGHTS_FILE
+from graftwerk.store.safety import checksum
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.text import TextTask

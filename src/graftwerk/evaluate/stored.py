@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from graftwerk.errors import IntegrityError
 from graftwerk.store.atomic import write_file
-from graftwerk.store.info import OWN_FILE, checksum
-from graftwerk.store.safety import read_json, read_tensors
+from graftwerk.store.info import OWN_FILE
+from graftwerk.store.safety import checksum, read_json, read_tensors
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ from graftwerk.errors import ConfigError, ConflictError, ModelError, Unsupported
 from graftwerk.inject.graft import Graft
 from graftwerk.inject.heads import copy_head, head_paths
 from graftwerk.inject.layers import adapt, restore
-from graftwerk.inject.record import CHILD, Record, box_of, check_name
+from graftwerk.inject.record import Record, box_of, check_name
 from graftwerk.inject.structure import Structure, base_parameters, forget, structure
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights

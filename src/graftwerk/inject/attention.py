@@ -108,9 +108,8 @@ def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, ke
 
 def _prefix(box: Box, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Keys and values (B, G, n, D) and, where rows differ, (B, n): the columns that a row sees; None without prefix."""
-    rows, repeats = users(box, PrefixModule, key.shape[0])
-    counts = lengths(rows)
-    n = max(counts)
+    rows, _ = users(box, PrefixModule, key.shape[0])
+    n = max(lengths(rows))
     if n == 0:
         return None
     size, heads, _, width = key.shape

@@ -81,6 +81,9 @@ def _of_like_breadth(members: dict[int, Delta]) -> list[dict[int, Delta]]:
     return [dict(sorted(alike.items())) for alike in found]
 
 
+_ALONE = StackedDelta()
+
+
 class InTurn:
     """Rows whose deltas work one after the other, each on its own rows."""
 
@@ -92,10 +95,10 @@ class InTurn:
             by_delta.setdefault(delta, []).append(row)
         self.groups = [(_Places(rows, entries), delta) for delta, rows in by_delta.items()]
 
-    def now(self) -> None:
-        return None
+    def now(self) -> StackedDelta:
+        return _ALONE
 
-    def enter(self, deltas: None, x: Tensor) -> Tensor:
+    def enter(self, deltas: StackedDelta, x: Tensor) -> Tensor:
         for places, delta in self.groups:
             if type(delta).enter is not Delta.enter:
                 rows = _by_entry(x, self.entries)
@@ -103,7 +106,7 @@ class InTurn:
                 x = places.put(rows, own, delta.enter(own), fresh=False).view(x.shape)
         return x
 
-    def leave(self, deltas: None, x: Tensor, y: Tensor) -> Tensor:
+    def leave(self, deltas: StackedDelta, x: Tensor, y: Tensor) -> Tensor:
         given, made = _by_entry(x, self.entries), _by_entry(y, self.entries)
         for places, delta in self.groups:
             if type(delta).leave is not Delta.leave:
@@ -122,7 +125,7 @@ class Gathered:
         kind = type(self.deltas[0])
         self.enters, self.leaves = kind.enter is not Delta.enter, kind.leave is not Delta.leave
         distinct = list(dict.fromkeys(self.deltas))
-        self.kept = Kept(
+        self.kept: Kept[StackedDelta] = Kept(
             [tensor for delta in distinct for tensor in delta.sources()],
             [parameter for delta in distinct for parameter in delta.parameters()],
         )

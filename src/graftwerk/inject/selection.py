@@ -57,7 +57,7 @@ class Selection:
         found = self._kept.get(key)
         if found is None:
             found = self._kept[key] = make(key)
-        return found  # type: ignore[no-any-return]
+        return found
 
     def used(self) -> tuple[str, ...]:
         """Every adapter that the next batch involves."""

@@ -58,7 +58,8 @@ class Structure:
         """Something that follows from the structure alone: made once."""
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]  # type: ignore[no-any-return]
+        made: Made = self._made[key]
+        return made
 
 
 def structure(model: nn.Module) -> Structure:
@@ -67,7 +68,7 @@ def structure(model: nn.Module) -> Structure:
     if found is None or found.modules.get("") is not model or not (found.trusted or found.holds()):
         found = Structure(model)
         model.__dict__[_ATTRIBUTE] = found
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @contextmanager

@@ -21,7 +21,9 @@ class TrainedWeights:
     """
 
     def __init__(self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool]) -> None:
-        """``base``: all parameters of the base by name; ``flags``: which parameters required gradients before the first graft, by name."""
+        """``base``: all parameters of the base by name; ``flags``: which of them required gradients before the first
+        graft.
+        """
         self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
         quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
         if quantized:

@@ -164,10 +164,11 @@ class StackedNetwork:
 
     def __init__(self, networks: Sequence[BottleneckNetwork]) -> None:
         self.activation = networks[0].activation
-        self.eps = None if networks[0].norm is None else networks[0].norm.eps
-        if self.eps is not None:
-            self.gain = stack(networks, lambda network: network.norm.weight)[:, None]
-            self.shift = stack(networks, lambda network: network.norm.bias)[:, None]
+        norms = [network.norm for network in networks if network.norm is not None]  # all have one, or none has
+        self.eps = norms[0].eps if norms else None
+        if norms:
+            self.gain = stack(norms, lambda norm: norm.weight)[:, None]
+            self.shift = stack(norms, lambda norm: norm.bias)[:, None]
         self.down = stack(networks, lambda network: network.down.weight)
         self.down_bias = stack(networks, lambda network: network.down.bias)[:, None]
         scales = each([network.scaling for network in networks], self.down)

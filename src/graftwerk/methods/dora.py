@@ -39,19 +39,20 @@ class DoRADelta(Delta):
         # The base layer in a tuple: read, never registered as a child of the adapter.
         self._base = (module,)
         self._squares: Tensor | None = None
-        self._version: object = None
+        self._seen: object = None
         self.lora_magnitude_vector = nn.Parameter(self.norm(base_weight(module)).clone())
 
     @classmethod
-    def holding(
-        cls, module: nn.Module, a: nn.Parameter, b: nn.Parameter, magnitude: nn.Parameter, scale: float, dropout: float
-    ) -> DoRADelta:
+    def holding(cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float) -> DoRADelta:
         """A delta of these parameters, in the mode of its base module; nothing is drawn or copied, no norm taken."""
         from graftwerk.methods.lora import linear_of
 
+        a, b, magnitude = parameters
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
-        delta.__dict__.update(scale=scale, dropout=dropout, _base=(module,), _squares=None, _version=None, training=module.training)
+        delta.__dict__.update(
+            scale=scale, dropout=dropout, _base=(module,), _squares=None, _seen=None, training=module.training
+        )
         delta._modules.update(lora_A=linear_of(a, module.training), lora_B=linear_of(b, module.training))
         delta._parameters.update(lora_magnitude_vector=magnitude)
         return delta
@@ -67,8 +68,8 @@ class DoRADelta(Delta):
         base = self._base[0].weight
         assert isinstance(base, Tensor)
         version = None if base.is_inference() else (base.data_ptr(), base._version, weight.dtype, weight.device)
-        if self._squares is None or version is None or version != self._version:
-            self._squares, self._version = weight.square().sum(1), version
+        if self._squares is None or version is None or version != self._seen:
+            self._squares, self._seen = weight.square().sum(1), version
         cross = (F.linear(weight, a) * b).sum(1)
         own = (F.linear(b, a @ a.T) * b).sum(1)
         return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()

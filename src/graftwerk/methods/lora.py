@@ -166,11 +166,9 @@ class LoRA(Method):
             if self.use_dora:
                 from graftwerk.methods.dora import DoRADelta
 
-                deltas[path] = DoRADelta.holding(
-                    module, *parameters, self.scale(path), self.lora_dropout
-                )
+                deltas[path] = DoRADelta.holding(module, parameters, self.scale(path), self.lora_dropout)
             else:
-                deltas[path] = LoRADelta.holding(module, *parameters, self.scale(path), self.lora_dropout)
+                deltas[path] = LoRADelta.holding(module, parameters, self.scale(path), self.lora_dropout)
             deltas[path].__dict__["seal"] = seal
         return deltas
 
@@ -208,10 +206,9 @@ class LoRADelta(Delta):
             self.register_buffer("start_B", b)
 
     @classmethod
-    def holding(
-        cls, module: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, dropout: float
-    ) -> LoRADelta:
+    def holding(cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float) -> LoRADelta:
         """A delta of these parameters, in the mode of its base module; nothing is drawn or copied."""
+        a, b = parameters
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
         training = module.training
@@ -256,11 +253,14 @@ class LoRADelta(Delta):
         return StackedLoRA(deltas)
 
     def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b = self.lora_A.weight, self.lora_B.weight
-        # One pass over the weight, in the adapter's precision.
-        folded = torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale)
+        # One pass over the weight, in the finer of both precisions, rounded once.
+        fine = torch.promote_types(weight.dtype, self.lora_A.weight.dtype)
+        folded = torch.addmm(
+            weight.to(fine), self.lora_B.weight.to(fine), self.lora_A.weight.to(fine), alpha=self.scale
+        )
         if self.pissa:
-            folded.addmm_(self.start_B, self.start_A, alpha=-self.scale)  # type: ignore[arg-type]
+            start_a, start_b = self.get_buffer("start_A"), self.get_buffer("start_B")
+            folded.addmm_(start_b.to(fine), start_a.to(fine), alpha=-self.scale)
         return folded.to(weight.dtype), bias
 
 

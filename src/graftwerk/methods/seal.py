@@ -33,7 +33,7 @@ class Seal:
         if any(one.dtype != dtype or one.untyped_storage().data_ptr() != storage.data_ptr() for one in found):
             return None
         block = torch.empty(0, dtype=dtype, device=found[0].device)
-        return Seal(block.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,)))  # type: ignore[arg-type]
+        return Seal(block.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,)))
 
     def view(self, tensor: Tensor) -> Tensor:
         """The same values at the same place, under the block's version."""
@@ -46,4 +46,4 @@ class Seal:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a model has tensors of its own, each with its own version."""
-        return None
+        return

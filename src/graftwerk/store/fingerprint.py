@@ -32,6 +32,7 @@ SAMPLES = 16_384
 _LEFT_OUT = frozenset({"pooler", "lm_head", "classifier", "score", "qa_outputs"})
 """Modules that are no part of the pretrained base, wherever they stand."""
 
+
 @dataclass(frozen=True)
 class _Known:
     """A fingerprint, and by what one sees that it still holds."""

@@ -58,8 +58,8 @@ from graftwerk.store.peft_format import (
     write_own,
 )
 from graftwerk.store.peft_virtual import write_prefix, write_prompt
-from graftwerk.store.safety import checksum
 from graftwerk.store.restore import START, check_size, restored
+from graftwerk.store.safety import checksum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

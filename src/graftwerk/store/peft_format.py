@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, UnsupportedError
 from graftwerk.inject.attach import Graft
+from graftwerk.inject.structure import base_modules
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.base import Method
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
 from graftwerk.store.adapter_config import OWN_PREFIX
 from graftwerk.store.naming import endings, ends_with, layer_number, named_by
-from graftwerk.inject.structure import base_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

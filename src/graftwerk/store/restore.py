@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import AdapterError
+from graftwerk.inject.structure import base_parameters
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.prefix import Prefix
 from graftwerk.methods.prompt import Prompt
@@ -18,7 +19,6 @@ from graftwerk.store.info import TRAINING_FILE, WEIGHTS_FILE, AdapterInfo
 from graftwerk.store.peft_format import Restored, read_ia3, read_lora, read_own
 from graftwerk.store.peft_virtual import read_prefix, read_prompt
 from graftwerk.store.safety import read_tensors, refuse_pickles
-from graftwerk.inject.structure import base_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -95,7 +95,7 @@ def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
     same = all(tensor.untyped_storage().data_ptr() == block.data_ptr() for tensor in tensors.values())
     if not same or block.nbytes() != sum(tensor.nbytes for tensor in tensors.values()):
         return False
-    whole = torch.empty(0).set_(block, 0, (block.nbytes() // 4,), (1,))  # type: ignore[arg-type]
+    whole = torch.empty(0).set_(block, 0, (block.nbytes() // 4,), (1,))
     return math.isfinite(float(whole.sum()))
 
 

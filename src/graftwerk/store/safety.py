@@ -79,7 +79,7 @@ def read_tensors(
             raise
         block = torch.empty(max((info.end for info in header.values()), default=0), dtype=torch.uint8)
         ordered = sorted(header.items(), key=lambda item: (item[1].begin, item[1].end))
-        done = _read_into(stream, memoryview(block.numpy()), crc if written is not None else None)
+        done = _read_into(stream, memoryview(block.numpy().data), crc if written is not None else None)
         if done < len(block):
             name = next(name for name, info in ordered if info.end > done)
             refuse(path, f"it ends within tensor `{name!a}`")
@@ -97,7 +97,7 @@ def _tensor(block: Tensor, info: TensorInfo) -> Tensor:
     for length in reversed(info.shape[1:]):
         strides.append(strides[-1] * length)
     shared = torch.empty(0, dtype=info.dtype)
-    return shared.set_(block.untyped_storage(), begin, info.shape, strides[::-1] if info.shape else ())  # type: ignore[arg-type]
+    return shared.set_(block.untyped_storage(), begin, info.shape, strides[::-1] if info.shape else ())
 
 
 def read_header(path: Path | str) -> dict[str, TensorInfo]:
@@ -173,9 +173,7 @@ def _opened(path: Path) -> io.FileIO:
     return stream
 
 
-def _checked_header(
-    stream: io.FileIO, path: Path, max_bytes: int | None, crc: Checksum
-) -> dict[str, TensorInfo]:
+def _checked_header(stream: io.FileIO, path: Path, max_bytes: int | None, crc: Checksum) -> dict[str, TensorInfo]:
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)
     length = int.from_bytes(start, "little")

@@ -1,0 +1,130 @@
+"""Folding into the base's weights and out again: equal, over the touched layers only, all or nothing, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftwerk.inject.attach as gw
+from graftwerk.errors import UnsupportedError
+from graftwerk.methods.catalog import parse_method
+from graftwerk.methods.lora import LoRADelta
+from graftwerk.store.fingerprint import fingerprint
+from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
+
+MERGEABLE = [name for name in METHODS if method_of(name).mergeable and name != "probe"]
+PAIRS = [(m, f) for m in MERGEABLE for f in ("bert", "gpt2", "llama", "t5", "opt") if (m, f) not in REFUSED]
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def grafted(settings: dict[str, Any], family: str) -> tuple[Any, dict[str, Tensor], gw.Graft]:
+    model, batch = model_and_batch("lora", family)
+    torch.manual_seed(5)
+    graft = gw.attach(model, parse_method(settings), name="a")
+    perturb(graft.parameters(), 7, scale=0.1)
+    return model, batch, graft
+
+
+def bits(model: Any) -> dict[str, tuple[Tensor, int]]:
+    return {key: (value.clone(), value.data_ptr()) for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_merged_equals_unmerged_and_unmerging_gives_the_bits_back(method: str, family: str) -> None:
+    model, batch, graft = grafted(METHODS[method], family)
+    before, plain = bits(model), logits(model, batch)
+    for _ in range(3):
+        graft.merge()
+        torch.testing.assert_close(logits(model, batch), plain, atol=2e-5, rtol=1e-4)
+        graft.unmerge()
+        after = bits(model)
+        assert all(torch.equal(after[key][0], value) for key, (value, _) in before.items())
+        assert torch.equal(logits(model, batch), plain)
+    # The very tensors from before: nothing was copied back.
+    assert all(after[key][1] == place for key, (_, place) in before.items())
+
+
+def test_only_the_touched_layers_change() -> None:
+    model, _, graft = grafted({"name": "lora", "r": 2, "target_modules": ["q_proj", "down_proj"]}, "llama")
+    before = bits(model)
+    graft.merge()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key][0])}
+    assert changed == {f"{path}.weight" for path in graft.hosts}
+    moved = {key for key, value in model.state_dict().items() if value.data_ptr() != before[key][1]}
+    assert moved == changed
+
+
+def test_what_merging_keeps_is_one_copy_of_the_touched_weights() -> None:
+    model, _, graft = grafted(METHODS["lora attention"], "llama")
+    graft.merge()
+    assert graft._kept is not None
+    kept = sum(tensor.nbytes for _, tensor in graft._kept)
+    assert kept == sum(model.get_parameter(f"{path}.weight").nbytes for path in graft.hosts)
+    graft.unmerge()
+    assert graft._kept is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_of_base_are_rounded_once(dtype: torch.dtype) -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    for parameter in model.parameters():
+        if not any(parameter is own for own in graft.parameters()):
+            parameter.data = parameter.data.to(dtype)
+    layer = model.model.layers[0].self_attn.q_proj
+    delta = layer.graft.get("a")
+    weight = layer.weight.detach().clone()
+    exact = weight.double() + delta.scale * delta.lora_B.weight.double() @ delta.lora_A.weight.double()
+    graft.merge()
+    assert layer.weight.dtype == dtype
+    step = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-7  # the adapter is float32
+    torch.testing.assert_close(layer.weight.double(), exact, atol=step * 0.01, rtol=step * 1.01)
+    graft.unmerge()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_failure_half_way_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, graft = grafted(METHODS["lora"], "llama")
+    before, plain = bits(model), logits(model, batch)
+    calls = []
+    folded = LoRADelta.folded
+
+    def third_fails(self: LoRADelta, weight: Tensor, bias: Tensor | None) -> Any:
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError("no more room")
+        return folded(self, weight, bias)
+
+    monkeypatch.setattr(LoRADelta, "folded", third_fails)
+    with pytest.raises(MemoryError):
+        graft.merge()
+    assert not graft.merged
+    assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+    assert torch.equal(logits(model, batch), plain)
+    monkeypatch.setattr(LoRADelta, "folded", folded)
+    graft.merge()
+    assert graft.merged
+
+
+def test_a_quantized_layer_among_them_refuses_before_anything_changes() -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    before = bits(model)
+    last = model.get_submodule(graft.hosts[-1])
+    last.weight.quant_state = object()
+    with pytest.raises(UnsupportedError, match="4-bit"):
+        graft.merge()
+    assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+
+
+def test_the_fingerprint_is_the_bases_while_merged() -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    before = fingerprint(model)
+    graft.merge()
+    assert fingerprint(model) == before
+    assert graft.merged
