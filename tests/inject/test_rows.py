@@ -76,7 +76,7 @@ def gradients(model: Any, batch: dict[str, Tensor], names: str) -> dict[str, Ten
 def parts(model: Any) -> list[Any]:
     """What each adapted layer does for the rows chosen now."""
     boxes = [box for module in model.modules() if (box := box_of(module)) is not None]
-    return [part for box in boxes for part in parts_of((box, box.training, fast.enabled()))]
+    return [part for box in boxes for part in parts_of((box, box.training, fast.enabled("rows")))]
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)

@@ -120,7 +120,7 @@ def _prefix(box: Box, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | Non
             for side in (0, 1)
         )
         return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
-    own = (box, size, key.device, key.dtype, fast.enabled())
+    own = (box, size, key.device, key.dtype, fast.enabled("rows"))
     keys, values, seen = box.selection.kept(own, _MixedPrefix).now()
     shape = (size, n, heads, width)
     return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2), seen

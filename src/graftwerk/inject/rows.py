@@ -39,7 +39,7 @@ def through_rows(box: Box, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tens
     """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together."""
     selection = box.selection
     selection.repeats(x.shape[0])
-    working = [(part, part.now()) for part in selection.kept((box, box.training, fast.enabled()), parts_of)]
+    working = [(part, part.now()) for part in selection.kept((box, box.training, fast.enabled("rows")), parts_of)]
     for part, deltas in working:
         x = part.enter(deltas, x)
     y = layer(x)
