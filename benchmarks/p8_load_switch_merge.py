@@ -33,69 +33,84 @@ def clocked(call: Callable[[], Any]) -> float:
     return seconds
 
 
-def measure(options: Options) -> list[Row]:
-    from peft import PeftModel
-    from safetensors.torch import load_file
+class Sitting:
+    """Three models side by side: ours with folders as PEFT writes them, ours with our own folders, and PEFT's."""
 
+    def __init__(self, times: dict[str, list[float]], own: Path, plain: Path) -> None:
+        self.times, self.own, self.plain = times, own, plain
+        self.mine, self.second, self.base = loaded_model(), loaded_model(), loaded_model()
+        self.peer: Any = None
+
+    def note(self, key: str, call: Callable[[], Any]) -> None:
+        self.times.setdefault(key, []).append(clocked(call))
+
+    def load(self, number: int, asked: bool) -> None:
+        from safetensors.torch import load_file
+
+        import graftwerk as gw
+
+        name, label = f"a{number}", (lambda kind: f"{kind} {number}" if asked else "_")
+        self.note("raw" if asked else "_", lambda: load_file(self.own / "adapter_model.safetensors"))
+        self.note(label("peft format"), lambda: gw.load(self.mine, self.plain, name=name))
+        self.note(label("own format"), lambda: gw.load(self.second, self.own, name=name))
+        self.note(label("peft"), lambda: self._load_peft(name))
+
+    def _load_peft(self, name: str) -> None:
+        from peft import PeftModel
+
+        if self.peer is None:
+            self.peer = PeftModel.from_pretrained(self.base, self.plain, name, low_cpu_mem_usage=True)
+        else:
+            self.peer.load_adapter(self.plain, name, low_cpu_mem_usage=True)
+
+    def switch_and_merge(self, last: str) -> None:
+        import graftwerk as gw
+
+        ids = material.token_batch(material.SMOLLM2, 2, 8)["input_ids"]
+
+        def logits(model: Any) -> torch.Tensor:
+            with torch.inference_mode():
+                found: torch.Tensor = model(ids).logits
+                return found
+
+        for _ in range(3):
+            self.note("switch", lambda: gw.activate(self.mine, "a1"))
+            self.note("switch peft", lambda: self.peer.set_adapter("a1"))
+            gw.activate(self.mine, last)
+            self.peer.set_adapter(last)
+        before = logits(self.mine)
+        expect(torch.equal(before, logits(self.second)), "the two formats give different models")
+        expect(bool((before - logits(self.peer)).abs().max() < 5e-3), "logits differ from PEFT's")
+        bits = {key: value.clone() for key, value in self.mine.state_dict().items() if "graft" not in key.split(".")}
+        graft = gw.grafts(self.mine)[last]
+        for _ in range(3):
+            self.note("merge", graft.merge)
+            expect(bool((logits(self.mine) - before).abs().max() < 5e-3), "merged differs from unmerged")
+            self.note("unmerge", graft.unmerge)
+            self.note("merge peft", lambda: self.peer.merge_adapter([last]))
+            self.note("unmerge peft", lambda: self.peer.unmerge_adapter())
+        state = self.mine.state_dict()
+        expect(all(torch.equal(state[key], value) for key, value in bits.items()), "unmerging is not exact")
+
+
+def measure(options: Options) -> list[Row]:
     import graftwerk as gw
 
-    last, asked = (3, (1, 2, 3)) if options.quick else (48, ASKED)
+    asked = (1, 2, 3) if options.quick else ASKED
     times: dict[str, list[float]] = {}
-
-    def note(key: str, call: Callable[[], Any]) -> None:
-        times.setdefault(key, []).append(clocked(call))
-
     with tempfile.TemporaryDirectory() as name:
         base = loaded_model()
         graft = gw.attach(base, gw.LoRA(r=8, target_modules="all-linear"), name="first")
         material.randomise(graft)
-        folder = graft.save(Path(name) / "own")
-        theirs = graft.save(Path(name) / "peft")
-        (theirs / "graftwerk.json").unlink()  # what PEFT itself writes: no fingerprint, no checksums
+        own, plain = graft.save(Path(name) / "own"), graft.save(Path(name) / "plain")
+        (plain / "graftwerk.json").unlink()  # what PEFT itself writes: no fingerprint, no checksums
         gw.detach(base)
-        weights = folder / "adapter_model.safetensors"
-        for repeat in range(options.repeats):
-            mine, own = loaded_model(), loaded_model()
-            plain, peers = loaded_model(), []
-            for number in range(1, last + 1):
-                keep = number in asked
-                each = f"a{number}"
-                note("raw" if keep else "_", lambda: load_file(weights))
-                note(f"peft format {number}" if keep else "_", lambda: gw.load(mine, theirs, name=each))
-                note(f"own format {number}" if keep else "_", lambda: gw.load(own, folder, name=each))
-
-                def load() -> None:
-                    if peers:
-                        peers[0].load_adapter(theirs, each, low_cpu_mem_usage=True)
-                    else:
-                        peers.append(PeftModel.from_pretrained(plain, theirs, each, low_cpu_mem_usage=True))
-
-                note(f"peft {number}" if keep else "_", load)
-            peer = peers[0]
-            ids = material.token_batch(material.SMOLLM2, 2, 8)["input_ids"]
-            with torch.inference_mode():
-                expect(bool(torch.equal(mine(ids).logits, own(ids).logits)), "both formats give the same model")
-            for _ in range(3):
-                note("switch", lambda: gw.activate(mine, "a1"))
-                note("switch peft", lambda: peer.set_adapter("a1"))
-                gw.activate(mine, f"a{last}")
-                peer.set_adapter(f"a{last}")
-            with torch.inference_mode():
-                before, theirs_before = mine(ids).logits, peer(ids).logits
-                expect(bool((before - theirs_before).abs().max() < 5e-3), "logits differ from PEFT's")
-            bits = {key: value.clone() for key, value in mine.state_dict().items() if "graft" not in key}
-            for _ in range(3):
-                note("merge", lambda: gw.grafts(mine)[f"a{last}"].merge())
-                with torch.inference_mode():
-                    expect(bool((mine(ids).logits - before).abs().max() < 5e-3), "merged differs from unmerged")
-                note("unmerge", lambda: gw.grafts(mine)[f"a{last}"].unmerge())
-                note("merge peft", lambda: peer.merge_adapter([f"a{last}"]))
-                note("unmerge peft", lambda: peer.unmerge_adapter())
-            state = mine.state_dict()
-            expect(all(torch.equal(state[key], value) for key, value in bits.items()), "unmerging is not exact")
-            del mine, own, peer, peers, plain, bits, state
-    timed = {key: Timed(tuple(values)) for key, values in times.items() if key != "_"}
-    return rows(timed, asked)
+        for _ in range(options.repeats):
+            sitting = Sitting(times, own, plain)
+            for number in range(1, asked[-1] + 1):
+                sitting.load(number, number in asked)
+            sitting.switch_and_merge(f"a{asked[-1]}")
+    return rows({key: Timed(tuple(values)) for key, values in times.items() if key != "_"}, asked)
 
 
 def rows(timed: dict[str, Timed], asked: tuple[int, ...]) -> list[Row]:
@@ -121,7 +136,7 @@ def rows(timed: dict[str, Timed], asked: tuple[int, ...]) -> list[Row]:
                 {"ours": timed[ours].worst * 1e3, "peer": timed[peer].worst * 1e3},
                 settings,
                 note,
-            )  # fmt: skip
+            )
         )
 
     for form in ("peft format", "own format"):
@@ -140,14 +155,23 @@ def rows(timed: dict[str, Timed], asked: tuple[int, ...]) -> list[Row]:
                 note,
             )
             add(
-                f"load no. {number}, {form}, against PEFT", f"{form} {number}", f"peft {number}", f"{least}x faster",
-                faster, faster >= least, note,
-            )  # fmt: skip
+                f"load no. {number}, {form}, against PEFT",
+                f"{form} {number}",
+                f"peft {number}",
+                f"{least}x faster",
+                faster,
+                faster >= least,
+                note,
+            )
         flat = timed[f"{form} {asked[-1]}"].median / timed[f"{form} {asked[1]}"].median
         add(
-            f"load no. {asked[-1]} against no. {asked[1]}, {form}", f"{form} {asked[-1]}", f"{form} {asked[1]}",
-            "flat: at most 1.1", flat, flat <= 1.1,
-        )  # fmt: skip
+            f"load no. {asked[-1]} against no. {asked[1]}, {form}",
+            f"{form} {asked[-1]}",
+            f"{form} {asked[1]}",
+            "flat: at most 1.1",
+            flat,
+            flat <= 1.1,
+        )
     for what, least in (("switch", 200.0), ("merge", 10.0), ("unmerge", 1.0)):
         faster = timed[f"{what} peft"].median / timed[what].median
         add(f"{what}, {asked[-1]} loaded", what, f"{what} peft", f"{least:g}x faster", faster, faster >= least)
