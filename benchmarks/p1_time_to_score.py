@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import harness
 from benchmarks.harness import Options, Row, expect
-from benchmarks.p1_sides import SETTINGS
+from benchmarks.sides_of_p1 import SETTINGS
 
 TARGETS = {"lengths": 2.0, "usual": 12.0}
 
@@ -107,7 +107,7 @@ def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> 
                 continue  # it is extrapolated: once is enough
             steps = 4 if quick else given.usual_steps if side == "usual" and given.usual_steps else None
             every = 2 if quick else 31 if side != "usual" else max(given.usual_steps, 62)
-            command = [sys.executable, "-m", "benchmarks.p1_sides", side, str(folder), "--seed", str(seed)]
+            command = [sys.executable, "-m", "benchmarks.sides_of_p1", side, str(folder), "--seed", str(seed)]
             command += ["--evaluate-every", str(every), *(["--steps", str(steps)] if steps else [])]
             if side == "ours" and given.method:
                 command += ["--method", given.method]

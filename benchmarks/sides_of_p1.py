@@ -1,6 +1,6 @@
 """One side of P1 in a process of its own: train on train.jsonl, save the adapter, say what it had learnt when.
 
-    python -m benchmarks.p1_sides ours|lengths|usual FOLDER --seed 0 [--steps N] [--evaluate-every N] [--method JSON]
+    python -m benchmarks.sides_of_p1 ours|lengths|usual FOLDER --seed 0 [--steps N] [--evaluate-every N] [--method JSON]
 
 The last line of stdout is a JSON object: ``seconds`` from the start of the process to the saved adapter, ``points``
 (seconds, steps, accuracy on test.jsonl) along the way, ``steps`` made and ``planned``, ``step_seconds``. Evaluation is
