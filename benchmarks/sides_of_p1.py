@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch": 16,
         "epochs": 3,
         "max_length": 256,
+        "compute_type": "float32, as the peers'",
     },
     "lengths": {
         "library": "PEFT + transformers.Trainer, dynamic padding, length groups, no checkpoints, no reports",
@@ -91,6 +92,7 @@ def ours(folder: Path, seed: int, steps: int | None, every: int, method: Any) ->
             "training": {
                 "num_train_epochs": given["epochs"], "per_device_train_batch_size": given["batch"], "seed": seed,
                 "save_steps": every, "save_total_limit": 1000, "report_to": [], "max_steps": steps,
+                "compute_type": "float32",
             },
             "output_dir": str(folder / f"ours-{seed}"),
         },
