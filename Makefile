@@ -15,10 +15,10 @@ DEMO_FOLDER  ?= runs/demo
 DEMO_ARGS    ?= data.max_train_rows=1000 data.validation=200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test test-all check format capabilities bench clean clean-venv
+.PHONY: help setup setup-demo demo test test-all check format capabilities bench bench-quick bench-kill bench-page clean clean-venv
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.setup ## a virtual environment with everything for development; again only when the requirements change
 
@@ -61,8 +61,26 @@ format: setup ## let ruff rewrite what it can
 capabilities: setup ## write the README's table of what works on what, from the contract test
 	$(BIN)/python -m tests.readme
 
-bench: setup ## measurements that are no tests: a training killed fifty times and compared byte for byte
+# Benchmarks want the machine alone. `make bench-p2` runs every benchmarks/p2_*.py; results go to benchmarks/results/.
+BENCHES = $(sort $(wildcard benchmarks/p[0-9]*_*.py))
+GOALS = $(sort $(foreach file,$(BENCHES),$(firstword $(subst _, ,$(notdir $(file))))))
+BENCH_ARGS ?=
+QUICK_ARGS ?= --quick
+
+bench: bench-kill $(addprefix bench-,$(GOALS)) bench-page ## every benchmark, one after another; then docs/performance.md is drawn anew
+
+bench-p%: setup ## one goal: make bench-p2; also BENCH_ARGS="--repeats 3"
+	@test -n "$(wildcard benchmarks/p$*_*.py)" || { echo "no benchmark of P$*; there are: $(GOALS)"; exit 2; }
+	set -e; for file in $(wildcard benchmarks/p$*_*.py); do $(BIN)/python -m benchmarks.$$(basename $$file .py) $(BENCH_ARGS); done
+
+bench-quick: setup ## all of them small, in about two minutes: fails only on wrong results, never on time
+	set -e; for file in $(BENCHES); do $(BIN)/python -m benchmarks.$$(basename $$file .py) $(QUICK_ARGS); done
+
+bench-kill: setup ## a training killed fifty times and compared byte for byte
 	$(BIN)/python benchmarks/kill_resume.py --kills 50
+
+bench-page: setup ## draw docs/performance.md from benchmarks/results
+	$(BIN)/python -m benchmarks.page
 
 clean: ## caches and build leftovers; runs/ and the virtual environment stay
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

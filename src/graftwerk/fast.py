@@ -13,10 +13,11 @@ from typing import Literal, get_args
 
 from graftwerk.errors import ConfigError
 
-Path = Literal["fused", "lean", "loss", "rows", "trunk"]
+Path = Literal["fused", "lean", "loss", "prepared", "rows", "trunk"]
 """``fused``: a linear layer and its adapters in one autograd node. ``lean``: frozen norms and activation functions that
-keep nothing that can be computed again. ``loss``: the vocabulary head in blocks. ``rows``: gathered products where rows
-of a batch have different adapters. ``trunk``: hidden states below the lowest adapted layer are kept."""
+keep nothing that can be computed again. ``loss``: the vocabulary head in blocks. ``prepared``: rows that an earlier
+start read and encoded. ``rows``: gathered products where rows of a batch have different adapters. ``trunk``: hidden
+states below the lowest adapted layer are kept."""
 
 PATHS: tuple[Path, ...] = get_args(Path)
 

@@ -129,6 +129,26 @@ def read_source(source: Source, split: str = "train", text_rows: TextRows = "lin
     return read_file(locate(source), source, text_rows)
 
 
+def files_of(source: Source) -> list[Path] | None:
+    """Every file that `read_source` looks at, in its order; None for a data set of the hub.
+
+    Raises:
+        ConfigError, EnvironmentFault: as for `read_source`.
+    """
+    if isinstance(source, Pair):
+        return [locate(source.source), locate(source.target)]
+    if isinstance(source, list):
+        each = [files_of(part) for part in source]
+        return None if None in each else [file for files in each if files is not None for file in files]
+    if source.startswith(HUB_SCHEME) or is_hub_id(source):
+        return None
+    listed = matching(source)
+    files: list[Path] = []
+    for place in [locate(source)] if listed is None else listed:
+        files += sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    return files
+
+
 def matching(source: str) -> list[Path] | None:
     """The files that a pattern stands for, sorted; None where it is no pattern, or a file is called just so.
 

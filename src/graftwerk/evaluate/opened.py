@@ -20,6 +20,7 @@ from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.atomic import recover
 from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, read_adapter_config
 from graftwerk.store.safety import read_header, read_json
+from graftwerk.tasks import kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
 MANIFEST, CONFIG, ADAPTER = "manifest.json", "config.yaml", "adapter"
@@ -127,8 +128,8 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
     task = _task(info, own).on(architecture)
     tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
-    kept = own.get("max_length")
-    max_length = max_length_for(architecture, tokenizer, kept if isinstance(kept, int) else None)
+    own_limit = own.get("max_length")
+    max_length = max_length_for(architecture, tokenizer, own_limit if isinstance(own_limit, int) else None)
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_type(settings.training.compute_type if settings else "auto", device)
@@ -198,7 +199,7 @@ def held_out(opened: Opened) -> tuple[str, Sequence[Row]]:
             f"{opened.info.folder} is an adapter folder alone and has no rows of its own",
             mend="give labelled rows with --data (data=...), or the run folder that the adapter came from",
         )
-    splits = opened.task.read(opened.settings.data, opened.labels)
+    splits = kept.read(opened.task, opened.settings.data, opened.labels)
     if opened.data_fingerprint is not None and splits.fingerprint != opened.data_fingerprint:
         raise IntegrityError(
             "the data has changed since the training, so the held-out rows may be rows that were trained on",

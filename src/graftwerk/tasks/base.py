@@ -33,6 +33,7 @@ class Splits:
         findings: What was noticed while reading (dropped rows, duplicates, leakage).
         origin: Where the rows came from, for the manifest and the model card.
         where: For each split, the place (`file:line`) of a row by its index.
+        kept: The key under which `tasks.kept` keeps them; None: they are not kept.
     """
 
     train: Sequence[Row]
@@ -43,6 +44,7 @@ class Splits:
     findings: tuple[Finding, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
     where: Mapping[str, Callable[[int], str]] = field(default_factory=dict)
+    kept: str | None = None
 
     def place(self, rows: Sequence[Row], at: int) -> str | None:
         """`file:line` of a row by its index in `rows`, where these are one of the splits."""
@@ -63,7 +65,7 @@ def splits_of(
         findings: What was noticed so far.
         parts: What the fingerprint is of: every part of a row that the task reads.
     """
-    rows = {split: part.rows for split, part in chosen.items()}
+    rows: dict[str, Any] = {split: part.rows for split, part in chosen.items()}
     placed = {split: part.placed() for split, part in chosen.items()}
     repeated = (*check_duplicates(placed), *check_near_leakage(placed))
     return Splits(
@@ -85,7 +87,7 @@ def splits_of_stream(
     findings: Sequence[Finding] = (),
 ) -> Splits:
     """The same for training rows that are not held in memory; those of validation and test are."""
-    held = {split: part.rows for split, part in streamed.held.items()}
+    held: dict[str, Any] = {split: part.rows for split, part in streamed.held.items()}
     placed = {"train": streamed.repeated, **{split: part.placed() for split, part in streamed.held.items()}}
     counts = {"train": len(streamed.rows), **{split: len(rows) for split, rows in held.items()}}
     return Splits(

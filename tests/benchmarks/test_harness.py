@@ -1,0 +1,98 @@
+"""The harness runs sides in turn, measures processes, and writes what the page is drawn from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.harness import Row, WrongResultError, expect, fresh, interleaved, spawn, write
+
+
+def row(what: str = "a case", **more: Any) -> Row:
+    figures = {"ours": 1.0, "peer": 2.0, "unit": "s", "ratio": 0.5, "target": "at most 1", "reached": True, **more}
+    return Row(goal="P2", what=what, **figures)
+
+
+def test_sides_are_run_in_turn_and_the_warm_up_is_not_timed() -> None:
+    order: list[str] = []
+    timed = interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        repeats=3,
+        warmup=2,
+        before=lambda: order.append("-"),
+    )
+    assert order == ["-", "a", "-", "b"] * 5
+    assert [len(side.times) for side in timed.values()] == [3, 3]
+    assert timed["a"].best <= timed["a"].median <= timed["a"].worst
+
+
+def test_a_process_is_measured_by_itself_whatever_this_one_holds() -> None:
+    held = bytearray(300 << 20)
+    held[::4096] = b"x" * len(held[::4096])
+    end = spawn([sys.executable, "-c", "import os; print(os.environ['ASKED']); print('[1]')"], {"ASKED": "yes"})
+    assert end.stdout.split() == ["yes", "[1]"]
+    assert end.result() == [1]
+    assert 1 << 20 < end.peak_rss < 100 << 20, "this process's own memory was counted"
+    large = spawn([sys.executable, "-c", "held = bytearray(200 << 20); held[::4096] = b'x' * len(held[::4096])"])
+    assert large.peak_rss > 200 << 20
+
+
+def test_fresh_runs_every_side_and_a_failing_process_is_a_wrong_result() -> None:
+    seen: list[str] = []
+    timed = fresh(
+        {"a": [sys.executable, "-c", "1"], "b": [sys.executable, "-c", "1"]},
+        repeats=2,
+        warmup=1,
+        check=lambda name, end: seen.append(name),
+    )
+    assert seen == ["a", "b"] * 3
+    assert len(timed["b"].times) == len(timed["b"].peak_rss) == 2
+    with pytest.raises(WrongResultError, match=r"ended with 3: .*no luck"):
+        spawn([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"])
+
+
+def test_results_stand_beside_the_machine_and_quick_ones_are_not_kept(tmp_path: Path) -> None:
+    write("P2", [row()], quick=True, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    write("P2", [row("one"), row("two")], folder=tmp_path)
+    result = json.loads((tmp_path / "P2.json").read_text())
+    assert [each["what"] for each in result["rows"]] == ["one", "two"]
+    assert result["machine"]["cores"] >= 1
+    assert result["machine"]["torch"]
+    assert result["rows"][0]["date"]
+    write("P2", [row("two", ours=3.0), row("three")], keep=True, folder=tmp_path)
+    again = json.loads((tmp_path / "P2.json").read_text())
+    assert [(each["what"], each["ours"]) for each in again["rows"]] == [("one", 1.0), ("two", 3.0), ("three", 1.0)]
+    changed = {**again, "machine": {**again["machine"], "torch": "0.1"}}
+    (tmp_path / "P2.json").write_text(json.dumps(changed))
+    write("P2", [row("four")], keep=True, folder=tmp_path)
+    assert [each["what"] for each in json.loads((tmp_path / "P2.json").read_text())["rows"]] == ["four"]
+
+
+@pytest.mark.parametrize(("right", "code", "said"), [(True, 0, "P2 a case: ours 1 s"), (False, 1, "gradients differ")])
+def test_quick_fails_on_wrong_results_and_never_on_time(
+    right: bool,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["p2", "--quick", "--json", str(tmp_path / "rows.json")])
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+
+    def measure(options: harness.Options) -> list[Row]:
+        assert (options.quick, options.repeats) == (True, 1)
+        expect(right, "gradients differ")
+        return [row(reached=False)]
+
+    assert harness.main("P2", measure) == code
+    shown = capsys.readouterr()
+    assert said in shown.out + shown.err
+    assert (tmp_path / "rows.json").exists() is right
+    assert not (tmp_path / "results").exists()
