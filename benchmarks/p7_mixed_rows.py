@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks import harness, material
 from benchmarks.harness import Options, Row, Timed, expect, interleaved
 

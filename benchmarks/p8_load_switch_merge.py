@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks import harness, material
 from benchmarks.harness import Options, Row, Timed, expect
 from benchmarks.p7_mixed_rows import loaded_model
