@@ -20,7 +20,6 @@ from pathlib import Path
 
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.data.settings import DataSettings
-from graftwerk.tasks.catalog import task_named
 from graftwerk.train.run import train
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movies.yaml"
@@ -29,7 +28,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "movies.yaml"
 def rows(folder: Path) -> tuple[Path, Path]:
     """Files with rows for training and for measuring, none of which the example uses."""
     config = RunConfig.load(EXAMPLE)
-    task = task_named(config.task)
+    task = config.task
     used = task.read(config.data)
     texts = {row["text"] for split in (used.train, used.validation, used.test) for row in split}
     everything = task.read(DataSettings(train=config.data.train, filter=config.data.filter, validation=None))

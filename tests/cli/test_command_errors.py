@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -87,6 +88,22 @@ def test_an_unexpected_exception_is_one_plain_line(monkeypatch: pytest.MonkeyPat
     assert said.code == 1
     assert "Traceback (most recent call last)" in said.err
     assert "in raises" in said.err
+
+
+def test_python_collects_seldom_inside_a_command_and_as_before_after_it(
+    monkeypatch: pytest.MonkeyPatch, graftwerk: Run
+) -> None:
+    before, inside = gc.get_threshold(), []
+
+    def raises(*_: object, **__: object) -> None:
+        inside.append(gc.get_threshold())
+        raise KeyError("x")
+
+    monkeypatch.setattr("graftwerk.cli.methods.describe_methods", raises)
+    graftwerk("methods")
+    assert inside == [entry.COLLECT_AFTER]
+    assert gc.isenabled()
+    assert gc.get_threshold() == before
 
 
 def test_debug_after_two_dashes_is_no_option(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
