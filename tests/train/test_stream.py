@@ -62,7 +62,7 @@ def test_every_row_comes_once_an_epoch_from_a_small_buffer(tree: Tree, monkeypat
     seen: list[tuple[int, ...]] = []
 
     def gradients(self: Trainer, rows: Any) -> tuple[float, float]:
-        held.append(len(self._part(rows[0] // 12 * 12)))
+        held.append(len(self.rows_of.part(rows[0] // 12 * 12)))
         seen.append(tuple(rows))
         assert [self.train[row].inputs for row in rows]
         return 1.0, 1.0
