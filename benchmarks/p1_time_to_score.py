@@ -116,6 +116,7 @@ def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> 
                 bool(result["points"]) and all(0 <= point[2] <= 1 for point in result["points"]), f"{side}: no points"
             )
             runs[side].append(result)
+            print(json.dumps({"side": side, "seed": seed, **result}), file=sys.stderr, flush=True)  # outlives a kill
             last = result["points"][-1]
             print(
                 f"P1 {name} seed {seed} {side}: {result['seconds']:.1f} s to the saved adapter, {result['steps']} of"
