@@ -32,7 +32,7 @@ class Adapted(_Layer):
         deltas = box.active()
         if not deltas:
             return super().forward(x)
-        if len(deltas) == 1 and (y := deltas[0].through(self, x)) is not None:
+        if (y := deltas[0].through(self, x, deltas[1:])) is not None:
             return y  # type: ignore[no-any-return]
         for delta in deltas:
             x = delta.enter(x)
