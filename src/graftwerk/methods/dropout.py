@@ -3,10 +3,10 @@
     dropped(x) = x * keep / (1 - p)        keep[n, i] = [hash(a[n] * b[i]) >= p 2^32]
 
 a (rows) and b (columns) are random odd 32-bit numbers from a generator on the tensor's device, seeded anew for each
-mask; the hash is the xorshift and multiplication of the usual integer finalizers. So a mask costs as many random numbers
-as it has rows and columns, and six passes of 32-bit integer arithmetic: on a CPU a tenth of `torch.bernoulli`.
-P(drop) is p to 2^-32; rows and columns are no more alike than those of independent draws (tests/methods/test_dropout.py
-measures it). Legend: N rows times tokens, i width.
+mask; the hash is the xorshift and multiplication of the usual integer finalizers. So a mask costs as many random
+numbers as it has rows and columns, and six passes of 32-bit integer arithmetic: on a CPU a tenth of `torch.bernoulli`.
+P(drop) is p to 2^-32; rows and columns are no more alike than those of independent draws, which
+tests/methods/test_dropout.py measures. Legend: N rows times tokens, i width.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ Neither holds anything of the graph, so that there are no cycles; a layer's node
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -31,12 +34,14 @@ class Recipe:
         compute: Called in backward, without gradients, with the inputs; gives a tensor equal to the one it hangs on.
         inputs: Tensors that backward keeps for other reasons.
         version: Of the tensor when it was made; changed in place since, the recipe no longer holds.
+        region: The hooks on saved tensors that were in force then.
     """
 
-    __slots__ = ("compute", "inputs", "version")
+    __slots__ = ("__weakref__", "compute", "inputs", "region", "version")
 
     def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], version: int) -> None:
         self.compute, self.inputs, self.version = compute, inputs, version
+        self.region = _region()
 
 
 class Siblings:
@@ -89,6 +94,24 @@ class Shared:
             self._made.clear()
 
 
+_RECENT = 4
+"""Recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's output, kept
+by gradient checkpointing) must not keep alive what it was made from."""
+
+
+class _Recent(threading.local):
+    def __init__(self) -> None:
+        self.recipes: deque[ref[Recipe]] = deque()
+
+    def add(self, recipe: Recipe) -> None:
+        self.recipes.append(ref(recipe))
+        if len(self.recipes) > _RECENT and (old := self.recipes.popleft()()) is not None:
+            old.inputs = ()
+
+
+_recent = _Recent()
+
+
 def shared_by(x: Tensor) -> Shared:
     """What the readers of ``x`` share, made when missing."""
     found = getattr(x, _SHARED, None)
@@ -102,14 +125,28 @@ def shared_by(x: Tensor) -> Shared:
 def remember(y: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """Hang a recipe on ``y`` and give it back; nothing where no backward will come or ``y`` is one of the inputs."""
     if possible(y) and y.requires_grad and all(y is not one for one in inputs):
-        setattr(y, _RECIPE, Recipe(compute, inputs, y._version))
+        recipe = Recipe(compute, tuple(one.detach() for one in inputs), y._version)
+        _recent.add(recipe)
+        setattr(y, _RECIPE, recipe)
     return y
 
 
 def recipe_of(x: Tensor) -> Recipe | None:
     """How ``x`` can be made again, if it is still what it was."""
     found = getattr(x, _RECIPE, None)
-    return found if isinstance(found, Recipe) and found.version == x._version else None
+    if not isinstance(found, Recipe) or not found.inputs or found.version != x._version or not possible(x):
+        return None
+    here, there = _region(), found.region
+    same = here is None if there is None else here is not None and here() is there()
+    return found if same else None
+
+
+def _region() -> ref[Any] | None:
+    """The hooks on saved tensors in force. Gradient checkpointing installs its own around each of its regions; there a
+    tensor from outside must be treated alike when the region runs again, whatever hangs on it: it never has a recipe.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else ref(hooks[1])
 
 
 def possible(x: Tensor) -> bool:
