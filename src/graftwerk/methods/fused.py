@@ -28,7 +28,6 @@ from graftwerk.methods.base import base_weight, is_transposed
 from graftwerk.methods.dropout import keep_, keep_bits, kept
 from graftwerk.methods.sharing import Shared, recipe_of, shared_by
 
-
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 
