@@ -134,7 +134,7 @@ def remember(y: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tens
 def recipe_of(x: Tensor) -> Recipe | None:
     """How ``x`` can be made again, if it is still what it was."""
     found = getattr(x, _RECIPE, None)
-    if not isinstance(found, Recipe) or not found.inputs or found.version != x._version or not fast.enabled():
+    if not isinstance(found, Recipe) or not found.inputs or found.version != x._version or not fast.enabled("lean"):
         return None
     here, there = _region(), found.region
     same = here is None if there is None else here is not None and here() is there()
