@@ -234,3 +234,18 @@ def test_several_adapters_at_once_on_a_model() -> None:
         expected = {**gradients(model, first, batch), **{f"2.{k}": p.grad for k, p in second.named_parameters()}}
     for key, gradient in got.items():
         torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4)
+
+
+def test_query_key_and_value_are_siblings_and_others_are_not() -> None:
+    model, _, _ = grafted("llama", p=0.2)
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+
+    def siblings(layer: Any) -> Any:
+        return layer.graft.get("default").siblings
+
+    assert siblings(attention.q_proj) is siblings(attention.k_proj) is siblings(attention.v_proj) is not None
+    assert siblings(mlp.gate_proj) is siblings(mlp.up_proj) is not None
+    assert siblings(mlp.gate_proj) is not siblings(attention.q_proj)
+    assert siblings(model.model.layers[1].mlp.up_proj) is not siblings(mlp.up_proj)
+    assert siblings(mlp.down_proj) is None
+    assert siblings(attention.o_proj) is None

@@ -150,6 +150,11 @@ class LoRA(Method):
             )
         return LoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
 
+    def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
+        deltas = super().assemble(places, modules)
+        join_siblings(places, deltas)
+        return deltas
+
     def around(
         self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
     ) -> dict[str, Delta] | None:
@@ -175,6 +180,7 @@ class LoRA(Method):
             else:
                 deltas[path] = LoRADelta.holding(module, parameters, self.scale(path), self.lora_dropout)
             deltas[path].__dict__["seal"] = seal
+        join_siblings(places, deltas)
         return deltas
 
     def count(self, places: Iterable[Place]) -> int:
