@@ -118,6 +118,8 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_outputs_and_gradients_are_those_of_the_plain_path(
     settings: str, kind: str, form: str, fused_calls: list[int]
 ) -> None:
+    if kind == "conv1d" and form == "turned":
+        pytest.skip("Conv1D's own forward views its input, so the plain path takes none that is not contiguous")
     layer = layer_with(kind, SETTINGS[settings])
     x = inputs_of(layer, form)
     for wanted in (True, False):
