@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
+from graftwerk.inject.frugal import give_back, make_frugal
 from graftwerk.inject.graft import Graft
 from graftwerk.inject.heads import copy_head, head_paths
 from graftwerk.inject.layers import adapt, restore
@@ -172,6 +173,7 @@ def _install(
         _room(method.kind).engage(model, record)
     graft = Graft(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
     record.grafts[name] = graft
+    make_frugal(model)
     activate(model, name)
     return graft
 
@@ -305,6 +307,7 @@ def remove(model: PreTrainedModel, name: str) -> None:
         box.take(name)
         if box.empty:
             restore(host)
+    give_back(model) if not record.grafts else make_frugal(model)
     kind = graft.method.kind
     if kind in _WITHOUT_LAYERS and not any(other.method.kind == kind for other in record.grafts.values()):
         _room(kind).release(model, record)

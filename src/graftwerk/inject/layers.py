@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from graftwerk.inject.frugal import own_class
 from graftwerk.inject.record import CHILD, Box, box_of
 from graftwerk.inject.rows import through_rows
 
@@ -32,7 +33,7 @@ class Adapted(_Layer):
         deltas = box.active()
         if not deltas:
             return super().forward(x)
-        if len(deltas) == 1 and (y := deltas[0].through(self, x)) is not None:
+        if (y := deltas[0].through(self, x, deltas[1:])) is not None:
             return y  # type: ignore[no-any-return]
         for delta in deltas:
             x = delta.enter(x)
@@ -90,6 +91,7 @@ def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
 def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
     """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more."""
     if not hasattr(type(module), "_graftwerk_base"):
+        own_class(module)
         module.__class__ = _adapted_class(type(module), AdaptedHead if head else Adapted)  # type: ignore[arg-type]
     assert box_of(module) is box
 

@@ -84,10 +84,9 @@ class Delta(nn.Module):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         return y
 
-    def through(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """The layer and this delta in one, where there is a faster way that gives the same; None: take the plain way.
-
-        Asked only where this is the one active delta. ``layer.forward`` must not be called here.
+    def through(self, layer: nn.Module, x: Tensor, others: Sequence[Delta]) -> Tensor | None:
+        """The layer, this delta and the ``others`` that are active after it in one, where there is a faster way that
+        gives the same; None: take the plain way. ``layer.forward`` must not be called here.
         """
         return None
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.methods.base import Delta, Place, base_weight
+from graftwerk.methods.dropout import dropout
+from graftwerk.methods.fused import Term, fused_linear, fusible
+from graftwerk.methods.sharing import Siblings, shared_by
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
 
@@ -32,6 +35,7 @@ class DoRADelta(Delta):
         super().__init__()
         self.scale = scale
         self.dropout = dropout
+        self.siblings: Siblings | None = None
         self.lora_A = nn.Linear(place.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, place.out_features, bias=False)
         if identity:
@@ -51,7 +55,13 @@ class DoRADelta(Delta):
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
         delta.__dict__.update(
-            scale=scale, dropout=dropout, _base=(module,), _squares=None, _seen=None, training=module.training
+            scale=scale,
+            dropout=dropout,
+            siblings=None,
+            _base=(module,),
+            _squares=None,
+            _seen=None,
+            training=module.training,
         )
         delta._modules.update(lora_A=linear_of(a, module.training), lora_B=linear_of(b, module.training))
         delta._parameters.update(lora_magnitude_vector=magnitude)
@@ -84,13 +94,25 @@ class DoRADelta(Delta):
         ratio = self.ratio()
         h = x.to(a.dtype)
         if self.dropout and self.training:
-            h = F.dropout(h, self.dropout, True)
+            h = dropout(h, self.dropout, shared_by(x).seed(self.siblings or self, self))
         update = F.linear(F.linear(h, a) * self.scale, b)
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
         plain = y if bias is None else y - bias
         out = ratio * (plain + update)
         return (out if bias is None else out + bias).to(y.dtype)
+
+    def through(self, layer: nn.Module, x: Tensor, others: Sequence[Delta]) -> Tensor | None:
+        # The direction in one node; backward needs it whole, for the magnitudes, and nothing else of this size.
+        if others or not fusible(layer, x, bias=False) or torch.is_autocast_enabled(x.device.type):
+            return None
+        p = self.dropout if self.training else 0.0
+        seed = shared_by(x).seed(self.siblings or self, self) if p else 0
+        term = Term(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)
+        turned = fused_linear(layer, x, [term], bias=False)
+        ratio, bias = self.ratio(), layer.bias
+        out = ratio * turned if bias is None else torch.addcmul(bias, ratio, turned)  # type: ignore[arg-type]
+        return out.to(turned.dtype)
 
     def kin(self) -> Hashable | None:
         return None if self.dropout and self.training else "dora"

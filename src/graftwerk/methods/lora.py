@@ -32,9 +32,14 @@ from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight, device_of
-from graftwerk.methods.fused import LoRALinear
+from graftwerk.methods.dropout import dropout
+from graftwerk.methods.fused import Term, fused_linear, fusible
 from graftwerk.methods.seal import Seal
+from graftwerk.methods.sharing import Siblings, shared_by
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
+
+READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
+"""Where several layers of one block may read the same tensor; LoRA then drops the same of its entries for all."""
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
@@ -145,6 +150,11 @@ class LoRA(Method):
             )
         return LoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
 
+    def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
+        deltas = super().assemble(places, modules)
+        join_siblings(places, deltas)
+        return deltas
+
     def around(
         self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
     ) -> dict[str, Delta] | None:
@@ -170,6 +180,7 @@ class LoRA(Method):
             else:
                 deltas[path] = LoRADelta.holding(module, parameters, self.scale(path), self.lora_dropout)
             deltas[path].__dict__["seal"] = seal
+        join_siblings(places, deltas)
         return deltas
 
     def count(self, places: Iterable[Place]) -> int:
@@ -183,6 +194,15 @@ class LoRA(Method):
         return self.loraplus_lr_ratio if "lora_B" in parameter else 1.0
 
 
+def join_siblings(places: Sequence[Place], deltas: Mapping[str, Delta]) -> None:
+    """Let the deltas of one block whose layers may read one tensor drop the same of it."""
+    found: dict[tuple[str, bool], Siblings] = {}
+    for place in places:
+        if place.role in READ_TOGETHER:
+            key = place.path.rpartition(".")[0], place.role in ATTENTION_ROLES
+            deltas[place.path].siblings = found.setdefault(key, Siblings())  # type: ignore[assignment]
+
+
 class LoRADelta(Delta):
     """``lora_A`` (r, in) and ``lora_B`` (out, r); with PiSSA also what they started from, which does not train."""
 
@@ -192,6 +212,7 @@ class LoRADelta(Delta):
         super().__init__()
         self.scale = scale
         self.dropout = dropout
+        self.siblings: Siblings | None = None
         self.lora_A = nn.Linear(place.in_features, rank, bias=False)  # Kaiming-uniform, as the paper's code starts it
         self.lora_B = nn.Linear(rank, place.out_features, bias=False)
         if init is True:
@@ -212,7 +233,7 @@ class LoRADelta(Delta):
         delta = cls.__new__(cls)
         nn.Module.__init__(delta)
         training = module.training
-        delta.__dict__.update(scale=scale, dropout=dropout, pissa=False, training=training)
+        delta.__dict__.update(scale=scale, dropout=dropout, pissa=False, siblings=None, training=training)
         delta._modules.update(lora_A=linear_of(a, training), lora_B=linear_of(b, training))
         return delta
 
@@ -223,23 +244,34 @@ class LoRADelta(Delta):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
         h = x.to(a.dtype)
-        if self.dropout and self.training:
-            h = F.dropout(h, self.dropout, True)
+        if p := self._p:
+            h = dropout(h, p, self._seed(x))
         update = self._product(h, a, b)
         if self.pissa:
             update = update - self._product(h, self.start_A, self.start_B)  # type: ignore[arg-type]
         return y + update.to(y.dtype)
 
-    def through(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        a, b, weight = self.lora_A.weight, self.lora_B.weight, layer.weight
-        plain = (
-            getattr(type(layer), "_graftwerk_base", None) is nn.Linear
-            and not self.pissa
-            and not (self.dropout and self.training)
-            and x.dtype == weight.dtype == a.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        )
-        return LoRALinear.apply(x, weight, layer.bias, a, b, self.scale) if plain else None  # type: ignore[no-untyped-call]
+    @property
+    def _p(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _seed(self, x: Tensor) -> int:
+        return shared_by(x).seed(self.siblings or self, self)
+
+    def terms(self, x: Tensor) -> list[Term]:
+        """What it adds, for the fused path; the seed of a mask is drawn here."""
+        p = self._p
+        seed = self._seed(x) if p else 0
+        terms = [Term(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)]
+        if self.pissa:
+            terms.append(Term(self.start_A, self.start_B, -self.scale, p, seed))  # type: ignore[arg-type]
+        return terms
+
+    def through(self, layer: nn.Module, x: Tensor, others: Sequence[Delta]) -> Tensor | None:
+        deltas = [delta for delta in (self, *others) if type(delta) is LoRADelta]
+        if len(deltas) <= len(others) or not fusible(layer, x):
+            return None
+        return fused_linear(layer, x, [term for delta in deltas for term in delta.terms(x)])
 
     def kin(self) -> Hashable | None:
         return None if self.dropout and self.training else "lora"  # masks are drawn delta by delta
