@@ -78,6 +78,7 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
     """
     import torch
 
+    from graftwerk.inject.attention import stacks_of
     from graftwerk.inject.heads import head_paths
     from graftwerk.inject.targets import anatomy
 
@@ -94,8 +95,9 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
     elif method.kind == "weights":
         own = total - head
     elif isinstance(method, Prefix):
+        chosen = method.within(view.attentions)
         own = method.count_vectors(
-            [place.kv_heads * place.head_dim for place in view.attentions], [stack.width for stack in view.stacks]
+            [place.kv_heads * place.head_dim for place in chosen], [stack.width for stack in stacks_of(view, chosen)]
         )
     else:
         # Prompts stand in front of the text alone: in an encoder-decoder, at the encoder.
