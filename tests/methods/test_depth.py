@@ -77,7 +77,8 @@ def test_layers_that_are_not_there_are_refused(method: dict[str, Any], said: Any
     model = bert()
     with pytest.raises(ConfigError, match=words) as caught:
         gw.attach(model, parse_method({**method, "layers": said}))
-    assert caught.value.mend and caught.value.where == "method.layers"
+    assert caught.value.mend
+    assert caught.value.where == "method.layers"
     assert not gw.grafts(model)
 
 
@@ -146,7 +147,9 @@ def _stored_and_loaded(graft: gw.Graft, batch: dict[str, torch.Tensor], folder: 
     assert again.method.layers == graft.method.layers  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "opt", "llama", "t5", "bart"])
+@pytest.mark.parametrize(
+    "family", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "opt", "llama", "t5", "bart"]
+)
 @pytest.mark.parametrize("said", ["top-1", [0]])
 def test_peft_reads_it(family: str, said: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

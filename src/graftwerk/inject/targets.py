@@ -273,9 +273,7 @@ def _read(model: PreTrainedModel) -> Anatomy:
         elif isinstance(module, nn.LayerNorm):
             width = module.normalized_shape[-1]
             layer = layer_of(path)[0]
-            places.append(
-                Place(path, Role.NORM, width, width, module.bias is not None, None, layer, stack_of(path))
-            )
+            places.append(Place(path, Role.NORM, width, width, module.bias is not None, None, layer, stack_of(path)))
     return Anatomy(
         model_type=config.model_type,
         known=layout is not None,

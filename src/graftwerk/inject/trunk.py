@@ -159,9 +159,7 @@ def below(model: Any, cut: Cut, hosts: Sequence[nn.Module], call: Callable[[], A
     with torch.no_grad():
         reach(model, cut, call, lambda module: done.setdefault(module, None))
     trained = {id(host) for host in hosts}
-    if any(
-        id(module) in trained or any(p.requires_grad for p in module.parameters(recurse=False)) for module in done
-    ):
+    if any(id(module) in trained or any(p.requires_grad for p in module.parameters(recurse=False)) for module in done):
         raise UnsupportedError("something that trains is computed before the lowest adapted layer")
     for layer in model.get_submodule(cut.layers)[: cut.skipped]:
         done.update(dict.fromkeys(layer.modules()))

@@ -73,13 +73,17 @@ class Layered(Method):
         if self.layers is None:
             return list(candidates)
         wanted = self._wanted(_depths(candidates if known is None else known))
-        chosen = [place for place in candidates if place.layer is not None and place.layer in wanted.get(place.stack, ())]
+        chosen = [
+            place for place in candidates if place.layer is not None and place.layer in wanted.get(place.stack, ())
+        ]
         if not chosen:
             there = sorted({place.layer for place in candidates if place.layer is not None})
             raise ConfigError(
                 f"`{shown(self.layers)}`: what this method adapts is in none of the chosen layers",
                 where=WHERE,
-                mend=f"it is in the layers {ranges(there)}" if there else "it is in no layer at all; leave `layers` out",
+                mend=f"it is in the layers {ranges(there)}"
+                if there
+                else "it is in no layer at all; leave `layers` out",
             )
         return chosen
 
@@ -101,7 +105,7 @@ class Layered(Method):
             depths = {side: depths[side]}
         wanted = {}
         for stack, depth in depths.items():
-            if top is not None and top > depth or numbers and max(numbers) >= depth:
+            if (top is not None and top > depth) or (numbers and max(numbers) >= depth):
                 called = f"its {stack}" if len(depths) > 1 or side else "this model"
                 raise ConfigError(
                     f"`{shown(self.layers)}`: {called} has {depth} layers, 0-{depth - 1}",

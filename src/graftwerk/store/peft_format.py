@@ -140,8 +140,13 @@ def _targets(graft: Graft, paths: list[str]) -> dict[str, Any]:
     numbers = sorted({place.layer for place in places if place.layer is not None})
     ends = {_in_layer(place) for place in places}
     everywhere = [place.path for place in view.places if place.layer is not None and _in_layer(place) in ends]
-    lists = sorted({path.rpartition(f".{layer}.{rest}")[0].rpartition(".")[2]
-                    for place in places for path, layer, rest in [(place.path, place.layer, _in_layer(place))]})
+    lists = sorted(
+        {
+            path.rpartition(f".{layer}.{rest}")[0].rpartition(".")[2]
+            for place in places
+            for path, layer, rest in [(place.path, place.layer, _in_layer(place))]
+        }
+    )
     for pattern in (None, lists):
         short = {
             "target_modules": endings(everywhere, modules),

@@ -27,6 +27,7 @@ from graftwerk.train.checkpoint import Checkpoints, Snapshot
 from graftwerk.train.clock import Clock
 from graftwerk.train.diagnosis import Diagnosis
 from graftwerk.train.events import Event, Listener
+from graftwerk.train.folder import TRUNK
 from graftwerk.train.launch import Processes
 from graftwerk.train.mode import check_compute_type, training_mode
 from graftwerk.train.order import StepRows, micro_batches
@@ -112,7 +113,7 @@ class Trainer:
             settings,
             dtype=dtype,
             processes=self.processes,
-            folder=checkpoints.folder.parent / "trunk",
+            folder=checkpoints.folder.parent / TRUNK,
             emit=emit,
             asked_to_stop=lambda: self.stop.signum is not None,
         )

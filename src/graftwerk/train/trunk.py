@@ -118,9 +118,29 @@ def plan(
         return Plan(reason, cut)
     slots = _Slots(kept)
     found = Plan(None, cut, len(slots.rows), slots.tokens, slots.tokens * cut.width * _dtype(settings).itemsize)
-    if settings.trunk_cache == "auto" and passes <= 1 and settings.trunk_cache_dir is None:
+    if settings.trunk_cache == "auto" and passes <= 1 and _shared_folder(settings) is None:
         return Plan("every row is trained on at most once", cut, found.rows, found.tokens, found.bytes)
     return found
+
+
+_shared: Path | None = None
+
+
+@contextmanager
+def sharing(folder: Path) -> Iterator[None]:
+    """Runs inside keep their hidden states in this folder, unless their settings name another, and find there those of
+    earlier ones.
+    """
+    global _shared
+    before, _shared = _shared, folder
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def _shared_folder(settings: TrainingSettings) -> Path | None:
+    return _shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
 
 
 def redraws(task: Task) -> bool:
@@ -279,7 +299,7 @@ class Trunk:
         assert cut is not None
         key = self._key(slots)
         shape, dtype = (slots.tokens, cut.width), _dtype(settings)
-        shared = None if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
+        shared = _shared_folder(settings)
         path = (shared or self.folder) / f"{key}{ENDING}"
         began = time.perf_counter()
         trouble: str | None = None
@@ -323,7 +343,7 @@ class Trunk:
         if not self.processes.main:
             states, _ = open_file(path, key, *shape, dtype)
         self.processes.wait()
-        if self.settings.trunk_cache_dir is None and self.processes.main:
+        if _shared_folder(self.settings) is None and self.processes.main:
             with suppress(OSError):  # it stays mapped until the run ends, and then nothing of it is left
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()
@@ -452,9 +472,7 @@ class Trunk:
         if rows != len(examples) or any(start is None for start in starts):
             return None
         device = self.processes.device
-        padded = torch.zeros(
-            rows, tokens, kept.shape[1], dtype=kept.dtype, pin_memory=device.type == "cuda"
-        )
+        padded = torch.zeros(rows, tokens, kept.shape[1], dtype=kept.dtype, pin_memory=device.type == "cuda")
         for row, (start, example) in enumerate(zip(starts, examples, strict=True)):
             assert start is not None
             padded[row, : example.length] = kept[start : start + example.length]

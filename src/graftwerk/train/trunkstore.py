@@ -134,12 +134,16 @@ def make_room(folder: Path, needed: int, limit: int) -> None:
 
     A process that has one of them mapped keeps it until it ends.
     """
-    files = sorted(folder.glob("*" + ENDING), key=lambda path: path.stat().st_mtime)
-    total = sum(path.stat().st_size for path in files)
-    for path in files:
+    files = []
+    for path in folder.glob("*" + ENDING):
+        with suppress(FileNotFoundError):  # another process makes room too
+            facts = path.stat()
+            files.append((facts.st_mtime_ns, path, facts.st_size))
+    total = sum(size for _, _, size in files)
+    for _, path, size in sorted(files):
         if total + needed <= limit:
             return
-        total -= path.stat().st_size
+        total -= size
         path.unlink(missing_ok=True)
 
 
