@@ -107,7 +107,10 @@ class Sides:
         self.tokenizer = material.tokenizer(place)
         ids = material.token_batch(place, case.rows, case.tokens)["input_ids"].tolist()
         self.rows = [
-            Example({"input_ids": row}, [-100] * (case.tokens * 7 // 10) + row[case.tokens * 7 // 10 :] if causal else at % 2)
+            Example(
+                {"input_ids": row},
+                [-100] * (case.tokens * 7 // 10) + row[case.tokens * 7 // 10 :] if causal else at % 2,
+            )
             for at, row in enumerate(ids)
         ]
         task = parse_task("causal" if causal else "classification")

@@ -322,6 +322,7 @@ class Trunk:
         if not self.processes.agree(states is None):
             self._states = states
             self._fill_seconds = time.perf_counter() - began
+            self._token_seconds = self._fill_seconds / max(slots.tokens, 1)  # a better measure than one small batch
 
     def _in_file(
         self, path: Path, key: str, shape: tuple[int, int], dtype: torch.dtype, slots: _Slots, step: int
