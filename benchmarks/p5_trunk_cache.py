@@ -66,9 +66,8 @@ CASES = (
 
 def _model(name: str) -> Any:
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
     from benchmarks import material
+    from transformers import BertConfig, BertForSequenceClassification
 
     if name == "SmolLM2":
         return material.smollm2()
@@ -93,8 +92,8 @@ class Sides:
 
     def __init__(self, case: Case) -> None:
         import torch
-
         from benchmarks import material
+
         from graftwerk.inject.attach import attach, detach
         from graftwerk.methods.catalog import parse_method
         from graftwerk.tasks.base import Example
@@ -106,19 +105,16 @@ class Sides:
         place = material.SMOLLM2 if causal else material.MINILM
         self.tokenizer = material.tokenizer(place)
         ids = material.token_batch(place, case.rows, case.tokens)["input_ids"].tolist()
-        self.rows = [
-            Example(
-                {"input_ids": row},
-                [-100] * (case.tokens * 7 // 10) + row[case.tokens * 7 // 10 :] if causal else at % 2,
-            )
-            for at, row in enumerate(ids)
-        ]
+        asked = case.tokens * 7 // 10  # of a causal row; the rest is what is learnt
+        targets = [[-100] * asked + row[asked:] if causal else at % 2 for at, row in enumerate(ids)]
+        self.rows = [Example({"input_ids": row}, target) for row, target in zip(ids, targets, strict=True)]
         task = parse_task("causal" if causal else "classification")
         self.task = task.on(self.model.config)
         method = {"name": "lora", "layers": f"top-{case.top}"} if case.top else {"name": "probe"}
         self.method = parse_method(method)
         self.settings = TrainingSettings(
-            num_train_epochs=case.epochs, per_device_train_batch_size=BATCH, learning_rate=RATE, head_learning_rate=RATE,
+            num_train_epochs=case.epochs, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            head_learning_rate=RATE,
             lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=None, logging_steps=1, trunk_cache="auto",
         )  # fmt: skip
         torch.manual_seed(1)
