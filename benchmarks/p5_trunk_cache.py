@@ -66,8 +66,9 @@ CASES = (
 
 def _model(name: str) -> Any:
     import torch
-    from benchmarks import material
     from transformers import BertConfig, BertForSequenceClassification
+
+    from benchmarks import material
 
     if name == "SmolLM2":
         return material.smollm2()
@@ -92,8 +93,8 @@ class Sides:
 
     def __init__(self, case: Case) -> None:
         import torch
-        from benchmarks import material
 
+        from benchmarks import material
         from graftwerk.inject.attach import attach, detach
         from graftwerk.methods.catalog import parse_method
         from graftwerk.tasks.base import Example
