@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from graftwerk.evaluate.metrics import METRICS
 from graftwerk.figures import duration
 from graftwerk.store.atomic import write_file
 from graftwerk.store.safety import read_json
-from graftwerk.train.folder import MANIFEST, read_manifest
+from graftwerk.train.folder import MANIFEST, TRUNK, read_manifest
 from graftwerk.train.lock import RunLock
 
 COMPARISON, LOG = "comparison.json", "workers.log"
@@ -229,6 +230,7 @@ class _Work:
             seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in everything)
             if result.get("at_chance"):
                 head["notes"] = [result["at_chance"], *head["notes"]]
+            shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # what runs on the same layers had in common
             self._write({**head, **result, "status": "finished", "seconds": seconds})
             self._say("end", text="done")
 
@@ -258,7 +260,8 @@ class _Work:
             self._say(kind, who, text, steps.step, steps.steps, left)
 
         try:
-            workers.run({"kind": "run", "config": self.config_of(entry, seed), "overwrite": overwrite}, on_event)
+            job = {"kind": "run", "config": self.config_of(entry, seed), "overwrite": overwrite}
+            workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
         except (DivergedError, Crashed) as error:
             self._failed(entry, seed, error.what)
             return

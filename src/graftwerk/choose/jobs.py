@@ -102,6 +102,7 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.evaluate.stored import load_evaluation
     from graftwerk.report.html import write_report
     from graftwerk.train.run import train
+    from graftwerk.train.trunk import sharing
 
     def listener(event: Any) -> None:
         if event.kind in FORWARDED:
@@ -109,7 +110,8 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
     config = RunConfig.build(dict(job["config"]))
     began = time.monotonic()
-    run = train(config, resume=not job["overwrite"], overwrite=job["overwrite"], listener=listener)
+    with sharing(Path(job["trunk"])):
+        run = train(config, resume=not job["overwrite"], overwrite=job["overwrite"], listener=listener)
     if load_evaluation(run.folder, run.adapter) is None:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
         evaluate(run, store=True, batch_size=config.training.per_device_eval_batch_size)

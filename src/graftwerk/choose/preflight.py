@@ -20,7 +20,7 @@ from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.train.augmented import planned
 from graftwerk.train.gate import first_batch
-from graftwerk.train.prepare import prepare
+from graftwerk.train.prepare import Prepared, prepare
 from graftwerk.train.stream import EncodedStream
 
 
@@ -31,7 +31,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut;
         ``augmented_at_most``: rows that would be made, which are counted in ``steps`` too; None: nothing is augmented),
         ``findings``, ``first_batch`` (as the model sees it: `train.gate.first_batch`), ``parameters`` (trained, head,
-        total, share), ``steps``, ``learning_rate``, ``output_dir``.
+        total, share), ``steps``, ``trunk`` (`train.trunk.Plan`), ``learning_rate``, ``output_dir``.
 
     Raises:
         ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
@@ -44,6 +44,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
     made = planned(prepared, config)
     steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
+    steps = training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch)
+    model = _without_storage(prepared.task, architecture, splits)
     rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
     return {
         "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
@@ -61,8 +63,9 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "first_batch": first_batch(config, prepared.task, splits, encoded["train"], prepared.tokenizer),
         "allowed": list(config.data.allow),
         "method": prepared.method.to_dict(),
-        "parameters": count_parameters(config.method, prepared.task, architecture, splits),
-        "steps": training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch),
+        "parameters": _counted(config.method, model),
+        "steps": steps,
+        "trunk": _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1)),
         "steps_per_epoch": steps_per_epoch,
         "rows_per_step": rows_per_step,
         "learning_rate": rate,
@@ -76,15 +79,36 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
     Raises:
         UnsupportedError, ConfigError: the method cannot work on this architecture, or a target names nothing.
     """
-    import torch
+    return _counted(method, _without_storage(task, architecture, splits))
 
-    from graftwerk.inject.heads import head_paths
-    from graftwerk.inject.targets import anatomy
+
+def _without_storage(task: Task, architecture: Any, splits: Splits) -> Any:
+    """The model as it would be loaded, on torch's `meta` device."""
+    import torch
 
     for key, value in task.model_kwargs(splits).items():
         setattr(architecture, key, value)
     with torch.device("meta"):
-        model = task.auto_class().from_config(architecture)
+        return task.auto_class().from_config(architecture)
+
+
+def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> dict[str, Any]:
+    """Which frozen layers would be computed only once; rows that are yet to be made are not counted."""
+    from graftwerk.inject.heads import head_paths
+    from graftwerk.inject.targets import anatomy
+    from graftwerk.train.trunk import plan
+
+    view = anatomy(model)
+    kept = [prepared.examples["train"], prepared.examples["validation"]]
+    heads = head_paths(model, config.method, view)
+    return plan(model, view, config.method, heads, prepared.task, config.training, kept, passes).to_dict()
+
+
+def _counted(method: Method, model: Any) -> dict[str, Any]:
+    from graftwerk.inject.attention import stacks_of
+    from graftwerk.inject.heads import head_paths
+    from graftwerk.inject.targets import anatomy
+
     view = anatomy(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     heads = head_paths(model, method, view)
@@ -94,8 +118,9 @@ def count_parameters(method: Method, task: Task, architecture: Any, splits: Spli
     elif method.kind == "weights":
         own = total - head
     elif isinstance(method, Prefix):
+        chosen = method.within(view.attentions)
         own = method.count_vectors(
-            [place.kv_heads * place.head_dim for place in view.attentions], [stack.width for stack in view.stacks]
+            [place.kv_heads * place.head_dim for place in chosen], [stack.width for stack in stacks_of(view, chosen)]
         )
     else:
         # Prompts stand in front of the text alone: in an encoder-decoder, at the encoder.

@@ -67,6 +67,16 @@ def with_augmented(made: int | None) -> str:
     return "" if made is None else f" (at most: {made:,} augmented rows are counted, before any are left out)"
 
 
+def describe_trunk(trunk: dict[str, Any]) -> str:
+    """Which frozen layers are computed only once, or why none are."""
+    if not trunk["on"]:
+        return f"every layer is computed at every step: {trunk['why_not']}"
+    return (
+        f"the lowest {trunk['layers_skipped']} of {trunk['layers']} layers are frozen and computed once for "
+        f"{trunk['rows']:,} rows; {byte_size(trunk['bytes'])} of hidden states are kept"
+    )
+
+
 def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     data, parameters, model = checked["data"], checked["parameters"], checked["model"]
     out.line(
@@ -82,6 +92,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
         f"steps   {checked['steps']:,} of {checked['rows_per_step']} rows, {checked['steps_per_epoch']:,} an epoch"
         + with_augmented(data["augmented_at_most"])
     )
+    out.line(f"trunk   {describe_trunk(checked['trunk'])}")
     place = checked["output_dir"]
     out.line(f"output  {place['path']}" + (" (exists already)" if place["exists"] else ""))
     shown = table(

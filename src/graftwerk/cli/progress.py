@@ -132,7 +132,7 @@ class Progress(Display):
                 self._note(describe_evaluation(event.step, figures))
             case "resume":
                 self._note(f"going on from step {event.step}: {figures.get('path', '')}")
-            case "nothing_left":
+            case "nothing_left" | "trunk":
                 self._note(figures["text"])
             case "early_stopping":
                 self._note(f"step {event.step}: stopping early: {figures.get('text', '')}")

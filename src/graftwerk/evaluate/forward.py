@@ -15,6 +15,8 @@ from graftwerk.tasks.base import Example, Predictions, Task
 
 Progress = Callable[[int, int], None]
 """Told (rows done, rows in all) after every batch; what it raises ends the evaluation."""
+Serve = Callable[[Sequence[Example], dict[str, Tensor]], AbstractContextManager[None]]
+"""Entered around the forward pass of a batch of these rows."""
 
 
 def run_model(
@@ -27,6 +29,7 @@ def run_model(
     dtype: torch.dtype = torch.float32,
     on_progress: Progress | None = None,
     texts: Sequence[str] | None = None,
+    serve: Serve | None = None,
 ) -> Predictions:
     """The model's answers to all examples, in the order of the examples.
 
@@ -40,6 +43,7 @@ def run_model(
         batch_size: Rows a forward pass.
         dtype: What products are computed in; anything but float32 means autocast.
         texts: What was generated for each row, where the task generates and was asked to.
+        serve: Entered around each forward pass, with its rows: what they have in common with earlier ones may be kept.
     """
     order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
     answers: list[Tensor | None] = [None] * len(examples)
@@ -48,8 +52,10 @@ def run_model(
     with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            batch = to_device(task.collate([examples[row] for row in rows], tokenizer), model)
-            outputs = task.forward(model, batch)
+            chosen = [examples[row] for row in rows]
+            batch = to_device(task.collate(chosen, tokenizer), model)
+            with nullcontext() if serve is None else serve(chosen, batch):
+                outputs = task.forward(model, batch)
             if "labels" in batch:
                 losses.append(float(task.loss(outputs, batch)))
                 weights.append(task.weight(batch))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from graftwerk import fast
 from graftwerk.errors import ConflictError, UnsupportedError
 from graftwerk.inject.record import Box, Record, box_of
 from graftwerk.inject.rows import Kept
-from graftwerk.inject.targets import Anatomy, AttentionPlace
+from graftwerk.inject.targets import Anatomy, AttentionPlace, StackPlace
 from graftwerk.inject.virtual import (
     cached_tokens,
     check_room,
@@ -216,18 +216,17 @@ class _BeforeStack:
     An object and not a closure, so that a deep copy of the model has hooks that know the copy.
     """
 
-    def __init__(self, witness: nn.Module, shifts: bool) -> None:
-        """``witness`` is an attention of this stack: it has a part of every prefix."""
-        self.witness, self.shifts = witness, shifts
+    def __init__(self, witnesses: Sequence[nn.Module], shifts: bool) -> None:
+        """``witnesses`` are the attentions of this stack: every prefix has a part in one of them, or in all."""
+        self.witnesses, self.shifts = tuple(witnesses), shifts
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        box = box_of(self.witness)
-        if box is None:
+        boxes = [box for witness in self.witnesses if (box := box_of(witness)) is not None]
+        if not boxes:
             return None
         inputs = inputs_of(stack, args, kwargs)
         size, tokens, device = size_of(inputs)
-        rows, repeats = users(box, PrefixModule, size)
-        counts = lengths(rows)
+        counts, repeats = _virtual_tokens(boxes, size)
         if max(counts) == 0:
             return None
         implementation = getattr(stack.config, "_attn_implementation", None)
@@ -243,6 +242,21 @@ class _BeforeStack:
         shift = counts[0] if len(set(counts)) == 1 else per_row(counts, repeats, device)
         inputs["position_ids"] = own_positions(stack, inputs, past) + shift
         return (), inputs
+
+
+def _virtual_tokens(boxes: Sequence[Box], size: int) -> tuple[list[int], int]:
+    """Virtual tokens of each named row, and how many rows of the batch it stands for.
+
+    A prefix that is in some layers only moves the text's positions all the same: they are those of the whole stack.
+    """
+
+    def tokens(name: str | None) -> int:
+        return next((module.n for box in boxes if isinstance(module := box.get(name), PrefixModule)), 0)
+
+    selection = boxes[0].selection
+    if selection.rows is None:
+        return [sum(tokens(name) for name in selection.names if name not in selection.merged)], size
+    return [tokens(name) for name in selection.rows], selection.repeats(size)
 
 
 # -- the three verbs --------------------------------------------------------------------------------------------------
@@ -261,18 +275,24 @@ def modules(model: PreTrainedModel, method: Method, anatomy: Anatomy) -> dict[st
             mend="use lora, bottleneck or prompt tuning on this model",
         )
     _check_implementation(model)
-    starts = _starting_values(model, method, anatomy)
+    chosen = method.within(anatomy.attentions)
+    starts = _starting_values(model, method, chosen)
     if not method.prefix_projection:
-        return {place.path: PrefixVectors(*starts[place.path]) for place in anatomy.attentions}
+        return {place.path: PrefixVectors(*starts[place.path]) for place in chosen}
     made: dict[str, nn.Module] = {}
     trunks = {}
-    for stack in anatomy.stacks:
+    for stack in stacks_of(anatomy, chosen):
         hidden = method.encoder_hidden_size or anatomy.stacks[0].width
         trunk = PrefixTrunk(method.num_virtual_tokens, stack.width, hidden)
         made[stack.path] = trunks[stack.kind] = trunk
-    for place in anatomy.attentions:
+    for place in chosen:
         made[place.path] = ProjectedPrefix(trunks[place.stack], *starts[place.path])
     return made
+
+
+def stacks_of(anatomy: Anatomy, places: Sequence[AttentionPlace]) -> list[StackPlace]:
+    """The stacks that some of these attentions stand in."""
+    return [stack for stack in anatomy.stacks if any(place.stack == stack.kind for place in places)]
 
 
 def engage(model: PreTrainedModel, record: Record) -> None:
@@ -282,13 +302,11 @@ def engage(model: PreTrainedModel, record: Record) -> None:
     view = anatomy(model)
     _use_ours(model)
     for stack in view.stacks:
-        witness = next((place for place in view.attentions if place.stack == stack.kind), None)
-        if witness is None:
-            continue
+        places = [place for place in view.attentions if place.stack == stack.kind and not place.cross]
+        witnesses = [model.get_submodule(place.path) for place in places]
         host = model.get_submodule(stack.path)
-        attention = model.get_submodule(witness.path)
-        if not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
-            host.register_forward_pre_hook(_BeforeStack(attention, stack.kind == "causal"), with_kwargs=True)
+        if witnesses and not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
+            host.register_forward_pre_hook(_BeforeStack(witnesses, stack.kind == "causal"), with_kwargs=True)
 
 
 def release(model: PreTrainedModel, record: Record) -> None:
@@ -312,14 +330,16 @@ def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
 # -- where a prefix starts --------------------------------------------------------------------------------------------
 
 
-def _starting_values(model: PreTrainedModel, method: Prefix, anatomy: Anatomy) -> dict[str, _KeysAndValues]:
-    """Keys and values (n, G·D) for each attention: small random ones, or the frozen model's for a text."""
+def _starting_values(
+    model: PreTrainedModel, method: Prefix, places: Sequence[AttentionPlace]
+) -> dict[str, _KeysAndValues]:
+    """Keys and values (n, G·D) for each of these attentions: small random ones, or the frozen model's for a text."""
     table = model.get_input_embeddings().weight
     ids = method.start_ids(table.shape[0])
     if ids is None:
-        return {place.path: _small(method, place) for place in anatomy.attentions}
+        return {place.path: _small(method, place) for place in places}
     heard = _listen(model, torch.tensor(ids, device=table.device)[None])
-    hosts = {place: model.get_submodule(place.path) for place in anatomy.attentions}
+    hosts = {place: model.get_submodule(place.path) for place in places}
     if silent := [place.path for place, host in hosts.items() if id(host) not in heard]:
         raise UnsupportedError(
             f"the attention of {type(model).__name__} does not go through transformers' attention interface",

@@ -247,6 +247,12 @@ class Graft:
         self._kept = None
         self._record.selection.merged = frozenset()
 
+    @property
+    def active(self) -> bool:
+        """Whether this is the one adapter that answers, for all rows."""
+        selection = self._record.selection
+        return selection.rows is None and selection.names == (self.name,)
+
     def activate(self) -> None:
         """Make this the one active adapter."""
         from graftwerk.inject.attach import activate

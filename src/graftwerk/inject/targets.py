@@ -198,11 +198,13 @@ class StackPlace:
         path: Its path ("" where the model itself is the stack).
         kind: How it reads.
         width: Width d of its input embeddings.
+        layers: The path of its list of layers.
     """
 
     path: str
     kind: StackKind
     width: int
+    layers: str
 
 
 @dataclass(frozen=True)
@@ -246,6 +248,12 @@ def _read(model: PreTrainedModel) -> Anatomy:
     )
     places: list[Place] = []
     layer_of = _LayerFinder(layout)
+
+    def stack_of(path: str) -> str | None:
+        if layout is None or layer_of(path)[0] is None:
+            return layer_of.list_of(path)
+        return _stack_kind(model, layout, path)
+
     outputs = model.get_output_embeddings()  # in T5 they lie beside the stacks, and there the base is the model itself
     for path, module in _distinct(model):
         if not _inside(path, base_path) or not path or module is outputs:
@@ -259,10 +267,13 @@ def _read(model: PreTrainedModel) -> Anatomy:
             ffn = None
             if role in (Role.FFN_IN, Role.FFN_GATE, Role.FFN_OUT) and relative is not None:
                 ffn = f"{path.removesuffix(relative)}{_block(relative)}"
-            places.append(Place(path, role, in_features, out_features, module.bias is not None, ffn, layer))
+            places.append(
+                Place(path, role, in_features, out_features, module.bias is not None, ffn, layer, stack_of(path))
+            )
         elif isinstance(module, nn.LayerNorm):
             width = module.normalized_shape[-1]
-            places.append(Place(path, Role.NORM, width, width, module.bias is not None, None, layer_of(path)[0]))
+            layer = layer_of(path)[0]
+            places.append(Place(path, Role.NORM, width, width, module.bias is not None, None, layer, stack_of(path)))
     return Anatomy(
         model_type=config.model_type,
         known=layout is not None,
@@ -319,6 +330,11 @@ class _LayerFinder:
         match = self.pattern.search(path)
         return (int(match[1]), match[2]) if match else (None, None)
 
+    def list_of(self, path: str) -> str | None:
+        """The path of the list of layers that a module stands in."""
+        match = self.pattern.search(path)
+        return path[: match.start(1) - 1] if match else None
+
 
 def _stack_kind(model: PreTrainedModel, layout: Layout, path: str) -> StackKind:
     if model.config.is_encoder_decoder:
@@ -354,13 +370,14 @@ def _stacks(model: PreTrainedModel, layout: Layout | None, base_path: str) -> tu
     if layout is None:
         return ()
     if not layout.causal and not model.config.is_encoder_decoder:
-        return (StackPlace(base_path, _stack_kind(model, layout, base_path), _embedding_width(model.base_model)),)
+        kind, layers = _stack_kind(model, layout, base_path), f"{base_path}.{layout.layers}".removeprefix(".")
+        return (StackPlace(base_path, kind, _embedding_width(model.base_model), layers),)
     found = []
     for path, module in _distinct(model):
         if (path.split(".")[-1] == layout.layers or path == layout.layers) and isinstance(module, nn.ModuleList):
             stack = path.rpartition(".")[0]
             width = _embedding_width(model.get_submodule(stack) if stack else model)
-            found.append(StackPlace(stack, _stack_kind(model, layout, stack), width))
+            found.append(StackPlace(stack, _stack_kind(model, layout, stack), width, path))
     return tuple(found)
 
 

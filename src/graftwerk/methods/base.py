@@ -56,6 +56,8 @@ class Place:
         has_bias: Whether it has a bias vector.
         ffn: Identifies the feed-forward block that it belongs to (the same text for its first and its last layer).
         layer: Index of its layer within its stack, or None outside the layers.
+        stack: Which stack of layers that is: ``encoder``, ``decoder`` or ``causal``; in a model whose architecture is
+            not known the path of the list of layers.
     """
 
     path: str
@@ -65,6 +67,7 @@ class Place:
     has_bias: bool
     ffn: str | None = None
     layer: int | None = None
+    stack: str | None = None
 
 
 class Delta(nn.Module):

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import Delta, Method, Place
+from graftwerk.methods.base import Delta, Place
+from graftwerk.methods.depth import Layered
 from graftwerk.methods.stacked import StackedDelta, stack
 
 
-class BitFit(Method):
-    """Settings: none of its own."""
+class BitFit(Layered):
+    """Settings: none of its own but which layers."""
 
     name: ClassVar[str] = "bitfit"
     title: ClassVar[str] = "BitFit"
@@ -43,7 +44,7 @@ class BitFit(Method):
                 where="method",
                 mend="use lora or ia3, which need none",
             )
-        return chosen
+        return self.within(chosen, available)
 
     def build(self, place: Place, module: nn.Module) -> Delta:
         return BitFitDelta(place.out_features)

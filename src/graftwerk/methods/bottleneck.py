@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import Delta, Method, Place, Role
+from graftwerk.methods.base import Delta, Place, Role
+from graftwerk.methods.depth import Layered
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
-class Bottleneck(Method):
+class Bottleneck(Layered):
     """Settings: where adapters stand and how wide they are (``adapter_size``, or the width over
     ``reduction_factor``).
     """
@@ -88,7 +89,7 @@ class Bottleneck(Method):
                 mend="bottleneck adapters need a listed architecture (`graftwerk methods` names them); LoRA "
                 "works on any",
             )
-        return chosen
+        return self.within(chosen, available)
 
     def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
         if self.placement != "parallel":

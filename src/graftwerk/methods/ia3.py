@@ -21,14 +21,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.methods.base import Delta, Method, Place, Role
-from graftwerk.methods.lora import matches, select
+from graftwerk.methods.base import Delta, Place, Role
+from graftwerk.methods.depth import Layered
+from graftwerk.methods.lora import check_targets, matches, select
 from graftwerk.methods.stacked import StackedDelta, stack
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
 
 
-class IA3(Method):
+class IA3(Layered):
     """Settings: the targets, where they are not the paper's."""
 
     name: ClassVar[str] = "ia3"
@@ -65,6 +66,9 @@ class IA3(Method):
                 )
         else:
             chosen = select(linear, self.target_modules)
+        chosen = self.within(chosen, available)
+        if self.target_modules != "auto":
+            check_targets(chosen, self.target_modules)
         if self.feedforward_modules != "auto":
             for target in self.feedforward_modules:
                 if not any(matches(place.path, target) for place in chosen):

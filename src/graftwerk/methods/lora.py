@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
-from graftwerk.methods.base import ATTENTION_ROLES, Delta, Method, Place, Role, base_weight, device_of
+from graftwerk.methods.base import ATTENTION_ROLES, Delta, Place, Role, base_weight, device_of
+from graftwerk.methods.depth import Layered
 from graftwerk.methods.dropout import dropout
 from graftwerk.methods.fused import Term, fused_linear, fusible
 from graftwerk.methods.seal import Seal
@@ -44,7 +45,7 @@ READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.F
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
 
-class LoRA(Method):
+class LoRA(Layered):
     """Settings of LoRA and its variants.
 
     ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear
@@ -117,6 +118,9 @@ class LoRA(Method):
                 )
         else:
             chosen = select(linear, self.target_modules)
+        chosen = self.within(chosen, available)
+        if isinstance(self.target_modules, tuple):
+            check_targets(chosen, self.target_modules)
         self._check_patterns(chosen)
         return chosen
 
@@ -358,6 +362,21 @@ def select(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
                 mend=f"{hint}The layers end in: {', '.join(names[:30])}",
             )
     return [place for place in places if any(matches(place.path, target) for target in targets)]
+
+
+def check_targets(chosen: Sequence[Place], targets: Sequence[str]) -> None:
+    """Refuse a target that names layers of the model, but none of those that were chosen by `layers`.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    for target in targets:
+        if not any(matches(place.path, target) for place in chosen):
+            raise ConfigError(
+                f"target_modules: `{target}` is in none of the chosen layers",
+                where="method.layers",
+                mend="choose layers that have it, or leave it out of target_modules",
+            )
 
 
 def _pattern(pattern: Mapping[str, float], path: str, default: float) -> float:

@@ -35,10 +35,11 @@ import torch
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
+from graftwerk.methods.depth import Layered
 from graftwerk.methods.virtual import FromText
 
 
-class Prefix(FromText):
+class Prefix(Layered, FromText):
     """Settings: how many virtual tokens, where they start, and whether a network makes them."""
 
     name: ClassVar[str] = "prefix"

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from graftwerk.errors import AdapterError, UnsupportedError
 from graftwerk.inject.attach import Graft
 from graftwerk.inject.structure import base_modules
-from graftwerk.inject.targets import Anatomy
-from graftwerk.methods.base import Method
+from graftwerk.inject.targets import Anatomy, anatomy
+from graftwerk.methods.base import Method, Place
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
 from graftwerk.store.adapter_config import OWN_PREFIX
@@ -105,12 +105,12 @@ def write_lora(graft: Graft, base_name: str | None) -> Stored:
         for path, rank in ranks.items()
     }
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    config = {
+    config: dict[str, Any] = {
         **common_config(graft, "LORA", base_name),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": method.lora_dropout,
-        "target_modules": endings(list(ranks), _module_paths(graft.model, graft.heads)),
+        **_targets(graft, list(ranks)),
         "use_rslora": method.use_rslora,
         "use_dora": method.use_dora,
         "init_lora_weights": True,
@@ -127,6 +127,41 @@ def write_lora(graft: Graft, base_name: str | None) -> Stored:
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((a, raw[f"{path}.start_A"]))
         tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat((b, -raw[f"{path}.start_B"]), dim=1)
     return Stored(config, tensors, {key: tensor for key, tensor in raw.items() if not graft.is_head(key)})
+
+
+def _targets(graft: Graft, paths: list[str]) -> dict[str, Any]:
+    """PEFT's way of naming exactly these layers: short endings, with the numbers of the layers where those say it."""
+    modules = _module_paths(graft.model, graft.heads)
+    whole = {"target_modules": endings(paths, modules)}
+    if getattr(graft.method, "layers", None) is None:
+        return whole
+    view = anatomy(graft.model)
+    places = [view.by_path[path] for path in paths]
+    numbers = sorted({place.layer for place in places if place.layer is not None})
+    ends = {_in_layer(place) for place in places}
+    everywhere = [place.path for place in view.places if place.layer is not None and _in_layer(place) in ends]
+    lists = sorted(
+        {
+            path.rpartition(f".{layer}.{rest}")[0].rpartition(".")[2]
+            for place in places
+            for path, layer, rest in [(place.path, place.layer, _in_layer(place))]
+        }
+    )
+    for pattern in (None, lists):
+        short = {
+            "target_modules": endings(everywhere, modules),
+            "layers_to_transform": numbers,
+            "layers_pattern": pattern,
+        }
+        if _listed_layers(graft.model, short, graft.heads) == set(paths):
+            return short
+    return whole  # the two halves of an encoder-decoder with different layers, say: PEFT has one list for both
+
+
+def _in_layer(place: Place) -> str:
+    """A place's path within its layer."""
+    parts = place.path.split(".")
+    return ".".join(parts[parts.index(str(place.layer)) + 1 :])
 
 
 def write_ia3(graft: Graft, base_name: str | None) -> Stored:

@@ -64,7 +64,7 @@ def write_prefix(graft: Graft, base_name: str | None) -> Stored:
     method, view = graft.method, anatomy(graft.model)
     places = _decoder_places(view)
     assert isinstance(method, Prefix)
-    if places is None or _window(graft.model):
+    if places is None or _window(graft.model) or method.layers is not None:
         return write_own(graft, base_name)
     modules = dict(graft.modules())
     rows = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import AdapterError
+from graftwerk.inject.attention import stacks_of
 from graftwerk.inject.structure import base_parameters
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.prefix import Prefix
@@ -109,8 +110,9 @@ def check_size(restored: Restored, view: Anatomy) -> None:
         if not any(key == head or key.startswith(head + ".") for head in saved) and START not in key
     )
     if isinstance(method, Prefix):
-        widths = [place.kv_heads * place.head_dim for place in view.attentions]
-        expected = method.count_vectors(widths, [stack.width for stack in view.stacks])
+        chosen = method.within(view.attentions)
+        widths = [place.kv_heads * place.head_dim for place in chosen]
+        expected = method.count_vectors(widths, [stack.width for stack in stacks_of(view, chosen)])
     elif isinstance(method, Prompt | PTuning):
         expected = method.count_vectors(view.stacks[0].width) if view.stacks else 0
     elif method.kind == "layer":

@@ -3,7 +3,8 @@
 Kinds: ``phase`` (name) and ``progress`` (total, loss, left_seconds) are for people watching and never written down;
 ``finding`` (about the data), ``start`` (what will be done), ``step`` (loss, learning_rate, grad_norm, epoch, seconds,
 left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, mend), ``bad_step``,
-``memory``, ``early_stopping`` and ``warning`` (text), ``resume`` (path), ``finish``; ``nothing_left`` (text) where
+``memory``, ``early_stopping`` and ``warning`` (text), ``trunk`` (frozen layers that are computed once: `train.trunk`),
+``resume`` (path), ``finish``; ``nothing_left`` (text) where
 a finished run was to be gone on with. Seconds are of training, counted by a monotonic clock and carried over a resume;
 order is the order of the lines.
 """

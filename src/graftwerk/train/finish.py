@@ -99,6 +99,7 @@ def finish(
     if not trainer.processes.main:
         return
     manifest["best"] = trainer.state.best
+    manifest["trunk"] = trainer.trunk.figures()
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,

@@ -15,9 +15,11 @@ from graftwerk.store.safety import read_json
 
 MANIFEST, CONFIG, LOG = "manifest.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
+TRUNK = "trunk"
+"""Hidden states that did not fit into memory; they are gone when a run ends, and a killed one may leave some."""
 MADE_BEFORE = ("augmented.jsonl", "augmented.about.json", "augmented.jsonl.unfinished")
 """Augmented rows, which are made before a run begins, by it or by `graftwerk augment`, and checked when it does."""
-OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT, EVALUATION, PREDICTIONS)
+OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, TRUNK, REPORT, EVALUATION, PREDICTIONS)
 """All that a run, or the measuring of it, writes; nothing else in its folder is ever touched."""
 
 

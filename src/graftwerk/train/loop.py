@@ -27,12 +27,14 @@ from graftwerk.train.checkpoint import Checkpoints, Snapshot
 from graftwerk.train.clock import Clock
 from graftwerk.train.diagnosis import Diagnosis
 from graftwerk.train.events import Event, Listener
+from graftwerk.train.folder import TRUNK
 from graftwerk.train.launch import Processes
 from graftwerk.train.mode import check_compute_type, training_mode
 from graftwerk.train.order import StepRows, micro_batches
 from graftwerk.train.settings import TrainingSettings
 from graftwerk.train.signals import StopSignals
 from graftwerk.train.state import TrainState, put_back, take
+from graftwerk.train.trunk import Trunk
 from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
 
 SEED_STRIDE = 1_000_003
@@ -104,6 +106,17 @@ class Trainer:
             check_packing(graft.model, task, self.rows_of.part(0), tokenizer)
         self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
         self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
+        self.trunk = Trunk(
+            graft,
+            task,
+            tokenizer,
+            settings,
+            dtype=dtype,
+            processes=self.processes,
+            folder=checkpoints.folder.parent / TRUNK,
+            emit=emit,
+            asked_to_stop=lambda: self.stop.signum is not None,
+        )
         self.evaluate = Evaluator(
             graft,
             task,
@@ -113,6 +126,7 @@ class Trainer:
             dtype=dtype,
             asked_to_stop=lambda: self.stop.signum is not None,
             say=lambda text: self.emit(Event("memory", self.state.step, text=text)),
+            serve=self.trunk.serving,
         )
         self.diagnosis = Diagnosis(
             total_steps=self.total_steps,
@@ -146,6 +160,9 @@ class Trainer:
         if self.state.step == 0:
             rng.seed(self.settings.seed + SEED_STRIDE * (1 + self.processes.index))  # every process its own dropout
         with self.stop.deferring(), training_mode(self.graft.model, self.settings.gradient_checkpointing):
+            passes = self.total_steps * self.rows_per_step / max(len(self.train), 1)
+            if not self.done:
+                self.trunk.open(self.train, self.validation, passes, self.state.step)
             self._settle()
             while not self.done:
                 self._step()
@@ -234,10 +251,11 @@ class Trainer:
             total = processes.sum(torch.tensor(total, device=self.device)).item()
         loss_sum = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (batch, weight) in enumerate(zip(batches, weights, strict=True), start=1):
+        for number, (batch, weight, piece) in enumerate(zip(batches, weights, pieces, strict=True), start=1):
             last = number == len(batches)
             with nullcontext() if last else processes.alone(self.model):
-                with self._autocast():
+                examples = [self.train[row] for row in piece or rows[:1]]
+                with self.trunk.serving(examples, batch), self._autocast():
                     outputs = self.task.forward(self.model, batch)
                     loss = self.task.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
                 loss_sum += loss.detach()

@@ -46,6 +46,7 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "cost": {},
         "metrics": {},
         "best": None,
+        "trunk": None,
         "command": command(settings),
         "seed": settings.training.seed,
     }

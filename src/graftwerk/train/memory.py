@@ -23,6 +23,12 @@ def numbers(device: torch.device) -> str:
     return f"this process holds {held / 2**20:.1f} GiB, {free_kilobytes / 2**20:.1f} GiB are available"
 
 
+def available() -> int | None:
+    """Bytes of memory that can be had without swapping; None where the machine does not say."""
+    kilobytes = _kilobytes("/proc/meminfo", "MemAvailable:")
+    return None if kilobytes is None else kilobytes * 1024
+
+
 def _kilobytes(path: str, field: str) -> int | None:
     try:
         for line in Path(path).read_text().splitlines():

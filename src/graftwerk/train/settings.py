@@ -67,6 +67,27 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, more time"
     )
+    trunk_cache: Literal["auto"] | bool = Field(
+        default="auto",
+        description="compute the frozen layers below the lowest adapted one once, and keep what comes out of them for "
+        "later epochs; their dropout is off then. auto: where rows are trained on more than once and stay the same",
+    )
+    trunk_cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32", description="in which hidden states are kept; the shorter types halve what they take"
+    )
+    trunk_cache_gb: float | None = Field(
+        default=None,
+        ge=0,
+        description="gigabytes of hidden states kept in memory; more goes into a file. null: a quarter of what is free",
+    )
+    trunk_cache_disk_gb: float = Field(
+        default=20.0, ge=0, description="gigabytes of hidden states in files; more is computed again at every step"
+    )
+    trunk_cache_dir: str | None = Field(
+        default=None,
+        description="folder where hidden states stay for other runs on the same rows and layers, within "
+        "trunk_cache_disk_gb; null: nothing stays when a run ends (a comparison shares them among its runs)",
+    )
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: what this hardware is fast in, found by a short probe"
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graftwerk.errors import ConfigError, DivergedError
+from graftwerk.evaluate.forward import Serve
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
@@ -32,6 +33,7 @@ class Evaluator:
         dtype: What it computes in.
         asked_to_stop: Looked at after every batch, where one process is alone; several have to stay together.
         say: Told in words when the batch is halved.
+        serve: As for `run_model`.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Evaluator:
         dtype: torch.dtype,
         asked_to_stop: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
+        serve: Serve | None = None,
     ) -> None:
         self.graft, self.task, self.tokenizer, self.processes = graft, task, tokenizer, processes
         self.batch_size, self.dtype, self.asked_to_stop, self.say = batch_size, dtype, asked_to_stop, say
+        self.serve = serve
 
     def __call__(self, examples: Sequence[Example], generation: EvaluationSettings | None = None) -> Predictions:
         """Answers in the order of the rows, on every process; the model is left in the mode it was in.
@@ -100,6 +104,7 @@ class Evaluator:
                     dtype=self.dtype,
                     on_progress=self._on_progress,
                     texts=texts,
+                    serve=self.serve,
                 )
                 return predictions
             except (MemoryError, RuntimeError) as error:

@@ -1,0 +1,520 @@
+"""The trunk once: hidden states that enter the lowest adapted layer, computed once per row and then kept.
+
+With the top k of L layers adapted, E epochs cost n [2 (L - k) + 4 k E] per token in place of n E (2 L + 2 k), for n
+weights a layer: the frozen layers below run once, before the first step, over rows sorted by length, and never again.
+
+*Whether* is a matter of settings, model and rows alone, never of the machine: where there is neither memory nor disk
+for the states, the frozen layers are computed at every step as before, in evaluation mode as they would have been for
+the cache, so that the result is the same. What is kept is a pure function of rows, weights and settings (`key`), so
+that a resumed run makes the same bytes again, and another run on the same layers can read them.
+
+Checked and not assumed: on the first rows the logits from the cache are compared with those of the plain path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk import fast
+from graftwerk.data.stream import StreamedRows
+from graftwerk.errors import GraftwerkError, UnsupportedError
+from graftwerk.evaluate.forward import autocast, evaluation_mode, to_device
+from graftwerk.inject.attach import Graft, grafts
+from graftwerk.inject.targets import Anatomy, anatomy
+from graftwerk.inject.trunk import Cut, below, draws_at_random, extras_of, find_cut, reach, set_evaluating, skipping
+from graftwerk.methods.base import Method
+from graftwerk.store.fingerprint import fingerprint
+from graftwerk.tasks.base import Example, Task
+from graftwerk.train import memory, rng
+from graftwerk.train.events import Event, Listener
+from graftwerk.train.launch import Processes
+from graftwerk.train.settings import TrainingSettings
+from graftwerk.train.stream import EncodedStream
+from graftwerk.train.trunkstore import DTYPES, ENDING, FileStates, MemoryStates, chunks, make_room, open_file
+
+ROWS, TOKENS = 64, 4096
+"""At most so many rows, and tokens with padding, are computed together."""
+TRIED = 8
+"""Rows that are computed both ways before the cache is trusted."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far the logits of both ways may be apart, relative to their norm, by the coarsest type involved."""
+FREE_SHARE = 0.25
+"""Share of the free memory that the states may take, where `trunk_cache_gb` says nothing."""
+_NOT_IN_KEY = frozenset(
+    ("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "architectures", "transformers_version",
+     "use_cache", "dtype", "pad_token_id", "output_hidden_states", "output_attentions", "classifier_dropout")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be said before anything is computed.
+
+    Attributes:
+        why_not: Why nothing is kept; None: it will be.
+        rows, tokens: Distinct rows, and their tokens.
+        bytes: Of their hidden states.
+    """
+
+    why_not: str | None
+    cut: Cut | None = None
+    rows: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        skipped, layers = (0, None) if self.cut is None else (self.cut.skipped, self.cut.depth)
+        return {
+            "on": self.why_not is None,
+            "why_not": self.why_not,
+            "layers_skipped": skipped,
+            "layers": layers,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+def plan(
+    model: Any,
+    view: Anatomy,
+    method: Method,
+    heads: Sequence[str],
+    task: Task,
+    settings: TrainingSettings,
+    kept: Sequence[Sequence[Example]],
+    passes: float,
+) -> Plan:
+    """Whether the trunk's hidden states are to be kept, and how much that is; the weights are not looked at.
+
+    Args:
+        kept: The rows by split, those of training first.
+        passes: How often each row is trained on.
+    """
+    if settings.trunk_cache is False:
+        return Plan("training.trunk_cache is false")
+    reason: str | None = None
+    if isinstance(kept[0], EncodedStream | StreamedRows):
+        reason = "the rows are streamed, and not all in memory"
+    elif redraws(task):
+        reason = "the task draws its rows anew in each epoch"
+    elif settings.packing:
+        reason = "rows are packed into one, in other company each time"
+    try:
+        cut = find_cut(model, view, method, heads)
+    except UnsupportedError as error:
+        return Plan(reason or error.what)
+    if reason is not None:
+        return Plan(reason, cut)
+    slots = _Slots(kept)
+    found = Plan(None, cut, len(slots.rows), slots.tokens, slots.tokens * cut.width * _dtype(settings).itemsize)
+    if settings.trunk_cache == "auto" and passes <= 1 and _shared_folder(settings) is None:
+        return Plan("every row is trained on at most once", cut, found.rows, found.tokens, found.bytes)
+    return found
+
+
+_shared: Path | None = None
+
+
+@contextmanager
+def sharing(folder: Path) -> Iterator[None]:
+    """Runs inside keep their hidden states in this folder, unless their settings name another, and find there those of
+    earlier ones.
+    """
+    global _shared
+    before, _shared = _shared, folder
+    try:
+        yield
+    finally:
+        _shared = before
+
+
+def _shared_folder(settings: TrainingSettings) -> Path | None:
+    return _shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
+
+
+def redraws(task: Task) -> bool:
+    """Whether rows are not the same in every epoch, as with masks that are drawn anew."""
+    first = getattr(task, "first", task)  # of several data sets
+    return type(first).collate_training is not Task.collate_training
+
+
+def _dtype(settings: TrainingSettings) -> torch.dtype:
+    return DTYPES[settings.trunk_cache_dtype]
+
+
+class _Slots:
+    """Where each row's states lie: distinct rows, longest first, one after the other."""
+
+    def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
+        distinct: dict[bytes, Example] = {}
+        named: dict[int, bytes] = {}
+        for examples in splits:
+            for example in examples:
+                name = _bytes(example)
+                named[id(example)] = name
+                distinct.setdefault(name, example)
+        self.names = sorted(distinct, key=lambda name: (-distinct[name].length, name))
+        self.rows = [distinct[name] for name in self.names]
+        starts: dict[bytes, int] = {}
+        self.tokens = 0
+        for name, row in zip(self.names, self.rows, strict=True):
+            starts[name] = self.tokens
+            self.tokens += row.length
+        self._start = {place: starts[name] for place, name in named.items()}
+        self._alive = splits  # ids are of use as long as the objects live
+
+    def start(self, example: Example) -> int | None:
+        """Its first token among those of all rows."""
+        return self._start.get(id(example))
+
+
+def _bytes(example: Example) -> bytes:
+    """What a row's hidden states depend on, as a name for it."""
+    return json.dumps(example.inputs, sort_keys=True, separators=(",", ":")).encode()
+
+
+class Trunk:
+    """Answers the trunk's layers from what is kept; where nothing is kept it stands aside.
+
+    Args:
+        folder: Where a file goes that does not fit into memory and is nobody else's; it is gone when the run ends.
+        asked_to_stop: Looked at while the states are computed.
+    """
+
+    def __init__(
+        self,
+        graft: Graft,
+        task: Task,
+        tokenizer: Any,
+        settings: TrainingSettings,
+        *,
+        dtype: torch.dtype,
+        processes: Processes,
+        folder: Path,
+        emit: Listener,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
+        self.dtype, self.processes, self.folder, self.emit = dtype, processes, folder, emit
+        self.asked_to_stop = asked_to_stop
+        self.plan = Plan("nothing is trained yet")
+        self.evaluating = False
+        """Whether the trunk is in evaluation mode while the rest trains."""
+        self._modules: list[Any] = []
+        self._states: Tensor | None = None
+        self._served_dtype, self._extras = torch.float32, -1
+        self._facts: dict[str, Any] = {}
+        self._rows_served = self._tokens_served = self._rows_computed = 0
+        self._token_seconds = self._fill_seconds = 0.0
+
+    # -- before the first step -------------------------------------------------------------------------------------
+
+    def open(self, train: Sequence[Example], validation: Sequence[Example], passes: float, step: int) -> None:
+        """Decide, compute or read the states, check them, and say so.
+
+        Args:
+            passes: How often each row is trained on.
+            step: For the events.
+
+        Raises:
+            UnsupportedError: `trunk_cache: true`, and it cannot be; the reason is given.
+        """
+        graft, settings = self.graft, self.settings
+        kept = [train, validation]
+        view = anatomy(graft.model)
+        self.plan = plan(graft.model, view, graft.method, graft.heads, self.task, settings, kept, passes)
+        try:
+            with rng.untouched(self.processes.device):
+                if self.plan.why_not is None:
+                    self._enter(view, kept, step)
+        except UnsupportedError as error:
+            self.plan = Plan(error.what, self.plan.cut)
+        if self.plan.why_not is not None and settings.trunk_cache is True:
+            raise UnsupportedError(
+                f"the layers below what trains cannot be kept: {self.plan.why_not}",
+                where="training.trunk_cache",
+                mend="auto, or false",
+            )
+        if settings.trunk_cache is not False:
+            self.emit(Event("trunk", step, text=self.said(), **self.figures()))
+
+    def _enter(self, view: Anatomy, kept: Sequence[Sequence[Example]], step: int) -> None:
+        graft, cut = self.graft, self.plan.cut
+        assert cut is not None
+        if len(grafts(graft.model)) > 1:
+            raise UnsupportedError("there are other adapters on the model")
+        slots = _Slots(kept)
+        tried = self._tried(slots)
+
+        def call() -> Any:
+            return self.task.forward(graft.model, to_device(tried, graft.model))
+
+        stacks = {stack.path for stack in view.stacks}  # where a prefix keeps its network, which nothing runs through
+        hosts = [graft.model.get_submodule(path) for path in (*graft.hosts, *graft.heads) if path not in stacks]
+        with evaluation_mode(graft.model), torch.no_grad(), autocast(graft.model, self.dtype):
+            self._modules = below(graft.model, cut, hosts, call)
+            self._extras = extras_of(graft.model, cut, call)
+            began = time.perf_counter()
+            states = reach(graft.model, cut, call)
+            self._token_seconds = (time.perf_counter() - began) / max(states.shape[0] * states.shape[1], 1)
+        if states.shape[-1] != cut.width:
+            raise UnsupportedError(f"its layers are {states.shape[-1]} wide, and its configuration says {cut.width}")
+        self._served_dtype = states.dtype
+        with autocast(graft.model, self.dtype):
+            drops = draws_at_random(graft.model, cut, self._modules, call)
+        if drops and self.settings.trunk_cache == "auto" and not AUTO_WITHOUT_DROPOUT:
+            raise UnsupportedError(
+                "these layers have dropout, which a cache would turn off; trunk_cache: true keeps them all the same"
+            )
+        self._facts["dropout_off"] = drops
+        self.evaluating = True
+        if fast.enabled("trunk"):
+            self._keep(slots, step)
+            if self._states is not None:
+                self._slots = slots
+                self._verify(slots, step)
+
+    def _tried(self, slots: _Slots) -> dict[str, Tensor]:
+        """A batch of rows of all lengths."""
+        every = max(1, len(slots.rows) // TRIED)
+        self._tried_rows = slots.rows[::every][-TRIED:]
+        return self.task.collate(self._tried_rows, self.tokenizer)
+
+    # -- computing and keeping -------------------------------------------------------------------------------------
+
+    def _keep(self, slots: _Slots, step: int) -> None:
+        """States from a file that is there, or computed now; none where there is no place for them."""
+        settings, cut = self.settings, self.plan.cut
+        assert cut is not None
+        key = self._key(slots)
+        shape, dtype = (slots.tokens, cut.width), _dtype(settings)
+        shared = _shared_folder(settings)
+        path = (shared or self.folder) / f"{key}{ENDING}"
+        began = time.perf_counter()
+        trouble: str | None = None
+        states: Tensor | None = None
+        if shared is not None:
+            states, trouble = open_file(path, key, *shape, dtype)
+            if trouble is not None:
+                self._warn(step, f"{path} is not used, and made again: {trouble}")
+            if states is not None:
+                self._facts.update(where=str(path), reused=True)
+        if not self.processes.agree(states is None):
+            self._states = states
+            return
+        in_memory = shared is None and self.processes.count == 1 and self.plan.bytes <= self._memory_limit()
+        if in_memory:
+            states = self._computed(MemoryStates(*shape, dtype), slots, step)
+            self._facts.update(where="memory", reused=False)
+        else:
+            states = self._in_file(path, key, shape, dtype, slots, step)
+        if not self.processes.agree(states is None):
+            self._states = states
+            self._fill_seconds = time.perf_counter() - began
+            self._token_seconds = self._fill_seconds / max(slots.tokens, 1)  # a better measure than one small batch
+
+    def _in_file(
+        self, path: Path, key: str, shape: tuple[int, int], dtype: torch.dtype, slots: _Slots, step: int
+    ) -> Tensor | None:
+        """Computed by the main process into a file, which all map."""
+        states: Tensor | None = None
+        if self.processes.main:
+            try:
+                limit = int(self.settings.trunk_cache_disk_gb * 1e9)
+                if self.plan.bytes > limit:
+                    raise OSError(f"{self.plan.bytes / 1e9:.2f} GB are more than training.trunk_cache_disk_gb")
+                if path.parent.is_dir():
+                    make_room(path.parent, self.plan.bytes, limit)
+                states = self._computed(FileStates(path, key, *shape, dtype), slots, step)
+                self._facts.update(where=str(path), reused=False)
+            except OSError as error:
+                self._warn(step, f"the layers below what trains are computed at every step: {error.strerror or error}")
+        self.processes.wait()
+        if not self.processes.main:
+            states, _ = open_file(path, key, *shape, dtype)
+        self.processes.wait()
+        if _shared_folder(self.settings) is None and self.processes.main:
+            with suppress(OSError):  # it stays mapped until the run ends, and then nothing of it is left
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()
+        return states
+
+    def _computed(self, sink: MemoryStates | FileStates, slots: _Slots, step: int) -> Tensor | None:
+        rows, tokens = ROWS, TOKENS
+        model = self.graft.model
+        try:
+            with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
+                done = 0
+                while done < len(slots.rows):
+                    lengths = [row.length for row in slots.rows[done:]]
+                    try:
+                        for places in chunks(lengths, rows, tokens):
+                            examples = slots.rows[done : done + len(places)]
+                            for states in self._of(examples):
+                                sink.add(states)
+                            done += len(examples)
+                            if self.asked_to_stop():
+                                sink.abandon()
+                                return None
+                            self.emit(Event("phase", step, name=self._progress(done, len(slots.rows))))
+                    except (MemoryError, RuntimeError) as error:
+                        if not memory.is_out_of_memory(error) or rows == 1:
+                            raise
+                        rows, tokens = rows // 2, tokens // 2
+                        memory.release()
+            return sink.finished()
+        except BaseException:
+            sink.abandon()
+            raise
+
+    def _of(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The states (T, d) of each row."""
+        cut, model = self.plan.cut, self.graft.model
+        assert cut is not None
+        batch = to_device(self.task.collate(examples, self.tokenizer), model)
+        states = reach(model, cut, lambda: self.task.forward(model, batch))
+        return [states[row, : example.length].to(_dtype(self.settings)).cpu() for row, example in enumerate(examples)]
+
+    def _progress(self, done: int, total: int) -> str:
+        return f"computing the frozen layers once: {done:,} of {total:,} rows"
+
+    def _memory_limit(self) -> float:
+        if self.settings.trunk_cache_gb is not None:
+            return self.settings.trunk_cache_gb * 1e9
+        return FREE_SHARE * (memory.available() or 0)
+
+    def _key(self, slots: _Slots) -> str:
+        """Stands for everything that the states depend on."""
+        import transformers
+
+        model, cut = self.graft.model, self.plan.cut
+        assert cut is not None
+        config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_IN_KEY}
+        facts = {
+            "weights": fingerprint(model),
+            "class": type(model.base_model).__name__,
+            "config": config,
+            "attention": str(getattr(model.config, "_attn_implementation", "")).removeprefix("graftwerk_"),
+            "cut": [cut.skipped, cut.shift, cut.stack.rpartition(".")[2]],
+            "types": [str(self.dtype), str(self._served_dtype), self.settings.trunk_cache_dtype],
+            "versions": [torch.__version__, transformers.__version__],
+            "machine": [self.processes.device.type, torch.get_num_threads()],
+            "chunks": [ROWS, TOKENS],
+        }
+        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
+        for name in slots.names:
+            digest.update(len(name).to_bytes(8, "little") + name)
+        return digest.hexdigest()
+
+    def _verify(self, slots: _Slots, step: int) -> None:
+        """Compare both ways on a few rows; where they differ, nothing that is kept is used."""
+        model, rows = self.graft.model, self._tried_rows
+        batch = to_device(self.task.collate(rows, self.tokenizer), model)
+        with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
+            plainly = self.task.forward(model, batch).logits.float()
+            with self.serving(rows, batch):
+                cached = self.task.forward(model, batch).logits.float()
+        self._rows_served = self._tokens_served = 0
+        apart = float((plainly - cached).norm() / plainly.norm().clamp_min(1e-12))
+        allowed = max(TOLERANCE[self.dtype], TOLERANCE[_dtype(self.settings)])
+        self._facts["difference"] = apart
+        wrong = self.processes.agree(not apart <= allowed)
+        if wrong:
+            self._states = None
+            self._facts["why_not_used"] = f"its logits differ from those of the plain path by {apart:.2g}"
+            self._warn(
+                step,
+                f"kept hidden states are not used: the logits differ from those of the plain path by {apart:.2g} of "
+                f"their norm, and {allowed:g} is allowed; the layers below what trains are computed at every step",
+            )
+
+    # -- while training and evaluating -----------------------------------------------------------------------------
+
+    def serving(self, examples: Sequence[Example], batch: Any) -> AbstractContextManager[None]:
+        """For the forward pass of a batch: the trunk in its mode, and answered from what is kept where it is."""
+        if not self.evaluating:
+            return nullcontext()
+        return self._serving(examples, batch)
+
+    @contextmanager
+    def _serving(self, examples: Sequence[Example], batch: Any) -> Iterator[None]:
+        model, cut = self.graft.model, self.plan.cut
+        assert cut is not None
+        if model.training:  # whoever switched the model to training switched the trunk too
+            set_evaluating(model, cut, self._modules)
+        states = self._assembled(examples, batch)
+        if states is None:
+            self._rows_computed += len(examples)
+            yield
+            return
+        self._rows_served += len(examples)
+        self._tokens_served += states.shape[0] * states.shape[1]
+        with skipping(model, cut, states, extras=self._extras):
+            yield
+
+    def _assembled(self, examples: Sequence[Example], batch: Any) -> Tensor | None:
+        """(B, T, d) on the device, zeros where the batch is padded; None where a row is not kept."""
+        kept = self._states
+        if kept is None or (self.plan.cut.shift and not self.graft.active):  # type: ignore[union-attr]
+            return None  # without the prefix, a decoder's text has other positions
+        rows, tokens = batch["input_ids"].shape
+        starts = [self._slots.start(example) for example in examples]
+        if rows != len(examples) or any(start is None for start in starts):
+            return None
+        device = self.processes.device
+        padded = torch.zeros(rows, tokens, kept.shape[1], dtype=kept.dtype, pin_memory=device.type == "cuda")
+        for row, (start, example) in enumerate(zip(starts, examples, strict=True)):
+            assert start is not None
+            padded[row, : example.length] = kept[start : start + example.length]
+        return padded.to(device, non_blocking=True).to(self._served_dtype)
+
+    # -- words and figures -----------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, Any]:
+        """For the log and the manifest."""
+        saved = self._tokens_served * self._token_seconds - self._fill_seconds
+        return {
+            **self.plan.to_dict(),
+            **self._facts,
+            "kept": self._states is not None,
+            "dtype": self.settings.trunk_cache_dtype,
+            "fill_seconds": self._fill_seconds,
+            "rows_served": self._rows_served,
+            "rows_computed": self._rows_computed,
+            "seconds_saved": saved if self._states is not None and self._rows_served else 0.0,
+        }
+
+    def said(self) -> str:
+        """What is done, in words."""
+        if self.plan.why_not is not None:
+            return f"no layers are skipped: {self.plan.why_not}"
+        cut = self.plan.cut
+        assert cut is not None
+        mode = "; their dropout is off" if self._facts.get("dropout_off") else ""
+        if self._states is None:
+            return f"the {cut.skipped} frozen layers of {cut.depth} are computed at every step{mode}"
+        how = "read from a file of an earlier run" if self._facts.get("reused") else "computed once"
+        where = self._facts["where"]
+        return (
+            f"the {cut.skipped} frozen layers of {cut.depth} are {how}: {self.plan.rows:,} rows, "
+            f"{self.plan.bytes / 1e6:,.1f} MB in {where}{mode}"
+        )
+
+    def _warn(self, step: int, text: str) -> None:
+        with suppress(GraftwerkError):
+            self.emit(Event("warning", step, text=text))
+
+
+AUTO_WITHOUT_DROPOUT = False
+"""Whether `auto` keeps the states of layers that have dropout, which is then off in them: docs/decisions/0012."""
