@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ def test_runs_on_the_same_layers_compute_the_others_once(
     tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_module, "Workers", InThisProcess)
+    model = tmp_path / "without-dropout"
+    shutil.copytree(tiny_encoder, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     settings = {
-        "model": str(tiny_encoder),
+        "model": str(model),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 48},
         "training": {"num_train_epochs": 1, "report_to": ["jsonl"]},
         "evaluation": {"latency_batches": 1, "resamples": 100},

@@ -70,7 +70,8 @@ class TrainingSettings(Settings):
     trunk_cache: Literal["auto"] | bool = Field(
         default="auto",
         description="compute the frozen layers below the lowest adapted one once, and keep what comes out of them for "
-        "later epochs; their dropout is off then. auto: where rows are trained on more than once and stay the same",
+        "later epochs. auto: where rows are trained on more than once and stay the same, and these layers have no "
+        "dropout; true: also where they have, which is off then",
     )
     trunk_cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="in which hidden states are kept; the shorter types halve what they take"

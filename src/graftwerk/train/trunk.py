@@ -273,7 +273,7 @@ class Trunk:
         self._served_dtype = states.dtype
         with autocast(graft.model, self.dtype):
             drops = draws_at_random(graft.model, cut, self._modules, call)
-        if drops and self.settings.trunk_cache == "auto" and not AUTO_WITHOUT_DROPOUT:
+        if drops and self.settings.trunk_cache == "auto":
             raise UnsupportedError(
                 "these layers have dropout, which a cache would turn off; trunk_cache: true keeps them all the same"
             )
@@ -514,7 +514,3 @@ class Trunk:
     def _warn(self, step: int, text: str) -> None:
         with suppress(GraftwerkError):
             self.emit(Event("warning", step, text=text))
-
-
-AUTO_WITHOUT_DROPOUT = False
-"""Whether `auto` keeps the states of layers that have dropout, which is then off in them: docs/decisions/0012."""
