@@ -3,7 +3,8 @@
 Two layouts. A *causal* model reads prompt and answer in one row; ``labels`` repeat the row's tokens where they are to
 be learnt and are -100 elsewhere, and position t predicts label t + 1. An *encoder-decoder* reads the source; its
 decoder predicts ``labels``, which the model itself shifts to the right. In both, the vocabulary head runs only where a
-label is: of a prompt of 300 tokens and an answer of 5, five rows of logits are made and not 305.
+label is: of a prompt of 300 tokens and an answer of 5, five rows of logits are made and not 305; and of these never more
+than a tile at a time (`block_loss`), where the model's head can be understood (`before_head`).
 
 Legend: B rows, T tokens, N labelled tokens of the batch, V vocabulary.
 """
@@ -20,11 +21,13 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
+from graftwerk import fast
 from graftwerk.data.reading import read_splits
 from graftwerk.data.settings import DataSettings
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.base import Example, Predictions, Splits, Task, splits_of, splits_of_stream
+from graftwerk.tasks.before_head import LabelledTokens, labelled_tokens
 from graftwerk.tasks.encoding import pad
 from graftwerk.tasks.predictions import TextPredictions
 
@@ -93,7 +96,7 @@ class TextTask(Task):
         return batch
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        """Outputs whose ``logits`` are (N, V): those that predict a label, row by row."""
+        """What `loss` and `respond` take: hidden states of the labelled tokens, or outputs whose ``logits`` are (N, V)."""
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch.get("labels")
         if labels is None:
@@ -104,6 +107,8 @@ class TextTask(Task):
         if self._layout == "encoder-decoder":
             inputs["decoder_input_ids"] = _shifted(plain, labels)
         mask = self._predicting(labels)
+        if fast.enabled() and (labelled := labelled_tokens(model, inputs, mask)) is not None:
+            return labelled
         if _keeps_logits(type(plain)):
             return model(**inputs, logits_to_keep=mask)
         outputs = model(**inputs)
@@ -121,8 +126,13 @@ class TextTask(Task):
         return model(**inputs, logits_to_keep=1) if _keeps_logits(type(plain)) else model(**inputs)
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy over the labelled tokens of the batch, in float32."""
-        return F.cross_entropy(outputs.logits.float(), self._wanted(batch["labels"]), label_smoothing=label_smoothing)
+        """Mean cross-entropy over the labelled tokens of the batch, in float32; 0 where no token is labelled."""
+        wanted = self._wanted(batch["labels"])
+        if isinstance(outputs, LabelledTokens):
+            return outputs.loss(wanted, label_smoothing)
+        if not len(wanted):
+            return outputs.logits.float().sum()
+        return F.cross_entropy(outputs.logits.float(), wanted, label_smoothing=label_smoothing)
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
         return int(self._predicting(batch["labels"]).sum())
@@ -149,7 +159,10 @@ class TextTask(Task):
         if "labels" not in batch:
             return torch.zeros(rows, 2, dtype=torch.float64)
         mask, wanted = self._predicting(batch["labels"]), self._wanted(batch["labels"])
-        each = F.cross_entropy(outputs.logits.float(), wanted, reduction="none").double()
+        if isinstance(outputs, LabelledTokens):
+            each = outputs.nll(wanted).double()
+        else:
+            each = F.cross_entropy(outputs.logits.float(), wanted, reduction="none").double()
         row = torch.arange(rows, device=mask.device)[:, None].expand_as(mask)[mask]
         summed = torch.zeros(rows, dtype=torch.float64, device=mask.device).index_add_(0, row, each)
         return torch.stack([summed, mask.sum(dim=1).double()], dim=1).cpu()

@@ -1,0 +1,159 @@
+"""The loss in tiles of the vocabulary is torch's cross-entropy, gradients and all, and never makes the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graftwerk.tasks import block_loss as module
+from graftwerk.tasks.block_loss import Head, block_loss
+
+WORDS, WIDTH = 501, 16
+
+
+def made(tokens: int = 37, *, dtype: torch.dtype = torch.float64, trained: bool = False, **shape: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=dtype, generator=generator)
+
+    hidden = draw(tokens, WIDTH).requires_grad_()
+    weight, bias = (draw(WORDS, WIDTH) * 0.5).requires_grad_(trained), draw(WORDS).requires_grad_(trained)
+    labels = torch.randint(WORDS, (tokens,), generator=generator)
+    return hidden, Head(weight, bias, draw(1, WORDS), **shape), labels
+
+
+def logits(hidden: Tensor, head: Head) -> Tensor:
+    assert head.bias is not None
+    assert head.added is not None
+    z = (hidden @ head.weight.T + head.bias + head.added) * head.scale
+    return z if head.cap is None else head.cap * torch.tanh(z / head.cap)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [{}, {"scale": 0.5}, {"cap": 3.0}, {"scale": 2.0, "cap": 3.0}])
+def test_loss_and_gradients_are_those_of_the_logits(
+    shape: dict[str, float], smoothing: float, trained: bool, weighted: bool
+) -> None:
+    hidden, head, labels = made(trained=trained, **shape)
+    weights = torch.rand(len(labels), dtype=torch.float64) if weighted else None
+    each = F.cross_entropy(logits(hidden, head), labels, reduction="none", label_smoothing=smoothing)
+    expected = each.mean() if weights is None else (each * weights).sum()
+    wanted = [hidden, head.weight, head.bias] if trained else [hidden]
+    gradients = torch.autograd.grad(expected * 3, wanted)
+    loss, nll = block_loss(hidden, head, labels, label_smoothing=smoothing, weights=weights, tile=64)
+    assert torch.allclose(loss, expected, atol=1e-12)
+    assert torch.allclose(nll, F.cross_entropy(logits(hidden, head), labels, reduction="none"), atol=1e-12)
+    for found, right in zip(torch.autograd.grad(loss * 3, wanted), gradients, strict=True):
+        assert torch.allclose(found, right, atol=1e-12)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 250, 500, 501, 1000])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("trained", [False, True])
+def test_edges_of_tiles_and_parts(
+    tile: int, tokens: int, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_ELEMENTS", 2 * tile)  # two tokens at a time
+    hidden, head, _ = made(tokens, trained=trained)
+    for label in (0, tile - 1, tile, WORDS - 1):
+        labels = torch.full((tokens,), min(label, WORDS - 1))
+        wanted = [hidden, head.weight, head.bias] if trained else [hidden]
+        expected = F.cross_entropy(logits(hidden, head), labels)
+        loss, _ = block_loss(hidden, head, labels, tile=tile)
+        assert torch.allclose(loss, expected, atol=1e-12)
+        for found, right in zip(
+            torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True
+        ):
+            assert torch.allclose(found, right, atol=1e-12)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_a_label_the_loss_is_zero_and_so_are_the_gradients(trained: bool) -> None:
+    hidden, head, labels = made(0, trained=trained)
+    loss, nll = block_loss(hidden, head, labels)
+    loss.backward()
+    assert float(loss) == 0
+    assert nll.shape == (0,)
+    assert hidden.grad is not None
+    if trained:
+        assert float(head.weight.grad.abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+    hidden, head, labels = made(dtype=dtype)
+    hidden = (hidden.detach() * 100).requires_grad_()
+    each = F.cross_entropy(
+        (hidden.float() @ head.weight.float().T + head.bias.float() + head.added.float()), labels, reduction="none"
+    )
+    loss, nll = block_loss(hidden, head, labels, tile=64)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.allclose(nll, each, rtol=1e-5 if dtype == torch.float32 else 3e-2, atol=1e-3)
+    assert bool(torch.isfinite(hidden.grad).all())
+
+
+def test_a_word_that_cannot_be_said_is_no_trouble() -> None:
+    hidden, head, _ = made(3)
+    added = torch.zeros(WORDS, dtype=torch.float64)
+    added[:70] = -torch.inf  # a whole tile
+    head = Head(head.weight, None, added)
+    labels = torch.tensor([80, 90, 500])
+    loss, _ = block_loss(hidden, head, labels, tile=64)
+    expected = F.cross_entropy(hidden @ head.weight.T + added, labels)
+    assert torch.allclose(loss, expected)
+    (found,), (right,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
+    assert torch.allclose(found, right)
+
+
+def test_under_autocast_products_are_in_its_type() -> None:
+    hidden, head, labels = made(dtype=torch.float32)
+    head = Head(head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.cross_entropy(F.linear(hidden, head.weight).float(), labels)
+        loss, _ = block_loss(hidden, head, labels, tile=64)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    (found,), (right,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, right, atol=0.02 * float(right.abs().max()))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_logits_are_never_made(smoothing: float) -> None:
+    tokens, words = 400, 16000
+    hidden = torch.randn(tokens, 8, requires_grad=True)
+    head, labels = Head(torch.randn(words, 8)), torch.randint(words, (tokens,))
+    kept: list[int] = []
+    with (
+        Largest() as seen,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t),
+    ):
+        block_loss(hidden, head, labels, label_smoothing=smoothing)[0].backward()
+    assert 0 < seen.elements <= 0.05 * tokens * words
+    assert sum(kept) <= 2 * hidden.numel()
+    with Largest() as whole:
+        F.cross_entropy(hidden @ head.weight.T, labels)
+    assert whole.elements == tokens * words
