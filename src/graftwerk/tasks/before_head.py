@@ -82,10 +82,12 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
     if hasattr(model, "_orig_mod"):  # compiled: its head is called inside
         return None
     plain = getattr(model, "module", model)
-    module = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
-    if not _is_plain(module) or _SHAPES.get(module, ()) is None:
+    module: nn.Module | None = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    if module is None or not _is_plain(module):
         return None
     known = _SHAPES.get(module)
+    if known is None and module in _SHAPES:
+        return None
     drawn = None if known is not None else _RandomState(mask.device)
     tap = _Tap(probing=known is None)
     try:
@@ -131,14 +133,15 @@ class _Tap:
         self.calls += 1
         first = args[0].detach()[(slice(0, 1),) * (args[0].dim() - 1)]
         if self.probing:
-            logits = F.linear(first, head.weight.detach())  # type: ignore[arg-type]
+            assert isinstance(head.weight, Tensor)
+            logits = F.linear(first, head.weight.detach())
             factor = LARGE / logits.float().abs().amax().clamp_min(1e-6)
             self.probe = torch.cat([first, first * factor.to(first.dtype)], dim=-2)
             return (self.probe,)
         return (first,)
 
 
-def _is_plain(head: Any) -> bool:
+def _is_plain(head: nn.Module) -> bool:
     """A linear layer that nothing is attached to: no adapter, no hook, no other forward."""
     return (
         type(head) is nn.Linear

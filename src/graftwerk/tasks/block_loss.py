@@ -151,7 +151,9 @@ class _BlockLoss(torch.autograd.Function):
             for first in range(0, len(labels), most):
                 part = slice(first, first + most)
                 tokens = _Tokens(hidden[part].to(product), labels[part], weights[part].to(sums), smoothing, tile, sums)
-                lse, picked, mean = tokens.sums_over(head, grads.hidden[part] if once else None)  # type: ignore[index]
+                lse, picked, mean = tokens.sums_over(
+                    head, grads.hidden[part] if once and grads.hidden is not None else None
+                )
                 nll[part] = lse - picked
                 each = nll[part]
                 if smoothing:

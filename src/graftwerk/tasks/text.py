@@ -3,8 +3,8 @@
 Two layouts. A *causal* model reads prompt and answer in one row; ``labels`` repeat the row's tokens where they are to
 be learnt and are -100 elsewhere, and position t predicts label t + 1. An *encoder-decoder* reads the source; its
 decoder predicts ``labels``, which the model itself shifts to the right. In both, the vocabulary head runs only where a
-label is: of a prompt of 300 tokens and an answer of 5, five rows of logits are made and not 305; and of these never more
-than a tile at a time (`block_loss`), where the model's head can be understood (`before_head`).
+label is: of a prompt of 300 tokens and an answer of 5, five rows of logits are made and not 305; and of these no more
+than a tile at a time (`block_loss`), where the model's head is understood (`before_head`).
 
 Legend: B rows, T tokens, N labelled tokens of the batch, V vocabulary.
 """
@@ -96,7 +96,7 @@ class TextTask(Task):
         return batch
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        """What `loss` and `respond` take: hidden states of the labelled tokens, or outputs whose ``logits`` are (N, V)."""
+        """What `loss` and `respond` take: the labelled tokens before the head, or outputs whose ``logits`` are (N, V)."""
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch.get("labels")
         if labels is None:
@@ -131,7 +131,7 @@ class TextTask(Task):
         if isinstance(outputs, LabelledTokens):
             return outputs.loss(wanted, label_smoothing)
         if not len(wanted):
-            return outputs.logits.float().sum()
+            return torch.as_tensor(outputs.logits).float().sum()  # nothing, but connected to the parameters
         return F.cross_entropy(outputs.logits.float(), wanted, label_smoothing=label_smoothing)
 
     def weight(self, batch: Mapping[str, Tensor]) -> int:
