@@ -167,7 +167,7 @@ class _BlockLoss(torch.autograd.Function):
         return loss, nll
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             None if grad is None else (grad * outer[0]).to(dtype)

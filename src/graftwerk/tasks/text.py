@@ -96,7 +96,7 @@ class TextTask(Task):
         return batch
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        """What `loss` and `respond` take: the labelled tokens before the head, or outputs whose ``logits`` are (N, V)."""
+        """What `loss` and `respond` take: the labelled tokens before the head, or outputs with ``logits`` (N, V)."""
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch.get("labels")
         if labels is None:
