@@ -24,6 +24,7 @@ from graftwerk.tasks.predictions import ClassPredictions
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.loop import Trainer
+from graftwerk.train.order import micro_batches
 from graftwerk.train.settings import TrainingSettings
 
 
@@ -49,7 +50,7 @@ class Bench:
     def trainer(
         self, folder: Path, *, method: Any = "lora", dropout: bool = False, validation: bool = True, **kwargs: Any
     ) -> Trainer:
-        own = {name: kwargs.pop(name) for name in ("emit", "stop", "dtype") if name in kwargs}
+        own = {name: kwargs.pop(name) for name in ("emit", "stop", "dtype", "labels") if name in kwargs}
         settings = {
             "max_steps": 8,
             "per_device_train_batch_size": 8,
@@ -130,6 +131,15 @@ def test_batch_8_once_is_batch_4_twice(bench: Bench, tmp_path: Path, method: str
         assert one == pytest.approx(GOLDEN, abs=2e-4)
     for (key, a), (_, b) in zip(whole.graft.state_dict().items(), cut.graft.state_dict().items(), strict=True):
         assert torch.allclose(a, b, atol=2e-4), key
+
+
+def test_a_step_cut_by_tokens_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
+    whole = bench.trainer(tmp_path / "a", length_group=False)
+    cut = bench.trainer(tmp_path / "b", length_group=False, per_device_train_tokens=40)
+    pieces = micro_batches(cut.rows_of(0), cut.rows_of.lengths, cut.state.micro_batch, tokens=40)
+    assert sorted(row for piece in pieces for row in piece) == sorted(whole.rows_of(0))
+    assert len(pieces) > 2
+    assert losses(whole) == pytest.approx(losses(cut), rel=1e-5)
 
 
 def test_micro_batches_count_by_their_targets(bench: Bench, tmp_path: Path) -> None:

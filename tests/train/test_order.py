@@ -44,3 +44,29 @@ def test_pieces_that_are_worked_off_together_are_of_like_length() -> None:
     shares = [micro_batches(range(8), lengths, 2, processes=2, process=p) for p in range(2)]
     assert [[lengths[row] for row in piece] for piece in shares[0]] == [[1, 2], [47, 48]]
     assert [[lengths[row] for row in piece] for piece in shares[1]] == [[3, 4], [49, 50]]
+
+
+@given(
+    lengths=rows,
+    micro=st.integers(1, 20),
+    tokens=st.integers(1, 300),
+    processes=st.integers(1, 4),
+)
+def test_cut_by_tokens(lengths: list[int], micro: int, tokens: int, processes: int) -> None:
+    step = list(range(len(lengths)))
+    shares = [
+        micro_batches(step, lengths, micro, tokens=tokens, processes=processes, process=p) for p in range(processes)
+    ]
+    pieces = [piece for share in shares for piece in share]
+    assert sorted(row for piece in pieces for row in piece) == step
+    assert len({len(share) for share in shares}) == 1, "a process would wait for ever"
+    assert all(shares[0]), "the first process has rows in every round"
+    for piece in filter(None, pieces):
+        assert len(piece) <= micro
+        assert len(piece) == 1 or max(lengths[row] for row in piece) * len(piece) <= tokens
+
+
+def test_cuts_fall_where_rows_get_longer() -> None:
+    lengths = [10, 11, 10, 50, 52, 12, 51, 100]
+    cut = micro_batches(range(8), lengths, 8, tokens=160)
+    assert [[lengths[row] for row in piece] for piece in cut] == [[10, 10, 11, 12], [50, 51, 52], [100]]

@@ -218,8 +218,8 @@ class Task(Settings):
         """Mean loss of a batch, a scalar, from the model's outputs (logits), in float32."""
 
     @abstractmethod
-    def weight(self, batch: Mapping[str, Tensor]) -> int:
-        """How many targets the mean in `loss` is over; micro-batches are weighted by it."""
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        """How many targets the mean in `loss` is over, or what they count; micro-batches are weighted by it."""
 
     @abstractmethod
     def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -7,10 +7,11 @@ first or pooled position, decoders through the last position that is not padding
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +38,8 @@ class Classification(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
     best_metric: ClassVar[str] = "accuracy"
     head: ClassVar[bool] = True
+
+    _class_weights: Tensor | None = PrivateAttr(default=None)
 
     def reading(self, columns: Sequence[str]) -> Reading:
         return READING
@@ -112,11 +115,29 @@ class Classification(Task):
         return batch
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy over the rows of the batch, in float32 whatever the model computes in."""
-        return F.cross_entropy(outputs.logits.float(), batch["labels"], label_smoothing=label_smoothing)
+        """Mean cross-entropy over the rows of the batch, in float32 whatever the model computes in; with class weights
+        the weighted mean, as torch has it.
+        """
+        weights = None if self._class_weights is None else self._class_weights.to(outputs.logits.device)
+        return F.cross_entropy(outputs.logits.float(), batch["labels"], weight=weights, label_smoothing=label_smoothing)
 
-    def weight(self, batch: Mapping[str, Tensor]) -> int:
-        return int(batch["labels"].numel())
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        labels = batch["labels"]
+        return labels.numel() if self._class_weights is None else float(self._class_weights[labels.cpu()].sum())
+
+    def weight_of(self, label: int) -> float:
+        """What a row of this class counts."""
+        return 1.0 if self._class_weights is None else float(self._class_weights[label])
+
+    def weighted(self, weights: Sequence[float]) -> Self:
+        """The task with a loss in which a row counts what its class does, for training.
+
+        Args:
+            weights: One for each class, in the order of their ids.
+        """
+        bound = self.model_copy()
+        bound._class_weights = torch.tensor(weights, dtype=torch.float32)
+        return bound
 
     def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The logits, (rows, classes)."""

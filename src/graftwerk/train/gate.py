@@ -133,7 +133,9 @@ def first_batch(
         group=training.length_group,
         draw=sampler_of(settings, task, examples),
     )
-    chosen = [examples[row] for row in micro_batches(rows_of(0), rows_of.lengths, size)[0]]
+    tokens = training.per_device_train_tokens
+    pieces = micro_batches(rows_of(0), rows_of.lengths, size if tokens is None else rows_per_step, tokens=tokens)
+    chosen = [examples[row] for row in pieces[0]]
     batch = task.collate(chosen, tokenizer)
     shown = []
     causal = isinstance(task, TextTask) and task.layout == "causal"

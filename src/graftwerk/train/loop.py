@@ -24,6 +24,7 @@ from graftwerk.tasks.base import Example, Predictions, Task
 from graftwerk.tasks.packing import check_packing, pack
 from graftwerk.train import memory, optim, rng
 from graftwerk.train.checkpoint import Checkpoints, Snapshot
+from graftwerk.train.class_weights import weighted_task
 from graftwerk.train.clock import Clock
 from graftwerk.train.diagnosis import Diagnosis
 from graftwerk.train.events import Event, Listener
@@ -49,7 +50,8 @@ class Trainer:
         stored in checkpoints as it is. dtype: What forward passes compute in; anything but float32 means autocast.
         prior_loss: As for `Diagnosis`. processes: Those that train together; None: as this one was launched.
         max_length: Tokens of a packed row; None: those of the longest row.
-        draw: The rows of each epoch, for several data sets; None: every row once.
+        draw: The rows of each epoch, for several data sets; None: every row once. labels: The classes' names by their
+        ids, where `training.class_weights` needs them.
 
     Raises:
         ConfigError: settings that ask for validation rows where there are none.
@@ -76,10 +78,13 @@ class Trainer:
         processes: Processes | None = None,
         max_length: int | None = None,
         draw: Sampler | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         check_settings(settings, bool(validation), task)
         self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
         self.train, self.validation = train, validation
+        self.learnt = weighted_task(settings, task, labels, train)
+        """The task with the loss of training, which class weights change; evaluation has that of `task`."""
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
         self.processes = processes or Processes()
@@ -122,7 +127,10 @@ class Trainer:
             method=graft.method.name,
             prior_loss=prior_loss,
         )
-        self.state = TrainState(step=0, micro_batch=settings.per_device_train_batch_size)
+        micro_batch = settings.per_device_train_batch_size
+        if settings.per_device_train_tokens is not None:  # tokens bound a micro-batch, and rows only the step
+            micro_batch *= settings.gradient_accumulation_steps
+        self.state = TrainState(step=0, micro_batch=micro_batch)
         self.best_predictions: tuple[int, Predictions] | None = None
         """Step and validation predictions of the best state, if this process made them."""
         self.first_step_at: float | None = None
@@ -224,11 +232,16 @@ class Trainer:
         """
         processes = self.processes
         pieces = micro_batches(
-            rows, self.rows_of.lengths, self.state.micro_batch, processes=processes.count, process=processes.index
+            rows,
+            self.rows_of.lengths,
+            self.state.micro_batch,
+            tokens=self.settings.per_device_train_tokens,
+            processes=processes.count,
+            process=processes.index,
         )
         # A process without rows left takes part with weight zero: the others wait for its gradients.
         batches = [self._batch(piece or rows[:1]) for piece in pieces]
-        weights = [self.task.weight(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
+        weights = [self.learnt.weight(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
         total = float(sum(weights))
         if processes.count > 1:
             total = processes.sum(torch.tensor(total, device=self.device)).item()
@@ -238,8 +251,8 @@ class Trainer:
             last = number == len(batches)
             with nullcontext() if last else processes.alone(self.model):
                 with self._autocast():
-                    outputs = self.task.forward(self.model, batch)
-                    loss = self.task.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
+                    outputs = self.learnt.forward(self.model, batch)
+                    loss = self.learnt.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
                 loss_sum += loss.detach()
                 # Several processes' gradients are averaged, and the mean is over all rows: hence times their number.
                 processes.accelerator.backward(self.scaler.scale(loss * processes.count))

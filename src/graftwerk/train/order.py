@@ -98,15 +98,29 @@ class StepRows:
 
 
 def micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], micro: int, *, processes: int = 1, process: int = 0
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    micro: int,
+    *,
+    tokens: int | None = None,
+    processes: int = 1,
+    process: int = 0,
 ) -> list[list[int]]:
     """One process's share of a step, as micro-batches of at most ``micro`` rows.
 
     The step's rows are sorted by length and cut into equal pieces, dealt out so that processes working at the same
     time have pieces of like length. All processes get the same number of pieces; in a step with fewer rows than
     pieces some are empty.
+
+    Args:
+        tokens: Of a micro-batch, padding counted; None: any number. Pieces are then cut where rows get longer, not
+            equal; a row with more tokens stands alone.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
+    if tokens is not None:
+        pieces_of = _cut_by_tokens(ordered, lengths, micro, tokens)
+        pieces_of += [[]] * (-len(pieces_of) % processes)
+        return pieces_of[process::processes]
     rounds = math.ceil(len(ordered) / (micro * processes))
     pieces = rounds * processes
     size, larger = divmod(len(ordered), pieces)
@@ -114,3 +128,23 @@ def micro_batches(
     for piece in range(pieces):
         cuts.append(cuts[-1] + size + (piece < larger))
     return [ordered[cuts[piece] : cuts[piece + 1]] for piece in range(process, pieces, processes)]
+
+
+def _cut_by_tokens(ordered: Sequence[int], lengths: Sequence[int], micro: int, tokens: int) -> list[list[int]]:
+    """As few pieces as the bounds allow, and of these the ones with least padding.
+
+    Args:
+        ordered: Rows by length, shortest first.
+    """
+    # best[j]: pieces and padded tokens of the first j rows, and where the last of the pieces begins
+    best: list[tuple[int, int, int]] = [(0, 0, 0)]
+    for end in range(1, len(ordered) + 1):
+        longest = lengths[ordered[end - 1]]
+        first = max(0, end - max(1, min(micro, tokens // longest)))
+        best.append(min((best[at][0] + 1, best[at][1] + longest * (end - at), at) for at in range(first, end)))
+    cut: list[list[int]] = []
+    end = len(ordered)
+    while end:
+        cut.append(list(ordered[best[end][2] : end]))
+        end = best[end][2]
+    return cut[::-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from graftwerk.inject.attach import Graft, attach
 from graftwerk.methods.base import Method
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.train import rng
+from graftwerk.train.class_weights import weighted_task
 from graftwerk.train.events import Event, Listener
 from graftwerk.train.stream import EncodedStream
 from graftwerk.train.validation import check_settings
@@ -91,7 +92,9 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     if splits.labels is not None:
         train = examples["train"]
         targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
-        prior_loss = _prior_loss(targets, len(splits.labels), settings.training.label_smoothing)
+        learnt = weighted_task(settings.training, task, splits.labels, train)
+        counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
+        prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
     method = _with_text(settings.method, tokenizer)
     return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
 
@@ -159,7 +162,7 @@ def _with_text(method: Method, tokenizer: Any) -> Method:
     return with_ids
 
 
-def _prior_loss(counts: Counter[Any], classes: int, smoothing: float) -> float | None:
+def _prior_loss(counts: Mapping[Any, float], classes: int, smoothing: float) -> float | None:
     """Entropy of the label frequencies, in nats: the least loss that is to be had without reading a row."""
     total = sum(counts.values())
     shares = [(1 - smoothing) * counts.get(label, 0) / total + smoothing / classes for label in range(classes)]

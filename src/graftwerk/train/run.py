@@ -178,6 +178,7 @@ class _Work:
             processes=self.processes,
             max_length=prepared.max_length,
             draw=sampler_of(settings, prepared.task, prepared.examples["train"]),
+            labels=prepared.splits.labels or (),
         )
         self.manifest = opening(settings, prepared, graft, identity["base"])
         if self.processes.main:

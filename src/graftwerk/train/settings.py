@@ -31,6 +31,11 @@ class TrainingSettings(Settings):
         validation_alias=AliasChoices("per_device_train_batch_size", "batch_size"),
         description="rows a step and device",
     )
+    per_device_train_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="tokens of a forward pass, padding counted; a step's rows stay the same and are cut into pieces of "
+        "like length; a row that is longer goes alone. none: pieces of per_device_train_batch_size rows",
+    )
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="micro-batches summed into one optimizer step"
     )
@@ -56,6 +61,11 @@ class TrainingSettings(Settings):
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="clip the global gradient norm; null: never")
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of each target that is spread over all labels"
+    )
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="classification: what a row of each class counts in the training loss; balanced: the inverse of "
+        "how frequent its class is; classes that are not named count 1",
     )
     length_group: bool = Field(
         default=True, description="batch rows of like length, so that hardly anything is padding"

@@ -14,6 +14,7 @@ from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
 from graftwerk.tasks.text import TextTask
 from graftwerk.train import memory
+from graftwerk.train.class_weights import check_class_weights
 from graftwerk.train.launch import Processes
 from graftwerk.train.settings import TrainingSettings
 
@@ -151,6 +152,7 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
             where="training.packing",
             mend="leave it out",
         )
+    check_class_weights(settings, task)
     known = ("loss", *task.metrics)
     if settings.metric_for_best is not None and settings.metric_for_best not in known:
         raise ConfigError(
