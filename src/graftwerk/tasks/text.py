@@ -107,7 +107,7 @@ class TextTask(Task):
         if self._layout == "encoder-decoder":
             inputs["decoder_input_ids"] = _shifted(plain, labels)
         mask = self._predicting(labels)
-        if fast.enabled() and (labelled := labelled_tokens(model, inputs, mask)) is not None:
+        if fast.enabled("loss") and (labelled := labelled_tokens(model, inputs, mask)) is not None:
             return labelled
         if _keeps_logits(type(plain)):
             return model(**inputs, logits_to_keep=mask)
