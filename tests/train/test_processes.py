@@ -18,6 +18,7 @@ import pytest
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.run import Run, train
+from tests.tasks.test_causal import tree
 from tests.train.children import Child, log_of
 
 Tree = dict[str, Any]
@@ -83,6 +84,24 @@ def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, t
     assert one["metrics"]["test"]["accuracy"] == two["metrics"]["test"]["accuracy"]
     generators = Checkpoints(tmp_path / "two" / "checkpoints").load(10).rng
     assert {name.split(".")[0] for name in generators} == {"0", "1"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_losses_without_logits_are_shared_out_too(
+    method: str, tiny_decoder: Path, glosses: Path, tmp_path: Path
+) -> None:
+    """With `full` the head is trained, by a gradient that the loss itself makes."""
+    trees = {}
+    for name, size in (("two", 6), ("one", 12)):
+        training = {"per_device_train_batch_size": size, "learning_rate": 1e-3, "compute_type": "float32"}
+        trees[name] = tree(tiny_decoder, glosses, tmp_path / name, "causal", method, **training)
+    assert [child.wait() for child in together(lambda rank: train(trees["two"]))] == [0, 0]
+    train(trees["one"])
+    one, two = (log_of(tmp_path / name, "step") for name in ("one", "two"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
 def test_a_signal_to_one_process_stops_both_and_they_resume_together(
