@@ -18,7 +18,7 @@ import pytest
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.run import Run, train
-from tests.tasks.test_causal import tree
+from tests.tasks.test_causal import tree as causal_tree
 from tests.train.children import Child, log_of
 
 Tree = dict[str, Any]
@@ -94,7 +94,7 @@ def test_losses_without_logits_are_shared_out_too(
     trees = {}
     for name, size in (("two", 6), ("one", 12)):
         training = {"per_device_train_batch_size": size, "learning_rate": 1e-3, "compute_type": "float32"}
-        trees[name] = tree(tiny_decoder, glosses, tmp_path / name, "causal", method, **training)
+        trees[name] = causal_tree(tiny_decoder, glosses, tmp_path / name, "causal", method, **training)
     assert [child.wait() for child in together(lambda rank: train(trees["two"]))] == [0, 0]
     train(trees["one"])
     one, two = (log_of(tmp_path / name, "step") for name in ("one", "two"))
