@@ -83,8 +83,7 @@ class Trainer:
         check_settings(settings, bool(validation), task)
         self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
         self.train, self.validation = train, validation
-        self.learnt = weighted_task(settings, task, labels, train)
-        """The task with the loss of training, which class weights change; evaluation has that of `task`."""
+        self._weighted = None if settings.class_weights is None else weighted_task(settings, task, labels, train)
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
         self.processes = processes or Processes()
@@ -165,6 +164,11 @@ class Trainer:
     def done(self) -> bool:
         patience = self.settings.early_stopping_patience
         return self.state.step >= self.total_steps or (patience is not None and self.state.stale >= patience)
+
+    @property
+    def learnt(self) -> Task:
+        """The task with the loss of training, which class weights change; evaluation has that of `task`."""
+        return self._weighted or self.task
 
     def hand_over(self) -> int:
         """Put the best evaluated state into the graft, where the settings say so; gives the step it is of."""
