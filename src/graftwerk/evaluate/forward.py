@@ -44,7 +44,7 @@ def run_model(
     order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
     answers: list[Tensor | None] = [None] * len(examples)
     losses: list[float] = []
-    weights: list[int] = []
+    weights: list[float] = []
     with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

@@ -14,6 +14,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.inject.attach import Graft, attach
 from graftwerk.methods.base import Method
 from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.tasks.classification import Classification
 from graftwerk.train import rng
 from graftwerk.train.class_weights import weighted_task
 from graftwerk.train.events import Event, Listener
@@ -93,7 +94,9 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         train = examples["train"]
         targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
         learnt = weighted_task(settings.training, task, splits.labels, train)
-        counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
+        counts: dict[Any, float] = dict(targets)
+        if isinstance(learnt, Classification):  # so much does a class weigh in the loss that is compared with it
+            counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
         prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
     method = _with_text(settings.method, tokenizer)
     return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
