@@ -26,9 +26,9 @@ def measure(options: Options) -> list[Row]:
     model.train()  # lora_dropout is 0
     task = Causal()
     rows = []
+    unlabelled = material.token_batch(material.SMOLLM2, 2 if options.quick else 4, 32 if options.quick else 128)
     for share in (0.3,) if options.quick else (0.3, 1.0):
-        batch = material.token_batch(material.SMOLLM2, 2 if options.quick else 4, 32 if options.quick else 128)
-        batch = material.labelled(batch, share)
+        batch = material.labelled(unlabelled, share)
 
         def ours(batch: dict[str, Any] = batch) -> torch.Tensor:
             return task.loss(task.forward(model, batch), batch)
