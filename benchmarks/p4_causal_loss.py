@@ -26,9 +26,9 @@ def measure(options: Options) -> list[Row]:
     model.train()  # lora_dropout is 0
     task = Causal()
     rows = []
+    unlabelled = material.token_batch(material.SMOLLM2, 2 if options.quick else 4, 32 if options.quick else 128)
     for share in (0.3,) if options.quick else (0.3, 1.0):
-        batch = material.token_batch(material.SMOLLM2, 2 if options.quick else 4, 32 if options.quick else 128)
-        batch = material.labelled(batch, share)
+        batch = material.labelled(unlabelled, share)
 
         def ours(batch: dict[str, Any] = batch) -> torch.Tensor:
             return task.loss(task.forward(model, batch), batch)
@@ -37,30 +37,26 @@ def measure(options: Options) -> list[Row]:
             loss: torch.Tensor = model(**batch, use_cache=False).loss
             return loss
 
+        def in_float64(batch: dict[str, Any] = batch) -> torch.Tensor:
+            """What both sides round: the same hidden states, head and loss in float64."""
+            labelled, wanted = task.forward(model, batch), batch["labels"][:, 1:]
+            logits = labelled.hidden.double() @ labelled.head.weight.detach().double().T
+            return torch.nn.functional.cross_entropy(logits, wanted[wanted != -100])
+
         losses, gradients = {}, {}
-        for name, side in {"ours": ours, "peer": theirs}.items():
+        for name, side in {"ours": ours, "peer": theirs, "exact": in_float64}.items():
             model.zero_grad()
             loss = side()
             loss.backward()
             losses[name] = float(loss.detach())
             gradients[name] = torch.cat([parameter.grad.flatten() for parameter in graft.parameters()])
-        with torch.no_grad():
-            labelled = task.forward(model, batch)
-            exact = float(
-                torch.nn.functional.cross_entropy(
-                    labelled.hidden.double() @ labelled.head.weight.double().T,
-                    batch["labels"][:, 1:][batch["labels"][:, 1:] != -100],
-                )
-            )
-        # Rounding in float32 is relative: of a loss of 10 the last bit is 1e-6.
-        difference = abs(losses["ours"] - losses["peer"]) / losses["peer"]
-        off = {name: abs(loss - exact) / exact for name, loss in losses.items()}
-        expect(
-            difference <= 1e-6 or off["ours"] <= max(1e-6, off["peer"]),
-            f"the losses differ by {difference:.2g} of {exact:.6g}; from float64: {off}",
-        )
-        apart = float((gradients["ours"] - gradients["peer"]).abs().max() / gradients["peer"].abs().max())
-        expect(apart <= 1e-5, f"the gradients differ by {apart:.2g} of the largest")
+        largest = gradients["exact"].abs().max()
+        off = {name: abs(losses[name] / losses["exact"] - 1) for name in ("ours", "peer")}
+        bent = {name: float((gradients[name] - gradients["exact"]).abs().max() / largest) for name in ("ours", "peer")}
+        # The peer is no measure of what is right: torch's softmax over 49,152 words in float32 is further off.
+        expect(off["ours"] <= 1e-6, f"the loss is off by {off['ours']:.2g} of {losses['exact']:.6g}; {off}")
+        expect(off["peer"] <= 1e-5, f"transformers' loss is another: off by {off['peer']:.2g}")
+        expect(bent["ours"] <= 1e-5, f"the gradients are off by {bent['ours']:.2g} of the largest; {bent}")
 
         def step(side: Callable[[], torch.Tensor]) -> Callable[[], object]:
             return lambda: side().backward()
@@ -73,15 +69,27 @@ def measure(options: Options) -> list[Row]:
             "batch": f"{batch['input_ids'].shape[0]} x {batch['input_ids'].shape[1]} tokens, {share:.0%} labelled",
             "adapter": "LoRA r 8, all-linear, on both sides, without dropout",
             "peer": "model(input_ids, attention_mask, labels=labels, use_cache=False).loss",
-            "loss": exact,
-            "loss difference, relative": difference,
-            "difference from the loss in float64, relative": off,
-            "gradient difference, of the largest": apart,
+            "loss": losses,
+            "loss, relative difference from float64": off,
+            "gradients, difference from float64, of the largest": bent,
         }
         held = {name: _held_by_loss(model, batch, name == "ours") for name in ("ours", "peer")}
         of_logits = held["ours"] / (tokens * words * 4)
         what = f"SmolLM2 {batch['input_ids'].shape[0]}x{batch['input_ids'].shape[1]}, {share:.0%} labelled"
         rows += [
+            Row(
+                goal="P4",
+                what=f"{what}: loss, relative difference from float64",
+                ours=off["ours"],
+                peer=off["peer"],
+                unit="of the loss",
+                ratio=None,
+                target="at most 1e-6",
+                reached=off["ours"] <= 1e-6,
+                settings=shared,
+                note=f"the two sides differ by {abs(losses['ours'] / losses['peer'] - 1):.2g}, by the rounding of "
+                "torch's softmax over all words; both are compared with the same head and loss in float64",
+            ),
             Row(
                 goal="P4",
                 what=f"{what}: step time",
