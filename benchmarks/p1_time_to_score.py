@@ -13,8 +13,8 @@ It can be run in pieces: every run is a line of results/P1_runs.jsonl as soon as
 all lines with the settings, the machine and the versions of now. Seeds that a side is lacking are left out on both.
 
 Movie snippets are those of examples/movies.yaml; ours was chosen on the set ``tuning``, of whose rows (defaults.py)
-none is measured here, and which gives no rows of results. WordNet's glosses are read from ``--glosses FILE`` (JSON lines
-with text and label); without it, that set is left out.
+none is measured here, and which gives no rows of results. WordNet's glosses are read from ``--glosses FILE``
+(JSON lines with text and label); without it, that set is left out.
 """
 
 from __future__ import annotations
