@@ -170,8 +170,8 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
             runs[side].setdefault(line["epochs"], {})[line["seed"]] = line
     whole = [each for side in ("ours", "lengths") for each in runs[side].values()]
     seeds = sorted(set.intersection(*(set(each) for each in whole))) if whole else []
-    if not seeds or not all(max(BUDGETS[side]) in runs[side] for side in ("ours", "lengths")):
-        return []
+    if not seeds or not runs["ours"] or set(runs["lengths"]) != set(BUDGETS["lengths"]):
+        return []  # a peer without all of its budgets might have been there sooner
     curves = {
         side: {
             epochs: (
@@ -191,6 +191,8 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
     mine = first("ours")
     ours_at = curves["ours"][mine or max(curves["ours"])]
     short = "" if mine else f"ours ends at {ours_at[1]:.3f}, below the score of {score:.3f}"
+    if unrun := sorted(set(BUDGETS["ours"]) - set(runs["ours"])):
+        short = "; ".join(filter(None, [short, f"ours was not run with {', '.join(map(str, unrun))} epochs"]))
     shown = {
         side: {f"{epochs} epochs": {"s": round(at[0], 2), "accuracy": round(at[1], 4)} for epochs, at in curve.items()}
         for side, curve in curves.items()

@@ -70,6 +70,14 @@ def test_pieces_add_up_and_a_run_made_again_takes_the_place_of_the_former() -> N
     assert results("movies", "float32", lacking, MACHINE)[0].settings["seeds"] == [0, 1]
 
 
+def test_a_peer_without_all_of_its_budgets_gives_no_row_and_ours_says_what_was_not_run() -> None:
+    assert (
+        results("movies", "float32", [r for r in made() if (r["side"], r["epochs"]) != ("lengths", 2)], MACHINE) == []
+    )
+    lines = [line for line in made() if (line["side"], line["epochs"]) != ("ours", 3)]
+    assert "not run with 3 epochs" in results("movies", "float32", lines, MACHINE)[0].note
+
+
 @pytest.mark.parametrize("change", [{"machine": {"cpu": "B"}}, {"settings": {}}, {"set": "imdb"}])
 def test_runs_of_another_machine_or_with_other_settings_do_not_count(change: dict[str, Any]) -> None:
     assert results("movies", "float32", [{**line, **change} for line in made()], MACHINE) == []
