@@ -43,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default=None, help="for instance 0,1 (as many as --repeats)")
     parser.add_argument("--sides", default="ours,lengths,usual")
     parser.add_argument("--budgets", default=None, help="only these epochs, for instance 1,2")
+    parser.add_argument("--rows-only", action="store_true", help="run nothing: make the rows of the kept runs")
     parser.add_argument("--usual-steps", type=int, default=40, help="steps of the usual recipe; 0: all")
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--glosses", type=Path, default=None)
@@ -98,6 +99,9 @@ def measure(options: Options) -> list[Row]:
     seeds = [int(seed) for seed in given.seeds.split(",")] if given.seeds else list(range(options.repeats))
     found: list[Row] = []
     for name in ["movies"] if options.quick else given.sets.split(","):
+        if given.rows_only:
+            found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
+            continue
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             sizes = (128, 64) if options.quick else (2000, given.test_rows)
@@ -193,6 +197,8 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
     short = "" if mine else f"ours ends at {ours_at[1]:.3f}, below the score of {score:.3f}"
     if unrun := sorted(set(BUDGETS["ours"]) - set(runs["ours"])):
         short = "; ".join(filter(None, [short, f"ours was not run with {', '.join(map(str, unrun))} epochs"]))
+    if len(seeds) < 3:
+        short = "; ".join(filter(None, [short, f"of {len(seeds)} seed{'s'[: len(seeds) - 1]} only"]))
     shown = {
         side: {f"{epochs} epochs": {"s": round(at[0], 2), "accuracy": round(at[1], 4)} for epochs, at in curve.items()}
         for side, curve in curves.items()

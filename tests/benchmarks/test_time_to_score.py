@@ -67,7 +67,11 @@ def test_pieces_add_up_and_a_run_made_again_takes_the_place_of_the_former() -> N
     assert row.ours == 22.0
     assert row.worst["ours"] == 100.0
     lacking = [line for line in pieces if (line["side"], line["epochs"], line["seed"]) != ("ours", 3, 2)]
-    assert results("movies", "float32", lacking, MACHINE)[0].settings["seeds"] == [0, 1]
+    few = results("movies", "float32", lacking, MACHINE)[0]
+    assert few.settings["seeds"] == [0, 1]
+    assert few.note == "of 2 seeds only"
+    assert results("movies", "float32", made((0,)), MACHINE)[0].note == "of 1 seed only"
+    assert results("movies", "float32", pieces, MACHINE)[0].note == ""
 
 
 def test_a_peer_without_all_of_its_budgets_gives_no_row_and_ours_says_what_was_not_run() -> None:
