@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import harness
 from benchmarks.harness import RESULTS
-from benchmarks.p1_time_to_score import BUDGETS, RUNS, kept, results, settings_of
+from benchmarks.p1_time_to_score import BUDGETS, RUNS, arguments, kept, measure, results, settings_of
 from benchmarks.sides_of_p1 import SETTINGS
 
 MACHINE = {"cpu": "A", "cores": 2}
@@ -104,6 +106,16 @@ def test_every_committed_run_is_whole_and_gives_the_committed_rows() -> None:
         name = row["what"].split(",")[0]
         again = {each.what: each for each in results(name, compute, lines, committed["machine"])}[row["what"]]
         assert (again.ours, again.peer, again.ratio) == pytest.approx((row["ours"], row["peer"], row["ratio"]))
+
+
+def test_a_piece_that_makes_no_row_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["p1", "--rows-only"])
+    monkeypatch.setattr(harness, "write", lambda *_, **__: pytest.fail("results without rows were written"))
+    with pytest.raises(SystemExit) as ended:
+        harness.main("P1", measure, arguments, keep=True)
+    assert ended.value.code == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_of_a_side_are_its_own() -> None:
