@@ -1,14 +1,20 @@
 """P1: time to the same held-out score, from the start of the process to the saved adapter.
 
-    python -m benchmarks.p1_time_to_score [--sets movies,glosses,imdb] [--seeds 0,1,2,3,4] [--usual-steps 40] [--quick]
+    python -m benchmarks.p1_time_to_score [--sets movies,glosses,imdb] [--seeds 0,1,2,3,4] [--sides ours,lengths,usual]
 
-Each side trains in a process of its own, interleaved, and is measured on the same held-out rows along the way, outside
-the clock. The score to reach is what PEFT under Trainer with dynamic padding and length groups has at its end, on
-average over the seeds; its time is that of the first point at which its own average is there. The usual recipe (every
-row padded to 256, batch 8) is run for ``--usual-steps`` steps and extrapolated by steps to its three epochs, unless
-``--usual-steps 0`` has it run whole. Rows are none that any published figure or default was chosen on (defaults.py).
+Each run is a whole training with a schedule of its own, in a process of its own, interleaved; it is measured on the
+same held-out rows outside the clock. Every side is given its budgets of epochs, decided before anything was measured
+(`BUDGETS`). The score to reach is what PEFT under Trainer with dynamic padding and length groups has on average after
+its largest budget; a side's time is the median of its smallest budget whose average score is there. The usual recipe
+(every row padded to 256, batch 8) is run for ``--usual-steps`` steps and extrapolated by steps to its three epochs,
+unless ``--usual-steps 0`` has it run whole.
 
-WordNet's glosses are read from ``--glosses FILE`` (JSON lines with text and label); without it, that set is left out.
+It can be run in pieces: every run is a line of results/P1_runs.jsonl as soon as it has ended, and the rows are made of
+all lines with the settings, the machine and the versions of now. Seeds that a side is lacking are left out on both.
+
+Movie snippets are those of examples/movies.yaml; ours was chosen on the set ``tuning``, of whose rows (defaults.py)
+none is measured here, and which gives no rows of results. WordNet's glosses are read from ``--glosses FILE``
+(JSON lines with text and label); without it, that set is left out.
 """
 
 from __future__ import annotations
@@ -24,30 +30,45 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from benchmarks.harness import Options, Row, expect
+from benchmarks.harness import ROOT, Options, Row, expect
 from benchmarks.sides_of_p1 import SETTINGS
 
 TARGETS = {"lengths": 2.0, "usual": 12.0}
+BUDGETS = {"ours": (1, 2, 3), "lengths": (1, 2, 3), "usual": (3,)}
+RUNS = "P1_runs.jsonl"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sets", default="movies,glosses,imdb")
+    parser.add_argument("--sets", default="movies,glosses,imdb", help="of movies, glosses, imdb, tuning")
     parser.add_argument("--seeds", default=None, help="for instance 0,1 (as many as --repeats)")
-    parser.add_argument("--peers", default="lengths,usual")
+    parser.add_argument("--sides", default="ours,lengths,usual")
+    parser.add_argument("--budgets", default=None, help="only these epochs, for instance 1,2")
+    parser.add_argument("--rows-only", action="store_true", help="run nothing: make the rows of the kept runs")
     parser.add_argument("--usual-steps", type=int, default=40, help="steps of the usual recipe; 0: all")
     parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--glosses", type=Path, default=None)
-    parser.add_argument("--method", default=None, help="ours: another method, as JSON")
+    parser.add_argument("--compute-type", default="float32", help="of every side: float32 or bfloat16")
+    parser.add_argument("--ours", type=json.loads, default={}, help="ours: other settings, as JSON (for tuning)")
 
 
 def rows(name: str, glosses: Path | None, folder: Path, train: int, test: int) -> bool:
     """Write train.jsonl and test.jsonl; False where the data is not there."""
     if name == "movies":
+        from graftwerk.config import RunConfig
+
+        config = RunConfig.load(ROOT / "examples" / "movies.yaml")
+        splits = config.task.read(config.data)
+        parts = [[{"text": row["text"], "label": row["label"]} for row in part]
+                 for part in (splits.train, [*splits.validation, *splits.test])]  # fmt: skip
+        for part in parts:
+            random.Random(5).shuffle(part)
+        put(folder, parts[0][:train], parts[1][:test])
+        return True
+    if name == "tuning":
         from benchmarks.defaults import rows as unused
 
         files = [file.read_text(encoding="utf-8").splitlines() for file in unused(folder)]
         found = [json.loads(line) for file in files for line in file]
-        random.Random(5).shuffle(found)
     elif name == "imdb":
         from graftwerk.data.settings import DataSettings
         from graftwerk.tasks.classification import Classification
@@ -64,96 +85,156 @@ def rows(name: str, glosses: Path | None, folder: Path, train: int, test: int) -
         random.Random(5).shuffle(found)
     else:
         return False
-    for file, part in (("train.jsonl", found[:train]), ("test.jsonl", found[train : train + test])):
-        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    put(folder, found[:train], found[train : train + test])
     return True
 
 
-def average(runs: Sequence[dict[str, Any]]) -> list[list[float]]:
-    """(seconds, steps, accuracy) at each point, averaged over the seeds."""
-    return [
-        [statistics.mean(values) for values in zip(*at, strict=True)]
-        for at in zip(*(r["points"] for r in runs), strict=True)
-    ]
-
-
-def first_at(points: Sequence[Sequence[float]], score: float) -> float | None:
-    return next((seconds for seconds, _, accuracy in points if accuracy >= score), None)
+def put(folder: Path, train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> None:
+    for file, part in (("train.jsonl", train), ("test.jsonl", test)):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
 
 
 def measure(options: Options) -> list[Row]:
     given = options.extra
     seeds = [int(seed) for seed in given.seeds.split(",")] if given.seeds else list(range(options.repeats))
-    names = ["movies"] if options.quick else given.sets.split(",")
     found: list[Row] = []
-    for name in names:
+    for name in ["movies"] if options.quick else given.sets.split(","):
+        if given.rows_only:
+            found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
+            continue
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             sizes = (128, 64) if options.quick else (2000, given.test_rows)
             if not rows(name, given.glosses, folder, *sizes):
                 print(f"P1: {name} is left out: no --glosses FILE", file=sys.stderr)
                 continue
-            found += one_set(name, folder, seeds, options)
+            one_set(name, folder, seeds, options)
+        if options.quick or name == "tuning":
+            continue
+        found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
+    if not found and not options.quick:
+        print("P1: the runs are kept; no row can be made of them yet", file=sys.stderr)
+        raise SystemExit(0)  # a file of results without rows would be none
     return found
 
 
-def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> list[Row]:
+def settings_of(side: str, options: argparse.Namespace) -> dict[str, Any]:
+    chosen = {**SETTINGS[side], "compute_type": options.compute_type, **(options.ours if side == "ours" else {})}
+    return {key: value for key, value in chosen.items() if key != "epochs"}
+
+
+def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> None:
+    """Run every side with every budget and seed; each run becomes a line of the runs as soon as it has ended."""
     given, quick = options.extra, options.quick
-    peers = given.peers.split(",")
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("ours", *peers)}
     for seed in seeds:
-        for side in runs:
-            if side == "usual" and given.usual_steps and runs["usual"]:
-                continue  # it is extrapolated: once is enough
-            steps = 4 if quick else given.usual_steps if side == "usual" and given.usual_steps else None
-            every = 2 if quick else 31 if side != "usual" else max(given.usual_steps, 62)
-            command = [sys.executable, "-m", "benchmarks.sides_of_p1", side, str(folder), "--seed", str(seed)]
-            command += ["--evaluate-every", str(every), *(["--steps", str(steps)] if steps else [])]
-            if side == "ours" and given.method:
-                command += ["--method", given.method]
-            result = harness.spawn(command).result()
-            expect(
-                bool(result["points"]) and all(0 <= point[2] <= 1 for point in result["points"]), f"{side}: no points"
+        for epochs in [3, 2, 1]:
+            if given.budgets and str(epochs) not in given.budgets.split(","):
+                continue
+            for side in given.sides.split(","):
+                part = given.usual_steps if side == "usual" else 0
+                if epochs not in BUDGETS[side] or (part and seed != seeds[0]):
+                    continue  # an extrapolated time needs one seed
+                if quick and epochs != 3:
+                    continue
+                with_these = settings_of(side, given)
+                command = [sys.executable, "-m", "benchmarks.sides_of_p1", side, str(folder), "--seed", str(seed)]
+                command += ["--given", json.dumps({**with_these, "epochs": epochs})]
+                command += ["--steps", str(4 if quick else part)] if quick or part else []
+                result = harness.spawn(command).result()
+                print(
+                    f"P1 {name} seed {seed} {side}, {epochs} epochs: {result['seconds']:.1f} s to the saved adapter"
+                    f" ({result['started']:.1f} s of it before training), {result['steps']} of {result['planned']}"
+                    f" steps, accuracy {result['accuracy']:.3f}", file=sys.stderr, flush=True,
+                )  # fmt: skip
+                expect(result["steps"] == (4 if quick else part or result["planned"]), f"{side}: steps are missing")
+                expect(0.25 < result["accuracy"] <= 1 or name == "glosses", f"{side}: worse than chance")
+                if quick or name == "tuning":
+                    continue
+                line = {
+                    "set": name, "side": side, "epochs": epochs, "seed": seed, **result, "settings": with_these,
+                    "test_rows": given.test_rows, "machine": harness.machine(),
+                }  # fmt: skip
+                harness.RESULTS.mkdir(exist_ok=True)
+                with (harness.RESULTS / RUNS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+
+
+def kept(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[Row]:
+    """The rows of one set, of all its runs on this machine with the settings of now; none before both sides are there.
+
+    A run made again takes the place of the former one. Raises nothing: a side that never reaches the score is shown
+    with the time of its largest budget, and its goal is missed.
+    """
+    runs: dict[str, dict[int, dict[int, dict[str, Any]]]] = {side: {} for side in SETTINGS}
+    for line in lines:
+        side = line["side"]
+        now = {key: value for key, value in {**SETTINGS[side], "compute_type": compute_type}.items() if key != "epochs"}
+        if line["set"] == name and line["machine"] == machine and line["settings"] == now:
+            runs[side].setdefault(line["epochs"], {})[line["seed"]] = line
+    whole = [each for side in ("ours", "lengths") for each in runs[side].values()]
+    seeds = sorted(set.intersection(*(set(each) for each in whole))) if whole else []
+    if not seeds or not runs["ours"] or set(runs["lengths"]) != set(BUDGETS["lengths"]):
+        return []  # a peer without all of its budgets might have been there sooner
+    curves = {
+        side: {
+            epochs: (
+                statistics.median(of[seed]["seconds"] for seed in seeds),
+                statistics.mean(of[seed]["accuracy"] for seed in seeds),
+                max(of[seed]["seconds"] for seed in seeds),
             )
-            runs[side].append(result)
-            print(json.dumps({"side": side, "seed": seed, **result}), file=sys.stderr, flush=True)  # outlives a kill
-            last = result["points"][-1]
-            print(
-                f"P1 {name} seed {seed} {side}: {result['seconds']:.1f} s to the saved adapter, {result['steps']} of"
-                f" {result['planned']} steps, accuracy {last[2]:.3f}", file=sys.stderr, flush=True,
-            )  # fmt: skip
-    if quick:
-        return []
-    curves = {side: average(each) for side, each in runs.items()}
-    against = runs.get("lengths")
-    score = curves["lengths"][-1][2] if against else curves["ours"][-1][2]
-    # What comes after the last step (saving) is part of reaching it.
-    tail = statistics.mean(run["seconds"] - run["points"][-1][0] for run in runs["ours"])
-    at = first_at(curves["ours"], score)
-    mine = statistics.median(run["seconds"] for run in runs["ours"]) if at is None else at + tail
-    made: list[Row] = []
-    for side in peers:
-        each, note = runs[side], ""
-        if side == "usual" and given.usual_steps:
-            (run,) = each
-            theirs = run["seconds"] + (run["planned"] - run["steps"]) * run["step_seconds"]
-            note = f"extrapolated from {run['steps']} of {run['planned']} steps; its score was not measured"
+            for epochs, of in sorted(runs[side].items())
+        }
+        for side in ("ours", "lengths")
+    }
+    score = curves["lengths"][max(BUDGETS["lengths"])][1]
+
+    def first(side: str) -> int | None:
+        return next((epochs for epochs, (_, accuracy, _) in curves[side].items() if accuracy >= score), None)
+
+    mine = first("ours")
+    ours_at = curves["ours"][mine or max(curves["ours"])]
+    short = "" if mine else f"ours ends at {ours_at[1]:.3f}, below the score of {score:.3f}"
+    if unrun := sorted(set(BUDGETS["ours"]) - set(runs["ours"])):
+        short = "; ".join(filter(None, [short, f"ours was not run with {', '.join(map(str, unrun))} epochs"]))
+    if len(seeds) < 3:
+        short = "; ".join(filter(None, [short, f"of {len(seeds)} seed{'s'[: len(seeds) - 1]} only"]))
+    shown = {
+        side: {f"{epochs} epochs": {"s": round(at[0], 2), "accuracy": round(at[1], 4)} for epochs, at in curve.items()}
+        for side, curve in curves.items()
+    }
+    what = name if compute_type == "float32" else f"{name}, {compute_type}"
+    made = []
+    for side in ("lengths", "usual"):
+        if side == "lengths":
+            theirs, _, worst = curves["lengths"][first("lengths") or max(curves["lengths"])]
+            note = short
+        elif not runs["usual"].get(3):
+            continue
         else:
-            theirs_at = first_at(curves[side], score)
-            rest = statistics.mean(run["seconds"] - run["points"][-1][0] for run in each)
-            theirs = statistics.median(run["seconds"] for run in each) if theirs_at is None else theirs_at + rest
-        if at is None:
-            note = f"ours ends below the score of {score:.3f}; {note}".rstrip("; ")
-        ratio = theirs / mine
+            each = [
+                run["seconds"] + (run["planned"] - run["steps"]) * run["step_seconds"]
+                for run in runs["usual"][3].values()
+            ]
+            theirs, worst = statistics.median(each), max(each)
+            part = [run for run in runs["usual"][3].values() if run["steps"] < run["planned"]]
+            said = f"extrapolated from {part[0]['steps']} of {part[0]['planned']} steps" if part else ""
+            said += ", and taken to need its three epochs: its score was not measured" if part else ""
+            note = "; ".join(filter(None, [said, short]))
+        ratio = theirs / ours_at[0]
         made.append(
             Row(
-                goal="P1", what=f"{name}, against {side}", ours=mine, peer=theirs, unit="s", ratio=ratio,
-                target=f"at least {TARGETS[side]:g} times faster", reached=at is not None and ratio >= TARGETS[side],
-                worst={"ours": max(r["seconds"] for r in runs["ours"]), "peer": max(r["seconds"] for r in each)},
+                goal="P1", what=f"{what}, against {side}", ours=ours_at[0], peer=theirs, unit="s", ratio=ratio,
+                target=f"at least {TARGETS[side]:g} times faster", reached=mine is not None and ratio >= TARGETS[side],
+                worst={"ours": ours_at[2], "peer": worst},
                 settings={
-                    "ours": {**SETTINGS["ours"], **({"method": json.loads(given.method)} if given.method else {})},
-                    "peer": SETTINGS[side], "seeds": list(seeds), "score": score,
-                    "curves": {who: [[round(v, 3) for v in point] for point in curves[who]] for who in ("ours", side)},
+                    "ours": {**SETTINGS["ours"], "compute_type": compute_type, "epochs": mine or max(curves["ours"])},
+                    "peer": {**SETTINGS[side], "compute_type": compute_type,
+                             **({"epochs": first("lengths")} if side == "lengths" else {})},
+                    "seeds": seeds, "score": score, "budgets": shown,
                 },
                 note=note,
             )

@@ -34,6 +34,7 @@ Drawn by `make bench-page` from [benchmarks/results](../benchmarks/results); how
 in brackets. A ratio is worded as its goal is. Goals that are not reached are listed like the others; what was tried is
 in [decisions](decisions).
 """
+TABLE = "| goal | what | ours | peer | ratio | target | reached |\n|---|---|--:|--:|--:|---|---|"
 LEFT, WIDTH, BAR, GAP = 300, 380, 16, 10
 
 
@@ -58,6 +59,8 @@ def pages(found: Sequence[dict[str, Any]]) -> dict[str, str]:
     text = [HEAD]
     if not found:
         text.append("Nothing has been measured yet.\n")
+    else:
+        text += [*_summary(found), ""]
     for result in found:
         goal, rows = result["goal"], result["rows"]
         text.append(f"## {goal}: {TITLES.get(goal, goal)}\n")
@@ -65,18 +68,37 @@ def pages(found: Sequence[dict[str, Any]]) -> dict[str, str]:
         if chart:
             made[f"performance/{goal}.svg"] = chart
             text.append(f"![ratios of {goal}](performance/{goal}.svg)\n")
-        text.append("| what | ours | peer | ratio | target | reached |\n|---|--:|--:|--:|---|---|")
-        text.extend(_line(row) for row in rows)
-        text.append("")
         text.extend(f"- {_cell(row['what'])}: {row['note']}" for row in rows if row["note"])
         peers = {
             json.dumps(row["settings"].get("peer"), sort_keys=True): row for row in rows if row["settings"].get("peer")
         }
         text.extend(f"- Peer ({_cell(row['what'])}): {_said(row['settings']['peer'])}" for row in peers.values())
         dates = sorted({f"{row['date']} at `{row['commit']}`" for row in rows})
-        text.append(f"- Measured {', '.join(dates)} on {_machine(result['machine'])}.\n")
+        text.append(f"- Measured {', '.join(dates)}.\n")
     made["performance.md"] = "\n".join(text).rstrip() + "\n"
     return made
+
+
+def _summary(found: Sequence[dict[str, Any]]) -> list[str]:
+    """One table of all rows; the machine of each sitting; one line for each goal that was missed."""
+    made = [TABLE]
+    made += [_line(row) for result in found for row in result["rows"]]
+    where: dict[str, list[str]] = {}
+    for result in found:
+        where.setdefault(_machine(result["machine"]), []).append(result["goal"])
+    made.append("")
+    made += [f"Measured on {machine}: {', '.join(goals)}.\n" for machine, goals in where.items()]
+    missed = [result for result in found if not all(row["reached"] for row in result["rows"])]
+    made.append("## Missed\n" if missed else "Every goal that was measured is reached.")
+    for result in missed:
+        short = [row for row in result["rows"] if not row["reached"]]
+        said = "; ".join(f"{_cell(row['what'])} {_reach(row)} ({_cell(row['target'])})" for row in short)
+        made.append(f"- {result['goal']}, {len(short)} of {len(result['rows'])}: {said}.")
+    return made
+
+
+def _reach(row: dict[str, Any]) -> str:
+    return f"{_number(row['ours'])} {row['unit']}" if row["ratio"] is None else _number(row["ratio"])
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -85,7 +107,7 @@ def _line(row: dict[str, Any]) -> str:
     peer = "" if row["peer"] is None else f"{_number(row['peer'])}{_bracket(worst.get('peer'))} {row['unit']}"
     ratio = "" if row["ratio"] is None else _number(row["ratio"])
     reached = "yes" if row["reached"] else "**no**"
-    return f"| {_cell(row['what'])} | {ours} | {peer} | {ratio} | {_cell(row['target'])} | {reached} |"
+    return f"| {row['goal']} | {_cell(row['what'])} | {ours} | {peer} | {ratio} | {_cell(row['target'])} | {reached} |"
 
 
 def _number(value: float) -> str:

@@ -65,11 +65,24 @@ def test_goals_are_in_the_order_of_their_numbers_and_misses_are_shown(tmp_path: 
     made = page.pages(page.results(tmp_path))
     text = made["performance.md"]
     assert re.findall(r"^## (P\d+)", text, re.MULTILINE) == ["P2", "P10"]
-    assert "| MiniLM 16x32 | 0.101 (0.120) s/step | 0.100 (0.110) s/step | 1.01 | at most 1.05 | **no** |" in text
+    assert "| P2 | MiniLM 16x32 | 0.101 (0.120) s/step | 0.100 (0.110) s/step | 1.01 | at most 1.05 | **no** |" in text
     assert "a \\| b" in text
     assert "not run whole" in text
     assert "the frozen model" in text
     assert set(made) == {"performance.md", "performance/P2.svg"}
+    assert text.count("| goal |") == 1, "one table for all goals"
+    assert "Measured on A, 2 cores, 2 threads; torch 2.0: P2, P10." in text
+    assert "## Missed" in text
+    assert [line for line in text.splitlines() if "1 of 2" in line] == [
+        "- P2, 1 of 2: MiniLM 16x32 1.01 (at most 1.05)."
+    ]
+
+
+def test_a_page_without_a_miss_says_so(tmp_path: Path) -> None:
+    put(tmp_path, ROW)
+    text = page.pages(page.results(tmp_path))["performance.md"]
+    assert "## Missed" not in text
+    assert "Every goal that was measured is reached." in text
 
 
 @pytest.mark.parametrize("content", ['{"goal": "P3", "machine": {"cpu": "A"}, "rows": [1]}', '{"goal": "P2"}', "{"])

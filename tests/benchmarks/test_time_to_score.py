@@ -1,0 +1,129 @@
+"""P1 makes its rows of whole runs: smallest budget at the score, medians of seeds that both sides have."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.harness import RESULTS
+from benchmarks.p1_time_to_score import BUDGETS, RUNS, arguments, kept, measure, results, settings_of
+from benchmarks.sides_of_p1 import SETTINGS
+
+MACHINE = {"cpu": "A", "cores": 2}
+SECONDS = {"ours": {1: 10.0, 2: 20.0, 3: 30.0}, "lengths": {1: 25.0, 2: 45.0, 3: 65.0}, "usual": {3: 9.0}}
+SCORES = {"ours": {1: 0.7, 2: 0.81, 3: 0.82}, "lengths": {1: 0.6, 2: 0.7, 3: 0.8}, "usual": {3: 0.5}}
+
+
+def made(seeds: tuple[int, ...] = (0, 1, 2), **scores: dict[int, float]) -> list[dict[str, Any]]:
+    lines = []
+    for side in SETTINGS:
+        for epochs in BUDGETS[side]:
+            for seed in seeds:
+                settings = {key: value for key, value in SETTINGS[side].items() if key != "epochs"}
+                lines.append({
+                    "set": "movies", "side": side, "epochs": epochs, "seed": seed, "settings": settings,
+                    "machine": MACHINE, "seconds": SECONDS[side][epochs] + seed, "step_seconds": 0.5, "steps": 40,
+                    "planned": 750 if side == "usual" else 40,
+                    "accuracy": {**SCORES, **scores}[side][epochs],
+                })  # fmt: skip
+    return lines
+
+
+def test_a_side_is_timed_by_its_smallest_budget_that_reaches_the_peers_score() -> None:
+    lengths, usual = results("movies", "float32", made(), MACHINE)
+    assert (lengths.ours, lengths.peer) == (21.0, 66.0)
+    assert lengths.ratio == pytest.approx(66 / 21)
+    assert lengths.reached
+    assert lengths.worst == {"ours": 22.0, "peer": 67.0}
+    assert lengths.settings["score"] == pytest.approx(0.8)
+    assert usual.peer == pytest.approx(10 + 710 * 0.5)
+    assert "extrapolated from 40 of 750 steps" in usual.note
+    assert usual.reached
+
+
+def test_a_peer_that_is_there_earlier_has_its_earlier_time() -> None:
+    lengths = results("movies", "float32", made(lengths={1: 0.6, 2: 0.8, 3: 0.8}), MACHINE)[0]
+    assert lengths.peer == 46.0
+
+
+def test_a_score_that_is_never_reached_is_a_miss_however_short_the_time() -> None:
+    lengths, usual = results("movies", "float32", made(ours={1: 0.5, 2: 0.6, 3: 0.79}), MACHINE)
+    assert lengths.ours == 31.0
+    assert not lengths.reached
+    assert not usual.reached
+    assert "below the score of 0.800" in lengths.note
+    assert "below the score" in usual.note
+
+
+def test_pieces_add_up_and_a_run_made_again_takes_the_place_of_the_former() -> None:
+    pieces = [*made((0,)), *made((1,)), *made((2,))]
+    assert results("movies", "float32", pieces, MACHINE)[0].ours == 21.0
+    again = {**next(line for line in pieces if (line["side"], line["epochs"], line["seed"]) == ("ours", 2, 0))}
+    again["seconds"] = 100.0
+    row = results("movies", "float32", [*pieces, again], MACHINE)[0]
+    assert row.ours == 22.0
+    assert row.worst["ours"] == 100.0
+    lacking = [line for line in pieces if (line["side"], line["epochs"], line["seed"]) != ("ours", 3, 2)]
+    few = results("movies", "float32", lacking, MACHINE)[0]
+    assert few.settings["seeds"] == [0, 1]
+    assert few.note == "of 2 seeds only"
+    assert results("movies", "float32", made((0,)), MACHINE)[0].note == "of 1 seed only"
+    assert results("movies", "float32", pieces, MACHINE)[0].note == ""
+
+
+def test_a_peer_without_all_of_its_budgets_gives_no_row_and_ours_says_what_was_not_run() -> None:
+    assert (
+        results("movies", "float32", [r for r in made() if (r["side"], r["epochs"]) != ("lengths", 2)], MACHINE) == []
+    )
+    lines = [line for line in made() if (line["side"], line["epochs"]) != ("ours", 3)]
+    assert "not run with 3 epochs" in results("movies", "float32", lines, MACHINE)[0].note
+
+
+@pytest.mark.parametrize("change", [{"machine": {"cpu": "B"}}, {"settings": {}}, {"set": "imdb"}])
+def test_runs_of_another_machine_or_with_other_settings_do_not_count(change: dict[str, Any]) -> None:
+    assert results("movies", "float32", [{**line, **change} for line in made()], MACHINE) == []
+    assert results("movies", "bfloat16", made(), MACHINE) == []
+
+
+def test_every_committed_run_is_whole_and_gives_the_committed_rows() -> None:
+    lines = kept(RESULTS / RUNS)
+    for line in lines:
+        assert line["side"] in SETTINGS
+        assert line["epochs"] in BUDGETS[line["side"]]
+        assert 0 < line["accuracy"] <= 1
+        assert 0 < line["started"] < line["seconds"]
+    file = Path(RESULTS / "P1.json")
+    if not file.is_file():
+        pytest.skip("nothing was measured yet")
+    committed = json.loads(file.read_text(encoding="utf-8"))
+    for row in committed["rows"]:
+        compute = row["settings"]["ours"]["compute_type"]
+        name = row["what"].split(",")[0]
+        again = {each.what: each for each in results(name, compute, lines, committed["machine"])}[row["what"]]
+        assert (again.ours, again.peer, again.ratio) == pytest.approx((row["ours"], row["peer"], row["ratio"]))
+
+
+def test_a_piece_that_makes_no_row_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["p1", "--rows-only"])
+    monkeypatch.setattr(harness, "write", lambda *_, **__: pytest.fail("results without rows were written"))
+    with pytest.raises(SystemExit) as ended:
+        harness.main("P1", measure, arguments, keep=True)
+    assert ended.value.code == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_side_are_its_own() -> None:
+    class Given:
+        compute_type = "bfloat16"
+        ours = {"learning_rate": 2e-3}
+
+    assert settings_of("ours", Given)["learning_rate"] == 2e-3  # type: ignore[arg-type]
+    assert settings_of("lengths", Given) == {  # type: ignore[arg-type]
+        **{key: value for key, value in SETTINGS["lengths"].items() if key != "epochs"}, "compute_type": "bfloat16",
+    }  # fmt: skip
