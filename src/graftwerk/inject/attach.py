@@ -173,7 +173,8 @@ def _install(
         _room(method.kind).engage(model, record)
     graft = Graft(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
     record.grafts[name] = graft
-    make_frugal(model)
+    if len(record.grafts) == 1:
+        make_frugal(base.modules.values())
     activate(model, name)
     return graft
 
@@ -307,7 +308,9 @@ def remove(model: PreTrainedModel, name: str) -> None:
         box.take(name)
         if box.empty:
             restore(host)
-    give_back(model) if not record.grafts else make_frugal(model)
+            make_frugal([host])
+    if not record.grafts:
+        give_back(base.modules.values())
     kind = graft.method.kind
     if kind in _WITHOUT_LAYERS and not any(other.method.kind == kind for other in record.grafts.values()):
         _room(kind).release(model, record)

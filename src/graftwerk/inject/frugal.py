@@ -15,7 +15,7 @@ formula; a gated block is known by the one line that it consists of. All others 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graftwerk.inject.record import CHILD
 from graftwerk.methods.sharing import possible, remember
 
 if TYPE_CHECKING:
@@ -259,16 +258,16 @@ def _frugal(module: nn.Module) -> type[nn.Module] | None:
     return _frugal_class(cls, FrugalGated, False) if _is_gated(cls) else None
 
 
-def make_frugal(model: nn.Module) -> None:
-    """Give every module of the base that is known its frugal class. Done twice, it changes nothing more."""
-    for path, module in model.named_modules():
-        if CHILD not in path.split(".") and (cls := _frugal(module)) is not None:
+def make_frugal(modules: Iterable[nn.Module]) -> None:
+    """Give each of these modules of a base that is known its frugal class. Done twice, it changes nothing more."""
+    for module in modules:
+        if (cls := _frugal(module)) is not None:
             module.__class__ = cls
 
 
-def give_back(model: nn.Module) -> None:
-    """Give every module its own class back."""
-    for module in model.modules():
+def give_back(modules: Iterable[nn.Module]) -> None:
+    """Give every one its own class back."""
+    for module in modules:
         own_class(module)
 
 
