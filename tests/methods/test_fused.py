@@ -233,6 +233,17 @@ def test_masks_are_drawn_with_their_probability_and_independently() -> None:
         assert products.abs().max() < 8 * spread
 
 
+def test_corners_of_rectangles_are_independent() -> None:
+    """Where a mask is made from rows and columns, four corners could determine each other."""
+    rows, width, p = 512, 576, 0.1
+    unit = ((keep_bits(5, p, rows, width, torch.device("cpu")) == 0).double() - p) / math.sqrt(p * (1 - p))
+    generator = torch.Generator().manual_seed(0)
+    (top, bottom), (left, right) = (torch.randint(0, most, (2, 400_000), generator=generator) for most in (rows, width))
+    apart = (top != bottom) & (left != right)
+    corners = (unit[top, left] * unit[top, right] * unit[bottom, left] * unit[bottom, right])[apart]
+    assert abs(corners.mean().item()) < 4 / math.sqrt(len(corners))
+
+
 @pytest.mark.parametrize("p", [0.001, 0.5, 0.999])
 def test_any_probability(p: float) -> None:
     n = 1 << 20

@@ -1,12 +1,13 @@
 """Dropout whose mask is never kept: backward draws it again from its seed.
 
-    dropped(x) = x * keep / (1 - p)        keep[n, i] = [hash(a[n] * b[i]) >= p 2^32]
+    dropped(x) = x * keep / (1 - p)        keep[n, i] = [hash(a[n] * b[i]) < (1 - p) 2^32]
 
 a (rows) and b (columns) are random odd 32-bit numbers from a generator on the tensor's device, seeded anew for each
 mask; the hash is the xorshift and multiplication of the usual integer finalizers. So a mask costs as many random
-numbers as it has rows and columns, and six passes of 32-bit integer arithmetic: on a CPU a tenth of `torch.bernoulli`.
-P(drop) is p to 2^-32; rows and columns are no more alike than those of independent draws, which
-tests/methods/test_dropout.py measures. Legend: N rows times tokens, i width.
+numbers as it has rows and columns, and seven passes of 32-bit integer arithmetic: on a CPU a tenth of
+`torch.bernoulli`. P(drop) is p to 2^-31; rows and columns are no more alike than those of independent draws, nor do
+corners of rectangles determine each other, which tests/methods/test_fused.py measures. Legend: N rows times tokens, i
+width.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_HASH = -2048144789
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type of the same size as a floating type, by bytes."""
 
@@ -24,9 +26,10 @@ def keep_bits(seed: int, p: float, rows: int, width: int, device: torch.device) 
     words = torch.empty(rows + width, dtype=torch.int32, device=device)
     words.random_(-(2**31), 2**31 - 1, generator=generator).bitwise_or_(1)
     bits = words[:rows, None] * words[None, rows:]
-    bits.bitwise_xor_(bits >> 15).mul_(-2048144789)
-    # Uniform over all signed words. Compared in place: making a bool tensor takes five times as long.
-    return bits.ge_(min(round(p * 2**32), 2**32 - 1) - 2**31).neg_()
+    bits.bitwise_xor_(bits >> 15).mul_(_HASH)
+    # The upper bits decide. Halved, it is compared by a difference that cannot overflow, whose sign, spread
+    # over all bits, is the mask: comparisons take several times as long as arithmetic, tensors of bool longer still.
+    return bits.bitwise_right_shift_(1).sub_(round((0.5 - p) * 2**31)).bitwise_right_shift_(31)
 
 
 def kept(x: Tensor, bits: Tensor) -> Tensor:
