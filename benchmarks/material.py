@@ -59,7 +59,8 @@ def token_batch(name: str, rows: int, length: int, seed: int = 0) -> dict[str, A
     """
     import torch
 
-    ids = [token for text in texts() for token in tokenizer(name)(text)["input_ids"]]
+    encode = tokenizer(name)  # once: loading it takes a second
+    ids = [token for text in texts() for token in encode(text)["input_ids"]]
     begin = (seed * 7919) % len(ids)
     while len(ids) < begin + rows * length:
         ids += ids
