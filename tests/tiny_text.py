@@ -35,13 +35,21 @@ def texts() -> tuple[str, ...]:
 
 @lru_cache
 def _unigram() -> list[tuple[str, float]]:
-    """Pieces without the special ones."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Pieces without the special ones. By SentencePiece on one thread: the trainer of `tokenizers` finds other pieces
+    each time, and with them every model another answer.
+    """
+    import io
 
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.train_from_iterator(texts(), trainers.UnigramTrainer(vocab_size=PIECES, show_progress=False))
-    return [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    import sentencepiece as spm
+
+    made = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts()), model_writer=made, vocab_size=PIECES, minloglevel=2, character_coverage=1.0,
+        bos_id=-1, eos_id=-1, num_threads=1,
+    )  # fmt: skip
+    model = spm.SentencePieceProcessor(model_proto=made.getvalue())
+    numbers = range(model.get_piece_size())
+    return [(model.id_to_piece(n), model.get_score(n)) for n in numbers if not model.is_unknown(n)]
 
 
 def _byte_pairs(special: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -72,7 +80,7 @@ def gpt2_tokenizer(folder: Path) -> Any:
 
 def t5_tokenizer(folder: Path) -> Any:
     head = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return tf.T5Tokenizer(vocab=[*head, *[piece for piece in _unigram() if piece[0] != "<unk>"]], extra_ids=0)
+    return tf.T5Tokenizer(vocab=[*head, *_unigram()], extra_ids=0)
 
 
 def llama_tokenizer(folder: Path) -> Any:
@@ -95,16 +103,14 @@ def mbart50_tokenizer(folder: Path) -> Any:
     from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as CODES
 
     head = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces = [piece for piece in _unigram() if piece[0] != "<unk>"]
-    return tf.MBart50Tokenizer(vocab=[*head, *pieces, *((code, 0.0) for code in CODES), ("<mask>", 0.0)])
+    return tf.MBart50Tokenizer(vocab=[*head, *_unigram(), *((code, 0.0) for code in CODES), ("<mask>", 0.0)])
 
 
 def mbart_tokenizer(folder: Path) -> Any:
     from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as CODES
 
     head = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces = [piece for piece in _unigram() if piece[0] != "<unk>"]
-    return tf.MBartTokenizer(vocab=[*head, *pieces, *((code, 0.0) for code in CODES), ("<mask>", 0.0)])
+    return tf.MBartTokenizer(vocab=[*head, *_unigram(), *((code, 0.0) for code in CODES), ("<mask>", 0.0)])
 
 
 def nllb_tokenizer(folder: Path) -> Any:

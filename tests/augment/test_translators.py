@@ -36,7 +36,7 @@ def test_an_adapter_of_ours_is_asked_as_it_was_trained(
             "task": {"name": "translation", "source_lang": "de", "target_lang": "en"},
             "data": {"train": str(GNOME["de"]), "max_train_rows": 8, "max_length": 500, "allow": "all"},
             "method": {"name": "lora", "r": 2, "init_lora_weights": False},
-            "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.05},
+            "training": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.001},
             "evaluation": {"generate": False, "max_new_tokens": LENGTH},
             "output_dir": str(tmp_path / "run"),
         }

@@ -28,7 +28,7 @@ from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
 from tests.tiny_text import GNOME, rows_of
 
-TEXTS = ("exact_match", "rouge1", "rouge2", "rougeL", "bleu", "chrf", "length")
+TEXTS = ("exact_match", "rouge1", "rouge2", "rougeL", "rougeL_stemmed", "bleu", "chrf", "length")
 
 
 def made(n: int = 24, seed: int = 0) -> TextPredictions:
@@ -54,7 +54,8 @@ def directly(name: str, answers: list[str], references: list[str]) -> float:
         return float(np.mean([a.split() == r.split() for a, r in zip(answers, references, strict=True)]))
     if name == "length":
         return float(np.mean([len(answer.split()) for answer in answers]))
-    scorer = RougeScorer([name], use_stemmer=False)
+    name, _, stemmed = name.partition("_")
+    scorer = RougeScorer([name], use_stemmer=bool(stemmed))
     return float(np.mean([scorer.score(r, a)[name].fmeasure for a, r in zip(answers, references, strict=True)]))
 
 
@@ -178,6 +179,19 @@ def test_rouge_of_ascii_is_that_of_rouge_score_whatever_the_answers_hold() -> No
     assert "|tok:rouge-score|" in figure["signature"]
     for text in rows_of(GNOME["de"])[0]["target"], "it's 3.14_x -- B2B (c)":
         assert UnicodeWords().tokenize(text) == DefaultTokenizer().tokenize(text)
+        assert UnicodeWords(stemmed=True).tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+@pytest.mark.parametrize(
+    ("reference", "tokenizer"), [("the café's packages", "unicode-words"), ("the packages", "rouge")]
+)
+def test_stems_are_compared_where_they_are_asked_for(reference: str, tokenizer: str) -> None:
+    found = answered([reference.replace("packages", "package")], [reference])
+    figures = metrics_of(found, names=["rougeL", "rougeL_stemmed"], resamples=100)
+    assert figures["rougeL"]["value"] < 1
+    assert figures["rougeL_stemmed"]["value"] == 1
+    assert "|stemmer:no|" in figures["rougeL"]["signature"]
+    assert f"|stemmer:porter|tok:{tokenizer}" in figures["rougeL_stemmed"]["signature"]
 
 
 def test_a_missing_package_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

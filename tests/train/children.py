@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class Child:
                 code = 0
             except GraftwerkError as error:
                 code = error.exit_code
+                print(f"child {os.getpid()}: {error}", file=sys.stderr, flush=True)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -249,6 +249,11 @@ def killed_at(call: int, save: Any) -> Child:
     return Child(run)
 
 
+def left_by(folder: Path) -> tuple[list[str], list[int]]:
+    """Where the two pointers point, and the steps that are there."""
+    return [(folder / name).read_text().strip() for name in ("latest", "best")], Checkpoints(folder).steps()
+
+
 def test_killed_at_each_step_of_a_save_there_is_the_old_or_the_new_and_never_a_mixture(tmp_path: Path) -> None:
     """Also of a save that replaces a checkpoint and deletes old ones; and the next save works as if nothing had
     been.
@@ -270,6 +275,8 @@ def test_killed_at_each_step_of_a_save_there_is_the_old_or_the_new_and_never_a_m
             new = same(loaded, snapshot(target, target, again=True))
             assert new or same(loaded, snapshot(2, 2)), call
             seen.add((target, new))
+            checkpoints.settle(loaded)
+            assert left_by(folder) == ([f"step-{loaded.step:06d}"] * 2, [loaded.step]), call
             if code == 0:
                 assert new
                 break

@@ -160,6 +160,16 @@ METRICS: dict[str, Metric] = {
         text_metrics.rouge_signature,
         package="rouge-score",
     ),
+    "rougeL_stemmed": Metric(
+        "ROUGE-L, stemmed",
+        "share",
+        True,
+        text_metrics.rouge_l_stemmed,
+        text_metrics.rouge_l_stemmed_statistic,
+        _of_texts,
+        text_metrics.rouge_stemmed_signature,
+        package="rouge-score",
+    ),
     "bleu": Metric(
         "BLEU",
         "points",

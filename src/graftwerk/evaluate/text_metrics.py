@@ -2,15 +2,16 @@
 
 Each metric is a function of sums over rows (matches, n-grams, log-likelihoods), so a bootstrap draw is a weighted sum
 and costs no new comparison of texts. BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are sacreBLEU's (Post 2018,
-arXiv:1804.08771), over the corpus; ROUGE (Lin 2004) is rouge-score's F-measure without stemming, the mean over rows.
-Words are found as the language of the answers needs it, and the signature of a figure says how.
+arXiv:1804.08771), over the corpus; ROUGE (Lin 2004) is rouge-score's F-measure, the mean over rows; without stemming
+but for `rouge_l_stemmed`, which is what papers on English summaries report. Words are found as the language of the
+answers needs it, and the signature of a figure says how.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -63,9 +64,26 @@ def rouge_l_statistic(predictions: TextPredictions) -> Statistic:
     return _mean(_rouge(*_pairs(predictions))[:, 2])
 
 
+def rouge_l_stemmed(predictions: TextPredictions) -> float:
+    """By English word stems (Porter 1980): `packages` is `package`."""
+    return float(_rouge(*_pairs(predictions), stemmed=True)[:, 2].mean())
+
+
+def rouge_l_stemmed_statistic(predictions: TextPredictions) -> Statistic:
+    return _mean(_rouge(*_pairs(predictions), stemmed=True)[:, 2])
+
+
 def rouge_signature(predictions: TextPredictions) -> str:
+    return _rouge_signature(predictions, "no")
+
+
+def rouge_stemmed_signature(predictions: TextPredictions) -> str:
+    return _rouge_signature(predictions, "porter")
+
+
+def _rouge_signature(predictions: TextPredictions, stemmer: str) -> str:
     tokenizer = "unicode-words" if _beyond_ascii(_pairs(predictions)[1]) else "rouge-score"
-    return f"f-measure|stemmer:no|tok:{tokenizer}|version:{version('rouge-score')}"
+    return f"f-measure|stemmer:{stemmer}|tok:{tokenizer}|version:{version('rouge-score')}"
 
 
 def bleu(predictions: TextPredictions) -> float:
@@ -148,14 +166,14 @@ def _exact(texts: Texts, references: Texts) -> Floats:
 
 
 @lru_cache(maxsize=8)
-def _rouge(texts: Texts, references: Texts) -> Floats:
+def _rouge(texts: Texts, references: Texts, stemmed: bool = False) -> Floats:
     """(n, 3): the F-measures of `ROUGES` of each row."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise _missing("rouge-score", "ROUGE") from None
-    tokenizer = UnicodeWords() if _beyond_ascii(references) else None
-    scorer = RougeScorer(list(ROUGES), use_stemmer=False, tokenizer=tokenizer)
+    tokenizer = UnicodeWords(stemmed) if _beyond_ascii(references) else None
+    scorer = RougeScorer(list(ROUGES), use_stemmer=stemmed, tokenizer=tokenizer)
     rows = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
     return np.array([[row[name].fmeasure for name in ROUGES] for row in rows], dtype=np.float64).reshape(-1, 3)
 
@@ -237,9 +255,23 @@ class UnicodeWords:
     """A tokenizer for rouge-score: lower-case runs of letters, marks and digits of any script.
 
     On ASCII the tokens are rouge-score's own. Scripts that put no spaces between words give a token a character.
+
+    Args:
+        stemmed: Give the stems of English words of more than three letters, as rouge-score does.
     """
 
+    def __init__(self, stemmed: bool = False) -> None:
+        self._stem: Callable[[str], str] | None = None
+        if stemmed:
+            from nltk.stem.porter import PorterStemmer  # what rouge-score stems with
+
+            self._stem = PorterStemmer().stem
+
     def tokenize(self, text: str) -> list[str]:
+        words = self._words(text)
+        return words if self._stem is None else [self._stem(word) if len(word) > 3 else word for word in words]
+
+    def _words(self, text: str) -> list[str]:
         words: list[str] = []
         before = None  # what stood there: a letter of a word, a word of one character, or neither
         for character in unicodedata.normalize("NFC", text.lower()):

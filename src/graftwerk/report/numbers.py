@@ -10,8 +10,9 @@ from graftwerk.report.files import number
 DASH, MINUS, THIN = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
 METRICS = {
     "accuracy": "accuracy", "f1_macro": "macro F1", "f1_weighted": "weighted F1", "roc_auc": "ROC-AUC",
-    "exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "bleu": "BLEU",
-    "chrf": "chrF", "perplexity": "perplexity", "length": "words an answer",
+    "exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
+    "rougeL_stemmed": "ROUGE-L, stemmed", "bleu": "BLEU", "chrf": "chrF", "perplexity": "perplexity",
+    "length": "words an answer",
 }  # fmt: skip
 NO_SHARES = {"bleu": " points", "chrf": " points", "perplexity": "", "length": " words"}
 """Metrics that are not shares of one, and what their differences are counted in."""

@@ -16,7 +16,9 @@ class Summarization(TextToText):
     name: ClassVar[str] = "summarization"
     title: ClassVar[str] = "Summarization"
     parts: ClassVar[tuple[str, ...]] = ("document", "summary")
-    metrics: ClassVar[tuple[str, ...]] = ("rougeL", "rouge1", "rouge2", "exact_match", "perplexity", "length")
+    metrics: ClassVar[tuple[str, ...]] = (
+        "rougeL", "rougeL_stemmed", "rouge1", "rouge2", "exact_match", "perplexity", "length",
+    )  # fmt: skip
     usual_prefix: ClassVar[str] = "summarize: "
     usual_template: ClassVar[str] = "Summarize the following text.\n\n{document}\n\nSummary:\n"
 

@@ -11,8 +11,7 @@ checkpoints/
   best          text: the name of the best evaluated one
 ```
 The two pointers are for people and other programs. What is gone on from is the newest folder that proves whole, so
-that a
-lost or lying pointer costs nothing.
+that a lost or lying pointer costs nothing.
 """
 
 from __future__ import annotations
@@ -118,12 +117,20 @@ class Checkpoints:
         tensors = [*snapshot.weights.values(), *snapshot.optimizer.values(), *snapshot.rng.values()]
         needed = sum(tensor.nbytes for tensor in tensors) + 65_536
         write_folder(target, lambda folder: _fill(folder, snapshot), bytes_needed=needed)
-        write_file(self.folder / "latest", f"{target.name}\n")
+        self.settle(snapshot)
+        return target
+
+    def settle(self, snapshot: Snapshot) -> None:
+        """Point at a checkpoint that is there, and delete what is no longer needed.
+
+        A part of saving, and of going on: a writer killed between the two leaves an old checkpoint that no later save
+        may come to delete.
+        """
+        write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n")
         best = snapshot.state.get("best")
         if best is not None and self.path(best["step"]).is_dir():
             write_file(self.folder / "best", f"{self.path(best['step']).name}\n")
         self._rotate()
-        return target
 
     def load(self, step: int) -> Snapshot:
         """A checkpoint, every file of it verified.

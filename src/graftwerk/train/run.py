@@ -214,6 +214,8 @@ class _Work:
         """From here on the folder is this run's; what an earlier one left goes, unless this one goes on with it."""
         if snapshot is None:
             self.folder.clear(augmented=bool(self.settings.data.augment))
+        else:
+            self.checkpoints.settle(snapshot)
         self.folder.write_manifest(self.manifest)
         self.folder.write_config(self.settings.dump())
 
