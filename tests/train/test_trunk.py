@@ -23,15 +23,15 @@ from graftwerk.store.safety import read_tensors
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
-from graftwerk.train import trunk as trunk_module
-from graftwerk.train import trunkstore
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.folder import read_manifest
 from graftwerk.train.loop import Trainer
 from graftwerk.train.run import train
 from graftwerk.train.settings import TrainingSettings
-from graftwerk.train.trunkstore import FileStates, MemoryStates, chunks, make_room, open_file
+from graftwerk.train.trunk import cache as trunk_module
+from graftwerk.train.trunk import store as trunkstore
+from graftwerk.train.trunk.store import FileStates, MemoryStates, chunks, make_room, open_file
 from tests.contract.cases import perturb
 from tests.families import FAMILIES
 
@@ -300,7 +300,7 @@ def test_off_with_the_reason(method: Any, training: dict[str, Any], why: str, ru
 def test_rows_that_change_are_never_kept(tmp_path: Path) -> None:
     """Masks that are drawn anew, rows that stand in other company, rows that are streamed."""
     from graftwerk.tasks.masked import Masked
-    from graftwerk.train.trunk import plan
+    from graftwerk.train.trunk.plan import plan
 
     model = FAMILIES["bert"].build()
     graft = gw.attach(model, parse_method(METHODS["lora"]))

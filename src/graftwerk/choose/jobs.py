@@ -102,7 +102,7 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.evaluate.stored import load_evaluation
     from graftwerk.report.html import write_report
     from graftwerk.train.run import train
-    from graftwerk.train.trunk import sharing
+    from graftwerk.train.trunk.plan import sharing
 
     def listener(event: Any) -> None:
         if event.kind in FORWARDED:

@@ -96,7 +96,7 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
     """Which frozen layers would be computed only once; rows that are yet to be made are not counted."""
     from graftwerk.inject.heads import head_paths
     from graftwerk.inject.targets import anatomy
-    from graftwerk.train.trunk import plan
+    from graftwerk.train.trunk.plan import plan
 
     view = anatomy(model)
     kept = [prepared.examples["train"], prepared.examples["validation"]]

@@ -6,7 +6,7 @@ have one; an encoder-decoder has two, and a choice means the same layers of each
 chosen.
 
 Why the highest ones: what lies below the lowest adapted layer needs no backward pass, and its output is the same in
-every epoch, so that it has to be computed only once (`train/trunk.py`). The lower layers of a pretrained model change
+every epoch, so that it has to be computed only once (`train/trunk`). The lower layers of a pretrained model change
 least in full fine-tuning (Merchant et al. 2020, arXiv:2004.14448).
 """
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import Delta, Place, Role
 from graftwerk.methods.depth import Layered
-from graftwerk.methods.lora import check_targets, matches, select
+from graftwerk.methods.paths import check_targets, endings, named_by, select
 from graftwerk.methods.stacked import StackedDelta, stack
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
@@ -70,8 +70,9 @@ class IA3(Layered):
         if self.target_modules != "auto":
             check_targets(chosen, self.target_modules)
         if self.feedforward_modules != "auto":
+            known = named_by(chosen)
             for target in self.feedforward_modules:
-                if not any(matches(place.path, target) for place in chosen):
+                if target not in known:
                     raise ConfigError(
                         f"feedforward_modules: `{target}` is none of the targets", where="method.feedforward_modules"
                     )
@@ -80,7 +81,7 @@ class IA3(Layered):
     def scales_input(self, place: Place) -> bool:
         if self.feedforward_modules == "auto":
             return place.role is Role.FFN_OUT
-        return any(matches(place.path, target) for target in self.feedforward_modules)
+        return any(ending in self.feedforward_modules for ending in endings(place.path))
 
     def build(self, place: Place, module: nn.Module) -> Delta:
         return IA3Delta(place.in_features if self.scales_input(place) else place.out_features, self.scales_input(place))

@@ -30,11 +30,12 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
+from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import ATTENTION_ROLES, Delta, Place, Role, base_weight, device_of
 from graftwerk.methods.depth import Layered
 from graftwerk.methods.dropout import dropout
 from graftwerk.methods.fused import Term, fused_linear, fusible
+from graftwerk.methods.paths import check_targets, named_by, select, value_of
 from graftwerk.methods.seal import Seal
 from graftwerk.methods.sharing import Siblings, shared_by
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
@@ -125,17 +126,19 @@ class LoRA(Layered):
         return chosen
 
     def _check_patterns(self, chosen: Sequence[Place]) -> None:
-        for field, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+        patterns = ("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)
+        known = named_by(chosen) if any(pattern for _, pattern in patterns) else frozenset()
+        for field, pattern in patterns:
             for key in pattern:
-                if not any(matches(place.path, key) for place in chosen):
+                if key not in known:
                     raise ConfigError(f"`{key}` matches none of the adapted layers", where=f"method.{field}")
 
     def rank(self, path: str) -> int:
-        return int(_pattern(self.rank_pattern, path, self.r))
+        return int(value_of(self.rank_pattern, path, self.r))
 
     def scale(self, path: str) -> float:
         """alpha/r, or alpha/sqrt(r) with rsLoRA."""
-        rank, alpha = self.rank(path), float(_pattern(self.alpha_pattern, path, self.lora_alpha))
+        rank, alpha = self.rank(path), float(value_of(self.alpha_pattern, path, self.lora_alpha))
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def build(self, place: Place, module: nn.Module) -> Delta:
@@ -339,47 +342,3 @@ def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     root = torch.sqrt(s[:rank] / scale)
     return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
-
-
-def matches(path: str, target: str) -> bool:
-    """Whether a target names this module: its whole path, or the end of it at a dot."""
-    return path == target or path.endswith("." + target)
-
-
-def select(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
-    """The places that the targets name.
-
-    Raises:
-        ConfigError: a target matches nothing; the nearest names are given.
-    """
-    for target in targets:
-        if not any(matches(place.path, target) for place in places):
-            names = sorted({place.path.rpartition(".")[2] for place in places})
-            hint = did_you_mean(target, names)
-            raise ConfigError(
-                f"target_modules: `{target}` matches no layer of this model",
-                where="method.target_modules",
-                mend=f"{hint}The layers end in: {', '.join(names[:30])}",
-            )
-    return [place for place in places if any(matches(place.path, target) for target in targets)]
-
-
-def check_targets(chosen: Sequence[Place], targets: Sequence[str]) -> None:
-    """Refuse a target that names layers of the model, but none of those that were chosen by `layers`.
-
-    Raises:
-        ConfigError: naming it.
-    """
-    for target in targets:
-        if not any(matches(place.path, target) for place in chosen):
-            raise ConfigError(
-                f"target_modules: `{target}` is in none of the chosen layers",
-                where="method.layers",
-                mend="choose layers that have it, or leave it out of target_modules",
-            )
-
-
-def _pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the longest key that names this module."""
-    keys = [key for key in pattern if matches(path, key)]
-    return pattern[max(keys, key=len)] if keys else default

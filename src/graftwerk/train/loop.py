@@ -35,7 +35,7 @@ from graftwerk.train.order import StepRows, micro_batches
 from graftwerk.train.settings import TrainingSettings
 from graftwerk.train.signals import StopSignals
 from graftwerk.train.state import TrainState, put_back, take
-from graftwerk.train.trunk import Trunk
+from graftwerk.train.trunk.cache import Trunk
 from graftwerk.train.validation import Evaluator, StopEvaluation, check_settings, is_better, points
 
 SEED_STRIDE = 1_000_003

@@ -13,12 +13,9 @@ Checked and not assumed: on the first rows the logits from the cache are compare
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +23,19 @@ import torch
 from torch import Tensor
 
 from graftwerk import fast
-from graftwerk.data.stream import StreamedRows
 from graftwerk.errors import GraftwerkError, UnsupportedError
 from graftwerk.evaluate.forward import autocast, evaluation_mode, to_device
 from graftwerk.inject.attach import Graft, grafts
 from graftwerk.inject.targets import Anatomy, anatomy
-from graftwerk.inject.trunk import Cut, below, draws_at_random, extras_of, find_cut, reach, set_evaluating, skipping
-from graftwerk.methods.base import Method
-from graftwerk.store.fingerprint import fingerprint
+from graftwerk.inject.trunk import below, draws_at_random, extras_of, reach, set_evaluating, skipping
 from graftwerk.tasks.base import Example, Task
 from graftwerk.train import memory, rng
 from graftwerk.train.events import Event, Listener
 from graftwerk.train.launch import Processes
 from graftwerk.train.settings import TrainingSettings
-from graftwerk.train.stream import EncodedStream
-from graftwerk.train.trunkstore import DTYPES, ENDING, FileStates, MemoryStates, chunks, make_room, open_file
+from graftwerk.train.trunk.plan import Plan, kept_dtype, plan, shared_folder
+from graftwerk.train.trunk.rows import Slots, key_of
+from graftwerk.train.trunk.store import ENDING, FileStates, MemoryStates, chunks, make_room, open_file
 
 ROWS, TOKENS = 64, 4096
 """At most so many rows, and tokens with padding, are computed together."""
@@ -50,138 +45,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far the logits of both ways may be apart, relative to their norm, by the coarsest type involved."""
 FREE_SHARE = 0.25
 """Share of the free memory that the states may take, where `trunk_cache_gb` says nothing."""
-_NOT_IN_KEY = frozenset(
-    ("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "architectures", "transformers_version",
-     "use_cache", "dtype", "pad_token_id", "output_hidden_states", "output_attentions", "classifier_dropout")
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What can be said before anything is computed.
-
-    Attributes:
-        why_not: Why nothing is kept; None: it will be.
-        rows, tokens: Distinct rows, and their tokens.
-        bytes: Of their hidden states.
-    """
-
-    why_not: str | None
-    cut: Cut | None = None
-    rows: int = 0
-    tokens: int = 0
-    bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        skipped, layers = (0, None) if self.cut is None else (self.cut.skipped, self.cut.depth)
-        return {
-            "on": self.why_not is None,
-            "why_not": self.why_not,
-            "layers_skipped": skipped,
-            "layers": layers,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
-
-
-def plan(
-    model: Any,
-    view: Anatomy,
-    method: Method,
-    heads: Sequence[str],
-    task: Task,
-    settings: TrainingSettings,
-    kept: Sequence[Sequence[Example]],
-    passes: float,
-) -> Plan:
-    """Whether the trunk's hidden states are to be kept, and how much that is; the weights are not looked at.
-
-    Args:
-        kept: The rows by split, those of training first.
-        passes: How often each row is trained on.
-    """
-    if settings.trunk_cache is False:
-        return Plan("training.trunk_cache is false")
-    reason: str | None = None
-    if isinstance(kept[0], EncodedStream | StreamedRows):
-        reason = "the rows are streamed, and not all in memory"
-    elif redraws(task):
-        reason = "the task draws its rows anew in each epoch"
-    elif settings.packing:
-        reason = "rows are packed into one, in other company each time"
-    try:
-        cut = find_cut(model, view, method, heads)
-    except UnsupportedError as error:
-        return Plan(reason or error.what)
-    if reason is not None:
-        return Plan(reason, cut)
-    slots = _Slots(kept)
-    found = Plan(None, cut, len(slots.rows), slots.tokens, slots.tokens * cut.width * _dtype(settings).itemsize)
-    if settings.trunk_cache == "auto" and passes <= 1 and _shared_folder(settings) is None:
-        return Plan("every row is trained on at most once", cut, found.rows, found.tokens, found.bytes)
-    return found
-
-
-_shared: Path | None = None
-
-
-@contextmanager
-def sharing(folder: Path) -> Iterator[None]:
-    """Runs inside keep their hidden states in this folder, unless their settings name another, and find there those of
-    earlier ones.
-    """
-    global _shared
-    before, _shared = _shared, folder
-    try:
-        yield
-    finally:
-        _shared = before
-
-
-def _shared_folder(settings: TrainingSettings) -> Path | None:
-    return _shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
-
-
-def redraws(task: Task) -> bool:
-    """Whether rows are not the same in every epoch, as with masks that are drawn anew."""
-    first = getattr(task, "first", task)  # of several data sets
-    return type(first).collate_training is not Task.collate_training
-
-
-def _dtype(settings: TrainingSettings) -> torch.dtype:
-    return DTYPES[settings.trunk_cache_dtype]
-
-
-class _Slots:
-    """Where each row's states lie: distinct rows, longest first, one after the other."""
-
-    def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
-        distinct: dict[bytes, Example] = {}
-        named: dict[int, bytes] = {}
-        for examples in splits:
-            for example in examples:
-                name = _bytes(example)
-                named[id(example)] = name
-                distinct.setdefault(name, example)
-        self.names = sorted(distinct, key=lambda name: (-distinct[name].length, name))
-        self.rows = [distinct[name] for name in self.names]
-        starts: dict[bytes, int] = {}
-        self.tokens = 0
-        for name, row in zip(self.names, self.rows, strict=True):
-            starts[name] = self.tokens
-            self.tokens += row.length
-        self._start = {place: starts[name] for place, name in named.items()}
-        self._alive = splits  # ids are of use as long as the objects live
-
-    def start(self, example: Example) -> int | None:
-        """Its first token among those of all rows."""
-        return self._start.get(id(example))
-
-
-def _bytes(example: Example) -> bytes:
-    """What a row's hidden states depend on, as a name for it."""
-    return json.dumps(example.inputs, sort_keys=True, separators=(",", ":")).encode()
 
 
 class Trunk:
@@ -254,7 +117,7 @@ class Trunk:
         assert cut is not None
         if len(grafts(graft.model)) > 1:
             raise UnsupportedError("there are other adapters on the model")
-        slots = _Slots(kept)
+        slots = Slots(kept)
         tried = self._tried(slots)
 
         def call() -> Any:
@@ -285,7 +148,7 @@ class Trunk:
                 self._slots = slots
                 self._verify(slots, step)
 
-    def _tried(self, slots: _Slots) -> dict[str, Tensor]:
+    def _tried(self, slots: Slots) -> dict[str, Tensor]:
         """A batch of rows of all lengths."""
         every = max(1, len(slots.rows) // TRIED)
         self._tried_rows = slots.rows[::every][-TRIED:]
@@ -293,13 +156,13 @@ class Trunk:
 
     # -- computing and keeping -------------------------------------------------------------------------------------
 
-    def _keep(self, slots: _Slots, step: int) -> None:
+    def _keep(self, slots: Slots, step: int) -> None:
         """States from a file that is there, or computed now; none where there is no place for them."""
         settings, cut = self.settings, self.plan.cut
         assert cut is not None
-        key = self._key(slots)
-        shape, dtype = (slots.tokens, cut.width), _dtype(settings)
-        shared = _shared_folder(settings)
+        key = key_of(slots, self.graft.model, cut, self._how())
+        shape, dtype = (slots.tokens, cut.width), kept_dtype(settings)
+        shared = shared_folder(settings)
         path = (shared or self.folder) / f"{key}{ENDING}"
         began = time.perf_counter()
         trouble: str | None = None
@@ -325,7 +188,7 @@ class Trunk:
             self._token_seconds = self._fill_seconds / max(slots.tokens, 1)  # a better measure than one small batch
 
     def _in_file(
-        self, path: Path, key: str, shape: tuple[int, int], dtype: torch.dtype, slots: _Slots, step: int
+        self, path: Path, key: str, shape: tuple[int, int], dtype: torch.dtype, slots: Slots, step: int
     ) -> Tensor | None:
         """Computed by the main process into a file, which all map."""
         states: Tensor | None = None
@@ -344,13 +207,13 @@ class Trunk:
         if not self.processes.main:
             states, _ = open_file(path, key, *shape, dtype)
         self.processes.wait()
-        if _shared_folder(self.settings) is None and self.processes.main:
+        if shared_folder(self.settings) is None and self.processes.main:
             with suppress(OSError):  # it stays mapped until the run ends, and then nothing of it is left
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()
         return states
 
-    def _computed(self, sink: MemoryStates | FileStates, slots: _Slots, step: int) -> Tensor | None:
+    def _computed(self, sink: MemoryStates | FileStates, slots: Slots, step: int) -> Tensor | None:
         rows, tokens = ROWS, TOKENS
         model = self.graft.model
         try:
@@ -384,7 +247,9 @@ class Trunk:
         assert cut is not None
         batch = to_device(self.task.collate(examples, self.tokenizer), model)
         states = reach(model, cut, lambda: self.task.forward(model, batch))
-        return [states[row, : example.length].to(_dtype(self.settings)).cpu() for row, example in enumerate(examples)]
+        return [
+            states[row, : example.length].to(kept_dtype(self.settings)).cpu() for row, example in enumerate(examples)
+        ]
 
     def _progress(self, done: int, total: int) -> str:
         return f"computing the frozen layers once: {done:,} of {total:,} rows"
@@ -394,30 +259,15 @@ class Trunk:
             return self.settings.trunk_cache_gb * 1e9
         return FREE_SHARE * (memory.available() or 0)
 
-    def _key(self, slots: _Slots) -> str:
-        """Stands for everything that the states depend on."""
-        import transformers
-
-        model, cut = self.graft.model, self.plan.cut
-        assert cut is not None
-        config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_IN_KEY}
-        facts = {
-            "weights": fingerprint(model),
-            "class": type(model.base_model).__name__,
-            "config": config,
-            "attention": str(getattr(model.config, "_attn_implementation", "")).removeprefix("graftwerk_"),
-            "cut": [cut.skipped, cut.shift, cut.stack.rpartition(".")[2]],
+    def _how(self) -> dict[str, Any]:
+        """What the states depend on beside rows and model."""
+        return {
             "types": [str(self.dtype), str(self._served_dtype), self.settings.trunk_cache_dtype],
-            "versions": [torch.__version__, transformers.__version__],
             "machine": [self.processes.device.type, torch.get_num_threads()],
             "chunks": [ROWS, TOKENS],
         }
-        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
-        for name in slots.names:
-            digest.update(len(name).to_bytes(8, "little") + name)
-        return digest.hexdigest()
 
-    def _verify(self, slots: _Slots, step: int) -> None:
+    def _verify(self, slots: Slots, step: int) -> None:
         """Compare both ways on a few rows; where they differ, nothing that is kept is used."""
         model, rows = self.graft.model, self._tried_rows
         batch = to_device(self.task.collate(rows, self.tokenizer), model)
@@ -427,7 +277,7 @@ class Trunk:
                 cached = self.task.forward(model, batch).logits.float()
         self._rows_served = self._tokens_served = 0
         apart = float((plainly - cached).norm() / plainly.norm().clamp_min(1e-12))
-        allowed = max(TOLERANCE[self.dtype], TOLERANCE[_dtype(self.settings)])
+        allowed = max(TOLERANCE[self.dtype], TOLERANCE[kept_dtype(self.settings)])
         self._facts["difference"] = apart
         wrong = self.processes.agree(not apart <= allowed)
         if wrong:
