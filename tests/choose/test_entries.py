@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graftwerk.choose.entries import parse_entries, parse_seeds
+from graftwerk.choose.entries import parse_entries, parse_seeds, settings_not_used
 from graftwerk.errors import ConfigError
 from graftwerk.methods.lora import LoRA
 
@@ -29,6 +29,16 @@ def test_text_is_split_at_commas() -> None:
 def test_names_are_fit_for_folders() -> None:
     entry = parse_entries([{"name": "lora", "target_modules": ["query", "value"], "lora_alpha": 2.5}])[0]
     assert entry.name == "lora-target_modules-query-value-lora_alpha2.5"
+
+
+def test_a_bare_name_does_not_have_the_run_files_settings_and_that_is_said() -> None:
+    own = {"name": "lora", "r": 16, "target_modules": ["query"]}
+    (said,) = settings_not_used(parse_entries("lora,ia3"), own)
+    assert "without the run file's r=16, target_modules=['query']" in said
+    assert "methods='[{name: lora, r: 16, target_modules: [query]}]'" in said
+    for entries, method in (("ia3", own), ([own], own), ("lora", "lora"), ("lora", {"name": "lora", "r": 8}),
+                            ("lora", None), ("lora", {"name": "lora", "r": "many"})):  # fmt: skip
+        assert not settings_not_used(parse_entries(entries), method), (entries, method)
 
 
 def test_an_entry_may_have_rates_of_its_own() -> None:

@@ -164,13 +164,14 @@ class _Work:
         overrides: Mapping[str, Any],
         augment: Sequence[str] | str | None,
     ) -> None:
-        tree = _tree(config)
+        tree = tree_of(config)
         _refuse_overrides(overrides)
         base = RunConfig.build(
             {**tree, "method": entries[0].method},
             dict(overrides),
             where=str(config) if isinstance(config, str | Path) else None,
         )
+        self.own_method = tree.get("method")
         entries = with_and_without(entries, augment, bool(base.data.augment))
         self.base, self.entries, self.seeds, self.augment = base, entries, seeds, augment
         self.folder = base.output_dir
@@ -201,7 +202,10 @@ class _Work:
             try:
                 checked = self._check(workers, overwrite)
                 self.metric = metric or checked["main_metric"]
-                head = opening(self.base, self.entries, self.seeds, self.augment, self.metric, checked, prefer=prefer)
+                head = opening(
+                    self.base, self.entries, self.seeds, self.augment, self.metric, checked,
+                    prefer=prefer, own=self.own_method,
+                )  # fmt: skip
             except GraftwerkError as error:
                 if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
                     (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
@@ -337,7 +341,8 @@ def _result_line(run: Measured, metric: str) -> str:
     return f"{title} {shown(figure['value'], metric)}{between}, {time_taken} of training"
 
 
-def _tree(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
+def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A run file's content, of a file or of what stands for one; a copy."""
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
     if isinstance(config, Mapping):

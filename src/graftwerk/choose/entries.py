@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import yaml
+
 from graftwerk.errors import ConfigError
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import parse_method
@@ -73,6 +75,34 @@ def parse_entries(methods: Sequence[Any] | str) -> list[Entry]:
                 )
         entries.append(entry)
     return entries
+
+
+def settings_not_used(entries: Sequence[Entry], own: Any) -> list[str]:
+    """What is to be said of methods that are named without settings, where the run file has settings for them.
+
+    Args:
+        own: The run file's method, as it is written there.
+    """
+    try:
+        method = parse_method(own)
+    except ConfigError:
+        return []  # it is replaced anyway
+    said = []
+    written = method.to_dict()
+    for entry in entries:
+        compared = entry.method.to_dict()
+        differing = {key: value for key, value in written.items() if compared.get(key) != value}
+        if entry.given == method.name and differing:
+            wanted = yaml.safe_dump(
+                [{"name": method.name, **differing}], default_flow_style=True, sort_keys=False, width=10_000
+            )
+            wanted = wanted.strip()
+            settings = ", ".join(f"{key}={value}" for key, value in differing.items())
+            said.append(
+                f"{entry.name} is compared at its defaults, without the run file's {settings}; methods='{wanted}' "
+                f"compares it as the file has it"
+            )
+    return said
 
 
 def with_and_without(entries: Sequence[Entry], augment: Sequence[str] | str | None, augmented: bool) -> list[Entry]:

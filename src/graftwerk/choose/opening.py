@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from graftwerk.choose.entries import Entry
+from graftwerk.choose.entries import Entry, settings_not_used
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 
@@ -26,12 +26,14 @@ def opening(
     checked: Mapping[str, Any],
     *,
     prefer: str,
+    own: Any,
 ) -> dict[str, Any]:
     """The part of `comparison.json` that is known before anything is trained.
 
     Args:
         base: What all runs share; its ``output_dir`` is the comparison's folder.
         checked: What `jobs` found out about rows and methods.
+        own: The run file's own method, as it is written there.
 
     Raises:
         ConfigError: nothing is held out to compare on.
@@ -49,7 +51,7 @@ def opening(
         "machine": checked["machine"],
         "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
         "training": base.training.model_dump(mode="json"),
-        "notes": _notes(base, seeds, checked),
+        "notes": [*settings_not_used(entries, own), *_notes(base, seeds, checked)],
     }
 
 

@@ -108,7 +108,8 @@ def show_plan(
     out: Output, config: Any, methods: Any, seeds: str, overrides: dict[str, Any], augment: Any = None
 ) -> Result:
     """What a comparison would do, checked as far as that goes without loading a model."""
-    from graftwerk.choose.entries import parse_entries, parse_seeds, with_and_without
+    from graftwerk.choose.compare import tree_of
+    from graftwerk.choose.entries import parse_entries, parse_seeds, settings_not_used, with_and_without
     from graftwerk.choose.preflight import preflight
     from graftwerk.cli.doctor import with_augmented
     from graftwerk.config import RunConfig
@@ -145,6 +146,8 @@ def show_plan(
     out.line(
         f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}{note}"
     )
+    for text in settings_not_used(entries, tree_of(config).get("method")):
+        out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:
         out.warn(f"{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
     refuse_grave(checked["findings"], checked["allowed"])

@@ -41,6 +41,8 @@ ROWS, TOKENS = 64, 4096
 """At most so many rows, and tokens with padding, are computed together."""
 TRIED = 8
 """Rows that are computed both ways before the cache is trusted."""
+SURVEYED = 2
+"""Rows on which it is found out what the layers are and hand on; five passes, and so of few rows."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far the logits of both ways may be apart, relative to their norm, by the coarsest type involved."""
 FREE_SHARE = 0.25
@@ -118,10 +120,12 @@ class Trunk:
         if len(grafts(graft.model)) > 1:
             raise UnsupportedError("there are other adapters on the model")
         slots = Slots(kept)
-        tried = self._tried(slots)
+        every = max(1, len(slots.rows) // TRIED)
+        self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
+        surveyed = to_device(self.task.collate(self._tried_rows[-SURVEYED:], self.tokenizer), graft.model)
 
         def call() -> Any:
-            return self.task.forward(graft.model, to_device(tried, graft.model))
+            return self.task.forward(graft.model, surveyed)
 
         stacks = {stack.path for stack in view.stacks}  # where a prefix keeps its network, which nothing runs through
         hosts = [graft.model.get_submodule(path) for path in (*graft.hosts, *graft.heads) if path not in stacks]
@@ -147,12 +151,6 @@ class Trunk:
             if self._states is not None:
                 self._slots = slots
                 self._verify(slots, step)
-
-    def _tried(self, slots: Slots) -> dict[str, Tensor]:
-        """A batch of rows of all lengths."""
-        every = max(1, len(slots.rows) // TRIED)
-        self._tried_rows = slots.rows[::every][-TRIED:]
-        return self.task.collate(self._tried_rows, self.tokenizer)
 
     # -- computing and keeping -------------------------------------------------------------------------------------
 
