@@ -54,13 +54,13 @@ class Case:
 
 
 CASES = (
-    Case("BERT-12", 2, 12, 3, 64, 64, 1.7),
-    Case("BERT-12", 2, 12, 10, 32, 64, 2.5),
-    Case("BERT-12", 0, 12, 10, 32, 64, 8.0),
-    Case("MiniLM", 1, 6, 3, 64, 64),
-    Case("MiniLM", 2, 6, 3, 64, 64),
-    Case("MiniLM", 1, 6, 10, 32, 64),
-    Case("SmolLM2", 4, 30, 3, 16, 64),
+    Case("BERT-12", 2, 12, 3, 96, 64, 1.7),
+    Case("BERT-12", 2, 12, 10, 96, 64, 2.5),
+    Case("BERT-12", 0, 12, 10, 96, 64, 8.0),
+    Case("MiniLM", 1, 6, 3, 96, 64),
+    Case("MiniLM", 2, 6, 3, 96, 64),
+    Case("MiniLM", 1, 6, 10, 96, 64),
+    Case("SmolLM2", 4, 30, 3, 32, 64),
 )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import graftwerk.inject.attach as gw
-from graftwerk.errors import UnsupportedError
+from graftwerk.errors import EnvironmentFault, UnsupportedError
 from graftwerk.methods.catalog import parse_method
 from graftwerk.methods.lora import LoRADelta
 from graftwerk.store.fingerprint import fingerprint
@@ -128,3 +128,63 @@ def test_the_fingerprint_is_the_bases_while_merged() -> None:
     graft.merge()
     assert fingerprint(model) == before
     assert graft.merged
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_merged_for_good_is_the_same_in_place_and_has_no_way_back(method: str, family: str) -> None:
+    model, batch, graft = grafted(METHODS[method], family)
+    before, plain = bits(model), logits(model, batch)
+    graft.merge(keep_base=False)
+    assert graft.merged
+    merged = logits(model, batch)
+    torch.testing.assert_close(merged, plain, atol=2e-5, rtol=1e-4)
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == {
+        key: place for key, (_, place) in before.items()
+    }
+    assert any(not torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+    graft.merge()  # it is merged already
+    for undo in (graft.unmerge, graft.delete, lambda: gw.detach(model), lambda: fingerprint(model)):
+        with pytest.raises(UnsupportedError, match="weights are gone"):
+            undo()
+    with pytest.raises(UnsupportedError, match="weights are gone"), gw.disabled(model):
+        pass
+    assert torch.equal(logits(model, batch), merged)
+
+
+def test_for_good_in_half_precision_is_rounded_once() -> None:
+    """As merging with a way back rounds."""
+    found = []
+    for keep_base in (True, False):
+        model, _, graft = grafted(METHODS["lora"], "llama")
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        graft.merge(keep_base=keep_base)
+        found.append({path: model.get_submodule(path).weight.clone() for path in graft.hosts})
+    assert all(torch.equal(found[0][path], found[1][path]) for path in found[0])
+
+
+def test_for_good_a_quantized_layer_refuses_before_anything_changes() -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    before = bits(model)
+    model.get_submodule(graft.hosts[-1]).weight.quant_state = object()
+    with pytest.raises(UnsupportedError, match="4-bit"):
+        graft.merge(keep_base=False)
+    assert not graft.merged
+    assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+
+
+def test_for_good_running_out_of_memory_is_said_with_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, graft = grafted(METHODS["lora"], "llama")
+    fold = LoRADelta.fold_
+
+    def scarce(self: LoRADelta, weight: Tensor, bias: Tensor | None) -> None:
+        if self is last:
+            raise MemoryError("no memory")
+        fold(self, weight, bias)
+
+    *_, (_, last) = graft.modules()
+    monkeypatch.setattr(LoRADelta, "fold_", scarce)
+    with pytest.raises(EnvironmentFault, match="neither what it was nor merged") as caught:
+        graft.merge(keep_base=False)
+    assert f"after {len(graft.hosts) - 1} of {len(graft.hosts)} layers" in str(caught.value)

@@ -251,7 +251,11 @@ def _refuse_while_merged(record: Record, wish: str) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The bare base inside the block: no adapter, no head of an adapter; merged weights are taken out and put back."""
+    """The bare base inside the block: no adapter, no head of an adapter; merged weights are taken out and put back.
+
+    Raises:
+        UnsupportedError: an adapter was merged with ``keep_base=False``.
+    """
     record = Record.of(model)
     if record is None:
         yield
@@ -271,11 +275,14 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Take every graft off: classes, parameters, flags, hooks and configuration are those from before.
 
     Raises:
-        UnsupportedError: full fine-tuning ran with ``keep_base=False``: the base's weights are gone.
+        UnsupportedError: the base's weights are gone: full fine-tuning ran, or an adapter was merged, with
+            ``keep_base=False``.
     """
     record = Record.of(model)
     if record is None:
         return model
+    for graft in record.grafts.values():
+        graft.unmerge()  # before anything is taken off: it may not be possible
     for name in list(record.grafts):
         remove(model, name)
     record.restore_flags(base_parameters(model))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
 from graftwerk.inject.heads import fit_head
-from graftwerk.inject.merge import Kept, fold, unfold
+from graftwerk.inject.merge import Kept, fold, fold_for_good, unfold
 from graftwerk.inject.record import Record, box_of
 from graftwerk.inject.structure import base_modules, base_parameters
 from graftwerk.inject.targets import Anatomy
@@ -211,9 +211,14 @@ class Graft:
     def merged(self) -> bool:
         return self.name in self._record.selection.merged
 
-    def merge(self) -> None:
+    def merge(self, *, keep_base: bool = True) -> None:
         """Fold the adapter into the base's weights; its head stays its own. Outputs stay the same, the cost of the
         adapter goes.
+
+        Args:
+            keep_base: Keep the touched weights as they were, so that `unmerge` gives their bits back. Without it
+                nothing more is allocated and merging is several times faster, but there is no way back: the adapter can
+                then not be unmerged, disabled, deleted or detached.
 
         Raises:
             UnsupportedError: the method cannot be folded, or the base is quantized.
@@ -234,15 +239,26 @@ class Graft:
                 f"`{self.name}` is not the one active adapter", mend=f'activate(model, "{self.name}") first'
             )
         base = base_modules(self.model)
-        deltas = [(path, module) for path, module in self.modules() if isinstance(module, Delta)]
-        self._kept = fold((path, base[path], delta) for path, delta in deltas)
+        layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, Delta)]
+        if keep_base:
+            self._kept = fold(layers)
+        else:
+            fold_for_good(layers)
         selection.merged = frozenset({self.name})
 
     def unmerge(self) -> None:
-        """Give the base its own weights back, bit for bit."""
+        """Give the base its own weights back, bit for bit.
+
+        Raises:
+            UnsupportedError: they were not kept.
+        """
         if not self.merged:
             return
-        assert self._kept is not None
+        if self._kept is None:
+            raise UnsupportedError(
+                f"the base's weights are gone: `{self.name}` was merged with keep_base=False",
+                mend="load the base again",
+            )
         unfold(self._kept)
         self._kept = None
         self._record.selection.merged = frozenset()

@@ -1,17 +1,17 @@
 """Folding deltas into the base's weights and taking them out again, bit for bit.
 
 Merging writes the folded weight into a new tensor and keeps the old one; unmerging puts the old one back. So unmerge
-is exact and costs nothing, for the memory of the touched weights while merged.
+is exact and costs nothing, for the memory of the touched weights while merged. Who wants no way back adds in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from graftwerk.errors import UnsupportedError
+from graftwerk.errors import EnvironmentFault, UnsupportedError
 from graftwerk.methods.base import Delta, base_weight, is_transposed
 
 Kept = list[tuple[nn.Parameter, Tensor]]
@@ -27,12 +27,7 @@ def fold(layers: Iterable[tuple[str, nn.Module, Delta]]) -> Kept:
     """
     folded: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
     for path, module, delta in layers:
-        if hasattr(module.weight, "quant_state"):
-            raise UnsupportedError(
-                "an adapter cannot be merged into a 4-bit base: rounding would lose it",
-                where=path,
-                mend="load the base unquantized and merge there",
-            )
+        _refuse_quantized(path, module)
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
         weight, new_bias = delta.folded(base_weight(module), None if bias is None else bias.detach())
@@ -44,6 +39,39 @@ def fold(layers: Iterable[tuple[str, nn.Module, Delta]]) -> Kept:
                 kept.append((own, own.data))
                 own.data = new
     return kept
+
+
+@torch.no_grad()
+def fold_for_good(layers: Sequence[tuple[str, nn.Module, Delta]]) -> None:
+    """Fold each delta into its layer in place: no memory, and no way back.
+
+    Raises:
+        UnsupportedError: the base is quantized; nothing is changed.
+        EnvironmentFault: memory gave out on the way.
+    """
+    for path, module, _ in layers:
+        _refuse_quantized(path, module)
+    for number, (path, module, delta) in enumerate(layers):
+        bias = module.bias
+        assert bias is None or isinstance(bias, Tensor)
+        try:
+            delta.fold_(base_weight(module), None if bias is None else bias.detach())
+        except (MemoryError, RuntimeError) as error:
+            raise EnvironmentFault(
+                f"merging stopped after {number} of {len(layers)} layers: {error}; the base is neither what it was nor "
+                f"merged",
+                where=path,
+                mend="load the base again",
+            ) from error
+
+
+def _refuse_quantized(path: str, module: nn.Module) -> None:
+    if hasattr(module.weight, "quant_state"):
+        raise UnsupportedError(
+            "an adapter cannot be merged into a 4-bit base: rounding would lose it",
+            where=path,
+            mend="load the base unquantized and merge there",
+        )
 
 
 @torch.no_grad()

@@ -119,6 +119,13 @@ class Delta(nn.Module):
         """The weight (out, in) and bias with this delta in them. Only for methods with ``mergeable``."""
         raise UnsupportedError(f"{type(self).__name__} cannot be folded into a weight")
 
+    def fold_(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`folded`, in place."""
+        new_weight, new_bias = self.folded(weight, bias)
+        for own, new in ((weight, new_weight), (bias, new_bias)):
+            if own is not None and new is not None and new.data_ptr() != own.data_ptr():
+                own.copy_(new)
+
 
 class Method(Settings):
     """Settings of one method. Subclasses are final: `LoRA`, `Bottleneck`, `Prefix`, ..."""

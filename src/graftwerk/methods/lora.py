@@ -302,6 +302,13 @@ class LoRADelta(Delta):
             folded.addmm_(start_b.to(fine), start_a.to(fine), alpha=-self.scale)
         return folded.to(weight.dtype), bias
 
+    def fold_(self, weight: Tensor, bias: Tensor | None) -> None:
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if self.pissa or a.dtype != weight.dtype:  # rounded once, not at each of two additions
+            super().fold_(weight, bias)
+        else:
+            weight.addmm_(b, a, alpha=self.scale)
+
 
 class StackedLoRA(StackedDelta):
     """A (S, r, i), scaled, and B (S, r, o); PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0]."""
