@@ -188,3 +188,33 @@ def test_for_good_running_out_of_memory_is_said_with_how_far_it_came(monkeypatch
     with pytest.raises(EnvironmentFault, match="neither what it was nor merged") as caught:
         graft.merge(keep_base=False)
     assert f"after {len(graft.hosts) - 1} of {len(graft.hosts)} layers" in str(caught.value)
+
+
+def test_disabled_takes_merged_weights_out_and_puts_the_same_ones_back() -> None:
+    model, batch, graft = grafted(METHODS["lora"], "llama")
+    with gw.disabled(model):
+        bare = logits(model, batch)
+    other = gw.attach(model, parse_method(METHODS["ia3"]), name="b")
+    perturb(other.parameters(), 9, scale=0.1)
+    gw.activate(model, "a")
+    graft.merge()
+    gw.activate(model, ["a", "b"])  # the other one works on the merged weights
+    merged, both = bits(model), logits(model, batch)
+    with gw.disabled(model):
+        assert torch.equal(logits(model, batch), bare)
+        with gw.disabled(model):
+            assert torch.equal(logits(model, batch), bare)
+    assert graft.merged
+    assert {key: place for key, (_, place) in bits(model).items()} == {key: place for key, (_, place) in merged.items()}
+    assert torch.equal(logits(model, batch), both)
+
+
+def test_a_merged_adapter_deleted_inside_disabled_is_gone() -> None:
+    model, batch, graft = grafted(METHODS["lora"], "llama")
+    with gw.disabled(model):
+        bare = logits(model, batch)
+    graft.merge()
+    with gw.disabled(model):
+        graft.delete()
+    assert not gw.grafts(model)
+    assert torch.equal(logits(model, batch), bare)

@@ -261,11 +261,10 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
-        merged = [record.grafts[name] for name in record.selection.merged]
-        for graft in merged:
-            graft.unmerge()
-            stack.callback(graft.merge)
+        for name in record.selection.merged:
+            stack.enter_context(record.grafts[name].unmerged())
         stack.callback(record.settle)
+        stack.callback(record.drop_missing)
         stack.enter_context(record.selection.disabled())
         record.settle()
         yield

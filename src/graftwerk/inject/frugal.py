@@ -69,7 +69,8 @@ def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
 class FrugalRMSNorm(_Module):
     """Mixed in before a class that computes x / rms(x) * weight, or * (1 + weight)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()
         weight = self.weight
         assert isinstance(weight, Tensor)
         if weight.requires_grad or not x.requires_grad or not possible(x):
@@ -85,14 +86,16 @@ class FrugalRMSNorm(_Module):
 class FrugalLayerNorm(_Module):
     """Mixed in before `nn.LayerNorm`, which keeps its input and two numbers a row already."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()
         if any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
             return super().forward(x)  # type: ignore[no-any-return]
         return _remembered(self, super().forward, x)
 
 
 def _eps(norm: nn.Module) -> float:
-    return float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
+    return float(torch.finfo(torch.float32).eps if eps is None else eps)  # torch's RMSNorm has none by default
 
 
 def _remembered(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -134,7 +137,8 @@ class LongActivation(torch.autograd.Function):
 class FrugalActivation(_Module):
     """Mixed in before the class of an elementwise function without parameters."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()
         own = super().forward
         if not x.requires_grad or not possible(x):
             return own(x)  # type: ignore[no-any-return]
@@ -198,7 +202,8 @@ def _kind(act: nn.Module) -> str | None:
 class FrugalGated(_Module):
     """Mixed in before the feed-forward of the Llama kind."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()
         return self.down_proj(gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return, operator, arg-type]
 
 

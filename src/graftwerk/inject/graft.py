@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -254,14 +255,34 @@ class Graft:
         """
         if not self.merged:
             return
+        unfold(self._kept_base())
+        self._kept = None
+        self._record.selection.merged = frozenset()
+
+    def _kept_base(self) -> Kept:
         if self._kept is None:
             raise UnsupportedError(
                 f"the base's weights are gone: `{self.name}` was merged with keep_base=False",
                 mend="load the base again",
             )
-        unfold(self._kept)
-        self._kept = None
-        self._record.selection.merged = frozenset()
+        return self._kept
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """The base's own weights inside the block, and the folded ones, to the bit, after it.
+
+        Raises:
+            UnsupportedError: the base's weights were not kept.
+        """
+        selection = self._record.selection
+        folded = unfold(self._kept_base())
+        before, selection.merged = selection.merged, frozenset()
+        try:
+            yield
+        finally:
+            if self._record.grafts.get(self.name) is self:  # else it was deleted meanwhile
+                unfold(folded)
+                selection.merged = before
 
     @property
     def active(self) -> bool:

@@ -47,6 +47,10 @@ def copy_head(module: nn.Module) -> nn.Module:
         module.__class__ = adapted
         if box is not None:
             module._modules[CHILD] = box
+    for part in head.modules():
+        if "_hf_hook" in part.__dict__:  # accelerate's hooks stay with the base's head, which asks its copies
+            for name in ("forward", "_old_forward", "_hf_hook"):
+                part.__dict__.pop(name, None)
     return head.float().requires_grad_(True)
 
 

@@ -6,12 +6,15 @@ class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from graftwerk.errors import UnsupportedError
 from graftwerk.inject.frugal import own_class
 from graftwerk.inject.record import CHILD, Box, box_of
 from graftwerk.inject.rows import through_rows
@@ -21,11 +24,15 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
+HOOKED = "_old_forward"
+"""Where accelerate keeps the forward that its own, put on the module, runs between its hooks."""
+
 
 class Adapted(_Layer):
     """Mixed in before a layer's own class: enter, the layer itself, leave."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()  # whatever the layer's own class calls its input
         box = self._modules[CHILD]
         assert isinstance(box, Box)
         if box.selection.rows is not None:
@@ -52,7 +59,7 @@ class AdaptedHead(nn.Module):
         selection = box.selection
         if selection.rows is None:
             copies = [head for name in selection.names if (head := box.get(name)) is not None]
-            return copies[-1](*args, **kwargs) if copies else super().forward(*args, **kwargs)
+            return _answer(copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         size = first.shape[0]
         outputs, order = [], []
@@ -60,11 +67,28 @@ class AdaptedHead(nn.Module):
             part_args = [_rows(value, size, group.index) for value in args]
             part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
             head = box.get(group.name)
-            run = super().forward if head is None else head
-            outputs.append(run(*part_args, **part_kwargs))
+            outputs.append(
+                super().forward(*part_args, **part_kwargs) if head is None else _answer(head, part_args, part_kwargs)
+            )
             order.append(group.index)
         _check_same_width(outputs)
         return torch.cat(outputs)[torch.argsort(torch.cat(order))]
+
+
+def _answer(head: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an adapter's copy of a head says. The copy is float32; around it all is of the base's type, which
+    may be another.
+    """
+    given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    own = next((parameter.dtype for parameter in head.parameters()), None)
+    if given is None or own in (None, given.dtype) or torch.is_autocast_enabled(given.device.type):
+        return head(*args, **kwargs)
+
+    def cast(value: Any) -> Any:
+        return value.to(own) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    answer = head(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+    return answer.to(given.dtype) if isinstance(answer, Tensor) else answer
 
 
 def _rows(value: Any, size: int, index: Tensor) -> Any:
@@ -72,8 +96,6 @@ def _rows(value: Any, size: int, index: Tensor) -> Any:
 
 
 def _check_same_width(outputs: list[Tensor]) -> None:
-    from graftwerk.errors import UnsupportedError
-
     widths = sorted({output.shape[-1] for output in outputs})
     if len(widths) > 1:
         raise UnsupportedError(
@@ -89,14 +111,32 @@ def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
 
 
 def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
-    """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more."""
+    """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+
+    Raises:
+        UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
+    """
     if not hasattr(type(module), "_graftwerk_base"):
+        if "forward" in module.__dict__ and HOOKED not in module.__dict__:
+            raise UnsupportedError(
+                f"the forward of this {type(module).__name__} has been replaced on the object: an adapter would never "
+                f"be asked",
+                mend="attach the adapter first, and wrap the model then",
+            )
         own_class(module)
         module.__class__ = _adapted_class(type(module), AdaptedHead if head else Adapted)  # type: ignore[arg-type]
+        rebind(module)
     assert box_of(module) is box
+
+
+def rebind(module: nn.Module) -> None:
+    """Let accelerate's hooks (``device_map``, offloading) run the forward of the class that the module has now."""
+    if HOOKED in module.__dict__:
+        module.__dict__[HOOKED] = MethodType(type(module).forward, module)
 
 
 def restore(module: nn.Module) -> None:
     """Give a module its own class back and take its box away."""
     module.__class__ = getattr(type(module), "_graftwerk_base", type(module))
     module._modules.pop(CHILD, None)
+    rebind(module)

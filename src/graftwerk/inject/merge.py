@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import EnvironmentFault, UnsupportedError
-from graftwerk.methods.base import Delta, base_weight, is_transposed
+from graftwerk.methods.base import Delta, base_weight, is_quantized, is_transposed
 
 Kept = list[tuple[nn.Parameter, Tensor]]
 """Parameters that were folded into, and their tensors from before."""
@@ -66,16 +66,21 @@ def fold_for_good(layers: Sequence[tuple[str, nn.Module, Delta]]) -> None:
 
 
 def _refuse_quantized(path: str, module: nn.Module) -> None:
-    if hasattr(module.weight, "quant_state"):
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if is_quantized(weight):
         raise UnsupportedError(
-            "an adapter cannot be merged into a 4-bit base: rounding would lose it",
+            f"an adapter cannot be merged into a {'4' if hasattr(weight, 'quant_state') else '8'}-bit base: rounding "
+            f"would lose it",
             where=path,
             mend="load the base unquantized and merge there",
         )
 
 
 @torch.no_grad()
-def unfold(kept: Kept) -> None:
-    """Put the tensors from before back into their parameters."""
+def unfold(kept: Kept) -> Kept:
+    """Put the tensors from before back into their parameters; gives those that were there, to undo it with."""
+    taken = [(parameter, parameter.data) for parameter, _ in kept]
     for parameter, tensor in kept:
         parameter.data = tensor
+    return taken

@@ -69,6 +69,13 @@ class Record:
         for name, parameter in parameters.items():
             parameter.requires_grad_(self.flags.get(name, True))
 
+    def drop_missing(self) -> None:
+        """Choose none of the adapters that are no longer there."""
+        selection = self.selection
+        if any(name is not None and name not in self.grafts for name in selection.rows or ()):
+            selection.choose(())
+        selection.names = tuple(name for name in selection.names if name in self.grafts)
+
     def settle(self) -> None:
         """Make whole-weight grafts follow the selection: theirs are the only values that switching has to move."""
         fulls = [graft for graft in self.grafts.values() if graft.weights is not None]

@@ -221,7 +221,8 @@ class _Places:
 
     def _on(self, device: torch.device) -> Where:
         if isinstance(self.where, Tensor) and self.where.device != device:
-            self.where = self.where.to(device)
+            with torch.inference_mode(False):
+                self.where = self.where.to(device)
         return self.where
 
 

@@ -56,7 +56,8 @@ class Selection:
         """What was made for this key since the adapters were last chosen; made now if nothing was."""
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = make(key)
+            with torch.inference_mode(False):  # it may be of use in training too
+                found = self._kept[key] = make(key)
         return found
 
     def used(self) -> tuple[str, ...]:
@@ -90,9 +91,10 @@ class Selection:
             members: dict[str | None, list[int]] = {}
             for row, name in enumerate(self.rows or ()):
                 members.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
-            self._groups[key] = tuple(
-                Group(name, torch.tensor(index, dtype=torch.long, device=device)) for name, index in members.items()
-            )
+            with torch.inference_mode(False):  # as above
+                self._groups[key] = tuple(
+                    Group(name, torch.tensor(index, dtype=torch.long, device=device)) for name, index in members.items()
+                )
         return self._groups[key]
 
     @contextmanager

@@ -199,14 +199,30 @@ class Method(Settings):
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in), detached: GPT-2's `Conv1D` is turned, a 4-bit one is unpacked."""
+    """The weight of a linear layer as (out, in), detached: GPT-2's `Conv1D` is turned, a 4- or 8-bit one is unpacked.
+
+    Raises:
+        UnsupportedError: it holds codes that are not known here.
+    """
     weight = module.weight
     assert isinstance(weight, Tensor)
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(weight.data, weight.quant_state).detach()  # type: ignore[no-any-return]
+    if is_quantized(weight):
+        scale = getattr(weight, "SCB", None)
+        if scale is None:
+            scale = getattr(getattr(module, "state", None), "SCB", None)  # where the first pass moves it
+        if weight.dtype != torch.int8 or not isinstance(scale, Tensor):
+            raise UnsupportedError(f"the weights of this {type(module).__name__} are codes that cannot be read here")
+        return weight.detach().float() * (scale.to(weight.device)[:, None] / 127)
     return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight holds codes (bitsandbytes' 4 or 8 bits) and not numbers to compute with."""
+    return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import Delta, Place, base_weight
+from graftwerk.methods.base import Delta, Place, base_weight, device_of
 from graftwerk.methods.dropout import dropout
 from graftwerk.methods.fused import Term, fused_linear, fusible
 from graftwerk.methods.sharing import Siblings, shared_by
@@ -44,6 +44,7 @@ class DoRADelta(Delta):
         self._base = (module,)
         self._squares: Tensor | None = None
         self._seen: object = None
+        self.to(device_of(module))  # the norm is taken where the base's weights are
         self.lora_magnitude_vector = nn.Parameter(self.norm(base_weight(module)).clone())
 
     @classmethod
