@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError
+from graftwerk.evaluate.by_set import metrics_by_set
+from graftwerk.evaluate.metrics import metrics_of
 from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.codes import codes_of, language_name
 from graftwerk.tasks.text import IGNORED
@@ -262,6 +264,22 @@ def test_a_language_that_nothing_says(text_model: Callable[[str], Path]) -> None
     task, tokenizer = on(text_model("mbart50"), source_lang="de_DE")
     with pytest.raises(ConfigError, match="nothing says the target language"):
         task.encode([{"source": "a", "target": "b"}], tokenizer, None, 64)
+
+
+def test_each_direction_has_figures_of_its_own(text_model: Callable[[str], Path]) -> None:
+    rows = [row for pair in pairs("de_DE", "en_XX") for row in Translation(both_directions=True)._both([pair])]
+    task, tokenizer = on(text_model("mbart50"), both_directions=True)
+    examples = task.encode(rows, tokenizer, None, 64)
+    kept = [torch.ones(len(rows), 2)]
+    texts = [row["target"] if row["target_lang"] == "en_XX" else "nichts" for row in rows]
+    found = task.predictions(kept, examples, 1.0, texts)
+    names = ["de_DE-en_XX", "en_XX-de_DE"]
+    assert found.sets == tuple(names) * len(pairs("de_DE", "en_XX"))
+    each = metrics_by_set(found, names=["exact_match"], resamples=100)
+    assert [each[name]["exact_match"]["value"] for name in names] == [1.0, 0.0]
+    assert metrics_of(found, names=["exact_match"], resamples=100)["exact_match"]["value"] == 0.5
+    alone, _ = on(text_model("mbart50"))
+    assert alone.predictions(kept, examples, 1.0, texts).sets is None
 
 
 @pytest.mark.parametrize("family", ["bart", "marian"])

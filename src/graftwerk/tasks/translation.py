@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from graftwerk.data.parts import text_part
 from graftwerk.data.reading import Reading, fingerprint_of
@@ -20,6 +21,7 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.codes import Codes, check_code, codes_of, iso_code, language_name, name_or_error, speaking
+from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.text_to_text import TextToText, check_fields, fields_in
 
 SIDES = ("source_lang", "target_lang")
@@ -201,6 +203,18 @@ class Translation(TextToText):
     def language(self, example: Example) -> str | None:
         code = (example.row or {}).get("target_lang") or self.target_lang
         return None if code is None else iso_code(code)
+
+    def predictions(
+        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> TextPredictions:
+        """With both directions each has figures of its own, as data sets have: words of two languages are no corpus."""
+        found = super().predictions(kept, examples, loss, texts)
+        if not self.both_directions:
+            return found
+        pairs = [[(example.row or {}).get(side) or getattr(self, side) for side in SIDES] for example in examples]
+        if any(None in pair for pair in pairs):
+            return found
+        return replace(found, sets=tuple("-".join(pair) for pair in pairs))
 
     # -- generation ------------------------------------------------------------------------------------------------
 
