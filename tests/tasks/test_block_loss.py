@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftwerk.errors import ModelError
 from graftwerk.tasks import block_loss as module
 from graftwerk.tasks.block_loss import Head, block_loss
 
@@ -120,6 +121,79 @@ def test_under_autocast_products_are_in_its_type() -> None:
     (found,), (right,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
     assert found.dtype == torch.float32
     assert torch.allclose(found, right, atol=0.02 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("trained", "smoothing", "cap"), [(True, 0.0, None), (True, 0.1, None), (True, 0.0, 3.0), (False, 0.1, 3.0)]
+)
+def test_rare_words_keep_their_gradients_in_float16(trained: bool, smoothing: float, cap: float | None) -> None:
+    tokens, words = 512, 32000
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 8, generator=generator).requires_grad_()
+    weight = (torch.randn(words, 8, generator=generator) * 0.1).requires_grad_(trained)
+    labels = torch.randint(words, (tokens,), generator=generator)
+    z = hidden @ weight.T
+    z = z if cap is None else cap * torch.tanh(z / cap)
+    wanted = [hidden, weight] if trained else [hidden]
+    expected = torch.autograd.grad(F.cross_entropy(z, labels, label_smoothing=smoothing), wanted)
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = block_loss(hidden, Head(weight, cap=cap), labels, label_smoothing=smoothing)
+    found = torch.autograd.grad(loss * 65536, wanted)
+    unsaid = torch.ones(words, dtype=torch.bool)
+    unsaid[labels] = False
+    for got, right, rows in zip(found, expected, (slice(None), unsaid), strict=False):
+        # that the logits themselves are in float16 makes .0004
+        assert float((got[rows] / 65536 - right[rows]).norm()) <= 0.001 * float(right[rows].norm())
+
+
+def test_products_in_float16_do_not_overflow() -> None:
+    tokens, size = 4000, 300.0
+    hidden = torch.full((tokens, WIDTH), size).requires_grad_()
+    weight = (torch.randn(WORDS, WIDTH, generator=torch.Generator().manual_seed(0)) * 1e-4).requires_grad_()
+    labels = torch.zeros(tokens, dtype=torch.long)  # all of them pull at one row
+    weights = torch.ones(tokens)
+    expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), [hidden, weight])
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = block_loss(hidden, Head(weight), labels, weights=weights)
+    assert float(expected[1].abs().max()) > torch.finfo(torch.float16).max
+    for got, right in zip(torch.autograd.grad(loss, [hidden, weight]), expected, strict=True):
+        assert torch.allclose(got, right, atol=0.002 * float(right.abs().max()))
+
+
+def test_a_gradient_of_zero_stays_zero_in_float16() -> None:
+    hidden, head, labels = made(3, dtype=torch.float16, trained=True)
+    loss, _ = block_loss(hidden, head, labels, weights=torch.zeros(3))
+    for got in torch.autograd.grad(loss, [hidden, head.weight, head.bias]):
+        assert not bool(got.any())
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("label", [WORDS, 10 * WORDS, -1, -100])
+def test_a_label_that_is_no_word_is_refused(label: int, wanted: bool) -> None:
+    hidden, head, labels = made(3)
+    labels[1] = label
+    with torch.set_grad_enabled(wanted), pytest.raises(ModelError, match=rf"{label}, and the model's words are 0 to 5"):
+        block_loss(hidden, head, labels)
+
+
+class Asked(TorchDispatchMode):
+    """How often a value is read out of a tensor, for which a GPU has to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.times += func in (torch.ops.aten.aminmax.default, torch.ops.aten._local_scalar_dense.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_labels_are_looked_at_once_however_many_tiles_there_are(trained: bool) -> None:
+    hidden, head, labels = made(trained=trained)
+    with Asked() as seen:
+        block_loss(hidden, head, labels, tile=16)
+    assert seen.times == 1
 
 
 class Largest(TorchDispatchMode):

@@ -26,12 +26,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from graftwerk.errors import ModelError
+
 TILES = 32
 """Into how many tiles the vocabulary is cut: so many times less memory than the logits. Fewer are no faster."""
 LEAST_WORDS = 256
 """Of a tile; with fewer the products are too thin."""
 MOST_ELEMENTS = 2**26
 """Of a tile of logits, over all tokens: more tokens than that are worked off one part after another."""
+ROOM = 2.0**14
+"""What a product in float16 may come to, whose largest number is 65,504."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,12 @@ def block_loss(
     Returns:
         The weighted sum, a scalar with gradients for hidden states, weight and bias (0 where no token is labelled);
         and the negative log-likelihood of each label in nats, (N,), without smoothing, weights or gradient.
+
+    Raises:
+        ModelError: a label is none of the V words; nor is -100, which whoever calls has left out.
     """
     words = head.weight.shape[0]
+    _check_labels(labels, words)
     tile = tile or max(LEAST_WORDS, -(-words // TILES))
     if weights is None:
         weights = hidden.new_full((len(labels),), 1.0 / max(len(labels), 1), dtype=_sums_in(hidden))
@@ -110,6 +118,19 @@ def block_loss(
         hidden, head.weight, head.bias, head, labels, weights, label_smoothing, tile, product, wanted
     )
     return loss, nll
+
+
+def _check_labels(labels: Tensor, words: int) -> None:
+    """No tile would find such a label, and its logit would be taken for 0. One question to the device for all."""
+    if not len(labels):
+        return
+    least, most = torch.stack(labels.aminmax()).tolist()
+    if least < 0 or most >= words:
+        raise ModelError(
+            f"a label is the word {least if least < 0 else most}, and the model's words are 0 to {words - 1}",
+            where="labels",
+            mend="use the tokenizer that belongs to the model",
+        )
 
 
 def _sums_in(hidden: Tensor) -> torch.dtype:
@@ -271,7 +292,8 @@ class _Tokens:
             z.mul_(self.weights[:, None]).mul_(slope)
             if grads.bias is not None:
                 grads.bias[lo:hi] += z.sum(0)
-            z = z.to(self.hidden.dtype)
+            if self.hidden.dtype != torch.float16:
+                z = z.to(self.hidden.dtype)
             if grads.weight is not None:
                 _add_product(grads.weight[lo:hi], z.T, self.hidden)
             if grads.hidden is not None:
@@ -279,7 +301,24 @@ class _Tokens:
 
 
 def _add_product(to: Tensor, one: Tensor, other: Tensor) -> None:
-    if to.dtype == one.dtype:
+    """``to += one other``, in the type of ``other``; ``one`` is in it already, or in that of sums for float16."""
+    if one.dtype != other.dtype:
+        to.add_(_scaled_product(one, other))
+    elif to.dtype == one.dtype:
         to.addmm_(one, other)
     else:
         to.add_(torch.mm(one, other))
+
+
+def _scaled_product(one: Tensor, other: Tensor) -> Tensor:
+    """``one other`` in float16, returned in the type of ``one``.
+
+    The softmax of a rare word, shared out over all tokens, is less than the least number of float16. A factor for each
+    row of ``one`` lifts it, and is taken out of the product again. It is as large as can be without an overflow of the
+    product, which no scaling of the loss would mend: none of it reaches this place.
+    """
+    bound: Tensor = torch.linalg.vector_norm(one, 1, dim=1, keepdim=True)
+    bound *= torch.linalg.vector_norm(other, torch.inf).to(bound.dtype).clamp_min(1.0)
+    factor = ROOM / bound.clamp_min(1e-30)  # a row of zeros stays one
+    lifted = torch.mul(one, factor, out=torch.empty_like(one, dtype=other.dtype))
+    return torch.mm(lifted, other).to(one.dtype) / factor
