@@ -190,11 +190,16 @@ def _place(dotted: str) -> list[str]:
     return keys
 
 
+_KINDS = frozenset({"int", "float", "str", "bool", "none", "nullable"})
+"""What pydantic calls some of the kinds of value."""
+
+
 def explain(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
     """A pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
     lines = []
+    choices: dict[tuple[str, str], list[str]] = {}
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
+        key = ".".join(str(part) for part in fault["loc"] if not _is_tag(part))
         if fault["type"] == "extra_forbidden":
             near = did_you_mean(str(fault["loc"][-1]), sorted(_keys_at(model, fault["loc"][:-1])))
             lines.append(f"unknown key `{key}`" + f"; {near}".rstrip("; "))
@@ -202,12 +207,25 @@ def explain(error: ValidationError, model: type[Settings], where: str | None) ->
             lines.append(f"`{key}` is missing")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"`{key}`: {message} (got {fault.get('input')!r:.80})")
+            got = f"{fault.get('input')!r:.80}"
+            # What may be one of several kinds is said once, with what each kind wants.
+            said = choices.setdefault((key, got), [])
+            if message not in said:
+                said.append(message)
+    lines += [f"`{key}`: {', or: '.join(said)} (got {got})" for (key, got), said in choices.items()]
     mend = "`graftwerk schema` lists every key with its meaning"
     return ConfigError("; ".join(dict.fromkeys(lines)), where=where, mend=mend)
 
 
+def _is_tag(part: Any) -> bool:
+    """Whether a part of a place is pydantic's name for one of the kinds that a value may be of, and no key."""
+    return isinstance(part, str) and (part in _KINDS or not part.replace("_", "").replace("-", "").isalnum() or
+                                      part.startswith(("constrained-", "function-")))  # fmt: skip
+
+
 def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
+    if not loc and model is RunConfig:  # where `learning_rate` is understood too
+        return known_keys(RunConfig) | known_keys(TrainingSettings) | known_keys(DataSettings)
     current = model
     for part in loc:
         field = current.model_fields.get(part)

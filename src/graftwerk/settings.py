@@ -42,7 +42,9 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
                 near = did_you_mean(key, sorted(known_keys(model)))
                 lines.append(f"{what} has no setting `{key}`" + f"; {near}".rstrip("; "))
             else:
-                lines.append(f"`{key}` of {what}: {fault['msg']} (got {fault.get('input')!r:.80})")
+                lines.append(
+                    f"`{key}` of {what}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r:.80})"
+                )
         has = f"it has: {', '.join(model.model_fields)}" if model.model_fields else "it has no settings"
         raise ConfigError("; ".join(lines), where=where, mend=has) from None
 

@@ -25,6 +25,39 @@ def figures(said: Said) -> list[str]:
     return list(said.json["metrics"])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            "training.learning_rate=-1",
+            "`training.learning_rate`: Input should be greater than 0, or: Input should be 'auto'",
+        ),
+        ("learning_rat=1", "unknown key `learning_rat`; did you mean `learning_rate`?"),
+        ("method.layers=bottom", "`layers` of method `lora`: layers are chosen as"),
+        ("data.filter.nowhere=1", "`data.filter=null` takes the filter away"),
+        ("data.columns.label=stars", "`data.columns: {label: ...}` names the right one"),
+    ],
+)
+def test_a_wrong_setting_is_said_in_the_words_of_the_run_file(
+    graftwerk: Run, config: Path, given: str, said: str
+) -> None:
+    found = graftwerk("train", config, given, "--dry-run")
+    assert found.code == 2
+    assert said in " ".join(found.err.split())
+
+
+def test_null_takes_a_filter_away(graftwerk: Run, config: Path) -> None:
+    found = graftwerk("train", config, "data.filter.nowhere=1", "data.filter=null", "--dry-run")
+    assert found.code == 0, found.err
+
+
+def test_a_dry_run_of_a_comparison_checks_what_decides(graftwerk: Run, config: Path) -> None:
+    for option, said in (("--metric", "there is no metric `foo`"), ("--prefer", "there is no cost `foo`")):
+        found = graftwerk("compare", config, "methods=lora", option, "foo", "--dry-run")
+        assert found.code == 2
+        assert said in found.err
+
+
 def test_train_prints_what_it_will_cost_first_and_the_run_folder_last(
     graftwerk: Run, config: Path, tmp_path: Path
 ) -> None:

@@ -129,15 +129,7 @@ def compare(
         EnvironmentFault: disk or memory do not suffice.
     """
     work = _Work(config, parse_entries(methods), parse_seeds(seeds), overrides, augment)
-    known = work.base.task.metrics
-    if metric is not None and metric not in known:
-        raise ConfigError(
-            f"there is no metric `{metric}` for {work.base.task.name}",
-            where="metric",
-            mend=f"there are: {', '.join(known)}",
-        )
-    if prefer not in COSTS:
-        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", mend=f"there are: {', '.join(COSTS)}")
+    check_choices(work.base, metric, prefer)
     display = None if quiet or listener is not None else Display()
     work.tell = listener or display or (lambda moment: None)
     try:
@@ -151,6 +143,23 @@ def compare(
 
         page = write_report(work.folder)
     return Comparison(work.folder, report=page)
+
+
+def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> None:
+    """Refuse a metric or a cost that there is not; None: the usual one.
+
+    Raises:
+        ConfigError: naming those that there are.
+    """
+    known = base.task.metrics
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"there is no metric `{metric}` for {base.task.name}",
+            where="metric",
+            mend=f"there are: {', '.join(known)}",
+        )
+    if prefer is not None and prefer not in COSTS:
+        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", mend=f"there are: {', '.join(COSTS)}")
 
 
 class _Work:

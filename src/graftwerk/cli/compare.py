@@ -48,7 +48,7 @@ def register(app: typer.Typer) -> None:
         methods, seeds, overrides = read_settings(settings or [])
         augment = overrides.pop("augment", None)
         if dry_run:
-            return show_plan(out, config, methods, seeds, overrides, augment)
+            return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer)
         from graftwerk.choose.compare import compare
 
         chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
@@ -105,10 +105,17 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
 
 
 def show_plan(
-    out: Output, config: Any, methods: Any, seeds: str, overrides: dict[str, Any], augment: Any = None
+    out: Output,
+    config: Any,
+    methods: Any,
+    seeds: str,
+    overrides: dict[str, Any],
+    augment: Any = None,
+    metric: str | None = None,
+    prefer: str | None = None,
 ) -> Result:
     """What a comparison would do, checked as far as that goes without loading a model."""
-    from graftwerk.choose.compare import tree_of
+    from graftwerk.choose.compare import check_choices, tree_of
     from graftwerk.choose.entries import parse_entries, parse_seeds, settings_not_used, with_and_without
     from graftwerk.choose.preflight import preflight
     from graftwerk.cli.doctor import with_augmented
@@ -116,7 +123,9 @@ def show_plan(
     from graftwerk.train.gate import refuse_grave
 
     entries, numbers = parse_entries(methods), parse_seeds(seeds)
-    augmented = RunConfig.load(config, {"method": entries[0].method, **overrides}).data.augment
+    base = RunConfig.load(config, {"method": entries[0].method, **overrides})
+    check_choices(base, metric, prefer)
+    augmented = base.data.augment
     entries = with_and_without(entries, augment, bool(augmented))
     shown = table("method", "trained", "share", "learning rate", numbers=("trained", "share", "learning rate"))
     planned: list[dict[str, Any]] = []

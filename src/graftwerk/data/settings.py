@@ -134,6 +134,12 @@ class DataSettings(Settings):
         default=(), description="augmenters that make further training rows: names, or settings with `name`"
     )
 
+    @field_validator("columns", "filter", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """`data.filter=null` takes a run file's filter away."""
+        return {} if value is None else value
+
     @field_validator("augment", mode="before")
     @classmethod
     def _augment(cls, value: Any) -> tuple[Augmenter, ...]:

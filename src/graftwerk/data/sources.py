@@ -74,9 +74,9 @@ def name_parts(
     """
     columns, filter, optional = columns or {}, filter or {}, optional or {}
     _check_parts(columns, [*parts, *optional])
-    _check_columns(table, [columns.get(part, part) for part in parts], "columns")
-    _check_columns(table, [columns[part] for part in optional if part in columns], "columns")
-    _check_columns(table, filter, "filter")
+    _check_columns(table, {part: columns.get(part, part) for part in parts}, "columns")
+    _check_columns(table, {part: columns[part] for part in optional if part in columns}, "columns")
+    _check_columns(table, {column: column for column in filter}, "filter")
     wanted = {column: values if isinstance(values, list) else [values] for column, values in filter.items()}
     readers = {part: (columns.get(part, part), read) for part, read in {**parts, **optional}.items()}
     present = set(table.columns)
@@ -195,21 +195,27 @@ def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
             )
 
 
-def _check_columns(table: Table, wanted: Iterable[str], key: str) -> None:
-    """A column that no row has is a mistake in the run file, not in the rows."""
+def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
+    """A column that no row has is a mistake in the run file, not in the rows.
+
+    Args:
+        wanted: Columns, by what they are for.
+    """
     if not table.columns and not table.rows:
         return  # an empty file, or bad rows only: said elsewhere
-    for column in wanted:
+    for part, column in wanted.items():
         if column not in table.columns:
             hint = did_you_mean(column, table.columns)
             if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
                 hint = "the fields are not separated by commas; save it with commas, or as .tsv with tabs. "
             listed = ", ".join(table.columns)
+            other = "`data.filter=null` takes the filter away"
+            if key == "columns":
+                other = f"`data.columns: {{{part}: ...}}` names the right one (`--column {part}=...` after a training)"
             raise ConfigError(
                 f"{table.source} has no column `{column}`",
                 where=f"data.{key}",
-                mend=f"{hint}It has: {listed}"
-                + ("; `data.columns: {text: ...}` names the right one" if key == "columns" else ""),
+                mend=f"{hint}It has: {listed}; {other}",
             )
 
 
