@@ -77,6 +77,22 @@ def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "latest", "step-000006", "step-000007"]
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_going_on_from_an_older_one_does_not_delete_it_for_a_damaged_newer_one(tmp_path: Path, limit: int) -> None:
+    for step in range(1, limit + 2):
+        Checkpoints(tmp_path, limit=9).save(snapshot(step))
+    for step in range(2, limit + 2):
+        (tmp_path / f"step-{step:06d}" / "state.json").unlink()
+    checkpoints = Checkpoints(tmp_path, limit=limit)
+    loaded = checkpoints.load_latest()
+    assert loaded is not None
+    checkpoints.settle(loaded)
+    assert checkpoints.load(1).step == 1
+    assert (tmp_path / "latest").read_text() == "step-000001\n"
+    checkpoints.save(snapshot(limit + 2))
+    assert checkpoints.load_latest().step == limit + 2  # type: ignore[union-attr]
+
+
 def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(snapshot(3, first=True))

@@ -130,7 +130,7 @@ class Checkpoints:
         best = snapshot.state.get("best")
         if best is not None and self.path(best["step"]).is_dir():
             write_file(self.folder / "best", f"{self.path(best['step']).name}\n")
-        self._rotate()
+        self._rotate(snapshot.step)
 
     def load(self, step: int) -> Snapshot:
         """A checkpoint, every file of it verified.
@@ -202,9 +202,10 @@ class Checkpoints:
             if entry.name.startswith("."):
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
-    def _rotate(self) -> None:
+    def _rotate(self, whole: int) -> None:
+        """``whole``: a checkpoint that is known to be so; newer ones, gone on from here, may be damaged."""
         steps = self.steps()
-        newest = steps[-self.limit :]
+        newest = {*steps[-self.limit :], whole}
         keep = {*newest, *(best for step in newest if (best := self._best_of(step)) is not None)}
         for step in steps:
             if step in keep:
