@@ -57,6 +57,29 @@ def test_under_accelerates_hooks_an_adapter_answers_as_without_and_leaves_them_a
     assert torch.equal(answers(hooked, batch), bare)
 
 
+@pytest.mark.parametrize("attached_first", [False, True])
+def test_hooks_that_were_taken_off_again_are_no_hindrance(attached_first: bool) -> None:
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    plain, batch = model_and_batch("lora", "bert")
+    bare = answers(plain, batch)
+    torch.manual_seed(3)
+    adapted(plain, "a")
+    model, _ = model_and_batch("lora", "bert")
+    if attached_first:
+        torch.manual_seed(3)
+        adapted(model, "a")
+    dispatch_model(model, {"": "cpu"}, force_hooks=True, main_device="cpu")
+    remove_hook_from_submodules(model)
+    if not attached_first:
+        torch.manual_seed(3)
+        adapted(model, "a")
+    torch.testing.assert_close(answers(model, batch), answers(plain, batch))
+    gw.detach(model)
+    assert torch.equal(answers(model, batch), bare)
+
+
 def test_a_forward_that_somebody_put_on_a_layer_is_refused() -> None:
     model, _ = model_and_batch("lora", "llama")
     layer = model.model.layers[1].mlp.down_proj

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from graftwerk.inject.hooks import change_class
 from graftwerk.methods.sharing import possible, remember
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def make_frugal(modules: Iterable[nn.Module]) -> None:
     """Give each of these modules of a base that is known its frugal class. Done twice, it changes nothing more."""
     for module in modules:
         if (cls := _frugal(module)) is not None:
-            module.__class__ = cls
+            change_class(module, cls)
 
 
 def give_back(modules: Iterable[nn.Module]) -> None:
@@ -278,4 +279,4 @@ def give_back(modules: Iterable[nn.Module]) -> None:
 
 def own_class(module: nn.Module) -> None:
     """Give one module its own class back, if it is frugal."""
-    module.__class__ = getattr(type(module), _OWN, type(module))
+    change_class(module, getattr(type(module), _OWN, type(module)))

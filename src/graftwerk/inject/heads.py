@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, ConfigError
+from graftwerk.inject.hooks import unhook
 from graftwerk.inject.record import CHILD, Box
 from graftwerk.inject.structure import base_modules
 from graftwerk.inject.targets import Anatomy
@@ -47,10 +48,7 @@ def copy_head(module: nn.Module) -> nn.Module:
         module.__class__ = adapted
         if box is not None:
             module._modules[CHILD] = box
-    for part in head.modules():
-        if "_hf_hook" in part.__dict__:  # accelerate's hooks stay with the base's head, which asks its copies
-            for name in ("forward", "_old_forward", "_hf_hook"):
-                part.__dict__.pop(name, None)
+    unhook(head)  # the base's head keeps its hooks, and asks its copies
     return head.float().requires_grad_(True)
 
 

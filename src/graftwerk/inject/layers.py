@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.inject.frugal import own_class
+from graftwerk.inject.hooks import change_class, is_replaced
 from graftwerk.inject.record import CHILD, Box, box_of
 from graftwerk.inject.rows import through_rows
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     _Layer = nn.Linear
 else:
     _Layer = object
-
-HOOKED = "_old_forward"
-"""Where accelerate keeps the forward that its own, put on the module, runs between its hooks."""
 
 
 class Adapted(_Layer):
@@ -117,26 +114,18 @@ def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
         UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
     """
     if not hasattr(type(module), "_graftwerk_base"):
-        if "forward" in module.__dict__ and HOOKED not in module.__dict__:
+        if is_replaced(module):
             raise UnsupportedError(
                 f"the forward of this {type(module).__name__} has been replaced on the object: an adapter would never "
                 f"be asked",
                 mend="attach the adapter first, and wrap the model then",
             )
         own_class(module)
-        module.__class__ = _adapted_class(type(module), AdaptedHead if head else Adapted)  # type: ignore[arg-type]
-        rebind(module)
+        change_class(module, _adapted_class(type(module), AdaptedHead if head else Adapted))  # type: ignore[arg-type]
     assert box_of(module) is box
-
-
-def rebind(module: nn.Module) -> None:
-    """Let accelerate's hooks (``device_map``, offloading) run the forward of the class that the module has now."""
-    if HOOKED in module.__dict__:
-        module.__dict__[HOOKED] = MethodType(type(module).forward, module)
 
 
 def restore(module: nn.Module) -> None:
     """Give a module its own class back and take its box away."""
-    module.__class__ = getattr(type(module), "_graftwerk_base", type(module))
+    change_class(module, getattr(type(module), "_graftwerk_base", type(module)))
     module._modules.pop(CHILD, None)
-    rebind(module)

@@ -96,7 +96,7 @@ class Translation(TextToText):
         """Each row and, behind it, the same turned around."""
         both = []
         for row in rows:
-            source, target = (row.get(side) or getattr(self, side) for side in SIDES)
+            source, target = (self._code(row, side) for side in SIDES)
             languages = {"source_lang": source, "target_lang": target}
             if source is None or target is None:
                 raise ConfigError(
@@ -112,7 +112,7 @@ class Translation(TextToText):
     def settled(self, splits: Splits) -> Self:
         """With the languages of the rows, where all have the same: what a bare text is taken to be later."""
         rows = splits.train[::2] if self.both_directions else splits.train
-        pairs = {tuple(row.get(side) or getattr(self, side) for side in SIDES) for row in rows}
+        pairs = {tuple(self._code(row, side) for side in SIDES) for row in rows}
         if len(pairs) != 1:
             return self
         source, target = pairs.pop()
@@ -163,7 +163,7 @@ class Translation(TextToText):
         return self._language(row, SIDES[0]) if codes.both else "", self._language(row, SIDES[1])
 
     def _language(self, row: Row, side: str) -> str:
-        code: str | None = row.get(side) or getattr(self, side)
+        code = self._code(row, side)
         if code is None:
             raise ConfigError(
                 f"nothing says the {side.partition('_')[0]} language of a row",
@@ -171,6 +171,11 @@ class Translation(TextToText):
                 mend="name it in the run file (task: {name: translation, source_lang: ..., target_lang: ...}), or "
                 "give rows with such columns",
             )
+        return code
+
+    def _code(self, row: Row | None, side: str) -> str | None:
+        """A row's own language, else that of the settings."""
+        code: str | None = (row or {}).get(side) or getattr(self, side)
         return code
 
     def _check_told(self, codes: Codes | None) -> None:
@@ -190,7 +195,7 @@ class Translation(TextToText):
             own = getattr(tokenizer, side, None)
             name = language_name(own) if isinstance(own, str) else None
             for row in rows if name is not None else ():
-                code = row.get(side) or getattr(self, side)
+                code = self._code(row, side)
                 if code is not None and language_name(code) not in (None, name):
                     raise DataError(
                         f"the model's {side.partition('_')[0]} language is {name} alone, and a row has `{code}`",
@@ -201,7 +206,7 @@ class Translation(TextToText):
     # -- evaluation ------------------------------------------------------------------------------------------------
 
     def language(self, example: Example) -> str | None:
-        code = (example.row or {}).get("target_lang") or self.target_lang
+        code = self._code(example.row, "target_lang")
         return None if code is None else iso_code(code)
 
     def predictions(
@@ -211,16 +216,15 @@ class Translation(TextToText):
         found = super().predictions(kept, examples, loss, texts)
         if not self.both_directions:
             return found
-        pairs = [[(example.row or {}).get(side) or getattr(self, side) for side in SIDES] for example in examples]
-        if any(None in pair for pair in pairs):
-            return found
-        return replace(found, sets=tuple("-".join(pair) for pair in pairs))
+        pairs = [[self._code(example.row, side) for side in SIDES] for example in examples]
+        names = ["-".join(filter(None, pair)) for pair in pairs if None not in pair]
+        return replace(found, sets=tuple(names)) if len(names) == len(pairs) else found
 
     # -- generation ------------------------------------------------------------------------------------------------
 
     def generation_group(self, example: Example) -> Any:
         """Rows of one batch are written in one language."""
-        return (example.row or {}).get("target_lang") or self.target_lang
+        return self._code(example.row, "target_lang")
 
     def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
         options = super().generation_options(model, tokenizer, example)
