@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.models import hardware
 from graftwerk.models.cache import cache_folder, recall, remember
 from graftwerk.models.hardware import compute_type, hardware_facts, probe, set_threads, usable_cores
+from tests.train.children import Child
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +166,22 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / "xdg" / "graftwerk"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == tmp_path / ".cache" / "graftwerk"
+
+
+def test_in_a_forked_process_threads_may_compute_at_once_afterwards() -> None:
+    """As transformers does when it loads weights; without the call it fails in nine of ten forks."""
+    torch.set_num_threads(torch.get_num_threads())  # the parent has a pool
+    (torch.randn(400, 400) @ torch.randn(400, 400)).sum()
+
+    def compute() -> None:
+        set_threads()
+        together = threading.Barrier(8)
+
+        def one(_: int) -> float:
+            together.wait()
+            return float(torch.ones(200_000).add_(1).sum())
+
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(one, range(8))) == [400_000.0] * 8
+
+    assert [Child(compute).wait() for _ in range(5)] == [0] * 5

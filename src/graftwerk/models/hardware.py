@@ -154,8 +154,10 @@ def set_threads(threads: int | None = None) -> int:
         threads = int(asked) if asked.isdigit() and int(asked) > 0 else usable_cores()
     if threads < 1:
         raise ConfigError(f"{threads} threads are too few", mend="at least 1")
-    if threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+    # Also where the number stays: the first call in a forked process puts torch's pool of threads in place of the
+    # parent's, of which only the number is left there. Left to several threads at once (transformers loads weights in
+    # some), that fails: "Invalid thread pool".
+    torch.set_num_threads(threads)
     return threads
 
 
