@@ -123,7 +123,12 @@ def test_figures_are_set_by_set_and_their_mean() -> None:
 # a whole run
 
 
-def test_drawn_shares_match_the_asked_and_resume_is_bit_for_bit(mbart: Path, tmp_path: Path) -> None:
+def test_drawn_shares_match_the_asked_and_resume_is_bit_for_bit(
+    mbart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from graftwerk.cli.output import Output
+    from graftwerk.cli.train import show_run
+    from graftwerk.report.html import write_report
     from graftwerk.train.run import train
 
     tree: dict[str, Any] = {
@@ -146,6 +151,12 @@ def test_drawn_shares_match_the_asked_and_resume_is_bit_for_bit(mbart: Path, tmp
     assert [shares[name]["asked"] for name in ("de-en", "fr-en")] == pytest.approx([1 / 3, 2 / 3])
     assert [shares[name]["rows_drawn"] for name in ("de-en", "fr-en")] == [11, 21]  # one epoch of 32 rows
     assert set(run.manifest["metrics_by_set"]["validation"]) == {"de-en", "fr-en"}
+    page = write_report(run.folder).read_text("utf-8")
+    assert "Each data set" in page
+    assert all(f'<th scope="row">{name}</th>' in page for name in ("de-en", "fr-en"))
+    show_run(Output(as_json=False), run.manifest)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {row[0] for row in rows if row} >= {"set", "de-en", "fr-en"}
 
     class StopError(Exception):
         pass

@@ -50,6 +50,7 @@ def register(app: typer.Typer) -> None:
             )
         before = (result.get("baseline") or {}).get("metrics")
         show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows", before=before)
+        show_sets(out, result["metrics_by_set"])
         show_examples(out, result.get("examples") or [])
         show_cost(out, result["cost"])
         for note in result["notes"]:
@@ -73,6 +74,17 @@ def show_metrics(out: Output, metrics: dict[str, Any], *, title: str, before: di
     signatures = {measured["signature"]: name for name, measured in metrics.items() if "signature" in (measured or {})}
     for signature, name in signatures.items():
         out.note(f"{name}: {signature}")
+
+
+def show_sets(out: Output, sets: dict[str, Any]) -> None:
+    """One row a data set, or direction of a translation, where there are several."""
+    if not sets:
+        return
+    names = list(dict.fromkeys(name for metrics in sets.values() for name in metrics))
+    shown = table("set", *names, numbers=names)
+    for each, metrics in sets.items():
+        shown.add_row(printable(each), *(_figure(name, metrics.get(name))[0] for name in names))
+    out.show(shown)
 
 
 def _figure(name: str, measured: Any) -> tuple[str, str]:

@@ -60,11 +60,12 @@ def register(app: typer.Typer) -> None:
 
 def show_run(out: Output, manifest: dict[str, Any]) -> None:
     """What came out: the figures of the rows that chose nothing, where there are such rows."""
-    from graftwerk.cli.evaluate import show_cost, show_metrics
+    from graftwerk.cli.evaluate import show_cost, show_metrics, show_sets
 
     metrics = manifest["metrics"]
     for split in ("test", "validation"):
         if metrics.get(split):
             show_metrics(out, metrics[split], title=f"{split}: {manifest['data']['rows'][split]:,} rows")
+            show_sets(out, manifest.get("metrics_by_set", {}).get(split, {}))
             break
     show_cost(out, manifest["cost"])

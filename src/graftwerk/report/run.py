@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwerk.report import numbers, page
+from graftwerk.report import numbers, page, tables
 from graftwerk.report.curves import Chart, Curve, Mark, charts
 from graftwerk.report.data import findings_section, measured_on, origin_facts
 from graftwerk.report.escape import Markup, tag
@@ -166,6 +166,8 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
                 notes.append(page.paragraph(f"{numbers.title(numbers.metric_name(name))}: {note}.", class_="note"))
         rows = number(manifest, "data", "rows", split)
         parts += [tag("h3", f"On {measured_on({'rows': rows, 'split': split})}"), page.big_figures(shown), *notes]
+        if sets := mapping(manifest, "metrics_by_set", split):
+            parts.append(tables.by_set(sets))
     if not parts:
         return Markup()
     level = f"{100 * confidence:g} % intervals" if confidence else "Intervals"

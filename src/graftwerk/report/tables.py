@@ -1,8 +1,8 @@
-"""The tables of a comparison: quality with each seed, costs, the other metrics, paired differences."""
+"""Tables of figures: of a comparison quality, costs, other metrics and paired differences, of a run each data set."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from graftwerk.report import numbers, page, verdicts
@@ -109,22 +109,31 @@ def other_metrics(methods: Sequence[Mapping[str, Any]], main: str, chosen: str |
     names = list(dict.fromkeys(name for method in methods for name in mapping(method, "metrics") if name != main))
     if not names:
         return None
-    rows = []
-    for method in methods:
-        cells: list[Any] = [_name(method, chosen)]
+    rows = [(_row_class(method, chosen), _name(method, chosen), mapping(method, "metrics")) for method in methods]
+    return join([tag("h3", "Other metrics"), _figures("Other metrics of each method", "Method", names, rows)])
+
+
+def by_set(sets: Mapping[str, Any]) -> Markup:
+    """The metrics of each of several data sets."""
+    names = list(dict.fromkeys(name for each in sets for name in mapping(sets, each)))
+    rows = [("", each, mapping(sets, each)) for each in sets]
+    return join([tag("h3", "Each data set"), _figures("Metrics of each data set", "Set", names, rows)])
+
+
+def _figures(
+    caption: str, first: str, names: Sequence[str], rows: Iterable[tuple[str, Any, Mapping[str, Any]]]
+) -> Markup:
+    """A table of metrics with their intervals; each row has a class, a name, and figures by metric."""
+    filled = []
+    for class_, head, metrics in rows:
+        cells: list[Any] = [head]
         for name in names:
-            figure = mapping(method, "metrics", name)
-            cells.append(
-                join(
-                    [
-                        numbers.bare(name, number(figure, "value")),
-                        tag("span", numbers.interval_of(name, figure), class_="tag"),
-                    ]
-                )
-            )
-        rows.append((_row_class(method, chosen), cells))
-    headings = [("Method", ""), *((numbers.heading(name), "number") for name in names)]
-    return join([tag("h3", "Other metrics"), page.table("Other metrics of each method", headings, rows, class_="few")])
+            figure = mapping(metrics, name)
+            interval = tag("span", numbers.interval_of(name, figure), class_="tag")
+            cells.append(join([numbers.bare(name, number(figure, "value")), interval]))
+        filled.append((class_, cells))
+    headings = [(first, ""), *((numbers.heading(name), "number") for name in names)]
+    return page.table(caption, headings, filled, class_="few")
 
 
 def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any], metric: str) -> Markup:

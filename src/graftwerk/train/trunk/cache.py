@@ -5,10 +5,10 @@ weights a layer: the frozen layers below run once, before the first step, over r
 
 *Whether* is a matter of settings, model and rows alone, never of the machine: where there is neither memory nor disk
 for the states, the frozen layers are computed at every step as before, in evaluation mode as they would have been for
-the cache, so that the result is the same. What is kept is a pure function of rows, weights and settings (`key`), so
+the cache, so that the result is the same. What is kept is a pure function of rows, weights and settings (`key_of`), so
 that a resumed run makes the same bytes again, and another run on the same layers can read them.
 
-Checked and not assumed: on the first rows the logits from the cache are compared with those of the plain path.
+Checked and not assumed: on a few rows of all lengths logits from the cache are compared with those of the plain path.
 """
 
 from __future__ import annotations
