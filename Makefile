@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := install -qq -c constraints.txt
+# Bytecode is made when a module is first imported: compiling all of torch and transformers takes longer than the tests of a room.
+INSTALL := install -qq --no-compile -c constraints.txt
 JOBS   ?= 2
 
 # The demo: seven ways, one seed, on examples/movies.yaml. Override, for instance: make demo DEMO_METHODS=lora,full DEMO_SEEDS=0,1,2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,47 @@ BART = {
 }  # fmt: skip
 
 
-_BUILT: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
+class _Mould:
+    """A model from which copies are cast: its modules as bytes in memory, its tensors beside them.
+
+    A tenth of the time of `copy.deepcopy`, which was a third of all that the contract test took.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.tensors: list[Tensor] = []
+        places: dict[int, int] = {}
+        file = io.BytesIO()
+        pickler = pickle.Pickler(file, protocol=pickle.HIGHEST_PROTOCOL)
+
+        def place(found: Any) -> int | None:
+            if not isinstance(found, Tensor):
+                return None
+            if id(found) not in places:
+                places[id(found)] = len(self.tensors)
+                self.tensors.append(found)
+            return places[id(found)]
+
+        pickler.persistent_id = place  # type: ignore[method-assign]
+        pickler.dump(model)
+        self.bytes = file.getvalue()
+
+    def cast(self) -> Any:
+        made: dict[int, Tensor] = {}
+
+        def tensor(place: int) -> Tensor:
+            if place not in made:
+                source = self.tensors[place]
+                made[place] = source.detach().clone()
+                if isinstance(source, torch.nn.Parameter):
+                    made[place] = torch.nn.Parameter(made[place], source.requires_grad)
+            return made[place]
+
+        unpickler = pickle.Unpickler(io.BytesIO(self.bytes))
+        unpickler.persistent_load = tensor  # type: ignore[method-assign]
+        return unpickler.load()
+
+
+_BUILT: dict[tuple[Any, ...], tuple[_Mould, Tensor]] = {}
 
 
 @dataclass(frozen=True)
@@ -38,16 +79,16 @@ class Family:
     def build(self, *, classifier: bool = False, labels: int = 3, seed: int = 0, dropout: float = 0.0) -> Any:
         """A model in eval mode, weights drawn from ``seed``; dropout off unless asked.
 
-        The first of a kind is built, the others are copies of it, which takes half the time; torch's random state is
+        The first of a kind is built, the others are cast from it; torch's random state is
         afterwards as if it had been built.
         """
         key = (self, classifier, labels, seed, dropout)
         if key not in _BUILT:
             model = self._built(classifier=classifier, labels=labels, seed=seed, dropout=dropout)
-            _BUILT[key] = model, torch.get_rng_state()
-        model, state = _BUILT[key]
+            _BUILT[key] = _Mould(model), torch.get_rng_state()
+        mould, state = _BUILT[key]
         torch.set_rng_state(state)
-        return copy.deepcopy(model)
+        return mould.cast()
 
     def _built(self, *, classifier: bool, labels: int, seed: int, dropout: float) -> Any:
         config = self.config()

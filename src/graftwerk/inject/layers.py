@@ -61,13 +61,14 @@ class AdaptedHead(nn.Module):
         size = first.shape[0]
         outputs, order = [], []
         for group in selection.groups(size, first.device):
-            part_args = [_rows(value, size, group.index) for value in args]
-            part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
-            head = box.get(group.name)
-            outputs.append(
-                super().forward(*part_args, **part_kwargs) if head is None else _answer(head, part_args, part_kwargs)
-            )
             order.append(group.index)
+            if (head := box.get(group.name)) is None:
+                # Over the whole batch: a product of fewer rows may end in another last bit, and these are the base's.
+                outputs.append(super().forward(*args, **kwargs)[group.index])
+            else:
+                part_args = [_rows(value, size, group.index) for value in args]
+                part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
+                outputs.append(_answer(head, part_args, part_kwargs))
         _check_same_width(outputs)
         return torch.cat(outputs)[torch.argsort(torch.cat(order))]
 
