@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-# Bytecode is made when a module is first imported: compiling all of torch and transformers takes longer than the tests of a room.
+# Bytecode is made when a module is first imported, and kept then, whatever the surroundings say: compiling all of torch and
+# transformers beforehand takes a minute, and compiling what is used anew in each process that a test starts takes longer.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := install -qq --no-compile -c constraints.txt
 JOBS   ?= 2
 
