@@ -94,6 +94,9 @@ def _summary(found: Sequence[dict[str, Any]]) -> list[str]:
         short = [row for row in result["rows"] if not row["reached"]]
         said = "; ".join(f"{_cell(row['what'])} {_reach(row)} ({_cell(row['target'])})" for row in short)
         made.append(f"- {result['goal']}, {len(short)} of {len(result['rows'])}: {said}.")
+    if unmeasured := [goal for goal in TITLES if goal not in {result["goal"] for result in found}]:
+        said = "; ".join(f"{goal} ({TITLES[goal].lower()})" for goal in unmeasured)
+        made += ["", f"Not measured yet, though there is a benchmark: {said}."]
     return made
 
 

@@ -83,6 +83,7 @@ def test_a_page_without_a_miss_says_so(tmp_path: Path) -> None:
     text = page.pages(page.results(tmp_path))["performance.md"]
     assert "## Missed" not in text
     assert "Every goal that was measured is reached." in text
+    assert "Not measured yet, though there is a benchmark: P1 (time to the same held-out score); P3" in text
 
 
 @pytest.mark.parametrize("content", ['{"goal": "P3", "machine": {"cpu": "A"}, "rows": [1]}', '{"goal": "P2"}', "{"])
