@@ -17,6 +17,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.models import hardware
 from graftwerk.models.cache import cache_folder, recall, remember
 from graftwerk.models.hardware import compute_type, hardware_facts, probe, set_threads, usable_cores
+from graftwerk.train.mode import check_compute_type
 from tests.train.children import Child
 
 
@@ -43,20 +44,25 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
+    ("seconds", "on_cpu", "on_gpu"),
     [
-        ({"float32": 1.0, "bfloat16": 9.0, "float16": 8.0}, torch.float32),
-        ({"float32": 1.0, "bfloat16": 0.5, "float16": 0.5}, torch.bfloat16),
-        ({"float32": 1.0, "bfloat16": 0.5, "float16": 0.3}, torch.float16),
-        ({"float32": 1.0, "bfloat16": 0.95, "float16": math.inf}, torch.float32),
-        ({"float32": 1.0, "bfloat16": math.inf, "float16": 0.2}, torch.float16),
+        ({"float32": 1.0, "bfloat16": 9.0, "float16": 8.0}, torch.float32, torch.float32),
+        ({"float32": 1.0, "bfloat16": 0.5, "float16": 0.5}, torch.bfloat16, torch.bfloat16),
+        ({"float32": 1.0, "bfloat16": 0.5, "float16": 0.3}, torch.bfloat16, torch.float16),
+        ({"float32": 1.0, "bfloat16": 0.95, "float16": math.inf}, torch.float32, torch.float32),
+        ({"float32": 1.0, "bfloat16": math.inf, "float16": 0.2}, torch.float32, torch.float16),
     ],
 )
 def test_the_fastest_type_is_chosen_if_it_is_worth_it(
-    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], chosen: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], on_cpu: torch.dtype, on_gpu: torch.dtype
 ) -> None:
+    """On a processor never float16, which training refuses there: `auto` must not choose what is an error."""
     pretend(monkeypatch, **seconds)
-    assert compute_type("auto") == chosen
+    monkeypatch.setattr(hardware, "device_name", lambda kind: f"a {kind}")
+    for kind, chosen in (("cpu", on_cpu), ("cuda", on_gpu)):
+        found = compute_type("auto", kind)
+        assert found == chosen
+        check_compute_type(found, torch.device(kind))
 
 
 def test_it_is_measured_once_for_a_process_and_once_for_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> to
     Args:
         wanted: `float32`, `bfloat16`, `float16`, or `auto`: the fastest of them here, unless the environment
             variable `GRAFTWERK_COMPUTE_TYPE` says which. Bfloat16 goes before float16,
-            whose range is small, unless float16 is clearly faster.
+            whose range is small, unless float16 is clearly faster; on a processor float16 is never chosen,
+            since its gradients cannot be scaled there.
 
     Raises:
         ConfigError: another name, or a type that this device cannot multiply in.
@@ -47,7 +48,7 @@ def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> to
     if wanted == "auto" and (wanted := os.environ.get(ENVIRONMENT) or "auto") != "auto":
         where = ENVIRONMENT
     if wanted == "auto":
-        return TYPES[_fastest(probe(kind))]
+        return TYPES[_fastest(probe(kind), kind)]
     if wanted not in TYPES:
         raise ConfigError(f"there is no compute type `{wanted}`", where=where, mend=f"auto, {', '.join(TYPES)}")
     if wanted != "float32" and math.isinf(_seconds(TYPES[wanted], kind, limit=math.inf)):
@@ -55,9 +56,9 @@ def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> to
     return TYPES[wanted]
 
 
-def _fastest(seconds: dict[str, float]) -> str:
+def _fastest(seconds: dict[str, float], kind: str) -> str:
     best = "float32"
-    for name in ("bfloat16", "float16"):
+    for name in ("bfloat16",) if kind == "cpu" else ("bfloat16", "float16"):
         if seconds[name] * WORTH < seconds[best]:
             best = name
     return best
@@ -170,7 +171,7 @@ def hardware_facts() -> dict[str, Any]:
         "name": device_name(kind),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "compute_type": _fastest(seconds),
+        "compute_type": _fastest(seconds, kind),
         "probe_seconds": {name: value if value < 1e9 else None for name, value in seconds.items()},
         "torch": torch.__version__,
     }
