@@ -6,15 +6,15 @@ Each run is a whole training with a schedule of its own, in a process of its own
 same held-out rows outside the clock. Every side is given its budgets of epochs, decided before anything was measured
 (`BUDGETS`). The score to reach is what PEFT under Trainer with dynamic padding and length groups has on average after
 its largest budget; a side's time is the median of its smallest budget whose average score is there. The usual recipe
-(every row padded to 256, batch 8) is run for ``--usual-steps`` steps and extrapolated by steps to its three epochs,
-unless ``--usual-steps 0`` has it run whole.
+(every row padded to the greatest length, batch 8) is run for ``--usual-steps`` steps and extrapolated by steps to its
+three epochs, unless ``--usual-steps 0`` has it run whole.
 
 It can be run in pieces: every run is a line of results/P1_runs.jsonl as soon as it has ended, and the rows are made of
 all lines with the settings, the machine and the versions of now. Seeds that a side is lacking are left out on both.
 
-Movie snippets are those of examples/movies.yaml; ours was chosen on the set ``tuning``, of whose rows (defaults.py)
-none is measured here, and which gives no rows of results. WordNet's glosses are read from ``--glosses FILE``
-(JSON lines with text and label); without it, that set is left out.
+Movie snippets are those of examples/movies.yaml (how many rows of each set: `SIZES`); ours was chosen on the set
+``tuning``, of whose rows (defaults.py) none is measured here, and which gives no rows of results. WordNet's glosses are
+read from ``--glosses FILE`` (JSON lines with text and label); without it, that set is left out.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ from benchmarks.sides_of_p1 import SETTINGS
 TARGETS = {"lengths": 2.0, "usual": 12.0}
 BUDGETS = {"ours": (1, 2, 3), "lengths": (1, 2, 3), "usual": (3,)}
 RUNS = "P1_runs.jsonl"
+SIZES = {
+    "movies": (1000, 1000, 256),
+    "glosses": (1000, 1000, 256),
+    "imdb": (300, 300, 128),
+    "tuning": (2000, 1500, 256),
+}
+"""Rows to train on, held-out rows, and tokens of a row at the most. IMDB has long texts."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +52,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", default=None, help="only these epochs, for instance 1,2")
     parser.add_argument("--rows-only", action="store_true", help="run nothing: make the rows of the kept runs")
     parser.add_argument("--usual-steps", type=int, default=40, help="steps of the usual recipe; 0: all")
-    parser.add_argument("--test-rows", type=int, default=1000)
     parser.add_argument("--glosses", type=Path, default=None)
     parser.add_argument("--compute-type", default="float32", help="of every side: float32 or bfloat16")
     parser.add_argument("--ours", type=json.loads, default={}, help="ours: other settings, as JSON (for tuning)")
@@ -102,9 +108,9 @@ def measure(options: Options) -> list[Row]:
         if given.rows_only:
             found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
             continue
+        *sizes, _ = (128, 64, 0) if options.quick else SIZES[name]
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
-            sizes = (128, 64) if options.quick else (2000, given.test_rows)
             if not rows(name, given.glosses, folder, *sizes):
                 print(f"P1: {name} is left out: no --glosses FILE", file=sys.stderr)
                 continue
@@ -118,8 +124,9 @@ def measure(options: Options) -> list[Row]:
     return found
 
 
-def settings_of(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    chosen = {**SETTINGS[side], "compute_type": options.compute_type, **(options.ours if side == "ours" else {})}
+def settings_of(side: str, name: str, compute_type: str) -> dict[str, Any]:
+    """What a side is given on a set of this name, its epochs left out."""
+    chosen = {**SETTINGS[side], "compute_type": compute_type, "max_length": SIZES[name][2]}
     return {key: value for key, value in chosen.items() if key != "epochs"}
 
 
@@ -136,7 +143,7 @@ def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> 
                     continue  # an extrapolated time needs one seed
                 if quick and epochs != 3:
                     continue
-                with_these = settings_of(side, given)
+                with_these = settings_of(side, name, given.compute_type) | (given.ours if side == "ours" else {})
                 command = [sys.executable, "-m", "benchmarks.sides_of_p1", side, str(folder), "--seed", str(seed)]
                 command += ["--given", json.dumps({**with_these, "epochs": epochs})]
                 command += ["--steps", str(4 if quick else part)] if quick or part else []
@@ -152,7 +159,7 @@ def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> 
                     continue
                 line = {
                     "set": name, "side": side, "epochs": epochs, "seed": seed, **result, "settings": with_these,
-                    "test_rows": given.test_rows, "machine": harness.machine(),
+                    "sizes": SIZES[name], "machine": harness.machine(),
                 }  # fmt: skip
                 harness.RESULTS.mkdir(exist_ok=True)
                 with (harness.RESULTS / RUNS).open("a", encoding="utf-8") as file:
@@ -172,8 +179,8 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
     runs: dict[str, dict[int, dict[int, dict[str, Any]]]] = {side: {} for side in SETTINGS}
     for line in lines:
         side = line["side"]
-        now = {key: value for key, value in {**SETTINGS[side], "compute_type": compute_type}.items() if key != "epochs"}
-        if line["set"] == name and line["machine"] == machine and line["settings"] == now:
+        now = line["sizes"] == [*SIZES[name]] and line["settings"] == settings_of(side, name, compute_type)
+        if line["set"] == name and line["machine"] == machine and now:
             runs[side].setdefault(line["epochs"], {})[line["seed"]] = line
     whole = [each for side in ("ours", "lengths") for each in runs[side].values()]
     seeds = sorted(set.intersection(*(set(each) for each in whole))) if whole else []
@@ -231,9 +238,10 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
                 target=f"at least {TARGETS[side]:g} times faster", reached=mine is not None and ratio >= TARGETS[side],
                 worst={"ours": ours_at[2], "peer": worst},
                 settings={
-                    "ours": {**SETTINGS["ours"], "compute_type": compute_type, "epochs": mine or max(curves["ours"])},
-                    "peer": {**SETTINGS[side], "compute_type": compute_type,
-                             **({"epochs": first("lengths")} if side == "lengths" else {})},
+                    "ours": {**settings_of("ours", name, compute_type), "epochs": mine or max(curves["ours"])},
+                    "peer": {**settings_of(side, name, compute_type),
+                             "epochs": first("lengths") if side == "lengths" else SETTINGS[side]["epochs"]},
+                    "rows": dict(zip(("train", "test", "max_length"), SIZES[name], strict=True)),
                     "seeds": seeds, "score": score, "budgets": shown,
                 },
                 note=note,

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.harness import RESULTS
-from benchmarks.p1_time_to_score import BUDGETS, RUNS, arguments, kept, measure, results, settings_of
+from benchmarks.p1_time_to_score import BUDGETS, RUNS, SIZES, arguments, kept, measure, results, settings_of
 from benchmarks.sides_of_p1 import SETTINGS
 
 MACHINE = {"cpu": "A", "cores": 2}
@@ -24,10 +24,10 @@ def made(seeds: tuple[int, ...] = (0, 1, 2), **scores: dict[int, float]) -> list
     for side in SETTINGS:
         for epochs in BUDGETS[side]:
             for seed in seeds:
-                settings = {key: value for key, value in SETTINGS[side].items() if key != "epochs"}
                 lines.append({
-                    "set": "movies", "side": side, "epochs": epochs, "seed": seed, "settings": settings,
-                    "machine": MACHINE, "seconds": SECONDS[side][epochs] + seed, "step_seconds": 0.5, "steps": 40,
+                    "set": "movies", "side": side, "epochs": epochs, "seed": seed,
+                    "settings": settings_of(side, "movies", "float32"), "sizes": [*SIZES["movies"]], "machine": MACHINE,
+                    "seconds": SECONDS[side][epochs] + seed, "step_seconds": 0.5, "steps": 40,
                     "planned": 750 if side == "usual" else 40,
                     "accuracy": {**SCORES, **scores}[side][epochs],
                 })  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_peer_without_all_of_its_budgets_gives_no_row_and_ours_says_what_was_n
     assert "not run with 3 epochs" in results("movies", "float32", lines, MACHINE)[0].note
 
 
-@pytest.mark.parametrize("change", [{"machine": {"cpu": "B"}}, {"settings": {}}, {"set": "imdb"}])
+@pytest.mark.parametrize("change", [{"machine": {"cpu": "B"}}, {"settings": {}}, {"set": "imdb"}, {"sizes": [5, 5, 5]}])
 def test_runs_of_another_machine_or_with_other_settings_do_not_count(change: dict[str, Any]) -> None:
     assert results("movies", "float32", [{**line, **change} for line in made()], MACHINE) == []
     assert results("movies", "bfloat16", made(), MACHINE) == []
@@ -119,11 +119,8 @@ def test_a_piece_that_makes_no_row_leaves_the_results_alone(tmp_path: Path, monk
 
 
 def test_settings_of_a_side_are_its_own() -> None:
-    class Given:
-        compute_type = "bfloat16"
-        ours = {"learning_rate": 2e-3}
-
-    assert settings_of("ours", Given)["learning_rate"] == 2e-3  # type: ignore[arg-type]
-    assert settings_of("lengths", Given) == {  # type: ignore[arg-type]
-        **{key: value for key, value in SETTINGS["lengths"].items() if key != "epochs"}, "compute_type": "bfloat16",
-    }  # fmt: skip
+    ours, lengths = (settings_of(side, "imdb", "bfloat16") for side in ("ours", "lengths"))
+    assert "epochs" not in ours
+    assert "library" in lengths
+    assert "library" not in ours
+    assert {(each["compute_type"], each["max_length"]) for each in (ours, lengths)} == {("bfloat16", SIZES["imdb"][2])}

@@ -181,14 +181,18 @@ def test_few_adapters_for_many_rows_work_in_turn() -> None:
 
 @pytest.mark.parametrize("method", [*LAYERED, "prefix", "prefix mlp"])
 def test_what_is_kept_is_made_again_when_a_parameter_changes(method: str) -> None:
-    """By an optimizer, by `load_state_dict`, by another tensor behind the parameter, one element of one adapter."""
+    """By an optimizer, by `load_state_dict` in place and with other objects, by another tensor behind the parameter."""
     rows = ["a", None, "c", "b"]
     model, batch = mixed(method, "bert" if method == "bitfit" else "llama", rows)
     gw.activate(model, rows=rows)
     before = logits(model, batch)
     graft = gw.grafts(model)["c"]
-    for change in ("step", "load", "data"):
+    for change in ("step", "load", "assign", "data"):
         with torch.no_grad():
+            if change == "assign":
+                others = {key: value + 0.25 for key, value in model.state_dict().items() if ".graft.c." in key}
+                assert others
+                model.load_state_dict(others, strict=False, assign=True)
             if change == "load":
                 graft.load_state_dict({key: tensor + 0.25 for key, tensor in graft.state_dict().items()})
             for parameter in graft.parameters():

@@ -40,6 +40,10 @@ class Box(nn.Module):
     def get(self, name: str | None) -> nn.Module | None:
         return None if name is None else self._modules.get(name)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.selection.forget()  # after `load_state_dict(..., assign=True)` the parameters are other objects
+        super()._load_from_state_dict(*args, **kwargs)
+
     def active(self) -> list[Any]:
         """The modules of the selected adapters that are here, in order; only where all rows use the same ones."""
         modules, merged = self._modules, self.selection.merged

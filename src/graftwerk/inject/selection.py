@@ -60,6 +60,10 @@ class Selection:
                 found = self._kept[key] = make(key)
         return found
 
+    def forget(self) -> None:
+        """Drop what was made: the tensors that it was made from may be others now."""
+        self._kept = {}
+
     def used(self) -> tuple[str, ...]:
         """Every adapter that the next batch involves."""
         if self.rows is None:
