@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# What each side is given; shown beside the results. The same LoRA and rate on both sides: what the peer did best with on
-# rows that no result uses.
+# What each side is given; shown beside the results. The same LoRA and rate on both sides: what the peer did best with
+# on rows that no result uses.
 SETTINGS: dict[str, dict[str, Any]] = {
     "ours": {
         "method": {"name": "lora", "r": 8, "lora_alpha": 32, "target_modules": ["query", "value"]},
