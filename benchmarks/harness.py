@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""What tells processors apart that a virtual machine calls by one name."""
 
 
 class WrongResultError(Exception):
@@ -233,8 +235,13 @@ def expect(right: bool, what: str) -> None:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    found: dict[str, Any] = {"cpu": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
-    found["python"] = platform.python_version()
+    found: dict[str, Any] = {
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in INSTRUCTIONS if name in _cpuinfo("flags").split()],
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -244,19 +251,23 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first processor; empty where it says nothing."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _commit() -> str | None:
+    """The commit, and whether the code that was measured or measures differs from it."""
     asked = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, text=True)
+    code = ("src", "benchmarks/*.py")
+    changed = subprocess.run(["git", "status", "--porcelain", *code], cwd=ROOT, capture_output=True, text=True)
     return asked.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if asked.returncode == 0 else None
 
 

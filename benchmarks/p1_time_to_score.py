@@ -12,9 +12,9 @@ three epochs, unless ``--usual-steps 0`` has it run whole.
 It can be run in pieces: every run is a line of results/P1_runs.jsonl as soon as it has ended, and the rows are made of
 all lines with the settings, the machine and the versions of now. Seeds that a side is lacking are left out on both.
 
-Movie snippets are those of examples/movies.yaml (how many rows of each set: `SIZES`); ours was chosen on the set
-``tuning``, of whose rows (defaults.py) none is measured here, and which gives no rows of results. WordNet's glosses are
-read from ``--glosses FILE`` (JSON lines with text and label); without it, that set is left out.
+Movie snippets are those of examples/movies.yaml (how many rows of each set: `SIZES`). The set ``tuning`` is for
+choosing settings: none of its rows (defaults.py) is measured here, and it gives no rows of results. WordNet's glosses
+are read from ``--glosses FILE`` (JSON lines with text and label); without it, that set is left out.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def measure(options: Options) -> list[Row]:
         if given.rows_only:
             found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
             continue
-        *sizes, _ = (128, 64, 0) if options.quick else SIZES[name]
+        sizes = (128, 64) if options.quick else SIZES[name][:2]
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             if not rows(name, given.glosses, folder, *sizes):

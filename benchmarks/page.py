@@ -135,7 +135,8 @@ def _said(value: Any) -> str:
 
 def _machine(machine: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft") if machine.get(name))
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; {versions}"
+    cpu = machine["cpu"] + (f" ({', '.join(machine['instructions'])})" if machine.get("instructions") else "")
+    return f"{cpu}, {machine['cores']} cores, {machine['threads']} threads; {versions}"
 
 
 def bars(values: Sequence[tuple[str, float, bool]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,13 @@ def test_what_is_kept_is_made_again_when_a_parameter_changes(method: str) -> Non
     gw.activate(model, rows=rows)
     before = logits(model, batch)
     graft = gw.grafts(model)["c"]
-    for change in ("step", "load", "assign", "data"):
+    for change in ("step", "load", "assign", "assign while disabled", "data"):
         with torch.no_grad():
-            if change == "assign":
+            if change.startswith("assign"):
                 others = {key: value + 0.25 for key, value in model.state_dict().items() if ".graft.c." in key}
                 assert others
-                model.load_state_dict(others, strict=False, assign=True)
+                with gw.disabled(model) if change.endswith("disabled") else nullcontext():
+                    model.load_state_dict(others, strict=False, assign=True)
             if change == "load":
                 graft.load_state_dict({key: tensor + 0.25 for key, tensor in graft.state_dict().items()})
             for parameter in graft.parameters():

@@ -62,7 +62,7 @@ class Selection:
 
     def forget(self) -> None:
         """Drop what was made: the tensors that it was made from may be others now."""
-        self._kept = {}
+        self._kept.clear()  # in place: `disabled` holds on to it
 
     def used(self) -> tuple[str, ...]:
         """Every adapter that the next batch involves."""
