@@ -10,7 +10,9 @@ its largest budget; a side's time is the median of its smallest budget whose ave
 three epochs, unless ``--usual-steps 0`` has it run whole.
 
 It can be run in pieces: every run is a line of results/P1_runs.jsonl as soon as it has ended, and the rows are made of
-all lines with the settings, the machine and the versions of now. Seeds that a side is lacking are left out on both.
+all lines with the settings and the versions of now, on machines like this one. A seed counts where all of its runs were
+made on one machine with one kernel, and a ratio is the median of the seeds' own ratios, since two machines of one kind
+are not of one speed.
 
 Movie snippets are those of examples/movies.yaml (how many rows of each set: `SIZES`). The set ``tuning`` is for
 choosing settings: none of its rows (defaults.py) is measured here, and it gives no rows of results. WordNet's glosses
@@ -171,83 +173,101 @@ def kept(file: Path) -> list[dict[str, Any]]:
 
 
 def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[Row]:
-    """The rows of one set, of all its runs on this machine with the settings of now; none before both sides are there.
+    """The rows of one set, of all its runs with the settings of now on machines like this; none before a seed has all.
 
     A run made again takes the place of the former one. Raises nothing: a side that never reaches the score is shown
     with the time of its largest budget, and its goal is missed.
     """
-    runs: dict[str, dict[int, dict[int, dict[str, Any]]]] = {side: {} for side in SETTINGS}
-    for line in lines:
-        side = line["side"]
-        now = line["sizes"] == [*SIZES[name]] and line["settings"] == settings_of(side, name, compute_type)
-        if line["set"] == name and line["machine"] == machine and now:
-            runs[side].setdefault(line["epochs"], {})[line["seed"]] = line
-    whole = [each for side in ("ours", "lengths") for each in runs[side].values()]
-    seeds = sorted(set.intersection(*(set(each) for each in whole))) if whole else []
-    if not seeds or not runs["ours"] or set(runs["lengths"]) != set(BUDGETS["lengths"]):
-        return []  # a peer without all of its budgets might have been there sooner
-    curves = {
-        side: {
-            epochs: (
-                statistics.median(of[seed]["seconds"] for seed in seeds),
-                statistics.mean(of[seed]["accuracy"] for seed in seeds),
-                max(of[seed]["seconds"] for seed in seeds),
-            )
-            for epochs, of in sorted(runs[side].items())
-        }
-        for side in ("ours", "lengths")
+    sittings = _sittings(name, compute_type, lines, machine)
+    seeds = sorted(sittings)
+    if not seeds:
+        return []
+
+    def seconds(side: str, epochs: int, seed: int) -> float:
+        return float(sittings[seed][side, epochs]["seconds"])
+
+    budgets = {side: sorted(e for of, e in sittings[seeds[0]] if of == side) for side in ("ours", "lengths")}
+    scores = {
+        (side, epochs): statistics.mean(sittings[seed][side, epochs]["accuracy"] for seed in seeds)
+        for side, each in budgets.items()
+        for epochs in each
     }
-    score = curves["lengths"][max(BUDGETS["lengths"])][1]
+    score = scores["lengths", max(BUDGETS["lengths"])]
 
     def first(side: str) -> int | None:
-        return next((epochs for epochs, (_, accuracy, _) in curves[side].items() if accuracy >= score), None)
+        return next((epochs for epochs in budgets[side] if scores[side, epochs] >= score), None)
 
-    mine = first("ours")
-    ours_at = curves["ours"][mine or max(curves["ours"])]
-    short = "" if mine else f"ours ends at {ours_at[1]:.3f}, below the score of {score:.3f}"
-    if unrun := sorted(set(BUDGETS["ours"]) - set(runs["ours"])):
-        short = "; ".join(filter(None, [short, f"ours was not run with {', '.join(map(str, unrun))} epochs"]))
+    there = first("ours")
+    mine, theirs = there or max(budgets["ours"]), first("lengths") or max(budgets["lengths"])
+    short = [] if there else [f"ours ends at {scores['ours', mine]:.3f}, below the score of {score:.3f}"]
+    if unrun := sorted(set(BUDGETS["ours"]) - set(budgets["ours"])):
+        short.append(f"ours was not run with {', '.join(map(str, unrun))} epochs")
     if len(seeds) < 3:
-        short = "; ".join(filter(None, [short, f"of {len(seeds)} seed{'s'[: len(seeds) - 1]} only"]))
+        short.append(f"of {len(seeds)} seed{'s'[: len(seeds) - 1]} only")
     shown = {
-        side: {f"{epochs} epochs": {"s": round(at[0], 2), "accuracy": round(at[1], 4)} for epochs, at in curve.items()}
-        for side, curve in curves.items()
+        side: {
+            f"{epochs} epochs": {
+                "s": round(statistics.median(seconds(side, epochs, seed) for seed in seeds), 2),
+                "accuracy": round(scores[side, epochs], 4),
+            }
+            for epochs in each
+        }
+        for side, each in budgets.items()
     }
     what = name if compute_type == "float32" else f"{name}, {compute_type}"
     made = []
     for side in ("lengths", "usual"):
-        if side == "lengths":
-            theirs, _, worst = curves["lengths"][first("lengths") or max(curves["lengths"])]
-            note = short
-        elif not runs["usual"].get(3):
+        epochs = theirs if side == "lengths" else SETTINGS[side]["epochs"]
+        peer = {seed: of[side, epochs] for seed, of in sittings.items() if (side, epochs) in of}
+        if not peer:
             continue
-        else:
-            each = [
-                run["seconds"] + (run["planned"] - run["steps"]) * run["step_seconds"]
-                for run in runs["usual"][3].values()
-            ]
-            theirs, worst = statistics.median(each), max(each)
-            part = [run for run in runs["usual"][3].values() if run["steps"] < run["planned"]]
-            said = f"extrapolated from {part[0]['steps']} of {part[0]['planned']} steps" if part else ""
-            said += ", and taken to need its three epochs: its score was not measured" if part else ""
-            note = "; ".join(filter(None, [said, short]))
-        ratio = theirs / ours_at[0]
+        times = {
+            seed: run["seconds"] + (run["planned"] - run["steps"]) * run["step_seconds"] * (side == "usual")
+            for seed, run in peer.items()
+        }
+        notes = []
+        if side == "usual" and (part := [run for run in peer.values() if run["steps"] < run["planned"]]):
+            notes.append(f"extrapolated from {part[0]['steps']} of {part[0]['planned']} steps")
+            notes.append("taken to need its three epochs: its score was not measured")
+        own = [seconds("ours", mine, seed) for seed in peer]
+        ratio = statistics.median(times[seed] / seconds("ours", mine, seed) for seed in peer)
         made.append(
             Row(
-                goal="P1", what=f"{what}, against {side}", ours=ours_at[0], peer=theirs, unit="s", ratio=ratio,
-                target=f"at least {TARGETS[side]:g} times faster", reached=mine is not None and ratio >= TARGETS[side],
-                worst={"ours": ours_at[2], "peer": worst},
+                goal="P1", what=f"{what}, against {side}", ours=statistics.median(own),
+                peer=statistics.median(times.values()), unit="s", ratio=ratio,
+                target=f"at least {TARGETS[side]:g} times faster", reached=bool(there) and ratio >= TARGETS[side],
+                worst={"ours": max(own), "peer": max(times.values())},
                 settings={
-                    "ours": {**settings_of("ours", name, compute_type), "epochs": mine or max(curves["ours"])},
-                    "peer": {**settings_of(side, name, compute_type),
-                             "epochs": first("lengths") if side == "lengths" else SETTINGS[side]["epochs"]},
+                    "ours": {**settings_of("ours", name, compute_type), "epochs": mine},
+                    "peer": {**settings_of(side, name, compute_type), "epochs": epochs},
                     "rows": dict(zip(("train", "test", "max_length"), SIZES[name], strict=True)),
-                    "seeds": seeds, "score": score, "budgets": shown,
+                    "seeds": sorted(peer), "score": score, "budgets": shown,
                 },
-                note=note,
+                note="; ".join(notes + short),
             )
         )  # fmt: skip
     return made
+
+
+def _sittings(
+    name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any]
+) -> dict[int, dict[tuple[str, int], dict[str, Any]]]:
+    """By seed, the runs by side and epochs: of the last machine on which ours and all budgets of the peer were run.
+
+    A machine is like this one where all but the kernel's build is the same.
+    """
+    found: dict[int, dict[str | None, dict[tuple[str, int], dict[str, Any]]]] = {}
+    for line in lines:
+        side, there = line["side"], line["machine"]
+        now = line["sizes"] == [*SIZES[name]] and line["settings"] == settings_of(side, name, compute_type)
+        if line["set"] == name and now and {**there, "system": None} == {**machine, "system": None}:
+            found.setdefault(line["seed"], {}).setdefault(there.get("system"), {})[side, line["epochs"]] = line
+    needed = {("lengths", epochs) for epochs in BUDGETS["lengths"]}  # without all, it might have been there sooner
+    needed |= {key for each in found.values() for of in each.values() for key in of if key[0] == "ours"}
+    if all(side == "lengths" for side, _ in needed):
+        return {}
+    whole = {seed: [of for of in each.values() if needed <= set(of)] for seed, each in found.items()}
+    return {seed: each[-1] for seed, each in whole.items() if each}
 
 
 if __name__ == "__main__":

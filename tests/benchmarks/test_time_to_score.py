@@ -115,6 +115,27 @@ def test_a_piece_that_makes_no_row_leaves_the_results_alone(tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_a_seed_is_of_one_machine_and_the_ratio_is_of_seeds() -> None:
+    of_one, other = made((0, 1)), [{**line, "machine": {**MACHINE, "system": "K2"}} for line in made((2,))]
+    slow = [{**line, "seconds": 10 * line["seconds"]} for line in other]
+    lengths, usual = results("movies", "float32", [*of_one, *slow], MACHINE)
+    assert lengths.settings["seeds"] == usual.settings["seeds"] == [0, 1, 2]
+    assert (lengths.ours, lengths.peer) == (21.0, 66.0)
+    assert lengths.ratio == pytest.approx(66 / 21)  # 65/20, 66/21, 670/220
+    torn = [line for line in slow if line["side"] != "lengths"]
+    assert results("movies", "float32", [*of_one, *torn], MACHINE)[0].settings["seeds"] == [0, 1]
+    rest = [{**line, "machine": MACHINE} for line in other if line["side"] == "lengths"]
+    assert results("movies", "float32", [*of_one, *torn, *rest], MACHINE)[0].settings["seeds"] == [0, 1]
+
+
+def test_an_extrapolated_side_is_compared_with_ours_of_its_own_seeds() -> None:
+    lines = [line for line in made() if line["side"] != "usual" or line["seed"] == 2]
+    usual = results("movies", "float32", lines, MACHINE)[1]
+    assert usual.settings["seeds"] == [2]
+    assert usual.ours == 22.0
+    assert usual.ratio == pytest.approx((11 + 710 * 0.5) / 22)
+
+
 def test_settings_of_a_side_are_its_own() -> None:
     ours, lengths = (settings_of(side, "imdb", "bfloat16") for side in ("ours", "lengths"))
     assert "epochs" not in ours
