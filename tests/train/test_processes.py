@@ -130,7 +130,7 @@ SCRIPT = """
 import json, sys
 from graftwerk.train.run import train
 run = train(json.load(open(sys.argv[1])))
-print("status:", run.manifest["status"], flush=True)
+sys.stdout.write(f"status: {run.manifest['status']}\\n")  # in one piece: two processes write
 """
 
 

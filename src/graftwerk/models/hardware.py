@@ -139,8 +139,14 @@ def usable_cores() -> int:
     return cores
 
 
+def threads_wanted() -> int:
+    """Threads to compute with: as `OMP_NUM_THREADS` says, else every core that is ours."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else usable_cores()
+
+
 def set_threads(threads: int | None = None) -> int:
-    """Let torch compute with so many threads; None: as `OMP_NUM_THREADS` says, else every core that is ours.
+    """Let torch compute with so many threads; None: `threads_wanted`.
 
     More threads than cores make torch many times slower, and inside a container torch counts the whole machine's cores.
 
@@ -151,8 +157,7 @@ def set_threads(threads: int | None = None) -> int:
         ConfigError: fewer than one.
     """
     if threads is None:
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        threads = int(asked) if asked.isdigit() and int(asked) > 0 else usable_cores()
+        threads = threads_wanted()
     if threads < 1:
         raise ConfigError(f"{threads} threads are too few", mend="at least 1")
     # Also where the number stays: the first call in a forked process puts torch's pool of threads in place of the

@@ -105,6 +105,7 @@ def finish(
         "steps": trainer.state.step,
         "peak_memory_bytes": peak,
         "first_step_seconds": first_step,
+        "processes": trainer.processes.count,
     }
     metadata = {name: manifest[name] for name in IN_METADATA}
     trainer.emit(Event("phase", trainer.state.step, name="saving the adapter"))

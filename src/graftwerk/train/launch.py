@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 
 from graftwerk.errors import UnsupportedError
@@ -24,13 +25,16 @@ def is_main_process() -> bool:
 class Processes:
     """The processes that train together, each with a copy of the model, and this one among them.
 
+    Args:
+        sharing: They share the rows of one step on one machine; launched ones bring rows of their own, one device each.
+
     Precision is the loop's (autocast, scaler), so that nothing is wrapped around the model's forward and left there.
 
     Raises:
         UnsupportedError: launched in a way that shards the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sharing: bool = False) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -43,10 +47,13 @@ class Processes:
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise UnsupportedError(
                 f"training with {kind.value} is not supported",
-                mend="launch with plain data parallelism (accelerate launch --multi_gpu, or --cpu --num_processes N)",
+                mend="launch with plain data parallelism (accelerate launch --multi_gpu); on a processor, "
+                "training.processes=N needs no launcher",
             )
-        self.device: torch.device = self.accelerator.device
+        device: torch.device = self.accelerator.device
+        self.device = torch.device("cpu") if device.type == "cpu" else device  # without a number
         self.count: int = self.accelerator.num_processes
+        self.sharing = sharing
         self.index: int = self.accelerator.process_index
 
     @property
@@ -54,12 +61,38 @@ class Processes:
         return self.index == 0
 
     def prepare(self, model: Any) -> Any:
-        """The model on this process's device, its gradients averaged over the processes where there are several."""
-        return self.accelerator.prepare_model(model)
+        """The model on this process's device, its gradients averaged over several processes that were launched."""
+        return model.to(self.device) if self.sharing else self.accelerator.prepare_model(model)
 
     def alone(self, model: Any) -> AbstractContextManager[Any]:
         """Inside, gradients stay here: for all micro-batches of a step but the last."""
-        return nullcontext() if self.count == 1 else self.accelerator.no_sync(model)
+        return nullcontext() if self.count == 1 or self.sharing else self.accelerator.no_sync(model)
+
+    @property
+    def averaged(self) -> int:
+        """What the loss is to be taken times, since gradients are averaged over so many processes."""
+        return 1 if self.sharing else self.count
+
+    def add_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Of the processes that share a step, the sum, on all; None where no process has one.
+
+        After the last micro-batch, in one piece for each dtype: adapters are small, so that there is nothing to gain
+        by hiding their way behind the backward pass.
+        """
+        if not self.sharing:
+            return
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for parameter in parameters:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        with torch.no_grad():
+            for each in by_dtype.values():
+                there = torch.tensor([parameter.grad is not None for parameter in each], dtype=each[0].dtype)
+                flat = torch.cat([there, *(_gradient(parameter).reshape(-1) for parameter in each)])
+                torch.distributed.all_reduce(flat)
+                sizes = [len(each), *(parameter.numel() for parameter in each)]
+                there, *sums = torch.split(flat, sizes)
+                for parameter, total, anywhere in zip(each, sums, there.tolist(), strict=True):
+                    parameter.grad = total.view_as(parameter) if anywhere else None
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise over all processes."""
@@ -78,6 +111,12 @@ class Processes:
     def agree(self, flag: bool) -> bool:
         """True on all if it is true on any."""
         return flag if self.count == 1 else self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def held(self, own: int | None) -> int | None:
+        """Bytes that are held: of those that share this machine together, else this one's."""
+        if own is None or not self.sharing:  # None on one is None on all: it is the system that does not say
+            return own
+        return int(self.sum(torch.tensor(own, dtype=torch.float64, device=self.device)).item())
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -121,3 +160,7 @@ class Processes:
         """(each, ...) on each process to (processes x each, ...), one row of each process in turn."""
         gathered = self.gather(torch.from_numpy(own)).transpose(0, 1)
         return gathered.reshape(-1, *gathered.shape[2:]).numpy()
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

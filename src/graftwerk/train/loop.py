@@ -93,9 +93,8 @@ class Trainer:
         check_compute_type(dtype, self.device)
         self.model = self.processes.prepare(graft.model)
         self.parameters = list(graft.parameters())
-        self.rows_per_step = (
-            settings.per_device_train_batch_size * settings.gradient_accumulation_steps * self.processes.count
-        )
+        devices = 1 if self.processes.sharing else self.processes.count
+        self.rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * devices
         self.rows_of = StepRows(train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=draw)
         try:
             self.optimizer = optim.build_optimizer(graft, settings)
@@ -143,6 +142,8 @@ class Trainer:
         micro_batch = settings.per_device_train_batch_size
         if settings.per_device_train_tokens is not None:  # tokens bound a micro-batch, and rows only the step
             micro_batch *= settings.gradient_accumulation_steps
+        if self.processes.sharing:
+            micro_batch = math.ceil(micro_batch / self.processes.count)
         self.state = TrainState(step=0, micro_batch=micro_batch)
         self.best_predictions: tuple[int, Predictions] | None = None
         """Step and validation predictions of the best state, if this process made them."""
@@ -276,8 +277,9 @@ class Trainer:
                     outputs = self.learnt.forward(self.model, batch)
                     loss = self.learnt.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
                 loss_sum += loss.detach()
-                # Several processes' gradients are averaged, and the mean is over all rows: hence times their number.
-                processes.accelerator.backward(self.scaler.scale(loss * processes.count))
+                # Launched processes' gradients are averaged, and the mean is over all rows: hence times their number.
+                processes.accelerator.backward(self.scaler.scale(loss * processes.averaged))
+        processes.add_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         if self.settings.max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
@@ -438,10 +440,11 @@ class Trainer:
 
     def _no_memory(self, what: str) -> EnvironmentFault:
         trained = sum(parameter.numel() for parameter in self.parameters)
+        few = "training.processes=1, " if self.processes.sharing else ""
         return EnvironmentFault(
             f"{what}: {memory.numbers(self.device)}; rows have up to {self.rows_of.longest} tokens, {trained:,} "
             "parameters are trained",
-            mend="training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
+            mend=f"{few}training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
             "data.max_length, "
             "a method that trains less, or a smaller model",
             kept=self.checkpoints.latest_said(),

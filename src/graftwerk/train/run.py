@@ -64,29 +64,30 @@ def train(
     _trained_before = True
     settings = _read_config(config, overrides)
     folder = RunFolder(settings.output_dir)
-    main = os.environ.get("RANK", "0") == "0"  # set by the launcher; nothing heavy is imported to find out
-    hub = Hub(*([listener or to_logging] if main else []))
-    checkpoints = Checkpoints(
-        folder.checkpoints,
-        limit=settings.training.save_total_limit,
-        warn=lambda text: hub(Event("warning", 0, text=text)),
-    )
-    stop = StopSignals(kept=checkpoints.latest_said)
-    with stop.installed(), RunLock(folder.path) if main else nullcontext():
-        earlier = folder.settle(resume=resume, overwrite=overwrite) if main else None
-        finished = earlier is not None and earlier["status"] == "finished"
-        if finished:
-            _refuse_other_settings(settings, folder)
-        if main:
-            checkpoints.clean()
-        from graftwerk.train.launch import Processes
+    from graftwerk.train import helpers
 
-        processes = Processes()
-        if not processes.agree(finished):  # the main process has looked at the folder; the others do as it does
-            _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
-        elif main:
-            hub(Event("nothing_left", 0, text=f"the run in {folder.path} is finished; nothing was left to do"))
-        processes.wait()
+    checkpoints = Checkpoints(folder.checkpoints, limit=settings.training.save_total_limit)
+    count = helpers.wanted(settings, checkpoints, resume)
+    with helpers.sharing(count, checkpoints.latest_said):
+        main = os.environ.get("RANK", "0") == "0"  # set by a launcher, or for a helper
+        hub = Hub(*([listener or to_logging] if main else []))
+        checkpoints.warn = lambda text: hub(Event("warning", 0, text=text))
+        stop = StopSignals(kept=checkpoints.latest_said)
+        with stop.installed(), RunLock(folder.path) if main else nullcontext():
+            earlier = folder.settle(resume=resume, overwrite=overwrite) if main else None
+            finished = earlier is not None and earlier["status"] == "finished"
+            if finished:
+                _refuse_other_settings(settings, folder)
+            if main:
+                checkpoints.clean()
+            from graftwerk.train.launch import Processes
+
+            processes = Processes(sharing=count > 1)
+            if not processes.agree(finished):  # the main process has looked at the folder; the others do as it does
+                _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
+            elif main:
+                hub(Event("nothing_left", 0, text=f"the run in {folder.path} is finished; nothing was left to do"))
+            processes.wait()
     return Run(folder.path)
 
 
@@ -202,8 +203,9 @@ class _Work:
             with self._failure_noted():
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
                     trainer.fit()
+                held = self.processes.held(peak.bytes)
                 first = None if trainer.first_step_at is None else trainer.first_step_at - self.began
-                finish(trainer, prepared, settings, self.folder, self.manifest, peak=peak.bytes, first_step=first)
+                finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:

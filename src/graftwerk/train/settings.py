@@ -99,6 +99,12 @@ class TrainingSettings(Settings):
         description="folder where hidden states stay for other runs on the same rows and layers, within "
         "trunk_cache_disk_gb; null: nothing stays when a run ends (a comparison shares them among its runs)",
     )
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="processes that share each step's rows on a processor, each with its part of the cores. auto: one "
+        "for every 8 rows of a step, at most one a core, where the model is not tiny and memory holds them; "
+        "GRAFTWERK_PROCESSES says it for all runs",
+    )
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: what this hardware is fast in, found by a short probe"
     )

@@ -74,7 +74,8 @@ def put_back(trainer: Trainer, snapshot: Snapshot) -> None:
     if values["processes"] != trainer.processes.count:
         raise ConfigError(
             f"this run was trained by {values['processes']} processes and would go on with {trainer.processes.count}",
-            mend=f"accelerate launch --num_processes {values['processes']}",
+            mend=f"training.processes={values['processes']} on a processor, or accelerate launch --num_processes "
+            f"{values['processes']}",
         )
     trainer.graft.load_state_dict(snapshot.weights)
     optim.load_optimizer_tensors(trainer.optimizer, snapshot.optimizer)

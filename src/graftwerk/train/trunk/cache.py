@@ -204,6 +204,7 @@ class Trunk:
         self.processes.wait()
         if not self.processes.main:
             states, _ = open_file(path, key, *shape, dtype)
+            self._facts.update(where=str(path), reused=False)
         self.processes.wait()
         if shared_folder(self.settings) is None and self.processes.main:
             with suppress(OSError):  # it stays mapped until the run ends, and then nothing of it is left

@@ -1,0 +1,277 @@
+"""Helpers forked for a training on a processor: the same run as one process makes, whole ends, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sklearn.metrics  # noqa: F401  # once here, and not in every fork
+import torch
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError, EnvironmentFault, UnsupportedError
+from graftwerk.methods.catalog import METHODS, SHORTHANDS
+from graftwerk.train import helpers
+from graftwerk.train.checkpoint import Checkpoints
+from graftwerk.train.events import Event
+from graftwerk.train.run import Run, train
+from tests.tasks.test_causal import tree as causal_tree
+from tests.train.children import Child, log_of, until
+
+Tree = dict[str, Any]
+Build = Callable[..., Tree]
+
+
+def forked(work: Callable[[], object]) -> Child:
+    """In a process of its own that may fork again: what this one has computed does not matter to tiny models."""
+
+    def begin() -> None:
+        helpers._against = lambda: None
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        work()
+
+    return Child(begin)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def still(tmp_path: Path, tiny_encoder: Path) -> Path:
+    """The tiny model without dropout: each process draws masks of its own."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def same(one: Path, two: Path) -> None:
+    for kind in ("step", "evaluation"):
+        alone, shared = log_of(one, kind), log_of(two, kind)
+        assert len(alone) == len(shared) > 0
+        for a, b in zip(alone, shared, strict=True):
+            for name in a.keys() - {"kind", "best"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (kind, a["step"], name)
+
+
+@pytest.mark.parametrize("method", sorted({*METHODS, *SHORTHANDS}))
+def test_every_method_trains_as_with_one_process(method: str, run_file: Build, tmp_path: Path, still: Path) -> None:
+    """Evaluation rows are shared out too, 11 of them. On 4 processes, the 6 rows of a step are shared unevenly."""
+    counts = {"one": 1, "two": 2, **({"four": 4} if method == "lora" else {})}
+    for name, count in counts.items():
+        tree = run_file(tmp_path / name, method=method, processes=count, learning_rate=1e-3)
+        tree["model"] = str(still)
+        tree["data"]["validation"] = 11
+        assert forked(lambda tree=tree: train(tree)).wait() == 0  # type: ignore[misc]
+    for name in counts.keys() - {"one"}:
+        same(tmp_path / "one", tmp_path / name)
+    one, two = Run(tmp_path / "one").manifest, Run(tmp_path / "two").manifest
+    assert one["metrics"]["test"]["accuracy"] == two["metrics"]["test"]["accuracy"]
+    assert (one["cost"]["processes"], two["cost"]["processes"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"per_device_train_tokens": 60},
+        {"packing": True},
+        {"gradient_checkpointing": True},
+        {"length_group": False},
+    ],
+)
+def test_a_step_has_the_rows_that_the_settings_say(
+    training: Tree, tiny_decoder: Path, glosses: Path, tmp_path: Path
+) -> None:
+    for name, count in (("one", 1), ("two", 2)):
+        tree = causal_tree(
+            tiny_decoder, glosses, tmp_path / name, "causal", processes=count, compute_type="float32", **training
+        )
+        assert forked(lambda tree=tree: train(tree)).wait() == 0  # type: ignore[misc]
+    one, two = (log_of(tmp_path / name, "step") for name in ("one", "two"))
+    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-5)
+    assert [a["grad_norm"] for a in one] == pytest.approx([b["grad_norm"] for b in two], rel=1e-4)
+
+
+def test_the_process_is_as_before(run_file: Build, tmp_path: Path) -> None:
+    def work() -> None:
+        environment, threads = {name: os.environ.get(name) for name in helpers._SET}, torch.get_num_threads()
+        train(run_file(tmp_path / "two", processes=2, max_steps=2))
+        assert {name: os.environ.get(name) for name in helpers._SET} == environment
+        assert torch.get_num_threads() == threads
+        assert not torch.distributed.is_initialized()
+        assert children_of(os.getpid()) == []
+        train(run_file(tmp_path / "one", processes=1, max_steps=2))  # alone again
+        assert Run(tmp_path / "one").manifest["cost"]["processes"] == 1
+
+    assert forked(work).wait() == 0
+
+
+def test_who_is_told_to_stop_stops_all_and_goes_on_with_as_many(run_file: Build, tmp_path: Path) -> None:
+    """With dropout: after the resume every process draws what it would have drawn. Asked for by the environment, kept
+    by what is resumed."""
+    tree = run_file()
+
+    def interrupted() -> None:
+        os.environ[helpers.ENVIRONMENT] = "2"
+
+        def listener(event: Event) -> None:
+            if (event.kind, event.step) == ("step", 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train(tree, listener=listener)
+
+    def whole() -> None:
+        os.environ[helpers.ENVIRONMENT] = "2"
+        train({**tree, "output_dir": str(tmp_path / "whole")})
+
+    assert forked(interrupted).wait() == 143
+    assert Run(tmp_path / "run").manifest["status"] == "interrupted"
+    assert forked(lambda: train(tree, resume=True)).wait() == 0
+    assert forked(whole).wait() == 0
+    assert Run(tmp_path / "run").manifest["cost"]["processes"] == 2
+    assert log_of(tmp_path / "run", "step", "evaluation") == log_of(tmp_path / "whole", "step", "evaluation")
+    assert forked(lambda: train(tree, resume=True)).wait() == 0, "finished: given back"
+
+
+def test_a_kill_of_the_first_takes_the_others_along_and_nothing_is_lost(run_file: Build, tmp_path: Path) -> None:
+    tree = run_file(processes=2, save_steps=1)
+    child = forked(lambda: train(tree))
+    until(lambda: len(Checkpoints(tmp_path / "run" / "checkpoints").steps()) > 1)
+    others = children_of(child.pid)
+    assert len(others) == 1
+    assert child.kill() == -signal.SIGKILL
+    until(lambda: not any(_runs(pid) for pid in others), seconds=10)
+    assert forked(lambda: train(tree, resume=True)).wait() == 0
+    whole = {**tree, "output_dir": str(tmp_path / "whole")}
+    assert forked(lambda: train(whole)).wait() == 0
+    assert log_of(tmp_path / "run", "step", "evaluation") == log_of(tmp_path / "whole", "step", "evaluation")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_dead_helper_is_named_and_what_is_kept_is_said(run_file: Build, tmp_path: Path) -> None:
+    def work() -> None:
+        def listener(event: Event) -> None:
+            if (event.kind, event.step) == ("step", 5):
+                os.kill(children_of(os.getpid())[0], signal.SIGKILL)
+
+        with pytest.raises(EnvironmentFault, match="SIGKILL, as the kernel sends when memory runs out") as caught:
+            train(run_file(processes=2), listener=listener)
+        assert caught.value.kept == str(tmp_path / "run" / "checkpoints" / "step-000004")
+        assert caught.value.mend is not None
+        assert "training.processes=1" in caught.value.mend
+        assert children_of(os.getpid()) == []
+
+    assert forked(work).wait() == 0
+
+
+def test_what_is_wrong_is_said_once_as_with_one_process(run_file: Build, tmp_path: Path) -> None:
+    tree = run_file(processes=2)
+    tree["data"]["columns"] = {"text": "no such column", "label": "label"}
+    alone = {**tree, "training": {**tree["training"], "processes": 1}, "output_dir": str(tmp_path / "other")}
+    codes = {forked(lambda tree=tree: train(tree)).wait() for tree in (tree, alone)}  # type: ignore[misc]
+    assert len(codes) == 1
+    assert codes < {2, 3}
+    good = run_file(processes=2)
+    assert forked(lambda: train(good)).wait() == 0
+    assert forked(lambda: train(good)).wait() == 7, "there is a run already"
+
+
+def settings(tiny_encoder: Path, glosses: Path, tmp_path: Path, **training: Any) -> RunConfig:
+    return RunConfig.build(causal_tree(tiny_encoder, glosses, tmp_path / "run", "classification", **training))
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path, tmp_path: Path) -> Path:
+    """A model that is large by its configuration, and a process that may be forked, of 8 cores."""
+    monkeypatch.setattr(helpers, "_against", lambda: None)
+    monkeypatch.setattr("graftwerk.models.hardware.threads_wanted", lambda: 8)
+    monkeypatch.setattr("graftwerk.train.memory.available", lambda: 2**34)
+    monkeypatch.delenv(helpers.ENVIRONMENT, raising=False)
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 384, "num_hidden_layers": 6}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("training", "method", "count"),
+    [
+        ({"per_device_train_batch_size": 16}, "lora", 2),
+        ({"per_device_train_batch_size": 15}, "lora", 1),
+        ({"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}, "lora", 4),
+        ({"per_device_train_batch_size": 800}, "lora", 8),
+        ({"per_device_train_batch_size": 16}, "full", 1),
+        ({"per_device_train_batch_size": 16}, "probe", 1),
+        ({"per_device_train_batch_size": 16}, {"name": "lora", "layers": "top-2"}, 1),
+        ({"per_device_train_batch_size": 16, "trunk_cache": False}, {"name": "lora", "layers": "top-2"}, 2),
+        ({"per_device_train_batch_size": 16, "processes": 3}, "full", 3),
+        ({"per_device_train_batch_size": 4, "processes": 1}, "lora", 1),
+    ],
+)
+def test_auto_is_as_many_as_the_rows_are_worth(
+    training: Tree, method: Any, count: int, free: Path, glosses: Path, tmp_path: Path
+) -> None:
+    tree = causal_tree(free, glosses, tmp_path / "run", "classification", method, **training)
+    config = RunConfig.build(tree)
+    assert helpers.wanted(config, Checkpoints(tmp_path / "none"), False) == count
+
+
+def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
+    free: Path, tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = Checkpoints(tmp_path / "none")
+    config = settings(free, glosses, tmp_path, per_device_train_batch_size=16)
+    assert helpers.wanted(config, none, False) == 2
+    assert helpers.wanted(settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16), none, False) == 1
+    monkeypatch.setattr("graftwerk.train.memory.available", lambda: 2**28)
+    assert helpers.wanted(config, none, False) == 1
+    monkeypatch.setenv(helpers.ENVIRONMENT, "5")
+    assert helpers.wanted(config, none, False) == 5
+    monkeypatch.setenv(helpers.ENVIRONMENT, "many")
+    with pytest.raises(ConfigError, match="no number of processes"):
+        helpers.wanted(config, none, False)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert helpers.wanted(config, none, False) == 1
+    for asked, raised in ((4, False), (2, True)):
+        launched = settings(free, glosses, tmp_path, per_device_train_batch_size=16, processes=asked)
+        if raised:
+            with pytest.raises(ConfigError, match="4 were launched"):
+                helpers.wanted(launched, none, False)
+        else:
+            assert helpers.wanted(launched, none, False) == 1
+
+
+def test_more_than_can_be_had_is_refused(
+    tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = Checkpoints(tmp_path / "none")
+    two = settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16, processes=2)
+    torch.ones(300, 300) @ torch.ones(300, 300)  # now threads have been at work
+    with pytest.raises(UnsupportedError, match="2 processes cannot be begun here") as caught:
+        helpers.wanted(two, none, False)
+    assert caught.value.mend is not None
+    monkeypatch.setattr(helpers, "_against", lambda: None)
+    assert helpers.wanted(two, none, False) == 2
+    many = settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16, processes=17)
+    with pytest.raises(ConfigError, match="cannot share a step's 16 rows"):
+        helpers.wanted(many, none, False)
