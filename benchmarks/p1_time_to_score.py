@@ -1,6 +1,6 @@
 """P1: time to the same held-out score, from the start of the process to the saved adapter.
 
-    python -m benchmarks.p1_time_to_score [--sets movies,glosses,imdb] [--seeds 0,1,2,3,4] [--sides ours,lengths,usual]
+    python -m benchmarks.p1_time_to_score [--sets movies,glosses,imdb] [--seeds 0,1,2,3,4] [--sides ours,lengths,..]
 
 Each run is a whole training with a schedule of its own, in a process of its own, interleaved; it is measured on the
 same held-out rows outside the clock. Every side is given its budgets of epochs, decided before anything was measured
@@ -35,8 +35,8 @@ from benchmarks import harness
 from benchmarks.harness import ROOT, Options, Row, expect
 from benchmarks.sides_of_p1 import SETTINGS
 
-TARGETS = {"lengths": 2.0, "usual": 12.0}
-BUDGETS = {"ours": (1, 2, 3), "lengths": (1, 2, 3), "usual": (3,)}
+TARGETS = {"lengths": 2.0, "launched": 1.0, "usual": 12.0}
+BUDGETS = {"ours": (1, 2, 3), "lengths": (1, 2, 3), "launched": (3,), "usual": (3,)}
 RUNS = "P1_runs.jsonl"
 SIZES = {
     "movies": (1000, 1000, 256),
@@ -50,7 +50,7 @@ SIZES = {
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", default="movies,glosses,imdb", help="of movies, glosses, imdb, tuning")
     parser.add_argument("--seeds", default=None, help="for instance 0,1 (as many as --repeats)")
-    parser.add_argument("--sides", default="ours,lengths,usual")
+    parser.add_argument("--sides", default="ours,lengths,launched,usual")
     parser.add_argument("--budgets", default=None, help="only these epochs, for instance 1,2")
     parser.add_argument("--rows-only", action="store_true", help="run nothing: make the rows of the kept runs")
     parser.add_argument("--usual-steps", type=int, default=40, help="steps of the usual recipe; 0: all")
@@ -108,7 +108,7 @@ def measure(options: Options) -> list[Row]:
     found: list[Row] = []
     for name in ["movies"] if options.quick else given.sets.split(","):
         if given.rows_only:
-            found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
+            found += all_results(name, given.compute_type)
             continue
         sizes = (128, 64) if options.quick else SIZES[name][:2]
         with tempfile.TemporaryDirectory() as made:
@@ -119,11 +119,22 @@ def measure(options: Options) -> list[Row]:
             one_set(name, folder, seeds, options)
         if options.quick or name == "tuning":
             continue
-        found += results(name, given.compute_type, kept(harness.RESULTS / RUNS), harness.machine())
+        found += all_results(name, given.compute_type)
     if not found and not options.quick:
         print("P1: the runs are kept; no row can be made of them yet", file=sys.stderr)
         raise SystemExit(0)  # a file of results without rows would be none
     return found
+
+
+def all_results(name: str, compute_type: str) -> list[Row]:
+    """Those of all kept runs: with as many processes as ours takes by itself, and with one."""
+    lines, machine = kept(harness.RESULTS / RUNS), harness.machine()
+    return [
+        row
+        for processes in ("auto", 1)
+        for row in results(name, compute_type, lines, machine, processes=processes)
+        if processes == "auto" or "launched" not in row.what
+    ]
 
 
 def settings_of(side: str, name: str, compute_type: str) -> dict[str, Any]:
@@ -146,7 +157,11 @@ def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> 
                 if quick and epochs != 3:
                     continue
                 with_these = settings_of(side, name, given.compute_type) | (given.ours if side == "ours" else {})
-                command = [sys.executable, "-m", "benchmarks.sides_of_p1", side, str(folder), "--seed", str(seed)]
+                command = [sys.executable, "-m"]
+                if side == "launched":
+                    count = str(SETTINGS[side]["processes"])
+                    command += ["torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m"]
+                command += ["benchmarks.sides_of_p1", side, str(folder), "--seed", str(seed)]
                 command += ["--given", json.dumps({**with_these, "epochs": epochs})]
                 command += ["--steps", str(4 if quick else part)] if quick or part else []
                 result = harness.spawn(command).result()
@@ -172,13 +187,19 @@ def kept(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
-def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[Row]:
+def results(
+    name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any], *, processes: Any = "auto"
+) -> list[Row]:
     """The rows of one set, of all its runs with the settings of now on machines like this; none before a seed has all.
+
+    Args:
+        processes: That ours trains with; runs with another number are in rows of their own.
 
     A run made again takes the place of the former one. Raises nothing: a side that never reaches the score is shown
     with the time of its largest budget, and its goal is missed.
     """
-    sittings = _sittings(name, compute_type, lines, machine)
+    own = {**settings_of("ours", name, compute_type), "processes": processes}
+    sittings = _sittings(name, compute_type, lines, machine, own)
     seeds = sorted(sittings)
     if not seeds:
         return []
@@ -215,8 +236,10 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
         for side, each in budgets.items()
     }
     what = name if compute_type == "float32" else f"{name}, {compute_type}"
+    what += "" if processes == "auto" else ", one process"
     made = []
-    for side in ("lengths", "usual"):
+    goals = {side: f"at least {times:g} times faster" for side, times in TARGETS.items()}
+    for side in ("lengths", "launched", "usual"):
         epochs = theirs if side == "lengths" else SETTINGS[side]["epochs"]
         peer = {seed: of[side, epochs] for seed, of in sittings.items() if (side, epochs) in of}
         if not peer:
@@ -229,16 +252,17 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
         if side == "usual" and (part := [run for run in peer.values() if run["steps"] < run["planned"]]):
             notes.append(f"extrapolated from {part[0]['steps']} of {part[0]['planned']} steps")
             notes.append("taken to need its three epochs: its score was not measured")
-        own = [seconds("ours", mine, seed) for seed in peer]
+        ours = [seconds("ours", mine, seed) for seed in peer]
         ratio = statistics.median(times[seed] / seconds("ours", mine, seed) for seed in peer)
         made.append(
             Row(
-                goal="P1", what=f"{what}, against {side}", ours=statistics.median(own),
+                goal="P1", what=f"{what}, against {side}", ours=statistics.median(ours),
                 peer=statistics.median(times.values()), unit="s", ratio=ratio,
-                target=f"at least {TARGETS[side]:g} times faster", reached=bool(there) and ratio >= TARGETS[side],
-                worst={"ours": max(own), "peer": max(times.values())},
+                target=goals[side] if side != "launched" else "for comparison: no slower",
+                reached=bool(there) and ratio >= TARGETS[side],
+                worst={"ours": max(ours), "peer": max(times.values())},
                 settings={
-                    "ours": {**settings_of("ours", name, compute_type), "epochs": mine},
+                    "ours": {**own, "epochs": mine},
                     "peer": {**settings_of(side, name, compute_type), "epochs": epochs},
                     "rows": dict(zip(("train", "test", "max_length"), SIZES[name], strict=True)),
                     "seeds": sorted(peer), "score": score, "budgets": shown,
@@ -250,7 +274,7 @@ def results(name: str, compute_type: str, lines: Sequence[dict[str, Any]], machi
 
 
 def _sittings(
-    name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any]
+    name: str, compute_type: str, lines: Sequence[dict[str, Any]], machine: dict[str, Any], own: dict[str, Any]
 ) -> dict[int, dict[tuple[str, int], dict[str, Any]]]:
     """By seed, the runs by side and epochs: of the last machine on which ours and all budgets of the peer were run.
 
@@ -259,7 +283,8 @@ def _sittings(
     found: dict[int, dict[str | None, dict[tuple[str, int], dict[str, Any]]]] = {}
     for line in lines:
         side, there = line["side"], line["machine"]
-        now = line["sizes"] == [*SIZES[name]] and line["settings"] == settings_of(side, name, compute_type)
+        settings = own if side == "ours" else settings_of(side, name, compute_type)
+        now = line["sizes"] == [*SIZES[name]] and line["settings"] == settings
         if line["set"] == name and now and {**there, "system": None} == {**machine, "system": None}:
             found.setdefault(line["seed"], {}).setdefault(there.get("system"), {})[side, line["epochs"]] = line
     needed = {("lengths", epochs) for epochs in BUDGETS["lengths"]}  # without all, it might have been there sooner

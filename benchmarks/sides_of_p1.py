@@ -1,10 +1,11 @@
 """One side of P1 in a process of its own: train on train.jsonl, save the adapter, say the time and the score.
 
-    python -m benchmarks.sides_of_p1 ours|lengths|usual FOLDER --given '{"max_length": 256}' [--seed 0] [--steps N]
+    python -m benchmarks.sides_of_p1 SIDE FOLDER --given '{"max_length": 256}' [--seed 0] [--steps N]
 
 The last line of stdout is a JSON object: ``seconds`` from the start of the process to the saved adapter, ``accuracy``
 on test.jsonl at the end, ``steps`` made and ``planned``, ``step_seconds``, and ``started``, the seconds until training
 began. Evaluation is outside the clock on every side; imports, reading, encoding, loading, training, saving are inside.
+``launched`` is to be begun by torchrun, whose own start counts as well.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "batch": 16,
         "epochs": 3,
         "compute_type": "float32",
+        "processes": "auto",
     },
     "lengths": {
         "library": "PEFT + transformers.Trainer, dynamic padding, length groups, no checkpoints, no reports",
@@ -32,6 +34,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lora": {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["query", "value"]},
         "learning_rate": 3e-3,
         "batch": 16,
+        "epochs": 3,
+        "compute_type": "float32",
+    },
+    "launched": {
+        "library": "the same under torchrun: two processes of one thread, of 8 rows each",
+        "padding": "of each batch",
+        "lora": {"r": 8, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["query", "value"]},
+        "learning_rate": 3e-3,
+        "batch": 8,
+        "processes": 2,
         "epochs": 3,
         "compute_type": "float32",
     },
@@ -48,12 +60,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Stopwatch:
-    """Seconds since the process began."""
+    """Seconds since the process began, or the launcher of it."""
 
     def __init__(self) -> None:
-        from graftwerk.train.clock import seconds_since_process_start
+        import psutil
 
-        self.began = time.monotonic() - seconds_since_process_start()
+        process = psutil.Process()
+        if "RANK" in os.environ:
+            process = psutil.Process(os.getppid())
+        self.began = time.monotonic() - (time.time() - process.create_time())
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -88,7 +103,7 @@ def ours(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
             "training": {
                 "num_train_epochs": given["epochs"], "per_device_train_batch_size": given["batch"], "seed": seed,
                 "learning_rate": given["learning_rate"], "compute_type": given["compute_type"],
-                "trunk_cache": given.get("trunk_cache", "auto"),
+                "trunk_cache": given.get("trunk_cache", "auto"), "processes": given["processes"],
                 "save_steps": 1_000_000, "report_to": [], "max_steps": steps,
             },
             "output_dir": str(folder / f"ours-{seed}"),
@@ -113,8 +128,8 @@ def ours(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
     }
 
 
-def peer(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> dict[str, Any]:
-    """PEFT under transformers' Trainer."""
+def peer(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> dict[str, Any] | None:
+    """PEFT under transformers' Trainer; None in a process beside the main one."""
     watch = Stopwatch()
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
@@ -178,6 +193,7 @@ def peer(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
         disable_tqdm=True,
         bf16=given["compute_type"] == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if "processes" in given else None,
     )
     trainer = Trainer(
         model=model,
@@ -188,6 +204,8 @@ def peer(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
     )
     trainer.train()
     trained = watch.seconds()
+    if os.environ.get("RANK", "0") != "0":
+        return None
     model.save_pretrained(folder / f"peer-{seed}" / "adapter")
     seconds = watch.seconds()
     made = trainer.state.global_step
@@ -195,7 +213,7 @@ def peer(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
         "seconds": seconds,
         "accuracy": accuracy(),
         "steps": made,
-        "planned": -(-len(train) // given["batch"]) * given["epochs"],
+        "planned": -(-len(train) // (given["batch"] * given.get("processes", 1))) * given["epochs"],
         "step_seconds": (trained - at["started"]) / made,
         "started": at["started"],
     }
@@ -215,7 +233,8 @@ def main() -> None:
     settings = {**SETTINGS[given.side], **given.given}
     run = ours if given.side == "ours" else peer
     result = run(settings, given.folder, given.seed, given.steps)
-    print(json.dumps(result), flush=True)
+    if result is not None:
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SCORES = {"ours": {1: 0.7, 2: 0.81, 3: 0.82}, "lengths": {1: 0.6, 2: 0.7, 3: 0.8
 
 def made(seeds: tuple[int, ...] = (0, 1, 2), **scores: dict[int, float]) -> list[dict[str, Any]]:
     lines = []
-    for side in SETTINGS:
+    for side in SECONDS:
         for epochs in BUDGETS[side]:
             for seed in seeds:
                 lines.append({
@@ -101,7 +101,9 @@ def test_every_committed_run_is_whole_and_gives_the_committed_rows() -> None:
     for row in committed["rows"]:
         compute = row["settings"]["ours"]["compute_type"]
         name = row["what"].split(",")[0]
-        again = {each.what: each for each in results(name, compute, lines, committed["machine"])}[row["what"]]
+        of = row["settings"]["ours"]["processes"]
+        made_again = results(name, compute, lines, committed["machine"], processes=of)
+        again = {each.what: each for each in made_again}[row["what"]]
         assert (again.ours, again.peer, again.ratio) == pytest.approx((row["ours"], row["peer"], row["ratio"]))
 
 
@@ -134,6 +136,18 @@ def test_an_extrapolated_side_is_compared_with_ours_of_its_own_seeds() -> None:
     assert usual.settings["seeds"] == [2]
     assert usual.ours == 22.0
     assert usual.ratio == pytest.approx((11 + 710 * 0.5) / 22)
+
+
+def test_a_launched_peer_is_shown_beside_the_goal() -> None:
+    launched = [
+        {**line, "side": "launched", "settings": settings_of("launched", "movies", "float32"), "seconds": 50.0}
+        for line in made()
+        if (line["side"], line["epochs"]) == ("lengths", 3)
+    ]
+    row = results("movies", "float32", [*made(), *launched], MACHINE)[1]
+    assert (row.what, row.target) == ("movies, against launched", "for comparison: no slower")
+    assert row.ratio == pytest.approx(50 / 21)
+    assert row.reached
 
 
 def test_settings_of_a_side_are_its_own() -> None:
