@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from graftwerk.train.events import Event
 from graftwerk.train.run import Run, train
 from tests.tasks.test_causal import tree as causal_tree
 from tests.train.children import Child, log_of, until
+from tests.train.test_processes import together
 
 Tree = dict[str, Any]
 Build = Callable[..., Tree]
@@ -104,12 +106,33 @@ def test_a_step_has_the_rows_that_the_settings_say(
     assert [a["grad_norm"] for a in one] == pytest.approx([b["grad_norm"] for b in two], rel=1e-4)
 
 
+def test_the_main_process_says_in_which_type_all_compute(run_file: Build, tmp_path: Path) -> None:
+    """What is fast is found by trying, and may come out otherwise in each of them."""
+
+    def work() -> None:
+        import graftwerk.models.hardware as hardware
+        import graftwerk.train.loop as loop
+
+        def found(wanted: str, device: Any) -> torch.dtype:
+            return torch.float32 if os.environ["RANK"] == "0" else torch.bfloat16
+
+        def used(dtype: torch.dtype, device: Any) -> None:
+            assert dtype == torch.float32, "a helper that fails ends the run"
+
+        hardware.compute_type, loop.check_compute_type = found, used  # type: ignore[assignment]
+        train(run_file(processes=2, max_steps=2))
+
+    assert forked(work).wait() == 0
+
+
 def test_the_process_is_as_before(run_file: Build, tmp_path: Path) -> None:
     def work() -> None:
+        hook = sys.excepthook
         environment, threads = {name: os.environ.get(name) for name in helpers._SET}, torch.get_num_threads()
         train(run_file(tmp_path / "two", processes=2, max_steps=2))
         assert {name: os.environ.get(name) for name in helpers._SET} == environment
         assert torch.get_num_threads() == threads
+        assert sys.excepthook is hook
         assert not torch.distributed.is_initialized()
         assert children_of(os.getpid()) == []
         train(run_file(tmp_path / "one", processes=1, max_steps=2))  # alone again
@@ -192,6 +215,101 @@ def test_what_is_wrong_is_said_once_as_with_one_process(run_file: Build, tmp_pat
     good = run_file(processes=2)
     assert forked(lambda: train(good)).wait() == 0
     assert forked(lambda: train(good)).wait() == 7, "there is a run already"
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_an_error_of_all_is_the_error_and_not_the_death_of_a_helper(kind: type[Exception], run_file: Build) -> None:
+    def work() -> None:
+        import graftwerk.train.loop as loop
+
+        def wrong(*_: Any, **__: Any) -> None:
+            raise kind("in every process")
+
+        loop.micro_batches = wrong  # type: ignore[assignment]
+        with pytest.raises(kind, match="in every process"):
+            train(run_file(processes=2))
+        assert children_of(os.getpid()) == []
+
+    assert forked(work).wait() == 0
+
+
+def test_an_error_of_a_helper_alone_is_named(run_file: Build) -> None:
+    def work() -> None:
+        import graftwerk.train.loop as loop
+
+        before = loop.micro_batches
+
+        def wrong(*args: Any, **named: Any) -> Any:
+            if os.environ["RANK"] == "1":
+                raise OSError("only there")
+            return before(*args, **named)
+
+        loop.micro_batches = wrong
+        with pytest.raises(EnvironmentFault, match="OSError: only there"):
+            train(run_file(processes=2))
+
+    assert forked(work).wait() == 0
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_group_and_counts_once(run_file: Build, tmp_path: Path) -> None:
+    def work() -> None:
+        os.setpgid(0, 0)
+
+        def listener(event: Event) -> None:
+            if (event.kind, event.step) == ("step", 5):
+                os.killpg(0, signal.SIGINT)
+
+        train(run_file(processes=2), listener=listener)
+
+    assert forked(work).wait() == 130
+    assert Run(tmp_path / "run").manifest["status"] == "interrupted"
+
+
+def test_another_number_is_refused_and_the_mend_mends(run_file: Build, tmp_path: Path) -> None:
+    def stopped(tree: Tree) -> None:
+        def listener(event: Event) -> None:
+            if (event.kind, event.step) == ("step", 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train(tree, listener=listener)
+
+    def other() -> None:
+        with pytest.raises(
+            ConfigError, match="trained by 2 processes that shared its steps and would go on with 3"
+        ) as e:
+            train(run_file(processes=3), resume=True)
+        assert e.value.mend == "training.processes=2, in `graftwerk train`"
+
+    assert forked(lambda: stopped(run_file(processes=2))).wait() == 143
+    assert forked(other).wait() == 0
+    os.environ[helpers.ENVIRONMENT] = "1"
+    try:
+        assert helpers.wanted(RunConfig.build(run_file()), Checkpoints(tmp_path / "none"), True) == 1
+        assert forked(lambda: train(run_file(), resume=True)).wait() == 0, "what was begun goes before"
+    finally:
+        del os.environ[helpers.ENVIRONMENT]
+    assert Run(tmp_path / "run").manifest["cost"]["processes"] == 2
+
+
+def test_what_was_launched_is_not_gone_on_with_by_sharing(run_file: Build, tmp_path: Path) -> None:
+    """Launched processes bring rows of their own: the steps would be half as large."""
+    tree = run_file(per_device_train_batch_size=3)
+
+    def interrupted(rank: int) -> None:
+        def listener(event: Event) -> None:
+            if (event.kind, event.step) == ("step", 5):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        train(tree, listener=listener)
+
+    def plain(**training: Any) -> None:
+        with pytest.raises(ConfigError, match="2 processes that were launched") as caught:
+            train({**tree, "training": {**tree["training"], **training}}, resume=True)
+        assert caught.value.mend == "accelerate launch, 2 processes"
+
+    assert [child.wait() for child in together(interrupted)] == [143, 143]
+    assert forked(plain).wait() == 0
+    assert forked(lambda: plain(processes=2)).wait() == 0
 
 
 def settings(tiny_encoder: Path, glosses: Path, tmp_path: Path, **training: Any) -> RunConfig:

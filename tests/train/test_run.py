@@ -67,7 +67,7 @@ def test_a_run_leaves_everything_that_is_read_later(run_file: Build, tmp_path: P
     assert 0 < manifest["parameters"]["head"] < manifest["parameters"]["trained"] < manifest["parameters"]["total"]
     assert manifest["parameters"]["share"] == manifest["parameters"]["trained"] / manifest["parameters"]["total"]
     assert set(manifest["cost"]) == {
-        "training_seconds", "steps", "peak_memory_bytes", "adapter_bytes", "first_step_seconds",
+        "training_seconds", "steps", "peak_memory_bytes", "adapter_bytes", "first_step_seconds", "processes",
     }  # fmt: skip
     assert manifest["cost"]["steps"] == 12
     for split in ("validation", "test"):

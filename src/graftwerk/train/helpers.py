@@ -20,8 +20,9 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ COPIES = 3
 """Times its weights that a process may hold: they, what is cast of them, gradients of a full fine-tuning."""
 FREE_SHARE = 0.5
 """Of the free memory that all copies together may take."""
-_ENDING_SECONDS = 30.0
+_MEETING, _ENDING_SECONDS = timedelta(minutes=2), 30.0
 _SET = (
     "RANK",
     "LOCAL_RANK",
@@ -77,16 +78,10 @@ def wanted(settings: RunConfig, checkpoints: Checkpoints, resume: bool) -> int:
                 f"`processes: {asked}`, but {world} were launched", where=KEY, mend="auto: the launcher decides"
             )
         return 1
-    if asked == "auto" and (given := os.environ.get(ENVIRONMENT, "")):
-        if not given.isdigit() or int(given) < 1:
-            raise ConfigError(f"{given!r} is no number of processes", where=ENVIRONMENT, mend="1, 2, ...")
-        asked = int(given)
     rows = settings.training.per_device_train_batch_size * settings.training.gradient_accumulation_steps
     if asked == "auto":
-        against = _against()
-        if resume and (begun := _begun_with(checkpoints)) is not None:
-            return 1 if against else begun
-        return 1 if against else _worth(settings, rows)
+        count = (_begun_with(checkpoints) if resume else None) or _of_environment() or _worth(settings, rows)
+        return count if 1 < count <= rows and _against() is None else 1
     if asked > rows:
         raise ConfigError(f"{asked} processes cannot share a step's {rows} rows", where=KEY, mend=f"at most {rows}")
     if asked > 1 and (against := _against()):
@@ -94,25 +89,53 @@ def wanted(settings: RunConfig, checkpoints: Checkpoints, resume: bool) -> int:
     return asked
 
 
+def _of_environment() -> int | None:
+    given = os.environ.get(ENVIRONMENT, "")
+    if not given:
+        return None
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"{given!r} is no number of processes", where=ENVIRONMENT, mend="1, 2, ...")
+    return int(given)
+
+
 def _against() -> tuple[str, str] | None:
     """Why this process cannot be forked, and what to do; None where it can."""
-    if sys.platform != "linux":
+    if not sys.platform.startswith("linux"):
         return "only Linux can fork a process that has imported torch", "accelerate launch, or auto"
     import torch
 
     if torch.cuda.is_available() or torch.xpu.is_available():
         return "they share a processor, and this machine computes on an accelerator", "accelerate launch, or auto"
     from accelerate.state import PartialState
-    from threadpoolctl import threadpool_info
 
     anew = "run `graftwerk train`, or train before anything else computes in this process"
     if PartialState._shared_state:
         return "accelerate is in use in this process already", anew
-    # Linear algebra outside of torch has threads from its import on, and knows how to be forked.
-    idle = sum(pool["num_threads"] - 1 for pool in threadpool_info() if pool["user_api"] == "blas")
-    if len(os.listdir("/proc/self/task")) > 1 + idle:
+    if not _alone():
         return "threads of this process are at work or have been", anew
     return None
+
+
+def _alone() -> bool:
+    """Whether this process has one thread.
+
+    The linear algebra of numpy and scipy starts threads when it is imported, which idle; at any fork it ends them, in
+    the parent too, and starts them again when they are needed. So a fork that ends at once leaves those that matter.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which is what is to be found
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    _ended(pid, wait=True)
+    for _ in range(20):
+        try:
+            if len(os.listdir("/proc/self/task")) == 1:
+                return True
+        except OSError:
+            return False
+        time.sleep(0.002)
+    return False
 
 
 def _worth(settings: RunConfig, rows: int) -> int:
@@ -144,7 +167,8 @@ def _begun_with(checkpoints: Checkpoints) -> int | None:
 
     for step in reversed(checkpoints.steps()):
         with suppress(GraftwerkError, OSError, KeyError, TypeError, ValueError):
-            return int(read_json(checkpoints.path(step) / STATE)["processes"])
+            state = read_json(checkpoints.path(step) / STATE)
+            return int(state["processes"]) if state.get("sharing") else 1  # launched ones are launched again
     return None
 
 
@@ -167,40 +191,47 @@ def sharing(count: int, kept: Callable[[], str | None]) -> Iterator[None]:
     from graftwerk.models.hardware import threads_wanted
 
     threads, before = torch.get_num_threads(), {name: os.environ.get(name) for name in _SET}
-    each = max(1, threads_wanted() // count)
-    reading, writing = os.pipe()
+    each, hook = max(1, threads_wanted() // count), sys.excepthook
     helpers: list[int] = []
-    with tempfile.TemporaryDirectory(prefix="graftwerk-") as place:
+    with ExitStack() as ends:
+        place = ends.enter_context(tempfile.TemporaryDirectory(prefix="graftwerk-"))
+        reading, writing = os.pipe()
+        ends.callback(os.close, reading)
+        ends.callback(_end, helpers)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         parent = os.getpid()
-        for rank in range(1, count):
-            pid = os.fork()
-            if pid == 0:
-                with _helper(writing, parent):
-                    _join(rank, count, place, each)
-                    yield
-            helpers.append(pid)
-        os.close(writing)
+        try:
+            for rank in range(1, count):
+                pid = os.fork()
+                if pid == 0:
+                    with _helper(writing, parent):
+                        _join(rank, count, place, each)
+                        yield
+                helpers.append(pid)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"no process can be forked: {error.strerror or error}", where=KEY, mend=f"{KEY}=1", kept=kept()
+            ) from error
+        finally:
+            os.close(writing)
         try:
             _join(0, count, place, each)
             yield
             _let_end(helpers)
-        except GraftwerkError:
-            raise
-        except Exception as error:
-            if (said := _last_words(helpers, reading)) is None:
+        except RuntimeError as error:
+            said = None if isinstance(error, GraftwerkError) else _cause(error, helpers, reading)
+            if said is None:
                 raise
             raise EnvironmentFault(
                 f"a process that took part in the training ended: {said}",
                 where=KEY,
-                mend="training.processes=1 takes less memory",
+                mend=f"{KEY}=1 takes less memory",
                 kept=kept(),
             ) from error
         finally:
-            _end(helpers)
-            os.close(reading)
             _leave()
+            sys.excepthook = hook  # torch puts the rank before every traceback, and leaves it there
             for name, value in before.items():
                 os.environ.pop(name, None)
                 if value is not None:
@@ -213,6 +244,7 @@ def _helper(writing: int, parent: int) -> Iterator[None]:
     """What a forked process does in place of returning: nothing on the terminal, an end with its parent."""
     code = 1
     try:
+        os.setpgid(0, 0)  # Ctrl-C is for the main process, which tells the others
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(code)
@@ -237,13 +269,10 @@ def _join(rank: int, count: int, place: str, threads: int) -> None:
         "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(threads),
     }  # fmt: skip
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{Path(place) / 'met'}",
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(days=30),  # of waiting for one that lives: a dead one is noticed at once
-    )
+    store = torch.distributed.FileStore(str(Path(place) / "met"), count)  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_MEETING)
+    # Later on, one that dies is noticed at once, and one that lives may take its time.
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(days=30))
 
 
 def _leave() -> None:
@@ -256,10 +285,19 @@ def _leave() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def _ended(pid: int, *, wait: bool = False) -> int | None:
+    """The wait status of a child that has ended; 0 where somebody else has taken it; None where it lives."""
+    try:
+        found, status = os.waitpid(pid, 0 if wait else os.WNOHANG)
+    except ChildProcessError:
+        return 0
+    return status if found else None
+
+
 def _let_end(helpers: list[int]) -> None:
     until = time.monotonic() + _ENDING_SECONDS
     while helpers and time.monotonic() < until:
-        helpers[:] = [pid for pid in helpers if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        helpers[:] = [pid for pid in helpers if _ended(pid) is None]
         time.sleep(0.002)
 
 
@@ -267,24 +305,24 @@ def _end(helpers: list[int]) -> None:
     for pid in helpers:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        with suppress(ChildProcessError):
-            os.waitpid(pid, 0)
+        _ended(pid, wait=True)
 
 
-def _last_words(helpers: list[int], reading: int) -> str | None:
-    """How a helper ended; None where all are alive, so that they are not what is wrong."""
+def _cause(error: RuntimeError, helpers: list[int], reading: int) -> str | None:
+    """How a helper ended, if that is why this process failed: by a signal, or with another error than this one's."""
     until = time.monotonic() + 2.0
-    ended: list[tuple[int, int]] = []
+    ended: dict[int, int] = {}
     while not ended and time.monotonic() < until:
-        ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in helpers) if pid]
+        ended = {pid: status for pid in helpers if (status := _ended(pid)) is not None}
         time.sleep(0.01)
-    if not ended:
-        return None
-    for pid, status in ended:
-        helpers.remove(pid)
+    helpers[:] = [pid for pid in helpers if pid not in ended]
+    for status in ended.values():
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
-            return f"{name}" + (", as the kernel sends when memory runs out" if name == "SIGKILL" else "")
+            return name + (", as the kernel sends when memory runs out" if name == "SIGKILL" else "")
+    missed = any(word in str(error).lower() for word in ("gloo", "timeout"))
+    if not missed or not any(ended.values()):  # what went wrong here went wrong there as well
+        return None
     ready, _, _ = select.select([reading], [], [], 0)
     said = os.read(reading, 2000).decode(errors="replace").strip() if ready else ""
     return said.splitlines()[0] if said else "it did not say why"

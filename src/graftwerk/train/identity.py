@@ -16,6 +16,7 @@ FREE = (
     "config.training.report_to",
     "config.training.save_total_limit",
     "config.training.load_best",
+    "config.training.processes",  # checked with the random states, which are of so many
     "environment.",
 )
 """Settings that change nothing of what is trained, and may therefore be others when a run is gone on with."""

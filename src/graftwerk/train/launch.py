@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -112,6 +113,12 @@ class Processes:
         """True on all if it is true on any."""
         return flag if self.count == 1 else self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
+    def of_main(self, value: int) -> int:
+        """The main process's number, on all."""
+        if self.count == 1:
+            return value
+        return int(self.sum(torch.tensor(value if self.main else 0, device=self.device)).item())
+
     def held(self, own: int | None) -> int | None:
         """Bytes that are held: of those that share this machine together, else this one's."""
         if own is None or not self.sharing:  # None on one is None on all: it is the system that does not say
@@ -141,8 +148,6 @@ class Processes:
         return ClassPredictions(total / count, scores, targets)
 
     def _texts_together(self, own: TextPredictions, rows: int, missing: int) -> TextPredictions:
-        from accelerate.utils import gather_object
-
         nll = self._interleaved(np.pad(own.nll, (0, missing)))[:rows]
         tokens = self._interleaved(np.pad(own.tokens, (0, missing)))[:rows]
         columns: dict[str, tuple[str, ...] | None] = {}
@@ -151,10 +156,17 @@ class Processes:
             if values is None:
                 columns[name] = None
                 continue
-            each: list[list[str]] = gather_object([list(values)])
+            each = self._lists(list(values))
             columns[name] = tuple(each[row % self.count][row // self.count] for row in range(rows))
         loss = None if own.loss is None else float(nll.sum() / max(int(tokens.sum()), 1))
         return TextPredictions(loss, nll, tokens, **columns)
+
+    def _lists(self, own: list[Any]) -> list[list[Any]]:
+        """Every process's list of plain values, as JSON: nothing is pickled."""
+        text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor(len(text))).tolist()
+        padded = torch.nn.functional.pad(text, (0, max(sizes) - len(text)))
+        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(self.gather(padded), sizes, strict=True)]
 
     def _interleaved(self, own: np.ndarray) -> np.ndarray:
         """(each, ...) on each process to (processes x each, ...), one row of each process in turn."""

@@ -287,8 +287,9 @@ class Trainer:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if processes.count > 1:
             asked = torch.tensor(float(self.stop.signum or 0), device=self.device)
-            loss_sum, asked = processes.sum(torch.stack([loss_sum, asked]))
-            self._asked_to_stop = max(self._asked_to_stop, int(asked))
+            each = processes.gather(torch.stack([loss_sum, asked]))  # a signal may reach one of them, or all
+            loss_sum = each[:, 0].sum().to(self.device)
+            self._asked_to_stop = max(self._asked_to_stop, int(each[:, 1].max()))
         figures: list[float] = torch.stack([loss_sum, norm]).tolist()  # the one wait for the device in a step
         return figures[0], figures[1]
 

@@ -24,9 +24,27 @@ def numbers(device: torch.device) -> str:
 
 
 def available() -> int | None:
-    """Bytes of memory that can be had without swapping; None where the machine does not say."""
+    """Bytes of memory that can be had without swapping, of the machine and of the control group, the lesser; None where
+    the machine does not say.
+    """
     kilobytes = _kilobytes("/proc/meminfo", "MemAvailable:")
-    return None if kilobytes is None else kilobytes * 1024
+    if kilobytes is None:
+        return None
+    group = _group_available(Path("/sys/fs/cgroup"))
+    return kilobytes * 1024 if group is None else min(kilobytes * 1024, group)
+
+
+def _group_available(group: Path) -> int | None:
+    """Bytes that a control group (version 2) has left, files that it can let go not counted; None: no limit."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        held = int((group / "memory.current").read_text())
+        files = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - held + int(files.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return None
 
 
 def _kilobytes(path: str, field: str) -> int | None:

@@ -126,7 +126,7 @@ class _Work:
 
     def do(self, resume: bool) -> None:
         from graftwerk.evaluate.cost import peak_memory, resident
-        from graftwerk.models.hardware import compute_type, set_threads
+        from graftwerk.models.hardware import TYPES, compute_type, set_threads
         from graftwerk.train.augmented import add_augmented
         from graftwerk.train.finish import finish
         from graftwerk.train.gate import first_batch, refuse_grave
@@ -140,6 +140,8 @@ class _Work:
         settings, hub = self.settings, self.hub
         set_threads()
         dtype = compute_type(settings.training.compute_type, self.processes.device)
+        types = list(TYPES.values())  # each process has tried for itself what is fast
+        dtype = types[self.processes.of_main(types.index(dtype))]
         check_compute_type(dtype, self.processes.device)
         snapshot = self.checkpoints.load_latest() if resume else None
         identity: dict[str, Any] = {"config": settings.model_dump(mode="json"), "environment": environment()}
@@ -182,6 +184,7 @@ class _Work:
             labels=prepared.splits.labels or (),
         )
         self.manifest = opening(settings, prepared, graft, identity["base"])
+        self.processes.wait()  # all have loaded what they need, before anything is replaced
         if self.processes.main:
             hub.listeners.remove(early.append)
             self._open_folder(snapshot)

@@ -54,6 +54,7 @@ def take(trainer: Trainer) -> Snapshot:
         state={
             **asdict(trainer.state),
             "processes": count,
+            "sharing": trainer.processes.sharing,
             "schedule": schedule,
             "scaler": trainer.scaler.state_dict(),
             "diagnosis": trainer.diagnosis.state_dict(),
@@ -71,11 +72,18 @@ def put_back(trainer: Trainer, snapshot: Snapshot) -> None:
         AdapterError, IntegrityError: its tensors do not belong to this graft.
     """
     values = snapshot.state
-    if values["processes"] != trainer.processes.count:
+    shared = bool(values.get("sharing"))
+    if values["processes"] != trainer.processes.count or shared != trainer.processes.sharing:
+        before, now = values["processes"], trainer.processes.count
+        forked, launched = (
+            f"training.processes={before}, in `graftwerk train`",
+            f"accelerate launch, {before} processes",
+        )
         raise ConfigError(
-            f"this run was trained by {values['processes']} processes and would go on with {trainer.processes.count}",
-            mend=f"training.processes={values['processes']} on a processor, or accelerate launch --num_processes "
-            f"{values['processes']}",
+            f"this run was trained by {before} process{'es' if before != 1 else ''}"
+            f"{' that shared its steps' if shared else ' that were launched' if before > 1 else ''} and would go on "
+            f"with {now}",
+            mend=forked if shared or before == 1 else launched,
         )
     trainer.graft.load_state_dict(snapshot.weights)
     optim.load_optimizer_tensors(trainer.optimizer, snapshot.optimizer)
