@@ -63,12 +63,10 @@ class Stopwatch:
     """Seconds since the process began, or the launcher of it."""
 
     def __init__(self) -> None:
-        import psutil
+        from graftwerk.train.clock import seconds_since_process_start
 
-        process = psutil.Process()
-        if "RANK" in os.environ:
-            process = psutil.Process(os.getppid())
-        self.began = time.monotonic() - (time.time() - process.create_time())
+        launcher = os.getppid() if "RANK" in os.environ else "self"
+        self.began = time.monotonic() - seconds_since_process_start(launcher)
 
     def seconds(self) -> float:
         return time.monotonic() - self.began

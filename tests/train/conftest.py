@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -76,4 +78,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, gl
     """The same run from beginning to end."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train(_tree(tiny_encoder, glosses, folder))
+    return folder
+
+
+@pytest.fixture
+def still(tmp_path: Path, tiny_encoder: Path) -> Path:
+    """The tiny model without dropout: two processes draw other masks than one."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_encoder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, EnvironmentFault, UnsupportedError
 from graftwerk.methods.catalog import METHODS, SHORTHANDS
-from graftwerk.train import helpers
+from graftwerk.train import helpers, how_many, memory
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.run import Run, train
+from tests.tasks.test_causal import INSTRUCTION
 from tests.tasks.test_causal import tree as causal_tree
 from tests.train.children import Child, log_of, until
-from tests.train.test_processes import together
+from tests.train.test_processes import same_figures, together
 
 Tree = dict[str, Any]
 Build = Callable[..., Tree]
@@ -34,7 +36,7 @@ def forked(work: Callable[[], object]) -> Child:
     """In a process of its own that may fork again: what this one has computed does not matter to tiny models."""
 
     def begin() -> None:
-        helpers._against = lambda: None
+        how_many._against = lambda: None
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state(True)
@@ -47,26 +49,6 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.fixture
-def still(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """The tiny model without dropout: each process draws masks of its own."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def same(one: Path, two: Path) -> None:
-    for kind in ("step", "evaluation"):
-        alone, shared = log_of(one, kind), log_of(two, kind)
-        assert len(alone) == len(shared) > 0
-        for a, b in zip(alone, shared, strict=True):
-            for name in a.keys() - {"kind", "best"}:
-                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (kind, a["step"], name)
-
-
 @pytest.mark.parametrize("method", sorted({*METHODS, *SHORTHANDS}))
 def test_every_method_trains_as_with_one_process(method: str, run_file: Build, tmp_path: Path, still: Path) -> None:
     """Evaluation rows are shared out too, 11 of them. On 4 processes, the 6 rows of a step are shared unevenly."""
@@ -77,10 +59,76 @@ def test_every_method_trains_as_with_one_process(method: str, run_file: Build, t
         tree["data"]["validation"] = 11
         assert forked(lambda tree=tree: train(tree)).wait() == 0  # type: ignore[misc]
     for name in counts.keys() - {"one"}:
-        same(tmp_path / "one", tmp_path / name)
+        same_figures(tmp_path / "one", tmp_path / name, steps=12)
     one, two = Run(tmp_path / "one").manifest, Run(tmp_path / "two").manifest
     assert one["metrics"]["test"]["accuracy"] == two["metrics"]["test"]["accuracy"]
     assert (one["cost"]["processes"], two["cost"]["processes"]) == (1, 2)
+
+
+def test_answers_are_shared_out_and_put_together_in_order(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+    for name, count in (("one", 1), ("two", 2)):
+        tree = causal_tree(tiny_decoder, glosses, tmp_path / name, INSTRUCTION, processes=count, compute_type="float32")
+        tree["data"]["test"] = 11
+        assert forked(lambda tree=tree: train(tree)).wait() == 0  # type: ignore[misc]
+    one, two = (Run(tmp_path / name).manifest for name in ("one", "two"))
+    assert one["metrics"]["test"].keys() == two["metrics"]["test"].keys() >= {"exact_match", "perplexity"}
+    for metric, figure in one["metrics"]["test"].items():
+        assert figure["value"] == pytest.approx(two["metrics"]["test"][metric]["value"], rel=1e-4), metric
+    assert one["examples"] == two["examples"]
+
+
+def test_what_processes_tell_each_other() -> None:
+    def work() -> None:
+        with helpers.sharing(3, lambda: None):
+            from graftwerk.train.launch import Processes
+
+            processes = Processes(sharing=True)
+            assert (processes.count, processes.main) == (3, os.environ["RANK"] == "0")
+            assert processes.held([100, 20, 3][processes.index]) == 123
+            assert processes.of_main([100, 20, 3][processes.index]) == 100
+            texts = [["a"], ["ü\ud83d", None], []]
+            assert processes._lists(texts[processes.index]) == texts
+            own, none, part = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+            own.grad = torch.full((2,), float(processes.index))
+            part.grad = torch.ones(2) if processes.index == 1 else None
+            processes.add_gradients([own, none, part])
+            assert own.grad.tolist() == [3.0, 3.0]
+            assert none.grad is None
+            assert part.grad is not None
+            assert part.grad.tolist() == [1.0, 1.0]
+
+    assert forked(work).wait() == 0
+
+
+ALONE = """
+import numpy, scipy.special, sklearn.metrics, torch, transformers
+import graftwerk.train.loop
+from graftwerk.train.how_many import _alone
+before, again = _alone(), _alone()
+torch.set_num_threads(2)
+torch.ones(600, 600) @ torch.ones(600, 600)
+print(before, again, _alone())
+"""
+
+
+@pytest.mark.slow
+def test_threads_that_have_been_at_work_are_seen_and_those_of_imports_are_not() -> None:
+    """Else `auto` would be one process everywhere, or forks would hang."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout == "True True False\n", done.stderr
+
+
+def test_a_control_groups_memory_is_heeded(tmp_path: Path) -> None:
+    assert memory._group_available(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
+    assert memory._group_available(tmp_path) == 450
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._group_available(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +195,7 @@ def test_who_is_told_to_stop_stops_all_and_goes_on_with_as_many(run_file: Build,
     tree = run_file()
 
     def interrupted() -> None:
-        os.environ[helpers.ENVIRONMENT] = "2"
+        os.environ[how_many.ENVIRONMENT] = "2"
 
         def listener(event: Event) -> None:
             if (event.kind, event.step) == ("step", 5):
@@ -156,7 +204,7 @@ def test_who_is_told_to_stop_stops_all_and_goes_on_with_as_many(run_file: Build,
         train(tree, listener=listener)
 
     def whole() -> None:
-        os.environ[helpers.ENVIRONMENT] = "2"
+        os.environ[how_many.ENVIRONMENT] = "2"
         train({**tree, "output_dir": str(tmp_path / "whole")})
 
     assert forked(interrupted).wait() == 143
@@ -282,12 +330,12 @@ def test_another_number_is_refused_and_the_mend_mends(run_file: Build, tmp_path:
 
     assert forked(lambda: stopped(run_file(processes=2))).wait() == 143
     assert forked(other).wait() == 0
-    os.environ[helpers.ENVIRONMENT] = "1"
+    os.environ[how_many.ENVIRONMENT] = "1"
     try:
-        assert helpers.wanted(RunConfig.build(run_file()), Checkpoints(tmp_path / "none"), True) == 1
+        assert how_many.wanted(RunConfig.build(run_file()), Checkpoints(tmp_path / "none"), True) == 1
         assert forked(lambda: train(run_file(), resume=True)).wait() == 0, "what was begun goes before"
     finally:
-        del os.environ[helpers.ENVIRONMENT]
+        del os.environ[how_many.ENVIRONMENT]
     assert Run(tmp_path / "run").manifest["cost"]["processes"] == 2
 
 
@@ -319,10 +367,10 @@ def settings(tiny_encoder: Path, glosses: Path, tmp_path: Path, **training: Any)
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path, tmp_path: Path) -> Path:
     """A model that is large by its configuration, and a process that may be forked, of 8 cores."""
-    monkeypatch.setattr(helpers, "_against", lambda: None)
+    monkeypatch.setattr(how_many, "_against", lambda: None)
     monkeypatch.setattr("graftwerk.models.hardware.threads_wanted", lambda: 8)
     monkeypatch.setattr("graftwerk.train.memory.available", lambda: 2**34)
-    monkeypatch.delenv(helpers.ENVIRONMENT, raising=False)
+    monkeypatch.delenv(how_many.ENVIRONMENT, raising=False)
     folder = tmp_path / "large"
     shutil.copytree(tiny_encoder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -350,7 +398,7 @@ def test_auto_is_as_many_as_the_rows_are_worth(
 ) -> None:
     tree = causal_tree(free, glosses, tmp_path / "run", "classification", method, **training)
     config = RunConfig.build(tree)
-    assert helpers.wanted(config, Checkpoints(tmp_path / "none"), False) == count
+    assert how_many.wanted(config, Checkpoints(tmp_path / "none"), False) == count
 
 
 def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
@@ -358,25 +406,25 @@ def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
 ) -> None:
     none = Checkpoints(tmp_path / "none")
     config = settings(free, glosses, tmp_path, per_device_train_batch_size=16)
-    assert helpers.wanted(config, none, False) == 2
-    assert helpers.wanted(settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16), none, False) == 1
+    assert how_many.wanted(config, none, False) == 2
+    assert how_many.wanted(settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16), none, False) == 1
     monkeypatch.setattr("graftwerk.train.memory.available", lambda: 2**28)
-    assert helpers.wanted(config, none, False) == 1
-    monkeypatch.setenv(helpers.ENVIRONMENT, "5")
-    assert helpers.wanted(config, none, False) == 5
-    monkeypatch.setenv(helpers.ENVIRONMENT, "many")
+    assert how_many.wanted(config, none, False) == 1
+    monkeypatch.setenv(how_many.ENVIRONMENT, "5")
+    assert how_many.wanted(config, none, False) == 5
+    monkeypatch.setenv(how_many.ENVIRONMENT, "many")
     with pytest.raises(ConfigError, match="no number of processes"):
-        helpers.wanted(config, none, False)
+        how_many.wanted(config, none, False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert helpers.wanted(config, none, False) == 1
+    assert how_many.wanted(config, none, False) == 1
     for asked, raised in ((4, False), (2, True)):
         launched = settings(free, glosses, tmp_path, per_device_train_batch_size=16, processes=asked)
         if raised:
             with pytest.raises(ConfigError, match="4 were launched"):
-                helpers.wanted(launched, none, False)
+                how_many.wanted(launched, none, False)
         else:
-            assert helpers.wanted(launched, none, False) == 1
+            assert how_many.wanted(launched, none, False) == 1
 
 
 def test_more_than_can_be_had_is_refused(
@@ -386,10 +434,10 @@ def test_more_than_can_be_had_is_refused(
     two = settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16, processes=2)
     torch.ones(300, 300) @ torch.ones(300, 300)  # now threads have been at work
     with pytest.raises(UnsupportedError, match="2 processes cannot be begun here") as caught:
-        helpers.wanted(two, none, False)
+        how_many.wanted(two, none, False)
     assert caught.value.mend is not None
-    monkeypatch.setattr(helpers, "_against", lambda: None)
-    assert helpers.wanted(two, none, False) == 2
+    monkeypatch.setattr(how_many, "_against", lambda: None)
+    assert how_many.wanted(two, none, False) == 2
     many = settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16, processes=17)
     with pytest.raises(ConfigError, match="cannot share a step's 16 rows"):
-        helpers.wanted(many, none, False)
+        how_many.wanted(many, none, False)

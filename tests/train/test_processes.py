@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -48,19 +47,8 @@ def together(function: Callable[[int], object], count: int = 2) -> list[Child]:
     return [Child(lambda rank=rank: begin(rank)) for rank in range(count)]  # type: ignore[misc]
 
 
-@pytest.fixture
-def still(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """The tiny model without dropout: two processes draw other masks than one."""
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_encoder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def same_figures(one: Path, two: Path) -> None:
-    for kind, count in (("step", 10), ("evaluation", 3)):
+def same_figures(one: Path, two: Path, *, steps: int = 10) -> None:
+    for kind, count in (("step", steps), ("evaluation", 3)):
         alone, shared = log_of(one, kind), log_of(two, kind)
         assert len(alone) == len(shared) == count
         for a, b in zip(alone, shared, strict=True):

@@ -19,7 +19,6 @@ When stdin ends, whoever started us is gone: the run at work is asked to save (S
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import select
@@ -31,9 +30,11 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from graftwerk.train.helpers import end_with_parent
+from graftwerk.train.how_many import ENVIRONMENT
+
 CAN_FORK = sys.platform == "linux"
 LOOK_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
 PRELOADED = (
     "accelerate",
     "safetensors.torch",
@@ -103,8 +104,8 @@ def _import_everything() -> None:
 def _as_child(job: Mapping[str, Any], out: int) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    os.environ.setdefault("GRAFTWERK_PROCESSES", "1")  # methods' costs are compared: all of them alike
+    end_with_parent(signal.SIGTERM)
+    os.environ.setdefault(ENVIRONMENT, "1")  # methods' costs are compared: all of them alike
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     return _work(job, out)

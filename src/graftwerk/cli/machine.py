@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,16 +32,16 @@ def describe_machine() -> dict[str, Any]:
     """Cores, memory (bytes), devices, probed compute type, package versions. Imports torch."""
     import torch
 
-    from graftwerk.models.hardware import compute_type
+    from graftwerk.models.hardware import compute_type, usable_cores
+    from graftwerk.train.memory import available
 
-    total, available = memory()
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": cores(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": total,
-        "memory_available_bytes": available,
+        "memory_bytes": memory(),
+        "memory_available_bytes": available(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "compute_type": str(compute_type("auto")).removeprefix("torch."),
         "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
@@ -50,27 +49,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory() -> tuple[int | None, int | None]:
-    """Bytes of memory in all and to be had now, the limit of a container heeded; None where the system does not say."""
-    total: int | None = None
-    available: int | None = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if sys.platform == "linux":
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-        limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-        if limit is not None and total is not None and limit < total:
-            total = limit
-            if used is not None and available is not None:
-                available = min(available, limit - used)
-    return total, available
+def memory() -> int | None:
+    """Bytes of memory in all, the limit of a container heeded; None where the system does not say."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _number("/sys/fs/cgroup/memory.max")
+    return total if limit is None else min(total, limit)
 
 
 def _number(path: str) -> int | None:

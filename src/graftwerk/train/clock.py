@@ -44,10 +44,10 @@ class Clock:
         return True
 
 
-def seconds_since_process_start() -> float:
-    """Since the kernel started this process, by the clock that counts from boot; 0.0 where there is no /proc."""
+def seconds_since_process_start(process: int | str = "self") -> float:
+    """Since the kernel started a process, by the clock that counts from boot; 0.0 where there is no /proc."""
     try:
-        stat = Path("/proc/self/stat").read_text()
+        stat = Path(f"/proc/{process}/stat").read_text()
         ticks = int(stat[stat.rindex(")") + 2 :].split()[19])
         return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
     except (OSError, ValueError, AttributeError):

@@ -19,7 +19,7 @@ from graftwerk.tasks.predictions import ClassPredictions, TextPredictions
 
 
 def is_main_process() -> bool:
-    """Before torch or accelerate are imported: what the launcher put into the environment."""
+    """As the environment says, which a launcher has set, or `helpers` for those that share a step."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -17,10 +17,10 @@ def numbers(device: torch.device) -> str:
         used = torch.cuda.memory_allocated(device) / 2**30
         return f"{used:.1f} GiB in use, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free on {device}"
     held = _kilobytes("/proc/self/status", "VmRSS:")
-    free_kilobytes = _kilobytes("/proc/meminfo", "MemAvailable:")
-    if held is None or free_kilobytes is None:
+    free_bytes = available()
+    if held is None or free_bytes is None:
         return "the machine does not say how much memory is in use"
-    return f"this process holds {held / 2**20:.1f} GiB, {free_kilobytes / 2**20:.1f} GiB are available"
+    return f"this process holds {held / 2**20:.1f} GiB, {free_bytes / 2**30:.1f} GiB are available"
 
 
 def available() -> int | None:

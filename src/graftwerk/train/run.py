@@ -54,6 +54,7 @@ def train(
 
     Raises:
         ConfigError, DataError, ModelError, EnvironmentFault: found before anything is trained or replaced.
+        UnsupportedError: several processes were asked for, and this one cannot be forked.
         ConflictError: another process trains there; there is a run already; or what is resumed is another run.
         Interrupted: SIGINT or SIGTERM, after the state was saved.
         DivergedError: loss or gradients were not finite again and again.
@@ -65,11 +66,13 @@ def train(
     settings = _read_config(config, overrides)
     folder = RunFolder(settings.output_dir)
     from graftwerk.train import helpers
+    from graftwerk.train.how_many import wanted
+    from graftwerk.train.launch import Processes, is_main_process
 
     checkpoints = Checkpoints(folder.checkpoints, limit=settings.training.save_total_limit)
-    count = helpers.wanted(settings, checkpoints, resume)
+    count = wanted(settings, checkpoints, resume)
     with helpers.sharing(count, checkpoints.latest_said):
-        main = os.environ.get("RANK", "0") == "0"  # set by a launcher, or for a helper
+        main = is_main_process()
         hub = Hub(*([listener or to_logging] if main else []))
         checkpoints.warn = lambda text: hub(Event("warning", 0, text=text))
         stop = StopSignals(kept=checkpoints.latest_said)
@@ -80,8 +83,6 @@ def train(
                 _refuse_other_settings(settings, folder)
             if main:
                 checkpoints.clean()
-            from graftwerk.train.launch import Processes
-
             processes = Processes(sharing=count > 1)
             if not processes.agree(finished):  # the main process has looked at the folder; the others do as it does
                 _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
