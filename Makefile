@@ -76,7 +76,7 @@ bench-p%: setup ## one goal: make bench-p2; also BENCH_ARGS="--repeats 3"
 	@test -n "$(wildcard benchmarks/p$*_*.py)" || { echo "no benchmark of P$*; there are: $(GOALS)"; exit 2; }
 	set -e; for file in $(wildcard benchmarks/p$*_*.py); do $(BIN)/python -m benchmarks.$$(basename $$file .py) $(BENCH_ARGS); done
 
-bench-quick: setup ## all of them small, in about two minutes: fails only on wrong results, never on time
+bench-quick: setup ## all of them small, in two to four minutes: fails only on wrong results, never on time
 	set -e; for file in $(BENCHES); do $(BIN)/python -m benchmarks.$$(basename $$file .py) $(QUICK_ARGS); done
 
 bench-kill: setup ## a training killed fifty times and compared byte for byte

@@ -24,10 +24,11 @@ from benchmarks.harness import ROOT, Options, Row, Timed, expect, spawn
 HELP_SECONDS, FIRST_STEP_SECONDS = 0.3, 8.0
 
 
-def first_step(folder: Path, env: dict[str, str]) -> tuple[float, dict[str, Any]]:
+def first_step(folder: Path, env: dict[str, str], *, quick: bool) -> tuple[float, dict[str, Any]]:
     run = folder / "run"
     command = [sys.executable, "-m", "graftwerk", "train", str(ROOT / "examples" / "movies.yaml"), "--overwrite", "-q"]
-    spawn([*command, "training.max_steps=1", "training.report_to=[]", f"output_dir={run}"], env)
+    small = ["data.max_train_rows=200", "data.validation=50", "data.test=50"] if quick else []
+    spawn([*command, "training.max_steps=1", "training.report_to=[]", f"output_dir={run}", *small], env)
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     return float(manifest["cost"]["first_step_seconds"]), manifest
 
@@ -43,10 +44,10 @@ def measure(options: Options) -> list[Row]:
         helps = harness.fresh({"help": [*graftwerk, "--help"]}, repeats=4 * repeats, warmup=1)["help"]
         times: dict[str, list[float]] = {"first": [], "next": [], "plain": []}
         said = []
-        for round_ in range(repeats + 1):
+        for round_ in range(repeats if options.quick else repeats + 1):
             shutil.rmtree(folder / "cache" / "prepared", ignore_errors=True)
             for side, its_env in (("first", env), ("next", env), ("plain", plain_env)):
-                seconds, manifest = first_step(folder, its_env)
+                seconds, manifest = first_step(folder, its_env, quick=options.quick)
                 said.append({key: manifest["data"][key] for key in ("fingerprint", "rows", "findings")})
                 if round_ or options.quick:  # the first round warms the disk's cache, and probes the hardware
                     times[side].append(seconds)

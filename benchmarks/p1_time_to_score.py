@@ -154,7 +154,7 @@ def one_set(name: str, folder: Path, seeds: Sequence[int], options: Options) -> 
                 part = given.usual_steps if side == "usual" else 0
                 if epochs not in BUDGETS[side] or (part and seed != seeds[0]):
                     continue  # an extrapolated time needs one seed
-                if quick and epochs != 3:
+                if quick and (epochs != 3 or side == "launched"):
                     continue
                 with_these = settings_of(side, name, given.compute_type) | (given.ours if side == "ours" else {})
                 command = [sys.executable, "-m"]

@@ -195,7 +195,7 @@ def methods(options: Options) -> list[Row]:
 
 
 def measure(options: Options) -> list[Row]:
-    parts = options.extra.part or PARTS
+    parts = options.extra.part or [part for part in PARTS if not options.quick or part != "decode"]  # as in `ranks`
     rows: list[Row] = []
     if "decode" in parts:
         rows += against_peft(options, "32 rows, one token", 1, (8,))
