@@ -239,6 +239,15 @@ def test_run_says_how_good_how_it_learnt_and_what_it_cost(tmp_path: Path) -> Non
         assert all(isinstance(x, int | float) and text.startswith("Step ") for x, _, text in track)
 
 
+@pytest.mark.parametrize(("processes", "said"), [(None, False), (1, False), (2, True)])
+def test_memory_of_several_processes_is_said_to_be_theirs(tmp_path: Path, processes: int | None, said: bool) -> None:
+    manifest = examples.manifest()
+    manifest["cost"]["processes"] = processes
+    text = page_of(examples.write_run(tmp_path, manifest)).text
+    assert "while training" in text
+    assert ("while training, 2 processes together" in text) == said
+
+
 def test_run_without_held_out_rows_says_so(tmp_path: Path) -> None:
     manifest = examples.manifest()
     manifest.update(metrics={}, best=None)

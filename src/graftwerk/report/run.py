@@ -308,7 +308,9 @@ def _cost(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
         steps = number(cost, "steps")
         shown.append(("Training", numbers.seconds(seconds), "" if steps is None else f"{steps:,.0f} steps"))
     if (peak := number(cost, "peak_memory_bytes")) is not None:
-        shown.append(("Peak memory", numbers.byte_size(peak), "while training"))
+        together = number(cost, "processes") or 1
+        remark = "while training" + (f", {together:,.0f} processes together" if together > 1 else "")
+        shown.append(("Peak memory", numbers.byte_size(peak), remark))
     if size is not None:
         shown.append(("Adapter", numbers.byte_size(size), "on disk"))
     for batch in ("1", "32"):
