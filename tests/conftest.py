@@ -17,7 +17,6 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -95,31 +94,17 @@ def gloss_texts(glosses: Path) -> list[str]:
     return [json.loads(line)["text"] for line in glosses.read_text(encoding="utf-8").splitlines()]
 
 
-def _tokenizer(texts: list[str], special: dict[str, str], template: str | None) -> Any:
-    """A word-piece tokenizer of 300 pieces, trained on real text in milliseconds."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    names = list(dict.fromkeys(["[PAD]", "[UNK]", *special.values()]))
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=names))
-    if template is not None:
-        pieces = [(name, tokenizer.token_to_id(name)) for name in special.values() if name in template]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pieces)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=64, **special)
-
-
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str]) -> Path:
     """A BERT folder with random weights, 2 layers of width 32, and a tokenizer of 300 pieces. Do not write into it."""
     import torch
     from transformers import BertConfig, BertModel
 
+    from tests.tiny_text import word_piece_tokenizer
+
     folder = tmp_path_factory.mktemp("models") / "tiny-encoder"
     special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    tokenizer = _tokenizer(gloss_texts, special, "[CLS] $A [SEP]")
+    tokenizer = word_piece_tokenizer(gloss_texts, special, "[CLS] $A [SEP]")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -141,8 +126,10 @@ def tiny_decoder(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tests.tiny_text import word_piece_tokenizer
+
     folder = tmp_path_factory.mktemp("models") / "tiny-decoder"
-    tokenizer = _tokenizer(gloss_texts, {"bos_token": "<s>", "eos_token": "</s>"}, None)
+    tokenizer = word_piece_tokenizer(gloss_texts, {"bos_token": "<s>", "eos_token": "</s>"}, None)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

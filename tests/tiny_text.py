@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,62 @@ def texts() -> tuple[str, ...]:
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------
+
+
+def _merge(pieces: list[str], pair: tuple[str, str], joined: str) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] = joined
+        else:
+            merged.append(piece)
+    return merged
+
+
+@lru_cache
+def word_pieces(words: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """Return at most `size` word pieces: all letters, then the most frequent pairs joined, ties broken by spelling.
+
+    `WordPieceTrainer` of `tokenizers` numbers the letters inside of words (`##x`) in the order of a hash map that is
+    seeded anew in each process and breaks ties by these numbers: every process gets another vocabulary.
+    """
+    counts = Counter(words)
+    split = {word: [word[0], *(f"##{letter}" for letter in word[1:])] for word in counts}
+    found = sorted({piece for pieces in split.values() for piece in pieces})
+    pairs: Counter[tuple[str, str]] = Counter()
+    for word, pieces in split.items():
+        for pair in pairwise(pieces):
+            pairs[pair] += counts[word]
+    while len(found) < size and any(pairs.values()):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        found.append(best[0] + best[1].removeprefix("##"))
+        for word, pieces in split.items():
+            if best[0] in pieces and best in pairwise(pieces):
+                split[word] = _merge(pieces, best, found[-1])
+                for sign, some in ((-1, pieces), (1, split[word])):
+                    for pair in pairwise(some):
+                        pairs[pair] += sign * counts[word]
+    return tuple(found)
+
+
+def word_piece_tokenizer(lines: Sequence[str], special: dict[str, str], template: str | None) -> Any:
+    """Return a word-piece tokenizer of at most 300 pieces learnt from `lines`, the same in every process."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = tuple(
+        word for line in lines for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)) if word
+    )
+    names = list(dict.fromkeys(["[PAD]", "[UNK]", *special.values()]))
+    pieces = [*names, *word_pieces(words, 300 - len(names))]
+    tokenizer = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.add_special_tokens(names)
+    if template is not None:
+        used = [(name, tokenizer.token_to_id(name)) for name in special.values() if name in template]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", model_max_length=64, **special)
 
 
 @lru_cache

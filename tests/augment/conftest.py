@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import _tokenizer
-
 
 @pytest.fixture(scope="session")
 def tiny_writer(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str]) -> Path:
@@ -16,9 +14,11 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory, gloss_texts: list[str]
     import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
+    from tests.tiny_text import word_piece_tokenizer
+
     folder = tmp_path_factory.mktemp("models") / "tiny-writer"
     special = {"pad_token": "[PAD]", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = _tokenizer(gloss_texts, special, "<s> $A </s>")
+    tokenizer = word_piece_tokenizer(gloss_texts, special, "<s> $A </s>")
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=len(tokenizer),
