@@ -6,6 +6,7 @@ and deep nesting are refused.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,7 +120,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
                     raise ConfigError(f"nested deeper than {MAX_YAML_DEPTH} levels", where=_line(path, event))
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
-        tree = yaml.safe_load(text)
+        tree = parse_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text: byte {error.start}", where=str(path)) from None
     except yaml.MarkedYAMLError as error:
@@ -132,6 +133,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def parse_yaml(text: str) -> Any:
+    """Parse YAML without tags, as `yaml.safe_load` does, but refuse a mapping that has a key twice.
+
+    Raises:
+        yaml.YAMLError: text that is not YAML, or a duplicate key, with both lines.
+    """
+    return yaml.load(text, Loader=_UniqueKeys)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # said below
+            if key in lines:
+                problem = f"the key `{key}` stands twice, first in line {lines[key]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            lines[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def _line(path: Path, event: yaml.Event) -> str:
     return f"{path}:{event.start_mark.line + 1}" if event.start_mark else str(path)
 
@@ -142,14 +166,22 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
     if isinstance(overrides, dict):
         return overrides
     parsed = {}
+    places: dict[tuple[str, ...], str] = {}
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise ConfigError(f"`{item}` is not of the form key=value", mend="for instance training.seed=1")
         try:
-            parsed[key.strip()] = _number(yaml.safe_load(value))
+            parsed_value = _number(parse_yaml(value))
+        except yaml.MarkedYAMLError as error:
+            raise ConfigError(f"the value of `{key}` is not YAML: {value} ({error.problem})") from None
         except yaml.YAMLError:
             raise ConfigError(f"the value of `{key}` is not YAML: {value}") from None
+        place = tuple(_place(key.strip()))
+        if place in places:
+            raise ConfigError(f"`{places[place]}` and `{item}` both set `{'.'.join(place)}`", mend="give one of them")
+        places[place] = item
+        parsed[key.strip()] = parsed_value
     return parsed
 
 

@@ -79,7 +79,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     """
     import yaml
 
-    from graftwerk.config import parse_overrides
+    from graftwerk.config import parse_overrides, parse_yaml
     from graftwerk.errors import ConfigError
 
     methods: Any = None
@@ -97,7 +97,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
         raise ConfigError("which methods?", where="methods", mend="for instance methods=full,lora,bottleneck")
     if methods.lstrip().startswith(("[", "{")):
         try:
-            methods = yaml.safe_load(methods)
+            methods = parse_yaml(methods)
         except yaml.YAMLError as error:
             raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where="methods") from None
         methods = [methods] if isinstance(methods, dict) else methods
