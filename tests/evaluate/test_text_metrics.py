@@ -23,6 +23,7 @@ from graftwerk.evaluate.stored import load_evaluation, store_evaluation
 from graftwerk.evaluate.text_metrics import UnicodeWords
 from graftwerk.report import numbers
 from graftwerk.store.info import OWN_FILE
+from graftwerk.tasks.codes import iso_code
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
@@ -130,6 +131,70 @@ def test_bleu_counts_words_as_the_language_has_them(
     assert figure["value"] == pytest.approx(expected, abs=1e-9)
     assert f"|tok:{tokenizer}|" in figure["signature"]
     text_metrics._tokenizer_of.cache_clear()
+
+
+UNDIVIDED = {
+    "zh": "今天天气很好我们去公园",
+    "ja": "今日は天気がいいです",
+    "th": "วันนี้อากาศดีมาก",
+    "lo": "ສະບາຍດີເຈົ້າ",
+    "km": "សួស្តីអ្នក",
+    "my": "မင်္ဂလာပါခင်ဗျာ",
+    "bo": "བཀྲ་ཤིས་བདེ་ལེགས",
+    "yue": "今日天氣好好我哋去公園",
+    "shn": "မႂ်ႇသုင်ၶႃႈ",
+}
+CODES = [
+    "zh",
+    "zh_CN",
+    "zh-TW",
+    "zho_Hans",
+    "zho_Hant",
+    "cmn_Hans",
+    "yue_Hant",
+    "wuu",
+    "lzh",
+    "ja",
+    "ja_XX",
+    "jpn_Jpan",
+    "th",
+    "th_TH",
+    "tha_Thai",
+    "lo",
+    "lao_Laoo",
+    "km",
+    "km_KH",
+    "khm_Khmr",
+    "my",
+    "my_MM",
+    "mya_Mymr",
+    "bod_Tibt",
+    "dzo_Tibt",
+    "shn_Mymr",
+]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_bleu_of_identical_texts_without_spaces_is_100_in_every_spelling_of_the_code(code: str) -> None:
+    language = iso_code(code)
+    assert language is not None
+    text = UNDIVIDED.get(language, UNDIVIDED["bo" if language == "dz" else "zh"])
+    figure = metrics_of(answered([text] * 2, [text] * 2, [language] * 2), names=["bleu"], resamples=100)["bleu"]
+    assert figure["value"] == pytest.approx(100)
+    assert "|tok:13a|" not in figure["signature"]
+
+
+def test_bleu_of_a_language_without_spaces_that_nobody_named_is_cautioned() -> None:
+    text = UNDIVIDED["th"]
+    figures = [
+        metrics_of(answered([text] * 2, [text] * 2, spoken), names=["bleu"], resamples=100)["bleu"]
+        for spoken in (None, ["", "th"], ["th", "th"])
+    ]
+    assert "2 of 2 references are written without spaces" in figures[0]["note"]
+    assert "1 of 2 references" in figures[1]["note"]
+    assert "without spaces" not in figures[2].get("note", "")
+    german = metrics_of(answered(*GERMAN), names=["bleu"], resamples=100)["bleu"]
+    assert "without spaces" not in german.get("note", "")
 
 
 def test_japanese_and_korean_by_mecab_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

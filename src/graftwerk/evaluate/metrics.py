@@ -51,6 +51,7 @@ class Metric:
         signature: With which versions and options it was computed.
         package: What has to be installed for it, beside what always is.
         cells: Whether it sees the confusion matrix alone.
+        caution: What makes its value misleading on these predictions, or None.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Metric:
     signature: Callable[[Any], str] | None = None
     cells: bool = False
     package: str | None = None
+    caution: Callable[[Any], str | None] = lambda predictions: None
 
     @property
     def scale(self) -> float:
@@ -179,6 +181,7 @@ METRICS: dict[str, Metric] = {
         _of_texts,
         text_metrics.bleu_signature,
         package="sacrebleu",
+        caution=text_metrics.bleu_caution,
     ),
     "chrf": Metric(
         "chrF",
@@ -276,6 +279,8 @@ def metrics_of(
             figures[name] = _figure(value, drawn, confidence)
             if (signature := METRICS[name].signature) is not None:
                 figures[name]["signature"] = signature(predictions)
+            if (caution := METRICS[name].caution(predictions)) is not None:
+                figures[name]["note"] = "; ".join(filter(None, [figures[name].get("note"), caution]))
     for name in ("accuracy", "exact_match"):
         if name in figures and figures[name]["value"] in (0.0, 1.0):
             figures[name] = _certain(float(figures[name]["value"] or 0.0), predictions.rows, confidence)

