@@ -13,6 +13,7 @@ class Finding:
         code: A fixed word for programs (`rows-skipped`, `duplicates`, `leakage`, ...).
         rows: How many rows it is about.
         grave: The figures of this run would mislead.
+        fatal: Nothing could be trained or chosen: `data.allow` does not let it pass.
     """
 
     code: str
@@ -21,3 +22,4 @@ class Finding:
     example: str | None = None
     mend: str | None = None
     grave: bool = False
+    fatal: bool = False

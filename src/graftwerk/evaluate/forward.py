@@ -38,8 +38,8 @@ def run_model(
 
     Args:
         model: On the device it is to compute on; whatever adapters are active on it are part of the answer.
-        examples: Encoded rows, with or without targets. The loss is the mean over all targets, None where a row has
-            none.
+        examples: Encoded rows, with or without targets. The loss is the mean over all targets, or None if a row has no
+            target, or no row has a trained token.
         batch_size: Rows a forward pass.
         dtype: What products are computed in; anything but float32 means autocast.
         texts: What was generated for each row, where the task generates and was asked to.
@@ -66,7 +66,8 @@ def run_model(
                 on_progress(start + len(rows), len(order))
     targets = [example.target for example in examples]
     known = len(examples) > 0 and all(target is not None for target in targets)
-    loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / max(sum(weights), 1) if known else None
+    total = sum(weights)
+    loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / total if known and total else None
     return task.predictions([answer for answer in answers if answer is not None], examples, loss, texts)
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from graftwerk.data.findings import Finding
-from graftwerk.tasks.base import Example
+from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.chat import Encoded
 from graftwerk.tasks.text import IGNORED
 
@@ -79,22 +81,23 @@ def notes_of(encoded: Encoded, texts: Iterable[str], special: Sequence[str]) -> 
 
 
 def check_examples(
-    split: str, examples: Sequence[Example], where: Callable[[int], str] | None = None
+    split: str, examples: Sequence[Example], where: Callable[[int], str] | None = None, task: Task | None = None
 ) -> tuple[Finding, ...]:
     """Counted findings about the encoded rows of one split.
 
     Args:
         where: The place (`file:line`) of a row, by its index.
+        task: Decides which labels its loss sees, or None to take every label that is not -100.
     """
     found: dict[str, Noted] = {}
     for at, example in enumerate(examples):
-        note(found, at, example)
+        note(found, at, example, task)
     return findings_of(split, found, len(examples), where)
 
 
-def note(found: dict[str, Noted], at: int, example: Example) -> None:
-    """Count what is odd about row ``at``."""
-    for code in _notes(example):
+def note(found: dict[str, Noted], at: int, example: Example, task: Task | None = None) -> None:
+    """Count what is odd about row ``at``; ``task`` as for `check_examples`."""
+    for code in _notes(example, task):
         count, first = found.get(code, (0, at))
         found[code] = (count + 1, first)
 
@@ -106,20 +109,31 @@ def findings_of(
     return tuple(_finding(code, split, *found[code], count, where) for code in _MEANINGS if code in found)
 
 
-def _notes(example: Example) -> tuple[str, ...]:
+def _notes(example: Example, task: Task | None) -> tuple[str, ...]:
     target = example.target
-    if isinstance(target, list) and all(label == IGNORED for label in target):
+    if isinstance(target, list) and not _is_trained(target, task):
         return (*example.notes, MASKED)
     return example.notes
+
+
+def _is_trained(target: Sequence[int], task: Task | None) -> bool:
+    """Return whether the loss sees any label: a causal model predicts none for the first token of a row."""
+    if any(label != IGNORED for label in target[1:]):
+        return True
+    if task is None or not target:
+        return any(label != IGNORED for label in target)
+    return bool(task.weight({"labels": torch.tensor([target])}))
 
 
 def _finding(code: str, split: str, rows: int, first: int, count: int, where: Callable[[int], str] | None) -> Finding:
     meaning = _MEANINGS[code]
     return Finding(
         code,
-        f"{rows:,} of {count:,} {split} rows {meaning.message}",
+        f"{'all' if rows == count > 1 else f'{rows:,} of'} {count:,} {split} rows {meaning.message}",
         rows,
         example=None if where is None else where(first),
         mend=meaning.mend,
         grave=meaning.grave,
+        # Nothing could be trained; and no checkpoint chosen, by a loss that is of no token.
+        fatal=code == MASKED and rows == count and split in ("train", "validation"),
     )

@@ -103,6 +103,7 @@ def finish(
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
+        "untrained_steps": trainer.state.untrained_steps,
         "peak_memory_bytes": peak,
         "first_step_seconds": first_step,
         "processes": trainer.processes.count,

@@ -45,7 +45,7 @@ def check_encoded(
         if isinstance(rows, EncodedStream):
             findings += findings_of(split, rows.notes, len(rows), where)
         elif isinstance(task, TextTask):
-            findings += check_examples(split, rows, where)
+            findings += check_examples(split, rows, where, task)
     if isinstance(task, TextTask) and task.generates and settings.evaluation.generate:
         findings += _answer_limit(settings, task, examples, positions)
     return findings
@@ -99,17 +99,26 @@ def refuse_grave(findings: Sequence[Mapping[str, Any]], allow: Sequence[str]) ->
     """Rows that make a run worthless or its figures mislead are an error, unless they are allowed by name.
 
     Raises:
-        DataError: naming each grave finding that is not allowed.
+        DataError: naming each grave finding that is not allowed, or cannot be.
     """
-    grave = [found for found in findings if found["grave"] and found["code"] not in allow and ALL not in allow]
+    grave = [
+        found
+        for found in findings
+        if found.get("fatal") or (found["grave"] and found["code"] not in allow and ALL not in allow)
+    ]
     if not grave:
         return
     mends = [str(found["mend"]) for found in grave if found["mend"]]
-    codes = ", ".join(dict.fromkeys(str(found["code"]) for found in grave))
+    codes = ", ".join(dict.fromkeys(str(found["code"]) for found in grave if not found.get("fatal")))
     raise DataError(
         "; ".join(str(found["message"]) for found in grave),
         where="; ".join(str(found["example"]) for found in grave if found["example"]) or None,
-        mend="; ".join([*dict.fromkeys(mends), f"or go on all the same with --force, or data.allow=[{codes}]"]),
+        mend="; ".join(
+            [
+                *dict.fromkeys(mends),
+                *([f"or go on all the same with --force, or data.allow=[{codes}]"] if codes else ()),
+            ]
+        ),
     )
 
 

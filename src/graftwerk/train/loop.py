@@ -149,6 +149,8 @@ class Trainer:
         """Step and validation predictions of the best state, if this process made them."""
         self.first_step_at: float | None = None
         """`time.monotonic()` when the first step of this process was done."""
+        self._targets = 0.0
+        """What the loss of the last step was the mean over, by `Task.weight`, in all processes."""
         self._clock = Clock()
         self._news: list[Event] = []
         self._saved = -1
@@ -228,7 +230,9 @@ class Trainer:
         factor = optim.schedule(settings.lr_scheduler_type, state.step, self.total_steps, self.warmup_steps)
         optim.set_rates(self.optimizer, factor)
         state.step += 1
-        if math.isfinite(loss) and math.isfinite(norm):
+        if not self._targets:
+            self._untrained_step()
+        elif math.isfinite(loss) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             state.loss_sum += loss
             state.loss_count += 1
@@ -238,7 +242,8 @@ class Trainer:
         self.scaler.update()
         self._clock.step()
         self.first_step_at = self.first_step_at or time.monotonic()
-        self._news += self.diagnosis.trained(state.step, loss)
+        if self._targets:
+            self._news += self.diagnosis.trained(state.step, loss)
         if self._clock.progress_due():
             self._news.append(
                 Event("progress", state.step, total=self.total_steps, loss=loss, left_seconds=self._left())
@@ -250,7 +255,7 @@ class Trainer:
         Micro-batches count by their number of targets, so that the result does not depend on how the step was cut up.
 
         Returns:
-            That mean loss, and the norm of the gradient before clipping.
+            That mean loss, and the norm of the gradient before clipping; both are 0 in a step without a target.
         """
         processes = self.processes
         pieces = micro_batches(
@@ -267,6 +272,7 @@ class Trainer:
         total = float(sum(weights))
         if processes.count > 1:
             total = processes.sum(torch.tensor(total, device=self.device)).item()
+        self._targets = total
         loss_sum = torch.zeros((), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for number, (batch, weight, piece) in enumerate(zip(batches, weights, pieces, strict=True), start=1):
@@ -275,7 +281,7 @@ class Trainer:
                 examples = [self.train[row] for row in piece or rows[:1]]
                 with self.trunk.serving(examples, batch), self._autocast():
                     outputs = self.learnt.forward(self.model, batch)
-                    loss = self.learnt.loss(outputs, batch, self.settings.label_smoothing) * (weight / total)
+                    loss = self.learnt.loss(outputs, batch, self.settings.label_smoothing) * (weight / (total or 1.0))
                 loss_sum += loss.detach()
                 # Launched processes' gradients are averaged, and the mean is over all rows: hence times their number.
                 processes.accelerator.backward(self.scaler.scale(loss * processes.averaged))
@@ -292,6 +298,14 @@ class Trainer:
             self._asked_to_stop = max(self._asked_to_stop, int(each[:, 1].max()))
         figures: list[float] = torch.stack([loss_sum, norm]).tolist()  # the one wait for the device in a step
         return figures[0], figures[1]
+
+    def _untrained_step(self) -> None:
+        """Skip a step that nothing can be learnt from: by its momentum, the optimizer would move the weights."""
+        state = self.state
+        state.untrained_steps += 1
+        if state.untrained_steps == 1:
+            text = "no row of this step has a trained token; nothing is learnt from such steps, which are counted"
+            self._news.append(Event("warning", state.step, text=text))
 
     def _bad_step(self, loss: float, norm: float) -> None:
         """A step that the optimizer does not see: weights and moments stay as they were."""

@@ -18,7 +18,8 @@ class TrainState:
     """Where a run is. Plain numbers, stored in every checkpoint.
 
     Attributes: step: Steps done, the skipped ones included. micro_batch: Rows of a micro-batch; smaller than the
-        settings say after memory ran out. bad_steps: Steps skipped because loss or gradient were not finite. best:
+        settings say after memory ran out. bad_steps: Steps skipped because loss or gradient were not finite.
+        untrained_steps: Steps skipped because none of their rows has a trained token. best:
         ``step``, ``metric`` and ``value`` of the best evaluation so far. stale: Evaluations since the best one.
         evaluated: The step of the last evaluation. loss_sum, loss_count: Of the steps since the last ``step`` event;
         bad ones have events of their own. grad_norm: Of the last good step, before clipping. seconds: Of training so
@@ -35,6 +36,7 @@ class TrainState:
     loss_count: int = 0
     grad_norm: float = 0.0
     seconds: float = 0.0
+    untrained_steps: int = 0
 
 
 def take(trainer: Trainer) -> Snapshot:
@@ -90,7 +92,8 @@ def put_back(trainer: Trainer, snapshot: Snapshot) -> None:
     trainer.diagnosis.load_state_dict(values["diagnosis"])
     if trainer.scaler.is_enabled():
         trainer.scaler.load_state_dict(dict(values["scaler"]))
-    trainer.state = TrainState(**{name: values[name] for name in TrainState.__dataclass_fields__})
+    known = TrainState.__dataclass_fields__  # one that an older checkpoint lacks has its default
+    trainer.state = TrainState(**{name: values[name] for name in known if name in values})
     mine = f"{trainer.processes.index}."
     states = {name.removeprefix(mine): tensor for name, tensor in snapshot.rng.items() if name.startswith(mine)}
     rng.restore(states, trainer.device)

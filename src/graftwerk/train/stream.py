@@ -45,7 +45,7 @@ class EncodedStream(Sequence[Example]):
             self.lengths_counted[example.length + example.truncated] += 1
             if isinstance(example.target, int):
                 self.classes[example.target] += 1
-            note(self.notes, at, example)
+            note(self.notes, at, example, task)
 
     def __len__(self) -> int:
         return self._count
