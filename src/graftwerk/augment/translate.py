@@ -21,6 +21,8 @@ from graftwerk.augment.settings import Generation, Translator
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
 from graftwerk.evaluate.forward import autocast, device_of, evaluation_mode
 from graftwerk.evaluate.opened import MANIFEST, open_adapter
+from graftwerk.evaluate.search import own_search
+from graftwerk.inject.virtual import positions_taken
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.fingerprint import fingerprint as weights_fingerprint
 from graftwerk.store.info import WEIGHTS_FILE
@@ -200,7 +202,7 @@ def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked
     times = n if sampled else 1
     limits = [_limit(settings, loaded, example) for _, example in batch]
     options: dict[str, Any] = {"max_new_tokens": max(limits), "num_beams": settings.num_beams, "do_sample": False}
-    options["max_length"] = None  # many models come with one, which is not to count beside `max_new_tokens`
+    options["max_length"] = None  # its default is not to count beside `max_new_tokens`
     if sampled:
         draws = [
             chance(settings.seed, settings.name, leg, variant, question.key)
@@ -212,7 +214,12 @@ def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked
     else:
         options["num_return_sequences"] = n
     prompts = [example.prompt or [] for _, example in batch for _ in range(times)]
-    with evaluation_mode(model), torch.inference_mode(), autocast(model, loaded.dtype):
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        autocast(model, loaded.dtype),
+        own_search(model, task, tokenizer),
+    ):
         tensors = {
             name: tensor.to(device_of(model)) for name, tensor in task.collate_prompts(prompts, tokenizer).items()
         }
@@ -240,7 +247,8 @@ def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
     positions = position_limit(loaded.model.config)
     if positions is None:
         return limit
-    return max(1, min(limit, positions - (given if loaded.task.layout == "causal" else 1)))
+    taken = given + positions_taken(loaded.model) if loaded.task.layout == "causal" else 1
+    return max(1, min(limit, positions - taken))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

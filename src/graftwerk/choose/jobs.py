@@ -46,7 +46,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.config import RunConfig
     from graftwerk.models.hardware import device_name, set_threads
     from graftwerk.models.load import load_config
-    from graftwerk.train.prepare import prepare
+    from graftwerk.train.prepare import max_length_of, prepare
 
     configs = {name: RunConfig.build(dict(tree)) for name, tree in job["configs"].items()}
     first = next(iter(configs.values()))
@@ -56,6 +56,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     for name, config in configs.items():
         architecture = load_config(config.model, config.revision)  # counting writes into it
         try:
+            max_length_of(config, architecture, prepared.tokenizer)
             parameters[name] = count_parameters(config.method, prepared.task, architecture, prepared.splits)
         except GraftwerkError as error:
             error.where = f"method `{name}`" + (f": {error.where}" if error.where else "")

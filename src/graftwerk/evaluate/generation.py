@@ -13,8 +13,9 @@ import torch
 
 from graftwerk.evaluate.exhausted import is_out_of_memory, release
 from graftwerk.evaluate.forward import autocast, device_of, evaluation_mode
+from graftwerk.evaluate.search import own_search
 from graftwerk.evaluate.settings import EvaluationSettings
-from graftwerk.inject.record import Record
+from graftwerk.inject.virtual import positions_taken
 from graftwerk.models.load import position_limit
 from graftwerk.models.quiet import quiet
 from graftwerk.tasks.base import Example
@@ -44,7 +45,8 @@ def generate(
     Args:
         examples: Each with a ``prompt``. One that fills all positions of the model gets an empty answer.
         on_progress: Told (rows done, rows in all).
-        say: Told in words when a batch is halved, and how many rows had less room for an answer than the others.
+        say: Told in words when a batch is halved, how many rows had less room for an answer than the others, and which
+            generation settings of the base are not used.
     """
     limit = settings.max_new_tokens or answer_limit(examples)
     rooms = [min(limit, room) for room in _rooms(model, task, examples, limit)]
@@ -55,7 +57,15 @@ def generate(
     answers: list[str] = [""] * len(examples)
     done = sum(room < 1 for room in rooms)
     size = settings.generation_batch_size
-    with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype), quiet():
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        autocast(model, dtype),
+        quiet(),
+        own_search(model, task, tokenizer) as unused,
+    ):
+        if unused:
+            say(f"generation settings of the base are not used, so that answers are the likeliest: {', '.join(unused)}")
         for rows in _alike(task, examples, rooms):
             start = 0
             while start < len(rows):
@@ -89,13 +99,9 @@ def _write(
     batch = task.collate_prompts([example.prompt or [] for example in examples], tokenizer)
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     options: dict[str, Any] = {"max_new_tokens": most, "num_beams": settings.num_beams, "do_sample": False}
-    options["max_length"] = None  # many models come with one, which is not to count beside `max_new_tokens`
+    options["max_length"] = None  # its default is not to count beside `max_new_tokens`
     if settings.num_beams > 1:
         options["length_penalty"] = settings.length_penalty
-    # The models of some tasks come with a least length (56 tokens for BART's news), which is not to exceed the most.
-    least = getattr(getattr(model, "generation_config", None), "min_length", None)
-    if least:
-        options["min_length"] = min(least, most)
     written = model.generate(**batch, **options, **task.generation_options(model, tokenizer, examples[0]))
     return [task.decode(tokens, tokenizer) for tokens in task.new_tokens(written, batch).tolist()]
 
@@ -115,16 +121,9 @@ def _rooms(model: Any, task: TextTask, examples: Sequence[Example], limit: int) 
     if positions is None:
         return [limit] * len(examples)
     if task.layout == "causal":
-        virtual = _virtual_tokens(model)
+        virtual = positions_taken(model)
         return [positions - virtual - _length(example) for example in examples]
     return [positions - 1] * len(examples)  # the decoder's own table, less the token that it starts from
-
-
-def _virtual_tokens(model: Any) -> int:
-    """At the input: they take positions. Those of prefixes do not."""
-    record = Record.of(model)
-    active = [] if record is None else [record.grafts[name].method for name in record.selection.used()]
-    return sum(getattr(method, "num_virtual_tokens", 0) for method in active if method.kind == "embedding")
 
 
 def _length(example: Example) -> int:

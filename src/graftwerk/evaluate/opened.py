@@ -112,8 +112,16 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
         AdapterError: the adapter does not fit the base, or says too little to be used.
         ConfigError, ModelError, EnvironmentFault, IntegrityError: as loading models and adapters does.
     """
+    from graftwerk.inject.virtual import positions_taken
     from graftwerk.models.hardware import compute_type, set_threads
-    from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, max_length_for
+    from graftwerk.models.load import (
+        fix_padding,
+        load_config,
+        load_model,
+        load_tokenizer,
+        max_length_for,
+        position_limit,
+    )
     from graftwerk.store.folder import load_adapter
 
     found = find(target)
@@ -128,14 +136,16 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
     task = _task(info, own).on(architecture)
     tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
-    own_limit = own.get("max_length")
-    max_length = max_length_for(architecture, tokenizer, own_limit if isinstance(own_limit, int) else None)
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_type(settings.training.compute_type if settings else "auto", device)
     base = load_model(name, task, splits, revision=revision)
     fix_padding(base, tokenizer)
     load_adapter(base, info.folder, force=force)
+    max_length = max_length_for(architecture, tokenizer, virtual=positions_taken(base))
+    if isinstance(own_limit := own.get("max_length"), int):  # trained before virtual tokens counted, it may be too long
+        longest = position_limit(architecture)
+        max_length = own_limit if longest is None else min(own_limit, longest - positions_taken(base))
     origin = (own.get("data") or {}).get("origin") or {}
     return Opened(
         info=info,

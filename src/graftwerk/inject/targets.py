@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftwerk.inject.record import CHILD
@@ -223,6 +223,14 @@ class Anatomy:
     by_path: Mapping[str, Place] = field(default_factory=dict)
 
 
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether a known architecture is a decoder-only one, in which a token reads only those before it."""
+    if config.is_encoder_decoder:
+        return False
+    layout = _BY_TYPE.get(config.model_type)
+    return (layout is not None and layout.causal) or bool(getattr(config, "is_decoder", False))
+
+
 def known_architectures() -> tuple[str, ...]:
     """The model types in the table."""
     return tuple(sorted(_BY_TYPE))
@@ -339,7 +347,7 @@ class _LayerFinder:
 def _stack_kind(model: PreTrainedModel, layout: Layout, path: str) -> StackKind:
     if model.config.is_encoder_decoder:
         return "decoder" if "decoder" in path.split(".") else "encoder"
-    return "causal" if layout.causal or getattr(model.config, "is_decoder", False) else "encoder"
+    return "causal" if is_causal(model.config) else "encoder"
 
 
 def _attentions(model: PreTrainedModel, layout: Layout | None, places: list[Place]) -> tuple[AttentionPlace, ...]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
-from graftwerk.inject.record import Box
+from graftwerk.inject.record import Box, Record
+from graftwerk.inject.targets import is_causal
 
 Virtual = TypeVar("Virtual", bound=nn.Module)
 
@@ -178,6 +179,15 @@ def first_position(stack: nn.Module) -> int:
     """The position id of a row's first token."""
     embeddings: Any = stack.embeddings if numbers_from_ids(stack) else None
     return 0 if embeddings is None else int(embeddings.padding_idx) + 1
+
+
+def positions_taken(model: Any) -> int:
+    """Return how many of the model's positions the virtual tokens of its active adapters take before the text."""
+    record = Record.of(model)
+    if record is None:
+        return 0
+    causal = is_causal(model.config)
+    return sum(record.grafts[name].method.positions(causal) for name in record.selection.used())
 
 
 def check_room(stack: nn.Module, virtual: int, text: int) -> None:

@@ -185,6 +185,14 @@ class Method(Settings):
         """Factor on the learning rate of a parameter of a delta, by its name (LoRA+ uses it)."""
         return 1.0
 
+    def positions(self, causal: bool) -> int:
+        """Return how many positions of the model are taken before a row's text.
+
+        Args:
+            causal: Whether the model is a decoder-only one.
+        """
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **self.model_dump(mode="json")}
 

@@ -67,6 +67,10 @@ class Prefix(Layered, FromText):
             raise ValueError("`encoder_hidden_size` has no effect without `prefix_projection`: there is no network")
         return self
 
+    def positions(self, causal: bool) -> int:
+        """Return n for decoder-only models, whose text begins after the prefix; elsewhere a prefix has no positions."""
+        return self.num_virtual_tokens if causal else 0
+
     def count_vectors(self, attentions: Iterable[int], stacks: Iterable[int]) -> int:
         """Trained parameters, by formula.
 

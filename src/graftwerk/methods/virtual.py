@@ -16,6 +16,9 @@ class VirtualTokens(Method):
 
     num_virtual_tokens: int = Field(default=20, ge=1, description="number n of virtual tokens")
 
+    def positions(self, causal: bool) -> int:
+        return self.num_virtual_tokens
+
 
 class FromText(VirtualTokens):
     """Abstract: virtual tokens that may start as the words of a text.

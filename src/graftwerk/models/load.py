@@ -277,17 +277,31 @@ def fix_padding(model: Any, tokenizer: Any) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None) -> int:
+def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtual: int = 0) -> int:
     """Tokens of a row, special ones included: what is wanted, or what the model takes, at most 512.
 
     Args:
         config: The model's transformers configuration.
         wanted: `data.max_length` of the run file.
+        virtual: Positions that virtual tokens take before the text.
 
     Raises:
-        ConfigError: more is wanted than the model has positions.
+        ConfigError: more is wanted than the model has positions, or virtual tokens leave none.
     """
     limit = position_limit(config)
+    if virtual and limit is not None:
+        if limit <= virtual:
+            raise ConfigError(
+                f"{virtual} virtual tokens leave no room in the {limit} positions of the model",
+                where="method.num_virtual_tokens",
+            )
+        if wanted is not None and wanted <= limit < wanted + virtual:
+            raise ConfigError(
+                f"`max_length: {wanted}` and {virtual} virtual tokens are more than the {limit} positions of the model",
+                where="data.max_length",
+                mend=f"at most {limit - virtual}, or fewer virtual tokens",
+            )
+        limit -= virtual
     if wanted is not None:
         if limit is not None and wanted > limit:
             raise ConfigError(

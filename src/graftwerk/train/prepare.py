@@ -10,7 +10,6 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.data.stream import StreamedRows
-from graftwerk.errors import ConfigError
 from graftwerk.inject.attach import Graft, attach
 from graftwerk.methods.base import Method
 from graftwerk.tasks.base import Example, Splits, Task
@@ -70,7 +69,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     architecture = load_config(settings.model, settings.revision)
     task = settings.task.on(architecture).settled(splits)
     tokenizer = load_tokenizer(settings.model, settings.revision)
-    max_length = _max_length(settings, architecture, tokenizer)
+    max_length = max_length_of(settings, architecture, tokenizer)
     folder = model_folder(settings.model, settings.revision, weights=False)
     findings = list(splits.findings)
     examples: dict[str, Sequence[Example]] = {}
@@ -132,28 +131,16 @@ def load_graft(settings: RunConfig, prepared: Prepared) -> tuple[Graft, str]:
     return attach(model, prepared.method), base
 
 
-def _max_length(settings: RunConfig, config: Any, tokenizer: Any) -> int:
-    """Virtual tokens at the input take positions of the model's table, which are then not there for text."""
-    from graftwerk.models.load import max_length_for, position_limit
+def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
+    """Return the tokens kept of a row: virtual tokens take positions of the model, which are then not there for text.
 
-    wanted = settings.data.max_length
-    length = max_length_for(config, tokenizer, wanted)
-    limit = position_limit(config)
-    if settings.method.kind != "embedding" or limit is None:
-        return length
-    virtual: int = getattr(settings.method, "num_virtual_tokens", 0)
-    if wanted is not None and wanted + virtual > limit:
-        raise ConfigError(
-            f"`max_length: {wanted}` and {virtual} virtual tokens are more than the {limit} positions of the model",
-            where="data.max_length",
-            mend=f"at most {limit - virtual}, or fewer virtual tokens",
-        )
-    if limit <= virtual:
-        raise ConfigError(
-            f"{virtual} virtual tokens leave no room in the {limit} positions of the model",
-            where="method.num_virtual_tokens",
-        )
-    return min(length, limit - virtual)
+    Raises:
+        ConfigError: as `max_length_for` says.
+    """
+    from graftwerk.inject.targets import is_causal
+    from graftwerk.models.load import max_length_for
+
+    return max_length_for(config, tokenizer, settings.data.max_length, settings.method.positions(is_causal(config)))
 
 
 def _with_text(method: Method, tokenizer: Any) -> Method:
