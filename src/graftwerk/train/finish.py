@@ -103,11 +103,12 @@ def finish(
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
-        "untrained_steps": trainer.state.untrained_steps,
         "peak_memory_bytes": peak,
         "first_step_seconds": first_step,
         "processes": trainer.processes.count,
     }
+    if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
+        manifest["cost"]["untrained_steps"] = untrained
     metadata = {name: manifest[name] for name in IN_METADATA}
     trainer.emit(Event("phase", trainer.state.step, name="saving the adapter"))
     save_adapter(trainer.graft, folder.adapter, metadata=metadata)
