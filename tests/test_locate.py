@@ -42,6 +42,18 @@ def test_a_missing_file_is_named_with_its_nearest_neighbour(package: Path) -> No
     assert "rows.csv" in str(caught.value.mend)
 
 
+def test_a_missing_file_without_a_neighbour_lists_ten_visible_names(tmp_path: Path) -> None:
+    for name in [*"abcdefghij", ".hidden"]:
+        (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError) as caught:
+        locate(tmp_path / "zzzzzz")
+    assert caught.value.mend == f"{tmp_path} holds: a, b, c, d, e, f, g, h, i, j"
+    (tmp_path / "k").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        locate(tmp_path / "zzzzzz")
+    assert caught.value.mend == f"{tmp_path} holds: a, b, c, d, e, f, g, h, i, j, ..."
+
+
 def test_a_missing_package_is_an_environment_fault_with_its_command() -> None:
     with pytest.raises(EnvironmentFault) as caught:
         locate("pkg://gw_no_such_package/x.csv")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import graftwerk as gw
 from graftwerk.augment.journal import Journal
 from graftwerk.augment.settings import BackTranslation
 from graftwerk.augment.translate import Answer, Question, ask
+from graftwerk.errors import ConflictError
 from tests.tiny_text import GNOME, rows_of
 
 LENGTH = 6
@@ -52,6 +55,29 @@ def test_an_adapter_of_ours_is_asked_as_it_was_trained(
     rows.write_text("".join(json.dumps({"source": text}) + "\n" for text in TEXTS), "utf-8")
     predicted = gw.predict(run, data=str(rows))
     assert [row["output"] for row in predicted["predictions"]] == written
+
+
+def test_ask_with_other_weights_than_the_journals_raises_conflict_error(
+    text_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    task = {"name": "translation", "source_lang": "de", "target_lang": "en"}
+    making = BackTranslation(model=str(text_model("t5")), task=task, temperature=0, max_new_tokens=LENGTH)
+    questions = [Question(text) for text in TEXTS]
+    with Journal(tmp_path / "made.jsonl", {"rows": "x"}, keep=False) as journal:
+        found, identity = ask(making, 0, questions[:2], 1, journal, "leg")
+    with Journal(tmp_path / "made.jsonl", {"rows": "x"}, keep=True) as journal:
+        again, same = ask(making, 0, questions[:2], 1, journal, "leg")
+        assert (again, same) == (found, identity), "the same weights go on"
+    other = tmp_path / "other"
+    shutil.copytree(text_model("t5"), other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    changed = making.model_copy(update={"model": str(other)})
+    with (
+        Journal(tmp_path / "made.jsonl", {"rows": "x"}, keep=True) as journal,
+        pytest.raises(ConflictError, match="other weights"),
+    ):
+        ask(changed, 0, questions, 1, journal, "leg")
 
 
 def test_a_bare_causal_model_is_asked_in_the_words_of_the_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import harness
+from benchmarks import harness, p1_time_to_score
 from benchmarks.harness import Row, WrongResultError, expect, fresh, interleaved, spawn, write
 
 
@@ -96,3 +97,27 @@ def test_quick_fails_on_wrong_results_and_never_on_time(
     assert said in shown.out + shown.err
     assert (tmp_path / "rows.json").exists() is right
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], (False, 5)), (["--quick"], (True, 1)), (["--quick", "--repeats", "3"], (True, 3))]
+)
+def test_main_without_repeats_runs_five_or_one_when_quick(
+    words: list[str], expected: tuple[bool, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["p2", *words])
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    asked: list[tuple[bool, int]] = []
+    harness.main("P2", lambda options: asked.append((options.quick, options.repeats)) or [row()])
+    assert asked == [expected]
+
+
+def test_arguments_of_p1_default_to_what_its_results_were_made_with() -> None:
+    parser = argparse.ArgumentParser()
+    p1_time_to_score.arguments(parser)
+    given = vars(parser.parse_args([]))
+    assert given == {
+        "sets": "movies,glosses,imdb", "seeds": None, "sides": "ours,lengths,launched,usual", "budgets": None,
+        "usual_steps": 40, "glosses": None, "compute_type": "float32", "ours": {},
+        "rows_only": False,
+    }  # fmt: skip

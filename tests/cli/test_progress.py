@@ -63,6 +63,21 @@ def test_plain_lines_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_rows_are_told_after_two_seconds_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with room.Rows(Output(), "predicting", stream=stream) as rows:
+        for done, at in ((1, 0.5), (2, 1.9), (10, 10.0), (11, 11.0), (20, 20.0), (40, 40.0)):
+            now[0] = at
+            rows(done, 40)
+    assert stream.getvalue().splitlines() == [
+        "predicting 10/40  30 s left",
+        "predicting 20/40  20 s left",
+        "predicting 40/40",
+    ]
+
+
 def test_a_bar_on_a_terminal() -> None:
     said = told(
         Event("progress", 3, total=12, loss=0.25, left_seconds=125.0),

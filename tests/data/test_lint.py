@@ -65,6 +65,22 @@ def test_a_label_column_with_a_class_a_row_is_grave() -> None:
     assert "right column" in str(finding.mend)
 
 
+def test_a_few_rare_classes_beside_a_large_one_are_not_grave() -> None:
+    """Three of four classes have one row, which is three of 33 rows: the label column is the right one."""
+    used = {"train": ["a"] * 30 + ["b", "c", "d"], "validation": [], "test": []}
+    [_, finding] = sorted(check_labels(used, None, "rows.csv")[1], key=lambda finding: finding.code)
+    assert (finding.code, finding.rows, finding.example) == ("rare-classes", 3, "b, c, d")
+    assert not finding.grave
+
+
+def test_more_than_twenty_classes_are_named_in_part_and_the_rest_counted() -> None:
+    used = {"train": [f"c{at:02d}" for at in range(23)] * 2, "validation": ["c00"], "test": []}
+    [finding] = check_labels(used, None, "rows.csv")[1]
+    assert finding.example is not None
+    assert finding.example.startswith("c01, c02, ")
+    assert finding.example.endswith(", c20, and 2 more")
+
+
 def test_usual_labels_say_nothing() -> None:
     used = {"train": ["a", "b"] * 5, "validation": ["a", "b"], "test": ["b", "a"]}
     assert check_labels(used, None, "rows.csv") == (("a", "b"), ())

@@ -40,6 +40,11 @@ def test_quotas_add_up_and_are_never_off_by_a_row(weights: list[float], rows: in
     assert all(abs(quota - share * rows) < 1 for quota, share in zip(given_rows, wanted, strict=True))
 
 
+def test_quotas_give_what_is_left_to_the_largest_remainders() -> None:
+    assert quotas([0.5, 0.3, 0.2], 4) == [2, 1, 1]
+    assert quotas([0.6, 0.25, 0.15], 10) == [6, 3, 1], "of equal remainders the first"
+
+
 @pytest.mark.parametrize("temperature", [1, 3, math.inf])
 def test_what_is_drawn_is_what_was_asked_to_the_row(temperature: float) -> None:
     sampler = Sampler(SETS, (1, 2, 1), temperature, seed=3)

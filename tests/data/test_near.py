@@ -30,6 +30,12 @@ def test_same_texts_other_texts_and_short_texts_are_not() -> None:
     assert check_near_leakage({"train": train, "validation": held}) == ()
 
 
+def test_shingles_are_all_runs_of_three_words() -> None:
+    assert shingles("A b, c d") == {"a b c", "b c d"}
+    assert shingles("a b c") == {"a b c"}
+    assert shingles("a b") == set()
+
+
 def test_no_near_pair_is_missed() -> None:
     draw = random.Random(0)
     train = [" ".join(draw.choices(WORDS, k=20)) for _ in range(150)]

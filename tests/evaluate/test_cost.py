@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import gc
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +15,30 @@ from torch import nn
 from graftwerk.evaluate import memory
 from graftwerk.evaluate.cost import WARM_UP, latency, peak_memory, resident, size_on_disk
 from graftwerk.tasks.base import Example
+from tests.train.children import until
 
 MB = 1_000_000
+
+
+LOOKS: list[None] = []
+"""One entry for each look of the sampler that has ended."""
+
+
+@pytest.fixture(autouse=True)
+def _counted_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the sampler's looks, and free earlier tests' garbage now rather than while memory is measured."""
+    look = memory._Sampler._look
+    monkeypatch.setattr(memory._Sampler, "_look", lambda sampler: (look(sampler), LOOKS.append(None)))
+    gc.collect()
 
 
 def work(megabytes: int) -> None:
     held = torch.ones(megabytes * MB // 4)
     held += 1
-    time.sleep(0.1)  # held for as long as a look of the sampler may be late
+    begun = len(LOOKS)
+    if any(thread.name == "peak-memory" for thread in threading.enumerate()):
+        until(lambda: len(LOOKS) >= begun + 2)  # the first of them may have begun before
+    assert held.numel()
 
 
 @pytest.fixture(params=[memory._HighWater, memory._Sampler], ids=["high-water mark", "sampler"])

@@ -176,7 +176,12 @@ def test_before_and_after_of_a_few_rows(text_model: Callable[[str], Path]) -> No
     shown = before_and_after(model, task, examples, tokenizer, settings(examples=3), found)
     base, _, _ = loaded(text_model("gpt2"), Translation())
     before = generate(base, task, examples, tokenizer, settings())
-    assert shown_rows(8, 3) == [0, 2, 5]
+    assert [shown_rows(8, 3), shown_rows(2, 5), shown_rows(3, 3), shown_rows(0, 5)] == [
+        [0, 2, 5],
+        [0, 1],
+        [0, 1, 2],
+        [],
+    ]
     assert [row["source"] for row in shown] == [ROWS[place]["source"] for place in (0, 2, 5)]
     assert [row["reference"] for row in shown] == [ROWS[place]["target"] for place in (0, 2, 5)]
     assert [row["before"] for row in shown] == [before[place] for place in (0, 2, 5)]

@@ -49,7 +49,7 @@ def labelled(glosses: Path, tmp_path: Path) -> Path:
 
 def test_answers_come_in_the_order_of_the_rows(run: Path, gloss_texts: list[str]) -> None:
     opened = open_adapter(run)
-    texts = sorted(gloss_texts[:20], key=lambda text: hash(text))
+    texts = sorted(gloss_texts[:20], key=lambda text: text[::-1])
     examples = opened.encode([{"text": text} for text in texts])
     ask = {"model": opened.model, "task": opened.task, "tokenizer": opened.tokenizer}
     together = run_model(examples=examples, batch_size=7, **ask)
@@ -254,8 +254,11 @@ def test_rows_of_a_file_need_no_labels(run: Path, gloss_texts: list[str], tmp_pa
 
 
 def test_what_is_cut_is_counted(run: Path) -> None:
-    result = predict(run, ["short", "a very long text " * 100])
-    assert result["notes"] == ["1 of 2 rows were cut to 64 tokens"]
+    limit = 64 - 2  # [CLS] and [SEP]
+    result = predict(run, ["short", "a very long text " * 100, " ".join("a" * limit), " ".join("a" * (limit + 1))])
+    assert result["notes"] == ["2 of 4 rows were cut to 64 tokens"]
+    whole, cut = (result["predictions"][at]["scores"] for at in (2, 3))
+    assert cut == pytest.approx(whole, abs=1e-6), "the last letter is what was cut"
 
 
 def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:

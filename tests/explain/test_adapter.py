@@ -126,6 +126,37 @@ def test_a_folder_that_peft_made(tmp_path: Path) -> None:
     assert all(layer["norm"] > 0 for layer in layers.values())
 
 
+def test_a_prefix_of_pefts_is_told_layer_by_layer(tmp_path: Path) -> None:
+    """PEFT keeps all layers in one tensor."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model = FAMILIES["llama"].build()
+    peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    vectors = peft.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        vectors.copy_(torch.arange(1.0, vectors.numel() + 1).view_as(vectors))
+    peft.save_pretrained(tmp_path)
+    described = describe_adapter(tmp_path)
+    expected = [half.norm().item() for half in vectors.detach().chunk(2, dim=1)]
+    assert [one["norm"] for one in described["learnt"]] == pytest.approx(expected)
+    assert [layer["layer"] for layer in described["layers"]] == ["layer.0", "layer.1"]
+    assert [one["parameters"] for one in described["learnt"]] == [vectors.numel() // 2] * 2
+
+
+def test_an_alpha_of_its_own_scales_what_a_module_learnt(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = FAMILIES["bert"].build(classifier=True)
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["query", "value"], alpha_pattern={"value": 32}, init_lora_weights=False
+    )
+    get_peft_model(model, settings).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for path, one in entries(describe_adapter(tmp_path), "update").items():
+        a, b = (tensors[f"base_model.model.{path}.lora_{part}.weight"] for part in "AB")
+        assert one["norm"] == pytest.approx(float((32 if "value" in path else 8) / 4 * (b @ a).norm()), rel=1e-4)
+
+
 def test_a_changed_file_and_a_folder_without_adapter_are_refused(tmp_path: Path) -> None:
     stored(tmp_path / "good", "lora")
     weights = tmp_path / "good" / "adapter_model.safetensors"

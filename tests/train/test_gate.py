@@ -118,6 +118,12 @@ def test_the_batch_is_marked_in_a_pipe_and_coloured_in_a_terminal() -> None:
     assert "-> «good»" in pipe.getvalue()
     assert "\x1b" not in pipe.getvalue()
     assert "and 2 more" in pipe.getvalue()
+    row = {**BATCH["rows"][0], "tokens": [f"t{at}" for at in range(51)], "trained": [False] * 51}
+    show_batch({"shape": [4, 51], "rows": [row] * 4}, long := io.StringIO())
+    assert "  3. t0 t1 t2 " in long.getvalue()
+    assert "  4. " not in long.getvalue()
+    assert long.getvalue().endswith("  and 1 more\n")
+    assert " t22 t23 [3 more] t27 t28 " in long.getvalue()
     show_batch(BATCH, terminal)
     assert "who ? \x1b[32mme </s>\x1b[0m \x1b[2m·×2\x1b[0m" in terminal.getvalue()
     assert "\x1b[2J" not in terminal.getvalue()
