@@ -62,6 +62,8 @@ def columns_of(given: list[str] | None) -> dict[str, str] | None:
             raise ConfigError(
                 f"`--column {item}` is not of the form part=name", mend="for instance --column text=review"
             )
+        if part in columns:
+            raise ConfigError(f"`--column` names the part `{part}` twice", mend="give one of them")
         columns[part] = name
     return columns
 
@@ -81,5 +83,7 @@ def evaluation_of(given: list[str] | None) -> dict[str, Any]:
             raise ConfigError(
                 f"`{key}` is settled by the training; only settings of `evaluation:` can change", where=key
             )
+        if name in settings:
+            raise ConfigError(f"`{name}` is set twice", where=key, mend="give one of them")
         settings[name] = value
     return settings

@@ -84,13 +84,17 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
 
     methods: Any = None
     seeds = "0,1,2"
-    others = []
+    augment, others = list[str](), list[str]()
     for item in given:
         key, equals, value = item.partition("=")
+        if equals and key in ("methods", "seeds") and sum(other.startswith(f"{key}=") for other in given) > 1:
+            raise ConfigError(f"`{key}` is given twice", where=key, mend="give one of them")
         if key == "methods" and equals:
             methods = value
         elif key == "seeds" and equals:
             seeds = value.strip("[] ")
+        elif key == "augment" and equals:  # with,without: an argument of the comparison, not `data.augment`
+            augment.append(item)
         else:
             others.append(item)
     if methods is None:
@@ -101,7 +105,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
         except yaml.YAMLError as error:
             raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where="methods") from None
         methods = [methods] if isinstance(methods, dict) else methods
-    return methods, seeds, parse_overrides(others)
+    return methods, seeds, {**parse_overrides(others), **parse_overrides(augment)}
 
 
 def show_plan(
