@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from graftwerk.config import RunConfig, parse_overrides
+from graftwerk.config import RunConfig, anchored, parse_overrides
+from graftwerk.data.sources import matching
 from graftwerk.errors import ConfigError
 
 FILE = """model: m
@@ -44,3 +45,49 @@ def test_run_file_with_duplicate_key_is_refused(
 def test_override_given_twice_is_refused(given: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"twice|both set"):
         parse_overrides(given)
+
+
+def test_anchored_makes_every_path_to_something_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a [b]"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("model", "run"):
+        (folder / name).mkdir()
+    for name in ("a.jsonl", "b.jsonl", "c.de", "c.en"):
+        (folder / name).touch()
+    here = str(folder)
+    tree = {
+        "model": "model",
+        "data": {
+            "train": ["a.jsonl", "./b.jsonl", "*.jsonl", "owner/name", "pkg://package/rows.csv", "no.jsonl"],
+            "validation": {"source": "c.de", "target": "c.en"},
+            "test": 0.1,
+            "augment": [{"name": "back_translation", "model": "run", "through": {"model": "model", "base": "run"}}],
+        },
+        "training": {"warm_start": "run"},
+        "output_dir": "runs/run",
+    }
+    found = anchored(tree)
+    assert found["model"] == f"{here}/model"
+    data = found["data"]
+    assert [*data["train"][:2], *data["train"][3:]] == [
+        f"{here}/a.jsonl", f"{here}/b.jsonl", "owner/name", "pkg://package/rows.csv", "no.jsonl",
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert [path.name for path in matching(data["train"][2]) or ()] == ["a.jsonl", "b.jsonl"]
+    assert data["validation"] == {"source": f"{here}/c.de", "target": f"{here}/c.en"}
+    assert data["test"] == 0.1
+    (made,) = data["augment"]
+    assert (made["model"], made["through"]) == (f"{here}/run", {"model": f"{here}/model", "base": f"{here}/run"})
+    assert found["training"]["warm_start"] == f"{here}/run"
+    assert found["output_dir"] == "runs/run"
+    assert tree["data"]["train"][0] == "a.jsonl", "the tree that is given stays as it is"
+
+
+def test_anchored_sets_keep_their_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.de").touch()
+    sets = [{"source": "a.de", "target": "b.en", "prefix": "a.de", "validation": "a.de", "weight": 2.0}]
+    (found,) = anchored({"model": "m", "data": {"train": sets}, "output_dir": "x"})["data"]["train"]
+    place = str(tmp_path / "a.de")
+    assert found == {"source": place, "target": "b.en", "prefix": "a.de", "validation": place, "weight": 2.0}

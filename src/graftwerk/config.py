@@ -6,7 +6,9 @@ and deep nesting are refused.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import os
+from collections.abc import Hashable, Mapping
+from glob import escape, glob
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +27,10 @@ from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.mixture import Mixture, compose
 from graftwerk.train.settings import TrainingSettings
 
+SOURCE_KEYS = ("source", "target", "validation", "test")
+"""Keys of a data set, or of two aligned files, that hold sources of rows."""
+PATH_KEYS = ("model", "base", "path")
+"""Keys of an augmenter that hold a model or a file."""
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_DEPTH = 32
 
@@ -93,9 +99,16 @@ class RunConfig(Settings):
         except ValidationError as error:
             raise explain(error, cls, where) from None
 
+    def anchored(self) -> RunConfig:
+        """Return the same run with paths that hold from any folder; `output_dir` is as it was given."""
+        tree = self.model_dump(mode="json")
+        absolute = anchored(tree)
+        return self if absolute == tree else RunConfig.model_validate(absolute)
+
     def dump(self) -> str:
-        """The resolved run file as YAML, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved run file as YAML, every default written out; what it names is found from any folder."""
+        tree = {**anchored(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -266,3 +279,59 @@ def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
             return set()
         current = annotation
     return known_keys(current)
+
+
+# -- paths that hold from any folder ----------------------------------------------------------------------------------
+
+
+def anchored(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a run file with every relative path to something that exists made absolute.
+
+    Hub ids, places in packages and paths to nothing stay as they are. `output_dir` stays too: it is where the run is.
+
+    Args:
+        tree: As `RunConfig.model_dump(mode="json")` gives it.
+    """
+    tree = dict(tree)
+    for key in ("model", "data", "training"):
+        if tree.get(key) is not None:
+            tree[key] = _absolute(tree[key]) if key == "model" else dict(tree[key])
+    data, training = tree.get("data") or {}, tree.get("training") or {}
+    for key in ("train", "validation", "test"):
+        if key in data:
+            data[key] = _absolute_source(data[key])
+    if data.get("augment"):
+        data["augment"] = [_absolute_augmenter(each) for each in data["augment"]]
+    if training.get("warm_start") is not None:
+        training["warm_start"] = _absolute(training["warm_start"])
+    return tree
+
+
+def _absolute_source(source: Any) -> Any:
+    """A file, several, two aligned ones, or data sets with sources of their own; a number of rows stays one."""
+    if isinstance(source, list | tuple):
+        return [_absolute_source(each) for each in source]
+    if isinstance(source, Mapping):
+        return {key: _absolute_source(value) if key in SOURCE_KEYS else value for key, value in source.items()}
+    return _absolute(source)
+
+
+def _absolute_augmenter(augmenter: Any) -> Any:
+    if not isinstance(augmenter, Mapping):
+        return augmenter
+    changed = {key: _absolute(value) if key in PATH_KEYS else value for key, value in augmenter.items()}
+    return {**changed, **({"through": _absolute_augmenter(changed["through"])} if "through" in changed else {})}
+
+
+def _absolute(place: Any) -> Any:
+    if not isinstance(place, str) or not place.strip() or "\0" in place or "://" in place:
+        return place
+    path = Path(place).expanduser()
+    try:
+        if path.exists():
+            return str(path.absolute())
+        if any(mark in place for mark in "*?[") and not path.is_absolute() and glob(str(path), recursive=True):
+            return os.path.join(escape(str(Path.cwd())), str(path))
+    except OSError:  # a name longer than the file system takes: said by whoever opens it
+        return place
+    return place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from graftwerk.choose.workers import Crashed, Workers
 from graftwerk.config import RunConfig
 from graftwerk.errors import AdapterError, ConfigError, ConflictError, Interrupted, UnsupportedError
 from graftwerk.evaluate.stored import EVALUATION, PREDICTIONS, load_evaluation
+from graftwerk.store.safety import read_json
 from graftwerk.train.run import train
 
 METHODS = ["full", {"label": "small", "name": "lora", "r": 2}]
@@ -232,6 +234,18 @@ def test_the_command_repeats_it(story: Story) -> None:
     assert "seeds=0,1" in command
     assert "label: small" in command
     RunConfig.load(story.finished.folder / "config.yaml")
+
+
+def test_compared_runs_command_trains_into_another_folder(story: Story) -> None:
+    for name in ("small-seed0", "small-seed1"):
+        run = story.finished.folder / name
+        program, verb, config, *overrides = shlex.split(read_json(run / "manifest.json")["command"])
+        assert (program, verb, config) == ("graftwerk", "train", str((run / "config.yaml").absolute()))
+        again = RunConfig.load(config, overrides)
+        assert not again.output_dir.exists()
+        assert again.output_dir.parent == run.absolute().parent
+        first = RunConfig.load(run / "config.yaml")
+        assert again.model_copy(update={"output_dir": first.output_dir}) == first
 
 
 def test_predictions_that_are_damaged_are_measured_again(story: Story, settings: dict[str, Any]) -> None:

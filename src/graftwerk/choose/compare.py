@@ -179,7 +179,7 @@ class _Work:
             {**tree, "method": entries[0].method},
             dict(overrides),
             where=str(config) if isinstance(config, str | Path) else None,
-        )
+        ).anchored()
         self.own_method = tree.get("method")
         entries = with_and_without(entries, augment, bool(base.data.augment))
         self.base, self.entries, self.seeds, self.augment = base, entries, seeds, augment

@@ -65,7 +65,7 @@ def _command(
         if all(isinstance(name, str) for name in given)
         else yaml.safe_dump(given, default_flow_style=True, width=10_000).strip()
     )
-    words = ["graftwerk", "compare", str(base.output_dir / CONFIG), f"methods={methods}"]
+    words = ["graftwerk", "compare", str(base.output_dir.absolute() / CONFIG), f"methods={methods}"]
     words.append(f"seeds={','.join(map(str, seeds))}")
     if augment is not None:
         words.append(f"augment={augment if isinstance(augment, str) else ','.join(augment)}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from graftwerk.config import anchored
 from graftwerk.errors import ConflictError
 
 FREE = (
@@ -24,12 +25,18 @@ FREE = (
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Each place where two identities differ in what matters, as ``key: old -> new``."""
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(_from_anywhere(before)), _flat(_from_anywhere(now))
     return [
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE) and (key not in old or key not in new or old[key] != new[key])
     ]
+
+
+def _from_anywhere(identity: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Make the paths absolute: the same file is the same, and an older run may have stored relative ones."""
+    config = identity.get("config")
+    return {**identity, "config": anchored(config)} if isinstance(config, Mapping) else identity
 
 
 def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

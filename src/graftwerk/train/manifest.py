@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from graftwerk.config import RunConfig
+from graftwerk.config import RunConfig, parse_yaml
 from graftwerk.inject.attach import Graft
 from graftwerk.train.folder import CONFIG
 from graftwerk.train.prepare import SPLITS, Prepared
@@ -83,11 +83,12 @@ def environment() -> dict[str, Any]:
 
 
 def command(settings: RunConfig) -> str:
-    """How to repeat the run: the command that was given, or the one that reads the resolved run file."""
-    if Path(sys.argv[0]).name in ("graftwerk", "__main__.py") and "train" in sys.argv[1:2]:
-        words = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-        return shlex.join(["graftwerk", *words])
-    return shlex.join(["graftwerk", "train", os.fspath(settings.output_dir / CONFIG)])
+    """Return how to repeat the run, from any folder: its resolved run file, into another folder than its own."""
+    folder = os.fspath(settings.output_dir.absolute())
+    place = f"{folder}-repeated"
+    if parse_yaml(place) != place:  # ": " or " #" in a folder's name
+        place = json.dumps(place, ensure_ascii=False)
+    return shlex.join(["graftwerk", "train", os.path.join(folder, CONFIG), f"output_dir={place}"])
 
 
 def _version(package: str) -> str:

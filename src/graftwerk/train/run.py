@@ -63,7 +63,7 @@ def train(
     global _trained_before
     began = time.monotonic() - (0.0 if _trained_before else seconds_since_process_start())
     _trained_before = True
-    settings = _read_config(config, overrides)
+    settings = _read_config(config, overrides).anchored()
     folder = RunFolder(settings.output_dir)
     from graftwerk.train import helpers
     from graftwerk.train.how_many import wanted
