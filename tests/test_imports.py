@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "graftwerk"
-BASE = {"errors", "settings", "locate"}
+BASE = {"errors", "settings", "locate", "machine"}
 SETTINGS = {"augment.settings", "data.settings", "train.settings", "evaluate.settings"}
 BELOW_TASKS = {*BASE, "data.settings", "data"}
 BELOW_TRAIN = {*BELOW_TASKS, *SETTINGS, "fast", "tasks", "models", "methods", "inject", "store", "config"}
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"errors"},
     "verbs": set(),
     "figures": set(),
+    "machine": set(),
     "locate": {"errors"},
     "fast": {"errors"},
     "augment.settings": {"errors", "settings"},
@@ -29,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "train.settings": {"settings"},
     "evaluate.settings": {"settings"},
     "methods": {"errors", "settings", "fast"},
-    "config": {"errors", "settings", "methods", "tasks", *SETTINGS},
+    "config": {*BASE, "methods", "tasks", *SETTINGS},
     "schema": {"augment.settings", "config", "methods", "settings", "tasks"},
     "inject": {"errors", "methods", "fast"},
     "store": {*BASE, "inject", "methods"},

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.evaluate.settings import EvaluationSettings
+from graftwerk.locate import open_regular
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import parse_method
 from graftwerk.settings import Settings, known_keys
@@ -33,6 +34,12 @@ PATH_KEYS = ("model", "base", "path")
 """Keys of an augmenter that hold a model or a file."""
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_DEPTH = 32
+MAX_YAML_ITEMS = 50_000
+MAX_NUMBER_CHARACTERS = 200
+"""Of a value that begins like a number and is not quoted. (`1:30:00` is one too, to the base of 60, and the time to
+read it grows with the square of its length.)"""
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Ten times as fast where PyYAML was built with its C parser."""
 
 
 class RunConfig(Settings):
@@ -106,56 +113,43 @@ class RunConfig(Settings):
         return self if absolute == tree else RunConfig.model_validate(absolute)
 
     def dump(self) -> str:
-        """The resolved run file as YAML, every default written out; what it names is found from any folder."""
+        """The resolved run file as YAML, every default written out; what it names is found from any folder.
+
+        Raises:
+            ConfigError: with its defaults it is larger than what `load` reads.
+        """
         tree = {**anchored(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
-        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        try:
+            again = parse_yaml(text.encode(), "config.yaml")
+        except ConfigError as error:
+            raise ConfigError(
+                f"the run file with every default written out could not be read again: {error.what}",
+                mend="move long lists into data files, or shorten them",
+            ) from None
+        if again != tree:
+            raise ConfigError("a text of the run file has characters that YAML does not give back")
+        return text
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping without tags, aliases or deep nesting."""
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as stream:
+            raw = stream.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"there is no run file {path}", mend="give the path of a .yaml file") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} has {len(raw):,} bytes; a run file has at most {MAX_YAML_BYTES:,}")
-    try:
-        text = raw.decode("utf-8")
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ConfigError("YAML aliases (*name) are not accepted in a run file", where=_line(path, event))
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-                if depth > MAX_YAML_DEPTH:
-                    raise ConfigError(f"nested deeper than {MAX_YAML_DEPTH} levels", where=_line(path, event))
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-        tree = parse_yaml(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text: byte {error.start}", where=str(path)) from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{path}:{line}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"not valid YAML: {error}", where=str(path)) from None
-    if not isinstance(tree, dict):
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    tree = parse_yaml(raw, str(path))
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError("a run file is a mapping with `model`, `data` and `method`", where=str(path))
     return tree
 
 
-def parse_yaml(text: str) -> Any:
-    """Parse YAML without tags, as `yaml.safe_load` does, but refuse a mapping that has a key twice.
+class _UniqueKeys(_Loader):  # type: ignore[misc]
+    """Like `yaml.SafeLoader`, but refuses a mapping that has a key twice."""
 
-    Raises:
-        yaml.YAMLError: text that is not YAML, or a duplicate key, with both lines.
-    """
-    return yaml.load(text, Loader=_UniqueKeys)
-
-
-class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -166,11 +160,53 @@ class _UniqueKeys(yaml.SafeLoader):
                 problem = f"the key `{key}` stands twice, first in line {lines[key]}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             lines[key] = key_node.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
-def _line(path: Path, event: yaml.Event) -> str:
-    return f"{path}:{event.start_mark.line + 1}" if event.start_mark else str(path)
+def parse_yaml(raw: bytes, where: str) -> Any:
+    """The value that a YAML text holds, read without tags, aliases, duplicate keys or deep nesting, in time that its
+    length bounds.
+
+    Args:
+        where: The file or key, for messages.
+
+    Raises:
+        ConfigError: it is no YAML, or exceeds a limit.
+    """
+    if len(raw) > MAX_YAML_BYTES:
+        raise ConfigError(f"more than {MAX_YAML_BYTES:,} bytes, which is the most that a run file has", where=where)
+    try:
+        text = raw.decode("utf-8")
+        _check_events(text, where)
+        return yaml.load(text, Loader=_UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text: byte {error.start}", where=where) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{where}:{line}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError) as error:
+        raise ConfigError(f"not valid YAML: {str(error)[:200]}", where=where) from None
+
+
+def _check_events(text: str, where: str) -> None:
+    """Refuse, before anything is built, what would take long to build."""
+    depth = 0
+    for items, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        line = f"{where}:{event.start_mark.line + 1}" if event.start_mark else where
+        if items > MAX_YAML_ITEMS:
+            raise ConfigError(f"more than {MAX_YAML_ITEMS:,} items", where=line)
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError("YAML aliases (*name) are not accepted in a run file", where=line)
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > MAX_NUMBER_CHARACTERS:
+            if event.value[0] in "0123456789+-.":
+                raise ConfigError(f"a number of {len(event.value):,} characters", where=line, mend="quote what is text")
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_YAML_DEPTH:
+                raise ConfigError(f"nested deeper than {MAX_YAML_DEPTH} levels", where=line)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
@@ -185,11 +221,10 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
         if not equals or not key:
             raise ConfigError(f"`{item}` is not of the form key=value", mend="for instance training.seed=1")
         try:
-            parsed_value = _number(parse_yaml(value))
-        except yaml.MarkedYAMLError as error:
-            raise ConfigError(f"the value of `{key}` is not YAML: {value} ({error.problem})") from None
-        except yaml.YAMLError:
-            raise ConfigError(f"the value of `{key}` is not YAML: {value}") from None
+            parsed_value = _number(parse_yaml(value.encode(), key))
+        except (ConfigError, UnicodeEncodeError) as error:
+            why = error.what if isinstance(error, ConfigError) else "half a character"
+            raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({why[:200]})") from None
         place = tuple(_place(key.strip()))
         if place in places:
             raise ConfigError(f"`{places[place]}` and `{item}` both set `{'.'.join(place)}`", mend="give one of them")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import io
+import os
+import stat
 from pathlib import Path
 
 from graftwerk.errors import ConfigError, EnvironmentFault
@@ -26,16 +29,38 @@ def locate(place: str | Path) -> Path:
     text = str(place)
     if "\0" in text:
         raise ConfigError(f"a path cannot hold a NUL character: {text!r}")
-    path = _in_package(text) if text.startswith(PACKAGE_SCHEME) else Path(text).expanduser()
     try:
+        path = _in_package(text) if text.startswith(PACKAGE_SCHEME) else Path(text).expanduser()
         exists = path.exists()
-    except OSError as error:  # a name longer than the file system takes
-        raise ConfigError(f"`{text[:200]}` cannot be a path: {error.strerror}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, half a character, nobody's home
+        raise ConfigError(f"{text[:200]!r} cannot be a path: {getattr(error, 'strerror', None) or error}") from None
+    if exists and not (path.is_file() or path.is_dir()):
+        raise ConfigError(
+            f"{path} is a pipe, a device or a socket; only regular files are read",
+            where=text if text != str(path) else None,
+            mend="write its content into a file first",
+        )
     if not exists:
         raise ConfigError(
             f"there is no file or folder {path}", where=text if text != str(path) else None, mend=_near(path)
         )
     return path
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """Open a regular file for reading; what would block or never end (a pipe, a device, a socket) is not opened.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is no regular file, or its name holds a NUL.
+    """
+    # Not blocking, so that a pipe put in the place of a file cannot hold us up.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    stream = io.FileIO(os.open(path, flags))
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise ValueError("it is no regular file")
+    return stream
 
 
 def _in_package(text: str) -> Path:

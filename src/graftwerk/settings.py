@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from graftwerk.errors import ConfigError, did_you_mean
 
@@ -16,7 +16,28 @@ from graftwerk.errors import ConfigError, did_you_mean
 class Settings(BaseModel):
     """Frozen pydantic model; unknown keys are errors, aliases and field names are both accepted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        """What no file could store or no library could take is refused here, once for all settings."""
+        waiting = [value]
+        while waiting:
+            each = waiting.pop()
+            if type(each) is int and not -(2**63) <= each < 2**63:
+                raise ValueError("this number does not fit into 64 bits")
+            if isinstance(each, str) and not each.isascii() and any("\ud800" <= sign <= "\udfff" for sign in each):
+                raise ValueError("this text holds half a character (a lone surrogate)")
+            if isinstance(each, str) and "\0" in each:
+                raise ValueError("this text holds a NUL character")
+            if isinstance(each, Mapping):
+                waiting += [*each.keys(), *each.values()]
+            elif isinstance(each, list | tuple):
+                waiting += each
+        return value
 
 
 Model = TypeVar("Model", bound=Settings)

@@ -15,6 +15,7 @@ from graftwerk.errors import AdapterError, ConfigError, DataError, GraftwerkErro
 from graftwerk.evaluate.opened import open_adapter
 from graftwerk.evaluate.run import evaluate, predict, run_model
 from graftwerk.evaluate.stored import EVALUATION, PREDICTIONS, load_evaluation
+from graftwerk.store.safety import read_sealed
 from graftwerk.tasks.classification import Classification
 from graftwerk.train.run import train
 
@@ -223,7 +224,8 @@ def test_stored_predictions_that_are_gone_or_of_another_format_do_not_count(run:
     (copy / PREDICTIONS).unlink()
     assert load_evaluation(copy, copy / "adapter") is None
     evaluate(copy, store=True)
-    (copy / EVALUATION).write_text((copy / EVALUATION).read_text().replace('"format": 1', '"format": 99'))
+    stored = {**read_sealed(copy / EVALUATION), "format": 99}
+    (copy / EVALUATION).write_text(json.dumps(stored))
     assert load_evaluation(copy, copy / "adapter") is None
 
 

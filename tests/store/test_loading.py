@@ -228,7 +228,7 @@ def test_a_file_that_does_not_fit_leaves_the_model_and_who_is_active(method: str
     tensors[key] = tensors[key].reshape(-1, 1)
     save_file(tensors, weights)
     own = folder / "graftwerk.json"
-    values = json.loads(own.read_text())
+    values = safety.read_sealed(own)
     values["files"]["adapter_model.safetensors"] = safety.checksum(weights)
     own.write_text(json.dumps(values))
     with pytest.raises(AdapterError):

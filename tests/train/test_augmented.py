@@ -12,6 +12,7 @@ import pytest
 from graftwerk.augment.run import augment
 from graftwerk.errors import ConflictError, DataError
 from graftwerk.evaluate.run import evaluate
+from graftwerk.train.folder import Run, RunFolder
 from graftwerk.train.run import train
 
 Tree = dict[str, Any]
@@ -89,8 +90,8 @@ def test_changed_rows_are_another_run(with_augment: Callable[..., Tree], tmp_pat
     tree["data"]["augment"] = [{"name": "file", "path": str(made.path)}]
     folder = Path(tree["output_dir"])
     train(tree)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "status": "interrupted"}))
+    manifest = Run(folder).manifest
+    RunFolder(folder).write_manifest({**manifest, "status": "interrupted"})
     made.path.write_bytes(made.path.read_bytes().splitlines(keepends=True)[0])
     with pytest.raises(ConflictError, match="data"):
         train(tree, resume=True)

@@ -16,10 +16,11 @@ import pytest
 import sklearn.metrics  # noqa: F401  # once here, and not in every fork
 import torch
 
+from graftwerk import machine
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, EnvironmentFault, UnsupportedError
 from graftwerk.methods.catalog import METHODS, SHORTHANDS
-from graftwerk.train import helpers, how_many, memory
+from graftwerk.train import helpers, how_many
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
 from graftwerk.train.run import Run, train
@@ -122,13 +123,13 @@ def test_threads_that_have_been_at_work_are_seen_and_those_of_imports_are_not() 
 
 
 def test_a_control_groups_memory_is_heeded(tmp_path: Path) -> None:
-    assert memory._group_available(tmp_path) is None
+    assert machine._group_available(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert memory._group_available(tmp_path) == 450
+    assert machine._group_available(tmp_path) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory._group_available(tmp_path) is None
+    assert machine._group_available(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from graftwerk.augment.settings import Augmenter, Generation, Noise
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
 from graftwerk.store.atomic import write_file
 from graftwerk.store.safety import read_json
+from graftwerk.store.strict_json import dump_object
 
 Progress = Callable[[int, int], None]
 
@@ -185,11 +186,14 @@ def _finished(target: Path, identity: Mapping[str, Any], resume: bool) -> Augmen
             mend="make it again with --overwrite (overwrite=True); to train on changed rows, name the file itself: "
             "data.augment: [{name: file, path: ...}]",
         )
-    listed = [json.loads(line) for line in content.decode("utf-8").splitlines()]
     parts, start = [], 0
-    for counted in about["made"]:
-        parts.append(tuple(listed[start : start + counted["made"]]))
-        start += counted["made"]
+    try:
+        listed = [json.loads(line) for line in content.split(b"\n")[:-1]]
+        for counted in about["made"]:
+            parts.append(tuple(listed[start : start + counted["made"]]))
+            start += counted["made"]
+    except (ValueError, TypeError, KeyError):
+        raise IntegrityError(f"{about_of(target)} does not say what it should", where=str(target)) from None
     return Augmented(target, tuple(parts), tuple(about["made"]), about["sha256"], True)
 
 
@@ -211,8 +215,9 @@ def _write(target: Path, identity: Mapping[str, Any], made: Sequence[Made]) -> A
     digest = hashlib.sha256(content).hexdigest()
     counts = [one.counts() for one in made]
     about = {"format": FORMAT, "sha256": digest, "made": counts, "identity": identity}
+    told = dump_object(about, about_of(target))
     write_file(target, content)
-    write_file(about_of(target), json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    write_file(about_of(target), told)
     return Augmented(target, tuple(tuple(one.rows) for one in made), tuple(counts), digest, False)
 
 

@@ -77,8 +77,6 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     Raises:
         ConfigError: no methods; or something that is not of the form key=value.
     """
-    import yaml
-
     from graftwerk.config import parse_overrides, parse_yaml
     from graftwerk.errors import ConfigError
 
@@ -100,10 +98,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     if methods is None:
         raise ConfigError("which methods?", where="methods", mend="for instance methods=full,lora,bottleneck")
     if methods.lstrip().startswith(("[", "{")):
-        try:
-            methods = parse_yaml(methods)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"not YAML: {' '.join(str(error).split())}", where="methods") from None
+        methods = parse_yaml(methods.encode("utf-8", "surrogateescape"), "methods")
         methods = [methods] if isinstance(methods, dict) else methods
     return methods, seeds, {**parse_overrides(others), **parse_overrides(augment)}
 

@@ -22,7 +22,7 @@ from graftwerk.cli.output import ReaderGone, dump, read
 from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, Interrupted
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
-_OS_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM}
+_NAMES_AT_FAULT = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 app = typer.Typer(
     name="graftwerk",
@@ -77,6 +77,7 @@ def _collecting_seldom() -> Iterator[None]:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    _open_streams()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     flags = given[: given.index("--")] if "--" in given else given
     # Idle OpenMP threads that spin take the cores from whoever else works on the machine; read when torch is imported.
@@ -94,6 +95,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return BROKEN_PIPE
     except (Exception, KeyboardInterrupt) as error:
         fault = as_fault(error)
+        if isinstance(error, OSError) and error.filename is None and not _writable():
+            _drop_stdout()  # the result cannot be written, nor what Python holds back of it
         if "--debug" in flags:
             traceback.print_exception(error)
         _say(fault, as_json="--json" in flags)
@@ -111,14 +114,17 @@ def as_fault(error: BaseException) -> GraftwerkError:
         name = context.command_path if context is not None else "graftwerk"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         return ConfigError(message, mend=f"`{name} --help` shows what there is")
-    if isinstance(error, MemoryError):
+    if _out_of_memory(error):
         return EnvironmentFault(
             "there is not enough memory",
             mend="a smaller training.per_device_train_batch_size with more training.gradient_accumulation_steps, "
             "or training.gradient_checkpointing=true",
         )
-    if isinstance(error, OSError) and error.errno in _OS_FAULTS:
-        return EnvironmentFault(f"{error.strerror or error}", where=str(error.filename) if error.filename else None)
+    where = str(error.filename) if isinstance(error, OSError) and error.filename else None
+    if isinstance(error, OSError) and error.errno in _NAMES_AT_FAULT:
+        return ConfigError(f"{error.strerror}: {(where or '')[:200]!r}", mend="choose another name")
+    if isinstance(error, OSError) and error.errno is not None:  # no library of ours: the system itself refused
+        return EnvironmentFault(f"{error.strerror or error}", where=where)
     text = " ".join(str(error).split())
     return GraftwerkError(
         f"{type(error).__name__}: {text}" if text else type(error).__name__,
@@ -126,13 +132,44 @@ def as_fault(error: BaseException) -> GraftwerkError:
     )
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python or torch say it; torch is asked only if it is there already."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from graftwerk.evaluate.exhausted import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _writable() -> bool:
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _say(fault: GraftwerkError, *, as_json: bool) -> None:
     try:
         print(f"graftwerk: {fault}", file=sys.stderr, flush=True)
         if as_json:
             print(dump(fault.as_dict()), flush=True)
-    except BrokenPipeError:
+    except (OSError, ValueError):  # there is nowhere to say it
         _drop_stdout()
+
+
+def _open_streams() -> None:
+    """A stream that was closed before we began (`>&-`) leads to nowhere: else the next file that is opened would have
+    its number, and whatever is printed would go into that.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _drop_stdout() -> None:

@@ -1,7 +1,7 @@
-"""Compressed files, expanded in memory within bounds: .gz, .bz2, .xz, .zst, and .zip with one member.
+"""The content of files, read within bounds; .gz, .bz2, .xz, .zst, and .zip with one member expanded in memory.
 
-Nothing is ever unpacked onto the disk, so a member's name can lead nowhere. A file that expands beyond all proportion
-is refused while it is read, before it fills the memory.
+Nothing is ever unpacked onto the disk, so a member's name can lead nowhere. A file that expands beyond all proportion,
+anywhere in it, is refused while it is read, before it fills the memory; so is one that the memory could not hold.
 """
 
 from __future__ import annotations
@@ -10,44 +10,67 @@ import bz2
 import gzip
 import io
 import lzma
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from graftwerk.errors import DataError, EnvironmentFault, IntegrityError
+from graftwerk.locate import open_regular
+from graftwerk.machine import available
 
 MAX_RATIO = 200
 """Bytes that one compressed byte may stand for. Text reaches 30; a bomb needs a thousand and more."""
 FREE_BYTES = 1 << 24
 """Up to here no ratio counts: a small file of the same line over and over is no attack."""
+WINDOW_BYTES = 1 << 26
+"""So many bytes in a row may be of a higher ratio, if the whole is not."""
+MAX_DIRECTORY_BYTES = 1 << 20
+"""Of a zip file's list of members; rows are read from one with a single member."""
+MEMORY_SHARE = 0.5
+"""Of the available memory that the text of a file may take; rows made of it take several times as much."""
 _PIECE = 1 << 20
 
 
-def _zst(path: Path) -> IO[bytes]:
+def _zst(raw: IO[bytes], path: Path) -> IO[bytes]:
     try:
         import zstandard  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise EnvironmentFault(
             "reading .zst needs the package zstandard", where=str(path), mend="pip install zstandard"
         ) from None
-    opened: IO[bytes] = zstandard.open(path, "rb")
+    opened: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(raw)
     return opened
 
 
-def _zip(path: Path) -> IO[bytes]:
-    archive = zipfile.ZipFile(path)
+def _zip(raw: IO[bytes], path: Path) -> IO[bytes]:
+    archive = _archive(raw, path)
     return archive.open(_member(archive, path))
 
 
-OPENERS: dict[str, Callable[[Path], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
+OPENERS: dict[str, Callable[[Any, Path], Any]] = {
+    ".gz": lambda raw, path: gzip.GzipFile(fileobj=raw),
+    ".bz2": lambda raw, path: bz2.BZ2File(raw),
+    ".xz": lambda raw, path: lzma.LZMAFile(raw),  # noqa: SIM115
     ".zst": _zst,
     ".zip": _zip,
 }
+_DAMAGE = (
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+)
+"""What the libraries raise for files that are not as they should be; zipfile in particular raises nearly anything."""
 
 
 def plain_name(path: Path) -> str:
@@ -60,9 +83,11 @@ def plain_name(path: Path) -> str:
     ending = path.suffix.lower()
     if ending == ".zip" and path.is_file():
         try:
-            with zipfile.ZipFile(path) as archive:
+            with opened(path) as raw, _archive(raw, path) as archive:
                 return _member(archive, path).filename
-        except zipfile.BadZipFile as error:
+        except _DAMAGE as error:
+            if isinstance(error, PermissionError):
+                raise
             raise IntegrityError(f"not a readable zip file: {error}", where=str(path)) from None
     return path.stem if ending in OPENERS else path.name
 
@@ -72,33 +97,52 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
         IntegrityError: damaged, cut off, or a file that expands beyond all proportion.
-        EnvironmentFault: the package for this compression is not installed.
+        EnvironmentFault: the package for this compression is not installed; the memory does not suffice.
+        DataError: it is no regular file.
     """
-    return path.read_bytes() if path.suffix.lower() not in OPENERS else b"".join(pieces(path))
+    free = available()
+    most = 1 << 62 if free is None else int(MEMORY_SHARE * free)
+    content, size = [], 0
+    for piece in pieces(path):
+        size += len(piece)
+        if max(size, path.stat().st_size) > most:
+            raise EnvironmentFault(
+                f"the content of {path.name} does not fit into the memory: more than {most:,} bytes",
+                where=str(path),
+                mend="data.stream=true reads rows while they are trained on; or give a part of the file",
+            )
+        content.append(piece)
+    return b"".join(content)
+
+
+def opened(path: Path) -> io.FileIO:
+    """The file as it stands on the disk, open for reading.
+
+    Raises:
+        DataError: it is no regular file.
+        OSError: it cannot be opened.
+    """
+    try:
+        return open_regular(path)
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}", where=str(path), mend="give a regular file") from None
 
 
 def pieces(path: Path) -> Generator[bytes, None, None]:
     """The content of a file, expanded, piece by piece. Raises as `read_bytes` does."""
     open_it = OPENERS.get(path.suffix.lower())
-    limit = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
-    size = 0
     if open_it is None:
-        with path.open("rb") as plain:
+        with opened(path) as plain:
             while piece := plain.read(_PIECE):
                 yield piece
         return
     try:
-        with open_it(path) as file:
+        with opened(path) as raw, open_it(raw, path) as file:
+            proportion = _Proportion(path, raw)
             while piece := file.read(_PIECE):
-                size += len(piece)
-                if size > limit:
-                    raise IntegrityError(
-                        f"the file expands to more than {MAX_RATIO} times its {path.stat().st_size:,} bytes",
-                        where=str(path),
-                        mend="if you trust it, expand it yourself and give the plain file",
-                    )
+                proportion.check(len(piece))
                 yield piece
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, ValueError) as error:
+    except _DAMAGE as error:
         if isinstance(error, PermissionError):
             raise
         raise IntegrityError(f"the compressed file is damaged: {error}", where=str(path)) from None
@@ -107,6 +151,35 @@ def pieces(path: Path) -> Generator[bytes, None, None]:
         if type(error).__name__ != "ZstdError":
             raise
         raise IntegrityError(f"the compressed file is damaged: {error}", where=str(path)) from None
+
+
+class _Proportion:
+    """How many bytes came of how many: of the whole file, and of each part of it while it is read, so that a bomb is
+    seen before it has gone off.
+    """
+
+    def __init__(self, path: Path, raw: IO[bytes]) -> None:
+        self._path, self._raw = path, raw
+        self._size = path.stat().st_size
+        self._out = self._window_out = self._window_in = 0
+
+    def check(self, count: int) -> None:
+        self._out += count
+        if self._out > max(FREE_BYTES, MAX_RATIO * self._size):
+            self._refuse(self._size)
+        if self._out - self._window_out < WINDOW_BYTES:
+            return
+        taken = self._raw.tell() - self._window_in
+        if self._out - self._window_out > MAX_RATIO * max(taken, 1):
+            self._refuse(taken)
+        self._window_out, self._window_in = self._out, self._raw.tell()
+
+    def _refuse(self, compressed: int) -> NoReturn:
+        raise IntegrityError(
+            f"the file expands to more than {MAX_RATIO} times its bytes ({compressed:,} of them)",
+            where=str(self._path),
+            mend="if you trust it, expand it yourself and give the plain file",
+        )
 
 
 class Expanded(io.RawIOBase):
@@ -129,6 +202,17 @@ class Expanded(io.RawIOBase):
     def close(self) -> None:
         self._pieces.close()
         super().close()
+
+
+def _archive(raw: IO[bytes], path: Path) -> zipfile.ZipFile:
+    """The zip file, whose list of members is not read if it is a long one."""
+    ending = zipfile._EndRecData(raw)  # type: ignore[attr-defined]
+    if ending and ending[5] > MAX_DIRECTORY_BYTES:  # bytes of the list
+        raise DataError(
+            f"the zip file lists {ending[4]:,} members, and rows are read from one", where=str(path), mend="unpack it"
+        )
+    raw.seek(0)
+    return zipfile.ZipFile(raw)
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:

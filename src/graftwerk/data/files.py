@@ -12,8 +12,9 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from graftwerk.data.compressed import OPENERS, plain_name, read_bytes
+from graftwerk.data.compressed import FREE_BYTES, MAX_RATIO, OPENERS, opened, plain_name, read_bytes
 from graftwerk.data.lines import (
     DECODER,
     Fault,
@@ -29,7 +30,10 @@ from graftwerk.data.lines import (
 )
 from graftwerk.data.rows import BadRow, Table, joined
 from graftwerk.data.textfiles import TextRows, pair_lines
-from graftwerk.errors import ConfigError, DataError, EnvironmentFault
+from graftwerk.errors import ConfigError, DataError, EnvironmentFault, IntegrityError
+
+PARQUET_BATCH = 128
+"""Rows of a parquet file that are expanded at once: a row may repeat a long text that the file holds once."""
 
 
 def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
@@ -229,20 +233,50 @@ def _read_parquet(path: Path, table: Table) -> None:
             "reading parquet needs the package pyarrow", where=str(path), mend="pip install 'graftwerk[data]'"
         ) from None
     try:
-        content = pyarrow.parquet.ParquetFile(
-            io.BytesIO(read_bytes(path)) if path.suffix.lower() in OPENERS else path
-        ).read()
-    except (pyarrow.ArrowException, OSError) as error:
+        with opened(path) as raw:
+            file = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(path)) if path.suffix.lower() in OPENERS else raw)
+            content = _bounded(file, path)
+    except MemoryError:
+        raise EnvironmentFault(f"{path.name} does not fit into the memory", where=str(path)) from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, PermissionError):
             raise
         raise DataError(f"not a readable parquet file: {str(error).splitlines()[0]}", where=str(path)) from None
-    names = content.column_names
+    names: list[str] = content.column_names
+    if wrong := [name for name in names if bad_characters(name)]:
+        raise DataError(f"the column {wrong[0]!a:.80} {bad_characters(wrong[0])}", where=str(path))
     if len(set(names)) != len(names):
         raise DataError("two columns have the same name", where=str(path), mend=f"columns: {', '.join(names)}")
     table.rows = content.to_pylist()
     table.lines = list(range(1, len(table.rows) + 1))
     table.columns = tuple(names)
     table.unit = "row"
+
+
+def _bounded(file: Any, path: Path) -> Any:
+    """The content of a parquet file as a table, refused while it is read where a few bytes stand for many.
+
+    Raises:
+        IntegrityError: it expands beyond all proportion.
+    """
+    import pyarrow
+
+    size = path.stat().st_size
+    most = max(FREE_BYTES, MAX_RATIO * size)
+    values = file.metadata.num_rows * max(1, file.metadata.num_columns)
+    parts, held = [], 0
+    for part in file.iter_batches(batch_size=PARQUET_BATCH) if values <= most else ():
+        parts.append(part)
+        held += part.nbytes
+        if held > most:
+            break
+    if values > most or held > most:
+        raise IntegrityError(
+            f"the file expands to more than {MAX_RATIO} times its {size:,} bytes",
+            where=str(path),
+            mend="if you trust it, write its rows to a .jsonl file and give that",
+        )
+    return pyarrow.Table.from_batches(parts, schema=file.schema_arrow)
 
 
 # text

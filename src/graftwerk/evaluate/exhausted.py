@@ -6,7 +6,16 @@ import gc
 
 import torch
 
-_SAID_AS = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory", "std::bad_alloc")
+_SAID_AS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cannot allocate memory",
+    "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, which does not say why; the shapes are torch's own
+    "could not create a memory",
+    "unable to mmap",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from graftwerk.errors import AdapterError, ConfigError, IntegrityError, Unsuppor
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.atomic import recover
-from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, read_adapter_config
-from graftwerk.store.safety import read_header, read_json
+from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, check_said, read_adapter_config
+from graftwerk.store.safety import read_header, read_sealed
 from graftwerk.tasks import kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
@@ -90,14 +91,27 @@ def find(target: Any) -> Target:
         if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
             return Target(read_adapter_config(path), None, None, {})
         path = path.parent
-    manifest = read_json(path / MANIFEST)
+    manifest = read_sealed(path / MANIFEST)
+    check_said(manifest, path / MANIFEST)
     adapter = recover(path / ADAPTER)
     if not adapter.is_dir():
         raise ConfigError(
             f"the run in {path} has no adapter yet (status: {manifest.get('status')})",
             mend="go on with it: graftwerk train ... --resume",
         )
-    return Target(read_adapter_config(adapter), path, RunConfig.load(path / CONFIG), manifest)
+    settings = RunConfig.load(path / CONFIG)
+    _check_settings(path / CONFIG, manifest.get("config_digest"))
+    return Target(read_adapter_config(adapter), path, settings, manifest)
+
+
+def _check_settings(path: Path, written: Any) -> None:
+    """Compare a run's settings with those it was trained with; an older run has no digest of them."""
+    if written is not None and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != written:
+        raise IntegrityError(
+            f"{path.name} is not what was written: it was damaged or changed since the run",
+            where=str(path),
+            mend="take it from a copy; other settings of an evaluation are given with the command",
+        )
 
 
 def open_adapter(target: Any, *, model: str | None = None, force: bool = False) -> Opened:
@@ -185,8 +199,6 @@ def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[
     """
     labels = own.get("labels")
     if labels is not None:
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise IntegrityError("`labels` is not a list of names", where=str(info.folder))
         return tuple(labels)
     named = getattr(architecture, "id2label", None) or {}
     known = tuple(str(named[index]) for index in sorted(named))

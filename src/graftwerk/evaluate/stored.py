@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from graftwerk.errors import IntegrityError
 from graftwerk.store.atomic import write_file
 from graftwerk.store.info import OWN_FILE
-from graftwerk.store.safety import checksum, read_json, read_tensors
+from graftwerk.store.safety import checksum, read_sealed, read_tensors
+from graftwerk.store.strict_json import dump_object, sealed
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
@@ -36,7 +37,7 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
         columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in _rows(columns)]
         write_file(run / ANSWERS, "".join(line + "\n" for line in lines))
-    kept = {
+    kept: dict[str, Any] = {
         "format": FORMAT,
         **result,
         "loss": predictions.loss,
@@ -44,7 +45,7 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
         "predictions": checksum(run / PREDICTIONS),
         "answers": checksum(run / ANSWERS) if isinstance(predictions, TextPredictions) else None,
     }
-    write_file(run / EVALUATION, json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(run / EVALUATION, dump_object(sealed(kept), run / EVALUATION))
 
 
 def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictions] | None:
@@ -57,7 +58,7 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
     path = run / EVALUATION
     if not path.is_file():
         return None
-    kept = read_json(path)
+    kept = read_sealed(path)
     if kept.get("format") != FORMAT or kept.get("adapter") != checksum(adapter / OWN_FILE):
         return None
     if not (run / PREDICTIONS).is_file() or kept.get("predictions") != checksum(run / PREDICTIONS):
@@ -69,8 +70,11 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
         raise IntegrityError(f"{PREDICTIONS} holds no scores", where=str(run))
     if not (run / ANSWERS).is_file() or kept.get("answers") != checksum(run / ANSWERS):
         return None
-    rows = [json.loads(line) for line in (run / ANSWERS).read_text(encoding="utf-8").splitlines()]
-    columns = {name: tuple(str(row[name]) for row in rows) for name in TEXTS if rows and name in rows[0]}
+    try:  # a line ends at a line feed alone: an answer may hold what else `splitlines` breaks at
+        rows = [json.loads(line) for line in (run / ANSWERS).read_bytes().split(b"\n")[:-1]]
+        columns = {name: tuple(str(row[name]) for row in rows) for name in TEXTS if rows and name in rows[0]}
+    except (ValueError, TypeError, KeyError):
+        raise IntegrityError(f"{ANSWERS} holds no answers", where=str(run)) from None
     return kept, TextPredictions(kept.get("loss"), tensors["nll"], tensors["tokens"], **columns)
 
 

@@ -6,12 +6,16 @@ exist pickled, adapter folders, weight files that are something else. A model ne
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import AdapterError, EnvironmentFault, IntegrityError
+from graftwerk.locate import open_regular
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -23,10 +27,36 @@ CHECKED = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+PACKED = ("I8", "U8", "I32", "U32", "I64")
+"""Types of tensors that may hold several quantized numbers in each of theirs."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-MAX_CONFIG_BYTES = 64 << 20
-MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors library itself accepts."""
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_CONFIG_BYTES = 16 << 20
+"""The list of weights of the largest models has 9 MB."""
+MAX_CONFIG_VALUES = 500_000
+MAX_TOKENIZER_BYTES = 64 << 20
+"""The largest tokenizers have 33 MB, and 2 million values: words, and pairs that are merged."""
+MAX_TOKENIZER_VALUES = 4_000_000
+MAX_HEADER_BYTES = 8 << 20
+"""About 65,000 tensors in one file."""
+MAX_COUNT = 1 << 17
+"""Of layers, heads, experts, classes: each is at least an object in memory, whatever the weights hold."""
+_COUNTS = re.compile(r"layer|block(?!_size)|depth|stage|label|head(?!_dim)|expert")
+"""Keys of a configuration whose value says how many of something there are."""
 
 
 def check_configuration(folder: Path, name: str) -> None:
@@ -53,7 +83,44 @@ def check_configuration(folder: Path, name: str) -> None:
     for file in CHECKED:
         path = folder / file
         if path.is_file():
-            _check_tree(_read_json(path), path)
+            tree = _read_json(path)
+            _check_tree(tree, path)
+            if file == CONFIG:
+                _check_sizes(tree, path)
+    for file in TOKENIZERS:
+        if (folder / file).is_file():
+            _check_tokenizer(folder / file)
+
+
+def _check_sizes(tree: Any, path: Path) -> None:
+    """Refuse sizes that no model has, before objects or lists of that many are made."""
+    if not isinstance(tree, dict):
+        raise IntegrityError(f"{path} holds no JSON object")
+    for key, value in _walk(tree):
+        if type(value) is not int:
+            continue
+        if not -(2**63) <= value < 2**63 or (value > MAX_COUNT and _COUNTS.search(key.lower())):
+            raise IntegrityError(
+                f"the model says that its `{key[:80]}` is {str(value)[:40]}, which no model has",
+                where=str(path),
+                mend="if it came from somebody else, do not trust it",
+            )
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Refuse a tokenizer file that would take long, or much memory, to read."""
+    size = values = 0
+    lines = path.suffix == ".txt"
+    with _opened(path) as stream:
+        while size <= MAX_TOKENIZER_BYTES and values <= MAX_TOKENIZER_VALUES and (piece := stream.read(1 << 20)):
+            size += len(piece)
+            values += piece.count(b"\n") if lines else sum(map(piece.count, (b"{", b"[", b",")))
+    if size > MAX_TOKENIZER_BYTES or (values > MAX_TOKENIZER_VALUES and path.suffix in (".json", ".txt")):
+        raise IntegrityError(
+            f"{path} is larger than any tokenizer: more than "
+            + (f"{MAX_TOKENIZER_BYTES:,} bytes" if size > MAX_TOKENIZER_BYTES else f"{MAX_TOKENIZER_VALUES:,} values"),
+            mend="if it came from somebody else, do not trust it",
+        )
 
 
 def _check_tree(tree: Any, path: Path) -> None:
@@ -99,18 +166,34 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _read_json(path: Path) -> Any:
+    with _opened(path) as stream:
+        content = stream.read(MAX_CONFIG_BYTES + 1)
+    values = sum(map(content.count, (b"{", b"[", b",")))
+    if len(content) > MAX_CONFIG_BYTES or values > MAX_CONFIG_VALUES:
+        raise IntegrityError(
+            f"{path} has more than {MAX_CONFIG_BYTES:,} bytes or {MAX_CONFIG_VALUES:,} values; "
+            "a configuration is never so large"
+        )
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise IntegrityError(f"{path} has {path.stat().st_size:,} bytes; a configuration is never so large")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not JSON: {error}") from None
-    except PermissionError as error:
+        raise IntegrityError(f"{path} is not JSON: {str(error)[:200]}") from None
+
+
+def _opened(path: Path) -> io.FileIO:
+    try:
+        return open_regular(path)
+    except OSError as error:
         raise EnvironmentFault(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise IntegrityError(f"{path} cannot be read: {error}") from None
 
 
-def check_weights(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder, each found to be one by its first bytes.
+def check_weights(folder: Path, name: str) -> dict[str, int]:
+    """Check the safetensors files of a folder by their headers.
+
+    Returns:
+        How many numbers each tensor holds at most; of integers, two for each byte, as in a 4-bit weight.
 
     Raises:
         EnvironmentFault: a file is missing; it is named.
@@ -129,9 +212,10 @@ def check_weights(folder: Path, name: str) -> list[Path]:
                 mend="use a model with safetensors, or convert it where running its code is safe",
             )
         raise EnvironmentFault(f"{folder / WEIGHTS} is missing", where=name, mend="fetch the model again")
+    held: dict[str, int] = {}
     for file in files:
-        _check_header(file)
-    return files
+        held.update(_sizes(file))
+    return held
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -149,9 +233,11 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _check_header(path: Path) -> None:
-    with path.open("rb") as file:
+def _sizes(path: Path) -> dict[str, int]:
+    with _opened(path) as file:
         start = file.read(64)
+        file.seek(8)
+        header = file.read(min(int.from_bytes(start[:8], "little"), MAX_HEADER_BYTES))
     if start.startswith(b"version https://git-lfs"):
         raise EnvironmentFault(f"{path} is a Git LFS pointer, not the weights", mend="run `git lfs pull` in its folder")
     length = int.from_bytes(start[:8], "little")
@@ -159,6 +245,22 @@ def _check_header(path: Path) -> None:
         raise IntegrityError(
             f"{path} is not a safetensors file, or is cut off", mend="fetch it again from a source that you trust"
         )
+    # What parsing it may cost is bounded before it is done: an entry has one brace, two brackets, few commas.
+    braces, brackets, commas = map(header.count, (b"{", b"[", b","))
+    try:
+        if brackets > 2 * braces + 1_000 or commas > 16 * braces + 10_000:
+            raise ValueError("it lists something else")
+        tensors = {key: entry for key, entry in json.loads(header.decode()).items() if key != "__metadata__"}
+        return {
+            key: (end - begin) * 2 if entry["dtype"] in PACKED else math.prod(map(int, entry["shape"]))
+            for key, entry in tensors.items()
+            for begin, end in [map(int, entry["data_offsets"])]
+        }
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise IntegrityError(
+            f"{path} has a header that is no list of tensors ({str(error)[:80]})",
+            mend="fetch it again from a source that you trust",
+        ) from None
 
 
 def _short(value: Any) -> str:

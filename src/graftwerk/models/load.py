@@ -5,6 +5,7 @@ Every source becomes a local folder first, passes the gate, and is then loaded f
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, IntegrityError, ModelError, UnsupportedError
 from graftwerk.locate import PACKAGE_SCHEME, locate
+from graftwerk.machine import available
 from graftwerk.models import gguf, hub
 from graftwerk.models.gate import check_configuration, check_weights
 from graftwerk.models.quiet import quiet
 
+SPARE = 1 << 22
+"""Numbers that a model may have beside those of its weights: a new head, tables of positions that are computed."""
+SPARE_PER_LABEL = 1 << 14
+MOST_PARAMETERS = 1 << 18
 LONGEST = 512
 """Tokens of a row where neither the user nor the model asks for fewer."""
 
@@ -159,6 +166,7 @@ def load_model(
     from transformers import AutoModel
 
     folder = model_folder(name, revision)
+    held = check_weights(folder, name)
     config = _config(folder, name)
     auto = AutoModel if task is None else task.auto_class()
     if type(config) not in auto._model_mapping:
@@ -168,6 +176,7 @@ def load_model(
             where=name,
         )
     kwargs = {} if task is None or splits is None else task.model_kwargs(splits)
+    _check_size(auto, config, kwargs, sum(held.values()), dtype, name)
     with quiet():
         try:
             model, report = auto.from_pretrained(
@@ -189,6 +198,62 @@ def load_model(
     model.config._name_or_path = name
     _new_weights[model] = _judge(model, report, name)
     return model.eval()
+
+
+class _TooLarge(Exception):  # noqa: N818 - caught below
+    """The model that a configuration describes has far more numbers than the weights."""
+
+
+def _check_size(auto: Any, config: Any, kwargs: dict[str, Any], held: int, dtype: torch.dtype, name: str) -> None:
+    """Refuse, before memory is taken for it, a model that the weights cannot fill or that the memory cannot hold.
+
+    The model is built without values, and building ends as soon as it has become too large.
+
+    Args:
+        held: How many numbers the weights hold.
+
+    Raises:
+        IntegrityError: config.json describes another, far larger model than the weights are of.
+        EnvironmentFault: it is larger than the available memory.
+    """
+    most = 4 * held + SPARE + SPARE_PER_LABEL * int(kwargs.get("num_labels", 0))
+    parameters: dict[int, nn.Parameter] = {}
+    total = 0
+
+    def count(module: nn.Module, key: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        if parameter is not None and id(parameter) not in parameters:
+            parameters[id(parameter)] = parameter
+            total += parameter.numel()
+            if total > most or len(parameters) > MOST_PARAMETERS:
+                raise _TooLarge
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with quiet(), torch.device("meta"):
+            own = copy.deepcopy(config)
+            own.update(kwargs)
+            body = auto.from_config(own, trust_remote_code=False).base_model
+        wanted = sum(parameter.numel() for key, parameter in body.named_parameters() if "pooler" not in key)
+        if wanted > 2 * held + SPARE:
+            raise _TooLarge
+    except _TooLarge:
+        raise IntegrityError(
+            f"config.json of {name} describes a model of more than {min(total, most):,} numbers, and its files hold "
+            f"{held:,}",
+            where=name,
+            mend="fetch the model again; if it came from somebody else, do not trust it",
+        ) from None
+    except Exception:  # what cannot be built without values: loading says what is wrong, if anything is
+        return
+    finally:
+        handle.remove()
+    needed, free = sum(p.numel() for p in body.parameters()) * dtype.itemsize, available()
+    if free is not None and needed > free:
+        raise EnvironmentFault(
+            f"{name} does not fit into memory: it takes {needed:,} bytes, and {free:,} are available",
+            mend="use a smaller model",
+        )
 
 
 def newly_initialised(model: nn.Module) -> tuple[str, ...]:

@@ -203,13 +203,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     config = read_json(path)
+    check_config(config, path)
+    return config
+
+
+def check_config(config: Mapping[str, Any], path: Path) -> None:
+    """Check what an `adapter_config.json` says. Raises as `read_config` does."""
     _refuse_code(config, path)
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise ConfigError("`peft_type` is missing: the kind of adapter is not known", where=str(path))
     if kind.startswith(OWN_PREFIX):
         _check_types(config, _COMMON, path, kind)
-        return config
+        return
     if kind not in KEYS:
         raise UnsupportedError(
             f"adapters of type {kind!a:.60} cannot be read", where=str(path), mend=f"these can: {', '.join(KEYS)}"
@@ -220,7 +226,6 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"`{key}` is missing", where=str(path))
     if kind == "LORA":
         _check_lora(config, path)
-    return config
 
 
 def _check_types(config: Mapping[str, Any], keys: Mapping[str, Key], path: Path, kind: str) -> None:

@@ -12,7 +12,6 @@ changes one on purpose deletes `graftwerk.json`, and what it says is not believe
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -29,17 +28,18 @@ from graftwerk.errors import (
     ConfigError,
     ConflictError,
     DivergedError,
+    IntegrityError,
     UnsupportedError,
 )
 from graftwerk.inject.attach import Graft, attach, attach_with, detach, grafts
 from graftwerk.inject.structure import looked_at_once
 from graftwerk.inject.targets import anatomy
 from graftwerk.methods.lora import LoRA
-from graftwerk.store.adapter_config import CONFIG_FILE
+from graftwerk.store.adapter_config import CONFIG_FILE, check_config
 from graftwerk.store.atomic import recover, write_folder
 from graftwerk.store.card import model_card
 from graftwerk.store.fingerprint import fingerprint
-from graftwerk.store.header import uncollected
+from graftwerk.store.header import check_writable, uncollected
 from graftwerk.store.info import (
     CARD_FILE,
     FORMAT,
@@ -60,6 +60,7 @@ from graftwerk.store.peft_format import (
 from graftwerk.store.peft_virtual import write_prefix, write_prompt
 from graftwerk.store.restore import START, check_size, restored
 from graftwerk.store.safety import checksum
+from graftwerk.store.strict_json import SEAL, dump_object, sealed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
 __all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, OWN_FILE, CARD_FILE)
-_RESERVED = ("format", "name", "base", "files")
+_RESERVED = ("format", "name", "base", "files", SEAL)
 
 _WRITERS = {
     "lora": write_lora,
@@ -111,16 +112,33 @@ def save_adapter(
 
     def fill(partial: Path) -> None:
         _keep_others(target, partial)
-        (partial / CONFIG_FILE).write_bytes(_json(stored.config))
+        (partial / CONFIG_FILE).write_bytes(_json(_finite(stored.config), CONFIG_FILE))
         _write_tensors(stored.tensors, partial / WEIGHTS_FILE)
         if stored.training:
             _write_tensors(stored.training, partial / TRAINING_FILE)
         written = (CONFIG_FILE, WEIGHTS_FILE, *((TRAINING_FILE,) if stored.training else ()))
         own["files"] = {name: checksum(partial / name) for name in written}
-        (partial / OWN_FILE).write_bytes(_json(own))
+        (partial / OWN_FILE).write_bytes(_json(sealed(_finite(own)), OWN_FILE))
         (partial / CARD_FILE).write_text(text, encoding="utf-8")
 
     return write_folder(target, fill, bytes_needed=_size(stored) + len(text.encode()) + 65_536)
+
+
+def check_storable(graft: Graft) -> None:
+    """Check, before anything is trained, that a graft's folder could be read again.
+
+    Raises:
+        ConfigError: it has too many tensors, or settings that are too large.
+        UnsupportedError: its method cannot be stored as it is set.
+    """
+    stored = _WRITERS.get(graft.method.name, write_own)(graft, None)
+    _json(stored.config, CONFIG_FILE)
+    try:
+        check_config(stored.config, Path(CONFIG_FILE))
+    except IntegrityError as error:
+        raise ConfigError(f"the adapter could be stored, but not be read again: {error.what}", where="method") from None
+    check_writable(stored.tensors, Path(WEIGHTS_FILE))
+    check_writable(stored.training, Path(TRAINING_FILE))
 
 
 def load_adapter(
@@ -237,11 +255,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _json(values: Any) -> bytes:
-    try:
-        return (json.dumps(_finite(values), indent=2, allow_nan=False) + "\n").encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"metadata cannot be written as JSON: {error}", where="metadata") from None
+def _json(values: Mapping[str, Any], name: str) -> bytes:
+    return dump_object(values, Path(name), indent=2)
 
 
 def _finite(values: Any) -> Any:

@@ -12,14 +12,16 @@ import gc
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.store.strict_json import MAX_ESCAPES, parse_json, refuse
 
 MAX_HEADER_BYTES = 2**20
@@ -45,6 +47,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _ENTRY = {"dtype", "shape", "data_offsets"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +60,58 @@ class TensorInfo:
     end: int
 
 
-def checked_header(content: bytes, path: Path, data_size: int) -> dict[str, TensorInfo]:
+def header_of(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
+    """The names of tensors in the order in which a file holds them, and the header's text; the same tensors give the
+    same text, in whatever order they come.
+    """
+    # The widest types first, so that every tensor begins at a multiple of its own width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return names, text + b" " * (-len(text) % 8)
+
+
+def check_writable(tensors: Mapping[str, Tensor], path: Path, *, scale: int = 1) -> None:
+    """Check, before tensors are written, that their file could be read again.
+
+    Args:
+        path: Where they are to be written, for messages.
+        scale: As for `checked_header`.
+
+    Raises:
+        ConfigError: there are too many of them, or a name is one that the reader refuses.
+    """
+    text = header_of(tensors)[1]
+    try:
+        if len(text) > scale * MAX_HEADER_BYTES:
+            refuse(path, f"its header would have {len(text):,} bytes; at most {scale * MAX_HEADER_BYTES:,} are read")
+        checked_header(text, path, sum(tensor.nbytes for tensor in tensors.values()), scale=scale)
+    except IntegrityError as error:
+        raise ConfigError(
+            f"{path.name} could be written, but not be read again: {error.what.partition(': ')[2]}",
+            where=str(path),
+            mend="adapt fewer modules: method.target_modules, method.layers",
+        ) from None
+
+
+def checked_header(content: bytes, path: Path, data_size: int, *, scale: int = 1) -> dict[str, TensorInfo]:
     """The tensors that a header describes, in its order.
 
     Args:
         content: The header's JSON text.
         path: The file, for messages.
         data_size: Bytes that follow the header.
+        scale: Times `MAX_TENSORS` that are accepted.
 
     Raises:
         IntegrityError: anything about it is not exactly right.
     """
-    _check_outline(content, path)
+    _check_outline(content, path, scale * MAX_TENSORS)
     with uncollected():
         return _understood(content, path, data_size)
 
@@ -95,13 +138,13 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _check_outline(content: bytes, path: Path) -> None:
+def _check_outline(content: bytes, path: Path, most: int) -> None:
     """Bounds what parsing can cost before it is done: every tensor has one brace, two brackets, few commas."""
     if not content.startswith(b'{"') and content.rstrip() != b"{}":
         refuse(path, "its header is no JSON object")
     braces, brackets, commas = content.count(b"{"), content.count(b"["), content.count(b",")
-    if braces > MAX_TENSORS:
-        refuse(path, f"its header lists more than {MAX_TENSORS:,} tensors")
+    if braces > most:
+        refuse(path, f"its header lists more than {most:,} tensors")
     # Names and metadata may add any characters; nothing real comes near these bounds.
     if brackets > 2 * braces + 1_000 or commas > (MAX_DIMENSIONS + 5) * braces + 10_000:
         refuse(path, "its header is not a list of tensors")

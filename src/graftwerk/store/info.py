@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import METHODS, parse_method
 from graftwerk.store.adapter_config import CONFIG_FILE, OWN_PREFIX, read_config
 from graftwerk.store.atomic import recover
-from graftwerk.store.safety import checksum, read_json, refuse_changed
+from graftwerk.store.safety import checksum, read_sealed, refuse_changed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 TRAINING_FILE = "graftwerk_training.safetensors"
@@ -95,7 +95,7 @@ def read_adapter_config(folder: Path | str) -> AdapterInfo:
             mend=f"there are adapters below it: {', '.join(below[:20])}" if below else "name an adapter's folder",
         )
     config = read_config(folder)
-    own = _checked_own(read_json(folder / OWN_FILE), folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
+    own = _checked_own(read_sealed(folder / OWN_FILE), folder / OWN_FILE) if (folder / OWN_FILE).exists() else {}
     if not own and str(config["peft_type"]).startswith(OWN_PREFIX):
         raise AdapterError(
             f"{config['peft_type']} is a type of graftwerk's, whose settings stand in {OWN_FILE}, and that is missing",
@@ -111,21 +111,63 @@ def _checked_own(own: dict[str, Any], path: Path) -> dict[str, Any]:
             where=str(path),
             mend="update graftwerk",
         )
-    labels = own.get("labels")
+    check_said(own, path)
     files = own.get("files")
     good = (
         isinstance(own.get("base"), dict)
-        and isinstance(own["base"].get("fingerprint"), str | None)
+        and all(
+            isinstance(own["base"].get(key), str | None)
+            for key in ("name", "architecture", "model_type", "fingerprint")
+        )
         and isinstance(own.get("method"), dict)
-        and own["method"].get("name") in METHODS
-        and (labels is None or (isinstance(labels, list) and all(isinstance(label, str) for label in labels)))
+        and isinstance(own["method"].get("name"), str)
+        and own["method"]["name"] in METHODS
         and isinstance(files, dict)
         and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys() <= {CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE}
-        and all(isinstance(known, dict) and known.keys() == {"bytes", "crc32"} for known in files.values())
+        and all(
+            isinstance(known, dict)
+            and known.keys() == {"bytes", "crc32"}
+            and all(type(number) is int for number in known.values())
+            for known in files.values()
+        )
     )
     if not good:
         raise IntegrityError(f"{path.name} does not say what it should", where=str(path), mend="save the adapter again")
     return own
+
+
+def check_said(values: Mapping[str, Any], path: Path) -> None:
+    """Check the types of what `graftwerk.json` and the manifest of a run both say of how an adapter is used.
+
+    Raises:
+        IntegrityError: a value is not what its key calls for; the key is named.
+    """
+    data = values.get("data")
+    origin = data.get("origin") if isinstance(data, dict) else None
+    columns = origin.get("columns") if isinstance(origin, dict) else None
+    length = values.get("max_length")
+    said = {
+        "labels": _none_or_texts(values.get("labels")),
+        "max_length": length is None or (type(length) is int and 1 <= length < 2**31),
+        "task": isinstance(values.get("task"), str | None),
+        "task_settings": isinstance(values.get("task_settings"), dict | None),
+        "data": isinstance(data, dict | None),
+        "data.fingerprint": not data or isinstance(data.get("fingerprint"), str | None),
+        "data.origin": isinstance(origin, dict | None) and (not data or isinstance(data.get("origin"), dict | None)),
+        "data.origin.columns": columns is None
+        or (isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values())),
+        **{key: isinstance(values.get(key), dict | None) for key in ("metrics", "cost", "parameters", "versions")},
+    }
+    if wrong := [key for key, good in said.items() if not good]:
+        raise IntegrityError(
+            f"{path.name} does not say what it should: `{wrong[0]}` has a wrong type",
+            where=str(path),
+            mend="take it from a copy, or train again",
+        )
+
+
+def _none_or_texts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def check_files(info: AdapterInfo, *, but: Collection[str] = ()) -> None:

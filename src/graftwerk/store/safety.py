@@ -9,8 +9,8 @@ it between check and use, and no tensor stays mapped onto a file that may change
 from __future__ import annotations
 
 import io
+import logging
 import os
-import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +20,20 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import EnvironmentFault, IntegrityError
+from graftwerk.locate import open_regular
 from graftwerk.store.header import DTYPES, MAX_HEADER_BYTES, TensorInfo, checked_header
-from graftwerk.store.strict_json import MAX_JSON_BYTES, MAX_JSON_VALUES, check_depth, parse_json, refuse
+from graftwerk.store.strict_json import MAX_JSON_BYTES, SEAL, check_seal, parse_object, refuse
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "TensorInfo", "read_header", "read_json", "read_tensors", "refuse_pickles"]
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER_BYTES",
+    "TensorInfo",
+    "read_header",
+    "read_json",
+    "read_sealed",
+    "read_tensors",
+    "refuse_pickles",
+]
 
 PICKLE_SUFFIXES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill", ".npy", ".npz", ".mar"}
@@ -51,7 +61,11 @@ _CONVERT = (
 
 
 def read_tensors(
-    path: Path | str, *, max_bytes: int | None = None, written: Mapping[str, int] | None = None
+    path: Path | str,
+    *,
+    max_bytes: int | None = None,
+    written: Mapping[str, int] | None = None,
+    scale: int = 1,
 ) -> dict[str, Tensor]:
     """All tensors of a safetensors file, in the file's order, on the CPU, in one block of memory of their own.
 
@@ -60,6 +74,7 @@ def read_tensors(
         max_bytes: Most bytes of data to accept; the machine's memory by default.
         written: ``{bytes, crc32}`` of the file that was written; the one read must be the same. Checked on the bytes
             that are used, in the same pass.
+        scale: Times the usual limit that the header may have; for files of ours that hold several tensors for one.
 
     Raises:
         IntegrityError: it is a pickle or archive in any disguise, damaged, another than the one written, or its header
@@ -72,7 +87,7 @@ def read_tensors(
             refuse_changed(path)
         crc = Checksum()
         try:
-            header = _checked_header(stream, path, _memory() if max_bytes is None else max_bytes, crc)
+            header = _checked_header(stream, path, _memory() if max_bytes is None else max_bytes, crc, scale)
         except IntegrityError:
             if written is not None and checksum(path) != written:
                 refuse_changed(path)
@@ -112,21 +127,25 @@ def read_json(path: Path | str) -> dict[str, Any]:
 
     Raises:
         IntegrityError: it is larger than 1 MiB, deeper than 12 levels, no UTF-8, no JSON object, has a key twice, or
-            holds too many values or a number that JSON does not know (NaN, Infinity).
+            holds too many values, half a character, or a number that JSON does not know (NaN, Infinity) or that 64 bits
+            do not hold.
         EnvironmentFault: it does not exist or cannot be read.
     """
     path = Path(path)
     with _opened(path) as stream:
         content = stream.read(MAX_JSON_BYTES + 1)
-    if len(content) > MAX_JSON_BYTES:
-        refuse(path, f"it is larger than {MAX_JSON_BYTES:,} bytes")
-    if sum(content.count(sign) for sign in (b"{", b"[", b",")) > MAX_JSON_VALUES:
-        refuse(path, f"it holds more than {MAX_JSON_VALUES:,} values")
-    values = parse_json(content, path)
-    if not isinstance(values, dict):
-        refuse(path, "it holds no JSON object")
-    check_depth(values, path)
-    return values
+    return parse_object(content, path)
+
+
+def read_sealed(path: Path | str) -> dict[str, Any]:
+    """Read a JSON object of our own and compare it with the digest that it holds, which is left out of the result; one
+    of an older version has none, which is noted. Raises as `read_json` does, and IntegrityError if it was changed.
+    """
+    path = Path(path)
+    values = read_json(path)
+    if not check_seal(values, path):
+        logging.getLogger("graftwerk").info("%s has no digest of its own, so a change of it would not be seen", path)
+    return {key: value for key, value in values.items() if key != SEAL}
 
 
 def refuse_pickles(folder: Path, wanted: str) -> None:
@@ -153,15 +172,14 @@ def _opened(path: Path) -> io.FileIO:
             path, "it is a pickle by its name, which can run any code when it is loaded, so it was not opened", _CONVERT
         )
     try:
-        # Not blocking, so that a pipe put in the place of a file cannot hold us up.
-        stream = io.FileIO(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)))
+        stream = open_regular(path)
+    except ValueError as error:
+        refuse(path, str(error))
     except OSError as error:
         raise EnvironmentFault(
             f"cannot read {path}: {error.strerror}", where=str(path), mend="check the path"
         ) from None
     try:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            refuse(path, "it is no regular file")
         start = os.pread(stream.fileno(), 24, 0)
         for magic, kind in _MAGIC:
             # A header of 640 bytes begins as pickles do (80 02), but only a header has its brace at byte 8.
@@ -173,14 +191,16 @@ def _opened(path: Path) -> io.FileIO:
     return stream
 
 
-def _checked_header(stream: io.FileIO, path: Path, max_bytes: int | None, crc: Checksum) -> dict[str, TensorInfo]:
+def _checked_header(
+    stream: io.FileIO, path: Path, max_bytes: int | None, crc: Checksum, scale: int = 1
+) -> dict[str, TensorInfo]:
     size = os.fstat(stream.fileno()).st_size
     start = stream.read(8)
     length = int.from_bytes(start, "little")
     if size < 10 or length < 2:
         refuse(path, f"with {size:,} bytes it is too short for a safetensors file")
-    if length > MAX_HEADER_BYTES:
-        refuse(path, f"its header claims {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
+    if length > scale * MAX_HEADER_BYTES:
+        refuse(path, f"its header claims {length:,} bytes; at most {scale * MAX_HEADER_BYTES:,} are read")
     if length > size - 8:
         refuse(path, f"its header claims {length:,} bytes, but the file has only {size:,}")
     if max_bytes is not None and size > max_bytes:
@@ -190,7 +210,7 @@ def _checked_header(stream: io.FileIO, path: Path, max_bytes: int | None, crc: C
         refuse(path, "it ends within its header")
     crc.add(start)
     crc.add(content)
-    return checked_header(content, path, size - 8 - length)
+    return checked_header(content, path, size - 8 - length, scale=scale)
 
 
 def _read_into(stream: io.FileIO, view: memoryview, crc: Checksum | None) -> int:

@@ -27,10 +27,14 @@ import jinja2.utils
 TODAY = datetime.datetime(2025, 1, 1)
 CPU_SECONDS = 0.5
 """For one conversation; a real template needs less than a thousandth of it."""
-MEMORY_BYTES = 512 << 20
+MEMORY_BYTES = 96 << 20
+"""Beyond what the process and the conversations take, while one is rendered."""
+MOST_MEMORY_BYTES = 2 << 30
 MAX_TEMPLATE = 1 << 17
-MAX_RENDERED = 1 << 20
+MAX_RENDERED = 1 << 17
 """Characters of a conversation beyond four times those of its turns."""
+MAX_SAID = 300
+"""Characters of what a template says of itself when it fails."""
 
 
 class GenerationMark(jinja2.ext.Extension):
@@ -98,21 +102,37 @@ def compile_template(source: str) -> jinja2.Template:
     try:
         return environment.from_string(source)
     except (jinja2.TemplateError, RecursionError, MemoryError) as error:
-        raise Refused(f"it is not a template: {error}") from None
+        raise Refused(f"it is not a template: {_short(error)}") from None
 
 
 def render(template: jinja2.Template, variables: dict[str, Any], turns: list[list[str]], begin: bool) -> str:
     """The text of some turns; ``begin``: with what makes the model begin its answer."""
     messages = [{"role": role, "content": content} for role, content in turns]
+    most = MAX_RENDERED + 4 * sum(len(content) for _, content in turns)
+    parts, size = [], 0
     try:
-        text = template.render(messages=messages, tools=None, documents=None, add_generation_prompt=begin, **variables)
+        for part in template.generate(
+            messages=messages, tools=None, documents=None, add_generation_prompt=begin, **variables
+        ):
+            size += len(part)
+            if size > most:
+                raise Refused(f"the template makes more than {most:,} characters of {len(turns)} turns")
+            parts.append(part)
+        text = "".join(parts)
+        text.encode()
+    except Refused:
+        raise
     except MemoryError:
         raise Refused("it takes more memory than a template needs") from None
+    except UnicodeEncodeError:
+        raise Refused("the template writes half a character (a lone surrogate)") from None
     except Exception as error:  # a template can fail in every way that Python can
-        raise Refused(f"the template says: {error}") from None
-    if len(text) > MAX_RENDERED + 4 * sum(len(content) for _, content in turns):
-        raise Refused(f"the template makes {len(text):,} characters of {len(turns)} turns")
+        raise Refused(f"the template says: {_short(error)}") from None
     return text
+
+
+def _short(error: Exception) -> str:
+    return str(error)[:MAX_SAID].encode("utf-8", "replace").decode()
 
 
 def whole(template: jinja2.Template, variables: dict[str, Any], turns: list[list[str]]) -> dict[str, Any]:
@@ -151,14 +171,25 @@ def limit() -> None:
         import resource
     except ImportError:
         return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY_BYTES, MOST_MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def clock(seconds: float) -> None:
-    """Kills this process after so many seconds of its processor time; 0: stops the clock."""
+    """Kills this process after so many seconds of its processor time, and lets it take so much more memory; 0: stops
+    the clock, and the memory is again that of all conversations.
+    """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as stream:
+            held = int(stream.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        return
+    most = min(held + MEMORY_BYTES, MOST_MEMORY_BYTES) if seconds else MOST_MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, MOST_MEMORY_BYTES))
 
 
 def main() -> None:

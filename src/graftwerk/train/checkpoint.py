@@ -33,6 +33,7 @@ from torch import Tensor
 from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
 from graftwerk.store.atomic import recover, write_file, write_folder
 from graftwerk.store.safety import read_json, read_tensors
+from graftwerk.store.strict_json import dump_object
 from graftwerk.train.tensorfile import write_tensors
 
 FORMAT = 1
@@ -43,6 +44,8 @@ WEIGHTS, OPTIMIZER, RNG, STATE, FILES = (
     "state.json",
     "files.json",
 )
+OPTIMIZER_SCALE = 8
+"""Times as large as that of other files its header may be: it has three tensors for each that is trained."""
 _NAME = re.compile(r"step-(\d{6,})")
 _GONE = ".gone-"
 """Prefix of a folder that is being deleted: renamed first, so that a half-deleted checkpoint is never taken for one."""
@@ -143,7 +146,7 @@ class Checkpoints:
         return Snapshot(
             step=step,
             weights=read_tensors(path / WEIGHTS),
-            optimizer=read_tensors(path / OPTIMIZER),
+            optimizer=read_tensors(path / OPTIMIZER, scale=OPTIMIZER_SCALE),
             rng=read_tensors(path / RNG),
             state={key: value for key, value in read_json(path / STATE).items() if key != "format"},
         )
@@ -230,7 +233,7 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
         name: write_tensors(folder / name, tensors)
         for name, tensors in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer), (RNG, snapshot.rng))
     }
-    state = _canonical({"format": FORMAT, **snapshot.state}).encode()
+    state = dump_object({"format": FORMAT, **snapshot.state}, folder / STATE)
     (folder / STATE).write_bytes(state)
     sums[STATE] = hashlib.sha256(state).hexdigest()
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sums.items()}
@@ -248,11 +251,11 @@ def _verify(folder: Path, only: str | None = None) -> None:
         there = {entry.name for entry in folder.iterdir()}
         if FILES not in there:
             raise IntegrityError(f"{listing} is missing")
-        content = listing.read_bytes()
         try:
-            known = read_json(listing)
+            known = read_json(listing)  # a regular file from here on
         except IntegrityError as error:
             raise IntegrityError(f"{listing} is damaged: {error.what}") from None
+        content = listing.read_bytes()
         if known.get("format") != FORMAT:
             raise IntegrityError(
                 f"{listing} is of format {known.get('format')!r:.20}; this version reads format {FORMAT}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
 from graftwerk.evaluate.stored import EVALUATION, PREDICTIONS
 from graftwerk.store.atomic import recover, write_file
-from graftwerk.store.safety import read_json
+from graftwerk.store.safety import read_sealed
+from graftwerk.store.strict_json import dump_object, sealed
 
 MANIFEST, CONFIG, LOG = "manifest.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
@@ -115,7 +115,8 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        write_file(self.path / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        path = self.path / MANIFEST
+        write_file(path, dump_object(sealed(manifest), path))
 
     def write_config(self, content: str) -> None:
         write_file(self.path / CONFIG, content)
@@ -130,7 +131,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = recover(folder / MANIFEST)
     if not path.is_file():
         return None
-    manifest = read_json(path)
+    manifest = read_sealed(path)
     if not isinstance(manifest.get("status"), str):
         raise IntegrityError(f"{path} is no manifest of a run")
     return manifest

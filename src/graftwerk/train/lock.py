@@ -211,11 +211,21 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who is named in the file; None for an empty or half-written one, whose writer died writing it."""
+    """Who is named in the file; None for an empty or half-written one, whose writer died writing it, and for what no
+    lock of ours says.
+    """
     try:
-        return Holder(**json.loads(os.pread(descriptor, 4096, 0)))
-    except (ValueError, TypeError):
+        holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError, RecursionError, OSError):
         return None
+    numbers = (holder.pid, 0 if holder.started is None else holder.started)
+    texts = (holder.boot, holder.namespace, holder.host)
+    named = (
+        all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        and 0 < holder.pid < 2**31
+        and all(isinstance(text, str) and (not text or text.isprintable()) for text in texts)
+    )
+    return holder if named else None
 
 
 def _signalable(pid: int) -> bool:

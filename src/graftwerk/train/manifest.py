@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "status": "running",
         "graftwerk": _version("graftwerk"),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(prepared)}},
+        "config_digest": f"sha256:{hashlib.sha256(settings.dump().encode()).hexdigest()}",
         "model": settings.model,
         "base_fingerprint": base_fingerprint,
         "task": prepared.task.name,

@@ -16,10 +16,11 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import DivergedError, GraftwerkError
-from graftwerk.train.checkpoint import Checkpoints, Snapshot
+from graftwerk.store.strict_json import dump_object
+from graftwerk.train.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
 from graftwerk.train.clock import seconds_since_process_start
 from graftwerk.train.events import Event, Hub, JsonLines, Listener, TensorBoard, to_logging
-from graftwerk.train.folder import CONFIG, Run, RunFolder
+from graftwerk.train.folder import CONFIG, MANIFEST, Run, RunFolder
 from graftwerk.train.identity import environment_warning, refuse_changes
 from graftwerk.train.lock import RunLock
 from graftwerk.train.signals import StopSignals
@@ -185,6 +186,7 @@ class _Work:
             labels=prepared.splits.labels or (),
         )
         self.manifest = opening(settings, prepared, graft, identity["base"])
+        self._check_readable(trainer)
         self.processes.wait()  # all have loaded what they need, before anything is replaced
         if self.processes.main:
             hub.listeners.remove(early.append)
@@ -215,6 +217,26 @@ class _Work:
         if snapshot is not None:
             known = snapshot.state["run"]
             refuse_changes({part: known.get(part)}, {part: identity[part]}, self.checkpoints.path(snapshot.step))
+
+    def _check_readable(self, trainer: Any) -> None:
+        """Refuse a run whose files could be written but not be read again, before anything is trained.
+
+        Raises:
+            ConfigError: settings, labels or the names of tensors exceed a limit of the readers.
+        """
+        from graftwerk.store.folder import check_storable
+        from graftwerk.store.header import check_writable
+        from graftwerk.train.optim import optimizer_tensors
+
+        for path, values in (
+            (self.folder.path / MANIFEST, self.manifest),
+            (self.checkpoints.folder / STATE, {"run": trainer.identity}),
+        ):
+            dump_object(values, path, room=0.5)  # the other half is for what training adds
+        check_storable(trainer.graft)
+        folder = self.checkpoints.folder
+        check_writable(trainer.graft.state_dict(), folder / WEIGHTS)
+        check_writable(optimizer_tensors(trainer.optimizer), folder / OPTIMIZER, scale=OPTIMIZER_SCALE)
 
     def _open_folder(self, snapshot: Snapshot | None) -> None:
         """From here on the folder is this run's; what an earlier one left goes, unless this one goes on with it."""

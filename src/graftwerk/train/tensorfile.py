@@ -8,17 +8,13 @@ the gate for all files, `store.safety.read_tensors`.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftwerk.store.safety import DTYPES
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from graftwerk.store.header import header_of
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -27,16 +23,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Returns:
         The SHA-256 of the file, in hexadecimal digits.
     """
-    # The widest types first, so that every tensor begins at a multiple of its own width.
-    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    names, text = header_of(tensors)
     digest = hashlib.sha256()
     with path.open("xb") as stream:
         for chunk in (len(text).to_bytes(8, "little"), text):
