@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.util
 import io
 import os
@@ -56,7 +57,12 @@ def open_regular(path: Path) -> io.FileIO:
     """
     # Not blocking, so that a pipe put in the place of a file cannot hold us up.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-    stream = io.FileIO(os.open(path, flags))
+    try:
+        stream = io.FileIO(os.open(path, flags))
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # a socket, or a device that is not there
+            raise
+        raise ValueError("it is no regular file") from None
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise ValueError("it is no regular file")

@@ -6,6 +6,7 @@ The description of a field is what `graftwerk schema` and the docs show; it is w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -20,13 +21,15 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
     )
 
-    @field_validator("*", mode="before")
+    @field_validator("*", mode="after")
     @classmethod
     def _storable(cls, value: Any) -> Any:
         """What no file could store or no library could take is refused here, once for all settings."""
         waiting = [value]
         while waiting:
             each = waiting.pop()
+            if isinstance(each, PurePath):
+                each = str(each)
             if type(each) is int and not -(2**63) <= each < 2**63:
                 raise ValueError("this number does not fit into 64 bits")
             if isinstance(each, str) and not each.isascii() and any("\ud800" <= sign <= "\udfff" for sign in each):

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
+import os
+import random
+import socket
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftwerk.data.files import read_file
 from graftwerk.data.rows import Table
-from graftwerk.errors import ConfigError, DataError, EnvironmentFault
+from graftwerk.data.sources import read_source
+from graftwerk.errors import ConfigError, DataError, EnvironmentFault, GraftwerkError, IntegrityError
 
 # Everything that UTF-8 can write: no lone surrogates. NUL is a fault of its own below.
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -204,9 +215,130 @@ def test_other_endings_and_folders_are_refused_with_what_is_read(tmp_path: Path)
 
 
 def test_missing_permission_is_an_environment_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path) -> bytes:
+    def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # tests may run as root, whom no mode stops
+    # tests may run as root, whom no mode stops
+    monkeypatch.setattr("graftwerk.data.compressed.open_regular", refuse)
     with pytest.raises(EnvironmentFault, match="Permission denied"):
         read_file(tmp_path / "a.csv", "a.csv")
+
+
+def test_read_file_of_a_pipe_device_or_socket_raises(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.csv"))
+        (tmp_path / "device.txt").symlink_to("/dev/zero")
+        for name in ("pipe.jsonl", "socket.csv", "device.txt"):
+            with pytest.raises(ConfigError, match="only regular files"):
+                read_source(str(tmp_path / name))
+            with pytest.raises(GraftwerkError) as caught:
+                read_file(tmp_path / name, name)
+            assert caught.value.exit_code in (3, 5)
+
+
+def test_read_file_of_a_bomb_behind_honest_bytes_raises_early(tmp_path: Path) -> None:
+    """Over the whole file it is no bomb: 200 MB come from 4 MB."""
+    honest = gzip.compress(random.Random(0).randbytes(4 << 20), compresslevel=0)
+    (tmp_path / "a.txt.gz").write_bytes(honest + 200 * gzip.compress(bytes(1 << 20)))
+    assert_refused_within(tmp_path / "a.txt.gz", IntegrityError, 100 << 20)
+
+
+def test_read_file_larger_than_the_memory_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"some text\n" * 100)
+    monkeypatch.setattr("graftwerk.data.compressed.available", lambda: 1000)
+    with pytest.raises(EnvironmentFault, match="does not fit") as caught:
+        read_file(tmp_path / "a.txt", "a.txt")
+    assert "stream" in str(caught.value.mend)
+
+
+@pytest.mark.parametrize("name", ["rows", "values"])
+def test_read_file_of_a_parquet_bomb_raises_early(tmp_path: Path, name: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [None] * 30_000_000 if name == "rows" else ["long" * 10_000] * 4_000
+    column = pyarrow.nulls(len(rows), pyarrow.string()) if name == "rows" else pyarrow.array(rows)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    del rows, column
+    assert_refused_within(tmp_path / "a.parquet", IntegrityError, 50 << 20)
+
+
+def test_read_file_of_an_odd_zip_raises(tmp_path: Path) -> None:
+    good = io.BytesIO()
+    with zipfile.ZipFile(good, "w") as archive:
+        archive.writestr("rows.txt", "a line\n" * 20)
+    content = good.getvalue()
+    assert read(tmp_path, "good.zip", content).rows[0] == {"text": "a line"}
+    directory = content.index(b"PK\x01\x02")
+    for position, value in [(directory + 6, 99), (directory + 10, 77), (8, 77), (directory + 42, 255), (4, 99)]:
+        changed = bytearray(content)
+        changed[position] = value  # version needed, method, local method, offset of the member
+        expected_of_reader(tmp_path, "odd.zip", bytes(changed))
+    for end in range(0, len(content), 7):
+        expected_of_reader(tmp_path, "cut.zip", content[:end])
+    many = io.BytesIO()
+    with zipfile.ZipFile(many, "w") as archive:
+        for number in range(20_000):
+            archive.writestr(f"{number}.txt", b"")
+    with pytest.raises(DataError, match="20,000"):
+        read(tmp_path, "many.zip", many.getvalue())
+
+
+@given(
+    content=st.binary(max_size=300),
+    position=st.integers(0, 10**6),
+    ending=st.sampled_from([".csv.gz", ".txt.bz2", ".jsonl.xz", ".zip", ".parquet", ".json"]),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_read_file_of_any_damaged_file_raises_a_graftwerk_error(
+    folder: Path, content: bytes, position: int, ending: str
+) -> None:
+    whole = bytearray(_WHOLE[ending]())
+    at = position % len(whole)
+    whole[at : at + len(content) // 10] = content[: len(content) // 10]
+    for spoilt in (bytes(whole), content):
+        expected_of_reader(folder, "spoilt" + ending, spoilt)
+
+
+def _zipped() -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.csv", "text,label\n" + "word,a\n" * 40)
+    return held.getvalue()
+
+
+def _parquet() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    held = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"] * 20, "label": [0, 1] * 20}), held)
+    return held.getvalue()
+
+
+_WHOLE: dict[str, Callable[[], bytes]] = {
+    ".csv.gz": lambda: gzip.compress(b"text,label\n" + b"word,a\n" * 40),
+    ".txt.bz2": lambda: bz2.compress(b"a line\n" * 40),
+    ".jsonl.xz": lambda: lzma.compress(b'{"text": "a"}\n' * 40),
+    ".zip": _zipped,
+    ".parquet": _parquet,
+    ".json": lambda: b'[{"text": "a", "label": 10000000000000000000000, "x": 1e999}, {"text": "\\ud800"}]',
+}
+
+
+def expected_of_reader(folder: Path, name: str, content: bytes) -> None:
+    """Rows, or an error with a code of its own."""
+    with suppress(DataError, ConfigError, IntegrityError):
+        read(folder, name, content)
+
+
+def assert_refused_within(path: Path, error: type[GraftwerkError], most: int) -> None:
+    """Python's own memory is measured; a test that needs none of torch's has no other."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(error):
+            read_file(path, path.name)
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()

@@ -10,7 +10,6 @@ the middle of a run too.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,11 +36,14 @@ from graftwerk.errors import (
 from graftwerk.evaluate.metrics import METRICS
 from graftwerk.figures import duration
 from graftwerk.store.atomic import write_file
-from graftwerk.store.safety import read_json
+from graftwerk.store.safety import read_sealed, understood
+from graftwerk.store.strict_json import dump_object, sealed
 from graftwerk.train.folder import MANIFEST, TRUNK, read_manifest
 from graftwerk.train.lock import RunLock
 
 COMPARISON, LOG = "comparison.json", "workers.log"
+COMPARISON_SCALE = 16
+"""Times the size of other JSON files that it may have: it holds each pair of methods."""
 
 Listener = Callable[[Moment], None]
 
@@ -62,7 +64,7 @@ class Comparison:
         self.folder = Path(folder)
         if not (self.folder / COMPARISON).is_file():
             raise ConfigError(f"{folder} holds no comparison: it has no {COMPARISON}")
-        self.result = read_json(self.folder / COMPARISON)
+        self.result = read_sealed(self.folder / COMPARISON, scale=COMPARISON_SCALE)
         if self.result.get("format") != FORMAT:
             raise IntegrityError(f"{COMPARISON} has another format than {FORMAT}", where=str(self.folder))
         self.report = report
@@ -73,13 +75,15 @@ class Comparison:
 
     def table(self) -> str:
         """The result as plain text: a row a method, and below it what can be said."""
-        return plain(self.result)
+        with understood(self.folder / COMPARISON):
+            return plain(self.result)
 
     def __str__(self) -> str:
         return self.table()
 
     def __rich__(self) -> Any:
-        return rich_table(self.result)
+        with understood(self.folder / COMPARISON):
+            return rich_table(self.result)
 
     def __repr__(self) -> str:
         return f"<Comparison {self.folder}: {len(self.result['methods'])} methods, {len(self.result['seeds'])} seeds>"
@@ -303,7 +307,8 @@ class _Work:
         return workers.run(job, lambda event: self._say("phase", "", event.get("name", "")))
 
     def _write(self, result: Mapping[str, Any]) -> None:
-        write_file(self.folder / COMPARISON, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        path = self.folder / COMPARISON
+        write_file(path, dump_object(sealed(result), path, room=COMPARISON_SCALE))
 
     def _say(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None

@@ -25,7 +25,7 @@ MAX_RATIO = 200
 """Bytes that one compressed byte may stand for. Text reaches 30; a bomb needs a thousand and more."""
 FREE_BYTES = 1 << 24
 """Up to here no ratio counts: a small file of the same line over and over is no attack."""
-WINDOW_BYTES = 1 << 26
+WINDOW_BYTES = 1 << 25
 """So many bytes in a row may be of a higher ratio, if the whole is not."""
 MAX_DIRECTORY_BYTES = 1 << 20
 """Of a zip file's list of members; rows are read from one with a single member."""

@@ -61,7 +61,7 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
                 where=source,
             )
         (_read_documents if reader is _read_text and text_rows == "document" else reader)(path, table)
-    except PermissionError as error:
+    except OSError as error:
         raise EnvironmentFault(f"{path} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows) + len(table.bad)
     return table
@@ -77,7 +77,7 @@ def read_pair(first: Path, second: Path, source: str) -> Table:
     table = Table(source, str(first), [], [])
     try:
         pair_lines((first, _text(first)[0]), (second, _text(second)[0]), table)
-    except PermissionError as error:
+    except OSError as error:
         raise EnvironmentFault(f"{error.filename} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows)
     return table

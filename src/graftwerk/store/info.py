@@ -145,7 +145,7 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
     data = values.get("data")
     origin = data.get("origin") if isinstance(data, dict) else None
     columns = origin.get("columns") if isinstance(origin, dict) else None
-    length = values.get("max_length")
+    length, metrics = values.get("max_length"), values.get("metrics")
     said = {
         "labels": _none_or_texts(values.get("labels")),
         "max_length": length is None or (type(length) is int and 1 <= length < 2**31),
@@ -157,6 +157,8 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
         "data.origin.columns": columns is None
         or (isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values())),
         **{key: isinstance(values.get(key), dict | None) for key in ("metrics", "cost", "parameters", "versions")},
+        "metrics of a split": not isinstance(metrics, dict)
+        or all(type(of) is dict and all(type(figure) is dict for figure in of.values()) for of in metrics.values()),
     }
     if wrong := [key for key, good in said.items() if not good]:
         raise IntegrityError(

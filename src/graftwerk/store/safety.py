@@ -12,7 +12,8 @@ import io
 import logging
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ __all__ = [
     "read_sealed",
     "read_tensors",
     "refuse_pickles",
+    "understood",
 ]
 
 PICKLE_SUFFIXES = frozenset(
@@ -122,8 +124,11 @@ def read_header(path: Path | str) -> dict[str, TensorInfo]:
         return _checked_header(stream, path, None, Checksum())
 
 
-def read_json(path: Path | str) -> dict[str, Any]:
+def read_json(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
     """A JSON object from a foreign file.
+
+    Args:
+        scale: Times the usual limits of bytes, values and escapes that are accepted.
 
     Raises:
         IntegrityError: it is larger than 1 MiB, deeper than 12 levels, no UTF-8, no JSON object, has a key twice, or
@@ -133,19 +138,36 @@ def read_json(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     with _opened(path) as stream:
-        content = stream.read(MAX_JSON_BYTES + 1)
-    return parse_object(content, path)
+        content = stream.read(scale * MAX_JSON_BYTES + 1)
+    return parse_object(content, path, scale)
 
 
-def read_sealed(path: Path | str) -> dict[str, Any]:
+def read_sealed(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
     """Read a JSON object of our own and compare it with the digest that it holds, which is left out of the result; one
     of an older version has none, which is noted. Raises as `read_json` does, and IntegrityError if it was changed.
     """
     path = Path(path)
-    values = read_json(path)
+    values = read_json(path, scale=scale)
     if not check_seal(values, path):
         logging.getLogger("graftwerk").info("%s has no digest of its own, so a change of it would not be seen", path)
     return {key: value for key, value in values.items() if key != SEAL}
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Around the use of what a file of ours says: a value of a wrong type or a missing key is the file's fault.
+
+    Raises:
+        IntegrityError: the file does not say what it should.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise IntegrityError(
+            f"{path.name} does not say what it should ({type(error).__name__}: {str(error)[:120]})",
+            where=str(path),
+            mend="take it from a copy, or make it again",
+        ) from error
 
 
 def refuse_pickles(folder: Path, wanted: str) -> None:

@@ -27,7 +27,7 @@ def refuse(
     raise IntegrityError(f"{path.name} was refused: {why}", where=str(path), mend=mend)
 
 
-def parse_json(content: bytes, path: Path) -> Any:
+def parse_json(content: bytes, path: Path, scale: float = 1.0) -> Any:
     """What a text says, if it says it in UTF-8, with every key once, whole characters, and numbers that 64 bits hold.
 
     Raises:
@@ -57,7 +57,7 @@ def parse_json(content: bytes, path: Path) -> Any:
             refuse(path, f"it holds {digits[:40]}, which is beyond all numbers of 64 bits")
         return number
 
-    if content.count(b"\\") > MAX_ESCAPES:
+    if content.count(b"\\") > scale * MAX_ESCAPES:
         refuse(path, f"it holds more than {MAX_ESCAPES:,} escape sequences")
     try:
         values = json.loads(
@@ -85,17 +85,20 @@ def _is_text(values: Any) -> bool:
     return True
 
 
-def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+def parse_object(content: bytes, path: Path, scale: float = 1.0) -> dict[str, Any]:
     """The JSON object that a text says, within every limit of `read_json`.
+
+    Args:
+        scale: Times the usual limits of bytes, values and escapes that are accepted.
 
     Raises:
         IntegrityError: it is none, or beyond a limit.
     """
-    if len(content) > MAX_JSON_BYTES:
-        refuse(path, f"it is larger than {MAX_JSON_BYTES:,} bytes")
-    if sum(content.count(sign) for sign in (b"{", b"[", b",")) > MAX_JSON_VALUES:
+    if len(content) > scale * MAX_JSON_BYTES:
+        refuse(path, f"it is larger than {int(scale * MAX_JSON_BYTES):,} bytes")
+    if sum(content.count(sign) for sign in (b"{", b"[", b",")) > max(scale, 1) * MAX_JSON_VALUES:
         refuse(path, f"it holds more than {MAX_JSON_VALUES:,} values")
-    values = parse_json(content, path)
+    values = parse_json(content, path, max(scale, 1.0))
     if not isinstance(values, dict):
         refuse(path, "it holds no JSON object")
     check_depth(values, path)
@@ -108,7 +111,8 @@ def dump_object(values: Mapping[str, Any], path: Path, *, room: float = 1.0, ind
     Args:
         values: Plain values; numbers must be finite.
         path: Where they are to be written, for messages.
-        room: Share of the reader's limit of bytes that they may take; less than one before more is added to them.
+        room: Share of the reader's usual limit of bytes that they may take: less than one before more is added to them,
+            more where the reader's ``scale`` is.
         indent: Spaces of each level.
 
     Raises:
@@ -121,7 +125,7 @@ def dump_object(values: Mapping[str, Any], path: Path, *, room: float = 1.0, ind
     try:
         if len(content) > (most := int(room * MAX_JSON_BYTES)):
             refuse(path, f"it would take {len(content):,} bytes; at most {most:,} are there for it")
-        parse_object(content, path)
+        parse_object(content, path, room)
     except IntegrityError as error:
         raise ConfigError(
             f"{path.name} could be written, but not be read again: {error.what.partition(': ')[2]}",

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
 from graftwerk.store.atomic import recover, write_file, write_folder
-from graftwerk.store.safety import read_json, read_tensors
+from graftwerk.store.safety import read_json, read_tensors, understood
 from graftwerk.store.strict_json import dump_object
 from graftwerk.train.tensorfile import write_tensors
 
@@ -131,8 +131,10 @@ class Checkpoints:
         """
         write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n")
         best = snapshot.state.get("best")
-        if best is not None and self.path(best["step"]).is_dir():
-            write_file(self.folder / "best", f"{self.path(best['step']).name}\n")
+        with understood(self.path(snapshot.step) / STATE):
+            target = None if best is None else self.path(best["step"])
+        if target is not None and target.is_dir():
+            write_file(self.folder / "best", f"{target.name}\n")
         self._rotate(snapshot.step)
 
     def load(self, step: int) -> Snapshot:

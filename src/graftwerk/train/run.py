@@ -16,6 +16,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import DivergedError, GraftwerkError
+from graftwerk.store.safety import understood
 from graftwerk.store.strict_json import dump_object
 from graftwerk.train.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
 from graftwerk.train.clock import seconds_since_process_start
@@ -215,8 +216,12 @@ class _Work:
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:
-            known = snapshot.state["run"]
-            refuse_changes({part: known.get(part)}, {part: identity[part]}, self.checkpoints.path(snapshot.step))
+            folder = self.checkpoints.path(snapshot.step)
+            with understood(folder / STATE):
+                known, position = snapshot.state["run"].get(part), snapshot.state["log_position"]
+                if type(position) is not int or position < 0:
+                    raise TypeError("`log_position` is no number of bytes")
+            refuse_changes({part: known}, {part: identity[part]}, folder)
 
     def _check_readable(self, trainer: Any) -> None:
         """Refuse a run whose files could be written but not be read again, before anything is trained.

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from graftwerk.errors import ConfigError
+from graftwerk.store.safety import understood
 from graftwerk.train import optim, rng
-from graftwerk.train.checkpoint import Snapshot
+from graftwerk.train.checkpoint import STATE, Snapshot
 
 if TYPE_CHECKING:
     from graftwerk.train.loop import Trainer
@@ -24,6 +25,8 @@ class TrainState:
         evaluated: The step of the last evaluation. loss_sum, loss_count: Of the steps since the last ``step`` event;
         bad ones have events of their own. grad_norm: Of the last good step, before clipping. seconds: Of training so
         far, evaluations and checkpoints included.
+    Raises:
+        TypeError: a value is not of the type that is written here.
     """
 
     step: int
@@ -37,6 +40,16 @@ class TrainState:
     grad_norm: float = 0.0
     seconds: float = 0.0
     untrained_steps: int = 0
+
+    def __post_init__(self) -> None:
+        counts = (self.step, self.micro_batch - 1, self.bad_steps, self.stale, self.evaluated, self.loss_count)
+        numbers = (self.loss_sum, self.grad_norm, self.seconds)
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError("a count is no whole number")
+        if not all(type(number) in (int, float) for number in numbers):
+            raise TypeError("a sum is no number")
+        if self.best is not None and not (type(self.best) is dict and type(self.best["step"]) is int):
+            raise TypeError("`best` names no step")
 
 
 def take(trainer: Trainer) -> Snapshot:
@@ -89,11 +102,12 @@ def put_back(trainer: Trainer, snapshot: Snapshot) -> None:
         )
     trainer.graft.load_state_dict(snapshot.weights)
     optim.load_optimizer_tensors(trainer.optimizer, snapshot.optimizer)
-    trainer.diagnosis.load_state_dict(values["diagnosis"])
-    if trainer.scaler.is_enabled():
-        trainer.scaler.load_state_dict(dict(values["scaler"]))
-    known = TrainState.__dataclass_fields__  # one that an older checkpoint lacks has its default
-    trainer.state = TrainState(**{name: values[name] for name in known if name in values})
+    with understood(trainer.checkpoints.path(snapshot.step) / STATE):
+        trainer.diagnosis.load_state_dict(values["diagnosis"])
+        if trainer.scaler.is_enabled():
+            trainer.scaler.load_state_dict(dict(values["scaler"]))
+        known = TrainState.__dataclass_fields__  # one that an older checkpoint lacks has its default
+        trainer.state = TrainState(**{name: values[name] for name in known if name in values})
     mine = f"{trainer.processes.index}."
     states = {name.removeprefix(mine): tensor for name, tensor in snapshot.rng.items() if name.startswith(mine)}
     rng.restore(states, trainer.device)
