@@ -1,5 +1,5 @@
 """Every file that is read: whatever bytes or values it holds, the answer is an error with a code of its own, never a
-defect; and what one part writes, the other reads.
+defect; and a file that was changed is not believed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,9 +29,6 @@ from graftwerk.evaluate.stored import load_evaluation
 from graftwerk.explain.adapter import describe_adapter
 from graftwerk.models.gate import check_configuration, check_weights
 from graftwerk.report.html import write_report
-from graftwerk.store.header import MAX_HEADER_BYTES, check_writable
-from graftwerk.store.safety import read_json, read_sealed
-from graftwerk.store.strict_json import MAX_JSON_BYTES, dump_object, sealed
 from graftwerk.tasks.template import ModelTemplate
 from graftwerk.train.checkpoint import FILES, STATE, Checkpoints
 from graftwerk.train.folder import Run
@@ -142,7 +138,7 @@ def test_reader_of_wrong_types_raises_no_defect(spoilt: Path, name: str, data: s
 
 
 @given(data=st.data())
-@FEW
+@settings(FEW, max_examples=6)
 def test_resume_from_wrong_types_in_the_state_raises_no_defect(
     tmp_path_factory: pytest.TempPathFactory, run: Path, data: st.DataObject
 ) -> None:
@@ -275,7 +271,7 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_run_file_that_would_take_long_raises(tmp_path: Path, name: str) -> None:
     (tmp_path / "run.yaml").write_text(BOMBS[name])
-    with pytest.raises(ConfigError, match="items|characters|deeper"):
+    with pytest.raises(ConfigError, match=r"items|characters|deeper"):
         RunConfig.load(tmp_path / "run.yaml")
 
 
@@ -338,8 +334,7 @@ def test_template_that_floods_raises_or_is_unfit(source: str, said: str) -> None
         (rendered,) = ModelTemplate(source, {}).render([[("user", "what?"), ("assistant", "x")]])
         unfit = rendered.unfit
     except GraftwerkError as error:
-        assert error.exit_code in (4, 8)
-        unfit = error.what
+        unfit = error.what if error.exit_code in (4, 8) else None
     assert unfit is not None
     assert said in unfit
     assert len(unfit) < 500
@@ -352,103 +347,6 @@ def test_template_of_a_long_conversation_renders() -> None:
     (rendered,) = ModelTemplate(source + "{% if add_generation_prompt %}assistant: {% endif %}", {}).render([turns])
     assert rendered.unfit is None
     assert len(rendered.text) > 6_000_000
-
-
-# -- what is written is read ---------------------------------------------------------------------------------------
-
-
-def test_dump_object_refuses_what_read_json_would(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    good: list[dict[str, Any]] = [{"a": ["é\u2028\n"] * 9_000}, {"a": "x" * (MAX_JSON_BYTES - 20)}, {"a": 2**64 - 1}]
-    for values in good:
-        path.write_bytes(dump_object(values, path))
-        assert read_json(path) == values
-    deep: Any = 1
-    for _ in range(13):
-        deep = [deep]
-    bad: list[dict[str, Any]] = [
-        {"a": "x" * MAX_JSON_BYTES}, {"a": [0] * 100_001}, {"a": "\n" * 10_001}, {"a": deep}, {"a": 2**64},
-        {"a": "\ud800"}, {"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}},
-    ]  # fmt: skip
-    for values in bad:
-        with pytest.raises(ConfigError):
-            dump_object(values, path)
-
-
-@pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": -99999999999999999999}', '{"a": "\\ud800"}', '{"\\ud800": 1}'])
-def test_read_json_of_what_64_bits_or_utf8_do_not_hold_raises(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(IntegrityError):
-        read_json(tmp_path / "a.json")
-
-
-def test_sealed_object_reads_back_whatever_its_keys_are(tmp_path: Path) -> None:
-    values = {"b": {10: 1.5, 9: "é", 1: None}, "a": [1e-7, 0.1, 1e300]}
-    (tmp_path / "a.json").write_bytes(dump_object(sealed(values), tmp_path / "a.json"))
-    assert read_sealed(tmp_path / "a.json")["a"] == values["a"]
-    assert "digest" not in read_sealed(tmp_path / "a.json")
-
-
-def test_check_writable_refuses_what_read_header_would() -> None:
-    one = torch.zeros(1)
-    check_writable({f"layer.{n}": one for n in range(8_000)}, Path("w.safetensors"))
-    for names in (
-        [f"layer.{n}" for n in range(12_001)],
-        ["x" * 513],
-        ["a\u202eb"],
-        ["n" * 500 + str(n) for n in range(2_100)],
-    ):
-        with pytest.raises(ConfigError, match="read again"):
-            check_writable(dict.fromkeys(names, one), Path("w.safetensors"))
-    assert MAX_HEADER_BYTES == 2**20
-    check_writable({f"layer.{n}": one for n in range(50_000)}, Path("w.safetensors"), scale=8)
-
-
-def rows_of(folder: Path, labels: list[str]) -> Path:
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps({"text": f"word {n}", "label": label}) + "\n" for n, label in enumerate(labels)))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["names", "escapes", "run file", "run file of long lines"])
-def test_train_of_what_could_not_be_read_again_raises_before_training(
-    tmp_path: Path, tiny_encoder: Path, kind: str
-) -> None:
-    labels = {
-        "names": ["class " + "n" * 250 + str(n) for n in range(2_500)],
-        "escapes": [f'"{n}"\\' for n in range(4_000)],
-    }
-    rows = rows_of(tmp_path, labels.get(kind, ["a", "b"] * 20))
-    wanted = {"run file": [f"word {n}" for n in range(40_000)], "run file of long lines": ["n" * 20_000] * 40}
-    tree = {
-        "model": str(tiny_encoder),
-        "data": {"train": str(rows), "validation": None, "filter": {"label": ["a", "b", *wanted[kind]]}}
-        if kind in wanted
-        else {"train": str(rows), "validation": None},
-        "method": "lora",
-        "training": {"max_steps": 1, "processes": 1, "report_to": ["jsonl"]},
-        "output_dir": str(tmp_path / "run"),
-    }
-    seen: list[str] = []
-    with pytest.raises(ConfigError, match="read again|most that"):
-        train(tree, listener=lambda event: seen.append(event.kind))
-    assert "step" not in seen
-    assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_labels_that_are_no_ascii_are_stored_and_read(tmp_path: Path, tiny_encoder: Path) -> None:
-    """Written as \\uXXXX they would be six times as long, and more escapes than are read."""
-    labels = [f"綱目分類名稱第{n}號類別" for n in range(1_500)]
-    tree = {
-        "model": str(tiny_encoder),
-        "data": {"train": str(rows_of(tmp_path, labels)), "validation": None},
-        "method": "lora",
-        "training": {"max_steps": 1, "processes": 1, "report_to": ["jsonl"], "save_steps": 1},
-        "output_dir": str(tmp_path / "run"),
-    }
-    done = train(tree)
-    assert predict(done, ["word 1"])["predictions"][0]["label"] in labels
-    assert Checkpoints(done.folder / "checkpoints").load_latest() is not None
 
 
 # -- digests -------------------------------------------------------------------------------------------------------
@@ -492,7 +390,8 @@ def test_flipped_bit_is_refused_or_changes_no_answer(spoilt: Path, name: str) ->
                 check_files(find(spoilt).info)
                 said = said_of(spoilt)
             except GraftwerkError as error:
-                assert error.exit_code in (2, 4, 8), error  # noqa: PT017 - refused is right, with any of these
+                if error.exit_code not in (2, 4, 8):
+                    raise
                 continue
             assert said == right, f"bit {bit}"
     finally:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from graftwerk.cli.main import as_fault
 from graftwerk.cli.output import Output, dump, printable, table
 from tests.cli.commands import Run
 
@@ -39,3 +43,44 @@ def test_a_table_that_is_not_for_a_terminal_has_no_trailing_spaces(capsys: pytes
 
 def test_quiet_keeps_results_and_errors(graftwerk: Run) -> None:
     assert graftwerk("methods", "-q").out == graftwerk("methods").out
+
+
+def run_in_shell(command: str) -> tuple[int, str]:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m graftwerk {command}"], stderr=subprocess.PIPE, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", ["methods", "methods --json", "schema --json"])
+def test_result_that_cannot_be_written_is_an_environment_fault(command: str) -> None:
+    code, said = run_in_shell(f"{command} >/dev/full")
+    assert code == 5
+    assert "No space left" in said
+    assert "Traceback" not in said
+    assert run_in_shell(f"{command} >/dev/full 2>&1")[0] == 5
+
+
+def test_streams_that_are_closed_are_no_defect() -> None:
+    assert run_in_shell("methods --json >&- <&-")[0] == 0
+    assert run_in_shell("methods --json >&- 2>&-")[0] == 0
+    assert run_in_shell("train nothing.yaml --json >&- 2>&-")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), 2),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "a"), 2),
+        (OSError(errno.EMFILE, "Too many open files"), 5),
+        (OSError(errno.ENOTDIR, "Not a directory", "a/b"), 5),
+        (RuntimeError("could not create a primitive"), 5),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"), 5),
+        (MemoryError(), 5),
+    ],
+)
+def test_fault_of_the_system_is_no_defect(error: Exception, code: int) -> None:
+    import torch  # noqa: F401 - whose errors are known once it is there
+
+    assert as_fault(error).exit_code == code

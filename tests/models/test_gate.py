@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +219,86 @@ def test_the_gate_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, graftwerk.models.gate; print({'torch', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+# -- resources
+
+
+def assert_refused(act: Callable[[], Any], most: int = 100 << 20) -> None:
+    """Before memory is taken for what a file asks for; Python's own is measured, torch's would raise another error."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(IntegrityError):
+            act()
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_labels": 10**9},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 10**9},
+        {"text_config": {"num_hidden_layers": 10**9}},
+        {"hidden_size": 10**30},
+        {"rope_parameters": [{"factor": 2**63}]},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("load", LOADERS)
+def test_configuration_with_impossible_sizes_is_refused_unread(folder: Path, changes: Any, load: Any) -> None:
+    edit(folder / "config.json", **changes)
+    assert_refused(lambda: load(str(folder)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 30_000, "num_attention_heads": 4},
+        {"vocab_size": 2 * 10**9},
+        {"intermediate_size": 10**9},
+        {"num_hidden_layers": 100_000},
+        {"max_position_embeddings": 10**9},
+        {"hidden_size": 2**20, "intermediate_size": 2**40, "num_hidden_layers": 1000},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_model_that_the_weights_cannot_fill_is_refused_before_it_is_built(folder: Path, changes: Any) -> None:
+    edit(folder / "config.json", **changes)
+    assert_refused(lambda: load_model(str(folder), None, None))
+
+
+def test_model_larger_than_the_memory_is_an_environment_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftwerk.models.load.available", lambda: 1000)
+    with pytest.raises(EnvironmentFault, match="does not fit into memory"):
+        load_model(str(folder), None, None)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt"])
+def test_file_of_a_model_that_is_a_bomb_is_refused_unread(folder: Path, file: str) -> None:
+    line = b"[],\n" if file.endswith(".json") else b"a\n"
+    with (folder / file).open("wb") as stream:
+        stream.write(b'{"a": [')
+        for _ in range(16):
+            stream.write(line * (1 << 18))
+    assert_refused(lambda: load_tokenizer(str(folder)))
+
+
+@pytest.mark.parametrize("entry", [b'"%d":{},', b"[],", b"1,", b'"a":"b",'])
+def test_header_of_weights_that_is_a_bomb_is_refused_unread(folder: Path, entry: bytes) -> None:
+    for size in (60 << 20, 7 << 20):
+        body = entry * (size // len(entry))
+        content = b'{"x":[' + body + b"1]}" if entry in (b"[],", b"1,") else b"{" + body + b'"z":{}}'
+        (folder / "model.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+        del body, content
+        assert_refused(lambda: model_folder(str(folder)))
+
+
+def test_pipe_in_the_place_of_a_file_of_a_model_does_not_block(folder: Path) -> None:
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        with pytest.raises(EnvironmentFault, match="is missing"):
+            model_folder(str(folder))

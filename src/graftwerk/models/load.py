@@ -25,7 +25,8 @@ from graftwerk.models.quiet import quiet
 SPARE = 1 << 22
 """Numbers that a model may have beside those of its weights: a new head, tables of positions that are computed."""
 SPARE_PER_LABEL = 1 << 14
-MOST_PARAMETERS = 1 << 18
+MOST_PER_TENSOR = 4
+"""Parameters that a model may have for each tensor of its weights: some files hold several in one."""
 LONGEST = 512
 """Tokens of a row where neither the user nor the model asks for fewer."""
 
@@ -176,7 +177,7 @@ def load_model(
             where=name,
         )
     kwargs = {} if task is None or splits is None else task.model_kwargs(splits)
-    _check_size(auto, config, kwargs, sum(held.values()), dtype, name)
+    _check_size(auto, config, kwargs, held, dtype, name)
     with quiet():
         try:
             model, report = auto.from_pretrained(
@@ -204,19 +205,22 @@ class _TooLarge(Exception):  # noqa: N818 - caught below
     """The model that a configuration describes has far more numbers than the weights."""
 
 
-def _check_size(auto: Any, config: Any, kwargs: dict[str, Any], held: int, dtype: torch.dtype, name: str) -> None:
+def _check_size(
+    auto: Any, config: Any, kwargs: dict[str, Any], held: dict[str, int], dtype: torch.dtype, name: str
+) -> None:
     """Refuse, before memory is taken for it, a model that the weights cannot fill or that the memory cannot hold.
 
     The model is built without values, and building ends as soon as it has become too large.
 
     Args:
-        held: How many numbers the weights hold.
+        held: How many numbers each tensor of the weights holds.
 
     Raises:
         IntegrityError: config.json describes another, far larger model than the weights are of.
         EnvironmentFault: it is larger than the available memory.
     """
-    most = 4 * held + SPARE + SPARE_PER_LABEL * int(kwargs.get("num_labels", 0))
+    stored = sum(held.values())
+    most = 4 * stored + SPARE + SPARE_PER_LABEL * int(kwargs.get("num_labels", 0))
     parameters: dict[int, nn.Parameter] = {}
     total = 0
 
@@ -225,22 +229,22 @@ def _check_size(auto: Any, config: Any, kwargs: dict[str, Any], held: int, dtype
         if parameter is not None and id(parameter) not in parameters:
             parameters[id(parameter)] = parameter
             total += parameter.numel()
-            if total > most or len(parameters) > MOST_PARAMETERS:
+            if total > most or len(parameters) > MOST_PER_TENSOR * len(held) + 256:
                 raise _TooLarge
 
     handle = register_module_parameter_registration_hook(count)
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             own = copy.deepcopy(config)
             own.update(kwargs)
             body = auto.from_config(own, trust_remote_code=False).base_model
         wanted = sum(parameter.numel() for key, parameter in body.named_parameters() if "pooler" not in key)
-        if wanted > 2 * held + SPARE:
+        if wanted > 2 * stored + SPARE:
             raise _TooLarge
     except _TooLarge:
         raise IntegrityError(
             f"config.json of {name} describes a model of more than {min(total, most):,} numbers, and its files hold "
-            f"{held:,}",
+            f"{stored:,}",
             where=name,
             mend="fetch the model again; if it came from somebody else, do not trust it",
         ) from None

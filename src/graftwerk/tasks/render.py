@@ -101,7 +101,9 @@ def compile_template(source: str) -> jinja2.Template:
     environment.filters["tojson"] = _tojson
     try:
         return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError, MemoryError) as error:
+    except MemoryError:  # what does not depend on the conversation is computed here
+        raise Refused("it takes more memory than a template needs") from None
+    except (jinja2.TemplateError, RecursionError) as error:
         raise Refused(f"it is not a template: {_short(error)}") from None
 
 

@@ -66,6 +66,7 @@ def train(
     began = time.monotonic() - (0.0 if _trained_before else seconds_since_process_start())
     _trained_before = True
     settings = _read_config(config, overrides).anchored()
+    settings.dump()  # what could not be written, or not be read again, is refused before anything is done
     folder = RunFolder(settings.output_dir)
     from graftwerk.train import helpers
     from graftwerk.train.how_many import wanted
