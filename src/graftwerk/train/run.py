@@ -222,6 +222,8 @@ class _Work:
                 known, position = snapshot.state["run"].get(part), snapshot.state["log_position"]
                 if type(position) is not int or position < 0:
                     raise TypeError("`log_position` is no number of bytes")
+                if type(count := snapshot.state["processes"]) is not int or count < 1:
+                    raise TypeError("`processes` is no number of them")
             refuse_changes({part: known}, {part: identity[part]}, folder)
 
     def _check_readable(self, trainer: Any) -> None:
