@@ -11,7 +11,7 @@ import torch
 from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.store.header import MAX_HEADER_BYTES, check_writable
 from graftwerk.store.safety import read_json, read_sealed
-from graftwerk.store.strict_json import MAX_JSON_BYTES, dump_object, sealed
+from graftwerk.store.strict_json import MAX_JSON_BYTES, dump_object
 
 
 def test_dump_object_refuses_what_read_json_would(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_read_json_of_what_64_bits_or_utf8_do_not_hold_raises(tmp_path: Path, te
 
 def test_sealed_object_reads_back_whatever_its_keys_are(tmp_path: Path) -> None:
     values = {"b": {10: 1.5, 9: "é", 1: None}, "a": [1e-7, 0.1, 1e300]}
-    (tmp_path / "a.json").write_bytes(dump_object(sealed(values), tmp_path / "a.json"))
+    (tmp_path / "a.json").write_bytes(dump_object(values, tmp_path / "a.json", seal=True))
     assert read_sealed(tmp_path / "a.json")["a"] == values["a"]
     assert "digest" not in read_sealed(tmp_path / "a.json")
 

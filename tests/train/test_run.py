@@ -60,6 +60,7 @@ def test_a_run_leaves_everything_that_is_read_later(run_file: Build, tmp_path: P
     run = train(run_file(report_to=["jsonl", "tensorboard"]), listener=events.append)
     assert run.folder == tmp_path / "run"
     manifest = json.loads((run.folder / "manifest.json").read_text())
+    assert manifest.pop("digest").startswith("sha256:")
     assert manifest == run.manifest
     assert manifest["status"] == "finished"
     assert manifest["format"] == 1

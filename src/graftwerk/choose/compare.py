@@ -37,7 +37,7 @@ from graftwerk.evaluate.metrics import METRICS
 from graftwerk.figures import duration
 from graftwerk.store.atomic import write_file
 from graftwerk.store.safety import read_sealed, understood
-from graftwerk.store.strict_json import dump_object, sealed
+from graftwerk.store.strict_json import dump_object
 from graftwerk.train.folder import MANIFEST, TRUNK, read_manifest
 from graftwerk.train.lock import RunLock
 
@@ -308,7 +308,7 @@ class _Work:
 
     def _write(self, result: Mapping[str, Any]) -> None:
         path = self.folder / COMPARISON
-        write_file(path, dump_object(sealed(result), path, room=COMPARISON_SCALE))
+        write_file(path, dump_object(result, path, room=COMPARISON_SCALE, seal=True))
 
     def _say(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None

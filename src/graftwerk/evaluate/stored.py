@@ -16,7 +16,7 @@ from graftwerk.errors import IntegrityError
 from graftwerk.store.atomic import write_file
 from graftwerk.store.info import OWN_FILE
 from graftwerk.store.safety import checksum, read_sealed, read_tensors
-from graftwerk.store.strict_json import dump_object, sealed
+from graftwerk.store.strict_json import dump_object
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
@@ -45,7 +45,7 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
         "predictions": checksum(run / PREDICTIONS),
         "answers": checksum(run / ANSWERS) if isinstance(predictions, TextPredictions) else None,
     }
-    write_file(run / EVALUATION, dump_object(sealed(kept), run / EVALUATION))
+    write_file(run / EVALUATION, dump_object(kept, run / EVALUATION, seal=True))
 
 
 def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictions] | None:

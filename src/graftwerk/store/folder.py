@@ -60,7 +60,7 @@ from graftwerk.store.peft_format import (
 from graftwerk.store.peft_virtual import write_prefix, write_prompt
 from graftwerk.store.restore import START, check_size, restored
 from graftwerk.store.safety import checksum
-from graftwerk.store.strict_json import SEAL, dump_object, sealed
+from graftwerk.store.strict_json import SEAL, dump_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +118,7 @@ def save_adapter(
             _write_tensors(stored.training, partial / TRAINING_FILE)
         written = (CONFIG_FILE, WEIGHTS_FILE, *((TRAINING_FILE,) if stored.training else ()))
         own["files"] = {name: checksum(partial / name) for name in written}
-        (partial / OWN_FILE).write_bytes(_json(sealed(_finite(own)), OWN_FILE))
+        (partial / OWN_FILE).write_bytes(_json(_finite(own), OWN_FILE, seal=True))
         (partial / CARD_FILE).write_text(text, encoding="utf-8")
 
     return write_folder(target, fill, bytes_needed=_size(stored) + len(text.encode()) + 65_536)
@@ -255,8 +255,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _json(values: Mapping[str, Any], name: str) -> bytes:
-    return dump_object(values, Path(name), indent=2)
+def _json(values: Mapping[str, Any], name: str, *, seal: bool = False) -> bytes:
+    try:
+        return dump_object(values, Path(name), indent=2, seal=seal)
+    except ConfigError as error:
+        raise ConfigError(f"metadata or settings: {error.what}", where="metadata", mend=error.mend) from None
 
 
 def _finite(values: Any) -> Any:

@@ -105,12 +105,15 @@ def parse_object(content: bytes, path: Path, scale: float = 1.0) -> dict[str, An
     return values
 
 
-def dump_object(values: Mapping[str, Any], path: Path, *, room: float = 1.0, indent: int = 1) -> bytes:
+def dump_object(
+    values: Mapping[str, Any], path: Path, *, seal: bool = False, room: float = 1.0, indent: int = 1
+) -> bytes:
     """Encode an object as JSON that `read_json` reads again.
 
     Args:
         values: Plain values; numbers must be finite.
         path: Where they are to be written, for messages.
+        seal: Add a digest of all of it, by which `check_seal` sees whether anything was changed.
         room: Share of the reader's usual limit of bytes that they may take: less than one before more is added to them,
             more where the reader's ``scale`` is.
         indent: Spaces of each level.
@@ -119,6 +122,7 @@ def dump_object(values: Mapping[str, Any], path: Path, *, room: float = 1.0, ind
         ConfigError: they are no JSON, or the reader would refuse them.
     """
     try:
+        values = {**values, SEAL: digest_of(values)} if seal else values
         content = (json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} cannot be written as JSON: {error}", where=str(path)) from None
@@ -133,11 +137,6 @@ def dump_object(values: Mapping[str, Any], path: Path, *, room: float = 1.0, ind
             mend="shorter or fewer labels, filters, sets, texts of the run file: they are stored with the run",
         ) from None
     return content
-
-
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with a digest of all of it, by which `check_seal` sees whether anything was changed."""
-    return {**values, SEAL: digest_of(values)}
 
 
 def digest_of(values: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from graftwerk.errors import ConfigError, ConflictError, IntegrityError
 from graftwerk.evaluate.stored import EVALUATION, PREDICTIONS
 from graftwerk.store.atomic import recover, write_file
 from graftwerk.store.safety import read_sealed
-from graftwerk.store.strict_json import dump_object, sealed
+from graftwerk.store.strict_json import dump_object
 
 MANIFEST, CONFIG, LOG = "manifest.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
@@ -116,7 +116,7 @@ class RunFolder:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         path = self.path / MANIFEST
-        write_file(path, dump_object(sealed(manifest), path))
+        write_file(path, dump_object(manifest, path, seal=True))
 
     def write_config(self, content: str) -> None:
         write_file(self.path / CONFIG, content)
