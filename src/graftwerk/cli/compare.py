@@ -98,7 +98,10 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     if methods is None:
         raise ConfigError("which methods?", where="methods", mend="for instance methods=full,lora,bottleneck")
     if methods.lstrip().startswith(("[", "{")):
-        methods = parse_yaml(methods.encode("utf-8", "surrogateescape"), "methods")
+        try:
+            methods = parse_yaml(methods.encode("utf-8", "surrogateescape"), "methods")
+        except ConfigError as error:
+            raise ConfigError(f"not YAML: {error.what}", where="methods") from None
         methods = [methods] if isinstance(methods, dict) else methods
     return methods, seeds, {**parse_overrides(others), **parse_overrides(augment)}
 
