@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from graftwerk.config import RunConfig, parse_yaml
+from graftwerk.errors import ConfigError
 from graftwerk.inject.attach import Graft
 from graftwerk.train.folder import CONFIG
 from graftwerk.train.prepare import SPLITS, Prepared
@@ -88,7 +89,11 @@ def command(settings: RunConfig) -> str:
     """Return how to repeat the run, from any folder: its resolved run file, into another folder than its own."""
     folder = os.fspath(settings.output_dir.absolute())
     place = f"{folder}-repeated"
-    if parse_yaml(place) != place:  # ": " or " #" in a folder's name
+    try:
+        means_itself = parse_yaml(place.encode(), "output_dir") == place
+    except ConfigError:
+        means_itself = False
+    if not means_itself:  # ": " or " #" in a folder's name
         place = json.dumps(place, ensure_ascii=False)
     return shlex.join(["graftwerk", "train", os.path.join(folder, CONFIG), f"output_dir={place}"])
 
