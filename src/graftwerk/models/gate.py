@@ -51,8 +51,11 @@ MAX_CONFIG_VALUES = 500_000
 MAX_TOKENIZER_BYTES = 64 << 20
 """The largest tokenizers have 33 MB, and 2 million values: words, and pairs that are merged."""
 MAX_TOKENIZER_VALUES = 4_000_000
-MAX_HEADER_BYTES = 8 << 20
-"""About 65,000 tensors in one file."""
+VALUES_PER_TOKEN = 16
+"""Of a tokenizer file, for each token of the model; a pair that is merged has three, and there are twice as many."""
+SPARE_VALUES = 200_000
+MAX_HEADER_BYTES = 4 << 20
+"""About 32,000 tensors in one file."""
 MAX_COUNT = 1 << 17
 """Of layers, heads, experts, classes: each is at least an object in memory, whatever the weights hold."""
 _COUNTS = re.compile(r"layer|block(?!_size)|depth|stage|label|head(?!_dim)|expert")
@@ -80,6 +83,7 @@ def check_configuration(folder: Path, name: str) -> None:
             where=str(folder / "adapter_config.json"),
             mend="move the adapter into a folder of its own",
         )
+    tokens = 0
     for file in CHECKED:
         path = folder / file
         if path.is_file():
@@ -87,9 +91,10 @@ def check_configuration(folder: Path, name: str) -> None:
             _check_tree(tree, path)
             if file == CONFIG:
                 _check_sizes(tree, path)
+                tokens = max((n for key, n in _walk(tree) if key == "vocab_size" and type(n) is int), default=2**18)
     for file in TOKENIZERS:
         if (folder / file).is_file():
-            _check_tokenizer(folder / file)
+            _check_tokenizer(folder / file, min(MAX_TOKENIZER_VALUES, SPARE_VALUES + VALUES_PER_TOKEN * tokens))
 
 
 def _check_sizes(tree: Any, path: Path) -> None:
@@ -107,18 +112,18 @@ def _check_sizes(tree: Any, path: Path) -> None:
             )
 
 
-def _check_tokenizer(path: Path) -> None:
-    """Refuse a tokenizer file that would take long, or much memory, to read."""
+def _check_tokenizer(path: Path, most: int) -> None:
+    """Refuse a tokenizer file that would take long, or much memory, to read; ``most``: values that it may hold."""
     size = values = 0
     lines = path.suffix == ".txt"
     with _opened(path) as stream:
-        while size <= MAX_TOKENIZER_BYTES and values <= MAX_TOKENIZER_VALUES and (piece := stream.read(1 << 20)):
+        while size <= MAX_TOKENIZER_BYTES and values <= most and (piece := stream.read(1 << 20)):
             size += len(piece)
             values += piece.count(b"\n") if lines else sum(map(piece.count, (b"{", b"[", b",")))
-    if size > MAX_TOKENIZER_BYTES or (values > MAX_TOKENIZER_VALUES and path.suffix in (".json", ".txt")):
+    if size > MAX_TOKENIZER_BYTES or (values > most and path.suffix in (".json", ".txt")):
         raise IntegrityError(
             f"{path} is larger than any tokenizer: more than "
-            + (f"{MAX_TOKENIZER_BYTES:,} bytes" if size > MAX_TOKENIZER_BYTES else f"{MAX_TOKENIZER_VALUES:,} values"),
+            + (f"{MAX_TOKENIZER_BYTES:,} bytes" if size > MAX_TOKENIZER_BYTES else f"{most:,} values"),
             mend="if it came from somebody else, do not trust it",
         )
 
@@ -251,11 +256,15 @@ def _sizes(path: Path) -> dict[str, int]:
         if brackets > 2 * braces + 1_000 or commas > 16 * braces + 10_000:
             raise ValueError("it lists something else")
         tensors = {key: entry for key, entry in json.loads(header.decode()).items() if key != "__metadata__"}
-        return {
-            key: (end - begin) * 2 if entry["dtype"] in PACKED else math.prod(map(int, entry["shape"]))
-            for key, entry in tensors.items()
-            for begin, end in [map(int, entry["data_offsets"])]
-        }
+        held, total = {}, 0
+        for key, entry in tensors.items():
+            begin, end = map(int, entry["data_offsets"])
+            total += end - begin
+            packed = 2 * (end - begin)
+            held[key] = packed if entry["dtype"] in PACKED else min(packed, math.prod(map(int, entry["shape"])))
+        if total > path.stat().st_size:
+            raise ValueError("its tensors are larger than the file")
+        return held
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise IntegrityError(
             f"{path} has a header that is no list of tensors ({str(error)[:80]})",
