@@ -40,6 +40,24 @@ def test_a_changed_file_is_not_taken(tmp_path: Path, labelled: Rows) -> None:
         make(labelled, DROPOUT, target, resume=True)
 
 
+def test_rows_with_unusual_line_breaks_are_taken_again(tmp_path: Path) -> None:
+    """A line of the file ends at a line feed alone."""
+    rows = [{"text": "one two three four five six", "label": f"a{sign}b"} for sign in "\u2028\x85\x1c\x0b"]
+    target = tmp_path / "a.jsonl"
+    first = make(rows, DROPOUT, target)
+    assert make(rows, DROPOUT, target, resume=True).parts == first.parts
+
+
+def test_note_beside_the_rows_with_wrong_types_is_refused(tmp_path: Path, labelled: Rows) -> None:
+    target = tmp_path / "a.jsonl"
+    make(labelled, DROPOUT, target)
+    about = json.loads(about_of(target).read_text())
+    for made in (None, 1, [1], [{}], [{"made": "a"}]):
+        about_of(target).write_text(json.dumps({**about, "made": made}))
+        with pytest.raises(IntegrityError, match="should"):
+            make(labelled, DROPOUT, target, resume=True)
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_somebody_elses_file_is_not_taken(tmp_path: Path, labelled: Rows, resume: bool) -> None:
     target = tmp_path / "a.jsonl"

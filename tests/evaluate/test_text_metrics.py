@@ -321,6 +321,17 @@ def test_the_page_shows_every_metric_in_its_own_unit(name: str) -> None:
     assert (name in numbers.LESS_IS_BETTER) == (metric.higher is False)
 
 
+def test_stored_answers_with_unusual_line_breaks_are_read(tmp_path: Path) -> None:
+    """A line of the file ends at a line feed alone."""
+    texts = ["a\u2028b", "c\x85d\x1ce\x0bf\r\n"]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / OWN_FILE).write_text("{}")
+    store_evaluation(tmp_path, tmp_path / "adapter", {}, answered(texts, texts))
+    _, again = load_evaluation(tmp_path, tmp_path / "adapter") or pytest.fail("nothing is stored")
+    assert isinstance(again, TextPredictions)
+    assert again.texts == tuple(texts)
+
+
 def test_languages_are_stored_with_the_answers(tmp_path: Path) -> None:
     """A comparison reads them, and must count the same words as the evaluation did."""
     found = answered(*CHINESE, ["zh", "zh"])

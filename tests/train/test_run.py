@@ -398,3 +398,14 @@ def test_a_full_disk_in_a_save_ends_with_code_5_and_the_run_can_go_on(
     monkeypatch.undo()
     train(run_file(), resume=True)
     assert left_by(tmp_path / "run") == left_by(undisturbed)
+
+
+def test_examples_too_long_for_the_manifest_do_not_cost_the_run(
+    run_file: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [{"source": "x" * 2_000_000, "reference": None, "before": None, "after": "y"}]
+    monkeypatch.setattr("graftwerk.evaluate.shown.before_and_after", lambda *given, **more: long)
+    events: list[Event] = []
+    manifest = train(run_file(), listener=events.append).manifest
+    assert (manifest["status"], manifest["examples"]) == ("finished", [])
+    assert any("examples" in event.figures["text"] for event in events if event.kind == "warning")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import Interrupted
+from graftwerk.errors import ConfigError, Interrupted
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.tasks.base import Predictions
 from graftwerk.train.events import Event
@@ -114,7 +114,13 @@ def finish(
     save_adapter(trainer.graft, folder.adapter, metadata=metadata)
     manifest["cost"]["adapter_bytes"] = size_on_disk(folder.adapter)
     manifest["status"] = "finished"
-    folder.write_manifest(manifest)
+    try:
+        folder.write_manifest(manifest)
+    except ConfigError:  # rows of a megabyte: what is shown of a run must not cost its result
+        manifest["examples"] = []
+        text = "the examples of answers are too long to be kept in the manifest, and are left out of it"
+        trainer.emit(Event("warning", trainer.state.step, text=text))
+        folder.write_manifest(manifest)
     trainer.emit(
         Event("finish", trainer.state.step, metrics=manifest["metrics"], cost=manifest["cost"], best=manifest["best"])
     )
