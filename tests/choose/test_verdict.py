@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwerk.choose.verdict import at_chance, between, in_words, pareto_front, recommend, signed, turned, verdict
+from graftwerk.choose.verdict import (
+    apart,
+    at_chance,
+    between,
+    in_words,
+    pareto_front,
+    recommend,
+    signed,
+    turned,
+    verdict,
+)
 from graftwerk.errors import ConfigError
 from graftwerk.evaluate.paired import Difference
 
@@ -105,7 +115,65 @@ def test_a_wide_interval_is_no_argument_for_a_poor_method() -> None:
     found = recommend(methods, pairs(methods, 0.3), prefer="trained_parameters")
     assert found is not None
     assert found["method"] == "full"
-    assert found["reason"] == "the best mean by more than 1 point"
+    assert found["reason"] == (
+        "the best mean; no difference to the others is shown; cheaper in trained parameters and not shown to be worse, "
+        "but not near the best mean: probe (−5.0)"
+    )
+
+
+def test_recommend_takes_cheap_method_within_half_of_what_could_be_shown() -> None:
+    """Two points below where differences under 5.5 are not to be seen: near; with 3.0, it is passed over and named."""
+    methods = [
+        method("lora", 0.766, 339e3),
+        method("full", 0.76, 22.7e6),
+        method("ia3", 0.746, 14.6e3),
+        method("probe", 0.7, 770),
+    ]
+    found = recommend(methods, pairs(methods, 0.055), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "ia3"
+    assert found["reason"].startswith("−2.0 points against lora, the best mean, no difference shown with 4.3 % of its")
+    found = recommend(methods, pairs(methods, 0.03), prefer="trained_parameters")
+    assert found == {
+        "method": "lora",
+        "reason": "the best mean, and the least trained parameters of the 2 methods near it; cheaper in trained "
+        "parameters and not shown to be worse, but not near the best mean: ia3 (−2.0)",
+    }
+    asked = recommend(methods, pairs(methods, 0.055), prefer="trained_parameters", margin=0.01)
+    assert asked is not None
+    assert asked["method"] == "lora"
+
+
+@given(st.lists(st.integers(600, 800), min_size=2, max_size=6, unique=True), st.integers(1, 200), st.booleans())
+def test_reasons_agree_with_intervals(values: list[int], half: int, seeded: bool) -> None:
+    """Whoever is not shown to be worse and costs less than the choice is named; nobody who is shown to be worse is."""
+    methods = [method(f"m{i}", value / 1000, 10.0 ** (i + 1)) for i, value in enumerate(values)]
+    differences = pairs(methods, half / 1000)
+    if not seeded:
+        differences = [{**difference, "over_seeds": False} for difference in differences]
+    found = recommend(methods, differences, prefer="trained_parameters")
+    assert found is not None
+    best = max(methods, key=lambda one: one["figure"]["value"])
+    chosen = next(one for one in methods if one["name"] == found["method"])
+    named = found["reason"].partition("not near the best mean: ")[2]
+    for one in methods:
+        if one is best:
+            continue
+        undecided = not apart(between(differences, one["name"], best["name"]))
+        cheaper = one["cost"]["trained_parameters"] < chosen["cost"]["trained_parameters"]
+        assert (f"{one['name']} (" in named) == (undecided and cheaper)
+    if not seeded:
+        assert "better" not in found["reason"]
+
+
+def test_one_seed_calls_no_method_better() -> None:
+    far: Difference = {**difference("a", "b", 0.05, 0.01), "over_seeds": False}
+    assert verdict(far) == verdict(turned(far)) == "no difference shown"
+    assert in_words(far) == "+5.0 points [+4.0, +6.0] with one seed each, and another may reverse it"
+    assert in_words({**far, "low": -0.01}).startswith("no difference shown: +5.0")
+    methods = [method("a", 0.80, 2e6), method("b", 0.75, 9)]
+    found = recommend(methods, [far], prefer="trained_parameters")
+    assert found == {"method": "a", "reason": "the best mean, and ahead, with one seed, of all others"}
 
 
 def test_a_small_difference_that_is_shown_counts() -> None:

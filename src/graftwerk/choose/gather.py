@@ -106,6 +106,7 @@ def gather(
             for cost in COSTS
         },
         "resolution": median(half_widths) if half_widths else None,
+        "seed_spread": float(np.sqrt(main.parts.between)) if main.over_seeds else None,
         "majority": majority,
         "at_chance": nothing,
         "recommendation": None
@@ -169,9 +170,11 @@ def _method(
     confidence: float,
 ) -> dict[str, Any]:
     first = next(iter(runs.values()))
+    values = list(joints[metric].values[entry.name].values())
     return {
         **_said_of(entry),
         "figure": joints[metric].figure(entry.name, confidence),
+        "seed_spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "metrics": {name: joint.figure(entry.name, confidence) for name, joint in joints.items()},
         "parameters": first.manifest["parameters"],
         "cost": {name: _middle([_costs(run)[name] for run in runs.values()]) for name in COSTS},

@@ -12,6 +12,7 @@ import yaml
 from graftwerk.choose.entries import Entry, settings_not_used
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
+from graftwerk.evaluate.paired import ONE_SEED
 
 FORMAT = 1
 CONFIG = "config.yaml"
@@ -82,7 +83,7 @@ def _notes(base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any]) ->
             "for all methods; data.test holds out rows of their own"
         )
     if len(seeds) == 1:
-        notes.append("one seed: intervals do not hold what another training seed would change; seeds=0,1,2")
+        notes.append(f"one seed: {ONE_SEED}, so no method is called better; seeds=0,1,2")
     if base.training.learning_rate != "auto":
         notes.append(
             f"all methods were trained at learning rate {base.training.learning_rate:g}, which cannot suit "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graftwerk.choose.verdict import between, signed, turned, verdict
+from graftwerk.choose.verdict import apart, between, one_seed, signed, turned, verdict
 from graftwerk.evaluate.metrics import METRICS
 from graftwerk.figures import byte_size, duration, milliseconds, short_count
 
@@ -14,6 +14,7 @@ HEADINGS = (
     "",
     "interval",
     "against the best",
+    "SD of seeds",
     "trained",
     "adapter",
     "time",
@@ -23,8 +24,11 @@ HEADINGS = (
 )
 HOW = {"share": " in percent", "points": " in points", "tokens": "", "nats": " (less is better)"}
 """How a metric's figures are to be read, by its unit."""
+DASH = "\N{EN DASH}"
 LEFT = frozenset({0, 3})
 """Columns of words; the others are numbers, flush right."""
+SPREAD = HEADINGS.index("SD of seeds")
+"""Left out where every method has one seed."""
 
 
 def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -39,8 +43,9 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
             (
                 method["name"] + (" *" if method["name"] == chosen else ""),
                 shown(figure["value"], metric),
-                f"{shown(figure['low'], metric)}\N{EN DASH}{shown(figure['high'], metric)}",
+                DASH if figure["low"] is None else DASH.join(shown(figure[part], metric) for part in ("low", "high")),
                 against(result["differences"], method["name"], best, metric),
+                shown(method.get("seed_spread"), metric),
                 short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
                 duration(cost.get("training_seconds")),
@@ -58,9 +63,9 @@ def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(measured, key=lambda method: -METRICS[result["metric"]].better(method["figure"]["value"], 0.0))
 
 
-def shown(value: float, metric: str) -> str:
-    """A share in percent, BLEU and its like in points, perplexity as itself."""
-    return f"{METRICS[metric].scale * value:.1f}"
+def shown(value: float | None, metric: str) -> str:
+    """A share in percent, BLEU and its like in points, perplexity as itself; a dash for None."""
+    return DASH if value is None else f"{METRICS[metric].scale * value:.1f}"
 
 
 def against(differences: Sequence[Any], name: str, best: str, metric: str = "accuracy") -> str:
@@ -69,10 +74,15 @@ def against(differences: Sequence[Any], name: str, best: str, metric: str = "acc
         return "the best mean"
     difference = turned(between(differences, name, best))  # how much the best is better
     known, better = METRICS[metric], verdict(difference, metric) == "better"
-    if better and known.higher is False:
+    if apart(difference) and known.higher is False:
         difference = turned(difference)
     low, value, high = (known.scale * difference[part] for part in ("low", "value", "high"))
-    return f"worse by {value:.1f} [{low:.1f}, {high:.1f}]" if better else f"no difference shown ({signed(-value)})"
+    span = f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    if better:
+        return f"worse by {span}"
+    if one_seed(difference) and apart(difference):
+        return f"{'higher' if known.higher is False else 'lower'} by {span}, one seed"
+    return f"no difference shown ({signed(-value)})"
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -92,6 +102,12 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         said.append(
             "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
         )
+    if result.get("seed_spread") is not None:
+        spread = f"{known.scale * result['seed_spread']:.1f}{known.words}"
+        said.append(
+            f"Seeds of one method differ with a standard deviation of {spread}, pooled; the intervals take it to be "
+            "the same for every method, and are too narrow between methods whose own is far above it."
+        )
     if recommendation := result.get("recommendation"):
         said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
     merging = [method["name"] for method in ranked(result) if method.get("mergeable")]
@@ -110,10 +126,18 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The headings and the rows that are shown."""
+    headings, rows = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:]), rows_of(result)
+    if any(row[SPREAD] != DASH for row in rows):
+        return headings, rows
+    return headings[:SPREAD] + headings[SPREAD + 1 :], [row[:SPREAD] + row[SPREAD + 1 :] for row in rows]
+
+
 def plain(result: Mapping[str, Any]) -> str:
     """Columns of plain text, for pipes."""
-    headings = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:])
-    lines = [headings, *rows_of(result)]
+    headings, rows = _columns(result)
+    lines = [headings, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     text = [
         "  ".join(
@@ -134,9 +158,9 @@ def rich_table(result: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    headings = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:])
+    headings, rows = _columns(result)
     for column, heading in enumerate(headings):
         made.add_column(heading, justify="left" if column in LEFT else "right", overflow="fold", no_wrap=column == 0)
-    for row in rows_of(result):
+    for row in rows:
         made.add_row(*(Text(cell) for cell in row), style="bold" if row[0].endswith(" *") else "")
     return Group(made, Text(""), *(Text(sentence) for sentence in sentences(result)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,9 +21,13 @@ COSTS: dict[str, str] = {
 """What a method costs, and how that is called; smaller is better for all."""
 
 MARGIN = 1.0
-"""A method this many points below the best is still a candidate."""
+"""A method this many points below the best is still near it."""
 RELATIVE_MARGIN = 0.01
 """Likewise for metrics without points (perplexity), as a share of the best."""
+NEAR = 0.5
+"""So is one within this share of the half-width of its interval: of what these rows and seeds can show at all."""
+FAR = 3.0
+"""But not beyond so many margins: a wide interval is no argument for a method."""
 ALIKE = 0.1
 """Costs within a tenth of each other count as equal, and training time decides."""
 
@@ -30,13 +35,18 @@ Verdict = Literal["better", "worse", "no difference shown"]
 
 
 def margin_of(metric: str, best: float) -> float:
-    """How far below the best a method still is a candidate, in the metric's own unit."""
+    """Return how far below the best a method always is near it, in the metric's own unit."""
     known = METRICS[metric]
     return MARGIN / known.scale if known.unit in ("share", "points") else RELATIVE_MARGIN * abs(best)
 
 
 def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
-    """Of `a` against `b`, by whether the interval has zero in it; where less is better, less is better."""
+    """Return what the interval shows of `a` against `b`; where less is better, less is better.
+
+    One seed each shows nothing about methods, however far the two models at hand are apart.
+    """
+    if one_seed(difference):
+        return "no difference shown"
     if METRICS[metric].higher is False:
         difference = turned(difference)
     if difference["low"] > 0:
@@ -44,10 +54,27 @@ def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
     return "worse" if difference["high"] < 0 else "no difference shown"
 
 
+def one_seed(difference: Difference) -> bool:
+    """Whether the interval holds other rows alone, since no method has more than one seed."""
+    return not difference.get("over_seeds", True)
+
+
+def apart(difference: Difference) -> bool:
+    """Whether the interval leaves zero out."""
+    return difference["low"] > 0 or difference["high"] < 0
+
+
 def in_words(difference: Difference, metric: str = "accuracy") -> str:
-    """``better by 1.2 points [0.3, 2.1]``, or ``no difference shown: +0.4 points [-0.8, +1.6]``."""
+    """Return ``better by 1.2 points [0.3, 2.1]``, or ``no difference shown: +0.4 points [-0.8, +1.6]``.
+
+    With one seed each: ``+1.2 points [+0.3, +2.1] with one seed each, and another may reverse it``.
+    """
     known = METRICS[metric]
     found = verdict(difference, metric)
+    if found == "no difference shown" and apart(difference):
+        value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
+        span = f"{signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
+        return f"{span} with one seed each, and another may reverse it"
     if found == "no difference shown":
         value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
         return f"{found}: {signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
@@ -67,12 +94,12 @@ def signed(value: float) -> str:
 def turned(difference: Difference) -> Difference:
     """The same difference seen from the other side."""
     return {
+        **difference,
         "a": difference["b"],
         "b": difference["a"],
         "value": -difference["value"],
         "low": -difference["high"],
         "high": -difference["low"],
-        "p": difference["p"],
     }
 
 
@@ -116,13 +143,16 @@ def recommend(
 ) -> dict[str, str] | None:
     """The cheapest of the methods that are as good as the best, as far as these rows and seeds can tell.
 
-    A candidate is not shown to be worse than the best, and its mean is at most `margin` below: with few rows nothing
-    is ever shown to be worse, and a wide interval is no argument for a method.
+    The rule: of the methods that are candidates, the one with the least of the preferred cost; of those within a tenth
+    of it, the one that trains fastest. A candidate's interval against the best mean has zero in it, and its mean is
+    near the best: by at most a margin, or by half of the half-width of that interval, but never by more than three
+    margins, since with few rows no interval leaves zero out. The reason names every cheaper method whose interval has
+    zero in it and that was passed over for its mean.
 
     Args:
         methods: Each with ``name``, ``figure`` and ``cost``.
         prefer: The cost to go by, one of `COSTS`.
-        margin: In the metric's own unit; None: `margin_of`.
+        margin: How far below the best a method is near it, in the metric's own unit. None means by the rule above.
 
     Returns:
         ``method`` and ``reason``; None where nothing was measured.
@@ -136,29 +166,31 @@ def recommend(
     measured = sorted(methods, key=lambda method: -known.better(method["figure"]["value"], 0.0))
     if not measured:
         return None
-    best = measured[0]
-    margin = margin_of(metric, best["figure"]["value"]) if margin is None else margin
-    candidates = [
-        method
-        for method in measured
-        if method is best
-        or (
-            known.better(method["figure"]["value"], best["figure"]["value"]) >= -margin
-            and verdict(between(differences, method["name"], best["name"]), metric) != "worse"
-        )
-    ]
+    best, least_margin = measured[0], margin_of(metric, measured[0]["figure"]["value"])
+
+    def near(method: Mapping[str, Any]) -> bool:
+        to_best = between(differences, method["name"], best["name"])
+        by_interval = min(max(least_margin, NEAR * (to_best["high"] - to_best["low"]) / 2), FAR * least_margin)
+        allowed = by_interval if margin is None else margin
+        return known.better(method["figure"]["value"], best["figure"]["value"]) >= -allowed
+
+    level = [m for m in measured if m is best or not apart(between(differences, m["name"], best["name"]))]
+    candidates = [method for method in level if method is best or near(method)]
     costed = [method for method in candidates if method["cost"].get(prefer) is not None]
     if not costed:
         return {"method": best["name"], "reason": f"the best mean; {COSTS[prefer]} could not be measured"}
     least = min(method["cost"][prefer] for method in costed)
-    near = [method for method in costed if method["cost"][prefer] <= (1 + ALIKE) * least]
+    cheapest = [method for method in costed if method["cost"][prefer] <= (1 + ALIKE) * least]
     chosen = min(
-        near, key=lambda method: (method["cost"].get("training_seconds") or float("inf"), method["cost"][prefer])
+        cheapest, key=lambda method: (method["cost"].get("training_seconds") or float("inf"), method["cost"][prefer])
     )
-    return {
-        "method": chosen["name"],
-        "reason": _reason(chosen, best, measured, candidates, differences, prefer, margin, metric),
-    }
+    reason = _reason(chosen, best, measured, candidates, differences, prefer, metric)
+    cheaper = [m for m in level if m not in candidates and (m["cost"].get(prefer) or math.inf) < chosen["cost"][prefer]]
+    if cheaper:
+        gaps = [known.scale * (method["figure"]["value"] - best["figure"]["value"]) for method in cheaper]
+        named = ", ".join(f"{method['name']} ({signed(gap)})" for method, gap in zip(cheaper, gaps, strict=True))
+        reason += f"; cheaper in {COSTS[prefer]} and not shown to be worse, but not near the best mean: {named}"
+    return {"method": chosen["name"], "reason": reason}
 
 
 def at_chance(
@@ -192,22 +224,22 @@ def _reason(
     candidates: Sequence[Mapping[str, Any]],
     differences: Sequence[Difference],
     prefer: str,
-    margin: float,
     metric: str,
 ) -> str:
     known = METRICS[metric]
     if len(measured) == 1:
         return "the only method that was measured"
     if chosen is best:
-        better = [
-            method["name"]
-            for method in measured[1:]
-            if verdict(between(differences, best["name"], method["name"]), metric) == "better"
-        ]
-        if len(candidates) == 1:
-            shown = "shown to be better than all others" if len(better) == len(measured) - 1 else "no other comes near"
-            return f"the best mean, and {shown}" if better else f"the best mean by more than {_points(margin, metric)}"
-        return f"the best mean, and the least {COSTS[prefer]} of the {len(candidates)} methods near it"
+        others = [between(differences, best["name"], method["name"]) for method in measured[1:]]
+        ahead = sum(apart(difference) for difference in others)
+        shown = "ahead, with one seed, of" if any(map(one_seed, others)) else "shown to be better than"
+        if ahead == len(others):
+            return f"the best mean, and {shown} all others"
+        if len(candidates) > 1:
+            return f"the best mean, and the least {COSTS[prefer]} of the {len(candidates)} methods near it"
+        if ahead:
+            return f"the best mean, and {shown} {ahead} of the {len(others)} others"
+        return "the best mean; no difference to the others is shown"
     difference = between(differences, chosen["name"], best["name"])
     worst = difference["high"] if known.higher is False else -difference["low"]
     value, worst = known.scale * difference["value"], known.scale * worst
@@ -219,12 +251,6 @@ def _reason(
         f"{signed(value)}{known.words} against {best['name']}, the best mean, no difference shown{saving}; "
         f"the interval allows it to be up to {worst:.1f}{known.words} worse"
     )
-
-
-def _points(margin: float, metric: str) -> str:
-    known = METRICS[metric]
-    number = f"{known.scale * margin:.4g}"
-    return f"{number}{known.words.removesuffix('s') if number == '1' else known.words}"
 
 
 def _share(ratio: float) -> str:

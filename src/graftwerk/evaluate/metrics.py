@@ -1,6 +1,6 @@
 """How good predictions are, each figure with the interval that its rows allow; the one list of metrics.
 
-Intervals are percentile bootstrap intervals over rows (`bootstrap.py`): they say how far the figure would move with
+Intervals are percentile bootstrap intervals over rows (`row_interval.py`): they say how far the figure would move with
 other held-out rows of the same kind, not how far it would move with another training seed; `paired.py` has both. What
 cannot be computed is None with a note that says why; it is never guessed.
 """
@@ -11,30 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal
 
 import numpy as np
 
 from graftwerk.errors import DataError, EnvironmentFault, ModelError
 from graftwerk.evaluate import class_metrics, text_metrics
-from graftwerk.evaluate.bootstrap import Floats, Ints, Statistic, percentile_interval, resample
+from graftwerk.evaluate.bootstrap import Ints, Statistic, resample
 from graftwerk.evaluate.by_set import over_sets
+from graftwerk.evaluate.row_interval import Figure, interval_over_rows
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
-
-FEW_DRAWS = 0.5
-"""An interval stands on at least this share of the draws; with fewer the rows cannot carry one."""
-
-
-class Figure(TypedDict):
-    """A metric with its interval; ``note`` where something about it needs saying, ``signature`` where others need it to
-    get the same number.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-    note: NotRequired[str]
-    signature: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -52,6 +38,7 @@ class Metric:
         package: What has to be installed for it, beside what always is.
         cells: Whether it sees the confusion matrix alone.
         caution: What makes its value misleading on these predictions, or None.
+        by_class: Whether every class counts the same in it, however few rows it has.
     """
 
     title: str
@@ -62,6 +49,7 @@ class Metric:
     defined: Callable[[Predictions], bool]
     signature: Callable[[Any], str] | None = None
     cells: bool = False
+    by_class: bool = False
     package: str | None = None
     caution: Callable[[Any], str | None] = lambda predictions: None
 
@@ -118,6 +106,7 @@ METRICS: dict[str, Metric] = {
         class_metrics.f1_macro_statistic,
         _of_classes,
         cells=True,
+        by_class=True,
     ),
     "f1_weighted": Metric(
         "weighted F1",
@@ -128,7 +117,9 @@ METRICS: dict[str, Metric] = {
         _of_classes,
         cells=True,
     ),
-    "roc_auc": Metric("ROC-AUC", "share", True, class_metrics.area, class_metrics.area_statistic, _of_classes),
+    "roc_auc": Metric(
+        "ROC-AUC", "share", True, class_metrics.area, class_metrics.area_statistic, _of_classes, by_class=True
+    ),
     "exact_match": Metric(
         "exact match", "share", True, text_metrics.exact_match, text_metrics.exact_match_statistic, _of_texts
     ),
@@ -276,14 +267,12 @@ def metrics_of(
             drawn_from, counts = predictions, np.ones(predictions.rows, dtype=np.int64)  # type: ignore[assignment]
         draws = resample(counts, [METRICS[name].statistic(drawn_from) for name in drawable], resamples, rng)
         for (name, value), drawn in zip(drawable.items(), draws, strict=True):
-            figures[name] = _figure(value, drawn, confidence)
+            bounds, effect = METRICS[name].bounds, row_effect(name, predictions)
+            figures[name] = interval_over_rows(value, drawn, confidence, bounds, effect)
             if (signature := METRICS[name].signature) is not None:
                 figures[name]["signature"] = signature(predictions)
             if (caution := METRICS[name].caution(predictions)) is not None:
                 figures[name]["note"] = "; ".join(filter(None, [figures[name].get("note"), caution]))
-    for name in ("accuracy", "exact_match"):
-        if name in figures and figures[name]["value"] in (0.0, 1.0):
-            figures[name] = _certain(float(figures[name]["value"] or 0.0), predictions.rows, confidence)
     order = list(METRICS) if names is None else list(names)
     return {name: figures[name] for name in order if name in figures}
 
@@ -352,27 +341,19 @@ def _undefined(predictions: Predictions, labels: Sequence[str] | None) -> str:
     return f"undefined: no row has the label {shown}"
 
 
-def _figure(value: float, draws: Floats, confidence: float) -> Figure:
-    undefined = int(np.isnan(draws).sum())
-    if undefined > (1 - FEW_DRAWS) * len(draws):
-        note = f"no interval: {undefined} of {len(draws)} draws lack a class; a class has too few rows"
-        return {"value": value, "low": None, "high": None, "note": note}
-    low, high = percentile_interval(draws, confidence)
-    figure: Figure = {"value": value, "low": low, "high": high}
-    if undefined:
-        figure["note"] = f"{undefined} of {len(draws)} draws lacked a class and are left out of the interval"
-    elif low == high and math.isclose(low, value):
-        figure["note"] = "every draw of these rows gives the same value: the interval shows no spread, not certainty"
-    return figure
+def row_effect(metric: str, predictions: Predictions) -> float:
+    """Return what one wrong row changes in a metric if all others are right, on average; 0.0 without an upper bound.
 
-
-def _certain(value: float, n: int, confidence: float) -> Figure:
-    """All rows right or all wrong: every draw is alike, so the bootstrap has no width; the exact binomial bound has.
-
-    With no failure in n rows the one-sided bound p solves p^n = 1 - confidence (Clopper and Pearson, 1934).
+    A share of n rows changes by 1/n. Where G groups (classes, data sets) count the same, a row of a group of n_g rows
+    changes the mean over them by 1/(G n_g).
     """
-    bound = float((1 - confidence) ** (1 / n))
-    note = "all rows alike, so resampling shows no spread; the bound is the exact binomial one"
-    if value == 1.0:
-        return {"value": 1.0, "low": bound, "high": 1.0, "note": note}
-    return {"value": 0.0, "low": 0.0, "high": 1 - bound, "note": note}
+    known = METRICS[metric]
+    least, most = known.bounds
+    if math.isinf(most):
+        return 0.0
+    groups: Ints = np.array([predictions.rows], dtype=np.int64)
+    if known.by_class and isinstance(predictions, ClassPredictions):
+        groups = np.unique(class_metrics.targets_of(predictions), return_counts=True)[1]
+    elif isinstance(predictions, TextPredictions) and predictions.sets:
+        groups = np.unique(np.asarray(predictions.sets), return_counts=True)[1]
+    return (most - least) * float((1 / groups).mean()) / len(groups)

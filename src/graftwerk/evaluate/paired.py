@@ -1,52 +1,43 @@
-"""Differences between models that were measured on the same rows, over rows and training seeds.
+"""Differences between methods that were measured on the same rows, over rows and training seeds.
 
-Two models answer the same held-out rows, so most of what makes a figure uncertain (easy rows, hard rows) is common to
-both and drops out of the difference: rows are drawn *together* for all models. A method trained with several seeds is
-a sample of its own: seeds are drawn too, together for all methods that have them (they share row order and head
-initialisation), so an interval holds both what other rows and what another seed would have done.
+Two models answer the same held-out rows, so most of what makes a metric uncertain (easy rows, hard rows) is common to
+both and drops out of the difference: rows are drawn *together* for all runs. A method trained with several seeds is a
+sample of its own, so that an interval holds both what other rows and what another seed would have done. With one seed
+each, intervals hold rows alone: they compare the trained models at hand, and no method is called better.
 
-Of S seeds, S - 1 are drawn with replacement. Drawing S would understate the variance of the mean by (S - 1)/S, a
-third at three seeds; drawing S - 1 is unbiased (Rao and Wu, Resampling inference with complex survey data, 1988).
-Rows and seeds drawn independently of each other is the crossed bootstrap of Owen, The pigeonhole bootstrap (2007); it
-errs, mildly, on the wide side.
-
-Three seeds say little about how much seeds matter, and a bootstrap does not know that. Where the spread between seeds
-is a large part of a variance, the interval is widened from the normal to Student's t with Satterthwaite's degrees of
-freedom (1946): the part that rows contribute counts as known, the part that seeds contribute has S - 1. Where rows
-dominate, nothing changes.
-
-With many pairs compared at once, one in twenty 95 % intervals would miss by chance. `simultaneous` widens them
-together so that *all* of them hold at once with the confidence asked for: the largest studentised deviation over all
-pairs, draw by draw, gives one factor for every standard error (Romano and Wolf, 2005, single step). Among many pairs,
-some have seeds that agree by luck, and the largest deviation finds them; so no pair's seed variance counts as smaller
-than the median over the pairs. An interval without zero and an adjusted p below 1 - confidence are the same event.
-
-In simulated comparisons of seven methods without any difference (500 rows, two to five seeds, a spread between seeds of
-one to two points) all 21 intervals held zero in 95 to 99 % of the comparisons; without the two corrections in as few as
-66 % (docs/decisions/0007).
+With many pairs compared at once, one in twenty 95 % intervals would miss by chance. `Joint.simultaneous` gives
+intervals that *all* hold at once with the confidence asked for (`simultaneous.py` has the procedure and its sources,
+docs/decisions/0016 how often it misses).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
 from graftwerk.errors import DataError
-from graftwerk.evaluate.bootstrap import Floats, draw_counts, percentile_interval
-from graftwerk.evaluate.metrics import METRICS, Figure, check, point, same_rows, statistic_of
-from graftwerk.tasks.predictions import Predictions
+from graftwerk.evaluate.bootstrap import Floats, Ints, draw_counts
+from graftwerk.evaluate.metrics import METRICS, check, point, row_effect, same_rows, statistic_of
+from graftwerk.evaluate.row_interval import Figure, enough_draws, interval_over_rows
+from graftwerk.evaluate.simultaneous import Components, Pairs, components, student
+from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
 
 Runs = Mapping[int, Predictions]
 """A method's predictions by training seed, all on the same rows."""
 
+ONE_SEED = "these intervals compare the models at hand; another training seed may reverse them"
+
 
 class Difference(TypedDict):
-    """``a`` minus ``b``: the value, its interval, and the adjusted p of no difference (None where it was not asked
-    for).
+    """``a`` minus ``b``: the value, its interval, and the p of no difference, adjusted if there are several pairs.
+
+    ``over_seeds`` is False if every method has one seed: the interval then holds other rows alone. Absent means True.
     """
 
     a: str
@@ -55,112 +46,128 @@ class Difference(TypedDict):
     low: float
     high: float
     p: float | None
+    over_seeds: NotRequired[bool]
 
 
 @dataclass(frozen=True)
 class Joint:
-    """One bootstrap of several methods over common rows and seeds.
+    """One bootstrap of several methods over common rows, every run kept.
 
     Attributes:
-        methods: Names, in the order of the columns.
-        means: Point values (M,): the mean over a method's seeds.
-        draws: Bootstrap means (R, M), drawn jointly; nan where a draw leaves the metric undefined.
-        values: Each method's value by seed.
+        methods: Names, M of them.
+        values: Each method's value by seed, N in all.
+        draws: Bootstrap values of the runs (R, N) in the order of ``values``; nan where a draw leaves the metric
+            undefined.
+        effect: What one wrong row changes in the metric, as `metrics.row_effect` says.
+        alike: Pairs of methods (their places) that give the same answers on every row.
         metric: Of what.
+        seed: Of the simulation behind `simultaneous`.
     """
 
     methods: tuple[str, ...]
-    means: Floats
-    draws: Floats
     values: dict[str, dict[int, float]]
+    draws: Floats
+    effect: float = 0.0
+    alike: frozenset[tuple[int, int]] = frozenset()
     metric: str = "accuracy"
+    seed: int = 0
+
+    @cached_property
+    def means(self) -> Floats:
+        """Each method's mean over its seeds, (M,)."""
+        return np.array([np.mean(list(self.values[name].values())) for name in self.methods])
+
+    @cached_property
+    def _owner(self) -> Ints:
+        """Which method each run is of, (N,)."""
+        return np.repeat(np.arange(len(self.methods)), [len(self.values[name]) for name in self.methods])
+
+    @cached_property
+    def parts(self) -> Components:
+        """The variance components.
+
+        Raises:
+            DataError: most draws of these rows leave the metric undefined.
+        """
+        defined = self.draws[~np.isnan(self.draws).any(axis=1)]
+        if not enough_draws(len(defined), len(self.draws)):
+            lacking = f"{len(self.draws) - len(defined)} of {len(self.draws)} draws of these rows lack a class"
+            raise DataError(
+                f"`{self.metric}` has no intervals: {lacking}",
+                mend="hold out more rows, or decide by another metric: metric=accuracy",
+            )
+        values = np.array([value for name in self.methods for value in self.values[name].values()])
+        return components(defined, values, self._owner, self.effect)
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether any method has more than one seed, so that intervals hold what another seed would change."""
+        return any(len(values) > 1 for values in self.values.values())
 
     def figure(self, method: str, confidence: float) -> Figure:
-        """A method's mean over seeds with its percentile interval."""
+        """Return a method's mean over its seeds with an interval of its own."""
         m = self.methods.index(method)
-        values = self.values[method]
-        low, high = _percentiles(self.draws[:, m], float(self.means[m]), list(values.values()), confidence)
+        value = float(self.means[m])
+        draws = self.draws[:, self._owner == m].mean(axis=1)
+        figure = interval_over_rows(value, draws, confidence, METRICS[self.metric].bounds, self.effect)
+        if not self.over_seeds:
+            figure["note"] = f"one seed: {ONE_SEED}"
+        if figure["low"] is None or figure["high"] is None:
+            return figure
+        wider, besides = self._widening(m, confidence)
+        low = value - np.hypot(wider * (value - figure["low"]), besides)
+        high = value + np.hypot(wider * (figure["high"] - value), besides)
         # A share of rows lies between 0 and 1 whatever the widening says.
         least, most = METRICS[self.metric].bounds
-        figure: Figure = {"value": float(self.means[m]), "low": max(low, least), "high": min(high, most)}
-        if len(values) == 1:
-            figure["note"] = "one seed: the interval does not hold what another training seed would change"
-        return figure
+        return {**figure, "low": max(float(low), least), "high": min(float(high), most)}
+
+    def _widening(self, m: int, confidence: float) -> tuple[float, float]:
+        """What seeds do to a mean's interval over rows: a factor to its sides, or a half-width besides rows."""
+        if not self.over_seeds:
+            return 1.0, 0.0
+        per_seed, rows = 1 / self.parts.seeds[m : m + 1], float(self.parts.rows[m, m])
+        squared = np.maximum(rows + per_seed * self.parts.seed_variance, rows / 2)
+        quantile = student(confidence, self.parts.degrees(squared, per_seed))
+        if rows > 0:
+            return float(np.sqrt(squared[0] / rows)) * quantile / student(confidence, np.inf), 0.0
+        return 1.0, quantile * float(np.sqrt(squared[0]))
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Standard errors of all pairs of methods."""
+        return Pairs(self.parts, self.alike, self.seed)
 
     def simultaneous(self, confidence: float) -> list[Difference]:
-        """Every pair of methods, with intervals that all hold together."""
-        pairs = list(combinations(range(len(self.methods)), 2))
-        if not pairs:
+        """Return the difference of every pair of methods, with intervals that all hold together.
+
+        Raises:
+            DataError: most draws of these rows leave the metric undefined.
+        """
+        places = list(combinations(self.methods, 2))
+        if not places:
             return []
-        a, b = (list(side) for side in zip(*pairs, strict=True))
-        value = self.means[a] - self.means[b]
-        drawn = self.draws[:, a] - self.draws[:, b]
-        drawn = drawn[~np.isnan(drawn).any(axis=1)]
-        spread = drawn.std(axis=0, ddof=1)
-        # Two methods with the same predictions everywhere have no spread: their interval is [0, 0], and rightly so.
-        safe = np.where(spread > 0, spread, 1.0)
-        largest = (np.abs(drawn - drawn.mean(axis=0)) / safe).max(axis=1)
-        factor = float(np.quantile(largest, confidence))
-        own = np.array([_seed_variance(self._by_seed(i, j)) for i, j in pairs])
-        seeded = np.maximum(own, np.median(own))
-        error = np.where(spread > 0, np.sqrt(spread**2 + seeded - own), 0.0)
-        wider = [_widening(seeded[k], len(self._by_seed(i, j)), error[k], factor) for k, (i, j) in enumerate(pairs)]
-        error = error * np.array(wider)
-        size = np.divide(np.abs(value), error, out=np.zeros_like(value), where=error > 0)
-        p = (1 + (largest[:, None] >= size).sum(axis=0)) / (1 + len(largest))
-        return [
-            {
-                "a": self.methods[i],
-                "b": self.methods[j],
-                "value": float(value[k]),
-                "low": float(value[k] - factor * error[k]),
-                "high": float(value[k] + factor * error[k]),
-                "p": float(p[k]),
-            }
-            for k, (i, j) in enumerate(pairs)
-        ]
+        i, j = self.pairs.sides
+        p = self.pairs.adjusted_p(self.means[i] - self.means[j])
+        factor = self.pairs.factor(confidence)
+        return [self._difference(a, b, factor, float(p[k])) for k, (a, b) in enumerate(places)]
 
     def difference(self, a: str, b: str, confidence: float) -> Difference:
-        """One pair with an interval of its own, as if it were the only one."""
+        """Return one pair with an interval of its own, as if it were the only one."""
+        return self._difference(a, b, student(confidence, self.pairs.df), None)
+
+    def _difference(self, a: str, b: str, factor: float, p: float | None) -> Difference:
         i, j = self.methods.index(a), self.methods.index(b)
-        value = float(self.means[i] - self.means[j])
-        low, high = _percentiles(self.draws[:, i] - self.draws[:, j], value, self._by_seed(i, j), confidence)
-        return {"a": a, "b": b, "value": value, "low": low, "high": high, "p": None}
-
-    def _by_seed(self, i: int, j: int) -> list[float]:
-        """The difference at every seed that both have."""
-        a, b = self.values[self.methods[i]], self.values[self.methods[j]]
-        return [a[seed] - b[seed] for seed in a if seed in b]
-
-
-def _percentiles(draws: Floats, value: float, by_seed: Sequence[float], confidence: float) -> tuple[float, float]:
-    from scipy.special import ndtri
-
-    low, high = percentile_interval(draws, confidence)
-    error = float(np.nanstd(draws, ddof=1))
-    wider = _widening(_seed_variance(by_seed), len(by_seed), error, float(ndtri((1 + confidence) / 2)))
-    return value - (value - low) * wider, value + (high - value) * wider
-
-
-def _seed_variance(by_seed: Sequence[float]) -> float:
-    """What seeds contribute to the variance of the mean over them; 0 where one seed cannot tell."""
-    return float(np.var(by_seed, ddof=1)) / len(by_seed) if len(by_seed) > 1 else 0.0
-
-
-def _widening(seeded: float, seeds: int, error: float, factor: float) -> float:
-    """Student's t over the normal quantile `factor`, for a standard error whose part `seeded` comes from so many
-    seeds.
-    """
-    from scipy.special import ndtr, stdtrit
-
-    if seeds < 2 or error <= 0 or seeded <= 0:
-        return 1.0
-    share = min(seeded / error**2, 1.0)
-    return float(stdtrit((seeds - 1) / share**2, ndtr(factor))) / factor
+        if i == j:
+            value = half = 0.0
+        else:
+            place = list(combinations(range(len(self.methods)), 2)).index((min(i, j), max(i, j)))
+            value, half = float(self.means[i] - self.means[j]), factor * float(self.pairs.errors[place])
+        found: Difference = {"a": a, "b": b, "value": value, "low": value - half, "high": value + half, "p": p}
+        return found if self.over_seeds else {**found, "over_seeds": False}
 
 
 def joint_bootstrap(methods: Mapping[str, Runs], metric: str, *, resamples: int = 2000, seed: int = 0) -> Joint:
-    """Draw rows and seeds together for all methods.
+    """Draw rows together for all runs of all methods.
 
     Args:
         methods: By method's name, by seed: predictions on the same rows in the same order. A method may lack seeds (a
@@ -168,50 +175,42 @@ def joint_bootstrap(methods: Mapping[str, Runs], metric: str, *, resamples: int 
         metric: One of `metrics.METRICS`.
         resamples: Draws.
         seed: Of the draws.
+
     Raises:
         DataError: rows or targets differ between runs, or the metric is undefined on these rows.
     """
-    names = tuple(methods)
-    columns = [(m, seed_) for m, name in enumerate(names) for seed_ in methods[name]]
-    first = methods[names[columns[0][0]]][columns[0][1]]
+    runs = [(name, seed_, own) for name, by_seed in methods.items() for seed_, own in by_seed.items()]
+    first_name, _, first = runs[0]
     statistics, values = [], dict[str, dict[int, float]]()
-    for m, seed_ in columns:
-        own = methods[names[m]][seed_]
+    for name, seed_, own in runs:
         check(own)
         if not same_rows(own, first):
             raise DataError(
-                f"`{names[m]}` with seed {seed_} was measured on other rows than `{names[columns[0][0]]}`",
+                f"`{name}` with seed {seed_} was measured on other rows than `{first_name}`",
                 mend="run the comparison again in an empty folder, so that all runs share their held-out rows",
             )
         value = point(metric, own)
         if value is None:
             raise DataError(f"`{metric}` is undefined on these rows: a class is absent", mend="hold out more rows")
-        values.setdefault(names[m], {})[seed_] = value
+        values.setdefault(name, {})[seed_] = value
         statistics.append(statistic_of(metric, own))
     rng = np.random.default_rng(seed)
-    seeds = sorted({seed_ for _, seed_ in columns})
-    picked = _draw_seeds(len(seeds), resamples, rng)
-    # (S, runs) x (runs, M): which run counts for which method, whenever its seed is drawn.
-    belongs = np.zeros((len(columns), len(names)))
-    belongs[np.arange(len(columns)), [m for m, _ in columns]] = 1
-    share = picked[:, [seeds.index(seed_) for _, seed_ in columns]]
-    draws = np.empty((resamples, len(names)))
-    start = 0
-    for weights in draw_counts(np.ones(first.rows, dtype=np.int64), resamples, rng):
-        rows = slice(start, start + len(weights))
-        by_run = np.stack([f(weights) for f in statistics], axis=1) * share[rows]
-        drawn = share[rows] @ belongs
-        draws[rows] = np.divide(by_run @ belongs, drawn, out=np.full_like(drawn, np.nan), where=drawn > 0)
-        start += len(weights)
-    means = np.array([np.mean(list(values[name].values())) for name in names])
-    return Joint(names, means, draws, values, metric)
+    blocks = [
+        np.stack([statistic(weights) for statistic in statistics], axis=1)
+        for weights in draw_counts(np.ones(first.rows, dtype=np.int64), resamples, rng)
+    ]
+    answers = [Counter(_answers(metric, own) for own in by_seed.values()) for by_seed in methods.values()]
+    alike = frozenset(pair for pair in combinations(range(len(answers)), 2) if answers[pair[0]] == answers[pair[1]])
+    return Joint(tuple(methods), values, np.concatenate(blocks), row_effect(metric, first), alike, metric, seed)
 
 
-def _draw_seeds(seeds: int, resamples: int, rng: np.random.Generator) -> Floats:
-    """How often each seed is drawn: (R, S), S - 1 draws each; a single seed stands still."""
-    if seeds == 1:
-        return np.ones((resamples, 1))
-    return rng.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
+def _answers(metric: str, predictions: Predictions) -> object:
+    """What the metric sees of a run's answers, to be compared with another run's."""
+    if isinstance(predictions, ClassPredictions):
+        seen = predictions.scores.argmax(axis=1) if METRICS[metric].cells else predictions.scores
+        return seen.tobytes()
+    assert isinstance(predictions, TextPredictions)
+    return predictions.nll.tobytes() if predictions.texts is None or metric == "perplexity" else predictions.texts
 
 
 def paired_difference(
@@ -223,7 +222,7 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Difference:
-    """How much better `a` is than `b` on the same rows, with its interval.
+    """Return how much better `a` is than `b` on the same rows, with its interval.
 
     Each is one model's predictions, or those of several training seeds (a sequence in the order of the seeds, or a
     mapping by seed): then the interval is over rows and seeds, and the value is the difference of the means.

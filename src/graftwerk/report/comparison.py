@@ -174,8 +174,11 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
         (
             "Intervals",
             (
-                "bootstrap: held-out rows and seeds are drawn together for all methods; an interval of a mean holds "
-                "what other rows and other seeds would change, those of differences hold for all pairs at once"
+                "over rows, by bootstrap draws of them for all runs together, and over seeds, by the variance between "
+                "them, pooled over the methods; those of differences hold for all pairs at once"
+                if len(items(result, "seeds")) > 1
+                else "over rows alone, by bootstrap draws of them for all models together: they compare the models at "
+                "hand, and another training seed may reverse them; those of differences hold for all pairs at once"
             ),
         ),
         ("Learning rate", "each method's own" if rate == "auto" else rate),

@@ -57,12 +57,14 @@ def quality(
             numbers.interval_of(key, figure),
             drawing,
             runs,
+            numbers.bare(key, number(method, "seed_spread")),
             against,
         ]
         rows.append((_row_class(method, chosen), cells))
     headings = [
         ("Method", ""), (numbers.heading(key), "number"), ("Interval", "number"),
-        ("Mean, interval, each seed", ""), ("Seeds", "number"), ("Against the best", "words"),
+        ("Mean, interval, each seed", ""), ("Seeds", "number"), ("SD of seeds", "number"),
+        ("Against the best", "words"),
     ]  # fmt: skip
     return page.table("Quality of each method", headings, rows)
 
@@ -74,6 +76,9 @@ def _against(difference: verdicts.Difference | None, metric: str) -> str:
     if difference.verdict == "better":
         low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
         return f"worse by {numbers.bare(metric, difference.value)}{numbers.unit(metric)} ({low} to {high})"
+    if difference.apart:  # with one seed
+        low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
+        return f"{numbers.bare(metric, difference.value)}{numbers.unit(metric)} behind ({low} to {high}), one seed"
     return f"no difference shown ({numbers.signed(metric, -difference.value)})"
 
 
@@ -148,7 +153,7 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
         said = f"{d.a} against {d.b}: {numbers.signed(key, d.value)}{numbers.unit(key)}, interval {limits}"
         kind = "" if shown else "unshown"
         drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
-        verdict = f"{d.a} is {d.verdict}" if shown else d.verdict
+        verdict = f"{d.a} is {d.verdict}" if shown else "one seed: it may be reversed" if d.apart else d.verdict
         p = numbers.DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
         rows.append(
             (
@@ -166,13 +171,18 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
         if key in numbers.LESS_IS_BETTER
         else f"in{numbers.unit(key)} of {metric}"
     )
+    shown_if = (
+        "these intervals compare the models at hand, so with one seed no difference between methods counts as shown."
+        if any(d.one_seed for d in found)
+        else "a difference counts as shown only if its interval leaves zero out."
+    )
     text = (
-        f"Every pair on the same rows and seeds, {how}. {level}The intervals hold all at once, and p "
-        "is adjusted for the number of pairs: a difference counts as shown only if its interval leaves zero out."
+        f"Every pair on the same rows, {how}. {level}The intervals hold all at once, and p is adjusted for the number "
+        f"of pairs: {shown_if}"
     )
     return page.section(
         "What the differences are worth",
-        page.paragraph(text),
+        page.paragraph(" ".join(filter(None, [text, verdicts.seed_spread(result)]))),
         page.table("Paired differences", headings, rows, class_="pairs"),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftwerk.report import numbers
-from graftwerk.report.files import at, mapping, mappings, number, words
+from graftwerk.report.files import at, items, mapping, mappings, number, words
 from graftwerk.report.tradeoff import COSTS
 
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -29,9 +29,16 @@ class Difference:
     high: float
     p: float | None
     verdict: Verdict
+    one_seed: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether the interval leaves zero out; with one seed that shows nothing about methods."""
+        return self.low > 0 or self.high < 0
 
     def turned(self) -> Difference:
-        return Difference(self.b, self.a, -self.value, -self.high, -self.low, self.p, _OTHER_WAY[self.verdict])
+        verdict = _OTHER_WAY[self.verdict]
+        return Difference(self.b, self.a, -self.value, -self.high, -self.low, self.p, verdict, self.one_seed)
 
 
 def measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -52,12 +59,14 @@ def differences(result: Mapping[str, Any]) -> list[Difference]:
         if less:  # seen so that more is better, as everything below takes it; values stay in their unit
             value, low, high = -value, -high, -low
         verdict: Verdict
-        match words(entry, "verdict"):
+        one_seed = at(entry, "over_seeds") is False or len(items(result, "seeds")) == 1
+        match "no difference shown" if one_seed else words(entry, "verdict"):
             case "better" | "worse" | "no difference shown" as said:
                 verdict = said
             case _:
                 verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-        difference = Difference(words(entry, "a"), words(entry, "b"), value, low, high, number(entry, "p"), verdict)
+        a, b, p = words(entry, "a"), words(entry, "b"), number(entry, "p")
+        difference = Difference(a, b, value, low, high, p, verdict, one_seed)
         found.append(difference if value >= 0 else difference.turned())
     return sorted(found, key=lambda difference: -difference.value)
 
@@ -127,8 +136,22 @@ def resolution(result: Mapping[str, Any]) -> str:
     return f"With these rows and seeds, differences under about {least} cannot be shown."
 
 
+def seed_spread(result: Mapping[str, Any]) -> str:
+    """Return what the intervals assume about seeds, in a sentence; nothing if every method has one."""
+    spread, metric = number(result, "seed_spread"), words(result, "metric")
+    if spread is None:
+        return ""
+    size = f"{numbers.scale(metric) * spread:.1f}{numbers.unit(metric)}"
+    return (
+        f"Seeds of one method differ with a standard deviation of {size}, pooled over the methods. The intervals take "
+        "it to be the same for every method, and are too narrow between methods whose own is far above it."
+    )
+
+
 def _beaten(found: Sequence[Difference], best: str, names: Sequence[str]) -> str:
     others = [name for name in names if name != best]
+    if any(difference.one_seed for difference in found):
+        return "it has the best value of one seed each, and another seed may reverse that"
     better = [name for name in others if (d := between(found, best, name)) is not None and d.verdict == "better"]
     if len(better) == len(others):
         return f"it is better than {others[0]}" if len(others) == 1 else "it is better than all the others"
