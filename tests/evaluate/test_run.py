@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from graftwerk.errors import AdapterError, ConfigError, DataError, GraftwerkError, IntegrityError
+from graftwerk.evaluate import metrics
 from graftwerk.evaluate.opened import open_adapter
 from graftwerk.evaluate.run import evaluate, predict, run_model
 from graftwerk.evaluate.stored import EVALUATION, PREDICTIONS, load_evaluation
+from graftwerk.models import hardware
 from graftwerk.store.safety import read_sealed
 from graftwerk.tasks.classification import Classification
 from graftwerk.train.run import train
@@ -114,6 +116,42 @@ def test_a_run_is_measured_on_its_own_test_rows(run: Path) -> None:
     assert result["notes"] == cut
     assert len(cut) == 1
     json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+def test_evaluate_of_run_answers_to_the_bit_as_training_did(
+    settings: dict[str, Any], trunk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 a row's answer depends on its batch; the machine that evaluates may be fast in another type."""
+    seen: list[Any] = []
+
+    real = metrics.metrics_of
+    monkeypatch.setattr(metrics, "metrics_of", lambda p, *a, **o: seen.append(p) or real(p, *a, **o))
+    monkeypatch.delenv(hardware.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(hardware, "_fastest", lambda *_: "bfloat16")
+    training = {**settings["training"], "per_device_eval_batch_size": 5, "trunk_cache": trunk}
+    method = {"name": "lora", "r": 2, "layers_to_transform": [1]}
+    run = train({**settings, "method": method, "training": training, "output_dir": str(tmp_path / "run")})
+    in_training = seen[1]
+    assert run.manifest["compute"] == {
+        "type": "bfloat16",
+        "device": "cpu",
+        "eval_batch_size": 5,
+        "processes": 1,
+        "threads": torch.get_num_threads(),
+    }
+    monkeypatch.setattr(hardware, "_fastest", lambda *_: "float32")
+    seen.clear()
+    result = evaluate(run)
+    assert (result["compute"]["type"], result["compute"]["eval_batch_size"]) == ("bfloat16", 5)
+    assert np.array_equal(seen[0].scores, in_training.scores)
+    assert not [note for note in result["notes"] if "round" in note]
+    monkeypatch.setenv(hardware.ENVIRONMENT, "float32")
+    other = evaluate(run, batch_size=7)
+    assert other["compute"]["type"] == "float32"
+    (note,) = [note for note in other["notes"] if "round" in note]
+    assert note.endswith("compute type float32 (in training: bfloat16), rows a forward pass 7 (in training: 5)")
+    assert open_adapter(run.adapter).eval_batch_size == 5  # the adapter alone knows it too
 
 
 def test_the_adapter_inside_a_run_is_that_run(run: Path) -> None:

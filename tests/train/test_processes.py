@@ -10,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from graftwerk.train.checkpoint import Checkpoints
 from graftwerk.train.events import Event
+from graftwerk.train.launch import Processes
 from graftwerk.train.run import Run, train
 from tests.tasks.test_causal import tree as causal_tree
 from tests.train.children import Child, log_of
@@ -57,10 +59,17 @@ def same_figures(one: Path, two: Path, *, steps: int = 10) -> None:
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (kind, a["step"], name)
 
 
+def test_processes_share_whole_batches_of_evaluation() -> None:
+    """So that a batch, and how its answers round, does not depend on how many processes there are."""
+    batches = [[5, 4], [3, 2], [1]]
+    assert Processes.shares(SimpleNamespace(count=2), batches) == [[5, 4, 1], [3, 2]]  # type: ignore[arg-type]
+    assert Processes.shares(SimpleNamespace(count=1), batches) == [[5, 4, 3, 2, 1]]  # type: ignore[arg-type]
+
+
 def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, tmp_path: Path, still: Path) -> None:
-    """36 rows, 8 a step: the last step of an epoch has 4. Evaluation rows are shared out too, 11 of them unevenly."""
-    shared = run_file(tmp_path / "two", per_device_train_batch_size=4)
-    alone = run_file(tmp_path / "one", per_device_train_batch_size=8)
+    """36 rows, 8 a step: the last step of an epoch has 4. Batches of evaluation rows are shared out too, 3 of them unevenly."""
+    shared = run_file(tmp_path / "two", per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    alone = run_file(tmp_path / "one", per_device_train_batch_size=8, per_device_eval_batch_size=4)
     for tree in (shared, alone):
         tree["model"] = str(still)
         tree["data"]["validation"] = 11

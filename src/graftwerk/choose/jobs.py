@@ -115,6 +115,6 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         run = train(config, resume=not job["overwrite"], overwrite=job["overwrite"], listener=listener)
     if load_evaluation(run.folder, run.adapter) is None:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
-        evaluate(run, store=True, batch_size=config.training.per_device_eval_batch_size)
+        evaluate(run, store=True)
     write_report(run.folder)
     return {"seconds": time.monotonic() - began}

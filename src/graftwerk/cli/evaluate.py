@@ -53,6 +53,10 @@ def register(app: typer.Typer) -> None:
         show_sets(out, result["metrics_by_set"])
         show_examples(out, result.get("examples") or [])
         show_cost(out, result["cost"])
+        compute = result["compute"]
+        out.note(
+            f"computed in {compute['type']} on {compute['device']}, {compute['eval_batch_size']} rows a forward pass"
+        )
         for note in result["notes"]:
             out.warn(f"note: {note}")
         return result

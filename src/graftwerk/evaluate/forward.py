@@ -45,13 +45,12 @@ def run_model(
         texts: What was generated for each row, where the task generates and was asked to.
         serve: Entered around each forward pass, with its rows: what they have in common with earlier ones may be kept.
     """
-    order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
     answers: list[Tensor | None] = [None] * len(examples)
     losses: list[float] = []
     weights: list[float] = []
+    done = 0
     with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches_of(examples, batch_size):
             chosen = [examples[row] for row in rows]
             batch = to_device(task.collate(chosen, tokenizer), model)
             with nullcontext() if serve is None else serve(chosen, batch):
@@ -63,12 +62,19 @@ def run_model(
             for place, row in enumerate(rows):
                 answers[row] = answered[place : place + 1]
             if on_progress is not None:
-                on_progress(start + len(rows), len(order))
+                done += len(rows)
+                on_progress(done, len(examples))
     targets = [example.target for example in examples]
     known = len(examples) > 0 and all(target is not None for target in targets)
     total = sum(weights)
     loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / total if known and total else None
     return task.predictions([answer for answer in answers if answer is not None], examples, loss, texts)
+
+
+def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Return the rows of each forward pass, longest first."""
+    order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

@@ -4,9 +4,11 @@ alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from graftwerk.store.safety import read_header, read_sealed
 from graftwerk.tasks import kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
+BATCH = 64
 MANIFEST, CONFIG, ADAPTER = "manifest.json", "config.yaml", "adapter"
 HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
@@ -36,6 +39,7 @@ class Opened:
         run: The run's folder and settings, or None for an adapter folder that stands alone.
         columns: How the training data called the parts of a row.
         data_fingerprint: Of the rows it was trained and measured on, where that is known.
+        trained_with: The run's own ``compute`` of its manifest: type, device, batch; empty if it does not say.
     """
 
     info: AdapterInfo
@@ -50,6 +54,24 @@ class Opened:
     columns: dict[str, str]
     data_fingerprint: str | None
     evaluation: EvaluationSettings
+    trained_with: dict[str, Any]
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a forward pass: as many as the run itself took, so that answers round alike."""
+        own = self.trained_with.get("eval_batch_size")
+        if isinstance(own, int) and own > 0:
+            return own
+        return self.settings.training.per_device_eval_batch_size if self.settings else BATCH
+
+    def compute(self, batch_size: int) -> dict[str, Any]:
+        """Return what the last bits of answers depend on: as the manifest's ``compute``."""
+        return {
+            "type": str(self.dtype).removeprefix("torch."),
+            "device": next(self.model.parameters()).device.type,
+            "eval_batch_size": batch_size,
+            "threads": torch.get_num_threads(),
+        }
 
     @property
     def labels(self) -> Sequence[str]:
@@ -127,7 +149,7 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
         ConfigError, ModelError, EnvironmentFault, IntegrityError: as loading models and adapters does.
     """
     from graftwerk.inject.virtual import positions_taken
-    from graftwerk.models.hardware import compute_type, set_threads
+    from graftwerk.models.hardware import set_threads
     from graftwerk.models.load import (
         fix_padding,
         load_config,
@@ -152,7 +174,7 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
     splits = Splits((), (), (), _labels(info, own, architecture), "")
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_type(settings.training.compute_type if settings else "auto", device)
+    dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
     base = load_model(name, task, splits, revision=revision)
     fix_padding(base, tokenizer)
     load_adapter(base, info.folder, force=force)
@@ -174,7 +196,33 @@ def open_adapter(target: Any, *, model: str | None = None, force: bool = False) 
         columns=dict(settings.data.columns if settings else origin.get("columns") or {}),
         data_fingerprint=(own.get("data") or {}).get("fingerprint"),
         evaluation=settings.evaluation if settings else EvaluationSettings(),
+        trained_with=_trained_with(own),
     )
+
+
+def _trained_with(own: Mapping[str, Any]) -> dict[str, Any]:
+    compute = own.get("compute")
+    return dict(compute) if isinstance(compute, dict) else {}
+
+
+def _compute_type(own: Mapping[str, Any], asked: str, device: torch.device) -> torch.dtype:
+    """Return the type that the run computed in, if this is a device of the same kind that can; else what is asked for.
+
+    What `auto` finds here may be another type than what it found for the run. The environment variable
+    `GRAFTWERK_COMPUTE_TYPE` goes before the run, as it does in training.
+    """
+    from graftwerk.models.hardware import ENVIRONMENT, TYPES, compute_type
+
+    run = _trained_with(own)
+    if (
+        asked == "auto"
+        and run.get("type") in TYPES
+        and run.get("device") == device.type
+        and not os.environ.get(ENVIRONMENT)
+    ):
+        with contextlib.suppress(ConfigError):
+            return compute_type(run["type"], device)
+    return compute_type(asked, device)
 
 
 def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:

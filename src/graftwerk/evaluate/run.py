@@ -17,8 +17,6 @@ from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
 from graftwerk.tasks.text import TextTask
 
-BATCH = 64
-
 
 def evaluate(
     target: Any,
@@ -27,7 +25,7 @@ def evaluate(
     columns: Mapping[str, str] | None = None,
     model: str | None = None,
     force: bool = False,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     confidence: float | None = None,
     resamples: int | None = None,
     store: bool = False,
@@ -44,7 +42,7 @@ def evaluate(
         columns: Which column of `data` plays which part; default: as in training.
         model: The base model, where it is not where the adapter says.
         force: Accept a base with other weights than those the adapter was trained on.
-        batch_size: Rows a forward pass.
+        batch_size: Rows a forward pass. None means as many as the run itself took in evaluation.
         confidence, resamples: Of the intervals; default: as the run file says.
         store: Leave `evaluation.json` and the predictions, row by row, in the run folder.
         baseline: Measure the unadapted base on the same rows too; default: as the run file says.
@@ -54,7 +52,8 @@ def evaluate(
     Returns:
         ``metrics`` (each with value, low, high, and a note where something needs saying; for several data sets their
         macro means), ``metrics_by_set``, ``rows``, ``split`` (test,
-        validation, or data), ``loss``, ``labels``, ``cost`` (milliseconds a row by batch size, bytes of the adapter,
+        validation, or data), ``loss``, ``labels``, ``compute`` (type, device, rows of a forward pass and threads, by
+        default the run's), ``cost`` (milliseconds a row by batch size, bytes of the adapter,
         bytes of memory that loading and evaluating took at most), ``notes``. For tasks that write: ``examples``
         (source, reference, the base's answer before, the adapter's after). With a baseline: its ``metrics``, ``loss``.
 
@@ -87,6 +86,7 @@ def evaluate(
         if wants_base:
             check_baseline(opened.task)
         examples = opened.encode(rows)
+        rows_a_pass = batch_size or opened.eval_batch_size
         said: list[str] = []
 
         def measured() -> Predictions:
@@ -95,7 +95,7 @@ def evaluate(
                 opened.task,
                 examples,
                 opened.tokenizer,
-                batch_size=batch_size,
+                batch_size=rows_a_pass,
                 dtype=opened.dtype,
                 on_progress=on_progress,
                 texts=_texts(opened, examples, on_progress, said.append) if settings.generate else None,
@@ -124,6 +124,7 @@ def evaluate(
         "split": split,
         "loss": predictions.loss,
         "labels": list(opened.labels),
+        "compute": opened.compute(rows_a_pass),
         "cost": {
             **{f"latency_ms_batch_{size}": round(value, 4) for size, value in timed.items()},
             "adapter_bytes": size_on_disk(opened.info.folder),
@@ -131,6 +132,8 @@ def evaluate(
         },
         "notes": said + _notes(opened, examples),
     }
+    if data is None:
+        result["notes"] += _other_bits(opened, result["compute"])
     base = of_base(opened.model, measured) if wants_base else None
     if base is not None:
         result["baseline"] = {"metrics": metrics_of(base, **options), "loss": base.loss}
@@ -155,7 +158,7 @@ def predict(
     columns: Mapping[str, str] | None = None,
     model: str | None = None,
     force: bool = False,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
     evaluation: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -200,7 +203,7 @@ def predict(
         opened.task,
         examples,
         opened.tokenizer,
-        batch_size=batch_size,
+        batch_size=batch_size or opened.eval_batch_size,
         dtype=opened.dtype,
         on_progress=on_progress,
         texts=_texts(opened, examples, on_progress, said.append),
@@ -254,6 +257,19 @@ def _texts(
         on_progress=on_progress,
         say=say,
     )
+
+
+def _other_bits(opened: Opened, compute: Mapping[str, Any]) -> list[str]:
+    """Say what differs from the run's own evaluation: a row that hangs in the balance may be answered otherwise."""
+    names = {"type": "compute type", "device": "device", "eval_batch_size": "rows a forward pass", "threads": "threads"}
+    changed = [
+        f"{said} {compute[name]} (in training: {opened.trained_with[name]})"
+        for name, said in names.items()
+        if name in opened.trained_with and compute[name] != opened.trained_with[name]
+    ]
+    if not changed:
+        return []
+    return [f"answers round otherwise than in training, and single rows may change: {', '.join(changed)}"]
 
 
 def _notes(opened: Opened, examples: Sequence[Example]) -> list[str]:

@@ -12,6 +12,7 @@ from graftwerk.tasks.base import Predictions
 from graftwerk.train.events import Event
 from graftwerk.train.folder import RunFolder
 from graftwerk.train.loop import Trainer
+from graftwerk.train.manifest import compute_of
 from graftwerk.train.prepare import Prepared
 from graftwerk.train.sets import drawn
 from graftwerk.train.validation import StopEvaluation
@@ -23,6 +24,7 @@ IN_METADATA = (
     "task_settings",
     "labels",
     "max_length",
+    "compute",
     "data",
     "metrics",
     "parameters",
@@ -98,6 +100,7 @@ def finish(
         manifest["data"]["sets"] = shares
     if not trainer.processes.main:
         return
+    manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best
     manifest["trunk"] = trainer.trunk.figures()
     manifest["cost"] = {

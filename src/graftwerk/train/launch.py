@@ -14,7 +14,7 @@ import torch.distributed
 from torch import Tensor
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.tasks.base import Example, Predictions
+from graftwerk.tasks.base import Predictions
 from graftwerk.tasks.predictions import ClassPredictions, TextPredictions
 
 
@@ -128,28 +128,33 @@ class Processes:
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def share(self, rows: Sequence[Example]) -> Sequence[Example]:
-        """This process's part of the rows to evaluate: every ``count``-th."""
-        return rows if self.count == 1 else rows[self.index :: self.count]
+    def shares(self, batches: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Deal out whole batches: the rows of each process, in the order in which it evaluates them.
 
-    def together(self, own: Predictions, rows: int) -> Predictions:
-        """The predictions of all processes on their shares, in the order of the rows; the loss is the mean over all."""
+        Each process takes every ``count``-th, so that a batch has the same rows however many processes there are, and
+        answers round alike.
+        """
+        return [[row for batch in batches[index :: self.count] for row in batch] for index in range(self.count)]
+
+    def together(self, own: Predictions, shares: Sequence[Sequence[int]]) -> Predictions:
+        """Return the predictions of all processes on their shares, in the order of the rows.
+
+        The loss is the mean over all.
+        """
         if self.count == 1:
             return own
-        missing = -(-rows // self.count) - own.rows  # gathering needs equal shapes
         if isinstance(own, TextPredictions):
-            return self._texts_together(own, rows, missing)
+            return self._texts_together(own, shares)
         assert isinstance(own, ClassPredictions)
-        scores = self._interleaved(np.pad(own.scores, [(0, missing), (0, 0)]))[:rows]
-        targets = None if own.targets is None else self._interleaved(np.pad(own.targets, (0, missing)))[:rows]
+        scores = self._placed(own.scores, shares)
+        targets = None if own.targets is None else self._placed(own.targets, shares)
         if own.loss is None:
             return ClassPredictions(None, scores, targets)
         total, count = self.sum(torch.tensor([own.loss * own.rows, own.rows], device=self.device)).tolist()
         return ClassPredictions(total / count, scores, targets)
 
-    def _texts_together(self, own: TextPredictions, rows: int, missing: int) -> TextPredictions:
-        nll = self._interleaved(np.pad(own.nll, (0, missing)))[:rows]
-        tokens = self._interleaved(np.pad(own.tokens, (0, missing)))[:rows]
+    def _texts_together(self, own: TextPredictions, shares: Sequence[Sequence[int]]) -> TextPredictions:
+        nll, tokens = self._placed(own.nll, shares), self._placed(own.tokens, shares)
         columns: dict[str, tuple[str, ...] | None] = {}
         for name in ("texts", "references", "sources", "sets", "languages"):
             values = getattr(own, name)
@@ -157,7 +162,12 @@ class Processes:
                 columns[name] = None
                 continue
             each = self._lists(list(values))
-            columns[name] = tuple(each[row % self.count][row // self.count] for row in range(rows))
+            placed = {
+                row: value
+                for rows, part in zip(shares, each, strict=True)
+                for row, value in zip(rows, part, strict=True)
+            }
+            columns[name] = tuple(placed[row] for row in range(len(placed)))
         loss = None if own.loss is None else float(nll.sum() / max(int(tokens.sum()), 1))
         return TextPredictions(loss, nll, tokens, **columns)
 
@@ -168,10 +178,15 @@ class Processes:
         padded = torch.nn.functional.pad(text, (0, max(sizes) - len(text)))
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(self.gather(padded), sizes, strict=True)]
 
-    def _interleaved(self, own: np.ndarray) -> np.ndarray:
-        """(each, ...) on each process to (processes x each, ...), one row of each process in turn."""
-        gathered = self.gather(torch.from_numpy(own)).transpose(0, 1)
-        return gathered.reshape(-1, *gathered.shape[2:]).numpy()
+    def _placed(self, own: np.ndarray, shares: Sequence[Sequence[int]]) -> np.ndarray:
+        """Each process's values (its rows, ...) in the places of its rows: (all rows, ...) on every process."""
+        missing = max(map(len, shares)) - len(own)  # gathering needs equal shapes
+        padded = np.pad(own, [(0, missing), *[(0, 0)] * (own.ndim - 1)])
+        gathered = self.gather(torch.from_numpy(padded)).numpy()
+        placed = np.empty((sum(map(len, shares)), *own.shape[1:]), dtype=own.dtype)
+        for rows, part in zip(shares, gathered, strict=True):
+            placed[list(rows)] = part[: len(rows)]
+        return placed
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:

@@ -20,8 +20,14 @@ FORMAT = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "scikit-learn")
 
 
-def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerprint: str) -> dict[str, Any]:
-    """The manifest of a run that begins: all that is known before the first step."""
+def opening(
+    settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerprint: str, compute: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the manifest of a run that begins: all that is known before the first step.
+
+    Args:
+        compute: What the last bits of its answers depend on, as `compute_of` says.
+    """
     splits = prepared.splits
     head, own = graft.num_head_parameters, graft.num_parameters
     total = graft.num_base_parameters
@@ -38,6 +44,7 @@ def opening(settings: RunConfig, prepared: Prepared, graft: Graft, base_fingerpr
         "method": prepared.method.to_dict(),
         "labels": None if splits.labels is None else list(splits.labels),
         "max_length": prepared.max_length,
+        "compute": compute,
         "data": {
             "fingerprint": splits.fingerprint,
             "origin": splits.origin,
@@ -76,6 +83,19 @@ def data_identity(prepared: Prepared) -> str:
     """What a run that is gone on with must still be trained on: the real rows, and those that were made of them."""
     real = prepared.splits.fingerprint
     return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
+
+
+def compute_of(trainer: Any) -> dict[str, Any]:
+    """Return in what and in which batches a run computes its answers, which `evaluate` then does too."""
+    import torch
+
+    return {
+        "type": str(trainer.dtype).removeprefix("torch."),
+        "device": trainer.device.type,
+        "eval_batch_size": trainer.evaluate.batch_size,
+        "processes": trainer.processes.count,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def environment() -> dict[str, Any]:

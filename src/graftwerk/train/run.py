@@ -135,7 +135,7 @@ class _Work:
         from graftwerk.train.finish import finish
         from graftwerk.train.gate import first_batch, refuse_grave
         from graftwerk.train.loop import Trainer
-        from graftwerk.train.manifest import data_identity, environment, opening
+        from graftwerk.train.manifest import compute_of, data_identity, environment, opening
         from graftwerk.train.mode import check_compute_type
         from graftwerk.train.prepare import load_graft, prepare
         from graftwerk.train.sets import sampler_of
@@ -187,7 +187,7 @@ class _Work:
             draw=sampler_of(settings, prepared.task, prepared.examples["train"]),
             labels=prepared.splits.labels or (),
         )
-        self.manifest = opening(settings, prepared, graft, identity["base"])
+        self.manifest = opening(settings, prepared, graft, identity["base"], compute_of(trainer))
         self._check_readable(trainer)
         self.processes.wait()  # all have loaded what they need, before anything is replaced
         if self.processes.main:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graftwerk.errors import ConfigError, DivergedError
-from graftwerk.evaluate.forward import Serve
+from graftwerk.evaluate.forward import Serve, batches_of
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
@@ -53,6 +53,8 @@ class Evaluator:
         self.graft, self.task, self.tokenizer, self.processes = graft, task, tokenizer, processes
         self.batch_size, self.dtype, self.asked_to_stop, self.say = batch_size, dtype, asked_to_stop, say
         self.serve = serve
+        self._dealt = batch_size
+        """Rows that are dealt out together: the same on all processes, also where one of them has halved its batch."""
 
     def __call__(self, examples: Sequence[Example], generation: EvaluationSettings | None = None) -> Predictions:
         """Answers in the order of the rows, on every process; the model is left in the mode it was in.
@@ -64,9 +66,13 @@ class Evaluator:
             StopEvaluation: it was asked to stop.
             DivergedError: the answers are not finite.
         """
-        shared = len(examples) >= self.processes.count
-        own = self._predict(self.processes.share(examples) if shared else examples, generation)
-        predictions = self.processes.together(own, len(examples)) if shared else own
+        batches = batches_of(examples, self._dealt)
+        if len(batches) < self.processes.count:
+            predictions = self._predict(examples, generation)
+        else:
+            shares = self.processes.shares(batches)
+            own = self._predict([examples[row] for row in shares[self.processes.index]], generation)
+            predictions = self.processes.together(own, shares)
         if not predictions.finite:
             raise DivergedError(
                 "the model's scores are not finite",
