@@ -166,16 +166,16 @@ def test_nothing_is_found_where_there_is_nothing(seeds: int, seed_effect: float)
 
 
 @pytest.mark.parametrize(
-    ("cell", "power", "width"),
-    [(Cell(2, 2, 4.3), 0.0, 13.6), (Cell(7, 3, 2.3, gap=5), 0.08, 7.4), (Cell(7, 5, 1.0, gap=5), 0.6, 4.1)],
-    ids=lambda value: f"{value.methods}x{value.seeds}" if isinstance(value, Cell) else "",
+    ("cell", "simulations", "power", "width"),
+    [(Cell(2, 2, 4.3), 120, 0.0, 14.8), (Cell(4, 3, 1.0), 60, 0.0, 4.3), (Cell(7, 3, 2.3, gap=5), 60, 0.12, 7.4)],
+    ids=["2x2", "4x3", "7x3"],
 )
-def test_joint_intervals_miss_as_often_as_they_say(cell: Cell, power: float, width: float) -> None:
-    """Nominal: 5 % of comparisons. Drawing seeds, two methods with two seeds missed in 14 %, seven methods hardly ever
-    and found a gap of 5 points in 3 and 48 %; benchmarks/interval_coverage.py has every cell.
+def test_joint_intervals_miss_as_often_as_they_say(cell: Cell, simulations: int, power: float, width: float) -> None:
+    """Nominal: 5 % of comparisons. Drawing seeds, two methods with two seeds missed in 11 %, seven methods in 1 % and
+    found a gap of 5 points in 4 %; benchmarks/interval_coverage.py has every cell.
     """
-    found = coverage(cell, 150, resamples=300)
-    assert 0.01 <= found.miss <= 0.10
+    found = coverage(cell, simulations, resamples=300)
+    assert 0.01 <= found.miss <= 0.09
     assert found.power >= power
     assert found.half_width == pytest.approx(width, rel=0.1)
 

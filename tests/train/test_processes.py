@@ -67,7 +67,7 @@ def test_processes_share_whole_batches_of_evaluation() -> None:
 
 
 def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, tmp_path: Path, still: Path) -> None:
-    """36 rows, 8 a step: the last step of an epoch has 4. Batches of evaluation rows are shared out too, 3 of them unevenly."""
+    """36 rows, 8 a step: the last step of an epoch has 4. Three batches of evaluation rows are shared out, unevenly."""
     shared = run_file(tmp_path / "two", per_device_train_batch_size=4, per_device_eval_batch_size=4)
     alone = run_file(tmp_path / "one", per_device_train_batch_size=8, per_device_eval_batch_size=4)
     for tree in (shared, alone):
