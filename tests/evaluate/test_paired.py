@@ -124,12 +124,12 @@ def test_what_few_seeds_say_counts_for_little() -> None:
     rows = np.arange(5000) / 5000
     a = {seed: answers(rows < value) for seed, value in enumerate((0.9, 0.8, 0.6))}
     b = dict.fromkeys(range(3), answers(rows < 0.7))
-    found = paired_difference(a, b)
+    found = paired_difference(a, b, resamples=300)
     error = np.sqrt(np.var([0.9, 0.8, 0.6], ddof=1) / 3)
     assert (found["high"] - found["low"]) / (2 * error) == pytest.approx(2.78, rel=0.05)  # 4 degrees of freedom
     many = {seed: answers(rows < 0.7 + 0.1 * (-1) ** seed) for seed in range(40)}
     b = dict.fromkeys(range(40), answers(rows < 0.7))
-    found = paired_difference(many, b)
+    found = paired_difference(many, b, resamples=300)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.1 / np.sqrt(39), rel=0.15)
 
 
