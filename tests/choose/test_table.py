@@ -24,7 +24,15 @@ def result() -> dict[str, Any]:
             "latency_ms_batch_32": None,
         }
         figure = {"value": value, "low": value - 0.03, "high": value + 0.03}
-        return {"name": name, "figure": figure, "cost": cost, "failed": {}, "mergeable": name != "full"}
+        spread = 0.007 if name == "full" else 0.012
+        return {
+            "name": name,
+            "figure": figure,
+            "cost": cost,
+            "failed": {},
+            "mergeable": name != "full",
+            "seed_spread": spread,
+        }
 
     prompt = {"name": "prompt", "figure": None, "cost": {}, "failed": {"0": "the loss is not finite"}}
     return {
@@ -45,6 +53,7 @@ def result() -> dict[str, Any]:
             {"a": "full", "b": "lora", "value": 0.004, "low": -0.02, "high": 0.028, "p": 0.9},
         ],
         "resolution": 0.024,
+        "seed_spread": 0.0081,
         "recommendation": {"method": "lora", "reason": "it is cheap"},
         "notes": ["something to know"],
     }
@@ -60,6 +69,7 @@ def test_plain_text(result: dict[str, Any]) -> None:
     assert lines[3].startswith("lora *")
     assert "no difference shown (−0.4)" in lines[3]
     assert "worse by 3.8 [1.0, 6.0]" in lines[4]
+    assert lines[0].index("SD of seeds") < lines[2].index(" 0.7 ") < lines[0].index("trained")
     assert "78.8" in lines[3]
     assert "75.8–81.8" in lines[3]
     assert "512 MB" in lines[3]
@@ -69,6 +79,7 @@ def test_plain_text(result: dict[str, Any]) -> None:
     for said in (
         "accuracy in percent on 500 test rows, mean of 3 seeds",
         "under about 2.4 points",
+        "Seeds of one method differ with a standard deviation of 0.8 points, pooled",
         "lora and bitfit can be merged into the base",
         "* Recommended: lora: it is cheap.",
         "prompt, seed 0, failed: the loss is not finite",
@@ -76,6 +87,15 @@ def test_plain_text(result: dict[str, Any]) -> None:
     ):
         assert said in text
     assert "\x1b" not in text
+
+
+def test_table_with_one_seed_calls_nothing_worse(result: dict[str, Any]) -> None:
+    for one in (*result["methods"], *result["differences"]):
+        one.update({"seed_spread": None} if "name" in one else {"over_seeds": False})
+    text = plain({**result, "seeds": [0], "seed_spread": None})
+    assert "lower by 3.8 [1.0, 6.0], one seed" in text
+    assert "worse" not in text
+    assert "SD of seeds" not in text
 
 
 def test_terminal(result: dict[str, Any]) -> None:

@@ -167,6 +167,27 @@ def test_one_seed_is_said(tmp_path: Path) -> None:
     assert "one seed: intervals do not hold what another training seed would change" in page.text
 
 
+def test_comparison_page_with_one_seed_calls_no_method_better(tmp_path: Path) -> None:
+    """Also of a comparison whose file, written by an earlier version, does."""
+    result = examples.comparison(seeds=(7,))
+    assert any(entry["verdict"] != "no difference shown" for entry in result["differences"])
+    page = page_of(examples.write_comparison(tmp_path, result))
+    verdicts = {e.text for e in page.all("td", "verdict")}
+    assert verdicts == {"one seed: it may be reversed", "no difference shown"}
+    assert "one seed" in page.one("h1").text or "not shown to be worse" in page.one("h1").text
+    assert "worse by" not in page.text
+    assert "these intervals compare the models at hand" in page.text
+
+
+def test_comparison_page_shows_spread_of_seeds(tmp_path: Path) -> None:
+    result = examples.comparison()
+    result["seed_spread"] = 0.0123
+    result["methods"][0]["seed_spread"] = 0.0456
+    page = page_of(examples.write_comparison(tmp_path, result))
+    assert "Seeds of one method differ with a standard deviation of 1.2 points" in page.text
+    assert any(cell.text == "4.6" for cell in page.all("td"))
+
+
 def test_failed_runs_are_said_with_their_reason(tmp_path: Path) -> None:
     result = examples.comparison()
     lora = next(method for method in result["methods"] if method["name"] == "lora")
