@@ -26,7 +26,8 @@ from graftwerk.store.safety import read_header, read_sealed
 from graftwerk.tasks import kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
-BATCH = 64
+BATCH, MOST_ROWS = 64, 1024
+"""Rows of a forward pass: if nobody says how many, and the most that a foreign folder may ask for."""
 MANIFEST, CONFIG, ADAPTER = "manifest.json", "config.yaml", "adapter"
 HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
@@ -60,7 +61,7 @@ class Opened:
     def eval_batch_size(self) -> int:
         """Rows of a forward pass: as many as the run itself took, so that answers round alike."""
         own = self.trained_with.get("eval_batch_size")
-        if isinstance(own, int) and own > 0:
+        if type(own) is int and 0 < own <= MOST_ROWS:
             return own
         return self.settings.training.per_device_eval_batch_size if self.settings else BATCH
 

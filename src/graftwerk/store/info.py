@@ -145,8 +145,10 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
     data = values.get("data")
     origin = data.get("origin") if isinstance(data, dict) else None
     columns = origin.get("columns") if isinstance(origin, dict) else None
-    length, metrics = values.get("max_length"), values.get("metrics")
+    length, metrics, compute = values.get("max_length"), values.get("metrics"), values.get("compute")
     said = {
+        "compute": compute is None
+        or (isinstance(compute, dict) and all(isinstance(compute.get(key), str) for key in ("type", "device"))),
         "labels": _none_or_texts(values.get("labels")),
         "max_length": length is None or (type(length) is int and 1 <= length < 2**31),
         "task": isinstance(values.get("task"), str | None),
