@@ -51,6 +51,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_translations_by_bleu(tmp_path: Path) -> None:
+    """With one seed: the two models are far apart, and neither method is called better."""
     comparison, page = made("translation", "bart", tmp_path, [0], max_new_tokens=18)
     result = comparison.result
     assert (result["metric"], result["rows"], result["split"]) == ("bleu", 12, "test")
@@ -59,17 +60,19 @@ def test_translations_by_bleu(tmp_path: Path) -> None:
     assert figures["few"]["figure"]["value"] < 20 < 50 < figures["full"]["figure"]["value"] <= 100
     assert figures["full"]["figure"]["high"] <= 100
     (pair,) = result["differences"]
-    assert (pair["a"], pair["b"], pair["verdict"]) == ("full", "few", "better")
+    assert (pair["a"], pair["b"], pair["verdict"]) == ("full", "few", "no difference shown")
+    assert pair["low"] > 0
     assert pair["value"] == pytest.approx(figures["full"]["figure"]["value"] - figures["few"]["figure"]["value"])
-    assert f"better by {pair['value']:.1f} points" in pair["text"]
+    assert pair["text"].startswith(f"+{pair['value']:.1f} points [")
+    assert pair["text"].endswith("with one seed each, and another may reverse it")
     assert result["front"]["trained_parameters"] == ["few", "full"]
     assert result["recommendation"]["method"] == "full"
     lines = comparison.table().splitlines()
     assert lines[0].split()[:2] == ["method", "BLEU"]
     assert lines[2].startswith(f"full *  {figures['full']['figure']['value']:.1f}")
-    assert f"worse by {pair['value']:.1f} [" in lines[3]
+    assert f"lower by {pair['value']:.1f} [" in lines[3]
     assert "BLEU in points on 12 test rows, mean of 1 seed;" in comparison.table()
-    assert "Take full: it is better than few" in page
+    assert "Take full: it has the best value of one seed each, and another seed may reverse that" in page
     assert "↑ BLEU" in page
     assert "BLEU on 12 test rows" in page
     assert "points of BLEU" in page

@@ -67,7 +67,7 @@ class Evaluator:
             DivergedError: the answers are not finite.
         """
         batches = batches_of(examples, self._dealt)
-        if len(batches) < self.processes.count:
+        if self.processes.count == 1 or len(batches) < self.processes.count:
             predictions = self._predict(examples, generation)
         else:
             shares = self.processes.shares(batches)
