@@ -129,3 +129,48 @@ def test_truncation_is_counted_below_the_limit_and_refused_above() -> None:
         check_truncation([0, 0, 0, 5, 10], 64, 0.2)
     assert "data.max_length" in str(caught.value.mend)
     assert check_truncation([1], 64, 1.0)[0].rows == 1
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("1", "1.0"), ("0", "-0.0"), ("1.50", "1.5"), ("1e1", "10"), ("True", "true"), ("a b", "a  B"),
+        ("caf\u00e9", "cafe\u0301"), ("pos", "p\u200bos"),
+    ],
+)  # fmt: skip
+def test_check_labels_one_class_in_two_spellings_is_grave(pair: tuple[str, str]) -> None:
+    _, findings = check_labels({"train": [*pair, "other"] * 3, "validation": [], "test": []}, None, "rows.csv")
+    (finding,) = [finding for finding in findings if finding.code == "label-spelling"]
+    assert finding.grave
+    assert all(repr(name) in finding.message for name in pair)
+
+
+@pytest.mark.parametrize("pair", [("1", "01"), ("1", "-1"), ("1", "1.5"), ("a", "b"), ("1.0.0", "1.0")])
+def test_check_labels_two_classes_are_no_spellings_of_one(pair: tuple[str, str]) -> None:
+    _, findings = check_labels({"train": [*pair, "other"] * 3, "validation": [], "test": []}, None, "rows.csv")
+    assert findings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "grave"), [("nan", True), ("NaN", True), ("NULL", True), ("<NA>", True), ("N/A", True), ("None", False)]
+)
+def test_check_labels_class_that_reads_like_an_empty_cell_is_said(name: str, grave: bool) -> None:
+    _, (finding,) = check_labels({"train": ["a", "b", name] * 3, "validation": [], "test": []}, None, "rows.csv")
+    assert (finding.code, finding.rows, finding.grave) == ("missing-values", 3, grave)
+
+
+def test_check_labels_scores_as_classes_are_said() -> None:
+    scores = [f"{at / 25:.2f}" for at in range(125)]
+    _, (finding,) = check_labels({"train": scores * 4, "validation": [], "test": []}, None, "rows.csv")
+    assert (finding.code, finding.rows, finding.grave) == ("many-classes", 500, True)
+    _, (finding,) = check_labels({"train": ["0.5", "1.0", "1.5"] * 9, "validation": [], "test": []}, None, "rows.csv")
+    assert (finding.code, finding.grave) == ("many-classes", False)
+    _, findings = check_labels({"train": ["1.0", "2.0"] * 9, "validation": [], "test": []}, None, "rows.csv")
+    assert findings == (), "whole numbers, all written alike"
+
+
+def test_check_labels_more_classes_than_the_rows_can_teach_are_said() -> None:
+    names = [f"class {at}" for at in range(60)]
+    _, (finding,) = check_labels({"train": names * 4, "validation": [], "test": []}, None, "rows.csv")
+    assert (finding.code, finding.grave) == ("many-classes", False)
+    assert check_labels({"train": names * 5, "validation": [], "test": []}, None, "rows.csv")[1] == ()

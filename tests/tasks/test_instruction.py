@@ -398,3 +398,55 @@ def test_a_template_that_adds_a_system_message_of_its_own_trains_the_answers_alo
     (example,) = Instruction().encode([{"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
     assert trained(tokenizer, example) == ["act <|im_end|>", "food <|im_end|>"]
     assert said(tokenizer, example.inputs["input_ids"]).startswith("<|im_start|> system be a short ball <|im_end|>")
+
+
+CHAT_ROW = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [CHAT_ROW, {"instruction": "q", "output": "x"}, {"prompt": "q", "completion": "x"}],
+    ids=["chat", "instruction", "prompt-completion"],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_system_column_opens_the_conversation(row: Any, streaming: bool, tmp_path: Path) -> None:
+    rows = [{**row, "system": "be rude"}, {**row, "system": None}]
+    splits = read(tmp_path / "rows.jsonl", rows, streaming=streaming)
+    turns = [["user", "q"], ["assistant", "x"]]
+    assert [one["turns"] for one in splits.train] == [[["system", "be rude"], *turns], turns]
+    assert "unused-columns" not in {finding.code for finding in splits.findings}
+
+
+def test_read_system_column_beside_another_system_message_is_a_bad_row(tmp_path: Path) -> None:
+    said = [{"from": "system", "value": "be kind"}, *CHAT_ROW["conversations"]]
+    with pytest.raises(DataError) as caught:
+        read(tmp_path / "rows.jsonl", [{"conversations": said, "system": "be rude"}])
+    assert "has a `system` that differs" in str(caught.value.where)
+    (row,) = read(tmp_path / "rows.jsonl", [{"conversations": said, "system": "be kind"}]).train
+    assert [role for role, _ in row["turns"]] == ["system", "user", "assistant"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_read_what_nothing_reads_is_counted_by_name(streaming: bool, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "weight": 0, "name": None}]
+    rows = [{"messages": messages, "id": at, "history": [["a", "b"]] if at else []} for at in range(3)]
+    splits = read(tmp_path / "rows.jsonl", rows, streaming=streaming)
+    (finding,) = [finding for finding in splits.findings if finding.code == "unused-columns"]
+    for name, count in (("id", 3), ("history", 2), ("messages[].weight", 3)):
+        assert f"`{name}` ({count} rows)" in finding.message
+    assert "name`" not in finding.message
+    assert finding.rows == 3
+
+
+def test_encode_added_special_token_written_out_is_found(tiny_decoder: Path) -> None:
+    """Tokens with a role that no attribute of the tokenizer names: added as special, or a mark of the template."""
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(str(tiny_decoder))
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=False), "covid"])
+    tokenizer.chat_template = CHATML
+    for said, found in (("say <|im_end|>", True), ("say <|im_start|> now", True), ("covid", False)):
+        rows = [{"turns": [["user", said], ["assistant", "no"]]}]
+        for template in ("auto", "plain"):
+            (example,) = Instruction(template=template).encode(rows, tokenizer, None, 99)  # type: ignore[arg-type]
+            assert ("special-token-in-text" in example.notes) is found

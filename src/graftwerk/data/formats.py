@@ -10,6 +10,8 @@ What cannot become that is a bad row, with its place.
 | chat | `messages` or `conversations` | `{role, content}` or `{from, value}`; human is user, gpt is assistant |
 | prompt-completion | `prompt`, `completion` | |
 | text | `text` | |
+
+All but plain text may have a column `system` too: the system message of the row.
 """
 
 from __future__ import annotations
@@ -75,6 +77,21 @@ def messages_part(value: Any) -> Turns:
     return turns
 
 
+def unused_keys(messages: Any) -> set[str]:
+    """Return the keys of a row's messages that say something and are not read: `weight`, `name`, ..."""
+    found: set[str] = set()
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, Mapping):
+            read = ("from", "value") if "from" in message else ("role", "content")
+            found |= {str(key) for key, value in message.items() if key not in (*read, *CALLS) and says(value)}
+    return found
+
+
+def says(value: Any) -> bool:
+    """Return whether a cell holds anything."""
+    return not (value is None or value != value or (isinstance(value, str | list | dict) and not value))
+
+
 def _message(message: Any) -> tuple[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError("is not an object")
@@ -125,26 +142,49 @@ def asked_of(turns: Sequence[Sequence[str]]) -> str:
     return "\n".join(content for _, content in before)
 
 
+def _opened(row: dict[str, Any], turns: Turns) -> Turns:
+    """Put the row's `system` in front of its turns.
+
+    Raises:
+        ValueError: they begin with another system message.
+    """
+    system = row.get("system", "")
+    if not system or turns[0] == ["system", system]:
+        return turns
+    if turns[0][0] == "system":
+        raise ValueError("has a `system` that differs from the system message of its conversation")
+    return [["system", system], *turns]
+
+
 def _instructed(row: dict[str, Any]) -> list[str]:
     return ["user", "\n\n".join(part for part in (row["instruction"], row.get("input", "")) if part)]
 
 
 def _chat(part: str) -> Format:
-    return Format({part: messages_part}, shape=lambda row: conversation(row[part]), ask=lambda row: question(row[part]))
+    return Format(
+        {part: messages_part},
+        shape=lambda row: conversation(_opened(row, row[part])),
+        ask=lambda row: question(_opened(row, row[part])),
+        optional=_SYSTEM,
+    )
+
+
+_SYSTEM: dict[str, Part] = {"system": perhaps_text}
 
 
 _INSTRUCTION = Format(
     {"instruction": text_part, "output": text_part},
-    shape=lambda row: conversation([_instructed(row), ["assistant", row["output"]]]),
-    ask=lambda row: question([_instructed(row)]),
+    shape=lambda row: conversation(_opened(row, [_instructed(row), ["assistant", row["output"]]])),
+    ask=lambda row: question(_opened(row, [_instructed(row)])),
     answers=("output",),
-    optional={"input": perhaps_text},
+    optional={"input": perhaps_text, **_SYSTEM},
 )
 _PROMPT = Format(
     {"prompt": text_part, "completion": text_part},
-    shape=lambda row: conversation([["user", row["prompt"]], ["assistant", row["completion"]]]),
-    ask=lambda row: question([["user", row["prompt"]]]),
+    shape=lambda row: conversation(_opened(row, [["user", row["prompt"]], ["assistant", row["completion"]]])),
+    ask=lambda row: question(_opened(row, [["user", row["prompt"]]])),
     answers=("completion",),
+    optional=_SYSTEM,
 )
 _TEXT = Format({"text": text_part}, shape=lambda row: row, ask=lambda row: row)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from itertools import combinations
+from typing import Any
 
 from graftwerk.data.findings import Finding
 from graftwerk.data.split import fold
@@ -15,7 +18,18 @@ from graftwerk.errors import AdapterError, DataError
 
 SKEWED, HOPELESS = 0.9, 0.99
 """Shares of one class that are worth saying, and that leave too few others to learn from."""
+MANY_CLASSES, FEW_ROWS = 50, 5
+"""From so many classes on, fewer rows for each on average are worth saying."""
+MOST_SCORES = 10
+"""Classes whose names are numbers with a fraction are scores if there are more."""
+NOTHING = frozenset(
+    "nan -nan null nil <na> #n/a #na n/a <null> <nan> 1.#ind -1.#ind 1.#qnan -1.#qnan undefined".split()  # noqa: SIM905
+)
+"""What programs write, in any case, for an empty cell."""
+PERHAPS_NOTHING = frozenset({"none", "na"})
+"""The same, but they may also be meant: no stance, Namibia."""
 _INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,40})?([eE][+-]?[0-9]{1,3})?", re.ASCII)
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
@@ -67,8 +81,59 @@ def check_labels(
                 where=f"train: {_listed(names)}; {split}: {_listed(label_names(list(labels)))}",
                 mend="give both the same classes (spelling and case count), or remove those rows",
             )
-    said = _spellings(names) + _single_rows(train) + _skew(train) + _absent_classes(counts, names)
-    return names, said
+    said = _spellings(names) + _missing(train) + _many(train) + _single_rows(train) + _skew(train)
+    return names, said + _absent_classes(counts, names)
+
+
+def _missing(labels: Counter[str]) -> tuple[Finding, ...]:
+    """Empty cells that a program wrote out as text: they would be learnt as a class."""
+    found = {name: count for name, count in labels.items() if name.casefold() in NOTHING | PERHAPS_NOTHING}
+    if not found:
+        return ()
+    listed = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(found.items()))
+    return (
+        Finding(
+            "missing-values",
+            f"classes of the training rows read like empty cells: {listed}",
+            sum(found.values()),
+            mend="leave these rows out, or give them their class",
+            grave=any(name.casefold() in NOTHING for name in found),
+        ),
+    )
+
+
+def missing_in(row: Mapping[str, Any], label: str | None) -> Iterator[str]:
+    """Yield the texts of a row, those of its turns too, that read like an empty cell; but not its class."""
+    for part, value in row.items():
+        texts = [value] if isinstance(value, str) else [turn[1] for turn in value] if part == "turns" else ()
+        for text in texts if part != label else ():
+            if len(text) < 12 and text.strip().casefold() in NOTHING:
+                yield text.strip()
+
+
+def missing_texts(split: str, found: Counter[str], rows: int) -> tuple[Finding, ...]:
+    """Say how many texts of a split's ``rows`` are what `missing_in` found."""
+    if not found:
+        return ()
+    listed = ", ".join(f"{text!r} ({count:,} times)" for text, count in found.most_common(5))
+    message = f"texts of the {rows:,} {split} rows read like empty cells: {listed}"
+    return (Finding("missing-values", message, found.total(), mend="leave these rows out, or give their text"),)
+
+
+def _many(labels: Counter[str]) -> tuple[Finding, ...]:
+    """Numbers that are scores and no classes, or more classes than the rows can teach."""
+    fractions = [name for name in labels if _NUMBER.fullmatch(name) and not _INTEGER.fullmatch(_spelt(name))]
+    rows = labels.total()
+    if fractions and all(_NUMBER.fullmatch(name) for name in labels):
+        said = f"all {len(labels):,} classes are numbers, {fractions[0]} among them, as scores are: each is learnt"
+        mend = "round them to a few classes; there is no task here that learns numbers"
+        return (
+            Finding("many-classes", f"{said} as a class of its own", rows, mend=mend, grave=len(labels) > MOST_SCORES),
+        )
+    if len(labels) < MANY_CLASSES or rows >= FEW_ROWS * len(labels):
+        return ()
+    message = f"there are {len(labels):,} classes and {rows:,} training rows: {rows / len(labels):.1f} for each"
+    return (Finding("many-classes", message, rows, mend="give more rows, or put classes together"),)
 
 
 def _skew(labels: Counter[str]) -> tuple[Finding, ...]:
@@ -94,13 +159,20 @@ def _skew(labels: Counter[str]) -> tuple[Finding, ...]:
 def _spellings(names: Sequence[str]) -> tuple[Finding, ...]:
     folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        folded[fold(name)].append(name)
+        folded[_spelt(name)].append(name)
     alike = [group for group in folded.values() if len(group) > 1]
     if not alike:
         return ()
     shown = ", ".join(repr(name) for name in alike[0])
-    message = f"classes differ only in case or white space: {shown}; they are learnt as different classes"
+    message = f"classes differ only in how they are written: {shown}; they are learnt as different classes"
     return (Finding("label-spelling", message, 0, example=shown, mend="spell each class in one way", grave=True),)
+
+
+def _spelt(name: str) -> str:
+    """Return a class name without mere spelling: case, white space, Unicode form, and how a number is written."""
+    visible = (character for character in name if unicodedata.category(character) != "Cf")
+    text = fold(unicodedata.normalize("NFC", "".join(visible)))
+    return f"{Decimal(text).normalize() + 0:f}" if _NUMBER.fullmatch(text) else text
 
 
 def _single_rows(labels: Counter[str]) -> tuple[Finding, ...]:

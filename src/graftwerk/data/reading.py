@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from graftwerk.data.findings import Finding
-from graftwerk.data.formats import columns_of_format
+from graftwerk.data.formats import columns_of_format, messages_part, says, unused_keys
 from graftwerk.data.lint import PlacedRows
 from graftwerk.data.parts import Part
-from graftwerk.data.rows import BadRow, Table, settle_bad_rows
+from graftwerk.data.rows import BadRow, Table, settle_bad_rows, unused_columns
 from graftwerk.data.settings import DataSettings, Source, plain, shown
 from graftwerk.data.sources import name_parts, read_source
 from graftwerk.data.split import held_out, split_rows
@@ -213,6 +214,7 @@ def _table(
     reading = reading_of(raw, data, recognise)
     table = named(raw, reading, data.columns, data.filter)
     findings += settle_bad_rows(table, data.on_bad_row)
+    findings += unused_columns(table.unused, shown(source))
     if table.passed_over:
         count, first = len(table.passed_over), table.passed_over[0]
         message = f"{count:,} files of {shown(source)} are of no kind that rows are read from, and were passed over"
@@ -249,11 +251,31 @@ def _parts_of(table: Table, columns: Mapping[str, str]) -> tuple[str, ...]:
     return (*columns, *(column for column in table.columns if column not in renamed and column not in columns))
 
 
+def _unused(raw: Table, reading: Reading, columns: Mapping[str, str], filter: Mapping[str, Any]) -> Counter[str]:
+    """Count the rows of conversations that say something where nothing reads it: in a column, or in a message.
+
+    Columns beside a text and its class are notes of whoever made the file; beside a conversation, they are of it.
+    """
+    if reading.format in (None, "text"):
+        return Counter()
+    parts = {**reading.parts, **reading.optional}
+    read = {*(columns.get(part, part) for part in parts), *filter}
+    left = [column for column in raw.columns if column not in read]
+    messages = [columns.get(part, part) for part, reader in parts.items() if reader is messages_part]
+    counted: Counter[str] = Counter()
+    for row in raw.rows:
+        counted.update(column for column in left if says(row.get(column)))
+        for column in messages:
+            counted.update(f"{column}[].{key}" for key in unused_keys(row.get(column)))
+    return counted
+
+
 def named(
     raw: Table, reading: Reading, columns: Mapping[str, str], filter: Mapping[str, Any], *, whole: bool = True
 ) -> Table:
     """The rows as the task understands them; ``whole`` as for `name_parts`."""
     table = name_parts(raw, parts=reading.parts, optional=reading.optional, columns=columns, filter=filter, whole=whole)
+    table.unused = _unused(raw, reading, columns, filter)
     if reading.shape is None:
         return table
     rows, lines = [], []

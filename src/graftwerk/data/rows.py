@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -37,6 +38,7 @@ class Table:
         read: Rows seen, the bad and the filtered ones included.
         unmatched: `column: value` of the filter that no row has, where others of its values have rows.
         passed_over: Files of a folder that are of no kind that rows are read from.
+        unused: Columns, and keys of messages, that nothing reads, each with how many rows say something there.
         pieces: For rows of several files, each file's table without its rows, and what its lines are counted from:
             line n of the file is line ``offset + n`` of this table.
     """
@@ -51,6 +53,7 @@ class Table:
     read: int = 0
     unmatched: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
+    unused: Counter[str] = field(default_factory=Counter)
     pieces: tuple[tuple[int, Table], ...] = ()
 
     def __len__(self) -> int:
@@ -94,6 +97,17 @@ def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
         whole.passed_over += table.passed_over
     whole.pieces = tuple(pieces)
     return whole
+
+
+def unused_columns(unused: Counter[str], source: str) -> tuple[Finding, ...]:
+    """Say which columns of a source, and keys of its messages, nothing reads."""
+    if not unused:
+        return ()
+    listed = ", ".join(f"`{name}` ({count:,} rows)" for name, count in unused.most_common(20))
+    more = f", and {len(unused) - 20:,} more" if len(unused) > 20 else ""
+    message = f"{len(unused):,} columns or keys of {source} are not used: {listed}{more}"
+    mend = "`data.columns` says which column plays which part; nothing, if they are not needed"
+    return (Finding("unused-columns", message, max(unused.values()), mend=mend),)
 
 
 def settle_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[Finding, ...]:

@@ -21,9 +21,9 @@ from graftwerk.data.compressed import Expanded
 from graftwerk.data.files import files_in, kind_of
 from graftwerk.data.findings import Finding
 from graftwerk.data.lines import Found, bad_characters, delimited_rows, jsonl_rows, text_rows
-from graftwerk.data.lint import PlacedRows
+from graftwerk.data.lint import PlacedRows, missing_in, missing_texts
 from graftwerk.data.reading import Reading, Recognise, SplitRows, held_out_elsewhere, named, reading_of
-from graftwerk.data.rows import SHOWN, BadRow, Table, settle
+from graftwerk.data.rows import SHOWN, BadRow, Table, settle, unused_columns
 from graftwerk.data.settings import DataSettings, Pair, Source, shown
 from graftwerk.data.sources import HUB_SCHEME, is_hub_id, matching
 from graftwerk.data.split import fold
@@ -130,6 +130,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
             if len(passed.places) < SHOWN:
                 passed.places.append(f"{table.at(bad.line)}: {bad.reason}")
         passed.read += table.read
+        passed.unused.update(table.unused)
         if table.read > len(table.bad):  # nothing can be said of a filter by rows that cannot be read
             now = set(table.unmatched)
             passed.unmatched = now if passed.unmatched is None else passed.unmatched & now
@@ -166,6 +167,8 @@ class _Passed:
         self.conflict: str | None = None
         self.unmatched: set[str] | None = None
         self.classes: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.missing: Counter[str] = Counter()
         self.seen: dict[bytes, bytes] = {}
         self.met: dict[str, tuple[str, str]] = {}
         self.digest = hashlib.sha256()
@@ -178,6 +181,7 @@ class _Passed:
         self.rows += 1
         self.classes[label] += 1
         self.digest.update(json.dumps([row.get(part) for part in parts]).encode())
+        self.missing.update(missing_in(row, reading.stratify))
         if folded in self.held and folded not in self.met:
             self.met[folded] = (text, table.where(at))
         key, own = _short_hash(folded), _short_hash(label)
@@ -200,6 +204,8 @@ class _Passed:
                 self.rows,
             )
         ]
+        found += unused_columns(self.unused, source)
+        found += missing_texts("train", self.missing, self.rows)
         if data.max_train_rows is not None and self.rows < data.max_train_rows:
             message = (
                 f"there are {self.rows:,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"

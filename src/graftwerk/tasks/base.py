@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from graftwerk.data.findings import Finding as Finding
-from graftwerk.data.lint import check_duplicates
+from graftwerk.data.lint import check_duplicates, missing_in, missing_texts
 from graftwerk.data.near import check_near_leakage
 from graftwerk.data.reading import Reading, SplitRows, fingerprint_of, origin_of
 from graftwerk.data.settings import DataSettings
@@ -67,7 +68,16 @@ def splits_of(
     """
     rows: dict[str, Any] = {split: part.rows for split, part in chosen.items()}
     placed = {split: part.placed() for split, part in chosen.items()}
-    repeated = (*check_duplicates(placed), *check_near_leakage(placed))
+    missing = tuple(
+        finding
+        for split, part in chosen.items()
+        for finding in missing_texts(
+            split,
+            Counter(text for row in rows[split] for text in missing_in(row, part.reading.stratify)),
+            len(rows[split]),
+        )
+    )
+    repeated = (*check_duplicates(placed), *check_near_leakage(placed), *missing)
     return Splits(
         **rows,
         labels=labels,

@@ -24,6 +24,7 @@ from graftwerk.data.stream import read_stream
 from graftwerk.errors import DataError
 from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task, splits_of, splits_of_stream
 from graftwerk.tasks.encoding import encode_texts, pad
+from graftwerk.tasks.findings import special_notes, special_words
 from graftwerk.tasks.predictions import ClassPredictions
 
 READING = Reading({"text": text_part, "label": label_part}, key="text", stratify="label", answers=("label",))
@@ -89,8 +90,10 @@ class Classification(Task):
                 )
             targets.append(None if label is None else ids[label])
         encoded = encode_texts([row["text"] for row in rows], tokenizer, max_length)
+        special = special_words(tokenizer)
         return [
-            Example(inputs, target, truncated) for (inputs, truncated), target in zip(encoded, targets, strict=True)
+            Example(inputs, target, truncated, notes=special_notes([row["text"]], special))
+            for row, (inputs, truncated), target in zip(rows, encoded, targets, strict=True)
         ]
 
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:

@@ -61,8 +61,29 @@ _MEANINGS: Mapping[str, _Meaning] = {
 
 
 def special_words(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens that no text holds by chance."""
-    return tuple(token for token in tokenizer.all_special_tokens if len(token) > 2)
+    """Return the tokens with a role that no text holds by chance: special ones, also those that were only added to the
+    vocabulary as such, and the marks that the chat template is made of.
+    """
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    added = [
+        token.content
+        for token in getattr(tokenizer, "added_tokens_decoder", {}).values()
+        if token.special or (not token.content.isalnum() and token.content in template)
+    ]
+    return tuple(
+        token
+        for token in dict.fromkeys([*getattr(tokenizer, "all_special_tokens", ()), *added])
+        if len(token.strip()) > 2
+    )
+
+
+def special_notes(texts: Sequence[str], special: Sequence[str]) -> tuple[str, ...]:
+    """Return the note for a row in which one of the ``special`` words is written out."""
+    starts = {word[0] for word in special}
+    held = any(start in text for text in texts for start in starts) and any(
+        word in text for text in texts for word in special
+    )
+    return (SPECIAL,) if held else ()
 
 
 def notes_of(encoded: Encoded, texts: Iterable[str], special: Sequence[str]) -> tuple[str, ...]:
@@ -72,12 +93,8 @@ def notes_of(encoded: Encoded, texts: Iterable[str], special: Sequence[str]) -> 
         texts: What is said in it.
         special: As `special_words` gives them.
     """
-    found = {
-        ENDLESS: encoded.endless,
-        TORN: encoded.torn,
-        SPECIAL: any(token in text for text in texts for token in special),
-    }
-    return tuple(code for code, is_so in found.items() if is_so)
+    found = {ENDLESS: encoded.endless, TORN: encoded.torn}
+    return (*(code for code, is_so in found.items() if is_so), *special_notes(list(texts), special))
 
 
 def check_examples(

@@ -13,7 +13,7 @@ from graftwerk.data.reading import Reading
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.base import Example, Predictions, Row, Splits
 from graftwerk.tasks.blocks import text_blocks
-from graftwerk.tasks.findings import BLOCKS
+from graftwerk.tasks.findings import BLOCKS, special_notes, special_words
 from graftwerk.tasks.text import TextTask
 
 
@@ -41,12 +41,14 @@ class PlainText(TextTask):
         found = text_blocks(
             texts, tokenizer, max_length, front, back, cut=self.blocks, close_all=self.closes_every_block
         )
+        special = special_words(tokenizer)
         examples = []
         for row, (blocks, lost) in zip(rows, found, strict=True):
             for number, ids in enumerate(blocks, start=1):
                 # What was lost of a text counts once, at its last block.
                 cut = lost if number == len(blocks) else 0
-                notes = (BLOCKS,) if len(blocks) > 1 else ()
+                written_out = special_notes([row["text"]], special) if number == 1 else ()
+                notes = ((BLOCKS,) if len(blocks) > 1 else ()) + written_out
                 examples.append(self.example(ids, tokenizer, cut, row, notes))
         return examples
 

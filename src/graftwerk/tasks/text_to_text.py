@@ -21,7 +21,7 @@ from graftwerk.errors import ConfigError, DataError, UnsupportedError
 from graftwerk.tasks.asking import WITHOUT, Asking, Fill, check_frame
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.encoding import encode_texts
-from graftwerk.tasks.findings import notes_of, special_words
+from graftwerk.tasks.findings import notes_of, special_notes, special_words
 from graftwerk.tasks.text import TextTask
 
 T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
@@ -116,11 +116,13 @@ class TextToText(TextTask):
         answered = [place for place, row in enumerate(rows) if row.get(written) is not None]
         answers = encode_texts([rows[place][written] for place in answered], tokenizer, max_length, as_target=True)
         targets = {place: (inputs["input_ids"], cut) for place, (inputs, cut) in zip(answered, answers, strict=True)}
+        special = special_words(tokenizer)
         examples = []
         for place, (row, (inputs, cut)) in enumerate(zip(rows, sources, strict=True)):
             ids = inputs["input_ids"]
             target, lost = targets.get(place, (None, 0))
-            examples.append(Example({"input_ids": ids}, target, cut + lost, prompt=ids, row=row))
+            notes = special_notes([row[read], row.get(written) or ""], special)
+            examples.append(Example({"input_ids": ids}, target, cut + lost, prompt=ids, row=row, notes=notes))
         return examples
 
     def _causal(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:

@@ -25,6 +25,8 @@ GRAVE_CODES = (
     "end-untrained",
     "answer-limit",
     "label-skew",
+    "missing-values",
+    "many-classes",
 )
 """Findings that may be grave, which `data.allow` can name."""
 
@@ -44,7 +46,7 @@ def check_encoded(
             where = None  # rows that were cut into several
         if isinstance(rows, EncodedStream):
             findings += findings_of(split, rows.notes, len(rows), where)
-        elif isinstance(task, TextTask):
+        else:
             findings += check_examples(split, rows, where, task)
     if isinstance(task, TextTask) and task.generates and settings.evaluation.generate:
         findings += _answer_limit(settings, task, examples, positions)
