@@ -14,14 +14,20 @@ from typing import Any
 import numpy as np
 
 from graftwerk.config import RunConfig
+from graftwerk.errors import GraftwerkError
+from graftwerk.inject.attach import attach
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix import Prefix
-from graftwerk.models.load import load_config
+from graftwerk.models.load import fix_padding, is_local, load_config, model_folder
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.train.augmented import planned
+from graftwerk.train.folder import read_manifest
 from graftwerk.train.gate import first_batch
+from graftwerk.train.how_many import check_processes
+from graftwerk.train.mode import check_checkpointing, check_compute_type
 from graftwerk.train.prepare import Prepared, prepare
 from graftwerk.train.stream import EncodedStream
+from graftwerk.train.warm import warm_labels
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
@@ -36,7 +42,9 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
     """
-    prepared = prepare(config, emit=lambda event: None)
+    config = config.anchored()  # so that everything is called as training calls it
+    check_processes(config)
+    prepared = prepare(config, lambda event: None, warm_labels(config.training.warm_start))
     architecture = load_config(config.model, config.revision)
     splits = prepared.splits
     encoded = {name: examples for name, examples in prepared.examples.items() if examples}
@@ -46,6 +54,9 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
     steps = training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch)
     model = _without_storage(prepared.task, architecture, splits)
+    trunk = _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1))
+    parameters = _counted(config.method, model)
+    _check_model(config, prepared, model)
     rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
     return {
         "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
@@ -63,14 +74,49 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         "first_batch": first_batch(config, prepared.task, splits, encoded["train"], prepared.tokenizer),
         "allowed": list(config.data.allow),
         "method": prepared.method.to_dict(),
-        "parameters": _counted(config.method, model),
+        "parameters": parameters,
         "steps": steps,
-        "trunk": _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1)),
+        "trunk": trunk,
         "steps_per_epoch": steps_per_epoch,
         "rows_per_step": rows_per_step,
         "learning_rate": rate,
-        "output_dir": {"path": str(config.output_dir), "exists": config.output_dir.exists()},
+        "output_dir": {
+            "path": str(config.output_dir),
+            "exists": config.output_dir.exists(),
+            "holds_a_run": read_manifest(config.output_dir) is not None,
+        },
     }
+
+
+def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
+    """Stop at what training would stop at once the model is loaded, as far as it shows without the weights.
+
+    Args:
+        model: Without storage; the method is attached to it.
+
+    Raises:
+        ConfigError, ModelError, UnsupportedError, EnvironmentFault, IntegrityError: what training would raise.
+    """
+    import torch
+
+    from graftwerk.models.gate import check_weights
+    from graftwerk.models.hardware import compute_type
+
+    if is_local(config.model):  # the weights of a hub model may not be here yet
+        check_weights(model_folder(config.model, weights=False), config.model)
+    fix_padding(model, prepared.tokenizer)
+    wanted = config.training.compute_type
+    if wanted != "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_compute_type(compute_type(wanted, device), device)
+    check_checkpointing(model, config.training.gradient_checkpointing)
+    with torch.device("meta"):
+        try:
+            attach(model, prepared.method)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, GraftwerkError):
+                raise
+            return  # it starts from the values of weights, which are not here
 
 
 def count_parameters(method: Method, task: Task, architecture: Any, splits: Splits) -> dict[str, Any]:
@@ -96,12 +142,14 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
     """Which frozen layers would be computed only once; rows that are yet to be made are not counted."""
     from graftwerk.inject.heads import head_paths
     from graftwerk.inject.targets import anatomy
-    from graftwerk.train.trunk.plan import plan
+    from graftwerk.train.trunk.plan import plan, refuse_unless_kept
 
     view = anatomy(model)
     kept = [prepared.examples["train"], prepared.examples["validation"]]
     heads = head_paths(model, config.method, view)
-    return plan(model, view, config.method, heads, prepared.task, config.training, kept, passes).to_dict()
+    found = plan(model, view, config.method, heads, prepared.task, config.training, kept, passes)
+    refuse_unless_kept(found, config.training)
+    return found.to_dict()
 
 
 def _counted(method: Method, model: Any) -> dict[str, Any]:

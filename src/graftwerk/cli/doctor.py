@@ -94,7 +94,16 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     )
     out.line(f"trunk   {describe_trunk(checked['trunk'])}")
     place = checked["output_dir"]
-    out.line(f"output  {place['path']}" + (" (exists already)" if place["exists"] else ""))
+    out.line(
+        f"output  {place['path']}"
+        + (
+            " (holds a run: --resume goes on with it, --overwrite replaces it)"
+            if place["holds_a_run"]
+            else " (exists already)"
+            if place["exists"]
+            else ""
+        )
+    )
     shown = table(
         "rows",
         "",

@@ -72,6 +72,11 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
     return folder
 
 
+def is_local(name: str) -> bool:
+    """Return whether a model's name means a folder or file of this machine, and no hub id."""
+    return _local(name) is not None
+
+
 def _local(name: str) -> Path | None:
     """The folder or .gguf file that a name means, or None for a hub id."""
     if name.startswith((PACKAGE_SCHEME, "/", ".", "~")) or Path(name).exists() or not hub.is_hub_id(name):

@@ -55,15 +55,26 @@ def wanted(settings: RunConfig, checkpoints: Checkpoints, resume: bool) -> int:
                 f"`processes: {asked}`, but {world} were launched", where=KEY, mend="auto: the launcher decides"
             )
         return 1
-    rows = settings.training.per_device_train_batch_size * settings.training.gradient_accumulation_steps
+    rows = check_processes(settings)
     if asked == "auto":
         count = (_begun_with(checkpoints) if resume else None) or _of_environment() or _worth(settings, rows)
         return count if 1 < count <= rows and _against() is None else 1
-    if asked > rows:
-        raise ConfigError(f"{asked} processes cannot share a step's {rows} rows", where=KEY, mend=f"at most {rows}")
     if asked > 1 and (against := _against()):
         raise UnsupportedError(f"{asked} processes cannot be begun here: {against[0]}", where=KEY, mend=against[1])
     return asked
+
+
+def check_processes(settings: RunConfig) -> int:
+    """Return the rows of a step.
+
+    Raises:
+        ConfigError: more processes are asked for than a step has rows.
+    """
+    asked = settings.training.processes
+    rows = settings.training.per_device_train_batch_size * settings.training.gradient_accumulation_steps
+    if asked != "auto" and asked > rows and "RANK" not in os.environ:
+        raise ConfigError(f"{asked} processes cannot share a step's {rows} rows", where=KEY, mend=f"at most {rows}")
+    return rows
 
 
 def _of_environment() -> int | None:

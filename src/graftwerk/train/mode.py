@@ -20,6 +20,19 @@ def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
         raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", mend="auto, or bfloat16")
 
 
+def check_checkpointing(model: Any, wanted: bool) -> None:
+    """
+    Raises:
+        UnsupportedError: the model cannot recompute activations.
+    """
+    if wanted and not model.supports_gradient_checkpointing:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot recompute activations",
+            where="training.gradient_checkpointing",
+            mend="set it to false",
+        )
+
+
 @contextmanager
 def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
     """Training mode, without key/value caches, with activations recomputed in backward if wanted.
@@ -29,12 +42,7 @@ def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
     Raises:
         UnsupportedError: the model cannot recompute activations.
     """
-    if checkpointing and not model.supports_gradient_checkpointing:
-        raise UnsupportedError(
-            f"{type(model).__name__} cannot recompute activations",
-            where="training.gradient_checkpointing",
-            mend="set it to false",
-        )
+    check_checkpointing(model, checkpointing)
     was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
     model.train()
     if use_cache:

@@ -10,6 +10,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.data.stream import StreamedRows
+from graftwerk.errors import UnsupportedError
 from graftwerk.inject.attach import Graft, attach
 from graftwerk.methods.base import Method
 from graftwerk.tasks.base import Example, Splits, Task
@@ -64,6 +65,12 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
 
     check_allowed(settings.data.allow)
     check_settings(settings.training, settings.data.validation is not None, settings.task)
+    if settings.training.packing and settings.method.kind == "embedding":
+        raise UnsupportedError(
+            "several texts packed into one row cannot each have virtual tokens",
+            where=f"training.packing, method `{settings.method.name}`",
+            mend="training.packing=false, or method=prefix",
+        )
     _check_evaluation(settings)
     splits = kept.read(settings.task, settings.data, labels)
     architecture = load_config(settings.model, settings.revision)

@@ -33,7 +33,7 @@ from graftwerk.train import memory, rng
 from graftwerk.train.events import Event, Listener
 from graftwerk.train.launch import Processes
 from graftwerk.train.settings import TrainingSettings
-from graftwerk.train.trunk.plan import Plan, kept_dtype, plan, shared_folder
+from graftwerk.train.trunk.plan import Plan, kept_dtype, plan, refuse_unless_kept, shared_folder
 from graftwerk.train.trunk.rows import Slots, key_of
 from graftwerk.train.trunk.store import ENDING, FileStates, MemoryStates, chunks, make_room, open_file
 
@@ -105,12 +105,7 @@ class Trunk:
                     self._enter(view, kept, step)
         except UnsupportedError as error:
             self.plan = Plan(error.what, self.plan.cut)
-        if self.plan.why_not is not None and settings.trunk_cache is True:
-            raise UnsupportedError(
-                f"the layers below what trains cannot be kept: {self.plan.why_not}",
-                where="training.trunk_cache",
-                mend="auto, or false",
-            )
+        refuse_unless_kept(self.plan, settings)
         if settings.trunk_cache is not False:
             self.emit(Event("trunk", step, text=self.said(), **self.figures()))
 

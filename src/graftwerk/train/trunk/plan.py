@@ -51,6 +51,19 @@ class Plan:
         }
 
 
+def refuse_unless_kept(found: Plan, settings: TrainingSettings) -> None:
+    """
+    Raises:
+        UnsupportedError: `trunk_cache: true` asks for what cannot be.
+    """
+    if found.why_not is not None and settings.trunk_cache is True:
+        raise UnsupportedError(
+            f"the layers below what trains cannot be kept: {found.why_not}",
+            where="training.trunk_cache",
+            mend="auto, or false",
+        )
+
+
 def plan(
     model: Any,
     view: Anatomy,
