@@ -20,7 +20,7 @@ from pathlib import Path
 
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.data.settings import DataSettings
-from graftwerk.train.run import train
+from graftwerk.training.train import train
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "movies.yaml"
 

@@ -20,8 +20,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from graftwerk.evaluate.metrics import metrics_of
-from graftwerk.evaluate.paired import joint_bootstrap
+from graftwerk.evaluation.metrics import metrics_of
+from graftwerk.evaluation.paired_bootstrap import joint_bootstrap
 from graftwerk.tasks.predictions import ClassPredictions
 
 METHODS, SEEDS, SPREADS = (2, 4, 7), (2, 3, 5), (0.0, 1.0, 2.3, 4.3)

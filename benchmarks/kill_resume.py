@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, default=None, help="write the verdict there too")
     arguments = parser.parse_args()
-    from graftwerk.train.run import train
+    from graftwerk.training.train import train
 
     draw = random.Random(arguments.seed)
     folder = Path(tempfile.mkdtemp(prefix="kill-resume-"))

@@ -31,7 +31,7 @@ def _load(name: str, task: str) -> Any:
     import torch
 
     from graftwerk.models.load import load_model
-    from graftwerk.tasks.catalog import parse_task
+    from graftwerk.tasks.registry import parse_task
 
     torch.manual_seed(0)
     return load_model(name, parse_task(task), None)
@@ -135,7 +135,7 @@ def peak_above_weights(step: Callable[[], object]) -> int:
 
     In a process where nothing larger has run before: torch's allocator keeps freed memory, so a second step shows less.
     """
-    from graftwerk.evaluate.cost import peak_memory
+    from graftwerk.evaluation.cost import peak_memory
 
     with peak_memory() as peak:
         step()

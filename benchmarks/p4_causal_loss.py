@@ -16,8 +16,8 @@ from benchmarks.harness import Options, Row, expect, interleaved
 def measure(options: Options) -> list[Row]:
     import torch
 
-    from graftwerk.inject.attach import attach
-    from graftwerk.methods.catalog import parse_method
+    from graftwerk.methods.registry import parse_method
+    from graftwerk.modeling.attach import attach
     from graftwerk.tasks.causal import Causal
 
     model = material.smollm2()
@@ -122,7 +122,7 @@ def _held_by_loss(model: Any, batch: dict[str, Any], ours: bool) -> int:
     import torch
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    from graftwerk.tasks.block_loss import Head, block_loss
+    from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
 
     labels, width = batch["labels"], model.config.hidden_size
     hidden = torch.randn(*labels.shape, width, requires_grad=True)
@@ -132,7 +132,7 @@ def _held_by_loss(model: Any, batch: dict[str, Any], ours: bool) -> int:
 
     def run() -> None:
         if ours:
-            block_loss(hidden[mask], Head(weight), labels[:, 1:][labels[:, 1:] != -100])[0].backward()
+            chunked_cross_entropy(hidden[mask], Head(weight), labels[:, 1:][labels[:, 1:] != -100])[0].backward()
         else:
             ForCausalLMLoss(torch.nn.functional.linear(hidden, weight), labels, len(weight)).backward()
 

@@ -95,11 +95,11 @@ class Sides:
         import torch
 
         from benchmarks import material
-        from graftwerk.inject.attach import attach, detach
-        from graftwerk.methods.catalog import parse_method
+        from graftwerk.methods.registry import parse_method
+        from graftwerk.modeling.attach import attach, detach
         from graftwerk.tasks.base import Example
-        from graftwerk.tasks.catalog import parse_task
-        from graftwerk.train.settings import TrainingSettings
+        from graftwerk.tasks.registry import parse_task
+        from graftwerk.training.settings import TrainingSettings
 
         self.case, self.model = case, _model(case.model)
         causal = case.model == "SmolLM2"
@@ -110,7 +110,7 @@ class Sides:
         targets = [[-100] * asked + row[asked:] if causal else at % 2 for at, row in enumerate(ids)]
         self.rows = [Example({"input_ids": row}, target) for row, target in zip(ids, targets, strict=True)]
         task = parse_task("causal" if causal else "classification")
-        self.task = task.on(self.model.config)
+        self.task = task.for_model(self.model.config)
         method = {"name": "lora", "layers": f"top-{case.top}"} if case.top else {"name": "probe"}
         self.method = parse_method(method)
         self.settings = TrainingSettings(
@@ -134,8 +134,8 @@ class Sides:
         self.first = [value.detach().clone() for value in self.trained]
 
     def _trainer(self, graft: Any, folder: Path) -> Any:
-        from graftwerk.train.checkpoint import Checkpoints
-        from graftwerk.train.loop import Trainer
+        from graftwerk.training.checkpoint import Checkpoints
+        from graftwerk.training.trainer import Trainer
 
         losses: list[float] = []
         self.losses["ours"] = losses
@@ -152,13 +152,13 @@ class Sides:
     def _peer(self, graft: Any, folder: Path) -> Any:
         """PEFT's model with the same weights, read from our folder; for the head alone the model itself."""
         base = copy.deepcopy(self.model)
-        from graftwerk.inject.attach import detach
+        from graftwerk.modeling.attach import detach
 
         detach(base)
         if self.case.top:
             from peft import PeftModel
 
-            from graftwerk.store.folder import save_adapter
+            from graftwerk.serialization.folder import save_adapter
 
             save_adapter(graft, folder / "adapter", metadata={})
             model = PeftModel.from_pretrained(base, str(folder / "adapter"), is_trainable=True)
@@ -173,7 +173,7 @@ class Sides:
         return model
 
     def ours(self) -> None:
-        from graftwerk.inject.attach import attach, detach
+        from graftwerk.modeling.attach import attach, detach
 
         graft = attach(self.model, self.method)
         graft.load_state_dict(self.start)

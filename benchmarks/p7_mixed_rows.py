@@ -167,7 +167,7 @@ def registered(options: Options) -> list[Row]:
 
 def methods(options: Options) -> list[Row]:
     import graftwerk as gw
-    from graftwerk.methods.catalog import parse_method
+    from graftwerk.methods.registry import parse_method
 
     number, rows = (3 if options.quick else 32), []
     ids = material.token_batch(material.SMOLLM2, number, CONTEXT + 1)["input_ids"]

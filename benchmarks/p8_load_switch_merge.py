@@ -86,7 +86,7 @@ class Sitting:
         expect(torch.equal(before, logits(self.second)), "the two formats give different models")
         expect(bool((before - logits(self.peer)).abs().max() < 5e-3), "logits differ from PEFT's")
         bits = {key: value.clone() for key, value in self.mine.state_dict().items() if "graft" not in key.split(".")}
-        graft = gw.grafts(self.mine)[last]
+        graft = gw.adapters(self.mine)[last]
         for _ in range(3):
             self.note("merge", graft.merge)
             expect(bool((logits(self.mine) - before).abs().max() < 5e-3), "merged differs from unmerged")

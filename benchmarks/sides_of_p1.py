@@ -63,7 +63,7 @@ class Stopwatch:
     """Seconds since the process began, or the launcher of it."""
 
     def __init__(self) -> None:
-        from graftwerk.train.clock import seconds_since_process_start
+        from graftwerk.training.timing import seconds_since_process_start
 
         launcher = os.getppid() if "RANK" in os.environ else "self"
         self.began = time.monotonic() - seconds_since_process_start(launcher)
@@ -77,9 +77,9 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 
 def ours(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> dict[str, Any]:
-    """`graftwerk.train` with one checkpoint, the last one; it is measured when the run is done."""
+    """`graftwerk.training` with one checkpoint, the last one; it is measured when the run is done."""
     watch = Stopwatch()
-    from graftwerk.train.run import train
+    from graftwerk.training.train import train
 
     plan: dict[str, Any] = {}
 
@@ -110,10 +110,10 @@ def ours(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
         listener=listen,
     )  # fmt: skip
     seconds = watch.seconds()
-    from graftwerk.evaluate.opened import open_adapter
-    from graftwerk.evaluate.run import run_model
+    from graftwerk.evaluation.evaluate import run_model
+    from graftwerk.evaluation.loading import load_adapter_for
 
-    opened = open_adapter(run)
+    opened = load_adapter_for(run)
     examples = opened.encode(rows_of(folder / "test.jsonl"))
     answers = run_model(opened.model, opened.task, examples, opened.tokenizer, batch_size=64, dtype=opened.dtype)
     return {
@@ -141,7 +141,7 @@ def peer(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
         set_seed,
     )
 
-    from graftwerk.locate import locate
+    from graftwerk.resource_paths import locate
 
     padded = given["padding"] == "max_length"
     set_seed(seed)

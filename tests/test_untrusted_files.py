@@ -19,21 +19,21 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftwerk.augment.journal import Journal, journal_of
-from graftwerk.choose.compare import COMPARISON, Comparison
+from graftwerk.augmentation.progress_log import Journal, journal_of
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import ConfigError, ConflictError, GraftwerkError, IntegrityError
-from graftwerk.evaluate.opened import find
-from graftwerk.evaluate.run import predict
-from graftwerk.evaluate.stored import load_evaluation
-from graftwerk.explain.adapter import describe_adapter
-from graftwerk.models.gate import check_configuration, check_weights
-from graftwerk.report.html import write_report
+from graftwerk.evaluation.evaluate import predict
+from graftwerk.evaluation.loading import find
+from graftwerk.evaluation.results_io import load_evaluation
+from graftwerk.experiments.compare import COMPARISON, Comparison
+from graftwerk.inspection.adapter import describe_adapter
+from graftwerk.models.safety_checks import check_configuration, check_weights
+from graftwerk.reporting.html import write_report
 from graftwerk.tasks.template import ModelTemplate
-from graftwerk.train.checkpoint import FILES, STATE, Checkpoints
-from graftwerk.train.folder import Run
-from graftwerk.train.lock import LOCK_FILE, RunLock
-from graftwerk.train.run import train
+from graftwerk.training.checkpoint import FILES, STATE, Checkpoints
+from graftwerk.training.lock import LOCK_FILE, RunLock
+from graftwerk.training.run_dir import Run
+from graftwerk.training.train import train
 from tests.cli.commands import run_file
 
 HOSTILE: tuple[Any, ...] = (
@@ -75,7 +75,7 @@ def assert_no_defect(act: Callable[[], Any]) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, glosses: Path) -> Path:
     """A finished run, with a checkpoint and a stored evaluation."""
-    from graftwerk.evaluate.run import evaluate
+    from graftwerk.evaluation.evaluate import evaluate
 
     folder = tmp_path_factory.mktemp("run")
     config = run_file(folder, tiny_encoder, glosses)
@@ -180,7 +180,7 @@ def test_lock_with_any_content_raises_no_defect(tmp_path_factory: pytest.TempPat
 def test_lock_with_a_hostile_holder_raises_no_defect(tmp_path: Path, key: str, value: Any) -> None:
     from dataclasses import asdict
 
-    from graftwerk.train.lock import Holder
+    from graftwerk.training.lock import Holder
 
     (tmp_path / LOCK_FILE).write_text(json.dumps({**asdict(Holder.me()), "pid": 2**22 + 1, key: value}))
     with suppress(ConflictError), RunLock(tmp_path):
@@ -203,7 +203,7 @@ def test_journal_of_any_bytes_raises_no_defect(tmp_path_factory: pytest.TempPath
 def test_comparison_of_wrong_types_raises_no_defect(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    from tests.report.examples import comparison
+    from tests.reporting.examples import comparison
 
     folder = tmp_path_factory.mktemp("comparison")
     tree = comparison()
@@ -377,7 +377,7 @@ def said_of(run: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", VOUCHED)
 def test_flipped_bit_is_refused_or_changes_no_answer(spoilt: Path, name: str) -> None:
-    from graftwerk.store.info import check_files
+    from graftwerk.serialization.info import check_files
 
     whole, right = (spoilt / name).read_bytes(), said_of(spoilt)
     bits = range(0, 8 * len(whole), max(1, 8 * len(whole) // 400) | 1)

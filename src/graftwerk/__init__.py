@@ -15,66 +15,69 @@ from typing import TYPE_CHECKING, Any
 from graftwerk import errors as errors
 
 if TYPE_CHECKING:
-    from graftwerk.augment.run import augment as augment
-    from graftwerk.choose.compare import compare as compare
+    from graftwerk.augmentation.augment import augment as augment
     from graftwerk.config import RunConfig as RunConfig
-    from graftwerk.evaluate.run import evaluate as evaluate
-    from graftwerk.evaluate.run import predict as predict
-    from graftwerk.inject.attach import Graft as Graft
-    from graftwerk.inject.attach import activate as activate
-    from graftwerk.inject.attach import adapter_state_dict as adapter_state_dict
-    from graftwerk.inject.attach import attach as attach
-    from graftwerk.inject.attach import detach as detach
-    from graftwerk.inject.attach import disabled as disabled
-    from graftwerk.inject.attach import grafts as grafts
+    from graftwerk.evaluation.evaluate import evaluate as evaluate
+    from graftwerk.evaluation.evaluate import predict as predict
+    from graftwerk.experiments.compare import compare as compare
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
     from graftwerk.methods.ia3 import IA3 as IA3
+    from graftwerk.methods.linear_probe import Probe as Probe
     from graftwerk.methods.lora import LoRA as LoRA
-    from graftwerk.methods.prefix import Prefix as Prefix
-    from graftwerk.methods.probe import Probe as Probe
-    from graftwerk.methods.prompt import Prompt as Prompt
+    from graftwerk.methods.prefix_tuning import Prefix as Prefix
+    from graftwerk.methods.prompt_tuning import Prompt as Prompt
     from graftwerk.methods.ptuning import PTuning as PTuning
-    from graftwerk.store.folder import load_adapter as load
-    from graftwerk.store.folder import save_adapter as save
-    from graftwerk.train.run import train as train
+    from graftwerk.modeling.attach import Adapter as Adapter
+    from graftwerk.modeling.attach import activate as activate
+    from graftwerk.modeling.attach import adapter_state_dict as adapter_state_dict
+    from graftwerk.modeling.attach import adapters as adapters
+    from graftwerk.modeling.attach import attach as attach
+    from graftwerk.modeling.attach import detach as detach
+    from graftwerk.modeling.attach import disabled as disabled
+    from graftwerk.serialization.folder import load_adapter as load
+    from graftwerk.serialization.folder import save_adapter as save
+    from graftwerk.training.train import train as train
 
 # Public name -> (module, name there). The block above says the same to type checkers; a test holds the two together.
 _HOMES = {
     "LoRA": ("graftwerk.methods.lora", "LoRA"),
     "Bottleneck": ("graftwerk.methods.bottleneck", "Bottleneck"),
-    "Prefix": ("graftwerk.methods.prefix", "Prefix"),
-    "Prompt": ("graftwerk.methods.prompt", "Prompt"),
+    "Prefix": ("graftwerk.methods.prefix_tuning", "Prefix"),
+    "Prompt": ("graftwerk.methods.prompt_tuning", "Prompt"),
     "PTuning": ("graftwerk.methods.ptuning", "PTuning"),
     "IA3": ("graftwerk.methods.ia3", "IA3"),
     "BitFit": ("graftwerk.methods.bitfit", "BitFit"),
-    "Probe": ("graftwerk.methods.probe", "Probe"),
+    "Probe": ("graftwerk.methods.linear_probe", "Probe"),
     "Full": ("graftwerk.methods.full", "Full"),
-    "attach": ("graftwerk.inject.attach", "attach"),
-    "detach": ("graftwerk.inject.attach", "detach"),
-    "activate": ("graftwerk.inject.attach", "activate"),
-    "disabled": ("graftwerk.inject.attach", "disabled"),
-    "grafts": ("graftwerk.inject.attach", "grafts"),
-    "Graft": ("graftwerk.inject.attach", "Graft"),
-    "load": ("graftwerk.store.folder", "load_adapter"),
-    "save": ("graftwerk.store.folder", "save_adapter"),
-    "adapter_state_dict": ("graftwerk.inject.attach", "adapter_state_dict"),
+    "attach": ("graftwerk.modeling.attach", "attach"),
+    "detach": ("graftwerk.modeling.attach", "detach"),
+    "activate": ("graftwerk.modeling.attach", "activate"),
+    "disabled": ("graftwerk.modeling.attach", "disabled"),
+    "adapters": ("graftwerk.modeling.attach", "adapters"),
+    "Adapter": ("graftwerk.modeling.attach", "Adapter"),
+    "load": ("graftwerk.serialization.folder", "load_adapter"),
+    "save": ("graftwerk.serialization.folder", "save_adapter"),
+    "adapter_state_dict": ("graftwerk.modeling.attach", "adapter_state_dict"),
     "RunConfig": ("graftwerk.config", "RunConfig"),
-    "train": ("graftwerk", "train"),  # packages that can be called: see verbs.py
-    "evaluate": ("graftwerk", "evaluate"),
-    "predict": ("graftwerk.evaluate.run", "predict"),
-    "augment": ("graftwerk", "augment"),
-    "compare": ("graftwerk.choose.compare", "compare"),
+    "train": ("graftwerk.training.train", "train"),
+    "evaluate": ("graftwerk.evaluation.evaluate", "evaluate"),
+    "predict": ("graftwerk.evaluation.evaluate", "predict"),
+    "augment": ("graftwerk.augmentation.augment", "augment"),
+    "compare": ("graftwerk.experiments.compare", "compare"),
 }
+
+_RENAMED = {"Graft": "Adapter", "grafts": "adapters"}
+"""Names of 0.1.0 that still work, each with its name today."""
 
 __version__: str
 __all__ = [
     "IA3",
+    "Adapter",
     "BitFit",
     "Bottleneck",
     "Full",
-    "Graft",
     "LoRA",
     "PTuning",
     "Prefix",
@@ -84,6 +87,7 @@ __all__ = [
     "__version__",
     "activate",
     "adapter_state_dict",
+    "adapters",
     "attach",
     "augment",
     "compare",
@@ -91,7 +95,6 @@ __all__ = [
     "disabled",
     "errors",
     "evaluate",
-    "grafts",
     "load",
     "predict",
     "save",
@@ -104,14 +107,18 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("graftwerk")
+    if name in _RENAMED:
+        import warnings
+
+        new = _RENAMED[name]
+        warnings.warn(f"graftwerk.{name} is called graftwerk.{new} now", DeprecationWarning, stacklevel=2)
+        return __getattr__(new)
     try:
         module, attribute = _HOMES[name]
     except KeyError:
         raise AttributeError(f"module 'graftwerk' has no attribute {name!r}") from None
     from importlib import import_module
 
-    if module == __name__:
-        return import_module(f"{module}.{attribute}")
     value = getattr(import_module(module), attribute)
     globals()[name] = value
     return value

@@ -17,16 +17,16 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, did_you_mean
-from graftwerk.evaluate.settings import EvaluationSettings
-from graftwerk.locate import open_regular
+from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.methods.base import Method
-from graftwerk.methods.catalog import parse_method
+from graftwerk.methods.registry import parse_method
+from graftwerk.resource_paths import open_regular
 from graftwerk.settings import Settings, known_keys
 from graftwerk.tasks.base import Task
-from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.classification import Classification
-from graftwerk.tasks.mixture import Mixture, compose
-from graftwerk.train.settings import TrainingSettings
+from graftwerk.tasks.multitask import Multitask, build_multitask
+from graftwerk.tasks.registry import parse_task
+from graftwerk.training.settings import TrainingSettings
 
 SOURCE_KEYS = ("source", "target", "validation", "test")
 """Keys of a data set, or of two aligned files, that hold sources of rows."""
@@ -77,8 +77,8 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _several_sets(self) -> Self:
         """With several data sets the task is composed of theirs; a resolved run file says so already."""
-        if self.data.sets and not isinstance(self.task, Mixture):
-            object.__setattr__(self, "task", compose(self.task, self.data.sets))  # frozen for everybody else
+        if self.data.sets and not isinstance(self.task, Multitask):
+            object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
         return self
 
     @classmethod
@@ -125,7 +125,7 @@ class RunConfig(Settings):
         except ConfigError as error:
             raise ConfigError(
                 f"the run file with every default written out could not be read again: {error.what}",
-                mend="move long lists into data files, or shorten them",
+                hint="move long lists into data files, or shorten them",
             ) from None
         if again != tree:
             raise ConfigError("a text of the run file has characters that YAML does not give back")
@@ -138,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with open_regular(path) as stream:
             raw = stream.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(f"there is no run file {path}", mend="give the path of a .yaml file") from None
+        raise ConfigError(f"there is no run file {path}", hint="give the path of a .yaml file") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     tree = parse_yaml(raw, str(path))
@@ -200,7 +200,7 @@ def _check_events(text: str, where: str) -> None:
             raise ConfigError("YAML aliases (*name) are not accepted in a run file", where=line)
         if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > MAX_NUMBER_CHARACTERS:
             if event.value[0] in "0123456789+-.":
-                raise ConfigError(f"a number of {len(event.value):,} characters", where=line, mend="quote what is text")
+                raise ConfigError(f"a number of {len(event.value):,} characters", where=line, hint="quote what is text")
         elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_YAML_DEPTH:
@@ -219,7 +219,7 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:
-            raise ConfigError(f"`{item}` is not of the form key=value", mend="for instance training.seed=1")
+            raise ConfigError(f"`{item}` is not of the form key=value", hint="for instance training.seed=1")
         try:
             parsed_value = _number(parse_yaml(value.encode(), key))
         except (ConfigError, UnicodeEncodeError) as error:
@@ -227,7 +227,7 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
             raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({why[:200]})") from None
         place = tuple(_place(key.strip()))
         if place in places:
-            raise ConfigError(f"`{places[place]}` and `{item}` both set `{'.'.join(place)}`", mend="give one of them")
+            raise ConfigError(f"`{places[place]}` and `{item}` both set `{'.'.join(place)}`", hint="give one of them")
         places[place] = item
         parsed[key.strip()] = parsed_value
     return parsed
@@ -293,8 +293,8 @@ def explain(error: ValidationError, model: type[Settings], where: str | None) ->
             if message not in said:
                 said.append(message)
     lines += [f"`{key}`: {', or: '.join(said)} (got {got})" for (key, got), said in choices.items()]
-    mend = "`graftwerk schema` lists every key with its meaning"
-    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, mend=mend)
+    hint = "`graftwerk schema` lists every key with its meaning"
+    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, hint=hint)
 
 
 def _is_tag(part: Any) -> bool:

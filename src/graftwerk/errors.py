@@ -23,22 +23,22 @@ class GraftwerkError(Exception):
     Args:
         what: What happened, in the user's terms, with the offending value.
         where: A file with its line, a config key, or a module path.
-        mend: What to change so that it works.
-        kept: What is still good on disk, and where.
+        hint: What to change so that it works.
+        recovered: What is still good on disk, and where.
     """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
 
     def __init__(
-        self, what: str, *, where: str | None = None, mend: str | None = None, kept: str | None = None
+        self, what: str, *, where: str | None = None, hint: str | None = None, recovered: str | None = None
     ) -> None:
         super().__init__(what)
-        self.what, self.where, self.mend, self.kept = what, where, mend, kept
+        self.what, self.where, self.hint, self.recovered = what, where, hint, recovered
 
     def __str__(self) -> str:
         parts = [self.what]
-        for label, text in (("where", self.where), ("mend", self.mend), ("kept", self.kept)):
+        for label, text in (("where", self.where), ("hint", self.hint), ("recovered", self.recovered)):
             if text:
                 parts.append(f"  {label}: {text}")
         return "\n".join(parts)
@@ -49,8 +49,8 @@ class GraftwerkError(Exception):
             "exit_code": self.exit_code,
             "what": self.what,
             "where": self.where,
-            "mend": self.mend,
-            "kept": self.kept,
+            "hint": self.hint,
+            "recovered": self.recovered,
         }
 
 
@@ -87,7 +87,7 @@ class AdapterError(ModelError):
     code = "adapter"
 
 
-class EnvironmentFault(GraftwerkError):  # noqa: N818 - EnvironmentError is Python's own
+class ResourceError(GraftwerkError):
     """Disk, memory, permission, network, or a package that is not installed."""
 
     code = "environment"
@@ -115,13 +115,13 @@ class IntegrityError(GraftwerkError):
     exit_code = 8
 
 
-class Interrupted(GraftwerkError):  # noqa: N818 - it is no fault
+class RunInterrupted(GraftwerkError):  # noqa: N818 - it is no fault
     """SIGINT or SIGTERM, raised after a verified save. ``exit_code`` is 128 + the signal's number."""
 
     code = "interrupted"
 
-    def __init__(self, signum: int, what: str, *, kept: str | None = None, mend: str | None = None) -> None:
-        super().__init__(what, kept=kept, mend=mend)
+    def __init__(self, signum: int, what: str, *, recovered: str | None = None, hint: str | None = None) -> None:
+        super().__init__(what, recovered=recovered, hint=hint)
         self.signum = signum
 
     @property

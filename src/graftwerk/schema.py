@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from graftwerk.augment.settings import AUGMENTERS, Translator
+from graftwerk.augmentation.settings import AUGMENTERS, Translator
 from graftwerk.config import RunConfig
 from graftwerk.methods.base import Method
-from graftwerk.methods.catalog import METHODS, SHORTHANDS
+from graftwerk.methods.registry import METHODS, SHORTHANDS
 from graftwerk.settings import Settings, known_keys
 from graftwerk.tasks.base import Task
-from graftwerk.tasks.catalog import TASKS
+from graftwerk.tasks.registry import TASKS
 
 CHOICES: dict[str, Mapping[str, type[Settings]]] = {"method": METHODS, "task": TASKS}
 """Keys of a run file whose value is a name, or the settings of what has that name."""

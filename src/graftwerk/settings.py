@@ -70,7 +70,7 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
                     f"`{key}` of {what}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r:.80})"
                 )
         has = f"it has: {', '.join(model.model_fields)}" if model.model_fields else "it has no settings"
-        raise ConfigError("; ".join(lines), where=where, mend=has) from None
+        raise ConfigError("; ".join(lines), where=where, hint=has) from None
 
 
 def parse_choice(
@@ -102,7 +102,7 @@ def parse_choice(
     shorthands = shorthands or {}
     listed = f"There are: {', '.join([*choices, *shorthands])}"
     if not isinstance(value, Mapping) or "name" not in value:
-        raise ConfigError(f"{what} is a name or a mapping with `name`, not {value!r:.80}", where=where, mend=listed)
+        raise ConfigError(f"{what} is a name or a mapping with `name`, not {value!r:.80}", where=where, hint=listed)
     kind = what.partition(" ")[2]
     values = dict(value)
     name = str(values.pop("name"))
@@ -111,7 +111,7 @@ def parse_choice(
         name = str(values.pop("name"))
     if name not in choices:
         hint = did_you_mean(name, [*choices, *shorthands])
-        raise ConfigError(f"there is no {kind} `{name}`", where=where, mend=hint + listed)
+        raise ConfigError(f"there is no {kind} `{name}`", where=where, hint=hint + listed)
     return parse_settings(choices[name], values, what=f"{kind} `{name}`", where=where)
 
 

@@ -28,14 +28,14 @@ def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (errors.ConfigError("w", where="k", mend="m", kept="x"), 2),
-        (errors.DataError("w", where="k", mend="m", kept="x"), 3),
-        (errors.ModelError("w", where="k", mend="m", kept="x"), 4),
-        (errors.AdapterError("w", where="k", mend="m", kept="x"), 4),
-        (errors.EnvironmentFault("w", where="k", mend="m", kept="x"), 5),
-        (errors.DivergedError("w", where="k", mend="m", kept="x"), 6),
-        (errors.ConflictError("w", where="k", mend="m", kept="x"), 7),
-        (errors.IntegrityError("w", where="k", mend="m", kept="x"), 8),
+        (errors.ConfigError("w", where="k", hint="m", recovered="x"), 2),
+        (errors.DataError("w", where="k", hint="m", recovered="x"), 3),
+        (errors.ModelError("w", where="k", hint="m", recovered="x"), 4),
+        (errors.AdapterError("w", where="k", hint="m", recovered="x"), 4),
+        (errors.ResourceError("w", where="k", hint="m", recovered="x"), 5),
+        (errors.DivergedError("w", where="k", hint="m", recovered="x"), 6),
+        (errors.ConflictError("w", where="k", hint="m", recovered="x"), 7),
+        (errors.IntegrityError("w", where="k", hint="m", recovered="x"), 8),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -46,7 +46,7 @@ def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
     said = graftwerk("methods")
     assert said.code == code
     assert said.out == ""
-    assert said.err == "graftwerk: w\n  where: k\n  mend: m\n  kept: x\n"
+    assert said.err == "graftwerk: w\n  where: k\n  hint: m\n  kept: x\n"
     said = graftwerk("methods", "--json")
     assert said.code == code
     assert said.json == {
@@ -62,7 +62,7 @@ def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_after_a_save(monkeypatch: pytest.MonkeyPatch, graftwerk: Run, signum: int, code: int) -> None:
-    breaking(monkeypatch, errors.Interrupted(signum, "stopped after step 3", kept="runs/x"))
+    breaking(monkeypatch, errors.RunInterrupted(signum, "stopped after step 3", recovered="runs/x"))
     said = graftwerk("methods", "--json")
     assert said.code == code
     assert said.json["exit_code"] == code
@@ -80,9 +80,9 @@ def test_an_unexpected_exception_is_one_plain_line(monkeypatch: pytest.MonkeyPat
     breaking(monkeypatch, KeyError("a\nb"))
     said = graftwerk("methods")
     assert said.code == 1
-    first, mend, *rest = said.err.splitlines()
+    first, hint, *rest = said.err.splitlines()
     assert first.startswith("graftwerk: KeyError: ")
-    assert "--debug" in mend
+    assert "--debug" in hint
     assert rest == []
     said = graftwerk("methods", "--debug")
     assert said.code == 1

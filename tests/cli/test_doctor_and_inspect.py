@@ -68,7 +68,7 @@ def test_a_bad_row_is_named_with_its_line(
 
 
 def test_inspect(graftwerk: Run, tmp_path: Path) -> None:
-    from tests.explain.test_adapter import stored
+    from tests.inspection.test_adapter import stored
 
     stored(tmp_path / "run" / "adapter", "lora")
     for place in (tmp_path / "run", tmp_path / "run" / "adapter"):

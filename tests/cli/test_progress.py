@@ -10,7 +10,7 @@ import pytest
 from graftwerk.cli import progress as room
 from graftwerk.cli.output import Output
 from graftwerk.cli.progress import Progress
-from graftwerk.train.events import Event
+from graftwerk.training.events import Event
 
 
 class Terminal(io.StringIO):
@@ -93,16 +93,16 @@ def test_a_bar_on_a_terminal() -> None:
 def test_trouble_is_said_with_its_mend_even_when_quiet() -> None:
     events = [
         Event("progress", 70, total=100, loss=0.7, left_seconds=1.0),
-        Event("diagnosis", 70, code="no_learning", text="nothing is learnt", mend="training.learning_rate=auto"),
+        Event("diagnosis", 70, code="no_learning", text="nothing is learnt", hint="training.learning_rate=auto"),
         Event(
-            "finding", 0, code="leakage", message="3 rows leak", rows=3, example="'x'", mend="remove them", grave=True
+            "finding", 0, code="leakage", message="3 rows leak", rows=3, example="'x'", hint="remove them", grave=True
         ),
         Event("warning", 0, text="the log is full"),
     ]
     said = told(*events, quiet=True)
     assert said == (
-        "step 70: diagnosis: nothing is learnt\n  mend: training.learning_rate=auto\n"
-        "finding: 3 rows leak\n  for instance: 'x'\n  mend: remove them\n"
+        "step 70: diagnosis: nothing is learnt\n  hint: training.learning_rate=auto\n"
+        "finding: 3 rows leak\n  for instance: 'x'\n  hint: remove them\n"
         "warning: the log is full\n"
     )
     assert "step 70/100" in told(*events)

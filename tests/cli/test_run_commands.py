@@ -107,7 +107,7 @@ def test_a_finished_run_is_kept_unless_told_otherwise(graftwerk: Run, config: Pa
     before = weights.stat().st_mtime_ns
     said = graftwerk("train", config, "--json")
     assert said.code == 7
-    assert "--overwrite" in said.json["mend"]
+    assert "--overwrite" in said.json["hint"]
     said = graftwerk("train", config, "--resume")
     assert said.code == 0
     assert said.err == f"the run in {run} is finished; nothing was left to do\n"
@@ -206,7 +206,7 @@ def test_one_process_of_a_launch_speaks_for_all(
     graftwerk: Run, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Under `accelerate launch` every process runs the command; only the main one prints and writes the report."""
-    monkeypatch.setattr("graftwerk.train.run.train", lambda *_, **__: None)
+    monkeypatch.setattr("graftwerk.training.train.train", lambda *_, **__: None)
     monkeypatch.setenv("RANK", "1")
     said = graftwerk("train", config, "--json")
     assert (said.code, said.out) == (0, "")

@@ -8,7 +8,7 @@ import pytest
 
 from graftwerk.cli.methods import describe_methods, said_of
 from graftwerk.config import RunConfig, known_keys
-from graftwerk.methods.catalog import METHODS, SHORTHANDS, parse_method
+from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.schema import run_keys, run_schema
 from tests.cli.commands import Run
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.methods.base import Method
-from graftwerk.methods.catalog import parse_method
+from graftwerk.methods.registry import parse_method
 from tests.families import FAMILIES, Family
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import graftwerk.inject.attach as gw
+import graftwerk.modeling.attach as gw
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
-from graftwerk.inject.targets import anatomy
-from graftwerk.methods.prefix import Prefix
-from graftwerk.methods.probe import Probe
-from graftwerk.methods.prompt import Prompt
+from graftwerk.methods.linear_probe import Probe
+from graftwerk.methods.prefix_tuning import Prefix
+from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
-from graftwerk.store.folder import load_adapter, save_adapter
+from graftwerk.modeling.architectures import read_architecture
+from graftwerk.serialization.folder import load_adapter, save_adapter
 from tests.contract.cases import METHODS, PAIRS, REFUSED, has_head, method_of, model_and_batch, perturb
 from tests.families import FAMILIES
 
@@ -65,7 +65,7 @@ def test_refused_with_its_reason_and_the_model_unharmed(method: str, family: str
     flags = [parameter.requires_grad for parameter in model.parameters()]
     with pytest.raises(UnsupportedError, match=REFUSED[method, family]) as caught:
         gw.attach(model, method_of(method))
-    assert caught.value.mend
+    assert caught.value.hint
     assert list(model.state_dict()) == keys
     assert torch.equal(run(model, batch), before)
     assert [parameter.requires_grad for parameter in model.parameters()] == flags
@@ -152,7 +152,7 @@ def test_every_element_trains_and_nothing_else(method: str, family: str, monkeyp
 @matrix
 def test_counts_follow_the_formula(method: str, family: str) -> None:
     model, _ = model_and_batch(method, family)
-    view = anatomy(model)
+    view = read_architecture(model)
     base = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads = sum(size for name, size in base.items() if name.startswith(tuple(f"{head}." for head in view.heads)))
     torch.manual_seed(5)
@@ -164,17 +164,17 @@ def test_counts_follow_the_formula(method: str, family: str) -> None:
     settings = graft.method
     if isinstance(settings, Prefix):
         widths = [place.kv_heads * place.head_dim for place in view.attentions]
-        formula = settings.count_vectors(widths, [stack.width for stack in view.stacks])
+        formula = settings.num_vector_parameters(widths, [stack.width for stack in view.stacks])
     elif isinstance(settings, Prompt | PTuning):
-        formula = settings.count_vectors(next(stack.width for stack in view.stacks if stack.kind != "decoder"))
+        formula = settings.num_vector_parameters(next(stack.width for stack in view.stacks if stack.kind != "decoder"))
     elif method == "full":
         formula = sum(base.values()) - heads
     elif method == "probe":
         formula = 0
         assert heads == sum(size for name, size in base.items() if name.startswith(HEAD_NAMES)) > 0
     else:
-        formula = settings.count(graft.places)
-        assert graft.places
+        formula = settings.num_parameters(graft.targets)
+        assert graft.targets
     assert graft.num_parameters == formula
     if method == "bitfit":
         biases = {name: size for name, size in base.items() if name.endswith(".bias")}
@@ -209,7 +209,7 @@ def test_switch_and_delete(method: str, family: str) -> None:
     second.activate()
     assert torch.equal(run(model, batch), out_b)
     first.delete()
-    assert list(gw.grafts(model)) == ["b"]
+    assert list(gw.adapters(model)) == ["b"]
     assert torch.equal(run(model, batch), out_b)
     with pytest.raises(ConfigError, match="there is no adapter `a`"):
         gw.activate(model, "a")
@@ -250,7 +250,7 @@ def test_mixed_rows_equal_one_by_one(method: str, family: str) -> None:
     partner = gw.attach(model, method_of(PARTNERS.get(method, "lora")), name="partner")
     perturb(partner.parameters(), 9)
     rows = ["a", None, "b", "partner", "a"]
-    if not method_of(method).rows:
+    if not method_of(method).supports_rows:
         for mixed in (["a", None], ["partner", "a"]):
             with pytest.raises(UnsupportedError, match=r"`a` is .* cannot differ by row"):
                 gw.activate(model, rows=mixed)
@@ -271,14 +271,14 @@ def test_mixed_rows_equal_one_by_one(method: str, family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_all_kinds_in_one_batch(family: str) -> None:
-    kinds = [kind for kind in METHODS if method_of(kind).rows and (kind, family) not in REFUSED]
+    kinds = [kind for kind in METHODS if method_of(kind).supports_rows and (kind, family) not in REFUSED]
     if not has_head("lora", FAMILIES[family]):
         kinds = [kind for kind in kinds if kind != "probe"]  # with a language model there is no head for it
     model, batch = model_and_batch("lora", family, rows=len(kinds) + 1)
     for seed, kind in enumerate(kinds):
         graft = gw.attach(model, method_of(kind), name=kind.replace(" ", "-"))
         perturb(graft.parameters(), seed)
-    rows = [*gw.grafts(model), None]
+    rows = [*gw.adapters(model), None]
     batch["attention_mask"][:, :1] = 1
     alone = []
     for index, name in enumerate(rows):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-import graftwerk.inject.attach as gw
+import graftwerk.modeling.attach as gw
 from tests.contract.cases import METHODS, PAIRS, has_head, method_of, model_and_batch
 from tests.families import FAMILIES
 

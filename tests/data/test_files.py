@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from graftwerk.data.files import read_file
 from graftwerk.data.rows import Table
 from graftwerk.data.sources import read_source
-from graftwerk.errors import ConfigError, DataError, EnvironmentFault, GraftwerkError, IntegrityError
+from graftwerk.errors import ConfigError, DataError, GraftwerkError, IntegrityError, ResourceError
 
 # Everything that UTF-8 can write: no lone surrogates. NUL is a fault of its own below.
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30)
@@ -208,7 +208,7 @@ def test_parquet_rows_are_counted_not_lines(tmp_path: Path) -> None:
 def test_other_endings_and_folders_are_refused_with_what_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ends in `\.docx`") as caught:
         read(tmp_path, "a.docx", "x")
-    assert ".jsonl" in str(caught.value.mend)
+    assert ".jsonl" in str(caught.value.hint)
     (tmp_path / "f.csv").mkdir()
     with pytest.raises(ConfigError, match="a folder"):
         read_file(tmp_path / "f.csv", "f.csv")
@@ -220,7 +220,7 @@ def test_missing_permission_is_an_environment_fault(tmp_path: Path, monkeypatch:
 
     # tests may run as root, whom no mode stops
     monkeypatch.setattr("graftwerk.data.compressed.open_regular", refuse)
-    with pytest.raises(EnvironmentFault, match="Permission denied"):
+    with pytest.raises(ResourceError, match="Permission denied"):
         read_file(tmp_path / "a.csv", "a.csv")
 
 
@@ -247,9 +247,9 @@ def test_read_file_of_a_bomb_behind_honest_bytes_raises_early(tmp_path: Path) ->
 def test_read_file_larger_than_the_memory_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_bytes(b"some text\n" * 100)
     monkeypatch.setattr("graftwerk.data.compressed.available", lambda: 1000)
-    with pytest.raises(EnvironmentFault, match="does not fit") as caught:
+    with pytest.raises(ResourceError, match="does not fit") as caught:
         read_file(tmp_path / "a.txt", "a.txt")
-    assert "stream" in str(caught.value.mend)
+    assert "stream" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", ["rows", "values"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwerk.data.mixture import Sampler, quotas, shares
-from graftwerk.train.order import epoch_order
+from graftwerk.training.batch_sampler import epoch_order
 
 SIZES = (90, 9, 1)
 SETS = [0] * 90 + [1] * 9 + [2]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from graftwerk.data.compressed import FREE_BYTES
-from graftwerk.data.parts import text_part
-from graftwerk.data.rows import settle_bad_rows
+from graftwerk.data.fields import text_part
+from graftwerk.data.rows import resolve_bad_rows
 from graftwerk.data.settings import DataSettings, Pair
 from graftwerk.data.sources import read_rows, read_source
 from graftwerk.errors import ConfigError, DataError, IntegrityError
@@ -62,7 +62,7 @@ def test_aligned_files_are_read_line_by_line(tmp_path: Path) -> None:
     assert table.rows == [{"source": "Ja", "target": "Yes"}, {"source": "Nein", "target": "No"}]
     assert table.where(1) == f"{files.source}:2"
     with pytest.raises(DataError, match="1 of 3 rows"):
-        settle_bad_rows(table, "fail")
+        resolve_bad_rows(table, "fail")
 
 
 def test_aligned_files_of_unequal_length_are_refused_with_both_counts(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwerk.data.parts import label_part, text_part
-from graftwerk.data.rows import Table, settle_bad_rows
+from graftwerk.data.fields import label_part, text_part
+from graftwerk.data.rows import Table, resolve_bad_rows
 from graftwerk.data.sources import is_hub_id, read_rows
-from graftwerk.errors import ConfigError, DataError, EnvironmentFault
+from graftwerk.errors import ConfigError, DataError, ResourceError
 
 PARTS = {"text": text_part, "label": label_part}
 
@@ -38,22 +38,22 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_rows(source, parts=PARTS)
     assert "no column `text`" in caught.value.what
-    assert "did you mean `txet`?" in str(caught.value.mend)
-    assert "txet, label" in str(caught.value.mend)
+    assert "did you mean `txet`?" in str(caught.value.hint)
+    assert "txet, label" in str(caught.value.hint)
 
 
 def test_semicolons_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text;label\ngood;1\n")
     with pytest.raises(ConfigError) as caught:
         read_rows(str(tmp_path / "a.csv"), parts=PARTS)
-    assert "not separated by commas" in str(caught.value.mend)
+    assert "not separated by commas" in str(caught.value.hint)
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "good", "label": 1}])
     with pytest.raises(ConfigError, match="no part `lable`") as caught:
         read_rows(source, parts=PARTS, columns={"lable": "label"})
-    assert "did you mean `label`?" in str(caught.value.mend)
+    assert "did you mean `label`?" in str(caught.value.hint)
 
 
 def test_optional_parts_are_taken_where_they_are(tmp_path: Path) -> None:
@@ -131,11 +131,11 @@ def test_a_bad_row_fails_with_file_and_line(tmp_path: Path, row: Any, reason: st
     source = write(tmp_path / "a.jsonl", [good, row, good])
     table = read_rows(source, parts=PARTS)
     with pytest.raises(DataError) as caught:
-        settle_bad_rows(table, "fail")
+        resolve_bad_rows(table, "fail")
     assert f"{source}:2: {reason}" in str(caught.value.where)
     assert "1 of 3 rows" in caught.value.what
     assert caught.value.exit_code == 3
-    [finding] = settle_bad_rows(table, "skip")
+    [finding] = resolve_bad_rows(table, "skip")
     assert (finding.code, finding.rows) == ("rows-skipped", 1)
     assert table.lines == [1, 3]
 
@@ -143,7 +143,7 @@ def test_a_bad_row_fails_with_file_and_line(tmp_path: Path, row: Any, reason: st
 def test_many_bad_rows_are_counted_and_the_first_shown(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "", "label": 1}] * 30 + [{"text": "a", "label": 1}])
     with pytest.raises(DataError) as caught:
-        settle_bad_rows(read_rows(source, parts=PARTS), "fail")
+        resolve_bad_rows(read_rows(source, parts=PARTS), "fail")
     assert "30 of 31" in caught.value.what
     assert str(caught.value.where).count("is empty") == 5
     assert "and 25 more" in str(caught.value.where)
@@ -219,7 +219,7 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_offline_the_hub_is_an_environment_fault() -> None:
-    with pytest.raises(EnvironmentFault, match=r"no local file `owner/absent`.*cannot be reached") as caught:
+    with pytest.raises(ResourceError, match=r"no local file `owner/absent`.*cannot be reached") as caught:
         read_rows("owner/absent", parts=PARTS)
     assert caught.value.exit_code == 5
 
@@ -260,7 +260,7 @@ def test_reading_rows_imports_nothing_heavy(tmp_path: Path) -> None:
         "import sys\n"
         "from graftwerk.data import batching, lint, split\n"
         "from graftwerk.data.sources import read_rows\n"
-        "from graftwerk.data.parts import text_part\n"
+        "from graftwerk.data.fields import text_part\n"
         f"read_rows({source!r}, parts={{'text': text_part}})\n"
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy', 'accelerate', 'sklearn'}\n"
         "print(sorted(heavy & set(sys.modules)))"

@@ -76,7 +76,7 @@ def test_rows_places_and_bad_rows_are_those_in_memory(tmp_path: Path, name: str,
     assert len(one.train) > 2
     assert places(one) == places(other)
     assert one.labels == other.labels
-    skipped = [[it for it in splits.findings if it.code == "rows-skipped"] for splits in (one, other)]
+    skipped = [[it for it in splits.issues if it.code == "rows-skipped"] for splits in (one, other)]
     assert skipped[0] == skipped[1]
 
 
@@ -97,7 +97,7 @@ def test_several_files_a_filter_and_the_first_rows(tmp_path: Path) -> None:
     first = read(str(tmp_path), streaming=True, max_train_rows=8)
     assert list(first.train) == list(read(str(tmp_path), streaming=False).train)[:8]
     fewer = read(str(tmp_path), streaming=True, max_train_rows=99, filter={"label": [0, 2, 7]})
-    assert {"fewer-rows", "filter-unmatched"} <= {it.code for it in fewer.findings}
+    assert {"fewer-rows", "filter-unmatched"} <= {it.code for it in fewer.issues}
 
 
 def test_a_row_that_cannot_be_used_stops_with_its_line(tmp_path: Path) -> None:
@@ -113,14 +113,14 @@ def test_what_is_found_of_rows_in_memory_is_found(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     test = write(tmp_path / "test.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:5]))
     one, other = (read(train, streaming=it, test=test) for it in (True, False))
-    codes = {it.code: it.rows for it in one.findings}
+    codes = {it.code: it.rows for it in one.issues}
     assert codes.pop("streamed") == 43
     assert codes.pop("conflicting-labels") == 1  # here only the row that contradicts; in memory the one before, too
-    expected = {it.code: it.rows for it in other.findings}
+    expected = {it.code: it.rows for it in other.issues}
     assert expected.pop("conflicting-labels") == 2
     assert codes == expected
     assert {"duplicates", "leakage", "rare-classes", "absent-classes"} == set(codes)
-    assert next(it for it in one.findings if it.code == "leakage").grave
+    assert next(it for it in one.issues if it.code == "leakage").grave
 
 
 def test_the_fingerprint_is_of_every_row(tmp_path: Path) -> None:

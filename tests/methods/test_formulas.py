@@ -10,30 +10,30 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import graftwerk.inject.attach as gw
+import graftwerk.modeling.attach as gw
 from graftwerk.errors import ConfigError
-from graftwerk.inject.layers import adapt
-from graftwerk.inject.record import Record
-from graftwerk.methods.base import Place, Role
+from graftwerk.methods.base import Role, TargetModule
 from graftwerk.methods.bottleneck import Bottleneck, BottleneckNetwork
-from graftwerk.methods.catalog import METHODS, SHORTHANDS, parse_method
 from graftwerk.methods.ia3 import IA3
-from graftwerk.methods.lora import LoRA, principal
+from graftwerk.methods.lora import LoRA, pissa_init
+from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
+from graftwerk.modeling.adapted_module import adapt
+from graftwerk.modeling.adapter_slots import ModelAdapters
 from tests.families import FAMILIES
 
 
-def place(inputs: int, outputs: int, role: Role = Role.OTHER_LINEAR, bias: bool = True) -> Place:
-    return Place("layer", role, inputs, outputs, bias)
+def place(inputs: int, outputs: int, role: Role = Role.OTHER_LINEAR, bias: bool = True) -> TargetModule:
+    return TargetModule("layer", role, inputs, outputs, bias)
 
 
 def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.OTHER_LINEAR) -> tuple[nn.Linear, Any]:
     """One linear layer with one delta on it, active."""
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs)
-    record = Record()
+    record = ModelAdapters()
     delta = method.build(place(inputs, outputs, role), layer)
-    record.box(layer).put("a", delta)
-    adapt(layer, record.box(layer))
+    record.slots(layer).put("a", delta)
+    adapt(layer, record.slots(layer))
     record.selection.choose(("a",))
     layer.requires_grad_(False)
     delta.requires_grad_(True)
@@ -42,20 +42,20 @@ def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.
 
 def test_lora_of_rank_8_on_512_by_512_has_8192() -> None:
     delta = LoRA(r=8).build(place(512, 512), nn.Linear(512, 512))
-    assert LoRA(r=8).count([place(512, 512)]) == sum(p.numel() for p in delta.parameters()) == 8192
+    assert LoRA(r=8).num_parameters([place(512, 512)]) == sum(p.numel() for p in delta.parameters()) == 8192
 
 
 def test_bottleneck_of_64_on_1024() -> None:
     network = BottleneckNetwork(1024, 1024, 64, "gelu", False, 1.0)
     without = Bottleneck(adapter_size=64, layer_norm=False)
-    assert without.count([place(1024, 1024)]) == sum(p.numel() for p in network.parameters()) == 132_160
-    assert without.count([place(1024, 1024)] * 48) == 6_343_680
-    assert Bottleneck(adapter_size=64).count([place(1024, 1024)]) == 132_160 + 2 * 1024
+    assert without.num_parameters([place(1024, 1024)]) == sum(p.numel() for p in network.parameters()) == 132_160
+    assert without.num_parameters([place(1024, 1024)] * 48) == 6_343_680
+    assert Bottleneck(adapter_size=64).num_parameters([place(1024, 1024)]) == 132_160 + 2 * 1024
 
 
 def test_dora_and_ia3_counts() -> None:
-    assert LoRA(r=4, use_dora=True).count([place(30, 20)]) == 4 * 50 + 20
-    assert IA3().count([place(30, 20, Role.KEY), place(30, 20, Role.FFN_OUT)]) == 20 + 30
+    assert LoRA(r=4, use_dora=True).num_parameters([place(30, 20)]) == 4 * 50 + 20
+    assert IA3().num_parameters([place(30, 20, Role.KEY), place(30, 20, Role.FFN_OUT)]) == 20 + 30
 
 
 def test_lora_equation() -> None:
@@ -89,7 +89,7 @@ def test_dora_equation() -> None:
 
 def test_pissa_starts_at_the_largest_directions() -> None:
     weight = torch.randn(10, 12)
-    a, b = principal(weight, 4, scale=2.0)
+    a, b = pissa_init(weight, 4, scale=2.0)
     u, s, vh = torch.linalg.svd(weight)
     torch.testing.assert_close(2.0 * b @ a, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], atol=1e-5, rtol=1e-4)
 
@@ -132,7 +132,7 @@ def test_the_fused_lora_equals_the_plain_one(bias: bool, input_gradient: bool, m
     results = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr(lora.LoRADelta, "through", lambda *_: None)
+            monkeypatch.setattr(lora.LoRAModule, "fused_forward", lambda *_: None)
         x.grad = delta.lora_A.weight.grad = delta.lora_B.weight.grad = None
         y = layer(x)
         assert ("LoRALinear" in type(y.grad_fn).__name__ or "LoRALinear" in str(y.grad_fn.next_functions)) == fused
@@ -193,7 +193,7 @@ def test_targets_that_match_nothing_are_refused(spec: Any, words: str) -> None:
     model = FAMILIES["bert"].build(classifier=True)
     with pytest.raises(ConfigError, match=words):
         gw.attach(model, parse_method(spec))
-    assert not gw.grafts(model)
+    assert not gw.adapters(model)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -210,6 +210,6 @@ def test_every_method_is_described() -> None:
 def test_suffixes_match_whole_names() -> None:
     method = LoRA(target_modules=["dense"])
     places = [place(2, 2)]
-    named = [Place(path, Role.OTHER_LINEAR, 2, 2, True) for path in ("a.dense", "a.predense", "dense")]
-    assert [p.path for p in method.places(named)] == ["a.dense", "dense"]
+    named = [TargetModule(path, Role.OTHER_LINEAR, 2, 2, True) for path in ("a.dense", "a.predense", "dense")]
+    assert [p.path for p in method.select_targets(named)] == ["a.dense", "dense"]
     assert places

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftwerk.errors import EnvironmentFault, IntegrityError, ModelError
+from graftwerk.errors import IntegrityError, ModelError, ResourceError
 from graftwerk.models import gguf as unpacking
 from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, model_folder
 from graftwerk.tasks.base import Splits
@@ -130,10 +130,10 @@ def test_a_cache_that_cannot_be_written_is_said_with_the_bytes(
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("GRAFTWERK_CACHE", str(blocked))
-    with pytest.raises(EnvironmentFault, match="cannot be kept") as caught:
+    with pytest.raises(ResourceError, match="cannot be kept") as caught:
         model_folder(str(tiny_gguf))
     assert "bytes are needed" in str(caught.value.where)
-    assert "GRAFTWERK_CACHE" in str(caught.value.mend)
+    assert "GRAFTWERK_CACHE" in str(caught.value.hint)
 
 
 def test_an_interrupted_unpacking_leaves_nothing(
@@ -145,7 +145,7 @@ def test_an_interrupted_unpacking_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(unpacking, "_put", full)
-    with pytest.raises(EnvironmentFault, match="No space left"):
+    with pytest.raises(ResourceError, match="No space left"):
         model_folder(str(tiny_gguf))
     assert list((tmp_path / "gguf").iterdir()) == []
 

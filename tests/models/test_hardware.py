@@ -17,8 +17,8 @@ from graftwerk.errors import ConfigError
 from graftwerk.models import hardware
 from graftwerk.models.cache import cache_folder, recall, remember
 from graftwerk.models.hardware import compute_type, hardware_facts, probe, set_threads, usable_cores
-from graftwerk.train.mode import check_compute_type
-from tests.train.children import Child
+from graftwerk.training.mode import check_compute_type
+from tests.training.children import Child
 
 
 @pytest.fixture(autouse=True)

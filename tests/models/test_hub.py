@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from graftwerk.errors import ConfigError, EnvironmentFault, IntegrityError
+from graftwerk.errors import ConfigError, IntegrityError, ResourceError
 from graftwerk.models import hub
 from graftwerk.models.load import load_config, load_model, load_tokenizer, model_folder
 
@@ -57,7 +57,7 @@ def test_a_cached_model_needs_no_network(snapshot: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, model_folder])
 def test_offline_the_missing_file_is_named(cache: Path, load: Any) -> None:
-    with pytest.raises(EnvironmentFault) as caught:
+    with pytest.raises(ResourceError) as caught:
         load("owner/absent")
     assert caught.value.exit_code == 5
     assert str(cache / "models--owner--absent" / "snapshots" / "main" / "config.json") in caught.value.what
@@ -66,7 +66,7 @@ def test_offline_the_missing_file_is_named(cache: Path, load: Any) -> None:
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_an_incomplete_snapshot_names_its_missing_file(snapshot: Path, missing: str) -> None:
     (snapshot / missing).unlink()
-    with pytest.raises(EnvironmentFault) as caught:
+    with pytest.raises(ResourceError) as caught:
         load_model("owner/tiny", None, None)
     assert str(snapshot / missing) in caught.value.what
 
@@ -77,7 +77,7 @@ def test_a_damaged_blob_is_found_by_its_hash_and_named(snapshot: Path) -> None:
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
-    with pytest.raises(EnvironmentFault, match="is damaged: its SHA-256") as caught:
+    with pytest.raises(ResourceError, match="is damaged: its SHA-256") as caught:
         load_model("owner/tiny", None, None)
     assert str(snapshot / "model.safetensors") in caught.value.what
     assert caught.value.where == str(blob)

@@ -11,10 +11,10 @@ import torch
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.evaluate.run import evaluate, predict
+from graftwerk.evaluation.evaluate import evaluate, predict
 from graftwerk.models.load import load_tokenizer
 from graftwerk.tasks.causal import Causal
-from graftwerk.train.run import train
+from graftwerk.training.train import train
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,7 @@ def test_every_token_is_trained_and_the_end_too(tokenizer: Any) -> None:
     text = tokenizer("a short high fly ball", add_special_tokens=False)["input_ids"]
     assert example.inputs["input_ids"] == example.target == [*text, tokenizer.eos_token_id]
     batch = Causal().collate([example], tokenizer)
-    assert Causal().weight(batch) == len(text)  # the first token is predicted by nothing, the end by the last
+    assert Causal().num_targets(batch) == len(text)  # the first token is predicted by nothing, the end by the last
 
 
 def test_a_tokenizer_that_begins_texts_begins_every_block(tiny_decoder: Path) -> None:
@@ -70,7 +70,7 @@ def test_encoders_and_encoder_decoders_are_refused() -> None:
     from transformers import T5Config
 
     with pytest.raises(UnsupportedError):
-        Causal().on(T5Config())
+        Causal().for_model(T5Config())
 
 
 def tree(model: Path, data: Path, folder: Path, task: Any, method: Any = "lora", **training: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import AdapterError, ConfigError, DataError
 from graftwerk.models.load import fix_padding, load_model, load_tokenizer
 from graftwerk.tasks.base import Example, Splits
-from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.classification import Classification, rows_for_prediction
+from graftwerk.tasks.registry import parse_task
 
 TASK = Classification()
 
@@ -32,14 +32,14 @@ def rows_of(texts: str, label: str) -> list[dict[str, str]]:
 
 
 def codes(splits: Splits) -> list[str]:
-    return [finding.code for finding in splits.findings]
+    return [finding.code for finding in splits.issues]
 
 
 def test_the_catalog_names_the_nearest_task() -> None:
     assert isinstance(parse_task("classification"), Classification)
     with pytest.raises(ConfigError, match="no task `clasification`") as caught:
         parse_task("clasification")
-    assert "did you mean `classification`?" in str(caught.value.mend)
+    assert "did you mean `classification`?" in str(caught.value.hint)
 
 
 # reading
@@ -51,7 +51,7 @@ def test_real_glosses_are_split_by_class_without_a_word(glosses: Path) -> None:
     assert splits.labels is not None
     assert len(splits.labels) == 12
     assert Counter(row["label"] for row in splits.validation) == dict.fromkeys(splits.labels, 3)
-    assert splits.findings == ()
+    assert splits.issues == ()
     assert splits.origin["rows"] == {"train": 180, "validation": 36, "test": 24}
 
 
@@ -61,7 +61,7 @@ def test_real_reviews_filtered_by_their_source(movies: str) -> None:
     )
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (2000, 500, 0)
     assert splits.labels == ("0", "1")
-    assert splits.findings == ()
+    assert splits.issues == ()
     # Half of the snippets are positive, and so of every split.
     assert Counter(row["label"] for row in splits.validation) == {"0": 250, "1": 250}
     assert Counter(row["label"] for row in splits.train) == {"0": 1000, "1": 1000}
@@ -94,8 +94,8 @@ def test_skipped_rows_are_counted_for_every_source(tmp_path: Path) -> None:
         TASK.read(DataSettings(train=train, test=test, validation=None))
     splits = TASK.read(DataSettings(train=train, test=test, validation=None, on_bad_row="skip"))
     assert codes(splits) == ["rows-skipped", "rows-skipped"]
-    assert splits.findings[0].example == f"{train}:7: `text` is empty"
-    assert splits.findings[1].example == f"{test}:4: `label` is missing"
+    assert splits.issues[0].example == f"{train}:7: `text` is empty"
+    assert splits.issues[1].example == f"{test}:4: `label` is missing"
 
 
 def test_faults_of_the_rows_stop_or_are_said(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_faults_of_the_rows_stop_or_are_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="one class"):
         TASK.read(DataSettings(train=one, validation=2))
     train = write(tmp_path / "a.jsonl", [*rows_of("aabc", "x"), *rows_of("def", "y")])
-    said = TASK.read(DataSettings(train=train, validation=None, filter={"label": ["x", "y", "z"]})).findings[0]
+    said = TASK.read(DataSettings(train=train, validation=None, filter={"label": ["x", "y", "z"]})).issues[0]
     assert (said.code, said.message.count("label: z")) == ("filter-unmatched", 1)
     other = write(tmp_path / "b.jsonl", [*rows_of("A", "x"), *rows_of("z", "y")])
     splits = TASK.read(DataSettings(train=train, validation=other, max_train_rows=100))
@@ -218,7 +218,7 @@ def test_padding_is_masked_by_position_even_where_the_pad_token_is_the_end_token
     assert batch["input_ids"].tolist() == [[5, 2, 2, 2], [5, 6, 7, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [0, 1]
-    assert TASK.weight(batch) == 2
+    assert TASK.num_targets(batch) == 2
 
 
 def test_a_batch_without_targets_has_no_labels() -> None:
@@ -251,7 +251,7 @@ def test_predictions_are_probabilities_in_the_order_of_the_rows() -> None:
     np.testing.assert_allclose(result.scores.sum(-1), 1, rtol=1e-12)
     assert result.targets is not None
     assert result.targets.tolist() == [1, 0, 0]
-    assert [answer["label"] for answer in TASK.answers(result, ["no", "yes"])] == ["yes", "no", "no"]
+    assert [answer["label"] for answer in TASK.format_predictions(result, ["no", "yes"])] == ["yes", "no", "no"]
     assert TASK.predictions(logits, [*rows[:2], Example({"input_ids": [1]}, None)], None, None).targets is None
 
 
@@ -293,7 +293,7 @@ def test_the_whole_path_learns_on_real_glosses(kind: str, request: pytest.Fixtur
         TASK.loss(model(**batch), batch).backward()
         optimizer.step()
     with torch.inference_mode():
-        kept = TASK.respond(TASK.forward(model, batch), batch)
+        kept = TASK.per_row_outputs(TASK.forward(model, batch), batch)
     scores = TASK.predictions(list(kept.split(1)), examples, None, None)
     assert (scores.scores.argmax(-1) == scores.targets).mean() > 0.9
     assert model.config.id2label == {0: "noun.animal", 1: "noun.cognition"}

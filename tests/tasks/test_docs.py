@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from graftwerk.config import RunConfig
-from graftwerk.evaluate.metrics import METRICS
-from graftwerk.evaluate.settings import EvaluationSettings
-from graftwerk.tasks.catalog import TASKS
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.tasks.registry import TASKS
 
 DOCS = Path(__file__).parents[2] / "docs" / "tasks.md"
 SECTIONS = {

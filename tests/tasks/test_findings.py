@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 
 from graftwerk.models.load import load_config, load_tokenizer
 from graftwerk.tasks.base import Splits
-from graftwerk.tasks.catalog import parse_task
-from graftwerk.tasks.findings import check_examples
+from graftwerk.tasks.example_checks import check_examples
+from graftwerk.tasks.registry import parse_task
 
 MARK = "<|mark|>"
 TASKS: dict[str, tuple[str, Any, dict[str, str]]] = {
@@ -39,7 +39,7 @@ def test_encode_special_token_in_text_is_noted(
     tokenizer = load_tokenizer(str(folder))
     tokenizer.add_tokens([AddedToken(MARK, special=True)])
     rows = [{part: value.format(text) for part, value in row.items()} for text in (f"a {MARK} ball", "a plain ball")]
-    bound = parse_task(task).on(load_config(str(folder)))
+    bound = parse_task(task).for_model(load_config(str(folder)))
     examples = bound.encode(rows, tokenizer, Splits((), (), (), ("a", "b"), ""), 64)
     (finding,) = [it for it in check_examples("train", examples) if it.code == "special-token-in-text"]
     assert (finding.rows, len(examples)) == (1, 2)

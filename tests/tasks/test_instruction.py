@@ -12,10 +12,10 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError, IntegrityError, ModelError, UnsupportedError
 from graftwerk.models.load import load_config, load_tokenizer
 from graftwerk.tasks.base import Example, Splits
-from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.chat import encode_conversations, end_ids
-from graftwerk.tasks.findings import check_examples
+from graftwerk.tasks.example_checks import check_examples
 from graftwerk.tasks.instruction import Instruction
+from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.template import ModelTemplate, template_for
 from graftwerk.tasks.text import IGNORED
 
@@ -129,7 +129,7 @@ def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer: Any, chat_t
 
 def test_the_end_token_is_trained_although_it_is_also_the_padding(tokenizer: Any) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    task = Instruction().on(load_config_of_llama())
+    task = Instruction().for_model(load_config_of_llama())
     examples = task.encode([{"turns": TURNS[:2]}, {"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
     batch = task.collate(examples, tokenizer)
     short = examples[0].length
@@ -261,7 +261,7 @@ def test_encoder_decoder_models_are_refused() -> None:
     from transformers import T5Config
 
     with pytest.raises(UnsupportedError, match="causal"):
-        Instruction().on(T5Config())
+        Instruction().for_model(T5Config())
 
 
 # lengths
@@ -320,7 +320,7 @@ def test_bad_rows_are_told_with_their_line(row: Any, said: str, tmp_path: Path) 
     assert said in str(caught.value.where)
     splits = read(tmp_path / "rows.jsonl", rows, on_bad_row="skip")
     assert splits.train == [SAME]
-    assert [finding.rows for finding in splits.findings if finding.code == "rows-skipped"] == [1]
+    assert [finding.rows for finding in splits.issues if finding.code == "rows-skipped"] == [1]
 
 
 def test_columns_of_two_formats_need_a_word(tmp_path: Path) -> None:
@@ -361,9 +361,9 @@ def test_plain_columns_are_made_into_instructions(glosses: Path) -> None:
     first = splits.train[0]["turns"]
     assert first[0][1].startswith("Which kind of thing is this? seizing property")
     assert first[1] == ["assistant", "noun.act"]
-    assert task.question("a ball") == {"turns": [["user", "Which kind of thing is this? a ball"]]}
+    assert task.example_from_text("a ball") == {"turns": [["user", "Which kind of thing is this? a ball"]]}
     with pytest.raises(ConfigError, match="several columns"):
-        Instruction(prompt="{a} {b}", answer="{c}").question("x")
+        Instruction(prompt="{a} {b}", answer="{c}").example_from_text("x")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, str], said: s
 
 
 def test_load_config_is_causal(tiny_decoder: Path) -> None:
-    assert Instruction().on(load_config(str(tiny_decoder))).layout == "causal"
+    assert Instruction().for_model(load_config(str(tiny_decoder))).seq2seq == "causal"
 
 
 def test_a_template_that_adds_a_system_message_of_its_own_trains_the_answers_alone(tiny_decoder: Path) -> None:
@@ -414,7 +414,7 @@ def test_read_system_column_opens_the_conversation(row: Any, streaming: bool, tm
     splits = read(tmp_path / "rows.jsonl", rows, streaming=streaming)
     turns = [["user", "q"], ["assistant", "x"]]
     assert [one["turns"] for one in splits.train] == [[["system", "be rude"], *turns], turns]
-    assert "unused-columns" not in {finding.code for finding in splits.findings}
+    assert "unused-columns" not in {finding.code for finding in splits.issues}
 
 
 def test_read_system_column_beside_another_system_message_is_a_bad_row(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_read_what_nothing_reads_is_counted_by_name(streaming: bool, tmp_path: P
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "weight": 0, "name": None}]
     rows = [{"messages": messages, "id": at, "history": [["a", "b"]] if at else []} for at in range(3)]
     splits = read(tmp_path / "rows.jsonl", rows, streaming=streaming)
-    (finding,) = [finding for finding in splits.findings if finding.code == "unused-columns"]
+    (finding,) = [finding for finding in splits.issues if finding.code == "unused-columns"]
     for name, count in (("id", 3), ("history", 2), ("messages[].weight", 3)):
         assert f"`{name}` ({count} rows)" in finding.message
     assert "name`" not in finding.message

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from graftwerk.errors import ConfigError, Interrupted, ModelError, UnsupportedError
-from graftwerk.evaluate.run import evaluate
+from graftwerk.errors import ConfigError, ModelError, RunInterrupted, UnsupportedError
+from graftwerk.evaluation.evaluate import evaluate
 from graftwerk.models.load import load_tokenizer
-from graftwerk.store.safety import read_tensors
-from graftwerk.tasks.catalog import parse_task
+from graftwerk.serialization.untrusted_files import read_tensors
 from graftwerk.tasks.masked import Masked
+from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import IGNORED
-from graftwerk.train.events import Event
-from graftwerk.train.run import train
+from graftwerk.training.events import Event
+from graftwerk.training.train import train
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,7 @@ def test_models_that_cannot_and_tokenizers_without_a_mask_are_refused(tiny_decod
 
     for config in (LlamaConfig(), BartConfig()):
         with pytest.raises(UnsupportedError, match="needs an encoder"):
-            Masked().on(config)
+            Masked().for_model(config)
     with pytest.raises(ModelError, match="no mask token"):
         encoded(load_tokenizer(str(tiny_decoder)), ["a ball"])
     with pytest.raises(ConfigError, match="mask_probability"):
@@ -136,7 +136,7 @@ def test_a_run_resumes_bit_for_bit_and_is_evaluated(masked_model: Path, glosses:
         if (event.kind, event.step) == ("step", 4):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(RunInterrupted):
         train(tree(masked_model, glosses, tmp_path / "parts"), listener=stop)
     torch.manual_seed(99)
     parts = train(tree(masked_model, glosses, tmp_path / "parts"), resume=True, listener=lambda event: None)

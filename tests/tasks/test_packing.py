@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.inject.attach import attach
 from graftwerk.methods.base import Method
-from graftwerk.methods.catalog import parse_method
+from graftwerk.methods.registry import parse_method
+from graftwerk.modeling.attach import attach
 from graftwerk.tasks.base import Example
-from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.masked import Masked
 from graftwerk.tasks.packing import bins, check_packing, pack
+from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import IGNORED
-from graftwerk.train.settings import TrainingSettings
-from graftwerk.train.validation import check_settings
+from graftwerk.training.settings import TrainingSettings
+from graftwerk.training.validation import check_settings
 from tests.families import FAMILIES
 
 DECODERS = ("llama", "gpt2", "qwen2", "gemma", "mistral")
@@ -118,7 +118,7 @@ def test_every_row_begins_anew_and_its_first_token_is_not_trained() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
     assert batch["labels"][0, 4] == IGNORED
     assert batch["labels"][1].tolist() == [IGNORED, examples[2].target[1], *[IGNORED] * 5]
-    assert Causal().weight(batch) == Causal().weight(Causal().collate(examples, TOKENIZER))
+    assert Causal().num_targets(batch) == Causal().num_targets(Causal().collate(examples, TOKENIZER))
 
 
 @pytest.mark.parametrize("task", ["classification", "masked"])
@@ -130,7 +130,7 @@ def test_tasks_without_rows_to_pack_say_so(task: str) -> None:
 def test_an_encoder_decoder_cannot_be_packed() -> None:
     from transformers import BartConfig
 
-    task = parse_task("summarization").on(BartConfig())
+    task = parse_task("summarization").for_model(BartConfig())
     assert not task.packs
     assert not Masked().packs
     assert Causal().packs

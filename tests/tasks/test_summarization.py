@@ -20,12 +20,12 @@ ROWS = rows_of(SYNOPSES)[:6]
 
 def test_an_encoder_decoder_makes_no_use_of_a_chat_template(text_model: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match="encoder-decoder") as caught:
-        Summarization(chat=False).on(AutoConfig.from_pretrained(text_model("bart")))
+        Summarization(chat=False).for_model(AutoConfig.from_pretrained(text_model("bart")))
     assert caught.value.where == "task.chat"
 
 
 def on(folder: Path, **settings: Any) -> tuple[Summarization, Any]:
-    task = Summarization(**settings).on(AutoConfig.from_pretrained(folder))
+    task = Summarization(**settings).for_model(AutoConfig.from_pretrained(folder))
     return task, AutoTokenizer.from_pretrained(folder)
 
 
@@ -77,7 +77,7 @@ def test_an_answer_ends_as_the_chat_template_ends_it(text_model: Callable[[str],
     assert tokenizer.decode(example.prompt) == "<|user|>\nSum:  It prints.<|end|>\n<|assistant|>\n"
     assert tokenizer.decode(example.inputs["input_ids"][len(example.prompt) :]) == "A printer<|end|>\n"
     assert tokenizer.decode([token for token in example.target if token != IGNORED]) == "A printer<|end|>"
-    assert task.encode([task.question(" It prints. ")], tokenizer, None, 100)[0].prompt == example.prompt
+    assert task.encode([task.example_from_text(" It prints. ")], tokenizer, None, 100)[0].prompt == example.prompt
     ends = task.generation_options(None, tokenizer, example)["eos_token_id"]
     assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}
 
@@ -105,7 +105,7 @@ def test_a_hostile_chat_template_harms_nothing(
     tokenizer.apply_chat_template = refuse
     with pytest.raises(error, match=said) as caught:
         task.encode(ROWS, tokenizer, None, 128)
-    assert "task.chat=false" in str(caught.value.mend)
+    assert "task.chat=false" in str(caught.value.hint)
     plain, tokenizer = on(text_model("llama"), chat=False)
     tokenizer.chat_template = template
     assert len(plain.encode(ROWS, tokenizer, None, 128)) == len(ROWS)
@@ -142,7 +142,7 @@ def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(text_model: C
 
 def test_room_is_left_for_an_answer_that_is_not_known(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("gpt2"))
-    example = task.encode([task.question(ROWS[0]["document"])], tokenizer, None, 100)[0]
+    example = task.encode([task.example_from_text(ROWS[0]["document"])], tokenizer, None, 100)[0]
     assert example.target is None
     assert 60 <= len(example.prompt) <= 75
 
@@ -164,4 +164,4 @@ def test_the_causal_loss_is_the_one_that_the_model_computes_itself(text_model: C
 
 def test_an_encoder_cannot_write() -> None:
     with pytest.raises(UnsupportedError, match="needs a causal or encoder-decoder model"):
-        Summarization().on(FAMILIES["bert"].config())
+        Summarization().for_model(FAMILIES["bert"].config())

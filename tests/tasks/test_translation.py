@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.evaluate.by_set import metrics_by_set
-from graftwerk.evaluate.metrics import metrics_of
-from graftwerk.tasks.catalog import parse_task
-from graftwerk.tasks.codes import codes_of, language_name
+from graftwerk.evaluation.metrics import metrics_of
+from graftwerk.evaluation.per_dataset import metrics_by_set
+from graftwerk.tasks.language_codes import codes_of, language_name
+from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import IGNORED
 from graftwerk.tasks.translation import Translation
 from tests.tiny_text import GNOME, marian_tokenizer, rows_of
@@ -34,7 +34,7 @@ CODES = {
 
 
 def on(folder: Path, **settings: Any) -> tuple[Translation, Any]:
-    task = Translation(**settings).on(AutoConfig.from_pretrained(folder))
+    task = Translation(**settings).for_model(AutoConfig.from_pretrained(folder))
     return task, AutoTokenizer.from_pretrained(folder)
 
 
@@ -104,7 +104,7 @@ def test_the_loss_is_the_one_that_the_model_computes_itself(family: str, text_mo
     batch = task.collate(task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 512), tokenizer)
     own = float(task.loss(task.forward(model, batch), batch))
     assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)
-    assert task.weight(batch) == int((batch["labels"] != IGNORED).sum())
+    assert task.num_targets(batch) == int((batch["labels"] != IGNORED).sum())
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="GRAFTWERK_TRAINED_MBART names no folder of a trained mBART")
@@ -139,7 +139,7 @@ def test_metrics_are_told_the_language_of_each_answer(
 
 def test_without_targets_there_is_a_prompt_and_nothing_to_learn(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("mbart50"), source_lang="de_DE", target_lang="en_XX")
-    asked = task.encode([task.question(row["source"]) for row in ROWS], tokenizer, None, 512)
+    asked = task.encode([task.example_from_text(row["source"]) for row in ROWS], tokenizer, None, 512)
     known = task.encode(pairs("de_DE", "en_XX"), tokenizer, None, 512)
     assert [example.prompt for example in asked] == [example.prompt for example in known]
     assert {example.target for example in asked} == {None}
@@ -166,13 +166,13 @@ def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(
 
 
 def test_marian_of_several_languages_is_told_by_a_token(tmp_path: Path, text_model: Callable[[str], Path]) -> None:
-    task = Translation(target_lang="fra").on(AutoConfig.from_pretrained(text_model("marian")))
+    task = Translation(target_lang="fra").for_model(AutoConfig.from_pretrained(text_model("marian")))
     tokenizer = marian_tokenizer(tmp_path, ["fra", "eng"])
     example = task.encode([{"source": "Drucken", "target": "Imprimer"}], tokenizer, None, 64)[0]
     assert tokenizer.convert_ids_to_tokens(example.prompt)[0] == ">>fra<<"
     with pytest.raises(ConfigError, match="no language `xyz`") as error:
         task._changed(target_lang="xyz").encode([{"source": "Drucken"}], tokenizer, None, 64)
-    assert "fra, eng" in str(error.value.mend)
+    assert "fra, eng" in str(error.value.hint)
 
 
 def test_causal_models_read_a_template_and_learn_the_answer_alone(text_model: Callable[[str], Path]) -> None:
@@ -228,16 +228,16 @@ def test_both_directions_make_two_rows_of_every_pair_on_one_side_of_the_split(tm
         assert [both.where[split](place) for place in (2, 3)] == [one.where[split](1)] * 2
     assert both.origin["rows"] == {"train": 24, "validation": 8, "test": 8}
     assert both.fingerprint != one.fingerprint
-    settled = Translation(both_directions=True).settled(both)
+    settled = Translation(both_directions=True).resolved(both)
     assert (settled.source_lang, settled.target_lang) == ("de_DE", "en_XX")
 
 
 def test_the_languages_of_the_rows_become_those_of_the_task_where_all_have_the_same(tmp_path: Path) -> None:
     german, french = rows_of(GNOME["de"])[:8], rows_of(GNOME["fr"])[:8]
     alike = Translation().read(data(tmp_path, german, validation=2))
-    assert Translation().settled(alike).to_dict()["source_lang"] == "de_DE"
+    assert Translation().resolved(alike).to_dict()["source_lang"] == "de_DE"
     mixed = Translation().read(data(tmp_path, german + french, validation=2))
-    assert Translation().settled(mixed).source_lang is None
+    assert Translation().resolved(mixed).source_lang is None
 
 
 # -- what is refused
@@ -248,16 +248,16 @@ def test_an_unknown_code_is_an_error_that_lists_the_known_ones(text_model: Calla
     with pytest.raises(ConfigError, match="no language `de`") as error:
         task.encode([{"source": "a", "target": "b"}], tokenizer, None, 64)
     assert error.value.where == "task.source_lang"
-    assert "did you mean `de_DE`" in str(error.value.mend)
-    assert "ar_AR" in str(error.value.mend)
-    assert "sl_SI" in str(error.value.mend)
+    assert "did you mean `de_DE`" in str(error.value.hint)
+    assert "ar_AR" in str(error.value.hint)
+    assert "sl_SI" in str(error.value.hint)
     with pytest.raises(DataError, match="no language `deutsch`") as said:
         task.encode([{"source": "a", "target": "b", "source_lang": "deutsch"}], tokenizer, None, 64)
-    assert "sl_SI" in str(said.value.mend)
+    assert "sl_SI" in str(said.value.hint)
     t5, words = on(text_model("t5"), source_lang="de", target_lang="qq")
     with pytest.raises(ConfigError, match="`qq` is no language") as unknown:
         t5.encode([{"source": "a", "target": "b"}], words, None, 64)
-    assert "German" in str(unknown.value.mend)
+    assert "German" in str(unknown.value.hint)
 
 
 def test_a_language_that_nothing_says(text_model: Callable[[str], Path]) -> None:

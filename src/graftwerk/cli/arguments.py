@@ -60,10 +60,10 @@ def columns_of(given: list[str] | None) -> dict[str, str] | None:
         part, equals, name = item.partition("=")
         if not (part and equals and name):
             raise ConfigError(
-                f"`--column {item}` is not of the form part=name", mend="for instance --column text=review"
+                f"`--column {item}` is not of the form part=name", hint="for instance --column text=review"
             )
         if part in columns:
-            raise ConfigError(f"`--column` names the part `{part}` twice", mend="give one of them")
+            raise ConfigError(f"`--column` names the part `{part}` twice", hint="give one of them")
         columns[part] = name
     return columns
 
@@ -84,6 +84,6 @@ def evaluation_of(given: list[str] | None) -> dict[str, Any]:
                 f"`{key}` is settled by the training; only settings of `evaluation:` can change", where=key
             )
         if name in settings:
-            raise ConfigError(f"`{name}` is set twice", where=key, mend="give one of them")
+            raise ConfigError(f"`{name}` is set twice", where=key, hint="give one of them")
         settings[name] = value
     return settings

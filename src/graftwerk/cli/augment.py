@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
 
         graftwerk augment --data rows.jsonl --by back-translation model=runs/de-en tag='<BT>' --out rows.bt.jsonl
         """
-        from graftwerk.augment.run import augment
+        from graftwerk.augmentation.augment import augment
         from graftwerk.cli.progress import Rows
 
         with Rows(out, "texts written") as rows:
@@ -101,14 +101,14 @@ def read_given(given: list[str], data: str | None, by: str | None) -> dict[str, 
     if files and (data is not None or by is not None):
         raise ConfigError(
             f"{files[0]} is a run file, which says itself which rows are augmented and how: data.train, data.augment",
-            mend="leave out --data and --by, or the run file",
+            hint="leave out --data and --by, or the run file",
         )
     if files:
         return {"config": Path(files[0]), **settings}
     if data is None or by is None:
         raise ConfigError(
             "give a run file, or both --data and --by",
-            mend="graftwerk augment run.yaml; graftwerk augment --data rows.jsonl --by word-dropout --out more.jsonl",
+            hint="graftwerk augment run.yaml; graftwerk augment --data rows.jsonl --by word-dropout --out more.jsonl",
         )
     tree: dict[str, Any] = {"name": by}
     for key, value in settings.items():  # through.model=... is a setting of a setting

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.output import Output, dump, read, stdout_to_stderr
-from graftwerk.errors import Interrupted
+from graftwerk.errors import RunInterrupted
 
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of stdout; everything else on stderr.")
@@ -49,7 +49,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
                         with read():
                             print(dump(result), file=stdout, flush=True)
             except KeyboardInterrupt:
-                raise Interrupted(signal.SIGINT, "stopped by Ctrl-C") from None
+                raise RunInterrupted(signal.SIGINT, "stopped by Ctrl-C") from None
 
         common = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)

@@ -10,7 +10,7 @@ import typer
 from graftwerk.cli.arguments import ConfigFile, DryRun
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
-from graftwerk.figures import count, share
+from graftwerk.formatting import count, share
 
 Settings = Annotated[
     list[str] | None,
@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
         augment = overrides.pop("augment", None)
         if dry_run:
             return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer)
-        from graftwerk.choose.compare import compare
+        from graftwerk.experiments.compare import compare
 
         chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
         compared = compare(
@@ -86,7 +86,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     for item in given:
         key, equals, value = item.partition("=")
         if equals and key in ("methods", "seeds") and sum(other.startswith(f"{key}=") for other in given) > 1:
-            raise ConfigError(f"`{key}` is given twice", where=key, mend="give one of them")
+            raise ConfigError(f"`{key}` is given twice", where=key, hint="give one of them")
         if key == "methods" and equals:
             methods = value
         elif key == "seeds" and equals:
@@ -96,7 +96,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
         else:
             others.append(item)
     if methods is None:
-        raise ConfigError("which methods?", where="methods", mend="for instance methods=full,lora,bottleneck")
+        raise ConfigError("which methods?", where="methods", hint="for instance methods=full,lora,bottleneck")
     if methods.lstrip().startswith(("[", "{")):
         try:
             methods = parse_yaml(methods.encode("utf-8", "surrogateescape"), "methods")
@@ -117,14 +117,14 @@ def show_plan(
     prefer: str | None = None,
 ) -> Result:
     """What a comparison would do, checked as far as that goes without loading a model."""
-    from graftwerk.choose.compare import check_choices, tree_of
-    from graftwerk.choose.entries import parse_entries, parse_seeds, settings_not_used, with_and_without
-    from graftwerk.choose.preflight import preflight
     from graftwerk.cli.doctor import with_augmented
     from graftwerk.config import RunConfig
-    from graftwerk.train.gate import refuse_grave
+    from graftwerk.experiments.compare import check_choices, tree_of
+    from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
+    from graftwerk.experiments.preflight import preflight
+    from graftwerk.training.data_checks import raise_on_severe
 
-    entries, numbers = parse_entries(methods), parse_seeds(seeds)
+    entries, numbers = parse_method_specs(methods), parse_seeds(seeds)
     base = RunConfig.load(config, {"method": entries[0].method, **overrides})
     check_choices(base, metric, prefer)
     augmented = base.data.augment
@@ -161,6 +161,6 @@ def show_plan(
         out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:
         out.warn(f"{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
-    refuse_grave(checked["findings"], checked["allowed"])
+    raise_on_severe(checked["findings"], checked["allowed"])
     data = {key: checked[key] for key in ("data", "findings", "output_dir")}
     return {"dry_run": True, "methods": planned, "seeds": numbers, "steps": steps, **data}

@@ -12,7 +12,7 @@ from graftwerk.cli.arguments import Overrides
 from graftwerk.cli.batch import show_batch
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
-from graftwerk.figures import byte_size, count, share
+from graftwerk.formatting import byte_size, count, share
 
 
 def register(app: typer.Typer) -> None:
@@ -35,13 +35,13 @@ def register(app: typer.Typer) -> None:
         show_machine(out, machine)
         if config is None:
             return {"machine": machine}
-        from graftwerk.choose.preflight import preflight
         from graftwerk.config import RunConfig
-        from graftwerk.train.gate import refuse_grave
+        from graftwerk.experiments.preflight import preflight
+        from graftwerk.training.data_checks import raise_on_severe
 
         checked = preflight(RunConfig.load(config, overrides))
         show_preflight(out, checked)
-        refuse_grave(checked["findings"], checked["allowed"])
+        raise_on_severe(checked["findings"], checked["allowed"])
         return {"machine": machine, "run": checked}
 
 

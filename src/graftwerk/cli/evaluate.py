@@ -9,7 +9,7 @@ import typer
 from graftwerk.cli.arguments import Base, Columns, EvaluationOverrides, Force, RunOrAdapter, columns_of, evaluation_of
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
-from graftwerk.figures import DASH, byte_size, figure, seconds
+from graftwerk.formatting import DASH, byte_size, figure, seconds
 
 
 def register(app: typer.Typer) -> None:
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Measure a trained adapter: figures with intervals, latency, memory, size."""
         from graftwerk.cli.progress import Rows
-        from graftwerk.evaluate.run import evaluate
+        from graftwerk.evaluation.evaluate import evaluate
 
         with Rows(out, "evaluating") as rows:
             result = evaluate(
@@ -93,7 +93,7 @@ def show_sets(out: Output, sets: dict[str, Any]) -> None:
 
 def _figure(name: str, measured: Any) -> tuple[str, str]:
     """Metrics of texts as people write them: BLEU 23.4, ROUGE-L 39.6 %, perplexity 12.3; those of classes as shares."""
-    from graftwerk.evaluate.metrics import METRICS
+    from graftwerk.evaluation.metrics import METRICS
 
     known = METRICS.get(name)
     if known is None or known.cells or name == "roc_auc" or not isinstance(measured, dict):

@@ -10,7 +10,7 @@ import typer
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.errors import ConfigError
-from graftwerk.figures import byte_size, count, figure
+from graftwerk.formatting import byte_size, count, figure
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Show what an adapter touches, holds and learnt, and where it comes from."""
         folder = adapter_in(target)
-        from graftwerk.explain.adapter import describe_adapter
+        from graftwerk.inspection.adapter import describe_adapter
 
         described = describe_adapter(folder)
         show_origin(out, described)
@@ -42,16 +42,16 @@ def adapter_in(target: Path) -> Path:
     if (inner / "adapter_config.json").is_file():
         return inner
     if not target.is_dir():
-        raise ConfigError(f"there is no folder {target}", mend="give a run folder or an adapter folder")
+        raise ConfigError(f"there is no folder {target}", hint="give a run folder or an adapter folder")
     if (target / "adapter_config.json").is_file():
         return target
     if (target / "manifest.json").is_file():
-        raise ConfigError(f"the run in {target} has no adapter yet", mend="go on with it: graftwerk train ... --resume")
+        raise ConfigError(f"the run in {target} has no adapter yet", hint="go on with it: graftwerk train ... --resume")
     if (target / "comparison.json").is_file():
         runs = sorted(path.parent.name for path in target.glob("*/manifest.json"))
         raise ConfigError(
             f"{target} holds a comparison, not one adapter",
-            mend=f"name one of its runs: {', '.join(str(target / run) for run in runs[:5])}",
+            hint=f"name one of its runs: {', '.join(str(target / run) for run in runs[:5])}",
         )
     return target  # the gate says what is wrong with it
 

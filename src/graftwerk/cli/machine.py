@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     from graftwerk.models.hardware import compute_type, usable_cores
-    from graftwerk.train.memory import available
+    from graftwerk.training.oom import available
 
     return {
         "python": platform.python_version(),

@@ -19,7 +19,7 @@ import typer
 
 from graftwerk.cli import augment, compare, doctor, evaluate, inspect, methods, predict, report, schema, train
 from graftwerk.cli.output import ReaderGone, dump, read
-from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, Interrupted
+from graftwerk.errors import ConfigError, GraftwerkError, ResourceError, RunInterrupted
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 _NAMES_AT_FAULT = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
@@ -108,27 +108,27 @@ def as_fault(error: BaseException) -> GraftwerkError:
     if isinstance(error, GraftwerkError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted(signal.SIGINT, "stopped by Ctrl-C")
+        return RunInterrupted(signal.SIGINT, "stopped by Ctrl-C")
     if isinstance(error, typer.TyperException):
         context = getattr(error, "ctx", None)
         name = context.command_path if context is not None else "graftwerk"
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        return ConfigError(message, mend=f"`{name} --help` shows what there is")
+        return ConfigError(message, hint=f"`{name} --help` shows what there is")
     if _out_of_memory(error):
-        return EnvironmentFault(
+        return ResourceError(
             "there is not enough memory",
-            mend="a smaller training.per_device_train_batch_size with more training.gradient_accumulation_steps, "
+            hint="a smaller training.per_device_train_batch_size with more training.gradient_accumulation_steps, "
             "or training.gradient_checkpointing=true",
         )
     where = str(error.filename) if isinstance(error, OSError) and error.filename else None
     if isinstance(error, OSError) and error.errno in _NAMES_AT_FAULT:
-        return ConfigError(f"{error.strerror}: {(where or '')[:200]!r}", mend="choose another name")
+        return ConfigError(f"{error.strerror}: {(where or '')[:200]!r}", hint="choose another name")
     if isinstance(error, OSError) and error.errno is not None:  # no library of ours: the system itself refused
-        return EnvironmentFault(f"{error.strerror or error}", where=where)
+        return ResourceError(f"{error.strerror or error}", where=where)
     text = " ".join(str(error).split())
     return GraftwerkError(
         f"{type(error).__name__}: {text}" if text else type(error).__name__,
-        mend="this is a defect of graftwerk or of a library under it; run again with --debug for the traceback",
+        hint="this is a defect of graftwerk or of a library under it; run again with --debug for the traceback",
     )
 
 
@@ -136,7 +136,7 @@ def _out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, as Python or torch say it; torch is asked only if it is there already."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from graftwerk.evaluate.exhausted import is_out_of_memory
+    from graftwerk.evaluation.oom import is_out_of_memory
 
     return is_out_of_memory(error)
 

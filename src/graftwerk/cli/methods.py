@@ -51,8 +51,8 @@ def register(app: typer.Typer) -> None:
 
 def describe_methods() -> list[dict[str, Any]]:
     """Every method as plain values; the wording comes from the head of the method's own file."""
-    from graftwerk.methods.catalog import METHODS, SHORTHANDS
-    from graftwerk.tasks.catalog import TASKS
+    from graftwerk.methods.registry import METHODS, SHORTHANDS
+    from graftwerk.tasks.registry import TASKS
 
     rows = []
     for name, method in METHODS.items():
@@ -65,7 +65,7 @@ def describe_methods() -> list[dict[str, Any]]:
                 "kind": method.kind,
                 "mergeable": method.mergeable,
                 "identity_at_start": method.identity_at_start,
-                "rows": method.rows,
+                "rows": method.supports_rows,
                 "peft_type": method.peft_type,
                 "learning_rate": method.default_learning_rate,
                 "head_learning_rate": method.default_head_learning_rate or method.default_learning_rate,

@@ -39,12 +39,12 @@ def register(app: typer.Typer) -> None:
         """
         from graftwerk.cli.progress import Rows
         from graftwerk.errors import ConfigError
-        from graftwerk.evaluate.run import predict
+        from graftwerk.evaluation.evaluate import predict
 
         if bool(texts) == bool(data):
             raise ConfigError(
                 "give texts or --data, not both" if texts else "there is nothing to predict",
-                mend='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
+                hint='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
             )
         with Rows(out, "predicting") as rows:
             result = predict(

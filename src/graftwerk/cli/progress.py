@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from graftwerk.cli.batch import show_batch
 from graftwerk.cli.output import Output, console, printable
-from graftwerk.figures import count, duration, number, share
+from graftwerk.formatting import count, duration, number, share
 
 if TYPE_CHECKING:
-    from graftwerk.train.events import Event
+    from graftwerk.training.events import Event
 
 EVERY_SECONDS = 5.0
 """Between two plain lines."""
@@ -161,9 +161,9 @@ def describe_trouble(event: Event) -> str:
     figures = event.figures
     text = printable(figures.get("text") or figures.get("message") or "")
     where = f"step {event.step}: " if event.step else ""
-    mend = f"\n  mend: {printable(figures['mend'])}" if figures.get("mend") else ""
+    hint = f"\n  hint: {printable(figures['hint'])}" if figures.get("hint") else ""
     example = f"\n  for instance: {printable(figures['example'])}" if figures.get("example") else ""
-    return f"{where}{event.kind.replace('_', ' ')}: {text}{example}{mend}"
+    return f"{where}{event.kind.replace('_', ' ')}: {text}{example}{hint}"
 
 
 def describe_start(figures: dict[str, Any]) -> str:

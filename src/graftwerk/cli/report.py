@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
         run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of a comparison.")],
     ) -> Result:
         """Write report.html from the files of a run or a comparison; no model is loaded."""
-        from graftwerk.report.html import write_report
+        from graftwerk.reporting.html import write_report
 
         path = write_report(run)
         out.line(str(path))

@@ -34,23 +34,23 @@ def register(app: typer.Typer) -> None:
 
         settings = RunConfig.load(config, [*(overrides or []), *(["data.allow=[all]"] if force else [])])
         if dry_run:
-            from graftwerk.choose.preflight import preflight
             from graftwerk.cli.doctor import show_preflight
-            from graftwerk.train.gate import refuse_grave
+            from graftwerk.experiments.preflight import preflight
+            from graftwerk.training.data_checks import raise_on_severe
 
             checked = preflight(settings)
             show_preflight(out, checked)
-            refuse_grave(checked["findings"], checked["allowed"])
+            raise_on_severe(checked["findings"], checked["allowed"])
             return {"dry_run": True, **checked}
         from graftwerk.cli.progress import Progress
-        from graftwerk.train.launch import is_main_process
-        from graftwerk.train.run import train
+        from graftwerk.training.distributed import is_main_process
+        from graftwerk.training.train import train
 
         with Progress(out) as progress:
             run = train(settings, resume=resume, overwrite=overwrite, listener=progress)
         if not is_main_process():  # under `accelerate launch`: one process speaks for all
             return None
-        from graftwerk.report.html import write_report
+        from graftwerk.reporting.html import write_report
 
         report = write_report(run.folder)
         show_run(out, run.manifest)

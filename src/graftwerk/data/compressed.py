@@ -17,9 +17,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from graftwerk.errors import DataError, EnvironmentFault, IntegrityError
-from graftwerk.locate import open_regular
+from graftwerk.errors import DataError, IntegrityError, ResourceError
 from graftwerk.machine import available
+from graftwerk.resource_paths import open_regular
 
 MAX_RATIO = 200
 """Bytes that one compressed byte may stand for. Text reaches 30; a bomb needs a thousand and more."""
@@ -38,8 +38,8 @@ def _zst(raw: IO[bytes], path: Path) -> IO[bytes]:
     try:
         import zstandard  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise EnvironmentFault(
-            "reading .zst needs the package zstandard", where=str(path), mend="pip install zstandard"
+        raise ResourceError(
+            "reading .zst needs the package zstandard", where=str(path), hint="pip install zstandard"
         ) from None
     opened: IO[bytes] = zstandard.ZstdDecompressor().stream_reader(raw)
     return opened
@@ -106,10 +106,10 @@ def read_bytes(path: Path) -> bytes:
     for piece in pieces(path):
         size += len(piece)
         if max(size, path.stat().st_size) > most:
-            raise EnvironmentFault(
+            raise ResourceError(
                 f"the content of {path.name} does not fit into the memory: more than {most:,} bytes",
                 where=str(path),
-                mend="data.stream=true reads rows while they are trained on; or give a part of the file",
+                hint="data.stream=true reads rows while they are trained on; or give a part of the file",
             )
         content.append(piece)
     return b"".join(content)
@@ -125,7 +125,7 @@ def opened(path: Path) -> io.FileIO:
     try:
         return open_regular(path)
     except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}", where=str(path), mend="give a regular file") from None
+        raise DataError(f"{path} cannot be read: {error}", where=str(path), hint="give a regular file") from None
 
 
 def pieces(path: Path) -> Generator[bytes, None, None]:
@@ -178,7 +178,7 @@ class _Proportion:
         raise IntegrityError(
             f"the file expands to more than {MAX_RATIO} times its bytes ({compressed:,} of them)",
             where=str(self._path),
-            mend="if you trust it, expand it yourself and give the plain file",
+            hint="if you trust it, expand it yourself and give the plain file",
         )
 
 
@@ -209,7 +209,7 @@ def _archive(raw: IO[bytes], path: Path) -> zipfile.ZipFile:
     ending = zipfile._EndRecData(raw)  # type: ignore[attr-defined]
     if ending and ending[5] > MAX_DIRECTORY_BYTES:  # bytes of the list
         raise DataError(
-            f"the zip file lists {ending[4]:,} members, and rows are read from one", where=str(path), mend="unpack it"
+            f"the zip file lists {ending[4]:,} members, and rows are read from one", where=str(path), hint="unpack it"
         )
     raw.seek(0)
     return zipfile.ZipFile(raw)
@@ -222,8 +222,8 @@ def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
         raise DataError(
             f"the zip file holds {len(members):,} files, and rows are read from one",
             where=str(path),
-            mend=f"unpack it and name the files ({named})" if members else "it is empty",
+            hint=f"unpack it and name the files ({named})" if members else "it is empty",
         )
     if members[0].flag_bits & 1:
-        raise DataError("the zip file is encrypted", where=str(path), mend="unpack it")
+        raise DataError("the zip file is encrypted", where=str(path), hint="unpack it")
     return members[0]

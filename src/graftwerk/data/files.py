@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.data.compressed import FREE_BYTES, MAX_RATIO, OPENERS, opened, plain_name, read_bytes
-from graftwerk.data.lines import (
+from graftwerk.data.parsers import (
     DECODER,
     Fault,
     Found,
@@ -25,12 +25,12 @@ from graftwerk.data.lines import (
     jsonl_rows,
     no_fault,
 )
-from graftwerk.data.lines import (
+from graftwerk.data.parsers import (
     text_rows as rows_of_text,
 )
 from graftwerk.data.rows import BadRow, Table, joined
 from graftwerk.data.textfiles import TextRows, pair_lines
-from graftwerk.errors import ConfigError, DataError, EnvironmentFault, IntegrityError
+from graftwerk.errors import ConfigError, DataError, IntegrityError, ResourceError
 
 PARQUET_BATCH = 128
 """Rows of a parquet file that are expanded at once: a row may repeat a long text that the file holds once."""
@@ -57,12 +57,12 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
         if reader is None:
             raise ConfigError(
                 f"{path} is a file that ends in `{ending}`",
-                mend=f"rows are read from {', '.join(READERS)}, also with {', '.join(OPENERS)} behind it",
+                hint=f"rows are read from {', '.join(READERS)}, also with {', '.join(OPENERS)} behind it",
                 where=source,
             )
         (_read_documents if reader is _read_text and text_rows == "document" else reader)(path, table)
     except OSError as error:
-        raise EnvironmentFault(f"{path} cannot be read: {error.strerror}", where=source) from None
+        raise ResourceError(f"{path} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows) + len(table.bad)
     return table
 
@@ -78,7 +78,7 @@ def read_pair(first: Path, second: Path, source: str) -> Table:
     try:
         pair_lines((first, _text(first)[0]), (second, _text(second)[0]), table)
     except OSError as error:
-        raise EnvironmentFault(f"{error.filename} cannot be read: {error.strerror}", where=source) from None
+        raise ResourceError(f"{error.filename} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows)
     return table
 
@@ -111,7 +111,7 @@ def files_in(path: Path, source: str) -> tuple[list[Path], tuple[str, ...]]:
         raise ConfigError(
             f"{path} is a folder with {'files of several kinds (' + held + ')' if kinds else 'no file of rows'}",
             where=source,
-            mend="give a folder with files of one kind, or a pattern such as folder/*.jsonl"
+            hint="give a folder with files of one kind, or a pattern such as folder/*.jsonl"
             if kinds
             else f"rows are read from {', '.join(READERS)}",
         )
@@ -123,7 +123,7 @@ def _text(path: Path) -> tuple[str, bool]:
     """The file as text, and whether some of it is not UTF-8 (those bytes become lone surrogates, U+DC80 and up)."""
     raw = read_bytes(path)
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError("the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8")
+        raise DataError("the file is UTF-16, not UTF-8", where=f"{path}:1", hint="save it as UTF-8")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     try:
         return raw.decode("utf-8"), False
@@ -184,7 +184,7 @@ def _read_json(path: Path, table: Table) -> None:
     position, line, counted = _skip_space(text, 0), 1, 0
     if text[position : position + 1] != "[":
         raise DataError(
-            "a .json file of rows is a list of objects", where=f"{path}:1", mend="one object a line is .jsonl"
+            "a .json file of rows is a list of objects", where=f"{path}:1", hint="one object a line is .jsonl"
         )
     position = _skip_space(text, position + 1)
     while text[position : position + 1] != "]":
@@ -197,7 +197,7 @@ def _read_json(path: Path, table: Table) -> None:
         except (ValueError, RecursionError, StopIteration) as error:
             # Where one item ends and the next begins is unknown from here on, so nothing after it can be saved.
             raise DataError(
-                f"broken JSON: {error}", where=f"{path}:{line}", mend="mend it, or write one object a line (.jsonl)"
+                f"broken JSON: {error}", where=f"{path}:{line}", hint="mend it, or write one object a line (.jsonl)"
             ) from None
         reason = None if fault is no_fault else fault(text[position:end])
         if reason is None and not isinstance(row, dict):
@@ -229,15 +229,15 @@ def _read_parquet(path: Path, table: Table) -> None:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise EnvironmentFault(
-            "reading parquet needs the package pyarrow", where=str(path), mend="pip install 'graftwerk[data]'"
+        raise ResourceError(
+            "reading parquet needs the package pyarrow", where=str(path), hint="pip install 'graftwerk[data]'"
         ) from None
     try:
         with opened(path) as raw:
             file = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(path)) if path.suffix.lower() in OPENERS else raw)
             content = _bounded(file, path)
     except MemoryError:
-        raise EnvironmentFault(f"{path.name} does not fit into the memory", where=str(path)) from None
+        raise ResourceError(f"{path.name} does not fit into the memory", where=str(path)) from None
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, PermissionError):
             raise
@@ -246,7 +246,7 @@ def _read_parquet(path: Path, table: Table) -> None:
     if wrong := [name for name in names if bad_characters(name)]:
         raise DataError(f"the column {wrong[0]!a:.80} {bad_characters(wrong[0])}", where=str(path))
     if len(set(names)) != len(names):
-        raise DataError("two columns have the same name", where=str(path), mend=f"columns: {', '.join(names)}")
+        raise DataError("two columns have the same name", where=str(path), hint=f"columns: {', '.join(names)}")
     table.rows = content.to_pylist()
     table.lines = list(range(1, len(table.rows) + 1))
     table.columns = tuple(names)
@@ -274,7 +274,7 @@ def _bounded(file: Any, path: Path) -> Any:
         raise IntegrityError(
             f"the file expands to more than {MAX_RATIO} times its {size:,} bytes",
             where=str(path),
-            mend="if you trust it, write its rows to a .jsonl file and give that",
+            hint="if you trust it, write its rows to a .jsonl file and give that",
         )
     return pyarrow.Table.from_batches(parts, schema=file.schema_arrow)
 

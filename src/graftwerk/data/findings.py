@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """Something about the data that the user should know: counted, with one example, and what to change.
 
     Attributes:
@@ -20,6 +20,6 @@ class Finding:
     message: str
     rows: int
     example: str | None = None
-    mend: str | None = None
+    hint: str | None = None
     grave: bool = False
     fatal: bool = False

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftwerk.data.parts import Part, text_part
+from graftwerk.data.fields import Part, text_part
 from graftwerk.errors import ConfigError
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -36,7 +36,7 @@ class Format:
     """One form of rows.
 
     Attributes:
-        parts, optional, answers: As for `data.reading.Reading`.
+        parts, optional, answers: As for `data.reading.RowFormat`.
         shape: From the parts of a row to its normal form.
         ask: The same for a row that a model is asked about, whose answer is left out.
     """
@@ -231,7 +231,7 @@ def recognise(columns: Sequence[str], formats: Sequence[str]) -> tuple[str, Form
         raise ConfigError(
             f"the columns could be those of several formats: {names}",
             where="data.format",
-            mend=f"name one: data.format={found[0][0]}"
+            hint=f"name one: data.format={found[0][0]}"
             if len({name for name, _ in found}) > 1
             else "a source has `messages` or `conversations`, not both; data.columns: {messages: ...} chooses one",
         )
@@ -242,5 +242,5 @@ def recognise(columns: Sequence[str], formats: Sequence[str]) -> tuple[str, Form
     raise ConfigError(
         f"the columns ({', '.join(columns) or 'none'}) are those of no format that this task reads",
         where="data.columns",
-        mend=f"rename columns with `data.columns` to those of one of them. {wanted}",
+        hint=f"rename columns with `data.columns` to those of one of them. {wanted}",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graftwerk.data.rows import Table
-from graftwerk.errors import ConfigError, EnvironmentFault
+from graftwerk.errors import ConfigError, ResourceError
 
 
 def read_hub(name: str, split: str, source: str) -> Table:
@@ -21,8 +21,8 @@ def read_hub(name: str, split: str, source: str) -> Table:
     try:
         import datasets
     except ImportError:
-        raise EnvironmentFault(
-            "reading from the hub needs the package datasets", where=source, mend="pip install 'graftwerk[data]'"
+        raise ResourceError(
+            "reading from the hub needs the package datasets", where=source, hint="pip install 'graftwerk[data]'"
         ) from None
     owner, _, rest = name.partition("/")
     short, _, configuration = rest.partition("/")
@@ -33,17 +33,17 @@ def read_hub(name: str, split: str, source: str) -> Table:
         content = datasets.load_dataset(repository, configuration or None, split=split)
     except (ConnectionError, TimeoutError) as error:
         # datasets' own offline error is a ConnectionError.
-        raise EnvironmentFault(
+        raise ResourceError(
             f"there is no local file `{source}`, and as a data set of the hub `{repository}` is not in the local cache"
             " and the hub cannot be reached",
             where=_first(error),
-            mend="fetch it once with a network, or give a local file with its ending",
+            hint="fetch it once with a network, or give a local file with its ending",
         ) from None
     except (datasets.exceptions.DatasetNotFoundError, ValueError, FileNotFoundError, RuntimeError) as error:
         raise ConfigError(
             f"the data set `{repository}` cannot be used: {_first(error)}",
             where=source,
-            mend="owner/name/configuration names a configuration, owner/name:split a split",
+            hint="owner/name/configuration names a configuration, owner/name:split a split",
         ) from None
     finally:
         if bars:

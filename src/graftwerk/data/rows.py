@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from graftwerk.data.findings import Finding
+from graftwerk.data.findings import Issue
 from graftwerk.errors import DataError
 
 SHOWN = 5
@@ -86,7 +86,7 @@ def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
                 f"{table.shown} has the columns {', '.join(table.columns)}, and {tables[0].shown} has"
                 f" {', '.join(tables[0].columns)}",
                 where=source,
-                mend="read files with other columns as sets of their own, each with its `columns`",
+                hint="read files with other columns as sets of their own, each with its `columns`",
             )
         pieces.append((offset, replace(table, rows=[], lines=[], bad=[])))
         whole.rows += table.rows
@@ -99,18 +99,18 @@ def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
     return whole
 
 
-def unused_columns(unused: Counter[str], source: str) -> tuple[Finding, ...]:
+def unused_columns(unused: Counter[str], source: str) -> tuple[Issue, ...]:
     """Say which columns of a source, and keys of its messages, nothing reads."""
     if not unused:
         return ()
     listed = ", ".join(f"`{name}` ({count:,} rows)" for name, count in unused.most_common(20))
     more = f", and {len(unused) - 20:,} more" if len(unused) > 20 else ""
     message = f"{len(unused):,} columns or keys of {source} are not used: {listed}{more}"
-    mend = "`data.columns` says which column plays which part; nothing, if they are not needed"
-    return (Finding("unused-columns", message, max(unused.values()), mend=mend),)
+    hint = "`data.columns` says which column plays which part; nothing, if they are not needed"
+    return (Issue("unused-columns", message, max(unused.values()), hint=hint),)
 
 
-def settle_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[Finding, ...]:
+def resolve_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[Issue, ...]:
     """Stop at rows that cannot be used, or count them.
 
     Raises:
@@ -118,12 +118,12 @@ def settle_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[
     """
     table.bad.sort(key=lambda bad: bad.line)
     places = [f"{table.at(bad.line)}: {bad.reason}" for bad in table.bad[:SHOWN]]
-    return settle(len(table.bad), places, table.read, table.source, on_bad_row)
+    return apply_bad_row_policy(len(table.bad), places, table.read, table.source, on_bad_row)
 
 
-def settle(
+def apply_bad_row_policy(
     count: int, places: Sequence[str], read: int, source: str, on_bad_row: Literal["fail", "skip"]
-) -> tuple[Finding, ...]:
+) -> tuple[Issue, ...]:
     """The same for rows that are only counted; ``places`` are the first of them."""
     if not count:
         return ()
@@ -133,6 +133,6 @@ def settle(
         raise DataError(
             message,
             where="; ".join(places) + (f"; and {more:,} more" if more else ""),
-            mend="mend these rows, or set `data.on_bad_row: skip` to leave them out and have them counted",
+            hint="mend these rows, or set `data.on_bad_row: skip` to leave them out and have them counted",
         )
-    return (Finding("rows-skipped", f"{message} and were left out", count, example=places[0]),)
+    return (Issue("rows-skipped", f"{message} and were left out", count, example=places[0]),)

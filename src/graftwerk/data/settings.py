@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from graftwerk.augment.settings import Augmenter, parse_augmenters
+from graftwerk.augmentation.settings import Augmenter, parse_augmenters
 from graftwerk.settings import Settings
 
 Share = Annotated[float, Field(gt=0, lt=1)]

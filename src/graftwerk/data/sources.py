@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.data.compressed import OPENERS
+from graftwerk.data.fields import Part
 from graftwerk.data.files import READERS, read_file, read_pair
-from graftwerk.data.parts import Part
 from graftwerk.data.rows import BadRow, Table, joined
 from graftwerk.data.settings import Pair, Source, shown
 from graftwerk.data.textfiles import TextRows
 from graftwerk.errors import ConfigError, DataError, did_you_mean
-from graftwerk.locate import PACKAGE_SCHEME, locate
+from graftwerk.resource_paths import PACKAGE_SCHEME, locate
 
 HUB_SCHEME = "hub://"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
@@ -160,7 +160,7 @@ def matching(source: str) -> list[Path] | None:
     found = sorted(Path(name) for name in glob(str(Path(source).expanduser()), recursive=True) if Path(name).is_file())
     if not found:
         raise ConfigError(
-            f"no file matches the pattern {source}", mend="* stands for any part of a name, ** for folders"
+            f"no file matches the pattern {source}", hint="* stands for any part of a name, ** for folders"
         )
     return found
 
@@ -191,7 +191,7 @@ def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
             raise ConfigError(
                 f"this task has no part `{part}`",
                 where=f"data.columns.{part}",
-                mend=f"{hint}Its parts: {', '.join(known)}",
+                hint=f"{hint}Its parts: {', '.join(known)}",
             )
 
 
@@ -215,7 +215,7 @@ def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
             raise ConfigError(
                 f"{table.source} has no column `{column}`",
                 where=f"data.{key}",
-                mend=f"{hint}It has: {listed}; {other}",
+                hint=f"{hint}It has: {listed}; {other}",
             )
 
 

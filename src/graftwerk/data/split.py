@@ -33,7 +33,7 @@ def held_out(amount: int | float | None, rows: int, key: str) -> int:
         raise ConfigError(
             f"`{key}: {amount}` holds out {count:,} of {rows:,} rows; none would be left to learn from",
             where=key,
-            mend="hold out fewer rows, or give more data",
+            hint="hold out fewer rows, or give more data",
         )
     return count
 
@@ -95,14 +95,14 @@ def split_rows(
         if count and not drawn[name]:
             raise DataError(
                 f"no {name} rows can be held out: every text that is left stands in more than {count:,} rows",
-                mend="remove repeated rows, or hold out more",
+                hint="remove repeated rows, or hold out more",
             )
     left = sum(len(group) for group in remaining)
     train, _ = _take(remaining, left if max_train is None else min(max_train, left))
     if not train:
         raise DataError(
             "no rows are left to learn from after holding out",
-            mend="hold out fewer rows, or give more data (rows with the same text stay on one side)",
+            hint="hold out fewer rows, or give more data (rows with the same text stay on one side)",
         )
     return sorted(train), sorted(drawn["validation"]), sorted(drawn["test"])
 

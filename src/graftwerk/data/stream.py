@@ -17,19 +17,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+from graftwerk.data.checks import PlacedRows, missing_in, missing_texts
 from graftwerk.data.compressed import Expanded
 from graftwerk.data.files import files_in, kind_of
-from graftwerk.data.findings import Finding
-from graftwerk.data.lines import Found, bad_characters, delimited_rows, jsonl_rows, text_rows
-from graftwerk.data.lint import PlacedRows, missing_in, missing_texts
-from graftwerk.data.reading import Reading, Recognise, SplitRows, held_out_elsewhere, named, reading_of
-from graftwerk.data.rows import SHOWN, BadRow, Table, settle, unused_columns
+from graftwerk.data.findings import Issue
+from graftwerk.data.parsers import Found, bad_characters, delimited_rows, jsonl_rows, text_rows
+from graftwerk.data.rows import SHOWN, BadRow, Table, apply_bad_row_policy, unused_columns
 from graftwerk.data.settings import DataSettings, Pair, Source, shown
 from graftwerk.data.sources import HUB_SCHEME, is_hub_id, matching
 from graftwerk.data.split import fold
+from graftwerk.data.splits_reader import Recognise, RowFormat, SplitRows, held_out_elsewhere, named, reading_of
 from graftwerk.data.textfiles import TextRows
-from graftwerk.errors import ConfigError, DataError, EnvironmentFault
-from graftwerk.locate import locate
+from graftwerk.errors import ConfigError, DataError, ResourceError
+from graftwerk.resource_paths import locate
 
 KINDS = (".jsonl", ".ndjson", ".csv", ".tsv", ".txt")
 CHUNK = 1000
@@ -66,7 +66,7 @@ class StreamedRows(Sequence[dict[str, Any]]):
         raise DataError(
             f"there are {met:,} rows where {self._count:,} were counted before training: the files have changed",
             where=shown(self._data.source),
-            mend="leave the files as they are while they are trained on",
+            hint="leave the files as they are while they are trained on",
         )
 
     @overload
@@ -102,7 +102,7 @@ class Streamed:
 
     rows: StreamedRows
     held: dict[str, SplitRows]
-    findings: list[Finding]
+    issues: list[Issue]
     classes: dict[str, Counter[str]] | None
     repeated: PlacedRows
     digest: str
@@ -118,7 +118,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
         ConfigError: a source or setting that streaming has no way for.
         DataError, EnvironmentFault, IntegrityError: as for rows in memory.
     """
-    findings: list[Finding] = []
+    findings: list[Issue] = []
     held, held_reading = held_out_elsewhere(data, recognise, findings)
     keys = {split: {fold(text) for text in part.placed().texts} for split, part in held.items()}
     held_keys = set().union(*keys.values())
@@ -141,10 +141,10 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
         if passed.rows == limit:
             break
     source = shown(data.source)
-    findings += settle(passed.bad, passed.places, passed.read, source, data.on_bad_row)
+    findings += apply_bad_row_policy(passed.bad, passed.places, passed.read, source, data.on_bad_row)
     if not passed.rows:
         raise DataError(
-            f"{source} has no rows that can be used", where="data.train", mend="see `data.filter`, or give more rows"
+            f"{source} has no rows that can be used", where="data.train", hint="see `data.filter`, or give more rows"
         )
     findings += passed.findings(source, data)
     classes = None
@@ -173,7 +173,7 @@ class _Passed:
         self.met: dict[str, tuple[str, str]] = {}
         self.digest = hashlib.sha256()
 
-    def add(self, table: Table, at: int, reading: Reading, parts: Sequence[str]) -> None:
+    def add(self, table: Table, at: int, reading: RowFormat, parts: Sequence[str]) -> None:
         row = table.rows[at]
         text = reading.key_of(row)
         folded = fold(text)
@@ -195,9 +195,9 @@ class _Passed:
         elif len(self.seen) < REMEMBERED:
             self.seen[key] = own
 
-    def findings(self, source: str, data: DataSettings) -> list[Finding]:
+    def findings(self, source: str, data: DataSettings) -> list[Issue]:
         found = [
-            Finding(
+            Issue(
                 "streamed",
                 f"the {self.rows:,} training rows are read as they are needed: they are shuffled and grouped by length"
                 f" within {data.buffer_rows:,} rows, and rows that are nearly those held out were not looked for",
@@ -210,22 +210,20 @@ class _Passed:
             message = (
                 f"there are {self.rows:,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
             )
-            found.append(Finding("fewer-rows", message, self.rows, mend="give more data, or ask for fewer rows"))
+            found.append(Issue("fewer-rows", message, self.rows, hint="give more data, or ask for fewer rows"))
         if self.unmatched:
             message = f"no row of {source} has {', '.join(sorted(self.unmatched))}, which the filter asks for"
-            found.append(Finding("filter-unmatched", message, 0, mend="check the spelling in `data.filter`"))
+            found.append(Issue("filter-unmatched", message, 0, hint="check the spelling in `data.filter`"))
         looked = "" if len(self.seen) < REMEMBERED else f", of the first {REMEMBERED:,} texts"
         if self.repeat is not None:
             message = f"{self.repeats:,} of {self.rows:,} train rows repeat another row's text{looked}"
             place, text = self.repeat
             example = f"{place}: {' '.join(text.split())[:80]!r}"
-            found.append(Finding("duplicates", message, self.repeats, example=example, mend="remove the repeats"))
+            found.append(Issue("duplicates", message, self.repeats, example=example, hint="remove the repeats"))
         if self.torn:
             message = f"{self.torn:,} train rows have another class than an earlier row of the same text{looked}"
             found.append(
-                Finding(
-                    "conflicting-labels", message, self.torn, example=self.conflict, mend="decide for one class each"
-                )
+                Issue("conflicting-labels", message, self.torn, example=self.conflict, hint="decide for one class each")
             )
         return found
 
@@ -234,11 +232,11 @@ def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, Reading | None]]:
+def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, RowFormat | None]]:
     """The rows in tables of at most `CHUNK`, read and named; bad rows beside them. The reading is None as long as there
     was no row to tell what rows are."""
     columns: dict[str, None] = {}
-    reading: Reading | None = None
+    reading: RowFormat | None = None
     for file in _files(data.source):
         found = _rows_of(file, columns, data.text_rows)
         while chunk := list(islice(found, CHUNK)):
@@ -279,11 +277,11 @@ def _files(source: Source) -> Iterator[Path]:
         yield file
 
 
-def _not_streamed(what: str, mend: str) -> ConfigError:
+def _not_streamed(what: str, hint: str) -> ConfigError:
     return ConfigError(
         f"{what} not read row by row; streaming reads {', '.join(KINDS)}, also compressed",
         where="data.train",
-        mend=f"{mend}, or data.streaming=false",
+        hint=f"{hint}, or data.streaming=false",
     )
 
 
@@ -292,7 +290,7 @@ def _rows_of(file: Path, columns: dict[str, None], text: TextRows) -> Found:
     try:
         with io.BufferedReader(Expanded(file)) as raw:
             if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError("the file is UTF-16, not UTF-8", where=f"{file}:1", mend="save it as UTF-8")
+                raise DataError("the file is UTF-16, not UTF-8", where=f"{file}:1", hint="save it as UTF-8")
             newline = "" if kind in (".csv", ".tsv") else "\n"
             lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
             if kind in (".csv", ".tsv"):
@@ -303,4 +301,4 @@ def _rows_of(file: Path, columns: dict[str, None], text: TextRows) -> Found:
             else:
                 yield from jsonl_rows(lines, columns, fault=bad_characters)
     except PermissionError as error:
-        raise EnvironmentFault(f"{file} cannot be read: {error.strerror}", where=str(file)) from None
+        raise ResourceError(f"{file} cannot be read: {error.strerror}", where=str(file)) from None

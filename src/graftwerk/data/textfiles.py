@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from graftwerk.data.lines import bare
+from graftwerk.data.parsers import bare
 from graftwerk.data.rows import Table
 from graftwerk.errors import DataError
 
@@ -34,7 +34,7 @@ def pair_lines(source: tuple[Path, str], target: tuple[Path, str], table: Table)
             f"the two files do not belong together line by line: {first} has {len(sources):,} lines,"
             f" {second} has {len(targets):,}",
             where=f"{first}, {second}",
-            mend="give two files of the same number of lines, line n of one the translation of line n of the other",
+            hint="give two files of the same number of lines, line n of one the translation of line n of the other",
         )
     table.columns = ("source", "target")
     for line, (one, other) in enumerate(zip(sources, targets, strict=True), start=1):

@@ -4,7 +4,7 @@ A method is a frozen settings object (`LoRA(r=8)`) that knows three things: whic
 role, never by an architecture's names), how many parameters that costs (a formula), and how to build the module that
 goes there.
 
-Two kinds of module exist for places inside a layer (`Delta`), and one each for attention (`prefix.py`) and the input
+Two kinds of module exist for places inside a layer (`AdapterModule`), and one each for attention (`prefix.py`) and the input
 embedding (`prompt.py`, `ptuning.py`). Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head
 width, d model width, r rank, n virtual tokens, L layers.
 """
@@ -21,8 +21,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.seal import Seal
-from graftwerk.methods.stacked import StackedDelta
+from graftwerk.kernels.batched_adapters import BatchedAdapter
+from graftwerk.kernels.versioned_cache import SharedVersion
 from graftwerk.settings import Settings, parse_settings
 
 
@@ -46,7 +46,7 @@ ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, R
 
 
 @dataclass(frozen=True)
-class Place:
+class TargetModule:
     """One module of a model that a delta can go into.
 
     Attributes:
@@ -70,7 +70,7 @@ class Place:
     stack: str | None = None
 
 
-class Delta(nn.Module):
+class AdapterModule(nn.Module):
     """What an adapter adds to one module: it may change what goes in and what comes out.
 
     A layer with active deltas computes ``y = layer(enter(x))`` and then ``leave(x, y)`` for each. Both get whole
@@ -78,50 +78,50 @@ class Delta(nn.Module):
     module's own parameters are called as PEFT calls them in its files wherever PEFT has the method.
     """
 
-    seal: Seal | None = None
+    seal: SharedVersion | None = None
     """Tells of changes of all parameters, where these were read from a file and do not train."""
 
-    def enter(self, x: Tensor) -> Tensor:
+    def pre_forward(self, x: Tensor) -> Tensor:
         return x
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y
 
-    def through(self, layer: nn.Module, x: Tensor, others: Sequence[Delta]) -> Tensor | None:
+    def fused_forward(self, layer: nn.Module, x: Tensor, others: Sequence[AdapterModule]) -> Tensor | None:
         """The layer, this delta and the ``others`` that are active after it in one, where there is a faster way that
         gives the same; None: take the plain way. ``layer.forward`` must not be called here.
         """
         return None
 
-    def kin(self) -> Hashable | None:
+    def batch_key(self) -> Hashable | None:
         """What deltas must have in common to be stacked (see stacked.py); None: this one works alone just now."""
         return None
 
     @property
-    def breadth(self) -> int:
+    def padded_dim(self) -> int:
         """The size that stacking fills up to the largest: rank, bottleneck. Far apart, they are stacked apart."""
         return 1
 
     @staticmethod
-    def stacked(deltas: Sequence[Any]) -> StackedDelta:
+    def batched(deltas: Sequence[Any]) -> BatchedAdapter:
         """The stacked form of deltas of one `kin`, one for each entry; the same delta may stand there several times.
 
         Differentiable with respect to the deltas' parameters.
         """
         raise NotImplementedError
 
-    def sources(self) -> list[Tensor]:
+    def source_tensors(self) -> list[Tensor]:
         """All tensors that the stacked form is made from: where a version of one changes, it is made again."""
         own = [*self.parameters(), *self.buffers()]
-        return [self.seal.block] if self.seal is not None and self.seal.covers(own) else own
+        return [self.seal.block] if self.seal is not None and self.seal.is_valid_for(own) else own
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight (out, in) and bias with this delta in them. Only for methods with ``mergeable``."""
         raise UnsupportedError(f"{type(self).__name__} cannot be folded into a weight")
 
-    def fold_(self, weight: Tensor, bias: Tensor | None) -> None:
+    def merge_(self, weight: Tensor, bias: Tensor | None) -> None:
         """`folded`, in place."""
-        new_weight, new_bias = self.folded(weight, bias)
+        new_weight, new_bias = self.merged_weight(weight, bias)
         for own, new in ((weight, new_weight), (bias, new_bias)):
             if own is not None and new is not None and new.data_ptr() != own.data_ptr():
                 own.copy_(new)
@@ -136,7 +136,7 @@ class Method(Settings):
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]]
     mergeable: ClassVar[bool] = False
     identity_at_start: ClassVar[bool] = False
-    rows: ClassVar[bool] = True
+    supports_rows: ClassVar[bool] = True
     """Whether different rows of one batch may use different adapters of this kind."""
     peft_type: ClassVar[str | None] = None
     default_learning_rate: ClassVar[float]
@@ -148,7 +148,7 @@ class Method(Settings):
         description="modules trained and stored whole with the adapter; auto: the task head, if the model has one",
     )
 
-    def places(self, available: Sequence[Place]) -> list[Place]:
+    def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         """Of all places of a model (heads left out), those this method wants.
 
         Raises:
@@ -157,19 +157,23 @@ class Method(Settings):
         """
         return []
 
-    def build(self, place: Place, module: nn.Module) -> Delta:
+    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
         """The delta for one place; ``module`` is the base module (read only: shapes, dtype, weights for
         initialisation).
         """
         raise UnsupportedError(f"{self.title} puts nothing into single layers")
 
-    def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
+    def build_all(self, places: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
         """The deltas for all places, by path; for methods whose deltas belong together, in place of `build`."""
         return {place.path: self.build(place, module) for place, module in zip(places, modules, strict=True)}
 
-    def around(
-        self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
-    ) -> dict[str, Delta] | None:
+    def from_tensors(
+        self,
+        places: Sequence[TargetModule],
+        modules: Sequence[nn.Module],
+        tensors: Mapping[str, Tensor],
+        trainable: bool,
+    ) -> dict[str, AdapterModule] | None:
         """As `assemble`, with stored tensors (by raw key: path and parameter) as the deltas' parameters, not copied; on
         the device and in the mode of their base modules.
 
@@ -177,7 +181,7 @@ class Method(Settings):
         """
         return None
 
-    def count(self, places: Iterable[Place]) -> int:
+    def num_parameters(self, places: Iterable[TargetModule]) -> int:
         """Trained parameters over these places, by formula (the head not counted)."""
         return 0
 
@@ -233,7 +237,7 @@ def is_quantized(weight: Tensor) -> bool:
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
-def device_of(module: nn.Module) -> torch.device:
+def module_device(module: nn.Module) -> torch.device:
     """Where a base module's own weights are; the CPU for one that has none or has not loaded them yet."""
     own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
     if own is None:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import Delta, Place
-from graftwerk.methods.depth import Layered
-from graftwerk.methods.stacked import StackedDelta, stack
+from graftwerk.kernels.batched_adapters import BatchedAdapter, stack_padded
+from graftwerk.methods.base import AdapterModule, TargetModule
+from graftwerk.methods.layer_selection import LayerSelection
 
 
-class BitFit(Layered):
+class BitFit(LayerSelection):
     """Settings: none of its own but which layers."""
 
     name: ClassVar[str] = "bitfit"
@@ -36,52 +36,52 @@ class BitFit(Layered):
     identity_at_start: ClassVar[bool] = True
     default_learning_rate: ClassVar[float] = 3e-3
 
-    def places(self, available: Sequence[Place]) -> list[Place]:
+    def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         chosen = [place for place in available if place.has_bias]
         if not chosen:
             raise UnsupportedError(
                 "BitFit trains biases, and this model has none",
                 where="method",
-                mend="use lora or ia3, which need none",
+                hint="use lora or ia3, which need none",
             )
-        return self.within(chosen, available)
+        return self.filter_layers(chosen, available)
 
-    def build(self, place: Place, module: nn.Module) -> Delta:
-        return BitFitDelta(place.out_features)
+    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
+        return BitFitModule(place.out_features)
 
-    def count(self, places: Iterable[Place]) -> int:
+    def num_parameters(self, places: Iterable[TargetModule]) -> int:
         """sum of out over layers with a bias."""
         return sum(place.out_features for place in places)
 
 
-class BitFitDelta(Delta):
+class BitFitModule(AdapterModule):
     """``bitfit_b`` (out,)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.bitfit_b = nn.Parameter(torch.zeros(width))
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.bitfit_b.to(y.dtype)
 
-    def kin(self) -> Hashable | None:
+    def batch_key(self) -> Hashable | None:
         return "bitfit"
 
     @staticmethod
-    def stacked(deltas: Sequence[BitFitDelta]) -> StackedDelta:
-        return StackedBitFit(deltas)
+    def batched(deltas: Sequence[BitFitModule]) -> BatchedAdapter:
+        return BatchedBitFit(deltas)
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert bias is not None
         return weight, (bias + self.bitfit_b).to(bias.dtype)
 
 
-class StackedBitFit(StackedDelta):
+class BatchedBitFit(BatchedAdapter):
     """The offsets (S, 1, out)."""
 
-    def __init__(self, deltas: Sequence[BitFitDelta]) -> None:
-        self.offsets = stack(deltas, lambda delta: delta.bitfit_b)[:, None]
+    def __init__(self, deltas: Sequence[BitFitModule]) -> None:
+        self.offsets = stack_padded(deltas, lambda delta: delta.bitfit_b)[:, None]
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         offsets = self.offsets.to(y.dtype)
         return y + offsets if torch.is_grad_enabled() else y.add_(offsets)

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import Delta, Place, Role
-from graftwerk.methods.depth import Layered
-from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
+from graftwerk.kernels.batched_adapters import BatchedAdapter, add_bmm, low_rank_product, per_entry, stack_padded
+from graftwerk.methods.base import AdapterModule, Role, TargetModule
+from graftwerk.methods.layer_selection import LayerSelection
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
-class Bottleneck(Layered):
+class Bottleneck(LayerSelection):
     """Settings: where adapters stand and how wide they are (``adapter_size``, or the width over
     ``reduction_factor``).
     """
@@ -75,7 +75,7 @@ class Bottleneck(Layered):
             return self.adapter_size
         return max(1, round(width / (self.reduction_factor or 16.0)))
 
-    def places(self, available: Sequence[Place]) -> list[Place]:
+    def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         roles = {
             "houlsby": (Role.ATTENTION_OUT, Role.FFN_OUT),
             "pfeiffer": (Role.FFN_OUT,),
@@ -86,37 +86,37 @@ class Bottleneck(Layered):
             raise UnsupportedError(
                 "which layers of this model end its attention and feed-forward blocks is not known",
                 where="method.placement",
-                mend="bottleneck adapters need a listed architecture (`graftwerk methods` names them); LoRA "
+                hint="bottleneck adapters need a listed architecture (`graftwerk methods` names them); LoRA "
                 "works on any",
             )
-        return self.within(chosen, available)
+        return self.filter_layers(chosen, available)
 
-    def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
+    def build_all(self, places: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
         if self.placement != "parallel":
-            return super().assemble(places, modules)
-        deltas: dict[str, Delta] = {}
-        taps: dict[str | None, tuple[Tap, Place]] = {}
+            return super().build_all(places, modules)
+        deltas: dict[str, AdapterModule] = {}
+        taps: dict[str | None, tuple[InputTap, TargetModule]] = {}
         for place in places:
             if place.role is Role.FFN_IN:
-                taps[place.ffn] = (Tap(), place)
+                taps[place.ffn] = (InputTap(), place)
                 deltas[place.path] = taps[place.ffn][0]
         for place in places:
             if place.role is Role.FFN_OUT:
                 tap, entry = taps[place.ffn]
                 network = self._network(entry.in_features, place.out_features)
                 tap.network = (network,)
-                deltas[place.path] = ParallelDelta(network, tap)
+                deltas[place.path] = ParallelAdapter(network, tap)
         return deltas
 
-    def build(self, place: Place, module: nn.Module) -> Delta:
-        return SequentialDelta(self._network(place.out_features, place.out_features))
+    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
+        return SequentialAdapter(self._network(place.out_features, place.out_features))
 
     def _network(self, in_width: int, out_width: int) -> BottleneckNetwork:
         return BottleneckNetwork(
             in_width, out_width, self.size(out_width), self.non_linearity, self.layer_norm, self.scaling
         )
 
-    def count(self, places: Iterable[Place]) -> int:
+    def num_parameters(self, places: Iterable[TargetModule]) -> int:
         """sum of 2 d m + m + d, with 2 d for the norm, over the blocks' outputs."""
         total = 0
         for place in places:
@@ -149,15 +149,15 @@ class BottleneckNetwork(nn.Module):
         out: Tensor = self.up(self.activation(self.down(h)))
         return out if self.scaling == 1.0 else out * self.scaling
 
-    def kin(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         return (self.activation, None if self.norm is None else self.norm.eps)
 
     @property
-    def breadth(self) -> int:
+    def padded_dim(self) -> int:
         return self.down.weight.shape[0]
 
 
-class StackedNetwork:
+class BatchedNetwork:
     """norm (S, 1, i), down (S, m, i), up (S, m, o), each network's scale in its last layer.
 
     Where a bottleneck was filled up, its activation is f(0), which is zero, and so are the columns behind it.
@@ -168,55 +168,55 @@ class StackedNetwork:
         norms = [network.norm for network in networks if network.norm is not None]  # all have one, or none has
         self.eps = norms[0].eps if norms else None
         if norms:
-            self.gain = stack(norms, lambda norm: norm.weight)[:, None]
-            self.shift = stack(norms, lambda norm: norm.bias)[:, None]
-        self.down = stack(networks, lambda network: network.down.weight)
-        self.down_bias = stack(networks, lambda network: network.down.bias)[:, None]
-        scales = each([network.scaling for network in networks], self.down)
-        self.up = (stack(networks, lambda network: network.up.weight) * scales).mT
-        self.up_bias = stack(networks, lambda network: network.up.bias)[:, None] * scales
+            self.gain = stack_padded(norms, lambda norm: norm.weight)[:, None]
+            self.shift = stack_padded(norms, lambda norm: norm.bias)[:, None]
+        self.down = stack_padded(networks, lambda network: network.down.weight)
+        self.down_bias = stack_padded(networks, lambda network: network.down.bias)[:, None]
+        scales = per_entry([network.scaling for network in networks], self.down)
+        self.up = (stack_padded(networks, lambda network: network.up.weight) * scales).mT
+        self.up_bias = stack_padded(networks, lambda network: network.up.bias)[:, None] * scales
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
+    def add_to(self, x: Tensor, y: Tensor) -> Tensor:
         """y (S, M, o) and what the networks make of x (S, M, i)."""
         h = x.to(self.down.dtype)
         if self.eps is not None:
             h = torch.addcmul(self.shift, F.layer_norm(h, h.shape[-1:], eps=self.eps), self.gain)
-        h = self.activation(product(h, self.down) + self.down_bias)
+        h = self.activation(low_rank_product(h, self.down) + self.down_bias)
         bias = self.up_bias.to(y.dtype)
-        return add_product(y + bias if torch.is_grad_enabled() else y.add_(bias), h, self.up)
+        return add_bmm(y + bias if torch.is_grad_enabled() else y.add_(bias), h, self.up)
 
 
-class SequentialDelta(Delta):
+class SequentialAdapter(AdapterModule):
     def __init__(self, network: BottleneckNetwork) -> None:
         super().__init__()
         self.bottleneck = network
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         update: Tensor = self.bottleneck(y)
         return y + update.to(y.dtype)
 
-    def kin(self) -> Hashable | None:
-        return ("sequential", self.bottleneck.kin())
+    def batch_key(self) -> Hashable | None:
+        return ("sequential", self.bottleneck.batch_key())
 
     @property
-    def breadth(self) -> int:
-        return self.bottleneck.breadth
+    def padded_dim(self) -> int:
+        return self.bottleneck.padded_dim
 
     @staticmethod
-    def stacked(deltas: Sequence[SequentialDelta]) -> StackedDelta:
-        return StackedSequential(deltas)
+    def batched(deltas: Sequence[SequentialAdapter]) -> BatchedAdapter:
+        return BatchedSequential(deltas)
 
 
-class StackedSequential(StackedDelta):
-    def __init__(self, deltas: Sequence[SequentialDelta]) -> None:
-        self.network = StackedNetwork([delta.bottleneck for delta in deltas])
+class BatchedSequential(BatchedAdapter):
+    def __init__(self, deltas: Sequence[SequentialAdapter]) -> None:
+        self.network = BatchedNetwork([delta.bottleneck for delta in deltas])
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         # The bottleneck reads y, which is added to in place: it reads it first.
-        return self.network.added(y, y)
+        return self.network.add_to(y, y)
 
 
-class Tap(Delta):
+class InputTap(AdapterModule):
     """Remembers what goes into the feed-forward block, until the block's end takes it."""
 
     def __init__(self) -> None:
@@ -225,64 +225,64 @@ class Tap(Delta):
         # What reads it, in a tuple: it is a child of the other layer, not of this one. Taps are stacked as that is.
         self.network: tuple[BottleneckNetwork, ...] = ()
 
-    def enter(self, x: Tensor) -> Tensor:
+    def pre_forward(self, x: Tensor) -> Tensor:
         self.seen = x
         return x
 
-    def kin(self) -> Hashable | None:
-        return ("tap", self.network[0].kin())
+    def batch_key(self) -> Hashable | None:
+        return ("tap", self.network[0].batch_key())
 
     @property
-    def breadth(self) -> int:
-        return self.network[0].breadth
+    def padded_dim(self) -> int:
+        return self.network[0].padded_dim
 
     @staticmethod
-    def stacked(deltas: Sequence[Tap]) -> StackedDelta:
-        return StackedTap(deltas)
+    def batched(deltas: Sequence[InputTap]) -> BatchedAdapter:
+        return BatchedInputTap(deltas)
 
 
-class StackedTap(StackedDelta):
+class BatchedInputTap(BatchedAdapter):
     """What all entries read is kept by the first one's tap: the block's end has the same entries in the same order."""
 
-    def __init__(self, deltas: Sequence[Tap]) -> None:
+    def __init__(self, deltas: Sequence[InputTap]) -> None:
         self.first = deltas[0]
 
-    def enter(self, x: Tensor) -> Tensor:
-        return self.first.enter(x)
+    def pre_forward(self, x: Tensor) -> Tensor:
+        return self.first.pre_forward(x)
 
 
-class ParallelDelta(Delta):
-    def __init__(self, network: BottleneckNetwork, tap: Tap) -> None:
+class ParallelAdapter(AdapterModule):
+    def __init__(self, network: BottleneckNetwork, tap: InputTap) -> None:
         super().__init__()
         self.bottleneck = network
         self._tap = (tap,)  # in a tuple: it is a child of the other layer, not of this one
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        update: Tensor = self.bottleneck(self.taken())
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        update: Tensor = self.bottleneck(self.pop_input())
         return y + update.to(y.dtype)
 
-    def taken(self) -> Tensor:
+    def pop_input(self) -> Tensor:
         """What went into the block; it is not kept any longer."""
         seen, self._tap[0].seen = self._tap[0].seen, None
         assert seen is not None, "the feed-forward block ended without having begun"
         return seen
 
-    def kin(self) -> Hashable | None:
-        return ("parallel", self.bottleneck.kin())
+    def batch_key(self) -> Hashable | None:
+        return ("parallel", self.bottleneck.batch_key())
 
     @property
-    def breadth(self) -> int:
-        return self.bottleneck.breadth
+    def padded_dim(self) -> int:
+        return self.bottleneck.padded_dim
 
     @staticmethod
-    def stacked(deltas: Sequence[ParallelDelta]) -> StackedDelta:
-        return StackedParallel(deltas)
+    def batched(deltas: Sequence[ParallelAdapter]) -> BatchedAdapter:
+        return BatchedParallel(deltas)
 
 
-class StackedParallel(StackedDelta):
-    def __init__(self, deltas: Sequence[ParallelDelta]) -> None:
+class BatchedParallel(BatchedAdapter):
+    def __init__(self, deltas: Sequence[ParallelAdapter]) -> None:
         self.first = deltas[0]
-        self.network = StackedNetwork([delta.bottleneck for delta in deltas])
+        self.network = BatchedNetwork([delta.bottleneck for delta in deltas])
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.network.added(self.first.taken(), y)
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.network.add_to(self.first.pop_input(), y)

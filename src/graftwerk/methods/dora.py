@@ -19,23 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import Delta, Place, base_weight, device_of
-from graftwerk.methods.dropout import dropout
-from graftwerk.methods.fused import Term, fused_linear, fusible
-from graftwerk.methods.sharing import Siblings, shared_by
-from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
+from graftwerk.kernels.batched_adapters import BatchedAdapter, add_bmm, low_rank_product, per_entry, stack_padded
+from graftwerk.kernels.fused_lora import LowRankTerm, fused_linear, is_supported
+from graftwerk.kernels.hashed_dropout import dropout
+from graftwerk.kernels.recompute import DropoutGroup, shared_input
+from graftwerk.methods.base import AdapterModule, TargetModule, base_weight, module_device
 
 
-class DoRADelta(Delta):
+class DoRAModule(AdapterModule):
     """``lora_A`` (r, in), ``lora_B`` (out, r), ``lora_magnitude_vector`` (out,)."""
 
     def __init__(
-        self, place: Place, module: nn.Module, rank: int, scale: float, dropout: float, identity: bool
+        self, place: TargetModule, module: nn.Module, rank: int, scale: float, dropout: float, identity: bool
     ) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = dropout
-        self.siblings: Siblings | None = None
+        self.siblings: DropoutGroup | None = None
         self.lora_A = nn.Linear(place.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, place.out_features, bias=False)
         if identity:
@@ -44,11 +44,13 @@ class DoRADelta(Delta):
         self._base = (module,)
         self._squares: Tensor | None = None
         self._seen: object = None
-        self.to(device_of(module))  # the norm is taken where the base's weights are
-        self.lora_magnitude_vector = nn.Parameter(self.norm(base_weight(module)).clone())
+        self.to(module_device(module))  # the norm is taken where the base's weights are
+        self.lora_magnitude_vector = nn.Parameter(self.weight_norm(base_weight(module)).clone())
 
     @classmethod
-    def holding(cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float) -> DoRADelta:
+    def from_parameters(
+        cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float
+    ) -> DoRAModule:
         """A delta of these parameters, in the mode of its base module; nothing is drawn or copied, no norm taken."""
         from graftwerk.methods.lora import linear_of
 
@@ -69,7 +71,7 @@ class DoRADelta(Delta):
         return delta
 
     @torch.no_grad()
-    def norm(self, weight: Tensor) -> Tensor:
+    def weight_norm(self, weight: Tensor) -> Tensor:
         """Row norms of W + s B A, (out,), without ever forming B A.
 
         ||w + s b A||^2 = ||w||^2 + 2 s b·(A w) + s^2 b (A A^T) b^T, row by row.
@@ -85,17 +87,17 @@ class DoRADelta(Delta):
         own = (F.linear(b, a @ a.T) * b).sum(1)
         return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
 
-    def ratio(self) -> Tensor:
+    def magnitude_ratio(self) -> Tensor:
         """m / ||W + s B A||, (out,)."""
-        return self.lora_magnitude_vector / self.norm(base_weight(self._base[0]))
+        return self.lora_magnitude_vector / self.weight_norm(base_weight(self._base[0]))
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         module = self._base[0]
         a, b = self.lora_A.weight, self.lora_B.weight
-        ratio = self.ratio()
+        ratio = self.magnitude_ratio()
         h = x.to(a.dtype)
         if self.dropout and self.training:
-            h = dropout(h, self.dropout, shared_by(x).seed(self.siblings or self, self))
+            h = dropout(h, self.dropout, shared_input(x).seed(self.siblings or self, self))
         update = F.linear(F.linear(h, a) * self.scale, b)
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
@@ -103,53 +105,53 @@ class DoRADelta(Delta):
         out = ratio * (plain + update)
         return (out if bias is None else out + bias).to(y.dtype)
 
-    def through(self, layer: nn.Module, x: Tensor, others: Sequence[Delta]) -> Tensor | None:
+    def fused_forward(self, layer: nn.Module, x: Tensor, others: Sequence[AdapterModule]) -> Tensor | None:
         # The direction in one node; backward needs it whole, for the magnitudes, and nothing else of this size.
-        if others or not fusible(layer, x, bias=False) or torch.is_autocast_enabled(x.device.type):
+        if others or not is_supported(layer, x, bias=False) or torch.is_autocast_enabled(x.device.type):
             return None
         p = self.dropout if self.training else 0.0
-        seed = shared_by(x).seed(self.siblings or self, self) if p else 0
-        term = Term(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)
+        seed = shared_input(x).seed(self.siblings or self, self) if p else 0
+        term = LowRankTerm(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)
         turned = fused_linear(layer, x, [term], bias=False)
-        ratio, bias = self.ratio(), layer.bias
+        ratio, bias = self.magnitude_ratio(), layer.bias
         out = ratio * turned if bias is None else torch.addcmul(bias, ratio, turned)  # type: ignore[arg-type]
         return out.to(turned.dtype)
 
-    def kin(self) -> Hashable | None:
+    def batch_key(self) -> Hashable | None:
         return None if self.dropout and self.training else "dora"
 
     @property
-    def breadth(self) -> int:
+    def padded_dim(self) -> int:
         return self.lora_A.weight.shape[0]
 
     @staticmethod
-    def stacked(deltas: Sequence[DoRADelta]) -> StackedDelta:
-        return StackedDoRA(deltas)
+    def batched(deltas: Sequence[DoRAModule]) -> BatchedAdapter:
+        return BatchedDoRA(deltas)
 
-    def sources(self) -> list[Tensor]:
+    def source_tensors(self) -> list[Tensor]:
         weight = self._base[0].weight  # norms are of the base's weight too
         assert isinstance(weight, Tensor)
-        return [*super().sources(), weight]
+        return [*super().source_tensors(), weight]
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        ratio = self.lora_magnitude_vector / self.norm(weight)
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        ratio = self.lora_magnitude_vector / self.weight_norm(weight)
         whole = weight.to(ratio.dtype) + self.scale * (self.lora_B.weight @ self.lora_A.weight)
         return (ratio[:, None] * whole).to(weight.dtype), bias
 
 
-class StackedDoRA(StackedDelta):
+class BatchedDoRA(BatchedAdapter):
     """A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
 
-    def __init__(self, deltas: Sequence[DoRADelta]) -> None:
-        a = stack(deltas, lambda delta: delta.lora_A.weight)
-        self.a = a * each([delta.scale for delta in deltas], a)
-        self.b = stack(deltas, lambda delta: delta.lora_B.weight).mT
-        self.ratio = stack(deltas, DoRADelta.ratio)[:, None]
+    def __init__(self, deltas: Sequence[DoRAModule]) -> None:
+        a = stack_padded(deltas, lambda delta: delta.lora_A.weight)
+        self.a = a * per_entry([delta.scale for delta in deltas], a)
+        self.b = stack_padded(deltas, lambda delta: delta.lora_B.weight).mT
+        self.ratio = stack_padded(deltas, DoRAModule.magnitude_ratio)[:, None]
         self._base = deltas[0]._base[0]
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self._base.bias
         assert bias is None or isinstance(bias, Tensor)
         plain = (y if bias is None else y - bias).to(self.a.dtype)
-        out = self.ratio * add_product(plain, product(x.to(self.a.dtype), self.a), self.b)
+        out = self.ratio * add_bmm(plain, low_rank_product(x.to(self.a.dtype), self.a), self.b)
         return (out if bias is None else out + bias).to(y.dtype)

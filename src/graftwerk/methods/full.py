@@ -24,7 +24,7 @@ class Full(Method):
     paper: ClassVar[str] = "Howard & Ruder 2018, arXiv:1801.06146"
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "weights"
     identity_at_start: ClassVar[bool] = True
-    rows: ClassVar[bool] = False
+    supports_rows: ClassVar[bool] = False
     default_learning_rate: ClassVar[float] = 5e-5
 
     keep_base: bool = Field(

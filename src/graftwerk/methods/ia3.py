@@ -21,15 +21,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.methods.base import Delta, Place, Role
-from graftwerk.methods.depth import Layered
-from graftwerk.methods.paths import check_targets, endings, named_by, select
-from graftwerk.methods.stacked import StackedDelta, stack
+from graftwerk.kernels.batched_adapters import BatchedAdapter, stack_padded
+from graftwerk.methods.base import AdapterModule, Role, TargetModule
+from graftwerk.methods.layer_selection import LayerSelection
+from graftwerk.methods.target_modules import check_targets, endings, named_by, select
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
 
 
-class IA3(Layered):
+class IA3(LayerSelection):
     """Settings: the targets, where they are not the paper's."""
 
     name: ClassVar[str] = "ia3"
@@ -54,7 +54,7 @@ class IA3(Layered):
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list | set) else value
 
-    def places(self, available: Sequence[Place]) -> list[Place]:
+    def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         linear = [place for place in available if place.role is not Role.NORM]
         if self.target_modules == "auto":
             chosen = [place for place in linear if place.role in _SCALED]
@@ -62,11 +62,11 @@ class IA3(Layered):
                 raise UnsupportedError(
                     "which layers of this model make keys and values is not known",
                     where="method.target_modules",
-                    mend="list target_modules and feedforward_modules by name",
+                    hint="list target_modules and feedforward_modules by name",
                 )
         else:
             chosen = select(linear, self.target_modules)
-        chosen = self.within(chosen, available)
+        chosen = self.filter_layers(chosen, available)
         if self.target_modules != "auto":
             check_targets(chosen, self.target_modules)
         if self.feedforward_modules != "auto":
@@ -78,20 +78,22 @@ class IA3(Layered):
                     )
         return chosen
 
-    def scales_input(self, place: Place) -> bool:
+    def scales_input(self, place: TargetModule) -> bool:
         if self.feedforward_modules == "auto":
             return place.role is Role.FFN_OUT
         return any(ending in self.feedforward_modules for ending in endings(place.path))
 
-    def build(self, place: Place, module: nn.Module) -> Delta:
-        return IA3Delta(place.in_features if self.scales_input(place) else place.out_features, self.scales_input(place))
+    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
+        return IA3Module(
+            place.in_features if self.scales_input(place) else place.out_features, self.scales_input(place)
+        )
 
-    def count(self, places: Iterable[Place]) -> int:
+    def num_parameters(self, places: Iterable[TargetModule]) -> int:
         """sum of out over scaled projections and of in over feed-forward outputs."""
         return sum(p.in_features if self.scales_input(p) else p.out_features for p in places)
 
 
-class IA3Delta(Delta):
+class IA3Module(AdapterModule):
     """``ia3_l``: (out, 1) where the output is scaled, (1, in) where the input is; PEFT's shapes."""
 
     def __init__(self, width: int, scales_input: bool) -> None:
@@ -99,20 +101,20 @@ class IA3Delta(Delta):
         self.scales_input = scales_input
         self.ia3_l = nn.Parameter(torch.ones((1, width) if scales_input else (width, 1)))
 
-    def enter(self, x: Tensor) -> Tensor:
+    def pre_forward(self, x: Tensor) -> Tensor:
         return (x * self.ia3_l.flatten()).to(x.dtype) if self.scales_input else x
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y if self.scales_input else (y * self.ia3_l.flatten()).to(y.dtype)
 
-    def kin(self) -> Hashable | None:
+    def batch_key(self) -> Hashable | None:
         return ("ia3", self.scales_input)
 
     @staticmethod
-    def stacked(deltas: Sequence[IA3Delta]) -> StackedDelta:
-        return StackedIA3(deltas)
+    def batched(deltas: Sequence[IA3Module]) -> BatchedAdapter:
+        return BatchedIA3(deltas)
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # (1, in) scales columns, (out, 1) rows; only the latter reaches the bias.
         folded = (weight * self.ia3_l).to(weight.dtype)
         if self.scales_input or bias is None:
@@ -120,17 +122,17 @@ class IA3Delta(Delta):
         return folded, (bias * self.ia3_l.flatten()).to(bias.dtype)
 
 
-class StackedIA3(StackedDelta):
+class BatchedIA3(BatchedAdapter):
     """The vectors (S, 1, width)."""
 
-    def __init__(self, deltas: Sequence[IA3Delta]) -> None:
+    def __init__(self, deltas: Sequence[IA3Module]) -> None:
         self.scales_input = deltas[0].scales_input
-        self.vectors = stack(deltas, lambda delta: delta.ia3_l.flatten())[:, None]
+        self.vectors = stack_padded(deltas, lambda delta: delta.ia3_l.flatten())[:, None]
 
-    def enter(self, x: Tensor) -> Tensor:
+    def pre_forward(self, x: Tensor) -> Tensor:
         return (x * self.vectors).to(x.dtype) if self.scales_input else x
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.scales_input:
             return y
         if torch.is_grad_enabled() or y.dtype != self.vectors.dtype:

@@ -31,14 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.methods.base import ATTENTION_ROLES, Delta, Place, Role, base_weight, device_of
-from graftwerk.methods.depth import Layered
-from graftwerk.methods.dropout import dropout
-from graftwerk.methods.fused import Term, fused_linear, fusible
-from graftwerk.methods.paths import check_targets, named_by, select, value_of
-from graftwerk.methods.seal import Seal
-from graftwerk.methods.sharing import Siblings, shared_by
-from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
+from graftwerk.kernels.batched_adapters import BatchedAdapter, add_bmm, low_rank_product, per_entry, stack_padded
+from graftwerk.kernels.fused_lora import LowRankTerm, fused_linear, is_supported
+from graftwerk.kernels.hashed_dropout import dropout
+from graftwerk.kernels.recompute import DropoutGroup, shared_input
+from graftwerk.kernels.versioned_cache import SharedVersion
+from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule, base_weight, module_device
+from graftwerk.methods.layer_selection import LayerSelection
+from graftwerk.methods.target_modules import check_targets, named_by, select, value_of
 
 READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
 """Where several layers of one block may read the same tensor; LoRA then drops the same of its entries for all."""
@@ -46,7 +46,7 @@ READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.F
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
 
-class LoRA(Layered):
+class LoRA(LayerSelection):
     """Settings of LoRA and its variants.
 
     ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear
@@ -105,7 +105,7 @@ class LoRA(Layered):
             raise ValueError("target_modules is empty: nothing would be adapted")
         return self
 
-    def places(self, available: Sequence[Place]) -> list[Place]:
+    def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         linear = [place for place in available if place.role is not Role.NORM]
         if self.target_modules == "all-linear":
             chosen = linear
@@ -115,17 +115,17 @@ class LoRA(Layered):
                 raise UnsupportedError(
                     "which layers of this model are its attention is not known",
                     where="method.target_modules",
-                    mend="use all-linear, or list the layers by name",
+                    hint="use all-linear, or list the layers by name",
                 )
         else:
             chosen = select(linear, self.target_modules)
-        chosen = self.within(chosen, available)
+        chosen = self.filter_layers(chosen, available)
         if isinstance(self.target_modules, tuple):
             check_targets(chosen, self.target_modules)
         self._check_patterns(chosen)
         return chosen
 
-    def _check_patterns(self, chosen: Sequence[Place]) -> None:
+    def _check_patterns(self, chosen: Sequence[TargetModule]) -> None:
         patterns = ("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)
         known = named_by(chosen) if any(pattern for _, pattern in patterns) else frozenset()
         for field, pattern in patterns:
@@ -141,7 +141,7 @@ class LoRA(Layered):
         rank, alpha = self.rank(path), float(value_of(self.alpha_pattern, path, self.lora_alpha))
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def build(self, place: Place, module: nn.Module) -> Delta:
+    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
         rank = self.rank(place.path)
         most = min(place.in_features, place.out_features)
         if self.init_lora_weights == "pissa" and rank > most:
@@ -150,47 +150,51 @@ class LoRA(Layered):
                 where="method.r",
             )
         if self.use_dora:
-            from graftwerk.methods.dora import DoRADelta
+            from graftwerk.methods.dora import DoRAModule
 
-            return DoRADelta(
+            return DoRAModule(
                 place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights is not False
             )
-        return LoRADelta(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
+        return LoRAModule(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
 
-    def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
-        deltas = super().assemble(places, modules)
-        join_siblings(places, deltas)
+    def build_all(self, places: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
+        deltas = super().build_all(places, modules)
+        share_dropout(places, deltas)
         return deltas
 
-    def around(
-        self, places: Sequence[Place], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor], trainable: bool
-    ) -> dict[str, Delta] | None:
+    def from_tensors(
+        self,
+        places: Sequence[TargetModule],
+        modules: Sequence[nn.Module],
+        tensors: Mapping[str, Tensor],
+        trainable: bool,
+    ) -> dict[str, AdapterModule] | None:
         parts = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if self.use_dora else ()))
         if self.init_lora_weights == "pissa" or len(tensors) != len(parts) * len(places):
             return None
-        deltas: dict[str, Delta] = {}
+        deltas: dict[str, AdapterModule] = {}
         # The values that are not of the default type are copied below, and so leave the block.
-        seal = None if trainable else Seal.over(tensors.values())
+        seal = None if trainable else SharedVersion.from_tensors(tensors.values())
         for place, module in zip(places, modules, strict=True):
             path, rank = place.path, self.rank(place.path)
             found = [tensors.get(f"{path}.{part}") for part in parts]
             shapes = [(rank, place.in_features), (place.out_features, rank), (place.out_features,)]
             if any(one is None or one.shape != shape for one, shape in zip(found, shapes, strict=False)):
                 return None
-            to = (device_of(module), torch.get_default_dtype())
+            to = (module_device(module), torch.get_default_dtype())
             own = [one if seal is None else seal.view(one) for one in found if one is not None]
             parameters = [nn.Parameter(one.to(*to), trainable) for one in own]
             if self.use_dora:
-                from graftwerk.methods.dora import DoRADelta
+                from graftwerk.methods.dora import DoRAModule
 
-                deltas[path] = DoRADelta.holding(module, parameters, self.scale(path), self.lora_dropout)
+                deltas[path] = DoRAModule.from_parameters(module, parameters, self.scale(path), self.lora_dropout)
             else:
-                deltas[path] = LoRADelta.holding(module, parameters, self.scale(path), self.lora_dropout)
+                deltas[path] = LoRAModule.from_parameters(module, parameters, self.scale(path), self.lora_dropout)
             deltas[path].__dict__["seal"] = seal
-        join_siblings(places, deltas)
+        share_dropout(places, deltas)
         return deltas
 
-    def count(self, places: Iterable[Place]) -> int:
+    def num_parameters(self, places: Iterable[TargetModule]) -> int:
         """sum of r (in + out), and out more with DoRA."""
         return sum(
             self.rank(p.path) * (p.in_features + p.out_features) + (p.out_features if self.use_dora else 0)
@@ -201,32 +205,38 @@ class LoRA(Layered):
         return self.loraplus_lr_ratio if "lora_B" in parameter else 1.0
 
 
-def join_siblings(places: Sequence[Place], deltas: Mapping[str, Delta]) -> None:
+def share_dropout(places: Sequence[TargetModule], deltas: Mapping[str, AdapterModule]) -> None:
     """Let the deltas of one block whose layers may read one tensor drop the same of it."""
-    found: dict[tuple[str, bool], Siblings] = {}
+    found: dict[tuple[str, bool], DropoutGroup] = {}
     for place in places:
         if place.role in READ_TOGETHER:
             key = place.path.rpartition(".")[0], place.role in ATTENTION_ROLES
-            deltas[place.path].siblings = found.setdefault(key, Siblings())  # type: ignore[assignment]
+            deltas[place.path].siblings = found.setdefault(key, DropoutGroup())  # type: ignore[assignment]
 
 
-class LoRADelta(Delta):
+class LoRAModule(AdapterModule):
     """``lora_A`` (r, in) and ``lora_B`` (out, r); with PiSSA also what they started from, which does not train."""
 
     def __init__(
-        self, place: Place, module: nn.Module, rank: int, scale: float, dropout: float, init: bool | Literal["pissa"]
+        self,
+        place: TargetModule,
+        module: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        init: bool | Literal["pissa"],
     ) -> None:
         super().__init__()
         self.scale = scale
         self.dropout = dropout
-        self.siblings: Siblings | None = None
+        self.siblings: DropoutGroup | None = None
         self.lora_A = nn.Linear(place.in_features, rank, bias=False)  # Kaiming-uniform, as the paper's code starts it
         self.lora_B = nn.Linear(rank, place.out_features, bias=False)
         if init is True:
             nn.init.zeros_(self.lora_B.weight)
         self.pissa = init == "pissa"
         if self.pissa:
-            a, b = principal(base_weight(module), rank, scale)
+            a, b = pissa_init(base_weight(module), rank, scale)
             with torch.no_grad():
                 self.lora_A.weight.copy_(a)
                 self.lora_B.weight.copy_(b)
@@ -234,7 +244,9 @@ class LoRADelta(Delta):
             self.register_buffer("start_B", b)
 
     @classmethod
-    def holding(cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float) -> LoRADelta:
+    def from_parameters(
+        cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float
+    ) -> LoRAModule:
         """A delta of these parameters, in the mode of its base module; nothing is drawn or copied."""
         a, b = parameters
         delta = cls.__new__(cls)
@@ -248,7 +260,7 @@ class LoRADelta(Delta):
         # Scaled on the thin side: r values a token in place of `out`.
         return F.linear(F.linear(x, a) * self.scale, b)
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.lora_A.weight, self.lora_B.weight
         h = x.to(a.dtype)
         if p := self._p:
@@ -263,35 +275,35 @@ class LoRADelta(Delta):
         return self.dropout if self.training else 0.0
 
     def _seed(self, x: Tensor) -> int:
-        return shared_by(x).seed(self.siblings or self, self)
+        return shared_input(x).seed(self.siblings or self, self)
 
-    def terms(self, x: Tensor) -> list[Term]:
+    def terms(self, x: Tensor) -> list[LowRankTerm]:
         """What it adds, for the fused path; the seed of a mask is drawn here."""
         p = self._p
         seed = self._seed(x) if p else 0
-        terms = [Term(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)]
+        terms = [LowRankTerm(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)]
         if self.pissa:
-            terms.append(Term(self.start_A, self.start_B, -self.scale, p, seed))  # type: ignore[arg-type]
+            terms.append(LowRankTerm(self.start_A, self.start_B, -self.scale, p, seed))  # type: ignore[arg-type]
         return terms
 
-    def through(self, layer: nn.Module, x: Tensor, others: Sequence[Delta]) -> Tensor | None:
-        deltas = [delta for delta in (self, *others) if type(delta) is LoRADelta]
-        if len(deltas) <= len(others) or not fusible(layer, x):
+    def fused_forward(self, layer: nn.Module, x: Tensor, others: Sequence[AdapterModule]) -> Tensor | None:
+        deltas = [delta for delta in (self, *others) if type(delta) is LoRAModule]
+        if len(deltas) <= len(others) or not is_supported(layer, x):
             return None
         return fused_linear(layer, x, [term for delta in deltas for term in delta.terms(x)])
 
-    def kin(self) -> Hashable | None:
+    def batch_key(self) -> Hashable | None:
         return None if self.dropout and self.training else "lora"  # masks are drawn delta by delta
 
     @property
-    def breadth(self) -> int:
+    def padded_dim(self) -> int:
         return self.lora_A.weight.shape[0] * (2 if self.pissa else 1)
 
     @staticmethod
-    def stacked(deltas: Sequence[LoRADelta]) -> StackedDelta:
-        return StackedLoRA(deltas)
+    def batched(deltas: Sequence[LoRAModule]) -> BatchedAdapter:
+        return BatchedLoRA(deltas)
 
-    def folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # One pass over the weight, in the finer of both precisions, rounded once.
         fine = torch.promote_types(weight.dtype, self.lora_A.weight.dtype)
         folded = torch.addmm(
@@ -302,33 +314,33 @@ class LoRADelta(Delta):
             folded.addmm_(start_b.to(fine), start_a.to(fine), alpha=-self.scale)
         return folded.to(weight.dtype), bias
 
-    def fold_(self, weight: Tensor, bias: Tensor | None) -> None:
+    def merge_(self, weight: Tensor, bias: Tensor | None) -> None:
         a, b = self.lora_A.weight, self.lora_B.weight
         if self.pissa or a.dtype != weight.dtype:  # rounded once, not at each of two additions
-            super().fold_(weight, bias)
+            super().merge_(weight, bias)
         else:
             weight.addmm_(b, a, alpha=self.scale)
 
 
-class StackedLoRA(StackedDelta):
+class BatchedLoRA(BatchedAdapter):
     """A (S, r, i), scaled, and B (S, r, o); PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0]."""
 
-    def __init__(self, deltas: Sequence[LoRADelta]) -> None:
-        def a_of(delta: LoRADelta) -> Tensor:
+    def __init__(self, deltas: Sequence[LoRAModule]) -> None:
+        def a_of(delta: LoRAModule) -> Tensor:
             a = delta.lora_A.weight
             return torch.cat((a, delta.start_A)) if delta.pissa else a  # type: ignore[arg-type]
 
-        def b_of(delta: LoRADelta) -> Tensor:
+        def b_of(delta: LoRAModule) -> Tensor:
             b = delta.lora_B.weight
             return torch.cat((b, -delta.start_B), dim=1) if delta.pissa else b  # type: ignore[operator]
 
-        a = stack(deltas, a_of)
-        scales = each([delta.scale for delta in deltas], a)
+        a = stack_padded(deltas, a_of)
+        scales = per_entry([delta.scale for delta in deltas], a)
         self.a = a * scales if torch.is_grad_enabled() else a.mul_(scales)
-        self.b = stack(deltas, b_of).mT
+        self.b = stack_padded(deltas, b_of).mT
 
-    def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_product(y, product(x.to(self.a.dtype), self.a), self.b)
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return add_bmm(y, low_rank_product(x.to(self.a.dtype), self.a), self.b)
 
 
 def linear_of(weight: nn.Parameter, training: bool) -> nn.Linear:
@@ -342,7 +354,7 @@ def linear_of(weight: nn.Parameter, training: bool) -> nn.Linear:
     return linear
 
 
-def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def pissa_init(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
     """PiSSA's start: A (r, in) and B (out, r) with ``scale`` B A the best rank-r approximation of ``weight`` (out,
     in).
     """

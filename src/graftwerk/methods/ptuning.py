@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from graftwerk.methods.prompt import PromptModule, PromptVectors
-from graftwerk.methods.virtual import VirtualTokens
+from graftwerk.methods.prompt_tuning import PromptModule, PromptVectors
+from graftwerk.methods.soft_prompt import VirtualTokens
 
 
 class PTuning(VirtualTokens):
@@ -63,7 +63,7 @@ class PTuning(VirtualTokens):
             raise ValueError("`encoder_hidden_size` has no effect with NONE: there is no network")
         return self
 
-    def count_vectors(self, width: int) -> int:
+    def num_vector_parameters(self, width: int) -> int:
         """Trained parameters, by formula; ``width`` is d."""
         n, d = self.num_virtual_tokens, width
         h = self.encoder_hidden_size or d

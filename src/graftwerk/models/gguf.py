@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from graftwerk.errors import EnvironmentFault, IntegrityError, ModelError
+from graftwerk.errors import IntegrityError, ModelError, ResourceError
 from graftwerk.models.cache import cache_folder
-from graftwerk.models.quiet import quiet
+from graftwerk.models.hf_logging import quiet
 
 MAGIC = b"GGUF"
 
@@ -68,8 +68,8 @@ def _unpack(path: Path, target: Path) -> None:
     try:
         import gguf  # noqa: F401 - transformers needs it
     except ImportError:
-        raise EnvironmentFault(
-            "reading .gguf files needs the package gguf", where=str(path), mend="pip install 'graftwerk[gguf]'"
+        raise ResourceError(
+            "reading .gguf files needs the package gguf", where=str(path), hint="pip install 'graftwerk[gguf]'"
         ) from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,11 +80,11 @@ def _unpack(path: Path, target: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **place)
             model = AutoModelForCausalLM.from_pretrained(path.parent, **place, dtype=torch.float32)
     except MemoryError:
-        raise EnvironmentFault(f"{path} does not fit into memory unpacked", mend="use a smaller model") from None
+        raise ResourceError(f"{path} does not fit into memory unpacked", hint="use a smaller model") from None
     except Exception as error:  # a damaged or foreign file fails wherever its bytes lead the reader
         raise ModelError(
             f"transformers cannot unpack {path}: {error}",
-            mend="the file may be cut off or of an unknown kind; give the same model as a safetensors folder",
+            hint="the file may be cut off or of an unknown kind; give the same model as a safetensors folder",
         ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -104,10 +104,10 @@ def _unpack(path: Path, target: Path) -> None:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise EnvironmentFault(
+        raise ResourceError(
             f"the unpacked copy of {path.name} cannot be kept in {target.parent}: {error.strerror or error}",
             where=f"{needed:,} bytes are needed",
-            mend="make room, or set GRAFTWERK_CACHE to a folder that can be written",
+            hint="make room, or set GRAFTWERK_CACHE to a folder that can be written",
         ) from None
 
 

@@ -50,9 +50,9 @@ def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> to
     if wanted == "auto":
         return TYPES[_fastest(probe(kind), kind)]
     if wanted not in TYPES:
-        raise ConfigError(f"there is no compute type `{wanted}`", where=where, mend=f"auto, {', '.join(TYPES)}")
+        raise ConfigError(f"there is no compute type `{wanted}`", where=where, hint=f"auto, {', '.join(TYPES)}")
     if wanted != "float32" and math.isinf(_seconds(TYPES[wanted], kind, limit=math.inf)):
-        raise ConfigError(f"this {kind} cannot compute in {wanted}", where=where, mend="use `auto`")
+        raise ConfigError(f"this {kind} cannot compute in {wanted}", where=where, hint="use `auto`")
     return TYPES[wanted]
 
 
@@ -159,7 +159,7 @@ def set_threads(threads: int | None = None) -> int:
     if threads is None:
         threads = threads_wanted()
     if threads < 1:
-        raise ConfigError(f"{threads} threads are too few", mend="at least 1")
+        raise ConfigError(f"{threads} threads are too few", hint="at least 1")
     # Also where the number stays: the first call in a forked process puts torch's pool of threads in place of the
     # parent's, of which only the number is left there. Left to several threads at once (transformers loads weights in
     # some), that fails: "Invalid thread pool".

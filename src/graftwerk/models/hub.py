@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from graftwerk.errors import ConfigError, EnvironmentFault, IntegrityError
+from graftwerk.errors import ConfigError, IntegrityError, ResourceError
 from graftwerk.models.cache import recall, remember
-from graftwerk.models.gate import PICKLED, check_configuration
+from graftwerk.models.safety_checks import PICKLED, check_configuration
 
 SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 """Configuration and tokenizers. `*.model` are sentencepiece's own files (protocol buffers)."""
@@ -66,14 +66,14 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
             + (f" at revision `{revision}`" if revision else "")
             + ", or you may not read it",
             where=f"model: {type(error).__name__}",
-            mend="check the spelling; a local folder is given by its path",
+            hint="check the spelling; a local folder is given by its path",
         ) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
         cached = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-        raise EnvironmentFault(
+        raise ResourceError(
             f"{cached / 'snapshots' / (revision or 'main') / 'config.json'} is not there and the hub cannot be reached",
             where=f"model: {name} ({_first(error)})",
-            mend="fetch the model once with a network, or give a local folder",
+            hint="fetch the model once with a network, or give a local folder",
         ) from None
 
 
@@ -90,7 +90,7 @@ def _refuse_pickled(name: str, revision: str | None) -> None:
     if pickled and not any(file.endswith(".safetensors") for file in files):
         raise IntegrityError(
             f"{name} has its weights as pickle only ({pickled[0]}), which can run code when opened",
-            mend="use a model with safetensors",
+            hint="use a model with safetensors",
         )
 
 
@@ -105,10 +105,10 @@ def _check_hash(file: Path) -> None:
     with blob.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != blob.name:
-        raise EnvironmentFault(
+        raise ResourceError(
             f"{file} is damaged: its SHA-256 is {found[:16]}..., not {blob.name[:16]}...",
             where=str(blob),
-            mend="delete this file; it is then fetched again",
+            hint="delete this file; it is then fetched again",
         )
     remember("checked-hashes", blob.name, state)
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from graftwerk.errors import ConfigError, EnvironmentFault, GraftwerkError, IntegrityError, ModelError, UnsupportedError
-from graftwerk.locate import PACKAGE_SCHEME, locate
+from graftwerk.errors import ConfigError, GraftwerkError, IntegrityError, ModelError, ResourceError, UnsupportedError
 from graftwerk.machine import available
 from graftwerk.models import gguf, hub
-from graftwerk.models.gate import check_configuration, check_weights
-from graftwerk.models.quiet import quiet
+from graftwerk.models.hf_logging import quiet
+from graftwerk.models.safety_checks import check_configuration, check_weights
+from graftwerk.resource_paths import PACKAGE_SCHEME, locate
 
 SPARE = 1 << 22
 """Numbers that a model may have beside those of its weights: a new head, tables of positions that are computed."""
@@ -63,7 +63,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
     else:
         if revision is not None:
             raise ConfigError(
-                f"`revision: {revision}` is for hub models; {name} is a local one", where="revision", mend="remove it"
+                f"`revision: {revision}` is for hub models; {name} is a local one", where="revision", hint="remove it"
             )
         folder = gguf.unpacked(local) if local.is_file() else local
     check_configuration(folder, name)
@@ -82,7 +82,7 @@ def _local(name: str) -> Path | None:
     if name.startswith((PACKAGE_SCHEME, "/", ".", "~")) or Path(name).exists() or not hub.is_hub_id(name):
         path = locate(name)
         if path.is_file() and path.suffix != ".gguf":
-            raise ConfigError(f"{path} is no model", where="model", mend="give its folder, or a .gguf file")
+            raise ConfigError(f"{path} is no model", where="model", hint="give its folder, or a .gguf file")
         return path
     return None
 
@@ -119,10 +119,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
     folder = model_folder(name, revision, weights=False)
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise EnvironmentFault(
+        raise ResourceError(
             f"{folder / 'tokenizer.json'} is missing, so there is no tokenizer",
             where=name,
-            mend="fetch the tokenizer's files into the model's folder",
+            hint="fetch the tokenizer's files into the model's folder",
         )
     with quiet():
         try:
@@ -198,7 +198,7 @@ def load_model(
         except GraftwerkError:
             raise
         except MemoryError:
-            raise EnvironmentFault(f"{name} does not fit into memory", mend="use a smaller model") from None
+            raise ResourceError(f"{name} does not fit into memory", hint="use a smaller model") from None
         except Exception as error:  # the library's errors have no common root
             raise _load_error(error, name, folder) from error
     model.config._name_or_path = name
@@ -251,7 +251,7 @@ def _check_size(
             f"config.json of {name} describes a model of more than {min(total, most):,} numbers, and its files hold "
             f"{stored:,}",
             where=name,
-            mend="fetch the model again; if it came from somebody else, do not trust it",
+            hint="fetch the model again; if it came from somebody else, do not trust it",
         ) from None
     except Exception:  # what cannot be built without values: loading says what is wrong, if anything is
         return
@@ -259,9 +259,9 @@ def _check_size(
         handle.remove()
     needed, free = sum(p.numel() for p in body.parameters()) * dtype.itemsize, available()
     if free is not None and needed > free:
-        raise EnvironmentFault(
+        raise ResourceError(
             f"{name} does not fit into memory: it takes {needed:,} bytes, and {free:,} are available",
-            mend="use a smaller model",
+            hint="use a smaller model",
         )
 
 
@@ -292,7 +292,7 @@ def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:
     if lacking:
         raise ModelError(
             f"{name} lacks {len(lacking):,} weights of the model itself, {lacking[0]} among them",
-            mend="the checkpoint is incomplete or of another architecture than its config.json says",
+            hint="the checkpoint is incomplete or of another architecture than its config.json says",
         )
     _fill_body(model, [key for key in missing if inside(key)])
     return tuple(sorted({*missing, *(key for key, _, _ in mismatched)}))
@@ -319,12 +319,12 @@ def _load_error(error: Exception, name: str, folder: Path) -> GraftwerkError:
     text = _first(error)
     if type(error).__name__ == "SafetensorError":
         return IntegrityError(
-            f"a weight file of {name} is damaged: {text}", where=str(folder), mend="fetch the model again"
+            f"a weight file of {name} is damaged: {text}", where=str(folder), hint="fetch the model again"
         )
     if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
-        return EnvironmentFault(f"{name} does not fit into memory: {text}", mend="use a smaller model")
+        return ResourceError(f"{name} does not fit into memory: {text}", hint="use a smaller model")
     if isinstance(error, ImportError):
-        return EnvironmentFault(f"{name} needs a package that is not installed: {text}", where=str(folder))
+        return ResourceError(f"{name} needs a package that is not installed: {text}", where=str(folder))
     return ModelError(f"{name} cannot be loaded: {text}", where=str(folder))
 
 
@@ -338,13 +338,13 @@ def fix_padding(model: Any, tokenizer: Any) -> None:
     """
     if tokenizer.pad_token_id is None:
         raise ModelError(
-            "the tokenizer has no pad token", mend="load it with load_tokenizer, which chooses the end token"
+            "the tokenizer has no pad token", hint="load it with load_tokenizer, which chooses the end token"
         )
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings or tokenizer.pad_token_id >= embeddings:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens and the model {embeddings:,} embeddings",
-            mend="use the tokenizer that belongs to the model",
+            hint="use the tokenizer that belongs to the model",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -373,7 +373,7 @@ def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtu
             raise ConfigError(
                 f"`max_length: {wanted}` and {virtual} virtual tokens are more than the {limit} positions of the model",
                 where="data.max_length",
-                mend=f"at most {limit - virtual}, or fewer virtual tokens",
+                hint=f"at most {limit - virtual}, or fewer virtual tokens",
             )
         limit -= virtual
     if wanted is not None:
@@ -381,7 +381,7 @@ def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtu
             raise ConfigError(
                 f"`max_length: {wanted}` is more than the {limit} positions of the model",
                 where="data.max_length",
-                mend=f"at most {limit}",
+                hint=f"at most {limit}",
             )
         return wanted
     # A tokenizer without a limit of its own says 1e30.

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from graftwerk.data.findings import Finding as Finding
-from graftwerk.data.lint import check_duplicates, missing_in, missing_texts
-from graftwerk.data.near import check_near_leakage
-from graftwerk.data.reading import Reading, SplitRows, fingerprint_of, origin_of
+from graftwerk.data.checks import check_duplicates, missing_in, missing_texts
+from graftwerk.data.findings import Issue as Issue
+from graftwerk.data.near_duplicates import check_near_leakage
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.splits_reader import RowFormat, SplitRows, fingerprint_of, origin_of
 from graftwerk.data.stream import Streamed
 from graftwerk.settings import Settings
 from graftwerk.tasks.predictions import Predictions as Predictions
@@ -42,12 +42,12 @@ class Splits:
     test: Sequence[Row]
     labels: tuple[str, ...] | None
     fingerprint: str
-    findings: tuple[Finding, ...] = ()
+    issues: tuple[Issue, ...] = ()
     origin: dict[str, Any] = field(default_factory=dict)
     where: Mapping[str, Callable[[int], str]] = field(default_factory=dict)
-    kept: str | None = None
+    cache_key: str | None = None
 
-    def place(self, rows: Sequence[Row], at: int) -> str | None:
+    def locate(self, rows: Sequence[Row], at: int) -> str | None:
         """`file:line` of a row by its index in `rows`, where these are one of the splits."""
         return next((where(at) for split, where in self.where.items() if rows is getattr(self, split)), None)
 
@@ -55,7 +55,7 @@ class Splits:
 def splits_of(
     data: DataSettings,
     chosen: Mapping[str, SplitRows],
-    findings: Sequence[Finding],
+    findings: Sequence[Issue],
     parts: Sequence[str],
     *,
     labels: tuple[str, ...] | None = None,
@@ -82,7 +82,7 @@ def splits_of(
         **rows,
         labels=labels,
         fingerprint=fingerprint_of(rows, parts, labels or ()),
-        findings=(*findings, *repeated),
+        issues=(*findings, *repeated),
         origin=origin_of(data, {split: len(part) for split, part in rows.items()}),
         where={split: part.where for split, part in chosen.items()},
     )
@@ -94,7 +94,7 @@ def splits_of_stream(
     parts: Sequence[str],
     *,
     labels: tuple[str, ...] | None = None,
-    findings: Sequence[Finding] = (),
+    findings: Sequence[Issue] = (),
 ) -> Splits:
     """The same for training rows that are not held in memory; those of validation and test are."""
     held: dict[str, Any] = {split: part.rows for split, part in streamed.held.items()}
@@ -105,7 +105,7 @@ def splits_of_stream(
         **held,
         labels=labels,
         fingerprint=fingerprint_of(held, parts, [*(labels or ()), streamed.digest]),
-        findings=(*streamed.findings, *findings, *check_duplicates(placed)),
+        issues=(*streamed.issues, *findings, *check_duplicates(placed)),
         origin=origin_of(data, counts),
         where={"train": streamed.rows.where, **{split: part.where for split, part in streamed.held.items()}},
     )
@@ -165,7 +165,7 @@ class Task(Settings):
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **self.model_dump(mode="json")}
 
-    def on(self, architecture: Any) -> Self:
+    def for_model(self, architecture: Any) -> Self:
         """The task as it is for a model of this transformers configuration; most are the same for all.
 
         Raises:
@@ -173,16 +173,16 @@ class Task(Settings):
         """
         return self
 
-    def settled(self, splits: Splits) -> Self:
+    def resolved(self, splits: Splits) -> Self:
         """The task with what the rows of a run fix for good, the languages of a translation say; most fix nothing."""
         return self
 
-    def question(self, text: str) -> Row:
+    def example_from_text(self, text: str) -> Row:
         """The row that a bare text stands for, where a model is asked about it."""
         return {self.parts[0]: text}
 
     @abstractmethod
-    def reading(self, columns: Sequence[str]) -> Reading:
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
         """What a row is, in a source whose columns can play these parts.
 
         Raises:
@@ -228,11 +228,11 @@ class Task(Settings):
         """Mean loss of a batch, a scalar, from the model's outputs (logits), in float32."""
 
     @abstractmethod
-    def weight(self, batch: Mapping[str, Tensor]) -> float:
+    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
         """How many targets the mean in `loss` is over, or what they count; micro-batches are weighted by it."""
 
     @abstractmethod
-    def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """What is kept of a pass for each row, for `predictions`: (rows, any width), on the CPU."""
 
     @abstractmethod
@@ -246,5 +246,5 @@ class Task(Settings):
         """
 
     @abstractmethod
-    def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         """For each row, what `predict` says: ``label`` and ``scores``, or ``text``."""

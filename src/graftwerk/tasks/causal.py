@@ -7,12 +7,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from graftwerk.tasks.base import Example, Row
-from graftwerk.tasks.plain_text import PlainText
+from graftwerk.tasks.lm_base import LanguageModelingTask
 from graftwerk.tasks.template import begins_texts
 from graftwerk.tasks.text import Layout
 
 
-class Causal(PlainText):
+class Causal(LanguageModelingTask):
     """Each row is a text of its own, begun by the tokenizer's first token where it has one, and ended by its last."""
 
     name: ClassVar[str] = "causal"

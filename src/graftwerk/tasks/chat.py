@@ -68,7 +68,7 @@ def encode_conversations(
         raise UnsupportedError(
             f"{type(tokenizer).__name__} does not say which characters a token is of, so answers cannot be found",
             where="model",
-            mend="a model with a fast tokenizer (tokenizer.json)",
+            hint="a model with a fast tokenizer (tokenizer.json)",
         )
     answered = [at for at, turns in enumerate(conversations) if turns[-1][0] == "assistant"]
     asked = [at for at, turns in enumerate(conversations) if turns[-1][0] != "assistant"]

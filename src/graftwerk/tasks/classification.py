@@ -15,19 +15,19 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwerk.data.lint import check_labels
-from graftwerk.data.parts import label_part, text_part
-from graftwerk.data.reading import Reading, read_splits, read_unanswered
+from graftwerk.data.checks import check_labels
+from graftwerk.data.fields import label_part, text_part
 from graftwerk.data.rows import Table
 from graftwerk.data.settings import DataSettings, shown
+from graftwerk.data.splits_reader import RowFormat, read_splits, read_unanswered
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import DataError
-from graftwerk.tasks.base import Example, Finding, Predictions, Row, Splits, Task, splits_of, splits_of_stream
-from graftwerk.tasks.encoding import encode_texts, pad
-from graftwerk.tasks.findings import special_notes, special_words
+from graftwerk.tasks.base import Example, Issue, Predictions, Row, Splits, Task, splits_of, splits_of_stream
+from graftwerk.tasks.example_checks import special_notes, special_words
 from graftwerk.tasks.predictions import ClassPredictions
+from graftwerk.tasks.tokenization import encode_texts, pad
 
-READING = Reading({"text": text_part, "label": label_part}, key="text", stratify="label", answers=("label",))
+READING = RowFormat({"text": text_part, "label": label_part}, key="text", stratify="label", answers=("label",))
 
 
 class Classification(Task):
@@ -42,7 +42,7 @@ class Classification(Task):
 
     _class_weights: Tensor | None = PrivateAttr(default=None)
 
-    def reading(self, columns: Sequence[str]) -> Reading:
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
         return READING
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
@@ -58,10 +58,10 @@ class Classification(Task):
             EnvironmentFault: a source cannot be reached.
         """
         if data.streaming:
-            streamed = read_stream(data, self.reading, self.parts)
+            streamed = read_stream(data, self.row_format, self.parts)
             names, said = check_labels(streamed.classes or {}, labels, shown(data.source))
             return splits_of_stream(data, streamed, self.parts, labels=names, findings=said)
-        chosen, findings = read_splits(data, self.reading)
+        chosen, findings = read_splits(data, self.row_format)
         placed = {split: part.placed() for split, part in chosen.items()}
         names, said = check_labels(
             {split: rows.labels or () for split, rows in placed.items()}, labels, shown(data.source)
@@ -124,7 +124,7 @@ class Classification(Task):
         weights = None if self._class_weights is None else self._class_weights.to(outputs.logits.device)
         return F.cross_entropy(outputs.logits.float(), batch["labels"], weight=weights, label_smoothing=label_smoothing)
 
-    def weight(self, batch: Mapping[str, Tensor]) -> float:
+    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
         labels = batch["labels"]
         return labels.numel() if self._class_weights is None else float(self._class_weights[labels.cpu()].sum())
 
@@ -142,7 +142,7 @@ class Classification(Task):
         bound._class_weights = torch.tensor(weights, dtype=torch.float32)
         return bound
 
-    def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The logits, (rows, classes)."""
         logits: Tensor = outputs.logits.detach().float().cpu()
         return logits
@@ -157,7 +157,7 @@ class Classification(Task):
         known = bool(targets) and all(target is not None for target in targets)
         return ClassPredictions(loss, scores, np.asarray(targets, dtype=np.int64) if known else None)
 
-    def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         assert isinstance(predictions, ClassPredictions)
         names = labels or [str(index) for index in range(predictions.scores.shape[1])]
         return [
@@ -175,7 +175,7 @@ def rows_for_prediction(
     on_bad_row: Literal["fail", "skip"] = "fail",
     *,
     split: str = "train",
-) -> tuple[Table, tuple[Finding, ...]]:
+) -> tuple[Table, tuple[Issue, ...]]:
     """Rows to predict for: each has `text`, no row needs a label, and none is taken even where the source has one.
 
     Returns:

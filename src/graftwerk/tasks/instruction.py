@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from graftwerk.data.fields import label_part
 from graftwerk.data.formats import asked_of, conversation, question, recognise
-from graftwerk.data.parts import label_part
-from graftwerk.data.reading import Reading
+from graftwerk.data.splits_reader import RowFormat
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.chat import encode_conversations, end_ids
-from graftwerk.tasks.findings import notes_of, special_words
+from graftwerk.tasks.example_checks import example_notes, special_words
 from graftwerk.tasks.template import Choice, template_for
 from graftwerk.tasks.text import Layout, TextTask
 
@@ -55,10 +55,10 @@ class Instruction(TextTask):
             raise ValueError("`answer` does nothing without `prompt`")
         return self
 
-    def reading(self, columns: Sequence[str]) -> Reading:
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
         if self.prompt is None:
             name, format = recognise(columns, READ)
-            return Reading(
+            return RowFormat(
                 format.parts,
                 key=_asked,
                 optional=format.optional,
@@ -68,7 +68,7 @@ class Instruction(TextTask):
                 format=name,
             )
         asked, answer = fields_of(self.prompt), fields_of(self._answer)
-        return Reading(
+        return RowFormat(
             dict.fromkeys(dict.fromkeys((*asked, *answer)), label_part),
             key=_asked,
             answers=tuple(part for part in answer if part not in asked),
@@ -76,7 +76,7 @@ class Instruction(TextTask):
             ask=self._filled_question,
         )
 
-    def question(self, text: str) -> Row:
+    def example_from_text(self, text: str) -> Row:
         if self.prompt is None:
             return {"turns": [["user", text]]}
         fields = fields_of(self.prompt)
@@ -85,7 +85,7 @@ class Instruction(TextTask):
             raise ConfigError(
                 f"the prompt of this adapter is made from several columns ({listed}), and a text is one",
                 where="task.prompt",
-                mend="give a file with these columns: --data",
+                hint="give a file with these columns: --data",
             )
         return self._filled_question({fields[0]: text})
 
@@ -118,9 +118,9 @@ class Instruction(TextTask):
             raise DataError(
                 f"the {template.name} template of the model does not take {len(unfit):,} of {len(rows):,} rows:"
                 f" {encoded[unfit[0]].unfit}",
-                where=(splits.place(rows, unfit[0]) if splits is not None else None)
+                where=(splits.locate(rows, unfit[0]) if splits is not None else None)
                 or repr(asked_of(rows[unfit[0]]["turns"])[:80]),
-                mend="task.template=plain uses a plain template; or leave these rows out",
+                hint="task.template=plain uses a plain template; or leave these rows out",
             )
         special = special_words(tokenizer)
         return [
@@ -130,7 +130,7 @@ class Instruction(TextTask):
                 one.truncated,
                 prompt=one.prompt,
                 row=row,
-                notes=notes_of(one, [content for _, content in turns], special),
+                notes=example_notes(one, [content for _, content in turns], special),
             )
             for row, turns, one in zip(rows, conversations, encoded, strict=True)
         ]

@@ -21,29 +21,29 @@ from torch import Tensor
 
 from graftwerk.errors import ModelError, UnsupportedError
 from graftwerk.tasks.base import Example, Row
-from graftwerk.tasks.encoding import pad
-from graftwerk.tasks.plain_text import PlainText
+from graftwerk.tasks.lm_base import LanguageModelingTask
 from graftwerk.tasks.text import IGNORED
+from graftwerk.tasks.tokenization import pad
 
 MASK, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that become the mask token, and a random one."""
 
 
-class Masked(PlainText):
+class Masked(LanguageModelingTask):
     name: ClassVar[str] = "masked"
     title: ClassVar[str] = "Masked language modelling"
     closes_every_block: ClassVar[bool] = True
 
     mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens that are to be told")
 
-    def on(self, architecture: Any) -> Self:
+    def for_model(self, architecture: Any) -> Self:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         if architecture.is_encoder_decoder or architecture.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise UnsupportedError(
                 f"{self.title.lower()} needs an encoder that was trained so, and `{architecture.model_type}` is none",
                 where="task",
-                mend="task=causal for a model that writes",
+                hint="task=causal for a model that writes",
             )
         return self
 

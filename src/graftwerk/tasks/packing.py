@@ -92,7 +92,7 @@ def check_packing(model: Any, task: Task, examples: Sequence[Example], tokenizer
         raise UnsupportedError(
             f"{type(model).__name__} lets packed rows see each other (its scores differ by {difference:.2g})",
             where="training.packing",
-            mend="training.packing=false",
+            hint="training.packing=false",
         )
 
 

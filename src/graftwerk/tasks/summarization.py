@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from graftwerk.tasks.base import Row
-from graftwerk.tasks.text_to_text import TextToText, check_fields
+from graftwerk.tasks.seq2seq import Seq2SeqTask, check_fields
 
 
-class Summarization(TextToText):
+class Summarization(Seq2SeqTask):
     """Encoder-decoder models read a prefix and the document; causal ones a template with the document in it."""
 
     name: ClassVar[str] = "summarization"

@@ -126,7 +126,7 @@ class ModelTemplate(Template):
             raise ModelError(
                 f"the chat template of the model cannot be used: {refused}",
                 where="chat_template",
-                mend="task.template=plain uses a plain one",
+                hint="task.template=plain uses a plain one",
             )
         return process
 
@@ -147,7 +147,7 @@ class ModelTemplate(Template):
             "the chat template of the model was refused: it "
             + ("does not end within half a second" if slow else "takes more memory than a template needs"),
             where="chat_template",
-            mend="if the model came from somebody else, do not trust it; task.template=plain uses a plain one",
+            hint="if the model came from somebody else, do not trust it; task.template=plain uses a plain one",
         )
 
 
@@ -177,7 +177,7 @@ def _template(tokenizer: Any, choice: Choice) -> Template:
         source = source.get("default")
     if choice == "chat" and not source:
         raise ConfigError(
-            "the model has no chat template", where="task.template", mend="task.template=plain uses a plain one"
+            "the model has no chat template", where="task.template", hint="task.template=plain uses a plain one"
         )
     if source and choice != "plain":
         return ModelTemplate(source, _variables(tokenizer))

@@ -21,15 +21,15 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwerk import fast
-from graftwerk.data.reading import read_splits
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.splits_reader import read_splits
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import UnsupportedError
+from graftwerk.kernels import flags as fast
+from graftwerk.kernels.lm_head import LabelledLogits, labelled_tokens
 from graftwerk.tasks.base import Example, Predictions, Splits, Task, splits_of, splits_of_stream
-from graftwerk.tasks.before_head import LabelledTokens, labelled_tokens
-from graftwerk.tasks.encoding import pad
 from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.tokenization import pad
 
 IGNORED = -100
 """The label of a token that is not trained."""
@@ -48,7 +48,7 @@ class TextTask(Task):
 
     _layout: Layout = PrivateAttr(default="causal")
 
-    def on(self, architecture: Any) -> Self:
+    def for_model(self, architecture: Any) -> Self:
         layout: Layout = "encoder-decoder" if getattr(architecture, "is_encoder_decoder", False) else "causal"
         if layout not in self.layouts:
             raise UnsupportedError(
@@ -60,7 +60,7 @@ class TextTask(Task):
         return bound
 
     @property
-    def layout(self) -> Layout:
+    def seq2seq(self) -> Layout:
         return self._layout
 
     @property
@@ -69,8 +69,8 @@ class TextTask(Task):
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
         if data.streaming:
-            return splits_of_stream(data, read_stream(data, self.reading, self.parts), self.parts)
-        chosen, findings = read_splits(data, self.reading)
+            return splits_of_stream(data, read_stream(data, self.row_format, self.parts), self.parts)
+        chosen, findings = read_splits(data, self.row_format)
         return splits_of(data, chosen, findings, self.parts)
 
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
@@ -128,13 +128,13 @@ class TextTask(Task):
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Mean cross-entropy over the labelled tokens of the batch, in float32; 0 where no token is labelled."""
         wanted = self._wanted(batch["labels"])
-        if isinstance(outputs, LabelledTokens):
+        if isinstance(outputs, LabelledLogits):
             return outputs.loss(wanted, label_smoothing)
         if not len(wanted):
             return torch.as_tensor(outputs.logits).float().sum()  # nothing, but connected to the parameters
         return F.cross_entropy(outputs.logits.float(), wanted, label_smoothing=label_smoothing)
 
-    def weight(self, batch: Mapping[str, Tensor]) -> int:
+    def num_targets(self, batch: Mapping[str, Tensor]) -> int:
         return int(self._predicting(batch["labels"]).sum())
 
     def _predicting(self, labels: Tensor) -> Tensor:
@@ -153,13 +153,13 @@ class TextTask(Task):
 
     # -- evaluation ------------------------------------------------------------------------------------------------
 
-    def respond(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """(B, 2): the summed negative log-likelihood of a row's labels in nats, and how many there are."""
         rows = batch["input_ids"].shape[0]
         if "labels" not in batch:
             return torch.zeros(rows, 2, dtype=torch.float64)
         mask, wanted = self._predicting(batch["labels"]), self._wanted(batch["labels"])
-        if isinstance(outputs, LabelledTokens):
+        if isinstance(outputs, LabelledLogits):
             each = outputs.nll(wanted).double()
         else:
             each = F.cross_entropy(outputs.logits.float(), wanted, reduction="none").double()
@@ -184,7 +184,7 @@ class TextTask(Task):
             languages=languages if any(languages) else None,
         )
 
-    def answers(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         assert isinstance(predictions, TextPredictions)
         return [{"output": text} for text in predictions.texts or ()]
 

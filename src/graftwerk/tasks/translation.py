@@ -15,19 +15,27 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from graftwerk.data.parts import text_part
-from graftwerk.data.reading import Reading, fingerprint_of
+from graftwerk.data.fields import text_part
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.splits_reader import RowFormat, fingerprint_of
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.base import Example, Row, Splits
-from graftwerk.tasks.codes import Codes, check_code, codes_of, iso_code, language_name, name_or_error, speaking
+from graftwerk.tasks.language_codes import (
+    LanguageCodes,
+    check_code,
+    codes_of,
+    iso_code,
+    language_context,
+    language_name,
+    name_or_error,
+)
 from graftwerk.tasks.predictions import TextPredictions
-from graftwerk.tasks.text_to_text import TextToText, check_fields, fields_in
+from graftwerk.tasks.seq2seq import Seq2SeqTask, check_fields, fields_in
 
 SIDES = ("source_lang", "target_lang")
 
 
-class Translation(TextToText):
+class Translation(Seq2SeqTask):
     """Rows are pairs of texts; each may carry its own languages, else those of the settings count."""
 
     name: ClassVar[str] = "translation"
@@ -66,8 +74,8 @@ class Translation(TextToText):
     def _check_template(cls, value: str | None) -> str | None:
         return check_fields(value, ("source", *SIDES), "source")
 
-    def reading(self, columns: Sequence[str]) -> Reading:
-        usual = super().reading(columns)
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
+        usual = super().row_format(columns)
         return replace(usual, optional=dict.fromkeys(SIDES, text_part))
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
@@ -75,7 +83,7 @@ class Translation(TextToText):
             raise ConfigError(
                 "rows that are streamed are not turned around",
                 where="task.both_directions",
-                mend="write both directions into the file, with the columns source_lang and target_lang",
+                hint="write both directions into the file, with the columns source_lang and target_lang",
             )
         splits = super().read(data, labels)
         if not self.both_directions:
@@ -102,14 +110,14 @@ class Translation(TextToText):
                 raise ConfigError(
                     "both directions need the languages of every pair",
                     where="task.source_lang, task.target_lang",
-                    mend="name them, or give rows with the columns source_lang and target_lang",
+                    hint="name them, or give rows with the columns source_lang and target_lang",
                 )
             there = {**row, **languages}
             both += [there, {**row, "source": row["target"], "target": row["source"],
                              "source_lang": target, "target_lang": source}]  # fmt: skip
         return both
 
-    def settled(self, splits: Splits) -> Self:
+    def resolved(self, splits: Splits) -> Self:
         """With the languages of the rows, where all have the same: what a bare text is taken to be later."""
         rows = splits.train[::2] if self.both_directions else splits.train
         pairs = {tuple(self._code(row, side) for side in SIDES) for row in rows}
@@ -122,7 +130,7 @@ class Translation(TextToText):
 
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
         """English names, for those languages that prefix or template mention."""
-        wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
+        wanted = fields_in(self.template if self.seq2seq == "causal" else self.prefix)
         return {
             side: name_or_error(self._language(row, side), setting=side, given=row.get(side) is None, where=_said(row))
             for side in SIDES
@@ -135,7 +143,7 @@ class Translation(TextToText):
             ConfigError, DataError: a language is not said, or unknown to the tokenizer (all that it knows are listed);
                 both directions with a model that cannot tell them apart.
         """
-        if self.layout == "causal":
+        if self.seq2seq == "causal":
             self._check_told(None)
             return super().encode(rows, tokenizer, splits, max_length)
         codes = codes_of(tokenizer)
@@ -151,12 +159,12 @@ class Translation(TextToText):
             places = [place for place, other in enumerate(pairs) if other == pair]
             chosen = [rows[place] for place in places]
             marks = [f">>{pair[1]}<< " if codes.place == "source" else ""] * len(chosen)
-            with speaking(tokenizer, *pair) if codes.both else nullcontext():
+            with language_context(tokenizer, *pair) if codes.both else nullcontext():
                 made = self.encode_pairs(chosen, marks, tokenizer, max_length)
             examples |= dict(zip(places, made, strict=True))
         return [examples[place] for place in range(len(rows))]
 
-    def _pair(self, row: Row, codes: Codes) -> tuple[str, str]:
+    def _pair(self, row: Row, codes: LanguageCodes) -> tuple[str, str]:
         sides = SIDES if codes.both else SIDES[1:]
         for side in sides:
             check_code(self._language(row, side), codes, setting=side, given=row.get(side) is None, where=_said(row))
@@ -168,7 +176,7 @@ class Translation(TextToText):
             raise ConfigError(
                 f"nothing says the {side.partition('_')[0]} language of a row",
                 where=f"task.{side}, or the column {side}",
-                mend="name it in the run file (task: {name: translation, source_lang: ..., target_lang: ...}), or "
+                hint="name it in the run file (task: {name: translation, source_lang: ..., target_lang: ...}), or "
                 "give rows with such columns",
             )
         return code
@@ -178,15 +186,15 @@ class Translation(TextToText):
         code: str | None = (row or {}).get(side) or getattr(self, side)
         return code
 
-    def _check_told(self, codes: Codes | None) -> None:
+    def _check_told(self, codes: LanguageCodes | None) -> None:
         told = codes is not None or "target_lang" in fields_in(
-            self.template if self.layout == "causal" else self.prefix
+            self.template if self.seq2seq == "causal" else self.prefix
         )
         if self.both_directions and not told:
             raise ConfigError(
                 "nothing would tell the model which direction is wanted: its tokenizer has no language codes",
                 where="task.both_directions",
-                mend="train two adapters; or put {target_lang} into task.template (causal models) or task.prefix",
+                hint="train two adapters; or put {target_lang} into task.template (causal models) or task.prefix",
             )
 
     def _check_pair(self, rows: Sequence[Row], tokenizer: Any) -> None:
@@ -200,7 +208,7 @@ class Translation(TextToText):
                     raise DataError(
                         f"the model's {side.partition('_')[0]} language is {name} alone, and a row has `{code}`",
                         where=_said(row),
-                        mend="use the model of this pair, or other rows",
+                        hint="use the model of this pair, or other rows",
                     )
 
     # -- evaluation ------------------------------------------------------------------------------------------------
@@ -228,7 +236,7 @@ class Translation(TextToText):
 
     def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
         options = super().generation_options(model, tokenizer, example)
-        codes = codes_of(tokenizer) if self.layout == "encoder-decoder" else None
+        codes = codes_of(tokenizer) if self.seq2seq == "encoder-decoder" else None
         if codes is None or not codes.both:
             return options
         language = codes.ids[self._language(example.row or {}, "target_lang")]

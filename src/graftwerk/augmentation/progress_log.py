@@ -1,0 +1,131 @@
+"""What a model wrote so far, batch by batch, so that a kill at any moment costs one batch.
+
+A file of JSON lines beside the file that is being made. The first says what is being made; each further one is a batch
+that is done, forced to the disk before the next begins. A line that a kill cut short is taken off again. Only one
+process at a time writes it: the others are told so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from graftwerk.errors import ConflictError, ResourceError
+from graftwerk.serialization.atomic import FAULTS
+
+ENDING = ".unfinished"
+FORMAT = 1
+
+
+class Journal:
+    """Open for reading what is done and for adding to it.
+
+    Args:
+        target: The file that is being made; the journal lies beside it, with `ENDING` behind its name.
+        identity: What is being made: rows, settings. A journal of something else is not gone on with.
+        keep: Go on with a journal that is there; otherwise begin it anew.
+
+    Raises:
+        ConflictError: another process writes it, or it is of something else.
+        EnvironmentFault: it cannot be written.
+    """
+
+    def __init__(self, target: Path, identity: Mapping[str, Any], *, keep: bool) -> None:
+        self.path = journal_of(target)
+        self.done: dict[str, list[Any]] = {}
+        """What each batch, by its key, came to."""
+        head = json.dumps({"format": FORMAT, **identity}, ensure_ascii=False, sort_keys=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
+            try:
+                _lock(self._file, self.path)
+                self._read(head, keep)
+            except BaseException:
+                self._file.close()
+                raise
+        except OSError as error:
+            raise _fault(error, self.path) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, key: str, answers: list[Any]) -> None:
+        """A batch is done; it is on the disk when this returns."""
+        self.done[key] = answers
+        self._append(json.dumps([key, answers], ensure_ascii=False))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def remove(self) -> None:
+        """All is made and stored elsewhere."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    def _read(self, head: str, keep: bool) -> None:
+        self._file.seek(0)
+        good = 0
+        lines = self._file.read().split(b"\n")[:-1] if keep else []
+        for place, line in enumerate(lines):
+            if place == 0:
+                if line.decode("utf-8", "replace") != head:
+                    raise ConflictError(
+                        f"{self.path} was begun with other rows or settings",
+                        hint="give the rows and settings it was begun with; or begin anew with --overwrite "
+                        "(overwrite=True), or with another file",
+                        recovered=str(self.path),
+                    )
+            else:
+                try:
+                    key, answers = json.loads(line)
+                    self.done[str(key)] = list(answers)
+                except (ValueError, TypeError):
+                    break  # what comes after a damaged line was written by nobody we know
+            good += len(line) + 1
+        self._file.truncate(good)
+        if good == 0:
+            self._append(head)
+
+    def _append(self, line: str) -> None:
+        try:
+            self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _fault(error, self.path) from error
+
+
+def journal_of(target: Path) -> Path:
+    return target.with_name(target.name + ENDING)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Held until the file is closed, also by a kill."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two writers at once are not noticed there
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConflictError(
+            f"another process is making {path.name.removesuffix(ENDING)}",
+            where=str(path),
+            hint="wait for it, or give another file",
+        ) from None
+
+
+def _fault(error: OSError, path: Path) -> ResourceError:
+    what, hint = FAULTS.get(error.errno or 0, (error.strerror or str(error), "write to another place"))
+    kept = f"{path}, up to the last whole batch" if path.exists() else None
+    return ResourceError(f"cannot write {path}: {what}", where=str(path), hint=hint, recovered=kept)

@@ -1,0 +1,264 @@
+"""Texts written by a model from other texts: sampled or by beam search, in batches, gone on with after a kill.
+
+The batches are planned from all texts at once: like lengths together, and among equal lengths by the texts' own
+fingerprints. So the plan does not depend on the order of the rows, a plan made again after a kill is the same plan,
+and an answer, whose last bits depend on the shape of its batch, is the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwerk.augmentation.keyed_rng import chance, fingerprint
+from graftwerk.augmentation.progress_log import Journal
+from graftwerk.augmentation.sampling import OwnDraws
+from graftwerk.augmentation.settings import Generation, Translator
+from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
+from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
+from graftwerk.evaluation.loading import MANIFEST, load_adapter_for
+from graftwerk.evaluation.search import own_search
+from graftwerk.modeling.virtual_positions import positions_taken
+from graftwerk.serialization.adapter_config import CONFIG_FILE
+from graftwerk.serialization.fingerprint import fingerprint as weights_fingerprint
+from graftwerk.serialization.info import WEIGHTS_FILE
+from graftwerk.serialization.untrusted_files import checksum
+from graftwerk.tasks.base import Example, Row, Splits
+from graftwerk.tasks.registry import parse_task
+from graftwerk.tasks.text import TextTask
+
+Progress = Callable[[int, int], None]
+SPARE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text that is given to a model, with its language and that of the answer where the rows say them."""
+
+    text: str
+    languages: tuple[str | None, str | None] = (None, None)
+
+    @property
+    def key(self) -> str:
+        return fingerprint(self.text, *(str(language or "") for language in self.languages))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        ended: The model ended it itself, within its limit.
+        whole: The model could read all of what it was given.
+    """
+
+    text: str
+    ended: bool
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to be asked, and who it is: ``{name, fingerprint, adapter}``."""
+
+    model: Any
+    tokenizer: Any
+    task: TextTask
+    max_length: int
+    dtype: torch.dtype
+    identity: dict[str, Any]
+
+
+def load(settings: Translator, max_length: int | None = None) -> Loaded:
+    """
+    Args:
+        max_length: Tokens that the model is given at most; None: as it was trained, or what it was made for.
+
+    Raises:
+        ConfigError: nothing says how a bare model is asked.
+        UnsupportedError: a task in which nothing is written.
+        ConfigError, ModelError, AdapterError, EnvironmentFault, IntegrityError: as loading says.
+    """
+    from graftwerk.models.hardware import compute_type, set_threads
+    from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, max_length_for
+
+    path = Path(settings.model)
+    if path.is_dir() and any((path / name).is_file() for name in (MANIFEST, CONFIG_FILE)):
+        opened = load_adapter_for(path, model=settings.base)
+        model, tokenizer, dtype = opened.model, opened.tokenizer, opened.dtype
+        task = opened.task if settings.task is None else parse_task(settings.task).for_model(model.config)
+        length = opened.max_length if max_length is None else max_length_for(model.config, tokenizer, max_length)
+        name, adapter = opened.info.base_name, f"{checksum(opened.info.folder / WEIGHTS_FILE)['crc32']:08x}"
+    else:
+        if settings.base is not None:
+            raise ConfigError(f"{path} is no adapter, so it has no `base`", where="base")
+        if settings.task is None:
+            raise ConfigError(
+                f"nothing says how {settings.model} is to be asked",
+                where="task",
+                hint="for instance task: {name: translation, source_lang: en_XX, target_lang: de_DE}",
+            )
+        architecture = load_config(settings.model)
+        task = parse_task(settings.task).for_model(architecture)
+        tokenizer = load_tokenizer(settings.model)
+        length = max_length_for(architecture, tokenizer, max_length)
+        set_threads()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = compute_type("auto", device)
+        model = load_model(settings.model, task, Splits((), (), (), None, "")).to(device)
+        fix_padding(model, tokenizer)
+        name, adapter = settings.model, None
+    if not isinstance(task, TextTask) or not task.generates:
+        raise UnsupportedError(f"a model for {task.title.lower()} writes no texts", where=settings.model)
+    identity = {"name": name, "fingerprint": weights_fingerprint(model), "adapter": adapter}
+    return Loaded(model, tokenizer, task, length, dtype, identity)
+
+
+def ask(
+    settings: Generation,
+    leg: int,
+    questions: Sequence[Question],
+    n: int,
+    journal: Journal,
+    key: str,
+    on_progress: Progress | None = None,
+) -> tuple[dict[Question, list[Answer]], dict[str, Any]]:
+    """`n` answers to each question.
+
+    Args:
+        leg: Which of the settings' models is asked.
+        questions: In any order; one that stands there twice is asked once.
+        journal: Where batches that are done are found and kept.
+        key: What the batches are called there.
+        on_progress: Told (answers done, answers in all), also of those that were done before.
+
+    Returns:
+        The answers, and who was asked.
+
+    Raises:
+        ConflictError: the journal's answers are another model's.
+        And what `load` raises.
+    """
+    loaded = load(settings.legs[leg], settings.max_length)
+    known = journal.done.get(f"{key} model")
+    if known is None:
+        journal.add(f"{key} model", [loaded.identity])
+    elif known != [loaded.identity]:
+        raise ConflictError(
+            f"{journal.path} was begun with other weights of {settings.legs[leg].model}",
+            hint="begin anew with --overwrite (overwrite=True)",
+            recovered=str(journal.path),
+        )
+    found: dict[Question, list[Answer]] = {}
+    batches = list(_batches(settings, loaded, questions, n))
+    total = n * sum(len(batch) for batch in batches)
+    for batch in batches:
+        name = f"{key} {fingerprint(*(question.key for question, _ in batch))}"
+        if name not in journal.done:
+            journal.add(name, _write(settings, leg, loaded, batch, n))
+        for (question, example), texts in zip(batch, journal.done[name], strict=True):
+            found[question] = [Answer(text, ended, not example.truncated) for text, ended in texts]
+        if on_progress is not None:
+            on_progress(n * len(found), total)
+    return found, loaded.identity
+
+
+def question_row(task: TextTask, question: Question) -> Row:
+    row = task.example_from_text(question.text)
+    for name, language in zip(("source_lang", "target_lang"), question.languages, strict=True):
+        if name in task.parts and language is not None:
+            row[name] = language
+    return row
+
+
+Asked = tuple[Question, Example]
+
+
+def _batches(settings: Generation, loaded: Loaded, questions: Sequence[Question], n: int) -> Iterator[list[Asked]]:
+    """Longest first: memory runs out, if it does, in the first batch. Only what may stand together does."""
+    distinct = list(dict.fromkeys(questions))
+    rows = [question_row(loaded.task, question) for question in distinct]
+    examples = loaded.task.encode(rows, loaded.tokenizer, Splits((), (), (), None, ""), loaded.max_length)
+    asked = sorted(zip(distinct, examples, strict=True), key=lambda pair: (-len(pair[1].prompt or ()), pair[0].key))
+    groups: dict[Any, list[Asked]] = {}
+    for question, example in asked:
+        groups.setdefault(loaded.task.generation_group(example), []).append((question, example))
+    size = max(1, settings.batch_size // n)
+    for group in sorted(groups.values(), key=lambda pairs: pairs[0][0].key):
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked], n: int) -> list[Any]:
+    """For each text of a batch its answers, each as ``[text, ended]``."""
+    from transformers import LogitsProcessorList
+
+    model, task, tokenizer = loaded.model, loaded.task, loaded.tokenizer
+    sampled = settings.num_beams == 1 and settings.temperature != 0
+    times = n if sampled else 1
+    limits = [_limit(settings, loaded, example) for _, example in batch]
+    options: dict[str, Any] = {"max_new_tokens": max(limits), "num_beams": settings.num_beams, "do_sample": False}
+    options["max_length"] = None  # its default is not to count beside `max_new_tokens`
+    if sampled:
+        draws = [
+            chance(settings.seed, settings.name, leg, variant, question.key)
+            for question, _ in batch
+            for variant in range(times)
+        ]
+        own = OwnDraws(draws, settings.temperature or 1.0, settings.top_p or 1.0)
+        options["logits_processor"] = LogitsProcessorList([own])
+    else:
+        options["num_return_sequences"] = n
+    prompts = [example.prompt or [] for _, example in batch for _ in range(times)]
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        autocast(model, loaded.dtype),
+        own_search(model, task, tokenizer),
+    ):
+        tensors = {
+            name: tensor.to(device_of(model)) for name, tensor in task.collate_prompts(prompts, tokenizer).items()
+        }
+        written = model.generate(**tensors, **options, **task.generation_options(model, tokenizer, batch[0][1]))
+    tokens = task.new_tokens(written, tensors).tolist()
+    ends = _end_tokens(model, tokenizer)
+    answers = []
+    for place, limit in enumerate(limits):
+        texts = []
+        for row in tokens[place * n : (place + 1) * n]:
+            first = 1 if task.seq2seq == "encoder-decoder" else 0  # a decoder's start token may be an end token
+            end = next((at for at in range(first, len(row)) if row[at] in ends), None)
+            kept = row if end is None else row[: end + 1]
+            texts.append([task.decode(kept, tokenizer), end is not None and end - first < limit])
+        answers.append(texts)
+    return answers
+
+
+def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
+    """Tokens of an answer, by what it is made from alone: rows of one batch do not lengthen each other's."""
+    from graftwerk.models.load import position_limit
+
+    given = len(example.prompt or ())
+    limit = settings.max_new_tokens or 2 * given + SPARE_TOKENS
+    positions = position_limit(loaded.model.config)
+    if positions is None:
+        return limit
+    taken = given + positions_taken(loaded.model) if loaded.task.seq2seq == "causal" else 1
+    return max(1, min(limit, positions - taken))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    return frozenset(int(end) for end in (*listed, tokenizer.eos_token_id) if end is not None)
+
+
+def languages_of(row: Mapping[str, Any], *, turned: bool) -> tuple[str | None, str | None]:
+    """What a row says of its languages, as (that of what is read, that of what is written)."""
+    pair = (row.get("source_lang"), row.get("target_lang"))
+    known = tuple(language if isinstance(language, str) else None for language in pair)
+    return (known[1], known[0]) if turned else (known[0], known[1])

@@ -1,0 +1,83 @@
+"""What a model costs to use and to train: latency, peak memory, size on disk."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode, to_device
+from graftwerk.evaluation.peak_memory import peak_memory as peak_memory
+from graftwerk.evaluation.peak_memory import resident as resident
+from graftwerk.tasks.base import Example, Task
+
+LATENCY_BATCHES = (1, 32)
+"""One row: an answer somebody waits for. Thirty-two: work in bulk."""
+WARM_UP = 3
+"""Passes before the timed ones: the first pay for kernels, caches and lazily read weights."""
+
+
+def latency(
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    batches: int = 10,
+    batch_sizes: Sequence[int] = LATENCY_BATCHES,
+    dtype: torch.dtype = torch.float32,
+) -> dict[int, float]:
+    """Milliseconds a row by batch size: the median of `batches` timed forward passes, after a warm-up.
+
+    A pass is what happens between encoded rows and logits: padding, transfer to the device, the model. Batches are
+    rows of like length, spread evenly over the lengths there are, and the same for every model that is given the same
+    rows, so that figures can be compared. Tokenizing is not part of it: it costs the same with every adapter. With
+    fewer rows than a batch takes, rows are repeated.
+    """
+    if not examples:
+        return {}
+    ordered = sorted(range(len(examples)), key=lambda row: (examples[row].length, row))
+    timed: dict[int, float] = {}
+    with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
+        for size in batch_sizes:
+            chosen = [_spread(ordered, size, place, batches) for place in range(batches)]
+            for rows in [chosen[place % batches] for place in range(WARM_UP)]:
+                _pass(model, task, [examples[row] for row in rows], tokenizer)
+            seconds = [_pass(model, task, [examples[row] for row in rows], tokenizer) for rows in chosen]
+            timed[size] = 1000 * statistics.median(seconds) / size
+    return timed
+
+
+def _spread(ordered: Sequence[int], size: int, place: int, places: int) -> list[int]:
+    """Rows of batch number `place` of `places`: a window on the rows by length, its centre in the middle of its
+    share.
+    """
+    centre = (place + 0.5) / places * len(ordered)
+    first = min(max(int(centre - size / 2), 0), max(len(ordered) - size, 0))
+    return [ordered[(first + row) % len(ordered)] for row in range(size)]
+
+
+def _pass(model: Any, task: Task, rows: Sequence[Example], tokenizer: Any) -> float:
+    device = device_of(model)
+    _wait(device)
+    started = time.perf_counter()
+    task.forward(model, to_device(task.collate(rows, tokenizer), model))
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def size_on_disk(path: Path | str) -> int:
+    """Bytes of a file, or of all files in a folder and below it (links are not followed)."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(entry.lstat().st_size for entry in path.rglob("*") if entry.is_file() and not entry.is_symlink())

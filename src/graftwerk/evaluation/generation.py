@@ -1,0 +1,142 @@
+"""Answers that the model writes itself: in batches of prompts of like length, in the order of the rows.
+
+A row's answer is the one that it would get alone: rows share a batch only where they share what `generate` is told (the
+language to write) and how long their answers may be, and padding is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
+from graftwerk.evaluation.oom import is_out_of_memory, release
+from graftwerk.evaluation.search import own_search
+from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.modeling.virtual_positions import positions_taken
+from graftwerk.models.hf_logging import quiet
+from graftwerk.models.load import position_limit
+from graftwerk.tasks.base import Example
+from graftwerk.tasks.text import IGNORED, TextTask
+
+SPARE = 1.5
+"""Where no limit is given: so many times the longest reference."""
+FALLBACK = 64
+"""Tokens of an answer where there are no references either."""
+
+
+def generate(
+    model: Any,
+    task: TextTask,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    settings: EvaluationSettings,
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """The model's own answer to each prompt, by greedy or beam search.
+
+    Longest prompts first: memory runs out, if it does, in the first batch. Then the batch is halved.
+
+    Args:
+        examples: Each with a ``prompt``. One that fills all positions of the model gets an empty answer.
+        on_progress: Told (rows done, rows in all).
+        say: Told in words when a batch is halved, how many rows had less room for an answer than the others, and which
+            generation settings of the base are not used.
+    """
+    limit = settings.max_new_tokens or answer_limit(examples)
+    rooms = [min(limit, room) for room in _rooms(model, task, examples, limit)]
+    short = sum(room < limit for room in rooms)
+    if short:
+        said = f"{short:,} of {len(examples):,} prompts leave room for fewer than {limit} tokens of an answer"
+        say(f"{said} in the positions of the model")
+    answers: list[str] = [""] * len(examples)
+    done = sum(room < 1 for room in rooms)
+    size = settings.generation_batch_size
+    with (
+        evaluation_mode(model),
+        torch.inference_mode(),
+        autocast(model, dtype),
+        quiet(),
+        own_search(model, task, tokenizer) as unused,
+    ):
+        if unused:
+            say(f"generation settings of the base are not used, so that answers are the likeliest: {', '.join(unused)}")
+        for rows in _alike(task, examples, rooms):
+            start = 0
+            while start < len(rows):
+                some = rows[start : start + size]
+                try:
+                    written = _write(model, task, [examples[row] for row in some], tokenizer, settings, rooms[some[0]])
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error) or len(some) == 1:
+                        raise
+                    size = len(some) // 2
+                    say(f"out of memory while answers are written: going on with {size} rows a batch")
+                    release()
+                    continue
+                for row, text in zip(some, written, strict=True):
+                    answers[row] = text
+                start += len(some)
+                done += len(some)
+                if on_progress is not None:
+                    on_progress(done, len(examples))
+    return answers
+
+
+def _write(
+    model: Any,
+    task: TextTask,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    settings: EvaluationSettings,
+    most: int,
+) -> list[str]:
+    batch = task.collate_prompts([example.prompt or [] for example in examples], tokenizer)
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+    options: dict[str, Any] = {"max_new_tokens": most, "num_beams": settings.num_beams, "do_sample": False}
+    options["max_length"] = None  # its default is not to count beside `max_new_tokens`
+    if settings.num_beams > 1:
+        options["length_penalty"] = settings.length_penalty
+    written = model.generate(**batch, **options, **task.generation_options(model, tokenizer, examples[0]))
+    return [task.decode(tokens, tokenizer) for tokens in task.new_tokens(written, batch).tolist()]
+
+
+def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) -> list[list[int]]:
+    """Rows that may share a batch, the longest prompt first in each list, and lists by their longest."""
+    groups: dict[Any, list[int]] = {}
+    for row in sorted(range(len(examples)), key=lambda row: _length(examples[row]), reverse=True):
+        if rooms[row] > 0:
+            groups.setdefault((task.generation_group(examples[row]), rooms[row]), []).append(row)
+    return list(groups.values())
+
+
+def _rooms(model: Any, task: TextTask, examples: Sequence[Example], limit: int) -> list[int]:
+    """Tokens of an answer that each row's positions have room for."""
+    positions = position_limit(model.config)
+    if positions is None:
+        return [limit] * len(examples)
+    if task.seq2seq == "causal":
+        virtual = positions_taken(model)
+        return [positions - virtual - _length(example) for example in examples]
+    return [positions - 1] * len(examples)  # the decoder's own table, less the token that it starts from
+
+
+def _length(example: Example) -> int:
+    return len(example.prompt or ())
+
+
+def answer_limit(examples: Sequence[Example]) -> int:
+    """Tokens that an answer may have: half as much again as the longest reference."""
+    longest = max((_answer_length(example) for example in examples), default=0)
+    return int(SPARE * longest) + 1 if longest else FALLBACK
+
+
+def _answer_length(example: Example) -> int:
+    if example.target is None:
+        return 0
+    return sum(1 for token in example.target if token != IGNORED)

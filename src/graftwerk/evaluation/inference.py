@@ -1,0 +1,101 @@
+"""The one way in which a model is asked about many rows: no gradient, like lengths together, answers in the rows'
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.tasks.base import Example, Predictions, Task
+
+Progress = Callable[[int, int], None]
+"""Told (rows done, rows in all) after every batch; what it raises ends the evaluation."""
+Serve = Callable[[Sequence[Example], dict[str, Tensor]], AbstractContextManager[None]]
+"""Entered around the forward pass of a batch of these rows."""
+
+
+def run_model(
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    on_progress: Progress | None = None,
+    texts: Sequence[str] | None = None,
+    serve: Serve | None = None,
+) -> Predictions:
+    """The model's answers to all examples, in the order of the examples.
+
+    Rows are worked off longest first in batches of like lengths, so that hardly anything is padding and memory runs
+    out, if it does, in the first batch. The model is in evaluation mode inside and as it was afterwards.
+
+    Args:
+        model: On the device it is to compute on; whatever adapters are active on it are part of the answer.
+        examples: Encoded rows, with or without targets. The loss is the mean over all targets, or None if a row has no
+            target, or no row has a trained token.
+        batch_size: Rows a forward pass.
+        dtype: What products are computed in; anything but float32 means autocast.
+        texts: What was generated for each row, where the task generates and was asked to.
+        serve: Entered around each forward pass, with its rows: what they have in common with earlier ones may be kept.
+    """
+    answers: list[Tensor | None] = [None] * len(examples)
+    losses: list[float] = []
+    weights: list[float] = []
+    done = 0
+    with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
+        for rows in batches_of(examples, batch_size):
+            chosen = [examples[row] for row in rows]
+            batch = to_device(task.collate(chosen, tokenizer), model)
+            with nullcontext() if serve is None else serve(chosen, batch):
+                outputs = task.forward(model, batch)
+            if "labels" in batch:
+                losses.append(float(task.loss(outputs, batch)))
+                weights.append(task.num_targets(batch))
+            answered = task.per_row_outputs(outputs, batch)
+            for place, row in enumerate(rows):
+                answers[row] = answered[place : place + 1]
+            if on_progress is not None:
+                done += len(rows)
+                on_progress(done, len(examples))
+    targets = [example.target for example in examples]
+    known = len(examples) > 0 and all(target is not None for target in targets)
+    total = sum(weights)
+    loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / total if known and total else None
+    return task.predictions([answer for answer in answers if answer is not None], examples, loss, texts)
+
+
+def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """Return the rows of each forward pass, longest first."""
+    order = sorted(range(len(examples)), key=lambda row: examples[row].length, reverse=True)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    device = device_of(model)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def device_of(model: Any) -> torch.device:
+    device: torch.device = next(iter(model.parameters())).device
+    return device
+
+
+def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype)
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,295 @@
+"""A trained adapter, opened for use: its base, tokenizer, task and labels, from a run folder or an adapter folder
+alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftwerk.config import RunConfig
+from graftwerk.data.settings import DataSettings
+from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
+from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.serialization.adapter_config import CONFIG_FILE
+from graftwerk.serialization.atomic import recover
+from graftwerk.serialization.info import WEIGHTS_FILE, AdapterInfo, check_said, read_adapter_config
+from graftwerk.serialization.untrusted_files import read_header, read_sealed
+from graftwerk.tasks import dataset_cache as kept
+from graftwerk.tasks.base import Example, Row, Splits, Task
+
+BATCH, MOST_ROWS = 64, 1024
+"""Rows of a forward pass: if nobody says how many, and the most that a foreign folder may ask for."""
+MANIFEST, CONFIG, ADAPTER = "manifest.json", "config.yaml", "adapter"
+HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What is needed to ask the adapter about rows.
+
+    Attributes:
+        run: The run's folder and settings, or None for an adapter folder that stands alone.
+        columns: How the training data called the parts of a row.
+        data_fingerprint: Of the rows it was trained and measured on, where that is known.
+        trained_with: The run's own ``compute`` of its manifest: type, device, batch; empty if it does not say.
+    """
+
+    info: AdapterInfo
+    run: Path | None
+    settings: RunConfig | None
+    model: Any
+    tokenizer: Any
+    task: Task
+    splits: Splits
+    max_length: int
+    dtype: torch.dtype
+    columns: dict[str, str]
+    data_fingerprint: str | None
+    evaluation: EvaluationSettings
+    trained_with: dict[str, Any]
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a forward pass: as many as the run itself took, so that answers round alike."""
+        own = self.trained_with.get("eval_batch_size")
+        if type(own) is int and 0 < own <= MOST_ROWS:
+            return own
+        return self.settings.training.per_device_eval_batch_size if self.settings else BATCH
+
+    def compute(self, batch_size: int) -> dict[str, Any]:
+        """Return what the last bits of answers depend on: as the manifest's ``compute``."""
+        return {
+            "type": str(self.dtype).removeprefix("torch."),
+            "device": next(self.model.parameters()).device.type,
+            "eval_batch_size": batch_size,
+            "threads": torch.get_num_threads(),
+        }
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self.splits.labels or ()
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        return self.task.encode(rows, self.tokenizer, self.splits, self.max_length)
+
+    def method_name(self) -> str:
+        return self.info.method.name if self.info.method is not None else self.info.peft_type.lower()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a path means, before anything heavy is loaded."""
+
+    info: AdapterInfo
+    run: Path | None
+    settings: RunConfig | None
+    manifest: dict[str, Any]
+
+
+def find(target: Any) -> Target:
+    """A run folder (its adapter is meant), an adapter folder, or the `Run` that `train` gave back.
+
+    Raises:
+        ConfigError: neither, or a run that is not finished.
+        IntegrityError, AdapterError, EnvironmentFault: what is there cannot be read.
+    """
+    path = Path(getattr(target, "folder", target))
+    if not path.is_dir():
+        raise ConfigError(f"there is no folder {path}", hint="give a run folder or an adapter folder")
+    if not (path / MANIFEST).is_file():
+        if not recover(path / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"{path} is neither a run folder nor an adapter folder: it has no {MANIFEST} and no {CONFIG_FILE}",
+                hint="give a run folder or an adapter folder",
+            )
+        if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
+            return Target(read_adapter_config(path), None, None, {})
+        path = path.parent
+    manifest = read_sealed(path / MANIFEST)
+    check_said(manifest, path / MANIFEST)
+    adapter = recover(path / ADAPTER)
+    if not adapter.is_dir():
+        raise ConfigError(
+            f"the run in {path} has no adapter yet (status: {manifest.get('status')})",
+            hint="go on with it: graftwerk train ... --resume",
+        )
+    settings = RunConfig.load(path / CONFIG)
+    _check_settings(path / CONFIG, manifest.get("config_digest"))
+    return Target(read_adapter_config(adapter), path, settings, manifest)
+
+
+def _check_settings(path: Path, written: Any) -> None:
+    """Compare a run's settings with those it was trained with; an older run has no digest of them."""
+    if written is not None and f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != written:
+        raise IntegrityError(
+            f"{path.name} is not what was written: it was damaged or changed since the run",
+            where=str(path),
+            hint="take it from a copy; other settings of an evaluation are given with the command",
+        )
+
+
+def load_adapter_for(target: Any, *, model: str | None = None, force: bool = False) -> LoadedAdapter:
+    """Load base, tokenizer and adapter; the adapter is active and the model in evaluation mode.
+
+    Args:
+        target: A run folder, an adapter folder (ours or PEFT's), or a `Run`.
+        model: The base, where it is not where the adapter says.
+        force: Accept a base with other weights than those that the adapter was trained on.
+
+    Raises:
+        AdapterError: the adapter does not fit the base, or says too little to be used.
+        ConfigError, ModelError, EnvironmentFault, IntegrityError: as loading models and adapters does.
+    """
+    from graftwerk.modeling.virtual_positions import positions_taken
+    from graftwerk.models.hardware import set_threads
+    from graftwerk.models.load import (
+        fix_padding,
+        load_config,
+        load_model,
+        load_tokenizer,
+        max_length_for,
+        position_limit,
+    )
+    from graftwerk.serialization.folder import load_adapter
+
+    found = find(target)
+    settings, own, info = found.settings, found.manifest or found.info.own, found.info
+    name = model or (settings.model if settings else info.base_name)
+    if name is None:
+        raise AdapterError(
+            "the adapter does not say which model it was made for", where=str(info.folder), hint="name it: model=..."
+        )
+    revision = settings.revision if settings and model is None else None
+    architecture = load_config(name, revision)
+    task = _task(info, own).for_model(architecture)
+    tokenizer = load_tokenizer(name, revision)
+    splits = Splits((), (), (), _labels(info, own, architecture), "")
+    set_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
+    base = load_model(name, task, splits, revision=revision)
+    fix_padding(base, tokenizer)
+    load_adapter(base, info.folder, force=force)
+    max_length = max_length_for(architecture, tokenizer, virtual=positions_taken(base))
+    if isinstance(own_limit := own.get("max_length"), int):  # trained before virtual tokens counted, it may be too long
+        longest = position_limit(architecture)
+        max_length = own_limit if longest is None else min(own_limit, longest - positions_taken(base))
+    origin = (own.get("data") or {}).get("origin") or {}
+    return LoadedAdapter(
+        info=info,
+        run=found.run,
+        settings=settings,
+        model=base.to(device).eval(),
+        tokenizer=tokenizer,
+        task=task,
+        splits=splits,
+        max_length=max_length,
+        dtype=dtype,
+        columns=dict(settings.data.columns if settings else origin.get("columns") or {}),
+        data_fingerprint=(own.get("data") or {}).get("fingerprint"),
+        evaluation=settings.evaluation if settings else EvaluationSettings(),
+        trained_with=_trained_with(own),
+    )
+
+
+def _trained_with(own: Mapping[str, Any]) -> dict[str, Any]:
+    compute = own.get("compute")
+    return dict(compute) if isinstance(compute, dict) else {}
+
+
+def _compute_type(own: Mapping[str, Any], asked: str, device: torch.device) -> torch.dtype:
+    """Return the type that the run computed in, if this is a device of the same kind that can; else what is asked for.
+
+    What `auto` finds here may be another type than what it found for the run. The environment variable
+    `GRAFTWERK_COMPUTE_TYPE` goes before the run, as it does in training.
+    """
+    from graftwerk.models.hardware import ENVIRONMENT, TYPES, compute_type
+
+    run = _trained_with(own)
+    if (
+        asked == "auto"
+        and run.get("type") in TYPES
+        and run.get("device") == device.type
+        and not os.environ.get(ENVIRONMENT)
+    ):
+        with contextlib.suppress(ConfigError):
+            return compute_type(run["type"], device)
+    return compute_type(asked, device)
+
+
+def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:
+    from graftwerk.tasks.registry import parse_task
+
+    if isinstance(own.get("task_settings"), dict):
+        return parse_task(own["task_settings"])
+    if isinstance(own.get("task"), str):
+        return parse_task(own["task"])
+    if info.config.get("task_type") == "SEQ_CLS":
+        return parse_task("classification")
+    raise UnsupportedError(
+        f"the adapter does not say what task it is for (task_type: {json.dumps(info.config.get('task_type'))})",
+        where=str(info.folder / CONFIG_FILE),
+        hint="adapters for classification (SEQ_CLS) can be evaluated",
+    )
+
+
+def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[str, ...]:
+    """The adapter's own; for a folder of PEFT, which stores none, the base's if it has as many classes, else 0, 1,
+    ...
+    """
+    labels = own.get("labels")
+    if labels is not None:
+        return tuple(labels)
+    named = getattr(architecture, "id2label", None) or {}
+    known = tuple(str(named[index]) for index in sorted(named))
+    for key, tensor in read_header(info.folder / WEIGHTS_FILE).items():
+        if key.endswith(HEADS) and "lora_" not in key:
+            classes = tensor.shape[0]
+            return known if len(known) == classes else tuple(str(index) for index in range(classes))
+    return known
+
+
+def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
+    """The run's own rows that were not trained on: test where there is one, else validation.
+
+    Raises:
+        ConfigError: an adapter folder alone, or a run that held nothing out.
+        IntegrityError: the data has changed since, so these may be rows that were trained on.
+    """
+    if opened.settings is None:
+        raise ConfigError(
+            f"{opened.info.folder} is an adapter folder alone and has no rows of its own",
+            hint="give labelled rows with --data (data=...), or the run folder that the adapter came from",
+        )
+    splits = kept.read(opened.task, opened.settings.data, opened.labels)
+    if opened.data_fingerprint is not None and splits.fingerprint != opened.data_fingerprint:
+        raise IntegrityError(
+            "the data has changed since the training, so the held-out rows may be rows that were trained on",
+            where=f"{opened.settings.data.train}: fingerprint {splits.fingerprint[:12]}, "
+            f"at training {opened.data_fingerprint[:12]}",
+            hint="give labelled rows that were not trained on with --data (data=...)",
+        )
+    for name in ("test", "validation"):
+        rows: Sequence[Row] = getattr(splits, name)
+        if rows:
+            return name, rows
+    raise ConfigError(
+        "this run held no rows out",
+        where="data.validation, data.test",
+        hint="give labelled rows with --data (data=...)",
+    )
+
+
+def labelled_rows(opened: LoadedAdapter, data: str, columns: dict[str, str] | None) -> Sequence[Row]:
+    """All rows of a source, with labels that the adapter knows."""
+    settings = DataSettings(train=data, columns=opened.columns if columns is None else columns, validation=None)
+    return opened.task.read(settings, opened.labels).train

@@ -1,0 +1,359 @@
+"""How good predictions are, each figure with the interval that its rows allow; the one list of metrics.
+
+Intervals are percentile bootstrap intervals over rows (`row_interval.py`): they say how far the figure would move with
+other held-out rows of the same kind, not how far it would move with another training seed; `paired.py` has both. What
+cannot be computed is None with a note that says why; it is never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+
+from graftwerk.errors import DataError, ModelError, ResourceError
+from graftwerk.evaluation import class_metrics, text_metrics
+from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
+from graftwerk.evaluation.per_dataset import over_sets
+from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
+from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        title: As people write it.
+        unit: ``share`` (0 to 1), ``points`` (0 to 100), ``tokens``, or ``nats`` (perplexity: their exponential).
+        higher: Whether more is better; None: neither.
+        value: Of all rows; None where undefined on them.
+        statistic: The same as a function of row weights (R, n).
+        defined: Whether these predictions have what it needs.
+        signature: With which versions and options it was computed.
+        package: What has to be installed for it, beside what always is.
+        cells: Whether it sees the confusion matrix alone.
+        caution: What makes its value misleading on these predictions, or None.
+        by_class: Whether every class counts the same in it, however few rows it has.
+    """
+
+    title: str
+    unit: Literal["share", "points", "tokens", "nats"]
+    higher: bool | None
+    value: Callable[[Any], float | None]
+    statistic: Callable[[Any], Statistic]
+    defined: Callable[[Predictions], bool]
+    signature: Callable[[Any], str] | None = None
+    cells: bool = False
+    by_class: bool = False
+    package: str | None = None
+    caution: Callable[[Any], str | None] = lambda predictions: None
+
+    @property
+    def scale(self) -> float:
+        """What a value is multiplied by for people: shares become points (or per cent), all else is shown as it is."""
+        return 100.0 if self.unit == "share" else 1.0
+
+    @property
+    def words(self) -> str:
+        """What a difference is counted in, with a space before it."""
+        return {"share": " points", "points": " points", "tokens": " words", "nats": ""}[self.unit]
+
+    def better(self, value: float, other: float) -> float:
+        """By how much a value is better than another; negative where it is worse."""
+        return other - value if self.higher is False else value - other
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return {"share": (0.0, 1.0), "points": (0.0, 100.0)}.get(self.unit, (0.0, math.inf))
+
+
+def _of_classes(predictions: Predictions) -> bool:
+    return isinstance(predictions, ClassPredictions)
+
+
+def _of_likelihoods(predictions: Predictions) -> bool:
+    return isinstance(predictions, TextPredictions) and bool(predictions.tokens.sum())
+
+
+def _of_texts(predictions: Predictions) -> bool:
+    return (
+        isinstance(predictions, TextPredictions)
+        and predictions.texts is not None
+        and predictions.references is not None
+    )
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(
+        "accuracy",
+        "share",
+        True,
+        class_metrics.accuracy,
+        class_metrics.accuracy_statistic,
+        _of_classes,
+        cells=True,
+    ),
+    "f1_macro": Metric(
+        "macro F1",
+        "share",
+        True,
+        class_metrics.f1_macro,
+        class_metrics.f1_macro_statistic,
+        _of_classes,
+        cells=True,
+        by_class=True,
+    ),
+    "f1_weighted": Metric(
+        "weighted F1",
+        "share",
+        True,
+        class_metrics.f1_weighted,
+        class_metrics.f1_weighted_statistic,
+        _of_classes,
+        cells=True,
+    ),
+    "roc_auc": Metric(
+        "ROC-AUC", "share", True, class_metrics.area, class_metrics.area_statistic, _of_classes, by_class=True
+    ),
+    "exact_match": Metric(
+        "exact match", "share", True, text_metrics.exact_match, text_metrics.exact_match_statistic, _of_texts
+    ),
+    "rouge1": Metric(
+        "ROUGE-1",
+        "share",
+        True,
+        text_metrics.rouge1,
+        text_metrics.rouge1_statistic,
+        _of_texts,
+        text_metrics.rouge_signature,
+        package="rouge-score",
+    ),
+    "rouge2": Metric(
+        "ROUGE-2",
+        "share",
+        True,
+        text_metrics.rouge2,
+        text_metrics.rouge2_statistic,
+        _of_texts,
+        text_metrics.rouge_signature,
+        package="rouge-score",
+    ),
+    "rougeL": Metric(
+        "ROUGE-L",
+        "share",
+        True,
+        text_metrics.rouge_l,
+        text_metrics.rouge_l_statistic,
+        _of_texts,
+        text_metrics.rouge_signature,
+        package="rouge-score",
+    ),
+    "rougeL_stemmed": Metric(
+        "ROUGE-L, stemmed",
+        "share",
+        True,
+        text_metrics.rouge_l_stemmed,
+        text_metrics.rouge_l_stemmed_statistic,
+        _of_texts,
+        text_metrics.rouge_stemmed_signature,
+        package="rouge-score",
+    ),
+    "bleu": Metric(
+        "BLEU",
+        "points",
+        True,
+        text_metrics.bleu,
+        text_metrics.bleu_statistic,
+        _of_texts,
+        text_metrics.bleu_signature,
+        package="sacrebleu",
+        caution=text_metrics.bleu_caution,
+    ),
+    "chrf": Metric(
+        "chrF",
+        "points",
+        True,
+        text_metrics.chrf,
+        text_metrics.chrf_statistic,
+        _of_texts,
+        text_metrics.chrf_signature,
+        package="sacrebleu",
+    ),
+    "perplexity": Metric(
+        "perplexity",
+        "nats",
+        False,
+        text_metrics.perplexity,
+        text_metrics.perplexity_statistic,
+        _of_likelihoods,
+    ),
+    "length": Metric(
+        "words an answer",
+        "tokens",
+        None,
+        text_metrics.length,
+        text_metrics.length_statistic,
+        _of_texts,
+    ),
+}
+METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
+
+
+def packages_of(names: Sequence[str]) -> list[str]:
+    """What these metrics need beside what is always installed, by the names that pip knows."""
+    return list(dict.fromkeys(package for name in names if (package := METRICS[name].package) is not None))
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """
+    Raises:
+        EnvironmentFault: a package that one of these metrics needs is not installed; before training begins.
+    """
+    for package in packages_of(names):
+        if find_spec(package.replace("-", "_")) is None:
+            needing = [METRICS[name].title for name in names if METRICS[name].package == package]
+            raise ResourceError(
+                f"{', '.join(needing)} need{'s' if len(needing) == 1 else ''} the package {package}",
+                hint="pip install 'graftwerk[text]'; or evaluation.generate=false, which leaves answers unmeasured",
+            )
+
+
+def metrics_of(
+    predictions: Predictions,
+    labels: Sequence[str] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, MetricValue]:
+    """Every metric that these predictions define, each with a percentile bootstrap interval over rows.
+
+    Args:
+        labels: Names of the classes, for notes.
+        names: Which metrics; None: all there are.
+        confidence: Level of the intervals.
+        resamples: Bootstrap draws.
+        seed: Of the draws; the same seed and rows give the same draws for every model.
+
+    Raises:
+        DataError: no rows, or rows without targets.
+        ModelError: scores that are not finite, or not one a class.
+    """
+    check(predictions, labels)
+    rng = np.random.default_rng(seed)
+    figures: dict[str, MetricValue] = {}
+    for cells in (True, False):  # metrics of one kind share their draws
+        chosen = [
+            name
+            for name, metric in METRICS.items()
+            if metric.cells is cells and metric.defined(predictions) and (names is None or name in names)
+        ]
+        drawable = {name: value for name in chosen if (value := METRICS[name].value(predictions)) is not None}
+        for name in chosen:
+            if name not in drawable:
+                figures[name] = {"value": None, "low": None, "high": None, "note": _undefined(predictions, labels)}
+        if not drawable:
+            continue
+        if cells:
+            assert isinstance(predictions, ClassPredictions)
+            drawn_from, counts = class_metrics.kinds_of(predictions)
+        else:
+            drawn_from, counts = predictions, np.ones(predictions.rows, dtype=np.int64)  # type: ignore[assignment]
+        draws = resample(counts, [METRICS[name].statistic(drawn_from) for name in drawable], resamples, rng)
+        for (name, value), drawn in zip(drawable.items(), draws, strict=True):
+            bounds, effect = METRICS[name].bounds, row_effect(name, predictions)
+            figures[name] = interval_over_rows(value, drawn, confidence, bounds, effect)
+            if (signature := METRICS[name].signature) is not None:
+                figures[name]["signature"] = signature(predictions)
+            if (caution := METRICS[name].caution(predictions)) is not None:
+                figures[name]["note"] = "; ".join(filter(None, [figures[name].get("note"), caution]))
+    order = list(METRICS) if names is None else list(names)
+    return {name: figures[name] for name in order if name in figures}
+
+
+def check(predictions: Predictions, labels: Sequence[str] | None = None) -> None:
+    """
+    Raises:
+        DataError: no rows, or rows without targets.
+        ModelError: scores that are not finite, or not one a class.
+    """
+    if predictions.rows == 0:
+        raise DataError("there are no rows to measure on", hint="hold out rows with data.validation or data.test")
+    if isinstance(predictions, ClassPredictions):
+        if predictions.targets is None:
+            raise DataError(
+                "the rows have no labels, so nothing can be measured on them", hint="give rows with a label column"
+            )
+        shape, rows = predictions.scores.shape, len(predictions.targets)
+        if len(shape) != 2 or shape[0] != rows or (labels is not None and shape[1] != len(labels)):
+            raise ModelError(
+                f"scores of shape {shape} do not fit {rows} rows"
+                + (f" and {len(labels)} labels" if labels is not None else "")
+            )
+        bad = int((~np.isfinite(predictions.scores)).any(axis=1).sum())
+    else:
+        assert isinstance(predictions, TextPredictions)
+        rows, bad = predictions.rows, int((~np.isfinite(predictions.nll)).sum())
+    if bad:
+        raise ModelError(
+            f"the model's scores are not finite on {bad} of {rows} rows", hint="the run has diverged; train again"
+        )
+
+
+def point(metric: str, predictions: Predictions) -> float | None:
+    """One metric's value; None where it is undefined."""
+    return METRICS[metric].value(predictions) if METRICS[metric].defined(predictions) else None
+
+
+def statistic_of(metric: str, predictions: Predictions) -> Statistic:
+    """The same metric as a function of row weights (R, n)."""
+    if metric not in METRICS:
+        raise ModelError(f"there is no metric `{metric}`", hint=f"there are: {', '.join(METRICS)}")
+    return METRICS[metric].statistic(predictions)
+
+
+def same_rows(a: Predictions, b: Predictions) -> bool:
+    """Whether two models answered the same rows, as far as their targets tell."""
+    if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
+        return np.array_equal(_ids(a.targets), _ids(b.targets)) and a.scores.shape == b.scores.shape
+    if isinstance(a, TextPredictions) and isinstance(b, TextPredictions):
+        return a.references == b.references and np.array_equal(a.tokens, b.tokens)
+    return False
+
+
+def _ids(targets: Any) -> Ints:
+    return np.asarray([] if targets is None else targets).astype(np.int64)
+
+
+def _undefined(predictions: Predictions, labels: Sequence[str] | None) -> str:
+    if not isinstance(predictions, ClassPredictions) or predictions.targets is None:
+        return "undefined on these rows"
+    classes = predictions.scores.shape[1]
+    names = list(labels) if labels is not None else [str(c) for c in range(classes)]
+    absent = [names[c] for c in range(classes) if not (predictions.targets == c).any()]
+    shown = ", ".join(f"`{name}`" for name in absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+    return f"undefined: no row has the label {shown}"
+
+
+def row_effect(metric: str, predictions: Predictions) -> float:
+    """Return what one wrong row changes in a metric if all others are right, on average; 0.0 without an upper bound.
+
+    A share of n rows changes by 1/n. Where G groups (classes, data sets) count the same, a row of a group of n_g rows
+    changes the mean over them by 1/(G n_g).
+    """
+    known = METRICS[metric]
+    least, most = known.bounds
+    if math.isinf(most):
+        return 0.0
+    groups: Ints = np.array([predictions.rows], dtype=np.int64)
+    if known.by_class and isinstance(predictions, ClassPredictions):
+        groups = np.unique(class_metrics.targets_of(predictions), return_counts=True)[1]
+    elif isinstance(predictions, TextPredictions) and predictions.sets:
+        groups = np.unique(np.asarray(predictions.sets), return_counts=True)[1]
+    return (most - least) * float((1 / groups).mean()) / len(groups)

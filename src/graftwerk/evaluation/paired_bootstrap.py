@@ -1,0 +1,246 @@
+"""Differences between methods that were measured on the same rows, over rows and training seeds.
+
+Two models answer the same held-out rows, so most of what makes a metric uncertain (easy rows, hard rows) is common to
+both and drops out of the difference: rows are drawn *together* for all runs. A method trained with several seeds is a
+sample of its own, so that an interval holds both what other rows and what another seed would have done. With one seed
+each, intervals hold rows alone: they compare the trained models at hand, and no method is called better.
+
+With many pairs compared at once, one in twenty 95 % intervals would miss by chance. `Joint.simultaneous` gives
+intervals that *all* hold at once with the confidence asked for (`simultaneous.py` has the procedure and its sources,
+docs/decisions/0016 how often it misses).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from typing import NotRequired, TypedDict
+
+import numpy as np
+
+from graftwerk.errors import DataError
+from graftwerk.evaluation.bootstrap import Floats, Ints, draw_counts
+from graftwerk.evaluation.metrics import METRICS, check, point, row_effect, same_rows, statistic_of
+from graftwerk.evaluation.row_interval import MetricValue, enough_draws, interval_over_rows
+from graftwerk.evaluation.simultaneous import Components, Pairs, components, student
+from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+
+Runs = Mapping[int, Predictions]
+"""A method's predictions by training seed, all on the same rows."""
+
+ONE_SEED = "these intervals compare the models at hand; another training seed may reverse them"
+
+
+class Difference(TypedDict):
+    """``a`` minus ``b``: the value, its interval, and the p of no difference, adjusted if there are several pairs.
+
+    ``over_seeds`` is False if every method has one seed: the interval then holds other rows alone. Absent means True.
+    """
+
+    a: str
+    b: str
+    value: float
+    low: float
+    high: float
+    p: float | None
+    over_seeds: NotRequired[bool]
+
+
+@dataclass(frozen=True)
+class JointBootstrap:
+    """One bootstrap of several methods over common rows, every run kept.
+
+    Attributes:
+        methods: Names, M of them.
+        values: Each method's value by seed, N in all.
+        draws: Bootstrap values of the runs (R, N) in the order of ``values``; nan where a draw leaves the metric
+            undefined.
+        effect: What one wrong row changes in the metric, as `metrics.row_effect` says.
+        alike: Pairs of methods (their places) that give the same answers on every row.
+        metric: Of what.
+        seed: Of the simulation behind `simultaneous`.
+    """
+
+    methods: tuple[str, ...]
+    values: dict[str, dict[int, float]]
+    draws: Floats
+    effect: float = 0.0
+    alike: frozenset[tuple[int, int]] = frozenset()
+    metric: str = "accuracy"
+    seed: int = 0
+
+    @cached_property
+    def means(self) -> Floats:
+        """Each method's mean over its seeds, (M,)."""
+        return np.array([np.mean(list(self.values[name].values())) for name in self.methods])
+
+    @cached_property
+    def _owner(self) -> Ints:
+        """Which method each run is of, (N,)."""
+        return np.repeat(np.arange(len(self.methods)), [len(self.values[name]) for name in self.methods])
+
+    @cached_property
+    def parts(self) -> Components:
+        """The variance components.
+
+        Raises:
+            DataError: most draws of these rows leave the metric undefined.
+        """
+        defined = self.draws[~np.isnan(self.draws).any(axis=1)]
+        if not enough_draws(len(defined), len(self.draws)):
+            lacking = f"{len(self.draws) - len(defined)} of {len(self.draws)} draws of these rows lack a class"
+            raise DataError(
+                f"`{self.metric}` has no intervals: {lacking}",
+                hint="hold out more rows, or decide by another metric: metric=accuracy",
+            )
+        values = np.array([value for name in self.methods for value in self.values[name].values()])
+        return components(defined, values, self._owner, self.effect)
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether any method has more than one seed, so that intervals hold what another seed would change."""
+        return any(len(values) > 1 for values in self.values.values())
+
+    def figure(self, method: str, confidence: float) -> MetricValue:
+        """Return a method's mean over its seeds with an interval of its own."""
+        m = self.methods.index(method)
+        value = float(self.means[m])
+        draws = self.draws[:, self._owner == m].mean(axis=1)
+        figure = interval_over_rows(value, draws, confidence, METRICS[self.metric].bounds, self.effect)
+        if not self.over_seeds:
+            figure["note"] = f"one seed: {ONE_SEED}"
+        if figure["low"] is None or figure["high"] is None:
+            return figure
+        wider, besides = self._widening(m, confidence)
+        low = value - np.hypot(wider * (value - figure["low"]), besides)
+        high = value + np.hypot(wider * (figure["high"] - value), besides)
+        # A share of rows lies between 0 and 1 whatever the widening says.
+        least, most = METRICS[self.metric].bounds
+        return {**figure, "low": max(float(low), least), "high": min(float(high), most)}
+
+    def _widening(self, m: int, confidence: float) -> tuple[float, float]:
+        """What seeds do to a mean's interval over rows: a factor to its sides, or a half-width besides rows."""
+        if not self.over_seeds:
+            return 1.0, 0.0
+        per_seed, rows = 1 / self.parts.seeds[m : m + 1], float(self.parts.rows[m, m])
+        squared = np.maximum(rows + per_seed * self.parts.seed_variance, rows / 2)
+        quantile = student(confidence, self.parts.degrees(squared, per_seed))
+        if rows > 0:
+            return float(np.sqrt(squared[0] / rows)) * quantile / student(confidence, np.inf), 0.0
+        return 1.0, quantile * float(np.sqrt(squared[0]))
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """Standard errors of all pairs of methods."""
+        return Pairs(self.parts, self.alike, self.seed)
+
+    def simultaneous(self, confidence: float) -> list[Difference]:
+        """Return the difference of every pair of methods, with intervals that all hold together.
+
+        Raises:
+            DataError: most draws of these rows leave the metric undefined.
+        """
+        places = list(combinations(self.methods, 2))
+        if not places:
+            return []
+        i, j = self.pairs.sides
+        p = self.pairs.adjusted_p(self.means[i] - self.means[j])
+        factor = self.pairs.factor(confidence)
+        return [self._difference(a, b, factor, float(p[k])) for k, (a, b) in enumerate(places)]
+
+    def difference(self, a: str, b: str, confidence: float) -> Difference:
+        """Return one pair with an interval of its own, as if it were the only one."""
+        return self._difference(a, b, student(confidence, self.pairs.df), None)
+
+    def _difference(self, a: str, b: str, factor: float, p: float | None) -> Difference:
+        i, j = self.methods.index(a), self.methods.index(b)
+        if i == j:
+            value = half = 0.0
+        else:
+            place = list(combinations(range(len(self.methods)), 2)).index((min(i, j), max(i, j)))
+            value, half = float(self.means[i] - self.means[j]), factor * float(self.pairs.errors[place])
+        found: Difference = {"a": a, "b": b, "value": value, "low": value - half, "high": value + half, "p": p}
+        return found if self.over_seeds else {**found, "over_seeds": False}
+
+
+def joint_bootstrap(
+    methods: Mapping[str, Runs], metric: str, *, resamples: int = 2000, seed: int = 0
+) -> JointBootstrap:
+    """Draw rows together for all runs of all methods.
+
+    Args:
+        methods: By method's name, by seed: predictions on the same rows in the same order. A method may lack seeds (a
+            run that failed); its mean is over those it has.
+        metric: One of `metrics.METRICS`.
+        resamples: Draws.
+        seed: Of the draws.
+
+    Raises:
+        DataError: rows or targets differ between runs, or the metric is undefined on these rows.
+    """
+    runs = [(name, seed_, own) for name, by_seed in methods.items() for seed_, own in by_seed.items()]
+    first_name, _, first = runs[0]
+    statistics, values = [], dict[str, dict[int, float]]()
+    for name, seed_, own in runs:
+        check(own)
+        if not same_rows(own, first):
+            raise DataError(
+                f"`{name}` with seed {seed_} was measured on other rows than `{first_name}`",
+                hint="run the comparison again in an empty folder, so that all runs share their held-out rows",
+            )
+        value = point(metric, own)
+        if value is None:
+            raise DataError(f"`{metric}` is undefined on these rows: a class is absent", hint="hold out more rows")
+        values.setdefault(name, {})[seed_] = value
+        statistics.append(statistic_of(metric, own))
+    rng = np.random.default_rng(seed)
+    blocks = [
+        np.stack([statistic(weights) for statistic in statistics], axis=1)
+        for weights in draw_counts(np.ones(first.rows, dtype=np.int64), resamples, rng)
+    ]
+    answers = [Counter(_answers(metric, own) for own in by_seed.values()) for by_seed in methods.values()]
+    alike = frozenset(pair for pair in combinations(range(len(answers)), 2) if answers[pair[0]] == answers[pair[1]])
+    return JointBootstrap(
+        tuple(methods), values, np.concatenate(blocks), row_effect(metric, first), alike, metric, seed
+    )
+
+
+def _answers(metric: str, predictions: Predictions) -> object:
+    """What the metric sees of a run's answers, to be compared with another run's."""
+    if isinstance(predictions, ClassPredictions):
+        seen = predictions.scores.argmax(axis=1) if METRICS[metric].cells else predictions.scores
+        return seen.tobytes()
+    assert isinstance(predictions, TextPredictions)
+    return predictions.nll.tobytes() if predictions.texts is None or metric == "perplexity" else predictions.texts
+
+
+def paired_difference(
+    a: Predictions | Sequence[Predictions] | Runs,
+    b: Predictions | Sequence[Predictions] | Runs,
+    *,
+    metric: str = "accuracy",
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Difference:
+    """Return how much better `a` is than `b` on the same rows, with its interval.
+
+    Each is one model's predictions, or those of several training seeds (a sequence in the order of the seeds, or a
+    mapping by seed): then the interval is over rows and seeds, and the value is the difference of the means.
+
+    Raises:
+        DataError: the two were not measured on the same rows.
+    """
+    joint = joint_bootstrap({"a": _runs(a), "b": _runs(b)}, metric, resamples=resamples, seed=seed)
+    return joint.difference("a", "b", confidence)
+
+
+def _runs(predictions: Predictions | Sequence[Predictions] | Runs) -> Runs:
+    if isinstance(predictions, Predictions):
+        return {0: predictions}
+    if isinstance(predictions, Mapping):
+        return predictions
+    return dict(enumerate(predictions))

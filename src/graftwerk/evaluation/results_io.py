@@ -1,0 +1,95 @@
+"""Predictions on disk, row by row, so that two runs can be compared on the same rows later. No pickle: safetensors
+and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graftwerk.errors import IntegrityError
+from graftwerk.serialization.atomic import write_file
+from graftwerk.serialization.info import OWN_FILE
+from graftwerk.serialization.strict_json import dump_object
+from graftwerk.serialization.untrusted_files import checksum, read_sealed, read_tensors
+from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+
+PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
+TEXTS = ("texts", "references", "sources", "sets", "languages")
+FORMAT = 1
+
+
+def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictions: Predictions) -> None:
+    """Write what was measured beside the run's other files; `evaluation.json` comes last and vouches for the other.
+
+    Raises:
+        EnvironmentFault: the folder cannot be written.
+    """
+    from safetensors.numpy import save
+
+    write_file(run / PREDICTIONS, save(_tensors(predictions), {"format": "np"}))
+    if isinstance(predictions, TextPredictions):
+        columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
+        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in _rows(columns)]
+        write_file(run / ANSWERS, "".join(line + "\n" for line in lines))
+    kept: dict[str, Any] = {
+        "format": FORMAT,
+        **result,
+        "loss": predictions.loss,
+        "adapter": checksum(adapter / OWN_FILE),
+        "predictions": checksum(run / PREDICTIONS),
+        "answers": checksum(run / ANSWERS) if isinstance(predictions, TextPredictions) else None,
+    }
+    write_file(run / EVALUATION, dump_object(kept, run / EVALUATION, seal=True))
+
+
+def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictions] | None:
+    """What `store_evaluation` wrote; None where nothing was, or where it was measured on another adapter than lies
+    there.
+
+    Raises:
+        IntegrityError: the files are damaged.
+    """
+    path = run / EVALUATION
+    if not path.is_file():
+        return None
+    kept = read_sealed(path)
+    if kept.get("format") != FORMAT or kept.get("adapter") != checksum(adapter / OWN_FILE):
+        return None
+    if not (run / PREDICTIONS).is_file() or kept.get("predictions") != checksum(run / PREDICTIONS):
+        return None
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(run / PREDICTIONS).items()}
+    if "scores" in tensors:
+        return kept, ClassPredictions(kept.get("loss"), tensors["scores"], tensors.get("targets"))
+    if not {"nll", "tokens"} <= tensors.keys():
+        raise IntegrityError(f"{PREDICTIONS} holds no scores", where=str(run))
+    if not (run / ANSWERS).is_file() or kept.get("answers") != checksum(run / ANSWERS):
+        return None
+    try:  # a line ends at a line feed alone: an answer may hold what else `splitlines` breaks at
+        rows = [json.loads(line) for line in (run / ANSWERS).read_bytes().split(b"\n")[:-1]]
+        columns = {name: tuple(str(row[name]) for row in rows) for name in TEXTS if rows and name in rows[0]}
+    except (ValueError, TypeError, KeyError):
+        raise IntegrityError(f"{ANSWERS} holds no answers", where=str(run)) from None
+    return kept, TextPredictions(kept.get("loss"), tensors["nll"], tensors["tokens"], **columns)
+
+
+def _tensors(predictions: Predictions) -> dict[str, NDArray[Any]]:
+    if isinstance(predictions, TextPredictions):
+        return {
+            "nll": np.ascontiguousarray(predictions.nll, dtype=np.float64),
+            "tokens": np.ascontiguousarray(predictions.tokens, dtype=np.int64),
+        }
+    assert isinstance(predictions, ClassPredictions)
+    tensors: dict[str, NDArray[Any]] = {"scores": np.ascontiguousarray(predictions.scores, dtype=np.float64)}
+    if predictions.targets is not None:
+        tensors["targets"] = np.ascontiguousarray(predictions.targets, dtype=np.int64)
+    return tensors
+
+
+def _rows(columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    return zip(*columns.values(), strict=True)

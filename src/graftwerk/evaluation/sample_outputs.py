@@ -1,0 +1,91 @@
+"""The unadapted base beside the adapter: a few answers of both for people, and the base's own figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.evaluation.generation import answer_limit, generate
+from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.modeling.attach import disabled
+from graftwerk.tasks.base import Example, Predictions, Task
+from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.text import TextTask
+
+
+def sample_rows(rows: int, wanted: int) -> list[int]:
+    """Evenly spaced over all rows, so that nobody chose them."""
+    count = min(rows, wanted)
+    return [place * rows // count for place in range(count)]
+
+
+def before_and_after(
+    model: Any,
+    task: Task,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    settings: EvaluationSettings,
+    predictions: Predictions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    base: Predictions | None = None,
+) -> list[dict[str, str | None]]:
+    """``source``, ``reference``, ``before`` (the base's own answer) and ``after`` (the adapter's) of a few rows.
+
+    Args:
+        predictions: The adapter's, of all examples; without texts there is nothing to show.
+        base: The base's, where they are known; else it is asked now, about these few rows only.
+
+    Returns:
+        Nothing for tasks that do not write. ``before`` is None where the base's weights are gone (full fine-tuning that
+        did not keep them).
+    """
+    if not isinstance(task, TextTask) or not isinstance(predictions, TextPredictions) or predictions.texts is None:
+        return []
+    rows = sample_rows(len(examples), settings.examples)
+    before: Sequence[str | None] = [None] * len(rows)
+    if isinstance(base, TextPredictions) and base.texts is not None:
+        before = [base.texts[row] for row in rows]
+    elif rows:
+        most = settings.max_new_tokens or answer_limit(examples)  # as the adapter had
+        asked = settings.model_copy(update={"max_new_tokens": most})
+        try:
+            with disabled(model):
+                before = generate(model, task, [examples[row] for row in rows], tokenizer, asked, dtype=dtype)
+        except UnsupportedError:
+            pass
+    return [
+        {
+            "source": task.source(examples[row]),
+            "reference": task.reference(examples[row]),
+            "before": own,
+            "after": predictions.texts[row],
+        }
+        for row, own in zip(rows, before, strict=True)
+    ]
+
+
+def of_base(model: Any, measure: Callable[[], Predictions]) -> Predictions:
+    """What ``measure`` gives with every adapter switched off.
+
+    Raises:
+        UnsupportedError: the base's weights are gone.
+    """
+    with disabled(model):
+        return measure()
+
+
+def check_baseline(task: Task) -> None:
+    """
+    Raises:
+        ConfigError: the base has no head for this task, so it has no figures of its own.
+    """
+    if task.head:
+        raise ConfigError(
+            f"the unadapted base has no head for {task.name}, so it has no figures",
+            where="evaluation.baseline",
+            hint="leave it out; `methods=probe` in a comparison trains a head alone",
+        )

@@ -1,0 +1,376 @@
+"""`compare`: methods side by side on the user's data, over several seeds, with what the figures can and cannot show.
+
+Every method and seed is an ordinary run folder below `output_dir` (`lora-seed0`, ...), trained and measured in a
+process of its own that is forked from a warm one (`warm.py`). All runs share base, rows and splits; only the method
+and the seed differ, and each method trains at its own learning rate. Runs go seed by seed, so that a comparison
+stopped half way already has all methods. What is done stays done: the same call again goes on where it stopped, in
+the middle of a run too.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwerk.config import RunConfig, parse_overrides, read_yaml
+from graftwerk.errors import (
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    GraftwerkError,
+    IntegrityError,
+    RunInterrupted,
+)
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
+from graftwerk.experiments.eta import EtaEstimator
+from graftwerk.experiments.header import CONFIG, FORMAT, header
+from graftwerk.experiments.job_runner import Crashed, JobRunner
+from graftwerk.experiments.method_specs import MethodSpec, parse_method_specs, parse_seeds, with_and_without
+from graftwerk.experiments.progress import Display, ProgressEvent
+from graftwerk.experiments.significance import COSTS
+from graftwerk.experiments.table import plain, rich_table, shown
+from graftwerk.formatting import duration
+from graftwerk.serialization.atomic import write_file
+from graftwerk.serialization.strict_json import dump_object
+from graftwerk.serialization.untrusted_files import read_sealed, understood
+from graftwerk.training.lock import RunLock
+from graftwerk.training.run_dir import MANIFEST, TRUNK, read_manifest
+
+COMPARISON, LOG = "comparison.json", "workers.log"
+COMPARISON_SCALE = 16
+"""Times the size of other JSON files that it may have: it holds each pair of methods."""
+
+Listener = Callable[[ProgressEvent], None]
+
+
+class Comparison:
+    """A comparison on disk.
+
+    Attributes:
+        folder: Its folder, with a run folder for each method and seed.
+        result: `comparison.json`.
+        report: `report.html`, or None where it was not asked for.
+
+    Raises:
+        ConfigError: there is no comparison in that folder.
+    """
+
+    def __init__(self, folder: str | Path, *, report: Path | None = None) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / COMPARISON).is_file():
+            raise ConfigError(f"{folder} holds no comparison: it has no {COMPARISON}")
+        self.result = read_sealed(self.folder / COMPARISON, scale=COMPARISON_SCALE)
+        if self.result.get("format") != FORMAT:
+            raise IntegrityError(f"{COMPARISON} has another format than {FORMAT}", where=str(self.folder))
+        self.report = report
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `graftwerk compare --json` prints."""
+        return {"comparison": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
+
+    def table(self) -> str:
+        """The result as plain text: a row a method, and below it what can be said."""
+        with understood(self.folder / COMPARISON):
+            return plain(self.result)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __rich__(self) -> Any:
+        with understood(self.folder / COMPARISON):
+            return rich_table(self.result)
+
+    def __repr__(self) -> str:
+        return f"<Comparison {self.folder}: {len(self.result['methods'])} methods, {len(self.result['seeds'])} seeds>"
+
+
+def compare(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    methods: Sequence[Any] | str,
+    seeds: Sequence[int] | int | str = (0, 1, 2),
+    *,
+    augment: Sequence[str] | str | None = None,
+    overwrite: bool = False,
+    metric: str | None = None,
+    prefer: str = "trained_parameters",
+    margin: float | None = None,
+    listener: Listener | None = None,
+    quiet: bool = False,
+    report: bool = True,
+    **overrides: Any,
+) -> Comparison:
+    """Train and measure each method with each seed, and say what the differences are worth.
+
+    Goes on where an earlier call with the same settings stopped. A run that diverges or whose process dies is
+    reported, and the others go on; any other error stops the comparison, and what is done is kept.
+
+    Args:
+        config: A run file, its content, or a `RunConfig`. Its `method` and seed do not count; `output_dir` holds the
+            comparison.
+        methods: Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``; a `label` names it), or
+            methods as built.
+        seeds: Of training. The split of the rows has its own seed and is the same for all.
+        augment: `with,without`: each method with the rows of `data.augment`, and without them.
+        overwrite: Train all of it again.
+        metric: What decides; default: the task's own.
+        prefer: The cost by which the recommendation is made, one of `verdict.COSTS`.
+        margin: How far below the best mean a method is still considered, in the metric's own unit; default: a point,
+            or one percent of the best where the metric has no points.
+        listener: Told every `Moment`, in place of the progress on stderr.
+        quiet: No progress.
+        report: Write `report.html`.
+        overrides: Settings of the run file by name, as for `train`.
+
+    Raises:
+        ConfigError, DataError, ModelError: found before anything is trained.
+        ConflictError: the folder is in use, or holds other runs.
+        Interrupted: SIGINT or SIGTERM; the run at work has saved its state.
+        EnvironmentFault: disk or memory do not suffice.
+    """
+    work = _ComparisonDriver(config, parse_method_specs(methods), parse_seeds(seeds), overrides, augment)
+    check_choices(work.base, metric, prefer)
+    display = None if quiet or listener is not None else Display()
+    work.tell = listener or display or (lambda moment: None)
+    try:
+        work.do(overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
+    finally:
+        if display is not None:
+            display.close()
+    page = None
+    if report:
+        from graftwerk.reporting.html import write_report
+
+        page = write_report(work.folder)
+    return Comparison(work.folder, report=page)
+
+
+def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> None:
+    """Refuse a metric or a cost that there is not; None: the usual one.
+
+    Raises:
+        ConfigError: naming those that there are.
+    """
+    known = base.task.metrics
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"there is no metric `{metric}` for {base.task.name}",
+            where="metric",
+            hint=f"there are: {', '.join(known)}",
+        )
+    if prefer is not None and prefer not in COSTS:
+        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", hint=f"there are: {', '.join(COSTS)}")
+
+
+class _ComparisonDriver:
+    """One call of `compare`: its runs, what became of each, and what is told on the way."""
+
+    def __init__(
+        self,
+        config: RunConfig | str | Path | Mapping[str, Any],
+        entries: list[MethodSpec],
+        seeds: list[int],
+        overrides: Mapping[str, Any],
+        augment: Sequence[str] | str | None,
+    ) -> None:
+        tree = tree_of(config)
+        _refuse_overrides(overrides)
+        base = RunConfig.build(
+            {**tree, "method": entries[0].method},
+            dict(overrides),
+            where=str(config) if isinstance(config, str | Path) else None,
+        ).anchored()
+        self.own_method = tree.get("method")
+        entries = with_and_without(entries, augment, bool(base.data.augment))
+        self.base, self.entries, self.seeds, self.augment = base, entries, seeds, augment
+        self.folder = base.output_dir
+        self.metric = ""
+        self.tell: Listener = lambda moment: None
+        self.plan = [(entry, seed) for seed in seeds for entry in entries]
+        self.pace = EtaEstimator([entry.name for entry, _ in self.plan])
+        self.runs: dict[str, dict[int, RunResult]] = {entry.name: {} for entry in entries}
+        self.failed: dict[str, dict[int, str]] = {entry.name: {} for entry in entries}
+
+    def config_of(self, entry: MethodSpec, seed: int) -> dict[str, Any]:
+        """The resolved run file of one run, as plain values."""
+        tree = entry.changed(self.base.model_dump(mode="json"))
+        tree["training"]["seed"] = seed
+        tree["output_dir"] = str(self.folder_of(entry, seed))
+        return tree
+
+    def folder_of(self, entry: MethodSpec, seed: int) -> Path:
+        return self.folder / f"{entry.name}-seed{seed}"
+
+    def do(self, *, overwrite: bool, metric: str | None, prefer: str, margin: float | None) -> None:
+        if (self.folder / MANIFEST).exists():
+            raise ConflictError(
+                f"{self.folder} is the folder of a run",
+                hint="give the comparison another one: output_dir=runs/comparison",
+            )
+        with RunLock(self.folder), JobRunner(self.folder / LOG) as workers:
+            try:
+                checked = self._check(workers, overwrite)
+                self.metric = metric or checked["main_metric"]
+                head = header(
+                    self.base, self.entries, self.seeds, self.augment, self.metric, checked,
+                    prefer=prefer, own=self.own_method,
+                )  # fmt: skip
+            except GraftwerkError as error:
+                if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
+                    (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
+                raise
+            self._write({**head, "status": "running", "methods": [], "differences": [], "seconds": None})
+            write_file(self.folder / CONFIG, self.base.dump())
+            try:
+                for entry, seed in self.plan:
+                    self._run(workers, entry, seed, overwrite)
+            except GraftwerkError as stopped:
+                stopped.recovered = f"{self.pace.done} of {len(self.plan)} runs in {self.folder}"
+                if isinstance(stopped, RunInterrupted):
+                    stopped.hint = "the same command again goes on from there"
+                raise
+            result = aggregate(
+                self.entries,
+                self.runs,
+                self.failed,
+                metric=self.metric,
+                confidence=self.base.evaluation.confidence,
+                resamples=self.base.evaluation.resamples,
+                prefer=prefer,
+                margin=margin,
+            )
+            everything = [run for runs in self.runs.values() for run in runs.values()]
+            seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in everything)
+            if result.get("at_chance"):
+                head["notes"] = [result["at_chance"], *head["notes"]]
+            shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # what runs on the same layers had in common
+            self._write({**head, **result, "status": "finished", "seconds": seconds})
+            self._say("end", text="done")
+
+    # -- one run -----------------------------------------------------------------------------------------------------
+
+    def _run(self, workers: JobRunner, entry: MethodSpec, seed: int, overwrite: bool) -> None:
+        folder = self.folder_of(entry, seed)
+        who = f"{entry.name}, seed {seed}"
+        manifest = None if overwrite else read_manifest(folder)
+        if manifest is not None:
+            if (found := measured_run(folder)) is not None:
+                self.runs[entry.name][seed] = found
+                self.pace.finished(entry.name, None)
+                self._say("note", who, f"there already: {_result_line(found, self.metric)}")
+                return
+            if manifest["status"] == "diverged":
+                self._failed(entry, seed, str((manifest.get("error") or {}).get("what", "diverged")))
+                return
+        began = time.monotonic()
+        steps = _Steps()
+
+        def on_event(event: dict[str, Any]) -> None:
+            text = steps.heard(event)
+            kind = "note" if event["kind"] in NOTED else "phase" if event["kind"] == "phase" else "step"
+            elapsed = time.monotonic() - began
+            left = self.pace.left(elapsed, steps.left_seconds)
+            self._say(kind, who, text, steps.step, steps.steps, left)
+
+        try:
+            job = {"kind": "run", "config": self.config_of(entry, seed), "overwrite": overwrite}
+            workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
+        except (DivergedError, Crashed) as error:
+            self._failed(entry, seed, error.what)
+            return
+        found = measured_run(folder)
+        if found is None:
+            raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
+        self.runs[entry.name][seed] = found
+        self.pace.finished(entry.name, time.monotonic() - began)
+        self._say("run", who, _result_line(found, self.metric), left=self.pace.left())
+
+    def _failed(self, entry: MethodSpec, seed: int, why: str) -> None:
+        self.failed[entry.name][seed] = why
+        self.pace.finished(entry.name, None)
+        self._say("note", f"{entry.name}, seed {seed}", f"failed: {why}", left=self.pace.left())
+
+    # -- around the runs ---------------------------------------------------------------------------------------------
+
+    def _check(self, workers: JobRunner, overwrite: bool) -> dict[str, Any]:
+        first = self.seeds[0]
+        runs = {} if overwrite else {str(self.folder_of(e, seed)): self.config_of(e, seed) for e, seed in self.plan}
+        job = {
+            "kind": "check",
+            "configs": {entry.name: self.config_of(entry, first) for entry in self.entries},
+            "runs": {folder: tree for folder, tree in runs.items() if Path(folder).is_dir()},
+        }
+        return workers.run(job, lambda event: self._say("phase", "", event.get("name", "")))
+
+    def _write(self, result: Mapping[str, Any]) -> None:
+        path = self.folder / COMPARISON
+        write_file(path, dump_object(result, path, room=COMPARISON_SCALE, seal=True))
+
+    def _say(
+        self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None
+    ) -> None:
+        self.tell(ProgressEvent(kind, self.pace.done, len(self.plan), run, text, step, steps, left))
+
+
+NOTED = frozenset({"resume", "diagnosis", "bad_step", "memory", "warning", "early_stopping"})
+
+
+class _Steps:
+    """Where the run at work is, from its events."""
+
+    def __init__(self) -> None:
+        self.step = self.steps = 0
+        self.left_seconds: float | None = None
+
+    def heard(self, event: Mapping[str, Any]) -> str:
+        """Take an event in; gives what there is to say about it."""
+        kind = event["kind"]
+        self.step = event["step"] or self.step
+        if kind == "start":
+            self.steps = event["total_steps"]
+        elif kind == "progress":
+            self.steps, self.left_seconds = event["total"], event.get("left_seconds")
+        elif kind == "phase":
+            return str(event["name"])
+        elif kind == "resume":
+            return f"going on from step {self.step}"
+        elif kind in NOTED:
+            hint = f" ({event['hint']})" if event.get("hint") else ""
+            return f"{event.get('text', kind)}{hint}"
+        return ""
+
+
+def _result_line(run: RunResult, metric: str) -> str:
+    """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
+    figure, title = run.evaluation["metrics"][metric], METRICS[metric].title
+    time_taken = duration(run.manifest["cost"]["training_seconds"])
+    if figure["value"] is None:
+        return f"{title} {figure.get('note', 'is undefined')}, {time_taken} of training"
+    low, high = figure["low"], figure["high"]
+    between = "" if low is None else f" ({shown(low, metric)} to {shown(high, metric)})"
+    return f"{title} {shown(figure['value'], metric)}{between}, {time_taken} of training"
+
+
+def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """A run file's content, of a file or of what stands for one; a copy."""
+    if isinstance(config, RunConfig):
+        return config.model_dump(mode="json")
+    if isinstance(config, Mapping):
+        return copy.deepcopy(dict(config))  # overrides are put into it
+    return read_yaml(Path(config))
+
+
+def _refuse_overrides(overrides: Mapping[str, Any]) -> None:
+    for key in parse_overrides(dict(overrides)):
+        if key.split(".")[0] == "method":
+            raise ConfigError(
+                f"`{key}` would hold for every method",
+                where=key,
+                hint="give settings with the method: methods=[{name: lora, r: 16}, ...]",
+            )
+        if key.split(".")[-1] == "seed":
+            raise ConfigError(f"`{key}`: a comparison has several seeds", where=key, hint="seeds=0,1,2")

@@ -1,0 +1,58 @@
+"""How long a comparison still takes: from the runs that are done, and from the steps of the one at work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+
+@dataclass
+class EtaEstimator:
+    """Seconds of whole runs (start, loading and measuring included), by method.
+
+    A method's next seed takes about what its others took. For a method that has not run yet the mean of the others
+    stands in, until its own steps tell better.
+
+    Args:
+        planned: The method of each run, in order.
+    """
+
+    planned: Sequence[str]
+    done: int = 0
+    _seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def finished(self, method: str, seconds: float | None) -> None:
+        """A run is over; None where it was there already and says nothing about time."""
+        self.done += 1
+        if seconds is not None:
+            self._seconds.setdefault(method, []).append(seconds)
+
+    def expected(self, method: str) -> float | None:
+        """Seconds of a run of this method; None while nothing is known."""
+        own = self._seconds.get(method)
+        if own:
+            return fmean(own)
+        known = [fmean(seconds) for seconds in self._seconds.values()]
+        return fmean(known) if known else None
+
+    def left(self, elapsed: float = 0.0, steps_left: float | None = None) -> float | None:
+        """Seconds to the end of all runs.
+
+        Args:
+            elapsed: Seconds that the run at work has taken so far.
+            steps_left: Seconds that its steps will still take, as the training says; better than what other runs took.
+        """
+        waiting = list(self.planned[self.done :])
+        if not waiting:
+            return 0.0
+        current = self.expected(waiting[0])
+        if steps_left is not None:
+            now: float | None = steps_left
+        else:
+            now = None if current is None else max(current - elapsed, 0.0)
+        stand_in = elapsed + steps_left if steps_left is not None else current
+        rest = [self.expected(method) or stand_in for method in waiting[1:]]
+        if now is None or any(seconds is None for seconds in rest):
+            return None
+        return now + sum(seconds for seconds in rest if seconds is not None)

@@ -1,0 +1,100 @@
+"""What a comparison says of itself before its first run: how to repeat it, on what it stands, what to keep in mind."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError
+from graftwerk.evaluation.paired_bootstrap import ONE_SEED
+from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
+
+FORMAT = 1
+CONFIG = "config.yaml"
+
+
+def header(
+    base: RunConfig,
+    entries: Sequence[MethodSpec],
+    seeds: Sequence[int],
+    augment: Sequence[str] | str | None,
+    metric: str,
+    checked: Mapping[str, Any],
+    *,
+    prefer: str,
+    own: Any,
+) -> dict[str, Any]:
+    """The part of `comparison.json` that is known before anything is trained.
+
+    Args:
+        base: What all runs share; its ``output_dir`` is the comparison's folder.
+        checked: What `jobs` found out about rows and methods.
+        own: The run file's own method, as it is written there.
+
+    Raises:
+        ConfigError: nothing is held out to compare on.
+    """
+    return {
+        "format": FORMAT,
+        "graftwerk": _version(),
+        "command": _command(base, entries, seeds, augment),
+        "model": base.model,
+        "task": base.task.name,
+        "metric": metric,
+        "confidence": base.evaluation.confidence,
+        "seeds": list(seeds),
+        "prefer": prefer,
+        "machine": checked["machine"],
+        "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
+        "training": base.training.model_dump(mode="json"),
+        "notes": [*settings_not_used(entries, own), *_notes(base, seeds, checked)],
+    }
+
+
+def _command(
+    base: RunConfig, entries: Sequence[MethodSpec], seeds: Sequence[int], augment: Sequence[str] | str | None
+) -> str:
+    # a method that is compared with and without augmented rows is two entries and was named once
+    given = list({id(entry.given): entry.given for entry in entries}.values())
+    methods = (
+        ",".join(given)
+        if all(isinstance(name, str) for name in given)
+        else yaml.safe_dump(given, default_flow_style=True, width=10_000).strip()
+    )
+    words = ["graftwerk", "compare", str(base.output_dir.absolute() / CONFIG), f"methods={methods}"]
+    words.append(f"seeds={','.join(map(str, seeds))}")
+    if augment is not None:
+        words.append(f"augment={augment if isinstance(augment, str) else ','.join(augment)}")
+    return shlex.join(words)
+
+
+def _notes(base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any]) -> list[str]:
+    notes = []
+    if not checked["rows"].get("test"):
+        if not checked["rows"].get("validation"):
+            raise ConfigError("nothing is held out to compare on", where="data.test", hint="data.test: 500")
+        notes.append(
+            "the validation rows that chose the checkpoints also make these figures, which are a little too good "
+            "for all methods; data.test holds out rows of their own"
+        )
+    if len(seeds) == 1:
+        notes.append(f"one seed: {ONE_SEED}, so no method is called better; seeds=0,1,2")
+    if base.training.learning_rate != "auto":
+        notes.append(
+            f"all methods were trained at learning rate {base.training.learning_rate:g}, which cannot suit "
+            "them all; training.learning_rate=auto takes each method's own"
+        )
+    grave = [finding["message"] for finding in checked["findings"] if finding.get("grave")]
+    return notes + grave
+
+
+def _version() -> str:
+    try:
+        return version("graftwerk")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,185 @@
+"""Jobs given to the warm process (`warm.py`): their events are heard, their errors raised here as they were there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from graftwerk import errors
+from graftwerk.errors import GraftwerkError, ResourceError, RunInterrupted
+from graftwerk.experiments.fork_server import CAN_FORK
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CLOSE_SECONDS = 60
+LOG_TAIL = 12
+"""Lines of the log that are quoted when a worker dies without a word."""
+
+OnEvent = Callable[[dict[str, Any]], None]
+_BY_CODE = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, GraftwerkError) and kind is not RunInterrupted
+}
+
+
+class Crashed(ResourceError):
+    """A worker died without saying why: killed by the system, most likely for want of memory."""
+
+    code = "crashed"
+
+
+class JobRunner:
+    """One job at a time, each in a process of its own. A context manager; nothing is started before the first job.
+
+    SIGINT and SIGTERM are passed on to the job at work, which saves and ends; then `RunInterrupted` is raised here.
+
+    Args:
+        log: Where what the processes print goes; begun anew.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.signum: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._job: int | None = None
+
+    def __enter__(self) -> JobRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def run(self, job: Mapping[str, Any], on_event: OnEvent) -> dict[str, Any]:
+        """Do a job.
+
+        Raises:
+            GraftwerkError: what the job raised.
+            Crashed: its process died.
+            Interrupted: a signal came; what the job had is saved.
+        """
+        with self._signals():
+            process = self._started()
+            assert process.stdin is not None
+            try:
+                process.stdin.write((json.dumps(job, default=str) + "\n").encode())
+                process.stdin.flush()
+            except BrokenPipeError:
+                raise self._crashed(process.wait()) from None
+            return self._listen(process, on_event)
+
+    def _listen(self, process: subprocess.Popen[bytes], on_event: OnEvent) -> dict[str, Any]:
+        assert process.stdout is not None
+        result: dict[str, Any] | None = None
+        error: GraftwerkError | None = None
+        for line in process.stdout:
+            message = json.loads(line)
+            if "started" in message:
+                self._job = message["started"]
+                if self.signum is not None:  # it came before there was a job to pass it on to
+                    self._pass_on(self.signum)
+            elif "event" in message:
+                on_event(message["event"])
+            elif "done" in message:
+                result = message["done"]
+            elif "error" in message:
+                error = _rebuilt(message["error"])
+            else:
+                self._job = None
+                if not CAN_FORK:
+                    self._close()
+                if self.signum is not None:
+                    kept = error.recovered if error is not None else None
+                    name = signal.Signals(self.signum).name
+                    raise RunInterrupted(self.signum, f"stopped by {name}", recovered=kept)
+                if error is not None:
+                    raise error
+                if result is None:
+                    raise self._crashed(message["ended"])
+                return result
+        raise self._crashed(process.wait())
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+            with self.log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "graftwerk.experiments.fork_server"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,  # a terminal's Ctrl-C comes to us alone, and is passed on once
+                )
+        return self._process
+
+    def _close(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+    def _crashed(self, code: int) -> Crashed:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.is_file() else []
+        if code == -signal.SIGKILL:
+            return Crashed(
+                "the process of this run was killed (SIGKILL), most likely because memory ran out",
+                where=str(self.log),
+                hint="fewer rows in training.per_device_train_batch_size, gradient_checkpointing, or a smaller model",
+            )
+        said = "\n".join(lines[-LOG_TAIL:])
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        return Crashed(
+            f"the process of this run ended ({how}) without a result" + (f":\n{said}" if said else ""),
+            where=str(self.log),
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for restored, handler in before.items():
+                signal.signal(restored, handler if handler is not None else signal.SIG_DFL)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._pass_on(signum)
+
+    def _pass_on(self, signum: int) -> None:
+        if self._job is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._job, signum)
+
+
+def _rebuilt(said: Mapping[str, Any]) -> GraftwerkError:
+    """The error that a worker raised, of the same class."""
+    what, where, hint, kept = (said.get(part) for part in ("what", "where", "mend", "kept"))
+    if said.get("error") == RunInterrupted.code:
+        return RunInterrupted(int(said["exit_code"]) - 128, str(what), recovered=kept, hint=hint)
+    return _BY_CODE.get(str(said.get("error")), GraftwerkError)(str(what), where=where, hint=hint, recovered=kept)

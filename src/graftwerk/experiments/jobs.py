@@ -1,0 +1,120 @@
+"""What one run of a comparison is, in the process of its own that does it; and the check before the first one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from graftwerk.errors import ConflictError, GraftwerkError
+
+Send = Callable[[dict[str, Any]], None]
+FORWARDED = frozenset(
+    {
+        "phase",
+        "start",
+        "progress",
+        "evaluation",
+        "resume",
+        "early_stopping",
+        "diagnosis",
+        "bad_step",
+        "memory",
+        "warning",
+    }
+)
+
+
+def perform(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Do a job: plain values in, plain values out.
+
+    Raises:
+        GraftwerkError: whatever is wrong with it.
+    """
+    return {"check": _check, "run": _run}[job["kind"]](job, send)
+
+
+def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Everything that can be wrong before a model is loaded: rows, model, each method on this architecture, runs
+    there are.
+
+    Returns:
+        ``rows``, ``labels``, ``findings``, and each method's ``parameters``, by formula.
+    """
+    from graftwerk.config import RunConfig
+    from graftwerk.experiments.preflight import count_parameters
+    from graftwerk.models.hardware import device_name, set_threads
+    from graftwerk.models.load import load_config
+    from graftwerk.training.setup import max_length_of, prepare
+
+    configs = {name: RunConfig.build(dict(tree)) for name, tree in job["configs"].items()}
+    first = next(iter(configs.values()))
+    send({"event": {"kind": "phase", "step": 0, "name": "checking rows and methods"}})
+    prepared = prepare(first, lambda event: None)
+    parameters: dict[str, Any] = {}
+    for name, config in configs.items():
+        architecture = load_config(config.model, config.revision)  # counting writes into it
+        try:
+            max_length_of(config, architecture, prepared.tokenizer)
+            parameters[name] = count_parameters(config.method, prepared.task, architecture, prepared.splits)
+        except GraftwerkError as error:
+            error.where = f"method `{name}`" + (f": {error.where}" if error.where else "")
+            raise
+    for folder, tree in job["runs"].items():
+        _refuse_another_run(Path(folder), RunConfig.build(dict(tree)), prepared.splits.fingerprint)
+    return {
+        "rows": {name: len(examples) for name, examples in prepared.examples.items()},
+        "labels": list(prepared.splits.labels or ()),
+        "fingerprint": prepared.splits.fingerprint,
+        "origin": prepared.splits.origin,
+        "findings": prepared.findings,
+        "parameters": parameters,
+        "main_metric": prepared.task.main_metric,
+        "machine": {"device": device_name(), "threads": set_threads()},
+    }
+
+
+def _refuse_another_run(folder: Path, config: Any, fingerprint: str) -> None:
+    """What lies in a run's folder must be that run, finished or not; else nothing is started."""
+    from graftwerk.config import RunConfig
+    from graftwerk.training.resume_check import differences
+    from graftwerk.training.run_dir import CONFIG, read_manifest
+
+    manifest = read_manifest(folder)
+    if manifest is None or not (folder / CONFIG).is_file():
+        return
+    before = RunConfig.load(folder / CONFIG)
+    changed = differences({"config": before.model_dump(mode="json")}, {"config": config.model_dump(mode="json")})
+    if not changed and manifest.get("data", {}).get("fingerprint") != fingerprint:
+        changed = ["the rows themselves"]
+    if changed:
+        raise ConflictError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}",
+            hint="another output_dir for another comparison; or overwrite=True (--overwrite) to train all of it again",
+            recovered=str(folder),
+        )
+
+
+def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Train to the end (or go on where it stopped), then measure what was stored, row by row."""
+    from graftwerk.config import RunConfig
+    from graftwerk.evaluation.evaluate import evaluate
+    from graftwerk.evaluation.results_io import load_evaluation
+    from graftwerk.reporting.html import write_report
+    from graftwerk.training.activation_cache.plan import sharing
+    from graftwerk.training.train import train
+
+    def listener(event: Any) -> None:
+        if event.kind in FORWARDED:
+            send({"event": event.as_dict()})
+
+    config = RunConfig.build(dict(job["config"]))
+    began = time.monotonic()
+    with sharing(Path(job["trunk"])):
+        run = train(config, resume=not job["overwrite"], overwrite=job["overwrite"], listener=listener)
+    if load_evaluation(run.folder, run.adapter) is None:
+        send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
+        evaluate(run, store=True)
+    write_report(run.folder)
+    return {"seconds": time.monotonic() - began}

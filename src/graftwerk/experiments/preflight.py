@@ -1,0 +1,208 @@
+"""What can be known about a run before a model is loaded: the data, the lengths, what would train, the steps.
+
+Needs the model's configuration and tokenizer, not its weights: the model is built without storage (torch's `meta`
+device), and trained parameters are counted by the methods' formulas.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import GraftwerkError
+from graftwerk.methods.base import Method
+from graftwerk.methods.prefix_tuning import Prefix
+from graftwerk.modeling.attach import attach
+from graftwerk.models.load import fix_padding, is_local, load_config, model_folder
+from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.training.augmented import planned
+from graftwerk.training.data_checks import first_batch
+from graftwerk.training.mode import check_checkpointing, check_compute_type
+from graftwerk.training.num_processes import check_processes
+from graftwerk.training.run_dir import read_manifest
+from graftwerk.training.setup import Prepared, prepare
+from graftwerk.training.stream import EncodedStream
+from graftwerk.training.warm_start import warm_labels
+
+
+def preflight(config: RunConfig) -> dict[str, Any]:
+    """Check a run whole and say what it would do.
+
+    Returns:
+        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut;
+        ``augmented_at_most``: rows that would be made, which are counted in ``steps`` too; None: nothing is augmented),
+        ``findings``, ``first_batch`` (as the model sees it: `train.gate.first_batch`), ``parameters`` (trained, head,
+        total, share), ``steps``, ``trunk`` (`train.trunk.Plan`), ``learning_rate``, ``output_dir``.
+
+    Raises:
+        ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
+    """
+    config = config.anchored()  # so that everything is called as training calls it
+    check_processes(config)
+    prepared = prepare(config, lambda event: None, warm_labels(config.training.warm_start))
+    architecture = load_config(config.model, config.revision)
+    splits = prepared.splits
+    encoded = {name: examples for name, examples in prepared.examples.items() if examples}
+    training = config.training
+    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    made = planned(prepared, config)
+    steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
+    steps = training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch)
+    model = _without_storage(prepared.task, architecture, splits)
+    trunk = _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1))
+    parameters = _counted(config.method, model)
+    _check_model(config, prepared, model)
+    rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
+    return {
+        "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
+        "task": config.task.name,
+        "data": {
+            "origin": splits.origin,
+            "fingerprint": splits.fingerprint,
+            "rows": {name: len(examples) for name, examples in encoded.items()},
+            "augmented_at_most": made,
+            "labels": _labels(splits),
+            "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
+            "truncated": {name: _truncated(rows) for name, rows in encoded.items()},
+        },
+        "findings": prepared.findings,
+        "first_batch": first_batch(config, prepared.task, splits, encoded["train"], prepared.tokenizer),
+        "allowed": list(config.data.allow),
+        "method": prepared.method.to_dict(),
+        "parameters": parameters,
+        "steps": steps,
+        "trunk": trunk,
+        "steps_per_epoch": steps_per_epoch,
+        "rows_per_step": rows_per_step,
+        "learning_rate": rate,
+        "output_dir": {
+            "path": str(config.output_dir),
+            "exists": config.output_dir.exists(),
+            "holds_a_run": read_manifest(config.output_dir) is not None,
+        },
+    }
+
+
+def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
+    """Stop at what training would stop at once the model is loaded, as far as it shows without the weights.
+
+    Args:
+        model: Without storage; the method is attached to it.
+
+    Raises:
+        ConfigError, ModelError, UnsupportedError, EnvironmentFault, IntegrityError: what training would raise.
+    """
+    import torch
+
+    from graftwerk.models.hardware import compute_type
+    from graftwerk.models.safety_checks import check_weights
+
+    if is_local(config.model):  # the weights of a hub model may not be here yet
+        check_weights(model_folder(config.model, weights=False), config.model)
+    fix_padding(model, prepared.tokenizer)
+    wanted = config.training.compute_type
+    if wanted != "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_compute_type(compute_type(wanted, device), device)
+    check_checkpointing(model, config.training.gradient_checkpointing)
+    with torch.device("meta"):
+        try:
+            attach(model, prepared.method)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, GraftwerkError):
+                raise
+            return  # it starts from the values of weights, which are not here
+
+
+def count_parameters(method: Method, task: Task, architecture: Any, splits: Splits) -> dict[str, Any]:
+    """``trained`` (the head included), ``head``, ``total`` of the base, ``share`` trained of it; nothing is loaded.
+
+    Raises:
+        UnsupportedError, ConfigError: the method cannot work on this architecture, or a target names nothing.
+    """
+    return _counted(method, _without_storage(task, architecture, splits))
+
+
+def _without_storage(task: Task, architecture: Any, splits: Splits) -> Any:
+    """The model as it would be loaded, on torch's `meta` device."""
+    import torch
+
+    for key, value in task.model_kwargs(splits).items():
+        setattr(architecture, key, value)
+    with torch.device("meta"):
+        return task.auto_class().from_config(architecture)
+
+
+def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> dict[str, Any]:
+    """Which frozen layers would be computed only once; rows that are yet to be made are not counted."""
+    from graftwerk.modeling.architectures import read_architecture
+    from graftwerk.modeling.task_heads import head_paths
+    from graftwerk.training.activation_cache.plan import plan, refuse_unless_kept
+
+    view = read_architecture(model)
+    kept = [prepared.examples["train"], prepared.examples["validation"]]
+    heads = head_paths(model, config.method, view)
+    found = plan(model, view, config.method, heads, prepared.task, config.training, kept, passes)
+    refuse_unless_kept(found, config.training)
+    return found.to_dict()
+
+
+def _counted(method: Method, model: Any) -> dict[str, Any]:
+    from graftwerk.modeling.architectures import read_architecture
+    from graftwerk.modeling.prefix_attention import stacks_of
+    from graftwerk.modeling.task_heads import head_paths
+
+    view = read_architecture(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    heads = head_paths(model, method, view)
+    head = sum(parameter.numel() for path in heads for parameter in model.get_submodule(path).parameters())
+    if method.kind == "layer":
+        own = method.num_parameters(method.select_targets(view.targets))
+    elif method.kind == "weights":
+        own = total - head
+    elif isinstance(method, Prefix):
+        chosen = method.filter_layers(view.attentions)
+        own = method.num_vector_parameters(
+            [place.kv_heads * place.head_dim for place in chosen], [stack.width for stack in stacks_of(view, chosen)]
+        )
+    else:
+        # Prompts stand in front of the text alone: in an encoder-decoder, at the encoder.
+        own = method.num_vector_parameters(view.stacks[0].width)  # type: ignore[attr-defined]
+    return {"trained": own + head, "head": head, "total": total, "share": (own + head) / total}
+
+
+def _labels(splits: Splits) -> dict[str, dict[str, int]]:
+    """How many rows each label has in each split, in the order of the label ids."""
+    if splits.labels is None:
+        return {}
+    counted = {
+        name: Counter(row["label"] for row in rows)
+        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+        if rows
+    }
+    return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels}
+
+
+def _truncated(examples: Sequence[Example]) -> int:
+    return examples.cut if isinstance(examples, EncodedStream) else sum(bool(it.truncated) for it in examples)
+
+
+def _lengths(examples: Sequence[Example]) -> dict[str, int]:
+    if isinstance(examples, EncodedStream):
+        return _lengths_counted(examples.lengths_counted)
+    lengths = [example.length + example.truncated for example in examples]
+    median, most, longest = np.percentile(lengths, [50, 95, 100]).round().astype(int).tolist()
+    return {"median": median, "p95": most, "longest": longest, "tokens": sum(lengths)}
+
+
+def _lengths_counted(counts: Counter[int]) -> dict[str, int]:
+    lengths = sorted(counts)
+    upto = np.cumsum([counts[length] for length in lengths])
+    median, most = (lengths[int(np.searchsorted(upto, share * upto[-1]))] for share in (0.5, 0.95))
+    tokens = sum(length * count for length, count in counts.items())
+    return {"median": median, "p95": most, "longest": lengths[-1], "tokens": tokens}

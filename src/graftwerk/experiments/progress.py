@@ -1,0 +1,121 @@
+"""A comparison told to who watches it: one live line with bar and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO
+
+from graftwerk.formatting import duration
+
+EVERY_SECONDS = 5.0
+"""Between two plain lines about steps."""
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """What a comparison is doing now.
+
+    Attributes:
+        kind: ``phase`` (the run does something else now), ``step``, ``note`` (something to know), ``run`` (a run is
+            over; `text` says with what), ``end``.
+        done, total: Runs.
+        run: The run at work, as ``lora, seed 0``.
+        step, steps: Of the run at work.
+        left_seconds: To the end of the whole comparison; None while unknown.
+    """
+
+    kind: Literal["phase", "step", "note", "run", "end"]
+    done: int
+    total: int
+    run: str = ""
+    text: str = ""
+    step: int = 0
+    steps: int = 0
+    left_seconds: float | None = None
+
+
+class Display:
+    """A listener that writes to a stream (stderr). One that can no longer be written silences it; the comparison goes
+    on.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self._bar: Any = None
+        self._task: Any = None
+        self._told = 0.0
+        self._silent = False
+
+    def __call__(self, moment: ProgressEvent) -> None:
+        if self._silent:
+            return
+        try:
+            if self.stream.isatty():
+                self._live(moment)
+            else:
+                self._plain(moment)
+        except (OSError, ValueError):
+            self._silent = True
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _plain(self, moment: ProgressEvent) -> None:
+        if moment.kind == "phase" and moment.run:
+            return  # reading, loading, saving of every run: too much for a log
+        if moment.kind == "step":
+            now = time.monotonic()
+            if not (moment.step and moment.steps) or now - self._told < EVERY_SECONDS:
+                return
+            self._told = now
+            text = f"step {moment.step}/{moment.steps}"
+        else:
+            text = moment.text
+        if text:
+            place = f"[{moment.done}/{moment.total}] " if moment.total else ""
+            who = f"{moment.run}: " if moment.run else ""
+            print(f"{place}{who}{text}{_remaining(moment)}", file=self.stream, flush=True)
+
+    def _live(self, moment: ProgressEvent) -> None:
+        if self._bar is None:
+            self._open()
+        if moment.kind in ("run", "note") and moment.text:
+            self._bar.console.print(f"{moment.run}: {moment.text}" if moment.run else moment.text, markup=False)
+        part = moment.step / moment.steps if moment.steps else 0.0
+        what = moment.run if moment.kind != "phase" else f"{moment.run}: {moment.text}" if moment.run else moment.text
+        self._bar.update(
+            self._task,
+            completed=moment.done + min(part, 0.99),
+            total=max(moment.total, 1),
+            what=what,
+            runs=f"{moment.done}/{moment.total} runs",
+            left=_remaining(moment).strip(" ,"),
+            refresh=True,
+        )
+        if moment.kind == "end":
+            self.close()
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[runs]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
+            TextColumn("{task.fields[what]}", markup=False, style="dim"),
+            console=Console(file=self.stream, highlight=False, emoji=False),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=1, what="", runs="", left="")
+        self._bar.start()
+
+
+def _remaining(moment: ProgressEvent) -> str:
+    if moment.left_seconds is None or moment.kind == "end":
+        return ""
+    return f", {duration(moment.left_seconds)} left"

@@ -1,0 +1,259 @@
+"""What a comparison's figures mean, in words: who is better, what cannot be told apart, what to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from graftwerk.errors import ConfigError
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.evaluation.paired_bootstrap import Difference
+
+COSTS: dict[str, str] = {
+    "trained_parameters": "trained parameters",
+    "adapter_bytes": "adapter size",
+    "training_seconds": "training time",
+    "peak_memory_bytes": "peak memory",
+    "latency_ms_batch_1": "latency, one row",
+    "latency_ms_batch_32": "latency, 32 rows",
+}
+"""What a method costs, and how that is called; smaller is better for all."""
+
+MARGIN = 1.0
+"""A method this many points below the best is still near it."""
+RELATIVE_MARGIN = 0.01
+"""Likewise for metrics without points (perplexity), as a share of the best."""
+NEAR = 0.5
+"""So is one within this share of the half-width of its interval: of what these rows and seeds can show at all."""
+FAR = 3.0
+"""But not beyond so many margins: a wide interval is no argument for a method."""
+ALIKE = 0.1
+"""Costs within a tenth of each other count as equal, and training time decides."""
+
+Verdict = Literal["better", "worse", "no difference shown"]
+
+
+def margin_of(metric: str, best: float) -> float:
+    """Return how far below the best a method always is near it, in the metric's own unit."""
+    known = METRICS[metric]
+    return MARGIN / known.scale if known.unit in ("share", "points") else RELATIVE_MARGIN * abs(best)
+
+
+def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
+    """Return what the interval shows of `a` against `b`; where less is better, less is better.
+
+    One seed each shows nothing about methods, however far the two models at hand are apart.
+    """
+    if one_seed(difference):
+        return "no difference shown"
+    if METRICS[metric].higher is False:
+        difference = turned(difference)
+    if difference["low"] > 0:
+        return "better"
+    return "worse" if difference["high"] < 0 else "no difference shown"
+
+
+def one_seed(difference: Difference) -> bool:
+    """Whether the interval holds other rows alone, since no method has more than one seed."""
+    return not difference.get("over_seeds", True)
+
+
+def apart(difference: Difference) -> bool:
+    """Whether the interval leaves zero out."""
+    return difference["low"] > 0 or difference["high"] < 0
+
+
+def in_words(difference: Difference, metric: str = "accuracy") -> str:
+    """Return ``better by 1.2 points [0.3, 2.1]``, or ``no difference shown: +0.4 points [-0.8, +1.6]``.
+
+    With one seed each: ``+1.2 points [+0.3, +2.1] with one seed each, and another may reverse it``.
+    """
+    known = METRICS[metric]
+    found = verdict(difference, metric)
+    if found == "no difference shown" and apart(difference):
+        value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
+        span = f"{signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
+        return f"{span} with one seed each, and another may reverse it"
+    if found == "no difference shown":
+        value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
+        return f"{found}: {signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
+    larger = difference if difference["low"] > 0 else turned(difference)
+    value, low, high = (known.scale * larger[part] for part in ("value", "low", "high"))
+    return f"{found} by {value:.1f}{known.words} [{low:.1f}, {high:.1f}]"
+
+
+def signed(value: float) -> str:
+    """With its sign, a true minus, and no -0.0."""
+    text = f"{abs(value):.1f}"
+    if float(text) == 0:
+        return text
+    return f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"
+
+
+def turned(difference: Difference) -> Difference:
+    """The same difference seen from the other side."""
+    return {
+        **difference,
+        "a": difference["b"],
+        "b": difference["a"],
+        "value": -difference["value"],
+        "low": -difference["high"],
+        "high": -difference["low"],
+    }
+
+
+def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
+    """The difference of `a` to `b`, whichever way round it was computed."""
+    for difference in differences:
+        if (difference["a"], difference["b"]) == (a, b):
+            return difference
+        if (difference["a"], difference["b"]) == (b, a):
+            return turned(difference)
+    raise KeyError((a, b))
+
+
+def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float], metric: str = "accuracy") -> list[str]:
+    """Methods that no other beats in both, by their point values, cheapest first.
+
+    One is beaten by another that is at least as good and as cheap, and better in one of the two.
+    """
+    known = [name for name in quality if name in cost]
+    if METRICS[metric].higher is False:
+        quality = {name: -value for name, value in quality.items()}
+
+    def beaten(name: str) -> bool:
+        return any(
+            quality[other] >= quality[name]
+            and cost[other] <= cost[name]
+            and (quality[other] > quality[name] or cost[other] < cost[name])
+            for other in known
+        )
+
+    return sorted((name for name in known if not beaten(name)), key=lambda name: cost[name])
+
+
+def recommend(
+    methods: Sequence[Mapping[str, Any]],
+    differences: Sequence[Difference],
+    *,
+    prefer: str,
+    margin: float | None = None,
+    metric: str = "accuracy",
+) -> dict[str, str] | None:
+    """The cheapest of the methods that are as good as the best, as far as these rows and seeds can tell.
+
+    The rule: of the methods that are candidates, the one with the least of the preferred cost; of those within a tenth
+    of it, the one that trains fastest. A candidate's interval against the best mean has zero in it, and its mean is
+    near the best: by at most a margin, or by half of the half-width of that interval, but never by more than three
+    margins, since with few rows no interval leaves zero out. The reason names every cheaper method whose interval has
+    zero in it and that was passed over for its mean.
+
+    Args:
+        methods: Each with ``name``, ``figure`` and ``cost``.
+        prefer: The cost to go by, one of `COSTS`.
+        margin: How far below the best a method is near it, in the metric's own unit. None means by the rule above.
+
+    Returns:
+        ``method`` and ``reason``; None where nothing was measured.
+
+    Raises:
+        ConfigError: no such cost.
+    """
+    if prefer not in COSTS:
+        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", hint=f"there are: {', '.join(COSTS)}")
+    known = METRICS[metric]
+    measured = sorted(methods, key=lambda method: -known.better(method["figure"]["value"], 0.0))
+    if not measured:
+        return None
+    best, least_margin = measured[0], margin_of(metric, measured[0]["figure"]["value"])
+
+    def near(method: Mapping[str, Any]) -> bool:
+        to_best = between(differences, method["name"], best["name"])
+        by_interval = min(max(least_margin, NEAR * (to_best["high"] - to_best["low"]) / 2), FAR * least_margin)
+        allowed = by_interval if margin is None else margin
+        return known.better(method["figure"]["value"], best["figure"]["value"]) >= -allowed
+
+    level = [m for m in measured if m is best or not apart(between(differences, m["name"], best["name"]))]
+    candidates = [method for method in level if method is best or near(method)]
+    costed = [method for method in candidates if method["cost"].get(prefer) is not None]
+    if not costed:
+        return {"method": best["name"], "reason": f"the best mean; {COSTS[prefer]} could not be measured"}
+    least = min(method["cost"][prefer] for method in costed)
+    cheapest = [method for method in costed if method["cost"][prefer] <= (1 + ALIKE) * least]
+    chosen = min(
+        cheapest, key=lambda method: (method["cost"].get("training_seconds") or float("inf"), method["cost"][prefer])
+    )
+    reason = _reason(chosen, best, measured, candidates, differences, prefer, metric)
+    cheaper = [m for m in level if m not in candidates and (m["cost"].get(prefer) or math.inf) < chosen["cost"][prefer]]
+    if cheaper:
+        gaps = [known.scale * (method["figure"]["value"] - best["figure"]["value"]) for method in cheaper]
+        named = ", ".join(f"{method['name']} ({signed(gap)})" for method, gap in zip(cheaper, gaps, strict=True))
+        reason += f"; cheaper in {COSTS[prefer]} and not shown to be worse, but not near the best mean: {named}"
+    return {"method": chosen["name"], "reason": reason}
+
+
+def at_chance(
+    methods: Sequence[Mapping[str, Any]], blind: float | None, share: float | None, metric: str
+) -> str | None:
+    """That nothing was learnt, as far as these rows and seeds can tell; None where something was.
+
+    Args:
+        methods: As for `recommend`.
+        blind: What the metric gives to who always answers the most frequent label; None where that is undefined.
+        share: That label's share of the rows.
+    """
+    if not methods or blind is None or share is None:
+        return None
+    best = max(methods, key=lambda method: method["figure"]["value"])
+    low = best["figure"].get("low")
+    if low is None or low > blind:
+        return None
+    none = "no method is" if len(methods) > 1 else f"{best['name']} is not"
+    worth = "" if metric == "accuracy" else f", which has a {metric.replace('_', ' ')} of {100 * blind:.1f}"
+    return (
+        f"{none} shown to be better than always answering the most frequent label "
+        f"({100 * share:.1f} % of the rows){worth}"
+    )
+
+
+def _reason(
+    chosen: Mapping[str, Any],
+    best: Mapping[str, Any],
+    measured: Sequence[Mapping[str, Any]],
+    candidates: Sequence[Mapping[str, Any]],
+    differences: Sequence[Difference],
+    prefer: str,
+    metric: str,
+) -> str:
+    known = METRICS[metric]
+    if len(measured) == 1:
+        return "the only method that was measured"
+    if chosen is best:
+        others = [between(differences, best["name"], method["name"]) for method in measured[1:]]
+        ahead = sum(apart(difference) for difference in others)
+        shown = "ahead, with one seed, of" if any(map(one_seed, others)) else "shown to be better than"
+        if ahead == len(others):
+            return f"the best mean, and {shown} all others"
+        if len(candidates) > 1:
+            return f"the best mean, and the least {COSTS[prefer]} of the {len(candidates)} methods near it"
+        if ahead:
+            return f"the best mean, and {shown} {ahead} of the {len(others)} others"
+        return "the best mean; no difference to the others is shown"
+    difference = between(differences, chosen["name"], best["name"])
+    worst = difference["high"] if known.higher is False else -difference["low"]
+    value, worst = known.scale * difference["value"], known.scale * worst
+    ratio = chosen["cost"][prefer] / best["cost"][prefer] if best["cost"].get(prefer) else None
+    saving = f" with {_share(ratio)} of its {COSTS[prefer]}" if ratio is not None and ratio < 1 else ""
+    if difference["low"] == difference["high"] == 0:
+        return f"the same answers as {best['name']} on every row,{saving}"
+    return (
+        f"{signed(value)}{known.words} against {best['name']}, the best mean, no difference shown{saving}; "
+        f"the interval allows it to be up to {worst:.1f}{known.words} worse"
+    )
+
+
+def _share(ratio: float) -> str:
+    """0.0147 -> 1.5 %."""
+    percent = 100 * ratio
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %" if percent >= 0.1 else "less than 0.1 %"

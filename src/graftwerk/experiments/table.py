@@ -1,0 +1,166 @@
+"""A comparison as text: for terminals with rich, for pipes and files in plain columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.significance import apart, between, one_seed, signed, turned, verdict
+from graftwerk.formatting import byte_size, duration, milliseconds, short_count
+
+HEADINGS = (
+    "method",
+    "",
+    "interval",
+    "against the best",
+    "SD of seeds",
+    "trained",
+    "adapter",
+    "time",
+    "memory",
+    "ms/row 1",
+    "ms/row 32",
+)
+HOW = {"share": " in percent", "points": " in points", "tokens": "", "nats": " (less is better)"}
+"""How a metric's figures are to be read, by its unit."""
+DASH = "\N{EN DASH}"
+LEFT = frozenset({0, 3})
+"""Columns of words; the others are numbers, flush right."""
+SPREAD = HEADINGS.index("SD of seeds")
+"""Left out where every method has one seed."""
+
+
+def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """One row a method, best first, as text."""
+    methods, metric = ranked(result), result["metric"]
+    best = methods[0]["name"] if methods else ""
+    chosen = (result.get("recommendation") or {}).get("method")
+    rows: list[tuple[str, ...]] = []
+    for method in methods:
+        figure, cost = method["figure"], method["cost"]
+        rows.append(
+            (
+                method["name"] + (" *" if method["name"] == chosen else ""),
+                shown(figure["value"], metric),
+                DASH if figure["low"] is None else DASH.join(shown(figure[part], metric) for part in ("low", "high")),
+                against(result["differences"], method["name"], best, metric),
+                shown(method.get("seed_spread"), metric),
+                short_count(cost.get("trained_parameters")),
+                byte_size(cost.get("adapter_bytes")),
+                duration(cost.get("training_seconds")),
+                byte_size(cost.get("peak_memory_bytes")),
+                milliseconds(cost.get("latency_ms_batch_1")),
+                milliseconds(cost.get("latency_ms_batch_32")),
+            )
+        )
+    return rows
+
+
+def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The methods that were measured, best mean first."""
+    measured = [method for method in result["methods"] if method.get("figure")]
+    return sorted(measured, key=lambda method: -METRICS[result["metric"]].better(method["figure"]["value"], 0.0))
+
+
+def shown(value: float | None, metric: str) -> str:
+    """A share in percent, BLEU and its like in points, perplexity as itself; a dash for None."""
+    return DASH if value is None else f"{METRICS[metric].scale * value:.1f}"
+
+
+def against(differences: Sequence[Any], name: str, best: str, metric: str = "accuracy") -> str:
+    """``the best mean``, ``no difference shown``, or ``worse by 3.1 [1.2, 5.0]``."""
+    if name == best:
+        return "the best mean"
+    difference = turned(between(differences, name, best))  # how much the best is better
+    known, better = METRICS[metric], verdict(difference, metric) == "better"
+    if apart(difference) and known.higher is False:
+        difference = turned(difference)
+    low, value, high = (known.scale * difference[part] for part in ("low", "value", "high"))
+    span = f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    if better:
+        return f"worse by {span}"
+    if one_seed(difference) and apart(difference):
+        return f"{'higher' if known.higher is False else 'lower'} by {span}, one seed"
+    return f"no difference shown ({signed(-value)})"
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """What stands under the table."""
+    said = []
+    seeds, known = len(result["seeds"]), METRICS[result["metric"]]
+    said.append(
+        f"{known.title}{HOW[known.unit]} on {result['rows']:,} {result['split']} rows, mean of {seeds} "
+        f"seed{'s' if seeds > 1 else ''}; {100 * result['confidence']:g} % intervals, jointly for all differences."
+    )
+    if result.get("resolution"):
+        said.append(
+            "With these rows and seeds, differences under about "
+            f"{known.scale * result['resolution']:.1f}{known.words} are not to be seen."
+        )
+    elif result.get("resolution") == 0:
+        said.append(
+            "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
+        )
+    if result.get("seed_spread") is not None:
+        spread = f"{known.scale * result['seed_spread']:.1f}{known.words}"
+        said.append(
+            f"Seeds of one method differ with a standard deviation of {spread}, pooled; the intervals take it to be "
+            "the same for every method, and are too narrow between methods whose own is far above it."
+        )
+    if recommendation := result.get("recommendation"):
+        said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
+    merging = [method["name"] for method in ranked(result) if method.get("mergeable")]
+    if merging:
+        said.append(
+            f"Latency is with the adapter attached. {_listed(merging)} can be merged into the base, which then "
+            "takes no longer than without."
+        )
+    for method in result["methods"]:
+        for seed, why in (method.get("failed") or {}).items():
+            said.append(f"{method['name']}, seed {seed}, failed: {why}")
+    return said + [f"Note: {note}." for note in result.get("notes", ())]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The headings and the rows that are shown."""
+    headings, rows = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:]), rows_of(result)
+    if any(row[SPREAD] != DASH for row in rows):
+        return headings, rows
+    return headings[:SPREAD] + headings[SPREAD + 1 :], [row[:SPREAD] + row[SPREAD + 1 :] for row in rows]
+
+
+def plain(result: Mapping[str, Any]) -> str:
+    """Columns of plain text, for pipes."""
+    headings, rows = _columns(result)
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column in LEFT else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*text, "", *sentences(result)])
+
+
+def rich_table(result: Mapping[str, Any]) -> Any:
+    """The same for a terminal; the recommended method stands out."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    headings, rows = _columns(result)
+    for column, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if column in LEFT else "right", overflow="fold", no_wrap=column == 0)
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row), style="bold" if row[0].endswith(" *") else "")
+    return Group(made, Text(""), *(Text(sentence) for sentence in sentences(result)))

@@ -1,0 +1,246 @@
+"""What an adapter folder holds and how much it learnt, layer by layer, from its files alone: no model is loaded.
+
+For a method that adds a product of matrices to a layer (LoRA's s B A, a bottleneck's up · down), the norm is that of
+the product, which is what acts; for IA3 the distance of the scales from one; else that of the stored tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.serialization.adapter_config import KEYS
+from graftwerk.serialization.folder import read_adapter_config
+from graftwerk.serialization.info import WEIGHTS_FILE, AdapterInfo, check_files
+from graftwerk.serialization.naming import named_by
+from graftwerk.serialization.untrusted_files import read_tensors
+
+_PREFIXES = ("base_model.model.", "base_model.")
+_LAYER = re.compile(r"(?:^|\.)(?:[A-Za-z_]\w*)\.(\d+)(?=\.|$)")
+_SINGLE = {
+    "ia3_l": "scales, less one",
+    "bitfit_b": "bias",
+    "lora_magnitude_vector": "magnitudes",
+    "prefix_key": "prefix keys",
+    "prefix_value": "prefix values",
+    "prompt_embeddings": "virtual tokens",
+}
+"""Parameters of methods that stand for themselves -> what their norm is of."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """One thing that was learnt.
+
+    Attributes:
+        module: Path of the module it acts on; "" for the input embeddings.
+        layer: The layer it belongs to, as ``bert.encoder.layer.3``; None outside the layers.
+        what: What the norm is of.
+        parameters: Numbers stored for it.
+        norm: Frobenius norm.
+        rank: Rank of a product of matrices; None for anything else.
+        stable_rank: Its squared norm over its largest squared singular value: in how many directions it really acts.
+    """
+
+    module: str
+    layer: str | None
+    what: str
+    parameters: int
+    norm: float
+    rank: int | None = None
+    stable_rank: float | None = None
+
+
+def describe_adapter(folder: Path | str) -> dict[str, Any]:
+    """What an adapter folder says of itself and what its tensors say.
+
+    Returns:
+        ``folder``, ``peft_type``, ``method``, ``name``, ``base`` (name, fingerprint), ``labels``, ``parameters``,
+        ``bytes``, ``learnt`` (one entry for each module), ``layers`` (norm and parameters by layer), ``metadata``
+        (data, metrics, cost, command, versions: whatever `graftwerk.json` has).
+
+    Raises:
+        IntegrityError, ConfigError, AdapterError, UnsupportedError, EnvironmentFault: as the gate for foreign files.
+    """
+    info = read_adapter_config(folder)
+    path = info.folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ResourceError(f"{path} is missing", where=str(info.folder))
+    if info.own:
+        check_files(info)
+    tensors = read_tensors(path)
+    learnt = list(what_was_learnt(info, tensors))
+    own = info.own
+    taken = ("format", "name", "base", "method", "labels", "files")
+    return {
+        "folder": str(info.folder),
+        "peft_type": info.peft_type,
+        "method": own.get("method") or _said(info.config),
+        "name": info.name,
+        "base": {"name": info.base_name, "fingerprint": info.base_fingerprint},
+        "labels": info.labels,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "bytes": path.stat().st_size,
+        "learnt": [vars(one) for one in learnt],
+        "layers": by_layer(learnt),
+        "metadata": {key: value for key, value in own.items() if key not in taken},
+    }
+
+
+def what_was_learnt(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[Learnt]:
+    """One entry for each module and kind of parameter, in the order of the layers."""
+    left = {_plain_key(key): tensor for key, tensor in tensors.items()}
+    found = [*_low_rank(info, left), *_bottlenecks(left), *_prefix_of_peft(info, left), *_singles(left)]
+    found += _whole(left)
+    yield from sorted(found, key=lambda one: _in_order(one.module))
+
+
+def by_layer(learnt: list[Learnt]) -> list[dict[str, Any]]:
+    """Norm of everything within a layer, head and embeddings under their own names."""
+    layers: dict[str, list[Learnt]] = {}
+    for one in learnt:
+        layers.setdefault(one.layer or one.module or "input embeddings", []).append(one)
+    return [
+        {
+            "layer": name,
+            "modules": len({one.module for one in ones}),
+            "parameters": sum(one.parameters for one in ones),
+            "norm": math.sqrt(sum(one.norm**2 for one in ones)),
+        }
+        for name, ones in layers.items()
+    ]
+
+
+# -- kinds of parameters; each takes what it knows out of `left` -------------------------------------------------------
+
+
+def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
+    for ending_a, ending_b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+        for key in [key for key in left if key.endswith(ending_a)]:
+            module = key.removesuffix(ending_a)
+            a, b = left.pop(key), left.pop(module + ending_b, None)
+            if b is None:
+                left[key] = a
+                continue
+            yield _product(module, "update", b, a, _scale(info.config, module, a.shape[0]))
+
+
+def _bottlenecks(left: dict[str, Tensor]) -> Iterator[Learnt]:
+    ending = ".bottleneck.down.weight"
+    for key in [key for key in left if key.endswith(ending)]:
+        module = key.removesuffix(ending)
+        parts = {name: left.pop(name) for name in list(left) if name.startswith(f"{module}.bottleneck.")}
+        up = parts.get(f"{module}.bottleneck.up.weight")
+        if up is None:
+            left.update(parts)
+            continue
+        one = _product(module, "up · down", up, parts[key], 1.0)
+        total = sum(tensor.numel() for tensor in parts.values())
+        yield Learnt(one.module, one.layer, one.what, total, one.norm, one.rank, one.stable_rank)
+
+
+def _prefix_of_peft(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
+    """PEFT keeps all layers in one tensor (n, layers · 2 · width): per token [layer, key or value, head, dim]."""
+    layers = info.config.get("num_layers")
+    vectors = left.get("prompt_embeddings")
+    if info.peft_type != "PREFIX_TUNING" or vectors is None or not layers or vectors.shape[1] % (2 * layers):
+        return
+    del left["prompt_embeddings"]
+    split = vectors.view(vectors.shape[0], layers, -1)
+    for layer in range(layers):
+        part = split[:, layer]
+        yield Learnt(f"layer.{layer}", f"layer.{layer}", "prefix keys and values", part.numel(), _norm(part))
+
+
+def _singles(left: dict[str, Tensor]) -> Iterator[Learnt]:
+    for key in list(left):
+        module, _, parameter = key.rpartition(".")
+        what = _SINGLE.get(parameter)
+        if what is None:
+            continue
+        tensor = left.pop(key)
+        norm = _norm(tensor.float() - 1) if parameter == "ia3_l" else _norm(tensor)
+        yield Learnt(module, _layer(module), what, tensor.numel(), norm)
+
+
+def _whole(left: Mapping[str, Tensor]) -> Iterator[Learnt]:
+    """Modules stored whole, heads above all: `classifier.weight` and `classifier.bias` are one."""
+    modules: dict[str, list[Tensor]] = {}
+    for key, tensor in left.items():
+        modules.setdefault(key.rpartition(".")[0] or key, []).append(tensor)
+    for module, parts in modules.items():
+        norm = math.sqrt(sum(_norm(part) ** 2 for part in parts))
+        yield Learnt(module, _layer(module), "weights", sum(part.numel() for part in parts), norm)
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
+
+
+def _product(module: str, what: str, left: Tensor, right: Tensor, scale: float) -> Learnt:
+    """Norms of ``scale · left @ right``, (out, r) by (r, in), from the triangles of their QR: it is never formed."""
+    thin_left, thin_right = torch.linalg.qr(left.float()).R, torch.linalg.qr(right.float().T).R
+    singular = scale * torch.linalg.svdvals(thin_left @ thin_right.T)
+    norm, largest = float(singular.norm()), float(singular.max())
+    stable = (norm / largest) ** 2 if largest > 0 else 0.0
+    numbers = left.numel() + right.numel()
+    return Learnt(module, _layer(module), what, numbers, norm, rank=right.shape[0], stable_rank=stable)
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = float(config.get("lora_alpha", rank))
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        try:
+            if named_by(key, module):
+                alpha = float(value)
+                break
+        except UnsupportedError:
+            continue
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.float().norm())
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of PEFT's settings those that decide what is computed, without those that are off."""
+    known = KEYS.get(str(config.get("peft_type")), {})
+    return {
+        key: value
+        for key, value in config.items()
+        if key in known
+        and known[key].use == "read"
+        and key not in ("peft_type", "base_model_name_or_path")
+        and value not in (None, [], {}, False, "none", "")
+    }
+
+
+def _plain_key(key: str) -> str:
+    for prefix in _PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
+
+
+def _layer(module: str) -> str | None:
+    """`bert.encoder.layer.3.output.dense` -> `bert.encoder.layer.3`."""
+    found = _LAYER.search(module)
+    return module[: found.end()] if found else None
+
+
+def _in_order(module: str) -> tuple[tuple[int, int, str], ...]:
+    """Layer 10 after layer 9, and heads, which have no number, after the layers beside them."""
+    if _layer(module) is None and module:
+        return ((2, 0, module),)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in module.split("."))

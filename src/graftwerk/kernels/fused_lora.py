@@ -1,0 +1,215 @@
+"""A linear layer and its active LoRAs in one autograd node.
+
+The plain path costs little arithmetic and much traffic: each adapted layer keeps its input, a dropped copy of it, the
+mask and several thin intermediates, adds whole outputs and gradients out of place, and multiplies in orders that suit
+no GEMM kernel. Here
+
+* the input is kept once, or not at all where it can be made again from what is kept anyway (`sharing.Recompute`);
+* the dropout mask is drawn again from its seed (`dropout`), once for all layers that read the same tensor;
+* sums happen in place, scales act on the thin side, and the thin side comes first in a product: (r, N), not (N, r);
+* a quantized base keeps nothing: it is unpacked in forward by its own kernel and in backward once more.
+
+Legend: N rows times tokens, i inputs, o outputs, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from graftwerk.kernels import flags as fast
+from graftwerk.kernels.hashed_dropout import apply_mask, apply_mask_, mask_bits
+from graftwerk.kernels.recompute import SharedInput, recipe_of, shared_input
+from graftwerk.methods.base import base_weight, is_transposed
+
+_NOTHING: AbstractContextManager[Any] = nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankTerm:
+    """``scale`` B A x, on a dropped x where ``p`` is not 0. A (r, i), B (o, r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    p: float = 0.0
+    seed: int = 0
+
+    @property
+    def factor(self) -> float:
+        """The scale, with dropout's own."""
+        return self.scale / (1 - self.p)
+
+
+def is_supported(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
+    """Whether `fused_linear` may be used: a frozen `nn.Linear`, transformers' `Conv1D` or bitsandbytes' `Linear4bit`
+    with a graft, run eagerly on a plain tensor beside it.
+    """
+    base: type = getattr(type(layer), "_graftwerk_base", type(layer))
+    weight, vector = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    if not fast.enabled("fused") or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_floating_point():
+        return False
+    if weight.requires_grad or (isinstance(vector, Tensor) and vector.requires_grad) or weight.device != x.device:
+        return False
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if hasattr(weight, "quant_state"):  # its kernel chooses its own types under autocast, and adds the bias itself
+        return base.__name__ == "Linear4bit" and weight.quant_state is not None and bias and not autocast
+    return (base is nn.Linear or base.__name__ == "Conv1D") and (autocast or weight.dtype == x.dtype)
+
+
+def fused_linear(layer: nn.Module, x: Tensor, terms: Sequence[LowRankTerm], *, bias: bool = True) -> Tensor:
+    """layer(x) + the terms' sum, where `fusible`.
+
+    Args:
+        x: (..., i).
+        bias: Whether the layer's bias is added.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type)
+    compute = torch.get_autocast_dtype(x.device.type) if autocast else terms[0].a.dtype
+    factors = [tensor for term in terms for tensor in (term.a, term.b)]
+    y: Tensor = LoRALinear.apply(  # type: ignore[no-untyped-call]
+        x, layer, layer.weight, layer.bias if bias else None, terms, compute, autocast, *factors
+    )
+    return y
+
+
+def _base_forward(
+    layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, autocast: torch.dtype | None
+) -> Tensor:
+    """(..., o), fresh and contiguous, and no view, so that whoever gets it may change it in place."""
+    if hasattr(weight, "quant_state"):
+        y: Tensor = type(layer)._graftwerk_base.forward(layer, x)  # type: ignore[attr-defined]
+        return y.clone(memory_format=torch.contiguous_format) if y._is_view() or not y.is_contiguous() else y
+    if autocast is not None:
+        x, weight, bias = x.to(autocast), weight.to(autocast), None if bias is None else bias.to(autocast)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    flat, rows = y.view(-1, out_features), x.reshape(-1, x.shape[-1])
+    turned = weight if is_transposed(layer) else weight.T
+    if bias is None:
+        torch.mm(rows, turned, out=flat)
+    else:
+        torch.addmm(bias, rows, turned, out=flat)
+    return y
+
+
+class LoRALinear(torch.autograd.Function):
+    """y = W x + bias + sum of the terms, with gradients for x and the terms' A and B. W and the bias are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        layer: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None,
+        terms: Sequence[LowRankTerm],
+        compute: torch.dtype,
+        autocast: bool,
+        *factors: Tensor,
+    ) -> Tensor:
+        """x (..., i) -> (..., o); ``compute`` is the type of the thin products."""
+        with _types_as_given(x.device.type):  # chosen here, as autocast would choose them
+            shared, recipe = shared_input(x), recipe_of(x)
+            out_features = factors[1].shape[0]
+            y = _base_forward(layer, x, weight, bias, out_features, compute if autocast else None)
+            rows = y.view(-1, out_features)
+            flat = x.reshape(-1, x.shape[-1]).to(compute)
+            lows = []
+            for term in terms:
+                read = apply_mask(flat, _bits(term, flat)) if term.p else flat
+                low = (read @ term.a.to(compute).T).mul_(term.factor)
+                _add_product(rows, low, term.b.to(compute).T)
+                lows.append(low)
+        source = (x,) if recipe is None else recipe.inputs
+        ctx.recompute = None if recipe is None else recipe.compute
+        ctx.save_for_backward(weight, *factors, *lows, *source)
+        ctx.layer, ctx.shared, ctx.terms = layer, shared, [(term.factor, term.p, term.seed) for term in terms]
+        ctx.compute, ctx.x_dtype, ctx.x_shape, ctx.base_dtype = compute, x.dtype, x.shape, y.dtype
+        if any(ctx.needs_input_grad):
+            shared.register()
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.terms)
+        weight, *saved = ctx.saved_tensors
+        factors, lows, source = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
+        compute, shared = ctx.compute, ctx.shared
+        wanted = ctx.needs_input_grad[7:]
+        with _types_as_given(grad.device.type):
+            g = grad.reshape(-1, grad.shape[-1])
+            thin_g = g.to(compute)
+            grad_x = _base_backward(ctx.layer, weight, g, ctx.base_dtype) if ctx.needs_input_grad[0] else None
+            grads: list[Tensor | None] = []
+            for index, (factor, p, seed) in enumerate(ctx.terms):
+                a, b = factors[2 * index], factors[2 * index + 1]
+                want_a, want_b = wanted[2 * index], wanted[2 * index + 1]
+                grads.extend((None, (lows[index].T @ thin_g).T.to(b.dtype) if want_b else None))
+                if not want_a and grad_x is None:
+                    continue
+                thin = (b.to(compute).T @ thin_g.T).mul_(factor)  # (r, N)
+                bits = None
+                if p:
+                    bits = shared.made(seed, lambda seed=seed, p=p: _drawn(seed, p, ctx.x_shape, grad.device))
+                if want_a:
+                    grads[-2] = (thin @ _read(ctx, source, bits, seed)).to(a.dtype)
+                if grad_x is not None:
+                    if bits is None:
+                        _add_product(grad_x, thin.T, a.to(compute))
+                    else:
+                        grad_x.add_(apply_mask_(thin.T @ a.to(compute), bits))
+            shared.leave()
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        return (grad_x, None, None, None, None, None, None, *grads)
+
+
+def _types_as_given(device: str) -> AbstractContextManager[Any]:
+    """Autocast off, which costs 20 µs, where it is on."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor) -> None:
+    if y.dtype == left.dtype:
+        y.addmm_(left, right)
+    else:
+        y.add_(left @ right)
+
+
+def _bits(term: LowRankTerm, flat: Tensor) -> Tensor:
+    return mask_bits(term.seed, term.p, flat.shape[0], flat.shape[1], flat.device)
+
+
+def _drawn(seed: int, p: float, shape: torch.Size, device: torch.device) -> Tensor:
+    width = shape[-1]
+    return mask_bits(seed, p, shape[:-1].numel(), width, device)
+
+
+def _read(ctx: Any, source: Sequence[Tensor], bits: Tensor | None, seed: int) -> Tensor:
+    """(N, i): the layer's input as the low-rank path read it."""
+    shared: SharedInput = ctx.shared
+
+    def whole() -> Tensor:
+        x = source[0] if ctx.recompute is None else shared.made("x", lambda: ctx.recompute(*source))
+        return x.reshape(-1, x.shape[-1]).to(ctx.compute)
+
+    if bits is None:
+        return whole()
+    return shared.made((seed, "read"), lambda: apply_mask(whole(), bits))
+
+
+def _base_backward(layer: nn.Module, weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, i): g W."""
+    if hasattr(weight, "quant_state"):
+        weight = base_weight(layer)
+    elif is_transposed(layer):
+        weight = weight.T
+    return g.to(dtype) @ weight.to(dtype)

@@ -1,0 +1,214 @@
+"""What a language model's vocabulary head reads, in place of the logits it makes.
+
+The model's own forward runs, wrapped as it may be; a hook on the head takes its input and hands it two tokens to work
+on, or one. What a model does with its logits afterwards (a second bias, a factor, a cap) is not read from its code: the
+first pass compares its answer for two tokens, one of them so large that a cap shows, with what a `Head` makes of them.
+A model that no `Head` describes, or whose head is no plain linear layer, keeps its logits.
+
+Legend: B rows, T tokens, N labelled tokens, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
+
+LARGE = 100.0
+"""What the largest logit of the probe is brought to: beyond every cap in use (Gemma 2: 30)."""
+CLOSE = {torch.float32: 1e-5, torch.float64: 1e-5}
+"""Largest difference of two logits that are the same, against the largest logit; for other types `CLOSE_HALF`."""
+CLOSE_HALF = 2e-2
+
+Shape = tuple[float, float | None, bool]
+"""Scale, cap, and whether `final_logits_bias` is added."""
+
+_SHAPES: weakref.WeakKeyDictionary[nn.Module, Shape | None] = weakref.WeakKeyDictionary()
+"""What was found about each head; None: its model is not understood."""
+
+
+class LabelledLogits:
+    """The outputs of a pass whose logits are not made.
+
+    Attributes:
+        hidden: (N, d), what the head reads where a label is, row by row.
+        head: What makes logits of it.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head) -> None:
+        self.hidden, self.head = hidden, head
+        self._nll: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, V), for those who want to see them; as a model makes them, in the type of its products."""
+        weight = self.head.weight
+        made = F.linear(self.hidden.to(weight.dtype), weight)
+        return _finished(made, self.head)
+
+    def loss(self, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy over the N tokens, in float32."""
+        loss, nll = chunked_cross_entropy(self.hidden, self.head, labels, label_smoothing=label_smoothing)
+        self._nll = nll
+        return loss
+
+    def nll(self, labels: Tensor) -> Tensor:
+        """(N,): negative log-likelihood of each label in nats, without gradient."""
+        if self._nll is None:
+            with torch.no_grad():
+                self._nll = chunked_cross_entropy(self.hidden.detach(), self.head, labels)[1]
+        return self._nll
+
+
+def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> LabelledLogits | None:
+    """A forward pass of ``model`` up to its head.
+
+    Args:
+        model: A language model, or what trains it in several processes.
+        inputs: What it is called with.
+        mask: (B, T) bool, the positions whose logits would be compared with a label.
+
+    Returns:
+        None where the model's logits cannot be had that way; the pass is then to be done plainly, and draws the same
+        random numbers as if this one had not been.
+    """
+    if hasattr(model, "_orig_mod"):  # compiled: its head is called inside
+        return None
+    plain = getattr(model, "module", model)
+    module: nn.Module | None = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    if module is None or not _is_plain(module):
+        return None
+    known = _SHAPES.get(module)
+    if known is None and module in _SHAPES:
+        return None
+    drawn = None if known is not None else _RandomState(mask.device)
+    tap = _Tap(probing=known is None)
+    try:
+        with tap.on(module):
+            outputs = model(**inputs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if known is not None or "memory" in str(error):
+            raise
+        outputs = None
+    hidden = tap.hidden
+    if outputs is None or hidden is None or tap.calls != 1 or hidden.shape[:-1] != mask.shape:
+        if known is None:
+            _SHAPES[module] = None
+        found = None
+    else:
+        found = known if known is not None else _recognised(plain, module, tap, outputs.logits)
+    if found is None or hidden is None:
+        if drawn is not None:
+            drawn.put_back()
+        return None
+    return LabelledLogits(hidden[mask], _head(plain, module, found))
+
+
+class _Tap:
+    """Forward pre-hook of a head: keeps what it reads and hands it a token or two of it."""
+
+    def __init__(self, *, probing: bool) -> None:
+        self.probing = probing
+        self.hidden: Tensor | None = None
+        self.probe: Tensor | None = None
+        self.calls = 0
+
+    @contextmanager
+    def on(self, head: nn.Module) -> Iterator[None]:
+        handle = head.register_forward_pre_hook(self)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        self.hidden = args[0]
+        self.calls += 1
+        first = args[0].detach()[(slice(0, 1),) * (args[0].dim() - 1)]
+        if self.probing:
+            assert isinstance(head.weight, Tensor)
+            logits = F.linear(first, head.weight.detach())
+            factor = LARGE / logits.float().abs().amax().clamp_min(1e-6)
+            self.probe = torch.cat([first, first * factor.to(first.dtype)], dim=-2)
+            return (self.probe,)
+        return (first,)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """A linear layer that nothing is attached to: no adapter, no hook, no other forward."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and not head._backward_hooks
+        and "forward" not in vars(head)
+    )
+
+
+@torch.no_grad()
+def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape | None:
+    """How the model made its logits, if it is one of the known ways; remembered unless the probe could not tell."""
+    assert tap.probe is not None
+    wanted = tap.probe.shape[:-1]
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != wanted:
+        _SHAPES[module] = None
+        return None
+    plain = F.linear(tap.probe, module.weight, module.bias)  # type: ignore[arg-type]
+    if not float(plain.float().abs().amax()) > 1.0:
+        return None  # a head of zeros says nothing: asked again next time
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    scales = [1.0]
+    for name, factor in (("logit_scale", float), ("logits_scaling", lambda value: 1.0 / value)):
+        value = getattr(model, name, None) or getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            scales.append(factor(value))
+    caps = [None, getattr(config, "final_logit_softcapping", None)]
+    added = [False, True] if isinstance(getattr(model, "final_logits_bias", None), Tensor) else [False]
+    for shape in ((scale, cap, second) for second in added for scale in scales for cap in caps):
+        made = _finished(plain, _head(model, module, shape), biased=True)
+        close = CLOSE.get(logits.dtype, CLOSE_HALF)
+        # each of the two tokens against its own largest logit
+        bound = close * logits.float().abs().amax(-1)
+        if bool(((made.float() - logits.float()).abs().amax(-1) <= bound).all()):
+            _SHAPES[module] = shape
+            return shape
+    _SHAPES[module] = None
+    return None
+
+
+def _finished(made: Tensor, head: Head, *, biased: bool = False) -> Tensor:
+    """``made = hidden W^T`` as the model hands it out; ``biased``: the head's own bias is in it already."""
+    if head.bias is not None and not biased:
+        made = made + head.bias
+    if head.added is not None:
+        made = made + head.added.reshape(-1)
+    made = made * head.scale
+    return made if head.cap is None else head.cap * torch.tanh(made / head.cap)
+
+
+def _head(model: Any, module: nn.Module, shape: Shape) -> Head:
+    scale, cap, second = shape
+    added = model.final_logits_bias if second else None
+    return Head(module.weight, module.bias, added, scale, cap)  # type: ignore[arg-type]
+
+
+class _RandomState:
+    """Of the generators that a pass may draw from."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)

@@ -1,0 +1,182 @@
+"""`layers`: which layers of a model a method goes into. The one place where such a choice is parsed and made.
+
+A *stack* is a list of layers one on top of the other, counted from 0 at the input. Decoder-only models and encoders
+have one; an encoder-decoder has two, and a choice means the same layers of each, unless it begins with ``encoder:`` or
+``decoder:``. What lies outside the layers (embeddings, the last norm, a pooler) is left out as soon as layers are
+chosen.
+
+Why the highest ones: what lies below the lowest adapted layer needs no backward pass, and its output is the same in
+every epoch, so that it has to be computed only once (`train/trunk`). The lower layers of a pretrained model change
+least in full fine-tuning (Merchant et al. 2020, arXiv:2004.14448).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+from pydantic import AliasChoices, Field, field_validator
+
+from graftwerk.errors import ConfigError
+from graftwerk.methods.base import Method
+
+_CHOICE = re.compile(r"(?:(encoder|decoder):)?(?:(top-\d+)|(\d+)-(\d+)|(\d+)|)")
+WHERE = "method.layers"
+
+
+class HasLayer(Protocol):
+    """What a choice is made among: it stands in a layer of a stack, or (None) outside of all layers."""
+
+    @property
+    def stack(self) -> str | None: ...
+
+    @property
+    def layer(self) -> int | None: ...
+
+
+P = TypeVar("P", bound=HasLayer)
+
+
+class LayerSelection(Method):
+    """Abstract: a method that works inside layers, and can be kept to some of them."""
+
+    layers: str | tuple[int, ...] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("layers", "layers_to_transform"),
+        description="top-4 (the four highest), 8-11 (both included, counted from 0), [8, 10], or null for all; in an "
+        "encoder-decoder the same layers of both, or one of them: encoder:top-2, decoder:0-3, decoder:",
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _chosen(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("a choice of layers is no truth value")
+        if isinstance(value, int):
+            value = (value,)
+        if isinstance(value, list | tuple | set | range):
+            return _numbers(value)
+        if isinstance(value, str):
+            return _text(value)
+        return value
+
+    def filter_layers(self, candidates: Sequence[P], known: Sequence[P] | None = None) -> list[P]:
+        """Those of the candidates that stand in the chosen layers; all of them where none were chosen.
+
+        Args:
+            known: Everything that stands in the model's layers, which says how many there are; default: the candidates.
+
+        Raises:
+            ConfigError: the model has no such layer or stack, or the candidates have none in the chosen layers.
+        """
+        if self.layers is None:
+            return list(candidates)
+        wanted = self._wanted(_depths(candidates if known is None else known))
+        chosen = [
+            place for place in candidates if place.layer is not None and place.layer in wanted.get(place.stack, ())
+        ]
+        if not chosen:
+            there = sorted({place.layer for place in candidates if place.layer is not None})
+            raise ConfigError(
+                f"`{shown(self.layers)}`: what this method adapts is in none of the chosen layers",
+                where=WHERE,
+                hint=f"it is in the layers {ranges(there)}"
+                if there
+                else "it is in no layer at all; leave `layers` out",
+            )
+        return chosen
+
+    def _wanted(self, depths: dict[str | None, int]) -> dict[str | None, frozenset[int]]:
+        """The numbers of the chosen layers, by stack."""
+        if not depths:
+            raise ConfigError(
+                "which layers this model has is not known", where=WHERE, hint="leave `layers` out, or name modules"
+            )
+        assert self.layers is not None
+        side, top, numbers = _parsed(self.layers)
+        if side is not None:
+            if not {"encoder", "decoder"} <= {*depths}:
+                raise ConfigError(
+                    f"`{shown(self.layers)}`: this model has one stack of layers, not an encoder and a decoder",
+                    where=WHERE,
+                    hint=f"leave `{side}:` out",
+                )
+            depths = {side: depths[side]}
+        wanted = {}
+        for stack, depth in depths.items():
+            if (top is not None and top > depth) or (numbers and max(numbers) >= depth):
+                called = f"its {stack}" if len(depths) > 1 or side else "this model"
+                raise ConfigError(
+                    f"`{shown(self.layers)}`: {called} has {depth} layers, 0-{depth - 1}",
+                    where=WHERE,
+                    hint=f"top-1 to top-{depth}, or numbers from 0 to {depth - 1}",
+                )
+            if top is not None:
+                wanted[stack] = frozenset(range(depth - top, depth))
+            else:
+                wanted[stack] = frozenset(range(depth)) if numbers is None else frozenset(numbers)
+        return wanted
+
+
+def _numbers(values: Any) -> tuple[int, ...]:
+    numbers = list(values)
+    if not numbers:
+        raise ValueError("the list of layers is empty: nothing would be adapted")
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("layers are whole numbers from 0")
+    return tuple(sorted({*numbers}))
+
+
+def _text(value: str) -> Any:
+    text = "".join(value.split()).lower()
+    if text in ("all", "null", "none"):
+        return None
+    match = _CHOICE.fullmatch(text)
+    if match is None or not text:
+        raise ValueError("layers are chosen as top-4, 8-11, a list of numbers, or null for all")
+    side, top, first, last, one = match.groups()
+    if top == "top-0" or (top and int(top[4:]) == 0):
+        raise ValueError("top-0 chooses no layer: nothing would be adapted")
+    if first is not None and int(first) > int(last):
+        raise ValueError(f"{first} is above {last}: ranges go from the lower to the higher layer")
+    return (int(one),) if one is not None and side is None else text
+
+
+def _parsed(layers: str | tuple[int, ...]) -> tuple[str | None, int | None, tuple[int, ...] | None]:
+    """(side, how many of the highest, numbers); all numbers where neither of the latter two is given."""
+    if isinstance(layers, tuple):
+        return None, None, layers
+    match = _CHOICE.fullmatch(layers)
+    assert match is not None
+    side, top, first, last, one = match.groups()
+    if top is not None:
+        return side, int(top.removeprefix("top-")), None
+    if first is not None:
+        return side, None, tuple(range(int(first), int(last) + 1))
+    return side, None, None if one is None else (int(one),)
+
+
+def _depths(places: Sequence[HasLayer]) -> dict[str | None, int]:
+    """How many layers each stack has."""
+    depths: dict[str | None, int] = {}
+    for place in places:
+        if place.layer is not None:
+            depths[place.stack] = max(depths.get(place.stack, 0), place.layer + 1)
+    return depths
+
+
+def shown(layers: str | Sequence[int]) -> str:
+    """As it is written in a run file."""
+    return f"layers: {layers if isinstance(layers, str) else list(layers)}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2, 5`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,39 @@
+"""Name -> method: the only list of methods there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graftwerk.methods.base import Method
+from graftwerk.methods.bitfit import BitFit
+from graftwerk.methods.bottleneck import Bottleneck
+from graftwerk.methods.full import Full
+from graftwerk.methods.ia3 import IA3
+from graftwerk.methods.linear_probe import Probe
+from graftwerk.methods.lora import LoRA
+from graftwerk.methods.prefix_tuning import Prefix
+from graftwerk.methods.prompt_tuning import Prompt
+from graftwerk.methods.ptuning import PTuning
+from graftwerk.settings import parse_choice
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (LoRA, Bottleneck, Prefix, Prompt, PTuning, IA3, BitFit, Probe, Full)
+}
+SHORTHANDS: dict[str, dict[str, Any]] = {
+    "dora": {"name": "lora", "use_dora": True},
+    "rslora": {"name": "lora", "use_rslora": True},
+    "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    "houlsby": {"name": "bottleneck", "placement": "houlsby"},
+    "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer"},
+    "parallel": {"name": "bottleneck", "placement": "parallel"},
+}
+"""Names under which people know a setting of a method."""
+
+
+def parse_method(value: Any) -> Method:
+    """`lora`, `{name: lora, r: 8}`, or a method already built.
+
+    Raises:
+        ConfigError: no such method or setting; the nearest is named.
+    """
+    return parse_choice(value, Method, METHODS, what="a method", where="method", shorthands=SHORTHANDS)

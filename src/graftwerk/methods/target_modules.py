@@ -1,0 +1,66 @@
+"""Layers by the ends of their paths: `q_proj` and `layers.0.q_proj` both name `model.layers.0.q_proj`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from graftwerk.errors import ConfigError, did_you_mean
+from graftwerk.methods.base import TargetModule
+
+
+def endings(path: str) -> Iterator[str]:
+    """Everything that names this module: its whole path, and what is left of it after each dot."""
+    yield path
+    while path:
+        path = path.partition(".")[2]
+        if path:
+            yield path
+
+
+def named_by(places: Iterable[TargetModule]) -> frozenset[str]:
+    """Everything that names at least one of the places."""
+    return frozenset(ending for place in places for ending in endings(place.path))
+
+
+def select(places: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
+    """The places that the targets name.
+
+    Raises:
+        ConfigError: a target matches nothing; the nearest names are given.
+    """
+    known, wanted = named_by(places), frozenset(targets)
+    for target in targets:
+        if target not in known:
+            names = sorted({place.path.rpartition(".")[2] for place in places})
+            hint = did_you_mean(target, names)
+            raise ConfigError(
+                f"target_modules: `{target}` matches no layer of this model",
+                where="method.target_modules",
+                hint=f"{hint}The layers end in: {', '.join(names[:30])}",
+            )
+    return [place for place in places if not wanted.isdisjoint(endings(place.path))]
+
+
+def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> None:
+    """Refuse a target that names layers of the model, but none of those that were chosen by `layers`.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    known = named_by(chosen)
+    for target in targets:
+        if target not in known:
+            raise ConfigError(
+                f"target_modules: `{target}` is in none of the chosen layers",
+                where="method.layers",
+                hint="choose layers that have it, or leave it out of target_modules",
+            )
+
+
+def value_of(pattern: Mapping[str, float], path: str, default: float) -> float:
+    """The value of the longest key that names this module."""
+    if pattern:
+        for ending in endings(path):  # the longest first
+            if ending in pattern:
+                return pattern[ending]
+    return default

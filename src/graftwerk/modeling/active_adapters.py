@@ -1,0 +1,120 @@
+"""Who is active: one object per model, shared by all adapted layers, so that switching is one assignment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import ConfigError
+
+Key = TypeVar("Key", bound=Hashable)
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of a batch that use the same adapter; ``name`` None is the bare base. ``index`` is a LongTensor of row
+    numbers.
+    """
+
+    name: str | None
+    index: Tensor
+
+
+class ActiveAdapters:
+    """The active adapters of one model.
+
+    Attributes:
+        names: Adapters applied, in order, to every row. Ignored while ``rows`` is set.
+        rows: An adapter, or None for the bare base, for each row of the batch; None when all rows use ``names``.
+        merged: Adapters whose deltas are folded into the base's weights now; their heads still apply.
+    """
+
+    __slots__ = ("_groups", "_kept", "merged", "names", "rows")
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.merged: frozenset[str] = frozenset()
+        self.rows: tuple[str | None, ...] | None = None
+        self._groups: dict[tuple[int, str], tuple[RowGroup, ...]] = {}
+        self._kept: dict[Any, Any] = {}
+
+    def choose(self, names: tuple[str, ...]) -> None:
+        self.names, self.rows = names, None
+        self._groups, self._kept = {}, {}
+
+    def choose_rows(self, rows: tuple[str | None, ...]) -> None:
+        self.rows = rows
+        self._groups, self._kept = {}, {}
+
+    def cached(self, key: Key, make: Callable[[Key], Made]) -> Made:
+        """What was made for this key since the adapters were last chosen; made now if nothing was."""
+        found = self._kept.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # it may be of use in training too
+                found = self._kept[key] = make(key)
+        return found
+
+    def clear_cache(self) -> None:
+        """Drop what was made: the tensors that it was made from may be others now."""
+        self._kept.clear()  # in place: `disabled` holds on to it
+
+    def used(self) -> tuple[str, ...]:
+        """Every adapter that the next batch involves."""
+        if self.rows is None:
+            return self.names
+        return tuple(dict.fromkeys(name for name in self.rows if name is not None))
+
+    def repeats(self, size: int) -> int:
+        """How many consecutive entries of a tensor's first dimension belong to each named row.
+
+        Beam search repeats every row, and some layers flatten (B, T) to (B·T): both keep a row's entries together.
+
+        Raises:
+            ConfigError: the batch is not a multiple of the rows that were named.
+        """
+        assert self.rows is not None
+        if size % len(self.rows):
+            raise ConfigError(
+                f"adapters were named for {len(self.rows)} rows, but the batch has {size}",
+                where="activate(model, rows=...)",
+                hint="name one adapter, or None, for each row of the batch",
+            )
+        return size // len(self.rows)
+
+    def groups(self, size: int, device: torch.device) -> tuple[RowGroup, ...]:
+        """The rows of a batch of ``size``, grouped by adapter, the bare base included."""
+        key = (size, str(device))
+        if key not in self._groups:
+            repeats = self.repeats(size)
+            members: dict[str | None, list[int]] = {}
+            for row, name in enumerate(self.rows or ()):
+                members.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
+            with torch.inference_mode(False):  # as above
+                self._groups[key] = tuple(
+                    RowGroup(name, torch.tensor(index, dtype=torch.long, device=device))
+                    for name, index in members.items()
+                )
+        return self._groups[key]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        names, rows, groups, kept = self.names, self.rows, self._groups, self._kept
+        self.names, self.rows = (), None
+        try:
+            yield
+        finally:
+            self.names, self.rows, self._groups, self._kept = names, rows, groups, kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be made again, so that copies of a model do not begin with copies of stacked adapters."""
+        return {"names": self.names, "rows": self.rows, "merged": self.merged}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.names, self.rows, self.merged = state["names"], state["rows"], state["merged"]
+        self._groups, self._kept = {}, {}

@@ -1,0 +1,132 @@
+"""Adapted layers: the same object with another class, so that nothing of the base moves or is renamed.
+
+`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a layer norm the class ``Adapted<its
+class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.errors import UnsupportedError
+from graftwerk.kernels.memory_efficient import restore_class
+from graftwerk.modeling.accelerate_compat import change_class, is_replaced
+from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
+from graftwerk.modeling.per_row_adapters import forward_rows
+
+if TYPE_CHECKING:
+    _Layer = nn.Linear
+else:
+    _Layer = object
+
+
+class Adapted(_Layer):
+    """Mixed in before a layer's own class: enter, the layer itself, leave."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = args or kwargs.values()  # whatever the layer's own class calls its input
+        box = self._modules[CHILD]
+        assert isinstance(box, AdapterSlots)
+        if box.selection.rows is not None:
+            return forward_rows(box, super().forward, x)
+        deltas = box.active()
+        if not deltas:
+            return super().forward(x)
+        if (y := deltas[0].fused_forward(self, x, deltas[1:])) is not None:
+            return y  # type: ignore[no-any-return]
+        for delta in deltas:
+            x = delta.pre_forward(x)
+        y = super().forward(x)
+        for delta in deltas:
+            y = delta.post_forward(x, y)
+        return y  # type: ignore[no-any-return]
+
+
+class AdaptedHead(nn.Module):
+    """Mixed in before the class of a task head: each adapter's own copy of the head answers for its rows."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        box = self._modules[CHILD]
+        assert isinstance(box, AdapterSlots)
+        selection = box.selection
+        if selection.rows is None:
+            copies = [head for name in selection.names if (head := box.get(name)) is not None]
+            return _answer(copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        size = first.shape[0]
+        outputs, order = [], []
+        for group in selection.groups(size, first.device):
+            order.append(group.index)
+            if (head := box.get(group.name)) is None:
+                # Over the whole batch: a product of fewer rows may end in another last bit, and these are the base's.
+                outputs.append(super().forward(*args, **kwargs)[group.index])
+            else:
+                part_args = [_rows(value, size, group.index) for value in args]
+                part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
+                outputs.append(_answer(head, part_args, part_kwargs))
+        _check_same_width(outputs)
+        return torch.cat(outputs)[torch.argsort(torch.cat(order))]
+
+
+def _answer(head: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What an adapter's copy of a head says. The copy is float32; around it all is of the base's type, which
+    may be another.
+    """
+    given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
+    own = next((parameter.dtype for parameter in head.parameters()), None)
+    if given is None or own in (None, given.dtype) or torch.is_autocast_enabled(given.device.type):
+        return head(*args, **kwargs)
+
+    def cast(value: Any) -> Any:
+        return value.to(own) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    answer = head(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
+    return answer.to(given.dtype) if isinstance(answer, Tensor) else answer
+
+
+def _rows(value: Any, size: int, index: Tensor) -> Any:
+    return value[index] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+
+
+def _check_same_width(outputs: list[Tensor]) -> None:
+    widths = sorted({output.shape[-1] for output in outputs})
+    if len(widths) > 1:
+        raise UnsupportedError(
+            f"the heads of the adapters in this batch give different numbers of scores: {widths}",
+            where="activate(model, rows=...)",
+            hint="put only adapters with equally many labels, and none without a head of that size, into one batch",
+        )
+
+
+@cache
+def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
+    return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": base.__module__, "_graftwerk_base": base})
+
+
+def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False) -> None:
+    """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+
+    Raises:
+        UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
+    """
+    if not hasattr(type(module), "_graftwerk_base"):
+        if is_replaced(module):
+            raise UnsupportedError(
+                f"the forward of this {type(module).__name__} has been replaced on the object: an adapter would never "
+                f"be asked",
+                hint="attach the adapter first, and wrap the model then",
+            )
+        restore_class(module)
+        change_class(module, _adapted_class(type(module), AdaptedHead if head else Adapted))  # type: ignore[arg-type]
+    assert slots_of(module) is box
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module its own class back and take its box away."""
+    change_class(module, getattr(type(module), "_graftwerk_base", type(module)))
+    module._modules.pop(CHILD, None)

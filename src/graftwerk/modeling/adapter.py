@@ -1,0 +1,355 @@
+"""One adapter on one model: what it touches, what it trains, its tensors, and the verbs on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
+from graftwerk.methods.base import AdapterModule, Method, TargetModule
+from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
+from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.full_weights import TrainedWeights
+from graftwerk.modeling.merging import SavedWeights, merge_weights, merge_weights_in_place, unmerge_weights
+from graftwerk.modeling.module_index import base_modules, base_parameters
+from graftwerk.modeling.task_heads import fit_head
+
+
+class Adapter:
+    """An adapter on a model, made by `attach` or `load`. ``print(graft)`` says what was touched and what trains.
+
+    Attributes:
+        name: Its name on this model.
+        method: Its settings.
+        places: The layers it touches, for methods that work inside layers.
+        hosts: Paths of all modules that carry a part of it, heads not counted.
+        heads: Paths of the modules that it trains and stores whole.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        model: PreTrainedModel,
+        record: ModelAdapters,
+        places: tuple[TargetModule, ...],
+        hosts: tuple[str, ...],
+        heads: tuple[str, ...],
+        anatomy: Architecture,
+        weights: TrainedWeights | None,
+    ) -> None:
+        self.name, self.method, self.model = name, method, model
+        self.targets, self.hosts, self.heads = places, hosts, heads
+        self.weights = weights
+        self._record = record
+        self._task_heads = heads if weights is None else anatomy.heads
+        self._kept: SavedWeights | None = None
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(host path, this adapter's module there), heads last."""
+        base = base_modules(self.model)
+        for path in (*self.hosts, *self.heads):
+            yield path, self._module(base[path])
+
+    def _module(self, host: nn.Module) -> nn.Module:
+        box = slots_of(host)
+        module = None if box is None else box.get(self.name)
+        if module is None:
+            raise ConflictError(f"the adapter `{self.name}` has been deleted from this model")
+        return module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What trains, by raw key (``<module path>.<parameter>``), always in the same order; the head's included."""
+        for key, parameter in self._own():
+            if self.weights is not None or parameter.requires_grad:  # weights that sleep require no gradient either
+                yield key, parameter
+
+    def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters of this adapter, also those that do not train."""
+        if self.weights is not None:
+            yield from self.weights.parameters.items()
+            return
+        yield from self._parameters(self.modules())
+
+    @staticmethod
+    def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, module in modules:
+            for key, parameter in module.named_parameters():
+                yield _join(path, key), parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors by raw key, detached; they share memory with the model."""
+        if self.weights is not None:
+            values = self.weights.other if not self.weights.live else None
+            return {
+                key: (parameter if values is None else values[key]).detach()
+                for key, parameter in self.weights.parameters.items()
+            }
+        return {
+            _join(path, key): tensor.detach()
+            for path, module in self.modules()
+            for key, tensor in module.state_dict().items()
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], *, heads_alone: bool = False) -> None:
+        """Put stored tensors in. A head with another number of labels makes this adapter's head as wide.
+
+        Args:
+            heads_alone: All tensors but those of the heads are in already; for `attach_with`.
+
+        Raises:
+            AdapterError: a tensor is missing, is not known, or has another shape. Nothing is changed then.
+            ConflictError: the adapter is merged.
+        """
+        if self.merged:
+            raise ConflictError(
+                f"`{self.name}` is merged into the base; its weights cannot change now", hint="unmerge it first"
+            )
+        if heads_alone:
+            tensors = {key: tensor for key, tensor in tensors.items() if self.is_head(key)}
+        own = self._head_state() if heads_alone else self.state_dict()
+        missing = [key for key in own if key not in tensors]
+        extra = [key for key in tensors if key not in own]
+        if missing or extra:
+            raise AdapterError(
+                f"{_some('missing', missing)}{'; ' if missing and extra else ''}{_some('not known here', extra)}",
+                where=f"adapter `{self.name}`",
+                hint="the adapter was made with other settings or for another architecture",
+            )
+        wrong = [
+            f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
+            for key in own
+            if tensors[key].shape != own[key].shape and not self.is_head(key)
+        ]
+        if wrong:
+            raise AdapterError(_some("mis-shaped", wrong), where=f"adapter `{self.name}`")
+        for path in self.heads:
+            box = slots_of(self.model.get_submodule(path))
+            assert box is not None
+            inner = {
+                key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
+            }
+            fit_head(box, self.name, inner, path)
+        own = self._head_state() if heads_alone else self.state_dict()
+        still = [
+            f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
+            for key in own
+            if tensors[key].shape != own[key].shape
+        ]
+        if still:
+            raise AdapterError(_some("mis-shaped", still), where=f"adapter `{self.name}`")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(tensors[key])
+
+    def _head_state(self) -> dict[str, Tensor]:
+        base = base_modules(self.model)
+        return {
+            _join(path, key): tensor.detach()
+            for path in self.heads
+            for key, tensor in self._module(base[path]).state_dict().items()
+        }
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of it trains, as after `load` without ``trainable=True``."""
+        if self.weights is not None:
+            return not self.weights.trainable
+        return not any(parameter.requires_grad for _, parameter in self._own())
+
+    def freeze(self, *, heads_alone: bool = False) -> None:
+        """Let nothing of it train any more, also after it was switched off and on again.
+
+        Args:
+            heads_alone: All parameters but those of the heads are frozen already; for `attach_with`.
+        """
+        if self.weights is not None:
+            self.weights.trainable = False
+        base = base_modules(self.model)
+        heads = [(path, self._module(base[path])) for path in self.heads]
+        for _, parameter in self._parameters(heads) if heads_alone else self._own():
+            parameter.requires_grad_(False)
+
+    # -- figures ---------------------------------------------------------------------------------------------------
+
+    def is_head(self, key: str) -> bool:
+        """Whether a raw key belongs to a head."""
+        return any(key == path or key.startswith(path + ".") for path in self._task_heads)
+
+    @property
+    def num_parameters(self) -> int:
+        """Trained parameters of the method itself, heads not counted."""
+        return sum(parameter.numel() for key, parameter in self.named_parameters() if not self.is_head(key))
+
+    @property
+    def num_head_parameters(self) -> int:
+        return sum(parameter.numel() for key, parameter in self.named_parameters() if self.is_head(key))
+
+    @property
+    def num_base_parameters(self) -> int:
+        """Parameters of the model without any grafts."""
+        return sum(map(_elements, base_parameters(self.model).values()))
+
+    def learning_rate_factor(self, key: str) -> float:
+        return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
+
+    # -- verbs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        return self.name in self._record.selection.merged
+
+    def merge(self, *, keep_base: bool = True) -> None:
+        """Fold the adapter into the base's weights; its head stays its own. Outputs stay the same, the cost of the
+        adapter goes.
+
+        Args:
+            keep_base: Keep the touched weights as they were, so that `unmerge` gives their bits back. Without it
+                nothing more is allocated and merging is several times faster, but there is no way back: the adapter can
+                then not be unmerged, disabled, deleted or detached.
+
+        Raises:
+            UnsupportedError: the method cannot be folded, or the base is quantized.
+            ConflictError: another adapter is merged, or this one is not the active one.
+        """
+        if self.merged:
+            return
+        if not self.method.mergeable:
+            raise UnsupportedError(
+                f"{self.method.title} cannot be merged: it is no change of a weight",
+                hint="serve it unmerged; lora, ia3 and bitfit can be merged",
+            )
+        selection = self._record.selection
+        if selection.merged:
+            raise ConflictError(f"`{', '.join(selection.merged)}` is merged already", hint="unmerge it first")
+        if selection.rows is not None or selection.names != (self.name,):
+            raise ConflictError(
+                f"`{self.name}` is not the one active adapter", hint=f'activate(model, "{self.name}") first'
+            )
+        base = base_modules(self.model)
+        layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, AdapterModule)]
+        if keep_base:
+            self._kept = merge_weights(layers)
+        else:
+            merge_weights_in_place(layers)
+        selection.merged = frozenset({self.name})
+
+    def unmerge(self) -> None:
+        """Give the base its own weights back, bit for bit.
+
+        Raises:
+            UnsupportedError: they were not kept.
+        """
+        if not self.merged:
+            return
+        unmerge_weights(self._kept_base())
+        self._kept = None
+        self._record.selection.merged = frozenset()
+
+    def _kept_base(self) -> SavedWeights:
+        if self._kept is None:
+            raise UnsupportedError(
+                f"the base's weights are gone: `{self.name}` was merged with keep_base=False",
+                hint="load the base again",
+            )
+        return self._kept
+
+    @contextmanager
+    def unmerged(self) -> Iterator[None]:
+        """The base's own weights inside the block, and the folded ones, to the bit, after it.
+
+        Raises:
+            UnsupportedError: the base's weights were not kept.
+        """
+        selection = self._record.selection
+        folded = unmerge_weights(self._kept_base())
+        before, selection.merged = selection.merged, frozenset()
+        try:
+            yield
+        finally:
+            if self._record.adapters.get(self.name) is self:  # else it was deleted meanwhile
+                unmerge_weights(folded)
+                selection.merged = before
+
+    @property
+    def active(self) -> bool:
+        """Whether this is the one adapter that answers, for all rows."""
+        selection = self._record.selection
+        return selection.rows is None and selection.names == (self.name,)
+
+    def activate(self) -> None:
+        """Make this the one active adapter."""
+        from graftwerk.modeling.attach import activate
+
+        activate(self.model, self.name)
+
+    def delete(self) -> None:
+        """Take this adapter off the model."""
+        from graftwerk.modeling.attach import remove
+
+        remove(self.model, self.name)
+
+    def save(self, folder: str | Path, **metadata: Any) -> Path:
+        """Write the adapter folder (PEFT's format), whole or not at all."""
+        # The one look upwards of this room: people expect the verb on the object.
+        from graftwerk.serialization.folder import save_adapter
+
+        return save_adapter(self, Path(folder), metadata=metadata or None)
+
+    # -- words -----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"<Graft {self.name}: {self.method.title} on {type(self.model).__name__}>"
+
+    def __str__(self) -> str:
+        settings = self.method.model_dump(exclude_defaults=True)
+        shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+        base, total, head = self.num_base_parameters, 0, 0
+        for key, parameter in self._own():
+            total += parameter.numel()
+            head += parameter.numel() if self.is_head(key) else 0
+        lines = [f"{self.name}: {self.method.title}{f' ({shown})' if shown else ''} on {type(self.model).__name__}"]
+        if self.weights is not None:
+            lines.append(f"  touches  every weight of the model ({len(self.weights.parameters)} tensors)")
+        elif self.hosts:
+            counts = Counter(path.rpartition(".")[2] or type(self.model).__name__ for path in self.hosts)
+            lines.append(
+                f"  touches  {len(self.hosts)} modules: " + ", ".join(f"{n} x {name}" for name, n in counts.items())
+            )
+        if self.heads:
+            lines.append(f"  head     {', '.join(self.heads)}: {head:,} parameters, a copy of its own")
+        size = f"{total:,} parameters, {100 * total / base:.2f} % of the base's {base:,}"
+        lines.append(f"  frozen   {size}: nothing trains" if self.frozen else f"  trains   {size}")
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values())
+        lines.append(f"  on disk  {stored / 1e6:.2f} MB")
+        return "\n".join(lines)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """4-bit weights hold two values a byte; bitsandbytes keeps the true shape in the quantization state."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+def _some(what: str, keys: list[str], most: int = 5) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{len(keys)} {what}: {', '.join(keys[:most])}{more}"

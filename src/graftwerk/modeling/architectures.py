@@ -1,0 +1,398 @@
+"""Which module of a model is what: the one table of architectures, and nothing that changes a model.
+
+`anatomy(model)` reads the table and gives places by role (`methods.base.Place`), attention modules, stacks and heads.
+A model of an architecture that is not listed still has its linear layers as places (`OTHER_LINEAR`), so that LoRA on
+named or all linear layers works; methods that need to know what a layer is for say which architectures are known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from graftwerk.methods.base import Role, TargetModule
+from graftwerk.modeling.adapter_slots import CHILD
+from graftwerk.modeling.module_index import base_modules, module_index
+
+StackKind = Literal["encoder", "decoder", "causal"]
+"""`encoder` reads both ways; `decoder` is the second half of an encoder-decoder; `causal` is a decoder-only model."""
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """How one group of architectures calls its parts; paths are relative to a layer."""
+
+    model_types: tuple[str, ...]
+    layers: str
+    """The path from a stack to its list of layers."""
+    roles: Mapping[str, Role]
+    causal: bool = False
+    cross: tuple[str, ...] = ()
+    """Names of cross-attention modules."""
+
+
+_BERT = ModuleNames(
+    model_types=("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "roberta-prelayernorm"),
+    layers="encoder.layer",
+    roles={
+        "attention.self.query": Role.QUERY,
+        "attention.self.key": Role.KEY,
+        "attention.self.value": Role.VALUE,
+        "attention.output.dense": Role.ATTENTION_OUT,
+        "crossattention.self.query": Role.QUERY,
+        "crossattention.self.key": Role.KEY,
+        "crossattention.self.value": Role.VALUE,
+        "crossattention.output.dense": Role.ATTENTION_OUT,
+        "intermediate.dense": Role.FFN_IN,
+        "output.dense": Role.FFN_OUT,
+    },
+    cross=("crossattention.self",),
+)
+_PROJECTIONS = {
+    "self_attn.q_proj": Role.QUERY,
+    "self_attn.k_proj": Role.KEY,
+    "self_attn.v_proj": Role.VALUE,
+}
+_GATED = ModuleNames(
+    model_types=(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "stablelm",
+    ),
+    layers="layers",
+    roles={
+        **_PROJECTIONS,
+        "self_attn.o_proj": Role.ATTENTION_OUT,
+        "mlp.gate_proj": Role.FFN_GATE,
+        "mlp.up_proj": Role.FFN_IN,
+        "mlp.down_proj": Role.FFN_OUT,
+    },
+    causal=True,
+)
+_BART = ModuleNames(
+    model_types=("bart", "mbart", "marian", "m2m_100", "pegasus", "blenderbot", "plbart"),
+    layers="layers",
+    roles={
+        **_PROJECTIONS,
+        "self_attn.out_proj": Role.ATTENTION_OUT,
+        "encoder_attn.q_proj": Role.QUERY,
+        "encoder_attn.k_proj": Role.KEY,
+        "encoder_attn.v_proj": Role.VALUE,
+        "encoder_attn.out_proj": Role.ATTENTION_OUT,
+        "fc1": Role.FFN_IN,
+        "fc2": Role.FFN_OUT,
+    },
+    cross=("encoder_attn",),
+)
+
+
+def _t5_roles() -> dict[str, Role]:
+    roles: dict[str, Role] = {}
+    for block in ("layer.0.SelfAttention", "layer.1.EncDecAttention"):
+        for name, role in (("q", Role.QUERY), ("k", Role.KEY), ("v", Role.VALUE), ("o", Role.ATTENTION_OUT)):
+            roles[f"{block}.{name}"] = role
+    for block in ("layer.1.DenseReluDense", "layer.2.DenseReluDense"):
+        # v1.1 and mT5 gate: wi_0 goes through the activation, wi_1 is multiplied with it.
+        for name, role in (("wi", Role.FFN_IN), ("wi_1", Role.FFN_IN), ("wi_0", Role.FFN_GATE), ("wo", Role.FFN_OUT)):
+            roles[f"{block}.{name}"] = role
+    return roles
+
+
+LAYOUTS: tuple[ModuleNames, ...] = (
+    _BERT,
+    _GATED,
+    _BART,
+    ModuleNames(
+        model_types=("distilbert",),
+        layers="transformer.layer",
+        roles={
+            "attention.q_lin": Role.QUERY,
+            "attention.k_lin": Role.KEY,
+            "attention.v_lin": Role.VALUE,
+            "attention.out_lin": Role.ATTENTION_OUT,
+            "ffn.lin1": Role.FFN_IN,
+            "ffn.lin2": Role.FFN_OUT,
+        },
+    ),
+    ModuleNames(
+        model_types=("modernbert",),
+        layers="layers",
+        roles={
+            "attn.Wqkv": Role.FUSED_QKV,
+            "attn.Wo": Role.ATTENTION_OUT,
+            "mlp.Wi": Role.FFN_IN,
+            "mlp.Wo": Role.FFN_OUT,
+        },
+    ),
+    ModuleNames(
+        model_types=("gpt2",),
+        layers="h",
+        roles={
+            "attn.c_attn": Role.FUSED_QKV,
+            "attn.c_proj": Role.ATTENTION_OUT,
+            "mlp.c_fc": Role.FFN_IN,
+            "mlp.c_proj": Role.FFN_OUT,
+        },
+        causal=True,
+    ),
+    ModuleNames(
+        model_types=("opt",),
+        layers="layers",
+        roles={**_PROJECTIONS, "self_attn.out_proj": Role.ATTENTION_OUT, "fc1": Role.FFN_IN, "fc2": Role.FFN_OUT},
+        causal=True,
+    ),
+    ModuleNames(
+        model_types=("phi",),
+        layers="layers",
+        roles={**_PROJECTIONS, "self_attn.dense": Role.ATTENTION_OUT, "mlp.fc1": Role.FFN_IN, "mlp.fc2": Role.FFN_OUT},
+        causal=True,
+    ),
+    ModuleNames(model_types=("t5", "mt5", "umt5"), layers="block", roles=_t5_roles(), cross=("EncDecAttention",)),
+)
+
+_BY_TYPE = {model_type: layout for layout in LAYOUTS for model_type in layout.model_types}
+
+
+@dataclass(frozen=True)
+class AttentionPlace:
+    """One module that calls transformers' attention interface.
+
+    Attributes:
+        path: Its path in the model.
+        stack: The kind of stack it stands in.
+        cross: Whether its keys and values come from the encoder.
+        layer: Index of its layer within the stack.
+        kv_heads, head_dim: Heads G of keys and values, and their width D.
+        key_path: The projection that makes its keys (or the fused one).
+    """
+
+    path: str
+    stack: StackKind
+    cross: bool
+    layer: int
+    kv_heads: int
+    head_dim: int
+    key_path: str
+
+
+@dataclass(frozen=True)
+class StackPlace:
+    """A module that takes `input_ids` or `inputs_embeds` and runs layers over them.
+
+    Attributes:
+        path: Its path ("" where the model itself is the stack).
+        kind: How it reads.
+        width: Width d of its input embeddings.
+        layers: The path of its list of layers.
+    """
+
+    path: str
+    kind: StackKind
+    width: int
+    layers: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model consists of, as far as methods need to know."""
+
+    model_type: str
+    known: bool
+    targets: tuple[TargetModule, ...]
+    attentions: tuple[AttentionPlace, ...]
+    stacks: tuple[StackPlace, ...]
+    heads: tuple[str, ...]
+    """Modules outside the base model that a task put there (`classifier`, `score`): trained whole with every
+    adapter.
+    """
+    by_path: Mapping[str, TargetModule] = field(default_factory=dict)
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Return whether a known architecture is a decoder-only one, in which a token reads only those before it."""
+    if config.is_encoder_decoder:
+        return False
+    layout = _BY_TYPE.get(config.model_type)
+    return (layout is not None and layout.causal) or bool(getattr(config, "is_decoder", False))
+
+
+def known_architectures() -> tuple[str, ...]:
+    """The model types in the table."""
+    return tuple(sorted(_BY_TYPE))
+
+
+_TASK_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
+
+
+def read_architecture(model: PreTrainedModel) -> Architecture:
+    """The anatomy of a model; read once for as long as its modules are the same. Grafts on it change nothing."""
+    return module_index(model).cached("anatomy", lambda: _read(model))
+
+
+def _read(model: PreTrainedModel) -> Architecture:
+    config = model.config
+    layout = _BY_TYPE.get(config.model_type)
+    base_path = _base_path(model)
+    has_task_head = bool(base_path) and _TASK_HEADS.search(type(model).__name__) is not None
+    heads = tuple(
+        name
+        for name, child in model.named_children()
+        if has_task_head and name != base_path and name != CHILD and any(True for _ in child.parameters())
+    )
+    places: list[TargetModule] = []
+    layer_of = _LayerFinder(layout)
+
+    def stack_of(path: str) -> str | None:
+        if layout is None or layer_of(path)[0] is None:
+            return layer_of.list_of(path)
+        return _stack_kind(model, layout, path)
+
+    outputs = model.get_output_embeddings()  # in T5 they lie beside the stacks, and there the base is the model itself
+    for path, module in _distinct(model):
+        if not _inside(path, base_path) or not path or module is outputs:
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            in_features, out_features = linear_shape(module)
+            layer, relative = layer_of(path)
+            role = Role.OTHER_LINEAR
+            if layout is not None and relative is not None:
+                role = layout.roles.get(relative, Role.OTHER_LINEAR)
+            ffn = None
+            if role in (Role.FFN_IN, Role.FFN_GATE, Role.FFN_OUT) and relative is not None:
+                ffn = f"{path.removesuffix(relative)}{_block(relative)}"
+            places.append(
+                TargetModule(path, role, in_features, out_features, module.bias is not None, ffn, layer, stack_of(path))
+            )
+        elif isinstance(module, nn.LayerNorm):
+            width = module.normalized_shape[-1]
+            layer = layer_of(path)[0]
+            places.append(
+                TargetModule(path, Role.NORM, width, width, module.bias is not None, None, layer, stack_of(path))
+            )
+    return Architecture(
+        model_type=config.model_type,
+        known=layout is not None,
+        targets=tuple(places),
+        attentions=_attentions(model, layout, places),
+        stacks=_stacks(model, layout, base_path),
+        heads=heads,
+        by_path={place.path: place for place in places},
+    )
+
+
+def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(in, out) of a linear layer, also of GPT-2's transposed one and of quantized ones."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    return module.in_features, module.out_features
+
+
+def _base_path(model: PreTrainedModel) -> str:
+    base = model.base_model
+    if base is model:
+        return ""
+    return next(name for name, module in _distinct(model) if module is base)
+
+
+def _distinct(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without grafts: shared modules once, under their first path."""
+    seen: set[int] = set()
+    for path, module in base_modules(model).items():
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield path, module
+
+
+def _inside(path: str, base_path: str) -> bool:
+    return not base_path or path == base_path or path.startswith(base_path + ".")
+
+
+def _block(relative: str) -> str:
+    """`mlp.up_proj` -> `mlp`; `fc1`, `intermediate.dense` and `output.dense` belong to the layer itself."""
+    head = relative.rpartition(".")[0]
+    return "" if head in ("intermediate", "output") else head
+
+
+class _LayerFinder:
+    """Splits a path into the index of its layer and the rest."""
+
+    def __init__(self, layout: ModuleNames | None) -> None:
+        names = {layout.layers} if layout is not None else {"layers", "layer", "h", "block", "blocks"}
+        alternatives = "|".join(re.escape(name) for name in sorted(names))
+        self.pattern = re.compile(rf"(?:^|\.)(?:{alternatives})\.(\d+)\.(.+)$")
+
+    def __call__(self, path: str) -> tuple[int | None, str | None]:
+        match = self.pattern.search(path)
+        return (int(match[1]), match[2]) if match else (None, None)
+
+    def list_of(self, path: str) -> str | None:
+        """The path of the list of layers that a module stands in."""
+        match = self.pattern.search(path)
+        return path[: match.start(1) - 1] if match else None
+
+
+def _stack_kind(model: PreTrainedModel, layout: ModuleNames, path: str) -> StackKind:
+    if model.config.is_encoder_decoder:
+        return "decoder" if "decoder" in path.split(".") else "encoder"
+    return "causal" if is_causal(model.config) else "encoder"
+
+
+def _attentions(
+    model: PreTrainedModel, layout: ModuleNames | None, places: list[TargetModule]
+) -> tuple[AttentionPlace, ...]:
+    if layout is None:
+        return ()
+    found, modules = [], base_modules(model)
+    for place in places:
+        if place.role not in (Role.KEY, Role.FUSED_QKV) or place.layer is None:
+            continue
+        path = place.path.rpartition(".")[0]
+        module = modules[path]
+        width = place.out_features // (3 if place.role is Role.FUSED_QKV else 1)
+        head_dim = next(
+            value
+            for name in ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
+            if isinstance(value := getattr(module, name, None), int)
+        )
+        cross = any(path.endswith(name) for name in layout.cross)
+        found.append(
+            AttentionPlace(
+                path, _stack_kind(model, layout, path), cross, place.layer, width // head_dim, head_dim, place.path
+            )
+        )
+    return tuple(found)
+
+
+def _stacks(model: PreTrainedModel, layout: ModuleNames | None, base_path: str) -> tuple[StackPlace, ...]:
+    if layout is None:
+        return ()
+    if not layout.causal and not model.config.is_encoder_decoder:
+        kind, layers = _stack_kind(model, layout, base_path), f"{base_path}.{layout.layers}".removeprefix(".")
+        return (StackPlace(base_path, kind, _embedding_width(model.base_model), layers),)
+    found = []
+    for path, module in _distinct(model):
+        if (path.split(".")[-1] == layout.layers or path == layout.layers) and isinstance(module, nn.ModuleList):
+            stack = path.rpartition(".")[0]
+            width = _embedding_width(model.get_submodule(stack) if stack else model)
+            found.append(StackPlace(stack, _stack_kind(model, layout, stack), width, path))
+    return tuple(found)
+
+
+def _embedding_width(stack: nn.Module) -> int:
+    embedding = stack.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[1])

@@ -1,0 +1,336 @@
+"""Attaching, activating and removing grafts: the verbs of the public API.
+
+In one look:
+
+    graft = attach(model, LoRA(r=8), name="news")
+    activate(model, "news")                 activate(model, rows=["news", None, "legal"])
+    with disabled(model): ...               detach(model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
+from graftwerk.kernels.memory_efficient import make_memory_efficient, restore_modules
+from graftwerk.methods.base import Method, TargetModule, module_device
+from graftwerk.modeling.adapted_module import adapt, restore
+from graftwerk.modeling.adapter import Adapter
+from graftwerk.modeling.adapter_slots import ModelAdapters, check_name, slots_of
+from graftwerk.modeling.architectures import Architecture, read_architecture
+from graftwerk.modeling.full_weights import TrainedWeights
+from graftwerk.modeling.module_index import ModuleIndex, base_parameters, forget, module_index
+from graftwerk.modeling.task_heads import copy_head, head_paths
+
+__all__ = ["Adapter", "activate", "adapter_state_dict", "adapters", "attach", "detach", "disabled"]
+
+_WITHOUT_LAYERS = ("attention", "embedding")
+"""Kinds of methods that do not work inside single layers; each has a module of its own in this room."""
+
+
+_ROOMS = {"attention": "graftwerk.modeling.prefix_attention", "embedding": "graftwerk.modeling.prompt_embedding"}
+
+
+def _room(kind: str) -> Any:
+    return import_module(_ROOMS[kind])
+
+
+def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Adapter:
+    """Put a method into a model, in place, and make it the active one.
+
+    The base is frozen; the adapter's parameters and its copy of the task head are trained. Initial values come from
+    torch's global random generator. Nothing of the base is moved, renamed or copied.
+
+    Args:
+        model: Any transformers model; it stays a plain `PreTrainedModel`.
+        method: `LoRA(...)`, `Prefix(...)`, ...
+        name: Letters, digits, `_`, `-`.
+
+    Raises:
+        ConflictError: the name is taken, or an adapter is merged.
+        UnsupportedError: the method cannot work on this architecture; the message says why.
+        ConfigError: a target or module that the settings name does not exist.
+    """
+    return attach_from_tensors(model, method, name, None)
+
+
+def attach_from_tensors(
+    model: PreTrainedModel, method: Method, name: str, tensors: Mapping[str, Tensor] | None, *, trainable: bool = True
+) -> Adapter:
+    """`attach`, with stored values in place of initial ones; ``tensors`` by raw key, heads included.
+
+    Where a method can, the tensors become its parameters, without a copy; the rest is copied. The caller's mapping is
+    not changed, and its tensors should not be used elsewhere.
+
+    Raises:
+        AdapterError: a tensor is missing, is not known, or has another shape.
+
+    The model is as before whenever this raises.
+    """
+    check_name(name)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
+    known = ModelAdapters.of(model)
+    if known is not None:
+        if name in known.adapters:
+            raise ConflictError(
+                f"this model has an adapter `{name}` already", hint="delete it first, or choose another name"
+            )
+        _refuse_while_merged(known, "attach another adapter")
+        if any(graft.weights is not None and graft.weights.other is None for graft in known.adapters.values()):
+            raise UnsupportedError(
+                "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
+                hint="attach with Full(keep_base=True), or load the base again",
+            )
+    view, base = read_architecture(model), module_index(model)
+    heads = head_paths(model, method, view)
+    whole = False
+    if method.kind == "layer":
+        places = method.select_targets(view.targets)
+        if not places and not heads:
+            raise UnsupportedError(
+                f"{method.title} trains the task head alone, and {type(model).__name__} has none",
+                hint="load the model with a task head, for instance AutoModelForSequenceClassification",
+            )
+        modules = [base.modules[place.path] for place in places]
+        around = None
+        if tensors is not None:
+            inner = {key: tensor for key, tensor in tensors.items() if not _within(key, heads)} if heads else tensors
+            around = method.from_tensors(places, modules, inner, trainable)
+        whole = around is not None and bool(places)
+        hosts: dict[str, nn.Module] = dict(method.build_all(places, modules) if around is None else around)
+    elif method.kind == "weights":
+        places, hosts = [], {}
+    else:
+        places, hosts = [], _room(method.kind).modules(model, method, view)
+    # Nothing can fail from here on but stored tensors that do not fit, so that a refused method leaves the model as it
+    # was.
+    record = ModelAdapters.make(model)
+    names, rows = record.selection.names, record.selection.rows
+    if known is None:
+        record.save_flags(base.parameters)
+    graft = _install(model, record, method, name, view, base, places, hosts, heads, whole)
+    if tensors is not None:
+        try:
+            graft.load_state_dict(tensors, heads_alone=whole)
+        except BaseException:
+            graft.delete()
+            if known is None:
+                detach(model)
+            elif rows is not None:
+                activate(model, rows=rows)
+            else:
+                activate(model, names)
+            raise
+        if not trainable:
+            graft.freeze(heads_alone=whole)
+    return graft
+
+
+def _within(key: str, heads: Sequence[str]) -> bool:
+    return any(key.startswith(f"{head}.") for head in heads)
+
+
+def _install(
+    model: PreTrainedModel,
+    record: ModelAdapters,
+    method: Method,
+    name: str,
+    view: Architecture,
+    base: ModuleIndex,
+    places: list[TargetModule],
+    hosts: Mapping[str, nn.Module],
+    heads: tuple[str, ...],
+    placed: bool,
+) -> Adapter:
+    """``placed``: the hosts' modules are on their devices and in their modes already."""
+    weights = None
+    if method.kind == "weights":
+        record.selection.choose(())
+        record.sync()  # so that what is kept is the base, not another full graft
+        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags)
+        heads = ()
+    else:
+        for parameter in base.parameters.values():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+    for path, module in hosts.items():
+        host = base.modules[path]
+        if placed:
+            record.slots(host).put(name, module)
+        else:
+            _place(record, host, name, module)
+        if path in view.by_path:
+            adapt(host, record.slots(host))
+    for path in heads:
+        host = base.modules[path]
+        _place(record, host, name, copy_head(host))
+        adapt(host, record.slots(host), head=True)
+    if method.kind in _WITHOUT_LAYERS:
+        _room(method.kind).install_hooks(model, record)
+    graft = Adapter(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
+    record.adapters[name] = graft
+    if len(record.adapters) == 1:
+        make_memory_efficient(base.modules.values())
+    activate(model, name)
+    return graft
+
+
+def _place(record: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
+    """Put an adapter's module beside the weights it works with, in the host's mode."""
+    device = module_device(host)
+    if any(parameter.device != device for parameter in module.parameters()):
+        module.to(device)
+    if module.training != host.training:
+        module.train(host.training)
+    record.slots(host).put(name, module)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """All grafts on a model, by name; empty where there is none."""
+    record = ModelAdapters.of(model)
+    return {} if record is None else dict(record.adapters)
+
+
+def activate(
+    model: nn.Module, name: str | Sequence[str] | None = None, *, rows: Sequence[str | None] | None = None
+) -> None:
+    """Choose who is active: one adapter, several in order, none, or one (or none) for each row of the next batches.
+
+    Args:
+        name: An adapter's name, a list of names that apply one after the other, or None for the bare base.
+        rows: For each row of a batch a name, or None for the bare base. Stays in force until the next call.
+
+    Raises:
+        ConfigError: no such adapter; the names there are are listed.
+        UnsupportedError: a kind of adapter that cannot differ by row.
+        ConflictError: an adapter is merged into the base.
+    """
+    record = ModelAdapters.of(model)
+    if record is None:
+        if name is None and rows is None:
+            return
+        raise ConfigError("this model has no adapters", hint="attach or load one first")
+    if rows is not None and name is not None:
+        raise ConfigError("give one name for all rows, or rows, not both")
+    chosen = list(rows) if rows is not None else ([name] if isinstance(name, str) else list(name or ()))
+    for one in chosen:
+        if one is not None and one not in record.adapters:
+            raise ConfigError(
+                f"there is no adapter `{one}` on this model", hint=f"there are: {', '.join(record.adapters) or 'none'}"
+            )
+    if rows is not None:
+        if not rows:
+            raise ConfigError("rows is empty", where="activate(model, rows=...)")
+        for one in dict.fromkeys(chosen):
+            if one is not None and not record.adapters[one].method.supports_rows:
+                raise UnsupportedError(
+                    f"`{one}` is {record.adapters[one].method.title}: it replaces the base's weights, so it cannot "
+                    f"differ by row",
+                    hint="run its rows in a batch of their own",
+                )
+        _refuse_while_merged(record, "choose adapters by row")
+        record.selection.choose_rows(tuple(rows))
+    else:
+        if set(record.selection.merged) - {one for one in chosen if one}:
+            _refuse_while_merged(record, "switch adapters")
+        record.selection.choose(tuple(one for one in chosen if one is not None))
+    record.sync()
+
+
+def _refuse_while_merged(record: ModelAdapters, wish: str) -> None:
+    if record.selection.merged:
+        raise ConflictError(
+            f"cannot {wish}: `{', '.join(sorted(record.selection.merged))}` is merged into the base",
+            hint="unmerge it first",
+        )
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The bare base inside the block: no adapter, no head of an adapter; merged weights are taken out and put back.
+
+    Raises:
+        UnsupportedError: an adapter was merged with ``keep_base=False``.
+    """
+    record = ModelAdapters.of(model)
+    if record is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for name in record.selection.merged:
+            stack.enter_context(record.adapters[name].unmerged())
+        stack.callback(record.sync)
+        stack.callback(record.drop_missing)
+        stack.enter_context(record.selection.disabled())
+        record.sync()
+        yield
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Take every graft off: classes, parameters, flags, hooks and configuration are those from before.
+
+    Raises:
+        UnsupportedError: the base's weights are gone: full fine-tuning ran, or an adapter was merged, with
+            ``keep_base=False``.
+    """
+    record = ModelAdapters.of(model)
+    if record is None:
+        return model
+    for graft in record.adapters.values():
+        graft.unmerge()  # before anything is taken off: it may not be possible
+    for name in list(record.adapters):
+        remove(model, name)
+    record.restore_flags(base_parameters(model))
+    ModelAdapters.forget(model)
+    forget(model)
+    return model
+
+
+def remove(model: PreTrainedModel, name: str) -> None:
+    """Delete one adapter; modules that no adapter touches any more get their own class back."""
+    record = ModelAdapters.of(model)
+    if record is None or name not in record.adapters:
+        raise ConfigError(f"there is no adapter `{name}` on this model")
+    graft = record.adapters[name]
+    graft.unmerge()
+    if graft.weights is not None:
+        graft.weights.put(live=False)
+        for parameter in graft.weights.parameters.values():
+            parameter.requires_grad_(False)
+    selection = record.selection
+    if selection.rows is not None and name in selection.rows:
+        selection.choose(())
+    selection.names = tuple(one for one in selection.names if one != name)
+    del record.adapters[name]
+    base = module_index(model)
+    for path in dict.fromkeys((*graft.hosts, *graft.heads)):
+        host = base.modules[path]
+        box = slots_of(host)
+        assert box is not None
+        box.remove(name)
+        if box.empty:
+            restore(host)
+            make_memory_efficient([host])
+    if not record.adapters:
+        restore_modules(base.modules.values())
+    kind = graft.method.kind
+    if kind in _WITHOUT_LAYERS and not any(other.method.kind == kind for other in record.adapters.values()):
+        _room(kind).remove_hooks(model, record)
+    record.sync()
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The tensors of one adapter, its head included, keyed by module path; for those who store things themselves."""
+    found = adapters(model)
+    if name not in found:
+        raise ConfigError(
+            f"there is no adapter `{name}` on this model", hint=f"there are: {', '.join(found) or 'none'}"
+        )
+    return found[name].state_dict()

@@ -1,0 +1,59 @@
+"""Full fine-tuning as a graft: the trained weights and the base's change places, the parameter objects stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.errors import UnsupportedError
+
+
+class TrainedWeights:
+    """All base parameters of a model that were trainable before (Marian's sinusoids are not), trained.
+
+    Attributes:
+        live: Whether the model's parameters hold the trained values now.
+        other: The values that are not in the model: the base's while live, the trained ones otherwise; None when the
+            base's values were not kept.
+        trainable: Whether they train while live.
+    """
+
+    def __init__(self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool]) -> None:
+        """``base``: all parameters of the base by name; ``flags``: which of them required gradients before the first
+        graft.
+        """
+        self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
+        quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
+        if quantized:
+            raise UnsupportedError(
+                f"full fine-tuning needs weights in floating point; {quantized[0]} is quantized",
+                hint="use lora on a quantized base",
+            )
+        self.other: dict[str, Tensor] | None = None
+        if keep_base:
+            self.other = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.live = self.trainable = True
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def put(self, live: bool) -> None:
+        """Make the model hold the trained (``live``) or the base's values: one pointer a parameter.
+
+        Raises:
+            UnsupportedError: the base's values were not kept.
+        """
+        if live == self.live:
+            return
+        if self.other is None:
+            raise UnsupportedError(
+                "the base's weights are gone: full fine-tuning ran with keep_base=False",
+                hint="attach with Full(keep_base=True), or load the base again",
+            )
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.data, self.other[name] = self.other[name], parameter.data
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(live and self.trainable)
+        self.live = live

@@ -1,0 +1,392 @@
+"""Prefixes in the attention function: learned keys and values in front of those that a model computes.
+
+Transformers' models call their attention by a name in the configuration. An adapted model's name is one of ours; our
+function looks for prefixes in the calling module's box, puts them in front of key and value, widens mask and position
+bias by as many columns, and hands over to the implementation that the model had. Without an active prefix it only
+hands over, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call,
+after the cache was read.
+
+Legend: B rows, H heads, G key/value heads, D head width, Q queries, K keys, n virtual tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from graftwerk.errors import ConflictError, UnsupportedError
+from graftwerk.kernels import flags as fast
+from graftwerk.methods.base import Method
+from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
+from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters, slots_of
+from graftwerk.modeling.architectures import Architecture, AttentionPlace, StackPlace
+from graftwerk.modeling.per_row_adapters import VersionedCache
+from graftwerk.modeling.virtual_positions import (
+    cached_tokens,
+    check_positions,
+    gathered,
+    inputs_of,
+    lengths,
+    own_positions,
+    per_row,
+    size_of,
+    users,
+)
+
+_OURS = "graftwerk_"
+_KeysAndValues = tuple[Tensor, Tensor]
+_listener: ContextVar[dict[int, _KeysAndValues] | None] = ContextVar("graftwerk_listener", default=None)
+"""While a model is listened to: id(attention module) -> the keys and values of its last call."""
+
+
+# -- the attention function -------------------------------------------------------------------------------------------
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """What transformers calls: query (B, H, Q, D), key and value (B, G, K, D), mask (B or 1, H or 1, Q, K).
+
+    A mask of booleans is True where a key is seen, one of numbers is added to the scores.
+    """
+    original = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
+    if (listener := _listener.get()) is not None:
+        listener[id(module)] = (key, value)
+    box = slots_of(module)
+    prefix = None if box is None else _prefix(box, key)
+    if prefix is not None:
+        prefix_key, prefix_value, seen = prefix
+        n = prefix_key.shape[2]
+        if attention_mask is None and implementation == "sdpa" and _hides_the_future(module, query, kwargs):
+            square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+            attention_mask = square.tril()[None, None]
+        if attention_mask is not None or seen is not None:
+            attention_mask = _widened(attention_mask, seen, n, query, key)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))
+        key = torch.cat((prefix_key, key), dim=2)
+        value = torch.cat((prefix_value, value), dim=2)
+    return original(module, query, key, value, attention_mask, **kwargs)
+
+
+def _hides_the_future(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether sdpa, given no mask, would let each query see only the keys up to its own."""
+    causal = kwargs.get("is_causal")
+    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, key: Tensor) -> Tensor:
+    """A mask with n columns in front; ``seen`` (B, n) says which of them a row sees, None that it sees all."""
+    if mask is None:
+        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+    columns = torch.ones(1, n, dtype=torch.bool, device=key.device) if seen is None else seen
+    columns = columns[:, None, None, :]
+    if mask.dtype != torch.bool:
+        hidden = torch.finfo(mask.dtype).min
+        columns = torch.zeros(columns.shape, dtype=mask.dtype, device=mask.device).masked_fill(~columns, hidden)
+    size = max(mask.shape[0], columns.shape[0])
+    columns = columns.expand(size, mask.shape[1], mask.shape[2], n)
+    return torch.cat((columns, mask.expand(size, -1, -1, -1)), dim=-1)
+
+
+def _prefix(box: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Keys and values (B, G, n, D) and, where rows differ, (B, n): the columns that a row sees; None without prefix."""
+    rows, _ = users(box, PrefixModule, key.shape[0])
+    n = max(lengths(rows))
+    if n == 0:
+        return None
+    size, heads, _, width = key.shape
+    if len(rows) == 1:
+        pairs = [module.vectors() for module in rows[0]]
+        one_key, one_value = (
+            torch.cat([pair[side] for pair in pairs]).to(key.dtype).view(1, n, heads, width).transpose(1, 2)
+            for side in (0, 1)
+        )
+        return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
+    own = (box, size, key.device, key.dtype, fast.enabled("rows"))
+    keys, values, seen = box.selection.cached(own, _MixedPrefix).now()
+    shape = (size, n, heads, width)
+    return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2), seen
+
+
+class _MixedPrefix:
+    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and what each row sees of them.
+
+    Made once for a selection, and again where a parameter has changed; in training at every call.
+    """
+
+    def __init__(self, own: tuple[AdapterSlots, int, torch.device, torch.dtype, bool]) -> None:
+        box, size, device, self.dtype, self.may_keep = own
+        rows, repeats = users(box, PrefixModule, size)
+        counts = lengths(rows)
+        self.distinct, self.index = gathered(rows, repeats, device)
+        self.seen: Tensor | None = None
+        if min(counts) < max(counts):
+            self.seen = torch.arange(max(counts), device=device)[None] < per_row(counts, repeats, device)
+        sources = list(dict.fromkeys(tensor for module in self.distinct for tensor in module.source_tensors()))
+        self.kept: VersionedCache[_KeysAndValues] = VersionedCache(sources, sources)
+
+    def now(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values = self.kept.get(self._made) if self.may_keep else self._made()
+        return keys, values, self.seen
+
+    def _made(self) -> _KeysAndValues:
+        pairs = [module.vectors() for module in self.distinct]
+        keys, values = (torch.cat([pair[side] for pair in pairs]).to(self.dtype)[self.index] for side in (0, 1))
+        return keys, values
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    """Each modeling file of transformers has an eager implementation of its own."""
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if callable(found):
+            return found  # type: ignore[no-any-return]
+    raise UnsupportedError(
+        f"{type(module).__name__} has no eager attention that a prefix could go into",
+        hint='load the model with attn_implementation="sdpa"',
+    )
+
+
+_MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
+for _name, _mask in _MASKS.items():
+    AttentionInterface.register(_OURS + _name, partial(_attend, _name))
+    AttentionMaskInterface.register(_OURS + _name, _mask)
+
+
+# -- which implementation a model uses --------------------------------------------------------------------------------
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Every configuration object in a model; the two halves of T5 have copies of their own."""
+    found = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
+    return list(found.values())
+
+
+def _check_implementation(model: PreTrainedModel) -> None:
+    for config in _configs(model):
+        name = (config._attn_implementation or "").removeprefix(_OURS)
+        if name not in ("", *_MASKS):
+            raise UnsupportedError(
+                f"a prefix cannot go into the attention implementation `{name}`",
+                hint='load the model with attn_implementation="sdpa" or "eager"',
+            )
+        if name == "eager" and getattr(config, "reorder_and_upcast_attn", False):
+            raise UnsupportedError(
+                "with `reorder_and_upcast_attn` GPT-2's eager attention does not go through transformers' interface",
+                hint='load the model with attn_implementation="sdpa"',
+            )
+
+
+def _use_ours(model: nn.Module) -> None:
+    for config in _configs(model):
+        if config._attn_implementation in _MASKS:
+            config._attn_implementation_internal = _OURS + config._attn_implementation
+
+
+def _use_theirs(model: nn.Module) -> None:
+    for config in _configs(model):
+        if (config._attn_implementation or "").startswith(_OURS):
+            config._attn_implementation_internal = config._attn_implementation.removeprefix(_OURS)
+
+
+# -- hooks on the stacks ----------------------------------------------------------------------------------------------
+
+
+class _BeforeStack:
+    """Forward pre-hook: in decoder-only models the text's positions begin after the prefix.
+
+    An object and not a closure, so that a deep copy of the model has hooks that know the copy.
+    """
+
+    def __init__(self, witnesses: Sequence[nn.Module], shifts: bool) -> None:
+        """``witnesses`` are the attentions of this stack: every prefix has a part in one of them, or in all."""
+        self.witnesses, self.shifts = tuple(witnesses), shifts
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        boxes = [box for witness in self.witnesses if (box := slots_of(witness)) is not None]
+        if not boxes:
+            return None
+        inputs = inputs_of(stack, args, kwargs)
+        size, tokens, device = size_of(inputs)
+        counts, repeats = _virtual_tokens(boxes, size)
+        if max(counts) == 0:
+            return None
+        implementation = getattr(stack.config, "_attn_implementation", None)
+        if not str(implementation).startswith(_OURS):
+            raise ConflictError(
+                f"the attention implementation was changed to `{implementation}` while a prefix is active",
+                hint="choose the implementation before attaching",
+            )
+        if not self.shifts:
+            return None
+        past = cached_tokens(inputs)
+        check_positions(stack, max(counts), past + tokens)
+        shift = counts[0] if len(set(counts)) == 1 else per_row(counts, repeats, device)
+        inputs["position_ids"] = own_positions(stack, inputs, past) + shift
+        return (), inputs
+
+
+def _virtual_tokens(boxes: Sequence[AdapterSlots], size: int) -> tuple[list[int], int]:
+    """Virtual tokens of each named row, and how many rows of the batch it stands for.
+
+    A prefix that is in some layers only moves the text's positions all the same: they are those of the whole stack.
+    """
+
+    def tokens(name: str | None) -> int:
+        return next((module.n for box in boxes if isinstance(module := box.get(name), PrefixModule)), 0)
+
+    selection = boxes[0].selection
+    if selection.rows is None:
+        return [sum(tokens(name) for name in selection.names if name not in selection.merged)], size
+    return [tokens(name) for name in selection.rows], selection.repeats(size)
+
+
+# -- the three verbs --------------------------------------------------------------------------------------------------
+
+
+def modules(model: PreTrainedModel, method: Method, anatomy: Architecture) -> dict[str, nn.Module]:
+    """The modules of a new prefix by host path: one for each attention, and with a network one for each stack.
+
+    Raises:
+        UnsupportedError: the architecture is not in the table, or its attention cannot take a prefix.
+    """
+    assert isinstance(method, Prefix)
+    if not anatomy.attentions:
+        raise UnsupportedError(
+            f"prefix tuning does not know where the attention of `{anatomy.model_type}` is",
+            hint="use lora, bottleneck or prompt tuning on this model",
+        )
+    _check_implementation(model)
+    chosen = method.filter_layers(anatomy.attentions)
+    starts = _starting_values(model, method, chosen)
+    if not method.prefix_projection:
+        return {place.path: PrefixVectors(*starts[place.path]) for place in chosen}
+    made: dict[str, nn.Module] = {}
+    trunks = {}
+    for stack in stacks_of(anatomy, chosen):
+        hidden = method.encoder_hidden_size or anatomy.stacks[0].width
+        trunk = PrefixMLP(method.num_virtual_tokens, stack.width, hidden)
+        made[stack.path] = trunks[stack.kind] = trunk
+    for place in chosen:
+        made[place.path] = ProjectedPrefix(trunks[place.stack], *starts[place.path])
+    return made
+
+
+def stacks_of(anatomy: Architecture, places: Sequence[AttentionPlace]) -> list[StackPlace]:
+    """The stacks that some of these attentions stand in."""
+    return [stack for stack in anatomy.stacks if any(place.stack == stack.kind for place in places)]
+
+
+def install_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
+    """Make a model's attention look for prefixes. Done twice, it changes nothing more."""
+    from graftwerk.modeling.architectures import read_architecture
+
+    view = read_architecture(model)
+    _use_ours(model)
+    for stack in view.stacks:
+        places = [place for place in view.attentions if place.stack == stack.kind and not place.cross]
+        witnesses = [model.get_submodule(place.path) for place in places]
+        host = model.get_submodule(stack.path)
+        if witnesses and not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
+            host.register_forward_pre_hook(_BeforeStack(witnesses, stack.kind == "causal"), with_kwargs=True)
+
+
+def remove_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
+    """Give a model its own attention back: configuration and hooks are those from before."""
+    _use_theirs(model)
+    for module in model.modules():
+        drop_hooks(module, (_BeforeStack,))
+
+
+def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Take hooks of these kinds off a module."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for identity in [identity for identity, hook in hooks.items() if isinstance(hook, kinds)]:
+            del hooks[identity]
+            with_kwargs.pop(identity, None)
+
+
+# -- where a prefix starts --------------------------------------------------------------------------------------------
+
+
+def _starting_values(
+    model: PreTrainedModel, method: Prefix, places: Sequence[AttentionPlace]
+) -> dict[str, _KeysAndValues]:
+    """Keys and values (n, G·D) for each of these attentions: small random ones, or the frozen model's for a text."""
+    table = model.get_input_embeddings().weight
+    ids = method.start_ids(table.shape[0])
+    if ids is None:
+        return {place.path: _small(method, place) for place in places}
+    heard = _listen(model, torch.tensor(ids, device=table.device)[None])
+    hosts = {place: model.get_submodule(place.path) for place in places}
+    if silent := [place.path for place, host in hosts.items() if id(host) not in heard]:
+        raise UnsupportedError(
+            f"the attention of {type(model).__name__} does not go through transformers' attention interface",
+            where=silent[0],
+            hint="use lora, bottleneck or prompt tuning on this model",
+        )
+    return {place.path: _flat(heard[id(host)], place) for place, host in hosts.items()}
+
+
+def _small(method: Prefix, place: AttentionPlace) -> _KeysAndValues:
+    shape = (method.num_virtual_tokens, place.kv_heads * place.head_dim)
+    return torch.randn(shape) * method.init_std, torch.randn(shape) * method.init_std
+
+
+def _flat(pair: _KeysAndValues, place: AttentionPlace) -> _KeysAndValues:
+    """(1, G, n, D) -> (n, G·D)."""
+    width = place.kv_heads * place.head_dim
+    key, value = (tensor[0].transpose(0, 1).reshape(-1, width).float() for tensor in pair)
+    return key, value
+
+
+@torch.no_grad()
+def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
+    """Run the bare base over ids (1, n), in evaluation mode, and return keys and values by id(attention module)."""
+    record = ModelAdapters.of(model)
+    heard: dict[int, _KeysAndValues] = {}
+    was_ours = any((config._attn_implementation or "").startswith(_OURS) for config in _configs(model))
+    modes = {module: module.training for module in model.modules()}
+    extra: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    token = _listener.set(heard)
+    try:
+        _use_ours(model)
+        model.eval()
+        with contextlib.nullcontext() if record is None else _without_grafts(record):
+            model.base_model(input_ids=ids, **extra)
+    finally:
+        _listener.reset(token)
+        for module, training in modes.items():
+            module.training = training
+        if not was_ours:
+            _use_theirs(model)
+    return heard
+
+
+@contextlib.contextmanager
+def _without_grafts(record: ModelAdapters) -> Iterator[None]:
+    with record.selection.disabled():
+        record.sync()
+        yield
+    record.sync()

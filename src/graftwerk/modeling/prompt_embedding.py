@@ -1,0 +1,300 @@
+"""Prompts at the input embeddings of a stack: the stack reads n tokens more, and nobody outside notices.
+
+A forward pre-hook turns token ids into embeddings, puts the virtual ones in front and makes mask, position ids and
+token types as long; a forward hook takes the virtual positions out of the result. So labels, logits, pooling by token
+ids and generation work as for the bare base. Two kinds of model do see the virtual positions, as in PEFT: a decoder
+attends to those of its encoder, and a classifier that pools the first position pools the first virtual token.
+
+In decoder-only models the virtual tokens enter the cache with the first call; later calls only make mask and positions
+fit. They stand directly before a row's text, behind any padding at the left, so that distances are those of the row
+alone. Where rows differ in n, encoders fill up at the right end and decoders at the left.
+
+A sliding window slides over virtual tokens as over others: what stands further back is seen through the layers between.
+
+Legend: B rows, T tokens of the text, n virtual tokens of the row with most, S = n + T, d input width.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
+from graftwerk.methods.base import Method
+from graftwerk.methods.prompt_tuning import Prompt, PromptModule
+from graftwerk.methods.ptuning import PTuning
+from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
+from graftwerk.modeling.architectures import Architecture, read_architecture
+from graftwerk.modeling.prefix_attention import drop_hooks
+from graftwerk.modeling.virtual_positions import (
+    VirtualLayout,
+    accepts,
+    cached_tokens,
+    check_positions,
+    first_position,
+    gathered,
+    inputs_of,
+    lengths,
+    numbers_from_ids,
+    own_positions,
+    per_row,
+    size_of,
+    users,
+)
+
+_POOLS_FIRST = re.compile(r"For(SequenceClassification|MultipleChoice)$")
+
+
+# -- hooks ------------------------------------------------------------------------------------------------------------
+
+
+class _Insert:
+    """Forward pre-hook of a stack; ``_Trim`` reads what it did last.
+
+    Hooks are objects and not closures, so that a deep copy of the model has hooks that know the copy.
+    """
+
+    def __init__(self, causal: bool) -> None:
+        self.causal = causal
+        self.inserted: VirtualLayout | None = None
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.inserted = None
+        box = slots_of(stack)
+        if box is None:
+            return None
+        inputs = inputs_of(stack, args, kwargs)
+        size, tokens, device = size_of(inputs)
+        rows, repeats = users(box, PromptModule, size)
+        counts = lengths(rows)
+        n = max(counts)
+        if n == 0:
+            return None
+        cached = cached_tokens(inputs)
+        past = max(cached - n, 0)
+        mask = _checked(inputs, cached, past, n, self.causal)
+        check_positions(stack, n, past + tokens)
+        even = min(counts) == n
+        leads = _leads(mask) if self.causal else None
+        layout = VirtualLayout(n, per_row(counts, repeats, device), leads, self.causal, even)
+        if mask is None and not even:
+            mask = torch.ones(size, past + tokens, dtype=torch.long, device=device)
+        if cached:
+            inputs["position_ids"] = own_positions(stack, inputs, past) + layout.counts
+            inputs["attention_mask"] = None if mask is None else layout.mask(mask)
+            return (), inputs
+        self._place(stack, inputs, layout, rows, repeats, mask)
+        self.inserted = layout
+        return (), inputs
+
+    def _place(
+        self,
+        stack: nn.Module,
+        inputs: dict[str, Any],
+        layout: VirtualLayout,
+        rows: list[list[PromptModule]],
+        repeats: int,
+        mask: Tensor | None,
+    ) -> None:
+        size, tokens, device = size_of(inputs)
+        if self.causal or inputs.get("position_ids") is not None or numbers_from_ids(stack):
+            first = first_position(stack)
+            virtual = torch.arange(first, first + layout.n, device=device).expand(size, -1)
+            real = own_positions(stack, inputs, 0).expand(size, -1) + layout.counts
+            if accepts(stack, "position_ids"):
+                inputs["position_ids"] = layout.merge(virtual, real)
+        if (types := inputs.get("token_type_ids")) is not None and accepts(stack, "token_type_ids"):
+            if self.causal:
+                raise UnsupportedError(
+                    "virtual tokens of a decoder-only model have no token type",
+                    hint="call the model without token_type_ids",
+                )
+            inputs["token_type_ids"] = layout.merge(types.new_zeros(size, layout.n), types)
+        embeds = inputs.get("inputs_embeds")
+        if embeds is None:
+            embeds = stack.get_input_embeddings()(inputs["input_ids"])  # type: ignore[operator]
+        inputs["inputs_embeds"] = layout.merge(_embeddings(rows, repeats, embeds), embeds)
+        inputs["input_ids"] = None
+        if mask is not None:
+            inputs["attention_mask"] = mask if mask.shape[1] == layout.n + tokens else layout.mask(mask)
+
+
+class _Trim:
+    """Forward hook of a stack: the result as if there had been no virtual tokens."""
+
+    def __init__(self, insert: _Insert) -> None:
+        self.insert = insert
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        layout, self.insert.inserted = self.insert.inserted, None
+        if layout is None:
+            return None
+        length = kwargs["inputs_embeds"].shape[1]
+
+        def trimmed(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == length:
+                return layout.text_of(value)
+            if type(value) in (tuple, list):
+                return type(value)(trimmed(part) for part in value)
+            return value
+
+        if isinstance(output, tuple):
+            return trimmed(output)
+        for key, value in list(output.items()):
+            output[key] = trimmed(value)
+        return output
+
+
+class _WidenEncoderMask:
+    """Forward pre-hook of a decoder: it sees the encoder's virtual positions."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder = encoder
+
+    def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = inputs_of(stack, args, kwargs)
+        states, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
+        if states is None:
+            return None
+        wide = _wide_mask(self.encoder, mask, states.shape[0], states.shape[1], states.device)
+        if wide is mask:
+            return None
+        inputs["encoder_attention_mask"] = wide
+        return (), inputs
+
+
+class _WidenPooledMask:
+    """Forward pre-hook of a classifier that pools the mean: the mean is over the virtual tokens too, as in PEFT."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        self.stack = stack
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = inputs_of(model, args, kwargs)
+        size, tokens, device = size_of(inputs)
+        box, mask = slots_of(self.stack), inputs.get("attention_mask")
+        n = 0 if box is None else max(lengths(users(box, PromptModule, size)[0]))
+        wide = _wide_mask(self.stack, mask, size, n + tokens, device)
+        if wide is mask:
+            return None
+        inputs["attention_mask"] = wide
+        return (), inputs
+
+
+def _wide_mask(encoder: nn.Module, mask: Tensor | None, size: int, length: int, device: torch.device) -> Tensor | None:
+    """A mask over S = ``length`` positions of an encoder, from one over T; the same object where nothing is to do."""
+    box = slots_of(encoder)
+    if box is None:
+        return mask
+    rows, repeats = users(box, PromptModule, size)
+    counts = lengths(rows)
+    n, even = max(counts), len(set(counts)) == 1
+    if n == 0 or (mask is None and even) or (mask is not None and mask.shape[-1] != length - n):
+        return mask
+    if mask is None:
+        mask = torch.ones(size, length - n, dtype=torch.long, device=device)
+    return VirtualLayout(n, per_row(counts, repeats, device), None, False, even).mask(mask)
+
+
+def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> Tensor:
+    """(B, n, d): each row's virtual tokens, first its own."""
+    if len(rows) == 1:
+        values = torch.cat([module.vectors() for module in rows[0]]).to(like.dtype)
+        return values.expand(like.shape[0], -1, -1)
+    distinct, index = gathered(rows, repeats, like.device)
+    return torch.cat([module.vectors() for module in distinct]).to(like.dtype)[index]
+
+
+def _leads(mask: Tensor | None) -> Tensor | None:
+    """(B, 1): how many padding tokens stand in front of each row's text; None where no row has any."""
+    if mask is None or bool((mask[:, 0] != 0).all()):
+        return None
+    return (mask != 0).long().cumsum(dim=1).eq(0).sum(dim=1, keepdim=True)
+
+
+def _checked(inputs: dict[str, Any], cached: int, past: int, n: int, causal: bool) -> Tensor | None:
+    """The mask of a call, after everything about the call that would give wrong answers was refused."""
+    cache, mask, positions = inputs.get("past_key_values"), inputs.get("attention_mask"), inputs.get("position_ids")
+    text = past + size_of(inputs)[1]
+    if getattr(cache, "is_compileable", False):
+        raise UnsupportedError(
+            "a static cache has no room for virtual tokens",
+            hint="generate with the default (dynamic) cache, or use prefix tuning",
+        )
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise UnsupportedError(
+            "virtual tokens need a mask with one number for each token (rows x tokens)",
+            hint="pass the tokenizer's attention_mask, or use prefix tuning",
+        )
+    if cached:
+        fits = cached > n and (mask is None or mask.shape[1] == text)
+        if mask is None and positions is not None:
+            fits = fits and int(positions[0, 0]) == past
+        if not fits:
+            raise ConflictError(
+                f"the cache holds {cached} positions: not those of {n} virtual tokens and of the text before this call",
+                hint="begin with an empty cache, and keep the same adapters active while it is in use",
+            )
+    elif mask is not None and mask.shape[1] != text and (causal or mask.shape[1] != text + n):
+        raise ConfigError(f"attention_mask has {mask.shape[1]} columns for {text} tokens")
+    if causal and mask is None and positions is not None and bool((positions.diff(dim=-1) < 1).any()):
+        raise UnsupportedError(
+            "several texts packed into one row cannot each have virtual tokens",
+            hint="turn packing off, or use prefix tuning",
+        )
+    return mask
+
+
+# -- the three verbs --------------------------------------------------------------------------------------------------
+
+
+def modules(model: PreTrainedModel, method: Method, anatomy: Architecture) -> dict[str, nn.Module]:
+    """The module of a new prompt, by the path of the stack that reads the text (of the encoder, where there are two).
+
+    Raises:
+        UnsupportedError: the architecture is not in the table.
+    """
+    assert isinstance(method, Prompt | PTuning)
+    stack = next((stack for stack in anatomy.stacks if stack.kind != "decoder"), None)
+    if stack is None:
+        raise UnsupportedError(
+            f"{method.title} does not know which part of `{anatomy.model_type}` reads the text",
+            hint="use lora or bottleneck on this model",
+        )
+    embedding = model.get_submodule(stack.path).get_input_embeddings()
+    return {stack.path: method.build_prompt(embedding, stack.width)}
+
+
+def install_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
+    """Make the reading stack, and whoever sees its length, look for prompts. Done twice, it changes nothing more."""
+    stacks = read_architecture(model).stacks
+    reader = next(stack for stack in stacks if stack.kind != "decoder")
+    host = model.get_submodule(reader.path)
+    if any(isinstance(hook, _Insert) for hook in host._forward_pre_hooks.values()):
+        return
+    insert = _Insert(reader.kind == "causal")
+    # Before a prefix's hook, which shifts the positions of virtual tokens too.
+    host.register_forward_pre_hook(insert, with_kwargs=True, prepend=True)
+    decoders = [model.get_submodule(stack.path) for stack in stacks if stack.kind == "decoder"]
+    pools = host is not model and not insert.causal and _POOLS_FIRST.search(_own_class(model).__name__) is not None
+    if not decoders and not pools:
+        host.register_forward_hook(_Trim(insert), with_kwargs=True)
+    for decoder in decoders:
+        decoder.register_forward_pre_hook(_WidenEncoderMask(host), with_kwargs=True)
+    if pools and getattr(model.config, "classifier_pooling", None) == "mean":
+        model.register_forward_pre_hook(_WidenPooledMask(host), with_kwargs=True)
+
+
+def _own_class(model: nn.Module) -> type[nn.Module]:
+    base: type[nn.Module] = getattr(type(model), "_graftwerk_base", type(model))
+    return base
+
+
+def remove_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
+    """Take all hooks off."""
+    for module in model.modules():
+        drop_hooks(module, (_Insert, _Trim, _WidenEncoderMask, _WidenPooledMask))

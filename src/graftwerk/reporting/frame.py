@@ -1,0 +1,107 @@
+"""What all charts have: a size, room for axes, grid lines, round values on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from graftwerk.reporting.escape import Markup, join, tag
+from graftwerk.reporting.labels import Box, text_width
+from graftwerk.reporting.scales import Scale
+
+LABEL_SIZE, TICK_SIZE = 13.0, 12.0
+"""Pixels; the style sheet says the same."""
+TOP, BOTTOM, RIGHT = 30.0, 44.0, 14.0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A chart's size in pixels and, within it, the area of the data."""
+
+    width: float
+    height: float
+    inner: Box
+
+    @classmethod
+    def around(cls, width: float, height: float, y_labels: Sequence[str], *, right: float = RIGHT) -> Frame:
+        """As wide on the left as the longest label of the height axis needs."""
+        left = 8 + max((text_width(label, TICK_SIZE) for label in y_labels), default=0.0)
+        return cls(width, height, Box(left, TOP, width - right, height - BOTTOM))
+
+
+def heights(frame: Frame) -> int:
+    """How many grid lines there is room for."""
+    return max(3, min(6, int((frame.inner.bottom - frame.inner.top) / 32)))
+
+
+def px(value: float) -> str:
+    """A coordinate: a tenth of a pixel is exact enough."""
+    text = f"{value:.1f}"
+    return text.removesuffix(".0")
+
+
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    return tag("line/", x1=px(x1), y1=px(y1), x2=px(x2), y2=px(y2), class_=class_)
+
+
+def circle(x: float, y: float, radius: float, class_: str) -> Markup:
+    return tag("circle/", cx=px(x), cy=px(y), r=px(radius), class_=class_)
+
+
+def label(text: Any, x: float, y: float, class_: str, anchor: str = "start") -> Markup:
+    return tag("text", text, x=px(x), y=px(y), class_=class_, text_anchor=None if anchor == "start" else anchor)
+
+
+def path(points: Sequence[tuple[float, float]], class_: str) -> Markup:
+    """A line through points."""
+    if not points:
+        return Markup()
+    steps = " ".join(f"{'L' if place else 'M'}{px(x)} {px(y)}" for place, (x, y) in enumerate(points))
+    return tag("path/", d=steps, class_=class_)
+
+
+def axes(
+    frame: Frame,
+    x: Scale,
+    y: Scale,
+    *,
+    x_text: Callable[[float], str],
+    y_text: Callable[[float], str],
+    x_title: str,
+    y_title: str,
+    x_ticks: Callable[[Scale, int], list[float]] = lambda scale, most: scale.ticks(most),
+) -> Markup:
+    """Grid lines for the heights, ticks for the widths, and what they are, above and below."""
+    inner = frame.inner
+    parts: list[Markup] = [label(y_title, 0, 14, "axis-title")]
+    for tick in y.ticks(heights(frame)):
+        height = y(tick)
+        parts.append(line(inner.left, height, inner.right, height, "grid"))
+        parts.append(label(y_text(tick), inner.left - 6, height + 4, "tick", "end"))
+    parts.append(line(inner.left, inner.bottom, inner.right, inner.bottom, "base"))
+    free = -1e9
+    for tick in x_ticks(x, 7 if frame.width > 500 else 5):
+        place, text = x(tick), x_text(tick)
+        half = text_width(text, TICK_SIZE) / 2
+        middle = min(max(place, half), frame.width - half)
+        if middle - half < free + 6:
+            continue  # it would run into its neighbour
+        free = middle + half
+        parts.append(line(place, inner.bottom, place, inner.bottom + 4, "base"))
+        parts.append(label(text, middle, inner.bottom + 18, "tick", "middle"))
+    parts.append(label(x_title, inner.right, frame.height - 6, "axis-title", "end"))
+    return join(parts)
+
+
+def svg(frame: Frame, *content: Any, class_: str, **attributes: Any) -> Markup:
+    """A chart that shrinks with the page and never grows beyond its size."""
+    return tag(
+        "svg",
+        *content,
+        viewBox=f"0 0 {px(frame.width)} {px(frame.height)}",
+        width=px(frame.width),
+        height=px(frame.height),
+        class_=class_,
+        **attributes,
+    )

@@ -1,0 +1,61 @@
+"""`write_report`: the page of a run folder or of a comparison, from the plain files in it. No model is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graftwerk.errors import ConfigError
+from graftwerk.reporting.comparison import comparison_page
+from graftwerk.reporting.files import (
+    COMPARISON,
+    CONFIG,
+    LOG,
+    MANIFEST,
+    number,
+    read_json,
+    read_log,
+    read_text,
+    write_page,
+)
+from graftwerk.reporting.run import run_page
+
+EVALUATION = "evaluation.json"
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into the folder of a run or of a comparison: one file that needs nothing else, no network.
+
+    What is missing (test rows, a log, the end of the run) is said on the page.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ConfigError: the folder holds neither a run nor a comparison.
+        IntegrityError: its main file is damaged.
+        EnvironmentFault: a file cannot be read, or the page not written.
+    """
+    folder = Path(folder)
+    if (folder / COMPARISON).is_file():
+        return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
+    if not (folder / MANIFEST).is_file():
+        what = f"{folder} holds neither a run nor a comparison" if folder.is_dir() else f"there is no folder {folder}"
+        raise ConfigError(what, hint=f"a folder with {MANIFEST} (a run) or {COMPARISON} (a comparison)")
+    manifest = read_json(folder / MANIFEST)
+    evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+    events, broken = read_log(folder / LOG)
+    config = read_text(folder / CONFIG) if (folder / CONFIG).is_file() else ""
+    return write_page(
+        folder,
+        run_page(folder.resolve(), manifest, evaluation, events, broken, config, _confidence(config)),
+    )
+
+
+def _confidence(config: str) -> float | None:
+    """That of the intervals, which only the run file has; None where it cannot be read."""
+    import yaml
+
+    try:
+        return number(yaml.safe_load(config), "evaluation", "confidence")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None

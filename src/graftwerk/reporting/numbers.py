@@ -1,0 +1,184 @@
+"""How figures are written for people. What is not known is a dash, never a zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from graftwerk.reporting.files import number
+
+DASH, MINUS, THIN = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
+METRICS = {
+    "accuracy": "accuracy", "f1_macro": "macro F1", "f1_weighted": "weighted F1", "roc_auc": "ROC-AUC",
+    "exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
+    "rougeL_stemmed": "ROUGE-L, stemmed", "bleu": "BLEU", "chrf": "chrF", "perplexity": "perplexity",
+    "length": "words an answer",
+}  # fmt: skip
+NO_SHARES = {"bleu": " points", "chrf": " points", "perplexity": "", "length": " words"}
+"""Metrics that are not shares of one, and what their differences are counted in."""
+LESS_IS_BETTER = frozenset({"perplexity", "loss"})
+
+
+def metric_name(metric: str) -> str:
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def title(name: str) -> str:
+    """With a capital at the start; the rest as it is, and names with capitals of their own (chrF) too."""
+    first = name.partition(" ")[0]
+    return name if first != first.lower() else name[:1].upper() + name[1:]
+
+
+def percent(value: float | None) -> str:
+    """A share of one: 0.786 -> 78.6 %."""
+    return DASH if value is None else f"{_fixed(100 * value)}{THIN}%"
+
+
+def bare_percent(value: float | None) -> str:
+    return DASH if value is None else _fixed(100 * value)
+
+
+def scale(metric: str) -> float:
+    """What a metric's values are multiplied by: shares are shown in percent, all else as it is."""
+    return 1.0 if metric in NO_SHARES else 100.0
+
+
+def unit(metric: str) -> str:
+    """Of a difference, with its space."""
+    return NO_SHARES.get(metric, " points")
+
+
+def heading(metric: str) -> str:
+    """With the unit, for a column or an axis: `Accuracy, %`, `BLEU`."""
+    return title(metric_name(metric)) + ("" if metric in NO_SHARES else ", %")
+
+
+def value_of(metric: str, value: float | None) -> str:
+    """`78.6 %`, BLEU `23.4`, perplexity `12.3`."""
+    return percent(value) if metric not in NO_SHARES else bare(metric, value)
+
+
+def bare(metric: str, value: float | None) -> str:
+    """The same without the sign."""
+    return DASH if value is None else _fixed(scale(metric) * value)
+
+
+def interval_of(metric: str, figure: Any) -> str:
+    return interval(figure, lambda value: bare(metric, value))
+
+
+def signed(metric: str, value: float | None) -> str:
+    """A difference in the metric's own unit: +1.2, −0.4, 0.0."""
+    return signed_points(None if value is None else value * scale(metric) / 100)
+
+
+def share(value: float | None) -> str:
+    """Also for very small ones: 0.0149 -> 1.5 %, 0.0000339 -> 0.0034 %."""
+    if value is None:
+        return DASH
+    text = f"{100 * value:.1f}" if value >= 0.01 or value == 0 else f"{100 * value:.2g}"
+    return f"{text}{THIN}%"
+
+
+def interval(figure: Any, show: Callable[[float | None], str] = bare_percent) -> str:
+    """``75.0 to 82.2``; a dash where there is none."""
+    low, high = number(figure, "low"), number(figure, "high")
+    return DASH if low is None or high is None else f"{show(low)} to {show(high)}"
+
+
+def signed_points(value: float | None) -> str:
+    """A difference of shares in points, with its sign: +1.2, −0.4, 0.0."""
+    if value is None:
+        return DASH
+    text = f"{abs(100 * value):.1f}"
+    if float(text) == 0:
+        return text
+    return f"{'+' if value > 0 else MINUS}{text}"
+
+
+def count(value: float | None) -> str:
+    """770, 43.9 k, 338.7 k, 22.7 M."""
+    return _scaled(value, ("", "k", "M", "B"))
+
+
+def exact(value: float | None) -> str:
+    """338,690."""
+    return DASH if value is None else f"{value:,.0f}".replace("-", MINUS)
+
+
+def byte_size(value: float | None) -> str:
+    """In powers of a thousand, as file managers show it."""
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def seconds(value: float | None) -> str:
+    """42 s, 3 min 20 s, 1 h 05 min."""
+    if value is None:
+        return DASH
+    if value < 9.95:
+        return f"{value:.0f}{THIN}s" if value == 0 else f"{value:.1f}{THIN}s"
+    if value < 59.5:
+        return f"{value:.0f}{THIN}s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}{THIN}min {rest:02d}{THIN}s" if rest else f"{minutes}{THIN}min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}{THIN}h {minutes:02d}{THIN}min"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    text = f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+    return f"{text}{THIN}ms"
+
+
+def short(text: str) -> str:
+    """For an axis: without a last zero, 1.0 k -> 1 k."""
+    return text.replace(f".0{THIN}", THIN)
+
+
+def plain(value: float | None) -> str:
+    """Any number, four digits that count: 0.6931, 12.4, 0.001, 2e-05."""
+    return DASH if value is None else f"{value:.4g}".replace("-", MINUS)
+
+
+def plural(number_: int, one: str, many: str | None = None) -> str:
+    """``1 row``, ``2,000 rows``."""
+    return f"{number_:,} {one if number_ == 1 else many or one + 's'}"
+
+
+def listed(names: list[str], last: str = "and") -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}" if names else ""
+
+
+def settings(method: Mapping[str, Any]) -> str:
+    """A method's settings in one line, without its name and what is left empty."""
+    said = [
+        f"{key} {_setting(value)}" for key, value in method.items() if key != "name" and value not in (None, {}, [])
+    ]
+    return ", ".join(said)
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _fixed(value: float) -> str:
+    text = f"{value:.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def _scaled(value: float | None, units: tuple[str, ...]) -> str:
+    if value is None:
+        return DASH
+    scaled = value
+    for unit in units[:-1]:
+        if abs(scaled) < 999.5:
+            digits = 0 if unit == units[0] or abs(scaled) >= 99.95 else 1
+            return f"{scaled:.{digits}f}{THIN if unit else ''}{unit}"
+        scaled /= 1000
+    return f"{scaled:.1f}{THIN}{units[-1]}"

@@ -1,0 +1,157 @@
+"""The shell of every page: one file, nothing fetched, a content security policy that allows only what stands in it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from graftwerk.reporting.escape import Markup, join, tag, text
+
+
+def document(
+    *, title: str, kicker: str, headline: Any, deck: Sequence[Any], sections: Iterable[Markup], footer: Any
+) -> str:
+    """A whole page.
+
+    Args:
+        title: For the browser's tab.
+        kicker: A line above the headline: what this is about.
+        headline: The result in a sentence.
+        deck: Paragraphs below it that say what has to be known with it.
+        sections: What `section` gave.
+        footer: Where it comes from.
+    """
+    style, script = _asset("page.css"), _asset("page.js")
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"style-src 'sha256-{_hash(style)}'",
+            f"script-src 'sha256-{_hash(script)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+    head = join(
+        [
+            tag("meta/", charset="utf-8"),
+            tag("meta/", http_equiv="Content-Security-Policy", content=policy),
+            tag("meta/", name="viewport", content="width=device-width, initial-scale=1"),
+            tag("meta/", name="referrer", content="no-referrer"),
+            tag("meta/", name="color-scheme", content="light dark"),
+            tag("title", title),
+            Markup(f"<style>{style}</style>"),
+        ],
+        "\n",
+    )
+    body = join(
+        [
+            tag(
+                "header",
+                tag("p", kicker, class_="kicker"),
+                tag("h1", headline),
+                *(tag("p", paragraph, class_="deck") for paragraph in deck if paragraph),
+            ),
+            tag("main", join(sections, "\n")),
+            tag("footer", tag("p", footer, class_="note")),
+            tag("div", id="tip", role="tooltip"),
+            Markup(f"<script>{script}</script>"),
+        ],
+        "\n",
+    )
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def section(heading: str, *content: Any) -> Markup:
+    return tag("section", tag("h2", heading), *content)
+
+
+def paragraph(*content: Any, class_: str | None = None) -> Markup:
+    return tag("p", *content, class_=class_)
+
+
+def figure(drawing: Any, caption: Any = None) -> Markup:
+    return tag("figure", drawing, tag("figcaption", caption) if caption else None)
+
+
+def facts(rows: Iterable[tuple[str, Any]]) -> Markup:
+    """Names and what they are, one below the other; those that are empty are left out."""
+    return tag(
+        "dl", *(join([tag("dt", name), tag("dd", value)]) for name, value in rows if text(value)), class_="facts"
+    )
+
+
+def big_figures(rows: Iterable[tuple[str, Any, Any]]) -> Markup:
+    """Headline figures: what it is, the figure, what has to be said about it."""
+    return tag(
+        "dl",
+        *(tag("div", tag("dt", name), tag("dd", tag("strong", value), remark)) for name, value, remark in rows),
+        class_="figures",
+    )
+
+
+def command(line: str) -> Markup:
+    return tag("pre", tag("code", line))
+
+
+def message(lead: str, said: Any, hint: Any = None, *, grave: bool = False) -> Markup:
+    """Something that was noticed, and what to change."""
+    return tag(
+        "li",
+        tag("b", lead) if lead else None,
+        " " if lead else None,
+        said,
+        tag("span", hint, class_="mend") if hint else None,
+        class_="grave" if grave else None,
+    )
+
+
+def messages(entries: Sequence[Markup]) -> Markup:
+    return tag("ul", *entries, class_="messages")
+
+
+def table(
+    caption: str,
+    headings: Sequence[tuple[str, str]],
+    rows: Iterable[tuple[str, Sequence[Any]]],
+    *,
+    class_: str | None = None,
+) -> Markup:
+    """A table that scrolls by itself where the screen is narrow.
+
+    Args:
+        caption: What it shows, for those who do not see it.
+        headings: The text of each column and its class (``number`` is flush right).
+        rows: The class of each row and its cells; the first cell heads the row.
+    """
+    head = tag("tr", *(tag("th", name, scope="col", class_=kind or None) for name, kind in headings))
+    body = [
+        tag(
+            "tr",
+            tag("th", cells[0], scope="row"),
+            *(tag("td", cell, class_=kind or None) for cell, (_, kind) in zip(cells[1:], headings[1:], strict=True)),
+            class_=row_class or None,
+        )
+        for row_class, cells in rows
+    ]
+    return tag(
+        "div",
+        tag("table", tag("thead", head), tag("tbody", *body), class_=class_),
+        class_="scroll",
+        role="region",
+        aria_label=caption,
+        tabindex="0",
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    """A style sheet or script of ours, with the line ends that are hashed."""
+    return (files("graftwerk.reporting") / "assets" / name).read_text(encoding="utf-8").replace("\r\n", "\n")
+
+
+def _hash(content: str) -> str:
+    return base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,0 +1,349 @@
+"""Adapter folders: a graft on disk, in PEFT's format, written whole or not at all, and read through one gate.
+
+    adapter_config.json             PEFT's settings (or a type of our own, GRAFTWERK_...)
+    adapter_model.safetensors       the tensors, by PEFT's keys
+    graftwerk_training.safetensors  what PEFT does not store and training needs to go on; only where there is such
+    graftwerk.json                  base and its fingerprint, method, labels, data, figures, checksums of the others
+    README.md                       the model card
+
+A folder without `graftwerk.json` is read as PEFT's. With it, every file must be the one that was written: whoever
+changes one on purpose deletes `graftwerk.json`, and what it says is not believed any more.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import (
+    AdapterError,
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    IntegrityError,
+    UnsupportedError,
+)
+from graftwerk.methods.lora import LoRA
+from graftwerk.modeling.architectures import read_architecture
+from graftwerk.modeling.attach import Adapter, adapters, attach, attach_from_tensors, detach
+from graftwerk.modeling.module_index import frozen_index
+from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
+from graftwerk.serialization.atomic import recover, write_folder
+from graftwerk.serialization.card import model_card
+from graftwerk.serialization.fingerprint import fingerprint
+from graftwerk.serialization.info import (
+    CARD_FILE,
+    FORMAT,
+    OWN_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    AdapterInfo,
+    check_files,
+    read_adapter_config,
+)
+from graftwerk.serialization.peft_format import (
+    Restored,
+    Stored,
+    write_ia3,
+    write_lora,
+    write_own,
+)
+from graftwerk.serialization.peft_virtual import write_prefix, write_prompt
+from graftwerk.serialization.restore import START, check_size, restored
+from graftwerk.serialization.safetensors_header import check_writable, uncollected
+from graftwerk.serialization.strict_json import SEAL, dump_object
+from graftwerk.serialization.untrusted_files import checksum
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
+
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, OWN_FILE, CARD_FILE)
+_RESERVED = ("format", "name", "base", "files", SEAL)
+
+_WRITERS = {
+    "lora": write_lora,
+    "ia3": write_ia3,
+    "prompt": write_prompt,
+    "ptuning": write_prompt,
+    "prefix": write_prefix,
+}
+
+
+def save_adapter(
+    graft: Adapter, folder: Path | str, *, metadata: Mapping[str, Any] | None = None, card: str | None = None
+) -> Path:
+    """Write a graft's folder, whole or not at all.
+
+    An adapter that is there already is replaced; other files beside it are kept.
+
+    Args:
+        graft: What to store; it stays as it is.
+        folder: Where to. Must be new, empty, or an adapter folder.
+        metadata: Facts for `graftwerk.json` and the card: ``model`` (the base's name), ``labels``, ``task``, ``data``,
+            ``metrics``, ``cost``, ``command``, ``versions``, ``license``, and whatever else JSON can hold.
+            ``base_fingerprint`` saves computing it, and is needed after `Full(keep_base=False)`.
+        card: The text of `README.md`; by default one is made from the metadata.
+
+    Raises:
+        DivergedError: a tensor holds NaN or infinity; such an adapter is never written.
+        ConflictError: the folder has other content and no adapter.
+        EnvironmentFault: no space, no permission; what was there is untouched.
+        ConfigError: metadata that JSON cannot hold.
+    """
+    target = Path(os.path.realpath(folder))
+    _check_finite(graft)
+    facts = dict(metadata or {})
+    own = _own_facts(graft, facts)
+    base_name = own["base"]["name"]
+    stored = _WRITERS.get(graft.method.name, write_own)(graft, base_name)
+    text = model_card(own, stored.config) if card is None else card
+    recover(target)
+    _check_replaceable(target)
+
+    def fill(partial: Path) -> None:
+        _keep_others(target, partial)
+        (partial / CONFIG_FILE).write_bytes(_json(_finite(stored.config), CONFIG_FILE))
+        _write_tensors(stored.tensors, partial / WEIGHTS_FILE)
+        if stored.training:
+            _write_tensors(stored.training, partial / TRAINING_FILE)
+        written = (CONFIG_FILE, WEIGHTS_FILE, *((TRAINING_FILE,) if stored.training else ()))
+        own["files"] = {name: checksum(partial / name) for name in written}
+        (partial / OWN_FILE).write_bytes(_json(_finite(own), OWN_FILE, seal=True))
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
+
+    return write_folder(target, fill, bytes_needed=_size(stored) + len(text.encode()) + 65_536)
+
+
+def check_storable(graft: Adapter) -> None:
+    """Check, before anything is trained, that a graft's folder could be read again.
+
+    Raises:
+        ConfigError: it has too many tensors, or settings that are too large.
+        UnsupportedError: its method cannot be stored as it is set.
+    """
+    stored = _WRITERS.get(graft.method.name, write_own)(graft, None)
+    _json(stored.config, CONFIG_FILE)
+    try:
+        check_config(stored.config, Path(CONFIG_FILE))
+    except IntegrityError as error:
+        raise ConfigError(f"the adapter could be stored, but not be read again: {error.what}", where="method") from None
+    check_writable(stored.tensors, Path(WEIGHTS_FILE))
+    check_writable(stored.training, Path(TRAINING_FILE))
+
+
+def load_adapter(
+    model: PreTrainedModel,
+    folder: Path | str,
+    name: str | None = None,
+    *,
+    force: bool = False,
+    trainable: bool = False,
+) -> Adapter:
+    """Put a stored adapter, ours or PEFT's, on a model, and make it the active one.
+
+    Args:
+        model: Must have the base weights that the adapter was trained on, and a head where the adapter has one.
+        folder: The adapter's folder.
+        name: What to call it; by default what it was called, or ``default``.
+        force: Accept a base with other weights than those it was trained on (the shapes must still fit).
+        trainable: Let its parameters train on; else they are frozen.
+
+    Raises:
+        AdapterError: tensors are missing, extra or mis-shaped, or the base is another one (named).
+        IntegrityError: a file is damaged, hostile or was changed.
+        ConfigError, UnsupportedError, EnvironmentFault: as `read_adapter_config`; the name is taken: ConflictError.
+
+    The model is as before whenever this raises. Torch's random state is not touched.
+    """
+    with uncollected(), frozen_index(model):
+        return _loaded(model, read_adapter_config(folder), name, force, trainable)
+
+
+def _loaded(model: PreTrainedModel, info: AdapterInfo, name: str | None, force: bool, trainable: bool) -> Adapter:
+    if info.own:
+        check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read
+        _check_base(model, info, force)
+    view = read_architecture(model)
+    try:
+        found = restored(model, view, info)
+        if info.own:
+            check_size(found, view)
+        name = name or info.name or "default"
+        graft = _attached(model, found, name, trainable)
+    except (AdapterError, UnsupportedError) as error:
+        error.where = f"{info.folder}" if error.where is None else f"{info.folder}: {error.where}"
+        if error.hint is None and info.base_name:
+            error.hint = f"the adapter was made for `{info.base_name}`"
+        raise
+    return graft
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def _check_finite(graft: Adapter) -> None:
+    for key, tensor in graft.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise DivergedError(
+                f"`{key}` of adapter `{graft.name}` holds NaN or infinity, so it is not written",
+                hint="go back to the last good checkpoint and lower the learning rate",
+            )
+
+
+def _own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
+    reserved = [key for key in _RESERVED if key in facts]
+    if reserved:
+        raise ConfigError(
+            f"metadata may not hold `{reserved[0]}`: it is written from the graft itself", where="metadata"
+        )
+    model = graft.model
+    name = facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or None
+    known = facts.pop("base_fingerprint", None)
+    base = {
+        "name": name,
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "fingerprint": known or _base_fingerprint(graft),
+    }
+    labels = facts.get("labels") or _labels(graft)
+    facts["labels"] = None if labels is None else [str(label) for label in labels]
+    facts.setdefault("versions", _versions())
+    facts.setdefault("parameters", _parameters(graft))
+    facts["method"] = graft.method.to_dict()
+    return {"format": FORMAT, "name": graft.name, "base": base, **facts}
+
+
+def _base_fingerprint(graft: Adapter) -> str | None:
+    try:
+        return fingerprint(graft.model)
+    except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
+        return None
+
+
+def _parameters(graft: Adapter) -> dict[str, Any]:
+    # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start never trains.
+    sizes = {key: tensor.numel() for key, tensor in graft.state_dict().items() if START not in key}
+    head = sum(size for key, size in sizes.items() if graft.is_head(key))
+    own, total = sum(sizes.values()) - head, graft.num_base_parameters
+    return {"trained": own, "head": head, "total": total, "share": own / total}
+
+
+def _labels(graft: Adapter) -> list[str] | None:
+    names: Mapping[int, str] = getattr(graft.model.config, "id2label", None) or {}
+    if not graft.heads or all(name == f"LABEL_{index}" for index, name in names.items()):
+        return None
+    return [str(names[index]) for index in sorted(names)]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("graftwerk", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _json(values: Mapping[str, Any], name: str, *, seal: bool = False) -> bytes:
+    try:
+        return dump_object(values, Path(name), indent=2, seal=seal)
+    except ConfigError as error:
+        raise ConfigError(f"metadata or settings: {error.what}", where="metadata", hint=error.hint) from None
+
+
+def _finite(values: Any) -> Any:
+    """NaN and infinity, which JSON does not have, become null."""
+    if isinstance(values, float) and not math.isfinite(values):
+        return None
+    if isinstance(values, Mapping):
+        return {str(key): _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return values
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # Views of one storage (a tied head) would be refused; copies on the CPU are what is meant.
+    save_file(
+        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, {"format": "pt"}
+    )
+
+
+def _size(stored: Stored) -> int:
+    tensors = [*stored.tensors.values(), *stored.training.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.is_dir() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
+        raise ConflictError(
+            f"{target} is not empty and holds no adapter, so nothing is written there",
+            where=str(target),
+            hint="name a new or empty folder",
+        )
+
+
+def _keep_others(target: Path, partial: Path) -> None:
+    """Files beside an adapter that is replaced stay: a tokenizer, notes, other adapters in folders below."""
+    if not target.is_dir():
+        return
+    for entry in sorted(os.listdir(target)):
+        if entry in _FILES:
+            continue
+        source = target / entry
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, partial / entry, symlinks=True)
+        else:
+            shutil.copy2(source, partial / entry, follow_symlinks=False)
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
+    wanted = info.base_fingerprint
+    if force or wanted is None or info.own["method"]["name"] == "full":  # whose tensors are all weights there are
+        return
+    found = fingerprint(model)
+    if found != wanted:
+        architecture = info.own["base"].get("architecture")
+        raise AdapterError(
+            f"this adapter was trained on another base: `{info.base_name or 'unnamed'}` ({architecture!s:.60}, weights"
+            f" {wanted}); the model given has weights {found}",
+            where=str(info.folder),
+            hint=f"load `{info.base_name or wanted}`, or force it (force=True, --force) if weights are meant to differ",
+        )
+
+
+def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: bool) -> Adapter:
+    method, tensors = found.method, found.tensors
+    with torch.random.fork_rng(devices=[]):
+        if not (isinstance(method, LoRA) and method.init_lora_weights == "pissa"):
+            return attach_from_tensors(model, method, name, tensors, trainable=trainable)
+        # A folder of PEFT has no start in it: attaching computes it from the base, as PEFT does.
+        first = not adapters(model)
+        graft = attach(model, method, name)
+        try:
+            start = {key: value for key, value in graft.state_dict().items() if START in key}
+            graft.load_state_dict({**start, **tensors})
+        except BaseException:
+            graft.delete()
+            if first:
+                detach(model)
+            raise
+    if not trainable:
+        graft.freeze()
+    return graft

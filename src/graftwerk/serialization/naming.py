@@ -1,0 +1,81 @@
+"""How PEFT's files name layers: by endings, sometimes by patterns. Nothing here runs a regular expression from a file.
+
+PEFT adapts a layer if its path is an entry of ``target_modules`` or ends with ``.<entry>``, and takes a rank or alpha
+from the first key of a pattern table for which ``(.*\\.)?(<key>)$`` matches the path. What such keys are in practice
+(names, dotted paths, paths with escaped dots) is matched here character by character, in time linear in the path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from graftwerk.errors import UnsupportedError
+
+_PLAIN = re.compile(r"\^?(?:\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
+
+
+def endings(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Few and short endings that together name exactly ``chosen`` among the paths of all ``modules``, sorted."""
+    wanted = set(chosen)
+    others = [path for path in modules if path not in wanted]
+    taken: set[str] = set()
+    for path in others:
+        taken.update(_endings_of(path))
+    found = set()
+    for path in chosen:
+        # The longest ending is the path itself; nothing else ends with it, or PEFT could not tell the two apart either.
+        found.add(next((ending for ending in _endings_of(path) if ending not in taken), path))
+    return sorted(found)
+
+
+def _endings_of(path: str) -> list[str]:
+    """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def ends_with(path: str, entries: Iterable[str]) -> bool:
+    """Whether an entry names a path as PEFT's lists do."""
+    return any(path == entry or path.endswith("." + entry) for entry in entries)
+
+
+def named_by(key: str, path: str) -> bool:
+    """Whether a key of a rank or alpha pattern names a path, as PEFT's expression would find.
+
+    Raises:
+        UnsupportedError: the key is more than a name: alternatives, repetitions or classes, which are not evaluated.
+    """
+    plain = _PLAIN.fullmatch(key) if len(key) <= 512 else None
+    if plain is None:
+        raise UnsupportedError(
+            f"the pattern {key!a:.80} is a regular expression, and expressions from files are not evaluated",
+            where="adapter_config.json",
+            hint="write out the names of the layers in its place",
+        )
+    # A dot that is not escaped stands for any character; all other characters for themselves.
+    text = re.sub(r"\\([.-])", lambda match: "\0" if match[1] == "." else match[1], plain[1])
+    if len(text) > len(path) or (key.startswith("^") and ".*" not in key and len(text) != len(path)):
+        return False
+    tail = path[len(path) - len(text) :]
+    if not all(b == "." if a == "\0" else (a in (".", b)) for a, b in zip(text, tail, strict=True)):
+        return False
+    return len(text) == len(path) or path[len(path) - len(text) - 1] == "."
+
+
+def layer_number(path: str, names: Sequence[str] | None) -> int | None:
+    """The number of the layer that a path lies in, as PEFT's ``layers_to_transform`` counts.
+
+    Args:
+        names: What the list of layers may be called (``layers_pattern``); None: anything.
+    """
+    parts = path.split(".")
+    for position in range(1, len(parts) - 1):
+        if not parts[position].isdecimal():
+            continue
+        if names is None:
+            if position >= 2:
+                return int(parts[position])
+        elif any(ends_with(".".join(parts[:position]), [name]) for name in names):
+            return int(parts[position])
+    return None

@@ -1,0 +1,187 @@
+"""Virtual tokens as PEFT writes them down, and back: prompt tuning, P-tuning, prefix tuning.
+
+PEFT stores one bare key, ``prompt_embeddings``: the vectors themselves, after any network that made them; heads lie
+beside it as ``base_model.<path>``. Prompts and P-tuning are (n, d). Prefixes are (n, 2 L G D): for each token the
+layers one after the other, each with its key and its value. The network goes into a second file, so that training can
+go on.
+
+A prefix of PEFT is the cache of a decoder. What that does elsewhere cannot be had here, or is not worth having: in
+encoder-decoder models each vector is used twice, half of them never got a gradient, and the encoder has none; in
+encoders it moves the positions of the text; under a sliding window it scrolls out of sight. Such folders are refused
+with the reason, and ours of those models are stored as ``GRAFTWERK_PREFIX``.
+
+Legend: n virtual tokens, d model width, L layers, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.errors import AdapterError, UnsupportedError
+from graftwerk.methods.prefix_tuning import Prefix, PrefixModule
+from graftwerk.methods.prompt_tuning import Prompt, PromptModule
+from graftwerk.methods.ptuning import PTuning
+from graftwerk.modeling.architectures import Architecture, AttentionPlace, read_architecture
+from graftwerk.modeling.attach import Adapter
+from graftwerk.serialization.peft_format import Restored, Stored, common_config, read_heads, write_own
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_VECTORS = "prompt_embeddings"
+_HEAD_PREFIX = "base_model."
+
+
+def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
+    """Prompt tuning and P-tuning: the vectors that stand in front of the text."""
+    method = graft.method
+    assert isinstance(method, Prompt | PTuning)
+    module = next(module for _, module in graft.modules() if isinstance(module, PromptModule))
+    vectors = module.merged_state()[_VECTORS]
+    config: dict[str, Any] = {
+        **common_config(graft, str(method.peft_type), base_name),
+        "num_virtual_tokens": vectors.shape[0],
+        "token_dim": vectors.shape[1],
+        "num_transformer_submodules": 1,
+        **_sizes(graft.model),
+    }
+    if isinstance(method, Prompt):
+        config["prompt_tuning_init"] = "RANDOM"  # PEFT would look for a tokenizer to start from the text again
+    else:
+        network = method.encoder_reparameterization_type
+        config["encoder_reparameterization_type"] = "MLP" if network == "NONE" else network
+        config["encoder_hidden_size"] = method.encoder_hidden_size or vectors.shape[1]
+        config["encoder_num_layers"] = method.encoder_num_layers
+        config["encoder_dropout"] = method.encoder_dropout
+    return _with_heads(graft, config, vectors)
+
+
+def write_prefix(graft: Adapter, base_name: str | None) -> Stored:
+    method, view = graft.method, read_architecture(graft.model)
+    places = _decoder_places(view)
+    assert isinstance(method, Prefix)
+    if places is None or _window(graft.model) or method.layers is not None:
+        return write_own(graft, base_name)
+    modules = dict(graft.modules())
+    rows = []
+    for place in places:
+        module = modules[place.path]
+        assert isinstance(module, PrefixModule)
+        folded = module.merged_state()
+        rows += [folded["prefix_key"], folded["prefix_value"]]
+    width = places[0].kv_heads * places[0].head_dim
+    config = {
+        **common_config(graft, "PREFIX_TUNING", base_name),
+        "num_virtual_tokens": method.num_virtual_tokens,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": places[0].kv_heads,
+        "num_layers": len(places),
+        "encoder_hidden_size": method.encoder_hidden_size or view.stacks[0].width,
+        "prefix_projection": method.prefix_projection,
+    }
+    return _with_heads(graft, config, torch.cat(rows, dim=1))
+
+
+def _with_heads(graft: Adapter, config: dict[str, Any], vectors: Tensor) -> Stored:
+    raw = graft.state_dict()
+    heads = {_HEAD_PREFIX + key: tensor for key, tensor in raw.items() if graft.is_head(key)}
+    own = {key: tensor for key, tensor in raw.items() if not graft.is_head(key)}
+    stored_plainly = all(key.rpartition(".")[2] in (_VECTORS, "prefix_key", "prefix_value") for key in own)
+    return Stored(config, {_VECTORS: vectors, **heads}, {} if stored_plainly else own)
+
+
+def read_prompt(
+    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Restored:
+    vectors, heads, raw = _vectors(model, config, tensors)
+    n = config["num_virtual_tokens"]
+    if not view.stacks:
+        raise UnsupportedError(f"where the input embeddings of `{view.model_type}` go in is not known")
+    stack = view.stacks[0]  # of an encoder-decoder: the encoder
+    if vectors.shape not in ((n, stack.width), (2 * n, stack.width)):
+        raise AdapterError(
+            f"mis-shaped: prompt_embeddings has shape {tuple(vectors.shape)}, and {(n, stack.width)} was expected"
+        )
+    # PEFT keeps a second half for the decoder of an encoder-decoder, and never uses it.
+    raw[f"{stack.path}.{_VECTORS}" if stack.path else _VECTORS] = vectors[:n].clone()
+    if config["peft_type"] == "PROMPT_TUNING":
+        return Restored(Prompt(num_virtual_tokens=n, modules_to_save=tuple(heads)), raw)
+    method = PTuning(num_virtual_tokens=n, encoder_reparameterization_type="NONE", modules_to_save=tuple(heads))
+    return Restored(method, raw)
+
+
+def read_prefix(
+    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Restored:
+    vectors, heads, raw = _vectors(model, config, tensors)
+    places = _decoder_places(view)
+    if places is None:
+        raise UnsupportedError(
+            f"PEFT's prefixes on `{view.model_type}` cannot be reproduced: " + _why_not(view),
+            hint="train the prefix here; decoder-only models' prefixes can be read",
+        )
+    if _window(model):
+        raise UnsupportedError(
+            "PEFT's prefixes scroll out of a sliding attention window, so later tokens do not see them; here all do",
+            hint="train the prefix here",
+        )
+    n, width = config["num_virtual_tokens"], places[0].kv_heads * places[0].head_dim
+    if vectors.shape != (n, 2 * len(places) * width):
+        raise AdapterError(
+            f"mis-shaped: prompt_embeddings has shape {tuple(vectors.shape)}, and {(n, 2 * len(places) * width)} was"
+            f" expected: {n} tokens, {len(places)} layers, keys and values of width {width}"
+        )
+    for place, pair in zip(places, vectors.view(n, len(places), 2, width).unbind(1), strict=True):
+        raw[f"{place.path}.prefix_key"], raw[f"{place.path}.prefix_value"] = pair[:, 0].clone(), pair[:, 1].clone()
+    return Restored(Prefix(num_virtual_tokens=n, modules_to_save=tuple(heads)), raw)
+
+
+def _vectors(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Tensor, list[str], dict[str, Tensor]]:
+    rest = dict(tensors)
+    vectors = rest.pop(_VECTORS, None)
+    if vectors is None:
+        raise AdapterError(f"missing: {_VECTORS}")
+    heads, raw = read_heads(model, config, rest, _HEAD_PREFIX)
+    return vectors, heads, raw
+
+
+def _decoder_places(view: Architecture) -> list[AttentionPlace] | None:
+    """The attentions of a decoder-only model by layer, where all are alike; None for other models."""
+    places = sorted(view.attentions, key=lambda place: place.layer)
+    alike = len({(place.stack, place.kv_heads, place.head_dim) for place in places}) == 1
+    return places if alike and places[0].stack == "causal" else None
+
+
+def _why_not(view: Architecture) -> str:
+    kinds = {place.stack for place in view.attentions}
+    if not kinds:
+        return "where its attention is is not known"
+    if "decoder" in kinds:
+        return (
+            "in an encoder-decoder PEFT uses each vector in two layers, trains only half of them, "
+            "and numbers positions as if the prefix were text"
+        )
+    if "encoder" in kinds:
+        return "in an encoder PEFT moves the positions of the text behind the prefix"
+    return "its layers have keys and values of different widths"
+
+
+def _window(model: nn.Module) -> bool:
+    """Whether some layer of a model sees only the last few tokens."""
+    config: Any = model.config
+    if not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", True) is False:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or "sliding_attention" in kinds
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    config: Any = model.config
+    return {"num_attention_heads": config.num_attention_heads, "num_layers": config.num_hidden_layers}

@@ -1,0 +1,233 @@
+"""Rows that were read, split, checked and encoded once are kept for the next start of the same run file.
+
+What is kept is plain JSON in the cache folder (``prepared/<key>.json``), behind its own SHA-256. The key is a hash of
+everything that the result depends on: the bytes of every file the rows come from, the settings, the tokenizer's files,
+the versions of the packages, and the source of the rooms that read and encode. So a change of anything is another key,
+and nothing has to be found out to be stale. A file that is damaged, or cannot be written, is as good as none. What
+JSON does not give back exactly as it was (dates of a parquet file, say) is not kept, nor are streamed rows and those
+of the hub. Only results are kept, never errors; and what the gate says of encoded rows is found anew each time.
+
+The folder is readable to its owner alone, since it holds text of the rows, and holds at most `MOST_BYTES`: those that
+were not used for the longest time go first. ``GRAFTWERK_PLAIN=prepared`` keeps and uses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from graftwerk.data.findings import Issue
+from graftwerk.data.settings import DataSettings, Source
+from graftwerk.data.sources import files_of
+from graftwerk.errors import GraftwerkError
+from graftwerk.kernels import flags as fast
+from graftwerk.models.cache import cache_folder
+from graftwerk.tasks.base import Example, Row, Splits, Task
+
+MOST_BYTES_EACH = 64 << 20
+"""Larger data is read again: parsing so much JSON would gain little."""
+MOST_BYTES = 512 << 20
+SPLITS = ("train", "validation", "test")
+PACKAGES = ("transformers", "tokenizers", "sentencepiece", "pyarrow")
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot")
+"""Files of a model's folder that no token depends on."""
+
+
+def read(task: Task, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+    """As ``task.read(data, labels)``, errors included; what is kept has its key in `Splits.kept`."""
+    key = _rows_key(task, data, labels)
+    if key is None:
+        return task.read(data, labels)
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        if (kept := _recall(key)) is not None:
+            return _splits(kept, key)
+    splits = task.read(data, labels)
+    # The files may have been written to in between: then it is not known what was read.
+    if _rows_key(task, data, labels) == key and _keep(key, _plain_splits(splits)):
+        return replace(splits, cache_key=key)
+    return splits
+
+
+def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: int, folder: Path) -> list[Example]:
+    """As ``task.encode(getattr(splits, split), ...)``.
+
+    Args:
+        folder: Where the tokenizer and the model's configuration were read from.
+    """
+    rows: Sequence[Row] = getattr(splits, split)
+    key = None
+    if splits.cache_key is not None and fast.enabled("prepared"):
+        key = _digest(["examples", splits.cache_key, split, task.to_dict(), max_length, _tokenizer_files(folder)])
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
+            if (kept := _recall(key)) is not None:
+                return [_example(entry, rows) for entry in kept]
+    examples = task.encode(rows, tokenizer, splits, max_length)
+    if key is not None:
+        places = {id(row): at for at, row in enumerate(rows)}
+        _keep(key, [_plain_example(example, places) for example in examples])
+    return examples
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def _rows_key(task: Task, data: DataSettings, labels: Sequence[str] | None) -> str | None:
+    """None where the rows are not to be kept."""
+    if data.streaming or not fast.enabled("prepared"):
+        return None
+    try:
+        named = list(_files(data))
+        if None in named:
+            return None
+        files = [[str(path), _hash(path)] for path in dict.fromkeys(path for path in named if path is not None)]
+        settings = data.model_dump(mode="json")
+    except (GraftwerkError, OSError, ValueError):  # reading will say what is wrong
+        return None
+    return _digest(["rows", task.to_dict(), settings, None if labels is None else list(labels), files])
+
+
+def _files(data: DataSettings) -> Iterator[Path | None]:
+    sources: list[Source | int | float | None] = [] if data.sets else [data.source]
+    sources += [data.validation, data.test]
+    for each in data.sets:
+        sources += [each.rows_from, each.validation, each.test]
+    for source in sources:
+        if source is None or isinstance(source, int | float):
+            continue
+        found = files_of(source)
+        yield from [None] if found is None else found
+
+
+def _tokenizer_files(folder: Path) -> list[list[str]]:
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix not in WEIGHTS)
+    return [[file.name, _hash(file)] for file in files]
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([*parts, _code()], sort_keys=True).encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _code() -> list[Any]:
+    """Who read and encoded: the versions, and the very files of the rooms that do it."""
+    versions = [sys.version]
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    own = Path(__file__).parents[1]
+    files = sorted((*(own / "data").glob("*.py"), *(own / "tasks").glob("*.py"), own / "models" / "load.py"))
+    states = [(file.name, file.stat()) for file in files]
+    return [versions, [[name, state.st_size, state.st_mtime_ns] for name, state in states]]
+
+
+# -- values as JSON holds them -----------------------------------------------------------------------------------------
+
+
+def _plain_splits(splits: Splits) -> dict[str, Any]:
+    rows = {split: list(getattr(splits, split)) for split in SPLITS}
+    return {
+        **rows,
+        "labels": None if splits.labels is None else list(splits.labels),
+        "fingerprint": splits.fingerprint,
+        "findings": [asdict(finding) for finding in splits.issues],
+        "origin": splits.origin,
+        "where": {split: [where(at) for at in range(len(rows[split]))] for split, where in splits.where.items()},
+    }
+
+
+def _splits(kept: dict[str, Any], key: str) -> Splits:
+    return Splits(
+        **{split: kept[split] for split in SPLITS},
+        labels=None if kept["labels"] is None else tuple(kept["labels"]),
+        fingerprint=kept["fingerprint"],
+        issues=tuple(Issue(**finding) for finding in kept["findings"]),
+        origin=kept["origin"],
+        where={split: places.__getitem__ for split, places in kept["where"].items()},
+        cache_key=key,
+    )
+
+
+def _plain_example(example: Example, places: dict[int, int]) -> list[Any]:
+    # A row of the split is named by its place; one that the task made for itself is kept whole.
+    row = None if example.row is None else places.get(id(example.row), example.row)
+    return [example.inputs, example.target, example.truncated, example.prompt, row, list(example.notes)]
+
+
+def _example(entry: list[Any], rows: Sequence[Row]) -> Example:
+    inputs, target, truncated, prompt, row, notes = entry
+    return Example(inputs, target, truncated, prompt, rows[row] if isinstance(row, int) else row, tuple(notes))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def _recall(key: str) -> Any:
+    path = _place(key)
+    try:
+        digest, _, content = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # used now: the last to be cleaned away
+    return json.loads(content)
+
+
+def _keep(key: str, value: Any) -> bool:
+    """Whether it is kept."""
+    try:
+        content = json.dumps(value, separators=(",", ":")).encode()
+        if len(content) > MOST_BYTES_EACH or json.loads(content) != value:
+            return False
+    except (TypeError, ValueError, RecursionError):
+        return False
+    path = _place(key)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        _clean(path.parent)
+    except OSError:
+        return False
+    return True
+
+
+def _place(key: str) -> Path:
+    return cache_folder() / "prepared" / f"{key}.json"
+
+
+def _clean(folder: Path) -> None:
+    """Down to `MOST_BYTES`, what killed writers left included."""
+    states = []
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process cleans too
+            states.append((file.stat(), file))
+    held = sum(state.st_size for state, _ in states)
+    for state, file in sorted(states, key=lambda pair: pair[0].st_mtime_ns):
+        if held <= MOST_BYTES:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            file.unlink()
+        held -= state.st_size

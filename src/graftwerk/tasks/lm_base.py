@@ -1,0 +1,71 @@
+"""What causal and masked language modelling have in common: rows of plain text, every one cut into blocks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from graftwerk.data.formats import recognise
+from graftwerk.data.splits_reader import RowFormat
+from graftwerk.errors import UnsupportedError
+from graftwerk.tasks.base import Example, Predictions, Row, Splits
+from graftwerk.tasks.chunking import text_blocks
+from graftwerk.tasks.example_checks import BLOCKS, special_notes, special_words
+from graftwerk.tasks.text import TextTask
+
+
+class LanguageModelingTask(TextTask):
+    """Abstract; nothing is generated, and the figure is the perplexity of the trained tokens."""
+
+    parts: ClassVar[tuple[str, ...]] = ("text",)
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+    generates: ClassVar[bool] = False
+    closes_every_block: ClassVar[bool] = False
+    """Whether a text that goes on in the next block ends this one all the same."""
+
+    blocks: bool = Field(
+        default=True, description="cut a text longer than data.max_length into several rows; false: keep its beginning"
+    )
+
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
+        name, format = recognise(columns, ("text",))
+        return RowFormat(format.parts, key="text", format=name)
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+        """One or more examples a row, in the order of the rows; those of a row that was cut say so in `notes`."""
+        front, back = self.around(tokenizer)
+        texts = [row["text"] for row in rows]
+        found = text_blocks(
+            texts, tokenizer, max_length, front, back, cut=self.blocks, close_all=self.closes_every_block
+        )
+        special = special_words(tokenizer)
+        examples = []
+        for row, (blocks, lost) in zip(rows, found, strict=True):
+            for number, ids in enumerate(blocks, start=1):
+                # What was lost of a text counts once, at its last block.
+                cut = lost if number == len(blocks) else 0
+                written_out = special_notes([row["text"]], special) if number == 1 else ()
+                notes = ((BLOCKS,) if len(blocks) > 1 else ()) + written_out
+                examples.append(self.example(ids, tokenizer, cut, row, notes))
+        return examples
+
+    @abstractmethod
+    def around(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """The special tokens before a block and after a text."""
+
+    @abstractmethod
+    def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
+        """One block, with what is trained of it."""
+
+    def source(self, example: Example) -> str | None:
+        return None if example.row is None else str(example.row["text"])
+
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        """Raises UnsupportedError: a text is scored, not answered."""
+        raise UnsupportedError(
+            f"{self.title.lower()} gives no answers, only likelihoods",
+            hint="graftwerk evaluate ... --data gives the perplexity of texts",
+        )

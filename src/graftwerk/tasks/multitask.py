@@ -1,0 +1,335 @@
+"""Several data sets learnt by one model, each with a task of its own: rows know their set, and the set knows the rest.
+
+What is learnt must be the same kind of thing: the sets' tasks read and encode in their own ways, and one loss over
+tokens, one padding and one model serve them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import Field, field_serializer, field_validator, model_validator
+from torch import Tensor
+
+from graftwerk.data.fields import text_part
+from graftwerk.data.findings import Issue
+from graftwerk.data.settings import DataSettings, SetSettings, plain, shown
+from graftwerk.data.split import fold
+from graftwerk.data.splits_reader import RowFormat, fingerprint_of
+from graftwerk.errors import ConfigError, DataError
+from graftwerk.tasks.base import Example, Row, Splits, Task
+from graftwerk.tasks.predictions import Predictions, TextPredictions
+from graftwerk.tasks.text import TextTask
+
+SET = "set"
+"""The part of a row that names its set."""
+SPLITS = ("train", "validation", "test")
+SHARED = ("collate", "forward", "loss", "num_targets", "per_row_outputs", "auto_class", "collate_training")
+"""What one step does for all its rows: tasks that do it in different ways cannot be learnt together."""
+
+
+class Multitask(TextTask):
+    """The tasks of several sets, by the sets' names; a row without a set is taken to be of the first."""
+
+    name: ClassVar[str] = "mixture"
+    title: ClassVar[str] = "Several tasks in one model"
+
+    tasks: dict[str, Task] = Field(min_length=1, description="the task of each set of `data.train`, by its name")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        from graftwerk.tasks.registry import parse_task  # the catalog lists this task too
+
+        return {str(name): parse_task(each) for name, each in value.items()} if isinstance(value, Mapping) else value
+
+    @field_serializer("tasks")
+    def _dump(self, tasks: dict[str, Task]) -> dict[str, Any]:
+        return {name: task.to_dict() for name, task in tasks.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        first = self.first
+        for task in self.tasks.values():
+            if not isinstance(task, TextTask) or isinstance(task, Multitask):
+                raise ValueError(f"`{task.name}` is no task in which a model writes text, so it cannot be mixed")
+            differ = [name for name in SHARED if getattr(type(task), name) is not getattr(type(first), name)]
+            if differ:
+                raise ValueError(f"`{task.name}` and `{first.name}` are trained in different ways ({differ[0]})")
+        return self
+
+    @property
+    def first(self) -> TextTask:
+        task = next(iter(self.tasks.values()))
+        assert isinstance(task, TextTask)
+        return task
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*dict.fromkeys(part for task in self.tasks.values() for part in task.parts), SET)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
+        """What all have comes first, in the order of the first task; the figures are macro means over the sets."""
+        every = dict.fromkeys(name for task in self.tasks.values() for name in task.metrics)
+        return tuple(sorted(every, key=lambda name: not all(name in task.metrics for task in self.tasks.values())))
+
+    @property
+    def generates(self) -> bool:  # type: ignore[override]
+        return any(task.generates for task in self.tasks.values())
+
+    def for_model(self, architecture: Any) -> Self:
+        bound = super().for_model(architecture)
+        return bound._with({name: task.for_model(architecture) for name, task in self.tasks.items()})
+
+    def resolved(self, splits: Splits) -> Self:
+        """Each task with what its own rows say."""
+        mine = {name: [row for row in splits.train if row[SET] == name] for name in self.tasks}
+        return self._with({name: task.resolved(replace(splits, train=mine[name])) for name, task in self.tasks.items()})
+
+    def _with(self, tasks: dict[str, Task]) -> Self:
+        return self.model_copy(update={"tasks": tasks})
+
+    def task_of(self, row: Mapping[str, Any] | None) -> TextTask:
+        task = self.tasks[self._set_of(row)]
+        assert isinstance(task, TextTask)
+        return task
+
+    def _set_of(self, row: Mapping[str, Any] | None) -> str:
+        name = str((row or {}).get(SET) or next(iter(self.tasks)))
+        if name not in self.tasks:
+            raise DataError(f"a row is of the set `{name}`, and there are: {', '.join(self.tasks)}", where=SET)
+        return name
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
+        """For rows that are not of the run: those of the first set, or of the set that they name."""
+        usual = self.first.row_format([column for column in columns if column != SET])
+        shape, ask = usual.shape, usual.ask
+
+        def keeping(make: Any) -> Any:
+            return lambda row: {**make({part: row[part] for part in row if part != SET}), **_set(row)}
+
+        return replace(
+            usual,
+            optional={**usual.optional, SET: text_part},
+            shape=None if shape is None else keeping(shape),
+            ask=None if ask is None else keeping(ask),
+        )
+
+    def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
+        """Every set read, checked and split by its own task; training rows that another set holds out are left out.
+
+        Raises:
+            ConfigError: settings that have no meaning for several sets.
+        """
+        if not data.sets:
+            return super().read(data, labels)
+        names = names_of(data.sets)
+        if list(names) != list(self.tasks):
+            raise ConfigError(
+                f"`task` names the sets {', '.join(self.tasks)}, and `data.train` has {', '.join(names)}",
+                where="task.tasks",
+                hint="leave `task` to the settings of the sets in `data.train`",
+            )
+        if data.max_train_rows is not None:
+            raise ConfigError(
+                "`max_train_rows` does not say of which set", where="data.max_train_rows", hint="give sets `max_rows`"
+            )
+        read = {
+            name: self.tasks[name].read(_settings_of(each, data, len(names)), labels)
+            for name, each in zip(names, data.sets, strict=True)
+        }
+        rows: dict[str, Any] = {split: [] for split in SPLITS}
+        places: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
+        findings = [replace(said, message=f"{name}: {said.message}") for name in names for said in read[name].issues]
+        held = {_content(row) for part in read.values() for split in SPLITS[1:] for row in getattr(part, split)}
+        for name in names:
+            own = {_content(row) for split in SPLITS[1:] for row in getattr(read[name], split)}
+            dropped: list[int] = []
+            for split in SPLITS:
+                for at, row in enumerate(getattr(read[name], split)):
+                    if split == "train" and (content := _content(row)) in held and content not in own:
+                        dropped.append(at)
+                        continue
+                    rows[split].append({**row, SET: name})
+                    places[split].append((name, at))
+            findings += _left_out(name, dropped, read[name])
+            if len(dropped) == len(read[name].train):
+                raise DataError(f"all training rows of the set `{name}` are held out by another set", where=name)
+        wheres = {name: read[name].where for name in names}
+        origin: dict[str, Any] = {name: {**read[name].origin, "task": self.tasks[name].to_dict()} for name in names}
+        return Splits(
+            **rows,
+            labels=None,
+            fingerprint=fingerprint_of(rows, self.parts),
+            issues=tuple(findings),
+            origin={
+                "train": [plain(each.rows_from) for each in data.sets],
+                "sets": origin,
+                "rows": {split: len(part) for split, part in rows.items()},
+            },
+            where={split: _finder(wheres, split, listed) for split, listed in places.items()},
+        )
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+        """Each set's rows by its task, in the order of the rows; where a task makes other examples than one a row
+        (blocks of text), the sets follow one another.
+        """
+        where: dict[str, list[int]] = {}
+        for at, row in enumerate(rows):
+            where.setdefault(self._set_of(row), []).append(at)
+        placed: list[tuple[int, Example]] = []
+        for name, places in where.items():
+            made = self.tasks[name].encode([rows[at] for at in places], tokenizer, splits, max_length)
+            order = places if len(made) == len(places) else [len(rows)] * len(made)
+            placed += [
+                (at, replace(example, row={**(example.row or {}), SET: name}))
+                for at, example in zip(order, made, strict=True)
+            ]
+        return [example for _, example in sorted(placed, key=lambda pair: pair[0])]
+
+    # -- what the tasks share, and what each does for its rows ---------------------------------------------------------
+
+    def auto_class(self) -> Any:
+        return self.first.auto_class()
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        return self.first.collate(examples, tokenizer)
+
+    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        return self.first.collate_training(examples, tokenizer)
+
+    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+        return self.first.forward(model, batch)
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        return self.first.loss(outputs, batch, label_smoothing)
+
+    def num_targets(self, batch: Mapping[str, Tensor]) -> int:
+        return self.first.num_targets(batch)
+
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.first.per_row_outputs(outputs, batch)
+
+    def predictions(
+        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> TextPredictions:
+        found = super().predictions(kept, examples, loss, texts)
+        return replace(found, sets=tuple(self._set_of(example.row) for example in examples))
+
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        return self.first.format_predictions(predictions, labels)
+
+    def reference(self, example: Example) -> str | None:
+        return self.task_of(example.row).reference(example)
+
+    def source(self, example: Example) -> str | None:
+        return self.task_of(example.row).source(example)
+
+    def language(self, example: Example) -> str | None:
+        return self.task_of(example.row).language(example)
+
+    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        return self.task_of(example.row).generation_options(model, tokenizer, example)
+
+    def collate_prompts(self, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Tensor]:
+        return self.first.collate_prompts(prompts, tokenizer)
+
+    def decode(self, tokens: Sequence[int], tokenizer: Any) -> str:
+        return self.first.decode(tokens, tokenizer)
+
+
+def names_of(sets: Sequence[SetSettings]) -> tuple[str, ...]:
+    """A name for each set: its own, or that of its file; the second of the same gets a number."""
+    names: list[str] = []
+    for each in sets:
+        source = each.source if isinstance(each.source, str) else each.source[0]
+        usual = each.name or Path(source.rpartition("://")[2]).name.partition(".")[0] or source
+        if each.name is None and each.source_lang and each.target_lang:
+            usual = f"{usual} {each.source_lang}-{each.target_lang}"
+        if each.name is not None and each.name in names:
+            raise ConfigError(f"two sets are called `{each.name}`", where="data.train", hint="name them differently")
+        number = 2
+        name = usual
+        while name in names:
+            name, number = f"{usual} {number}", number + 1
+        names.append(name)
+    return tuple(names)
+
+
+def build_multitask(task: Task, sets: Sequence[SetSettings]) -> Multitask:
+    """The task of a run with several sets: for each the run's, or its own, with what the set says of it.
+
+    Raises:
+        ConfigError: no such task or setting, or tasks that cannot be learnt together.
+    """
+    from graftwerk.settings import parse_settings
+    from graftwerk.tasks.registry import parse_task
+
+    tasks: dict[str, Any] = {}
+    for name, each in zip(names_of(sets), sets, strict=True):
+        own = parse_task(each.task) if each.task is not None else task
+        given = {
+            key: value for key in ("prefix", "source_lang", "target_lang") if (value := getattr(each, key)) is not None
+        }
+        values = {**{key: getattr(own, key) for key in own.model_fields_set}, **given}
+        tasks[name] = parse_settings(type(own), values, what=f"task `{own.name}`", where=f"data.train ({name})")
+    return parse_settings(Multitask, {"tasks": tasks}, what="task `mixture`", where="data.train")
+
+
+def _settings_of(each: SetSettings, data: DataSettings, count: int) -> DataSettings:
+    changed: dict[str, Any] = {"train": each.rows_from, "temperature": None, "max_train_rows": each.max_rows}
+    for key in ("columns", "filter"):
+        if getattr(each, key) is not None:
+            changed[key] = getattr(each, key)
+    for split in SPLITS[1:]:
+        wanted, usual = getattr(each, split), getattr(data, split)
+        if wanted is None and usual is not None and not isinstance(usual, int | float):
+            raise ConfigError(
+                f"`{split}: {shown(usual)}` does not say which set's rows these are",
+                where=f"data.{split}",
+                hint=f"give each set its `{split}`, or a number or share of rows for all",
+            )
+        # a number is of all sets together
+        shared = max(1, usual // count) if isinstance(usual, int) else usual
+        changed[split] = shared if wanted is None else wanted
+    return data.model_copy(update=changed)
+
+
+def _content(row: Row) -> tuple[str, ...]:
+    """What a row says, in whatever direction."""
+    texts = [str(value) for part, value in row.items() if part != SET and not part.endswith("_lang")]
+    return tuple(sorted(fold(text) for text in texts))
+
+
+def _set(row: Row) -> Row:
+    return {SET: row[SET]} if SET in row else {}
+
+
+def _left_out(name: str, dropped: Sequence[int], splits: Splits) -> list[Issue]:
+    if not dropped:
+        return []
+    message = f"{name}: {len(dropped):,} training rows are held out by another set, and were left out"
+    where = splits.where.get("train")
+    return [
+        Issue(
+            "held-out-elsewhere",
+            message,
+            len(dropped),
+            example=None if where is None else where(dropped[0]),
+            hint="`both_directions` of a translation splits both directions alike",
+        )
+    ]
+
+
+def _finder(wheres: Mapping[str, Mapping[str, Any]], split: str, listed: Sequence[tuple[str, int]]) -> Any:
+    def where(index: int) -> str:
+        name, at = listed[index]
+        return str(wheres[name][split](at))
+
+    return where

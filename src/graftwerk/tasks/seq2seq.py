@@ -1,0 +1,211 @@
+"""What summarization and translation have in common: one text in, another out, with any model that writes.
+
+Encoder-decoder models read `prefix` and text, and learn exactly the labels that their own tokenizer makes of the answer
+(``tokenizer(text_target=...)``). Causal models read a template filled with the text (as one turn of a user, where the
+tokenizer has a chat template), and learn the answer and the end token after it; a text that is too long is cut, never
+the template around it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any, ClassVar, Self
+
+from pydantic import Field
+
+from graftwerk.data.fields import text_part
+from graftwerk.data.splits_reader import RowFormat
+from graftwerk.errors import ConfigError, DataError, UnsupportedError
+from graftwerk.tasks.base import Example, Row, Splits
+from graftwerk.tasks.example_checks import example_notes, special_notes, special_words
+from graftwerk.tasks.prompt_format import WITHOUT, Fill, PromptFormat, check_frame
+from graftwerk.tasks.text import TextTask
+from graftwerk.tasks.tokenization import encode_texts
+
+T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
+"""Model types that are told in words what to do."""
+
+
+class Seq2SeqTask(TextTask):
+    """Abstract. ``parts`` are the text that is read and the one that is written."""
+
+    prefix: str | None
+    template: str | None
+    chat: bool = Field(
+        default=True,
+        description="causal models: the template is a user's turn, where the tokenizer has a chat template",
+    )
+
+    usual_prefix: ClassVar[str]
+    """What models of the T5 family are told."""
+    usual_template: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]] = ()
+    """What may stand in braces beside the text itself."""
+
+    def for_model(self, architecture: Any) -> Self:
+        """With the prefix or template that is usual for such a model, where none is given.
+
+        Raises:
+            ConfigError: a setting that such a model makes no use of.
+            UnsupportedError: a model that does not write.
+        """
+        bound = super().for_model(architecture)
+        if bound.seq2seq == "causal":
+            _refuse_encoder(architecture, self.title)
+            if self.prefix is not None:
+                raise ConfigError(
+                    f"`{architecture.model_type}` is a causal model, which reads a template and no prefix",
+                    where="task.prefix",
+                    hint=f"template: 'something {{{self.parts[0]}}} something'",
+                )
+            return bound._changed(template=self.template if self.template is not None else self.usual_template)
+        if self.template is not None or not self.chat:
+            raise ConfigError(
+                f"`{architecture.model_type}` is an encoder-decoder model, which reads a prefix and no template",
+                where="task.template" if self.template is not None else "task.chat",
+                hint="prefix: 'something: '",
+            )
+        usual = self.usual_prefix if architecture.model_type in T5_LIKE else ""
+        return bound._changed(prefix=self.prefix if self.prefix is not None else usual)
+
+    def _changed(self, **settings: Any) -> Self:
+        changed = self.model_copy(update=settings)
+        changed._layout = self._layout
+        return changed
+
+    def row_format(self, columns: Sequence[str]) -> RowFormat:
+        read, written = self.parts[:2]
+        return RowFormat({read: text_part, written: text_part}, key=read, answers=(written,))
+
+    # -- encoding --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
+        """What the `fields` of prefix and template are in this row; only those that occur in them have to be there."""
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
+        """A row without its second part gets the target None: an answer is asked for and none is known.
+
+        Args:
+            max_length: Tokens of a text that is read and of one that is written; for a causal model of both together,
+                template included.
+
+        Raises:
+            ConfigError: the template leaves no room for text.
+            DataError: the model's chat template does not take a row.
+            IntegrityError, ModelError, UnsupportedError: the chat template or tokenizer cannot be used.
+        """
+        if self.seq2seq == "causal":
+            return self._causal(rows, tokenizer, splits, max_length)
+        return self.encode_pairs(rows, [""] * len(rows), tokenizer, max_length)
+
+    def encode_pairs(self, rows: Sequence[Row], marks: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
+        """For encoder-decoder models, in the languages that the tokenizer is set to.
+
+        Args:
+            marks: What stands before each prefix.
+        """
+        read, written = self.parts[:2]
+        texts = [
+            mark + str(self.prefix).format(**self.words(row, tokenizer)) + row[read]
+            for mark, row in zip(marks, rows, strict=True)
+        ]
+        sources = encode_texts(texts, tokenizer, max_length)
+        answered = [place for place, row in enumerate(rows) if row.get(written) is not None]
+        answers = encode_texts([rows[place][written] for place in answered], tokenizer, max_length, as_target=True)
+        targets = {place: (inputs["input_ids"], cut) for place, (inputs, cut) in zip(answered, answers, strict=True)}
+        special = special_words(tokenizer)
+        examples = []
+        for place, (row, (inputs, cut)) in enumerate(zip(rows, sources, strict=True)):
+            ids = inputs["input_ids"]
+            target, lost = targets.get(place, (None, 0))
+            notes = special_notes([row[read], row.get(written) or ""], special)
+            examples.append(Example({"input_ids": ids}, target, cut + lost, prompt=ids, row=row, notes=notes))
+        return examples
+
+    def _causal(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
+        read, written = self.parts[:2]
+        asking = self._asking(tokenizer)
+        fills = [self._fill(self.words(row, tokenizer)) for row in rows]
+        frames = dict.fromkeys(dict.fromkeys(fill("") for fill in fills), 0)
+        for empty, one in zip(frames, asking.encode(list(frames), [None] * len(frames)), strict=True):
+            frames[empty] = len(one.prompt)
+            check_frame(frames[empty], max_length)
+        answers = [row.get(written) for row in rows]
+        encoded = asking.encode([fill(row[read]) for fill, row in zip(fills, rows, strict=True)], answers)
+        special = special_words(tokenizer)
+        examples = []
+        for at, (row, fill, answer, whole) in enumerate(zip(rows, fills, answers, encoded, strict=True)):
+            one, lost = whole, 0
+            if whole.unfit is None:
+                one, lost = asking.shortened(whole, row[read], fill, answer, frames[fill("")], max_length)
+            if one.unfit is not None:
+                raise DataError(
+                    f"the chat template of the model does not take a row: {one.unfit}",
+                    where=(splits.locate(rows, at) if splits is not None else None) or f"{read}: {row[read][:80]!r}",
+                    hint=f"{WITHOUT}; or leave such rows out",
+                )
+            notes = example_notes(one, [row[read], answer or ""], special)
+            examples.append(Example({"input_ids": one.ids}, one.labels, lost, prompt=one.prompt, row=row, notes=notes))
+        return examples
+
+    def _fill(self, values: dict[str, str]) -> Fill:
+        return lambda text: str(self.template).format(**{self.parts[0]: text}, **values)
+
+    def _asking(self, tokenizer: Any) -> PromptFormat:
+        return PromptFormat(tokenizer, chat=self.chat)
+
+    # -- evaluation ------------------------------------------------------------------------------------------------
+
+    def reference(self, example: Example) -> str | None:
+        answer = (example.row or {}).get(self.parts[1])
+        return None if answer is None else str(answer)
+
+    def source(self, example: Example) -> str | None:
+        return str((example.row or {}).get(self.parts[0], ""))
+
+    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        options = super().generation_options(model, tokenizer, example)
+        if self.seq2seq == "causal":
+            options["eos_token_id"] = self._asking(tokenizer).end_ids()
+        return options
+
+
+def _refuse_encoder(architecture: Any, title: str) -> None:
+    """transformers puts a language-model head on BERT too, which sees the answer while it is to write it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    if architecture.model_type in ENCODERS and not getattr(architecture, "is_decoder", False):
+        raise UnsupportedError(
+            f"{title} needs a causal or encoder-decoder model, and `{architecture.model_type}` only reads",
+            where="model",
+            hint="a model like SmolLM2, GPT-2, T5, BART, mBART or Marian",
+        )
+
+
+def check_fields(text: str | None, allowed: Sequence[str], needed: str | None) -> str | None:
+    """A prefix or template, if what stands in its braces is known.
+
+    Raises:
+        ValueError: something else in braces; or what is needed is not there, or twice.
+    """
+    if text is None:
+        return None
+    try:
+        found = [(name, spec, turn) for _, name, spec, turn in Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{error}; a brace that is meant as one is written twice") from None
+    names = [name for name, _, _ in found]
+    for name, spec, turn in found:
+        if name not in allowed or spec or turn:
+            may = ", ".join(f"{{{one}}}" for one in allowed) or "nothing"
+            raise ValueError(f"{{{name}}} is not known here; {may} may stand in braces")
+    if needed is not None and names.count(needed) != 1:
+        raise ValueError(f"{{{needed}}} must stand in it once")
+    return text
+
+
+def fields_in(text: str | None) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(text or "") if name is not None}

@@ -1,0 +1,101 @@
+"""Texts to token ids, and token ids to a padded batch; for every task that reads text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import ConfigError, ModelError
+
+MODEL_INPUTS = ("input_ids", "token_type_ids")
+"""What is kept of a tokenizer's answer. The mask is not: `pad` makes it from positions."""
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: Any, max_length: int, *, as_target: bool = False
+) -> list[tuple[dict[str, list[int]], int]]:
+    """Tokenize all texts in one call.
+
+    Args:
+        max_length: Tokens kept of a text, its special tokens included.
+        as_target: As what a decoder is to write, which some tokenizers treat differently (languages, vocabularies).
+
+    Returns:
+        For each text its inputs (lists of equal length), and how many of its tokens did not fit.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if max_length <= special:
+        raise ConfigError(
+            f"`max_length: {max_length}` leaves no room for text beside {special} special tokens",
+            where="data.max_length",
+        )
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [_encode_slowly(text, tokenizer, max_length, as_target) for text in texts]
+    answer = tokenizer(
+        **_as(list(texts), as_target),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_overflowing_tokens=True,
+    )
+    names = [name for name in MODEL_INPUTS if name in answer]
+    encoded: list[tuple[dict[str, list[int]], int]] = []
+    lost = [0] * len(texts)
+    # A text that does not fit comes as several pieces, one after another: the first is kept, the others are counted.
+    for piece, text in enumerate(answer["overflow_to_sample_mapping"]):
+        if text == len(encoded):
+            encoded.append(({name: answer[name][piece] for name in names}, 0))
+        else:
+            lost[text] += len(answer["input_ids"][piece]) - special
+    return [(inputs, lost[text]) for text, (inputs, _) in enumerate(encoded)]
+
+
+def _as(texts: str | list[str], as_target: bool) -> dict[str, Any]:
+    return {"text_target" if as_target else "text": texts}
+
+
+def _encode_slowly(text: str, tokenizer: Any, max_length: int, as_target: bool) -> tuple[dict[str, list[int]], int]:
+    """For tokenizers written in Python, which do not report what they cut off for a batch."""
+    said = _as(text, as_target)
+    answer = tokenizer(**said, truncation=True, max_length=max_length, return_attention_mask=False)
+    whole = len(tokenizer(**said, return_attention_mask=False, verbose=False)["input_ids"])
+    inputs = {name: list(answer[name]) for name in MODEL_INPUTS if name in answer}
+    return inputs, whole - len(inputs["input_ids"])
+
+
+def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
+    """A batch as long as its longest row, padded on the right, with its mask.
+
+    The mask comes from the rows' lengths and never from comparing with the pad id: where padding is the end token, a
+    row's own end token stays visible and trained. Padding is always on the right, whatever side a tokenizer prefers for
+    generating: models with learnt positions count them from the left.
+
+    Returns:
+        int64 tensors (rows, longest): the inputs' names and `attention_mask`, 1 for a token and 0 for padding.
+
+    Raises:
+        ModelError: the tokenizer has no pad token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has no pad token", hint="load it with load_tokenizer, which chooses the end token"
+        )
+    lengths = [len(row["input_ids"]) for row in inputs]
+    shape = (len(inputs), max(lengths))
+    mask = torch.zeros(shape, dtype=torch.long)
+    batch = {name: torch.full(shape, _filler(name, tokenizer), dtype=torch.long) for name in inputs[0]}
+    for at, (row, length) in enumerate(zip(inputs, lengths, strict=True)):
+        mask[at, :length] = 1
+        for name, values in row.items():
+            batch[name][at, :length] = torch.tensor(values, dtype=torch.long)
+    batch["attention_mask"] = mask
+    return batch
+
+
+def _filler(name: str, tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if name == "input_ids" else tokenizer.pad_token_type_id)

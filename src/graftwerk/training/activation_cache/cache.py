@@ -1,0 +1,361 @@
+"""The trunk once: hidden states that enter the lowest adapted layer, computed once per row and then kept.
+
+With the top k of L layers adapted, E epochs cost n [2 (L - k) + 4 k E] per token in place of n E (2 L + 2 k), for n
+weights a layer: the frozen layers below run once, before the first step, over rows sorted by length, and never again.
+
+*Whether* is a matter of settings, model and rows alone, never of the machine: where there is neither memory nor disk
+for the states, the frozen layers are computed at every step as before, in evaluation mode as they would have been for
+the cache, so that the result is the same. What is kept is a pure function of rows, weights and settings (`key_of`), so
+that a resumed run makes the same bytes again, and another run on the same layers can read them.
+
+Checked and not assumed: on a few rows of all lengths logits from the cache are compared with those of the plain path.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import GraftwerkError, UnsupportedError
+from graftwerk.evaluation.inference import autocast, evaluation_mode, to_device
+from graftwerk.kernels import flags as fast
+from graftwerk.modeling.architectures import Architecture, read_architecture
+from graftwerk.modeling.attach import Adapter, adapters
+from graftwerk.modeling.frozen_layers import below, draws_at_random, extras_of, reach, set_evaluating, skipping
+from graftwerk.tasks.base import Example, Task
+from graftwerk.training import oom as memory
+from graftwerk.training import rng
+from graftwerk.training.activation_cache.plan import Plan, kept_dtype, plan, refuse_unless_kept, shared_folder
+from graftwerk.training.activation_cache.rows import Slots, key_of
+from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, make_room, open_file
+from graftwerk.training.distributed import Distributed
+from graftwerk.training.events import Event, Listener
+from graftwerk.training.settings import TrainingSettings
+
+ROWS, TOKENS = 64, 4096
+"""At most so many rows, and tokens with padding, are computed together."""
+TRIED = 8
+"""Rows that are computed both ways before the cache is trusted."""
+SURVEYED = 2
+"""Rows on which it is found out what the layers are and hand on; five passes, and so of few rows."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far the logits of both ways may be apart, relative to their norm, by the coarsest type involved."""
+FREE_SHARE = 0.25
+"""Share of the free memory that the states may take, where `trunk_cache_gb` says nothing."""
+
+
+class ActivationCache:
+    """Answers the trunk's layers from what is kept; where nothing is kept it stands aside.
+
+    Args:
+        folder: Where a file goes that does not fit into memory and is nobody else's; it is gone when the run ends.
+        asked_to_stop: Looked at while the states are computed.
+    """
+
+    def __init__(
+        self,
+        graft: Adapter,
+        task: Task,
+        tokenizer: Any,
+        settings: TrainingSettings,
+        *,
+        dtype: torch.dtype,
+        processes: Distributed,
+        folder: Path,
+        emit: Listener,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
+        self.dtype, self.processes, self.folder, self.emit = dtype, processes, folder, emit
+        self.asked_to_stop = asked_to_stop
+        self.plan = Plan("nothing is trained yet")
+        self.evaluating = False
+        """Whether the trunk is in evaluation mode while the rest trains."""
+        self._modules: list[Any] = []
+        self._states: Tensor | None = None
+        self._served_dtype, self._extras = torch.float32, -1
+        self._facts: dict[str, Any] = {}
+        self._rows_served = self._tokens_served = self._rows_computed = 0
+        self._token_seconds = self._fill_seconds = 0.0
+
+    # -- before the first step -------------------------------------------------------------------------------------
+
+    def open(self, train: Sequence[Example], validation: Sequence[Example], passes: float, step: int) -> None:
+        """Decide, compute or read the states, check them, and say so.
+
+        Args:
+            passes: How often each row is trained on.
+            step: For the events.
+
+        Raises:
+            UnsupportedError: `trunk_cache: true`, and it cannot be; the reason is given.
+        """
+        graft, settings = self.graft, self.settings
+        kept = [train, validation]
+        view = read_architecture(graft.model)
+        self.plan = plan(graft.model, view, graft.method, graft.heads, self.task, settings, kept, passes)
+        try:
+            with rng.untouched(self.processes.device):
+                if self.plan.why_not is None:
+                    self._enter(view, kept, step)
+        except UnsupportedError as error:
+            self.plan = Plan(error.what, self.plan.cut)
+        refuse_unless_kept(self.plan, settings)
+        if settings.trunk_cache is not False:
+            self.emit(Event("trunk", step, text=self.said(), **self.figures()))
+
+    def _enter(self, view: Architecture, kept: Sequence[Sequence[Example]], step: int) -> None:
+        graft, cut = self.graft, self.plan.cut
+        assert cut is not None
+        if len(adapters(graft.model)) > 1:
+            raise UnsupportedError("there are other adapters on the model")
+        slots = Slots(kept)
+        every = max(1, len(slots.rows) // TRIED)
+        self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
+        surveyed = to_device(self.task.collate(self._tried_rows[-SURVEYED:], self.tokenizer), graft.model)
+
+        def call() -> Any:
+            return self.task.forward(graft.model, surveyed)
+
+        stacks = {stack.path for stack in view.stacks}  # where a prefix keeps its network, which nothing runs through
+        hosts = [graft.model.get_submodule(path) for path in (*graft.hosts, *graft.heads) if path not in stacks]
+        with evaluation_mode(graft.model), torch.no_grad(), autocast(graft.model, self.dtype):
+            self._modules = below(graft.model, cut, hosts, call)
+            self._extras = extras_of(graft.model, cut, call)
+            began = time.perf_counter()
+            states = reach(graft.model, cut, call)
+            self._token_seconds = (time.perf_counter() - began) / max(states.shape[0] * states.shape[1], 1)
+        if states.shape[-1] != cut.width:
+            raise UnsupportedError(f"its layers are {states.shape[-1]} wide, and its configuration says {cut.width}")
+        self._served_dtype = states.dtype
+        with autocast(graft.model, self.dtype):
+            drops = draws_at_random(graft.model, cut, self._modules, call)
+        if drops and self.settings.trunk_cache == "auto":
+            raise UnsupportedError(
+                "these layers have dropout, which a cache would turn off; trunk_cache: true keeps them all the same"
+            )
+        self._facts["dropout_off"] = drops
+        self.evaluating = True
+        if fast.enabled("trunk"):
+            self._keep(slots, step)
+            if self._states is not None:
+                self._slots = slots
+                self._verify(slots, step)
+
+    # -- computing and keeping -------------------------------------------------------------------------------------
+
+    def _keep(self, slots: Slots, step: int) -> None:
+        """States from a file that is there, or computed now; none where there is no place for them."""
+        settings, cut = self.settings, self.plan.cut
+        assert cut is not None
+        key = key_of(slots, self.graft.model, cut, self._how())
+        shape, dtype = (slots.tokens, cut.width), kept_dtype(settings)
+        shared = shared_folder(settings)
+        path = (shared or self.folder) / f"{key}{ENDING}"
+        began = time.perf_counter()
+        trouble: str | None = None
+        states: Tensor | None = None
+        if shared is not None:
+            states, trouble = open_file(path, key, *shape, dtype)
+            if trouble is not None:
+                self._warn(step, f"{path} is not used, and made again: {trouble}")
+            if states is not None:
+                self._facts.update(where=str(path), reused=True)
+        if not self.processes.any(states is None):
+            self._states = states
+            return
+        in_memory = shared is None and self.processes.world_size == 1 and self.plan.bytes <= self._memory_limit()
+        if in_memory:
+            states = self._computed(MemoryStates(*shape, dtype), slots, step)
+            self._facts.update(where="memory", reused=False)
+        else:
+            states = self._in_file(path, key, shape, dtype, slots, step)
+        if not self.processes.any(states is None):
+            self._states = states
+            self._fill_seconds = time.perf_counter() - began
+            self._token_seconds = self._fill_seconds / max(slots.tokens, 1)  # a better measure than one small batch
+
+    def _in_file(
+        self, path: Path, key: str, shape: tuple[int, int], dtype: torch.dtype, slots: Slots, step: int
+    ) -> Tensor | None:
+        """Computed by the main process into a file, which all map."""
+        states: Tensor | None = None
+        if self.processes.is_main:
+            try:
+                limit = int(self.settings.trunk_cache_disk_gb * 1e9)
+                if self.plan.bytes > limit:
+                    raise OSError(f"{self.plan.bytes / 1e9:.2f} GB are more than training.trunk_cache_disk_gb")
+                if path.parent.is_dir():
+                    make_room(path.parent, self.plan.bytes, limit)
+                states = self._computed(FileStates(path, key, *shape, dtype), slots, step)
+                self._facts.update(where=str(path), reused=False)
+            except OSError as error:
+                self._warn(step, f"the layers below what trains are computed at every step: {error.strerror or error}")
+        self.processes.barrier()
+        if not self.processes.is_main:
+            states, _ = open_file(path, key, *shape, dtype)
+            self._facts.update(where=str(path), reused=False)
+        self.processes.barrier()
+        if shared_folder(self.settings) is None and self.processes.is_main:
+            with suppress(OSError):  # it stays mapped until the run ends, and then nothing of it is left
+                path.unlink(missing_ok=True)
+                path.parent.rmdir()
+        return states
+
+    def _computed(self, sink: MemoryStates | FileStates, slots: Slots, step: int) -> Tensor | None:
+        rows, tokens = ROWS, TOKENS
+        model = self.graft.model
+        try:
+            with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
+                done = 0
+                while done < len(slots.rows):
+                    lengths = [row.length for row in slots.rows[done:]]
+                    try:
+                        for places in chunks(lengths, rows, tokens):
+                            examples = slots.rows[done : done + len(places)]
+                            for states in self._of(examples):
+                                sink.add(states)
+                            done += len(examples)
+                            if self.asked_to_stop():
+                                sink.abandon()
+                                return None
+                            self.emit(Event("phase", step, name=self._progress(done, len(slots.rows))))
+                    except (MemoryError, RuntimeError) as error:
+                        if not memory.is_out_of_memory(error) or rows == 1:
+                            raise
+                        rows, tokens = rows // 2, tokens // 2
+                        memory.release()
+            return sink.finished()
+        except BaseException:
+            sink.abandon()
+            raise
+
+    def _of(self, examples: Sequence[Example]) -> list[Tensor]:
+        """The states (T, d) of each row."""
+        cut, model = self.plan.cut, self.graft.model
+        assert cut is not None
+        batch = to_device(self.task.collate(examples, self.tokenizer), model)
+        states = reach(model, cut, lambda: self.task.forward(model, batch))
+        return [
+            states[row, : example.length].to(kept_dtype(self.settings)).cpu() for row, example in enumerate(examples)
+        ]
+
+    def _progress(self, done: int, total: int) -> str:
+        return f"computing the frozen layers once: {done:,} of {total:,} rows"
+
+    def _memory_limit(self) -> float:
+        if self.settings.trunk_cache_gb is not None:
+            return self.settings.trunk_cache_gb * 1e9
+        return FREE_SHARE * (memory.available() or 0)
+
+    def _how(self) -> dict[str, Any]:
+        """What the states depend on beside rows and model."""
+        return {
+            "types": [str(self.dtype), str(self._served_dtype), self.settings.trunk_cache_dtype],
+            "machine": [self.processes.device.type, torch.get_num_threads()],
+            "chunks": [ROWS, TOKENS],
+        }
+
+    def _verify(self, slots: Slots, step: int) -> None:
+        """Compare both ways on a few rows; where they differ, nothing that is kept is used."""
+        model, rows = self.graft.model, self._tried_rows
+        batch = to_device(self.task.collate(rows, self.tokenizer), model)
+        with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
+            plainly = self.task.forward(model, batch).logits.float()
+            with self.serving(rows, batch):
+                cached = self.task.forward(model, batch).logits.float()
+        self._rows_served = self._tokens_served = 0
+        apart = float((plainly - cached).norm() / plainly.norm().clamp_min(1e-12))
+        allowed = max(TOLERANCE[self.dtype], TOLERANCE[kept_dtype(self.settings)])
+        self._facts["difference"] = apart
+        wrong = self.processes.any(not apart <= allowed)
+        if wrong:
+            self._states = None
+            self._facts["why_not_used"] = f"its logits differ from those of the plain path by {apart:.2g}"
+            self._warn(
+                step,
+                f"kept hidden states are not used: the logits differ from those of the plain path by {apart:.2g} of "
+                f"their norm, and {allowed:g} is allowed; the layers below what trains are computed at every step",
+            )
+
+    # -- while training and evaluating -----------------------------------------------------------------------------
+
+    def serving(self, examples: Sequence[Example], batch: Any) -> AbstractContextManager[None]:
+        """For the forward pass of a batch: the trunk in its mode, and answered from what is kept where it is."""
+        if not self.evaluating:
+            return nullcontext()
+        return self._serving(examples, batch)
+
+    @contextmanager
+    def _serving(self, examples: Sequence[Example], batch: Any) -> Iterator[None]:
+        model, cut = self.graft.model, self.plan.cut
+        assert cut is not None
+        if model.training:  # whoever switched the model to training switched the trunk too
+            set_evaluating(model, cut, self._modules)
+        states = self._assembled(examples, batch)
+        if states is None:
+            self._rows_computed += len(examples)
+            yield
+            return
+        self._rows_served += len(examples)
+        self._tokens_served += states.shape[0] * states.shape[1]
+        with skipping(model, cut, states, extras=self._extras):
+            yield
+
+    def _assembled(self, examples: Sequence[Example], batch: Any) -> Tensor | None:
+        """(B, T, d) on the device, zeros where the batch is padded; None where a row is not kept."""
+        kept = self._states
+        if kept is None or (self.plan.cut.shift and not self.graft.active):  # type: ignore[union-attr]
+            return None  # without the prefix, a decoder's text has other positions
+        rows, tokens = batch["input_ids"].shape
+        starts = [self._slots.start(example) for example in examples]
+        if rows != len(examples) or any(start is None for start in starts):
+            return None
+        device = self.processes.device
+        padded = torch.zeros(rows, tokens, kept.shape[1], dtype=kept.dtype, pin_memory=device.type == "cuda")
+        for row, (start, example) in enumerate(zip(starts, examples, strict=True)):
+            assert start is not None
+            padded[row, : example.length] = kept[start : start + example.length]
+        return padded.to(device, non_blocking=True).to(self._served_dtype)
+
+    # -- words and figures -----------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, Any]:
+        """For the log and the manifest."""
+        saved = self._tokens_served * self._token_seconds - self._fill_seconds
+        return {
+            **self.plan.to_dict(),
+            **self._facts,
+            "kept": self._states is not None,
+            "dtype": self.settings.trunk_cache_dtype,
+            "fill_seconds": self._fill_seconds,
+            "rows_served": self._rows_served,
+            "rows_computed": self._rows_computed,
+            "seconds_saved": saved if self._states is not None and self._rows_served else 0.0,
+        }
+
+    def said(self) -> str:
+        """What is done, in words."""
+        if self.plan.why_not is not None:
+            return f"no layers are skipped: {self.plan.why_not}"
+        cut = self.plan.cut
+        assert cut is not None
+        mode = "; their dropout is off" if self._facts.get("dropout_off") else ""
+        if self._states is None:
+            return f"the {cut.skipped} frozen layers of {cut.depth} are computed at every step{mode}"
+        how = "read from a file of an earlier run" if self._facts.get("reused") else "computed once"
+        where = self._facts["where"]
+        return (
+            f"the {cut.skipped} frozen layers of {cut.depth} are {how}: {self.plan.rows:,} rows, "
+            f"{self.plan.bytes / 1e6:,.1f} MB in {where}{mode}"
+        )
+
+    def _warn(self, step: int, text: str) -> None:
+        with suppress(GraftwerkError):
+            self.emit(Event("warning", step, text=text))

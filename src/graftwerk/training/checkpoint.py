@@ -1,0 +1,291 @@
+"""Checkpoints: folders of safetensors and JSON, written whole or not at all, every file with its SHA-256.
+
+```
+checkpoints/
+  step-000125/  adapter.safetensors    the trained parameters by raw key (method and heads)
+                optimizer.safetensors  AdamW's moments by raw key
+                rng.safetensors        states of the random number generators, of every process
+                state.json             position, schedule, best so far, what the run was told to do
+                files.json             size and SHA-256 of the others; canonical, so that no bit of it can change unseen
+  latest        text: the name of the newest whole one
+  best          text: the name of the best evaluated one
+```
+The two pointers are for people and other programs. What is gone on from is the newest folder that proves whole, so
+that a lost or lying pointer costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
+from graftwerk.serialization.atomic import recover, write_file, write_folder
+from graftwerk.serialization.strict_json import dump_object
+from graftwerk.serialization.untrusted_files import read_json, read_tensors, understood
+from graftwerk.training.tensorfile import write_tensors
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, RNG, STATE, FILES = (
+    "adapter.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "state.json",
+    "files.json",
+)
+OPTIMIZER_SCALE = 8
+"""Times as large as that of other files its header may be: it has three tensors for each that is trained."""
+_NAME = re.compile(r"step-(\d{6,})")
+_GONE = ".gone-"
+"""Prefix of a folder that is being deleted: renamed first, so that a half-deleted checkpoint is never taken for one."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that the next step depends on.
+
+    Attributes:
+        step: Steps done.
+        weights: Raw key -> parameter.
+        optimizer: As `optim.optimizer_tensors` gives it.
+        rng: As `rng.capture` gives it, with ``<process>.`` before each name.
+        state: JSON: the rest. ``state["best"]`` is None or has the ``step`` of the best checkpoint.
+    """
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    rng: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they are; made with the first.
+        limit: How many of the newest are kept, beside the best ones that these refer to.
+        warn: Told in words when a damaged checkpoint is passed over, or an old one cannot be deleted.
+    """
+
+    def __init__(self, folder: Path, *, limit: int = 2, warn: Callable[[str], None] = lambda text: None) -> None:
+        self.folder, self.limit, self.warn = folder, limit, warn
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, newest last; whether they are whole is not looked at."""
+        if not self.folder.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint there is; whether it is whole is not looked at."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def latest_said(self) -> str | None:
+        """The same for the ``kept`` of an error."""
+        latest = self.latest()
+        return None if latest is None else str(latest)
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write a checkpoint, move the pointers, delete what is no longer needed.
+
+        Raises:
+            DivergedError: a weight is not finite; nothing is written.
+            EnvironmentFault: it cannot be written; the earlier ones are untouched.
+        """
+        if bad := [key for key, tensor in snapshot.weights.items() if not bool(torch.isfinite(tensor).all())]:
+            raise DivergedError(
+                f"after step {snapshot.step} {len(bad)} trained tensors are not finite (the first: {bad[0]}); "
+                f"they are not saved",
+                hint="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
+                recovered=self.latest_said(),
+            )
+        target = self.path(snapshot.step)
+        tensors = [*snapshot.weights.values(), *snapshot.optimizer.values(), *snapshot.rng.values()]
+        needed = sum(tensor.nbytes for tensor in tensors) + 65_536
+        write_folder(target, lambda folder: _fill(folder, snapshot), bytes_needed=needed)
+        self.finish_pruning(snapshot)
+        return target
+
+    def finish_pruning(self, snapshot: Snapshot) -> None:
+        """Point at a checkpoint that is there, and delete what is no longer needed.
+
+        A part of saving, and of going on: a writer killed between the two leaves an old checkpoint that no later save
+        may come to delete.
+        """
+        write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n")
+        best = snapshot.state.get("best")
+        with understood(self.path(snapshot.step) / STATE):
+            target = None if best is None else self.path(best["step"])
+        if target is not None and target.is_dir():
+            write_file(self.folder / "best", f"{target.name}\n")
+        self._rotate(snapshot.step)
+
+    def load(self, step: int) -> Snapshot:
+        """A checkpoint, every file of it verified.
+
+        Raises:
+            IntegrityError: a file is missing, cut off or changed; the message names it.
+        """
+        path = recover(self.path(step))
+        _verify(path)
+        return Snapshot(
+            step=step,
+            weights=read_tensors(path / WEIGHTS),
+            optimizer=read_tensors(path / OPTIMIZER, scale=OPTIMIZER_SCALE),
+            rng=read_tensors(path / RNG),
+            state={key: value for key, value in read_json(path / STATE).items() if key != "format"},
+        )
+
+    def load_latest(self) -> Snapshot | None:
+        """The newest whole checkpoint, or None if there has never been one; damaged ones are passed over with a
+        warning.
+
+        Raises:
+            IntegrityError: there are some, and none is whole; the newest one's fault is named.
+        """
+        faults: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                snapshot = self.load(step)
+            except IntegrityError as error:
+                faults.append(error.what)
+            else:
+                if faults:
+                    self.warn(f"{'; '.join(faults)}: going on from {self.path(step).name}")
+                return snapshot
+        if faults:
+            start = self._with_whole_weights()
+            warm = f"; its weights are whole: training.warm_start={start} in another output_dir begins from them"
+            raise IntegrityError(
+                f"no checkpoint is whole: {'; '.join(faults)}",
+                where=str(self.folder),
+                hint="put back an undamaged copy, or begin anew with --overwrite" + (warm if start else ""),
+            )
+        return None
+
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """The trained parameters of a checkpoint, verified; its other files may be damaged.
+
+        Raises:
+            IntegrityError: the weights or the list of files are missing, cut off or changed.
+        """
+        path = recover(self.path(step))
+        _verify(path, only=WEIGHTS)
+        return read_tensors(path / WEIGHTS)
+
+    def _with_whole_weights(self) -> Path | None:
+        for step in reversed(self.steps()):
+            with contextlib.suppress(IntegrityError):
+                self.weights(step)
+                return self.path(step)
+        return None
+
+    def clean(self) -> None:
+        """Remove what killed writers left. Only for the holder of the run's lock."""
+        if not self.folder.is_dir():
+            return
+        for step in self.steps():
+            recover(self.path(step))
+        for entry in self.folder.iterdir():
+            if entry.name.startswith("."):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+    def _rotate(self, whole: int) -> None:
+        """``whole``: a checkpoint that is known to be so; newer ones, gone on from here, may be damaged."""
+        steps = self.steps()
+        newest = {*steps[-self.limit :], whole}
+        keep = {*newest, *(best for step in newest if (best := self._best_of(step)) is not None)}
+        for step in steps:
+            if step in keep:
+                continue
+            gone = self.folder / f"{_GONE}{self.path(step).name}"
+            try:
+                shutil.rmtree(gone, ignore_errors=True)
+                os.rename(self.path(step), gone)
+                shutil.rmtree(gone)
+            except OSError as error:
+                self.warn(f"{self.path(step)} is no longer needed but cannot be deleted: {error.strerror}")
+
+    def _best_of(self, step: int) -> int | None:
+        with contextlib.suppress(GraftwerkError, KeyError, TypeError):
+            best = read_json(self.path(step) / STATE)["best"]
+            return None if best is None else int(best["step"])
+        return None
+
+
+def _fill(folder: Path, snapshot: Snapshot) -> None:
+    sums = {
+        name: write_tensors(folder / name, tensors)
+        for name, tensors in ((WEIGHTS, snapshot.weights), (OPTIMIZER, snapshot.optimizer), (RNG, snapshot.rng))
+    }
+    state = dump_object({"format": FORMAT, **snapshot.state}, folder / STATE)
+    (folder / STATE).write_bytes(state)
+    sums[STATE] = hashlib.sha256(state).hexdigest()
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sums.items()}
+    (folder / FILES).write_text(_canonical({"format": FORMAT, "files": files}))
+
+
+def _verify(folder: Path, only: str | None = None) -> None:
+    """Raises IntegrityError unless every file is there, none is extra, and every byte is as it was written.
+
+    Args:
+        only: Look at this one alone, and the list.
+    """
+    listing = folder / FILES
+    try:
+        there = {entry.name for entry in folder.iterdir()}
+        if FILES not in there:
+            raise IntegrityError(f"{listing} is missing")
+        try:
+            known = read_json(listing)  # a regular file from here on
+        except IntegrityError as error:
+            raise IntegrityError(f"{listing} is damaged: {error.what}") from None
+        content = listing.read_bytes()
+        if known.get("format") != FORMAT:
+            raise IntegrityError(
+                f"{listing} is of format {known.get('format')!r:.20}; this version reads format {FORMAT}"
+            )
+        if content != _canonical(known).encode():
+            raise IntegrityError(f"{listing} has been changed")
+        files = known["files"]
+        if (wrong := sorted({FILES, *files} ^ there)) and (only is None or only not in there):
+            raise IntegrityError(
+                f"{folder / wrong[0]} is {'missing' if wrong[0] in files else 'not part of this checkpoint'}"
+            )
+        for name in files if only is None else (only,):
+            figures = files[name]
+            size = (folder / name).stat().st_size
+            if size != figures["bytes"]:
+                raise IntegrityError(f"{folder / name} has {size:,} bytes; {figures['bytes']:,} were written")
+            if _sha256(folder / name) != figures["sha256"]:
+                raise IntegrityError(f"{folder / name} is damaged: its SHA-256 differs from the one written with it")
+    except OSError as error:
+        raise IntegrityError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{listing} has been changed") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _canonical(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -1,0 +1,157 @@
+"""The end of a run: the best state in the adapter folder, its figures with intervals, the manifest."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError, RunInterrupted
+from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.tasks.base import Predictions
+from graftwerk.training.events import Event
+from graftwerk.training.manifest import compute_of
+from graftwerk.training.multitask_sampling import drawn
+from graftwerk.training.run_dir import RunDir
+from graftwerk.training.setup import Prepared
+from graftwerk.training.trainer import Trainer
+from graftwerk.training.validation import StopEvaluation
+
+IN_METADATA = (
+    "model",
+    "base_fingerprint",
+    "task",
+    "task_settings",
+    "labels",
+    "max_length",
+    "compute",
+    "data",
+    "metrics",
+    "parameters",
+    "cost",
+    "best",
+    "seed",
+    "command",
+    "versions",
+    "graftwerk",
+)
+"""What an adapter takes along of its run's manifest."""
+
+
+def finish(
+    trainer: Trainer,
+    prepared: Prepared,
+    settings: RunConfig,
+    folder: RunDir,
+    manifest: dict[str, Any],
+    *,
+    peak: int | None,
+    first_step: float | None,
+) -> None:
+    """Hand over the best state, measure it, store it, say so. All processes take part; one writes.
+
+    Args:
+        manifest: That of the opening; filled in place.
+        peak: Bytes held at the most while training, above what was held before the model was loaded.
+        first_step: Seconds from the start of the process to the end of its first step; None if it did none.
+
+    Raises:
+        Interrupted: a signal came; all of this is done again by a resumed run.
+        EnvironmentFault: the adapter cannot be written; the checkpoints are whole.
+    """
+    from graftwerk.evaluation.cost import size_on_disk
+    from graftwerk.evaluation.metrics import metrics_of
+    from graftwerk.evaluation.per_dataset import metrics_by_set
+    from graftwerk.evaluation.sample_outputs import before_and_after, of_base
+    from graftwerk.serialization.folder import save_adapter
+
+    trainer.emit(Event("phase", trainer.state.step, name="evaluating"))
+    step = trainer.load_best_state()
+    model = trainer.adapter.model
+    for split in ("validation", "test"):
+        if not prepared.examples[split]:
+            continue
+        predictions = _predictions(trainer, prepared, split, step, settings.evaluation)
+        options: dict[str, Any] = {
+            "labels": prepared.splits.labels,
+            "names": prepared.task.metrics,
+            "confidence": settings.evaluation.confidence,
+            "resamples": settings.evaluation.resamples,
+        }
+        manifest["metrics"][split] = metrics_of(predictions, **options)
+        if by_set := metrics_by_set(predictions, **options):
+            manifest.setdefault("metrics_by_set", {})[split] = by_set
+        base = None
+        if settings.evaluation.baseline:
+            base = of_base(model, partial(_measured, trainer, prepared, split, settings.evaluation))
+            manifest.setdefault("baseline", {})[split] = metrics_of(base, **options)
+        if trainer.processes.is_main:  # of test rows, where there are any: they come last
+            manifest["examples"] = before_and_after(
+                model,
+                prepared.task,
+                prepared.examples[split],
+                prepared.tokenizer,
+                settings.evaluation,
+                predictions,
+                dtype=trainer.evaluate.dtype,
+                base=base,
+            )
+    if (shares := drawn(trainer)) is not None:
+        manifest["data"]["sets"] = shares
+    if not trainer.processes.is_main:
+        return
+    manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
+    manifest["best"] = trainer.state.best
+    manifest["trunk"] = trainer.trunk.figures()
+    manifest["cost"] = {
+        "training_seconds": trainer.state.seconds,
+        "steps": trainer.state.step,
+        "peak_memory_bytes": peak,
+        "first_step_seconds": first_step,
+        "processes": trainer.processes.world_size,
+    }
+    if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
+        manifest["cost"]["untrained_steps"] = untrained
+    metadata = {name: manifest[name] for name in IN_METADATA}
+    trainer.emit(Event("phase", trainer.state.step, name="saving the adapter"))
+    save_adapter(trainer.adapter, folder.adapter, metadata=metadata)
+    manifest["cost"]["adapter_bytes"] = size_on_disk(folder.adapter)
+    manifest["status"] = "finished"
+    try:
+        folder.write_manifest(manifest)
+    except ConfigError:  # rows of a megabyte: what is shown of a run must not cost its result
+        manifest["examples"] = []
+        text = "the examples of answers are too long to be kept in the manifest, and are left out of it"
+        trainer.emit(Event("warning", trainer.state.step, text=text))
+        folder.write_manifest(manifest)
+    trainer.emit(
+        Event("finish", trainer.state.step, metrics=manifest["metrics"], cost=manifest["cost"], best=manifest["best"])
+    )
+
+
+def _predictions(
+    trainer: Trainer, prepared: Prepared, split: str, step: int, evaluation: EvaluationSettings
+) -> Predictions:
+    """Those of the evaluation that found the best state, if this process made it; else made now."""
+    generation = evaluation if prepared.task.generates and evaluation.generate else None
+    if (
+        generation is None
+        and split == "validation"
+        and trainer.best_predictions is not None
+        and trainer.best_predictions[0] == step
+    ):
+        return trainer.best_predictions[1]
+    return _measured(trainer, prepared, split, evaluation)
+
+
+def _measured(trainer: Trainer, prepared: Prepared, split: str, evaluation: EvaluationSettings) -> Predictions:
+    generation = evaluation if prepared.task.generates and evaluation.generate else None
+    try:
+        return trainer.evaluate(prepared.examples[split], generation)
+    except StopEvaluation:
+        raise RunInterrupted(
+            trainer.stop.signum or 15,
+            "stopped in the last evaluation; training itself is done",
+            recovered=trainer.checkpoints.latest_said(),
+            hint="the same command with --resume does what is left",
+        ) from None

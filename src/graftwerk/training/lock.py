@@ -1,0 +1,252 @@
+"""One run per folder. The lock is a small JSON file that says who holds it, and a kernel lock (flock) on that file.
+
+The kernel drops its lock with the process, so a killed run leaves none. What is written in the file names the holder,
+and decides where the kernel cannot: file systems without flock, and a child process that outlived the run and
+inherited the descriptor. A process is identified by boot id, pid namespace, pid and start time: pids are used again,
+and a wall clock may jump.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from graftwerk.errors import ConflictError, GraftwerkError, ResourceError
+from graftwerk.serialization.atomic import FAULTS
+
+LOCK_FILE = ".lock"
+_WRITING_SECONDS = 1.0
+"""How long a lock file may stay empty while its new holder writes its name."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process, named so that no other will ever have the same name.
+
+    Attributes:
+        started: Clock ticks after boot at which the process started (field 22 of /proc/<pid>/stat); None elsewhere.
+    """
+
+    pid: int
+    started: int | None
+    boot: str
+    namespace: str
+    host: str
+
+    @classmethod
+    def me(cls) -> Holder:
+        return cls(
+            pid=os.getpid(),
+            started=process_start(os.getpid()),
+            boot=_first_line("/proc/sys/kernel/random/boot_id"),
+            namespace=_link("/proc/self/ns/pid"),
+            host=socket.gethostname(),
+        )
+
+    def alive(self) -> bool | None:
+        """Whether that process runs; None when it cannot be seen from here (another machine, another container)."""
+        me = Holder.me()
+        if self.boot != me.boot:
+            return False if self.host == me.host and self.boot and me.boot else None
+        if self.host != me.host and not me.boot:
+            return None
+        if self.namespace != me.namespace:
+            return None
+        if self.started is None:
+            return _signalable(self.pid)
+        return process_start(self.pid) == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class RunLock:
+    """Held from `acquire` to `release`; usable as a context manager.
+
+    Raises (on entering):
+        ConflictError: another process holds it; the message names it.
+        EnvironmentFault: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_FILE
+        self._descriptor: int | None = None
+        self._made: list[Path] = []
+
+    def acquire(self) -> RunLock:
+        patience = time.monotonic() + _WRITING_SECONDS
+        while self._descriptor is None:
+            descriptor = self._open()
+            try:
+                if self._take(descriptor, give_up=time.monotonic() > patience):
+                    self._descriptor = descriptor
+            except GraftwerkError:
+                self._leave_no_folder()
+                raise
+            finally:
+                if self._descriptor is None:
+                    os.close(descriptor)
+        return self
+
+    def release(self) -> None:
+        if self._descriptor is None:
+            return
+        self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it is gone
+        os.close(self._descriptor)
+        self._descriptor = None
+        self._leave_no_folder()
+
+    def _open(self) -> int:
+        """The lock file's descriptor. The folders that have to be made for it are remembered."""
+        self._made += [folder for folder in self.path.parents if folder not in self._made and not folder.exists()]
+        try:
+            return _open(self.path)
+        except GraftwerkError:
+            self._leave_no_folder()
+            raise
+
+    def _leave_no_folder(self) -> None:
+        """What was made for the lock alone, and is still empty, goes with it: nothing has come of this run."""
+        for folder in self._made:  # the innermost first
+            try:
+                folder.rmdir()
+            except OSError:  # something is in it, or somebody else has removed it
+                break
+        self._made = []
+
+    def __enter__(self) -> RunLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _take(self, descriptor: int, *, give_up: bool) -> bool:
+        """One attempt: True if it is ours now, False to try again."""
+        locked = _flock(descriptor)
+        if not _same_file(descriptor, self.path):
+            return False
+        holder = _read(descriptor)
+        alive = holder.alive() if holder is not None else None
+        if locked is False:
+            if holder is not None and alive is False:  # a child of the dead holder keeps the kernel's lock
+                self.path.unlink(missing_ok=True)
+                return False
+            if holder is None and not give_up:
+                time.sleep(0.02)
+                return False
+            raise _held(self.path, holder)
+        if holder is not None and (alive or (alive is None and locked is None)):
+            raise _held(self.path, holder)
+        content = json.dumps(asdict(Holder.me())).encode()
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, content, 0)
+        os.fsync(descriptor)
+        return True
+
+
+def process_start(pid: int) -> int | None:
+    """Clock ticks after boot at which a process started; None if there is no such process, or no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _held(path: Path, holder: Holder | None) -> ConflictError:
+    return ConflictError(
+        f"{path.parent} is in use by {holder or 'another process'}",
+        where=str(path),
+        hint="wait for it, stop it, or choose another output_dir"
+        + (f"; if that machine is surely off, delete {path}" if holder is not None and holder.alive() is None else ""),
+    )
+
+
+def _open(path: Path, tries: int = 20) -> int:
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # who held it took the empty folder along at this moment
+            if tries == 1:
+                raise
+            return _open(path, tries - 1)
+    except (FileExistsError, NotADirectoryError):
+        raise ConflictError(
+            f"{path.parent} is a file; a run needs a folder", hint="choose another output_dir"
+        ) from None
+    except OSError as error:
+        what, hint = FAULTS.get(error.errno or 0, (str(error), "choose another output_dir"))
+        raise ResourceError(f"cannot write into {path.parent}: {what}", where=str(path.parent), hint=hint) from None
+
+
+def _flock(descriptor: int) -> bool | None:
+    """True: locked now. False: somebody has it. None: this file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL):
+            return None
+        raise
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _read(descriptor: int) -> Holder | None:
+    """Who is named in the file; None for an empty or half-written one, whose writer died writing it, and for what no
+    lock of ours says.
+    """
+    try:
+        holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
+    except (ValueError, TypeError, RecursionError, OSError):
+        return None
+    numbers = (holder.pid, 0 if holder.started is None else holder.started)
+    texts = (holder.boot, holder.namespace, holder.host)
+    named = (
+        all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+        and 0 < holder.pid < 2**31
+        and all(isinstance(text, str) and (not text or text.isprintable()) for text in texts)
+    )
+    return holder if named else None
+
+
+def _signalable(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""

@@ -1,0 +1,125 @@
+"""`manifest.json`: what everything downstream reads of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from graftwerk.config import RunConfig, parse_yaml
+from graftwerk.errors import ConfigError
+from graftwerk.modeling.attach import Adapter
+from graftwerk.training.run_dir import CONFIG
+from graftwerk.training.setup import SPLITS, Prepared
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "scikit-learn")
+
+
+def opening(
+    settings: RunConfig, prepared: Prepared, graft: Adapter, base_fingerprint: str, compute: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the manifest of a run that begins: all that is known before the first step.
+
+    Args:
+        compute: What the last bits of its answers depend on, as `compute_of` says.
+    """
+    splits = prepared.splits
+    head, own = graft.num_head_parameters, graft.num_parameters
+    total = graft.num_base_parameters
+    return {
+        "format": FORMAT,
+        "status": "running",
+        "graftwerk": _version("graftwerk"),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(prepared)}},
+        "config_digest": f"sha256:{hashlib.sha256(settings.dump().encode()).hexdigest()}",
+        "model": settings.model,
+        "base_fingerprint": base_fingerprint,
+        "task": prepared.task.name,
+        "task_settings": prepared.task.to_dict(),
+        "method": prepared.method.to_dict(),
+        "labels": None if splits.labels is None else list(splits.labels),
+        "max_length": prepared.max_length,
+        "compute": compute,
+        "data": {
+            "fingerprint": splits.fingerprint,
+            "origin": splits.origin,
+            "rows": rows_of(prepared),
+            "findings": prepared.findings,
+            **({} if prepared.augmented is None else {"augmented": prepared.augmented}),
+        },
+        "parameters": {"trained": own + head, "head": head, "total": total, "share": (own + head) / total},
+        "cost": {},
+        "metrics": {},
+        "best": None,
+        "trunk": None,
+        "command": command(settings),
+        "seed": settings.training.seed,
+    }
+
+
+def _packages(prepared: Prepared) -> list[str]:
+    """What computed the run; with the package of a tokenizer written in Python, and those of the metrics."""
+    from graftwerk.evaluation.metrics import packages_of
+
+    tokenizer = [] if prepared.tokenizer.is_fast else ["sentencepiece"]
+    return [*PACKAGES, *tokenizer, *packages_of(prepared.task.metrics)]
+
+
+def rows_of(prepared: Prepared) -> dict[str, int]:
+    """Rows of each split; those that were made are counted apart from the real ones."""
+    rows = {name: len(prepared.examples[name]) for name in SPLITS}
+    if prepared.augmented is not None:
+        rows["train"] -= prepared.augmented["rows"]
+        rows["augmented"] = prepared.augmented["rows"]
+    return rows
+
+
+def data_identity(prepared: Prepared) -> str:
+    """What a run that is gone on with must still be trained on: the real rows, and those that were made of them."""
+    real = prepared.splits.fingerprint
+    return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
+
+
+def compute_of(trainer: Any) -> dict[str, Any]:
+    """Return in what and in which batches a run computes its answers, which `evaluate` then does too."""
+    import torch
+
+    return {
+        "type": str(trainer.dtype).removeprefix("torch."),
+        "device": trainer.device.type,
+        "eval_batch_size": trainer.evaluate.batch_size,
+        "processes": trainer.processes.count,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What the last bits of sums depend on beside the settings."""
+    import torch
+
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def command(settings: RunConfig) -> str:
+    """Return how to repeat the run, from any folder: its resolved run file, into another folder than its own."""
+    folder = os.fspath(settings.output_dir.absolute())
+    place = f"{folder}-repeated"
+    try:
+        means_itself = parse_yaml(place.encode(), "output_dir") == place
+    except ConfigError:
+        means_itself = False
+    if not means_itself:  # ": " or " #" in a folder's name
+        place = json.dumps(place, ensure_ascii=False)
+    return shlex.join(["graftwerk", "train", os.path.join(folder, CONFIG), f"output_dir={place}"])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,59 @@
+"""The model as training needs it, and afterwards as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from graftwerk.errors import UnsupportedError
+
+
+def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
+    """
+    Raises:
+        UnsupportedError: float16 on a processor, where its gradients cannot be scaled.
+    """
+    if dtype == torch.float16 and device.type == "cpu":
+        raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", hint="auto, or bfloat16")
+
+
+def check_checkpointing(model: Any, wanted: bool) -> None:
+    """
+    Raises:
+        UnsupportedError: the model cannot recompute activations.
+    """
+    if wanted and not model.supports_gradient_checkpointing:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot recompute activations",
+            where="training.gradient_checkpointing",
+            hint="set it to false",
+        )
+
+
+@contextmanager
+def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
+    """Training mode, without key/value caches, with activations recomputed in backward if wanted.
+
+    Recomputing is non-reentrant: the reentrant kind gives no gradient to adapters behind a frozen embedding.
+
+    Raises:
+        UnsupportedError: the model cannot recompute activations.
+    """
+    check_checkpointing(model, checkpointing)
+    was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    model.train()
+    if use_cache:
+        model.config.use_cache = False
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if checkpointing:
+            model.gradient_checkpointing_disable()
+        if use_cache:
+            model.config.use_cache = use_cache
+        model.train(was_training)

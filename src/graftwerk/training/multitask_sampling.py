@@ -1,0 +1,70 @@
+"""Runs of several data sets: whose rows are drawn how often, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from graftwerk.config import RunConfig
+from graftwerk.data.mixture import Sampler
+from graftwerk.errors import DataError
+from graftwerk.tasks.base import Example, Task
+from graftwerk.tasks.multitask import SET, Multitask
+
+if TYPE_CHECKING:
+    from graftwerk.training.trainer import Trainer
+
+
+def sampler_of(settings: RunConfig, task: Task, examples: Sequence[Example]) -> Sampler | None:
+    """What draws the rows of each epoch; None for a run of one data set.
+
+    Raises:
+        DataError: a set has no rows to train on.
+    """
+    if not isinstance(task, Multitask) or not settings.data.sets:
+        return None
+    numbers = {name: number for number, name in enumerate(task.tasks)}
+    sets = [numbers[set_of(example)] for example in examples]
+    for name, number in numbers.items():
+        if number not in sets:
+            raise DataError(f"the set `{name}` has no training rows", where="data.train")
+    temperature = settings.data.temperature
+    return Sampler(
+        sets,
+        [each.weight for each in settings.data.sets],
+        math.inf if temperature == "infinity" else float(temperature or 1),
+        settings.training.seed,
+    )
+
+
+def set_of(example: Example) -> str:
+    return str((example.row or {})[SET])
+
+
+def drawn(trainer: Trainer) -> dict[str, Any] | None:
+    """Of each set: its ``rows``, the ``asked`` share, and the share that was ``drawn`` in the steps so far; None for a
+    run of one data set.
+    """
+    sampler, task = trainer.rows_of.draw, trainer.task
+    if sampler is None or not isinstance(task, Multitask):
+        return None
+    counted: Counter[str] = Counter()
+    for step in range(trainer.state.step):
+        counted.update(set_of(trainer.train[row]) for row in trainer.rows_of(step))
+    return _figures(task.tasks, sampler, counted)
+
+
+def _figures(names: Mapping[str, Any], sampler: Sampler, counted: Counter[str]) -> dict[str, Any]:
+    total = sum(counted.values())
+    return {
+        name: {
+            "rows": len(members),
+            "asked": share,
+            "rows_an_epoch": quota,
+            "rows_drawn": counted[name],
+            "drawn": counted[name] / total if total else None,
+        }
+        for name, members, share, quota in zip(names, sampler.members, sampler.shares, sampler.quotas, strict=True)
+    }

@@ -1,0 +1,166 @@
+"""What a training starts from: rows that are read, checked and encoded, and a model with a graft on it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.data.stream import StreamedRows
+from graftwerk.errors import UnsupportedError
+from graftwerk.methods.base import Method
+from graftwerk.modeling.attach import Adapter, attach
+from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.tasks.classification import Classification
+from graftwerk.training import rng
+from graftwerk.training.class_weights import weighted_task
+from graftwerk.training.events import Event, Listener
+from graftwerk.training.stream import EncodedStream
+from graftwerk.training.validation import check_settings
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rows ready for the loop.
+
+    Attributes:
+        method: The configured method; texts to start from are tokenized.
+        examples: Encoded rows (streamed: an `EncodedStream`) of ``train``, ``validation`` and ``test``.
+        max_length: Tokens kept of a row.
+        findings: What was noticed about the data, as plain values.
+        prior_loss: Loss of a model that knows nothing but how frequent each label is; None where there are no labels.
+        augmented: Rows that were made stand behind the real training rows: ``rows`` (how many), ``fingerprint``,
+            ``files``, ``made`` (by which augmenter).
+    """
+
+    task: Task
+    method: Method
+    splits: Splits
+    tokenizer: Any
+    examples: dict[str, Sequence[Example]]
+    max_length: int
+    findings: list[dict[str, Any]]
+    prior_loss: float | None
+    augmented: dict[str, Any] | None = None
+
+
+def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = None) -> Prepared:
+    """Read, check and encode the rows. Of the model, only its configuration and tokenizer are looked at.
+
+    Args:
+        labels: Label names that have to be kept, because weights exist that were trained with them.
+
+    Raises:
+        DataError, ConfigError, ModelError, EnvironmentFault: as the rooms for data and models say.
+    """
+    from graftwerk.data.checks import check_cut, check_truncation
+    from graftwerk.models.load import load_config, load_tokenizer, model_folder, position_limit
+    from graftwerk.tasks import dataset_cache as kept
+    from graftwerk.training.data_checks import check_allowed, check_encoded
+
+    check_allowed(settings.data.allow)
+    check_settings(settings.training, settings.data.validation is not None, settings.task)
+    if settings.training.packing and settings.method.kind == "embedding":
+        raise UnsupportedError(
+            "several texts packed into one row cannot each have virtual tokens",
+            where=f"training.packing, method `{settings.method.name}`",
+            hint="training.packing=false, or method=prefix",
+        )
+    _check_evaluation(settings)
+    splits = kept.read(settings.task, settings.data, labels)
+    architecture = load_config(settings.model, settings.revision)
+    task = settings.task.for_model(architecture).resolved(splits)
+    tokenizer = load_tokenizer(settings.model, settings.revision)
+    max_length = max_length_of(settings, architecture, tokenizer)
+    folder = model_folder(settings.model, settings.revision, weights=False)
+    findings = list(splits.issues)
+    examples: dict[str, Sequence[Example]] = {}
+    for name in SPLITS:
+        rows, most = getattr(splits, name), settings.data.max_truncated
+        if isinstance(rows, StreamedRows):
+            emit(Event("phase", 0, name=f"encoding {len(rows):,} streamed rows once, to count them"))
+            stream = EncodedStream(task, rows, tokenizer, splits, max_length, settings.data.buffer_rows)
+            findings += check_cut(stream.cut, stream.tokens_cut, len(stream), max_length, most, name)
+            examples[name] = stream
+            continue
+        examples[name] = kept.encode(task, splits, name, tokenizer, max_length, folder)
+        lost = [example.truncated for example in examples[name]]
+        findings += check_truncation(lost, max_length, most, name)
+    findings += check_encoded(settings, task, splits, examples, position_limit(architecture))
+    said = [asdict(finding) for finding in findings]
+    for finding in said:
+        emit(Event("finding", 0, **finding))
+    prior_loss = None
+    if splits.labels is not None:
+        train = examples["train"]
+        targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
+        learnt = weighted_task(settings.training, task, splits.labels, train)
+        counts: dict[Any, float] = dict(targets)
+        if isinstance(learnt, Classification):  # so much does a class weigh in the loss that is compared with it
+            counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
+        prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
+    method = _with_text(settings.method, tokenizer)
+    return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
+
+
+def _check_evaluation(settings: RunConfig) -> None:
+    """What would only be missed when the training is done.
+
+    Raises:
+        EnvironmentFault: a metric's package is not installed.
+        ConfigError: the base has no figures to measure.
+    """
+    from graftwerk.evaluation.metrics import require_packages
+    from graftwerk.evaluation.sample_outputs import check_baseline
+
+    if settings.task.generates and settings.evaluation.generate:
+        require_packages(settings.task.metrics)
+    if settings.evaluation.baseline:
+        check_baseline(settings.task)
+
+
+def load_base_and_attach(settings: RunConfig, prepared: Prepared) -> tuple[Adapter, str]:
+    """The base model with a new graft on it, all random values drawn from the seed; and the base's fingerprint."""
+    import torch
+
+    from graftwerk.models.load import fix_padding, load_model
+    from graftwerk.serialization.fingerprint import fingerprint
+
+    rng.seed(settings.training.seed)
+    model = load_model(settings.model, prepared.task, prepared.splits, dtype=torch.float32, revision=settings.revision)
+    fix_padding(model, prepared.tokenizer)
+    base = fingerprint(model)
+    return attach(model, prepared.method), base
+
+
+def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
+    """Return the tokens kept of a row: virtual tokens take positions of the model, which are then not there for text.
+
+    Raises:
+        ConfigError: as `max_length_for` says.
+    """
+    from graftwerk.modeling.architectures import is_causal
+    from graftwerk.models.load import max_length_for
+
+    return max_length_for(config, tokenizer, settings.data.max_length, settings.method.positions(is_causal(config)))
+
+
+def _with_text(method: Method, tokenizer: Any) -> Method:
+    """Virtual tokens that start as the words of a text need the ids of these words."""
+    text = getattr(method, "init_text", None)
+    if text is None or getattr(method, "init_token_ids", None) is not None:
+        return method
+    with_ids: Method = method.with_token_ids(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[attr-defined]
+    return with_ids
+
+
+def _prior_loss(counts: Mapping[Any, float], classes: int, smoothing: float) -> float | None:
+    """Entropy of the label frequencies, in nats: the least loss that is to be had without reading a row."""
+    total = sum(counts.values())
+    shares = [(1 - smoothing) * counts.get(label, 0) / total + smoothing / classes for label in range(classes)]
+    return -sum(share * math.log(share) for share in shares if share > 0) if total else None

@@ -1,0 +1,74 @@
+"""SIGINT and SIGTERM: the first asks the loop to finish its step and save, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from graftwerk.errors import RunInterrupted
+
+SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """What was asked for, and what to do about it.
+
+    Outside `deferring` (rows are read, the model is loaded: nothing to save) a signal raises `RunInterrupted` where it
+    hits. Inside, the first one only sets ``signum``; the loop looks at it between steps, saves, and raises
+    `RunInterrupted` itself. A second one raises at once: files are written whole or not at all, so the last good state
+    stays.
+
+    Args:
+        kept: Says what is on disk, for the message of an immediate stop.
+    """
+
+    def __init__(self, kept: Callable[[], str | None] = lambda: None) -> None:
+        self.signum: int | None = None
+        self.kept = kept
+        self._deferring = False
+
+    @contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Handlers in place, the previous ones put back afterwards; outside the main thread nothing is installed."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """From here on the caller looks at ``signum`` itself, at points where it can save."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        name = signal.Signals(signum).name
+        if self._deferring and self.signum is None:
+            self.signum = signum
+            _say(f"\n{name}: finishing this step and saving; once more to stop at once\n")
+            return
+        self.signum = signum
+        raise RunInterrupted(signum, f"stopped at once by {name}", recovered=self.kept())
+
+
+def _say(text: str) -> None:
+    """Straight to the descriptor: buffered streams must not be entered again from a signal handler."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return

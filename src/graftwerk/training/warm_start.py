@@ -1,0 +1,95 @@
+"""A warm start: training begins from weights that another run left; optimizer and row order begin anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from graftwerk.errors import AdapterError, ConfigError
+from graftwerk.modeling.attach import Adapter
+from graftwerk.training.checkpoint import WEIGHTS, Checkpoints
+from graftwerk.training.run_dir import ADAPTER, CHECKPOINTS, read_manifest
+
+KEY = "training.warm_start"
+
+
+def warm_labels(source: str | None) -> list[str] | None:
+    """The label names that the weights were trained with, in their order; None where nothing is known."""
+    if source is None:
+        return None
+    folder = _existing(source)
+    if (manifest := _manifest(folder)) is not None:
+        labels = manifest.get("labels")
+    else:
+        from graftwerk.serialization.folder import read_adapter_config
+
+        labels = read_adapter_config(folder).labels
+    return None if labels is None else [str(label) for label in labels]
+
+
+def warm_start(graft: Adapter, source: str) -> None:
+    """Put the weights of a run, a checkpoint or an adapter folder into a graft of the same method.
+
+    Raises:
+        ConfigError: there is nothing at ``source``.
+        AdapterError: the weights do not fit this graft: another method, other settings, other labels, another base.
+        IntegrityError: the weights are damaged.
+    """
+    folder = _existing(source)
+    tensors = _checkpoint_weights(folder)
+    if tensors is None:
+        tensors = _adapter_weights(graft, folder / ADAPTER if (folder / ADAPTER).is_dir() else folder)
+    own = graft.state_dict()
+    if wrong := [key for key in own if key in tensors and own[key].shape != tensors[key].shape]:
+        raise AdapterError(
+            f"`{wrong[0]}` is {tuple(tensors[wrong[0]].shape)} there and {tuple(own[wrong[0]].shape)} here",
+            where=f"{KEY}: {source}",
+            hint="start from weights of the same method with the same settings and labels",
+        )
+    graft.load_state_dict(tensors)
+
+
+def _checkpoint_weights(folder: Path) -> dict[str, Tensor] | None:
+    """Of a checkpoint, or of an unfinished run's newest one; None where there is none of these."""
+    if (folder / WEIGHTS).is_file():
+        checkpoints = Checkpoints(folder.parent)
+        step = next((step for step in checkpoints.steps() if checkpoints.path(step).name == folder.name), None)
+        if step is None:
+            raise ConfigError(f"{folder} is not named as a checkpoint is (step-000000)", where=KEY)
+        return checkpoints.weights(step)
+    if (folder / ADAPTER).is_dir() or not (folder / CHECKPOINTS).is_dir():
+        return None
+    snapshot = Checkpoints(folder / CHECKPOINTS).load_latest()
+    return None if snapshot is None else dict(snapshot.weights)
+
+
+def _adapter_weights(graft: Adapter, folder: Path) -> dict[str, Tensor]:
+    """Read by attaching a second graft for a moment: the store's formats know how tensors are named on this model."""
+    from graftwerk.modeling.attach import activate
+    from graftwerk.serialization.folder import load_adapter
+
+    other = load_adapter(graft.model, folder, name="warm-start")
+    try:
+        return {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    finally:
+        other.delete()
+        activate(graft.model, graft.name)
+
+
+def _existing(source: str) -> Path:
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"there is no folder {source}", where=KEY, hint="give a run, a checkpoint or an adapter folder"
+        )
+    return folder
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Of the run that a folder is, or is a part of."""
+    for candidate in (folder, folder.parent, folder.parent.parent):
+        if (manifest := read_manifest(candidate)) is not None:
+            return manifest
+    return None

@@ -1,0 +1,31 @@
+"""What is not used of what a model wrote."""
+
+from __future__ import annotations
+
+import pytest
+
+from graftwerk.augmentation.filters import REASONS, fault, loops
+
+
+@pytest.mark.parametrize(
+    ("written", "ended", "reason"),
+    [
+        ("Eine gute Antwort.", True, None),
+        ("", True, "empty"),
+        (" \n", True, "empty"),
+        ("Eine gute", False, "too_long"),
+        ("THE  text", True, "copied"),
+        ("y y y y y", True, "looping"),
+        ("von der Liste von der Liste von der Liste von der Liste", True, "looping"),
+        ("sehr sehr sehr gut", True, None),
+    ],
+)
+def test_faults(written: str, ended: bool, reason: str | None) -> None:
+    found = fault(written, "the text", ended=ended)
+    assert found == reason
+    assert found is None or found in REASONS
+
+
+def test_a_loop_may_stand_anywhere() -> None:
+    assert loops("well then a b a b a b a b and so on")
+    assert not loops("a b a b a b and so on")

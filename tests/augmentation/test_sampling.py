@@ -1,0 +1,51 @@
+"""A token drawn with a row's own number is a token of the model's distribution, whatever rows stand beside it."""
+
+from __future__ import annotations
+
+import torch
+
+from graftwerk.augmentation.keyed_rng import chance
+from graftwerk.augmentation.sampling import OwnDraws
+
+LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
+
+
+def drawn(rows: int, **options: float) -> torch.Tensor:
+    own = OwnDraws([chance(row) for row in range(rows)], **options)
+    scores = own(torch.zeros(rows, 1, dtype=torch.long), LOGITS.expand(rows, -1))
+    assert (scores == 0).sum(-1).eq(1).all()
+    assert (scores.isinf().sum(-1) == 4).all()
+    return scores.argmax(-1)
+
+
+def shares(tokens: torch.Tensor) -> list[float]:
+    return (tokens.bincount(minlength=5) / len(tokens)).tolist()
+
+
+def near(found: list[float], wanted: list[float]) -> bool:
+    return all(abs(one - other) < 0.02 for one, other in zip(found, wanted, strict=True))
+
+
+def test_tokens_are_as_frequent_as_they_are_probable() -> None:
+    assert near(shares(drawn(5_000)), [0.1, 0.5, 0.2, 0.15, 0.05])
+
+
+def test_temperature() -> None:
+    squared = torch.tensor([0.01, 0.25, 0.04, 0.0225, 0.0025])
+    assert near(shares(drawn(5_000, temperature=0.5)), (squared / squared.sum()).tolist())
+
+
+def test_the_nucleus_is_the_fewest_tokens_that_have_the_probability() -> None:
+    assert near(shares(drawn(5_000, top_p=0.75)), [0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0])
+    assert set(drawn(500, top_p=0.01).tolist()) == {1}
+
+
+def test_a_row_does_not_see_its_neighbours() -> None:
+    assert drawn(50).tolist() == drawn(200).tolist()[:50]
+
+
+def test_what_was_ruled_out_stays_out() -> None:
+    scores = torch.full((1, 5), -torch.inf)
+    scores[0, 3] = 1.0
+    for seed in range(20):
+        assert OwnDraws([chance(seed)])(torch.zeros(1, 1), scores).argmax() == 3

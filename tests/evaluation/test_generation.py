@@ -1,0 +1,205 @@
+"""Generated answers: the same in a batch as alone, whatever the adapter; languages, room and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import graftwerk as gw
+from graftwerk.evaluation import generation
+from graftwerk.evaluation.generation import answer_limit, generate
+from graftwerk.evaluation.sample_outputs import before_and_after, sample_rows
+from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.models.load import fix_padding, load_model, load_tokenizer
+from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.summarization import Summarization
+from graftwerk.tasks.translation import Translation
+from tests.tiny_text import GNOME, rows_of
+
+ROWS = sorted(rows_of(GNOME["de"]), key=lambda row: len(row["source"]))[::30]  # 8 rows of all lengths
+METHODS = {
+    "base": None,
+    "lora": gw.LoRA(r=4),
+    "bottleneck": gw.Bottleneck(adapter_size=4),
+    "prefix": gw.Prefix(num_virtual_tokens=3),
+    "prompt": gw.Prompt(num_virtual_tokens=3),
+}
+
+
+def loaded(folder: Path, task: Any, method: Any = None) -> tuple[Any, Any, Any]:
+    task = task.for_model(AutoConfig.from_pretrained(folder))
+    model, tokenizer = load_model(str(folder), task, None), load_tokenizer(str(folder))
+    fix_padding(model, tokenizer)
+    if method is not None:
+        graft = gw.attach(model, method)
+        torch.manual_seed(1)
+        with torch.no_grad():  # trained, as it were: else some adapters are the identity
+            for parameter in graft.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval(), task, tokenizer
+
+
+def settings(**values: Any) -> EvaluationSettings:
+    return EvaluationSettings(**{"max_new_tokens": 12, "generation_batch_size": 5, **values})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["bart", "t5", "marian", "llama", "gpt2"])
+def test_a_batch_gives_what_each_row_gives_alone(family: str, method: str, text_model: Callable[[str], Path]) -> None:
+    task = Translation(source_lang="de", target_lang="en")
+    model, task, tokenizer = loaded(text_model(family), task, METHODS[method])
+    examples = task.encode(ROWS, tokenizer, None, 256)
+    beams = 2 if method in ("base", "prefix") else 1
+    together = generate(model, task, examples, tokenizer, settings(num_beams=beams))
+    alone = [generate(model, task, [one], tokenizer, settings(num_beams=beams))[0] for one in examples]
+    assert together == alone
+    plain = _plainly(model, task, tokenizer, examples[0], beams)
+    assert together[0] == plain
+    if task.layout == "causal":  # the others, untrained, may say one word whatever they read
+        assert len(set(together)) > 1, "answers that are all alike show no order"
+
+
+def _plainly(model: Any, task: Any, tokenizer: Any, example: Any, beams: int) -> str:
+    """transformers alone, one row, no padding."""
+    ids = torch.tensor([example.prompt])
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, num_beams=beams, do_sample=False
+    )
+    new = written[0][len(example.prompt) :] if task.layout == "causal" else written[0]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("family", ["mbart50", "mbart", "m2m100"])
+def test_every_row_is_written_in_its_own_language(family: str, text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model(family), Translation())
+    de, en, fr = ("de", "en", "fr") if family == "m2m100" else ("de_DE", "en_XX", "fr_XX")
+    rows = [{**row, "source_lang": de, "target_lang": (en, fr)[place % 2]} for place, row in enumerate(ROWS)]
+    examples = task.encode(rows, tokenizer, None, 256)
+    asked: list[tuple[int, int]] = []
+    usual = model.generate
+
+    def watched(**options: Any) -> Any:
+        written = usual(**options)
+        start = written[:, 0] if family == "mbart" else written[:, 1]
+        asked.extend((len(written), int(language)) for language in start)
+        return written
+
+    model.generate = watched
+    generate(model, task, examples, tokenizer, settings())
+    ids = tokenizer.lang_code_to_id
+    assert sorted(asked) == sorted([(4, ids[en])] * 4 + [(4, ids[fr])] * 4)
+
+
+def test_batches_are_of_like_length_longest_first_and_told(text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model("t5"), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
+    seen: list[int] = []
+    usual = task.collate_prompts
+
+    class Watched(Summarization):
+        def collate_prompts(self, prompts: Any, tokenizer: Any) -> Any:
+            seen.extend(map(len, prompts))
+            return usual(prompts, tokenizer)
+
+    watched = Watched().for_model(model.config)
+    told: list[tuple[int, int]] = []
+    generate(model, watched, examples, tokenizer, settings(), on_progress=lambda *at: told.append(at))
+    assert seen == sorted((example.length for example in examples), reverse=True)
+    assert told == [(5, 8), (8, 8)]
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model("bart"), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
+    golden = generate(model, task, examples, tokenizer, settings())
+    usual, sizes, said = model.generate, list[int](), list[str]()
+
+    def narrow(**options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        if sizes[-1] > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+        return usual(**options)
+
+    model.generate = narrow
+    assert generate(model, task, examples, tokenizer, settings(generation_batch_size=8), say=said.append) == golden
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert said == [f"out of memory while answers are written: going on with {n} rows a batch" for n in (4, 2)]
+
+    def broken(**_: Any) -> Any:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    model.generate = broken
+    with pytest.raises(RuntimeError, match="multiplied"):
+        generate(model, task, examples, tokenizer, settings())
+
+
+@pytest.mark.parametrize("method", ["base", "prompt"])
+def test_a_prompt_near_the_end_of_the_positions_gets_what_room_there_is(
+    method: str, text_model: Callable[[str], Path]
+) -> None:
+    model, task, tokenizer = loaded(text_model("gpt2"), Summarization(template="{document}"), METHODS[method])
+    virtual = 3 if method == "prompt" else 0
+    examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
+    full = [tokenizer.eos_token_id] * (512 - virtual - 4)
+    examples[3] = type(examples[3])({"input_ids": full}, None, prompt=full)  # room for four tokens
+    examples[4] = type(examples[4])({"input_ids": full * 2}, None, prompt=full * 2)  # for none
+    said: list[str] = []
+    answers = generate(model, task, examples, tokenizer, settings(), say=said.append)
+    assert said == ["2 of 8 prompts leave room for fewer than 12 tokens of an answer in the positions of the model"]
+    assert answers[4] == ""
+    others = [example for place, example in enumerate(examples) if place not in (3, 4)]
+    assert [answer for place, answer in enumerate(answers) if place not in (3, 4)] == generate(
+        model, task, others, tokenizer, settings()
+    )
+
+
+def test_the_limit_is_half_as_much_again_as_the_longest_reference(text_model: Callable[[str], Path]) -> None:
+    _, task, tokenizer = loaded(text_model("gpt2"), Translation(template="{source}\n"))
+    examples = task.encode(ROWS, tokenizer, None, 256)
+    longest = max(len(tokenizer(row["target"])["input_ids"]) + 1 for row in ROWS)
+    assert answer_limit(examples) == int(1.5 * longest) + 1
+    assert answer_limit(task.encode([task.example_from_text("a")], tokenizer, None, 256)) == generation.FALLBACK
+
+
+def test_before_and_after_of_a_few_rows(text_model: Callable[[str], Path]) -> None:
+    task = Translation(source_lang="de", target_lang="en")
+    model, task, tokenizer = loaded(text_model("gpt2"), task, METHODS["prefix"])
+    examples = task.encode(ROWS, tokenizer, None, 256)
+    after = generate(model, task, examples, tokenizer, settings())
+    zeros = torch.zeros(len(ROWS)).numpy()
+    found = TextPredictions(None, zeros, zeros.astype(int), tuple(after))
+    shown = before_and_after(model, task, examples, tokenizer, settings(examples=3), found)
+    base, _, _ = loaded(text_model("gpt2"), Translation())
+    before = generate(base, task, examples, tokenizer, settings())
+    assert [sample_rows(8, 3), sample_rows(2, 5), sample_rows(3, 3), sample_rows(0, 5)] == [
+        [0, 2, 5],
+        [0, 1],
+        [0, 1, 2],
+        [],
+    ]
+    assert [row["source"] for row in shown] == [ROWS[place]["source"] for place in (0, 2, 5)]
+    assert [row["reference"] for row in shown] == [ROWS[place]["target"] for place in (0, 2, 5)]
+    assert [row["before"] for row in shown] == [before[place] for place in (0, 2, 5)]
+    assert [row["after"] for row in shown] == [after[place] for place in (0, 2, 5)]
+    assert [row["before"] for row in shown] != [row["after"] for row in shown]
+    assert before_and_after(model, task, examples, tokenizer, settings(examples=0), found) == []
+
+
+def test_a_length_that_a_model_comes_with_is_not_spoken_of(
+    text_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.generation import utils as theirs
+
+    model, task, tokenizer = loaded(text_model("gpt2"), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS[:2]], tokenizer, None, 256)
+    plain = generate(model, task, examples, tokenizer, settings())
+    monkeypatch.setattr(model.generation_config, "max_length", 3)
+    said: list[str] = []
+    monkeypatch.setattr(theirs.logger, "warning", lambda text, *_: said.append(text))
+    assert generate(model, task, examples, tokenizer, settings()) == plain
+    assert said == []

@@ -1,0 +1,220 @@
+"""Figures in words: what may be called better, what is on the front, what is recommended and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftwerk.errors import ConfigError
+from graftwerk.evaluation.paired_bootstrap import Difference
+from graftwerk.experiments.significance import (
+    apart,
+    at_chance,
+    between,
+    in_words,
+    pareto_front,
+    recommend,
+    signed,
+    turned,
+    verdict,
+)
+
+
+def difference(a: str, b: str, value: float, half: float) -> Difference:
+    return {"a": a, "b": b, "value": value, "low": value - half, "high": value + half, "p": None}
+
+
+def method(name: str, value: float, parameters: float | None, seconds: float = 10.0) -> dict[str, Any]:
+    figure = {"value": value, "low": value - 0.03, "high": value + 0.03}
+    return {"name": name, "figure": figure, "cost": {"trained_parameters": parameters, "training_seconds": seconds}}
+
+
+def pairs(methods: list[dict[str, Any]], half: float) -> list[Difference]:
+    return [
+        difference(a["name"], b["name"], a["figure"]["value"] - b["figure"]["value"], half)
+        for place, a in enumerate(methods)
+        for b in methods[place + 1 :]
+    ]
+
+
+def test_words() -> None:
+    assert in_words(difference("a", "b", 0.012, 0.009)) == "better by 1.2 points [0.3, 2.1]"
+    assert in_words(difference("a", "b", -0.012, 0.009)) == "worse by 1.2 points [0.3, 2.1]"
+    assert in_words(difference("a", "b", 0.004, 0.012)) == "no difference shown: +0.4 points [−0.8, +1.6]"
+    assert in_words(difference("a", "b", 0.0, 0.0)) == "no difference shown: 0.0 points [0.0, 0.0]"
+
+
+def test_an_interval_that_touches_zero_shows_nothing() -> None:
+    assert verdict({"a": "a", "b": "b", "value": 0.01, "low": 0.0, "high": 0.02, "p": None}) == "no difference shown"
+    assert verdict({"a": "a", "b": "b", "value": 0.01, "low": 1e-9, "high": 0.02, "p": None}) == "better"
+
+
+def test_signs() -> None:
+    assert [signed(x) for x in (1.25, -1.25, 0.01, -0.01, 0.0)] == ["+1.2", "−1.2", "0.0", "0.0", "0.0"]
+
+
+def test_a_difference_is_found_from_either_side() -> None:
+    one = difference("a", "b", 0.02, 0.01)
+    assert between([one], "a", "b") == one
+    assert between([one], "b", "a") == turned(one)
+    assert turned(turned(one)) == one
+    assert turned(one)["low"] == -one["high"]
+    with pytest.raises(KeyError):
+        between([one], "a", "c")
+
+
+def test_front() -> None:
+    quality = {"full": 0.79, "lora": 0.79, "prefix": 0.77, "bitfit": 0.75, "prompt": 0.70, "probe": 0.64}
+    cost = {"full": 100.0, "lora": 10.0, "prefix": 10.0, "bitfit": 5.0, "prompt": 6.0, "probe": 1.0}
+    assert pareto_front(quality, cost) == ["probe", "bitfit", "lora"]
+    assert pareto_front({"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}) == ["a", "b"]  # neither beats its equal
+    assert pareto_front(quality, {"lora": 1.0}) == ["lora"]  # a cost that was not measured is no cost of zero
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
+def test_nothing_on_the_front_is_beaten_and_everything_else_is(points: list[tuple[int, int]]) -> None:
+    quality = {str(i): float(q) for i, (q, _) in enumerate(points)}
+    cost = {str(i): float(c) for i, (_, c) in enumerate(points)}
+    front = set(pareto_front(quality, cost))
+    assert front
+    for name in quality:
+        better = [
+            other
+            for other in quality
+            if quality[other] >= quality[name]
+            and cost[other] <= cost[name]
+            and (quality[other], cost[other]) != (quality[name], cost[name])
+        ]
+        assert (name not in front) == bool(better)
+
+
+def test_the_cheapest_of_those_that_are_as_good_is_recommended() -> None:
+    methods = [method("full", 0.792, 22e6), method("lora", 0.788, 3e5), method("bitfit", 0.754, 2e4)]
+    found = recommend(methods, pairs(methods, 0.02), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "lora"
+    assert found["reason"] == (
+        "−0.4 points against full, the best mean, no difference shown with 1.4 % of its trained parameters; "
+        "the interval allows it to be up to 2.4 points worse"
+    )
+
+
+def test_the_same_answers_are_called_so() -> None:
+    methods = [method("full", 0.5, 22e6), method("ia3", 0.5, 2.2e4)]
+    found = recommend(methods, pairs(methods, 0.0), prefer="trained_parameters")
+    assert found is not None
+    assert found["reason"] == "the same answers as full on every row, with 0.1 % of its trained parameters"
+
+
+def test_a_wide_interval_is_no_argument_for_a_poor_method() -> None:
+    """Twenty rows show nothing; that does not make a method five points below a good choice."""
+    methods = [method("full", 0.80, 22e6), method("probe", 0.75, 800)]
+    found = recommend(methods, pairs(methods, 0.3), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "full"
+    assert found["reason"] == (
+        "the best mean; no difference to the others is shown; cheaper in trained parameters and not shown to be worse, "
+        "but not near the best mean: probe (−5.0)"
+    )
+
+
+def test_recommend_takes_cheap_method_within_half_of_what_could_be_shown() -> None:
+    """Two points below where differences under 5.5 are not to be seen: near; with 3.0, it is passed over and named."""
+    methods = [
+        method("lora", 0.766, 339e3),
+        method("full", 0.76, 22.7e6),
+        method("ia3", 0.746, 14.6e3),
+        method("probe", 0.7, 770),
+    ]
+    found = recommend(methods, pairs(methods, 0.055), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "ia3"
+    assert found["reason"].startswith("−2.0 points against lora, the best mean, no difference shown with 4.3 % of its")
+    found = recommend(methods, pairs(methods, 0.03), prefer="trained_parameters")
+    assert found == {
+        "method": "lora",
+        "reason": "the best mean, and the least trained parameters of the 2 methods near it; cheaper in trained "
+        "parameters and not shown to be worse, but not near the best mean: ia3 (−2.0)",
+    }
+    asked = recommend(methods, pairs(methods, 0.055), prefer="trained_parameters", margin=0.01)
+    assert asked is not None
+    assert asked["method"] == "lora"
+
+
+@given(st.lists(st.integers(600, 800), min_size=2, max_size=6, unique=True), st.integers(1, 200), st.booleans())
+def test_reasons_agree_with_intervals(values: list[int], half: int, seeded: bool) -> None:
+    """Whoever is not shown to be worse and costs less than the choice is named; nobody who is shown to be worse is."""
+    methods = [method(f"m{i}", value / 1000, 10.0 ** (i + 1)) for i, value in enumerate(values)]
+    differences = pairs(methods, half / 1000)
+    if not seeded:
+        differences = [{**difference, "over_seeds": False} for difference in differences]
+    found = recommend(methods, differences, prefer="trained_parameters")
+    assert found is not None
+    best = max(methods, key=lambda one: one["figure"]["value"])
+    chosen = next(one for one in methods if one["name"] == found["method"])
+    named = found["reason"].partition("not near the best mean: ")[2]
+    for one in methods:
+        if one is best:
+            continue
+        undecided = not apart(between(differences, one["name"], best["name"]))
+        cheaper = one["cost"]["trained_parameters"] < chosen["cost"]["trained_parameters"]
+        assert (f"{one['name']} (" in named) == (undecided and cheaper)
+    if not seeded:
+        assert "better" not in found["reason"]
+
+
+def test_one_seed_calls_no_method_better() -> None:
+    far: Difference = {**difference("a", "b", 0.05, 0.01), "over_seeds": False}
+    assert verdict(far) == verdict(turned(far)) == "no difference shown"
+    assert in_words(far) == "+5.0 points [+4.0, +6.0] with one seed each, and another may reverse it"
+    assert in_words({**far, "low": -0.01}).startswith("no difference shown: +5.0")
+    methods = [method("a", 0.80, 2e6), method("b", 0.75, 9)]
+    found = recommend(methods, [far], prefer="trained_parameters")
+    assert found == {"method": "a", "reason": "the best mean, and ahead, with one seed, of all others"}
+
+
+def test_a_small_difference_that_is_shown_counts() -> None:
+    methods = [method("full", 0.800, 22e6), method("lora", 0.795, 3e5)]
+    found = recommend(methods, pairs(methods, 0.002), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "full"
+    assert "shown to be better than all others" in found["reason"]
+
+
+def test_among_equally_cheap_ones_the_faster_is_recommended() -> None:
+    methods = [
+        method("dora", 0.79, 3.1e5, seconds=90),
+        method("lora", 0.788, 3.0e5, seconds=60),
+        method("full", 0.78, 2e7),
+    ]
+    found = recommend(methods, pairs(methods, 0.05), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "lora"
+
+
+def test_a_cost_that_was_not_measured_decides_nothing() -> None:
+    methods = [method("full", 0.80, None), method("lora", 0.79, None)]
+    found = recommend(methods, pairs(methods, 0.05), prefer="trained_parameters")
+    assert found == {"method": "full", "reason": "the best mean; trained parameters could not be measured"}
+    assert recommend([], [], prefer="trained_parameters") is None
+    with pytest.raises(ConfigError, match="no cost `money`"):
+        recommend(methods, [], prefer="money")
+
+
+def test_nothing_is_recommended_where_the_best_may_know_nothing_but_the_most_frequent_label() -> None:
+    methods = [method("a", 0.55, 10.0), method("b", 0.53, 5.0)]  # intervals of 3 points on either side
+    said = at_chance(methods, 0.53, 0.53, "accuracy")
+    assert said is not None
+    assert said.startswith("no method is shown to be better than always answering the most frequent label (53.0 % of")
+    assert at_chance(methods, 0.52, 0.52, "accuracy") is not None  # the end of the interval shows nothing either
+    assert at_chance(methods, 0.51, 0.51, "accuracy") is None
+    assert at_chance(methods, 0.7, 0.7, "accuracy") is not None  # even worse than that
+    alone = at_chance(methods[:1], 0.53, 0.8, "f1_macro")
+    assert alone is not None
+    assert alone.startswith("a is not shown")
+    assert alone.endswith("(80.0 % of the rows), which has a f1 macro of 53.0")
+    assert at_chance(methods, None, 0.5, "roc_auc") is None
+    assert at_chance([], 0.5, 0.5, "accuracy") is None

@@ -1,0 +1,39 @@
+"""The switch of the fast paths."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from graftwerk.errors import ConfigError
+from graftwerk.kernels import flags as fast
+
+
+def test_plain_turns_off_what_is_named_and_only_inside() -> None:
+    assert all(fast.enabled(path) for path in fast.PATHS)
+    with fast.plain("fused"):
+        assert not fast.enabled("fused")
+        assert fast.enabled("loss")
+        with fast.plain():
+            assert not any(fast.enabled(path) for path in fast.PATHS)
+        assert fast.enabled("loss")
+    assert fast.enabled("fused")
+    with pytest.raises(ZeroDivisionError), fast.plain():
+        _ = 1 / 0
+    assert fast.enabled("fused")
+
+
+@pytest.mark.parametrize(("value", "off"), [("", ""), ("0", ""), ("1", "all"), ("fused, loss", "fused loss")])
+def test_the_environment_turns_paths_off(value: str, off: str) -> None:
+    code = "from graftwerk import fast; print(*[path for path in fast.PATHS if not fast.enabled(path)])"
+    said = subprocess.run(
+        [sys.executable, "-c", code], env={"GRAFTWERK_PLAIN": value}, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == (" ".join(fast.PATHS) if off == "all" else off)
+
+
+def test_a_path_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no fast path `fsued`"):
+        fast._from_environment("fsued")

@@ -1,0 +1,198 @@
+"""Adapters on models that other libraries, types, devices and modes have been at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graftwerk.modeling.attach as gw
+from graftwerk.errors import UnsupportedError
+from graftwerk.methods import dora
+from graftwerk.methods.base import Role, TargetModule, base_weight
+from graftwerk.methods.registry import parse_method
+from tests.contract.cases import METHODS, model_and_batch, perturb
+
+
+def answers(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(**batch).logits
+        return logits
+
+
+def adapted(model: Any, *names: str, **settings: Any) -> list[gw.Graft]:
+    grafts = []
+    for number, name in enumerate(names):
+        grafts.append(gw.attach(model, parse_method(settings or METHODS["lora"]), name=name))
+        perturb(grafts[-1].parameters(), 7 + number, scale=0.1)
+    return grafts
+
+
+# -- accelerate's hooks and others' forwards
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("method", ["lora", "houlsby", "ia3"])
+def test_under_accelerates_hooks_an_adapter_answers_as_without_and_leaves_them_as_they_were(
+    method: str, family: str
+) -> None:
+    from accelerate import dispatch_model
+
+    plain, batch = model_and_batch("lora", family)
+    hooked, _ = model_and_batch("lora", family)
+    hooked = dispatch_model(hooked, {"": "cpu"}, force_hooks=True, main_device="cpu")
+    bare = answers(hooked, batch)
+    for model in (plain, hooked):
+        torch.manual_seed(3)
+        adapted(model, "a", **METHODS[method])
+    assert not torch.allclose(answers(plain, batch), bare)
+    torch.testing.assert_close(answers(hooked, batch), answers(plain, batch))
+    hooked.train()
+    hooked(**batch).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in gw.adapters(hooked)["a"].parameters())
+    hooked.eval()
+    gw.detach(hooked)
+    assert torch.equal(answers(hooked, batch), bare)
+
+
+@pytest.mark.parametrize("attached_first", [False, True])
+def test_hooks_that_were_taken_off_again_are_no_hindrance(attached_first: bool) -> None:
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
+
+    plain, batch = model_and_batch("lora", "bert")
+    bare = answers(plain, batch)
+    torch.manual_seed(3)
+    adapted(plain, "a")
+    model, _ = model_and_batch("lora", "bert")
+    if attached_first:
+        torch.manual_seed(3)
+        adapted(model, "a")
+    dispatch_model(model, {"": "cpu"}, force_hooks=True, main_device="cpu")
+    remove_hook_from_submodules(model)
+    if not attached_first:
+        torch.manual_seed(3)
+        adapted(model, "a")
+    torch.testing.assert_close(answers(model, batch), answers(plain, batch))
+    gw.detach(model)
+    assert torch.equal(answers(model, batch), bare)
+
+
+def test_a_forward_that_somebody_put_on_a_layer_is_refused() -> None:
+    model, _ = model_and_batch("lora", "llama")
+    layer = model.model.layers[1].mlp.down_proj
+    layer.forward = lambda x: nn.Linear.forward(layer, x)
+    with pytest.raises(UnsupportedError, match="has been replaced on the object"):
+        adapted(model, "a")
+
+
+def test_a_layer_and_a_norm_may_be_called_with_keywords() -> None:
+    model, _ = model_and_batch("lora", "llama")
+    (graft,) = adapted(model, "a")
+    layer, norm = model.get_submodule(graft.hosts[0]), model.model.norm
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    assert torch.equal(layer(input=x), layer(x))
+    assert torch.equal(norm(hidden_states=x), norm(x))
+
+
+def test_torchs_own_norm_without_an_eps() -> None:
+    model, batch = model_and_batch("lora", "llama")
+    model.model.norm = nn.RMSNorm(model.config.hidden_size)
+    before = answers(model, batch)
+    gw.attach(model, parse_method("lora"))
+    torch.testing.assert_close(model(**batch).logits.detach(), before)
+
+
+# -- types
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_a_head_on_a_base_in_half_precision(family: str, dtype: torch.dtype) -> None:
+    model, batch = model_and_batch("lora", family)
+    from tests.families import FAMILIES
+
+    model = FAMILIES[family].build(classifier=True).to(dtype)
+    adapted(model, "a", "b")
+    gw.activate(model, "a")
+    one = answers(model, batch)
+    assert one.dtype == dtype
+    gw.activate(model, rows=["a", "b", None])
+    mixed = answers(model, batch)
+    torch.testing.assert_close(mixed[0], one[0], atol=2e-2, rtol=2e-2)
+    gw.activate(model, "a")
+    model(**batch).logits.float().sum().backward()
+    assert all(parameter.dtype == torch.float32 for parameter in gw.adapters(model)["a"].parameters())
+
+
+def eight_bits() -> tuple[nn.Module, Tensor]:
+    """A layer as bitsandbytes quantizes it, after its first pass, and what it was made of."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    weight = torch.randn(16, 16)
+    layer = bnb.nn.Linear8bitLt(16, 16, bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": weight})
+    layer = layer.to("cpu")
+    layer(torch.randn(2, 16, dtype=torch.float16))
+    assert layer.weight.dtype == torch.int8
+    return layer, weight
+
+
+def test_a_weight_of_8_bits_is_read_as_numbers() -> None:
+    layer, weight = eight_bits()
+    torch.testing.assert_close(base_weight(layer), weight, atol=0.03, rtol=0)
+
+
+def test_merging_into_8_bits_is_refused() -> None:
+    layer, _ = eight_bits()
+    model, _ = model_and_batch("lora", "llama")
+    model.model.layers[1].mlp.down_proj = layer
+    (graft,) = adapted(model, "a", name="lora", r=2, target_modules=["down_proj"])
+    for keep_base in (True, False):
+        with pytest.raises(UnsupportedError, match="8-bit base"):
+            graft.merge(keep_base=keep_base)
+
+
+def test_the_norm_of_dora_is_taken_where_the_base_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's device without storage in place of a GPU."""
+    monkeypatch.setattr(dora, "module_device", lambda module: torch.device("meta"))
+    base = nn.Linear(8, 4, device="meta")
+    delta = dora.DoRAModule(TargetModule("a", Role.QUERY, 8, 4, has_bias=False), base, 2, 1.0, 0.0, True)
+    assert {parameter.device.type for parameter in delta.parameters()} == {"meta"}
+
+
+# -- modes
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "houlsby"])
+@pytest.mark.parametrize("rows", [["a", "b", "a"], ["a", None, "b"]])
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_served_in_inference_mode_can_be_trained_on_afterwards(
+    method: str, rows: list[str | None], training: bool
+) -> None:
+    model, batch = model_and_batch("lora", "bert")
+    grafts = adapted(model, "a", "b", **METHODS[method])
+    gw.activate(model, rows=rows)
+    with torch.inference_mode():
+        served = model(**batch).logits.clone()
+    model.train(training)
+    logits = model(**batch).logits
+    torch.testing.assert_close(logits.detach(), served)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for graft in grafts for parameter in graft.parameters())
+
+
+def test_an_adapter_deleted_inside_disabled_is_not_chosen_afterwards() -> None:
+    model, batch = model_and_batch("lora", "llama")
+    bare = answers(model, batch)
+    a, b = adapted(model, "a", "b")
+    gw.activate(model, ["a", "b"])
+    with gw.disabled(model):
+        a.delete()
+    assert b.active
+    gw.activate(model, rows=["b", "b", None])
+    with gw.disabled(model):
+        b.delete()
+    assert torch.equal(answers(model, batch), bare)

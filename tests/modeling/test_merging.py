@@ -1,0 +1,220 @@
+"""Folding into the base's weights and out again: equal, over the touched layers only, all or nothing, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftwerk.modeling.attach as gw
+from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.methods.lora import LoRAModule
+from graftwerk.methods.registry import parse_method
+from graftwerk.serialization.fingerprint import fingerprint
+from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
+
+MERGEABLE = [name for name in METHODS if method_of(name).mergeable and name != "probe"]
+PAIRS = [(m, f) for m in MERGEABLE for f in ("bert", "gpt2", "llama", "t5", "opt") if (m, f) not in REFUSED]
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def grafted(settings: dict[str, Any], family: str) -> tuple[Any, dict[str, Tensor], gw.Graft]:
+    model, batch = model_and_batch("lora", family)
+    torch.manual_seed(5)
+    graft = gw.attach(model, parse_method(settings), name="a")
+    perturb(graft.parameters(), 7, scale=0.1)
+    return model, batch, graft
+
+
+def bits(model: Any) -> dict[str, tuple[Tensor, int]]:
+    return {key: (value.clone(), value.data_ptr()) for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_merged_equals_unmerged_and_unmerging_gives_the_bits_back(method: str, family: str) -> None:
+    model, batch, graft = grafted(METHODS[method], family)
+    before, plain = bits(model), logits(model, batch)
+    for _ in range(3):
+        graft.merge()
+        torch.testing.assert_close(logits(model, batch), plain, atol=2e-5, rtol=1e-4)
+        graft.unmerge()
+        after = bits(model)
+        assert all(torch.equal(after[key][0], value) for key, (value, _) in before.items())
+        assert torch.equal(logits(model, batch), plain)
+    # The very tensors from before: nothing was copied back.
+    assert all(after[key][1] == place for key, (_, place) in before.items())
+
+
+def test_only_the_touched_layers_change() -> None:
+    model, _, graft = grafted({"name": "lora", "r": 2, "target_modules": ["q_proj", "down_proj"]}, "llama")
+    before = bits(model)
+    graft.merge()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key][0])}
+    assert changed == {f"{path}.weight" for path in graft.hosts}
+    moved = {key for key, value in model.state_dict().items() if value.data_ptr() != before[key][1]}
+    assert moved == changed
+
+
+def test_what_merging_keeps_is_one_copy_of_the_touched_weights() -> None:
+    model, _, graft = grafted(METHODS["lora attention"], "llama")
+    graft.merge()
+    assert graft._kept is not None
+    kept = sum(tensor.nbytes for _, tensor in graft._kept)
+    assert kept == sum(model.get_parameter(f"{path}.weight").nbytes for path in graft.hosts)
+    graft.unmerge()
+    assert graft._kept is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_of_base_are_rounded_once(dtype: torch.dtype) -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    for parameter in model.parameters():
+        if not any(parameter is own for own in graft.parameters()):
+            parameter.data = parameter.data.to(dtype)
+    layer = model.model.layers[0].self_attn.q_proj
+    delta = layer.graft.get("a")
+    weight = layer.weight.detach().clone()
+    exact = weight.double() + delta.scale * delta.lora_B.weight.double() @ delta.lora_A.weight.double()
+    graft.merge()
+    assert layer.weight.dtype == dtype
+    step = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-7  # the adapter is float32
+    torch.testing.assert_close(layer.weight.double(), exact, atol=step * 0.01, rtol=step * 1.01)
+    graft.unmerge()
+    assert torch.equal(layer.weight, weight)
+
+
+def test_a_failure_half_way_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, graft = grafted(METHODS["lora"], "llama")
+    before, plain = bits(model), logits(model, batch)
+    calls = []
+    folded = LoRAModule.merged_weight
+
+    def third_fails(self: LoRAModule, weight: Tensor, bias: Tensor | None) -> Any:
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError("no more room")
+        return folded(self, weight, bias)
+
+    monkeypatch.setattr(LoRAModule, "merged_weight", third_fails)
+    with pytest.raises(MemoryError):
+        graft.merge()
+    assert not graft.merged
+    assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+    assert torch.equal(logits(model, batch), plain)
+    monkeypatch.setattr(LoRAModule, "merged_weight", folded)
+    graft.merge()
+    assert graft.merged
+
+
+def test_a_quantized_layer_among_them_refuses_before_anything_changes() -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    before = bits(model)
+    last = model.get_submodule(graft.hosts[-1])
+    last.weight.quant_state = object()
+    with pytest.raises(UnsupportedError, match="4-bit"):
+        graft.merge()
+    assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+
+
+def test_the_fingerprint_is_the_bases_while_merged() -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    before = fingerprint(model)
+    graft.merge()
+    assert fingerprint(model) == before
+    assert graft.merged
+
+
+@pytest.mark.parametrize(("method", "family"), PAIRS)
+def test_merged_for_good_is_the_same_in_place_and_has_no_way_back(method: str, family: str) -> None:
+    model, batch, graft = grafted(METHODS[method], family)
+    before, plain = bits(model), logits(model, batch)
+    graft.merge(keep_base=False)
+    assert graft.merged
+    merged = logits(model, batch)
+    torch.testing.assert_close(merged, plain, atol=2e-5, rtol=1e-4)
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == {
+        key: place for key, (_, place) in before.items()
+    }
+    assert any(not torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+    graft.merge()  # it is merged already
+    for undo in (graft.unmerge, graft.delete, lambda: gw.detach(model), lambda: fingerprint(model)):
+        with pytest.raises(UnsupportedError, match="weights are gone"):
+            undo()
+    with pytest.raises(UnsupportedError, match="weights are gone"), gw.disabled(model):
+        pass
+    assert torch.equal(logits(model, batch), merged)
+
+
+def test_for_good_in_half_precision_is_rounded_once() -> None:
+    """As merging with a way back rounds."""
+    found = []
+    for keep_base in (True, False):
+        model, _, graft = grafted(METHODS["lora"], "llama")
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+        graft.merge(keep_base=keep_base)
+        found.append({path: model.get_submodule(path).weight.clone() for path in graft.hosts})
+    assert all(torch.equal(found[0][path], found[1][path]) for path in found[0])
+
+
+def test_for_good_a_quantized_layer_refuses_before_anything_changes() -> None:
+    model, _, graft = grafted(METHODS["lora"], "llama")
+    before = bits(model)
+    model.get_submodule(graft.hosts[-1]).weight.quant_state = object()
+    with pytest.raises(UnsupportedError, match="4-bit"):
+        graft.merge(keep_base=False)
+    assert not graft.merged
+    assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
+
+
+def test_for_good_running_out_of_memory_is_said_with_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, graft = grafted(METHODS["lora"], "llama")
+    fold = LoRAModule.merge_
+
+    def scarce(self: LoRAModule, weight: Tensor, bias: Tensor | None) -> None:
+        if self is last:
+            raise MemoryError("no memory")
+        fold(self, weight, bias)
+
+    *_, (_, last) = graft.modules()
+    monkeypatch.setattr(LoRAModule, "merge_", scarce)
+    with pytest.raises(ResourceError, match="neither what it was nor merged") as caught:
+        graft.merge(keep_base=False)
+    assert f"after {len(graft.hosts) - 1} of {len(graft.hosts)} layers" in str(caught.value)
+
+
+def test_disabled_takes_merged_weights_out_and_puts_the_same_ones_back() -> None:
+    model, batch, graft = grafted(METHODS["lora"], "llama")
+    with gw.disabled(model):
+        bare = logits(model, batch)
+    other = gw.attach(model, parse_method(METHODS["ia3"]), name="b")
+    perturb(other.parameters(), 9, scale=0.1)
+    gw.activate(model, "a")
+    graft.merge()
+    gw.activate(model, ["a", "b"])  # the other one works on the merged weights
+    merged, both = bits(model), logits(model, batch)
+    with gw.disabled(model):
+        assert torch.equal(logits(model, batch), bare)
+        with gw.disabled(model):
+            assert torch.equal(logits(model, batch), bare)
+    assert graft.merged
+    assert {key: place for key, (_, place) in bits(model).items()} == {key: place for key, (_, place) in merged.items()}
+    assert torch.equal(logits(model, batch), both)
+
+
+def test_a_merged_adapter_deleted_inside_disabled_is_gone() -> None:
+    model, batch, graft = grafted(METHODS["lora"], "llama")
+    with gw.disabled(model):
+        bare = logits(model, batch)
+    graft.merge()
+    with gw.disabled(model):
+        graft.delete()
+    assert not gw.adapters(model)
+    assert torch.equal(logits(model, batch), bare)

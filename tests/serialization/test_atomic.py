@@ -1,0 +1,260 @@
+"""Folders and files appear whole or not at all: killed at any call, on a full, read-only or broken disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from graftwerk.errors import ConflictError, ResourceError
+from graftwerk.serialization import atomic
+from graftwerk.serialization.atomic import recover, write_file, write_folder
+
+
+def filler(word: str) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        (folder / "one").write_text(word)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "two").write_text(word * 1000)
+
+    return fill
+
+
+def content(folder: Path) -> set[str]:
+    """The words found in a folder; more than one is a mixture."""
+    folder = recover(folder)
+    return {(folder / "one").read_text(), (folder / "inner" / "two").read_text()[:3]}
+
+
+def test_a_new_folder_and_its_parents(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "c"
+    assert write_folder(target, filler("new")) == target
+    assert content(target) == {"new"}
+    assert os.listdir(target.parent) == ["c"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_old_folder_is_replaced_and_nothing_hidden_stays(
+    tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    target = tmp_path / "adapter"
+    write_folder(target, filler("old"))
+    (target / "extra").write_text("only in the old one")
+    write_folder(target, filler("new"))
+    assert content(target) == {"new"}
+    assert not (target / "extra").exists()
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("existing", [True, False])
+def test_killed_at_every_system_call(tmp_path: Path, exchange: bool, existing: bool) -> None:
+    """A child dies at its n-th call, for every n until it gets through; each time old or new is found, whole."""
+    calls = ["mkdir", "rename", "replace", "fsync", "open", "rmdir", "unlink"]
+    outcomes = []
+    for n in range(200):
+        target = tmp_path / f"{n}" / "adapter"
+        if existing:
+            write_folder(target, filler("old"))
+        child = os.fork()
+        if child == 0:
+            left = [n]
+            for name in calls:
+                setattr(os, name, _dying(getattr(os, name), left))
+            atomic._exchange = _dying(atomic._exchange, left) if exchange else lambda one, other: False
+            write_folder(target, filler("new"))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        done = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+        if existing or recover(target).exists():
+            found = content(target)
+            assert found in ({"old"}, {"new"}), f"after call {n}: {found}"
+            outcomes.append(found.pop())
+        write_folder(target, filler("fin"))
+        assert content(target) == {"fin"}
+        assert os.listdir(target.parent) == ["adapter"], f"leftovers after call {n}"
+        if done:
+            break
+    assert done
+    assert n > 6
+    assert outcomes[-1] == "new"
+    assert not existing or "old" in outcomes
+
+
+def _dying(function: Callable[..., object], left: list[int]) -> Callable[..., object]:
+    def call(*arguments: object, **named: object) -> object:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return function(*arguments, **named)
+
+    return call
+
+
+def test_a_reader_finds_the_old_folder_when_the_new_one_never_came(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    write_folder(target, filler("old"))
+    os.rename(target, tmp_path / ".adapter.replaced")
+    assert recover(target) == target
+    assert content(target) == {"old"}
+
+
+def test_a_writer_clears_up_after_one_that_died_between_two_renames(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    for still_there in (False, True):
+        write_folder(target, filler("old"))
+        (shutil.copytree if still_there else os.rename)(target, tmp_path / ".adapter.replaced")
+        write_folder(target, filler("new"))
+        assert os.listdir(tmp_path) == ["adapter"]
+        assert content(target) == {"new"}
+
+
+def test_a_living_writers_partial_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / f".adapter.partial-{os.getpid()}-aaaa"
+    dead = tmp_path / ".adapter.partial-4194999-bbbb"
+    mine.mkdir()
+    dead.mkdir()
+    write_folder(tmp_path / "adapter", filler("new"))
+    assert mine.exists()
+    assert not dead.exists()
+
+
+@pytest.mark.parametrize("number", sorted(atomic.FAULTS))
+@pytest.mark.parametrize("hidden_in_text", [False, True])
+def test_faults_of_the_environment_keep_the_old_folder(tmp_path: Path, number: int, hidden_in_text: bool) -> None:
+    target = tmp_path / "adapter"
+    write_folder(target, filler("old"))
+
+    def fail(folder: Path) -> None:
+        (folder / "one").write_text("half")
+        if hidden_in_text:
+            raise RuntimeError(f"Error while serializing: I/O error: something (os error {number})")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceError) as caught:
+        write_folder(target, fail, bytes_needed=12_345)
+    assert "12,345 bytes" in caught.value.what
+    assert caught.value.exit_code == 5
+    assert str(target) in str(caught.value.recovered)
+    assert content(target) == {"old"}
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "one").write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_folder(tmp_path / "adapter", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    """A real one, set on a child: the kernel refuses the write, Python sees errno 27."""
+    target = tmp_path / "adapter"
+    write_folder(target, filler("old"))
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            write_folder(target, filler("new"))
+        except ResourceError as fault:
+            os._exit(0 if "file size" in fault.what and "3,003" not in fault.what else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert content(target) == {"old"}
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_the_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    filled = []
+    with pytest.raises(ResourceError, match="bytes are free"):
+        write_folder(tmp_path / "adapter", filled.append, bytes_needed=1 << 60)
+    assert filled == []
+
+
+def test_a_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, mode: int = 0o777, **named: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(ResourceError, match="read-only") as caught:
+        write_folder(tmp_path / "new" / "adapter", filler("new"))
+    assert caught.value.exit_code == 5
+
+
+def test_a_failed_fsync_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file(tmp_path / "f", "old")
+
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(ResourceError):
+        write_file(tmp_path / "f", "new")
+    with pytest.raises(ResourceError):
+        write_folder(tmp_path / "folder", filler("new"))
+    assert (tmp_path / "f").read_text() == "old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def noted_sync(descriptor: int) -> None:
+        order.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        order.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    write_folder(tmp_path / "adapter", filler("new"))
+    before, after = order[: order.index("rename")], order[order.index("rename") + 1 :]
+    assert {"one", "two", "inner"} <= set(before)
+    assert any(name.startswith(".adapter.partial") for name in before)
+    assert tmp_path.name in after
+
+
+def test_files(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.json"
+    write_file(target, "ä")
+    assert target.read_bytes() == "ä".encode()
+    target.chmod(0o600)
+    write_file(target, b"bytes")
+    assert target.stat().st_mode & 0o777 == 0o600
+    write_file(target, lambda stream: stream.write(b"streamed") and None)
+    assert target.read_bytes() == b"streamed"
+    assert os.listdir(target.parent) == ["file.json"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    write_folder(tmp_path / "real", filler("old"))
+    (tmp_path / "link").symlink_to("real")
+    write_folder(tmp_path / "link", filler("new"))
+    assert (tmp_path / "link").is_symlink()
+    assert content(tmp_path / "real") == {"new"}
+
+
+def test_a_file_in_the_place_of_a_folder_and_the_other_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConflictError):
+        write_folder(tmp_path / "file", filler("new"))
+    with pytest.raises(ConflictError):
+        write_file(tmp_path / "folder", "new")
+    with pytest.raises(ConflictError):
+        write_file(tmp_path / "file" / "below", "new")
+    assert (tmp_path / "file").read_text() == "mine"

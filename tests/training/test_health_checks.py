@@ -1,0 +1,117 @@
+"""What is said about a run, when, and what not."""
+
+from __future__ import annotations
+
+import json
+import random
+
+from graftwerk.training.events import Event
+from graftwerk.training.health_checks import HealthChecks
+
+PRIOR = 0.69
+
+
+def watcher(rate: float = 1e-3, total: int = 300, prior: float | None = PRIOR) -> HealthChecks:
+    return HealthChecks(
+        total_steps=total,
+        warmup_steps=18,
+        learning_rate=rate,
+        default_learning_rate=1e-3,
+        method="lora",
+        prior_loss=prior,
+    )
+
+
+def said(diagnosis: HealthChecks, losses: list[float]) -> list[Event]:
+    return [event for step, loss in enumerate(losses, start=1) for event in diagnosis.after_step(step, loss)]
+
+
+def noisy(levels: list[float], seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    return [level + draw.gauss(0, 0.05) for level in levels]
+
+
+def test_a_rate_for_full_fine_tuning_teaches_a_lora_nothing_and_that_is_said() -> None:
+    events = said(watcher(2e-5), noisy([0.695] * 300))
+    assert [event.figures["code"] for event in events] == ["no_learning"]
+    (event,) = events
+    assert event.step < 150, "said when it is too late"
+    assert "learning_rate=auto" in event.figures["hint"]
+    assert "50 times lower" in event.figures["hint"]
+
+
+def test_a_head_that_only_learns_how_frequent_the_labels_are_has_learnt_nothing() -> None:
+    falling = [max(0.69, 1.2 - 0.02 * step) for step in range(300)]
+    assert [event.figures["code"] for event in said(watcher(2e-5), noisy(falling))] == ["no_learning"]
+
+
+def test_a_run_that_learns_is_left_alone() -> None:
+    for seed in range(20):
+        levels = [0.3 + 0.4 * 0.99**step for step in range(300)]
+        assert said(watcher(), noisy(levels, seed)) == []
+
+
+def test_a_slow_start_is_given_time() -> None:
+    """At a rate that is usual for the method, longer than at one that explains why nothing is learnt."""
+    levels = [0.69] * 130 + [max(0.3, 0.69 - 0.01 * step) for step in range(170)]
+    assert said(watcher(), noisy(levels)) == []
+    assert [event.figures["code"] for event in said(watcher(2e-5), noisy(levels))] == ["no_learning"]
+
+
+def test_a_usual_rate_that_teaches_nothing_is_said_too() -> None:
+    (event,) = said(watcher(), noisy([0.695] * 300))
+    assert event.figures["code"] == "no_learning"
+    assert "learning_rate=0.005" in event.figures["hint"]
+
+
+def test_a_short_run_is_not_judged() -> None:
+    assert said(watcher(2e-5, total=40), noisy([0.695] * 40)) == []
+
+
+def test_without_labels_the_start_is_what_counts() -> None:
+    assert [event.figures["code"] for event in said(watcher(2e-5, prior=None), noisy([3.2] * 300))] == ["no_learning"]
+    assert said(watcher(prior=None), noisy([3.2 * 0.995**step for step in range(300)])) == []
+
+
+def test_too_high_a_rate_is_said_with_a_lower_one() -> None:
+    events = said(watcher(0.5), noisy([0.7] * 20 + [0.7 + 0.1 * step for step in range(60)]))
+    assert [event.figures["code"] for event in events] == ["divergence"]
+    assert "learning_rate=0.001" in events[0].figures["hint"]
+
+
+def test_losses_that_are_no_numbers_are_not_averaged() -> None:
+    levels = noisy([0.3 + 0.4 * 0.99**step for step in range(300)])
+    assert said(watcher(), [float("nan") if step % 50 == 3 else loss for step, loss in enumerate(levels)]) == []
+
+
+def evaluated(train: list[float], validation: list[float]) -> list[Event]:
+    diagnosis, events = watcher(), []
+    for number, (loss, held_out) in enumerate(zip(train, validation, strict=True)):
+        for step in range(10):
+            diagnosis.after_step(10 * number + step + 1, loss)
+        events += diagnosis.after_evaluation(10 * number + 10, held_out)
+    return events
+
+
+def test_learning_by_heart_is_said() -> None:
+    events = evaluated([0.6, 0.4, 0.2, 0.1], [0.55, 0.6, 0.7, 0.9])
+    assert [(event.figures["code"], event.step) for event in events] == [("overfitting", 30)]
+
+
+def test_no_overfitting_where_validation_wobbles_or_both_rise() -> None:
+    assert evaluated([0.6, 0.4, 0.2, 0.1], [0.55, 0.6, 0.58, 0.62]) == []
+    assert evaluated([0.4, 0.5, 0.6, 0.7], [0.55, 0.6, 0.7, 0.9]) == []
+    assert evaluated([0.6, 0.4, 0.2], [0.55, 0.5, 0.48]) == []
+
+
+def test_a_resumed_run_says_what_an_undisturbed_one_says() -> None:
+    losses = noisy([0.695] * 300)
+    whole = said(watcher(2e-5), losses)
+    first, second = watcher(2e-5), watcher(2e-5)
+    events = said(first, losses[:70])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    events += [event for step, loss in enumerate(losses[70:], start=71) for event in second.after_step(step, loss)]
+    assert events == whole
+    third = watcher(2e-5)
+    third.load_state_dict(json.loads(json.dumps(second.state_dict())))
+    assert said(third, losses) == [], "said twice"

@@ -1,0 +1,144 @@
+"""One run in a folder: who holds it is named, and the dead hold nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from graftwerk.errors import ConflictError
+from graftwerk.training.lock import LOCK_FILE, Holder, RunLock, process_start
+from tests.training.children import Child, until
+
+
+def holding(folder: Path) -> Child:
+    child = Child(lambda: (RunLock(folder).acquire(), time.sleep(60)))
+    until(lambda: (folder / LOCK_FILE).exists() and (folder / LOCK_FILE).stat().st_size > 0)
+    return child
+
+
+def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+    child = holding(tmp_path)
+    try:
+        with pytest.raises(ConflictError, match=f"process {child.pid} ") as caught:
+            RunLock(tmp_path).acquire()
+        assert caught.value.exit_code == 7
+    finally:
+        child.kill()
+
+
+def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
+    holding(tmp_path).kill()
+    assert (tmp_path / LOCK_FILE).exists()
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
+    own = tmp_path / "runs" / "one"
+    with RunLock(own):
+        assert (own / LOCK_FILE).exists()
+    assert not list(tmp_path.iterdir())
+    own.mkdir(parents=True)
+    with RunLock(own):
+        pass
+    assert own.is_dir(), "a folder that was there stays"
+    with RunLock(own / "two"):
+        (own / "kept").touch()
+    assert [path.name for path in own.iterdir()] == ["kept"]
+    with RunLock(own / "three"):
+        (own / "three" / "result").touch()
+    assert [path.name for path in (own / "three").iterdir()] == ["result"]
+
+
+def test_the_same_process_cannot_take_it_twice(tmp_path: Path) -> None:
+    with RunLock(tmp_path), pytest.raises(ConflictError, match=f"process {os.getpid()} "):
+        RunLock(tmp_path).acquire()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_of_many_at_once_exactly_one_gets_it(tmp_path: Path) -> None:
+    children = [Child(lambda: (RunLock(tmp_path).acquire(), time.sleep(60))) for _ in range(6)]
+    until(lambda: (tmp_path / LOCK_FILE).exists() and (tmp_path / LOCK_FILE).stat().st_size > 0)
+    winner = json.loads((tmp_path / LOCK_FILE).read_text())["pid"]
+    assert [child.wait() for child in children if child.pid != winner] == [7] * 5
+    assert next(child for child in children if child.pid == winner).kill() == -signal.SIGKILL
+
+
+def stale(**changes: object) -> str:
+    return json.dumps({**dataclasses.asdict(Holder.me()), **changes})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        stale(started=(process_start(os.getpid()) or 0) - 5),  # the pid is used again, by us
+        stale(pid=2**22 + 1),
+        stale(boot="00000000-0000-0000-0000-000000000000"),  # before the last start of this machine
+        "",
+        '{"pid": 1',
+        '{"what": "ever"}',
+        "[1, 2]",
+    ],
+    ids=["pid used again", "no such process", "other boot", "empty", "torn", "other keys", "no object"],
+)
+def test_what_the_dead_left_is_broken(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_FILE).write_text(content)
+    with RunLock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["started"] == process_start(os.getpid())
+
+
+def test_a_living_process_is_believed_even_where_the_kernel_knows_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / LOCK_FILE).write_text(stale(pid=1, started=process_start(1)))
+    with pytest.raises(ConflictError, match="process 1 "):
+        RunLock(tmp_path).acquire()
+    monkeypatch.setattr("graftwerk.training.lock._flock", lambda descriptor: None)
+    with pytest.raises(ConflictError, match="process 1 "):
+        RunLock(tmp_path).acquire()
+    (tmp_path / LOCK_FILE).write_text(stale(pid=2**22 + 1))
+    with RunLock(tmp_path):
+        pass
+    (tmp_path / LOCK_FILE).write_text(stale(host="elsewhere", boot="another"))
+    with pytest.raises(ConflictError, match="on elsewhere") as caught:
+        RunLock(tmp_path).acquire()
+    assert f"delete {tmp_path / LOCK_FILE}" in (caught.value.hint or "")
+
+
+def test_a_child_that_outlives_the_holder_does_not_keep_the_folder(tmp_path: Path) -> None:
+    """A forked child inherits the kernel's lock; what is written says that its holder is dead."""
+
+    def hold() -> None:
+        RunLock(tmp_path).acquire()
+        if (orphan := os.fork()) == 0:
+            time.sleep(60)
+        (tmp_path / "orphan").write_text(str(orphan))
+        time.sleep(60)
+
+    child = Child(hold)
+    until(lambda: (tmp_path / "orphan").exists() and (tmp_path / "orphan").read_text() != "")
+    child.kill()
+    try:
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(int((tmp_path / "orphan").read_text()), signal.SIGKILL)
+
+
+def test_clocks_that_jump_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = holding(tmp_path)
+    try:
+        for jump in (-1e9, 1e9):
+            monkeypatch.setattr(time, "time", lambda jump=jump: 1.7e9 + jump)
+            with pytest.raises(ConflictError):
+                RunLock(tmp_path).acquire()
+    finally:
+        child.kill()

@@ -1,0 +1,411 @@
+"""`train` from a run file to a run folder, and everything that it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import (
+    AdapterError,
+    ConfigError,
+    ConflictError,
+    DataError,
+    DivergedError,
+    GraftwerkError,
+    ResourceError,
+    RunInterrupted,
+    UnsupportedError,
+)
+from graftwerk.models import load as loading
+from graftwerk.serialization.untrusted_files import read_tensors
+from graftwerk.training.checkpoint import Checkpoints
+from graftwerk.training.events import Event
+from graftwerk.training.train import Run, train
+from tests.training.children import left_by, log_of
+
+Tree = dict[str, Any]
+Build = Callable[..., Tree]
+
+
+def stopping_at(step: int, signum: int = signal.SIGTERM) -> Callable[[Event], None]:
+    def listener(event: Event) -> None:
+        if (event.kind, event.step) == ("step", step):
+            os.kill(os.getpid(), signum)
+
+    return listener
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a model here has not checked enough before."""
+
+    def load_model(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+
+
+def test_a_run_leaves_everything_that_is_read_later(run_file: Build, tmp_path: Path) -> None:
+    events: list[Event] = []
+    run = train(run_file(report_to=["jsonl", "tensorboard"]), listener=events.append)
+    assert run.folder == tmp_path / "run"
+    manifest = json.loads((run.folder / "manifest.json").read_text())
+    assert manifest.pop("digest").startswith("sha256:")
+    assert manifest == run.manifest
+    assert manifest["status"] == "finished"
+    assert manifest["format"] == 1
+    assert manifest["data"]["rows"] == {"train": 36, "validation": 12, "test": 12}
+    assert 0 < manifest["parameters"]["head"] < manifest["parameters"]["trained"] < manifest["parameters"]["total"]
+    assert manifest["parameters"]["share"] == manifest["parameters"]["trained"] / manifest["parameters"]["total"]
+    assert set(manifest["cost"]) == {
+        "training_seconds", "steps", "peak_memory_bytes", "adapter_bytes", "first_step_seconds", "processes",
+    }  # fmt: skip
+    assert manifest["cost"]["steps"] == 12
+    for split in ("validation", "test"):
+        figure = manifest["metrics"][split]["accuracy"]
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert manifest["best"]["metric"] == "accuracy"
+    assert manifest["best"]["step"] in (4, 8, 12)
+    assert manifest["best"]["value"] == manifest["metrics"]["validation"]["accuracy"]["value"]
+    assert RunConfig.load(run.folder / "config.yaml").training.learning_rate == 1e-2
+    assert (run.adapter / "adapter_model.safetensors").is_file()
+    assert list((run.folder / "tensorboard").iterdir())
+    assert not (run.folder / ".lock").exists()
+    logged = [line["kind"] for line in log_of(run.folder)]
+    assert logged.count("step") == 12
+    assert logged.count("evaluation") == 3
+    assert logged[-1] == "finish"
+    assert [event.kind for event in events if event.kind not in ("phase", "progress")] == logged
+    assert run.to_dict()["adapter"] == str(run.adapter)
+
+
+def test_what_is_handed_over_is_the_best_state_and_not_the_last(run_file: Build) -> None:
+    # A rate that ruins what was learnt: the last state is not the best.
+    run = train(run_file(learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=None, seed=1))
+    best = run.manifest["best"]["step"]
+    values = {line["step"]: line["accuracy"] for line in log_of(run.folder, "evaluation")}
+    assert values[best] == max(values.values())
+    assert best != 12, "this setting no longer tells the two apart"
+    stored = read_tensors(run.adapter / "adapter_model.safetensors")
+    checkpoint = Checkpoints(run.folder / "checkpoints").weights(best)
+    assert torch.equal(stored["base_model.model.classifier.weight"], checkpoint["classifier.weight"])
+    last = Checkpoints(run.folder / "checkpoints").weights(12)
+    assert not torch.equal(stored["base_model.model.classifier.weight"], last["classifier.weight"])
+
+
+def test_load_best_false_hands_over_the_last(run_file: Build) -> None:
+    run = train(run_file(learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=None, seed=1, load_best=False))
+    stored = read_tensors(run.adapter / "adapter_model.safetensors")
+    last = Checkpoints(run.folder / "checkpoints").weights(12)
+    assert torch.equal(stored["base_model.model.classifier.weight"], last["classifier.weight"])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(run_file: Build, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(run_file(tmp_path / name, seed=seed))
+    assert left_by(tmp_path / "a") == left_by(tmp_path / "b")
+    assert left_by(tmp_path / "a") != left_by(tmp_path / "c")
+
+
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(
+    run_file: Build, no_model: None, tmp_path: Path
+) -> None:
+    tree = run_file()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"status": "finished"}))
+    (tmp_path / "run" / "config.yaml").write_text(RunConfig.build(run_file()).dump())
+    with pytest.raises(ConflictError, match="finished run") as caught:
+        train(tree)
+    assert caught.value.exit_code == 7
+    assert "--overwrite" in str(caught.value)
+    assert train(tree, resume=True).manifest == {"status": "finished"}
+    with pytest.raises(ConflictError, match=r"training.learning_rate: 0.01 -> 0.02"):
+        train(tree, resume=True, learning_rate=0.02)
+    with pytest.raises(ConfigError, match="one of them only"):
+        train(tree, resume=True, overwrite=True)
+
+
+def test_an_interrupted_run_is_not_begun_anew_by_accident(run_file: Build, no_model: None, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"status": "running"}))
+    with pytest.raises(ConflictError, match="not finished") as caught:
+        train(run_file())
+    assert "--resume" in str(caught.value)
+
+
+def test_files_that_no_run_left_are_not_touched(run_file: Build, tmp_path: Path) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "precious").write_text("x")
+    with pytest.raises(ConflictError, match=r"has adapter, but no manifest.json"):
+        train(run_file())
+    assert (adapter / "precious").read_text() == "x"
+
+
+def test_overwrite_replaces_the_run_and_leaves_other_files(run_file: Build, tmp_path: Path) -> None:
+    train(run_file())
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "evaluation.json").write_text("{}")  # figures of the adapter that goes
+    run = train(run_file(learning_rate=2e-2), overwrite=True)
+    assert run.manifest["status"] == "finished"
+    assert (run.folder / "notes.txt").read_text() == "mine"
+    assert not (run.folder / "evaluation.json").exists()
+    assert len(log_of(run.folder, "step")) == 12
+
+
+def test_a_mistake_with_overwrite_leaves_the_earlier_run_whole(run_file: Build, tmp_path: Path) -> None:
+    train(run_file())
+    before = left_by(tmp_path / "run")
+    tree = run_file()
+    tree["data"]["train"] = str(tmp_path / "missing.jsonl")
+    with pytest.raises(GraftwerkError):
+        train(tree, overwrite=True)
+    assert left_by(tmp_path / "run") == before
+    assert Run(tmp_path / "run").manifest["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"learning_rate": 5e-3}}, "training.learning_rate: 0.01 -> 0.005"),
+        ({"training": {"num_train_epochs": 3}}, "training.num_train_epochs: 2.0 -> 3.0"),
+        ({"method": {"name": "lora", "r": 4}}, "method.r: 8 -> 4"),
+        ({"data": {"max_train_rows": 30}}, "data.max_train_rows: 36 -> 30"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused_with_the_difference(
+    run_file: Build, no_model: None, tmp_path: Path, stopped: Path, change: Tree, said: str
+) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    tree = run_file()
+    for room, values in change.items():
+        tree[room] = {**tree[room], **values} if isinstance(tree[room], dict) else values
+    with pytest.raises(ConflictError) as caught:
+        train(tree, resume=True)
+    assert said in caught.value.what
+    assert "warm_start" in (caught.value.hint or "")
+    assert "step-000009" in (caught.value.recovered or "")
+
+
+def test_going_on_with_other_data_is_refused(
+    run_file: Build, tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings are the same; the file that they name has another row."""
+    source = tmp_path / "rows.jsonl"
+    tree = run_file()
+    lines = Path(tree["data"]["train"]).read_text().splitlines()
+    tree["data"]["train"] = str(source)
+    source.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunInterrupted):
+        train(tree, listener=stopping_at(5))
+    changed = [json.loads(line) for line in lines]
+    for row in changed:
+        row["text"] += " and so on"
+    source.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ConflictError, match=r"data: '[0-9a-f]+") as caught:
+        train(tree, resume=True)
+    assert "warm_start" in (caught.value.hint or "")
+
+
+def test_settings_that_change_nothing_may_change(run_file: Build, tmp_path: Path, stopped: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    run = train(run_file(save_total_limit=5), resume=True)
+    assert run.manifest["status"] == "finished"
+
+
+def test_a_warm_start_begins_from_the_weights_of_an_unfinished_run(
+    run_file: Build, tmp_path: Path, stopped: Path
+) -> None:
+    """As the refusal offers it: the checkpoint, and another folder."""
+    for number, source in enumerate((stopped, stopped / "checkpoints" / "step-000009")):
+        tree = run_file(
+            tmp_path / str(number), warm_start=str(source), learning_rate=1e-12, max_steps=1, eval_steps=None
+        )
+        weights = Checkpoints(train(tree).folder / "checkpoints").weights(1)
+        for key, tensor in Checkpoints(stopped / "checkpoints").weights(9).items():
+            assert torch.allclose(weights[key], tensor, atol=1e-6), key
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full", "bitfit", "prefix", "houlsby", "ptuning"])
+def test_a_warm_start_begins_from_a_finished_adapter(run_file: Build, tmp_path: Path, method: str) -> None:
+    first = train(run_file(tmp_path / "first", method=method, max_steps=2, eval_steps=None))
+    again = run_file(tmp_path / "again", method=method, warm_start=str(first.folder), max_steps=1, eval_steps=None)
+    second = train(again, learning_rate=1e-12)
+    before = Checkpoints(first.folder / "checkpoints").weights(2)
+    after = Checkpoints(second.folder / "checkpoints").weights(1)
+    for key, tensor in before.items():
+        assert torch.allclose(after[key], tensor, atol=1e-5), key
+
+
+def test_a_warm_start_from_another_method_is_refused(run_file: Build, tmp_path: Path, stopped: Path) -> None:
+    with pytest.raises(AdapterError):
+        train(run_file(method="bitfit", warm_start=str(stopped)))
+    assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_what_is_wrong_with_the_settings_shows_before_the_model_is_loaded(run_file: Build, no_model: None) -> None:
+    without = run_file(early_stopping_patience=1, eval_steps=None)
+    without["data"]["validation"] = None
+    with pytest.raises(ConfigError, match="needs validation rows"):
+        train(without)
+    with pytest.raises(ConfigError, match="no metric `acuracy`"):
+        train(run_file(metric_for_best="acuracy"))
+    with pytest.raises(ConfigError, match="did you mean `learning_rate`"):
+        train(run_file(), **{"training.learning_rat": 1})
+    with pytest.raises(ConfigError, match="no folder"):
+        train(run_file(warm_start="nowhere"))
+    missing = run_file()
+    missing["data"]["train"] += "x"
+    with pytest.raises(GraftwerkError, match="topic_wordnet"):
+        train(missing)
+    one_class = run_file()
+    one_class["data"]["filter"] = {"label": "noun.act"}
+    one_class["data"] |= {"validation": 2, "test": 2}
+    with pytest.raises(DataError, match="nothing to tell apart"):
+        train(one_class)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(run_file: Build, no_model: None) -> None:
+    with pytest.raises(ResourceError, match=r"/proc/1/run|/sys/run") as caught:
+        train(run_file("/sys/run"))
+    assert caught.value.exit_code == 5
+
+
+def test_a_file_where_the_folder_should_be(run_file: Build, no_model: None, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("x")
+    with pytest.raises(ConflictError, match="is a file"):
+        train(run_file())
+
+
+def test_without_validation_rows_the_last_state_is_handed_over(run_file: Build) -> None:
+    tree = run_file(eval_steps=None)
+    tree["data"] |= {"validation": None, "test": None}
+    run = train(tree)
+    assert run.manifest["best"] is None
+    assert run.manifest["metrics"] == {}
+    assert Checkpoints(run.folder / "checkpoints").steps() == [6, 12]
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_was_good(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftwerk.tasks.classification import Classification
+
+    real, calls = Classification.loss, []
+
+    def loss(self: Any, outputs: Any, batch: Any, smoothing: float = 0.0) -> Any:
+        if not torch.is_grad_enabled():
+            return real(self, outputs, batch, smoothing)
+        calls.append(1)
+        return real(self, outputs, batch, smoothing) * (float("nan") if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(Classification, "loss", loss)
+    events: list[Event] = []
+    with pytest.raises(DivergedError) as caught:
+        train(run_file(max_bad_steps=2), listener=events.append)
+    assert caught.value.exit_code == 6
+    folder = Path(run_file()["output_dir"])
+    assert (caught.value.recovered or "").endswith("step-000008")
+    assert [event.step for event in events if event.kind == "bad_step"] == [7, 8]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["status"] == "diverged"
+    assert manifest["error"]["exit_code"] == 6
+    assert not (folder / "adapter").exists()
+    weights = Checkpoints(folder / "checkpoints").load_latest()
+    assert weights is not None
+    assert all(torch.isfinite(tensor).all() for tensor in weights.weights.values())
+    assert '"nan"' in (folder / "metrics.jsonl").read_text()
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    jumps = iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + (-1) ** next(jumps) * 1e8)
+    run = train(run_file(max_steps=2, eval_steps=None))
+    assert 0 < run.manifest["cost"]["training_seconds"] < 600
+    assert 0 < run.manifest["cost"]["first_step_seconds"] < 6000
+    lines = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    assert all(0 <= line["left_seconds"] < 600 for line in lines if line["kind"] == "step")
+
+
+def test_float16_without_an_accelerator_is_refused_before_the_model(run_file: Build, no_model: None) -> None:
+    with pytest.raises(UnsupportedError, match="float16"):
+        train(run_file(compute_type="float16"))
+
+
+def test_a_mixed_precision_that_the_launcher_was_given_is_not_silently_ignored(
+    run_file: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    events: list[Event] = []
+    train(run_file(max_steps=1, eval_steps=None, compute_type="float32"), listener=events.append)
+    assert ["bf16" in event.figures["text"] for event in events if event.kind == "warning"] == [True]
+
+
+def test_a_log_that_was_switched_off_for_a_while_keeps_what_it_had(run_file: Build, tmp_path: Path) -> None:
+    with pytest.raises(RunInterrupted):
+        train(run_file(), listener=stopping_at(3))
+    with pytest.raises(RunInterrupted):
+        train(run_file(report_to=[]), resume=True, listener=stopping_at(6))
+    train(run_file(), resume=True)
+    assert [line["step"] for line in log_of(tmp_path / "run", "step")] == [1, 2, 3, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_run_whose_log_fills_the_disk_is_finished(
+    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def pwrite(descriptor: int, content: bytes, offset: int) -> int:
+        if b'"step": 5' in content:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, content, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    events: list[Event] = []
+    assert train(run_file(), listener=events.append).manifest["status"] == "finished"
+    assert len([event for event in events if event.kind == "warning"]) == 1
+    assert [line["step"] for line in log_of(tmp_path / "run", "step")] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_a_full_disk_in_a_save_ends_with_code_5_and_the_run_can_go_on(
+    run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftwerk.training import checkpoint
+
+    real = checkpoint.write_tensors
+
+    def write_tensors(path: Path, tensors: Any) -> str:
+        if "step-000008" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write_tensors)
+    with pytest.raises(ResourceError, match=r"disk is full; [0-9,]+ bytes are needed") as caught:
+        train(run_file())
+    assert caught.value.exit_code == 5
+    assert Run(tmp_path / "run").manifest["status"] == "interrupted"
+    monkeypatch.undo()
+    train(run_file(), resume=True)
+    assert left_by(tmp_path / "run") == left_by(undisturbed)
+
+
+def test_examples_too_long_for_the_manifest_do_not_cost_the_run(
+    run_file: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [{"source": "x" * 2_000_000, "reference": None, "before": None, "after": "y"}]
+    monkeypatch.setattr("graftwerk.evaluation.sample_outputs.before_and_after", lambda *given, **more: long)
+    events: list[Event] = []
+    manifest = train(run_file(), listener=events.append).manifest
+    assert (manifest["status"], manifest["examples"]) == ("finished", [])
+    assert any("examples" in event.figures["text"] for event in events if event.kind == "warning")
