@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from graftwerk.kernels import flags as fast
-from graftwerk.kernels.fused_lora import LoRALinear
-from graftwerk.kernels.hashed_dropout import apply_mask, dropout, mask_bits
-from graftwerk.kernels.recompute import shared_input
+from graftwerk.kernels.fused_lora import LoRALinear, apply_mask
 from graftwerk.methods.base import Role, TargetModule
+from graftwerk.methods.dropout import DropoutGroup, dropout, mask_bits
 from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.adapted_module import adapt
 from graftwerk.modeling.adapter_slots import ModelAdapters
@@ -260,13 +259,14 @@ def test_the_same_mask_in_every_precision(dtype: torch.dtype) -> None:
 
 
 def test_siblings_draw_one_seed_and_a_second_pass_draws_as_the_first() -> None:
-    x, group, first, second = torch.ones(2, 2), object(), object(), object()
+    x, group, first, second = torch.ones(2, 2), DropoutGroup(), object(), object()
     torch.manual_seed(0)
-    seeds = [shared_input(x).seed(group, reader) for reader in (first, second)]
+    seeds = [group.seed(x, reader) for reader in (first, second)]
     assert seeds[0] == seeds[1]
     torch.manual_seed(0)  # as gradient checkpointing does before it repeats a pass
-    assert [shared_input(x).seed(group, reader) for reader in (first, second)] == seeds
-    assert shared_input(x).seed(object(), first) != seeds[0]
+    assert [group.seed(x, reader) for reader in (first, second)] == seeds
+    assert DropoutGroup().seed(x, first) != seeds[0]
+    assert group.seed(torch.ones(2, 2), object()) != seeds[0]  # another tensor, another mask
 
 
 def test_evaluation_drops_nothing_and_draws_nothing() -> None:

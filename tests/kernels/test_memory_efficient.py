@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.kernels import flags as fast
-from graftwerk.kernels.memory_efficient import _OWN
+from graftwerk.kernels.memory_efficient import OWN
 from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.attach import activate, attach, detach, disabled
 from tests.families import FAMILIES, Family
@@ -112,7 +112,7 @@ def test_which_modules_are_frugal_and_that_they_come_back(family: str, classes: 
     before = {name: type(module) for name, module in model.named_modules()}
     keys = list(model.state_dict())
     attach(model, LoRA(r=2))
-    frugal = {type(module).__name__ for module in model.modules() if hasattr(type(module), _OWN)}
+    frugal = {type(module).__name__ for module in model.modules() if hasattr(type(module), OWN)}
     assert classes <= frugal
     assert [key for key in model.state_dict() if ".graft." not in key] == keys
     twin = copy.deepcopy(model)
@@ -126,7 +126,7 @@ def test_deleting_the_last_adapter_gives_the_classes_back() -> None:
     before = [type(module) for module in model.modules()]
     first, second = attach(model, LoRA(r=2), name="a"), attach(model, LoRA(r=2), name="b")
     second.delete()
-    assert any(hasattr(type(module), _OWN) for module in model.modules())
+    assert any(hasattr(type(module), OWN) for module in model.modules())
     first.delete()
     assert [type(module) for module in model.modules()] == before
 
@@ -256,16 +256,16 @@ def test_several_adapters_at_once_on_a_model() -> None:
         torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4)
 
 
-def test_query_key_and_value_are_siblings_and_others_are_not() -> None:
+def test_query_key_and_value_are_group_of_and_others_are_not() -> None:
     model, _, _ = grafted("llama", p=0.2)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
 
-    def siblings(layer: Any) -> Any:
-        return layer.graft.get("default").siblings
+    def group_of(layer: Any) -> Any:
+        return layer.graft.get("default").group
 
-    assert siblings(attention.q_proj) is siblings(attention.k_proj) is siblings(attention.v_proj) is not None
-    assert siblings(mlp.gate_proj) is siblings(mlp.up_proj) is not None
-    assert siblings(mlp.gate_proj) is not siblings(attention.q_proj)
-    assert siblings(model.model.layers[1].mlp.up_proj) is not siblings(mlp.up_proj)
-    assert siblings(mlp.down_proj) is None
-    assert siblings(attention.o_proj) is None
+    assert group_of(attention.q_proj) is group_of(attention.k_proj) is group_of(attention.v_proj)
+    assert group_of(mlp.gate_proj) is group_of(mlp.up_proj)
+    assert group_of(mlp.gate_proj) is not group_of(attention.q_proj)
+    assert group_of(model.model.layers[1].mlp.up_proj) is not group_of(mlp.up_proj)
+    assert group_of(mlp.down_proj) is not group_of(mlp.up_proj)
+    assert group_of(attention.o_proj) is not group_of(attention.q_proj)

@@ -12,6 +12,7 @@ import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods import dora
 from graftwerk.methods.base import Role, TargetModule, base_weight
+from graftwerk.methods.lora import LoRA
 from graftwerk.methods.registry import parse_method
 from tests.contract.cases import METHODS, model_and_batch, perturb
 
@@ -159,7 +160,7 @@ def test_the_norm_of_dora_is_taken_where_the_base_is(monkeypatch: pytest.MonkeyP
     """With torch's device without storage in place of a GPU."""
     monkeypatch.setattr(dora, "module_device", lambda module: torch.device("meta"))
     base = nn.Linear(8, 4, device="meta")
-    delta = dora.DoRAModule(TargetModule("a", Role.QUERY, 8, 4, has_bias=False), base, 2, 1.0, 0.0, True)
+    delta = LoRA(r=2, use_dora=True).build(TargetModule("a", Role.QUERY, 8, 4, has_bias=False), base)
     assert {parameter.device.type for parameter in delta.parameters()} == {"meta"}
 
 

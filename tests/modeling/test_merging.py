@@ -10,6 +10,7 @@ from torch import Tensor
 
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.kernels import dispatch
 from graftwerk.methods.lora import LoRAModule
 from graftwerk.methods.registry import parse_method
 from graftwerk.serialization.fingerprint import fingerprint
@@ -176,15 +177,15 @@ def test_for_good_a_quantized_layer_refuses_before_anything_changes() -> None:
 
 def test_for_good_running_out_of_memory_is_said_with_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, graft = grafted(METHODS["lora"], "llama")
-    fold = LoRAModule.merge_
+    merge_lora_ = dispatch.merge_lora_
 
-    def scarce(self: LoRAModule, weight: Tensor, bias: Tensor | None) -> None:
-        if self is last:
+    def scarce(lora: LoRAModule, weight: Tensor) -> bool:
+        if lora is last:
             raise MemoryError("no memory")
-        fold(self, weight, bias)
+        return merge_lora_(lora, weight)
 
     *_, (_, last) = graft.modules()
-    monkeypatch.setattr(LoRAModule, "merge_", scarce)
+    monkeypatch.setattr(dispatch, "merge_lora_", scarce)
     with pytest.raises(ResourceError, match="neither what it was nor merged") as caught:
         graft.merge(keep_base=False)
     assert f"after {len(graft.hosts) - 1} of {len(graft.hosts)} layers" in str(caught.value)

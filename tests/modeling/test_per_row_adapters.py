@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import graftwerk.modeling.attach as gw
 from graftwerk.kernels import flags as fast
+from graftwerk.kernels.batched_adapters import BatchedLoRA
+from graftwerk.kernels.dispatch import BATCHED
 from graftwerk.methods.base import AdapterModule
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling import per_row_adapters as rows_module
@@ -161,7 +163,7 @@ def test_ranks_far_apart_are_stacked_apart_and_near_ones_together() -> None:
         attached(model, {"name": "lora", "r": rank}, f"r{rank}", number)
     names = ["r16", "r1", "r4", "r17", "r2", "r3"]
     gw.activate(model, rows=names)
-    found = {tuple(sorted(delta.padded_dim for delta in part.deltas)) for part in parts(model)}
+    found = {tuple(sorted(BATCHED[type(delta)].padded_dim(delta) for delta in part.deltas)) for part in parts(model)}
     assert found == {(1, 2, 3, 4), (16, 17)}
     model.double()
     together = logits(model, batch)
@@ -242,7 +244,7 @@ def test_changes_of_loaded_adapters_are_noticed(trainable: bool, tmp_path: Path)
         base = logits(model, batch)
     torch.testing.assert_close(logits(model, batch)[0], base[0])
     model.double()
-    assert {part.now().a.dtype for part in parts(model)} == {torch.float64}
+    assert {part.adapters().a.dtype for part in parts(model)} == {torch.float64}
     found = logits(model, batch)
     with fast.plain():
         torch.testing.assert_close(found, logits(model, batch), **CLOSE)
@@ -272,11 +274,8 @@ def test_dora_notices_another_base_weight() -> None:
 def test_stacks_are_made_once_for_a_selection_and_given_up_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = mixed("lora", "llama", ["a", "b", "c"])
     made = []
-    from graftwerk.methods.lora import BatchedLoRA, LoRAModule
-
-    monkeypatch.setattr(
-        LoRAModule, "stacked", staticmethod(lambda deltas: (made.append(len(deltas)), BatchedLoRA(deltas))[1])
-    )
+    init = BatchedLoRA.__init__
+    monkeypatch.setattr(BatchedLoRA, "__init__", lambda self, loras: (made.append(len(loras)), init(self, loras))[1])
     for _ in range(3):
         logits(model, batch)
     layers = len(gw.adapters(model)["a"].hosts)

@@ -4,8 +4,8 @@ The plain path costs little arithmetic and much traffic: each adapted layer keep
 mask and several thin intermediates, adds whole outputs and gradients out of place, and multiplies in orders that suit
 no GEMM kernel. Here
 
-* the input is kept once, or not at all where it can be made again from what is kept anyway (`sharing.Recompute`);
-* the dropout mask is drawn again from its seed (`dropout`), once for all layers that read the same tensor;
+* the input is kept once, or not at all where it can be made again from what is kept anyway (`recompute.Recompute`);
+* the dropout mask is drawn again from its seed (`methods.dropout`), once for all layers that read the same tensor;
 * sums happen in place, scales act on the thin side, and the thin side comes first in a product: (r, N), not (N, r);
 * a quantized base keeps nothing: it is unpacked in forward by its own kernel and in backward once more.
 
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graftwerk.kernels import flags as fast
-from graftwerk.kernels.hashed_dropout import apply_mask, apply_mask_, mask_bits
-from graftwerk.kernels.recompute import SharedInput, recipe_of, shared_input
-from graftwerk.methods.base import base_weight, is_transposed
+from graftwerk.kernels import flags
+from graftwerk.kernels.recompute import ActivationTable, Recompute, SharedInput
+from graftwerk.methods.base import AdapterModule, base_weight, is_transposed
+from graftwerk.methods.dora import DoRAModule
+from graftwerk.methods.dropout import mask_bits
+from graftwerk.methods.lora import LoRAModule
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -47,16 +49,79 @@ class LowRankTerm:
         return self.scale / (1 - self.p)
 
 
-def is_supported(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
-    """Whether `fused_linear` may be used: a frozen `nn.Linear`, transformers' `Conv1D` or bitsandbytes' `Linear4bit`
-    with a graft, run eagerly on a plain tensor beside it.
+class FusedLoRA:
+    """The kernel of `LoRAModule`: a linear layer and all of its active LoRAs."""
+
+    def supports(self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor) -> bool:
+        """Return whether all adapters are plain LoRA and the layer can be fused with them."""
+        return all(type(adapter) is LoRAModule for adapter in adapters) and can_fuse(layer, x)
+
+    def __call__(
+        self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor, activations: ActivationTable
+    ) -> Tensor:
+        """Return layer(x) and the adapters' updates, (..., o), for x (..., i)."""
+        terms = [term for adapter in adapters if isinstance(adapter, LoRAModule) for term in lora_terms(adapter, x)]
+        return fused_linear(layer, x, terms, activations)
+
+
+class FusedDoRA:
+    """The kernel of `DoRAModule`: the direction in one node, which backward needs whole for the magnitudes."""
+
+    def supports(self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor) -> bool:
+        """Return whether there is one DoRA alone and the layer can be fused with it."""
+        return len(adapters) == 1 and can_fuse(layer, x, bias=False) and not torch.is_autocast_enabled(x.device.type)
+
+    def __call__(
+        self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor, activations: ActivationTable
+    ) -> Tensor:
+        """Return m / ||W + s B A|| * (W x + s B A x) + bias, (..., o), for x (..., i)."""
+        (dora,) = adapters
+        assert isinstance(dora, DoRAModule)
+        seed = dora.seed(x) if dora.p else 0
+        term = LowRankTerm(dora.lora_A.weight, dora.lora_B.weight, dora.scale, dora.p, seed)
+        direction = fused_linear(layer, x, [term], activations, bias=False)  # (..., o)
+        ratio, bias = dora.magnitude_ratio(), layer.bias
+        out = ratio * direction if bias is None else torch.addcmul(bias, ratio, direction)  # type: ignore[arg-type]
+        return out.to(direction.dtype)
+
+
+def lora_terms(lora: LoRAModule, x: Tensor) -> list[LowRankTerm]:
+    """Return what a LoRA adds to a layer that reads ``x``; the seed of its mask is drawn here."""
+    seed = lora.seed(x) if lora.p else 0
+    terms = [LowRankTerm(lora.lora_A.weight, lora.lora_B.weight, lora.scale, lora.p, seed)]
+    if lora.pissa:
+        terms.append(LowRankTerm(*lora.start(), -lora.scale, lora.p, seed))
+    return terms
+
+
+def merge_lora_(lora: LoRAModule, weight: Tensor) -> bool:
+    """Add s B A to ``weight`` (o, i) in place and return True, or return False if it would be rounded twice."""
+    a, b = lora.lora_A.weight, lora.lora_B.weight
+    if lora.pissa or a.dtype != weight.dtype:
+        return False
+    weight.addmm_(b, a, alpha=lora.scale)
+    return True
+
+
+def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
+    """Return whether `fused_linear` may run.
+
+    It may on a frozen `nn.Linear`, transformers' `Conv1D` or bitsandbytes' `Linear4bit`, run eagerly on a plain tensor
+    on the same device.
+
+    Args:
+        layer: An adapted layer.
+        x: (..., i).
+        bias: Whether the layer's bias is to be added.
     """
     base: type = getattr(type(layer), "_graftwerk_base", type(layer))
     weight, vector = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    if not fast.enabled("fused") or torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_floating_point():
+    if not flags.enabled("fused") or torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
-    if weight.requires_grad or (isinstance(vector, Tensor) and vector.requires_grad) or weight.device != x.device:
+    if not x.is_floating_point() or weight.device != x.device:
+        return False
+    if weight.requires_grad or (isinstance(vector, Tensor) and vector.requires_grad):
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
     if hasattr(weight, "quant_state"):  # its kernel chooses its own types under autocast, and adds the bias itself
@@ -64,18 +129,27 @@ def is_supported(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     return (base is nn.Linear or base.__name__ == "Conv1D") and (autocast or weight.dtype == x.dtype)
 
 
-def fused_linear(layer: nn.Module, x: Tensor, terms: Sequence[LowRankTerm], *, bias: bool = True) -> Tensor:
-    """layer(x) + the terms' sum, where `fusible`.
+def fused_linear(
+    layer: nn.Module, x: Tensor, terms: Sequence[LowRankTerm], activations: ActivationTable, *, bias: bool = True
+) -> Tensor:
+    """Return layer(x) + the sum of the terms, if `can_fuse`.
 
     Args:
+        layer: An adapted layer.
         x: (..., i).
+        terms: Low-rank products to add.
+        activations: What is known of the model's activations.
         bias: Whether the layer's bias is added.
+
+    Returns:
+        (..., o).
     """
     autocast = torch.is_autocast_enabled(x.device.type)
     compute = torch.get_autocast_dtype(x.device.type) if autocast else terms[0].a.dtype
     factors = [tensor for term in terms for tensor in (term.a, term.b)]
+    noted = activations.shared(x), activations.recipe(x)
     y: Tensor = LoRALinear.apply(  # type: ignore[no-untyped-call]
-        x, layer, layer.weight, layer.bias if bias else None, terms, compute, autocast, *factors
+        x, layer, layer.weight, layer.bias if bias else None, terms, compute, autocast, noted, *factors
     )
     return y
 
@@ -112,11 +186,12 @@ class LoRALinear(torch.autograd.Function):
         terms: Sequence[LowRankTerm],
         compute: torch.dtype,
         autocast: bool,
+        noted: tuple[SharedInput, Recompute | None],
         *factors: Tensor,
     ) -> Tensor:
-        """x (..., i) -> (..., o); ``compute`` is the type of the thin products."""
+        """x (..., i) -> (..., o); ``compute`` is the type of the thin products, ``noted`` what is known of x."""
+        shared, recipe = noted
         with _types_as_given(x.device.type):  # chosen here, as autocast would choose them
-            shared, recipe = shared_input(x), recipe_of(x)
             out_features = factors[1].shape[0]
             y = _base_forward(layer, x, weight, bias, out_features, compute if autocast else None)
             rows = y.view(-1, out_features)
@@ -143,7 +218,7 @@ class LoRALinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         factors, lows, source = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
         compute, shared = ctx.compute, ctx.shared
-        wanted = ctx.needs_input_grad[7:]
+        wanted = ctx.needs_input_grad[8:]
         with _types_as_given(grad.device.type):
             g = grad.reshape(-1, grad.shape[-1])
             thin_g = g.to(compute)
@@ -169,7 +244,7 @@ class LoRALinear(torch.autograd.Function):
             shared.leave()
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
-        return (grad_x, None, None, None, None, None, None, *grads)
+        return (grad_x, None, None, None, None, None, None, None, *grads)
 
 
 def _types_as_given(device: str) -> AbstractContextManager[Any]:
@@ -213,3 +288,25 @@ def _base_backward(layer: nn.Module, weight: Tensor, g: Tensor, dtype: torch.dty
     elif is_transposed(layer):
         weight = weight.T
     return g.to(dtype) @ weight.to(dtype)
+
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type of the same size as a floating type, by bytes."""
+
+
+def apply_mask(x: Tensor, bits: Tensor) -> Tensor:
+    """Return ``x`` where `mask_bits` has its bits set, else 0; without gradients, not scaled.
+
+    Args:
+        x: (N, i), of any floating type.
+        bits: (N, i), int32.
+    """
+    word = _WORDS[x.element_size()]
+    return (x.view(word) & bits.to(word)).view(x.dtype)
+
+
+def apply_mask_(x: Tensor, bits: Tensor) -> Tensor:
+    """Do as `apply_mask`, in place."""
+    word = _WORDS[x.element_size()]
+    x.view(word).bitwise_and_(bits.to(word))
+    return x

@@ -1,21 +1,20 @@
-"""Frozen modules that keep for backward only what cannot be made again.
+"""Memory-efficient frozen modules: they save only what backward cannot recompute.
 
-While a model has grafts, its norms, activation functions and gated feed-forward blocks get another class (same object,
-as adapted layers do: docs/decisions/0001) whose forward gives the same and keeps less:
+While a model has adapters, its norms, activation functions and gated feed-forward blocks get another class (same
+object, as adapted layers do: docs/decisions/0001) whose forward gives the same and stores less:
 
-* a norm keeps its input, and its output carries a recipe (`methods.sharing`), so that the adapted layers that read it
-  do not keep it a second time; an RMS norm is one node in place of the six that its Python forward makes;
-* an activation function keeps its input alone, however many steps it is written in;
-* act(gate) * up keeps gate and up; what goes into the last layer of the block is made again from them.
+* a norm stores its input, and how its output is made again is noted (`recompute`), so that the adapted layers that read
+  it do not store it a second time; an RMS norm is one node in place of the six that its Python forward makes;
+* an activation function stores its input alone, however many steps it is written in;
+* act(gate) * up stores gate and up; what goes into the last layer of the block is made again from them.
 
-Which classes: known by name, and then by what they do. RMS norms are run on random numbers and compared with the
-formula; a gated block is known by the one line that it consists of. All others keep their own forward.
+The modules are known by their class, in the tables below; all others keep their own forward. tests/kernels holds each
+entry of the tables against its formula.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +22,48 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graftwerk.kernels.recompute import possible, remember
-from graftwerk.modeling.accelerate_compat import change_class
+from graftwerk.kernels.recompute import ActivationTable, is_eager
 
 if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
 
-_OWN = "_graftwerk_own"
-"""On a frugal class: the class that the module had."""
+OWN = "_graftwerk_own"
+"""Attribute of a memory-efficient class: the class that the module had."""
+ACTIVATIONS = "_graftwerk_activations"
+"""Attribute of a memory-efficient module: the `ActivationTable` of its model."""
 
-_GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "none", "GELUTanh": "tanh",
-          "NewGELUActivation": "tanh"}  # fmt: skip
+FAMILIES = {
+    "cohere": "Cohere", "cohere2": "Cohere2", "cwm": "Cwm", "deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3",
+    "diffllama": "DiffLlama", "ernie4_5": "Ernie4_5", "exaone4": "Exaone4", "falcon_h1": "FalconH1",
+    "flex_olmo": "FlexOlmo", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3", "glm": "Glm", "glm4": "Glm4",
+    "glm4_moe": "Glm4Moe", "gpt_oss": "GptOss", "granite": "Granite", "granitemoe": "GraniteMoe", "helium": "Helium",
+    "jamba": "Jamba", "llama": "Llama", "ministral": "Ministral", "ministral3": "Ministral3", "mistral": "Mistral",
+    "mixtral": "Mixtral", "olmo": "Olmo", "olmo2": "Olmo2", "olmo3": "Olmo3", "olmoe": "Olmoe", "phi3": "Phi3",
+    "qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next",
+    "seed_oss": "SeedOss", "smollm3": "SmolLM3", "stablelm": "StableLm", "vaultgemma": "VaultGemma", "zamba": "Zamba",
+}  # fmt: skip
+"""Families of transformers whose classes are known, and what the names of these classes begin with."""
+RMS_NORMS = frozenset(
+    {f"{family}.{prefix}RMSNorm" for family, prefix in FAMILIES.items()}
+    | {"t5.T5LayerNorm", "mt5.MT5LayerNorm", "umt5.UMT5LayerNorm", "longt5.LongT5LayerNorm", "mamba.MambaRMSNorm"}
+)
+"""Classes that compute x / rms(x) * weight, or * (1 + weight): those of `OFFSET_FAMILIES`."""
+OFFSET_FAMILIES = frozenset({"gemma", "gemma2", "gemma3", "qwen3_next", "vaultgemma"})
+GATED_MLPS = frozenset(
+    f"{family}.{prefix}MLP"
+    for family, prefix in FAMILIES.items()
+    if family not in {"falcon_h1", "glm", "glm4", "gpt_oss", "granitemoe", "mixtral", "phi3", "seed_oss"}
+)
+"""Classes that compute down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+GATES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "none", "GELUTanh": "tanh",
+         "NewGELUActivation": "tanh"}  # fmt: skip
 """Activation functions by class name: silu, or the approximation of gelu. (`gelu_python` and the like are others.)"""
-_LONG = frozenset({"NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "AccurateGELUActivation"})
-"""Activation functions written in several steps, each of which would keep a tensor."""
+LONG_ACTIVATIONS = frozenset(
+    {"NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "AccurateGELUActivation"}
+)
+"""Activation functions written in several steps, each of which would store a tensor."""
 
 
 # -- norms -----------------------------------------------------------------------------------------------------------
@@ -74,14 +99,14 @@ class MemoryEfficientRMSNorm(_Module):
         (x,) = args or kwargs.values()
         weight = self.weight
         assert isinstance(weight, Tensor)
-        if weight.requires_grad or not x.requires_grad or not possible(x):
+        if weight.requires_grad or not x.requires_grad or not is_eager(x):
             return super().forward(x)  # type: ignore[no-any-return]
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
             # The families round at different places; their own forward does it as they do.
-            return _remembered(self, super().forward, x)
-        factor = weight + 1 if type(self)._graftwerk_offset else weight  # type: ignore[attr-defined]
+            return _remember_call(self, super().forward, x)
+        factor = weight + 1 if _name(getattr(type(self), OWN)).partition(".")[0] in OFFSET_FAMILIES else weight
         y, inverse = RMSNormFunction.apply(x, factor, _eps(self))  # type: ignore[no-untyped-call]
-        return remember(y, _scaled, x, inverse, factor)
+        return _activations(self).remember(y, _scaled, x, inverse, factor)
 
 
 class MemoryEfficientLayerNorm(_Module):
@@ -91,7 +116,7 @@ class MemoryEfficientLayerNorm(_Module):
         (x,) = args or kwargs.values()
         if any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
             return super().forward(x)  # type: ignore[no-any-return]
-        return _remembered(self, super().forward, x)
+        return _remember_call(self, super().forward, x)
 
 
 def _eps(norm: nn.Module) -> float:
@@ -99,7 +124,7 @@ def _eps(norm: nn.Module) -> float:
     return float(torch.finfo(torch.float32).eps if eps is None else eps)  # torch's RMSNorm has none by default
 
 
-def _remembered(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _remember_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The module's own forward, made again under the same autocast."""
     y = forward(x)
     device, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
@@ -109,7 +134,7 @@ def _remembered(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tenso
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             return forward(kept)
 
-    return remember(y, again, x)
+    return _activations(module).remember(y, again, x)
 
 
 # -- activation functions and gated blocks ---------------------------------------------------------------------------
@@ -141,15 +166,16 @@ class MemoryEfficientActivation(_Module):
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()
         own = super().forward
-        if not x.requires_grad or not possible(x):
+        if not x.requires_grad or not is_eager(x):
             return own(x)  # type: ignore[no-any-return]
-        if type(self)._graftwerk_own.__name__ in _LONG:  # type: ignore[attr-defined]
-            return remember(ActivationFunction.apply(x, own), own, x)  # type: ignore[no-untyped-call]
-        return _remembered(self, own, x)
+        if getattr(type(self), OWN).__name__ in LONG_ACTIVATIONS:
+            y = ActivationFunction.apply(x, own)  # type: ignore[no-untyped-call]
+            return _activations(self).remember(y, own, x)
+        return _remember_call(self, own, x)
 
 
 class GatedProductFunction(torch.autograd.Function):
-    """act(gate) * up; ``kind`` as in `_GATES`."""
+    """act(gate) * up; ``kind`` as in `GATES`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
@@ -185,19 +211,20 @@ _SILU, _GELU, _TANH = (lambda gate, up, kind=kind: _gated(kind, gate, up) for ki
 _AGAIN: dict[str, Callable[..., Tensor]] = {"silu": _SILU, "none": _GELU, "tanh": _TANH}
 
 
-def gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up."""
+def gated(act: nn.Module, gate: Tensor, up: Tensor, activations: ActivationTable) -> Tensor:
+    """Return act(gate) * up, (..., m), for gate and up (..., m)."""
     kind = _kind(act)
-    if kind is None or not possible(gate) or not (gate.requires_grad or up.requires_grad) or gate.dtype != up.dtype:
+    if kind is None or not is_eager(gate) or not (gate.requires_grad or up.requires_grad) or gate.dtype != up.dtype:
         return act(gate) * up  # type: ignore[no-any-return]
-    return remember(GatedProductFunction.apply(gate, up, kind), _AGAIN[kind], gate, up)  # type: ignore[no-untyped-call]
+    y = GatedProductFunction.apply(gate, up, kind)  # type: ignore[no-untyped-call]
+    return activations.remember(y, _AGAIN[kind], gate, up)
 
 
 def _kind(act: nn.Module) -> str | None:
-    own = getattr(type(act), _OWN, type(act))
+    own = getattr(type(act), OWN, type(act))
     written_out = getattr(getattr(act, "act", None), "__name__", "").endswith("_python")
     inplace = getattr(act, "inplace", False)
-    return None if written_out or inplace or act._forward_hooks or act._forward_pre_hooks else _GATES.get(own.__name__)
+    return None if written_out or inplace or act._forward_hooks or act._forward_pre_hooks else GATES.get(own.__name__)
 
 
 class MemoryEfficientGatedMLP(_Module):
@@ -205,78 +232,42 @@ class MemoryEfficientGatedMLP(_Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()
-        return self.down_proj(gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return, operator, arg-type]
-
-
-_LINE = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+        return self.down_proj(  # type: ignore[no-any-return, operator]
+            gated(self.act_fn, self.gate_proj(x), self.up_proj(x), _activations(self))  # type: ignore[operator, arg-type]
+        )
 
 
 # -- which module gets what ------------------------------------------------------------------------------------------
 
 
-@cache
-def _is_gated(cls: Any) -> bool:
-    try:
-        source = inspect.getsource(cls.forward)
-    except (OSError, TypeError):
-        return False
-    body = "".join(source.partition(":")[2].split())
-    return body in (f"down_proj={_LINE}returndown_proj", f"return{_LINE}")
-
-
-@torch.no_grad()
-def _rms_offset(norm: nn.Module) -> bool | None:
-    """Whether its factor is weight + 1; None: it is no RMS norm that is known."""
-    weight, eps = norm._parameters.get("weight"), _eps(norm)
-    if weight is None or weight.dim() != 1 or len(norm._parameters) != 1 or weight.device.type == "meta" or not eps:
-        return None
-    x = torch.randn(2, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device)
-    try:
-        y = norm.forward(x).float()
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    close = 1e-5 if weight.dtype is torch.float32 else 2e-2
-    for offset in (False, True):
-        if torch.allclose(y, unit * (weight.float() + offset), rtol=close, atol=close):
-            return offset
-    return None
-
-
-@cache
-def _frugal_class(own: Any, mixin: Any, offset: bool) -> type[nn.Module]:
-    # Named as before: transformers' initialisation and others look at class names.
-    attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (mixin, own), attributes | {_OWN: own, "_graftwerk_offset": offset})
-
-
-def _frugal(module: nn.Module) -> type[nn.Module] | None:
+def efficient_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the memory-efficient class for a module of the base, or None if it keeps its own."""
     cls: Any = type(module)
-    if "forward" in module.__dict__ or hasattr(cls, _OWN) or hasattr(cls, "_graftwerk_base"):
+    if "forward" in module.__dict__ or hasattr(cls, OWN) or hasattr(cls, "_graftwerk_base"):
         return None
     if cls is nn.LayerNorm:
-        return _frugal_class(cls, MemoryEfficientLayerNorm, False)
-    if cls.__name__.endswith(("RMSNorm", "T5LayerNorm")):
-        offset = _rms_offset(module)
-        return None if offset is None else _frugal_class(cls, MemoryEfficientRMSNorm, offset)
-    if cls.__name__ in _GATES or cls.__name__ in _LONG:
-        return None if getattr(module, "inplace", False) else _frugal_class(cls, MemoryEfficientActivation, False)
-    return _frugal_class(cls, MemoryEfficientGatedMLP, False) if _is_gated(cls) else None
+        return _efficient(cls, MemoryEfficientLayerNorm)
+    if _name(cls) in RMS_NORMS:
+        return _efficient(cls, MemoryEfficientRMSNorm) if module._parameters.get("weight") is not None else None
+    if cls.__name__ in GATES or cls.__name__ in LONG_ACTIVATIONS:
+        return None if getattr(module, "inplace", False) else _efficient(cls, MemoryEfficientActivation)
+    return _efficient(cls, MemoryEfficientGatedMLP) if _name(cls) in GATED_MLPS else None
 
 
-def make_memory_efficient(modules: Iterable[nn.Module]) -> None:
-    """Give each of these modules of a base that is known its frugal class. Done twice, it changes nothing more."""
-    for module in modules:
-        if (cls := _frugal(module)) is not None:
-            change_class(module, cls)
+@cache
+def _efficient(own: Any, mixin: Any) -> type[nn.Module]:
+    # Named as before: transformers' initialisation and others look at class names.
+    return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__, OWN: own})
 
 
-def restore_modules(modules: Iterable[nn.Module]) -> None:
-    """Give every one its own class back."""
-    for module in modules:
-        restore_class(module)
+@cache
+def _name(cls: type) -> str:
+    """``llama.LlamaRMSNorm`` for a class of transformers' models; other modules' classes have no such name."""
+    parts = cls.__module__.split(".")
+    known = parts[:2] == ["transformers", "models"] and len(parts) == 4 and parts[3] == f"modeling_{parts[2]}"
+    return f"{parts[2]}.{cls.__name__}" if known else cls.__module__
 
 
-def restore_class(module: nn.Module) -> None:
-    """Give one module its own class back, if it is frugal."""
-    change_class(module, getattr(type(module), _OWN, type(module)))
+def _activations(module: Any) -> ActivationTable:
+    table: ActivationTable = module.__dict__[ACTIVATIONS]
+    return table

@@ -1,14 +1,15 @@
-"""What layers that read the same tensor share: one dropout seed, and what backward computes again once for all of them.
+"""What kernels know of the activations of one model while they are alive: a table beside the tensors, not on them.
 
-Both hang on the tensor itself, as a Python attribute: the query, key and value projections of an attention are called
-one by one with the same object, and nothing else tells them that they are siblings. Two things can hang there:
+The query, key and value projections of an attention are called one by one with the same tensor, and nothing else tells
+them that they share it. Two things are noted for a tensor:
 
-* a `Recompute`: how the tensor was made from tensors that backward keeps anyway (a norm's input, the two halves of a gated
-  product). A layer that needs the tensor in backward keeps the recipe's inputs, and makes it again.
-* a `Shared`: the seeds of dropout, and in backward a place for what the siblings would all compute again.
+* a `Recompute`: how it was made from tensors that backward stores anyway (a norm's input, the two halves of a gated
+  product). A layer that needs the tensor in backward stores the inputs of the recipe, and makes it again.
+* a `SharedInput`: in backward, a place for what the readers of the tensor would all compute again.
 
-Neither holds anything of the graph, so that there are no cycles; a layer's node keeps only `Recompute.compute` and the
-`Shared`, and its tensors by `save_for_backward`, so that gradient checkpointing and hooks on saved tensors see them.
+Neither holds anything of the graph, so that there are no cycles; a layer's node stores only `Recompute.compute` and the
+`SharedInput`, and its tensors by `save_for_backward`, so that gradient checkpointing and hooks on saved tensors see
+them.
 """
 
 from __future__ import annotations
@@ -16,24 +17,28 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from graftwerk.kernels import flags as fast
+from graftwerk.kernels import flags
 
-_RECIPE, _SHARED = "_graftwerk_recipe", "_graftwerk_shared"
+RECENT = 4
+"""Recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's output, stored
+by gradient checkpointing) must not keep alive what it was made from."""
+
+Note = TypeVar("Note")
 
 
 class Recompute:
     """How a tensor is made again.
 
     Attributes:
-        compute: Called in backward, without gradients, with the inputs; gives a tensor equal to the one it hangs on.
-        inputs: Tensors that backward keeps for other reasons.
-        version: Of the tensor when it was made; changed in place since, the recipe no longer holds.
+        compute: Called in backward, without gradients, with the inputs; returns a tensor equal to the one it is for.
+        inputs: Tensors that backward stores for other reasons.
+        version: The tensor's version when it was made; after a change in place the recipe no longer holds.
         region: The hooks on saved tensors that were in force then.
     """
 
@@ -44,37 +49,18 @@ class Recompute:
         self.region = _region()
 
 
-class DropoutGroup:
-    """Layers of one adapter that may read one tensor and then drop the same of its entries; compared by identity."""
-
-    __slots__ = ()
-
-
 class SharedInput:
     """What the readers of one tensor share. ``readers`` counts the layers whose backward is to come."""
 
-    __slots__ = ("_drawn", "_left", "_made", "readers")
+    __slots__ = ("_done", "_made", "readers")
 
     def __init__(self) -> None:
         self.readers = 0
-        self._left = 0
-        self._drawn: tuple[Any, int, set[int]] | None = None
+        self._done = 0
         self._made: dict[Any, Tensor] = {}
 
-    def seed(self, siblings: Any, reader: Any) -> int:
-        """The seed of the mask with which ``reader`` reads this tensor, drawn by the first of its siblings.
-
-        A reader that comes again (a layer used twice, a forward pass repeated by gradient checkpointing) draws anew, so
-        that a repeated pass, which starts from the same generator state, draws the same.
-        """
-        if self._drawn is None or self._drawn[0] is not siblings or id(reader) in self._drawn[2]:
-            # From the CPU's generator wherever the tensor lives: the number is needed here, and nothing has to wait.
-            self._drawn = (siblings, int(torch.randint(2**62, ())), set())
-        self._drawn[2].add(id(reader))
-        return self._drawn[1]
-
     def made(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """A tensor that the first reader computes and the others find."""
+        """Return a tensor that the first reader computes and the others find."""
         if self.readers < 2:
             return compute()
         if key not in self._made:
@@ -82,73 +68,86 @@ class SharedInput:
         return self._made[key]
 
     def register(self) -> None:
-        """One more reader whose backward is to come. A pass repeated inside backward has readers known already."""
+        """Count one more reader. A pass repeated inside backward has readers that are known already."""
         if torch._C._current_graph_task_id() == -1:
             self.readers += 1
 
     def leave(self) -> None:
-        """A reader's backward is done; after the last, what was made goes."""
-        self._left += 1
-        if self._left >= self.readers:
-            self._left = 0
+        """Note that a reader's backward is done; after the last, drop what was made."""
+        self._done += 1
+        if self._done >= self.readers:
+            self._done = 0
             self._made.clear()
 
 
-_RECENT = 4
-"""Recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's output, kept
-by gradient checkpointing) must not keep alive what it was made from."""
+class ActivationTable(threading.local):
+    """The notes on the living activations of one model, by tensor; each thread (a replica's, say) has its own.
 
+    Example:
+        >>> table, x = ActivationTable(), torch.zeros(2)
+        >>> table.shared(x) is table.shared(x)
+        True
+    """
 
-class _Recent(threading.local):
     def __init__(self) -> None:
-        self.recipes: deque[ref[Recompute]] = deque()
+        self._shared: dict[int, tuple[ref[Tensor], SharedInput]] = {}
+        self._recipes: dict[int, tuple[ref[Tensor], Recompute]] = {}
+        self._recent: deque[ref[Recompute]] = deque()  # weak: a recipe lives as long as its tensor
 
-    def add(self, recipe: Recompute) -> None:
-        self.recipes.append(ref(recipe))
-        if len(self.recipes) > _RECENT and (old := self.recipes.popleft()()) is not None:
-            old.inputs = ()
+    def __reduce__(self) -> tuple[type[ActivationTable], tuple[()]]:
+        return ActivationTable, ()  # a copy of a model has activations of its own
+
+    def shared(self, x: Tensor) -> SharedInput:
+        """Return what the readers of ``x`` share, made when missing."""
+        found = _noted(self._shared, x)
+        return _note(self._shared, x, SharedInput()) if found is None else found
+
+    def remember(self, y: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Note how ``y`` is made from ``inputs`` and return it; nothing is noted if no backward will come."""
+        if is_eager(y) and y.requires_grad and all(y is not one for one in inputs):
+            recipe = Recompute(compute, tuple(one.detach() for one in inputs), y._version)
+            self._recent.append(ref(recipe))
+            if len(self._recent) > RECENT and (old := self._recent.popleft()()) is not None:
+                old.inputs = ()
+            _note(self._recipes, y, recipe)
+        return y
+
+    def recipe(self, x: Tensor) -> Recompute | None:
+        """Return how ``x`` can be made again, if it still is what it was."""
+        found = _noted(self._recipes, x)
+        if found is None or not found.inputs or found.version != x._version or not flags.enabled("lean"):
+            return None
+        here, there = _region(), found.region
+        same = here is None if there is None else here is not None and here() is there()
+        return found if same else None
 
 
-_recent = _Recent()
+def _noted(notes: dict[int, tuple[ref[Tensor], Note]], x: Tensor) -> Note | None:
+    found = notes.get(id(x))
+    return found[1] if found is not None and found[0]() is x else None
 
 
-def shared_input(x: Tensor) -> SharedInput:
-    """What the readers of ``x`` share, made when missing."""
-    found = getattr(x, _SHARED, None)
-    if found is None:
-        found = SharedInput()
-        setattr(x, _SHARED, found)
-    assert isinstance(found, SharedInput)
-    return found
+def _note(notes: dict[int, tuple[ref[Tensor], Note]], x: Tensor, note: Note) -> Note:
+    key = id(x)
 
+    def forget(dead: ref[Tensor]) -> None:
+        if (found := notes.get(key)) is not None and found[0] is dead:
+            del notes[key]
 
-def remember(y: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Hang a recipe on ``y`` and give it back; nothing where no backward will come or ``y`` is one of the inputs."""
-    if possible(y) and y.requires_grad and all(y is not one for one in inputs):
-        recipe = Recompute(compute, tuple(one.detach() for one in inputs), y._version)
-        _recent.add(recipe)
-        setattr(y, _RECIPE, recipe)
-    return y
-
-
-def recipe_of(x: Tensor) -> Recompute | None:
-    """How ``x`` can be made again, if it is still what it was."""
-    found = getattr(x, _RECIPE, None)
-    if not isinstance(found, Recompute) or not found.inputs or found.version != x._version or not fast.enabled("lean"):
-        return None
-    here, there = _region(), found.region
-    same = here is None if there is None else here is not None and here() is there()
-    return found if same else None
+    notes[key] = (ref(x, forget), note)
+    return note
 
 
 def _region() -> ref[Any] | None:
-    """The hooks on saved tensors in force. Gradient checkpointing installs its own around each of its regions; there a
-    tensor from outside must be treated alike when the region runs again, whatever hangs on it: it never has a recipe.
+    """Return the hooks on saved tensors in force, weakly.
+
+    Gradient checkpointing installs its own around each of its regions; there a tensor from outside must be treated
+    alike when the region runs again, whatever is noted about it: it never has a recipe.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else ref(hooks[1])
 
 
-def possible(x: Tensor) -> bool:
-    """Whether fast paths with a backward of their own may be taken for ``x``: a plain tensor, run eagerly."""
-    return fast.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and type(x) is Tensor
+def is_eager(x: Tensor) -> bool:
+    """Return whether kernels with a backward of their own may run on ``x``: a plain tensor, eagerly, with gradients."""
+    return flags.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and type(x) is Tensor

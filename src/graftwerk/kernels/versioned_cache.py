@@ -1,49 +1,89 @@
-"""One version for all tensors of a frozen adapter.
+"""The one "has this tensor changed" cache: a value made from tensors, made again once one of them has changed.
 
-Whether an adapter has changed since it was stacked is asked in every layer of every forward pass. Asking each of its
-tensors means touching some memory of each, and where the weights of a whole model stream through the caches in between,
-that costs as much as the adapters' arithmetic (SmolLM2-135M, 32 adapters: 12 ms of a 105 ms step). The tensors of a
-file lie in one block; as views of one tensor over it they share its version, which every write to one of them moves.
-
-Only for parameters that do not train: autograd would take a step on one for a change of all.
+Asking each tensor of an adapter for its version in every layer of every forward pass touches some memory of each, and
+where the weights of a whole model stream through the caches in between, that costs as much as the adapters' arithmetic
+(SmolLM2-135M, 32 adapters: 12 ms of a 105 ms step). The tensors of a file lie in one block; as views of one tensor over
+it (`shared_block`) they share its version, which every write to one of them moves. Only for parameters that do not
+train: autograd would take a step on one for a change of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+Made = TypeVar("Made")
+_version = attrgetter("_version")
 
-class SharedVersion:
-    """A tensor over the block that an adapter was read into."""
 
-    def __init__(self, block: Tensor) -> None:
-        self.block = block
+class VersionedCache(Generic[Made]):
+    """A value made from tensors: cached outside autograd, made again when one of the tensors has changed.
 
-    @staticmethod
-    def from_tensors(tensors: Iterable[Tensor]) -> SharedVersion | None:
-        """The seal of tensors that lie in one block and have one type; None where they do not."""
-        found = list(tensors)
-        if not found:
-            return None
-        storage, dtype = found[0].untyped_storage(), found[0].dtype
-        if any(one.dtype != dtype or one.untyped_storage().data_ptr() != storage.data_ptr() for one in found):
-            return None
-        block = torch.empty(0, dtype=dtype, device=found[0].device)
-        return SharedVersion(block.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,)))
+    Args:
+        sources: Tensors whose versions tell of changes.
+        parameters: Tensors that gradients may go to; while they do, nothing is cached.
 
-    def view(self, tensor: Tensor) -> Tensor:
-        """The same values at the same place, under the block's version."""
-        return self.block.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    Example:
+        >>> x = torch.zeros(2)
+        >>> cache = VersionedCache([x], [])
+        >>> cache.get(lambda: "made"), cache.get(lambda: "made again")
+        ('made', 'made')
+        >>> _ = x.add_(1)
+        >>> cache.get(lambda: "made again")
+        'made again'
+    """
 
-    def is_valid_for(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether these still lie in the block: a model that was moved or converted has others."""
-        start = self.block.untyped_storage().data_ptr()
-        return all(one.untyped_storage().data_ptr() == start for one in tensors)
+    def __init__(self, sources: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        self.sources, self.parameters = sources, parameters
+        self._stamp: object = None
+        self._made: Made | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a model has tensors of its own, each with its own version."""
-        return
+    def get(self, make: Callable[[], Made]) -> Made:
+        """Return the value, made by ``make`` unless it is cached and still valid."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters):
+            return make()
+        # A model that was moved or converted has its values elsewhere: one parameter tells of all.
+        stamp = version_stamp([*self.sources, *self.parameters[:1]])
+        if self._made is None or stamp is None or stamp != self._stamp:
+            # Not as inference tensors: the value may be used where gradients are wanted for the input.
+            with torch.inference_mode(False), torch.no_grad():
+                self._made, self._stamp = make(), stamp
+        return self._made
+
+
+def version_stamp(tensors: Sequence[Tensor]) -> object:
+    """Return what changes with every change of a tensor that torch knows of, or None if torch does not count them."""
+    try:
+        return [*map(_version, tensors), *map(Tensor.data_ptr, tensors)]
+    except RuntimeError:  # inference tensors have no version
+        return None
+
+
+def shared_block(tensors: Iterable[Tensor]) -> Tensor | None:
+    """Return a tensor over the block that all tensors lie in, or None if they lie apart or have several dtypes.
+
+    Views of it, as `view_in` makes them, share its version.
+    """
+    found = list(tensors)
+    if not found:
+        return None
+    storage, dtype = found[0].untyped_storage(), found[0].dtype
+    if any(one.dtype != dtype or one.untyped_storage().data_ptr() != storage.data_ptr() for one in found):
+        return None
+    block = torch.empty(0, dtype=dtype, device=found[0].device)
+    return block.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
+
+
+def view_in(block: Tensor, tensor: Tensor) -> Tensor:
+    """Return the same values at the same place, under the block's version."""
+    return block.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def lies_in(block: Tensor, tensors: Iterable[Tensor]) -> bool:
+    """Return whether all tensors still lie in the block; after a model was moved or converted they do not."""
+    start = block.untyped_storage().data_ptr()
+    return all(one.untyped_storage().data_ptr() == start for one in tensors)

@@ -4,14 +4,16 @@ A method is a frozen settings object (`LoRA(r=8)`) that knows three things: whic
 role, never by an architecture's names), how many parameters that costs (a formula), and how to build the module that
 goes there.
 
-Two kinds of module exist for places inside a layer (`AdapterModule`), and one each for attention (`prefix.py`) and the input
-embedding (`prompt.py`, `ptuning.py`). Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head
-width, d model width, r rank, n virtual tokens, L layers.
+One kind of module exists for targets inside a layer (`AdapterModule`), and one each for attention (`prefix_tuning.py`)
+and the input embedding (`prompt_tuning.py`, `ptuning.py`).
+
+Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head width, d model width, r rank, n virtual
+tokens, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -21,8 +23,6 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.kernels.batched_adapters import BatchedAdapter
-from graftwerk.kernels.versioned_cache import SharedVersion
 from graftwerk.settings import Settings, parse_settings
 
 
@@ -71,60 +71,47 @@ class TargetModule:
 
 
 class AdapterModule(nn.Module):
-    """What an adapter adds to one module: it may change what goes in and what comes out.
+    """What an adapter adds to one module of the base. Three verbs:
 
-    A layer with active deltas computes ``y = layer(enter(x))`` and then ``leave(x, y)`` for each. Both get whole
-    tensors whose last dimension is the feature width; the first dimension is the rows (or a multiple of the rows). A
-    module's own parameters are called as PEFT calls them in its files wherever PEFT has the method.
+    * ``pre_forward(x) -> x`` changes what the module reads,
+    * ``post_forward(x, y) -> y`` changes what it gives,
+    * ``merged_weight(weight, bias)`` says the same as a change of its weights.
+
+    An adapted module with active adapters computes ``y = module(pre_forward(x))`` and then ``post_forward(x, y)`` for
+    each. Both get whole tensors whose last dimension is the feature width and whose first dimension is the rows (or a
+    multiple of them). Parameters are called as PEFT calls them in its files wherever PEFT has the method.
+
+    Example:
+        >>> class Shift(AdapterModule):
+        ...     def post_forward(self, x, y):
+        ...         return y + 1
+        >>> Shift().post_forward(torch.zeros(2), torch.zeros(2))
+        tensor([1., 1.])
     """
 
-    seal: SharedVersion | None = None
-    """Tells of changes of all parameters, where these were read from a file and do not train."""
+    block: Tensor | None = None
+    """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
+    tells of a change of any of them."""
 
     def pre_forward(self, x: Tensor) -> Tensor:
+        """Return what the module is to read in place of ``x`` (..., in)."""
         return x
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what the module gives in place of ``y`` (..., out), having read ``x`` (..., in)."""
         return y
 
-    def fused_forward(self, layer: nn.Module, x: Tensor, others: Sequence[AdapterModule]) -> Tensor | None:
-        """The layer, this delta and the ``others`` that are active after it in one, where there is a faster way that
-        gives the same; None: take the plain way. ``layer.forward`` must not be called here.
-        """
-        return None
-
-    def batch_key(self) -> Hashable | None:
-        """What deltas must have in common to be stacked (see stacked.py); None: this one works alone just now."""
-        return None
-
-    @property
-    def padded_dim(self) -> int:
-        """The size that stacking fills up to the largest: rank, bottleneck. Far apart, they are stacked apart."""
-        return 1
-
-    @staticmethod
-    def batched(deltas: Sequence[Any]) -> BatchedAdapter:
-        """The stacked form of deltas of one `kin`, one for each entry; the same delta may stand there several times.
-
-        Differentiable with respect to the deltas' parameters.
-        """
-        raise NotImplementedError
-
-    def source_tensors(self) -> list[Tensor]:
-        """All tensors that the stacked form is made from: where a version of one changes, it is made again."""
-        own = [*self.parameters(), *self.buffers()]
-        return [self.seal.block] if self.seal is not None and self.seal.is_valid_for(own) else own
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave ``block`` out: a copy's parameters lie elsewhere, each with a version of its own."""
+        return {key: value for key, value in self.__dict__.items() if key != "block"}
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight (out, in) and bias with this delta in them. Only for methods with ``mergeable``."""
-        raise UnsupportedError(f"{type(self).__name__} cannot be folded into a weight")
+        """Return the weight (out, in) and bias (out,) that have the adapter in them.
 
-    def merge_(self, weight: Tensor, bias: Tensor | None) -> None:
-        """`folded`, in place."""
-        new_weight, new_bias = self.merged_weight(weight, bias)
-        for own, new in ((weight, new_weight), (bias, new_bias)):
-            if own is not None and new is not None and new.data_ptr() != own.data_ptr():
-                own.copy_(new)
+        Raises:
+            UnsupportedError: the method is no change of a weight (``Method.mergeable`` is false).
+        """
+        raise UnsupportedError(f"{type(self).__name__} cannot be merged into a weight")
 
 
 class Method(Settings):
@@ -149,7 +136,7 @@ class Method(Settings):
     )
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        """Of all places of a model (heads left out), those this method wants.
+        """Return those of a model's modules (heads left out) that this method adapts.
 
         Raises:
             UnsupportedError: the model has none; the message names what was looked for.
@@ -157,32 +144,44 @@ class Method(Settings):
         """
         return []
 
-    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
-        """The delta for one place; ``module`` is the base module (read only: shapes, dtype, weights for
-        initialisation).
+    def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
+        """Build the adapter module for one target.
+
+        Args:
+            target: Which module it is for.
+            module: The base module (read only: shapes, dtype, weights for initialisation).
+
+        Raises:
+            UnsupportedError: the method puts nothing into single layers.
         """
         raise UnsupportedError(f"{self.title} puts nothing into single layers")
 
-    def build_all(self, places: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
-        """The deltas for all places, by path; for methods whose deltas belong together, in place of `build`."""
-        return {place.path: self.build(place, module) for place, module in zip(places, modules, strict=True)}
+    def build_all(self, targets: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
+        """Build the adapter modules for all targets, by path; for methods whose modules belong together."""
+        built = {target.path: self.build(target, module) for target, module in zip(targets, modules, strict=True)}
+        self.connect(targets, built)
+        return built
 
-    def from_tensors(
-        self,
-        places: Sequence[TargetModule],
-        modules: Sequence[nn.Module],
-        tensors: Mapping[str, Tensor],
-        trainable: bool,
-    ) -> dict[str, AdapterModule] | None:
-        """As `assemble`, with stored tensors (by raw key: path and parameter) as the deltas' parameters, not copied; on
-        the device and in the mode of their base modules.
+    def build_from(
+        self, target: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]
+    ) -> AdapterModule | None:
+        """Build the adapter module around stored parameters, without drawing or copying any.
 
-        None: this method builds its deltas first and copies into them; or the tensors are not exactly those wanted.
+        Args:
+            target: Which module it is for.
+            module: The base module.
+            parameters: By name, as in the module's ``state_dict``.
+
+        Returns:
+            None if the method builds first and copies into what it built, or if the parameters are not those it needs.
         """
         return None
 
-    def num_parameters(self, places: Iterable[TargetModule]) -> int:
-        """Trained parameters over these places, by formula (the head not counted)."""
+    def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
+        """Tie together adapter modules that belong together, after all of them were built."""
+
+    def num_parameters(self, targets: Iterable[TargetModule]) -> int:
+        """Return the number of trained parameters over these targets, by formula (the head not counted)."""
         return 0
 
     def learning_rate_factor(self, parameter: str) -> float:

@@ -13,14 +13,13 @@ biases (Llama, Mistral, Gemma, T5), where it raises.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.kernels.batched_adapters import BatchedAdapter, stack_padded
 from graftwerk.methods.base import AdapterModule, TargetModule
 from graftwerk.methods.layer_selection import LayerSelection
 
@@ -64,24 +63,6 @@ class BitFitModule(AdapterModule):
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.bitfit_b.to(y.dtype)
 
-    def batch_key(self) -> Hashable | None:
-        return "bitfit"
-
-    @staticmethod
-    def batched(deltas: Sequence[BitFitModule]) -> BatchedAdapter:
-        return BatchedBitFit(deltas)
-
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert bias is not None
         return weight, (bias + self.bitfit_b).to(bias.dtype)
-
-
-class BatchedBitFit(BatchedAdapter):
-    """The offsets (S, 1, out)."""
-
-    def __init__(self, deltas: Sequence[BitFitModule]) -> None:
-        self.offsets = stack_padded(deltas, lambda delta: delta.bitfit_b)[:, None]
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        offsets = self.offsets.to(y.dtype)
-        return y + offsets if torch.is_grad_enabled() else y.add_(offsets)

@@ -17,16 +17,14 @@ Trade-off: the steadiest of the small methods on small data; it cannot be merged
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.kernels.batched_adapters import BatchedAdapter, add_bmm, low_rank_product, per_entry, stack_padded
 from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.layer_selection import LayerSelection
 
@@ -149,42 +147,6 @@ class BottleneckNetwork(nn.Module):
         out: Tensor = self.up(self.activation(self.down(h)))
         return out if self.scaling == 1.0 else out * self.scaling
 
-    def batch_key(self) -> Hashable:
-        return (self.activation, None if self.norm is None else self.norm.eps)
-
-    @property
-    def padded_dim(self) -> int:
-        return self.down.weight.shape[0]
-
-
-class BatchedNetwork:
-    """norm (S, 1, i), down (S, m, i), up (S, m, o), each network's scale in its last layer.
-
-    Where a bottleneck was filled up, its activation is f(0), which is zero, and so are the columns behind it.
-    """
-
-    def __init__(self, networks: Sequence[BottleneckNetwork]) -> None:
-        self.activation = networks[0].activation
-        norms = [network.norm for network in networks if network.norm is not None]  # all have one, or none has
-        self.eps = norms[0].eps if norms else None
-        if norms:
-            self.gain = stack_padded(norms, lambda norm: norm.weight)[:, None]
-            self.shift = stack_padded(norms, lambda norm: norm.bias)[:, None]
-        self.down = stack_padded(networks, lambda network: network.down.weight)
-        self.down_bias = stack_padded(networks, lambda network: network.down.bias)[:, None]
-        scales = per_entry([network.scaling for network in networks], self.down)
-        self.up = (stack_padded(networks, lambda network: network.up.weight) * scales).mT
-        self.up_bias = stack_padded(networks, lambda network: network.up.bias)[:, None] * scales
-
-    def add_to(self, x: Tensor, y: Tensor) -> Tensor:
-        """y (S, M, o) and what the networks make of x (S, M, i)."""
-        h = x.to(self.down.dtype)
-        if self.eps is not None:
-            h = torch.addcmul(self.shift, F.layer_norm(h, h.shape[-1:], eps=self.eps), self.gain)
-        h = self.activation(low_rank_product(h, self.down) + self.down_bias)
-        bias = self.up_bias.to(y.dtype)
-        return add_bmm(y + bias if torch.is_grad_enabled() else y.add_(bias), h, self.up)
-
 
 class SequentialAdapter(AdapterModule):
     def __init__(self, network: BottleneckNetwork) -> None:
@@ -194,26 +156,6 @@ class SequentialAdapter(AdapterModule):
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         update: Tensor = self.bottleneck(y)
         return y + update.to(y.dtype)
-
-    def batch_key(self) -> Hashable | None:
-        return ("sequential", self.bottleneck.batch_key())
-
-    @property
-    def padded_dim(self) -> int:
-        return self.bottleneck.padded_dim
-
-    @staticmethod
-    def batched(deltas: Sequence[SequentialAdapter]) -> BatchedAdapter:
-        return BatchedSequential(deltas)
-
-
-class BatchedSequential(BatchedAdapter):
-    def __init__(self, deltas: Sequence[SequentialAdapter]) -> None:
-        self.network = BatchedNetwork([delta.bottleneck for delta in deltas])
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        # The bottleneck reads y, which is added to in place: it reads it first.
-        return self.network.add_to(y, y)
 
 
 class InputTap(AdapterModule):
@@ -228,27 +170,6 @@ class InputTap(AdapterModule):
     def pre_forward(self, x: Tensor) -> Tensor:
         self.seen = x
         return x
-
-    def batch_key(self) -> Hashable | None:
-        return ("tap", self.network[0].batch_key())
-
-    @property
-    def padded_dim(self) -> int:
-        return self.network[0].padded_dim
-
-    @staticmethod
-    def batched(deltas: Sequence[InputTap]) -> BatchedAdapter:
-        return BatchedInputTap(deltas)
-
-
-class BatchedInputTap(BatchedAdapter):
-    """What all entries read is kept by the first one's tap: the block's end has the same entries in the same order."""
-
-    def __init__(self, deltas: Sequence[InputTap]) -> None:
-        self.first = deltas[0]
-
-    def pre_forward(self, x: Tensor) -> Tensor:
-        return self.first.pre_forward(x)
 
 
 class ParallelAdapter(AdapterModule):
@@ -266,23 +187,3 @@ class ParallelAdapter(AdapterModule):
         seen, self._tap[0].seen = self._tap[0].seen, None
         assert seen is not None, "the feed-forward block ended without having begun"
         return seen
-
-    def batch_key(self) -> Hashable | None:
-        return ("parallel", self.bottleneck.batch_key())
-
-    @property
-    def padded_dim(self) -> int:
-        return self.bottleneck.padded_dim
-
-    @staticmethod
-    def batched(deltas: Sequence[ParallelAdapter]) -> BatchedAdapter:
-        return BatchedParallel(deltas)
-
-
-class BatchedParallel(BatchedAdapter):
-    def __init__(self, deltas: Sequence[ParallelAdapter]) -> None:
-        self.first = deltas[0]
-        self.network = BatchedNetwork([delta.bottleneck for delta in deltas])
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.network.add_to(self.first.pop_input(), y)

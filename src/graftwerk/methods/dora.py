@@ -13,145 +13,74 @@ function).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.kernels.batched_adapters import BatchedAdapter, add_bmm, low_rank_product, per_entry, stack_padded
-from graftwerk.kernels.fused_lora import LowRankTerm, fused_linear, is_supported
-from graftwerk.kernels.hashed_dropout import dropout
-from graftwerk.kernels.recompute import DropoutGroup, shared_input
-from graftwerk.methods.base import AdapterModule, TargetModule, base_weight, module_device
+from graftwerk.methods.base import base_weight, module_device
+from graftwerk.methods.low_rank import LowRankModule
 
 
-class DoRAModule(AdapterModule):
-    """``lora_A`` (r, in), ``lora_B`` (out, r), ``lora_magnitude_vector`` (out,)."""
+class DoRAModule(LowRankModule):
+    """DoRA on one linear layer: h = m / ||W + s B A|| * (W x + s B A x) + bias.
+
+    Args:
+        base: The adapted layer, whose weight the norm is of. It is read, never registered as a child.
+        a: A, (r, in).
+        b: B, (out, r).
+        magnitude: m, (out,).
+        scale: s.
+        p: Probability of dropping an entry of the input while training.
+    """
 
     def __init__(
-        self, place: TargetModule, module: nn.Module, rank: int, scale: float, dropout: float, identity: bool
+        self, base: nn.Module, a: nn.Parameter, b: nn.Parameter, magnitude: nn.Parameter, scale: float, p: float = 0.0
     ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.dropout = dropout
-        self.siblings: DropoutGroup | None = None
-        self.lora_A = nn.Linear(place.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, place.out_features, bias=False)
-        if identity:
-            nn.init.zeros_(self.lora_B.weight)
-        # The base layer in a tuple: read, never registered as a child of the adapter.
-        self._base = (module,)
-        self._squares: Tensor | None = None
-        self._seen: object = None
-        self.to(module_device(module))  # the norm is taken where the base's weights are
-        self.lora_magnitude_vector = nn.Parameter(self.weight_norm(base_weight(module)).clone())
+        super().__init__(a, b, scale, p)
+        self._base = (base,)  # in a tuple, so that it is no child
+        self.lora_magnitude_vector = magnitude
 
     @classmethod
-    def from_parameters(
-        cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float
-    ) -> DoRAModule:
-        """A delta of these parameters, in the mode of its base module; nothing is drawn or copied, no norm taken."""
-        from graftwerk.methods.lora import linear_of
+    def around(cls, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, p: float) -> DoRAModule:
+        """Return a module whose m starts at the norms of W + s B A, taken where the base's weights are."""
+        weight = base_weight(base)
+        module = cls(base, a, b, nn.Parameter(torch.empty(weight.shape[0])), scale, p).to(module_device(base))
+        module.lora_magnitude_vector = nn.Parameter(module.weight_norm(weight).clone())
+        return module
 
-        a, b, magnitude = parameters
-        delta = cls.__new__(cls)
-        nn.Module.__init__(delta)
-        delta.__dict__.update(
-            scale=scale,
-            dropout=dropout,
-            siblings=None,
-            _base=(module,),
-            _squares=None,
-            _seen=None,
-            training=module.training,
-        )
-        delta._modules.update(lora_A=linear_of(a, module.training), lora_B=linear_of(b, module.training))
-        delta._parameters.update(lora_magnitude_vector=magnitude)
-        return delta
+    @property
+    def base(self) -> nn.Module:
+        """The adapted layer."""
+        return self._base[0]
 
     @torch.no_grad()
     def weight_norm(self, weight: Tensor) -> Tensor:
-        """Row norms of W + s B A, (out,), without ever forming B A.
+        """Return the row norms of W + s B A, (out,), without forming B A.
 
-        ||w + s b A||^2 = ||w||^2 + 2 s b·(A w) + s^2 b (A A^T) b^T, row by row.
+        ||w + s b A||^2 = ||w||^2 + 2 s b·(A w) + s^2 b (A A^T) b^T for each row w of W and b of B.
+
+        Args:
+            weight: W, (out, in).
         """
         a, b = self.lora_A.weight, self.lora_B.weight
         weight = weight.to(a.dtype)
-        base = self._base[0].weight
-        assert isinstance(base, Tensor)
-        version = None if base.is_inference() else (base.data_ptr(), base._version, weight.dtype, weight.device)
-        if self._squares is None or version is None or version != self._seen:
-            self._squares, self._seen = weight.square().sum(1), version
-        cross = (F.linear(weight, a) * b).sum(1)
-        own = (F.linear(b, a @ a.T) * b).sum(1)
-        return (self._squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
+        squares = weight.square().sum(1)  # (out,)
+        cross = (F.linear(weight, a) * b).sum(1)  # (out, r) -> (out,)
+        own = (F.linear(b, a @ a.T) * b).sum(1)  # (out, r) -> (out,)
+        return (squares + 2 * self.scale * cross + self.scale**2 * own).clamp_min(0).sqrt()
 
     def magnitude_ratio(self) -> Tensor:
-        """m / ||W + s B A||, (out,)."""
-        return self.lora_magnitude_vector / self.weight_norm(base_weight(self._base[0]))
+        """Return m / ||W + s B A||, (out,)."""
+        return self.lora_magnitude_vector / self.weight_norm(base_weight(self.base))
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        module = self._base[0]
-        a, b = self.lora_A.weight, self.lora_B.weight
-        ratio = self.magnitude_ratio()
-        h = x.to(a.dtype)
-        if self.dropout and self.training:
-            h = dropout(h, self.dropout, shared_input(x).seed(self.siblings or self, self))
-        update = F.linear(F.linear(h, a) * self.scale, b)
-        bias = module.bias
+        bias = self.base.bias
         assert bias is None or isinstance(bias, Tensor)
-        plain = y if bias is None else y - bias
-        out = ratio * (plain + update)
+        direction = (y if bias is None else y - bias) + self.update(x)  # (..., out)
+        out = self.magnitude_ratio() * direction
         return (out if bias is None else out + bias).to(y.dtype)
-
-    def fused_forward(self, layer: nn.Module, x: Tensor, others: Sequence[AdapterModule]) -> Tensor | None:
-        # The direction in one node; backward needs it whole, for the magnitudes, and nothing else of this size.
-        if others or not is_supported(layer, x, bias=False) or torch.is_autocast_enabled(x.device.type):
-            return None
-        p = self.dropout if self.training else 0.0
-        seed = shared_input(x).seed(self.siblings or self, self) if p else 0
-        term = LowRankTerm(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)
-        turned = fused_linear(layer, x, [term], bias=False)
-        ratio, bias = self.magnitude_ratio(), layer.bias
-        out = ratio * turned if bias is None else torch.addcmul(bias, ratio, turned)  # type: ignore[arg-type]
-        return out.to(turned.dtype)
-
-    def batch_key(self) -> Hashable | None:
-        return None if self.dropout and self.training else "dora"
-
-    @property
-    def padded_dim(self) -> int:
-        return self.lora_A.weight.shape[0]
-
-    @staticmethod
-    def batched(deltas: Sequence[DoRAModule]) -> BatchedAdapter:
-        return BatchedDoRA(deltas)
-
-    def source_tensors(self) -> list[Tensor]:
-        weight = self._base[0].weight  # norms are of the base's weight too
-        assert isinstance(weight, Tensor)
-        return [*super().source_tensors(), weight]
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         ratio = self.lora_magnitude_vector / self.weight_norm(weight)
-        whole = weight.to(ratio.dtype) + self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        whole = weight.to(ratio.dtype) + self.scale * (self.lora_B.weight @ self.lora_A.weight)  # (out, in)
         return (ratio[:, None] * whole).to(weight.dtype), bias
-
-
-class BatchedDoRA(BatchedAdapter):
-    """A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
-
-    def __init__(self, deltas: Sequence[DoRAModule]) -> None:
-        a = stack_padded(deltas, lambda delta: delta.lora_A.weight)
-        self.a = a * per_entry([delta.scale for delta in deltas], a)
-        self.b = stack_padded(deltas, lambda delta: delta.lora_B.weight).mT
-        self.ratio = stack_padded(deltas, DoRAModule.magnitude_ratio)[:, None]
-        self._base = deltas[0]._base[0]
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        bias = self._base.bias
-        assert bias is None or isinstance(bias, Tensor)
-        plain = (y if bias is None else y - bias).to(self.a.dtype)
-        out = self.ratio * add_bmm(plain, low_rank_product(x.to(self.a.dtype), self.a), self.b)
-        return (out if bias is None else out + bias).to(y.dtype)

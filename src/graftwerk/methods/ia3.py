@@ -13,7 +13,7 @@ high learning rates and reaches less on tasks far from pretraining.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,7 +21,6 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.kernels.batched_adapters import BatchedAdapter, stack_padded
 from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.layer_selection import LayerSelection
 from graftwerk.methods.target_modules import check_targets, endings, named_by, select
@@ -107,34 +106,9 @@ class IA3Module(AdapterModule):
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y if self.scales_input else (y * self.ia3_l.flatten()).to(y.dtype)
 
-    def batch_key(self) -> Hashable | None:
-        return ("ia3", self.scales_input)
-
-    @staticmethod
-    def batched(deltas: Sequence[IA3Module]) -> BatchedAdapter:
-        return BatchedIA3(deltas)
-
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # (1, in) scales columns, (out, 1) rows; only the latter reaches the bias.
         folded = (weight * self.ia3_l).to(weight.dtype)
         if self.scales_input or bias is None:
             return folded, bias
         return folded, (bias * self.ia3_l.flatten()).to(bias.dtype)
-
-
-class BatchedIA3(BatchedAdapter):
-    """The vectors (S, 1, width)."""
-
-    def __init__(self, deltas: Sequence[IA3Module]) -> None:
-        self.scales_input = deltas[0].scales_input
-        self.vectors = stack_padded(deltas, lambda delta: delta.ia3_l.flatten())[:, None]
-
-    def pre_forward(self, x: Tensor) -> Tensor:
-        return (x * self.vectors).to(x.dtype) if self.scales_input else x
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.scales_input:
-            return y
-        if torch.is_grad_enabled() or y.dtype != self.vectors.dtype:
-            return (y * self.vectors).to(y.dtype)
-        return y.mul_(self.vectors)

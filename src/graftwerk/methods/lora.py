@@ -7,7 +7,7 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
 Options, each from its own paper:
 
 * ``use_rslora``: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), so that large ranks keep
-learning.
+  learning.
 * ``use_dora``: magnitude and direction apart (see dora.py).
 * ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (Meng et al. 2024,
   arXiv:2404.02948, equations 2-4). The paper moves the rest into W; here W stays as it is and the start is subtracted:
@@ -22,28 +22,68 @@ adapted matrix, so its training step is dearer than that of soft prompts' parame
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.kernels.batched_adapters import BatchedAdapter, add_bmm, low_rank_product, per_entry, stack_padded
-from graftwerk.kernels.fused_lora import LowRankTerm, fused_linear, is_supported
-from graftwerk.kernels.hashed_dropout import dropout
-from graftwerk.kernels.recompute import DropoutGroup, shared_input
-from graftwerk.kernels.versioned_cache import SharedVersion
-from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule, base_weight, module_device
+from graftwerk.errors import ConfigError
+from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule, base_weight
+from graftwerk.methods.dora import DoRAModule
+from graftwerk.methods.dropout import DropoutGroup
 from graftwerk.methods.layer_selection import LayerSelection
-from graftwerk.methods.target_modules import check_targets, named_by, select, value_of
+from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, pissa_init
+from graftwerk.methods.target_modules import check_patterns, check_targets, linear_targets, value_of
 
 READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
-"""Where several layers of one block may read the same tensor; LoRA then drops the same of its entries for all."""
+"""Roles of modules that may read the same tensor within one block; LoRA drops the same of its entries for all."""
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
+
+
+class LoRAModule(LowRankModule):
+    """LoRA on one linear layer: h = W x + s B A x, and with PiSSA - s B0 A0 x.
+
+    Args:
+        start: A0 (r, in) and B0 (out, r), which do not train; empty if B A starts at zero.
+
+    Example:
+        >>> lora = LoRAModule(*init_factors(4, 3, rank=2, zero_b=True), scale=2.0)
+        >>> lora.post_forward(torch.ones(4), torch.ones(3)).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    def __init__(
+        self, a: nn.Parameter, b: nn.Parameter, scale: float, p: float = 0.0, start: Sequence[Tensor] = ()
+    ) -> None:
+        super().__init__(a, b, scale, p)
+        self.pissa = bool(start)
+        for name, factor in zip(("start_A", "start_B"), start, strict=False):
+            self.register_buffer(name, factor)
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Return A0 (r, in) and B0 (out, r), which PiSSA subtracts."""
+        return self.get_buffer("start_A"), self.get_buffer("start_B")
+
+    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + self.update(x).to(y.dtype)
+
+    def update(self, x: Tensor) -> Tensor:
+        h = self.dropped(x)
+        update = low_rank_product(h, self.lora_A.weight, self.lora_B.weight, self.scale)
+        return update - low_rank_product(h, *self.start(), self.scale) if self.pissa else update
+
+    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        # W + s B A in one pass over the weight, in the finer of both precisions, rounded once.
+        a, b = self.lora_A.weight, self.lora_B.weight
+        fine = torch.promote_types(weight.dtype, a.dtype)
+        merged = torch.addmm(weight.to(fine), b.to(fine), a.to(fine), alpha=self.scale)  # (out, in)
+        if self.pissa:
+            a0, b0 = self.start()
+            merged.addmm_(b0.to(fine), a0.to(fine), alpha=-self.scale)
+        return merged.to(weight.dtype), bias
 
 
 class LoRA(LayerSelection):
@@ -51,6 +91,10 @@ class LoRA(LayerSelection):
 
     ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear
     layer of the base model, heads left out), or a list of module names or suffixes (``["q_proj", "v_proj"]``).
+
+    Example:
+        >>> LoRA(r=8, target_modules="attention").scale("layers.0.q_proj")
+        2.0
     """
 
     name: ClassVar[str] = "lora"
@@ -62,33 +106,24 @@ class LoRA(LayerSelection):
     peft_type: ClassVar[str | None] = "LORA"
     default_learning_rate: ClassVar[float] = 1e-3
 
-    r: Rank = Field(default=8, validation_alias=AliasChoices("r", "rank"), description="rank of the update")
+    r: Rank = Field(8, validation_alias=AliasChoices("r", "rank"), description="rank of the update")
     lora_alpha: float = Field(
-        default=16, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="scale: alpha/r is applied"
+        16, gt=0, validation_alias=AliasChoices("lora_alpha", "alpha"), description="scale: alpha/r is applied"
     )
     lora_dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        validation_alias=AliasChoices("lora_dropout", "dropout"),
-        description="on the low-rank path only",
+        0.0, ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="on the low-rank path"
     )
     target_modules: tuple[str, ...] | Literal["attention", "all-linear"] = Field(
-        default="all-linear", description="attention, all-linear, or names or suffixes of linear layers"
+        "all-linear", description="attention, all-linear, or names or suffixes of linear layers"
     )
-    use_rslora: bool = Field(default=False, description="scale alpha/sqrt(r) in place of alpha/r")
-    use_dora: bool = Field(default=False, description="train magnitude and direction apart (DoRA)")
+    use_rslora: bool = Field(False, description="scale alpha/sqrt(r) in place of alpha/r")
+    use_dora: bool = Field(False, description="train magnitude and direction apart (DoRA)")
     init_lora_weights: bool | Literal["pissa"] = Field(
-        default=True,
-        description="true: B zero; pissa: the largest singular directions; false: B random, no identity at start",
+        True, description="true: B zero; pissa: the largest singular directions; false: B random, no identity at start"
     )
-    loraplus_lr_ratio: float = Field(default=1.0, ge=1, description="LoRA+: learning rate of B over that of A")
-    rank_pattern: dict[str, Rank] = Field(
-        default_factory=dict, description="rank of modules by suffix, where it differs from r"
-    )
-    alpha_pattern: dict[str, float] = Field(
-        default_factory=dict, description="alpha of modules by suffix, where it differs"
-    )
+    loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: learning rate of B over that of A")
+    rank_pattern: dict[str, Rank] = Field({}, description="rank of modules by suffix, where it differs from r")
+    alpha_pattern: dict[str, float] = Field({}, description="alpha of modules by suffix, where it differs")
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -106,258 +141,62 @@ class LoRA(LayerSelection):
         return self
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        linear = [place for place in available if place.role is not Role.NORM]
-        if self.target_modules == "all-linear":
-            chosen = linear
-        elif self.target_modules == "attention":
-            chosen = [place for place in linear if place.role in ATTENTION_ROLES]
-            if not chosen:
-                raise UnsupportedError(
-                    "which layers of this model are its attention is not known",
-                    where="method.target_modules",
-                    hint="use all-linear, or list the layers by name",
-                )
-        else:
-            chosen = select(linear, self.target_modules)
-        chosen = self.filter_layers(chosen, available)
+        chosen = self.filter_layers(linear_targets(available, self.target_modules), available)
         if isinstance(self.target_modules, tuple):
             check_targets(chosen, self.target_modules)
-        self._check_patterns(chosen)
+        check_patterns(chosen, rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern)
         return chosen
 
-    def _check_patterns(self, chosen: Sequence[TargetModule]) -> None:
-        patterns = ("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)
-        known = named_by(chosen) if any(pattern for _, pattern in patterns) else frozenset()
-        for field, pattern in patterns:
-            for key in pattern:
-                if key not in known:
-                    raise ConfigError(f"`{key}` matches none of the adapted layers", where=f"method.{field}")
-
     def rank(self, path: str) -> int:
+        """Return the rank r at a module."""
         return int(value_of(self.rank_pattern, path, self.r))
 
     def scale(self, path: str) -> float:
-        """alpha/r, or alpha/sqrt(r) with rsLoRA."""
+        """Return s at a module: alpha/r, or alpha/sqrt(r) with rsLoRA."""
         rank, alpha = self.rank(path), float(value_of(self.alpha_pattern, path, self.lora_alpha))
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
-        rank = self.rank(place.path)
-        most = min(place.in_features, place.out_features)
-        if self.init_lora_weights == "pissa" and rank > most:
-            raise ConfigError(
-                f"PiSSA takes {rank} singular directions, but {place.path} has {most}",
-                where="method.r",
-            )
+    def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
+        rank, scale = self.rank(target.path), self.scale(target.path)
+        a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
         if self.use_dora:
-            from graftwerk.methods.dora import DoRAModule
+            return DoRAModule.around(module, a, b, scale, self.lora_dropout)
+        if self.init_lora_weights != "pissa":
+            return LoRAModule(a, b, scale, self.lora_dropout)
+        if rank > (most := min(target.in_features, target.out_features)):
+            raise ConfigError(f"PiSSA takes {rank} singular directions, but {target.path} has {most}", where="method.r")
+        start = pissa_init(base_weight(module), rank, scale)
+        a, b = (nn.Parameter(factor.clone()) for factor in start)
+        return LoRAModule(a, b, scale, self.lora_dropout, start)
 
-            return DoRAModule(
-                place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights is not False
-            )
-        return LoRAModule(place, module, rank, self.scale(place.path), self.lora_dropout, self.init_lora_weights)
-
-    def build_all(self, places: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
-        deltas = super().build_all(places, modules)
-        share_dropout(places, deltas)
-        return deltas
-
-    def from_tensors(
-        self,
-        places: Sequence[TargetModule],
-        modules: Sequence[nn.Module],
-        tensors: Mapping[str, Tensor],
-        trainable: bool,
-    ) -> dict[str, AdapterModule] | None:
-        parts = ("lora_A.weight", "lora_B.weight", *(("lora_magnitude_vector",) if self.use_dora else ()))
-        if self.init_lora_weights == "pissa" or len(tensors) != len(parts) * len(places):
+    def build_from(
+        self, target: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]
+    ) -> AdapterModule | None:
+        names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")[: 3 if self.use_dora else 2]
+        if self.init_lora_weights == "pissa" or parameters.keys() != {*names}:
             return None
-        deltas: dict[str, AdapterModule] = {}
-        # The values that are not of the default type are copied below, and so leave the block.
-        seal = None if trainable else SharedVersion.from_tensors(tensors.values())
-        for place, module in zip(places, modules, strict=True):
-            path, rank = place.path, self.rank(place.path)
-            found = [tensors.get(f"{path}.{part}") for part in parts]
-            shapes = [(rank, place.in_features), (place.out_features, rank), (place.out_features,)]
-            if any(one is None or one.shape != shape for one, shape in zip(found, shapes, strict=False)):
-                return None
-            to = (module_device(module), torch.get_default_dtype())
-            own = [one if seal is None else seal.view(one) for one in found if one is not None]
-            parameters = [nn.Parameter(one.to(*to), trainable) for one in own]
-            if self.use_dora:
-                from graftwerk.methods.dora import DoRAModule
+        a, b, *magnitude = (parameters[name] for name in names)
+        rank, scale = self.rank(target.path), self.scale(target.path)
+        if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
+            return None
+        if self.use_dora:
+            return DoRAModule(module, a, b, magnitude[0], scale, self.lora_dropout)
+        return LoRAModule(a, b, scale, self.lora_dropout)
 
-                deltas[path] = DoRAModule.from_parameters(module, parameters, self.scale(path), self.lora_dropout)
-            else:
-                deltas[path] = LoRAModule.from_parameters(module, parameters, self.scale(path), self.lora_dropout)
-            deltas[path].__dict__["seal"] = seal
-        share_dropout(places, deltas)
-        return deltas
+    def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
+        groups: dict[tuple[str, bool], DropoutGroup] = {}
+        for target in targets:
+            module = built[target.path]
+            if target.role in READ_TOGETHER and isinstance(module, LowRankModule):
+                key = target.path.rpartition(".")[0], target.role in ATTENTION_ROLES
+                module.group = groups.setdefault(key, module.group)
 
-    def num_parameters(self, places: Iterable[TargetModule]) -> int:
-        """sum of r (in + out), and out more with DoRA."""
+    def num_parameters(self, targets: Iterable[TargetModule]) -> int:
+        """Return the sum of r (in + out), and of out more with DoRA."""
         return sum(
-            self.rank(p.path) * (p.in_features + p.out_features) + (p.out_features if self.use_dora else 0)
-            for p in places
+            self.rank(t.path) * (t.in_features + t.out_features) + (t.out_features if self.use_dora else 0)
+            for t in targets
         )
 
     def learning_rate_factor(self, parameter: str) -> float:
         return self.loraplus_lr_ratio if "lora_B" in parameter else 1.0
-
-
-def share_dropout(places: Sequence[TargetModule], deltas: Mapping[str, AdapterModule]) -> None:
-    """Let the deltas of one block whose layers may read one tensor drop the same of it."""
-    found: dict[tuple[str, bool], DropoutGroup] = {}
-    for place in places:
-        if place.role in READ_TOGETHER:
-            key = place.path.rpartition(".")[0], place.role in ATTENTION_ROLES
-            deltas[place.path].siblings = found.setdefault(key, DropoutGroup())  # type: ignore[assignment]
-
-
-class LoRAModule(AdapterModule):
-    """``lora_A`` (r, in) and ``lora_B`` (out, r); with PiSSA also what they started from, which does not train."""
-
-    def __init__(
-        self,
-        place: TargetModule,
-        module: nn.Module,
-        rank: int,
-        scale: float,
-        dropout: float,
-        init: bool | Literal["pissa"],
-    ) -> None:
-        super().__init__()
-        self.scale = scale
-        self.dropout = dropout
-        self.siblings: DropoutGroup | None = None
-        self.lora_A = nn.Linear(place.in_features, rank, bias=False)  # Kaiming-uniform, as the paper's code starts it
-        self.lora_B = nn.Linear(rank, place.out_features, bias=False)
-        if init is True:
-            nn.init.zeros_(self.lora_B.weight)
-        self.pissa = init == "pissa"
-        if self.pissa:
-            a, b = pissa_init(base_weight(module), rank, scale)
-            with torch.no_grad():
-                self.lora_A.weight.copy_(a)
-                self.lora_B.weight.copy_(b)
-            self.register_buffer("start_A", a)
-            self.register_buffer("start_B", b)
-
-    @classmethod
-    def from_parameters(
-        cls, module: nn.Module, parameters: Sequence[nn.Parameter], scale: float, dropout: float
-    ) -> LoRAModule:
-        """A delta of these parameters, in the mode of its base module; nothing is drawn or copied."""
-        a, b = parameters
-        delta = cls.__new__(cls)
-        nn.Module.__init__(delta)
-        training = module.training
-        delta.__dict__.update(scale=scale, dropout=dropout, pissa=False, siblings=None, training=training)
-        delta._modules.update(lora_A=linear_of(a, training), lora_B=linear_of(b, training))
-        return delta
-
-    def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        # Scaled on the thin side: r values a token in place of `out`.
-        return F.linear(F.linear(x, a) * self.scale, b)
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        a, b = self.lora_A.weight, self.lora_B.weight
-        h = x.to(a.dtype)
-        if p := self._p:
-            h = dropout(h, p, self._seed(x))
-        update = self._product(h, a, b)
-        if self.pissa:
-            update = update - self._product(h, self.start_A, self.start_B)  # type: ignore[arg-type]
-        return y + update.to(y.dtype)
-
-    @property
-    def _p(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def _seed(self, x: Tensor) -> int:
-        return shared_input(x).seed(self.siblings or self, self)
-
-    def terms(self, x: Tensor) -> list[LowRankTerm]:
-        """What it adds, for the fused path; the seed of a mask is drawn here."""
-        p = self._p
-        seed = self._seed(x) if p else 0
-        terms = [LowRankTerm(self.lora_A.weight, self.lora_B.weight, self.scale, p, seed)]
-        if self.pissa:
-            terms.append(LowRankTerm(self.start_A, self.start_B, -self.scale, p, seed))  # type: ignore[arg-type]
-        return terms
-
-    def fused_forward(self, layer: nn.Module, x: Tensor, others: Sequence[AdapterModule]) -> Tensor | None:
-        deltas = [delta for delta in (self, *others) if type(delta) is LoRAModule]
-        if len(deltas) <= len(others) or not is_supported(layer, x):
-            return None
-        return fused_linear(layer, x, [term for delta in deltas for term in delta.terms(x)])
-
-    def batch_key(self) -> Hashable | None:
-        return None if self.dropout and self.training else "lora"  # masks are drawn delta by delta
-
-    @property
-    def padded_dim(self) -> int:
-        return self.lora_A.weight.shape[0] * (2 if self.pissa else 1)
-
-    @staticmethod
-    def batched(deltas: Sequence[LoRAModule]) -> BatchedAdapter:
-        return BatchedLoRA(deltas)
-
-    def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # One pass over the weight, in the finer of both precisions, rounded once.
-        fine = torch.promote_types(weight.dtype, self.lora_A.weight.dtype)
-        folded = torch.addmm(
-            weight.to(fine), self.lora_B.weight.to(fine), self.lora_A.weight.to(fine), alpha=self.scale
-        )
-        if self.pissa:
-            start_a, start_b = self.get_buffer("start_A"), self.get_buffer("start_B")
-            folded.addmm_(start_b.to(fine), start_a.to(fine), alpha=-self.scale)
-        return folded.to(weight.dtype), bias
-
-    def merge_(self, weight: Tensor, bias: Tensor | None) -> None:
-        a, b = self.lora_A.weight, self.lora_B.weight
-        if self.pissa or a.dtype != weight.dtype:  # rounded once, not at each of two additions
-            super().merge_(weight, bias)
-        else:
-            weight.addmm_(b, a, alpha=self.scale)
-
-
-class BatchedLoRA(BatchedAdapter):
-    """A (S, r, i), scaled, and B (S, r, o); PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0]."""
-
-    def __init__(self, deltas: Sequence[LoRAModule]) -> None:
-        def a_of(delta: LoRAModule) -> Tensor:
-            a = delta.lora_A.weight
-            return torch.cat((a, delta.start_A)) if delta.pissa else a  # type: ignore[arg-type]
-
-        def b_of(delta: LoRAModule) -> Tensor:
-            b = delta.lora_B.weight
-            return torch.cat((b, -delta.start_B), dim=1) if delta.pissa else b  # type: ignore[operator]
-
-        a = stack_padded(deltas, a_of)
-        scales = per_entry([delta.scale for delta in deltas], a)
-        self.a = a * scales if torch.is_grad_enabled() else a.mul_(scales)
-        self.b = stack_padded(deltas, b_of).mT
-
-    def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_bmm(y, low_rank_product(x.to(self.a.dtype), self.a), self.b)
-
-
-def linear_of(weight: nn.Parameter, training: bool) -> nn.Linear:
-    """A linear layer without bias around a weight (out, in): `nn.Linear` would draw one first, which takes longer than
-    reading the weight from disk.
-    """
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.__dict__.update(in_features=weight.shape[1], out_features=weight.shape[0], training=training)
-    linear._parameters.update(weight=weight, bias=None)
-    return linear
-
-
-def pissa_init(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """PiSSA's start: A (r, in) and B (out, r) with ``scale`` B A the best rank-r approximation of ``weight`` (out,
-    in).
-    """
-    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    root = torch.sqrt(s[:rank] / scale)
-    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()

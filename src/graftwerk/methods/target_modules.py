@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
-from graftwerk.errors import ConfigError, did_you_mean
-from graftwerk.methods.base import TargetModule
+from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
+from graftwerk.methods.base import ATTENTION_ROLES, Role, TargetModule
 
 
 def endings(path: str) -> Iterator[str]:
@@ -39,6 +40,39 @@ def select(places: Sequence[TargetModule], targets: Sequence[str]) -> list[Targe
                 hint=f"{hint}The layers end in: {', '.join(names[:30])}",
             )
     return [place for place in places if not wanted.isdisjoint(endings(place.path))]
+
+
+def linear_targets(
+    available: Sequence[TargetModule], wanted: Sequence[str] | Literal["attention", "all-linear"]
+) -> list[TargetModule]:
+    """Return the linear layers that ``target_modules`` names.
+
+    Raises:
+        UnsupportedError: ``attention`` on a model whose attention is not known.
+        ConfigError: a name matches nothing.
+    """
+    linear = [target for target in available if target.role is not Role.NORM]
+    if wanted == "all-linear":
+        return linear
+    if not isinstance(wanted, str):
+        return select(linear, wanted)
+    chosen = [target for target in linear if target.role in ATTENTION_ROLES]
+    if not chosen:
+        raise UnsupportedError(
+            "which layers of this model are its attention is not known",
+            where="method.target_modules",
+            hint="use all-linear, or list the layers by name",
+        )
+    return chosen
+
+
+def check_patterns(chosen: Sequence[TargetModule], **patterns: Mapping[str, float]) -> None:
+    """Raise ConfigError for a key of a pattern (``rank_pattern=...``) that names none of the chosen modules."""
+    known = named_by(chosen) if any(patterns.values()) else frozenset()
+    for field, pattern in patterns.items():
+        for key in pattern:
+            if key not in known:
+                raise ConfigError(f"`{key}` matches none of the adapted layers", where=f"method.{field}")
 
 
 def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import ConfigError
+from graftwerk.kernels.recompute import ActivationTable
 
 Key = TypeVar("Key", bound=Hashable)
 Made = TypeVar("Made")
@@ -32,15 +33,17 @@ class ActiveAdapters:
     Attributes:
         names: Adapters applied, in order, to every row. Ignored while ``rows`` is set.
         rows: An adapter, or None for the bare base, for each row of the batch; None when all rows use ``names``.
-        merged: Adapters whose deltas are folded into the base's weights now; their heads still apply.
+        merged: Adapters that are merged into the base's weights now; their heads still apply.
+        activations: What kernels know of the activations that are alive.
     """
 
-    __slots__ = ("_groups", "_kept", "merged", "names", "rows")
+    __slots__ = ("_groups", "_kept", "activations", "merged", "names", "rows")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.merged: frozenset[str] = frozenset()
         self.rows: tuple[str | None, ...] | None = None
+        self.activations = ActivationTable()
         self._groups: dict[tuple[int, str], tuple[RowGroup, ...]] = {}
         self._kept: dict[Any, Any] = {}
 
@@ -117,4 +120,5 @@ class ActiveAdapters:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.names, self.rows, self.merged = state["names"], state["rows"], state["merged"]
+        self.activations = ActivationTable()
         self._groups, self._kept = {}, {}

@@ -6,7 +6,7 @@ class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.kernels.memory_efficient import restore_class
+from graftwerk.kernels.dispatch import fused_forward
+from graftwerk.kernels.memory_efficient import ACTIVATIONS, OWN, efficient_class
+from graftwerk.kernels.recompute import ActivationTable
 from graftwerk.modeling.accelerate_compat import change_class, is_replaced
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
 from graftwerk.modeling.per_row_adapters import forward_rows
@@ -26,25 +28,25 @@ else:
 
 
 class Adapted(_Layer):
-    """Mixed in before a layer's own class: enter, the layer itself, leave."""
+    """Mixed in before a layer's own class: pre_forward, the layer itself, post_forward."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()  # whatever the layer's own class calls its input
-        box = self._modules[CHILD]
-        assert isinstance(box, AdapterSlots)
-        if box.selection.rows is not None:
-            return forward_rows(box, super().forward, x)
-        deltas = box.active()
-        if not deltas:
+        slots = self._modules[CHILD]
+        assert isinstance(slots, AdapterSlots)
+        if slots.selection.rows is not None:
+            return forward_rows(slots, super().forward, x)
+        adapters = slots.active()
+        if not adapters:
             return super().forward(x)
-        if (y := deltas[0].fused_forward(self, x, deltas[1:])) is not None:
-            return y  # type: ignore[no-any-return]
-        for delta in deltas:
-            x = delta.pre_forward(x)
+        if (fused := fused_forward(self, adapters, x, slots.selection.activations)) is not None:
+            return fused
+        for adapter in adapters:
+            x = adapter.pre_forward(x)
         y = super().forward(x)
-        for delta in deltas:
-            y = delta.post_forward(x, y)
-        return y  # type: ignore[no-any-return]
+        for adapter in adapters:
+            y = adapter.post_forward(x, y)
+        return y
 
 
 class AdaptedHead(nn.Module):
@@ -130,3 +132,28 @@ def restore(module: nn.Module) -> None:
     """Give a module its own class back and take its box away."""
     change_class(module, getattr(type(module), "_graftwerk_base", type(module)))
     module._modules.pop(CHILD, None)
+
+
+def make_memory_efficient(modules: Iterable[nn.Module], activations: ActivationTable) -> None:
+    """Give each of these frozen modules that is known its memory-efficient class. Done twice, it changes nothing more.
+
+    Args:
+        modules: Modules of the base.
+        activations: Where they note how their outputs are made again.
+    """
+    for module in modules:
+        if (cls := efficient_class(module)) is not None:
+            change_class(module, cls)
+            module.__dict__[ACTIVATIONS] = activations
+
+
+def restore_modules(modules: Iterable[nn.Module]) -> None:
+    """Give every memory-efficient module its own class back."""
+    for module in modules:
+        restore_class(module)
+
+
+def restore_class(module: nn.Module) -> None:
+    """Give one module its own class back, if it is memory-efficient."""
+    change_class(module, getattr(type(module), OWN, type(module)))
+    module.__dict__.pop(ACTIVATIONS, None)

@@ -14,13 +14,14 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
-from graftwerk.kernels.memory_efficient import make_memory_efficient, restore_modules
-from graftwerk.methods.base import Method, TargetModule, module_device
-from graftwerk.modeling.adapted_module import adapt, restore
+from graftwerk.kernels.versioned_cache import shared_block, view_in
+from graftwerk.methods.base import AdapterModule, Method, TargetModule, module_device
+from graftwerk.modeling.adapted_module import adapt, make_memory_efficient, restore, restore_modules
 from graftwerk.modeling.adapter import Adapter
 from graftwerk.modeling.adapter_slots import ModelAdapters, check_name, slots_of
 from graftwerk.modeling.architectures import Architecture, read_architecture
@@ -99,12 +100,12 @@ def attach_from_tensors(
                 hint="load the model with a task head, for instance AutoModelForSequenceClassification",
             )
         modules = [base.modules[place.path] for place in places]
-        around = None
+        built = None
         if tensors is not None:
             inner = {key: tensor for key, tensor in tensors.items() if not _within(key, heads)} if heads else tensors
-            around = method.from_tensors(places, modules, inner, trainable)
-        whole = around is not None and bool(places)
-        hosts: dict[str, nn.Module] = dict(method.build_all(places, modules) if around is None else around)
+            built = build_from_tensors(method, places, modules, inner, trainable)
+        whole = built is not None and bool(places)
+        hosts: dict[str, nn.Module] = dict(method.build_all(places, modules) if built is None else built)
     elif method.kind == "weights":
         places, hosts = [], {}
     else:
@@ -131,6 +132,47 @@ def attach_from_tensors(
         if not trainable:
             graft.freeze(heads_alone=whole)
     return graft
+
+
+def build_from_tensors(
+    method: Method,
+    targets: Sequence[TargetModule],
+    modules: Sequence[nn.Module],
+    tensors: Mapping[str, Tensor],
+    trainable: bool,
+) -> dict[str, AdapterModule] | None:
+    """Build the adapter modules around stored tensors, without drawing or copying any.
+
+    Args:
+        tensors: By raw key (path and parameter), the heads' left out.
+
+    Returns:
+        By path, each on the device and in the mode of its base module. None if the method builds first and copies into
+        what it built, or if the tensors are not exactly those it needs.
+    """
+    by_path: dict[str, dict[str, Tensor]] = {target.path: {} for target in targets}
+    for key, tensor in tensors.items():
+        path = key.rpartition(".")[0]
+        while path and path not in by_path:
+            path = path.rpartition(".")[0]
+        if path not in by_path:
+            return None
+        by_path[path][key[len(path) + 1 :]] = tensor
+    # Values that are not of the default dtype are copied below, and so leave the block.
+    block = None if trainable else shared_block(tensors.values())
+    built: dict[str, AdapterModule] = {}
+    for target, module in zip(targets, modules, strict=True):
+        to = (module_device(module), torch.get_default_dtype())
+        parameters = {
+            name: nn.Parameter((tensor if block is None else view_in(block, tensor)).to(*to), trainable)
+            for name, tensor in by_path[target.path].items()
+        }
+        if (adapter := method.build_from(target, module, parameters)) is None:
+            return None
+        adapter.block = block
+        built[target.path] = adapter.train(module.training)
+    method.connect(targets, built)
+    return built
 
 
 def _within(key: str, heads: Sequence[str]) -> bool:
@@ -177,7 +219,7 @@ def _install(
     graft = Adapter(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
     record.adapters[name] = graft
     if len(record.adapters) == 1:
-        make_memory_efficient(base.modules.values())
+        make_memory_efficient(base.modules.values(), record.selection.activations)
     activate(model, name)
     return graft
 
@@ -317,7 +359,7 @@ def remove(model: PreTrainedModel, name: str) -> None:
         box.remove(name)
         if box.empty:
             restore(host)
-            make_memory_efficient([host])
+            make_memory_efficient([host], record.selection.activations)
     if not record.adapters:
         restore_modules(base.modules.values())
     kind = graft.method.kind

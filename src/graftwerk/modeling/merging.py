@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.kernels.dispatch import merge_in_place
 from graftwerk.methods.base import AdapterModule, base_weight, is_quantized, is_transposed
 
 SavedWeights = list[tuple[nn.Parameter, Tensor]]
@@ -55,7 +56,7 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
         bias = module.bias
         assert bias is None or isinstance(bias, Tensor)
         try:
-            delta.merge_(base_weight(module), None if bias is None else bias.detach())
+            merge_in_place(delta, base_weight(module), None if bias is None else bias.detach())
         except (MemoryError, RuntimeError) as error:
             raise ResourceError(
                 f"merging stopped after {number} of {len(layers)} layers: {error}; the base is neither what it was nor "

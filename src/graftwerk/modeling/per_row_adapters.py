@@ -13,14 +13,15 @@ Legend: R named rows, S of them that a part serves, M vectors of each (its beams
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from graftwerk.kernels import flags as fast
-from graftwerk.kernels.batched_adapters import BatchedAdapter
+from graftwerk.kernels.batched_adapters import BatchedAdapter, changes_input, changes_output
+from graftwerk.kernels.dispatch import BATCHED
+from graftwerk.kernels.versioned_cache import VersionedCache
 from graftwerk.methods.base import AdapterModule
 from graftwerk.modeling.adapter_slots import AdapterSlots
 
@@ -58,8 +59,9 @@ def row_groups(key: tuple[AdapterSlots, bool, bool]) -> tuple[Group, ...]:
     alone: dict[int, AdapterModule] = {}
     for row, name in enumerate(rows):
         if isinstance(delta := box.get(name), AdapterModule):
-            kin = delta.batch_key() if may_stack else None
-            (alone if kin is None else kinds.setdefault((type(delta), kin), {}))[row] = delta
+            kernel = BATCHED.get(type(delta)) if may_stack else None
+            kind = None if kernel is None else kernel.batch_key(delta)
+            (alone if kind is None else kinds.setdefault((kernel, kind), {}))[row] = delta
     parts: list[Group] = []
     for members in kinds.values():
         if len(members) < SEQUENTIAL_ROWS * len({id(delta) for delta in members.values()}):
@@ -72,18 +74,19 @@ def row_groups(key: tuple[AdapterSlots, bool, bool]) -> tuple[Group, ...]:
 
 
 def _by_padded_dim(members: dict[int, AdapterModule]) -> list[dict[int, AdapterModule]]:
-    ordered = sorted(members.items(), key=lambda item: item[1].padded_dim)
+    dims = {row: BATCHED[type(delta)].padded_dim(delta) for row, delta in members.items()}
+    ordered = sorted(members.items(), key=lambda item: dims[item[0]])
     found: list[dict[int, AdapterModule]] = []
     least = 0
     for row, delta in ordered:
-        if not found or delta.padded_dim > MAX_PADDING_RATIO * least:
+        if not found or dims[row] > MAX_PADDING_RATIO * least:
             found.append({})
-            least = delta.padded_dim
+            least = dims[row]
         found[-1][row] = delta
     return [dict(sorted(alike.items())) for alike in found]
 
 
-_ALONE = BatchedAdapter()
+_ALONE = BatchedAdapter(())
 
 
 class SequentialGroups:
@@ -102,7 +105,7 @@ class SequentialGroups:
 
     def pre_forward(self, deltas: BatchedAdapter, x: Tensor) -> Tensor:
         for places, delta in self.groups:
-            if type(delta).pre_forward is not AdapterModule.pre_forward:
+            if changes_input(type(delta)):
                 rows = _by_entry(x, self.entries)
                 own = places.of(rows)
                 x = places.put(rows, own, delta.pre_forward(own), fresh=False).view(x.shape)
@@ -111,7 +114,7 @@ class SequentialGroups:
     def post_forward(self, deltas: BatchedAdapter, x: Tensor, y: Tensor) -> Tensor:
         given, made = _by_entry(x, self.entries), _by_entry(y, self.entries)
         for places, delta in self.groups:
-            if type(delta).post_forward is not AdapterModule.post_forward:
+            if changes_output(type(delta)):
                 own = places.of(made)
                 made = places.put(made, own, delta.post_forward(places.of(given), own), fresh=True)
         return made.view(y.shape)
@@ -121,25 +124,21 @@ class BatchedGroup:
     """Rows whose deltas are stacked."""
 
     def __init__(self, members: dict[int, AdapterModule], entries: int) -> None:
-        """As `SequentialGroups`; all deltas are of one kin."""
+        """As `SequentialGroups`; all adapters have one `batch_key`."""
         self.entries, self.deltas = entries, list(members.values())
         self.places = _RowIndex(list(members), entries)
-        kind = type(self.deltas[0])
-        self.has_pre_forward, self.has_post_forward = (
-            kind.pre_forward is not AdapterModule.pre_forward,
-            kind.post_forward is not AdapterModule.post_forward,
-        )
+        self.kernel = BATCHED[type(self.deltas[0])]
         distinct = list(dict.fromkeys(self.deltas))
         self.cache: VersionedCache[BatchedAdapter] = VersionedCache(
-            [tensor for delta in distinct for tensor in delta.source_tensors()],
+            [tensor for delta in distinct for tensor in self.kernel.source_tensors(delta)],
             [parameter for delta in distinct for parameter in delta.parameters()],
         )
 
     def adapters(self) -> BatchedAdapter:
-        return self.cache.get(lambda: self.deltas[0].batched(self.deltas))
+        return self.cache.get(lambda: self.kernel(self.deltas))
 
     def pre_forward(self, deltas: BatchedAdapter, x: Tensor) -> Tensor:
-        if not self.has_pre_forward:
+        if not changes_input(self.kernel):
             return x
         if self.places.where is None:
             return _as(deltas.pre_forward(_by_entry(x, self.entries)), x)
@@ -148,7 +147,7 @@ class BatchedGroup:
         return self.places.put(rows, own, deltas.pre_forward(own), fresh=False).view(x.shape)
 
     def post_forward(self, deltas: BatchedAdapter, x: Tensor, y: Tensor) -> Tensor:
-        if not self.has_post_forward:
+        if not changes_output(self.kernel):
             return y
         if self.places.where is None:
             return _as(deltas.post_forward(_by_entry(x, self.entries), _by_entry(y, self.entries)), y)
@@ -158,38 +157,6 @@ class BatchedGroup:
 
 
 Group = SequentialGroups | BatchedGroup
-
-
-class VersionedCache(Generic[Made]):
-    """Something made from tensors: kept outside autograd, and made again when one of the tensors has changed."""
-
-    def __init__(self, sources: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-        """``sources``: tensors whose versions tell of changes; ``parameters``: those that gradients may go to."""
-        self.sources, self.parameters = sources, parameters
-        self.stamp: object = None
-        self.made: Made | None = None
-
-    def get(self, make: Callable[[], Made]) -> Made:
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters):
-            return make()
-        # A model that was moved or converted has its values elsewhere: one parameter tells of all.
-        stamp = version_stamp([*self.sources, *self.parameters[:1]])
-        if self.made is None or stamp is None or stamp != self.stamp:
-            # Not as inference tensors: what is kept may be used where gradients are wanted for the input.
-            with torch.inference_mode(False), torch.no_grad():
-                self.made, self.stamp = make(), stamp
-        return self.made
-
-
-_version = attrgetter("_version")
-
-
-def version_stamp(tensors: Sequence[Tensor]) -> object:
-    """Changes with every change of a tensor that torch knows of; None where torch does not keep count."""
-    try:
-        return [*map(_version, tensors), *map(Tensor.data_ptr, tensors)]
-    except RuntimeError:  # inference tensors have no version
-        return None
 
 
 class _RowIndex:

@@ -27,11 +27,11 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from graftwerk.errors import ConflictError, UnsupportedError
 from graftwerk.kernels import flags as fast
+from graftwerk.kernels.versioned_cache import VersionedCache
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture, AttentionPlace, StackPlace
-from graftwerk.modeling.per_row_adapters import VersionedCache
 from graftwerk.modeling.virtual_positions import (
     cached_tokens,
     check_positions,

@@ -1,0 +1,107 @@
+"""The trained product of two thin matrices that LoRA and its relatives share.
+
+    update(x) = s B A dropout(x)        A (r, in), B (out, r)
+
+Legend: r rank, s scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.dropout import DropoutGroup, dropout
+
+
+class Factor(nn.Module):
+    """One matrix, called ``weight`` as PEFT's files have it: ``lora_A.weight``."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class LowRankModule(AdapterModule):
+    """Abstract: an adapter module with factors ``lora_A`` (r, in) and ``lora_B`` (out, r).
+
+    Args:
+        a: A, (r, in).
+        b: B, (out, r).
+        scale: s.
+        p: Probability of dropping an entry of the input while training.
+    """
+
+    def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, p: float = 0.0) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = Factor(a), Factor(b)
+        self.scale, self.dropout = scale, p
+        self.group = DropoutGroup()
+
+    @property
+    def p(self) -> float:
+        """Probability of dropping an entry now: 0 outside training."""
+        return self.dropout if self.training else 0.0
+
+    def seed(self, x: Tensor) -> int:
+        """Return the seed of the mask on ``x``, the same for all modules of the group."""
+        return self.group.seed(x, self)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return x (..., in) as the low-rank path reads it: in the dtype of A, entries dropped while training."""
+        h = x.to(self.lora_A.weight.dtype)
+        return dropout(h, self.p, self.seed(x)) if self.p else h
+
+    def update(self, x: Tensor) -> Tensor:
+        """Return s B A dropout(x), (..., out), for x (..., in), in the dtype of A."""
+        return low_rank_product(self.dropped(x), self.lora_A.weight, self.lora_B.weight, self.scale)
+
+
+def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return scale B A x.
+
+    Args:
+        x: (..., in).
+        a: (r, in).
+        b: (out, r).
+        scale: Factor on the product.
+
+    Returns:
+        (..., out).
+    """
+    # Scaled on the thin side: r values a token in place of `out`.
+    return F.linear(F.linear(x, a) * scale, b)  # (..., in) -> (..., r) -> (..., out)
+
+
+def init_factors(in_features: int, out_features: int, rank: int, *, zero_b: bool) -> tuple[nn.Parameter, nn.Parameter]:
+    """Draw A (r, in), Kaiming-uniform, and B (out, r), the same or zero, from torch's generator.
+
+    B is drawn before it is zeroed, as in PEFT: the same seed gives the same A's.
+    """
+    a, b = torch.empty(rank, in_features), torch.empty(out_features, rank)
+    for factor in (a, b):
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+    if zero_b:
+        nn.init.zeros_(b)
+    return nn.Parameter(a), nn.Parameter(b)
+
+
+def pissa_init(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return PiSSA's start: A (r, in) and B (out, r) with scale B A the best rank-r approximation of W.
+
+    Args:
+        weight: W, (out, in).
+        rank: r, at most min(out, in).
+        scale: s.
+
+    Example:
+        >>> a, b = pissa_init(torch.eye(3), 3, scale=2.0)
+        >>> bool((2 * b @ a - torch.eye(3)).abs().max() < 1e-5)
+        True
+    """
+    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    root = torch.sqrt(s[:rank] / scale)  # (r,)
+    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
