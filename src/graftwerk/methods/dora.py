@@ -43,8 +43,9 @@ class DoRAModule(LowRankModule):
     @classmethod
     def around(cls, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, p: float) -> DoRAModule:
         """Return a module whose m starts at the norms of W + s B A, taken where the base's weights are."""
-        weight = base_weight(base)
-        module = cls(base, a, b, nn.Parameter(torch.empty(weight.shape[0])), scale, p).to(module_device(base))
+        device, weight = module_device(base), base_weight(base)
+        a, b = (nn.Parameter(factor.detach().to(device)) for factor in (a, b))
+        module = cls(base, a, b, nn.Parameter(torch.empty(weight.shape[0], device=device)), scale, p)
         module.lora_magnitude_vector = nn.Parameter(module.weight_norm(weight).clone())
         return module
 

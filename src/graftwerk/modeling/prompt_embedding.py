@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
@@ -211,7 +212,7 @@ def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> T
 
 def _leads(mask: Tensor | None) -> Tensor | None:
     """(B, 1): how many padding tokens stand in front of each row's text; None where no row has any."""
-    if mask is None or bool((mask[:, 0] != 0).all()):
+    if mask is None or isinstance(mask, FakeTensor) or bool((mask[:, 0] != 0).all()):  # fake tensors have no values
         return None
     return (mask != 0).long().cumsum(dim=1).eq(0).sum(dim=1, keepdim=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,13 +44,16 @@ def copy_head(module: nn.Module) -> nn.Module:
     adapted = module.__class__
     module.__class__ = getattr(adapted, "_graftwerk_base", adapted)
     try:
-        head = copy.deepcopy(module)
+        # Tensors are cloned beforehand, since `deepcopy` makes fake ones those of another mode.
+        memo: dict[int, Any] = {id(buffer): buffer.clone() for buffer in module.buffers()}
+        memo |= {id(own): nn.Parameter(own.detach().float().clone()) for own in module.parameters()}
+        head = copy.deepcopy(module, memo)
     finally:
         module.__class__ = adapted
         if box is not None:
             module._modules[CHILD] = box
     unhook(head)  # the base's head keeps its hooks, and asks its copies
-    return head.float().requires_grad_(True)
+    return head.requires_grad_(True)
 
 
 def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
