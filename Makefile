@@ -18,7 +18,7 @@ DEMO_FOLDER  ?= runs/demo
 DEMO_ARGS    ?= data.max_train_rows=800 data.validation=200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test test-all check format capabilities bench bench-quick bench-kill bench-page clean clean-venv
+.PHONY: help setup setup-demo demo test test-all docstrings check format capabilities bench bench-quick bench-kill bench-page clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-all: check ## the slow tests too
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docstrings: setup ## count the docstrings without shapes, Raises or examples; ARGS="--list" names them
+	$(BIN)/python -m tools.docstrings $(ARGS)
 
 capabilities: setup ## write the README's table of what works on what, from the contract test
 	$(BIN)/python -m tests.readme
