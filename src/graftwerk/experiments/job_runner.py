@@ -31,7 +31,7 @@ _BY_CODE = {
 }
 
 
-class Crashed(ResourceError):
+class Crashed(ResourceError):  # noqa: N818
     """A worker died without saying why: killed by the system, most likely for want of memory."""
 
     code = "crashed"
