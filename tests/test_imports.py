@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.settings": {"settings", "augmentation.settings"},
     "training.settings": {"settings"},
     "evaluation.settings": {"settings"},
-    "methods": {"errors", "settings", "kernels"},
+    "methods": {"errors", "settings"},
     "config": {*BASE, "methods", "tasks", *SETTINGS},
     "schema": {"augmentation.settings", "config", "methods", "settings", "tasks"},
     "modeling": {"errors", "methods", "kernels"},
