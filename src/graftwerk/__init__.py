@@ -15,6 +15,15 @@ from typing import TYPE_CHECKING, Any
 from graftwerk import errors as errors
 
 if TYPE_CHECKING:
+    from graftwerk.api import Adapter as Adapter
+    from graftwerk.api import activate as activate
+    from graftwerk.api import adapter_state_dict as adapter_state_dict
+    from graftwerk.api import adapters as adapters
+    from graftwerk.api import attach as attach
+    from graftwerk.api import detach as detach
+    from graftwerk.api import disabled as disabled
+    from graftwerk.api import load as load
+    from graftwerk.api import save as save
     from graftwerk.augmentation.augment import augment as augment
     from graftwerk.config import RunConfig as RunConfig
     from graftwerk.evaluation.evaluate import evaluate as evaluate
@@ -29,15 +38,6 @@ if TYPE_CHECKING:
     from graftwerk.methods.prefix_tuning import Prefix as Prefix
     from graftwerk.methods.prompt_tuning import Prompt as Prompt
     from graftwerk.methods.ptuning import PTuning as PTuning
-    from graftwerk.modeling.attach import Adapter as Adapter
-    from graftwerk.modeling.attach import activate as activate
-    from graftwerk.modeling.attach import adapter_state_dict as adapter_state_dict
-    from graftwerk.modeling.attach import adapters as adapters
-    from graftwerk.modeling.attach import attach as attach
-    from graftwerk.modeling.attach import detach as detach
-    from graftwerk.modeling.attach import disabled as disabled
-    from graftwerk.serialization.folder import load_adapter as load
-    from graftwerk.serialization.folder import save_adapter as save
     from graftwerk.training.train import train as train
 
 # Public name -> (module, name there). The block above says the same to type checkers; a test holds the two together.
@@ -51,15 +51,15 @@ _HOMES = {
     "BitFit": ("graftwerk.methods.bitfit", "BitFit"),
     "Probe": ("graftwerk.methods.linear_probe", "Probe"),
     "Full": ("graftwerk.methods.full", "Full"),
-    "attach": ("graftwerk.modeling.attach", "attach"),
-    "detach": ("graftwerk.modeling.attach", "detach"),
-    "activate": ("graftwerk.modeling.attach", "activate"),
-    "disabled": ("graftwerk.modeling.attach", "disabled"),
-    "adapters": ("graftwerk.modeling.attach", "adapters"),
-    "Adapter": ("graftwerk.modeling.attach", "Adapter"),
-    "load": ("graftwerk.serialization.folder", "load_adapter"),
-    "save": ("graftwerk.serialization.folder", "save_adapter"),
-    "adapter_state_dict": ("graftwerk.modeling.attach", "adapter_state_dict"),
+    "attach": ("graftwerk.api", "attach"),
+    "detach": ("graftwerk.api", "detach"),
+    "activate": ("graftwerk.api", "activate"),
+    "disabled": ("graftwerk.api", "disabled"),
+    "adapters": ("graftwerk.api", "adapters"),
+    "Adapter": ("graftwerk.api", "Adapter"),
+    "load": ("graftwerk.api", "load"),
+    "save": ("graftwerk.api", "save"),
+    "adapter_state_dict": ("graftwerk.api", "adapter_state_dict"),
     "RunConfig": ("graftwerk.config", "RunConfig"),
     "train": ("graftwerk.training.train", "train"),
     "evaluate": ("graftwerk.evaluation.evaluate", "evaluate"),

@@ -24,8 +24,8 @@ from graftwerk.resource_paths import open_regular
 from graftwerk.settings import Settings, known_keys
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
-from graftwerk.tasks.multitask import Multitask, build_multitask
-from graftwerk.tasks.registry import parse_task
+from graftwerk.tasks.multitask import Multitask
+from graftwerk.tasks.registry import build_multitask, parse_task
 from graftwerk.training.settings import TrainingSettings
 
 SOURCE_KEYS = ("source", "target", "validation", "test")

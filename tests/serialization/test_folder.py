@@ -397,3 +397,13 @@ def test_another_number_of_labels_makes_a_head_of_its_own(tmp_path: Path) -> Non
     assert run(three).shape[-1] == expected_width
     with gw.disabled(three):
         assert run(three).shape[-1] == 3
+
+
+def test_adapter_save_without_a_file_format_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = grafted()
+    assert (
+        files(adapter.save(tmp_path / "a", task="news")).keys() == files(save_adapter(adapter, tmp_path / "b")).keys()
+    )
+    monkeypatch.setattr(gw.Adapter, "writer", None)
+    with pytest.raises(UnsupportedError, match="no file format is registered"):
+        adapter.save(tmp_path / "c")

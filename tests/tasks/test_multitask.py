@@ -71,7 +71,7 @@ def test_rows_know_their_set_and_both_directions_do_not_leak() -> None:
     assert counted["fr-en"] == 5
     assert min(counted["de-en"], counted["en-de"]) > 5
     assert Counter(row["set"] for row in splits.validation)["fr-en"] == 3
-    said = [finding for finding in splits.findings if finding.code == "held-out-elsewhere"]
+    said = [finding for finding in splits.issues if finding.code == "held-out-elsewhere"]
     assert {finding.message.split(":")[0] for finding in said} == {"de-en", "en-de"}
     at = next(at for at, row in enumerate(splits.validation) if row["set"] == "fr-en")
     line = int(splits.where["validation"](at).removeprefix(f"{GNOME['fr']}:"))

@@ -8,68 +8,18 @@ cannot be computed is None with a note that says why; it is never guessed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError, ResourceError
 from graftwerk.evaluation import class_metrics, text_metrics
 from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
-from graftwerk.evaluation.per_dataset import over_sets
+from graftwerk.evaluation.metric import Metric, over_sets
 from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
 from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric.
-
-    Attributes:
-        title: As people write it.
-        unit: ``share`` (0 to 1), ``points`` (0 to 100), ``tokens``, or ``nats`` (perplexity: their exponential).
-        higher: Whether more is better; None: neither.
-        value: Of all rows; None where undefined on them.
-        statistic: The same as a function of row weights (R, n).
-        defined: Whether these predictions have what it needs.
-        signature: With which versions and options it was computed.
-        package: What has to be installed for it, beside what always is.
-        cells: Whether it sees the confusion matrix alone.
-        caution: What makes its value misleading on these predictions, or None.
-        by_class: Whether every class counts the same in it, however few rows it has.
-    """
-
-    title: str
-    unit: Literal["share", "points", "tokens", "nats"]
-    higher: bool | None
-    value: Callable[[Any], float | None]
-    statistic: Callable[[Any], Statistic]
-    defined: Callable[[Predictions], bool]
-    signature: Callable[[Any], str] | None = None
-    cells: bool = False
-    by_class: bool = False
-    package: str | None = None
-    caution: Callable[[Any], str | None] = lambda predictions: None
-
-    @property
-    def scale(self) -> float:
-        """What a value is multiplied by for people: shares become points (or per cent), all else is shown as it is."""
-        return 100.0 if self.unit == "share" else 1.0
-
-    @property
-    def words(self) -> str:
-        """What a difference is counted in, with a space before it."""
-        return {"share": " points", "points": " points", "tokens": " words", "nats": ""}[self.unit]
-
-    def better(self, value: float, other: float) -> float:
-        """By how much a value is better than another; negative where it is worse."""
-        return other - value if self.higher is False else value - other
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return {"share": (0.0, 1.0), "points": (0.0, 100.0)}.get(self.unit, (0.0, math.inf))
 
 
 def _of_classes(predictions: Predictions) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,21 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
 from graftwerk.methods.base import AdapterModule, Method, TargetModule
+from graftwerk.modeling.activate import activate
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.detach import remove
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.merging import SavedWeights, merge_weights, merge_weights_in_place, unmerge_weights
 from graftwerk.modeling.module_index import base_modules, base_parameters
 from graftwerk.modeling.task_heads import fit_head
+
+
+class AdapterWriter(Protocol):
+    """A file format that adapters can be saved in."""
+
+    def __call__(self, adapter: Adapter, folder: Path, /, *, metadata: Mapping[str, Any] | None) -> Path:
+        """Write the adapter into a folder and return it."""
 
 
 class Adapter:
@@ -31,7 +40,11 @@ class Adapter:
         places: The layers it touches, for methods that work inside layers.
         hosts: Paths of all modules that carry a part of it, heads not counted.
         heads: Paths of the modules that it trains and stores whole.
+        writer: The file format that `save` writes. A format registers itself here when it is imported, as a kernel
+            does for a method; this room knows none.
     """
+
+    writer: ClassVar[AdapterWriter | None] = None
 
     def __init__(
         self,
@@ -292,22 +305,31 @@ class Adapter:
 
     def activate(self) -> None:
         """Make this the one active adapter."""
-        from graftwerk.modeling.attach import activate
-
         activate(self.model, self.name)
 
     def delete(self) -> None:
         """Take this adapter off the model."""
-        from graftwerk.modeling.attach import remove
-
         remove(self.model, self.name)
 
     def save(self, folder: str | Path, **metadata: Any) -> Path:
-        """Write the adapter folder (PEFT's format), whole or not at all."""
-        # The one look upwards of this room: people expect the verb on the object.
-        from graftwerk.serialization.folder import save_adapter
+        """Write the adapter folder (PEFT's format), whole or not at all.
 
-        return save_adapter(self, Path(folder), metadata=metadata or None)
+        Args:
+            folder: Where the adapter goes; an adapter that is there already is replaced.
+            metadata: Values to store with it, as plain JSON.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UnsupportedError: No file format is registered, which `import graftwerk.serialization.folder` does.
+        """
+        if Adapter.writer is None:
+            raise UnsupportedError(
+                f"`{self.name}` cannot be saved: no file format is registered",
+                hint="attach with graftwerk.attach, or import graftwerk.serialization.folder",
+            )
+        return Adapter.writer(self, Path(folder), metadata=metadata or None)
 
     # -- words -----------------------------------------------------------------------------------------------------
 

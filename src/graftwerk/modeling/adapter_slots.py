@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import nn
 
 from graftwerk.errors import ConfigError
+from graftwerk.methods.base import Method
 from graftwerk.modeling.active_adapters import ActiveAdapters
-
-if TYPE_CHECKING:
-    from graftwerk.modeling.attach import Adapter
+from graftwerk.modeling.full_weights import TrainedWeights
 
 CHILD = "graft"
 """Name of the one child that a touched module gets; base modules never have one of that name."""
@@ -56,12 +56,28 @@ class AdapterSlots(nn.Module):
         return not self._modules
 
 
+class AttachedAdapter(Protocol):
+    """The side of an adapter's handle that this room's lower files see: where it sits, and its weights."""
+
+    name: str
+    method: Method
+    weights: TrainedWeights | None
+    hosts: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    def unmerge(self) -> None:
+        """Give the base its own weights back, bit for bit."""
+
+    def unmerged(self) -> AbstractContextManager[None]:
+        """Give the base its own weights back inside a `with` block."""
+
+
 class ModelAdapters:
     """All grafts of one model and who is active."""
 
     def __init__(self) -> None:
         self.selection = ActiveAdapters()
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, AttachedAdapter] = {}
         self.flags: dict[str, bool] = {}
         """Which parameters required gradients before the first graft, by name."""
 

@@ -9,10 +9,8 @@ In one look:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib import import_module
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +19,17 @@ from transformers import PreTrainedModel
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
 from graftwerk.methods.base import AdapterModule, Method, TargetModule, module_device
-from graftwerk.modeling.adapted_module import adapt, make_memory_efficient, restore, restore_modules
+from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
+from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
-from graftwerk.modeling.adapter_slots import ModelAdapters, check_name, slots_of
+from graftwerk.modeling.adapter_slots import ModelAdapters, check_name
 from graftwerk.modeling.architectures import Architecture, read_architecture
+from graftwerk.modeling.detach import HOOKED, detach
 from graftwerk.modeling.full_weights import TrainedWeights
-from graftwerk.modeling.module_index import ModuleIndex, base_parameters, forget, module_index
+from graftwerk.modeling.module_index import ModuleIndex, module_index
 from graftwerk.modeling.task_heads import copy_head, head_paths
 
 __all__ = ["Adapter", "activate", "adapter_state_dict", "adapters", "attach", "detach", "disabled"]
-
-_WITHOUT_LAYERS = ("attention", "embedding")
-"""Kinds of methods that do not work inside single layers; each has a module of its own in this room."""
-
-
-_ROOMS = {"attention": "graftwerk.modeling.prefix_attention", "embedding": "graftwerk.modeling.prompt_embedding"}
-
-
-def _room(kind: str) -> Any:
-    return import_module(_ROOMS[kind])
 
 
 def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Adapter:
@@ -83,7 +73,7 @@ def attach_from_tensors(
             raise ConflictError(
                 f"this model has an adapter `{name}` already", hint="delete it first, or choose another name"
             )
-        _refuse_while_merged(known, "attach another adapter")
+        refuse_while_merged(known, "attach another adapter")
         if any(graft.weights is not None and graft.weights.other is None for graft in known.adapters.values()):
             raise UnsupportedError(
                 "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
@@ -109,7 +99,7 @@ def attach_from_tensors(
     elif method.kind == "weights":
         places, hosts = [], {}
     else:
-        places, hosts = [], _room(method.kind).modules(model, method, view)
+        places, hosts = [], HOOKED[method.kind].modules(model, method, view)
     # Nothing can fail from here on but stored tensors that do not fit, so that a refused method leaves the model as it
     # was.
     record = ModelAdapters.make(model)
@@ -214,8 +204,8 @@ def _install(
         host = base.modules[path]
         _place(record, host, name, copy_head(host))
         adapt(host, record.slots(host), head=True)
-    if method.kind in _WITHOUT_LAYERS:
-        _room(method.kind).install_hooks(model, record)
+    if method.kind in HOOKED:
+        HOOKED[method.kind].install_hooks(model, record)
     graft = Adapter(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
     record.adapters[name] = graft
     if len(record.adapters) == 1:
@@ -237,135 +227,7 @@ def _place(record: ModelAdapters, host: nn.Module, name: str, module: nn.Module)
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """All grafts on a model, by name; empty where there is none."""
     record = ModelAdapters.of(model)
-    return {} if record is None else dict(record.adapters)
-
-
-def activate(
-    model: nn.Module, name: str | Sequence[str] | None = None, *, rows: Sequence[str | None] | None = None
-) -> None:
-    """Choose who is active: one adapter, several in order, none, or one (or none) for each row of the next batches.
-
-    Args:
-        name: An adapter's name, a list of names that apply one after the other, or None for the bare base.
-        rows: For each row of a batch a name, or None for the bare base. Stays in force until the next call.
-
-    Raises:
-        ConfigError: no such adapter; the names there are are listed.
-        UnsupportedError: a kind of adapter that cannot differ by row.
-        ConflictError: an adapter is merged into the base.
-    """
-    record = ModelAdapters.of(model)
-    if record is None:
-        if name is None and rows is None:
-            return
-        raise ConfigError("this model has no adapters", hint="attach or load one first")
-    if rows is not None and name is not None:
-        raise ConfigError("give one name for all rows, or rows, not both")
-    chosen = list(rows) if rows is not None else ([name] if isinstance(name, str) else list(name or ()))
-    for one in chosen:
-        if one is not None and one not in record.adapters:
-            raise ConfigError(
-                f"there is no adapter `{one}` on this model", hint=f"there are: {', '.join(record.adapters) or 'none'}"
-            )
-    if rows is not None:
-        if not rows:
-            raise ConfigError("rows is empty", where="activate(model, rows=...)")
-        for one in dict.fromkeys(chosen):
-            if one is not None and not record.adapters[one].method.supports_rows:
-                raise UnsupportedError(
-                    f"`{one}` is {record.adapters[one].method.title}: it replaces the base's weights, so it cannot "
-                    f"differ by row",
-                    hint="run its rows in a batch of their own",
-                )
-        _refuse_while_merged(record, "choose adapters by row")
-        record.selection.choose_rows(tuple(rows))
-    else:
-        if set(record.selection.merged) - {one for one in chosen if one}:
-            _refuse_while_merged(record, "switch adapters")
-        record.selection.choose(tuple(one for one in chosen if one is not None))
-    record.sync()
-
-
-def _refuse_while_merged(record: ModelAdapters, wish: str) -> None:
-    if record.selection.merged:
-        raise ConflictError(
-            f"cannot {wish}: `{', '.join(sorted(record.selection.merged))}` is merged into the base",
-            hint="unmerge it first",
-        )
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """The bare base inside the block: no adapter, no head of an adapter; merged weights are taken out and put back.
-
-    Raises:
-        UnsupportedError: an adapter was merged with ``keep_base=False``.
-    """
-    record = ModelAdapters.of(model)
-    if record is None:
-        yield
-        return
-    with ExitStack() as stack:
-        for name in record.selection.merged:
-            stack.enter_context(record.adapters[name].unmerged())
-        stack.callback(record.sync)
-        stack.callback(record.drop_missing)
-        stack.enter_context(record.selection.disabled())
-        record.sync()
-        yield
-
-
-def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Take every graft off: classes, parameters, flags, hooks and configuration are those from before.
-
-    Raises:
-        UnsupportedError: the base's weights are gone: full fine-tuning ran, or an adapter was merged, with
-            ``keep_base=False``.
-    """
-    record = ModelAdapters.of(model)
-    if record is None:
-        return model
-    for graft in record.adapters.values():
-        graft.unmerge()  # before anything is taken off: it may not be possible
-    for name in list(record.adapters):
-        remove(model, name)
-    record.restore_flags(base_parameters(model))
-    ModelAdapters.forget(model)
-    forget(model)
-    return model
-
-
-def remove(model: PreTrainedModel, name: str) -> None:
-    """Delete one adapter; modules that no adapter touches any more get their own class back."""
-    record = ModelAdapters.of(model)
-    if record is None or name not in record.adapters:
-        raise ConfigError(f"there is no adapter `{name}` on this model")
-    graft = record.adapters[name]
-    graft.unmerge()
-    if graft.weights is not None:
-        graft.weights.put(live=False)
-        for parameter in graft.weights.parameters.values():
-            parameter.requires_grad_(False)
-    selection = record.selection
-    if selection.rows is not None and name in selection.rows:
-        selection.choose(())
-    selection.names = tuple(one for one in selection.names if one != name)
-    del record.adapters[name]
-    base = module_index(model)
-    for path in dict.fromkeys((*graft.hosts, *graft.heads)):
-        host = base.modules[path]
-        box = slots_of(host)
-        assert box is not None
-        box.remove(name)
-        if box.empty:
-            restore(host)
-            make_memory_efficient([host], record.selection.activations)
-    if not record.adapters:
-        restore_modules(base.modules.values())
-    kind = graft.method.kind
-    if kind in _WITHOUT_LAYERS and not any(other.method.kind == kind for other in record.adapters.values()):
-        _room(kind).remove_hooks(model, record)
-    record.sync()
+    return {} if record is None else {name: cast(Adapter, one) for name, one in record.adapters.items()}
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:

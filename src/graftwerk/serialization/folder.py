@@ -347,3 +347,6 @@ def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: boo
     if not trainable:
         graft.freeze()
     return graft
+
+
+Adapter.writer = save_adapter

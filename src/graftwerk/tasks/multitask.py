@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, field_serializer, model_validator
 from torch import Tensor
 
 from graftwerk.data.fields import text_part
@@ -38,13 +38,6 @@ class Multitask(TextTask):
     title: ClassVar[str] = "Several tasks in one model"
 
     tasks: dict[str, Task] = Field(min_length=1, description="the task of each set of `data.train`, by its name")
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        from graftwerk.tasks.registry import parse_task  # the catalog lists this task too
-
-        return {str(name): parse_task(each) for name, each in value.items()} if isinstance(value, Mapping) else value
 
     @field_serializer("tasks")
     def _dump(self, tasks: dict[str, Task]) -> dict[str, Any]:
@@ -260,26 +253,6 @@ def names_of(sets: Sequence[SetSettings]) -> tuple[str, ...]:
             name, number = f"{usual} {number}", number + 1
         names.append(name)
     return tuple(names)
-
-
-def build_multitask(task: Task, sets: Sequence[SetSettings]) -> Multitask:
-    """The task of a run with several sets: for each the run's, or its own, with what the set says of it.
-
-    Raises:
-        ConfigError: no such task or setting, or tasks that cannot be learnt together.
-    """
-    from graftwerk.settings import parse_settings
-    from graftwerk.tasks.registry import parse_task
-
-    tasks: dict[str, Any] = {}
-    for name, each in zip(names_of(sets), sets, strict=True):
-        own = parse_task(each.task) if each.task is not None else task
-        given = {
-            key: value for key in ("prefix", "source_lang", "target_lang") if (value := getattr(each, key)) is not None
-        }
-        values = {**{key: getattr(own, key) for key in own.model_fields_set}, **given}
-        tasks[name] = parse_settings(type(own), values, what=f"task `{own.name}`", where=f"data.train ({name})")
-    return parse_settings(Multitask, {"tasks": tasks}, what="task `mixture`", where="data.train")
 
 
 def _settings_of(each: SetSettings, data: DataSettings, count: int) -> DataSettings:

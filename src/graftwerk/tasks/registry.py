@@ -1,28 +1,64 @@
-"""Name -> task: the only list of tasks there is."""
+"""The list of tasks by name, and building them from a run file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from graftwerk.settings import parse_choice
+from graftwerk.data.settings import SetSettings
+from graftwerk.settings import parse_choice, parse_settings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.instruction import Instruction
 from graftwerk.tasks.masked import Masked
-from graftwerk.tasks.multitask import Multitask
+from graftwerk.tasks.multitask import Multitask, names_of
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Summarization, Translation, Instruction, Causal, Masked, Multitask)
-}
+TASKS: Mapping[str, type[Task]] = MappingProxyType(
+    {task.name: task for task in (Classification, Summarization, Translation, Instruction, Causal, Masked, Multitask)}
+)
 
 
 def parse_task(value: Any) -> Task:
-    """`translation`, `{name: translation, source_lang: de_DE}`, or a task already built.
+    """Build a task from a value of a run file.
+
+    Args:
+        value: A name (``translation``), settings with ``name`` (``{name: translation, source_lang: de_DE}``), or a task
+            that is built already. In the settings of `Multitask`, each of ``tasks`` is such a value.
+
+    Returns:
+        The task.
 
     Raises:
-        ConfigError: there is no such task or setting; the nearest is named.
+        ConfigError: An unknown task or setting; the nearest name is suggested.
     """
+    if isinstance(value, Mapping) and value.get("name") == Multitask.name and isinstance(value.get("tasks"), Mapping):
+        value = {**value, "tasks": {str(name): parse_task(each) for name, each in value["tasks"].items()}}
     return parse_choice(value, Task, TASKS, what="a task", where="task")
+
+
+def build_multitask(task: Task, sets: Sequence[SetSettings]) -> Multitask:
+    """Build the task of a run with several data sets: each learns the run's task or its own, with its own settings.
+
+    Args:
+        task: The run's task, for data sets that name none.
+        sets: The settings of the data sets, in order.
+
+    Returns:
+        The tasks by the names of their data sets.
+
+    Raises:
+        ConfigError: An unknown task or setting, or tasks that cannot be learnt together.
+    """
+    tasks: dict[str, Any] = {}
+    for name, each in zip(names_of(sets), sets, strict=True):
+        own = parse_task(each.task) if each.task is not None else task
+        given = {
+            key: value for key in ("prefix", "source_lang", "target_lang") if (value := getattr(each, key)) is not None
+        }
+        values = {**{key: getattr(own, key) for key in own.model_fields_set}, **given}
+        tasks[name] = parse_settings(type(own), values, what=f"task `{own.name}`", where=f"data.train ({name})")
+    return parse_settings(Multitask, {"tasks": tasks}, what="task `mixture`", where="data.train")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from graftwerk.errors import ConfigError
+from graftwerk.modeling.attach import Adapter
 from graftwerk.serialization.untrusted_files import understood
 from graftwerk.training import optim, rng
-from graftwerk.training.checkpoint import STATE, Snapshot
-
-if TYPE_CHECKING:
-    from graftwerk.training.trainer import Trainer
+from graftwerk.training.checkpoint import STATE, Checkpoints, Snapshot
+from graftwerk.training.distributed import Distributed
+from graftwerk.training.health_checks import HealthChecks
+from graftwerk.training.settings import TrainingSettings
 
 
 @dataclass
@@ -52,7 +56,28 @@ class TrainState:
             raise TypeError("`best` names no step")
 
 
-def state_dict(trainer: Trainer) -> Snapshot:
+class Stateful(Protocol):
+    """Everything of a trainer that a checkpoint stores or restores."""
+
+    state: TrainState
+    adapter: Adapter
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    diagnosis: HealthChecks
+    checkpoints: Checkpoints
+    processes: Distributed
+    settings: TrainingSettings
+    device: torch.device
+    identity: dict[str, Any]
+    total_steps: int
+    warmup_steps: int
+
+    @property
+    def log_position(self) -> Callable[[], int]:
+        """Return the function that tells how many bytes of the log are written."""
+
+
+def state_dict(trainer: Stateful) -> Snapshot:
     """Everything that the next step depends on. All processes take part: each has random states of its own."""
     count, settings = trainer.processes.world_size, trainer.settings
     gathered = {name: trainer.processes.gather(tensor) for name, tensor in rng.capture(trainer.device).items()}
@@ -79,7 +104,7 @@ def state_dict(trainer: Trainer) -> Snapshot:
     )
 
 
-def load_state_dict(trainer: Trainer, snapshot: Snapshot) -> None:
+def load_state_dict(trainer: Stateful, snapshot: Snapshot) -> None:
     """The inverse of `take`.
 
     Raises:
