@@ -67,7 +67,7 @@ def everything(splits: Splits) -> dict[str, Any]:
     """All that there is to see of splits, `where` included."""
     rows = {split: list(getattr(splits, split)) for split in SPLITS}
     places = {split: [where(at) for at in range(len(rows[split]))] for split, where in splits.where.items()}
-    return {**vars(splits), **rows, "where": places, "kept": None}
+    return {**vars(splits), **rows, "where": places, "cache_key": None}
 
 
 RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -128,7 +128,7 @@ def test_a_second_start_has_the_very_same_rows_examples_and_findings(
         assert list(again.examples[split]) == list(plain.examples[split])
         assert all(one.row is None or type(one.row) is dict for one in again.examples[split])
     assert said == plain_said
-    assert (again.findings, again.prior_loss, again.task) == (plain.findings, plain.prior_loss, plain.task)
+    assert (again.issues, again.prior_loss, again.task) == (plain.issues, plain.prior_loss, plain.task)
 
 
 def _never(*_: Any) -> None:

@@ -95,7 +95,7 @@ def test_each_row_is_encoded_as_its_own_task_does(mbart: Path) -> None:
     of_set = {name: [row for row in splits.train if row["set"] == name] for name in run.task.tasks}
     rows = [of_set[name][at] for name, at in (("de-en", 0), ("en-de", 2), ("fr-en", 1), ("de-en", 1))]
     for row, example in zip(rows, task.encode(rows, tokenizer, splits, 64), strict=True):
-        alone = run.task.tasks[row["set"]].on(architecture).encode([row], tokenizer, splits, 64)[0]
+        alone = run.task.tasks[row["set"]].for_model(architecture).encode([row], tokenizer, splits, 64)[0]
         assert (example.inputs, example.target) == (alone.inputs, alone.target)
         assert example.row is not None
         assert example.row["set"] == row["set"]

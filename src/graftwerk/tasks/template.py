@@ -113,7 +113,7 @@ class ModelTemplate(Template):
             return self._process
         # A session of its own: Ctrl-C is for the run, which stops between two steps. `-I`: no path of the user's.
         process = subprocess.Popen(
-            [sys.executable, "-I", str(Path(__file__).with_name("render.py"))],
+            [sys.executable, "-I", str(Path(__file__).with_name("template_worker.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

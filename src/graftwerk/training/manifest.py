@@ -93,7 +93,7 @@ def compute_of(trainer: Any) -> dict[str, Any]:
         "type": str(trainer.dtype).removeprefix("torch."),
         "device": trainer.device.type,
         "eval_batch_size": trainer.evaluate.batch_size,
-        "processes": trainer.processes.count,
+        "processes": trainer.processes.world_size,
         "threads": torch.get_num_threads(),
     }
 
