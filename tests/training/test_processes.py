@@ -62,8 +62,8 @@ def same_figures(one: Path, two: Path, *, steps: int = 10) -> None:
 def test_processes_share_whole_batches_of_evaluation() -> None:
     """So that a batch, and how its answers round, does not depend on how many processes there are."""
     batches = [[5, 4], [3, 2], [1]]
-    assert Distributed.shares(SimpleNamespace(count=2), batches) == [[5, 4, 1], [3, 2]]  # type: ignore[arg-type]
-    assert Distributed.shares(SimpleNamespace(count=1), batches) == [[5, 4, 3, 2, 1]]  # type: ignore[arg-type]
+    assert Distributed.shares(SimpleNamespace(world_size=2), batches) == [[5, 4, 1], [3, 2]]  # type: ignore[arg-type]
+    assert Distributed.shares(SimpleNamespace(world_size=1), batches) == [[5, 4, 3, 2, 1]]  # type: ignore[arg-type]
 
 
 def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, tmp_path: Path, still: Path) -> None:

@@ -72,7 +72,7 @@ def add_augmented(prepared: Prepared, settings: RunConfig, folder: Path, emit: L
         ]
     examples = prepared.task.encode(used, prepared.tokenizer, prepared.splits, prepared.max_length)
     findings = [
-        {"code": "augmented-left-out", "rows": count, "grave": False, "example": None, "mend": None,
+        {"code": "augmented-left-out", "rows": count, "grave": False, "example": None, "hint": None,
          "message": f"{made_by['kind']}: {count:,} variants left out ({reason.replace('_', ' ')})"}
         for made_by in counts
         for reason, count in made_by["left_out"].items()
@@ -126,13 +126,13 @@ def _made(prepared: Prepared, settings: RunConfig, target: Path, emit: Listener,
         emit(Event("phase", 0, name=f"augmenting the training rows: {done:,} of {total:,} texts written"))
 
     result: Augmented | None = None
-    if processes.main:
+    if processes.is_main:
         try:
             result = make(rows, making, target, parts=parts, resume=True, on_progress=tell)
         except ConflictError:
             # The folder is this run's by now (`RunDir.settle`), so what lies there is an earlier run's.
             result = make(rows, making, target, parts=parts, overwrite=True, on_progress=tell)
-    processes.wait()
+    processes.barrier()
     return result or make(rows, making, target, parts=parts, resume=True)
 
 

@@ -27,7 +27,8 @@ class Distributed:
     """The processes that train together, each with a copy of the model, and this one among them.
 
     Args:
-        sharing: They share the rows of one step on one machine; launched ones bring rows of their own, one device each.
+        shares_rows: They share the rows of one step on one machine; launched ones bring rows of their own, one device
+            each.
 
     Precision is the loop's (autocast, scaler), so that nothing is wrapped around the model's forward and left there.
 
@@ -35,7 +36,7 @@ class Distributed:
         UnsupportedError: launched in a way that shards the model.
     """
 
-    def __init__(self, *, sharing: bool = False) -> None:
+    def __init__(self, *, shares_rows: bool = False) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -54,7 +55,7 @@ class Distributed:
         device: torch.device = self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device  # without a number
         self.world_size: int = self.accelerator.num_processes
-        self.shares_rows = sharing
+        self.shares_rows = shares_rows
         self.rank: int = self.accelerator.process_index
 
     @property

@@ -86,7 +86,7 @@ def train(
                 _refuse_other_settings(settings, folder)
             if main:
                 checkpoints.clean()
-            processes = Distributed(sharing=count > 1)
+            processes = Distributed(shares_rows=count > 1)
             if not processes.any(finished):  # the main process has looked at the folder; the others do as it does
                 _RunDriver(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
             elif main:
@@ -189,8 +189,8 @@ class _RunDriver:
         )
         self.manifest = opening(settings, prepared, graft, identity["base"], compute_of(trainer))
         self._check_readable(trainer)
-        self.processes.wait()  # all have loaded what they need, before anything is replaced
-        if self.processes.main:
+        self.processes.barrier()  # all have loaded what they need, before anything is replaced
+        if self.processes.is_main:
             hub.listeners.remove(early.append)
             self._open_folder(snapshot)
         with self._logs(snapshot, early) as log_position:
@@ -211,7 +211,7 @@ class _RunDriver:
             with self._failure_noted():
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
                     trainer.fit()
-                held = self.processes.held(peak.bytes)
+                held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.first_step_at is None else trainer.first_step_at - self.began
                 finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
 
@@ -241,9 +241,9 @@ class _RunDriver:
             (self.checkpoints.folder / STATE, {"run": trainer.identity}),
         ):
             dump_object(values, path, room=0.5)  # the other half is for what training adds
-        check_storable(trainer.graft)
+        check_storable(trainer.adapter)
         folder = self.checkpoints.folder
-        check_writable(trainer.graft.state_dict(), folder / WEIGHTS)
+        check_writable(trainer.adapter.state_dict(), folder / WEIGHTS)
         check_writable(optimizer_tensors(trainer.optimizer), folder / OPTIMIZER, scale=OPTIMIZER_SCALE)
 
     def _open_folder(self, snapshot: Snapshot | None) -> None:
@@ -258,7 +258,7 @@ class _RunDriver:
     @contextmanager
     def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> Iterator[Callable[[], int]]:
         """The log files, open; gives what forces the event log to the disk and says how long it is."""
-        if not self.processes.main:
+        if not self.processes.is_main:
             yield lambda: 0
             return
         step = 0 if snapshot is None else snapshot.step
@@ -297,7 +297,7 @@ class _RunDriver:
         try:
             yield
         except BaseException as error:
-            if self.processes.main:
+            if self.processes.is_main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
                 said = error.as_dict() if isinstance(error, GraftwerkError) else {"error": type(error).__name__}
                 # The error that brought us here is the one to report, not one on top of it.
