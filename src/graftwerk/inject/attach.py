@@ -23,6 +23,7 @@ from graftwerk.inject.graft import Graft
 from graftwerk.inject.heads import copy_head, head_paths
 from graftwerk.inject.layers import adapt, restore
 from graftwerk.inject.record import Record, box_of, check_name
+from graftwerk.inject.row_dims import check_rows, row_dim
 from graftwerk.inject.structure import Structure, base_parameters, forget, structure
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
@@ -73,6 +74,7 @@ def attach_with(
     check_name(name)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
+    _refuse_foreign(model)
     known = Record.of(model)
     if known is not None:
         if name in known.grafts:
@@ -130,6 +132,33 @@ def attach_with(
     return graft
 
 
+_FOREIGN = ("peft.", "loralib.", "adapters.methods.")
+
+
+def _refuse_foreign(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError if another library has put adapter layers into the model.
+
+    Theirs would be taken for layers of the base: trained, merged and fingerprinted with it.
+    """
+    path = structure(model).kept("foreign", lambda: _foreign(model))
+    if path is not None:
+        cls = type(structure(model).modules[path])
+        raise UnsupportedError(
+            f"this model already has adapter layers of another library ({cls.__module__}.{cls.__name__}), which would "
+            f"be taken for the base's own",
+            where=path,
+            mend="load the base without them and their adapter with `graftwerk.load`, or merge them first (PEFT's "
+            "`merge_and_unload`)",
+        )
+
+
+def _foreign(model: PreTrainedModel) -> str | None:
+    for path, module in structure(model).modules.items():
+        if any(f"{cls.__module__}.".startswith(_FOREIGN) for cls in type(module).__mro__):
+            return path
+    return None
+
+
 def _within(key: str, heads: Sequence[str]) -> bool:
     return any(key.startswith(f"{head}.") for head in heads)
 
@@ -163,8 +192,9 @@ def _install(
             record.box(host).put(name, module)
         else:
             _place(record, host, name, module)
-        if path in view.by_path:
-            adapt(host, record.box(host))
+        if (place := view.by_path.get(path)) is not None:
+            record.box(host).row_dim = row_dim(view.model_type, path)
+            adapt(host, record.box(host), weight_only=place.weight_only)
     for path in heads:
         host = base.modules[path]
         _place(record, host, name, copy_head(host))
@@ -232,6 +262,7 @@ def activate(
                     f"differ by row",
                     mend="run its rows in a batch of their own",
                 )
+        check_rows(model, [record.grafts[one] for one in dict.fromkeys(chosen) if one is not None])
         _refuse_while_merged(record, "choose adapters by row")
         record.selection.choose_rows(tuple(rows))
     else:

@@ -277,6 +277,12 @@ def give_back(modules: Iterable[nn.Module]) -> None:
         own_class(module)
 
 
+def own_base(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before it became adapted or frugal."""
+    own: type[nn.Module] = getattr(cls, "_graftwerk_base", getattr(cls, _OWN, cls))
+    return own
+
+
 def own_class(module: nn.Module) -> None:
     """Give one module its own class back, if it is frugal."""
     change_class(module, getattr(type(module), _OWN, type(module)))

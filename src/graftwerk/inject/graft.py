@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
 from graftwerk.inject.heads import fit_head
+from graftwerk.inject.left_out import left_out
 from graftwerk.inject.merge import Kept, fold, fold_for_good, unfold
 from graftwerk.inject.record import Record, box_of
+from graftwerk.inject.sample import is_another_answer, is_rounding, sample_answer
 from graftwerk.inject.structure import base_modules, base_parameters
-from graftwerk.inject.targets import Anatomy
+from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
 from graftwerk.methods.base import Delta, Method, Place
 
@@ -206,6 +208,10 @@ class Graft:
     def learning_rate_factor(self, key: str) -> float:
         return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
 
+    def left_out(self) -> list[str]:
+        """Return a sentence for each kind of weight that the method would reach elsewhere and cannot reach here."""
+        return left_out(self.model, self.method, anatomy(self.model))
+
     # -- verbs -----------------------------------------------------------------------------------------------------
 
     @property
@@ -222,7 +228,8 @@ class Graft:
                 then not be unmerged, disabled, deleted or detached.
 
         Raises:
-            UnsupportedError: the method cannot be folded, or the base is quantized.
+            UnsupportedError: the method cannot be folded, the base is quantized, or the merged model would give other
+                answers (tried on a small input, where the architecture is not in the table).
             ConflictError: another adapter is merged, or this one is not the active one.
         """
         if self.merged:
@@ -241,11 +248,36 @@ class Graft:
             )
         base = base_modules(self.model)
         layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, Delta)]
+        # Architectures in the table are tried by the contract test; of others nobody knows how they use their layers.
+        before = None if anatomy(self.model).known else sample_answer(self.model)
+        bare = None if before is None else self._bare_answer()
         if keep_base:
             self._kept = fold(layers)
         else:
             fold_for_good(layers)
         selection.merged = frozenset({self.name})
+        if before is not None and bare is not None:
+            self._compare(before, bare)
+
+    def _bare_answer(self) -> Tensor | None:
+        with self._record.selection.disabled():
+            return sample_answer(self.model)
+
+    def _compare(self, before: Tensor, bare: Tensor) -> None:
+        """Take the merged adapter out again and raise UnsupportedError, if the model now gives another answer."""
+        after = sample_answer(self.model)
+        if after is None or is_rounding(after, before) or not is_another_answer(after, before, bare):
+            return
+        apart, effect = float((after - before).abs().max()), float((before - bare).abs().max())
+        gone = self._kept is None
+        if not gone:
+            self.unmerge()
+        raise UnsupportedError(
+            f"merging `{self.name}` changes the answers by up to {apart:.2g}, where the adapter itself changes the "
+            f"base's by up to {effect:.2g}: {type(self.model).__name__} uses a layer in another way than by calling it",
+            where=", ".join(self.hosts[:3]),
+            mend="load the base again, and serve the adapter unmerged" if gone else "serve it unmerged",
+        )
 
     def unmerge(self) -> None:
         """Give the base its own weights back, bit for bit.
@@ -326,9 +358,9 @@ class Graft:
             lines.append(f"  touches  every weight of the model ({len(self.weights.parameters)} tensors)")
         elif self.hosts:
             counts = Counter(path.rpartition(".")[2] or type(self.model).__name__ for path in self.hosts)
-            lines.append(
-                f"  touches  {len(self.hosts)} modules: " + ", ".join(f"{n} x {name}" for name, n in counts.items())
-            )
+            touched = ", ".join(f"{n} x {name}" for name, n in counts.items())
+            missed = "".join(f"; leaves out {text}" for text in self.left_out())
+            lines.append(f"  touches  {len(self.hosts)} modules: {touched}{missed}")
         if self.heads:
             lines.append(f"  head     {', '.join(self.heads)}: {head:,} parameters, a copy of its own")
         size = f"{total:,} parameters, {100 * total / base:.2f} % of the base's {base:,}"

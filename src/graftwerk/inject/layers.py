@@ -47,6 +47,32 @@ class Adapted(_Layer):
         return y  # type: ignore[no-any-return]
 
 
+class AdaptedWeight(_Layer):
+    """Mixed in before the class of a layer that is never called: whoever reads its weight or bias gets them with the
+    active deltas in them.
+    """
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self._read()[0]
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self._read()[1]
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        box = self._modules[CHILD]
+        assert isinstance(box, Box)
+        deltas = box.active()
+        if not deltas:
+            return weight, bias
+        for delta in deltas:
+            weight, bias = delta.folded(weight, bias)
+        return weight, bias
+
+
 class AdaptedHead(nn.Module):
     """Mixed in before the class of a task head: each adapter's own copy of the head answers for its rows."""
 
@@ -108,8 +134,11 @@ def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
     return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": base.__module__, "_graftwerk_base": base})
 
 
-def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
+def adapt(module: nn.Module, box: Box, *, head: bool = False, weight_only: bool = False) -> None:
     """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+
+    Args:
+        weight_only: The module is read and never called (`Place.weight_only`).
 
     Raises:
         UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
@@ -122,7 +151,8 @@ def adapt(module: nn.Module, box: Box, *, head: bool = False) -> None:
                 mend="attach the adapter first, and wrap the model then",
             )
         own_class(module)
-        change_class(module, _adapted_class(type(module), AdaptedHead if head else Adapted))  # type: ignore[arg-type]
+        mixin = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
+        change_class(module, _adapted_class(type(module), mixin))  # type: ignore[arg-type]
     assert box_of(module) is box
 
 

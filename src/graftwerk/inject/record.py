@@ -24,10 +24,12 @@ class Box(nn.Module):
     """The child of a touched module: the modules of all adapters there, by adapter name, and who is active."""
 
     selection: Selection
+    row_dim: int
+    """The dimension of the module's input and output that holds the rows of a batch."""
 
-    def __init__(self, selection: Selection) -> None:
+    def __init__(self, selection: Selection, row_dim: int = 0) -> None:
         super().__init__()
-        self.selection = selection
+        self.selection, self.row_dim = selection, row_dim
 
     def put(self, name: str, module: nn.Module) -> None:
         # Past `add_module`, which refuses names that are attributes (`training`); adapters may be called anything

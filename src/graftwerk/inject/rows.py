@@ -36,16 +36,31 @@ faster up to here, even from there on, and slower only with one adapter for all;
 
 
 def through_rows(box: Box, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together."""
+    """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together, or
+    (T, R·k, ..., i) -> (T, R·k, ..., o) where ``box.row_dim`` is 1.
+    """
     selection = box.selection
-    selection.repeats(x.shape[0])
+    selection.repeats(x.shape[box.row_dim])
     working = [(part, part.now()) for part in selection.kept((box, box.training, fast.enabled("rows")), parts_of)]
+    if box.row_dim:
+        return _rows_last(working, layer, x)
     for part, deltas in working:
         x = part.enter(deltas, x)
     y = layer(x)
     for part, deltas in working:
         y = part.leave(deltas, x, y)
     return y
+
+
+def _rows_last(working: Sequence[tuple[Part, StackedDelta]], layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`through_rows` on (T, R·k, ..., i)."""
+    x = x.transpose(0, 1).contiguous()
+    for part, deltas in working:
+        x = part.enter(deltas, x)
+    y = layer(x.transpose(0, 1)).transpose(0, 1).contiguous()
+    for part, deltas in working:
+        y = part.leave(deltas, x, y)
+    return y.transpose(0, 1)
 
 
 def parts_of(key: tuple[Box, bool, bool]) -> tuple[Part, ...]:

@@ -40,6 +40,9 @@ class Role(StrEnum):
     OTHER_LINEAR = "other_linear"
     EMBEDDING = "embedding"
     NORM = "norm"
+    LOOSE_BIAS = "loose_bias"
+    """A bias that is not added to the features of a layer's output (of a convolution, of attention scores): listed so
+    that a method can say that it leaves it out."""
 
 
 ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.ATTENTION_OUT})
@@ -58,6 +61,10 @@ class Place:
         layer: Index of its layer within its stack, or None outside the layers.
         stack: Which stack of layers that is: ``encoder``, ``decoder`` or ``causal``; in a model whose architecture is
             not known the path of the list of layers.
+        weight_only: Whether its parent reads its weight and bias and never calls it. An adapter there changes what is
+            read, and cannot differ by row; such a layer is left out unless it is named.
+        unfit: Why no adapter works in this layer (it returns a tuple, ...), or None if one does. Such a layer is left
+            out, and refused with this reason if it is named.
     """
 
     path: str
@@ -68,6 +75,8 @@ class Place:
     ffn: str | None = None
     layer: int | None = None
     stack: str | None = None
+    weight_only: bool = False
+    unfit: str | None = None
 
 
 class Delta(nn.Module):
@@ -212,8 +221,7 @@ def base_weight(module: nn.Module) -> Tensor:
     Raises:
         UnsupportedError: it holds codes that are not known here.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = stored_weight(module)
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -226,6 +234,15 @@ def base_weight(module: nn.Module) -> Tensor:
             raise UnsupportedError(f"the weights of this {type(module).__name__} are codes that cannot be read here")
         return weight.detach().float() * (scale.to(weight.device)[:, None] / 127)
     return weight.detach().T if is_transposed(module) else weight.detach()
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """Return a layer's weight without the deltas that an adapted layer may show to others, as it is stored."""
+    weight = module._parameters.get("weight")
+    if weight is None:  # computed from others, by a parametrization
+        weight = module.weight  # type: ignore[assignment]
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def is_quantized(weight: Tensor) -> bool:

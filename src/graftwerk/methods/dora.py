@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import Delta, Place, base_weight, device_of
+from graftwerk.methods.base import Delta, Place, base_weight, device_of, stored_weight
 from graftwerk.methods.dropout import dropout
 from graftwerk.methods.fused import Term, fused_linear, fusible
 from graftwerk.methods.sharing import Siblings, shared_by
@@ -76,8 +76,7 @@ class DoRADelta(Delta):
         """
         a, b = self.lora_A.weight, self.lora_B.weight
         weight = weight.to(a.dtype)
-        base = self._base[0].weight
-        assert isinstance(base, Tensor)
+        base = stored_weight(self._base[0])
         version = None if base.is_inference() else (base.data_ptr(), base._version, weight.dtype, weight.device)
         if self._squares is None or version is None or version != self._seen:
             self._squares, self._seen = weight.square().sum(1), version

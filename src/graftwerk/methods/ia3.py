@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import Delta, Place, Role
 from graftwerk.methods.depth import Layered
-from graftwerk.methods.paths import check_targets, endings, named_by, select
+from graftwerk.methods.paths import check_targets, endings, linear_places, named_by, select
 from graftwerk.methods.stacked import StackedDelta, stack
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
@@ -55,7 +55,7 @@ class IA3(Layered):
         return tuple(value) if isinstance(value, list | set) else value
 
     def places(self, available: Sequence[Place]) -> list[Place]:
-        linear = [place for place in available if place.role is not Role.NORM]
+        linear = linear_places(available)
         if self.target_modules == "auto":
             chosen = [place for place in linear if place.role in _SCALED]
             if not chosen:
@@ -65,7 +65,7 @@ class IA3(Layered):
                     mend="list target_modules and feedforward_modules by name",
                 )
         else:
-            chosen = select(linear, self.target_modules)
+            chosen = select(available, self.target_modules)
         chosen = self.within(chosen, available)
         if self.target_modules != "auto":
             check_targets(chosen, self.target_modules)

@@ -35,7 +35,7 @@ from graftwerk.methods.base import ATTENTION_ROLES, Delta, Place, Role, base_wei
 from graftwerk.methods.depth import Layered
 from graftwerk.methods.dropout import dropout
 from graftwerk.methods.fused import Term, fused_linear, fusible
-from graftwerk.methods.paths import check_targets, named_by, select, value_of
+from graftwerk.methods.paths import check_targets, linear_places, named_by, select, value_of
 from graftwerk.methods.seal import Seal
 from graftwerk.methods.sharing import Siblings, shared_by
 from graftwerk.methods.stacked import StackedDelta, add_product, each, product, stack
@@ -106,9 +106,15 @@ class LoRA(Layered):
         return self
 
     def places(self, available: Sequence[Place]) -> list[Place]:
-        linear = [place for place in available if place.role is not Role.NORM]
+        linear = linear_places(available)
         if self.target_modules == "all-linear":
             chosen = linear
+            if not chosen:
+                raise UnsupportedError(
+                    "this model has no linear layers outside its head",
+                    where="method.target_modules",
+                    mend="use probe, which trains the head alone, or full",
+                )
         elif self.target_modules == "attention":
             chosen = [place for place in linear if place.role in ATTENTION_ROLES]
             if not chosen:
@@ -118,11 +124,18 @@ class LoRA(Layered):
                     mend="use all-linear, or list the layers by name",
                 )
         else:
-            chosen = select(linear, self.target_modules)
+            chosen = select(available, self.target_modules)
         chosen = self.within(chosen, available)
         if isinstance(self.target_modules, tuple):
             check_targets(chosen, self.target_modules)
         self._check_patterns(chosen)
+        for place in chosen:
+            if place.weight_only and self.lora_dropout:
+                raise ConfigError(
+                    f"there is no input to drop from in {place.path}: its weight is read, and it is never called",
+                    where="method.lora_dropout",
+                    mend="set lora_dropout to 0, or leave this layer out of target_modules",
+                )
         return chosen
 
     def _check_patterns(self, chosen: Sequence[Place]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from graftwerk.errors import ConfigError, did_you_mean
-from graftwerk.methods.base import Place
+from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
+from graftwerk.methods.base import Place, Role
 
 
 def endings(path: str) -> Iterator[str]:
@@ -22,15 +22,33 @@ def named_by(places: Iterable[Place]) -> frozenset[str]:
     return frozenset(ending for place in places for ending in endings(place.path))
 
 
-def select(places: Sequence[Place], targets: Sequence[str]) -> list[Place]:
-    """The places that the targets name.
+def linear_places(places: Iterable[Place]) -> list[Place]:
+    """Return the linear layers among the places that an adapter works in like in any other."""
+    return [place for place in places if _is_linear(place) and place.unfit is None and not place.weight_only]
+
+
+def _is_linear(place: Place) -> bool:
+    return place.role not in (Role.NORM, Role.LOOSE_BIAS)
+
+
+def select(available: Sequence[Place], targets: Sequence[str]) -> list[Place]:
+    """Return the linear layers that the targets name.
 
     Raises:
         ConfigError: a target matches nothing; the nearest names are given.
+        UnsupportedError: a target names only layers that no adapter works in; the reason is given.
     """
+    places = [place for place in available if _is_linear(place) and place.unfit is None]
     known, wanted = named_by(places), frozenset(targets)
     for target in targets:
         if target not in known:
+            for place in available:
+                if _is_linear(place) and place.unfit is not None and target in endings(place.path):
+                    raise UnsupportedError(
+                        f"target_modules: no adapter works in `{place.path}`: {place.unfit}",
+                        where="method.target_modules",
+                        mend=f"leave `{target}` out",
+                    )
             names = sorted({place.path.rpartition(".")[2] for place in places})
             hint = did_you_mean(target, names)
             raise ConfigError(

@@ -212,6 +212,7 @@ class Trainer:
             "device": str(self.device),
             "compute_type": str(self.dtype).removeprefix("torch."),
             "processes": self.processes.count,
+            "left_out": self.graft.left_out(),
         }
 
     # -- one step --------------------------------------------------------------------------------------------------
