@@ -10,7 +10,7 @@ In one look:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
+from graftwerk.inject.drawn import drawn_modules, within
 from graftwerk.inject.frugal import give_back, make_frugal
 from graftwerk.inject.graft import Graft
 from graftwerk.inject.heads import copy_head, head_paths
 from graftwerk.inject.layers import adapt, restore
 from graftwerk.inject.record import Record, box_of, check_name
 from graftwerk.inject.row_dims import check_rows, row_dim
+from graftwerk.inject.saving import adopt
 from graftwerk.inject.structure import Structure, base_parameters, forget, structure
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
@@ -42,8 +44,9 @@ def _room(kind: str) -> Any:
 def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Graft:
     """Put a method into a model, in place, and make it the active one.
 
-    The base is frozen; the adapter's parameters and its copy of the task head are trained. Initial values come from
-    torch's global random generator. Nothing of the base is moved, renamed or copied.
+    The base is frozen; the adapter's parameters and its copy of the task head are trained, and with the head whatever
+    else the checkpoint lacked (a pooler). Initial values come from torch's global random generator. Nothing of the base
+    is moved, renamed or copied.
 
     Args:
         model: Any transformers model; it stays a plain `PreTrainedModel`.
@@ -89,9 +92,14 @@ def attach_with(
             )
     view, base = anatomy(model), structure(model)
     heads = head_paths(model, method, view)
+    if tensors is None and method.kind != "weights" and (drawn := drawn_modules(model)):
+        named = [path for path in heads if path in drawn or not within(path, drawn)]
+        heads = (*named, *(path for path in drawn if not within(path, named)))
+        if heads != tuple(named):
+            method = method.model_copy(update={"modules_to_save": heads})
     whole = False
     if method.kind == "layer":
-        places = method.places(view.places)
+        places = method.places([place for place in view.places if not within(place.path, heads)])
         if not places and not heads:
             raise UnsupportedError(
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
@@ -100,7 +108,7 @@ def attach_with(
         modules = [base.modules[place.path] for place in places]
         around = None
         if tensors is not None:
-            inner = {key: tensor for key, tensor in tensors.items() if not _within(key, heads)} if heads else tensors
+            inner = {key: tensor for key, tensor in tensors.items() if not within(key, heads)} if heads else tensors
             around = method.around(places, modules, inner, trainable)
         whole = around is not None and bool(places)
         hosts: dict[str, nn.Module] = dict(method.assemble(places, modules) if around is None else around)
@@ -159,10 +167,6 @@ def _foreign(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _within(key: str, heads: Sequence[str]) -> bool:
-    return any(key.startswith(f"{head}.") for head in heads)
-
-
 def _install(
     model: PreTrainedModel,
     record: Record,
@@ -205,6 +209,7 @@ def _install(
     record.grafts[name] = graft
     if len(record.grafts) == 1:
         make_frugal(base.modules.values())
+        adopt(model)
     activate(model, name)
     return graft
 
@@ -291,13 +296,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if record is None:
         yield
         return
-    with ExitStack() as stack:
-        for name in record.selection.merged:
-            stack.enter_context(record.grafts[name].unmerged())
-        stack.callback(record.settle)
-        stack.callback(record.drop_missing)
-        stack.enter_context(record.selection.disabled())
-        record.settle()
+    with record.bare():
         yield
 
 
@@ -329,7 +328,7 @@ def remove(model: PreTrainedModel, name: str) -> None:
     graft = record.grafts[name]
     graft.unmerge()
     if graft.weights is not None:
-        graft.weights.put(live=False)
+        graft.put_weights(live=False)
         for parameter in graft.weights.parameters.values():
             parameter.requires_grad_(False)
     selection = record.selection

@@ -41,7 +41,7 @@ from graftwerk.inject.virtual import (
     size_of,
     users,
 )
-from graftwerk.methods.base import Method
+from graftwerk.methods.base import Method, device_of
 from graftwerk.methods.prefix import Prefix, PrefixModule, PrefixTrunk, PrefixVectors, ProjectedPrefix
 
 _OURS = "graftwerk_"
@@ -338,7 +338,7 @@ def _starting_values(
     ids = method.start_ids(table.shape[0])
     if ids is None:
         return {place.path: _small(method, place) for place in places}
-    heard = _listen(model, torch.tensor(ids, device=table.device)[None])
+    heard = _listen(model, torch.tensor(ids, device=device_of(model.get_input_embeddings()))[None])
     hosts = {place: model.get_submodule(place.path) for place in places}
     if silent := [place.path for place, host in hosts.items() if id(host) not in heard]:
         raise UnsupportedError(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from graftwerk.inject.hooks import change_class
+from graftwerk.inject.hooks import HOOKED, SwappedClass, change_class, swapped_class
 from graftwerk.methods.sharing import possible, remember
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
     return (x * inverse).mul_(weight)
 
 
-class FrugalRMSNorm(_Module):
+class FrugalRMSNorm(SwappedClass, _Module):
     """Mixed in before a class that computes x / rms(x) * weight, or * (1 + weight)."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -84,12 +84,13 @@ class FrugalRMSNorm(_Module):
         return remember(y, _scaled, x, inverse, factor)
 
 
-class FrugalLayerNorm(_Module):
+class FrugalLayerNorm(SwappedClass, _Module):
     """Mixed in before `nn.LayerNorm`, which keeps its input and two numbers a row already."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()
-        if any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
+        if HOOKED in self.__dict__ or any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
+            # An offloaded weight is no longer there when backward computes the output again.
             return super().forward(x)  # type: ignore[no-any-return]
         return _remembered(self, super().forward, x)
 
@@ -135,7 +136,7 @@ class LongActivation(torch.autograd.Function):
         return grad_x, None
 
 
-class FrugalActivation(_Module):
+class FrugalActivation(SwappedClass, _Module):
     """Mixed in before the class of an elementwise function without parameters."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -200,7 +201,7 @@ def _kind(act: nn.Module) -> str | None:
     return None if written_out or inplace or act._forward_hooks or act._forward_pre_hooks else _GATES.get(own.__name__)
 
 
-class FrugalGated(_Module):
+class FrugalGated(SwappedClass, _Module):
     """Mixed in before the feed-forward of the Llama kind."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -243,11 +244,8 @@ def _rms_offset(norm: nn.Module) -> bool | None:
     return None
 
 
-@cache
 def _frugal_class(own: Any, mixin: Any, offset: bool) -> type[nn.Module]:
-    # Named as before: transformers' initialisation and others look at class names.
-    attributes = {"__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (mixin, own), attributes | {_OWN: own, "_graftwerk_offset": offset})
+    return swapped_class(mixin, own, _graftwerk_offset=offset)  # type: ignore[no-any-return]
 
 
 def _frugal(module: nn.Module) -> type[nn.Module] | None:

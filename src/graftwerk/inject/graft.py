@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from graftwerk.inject.left_out import left_out
 from graftwerk.inject.merge import Kept, fold, fold_for_good, unfold
 from graftwerk.inject.record import Record, box_of
 from graftwerk.inject.sample import is_another_answer, is_rounding, sample_answer
-from graftwerk.inject.structure import base_modules, base_parameters
+from graftwerk.inject.structure import base_modules, base_parameters, check_parameters
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
 from graftwerk.methods.base import Delta, Method, Place
@@ -50,6 +50,10 @@ class Graft:
         self.name, self.method, self.model = name, method, model
         self.places, self.hosts, self.heads = places, hosts, heads
         self.weights = weights
+        self.labels: tuple[str, ...] | None = None
+        """Names of the classes that its head tells apart; None: those of the base."""
+        self.classes: int | None = None
+        """How many those are, once a head was loaded."""
         self._record = record
         self._task_heads = heads if weights is None else anatomy.heads
         self._kept: Kept | None = None
@@ -138,13 +142,14 @@ class Graft:
         ]
         if wrong:
             raise AdapterError(_some("mis-shaped", wrong), where=f"adapter `{self.name}`")
+        classes = len(self._record.labels.of_base(self.model))
         for path in self.heads:
             box = box_of(self.model.get_submodule(path))
             assert box is not None
             inner = {
                 key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
             }
-            fit_head(box, self.name, inner, path)
+            self.classes = fit_head(box, self.name, inner, path, classes) or self.classes
         own = self._head_state() if heads_alone else self.state_dict()
         still = [
             f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
@@ -287,16 +292,17 @@ class Graft:
         """
         if not self.merged:
             return
-        unfold(self._kept_base())
+        unfold(self._kept_base("unmerge"))
         self._kept = None
         self._record.selection.merged = frozenset()
 
-    def _kept_base(self) -> Kept:
+    def _kept_base(self, wish: str) -> Kept:
         if self._kept is None:
             raise UnsupportedError(
                 f"the base's weights are gone: `{self.name}` was merged with keep_base=False",
                 mend="load the base again",
             )
+        check_parameters(self.model, (parameter for parameter, _ in self._kept), f"{wish} `{self.name}`")
         return self._kept
 
     @contextmanager
@@ -307,7 +313,7 @@ class Graft:
             UnsupportedError: the base's weights were not kept.
         """
         selection = self._record.selection
-        folded = unfold(self._kept_base())
+        folded = unfold(self._kept_base("take out"))
         before, selection.merged = selection.merged, frozenset()
         try:
             yield
@@ -315,6 +321,33 @@ class Graft:
             if self._record.grafts.get(self.name) is self:  # else it was deleted meanwhile
                 unfold(folded)
                 selection.merged = before
+
+    @property
+    def answers(self) -> bool:
+        """Whether the classes that the model names are its own: it has a head, or all weights."""
+        return bool(self.heads) or self.weights is not None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes that its head tells apart, by index."""
+        return self._record.labels.of_base(self.model) if self.labels is None else list(self.labels)
+
+    def name_classes(self, labels: Sequence[str] | None) -> None:
+        """Set the names of the classes that its head tells apart; the model shows them while it is active."""
+        self.labels = None if labels is None else tuple(labels)
+        self._record.settle()
+
+    def put_weights(self, *, live: bool) -> None:
+        """Make the model hold the values that were trained in place, or the base's.
+
+        Raises:
+            UnsupportedError: the base's values were not kept.
+            ConflictError: the model's parameters are others now.
+        """
+        assert self.weights is not None
+        if live != self.weights.live:
+            check_parameters(self.model, self.weights.parameters.values(), f"switch `{self.name}`")
+            self.weights.put(live=live)
 
     @property
     def active(self) -> bool:

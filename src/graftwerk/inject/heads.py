@@ -12,7 +12,7 @@ from graftwerk.inject.hooks import unhook
 from graftwerk.inject.record import CHILD, Box
 from graftwerk.inject.structure import base_modules
 from graftwerk.inject.targets import Anatomy
-from graftwerk.methods.base import Method
+from graftwerk.methods.base import Method, onloaded
 
 
 def head_paths(model: nn.Module, method: Method, anatomy: Anatomy) -> tuple[str, ...]:
@@ -43,7 +43,8 @@ def copy_head(module: nn.Module) -> nn.Module:
     adapted = module.__class__
     module.__class__ = getattr(adapted, "_graftwerk_base", adapted)
     try:
-        head = copy.deepcopy(module)
+        with onloaded(module):
+            head = copy.deepcopy(module)
     finally:
         module.__class__ = adapted
         if box is not None:
@@ -52,18 +53,26 @@ def copy_head(module: nn.Module) -> nn.Module:
     return head.float().requires_grad_(True)
 
 
-def fit_head(box: Box, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def fit_head(box: Box, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:
     """Make an adapter's copy of a linear head as wide as the stored one, so that each adapter keeps its own labels.
 
     Args:
         tensors: The head's stored tensors by their names inside the head (`weight`, `out_proj.bias`, ...).
+        classes: How many classes the base's head tells apart: only a layer of so many outputs can have others.
+
+    Returns:
+        How many classes the stored head tells apart, or None if this module does not tell.
     """
     head = box.get(name)
     assert head is not None
+    found = None
     for path, module in list(head.named_modules()):
         key = f"{path}.weight" if path else "weight"
         stored = tensors.get(key)
-        if not isinstance(module, nn.Linear) or stored is None or stored.shape == module.weight.shape:
+        if not isinstance(module, nn.Linear) or stored is None or module.out_features != classes:
+            continue
+        found = stored.shape[0] if stored.dim() == 2 else None
+        if stored.shape == module.weight.shape:
             continue
         if stored.dim() != 2 or stored.shape[1] != module.in_features:
             raise AdapterError(
@@ -77,3 +86,4 @@ def fit_head(box: Box, name: str, tensors: Mapping[str, Tensor], where: str) -> 
             setattr(head.get_submodule(parent), child, wider)
         else:
             box.put(name, wider)
+    return found

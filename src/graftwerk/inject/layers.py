@@ -7,7 +7,6 @@ class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.inject.frugal import own_class
-from graftwerk.inject.hooks import change_class, is_replaced
+from graftwerk.inject.hooks import SwappedClass, change_class, is_replaced, swapped_class
 from graftwerk.inject.record import CHILD, Box, box_of
 from graftwerk.inject.rows import through_rows
 
@@ -25,7 +24,7 @@ else:
     _Layer = object
 
 
-class Adapted(_Layer):
+class Adapted(SwappedClass, _Layer):
     """Mixed in before a layer's own class: enter, the layer itself, leave."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class Adapted(_Layer):
         return y  # type: ignore[no-any-return]
 
 
-class AdaptedWeight(_Layer):
+class AdaptedWeight(SwappedClass, _Layer):
     """Mixed in before the class of a layer that is never called: whoever reads its weight or bias gets them with the
     active deltas in them.
     """
@@ -73,7 +72,7 @@ class AdaptedWeight(_Layer):
         return weight, bias
 
 
-class AdaptedHead(nn.Module):
+class AdaptedHead(SwappedClass, nn.Module):
     """Mixed in before the class of a task head: each adapter's own copy of the head answers for its rows."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,11 +128,6 @@ def _check_same_width(outputs: list[Tensor]) -> None:
         )
 
 
-@cache
-def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
-    return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": base.__module__, "_graftwerk_base": base})
-
-
 def adapt(module: nn.Module, box: Box, *, head: bool = False, weight_only: bool = False) -> None:
     """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
 
@@ -151,8 +145,9 @@ def adapt(module: nn.Module, box: Box, *, head: bool = False, weight_only: bool 
                 mend="attach the adapter first, and wrap the model then",
             )
         own_class(module)
-        mixin = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
-        change_class(module, _adapted_class(type(module), mixin))  # type: ignore[arg-type]
+        own: Any = type(module)
+        mixin: Any = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
+        change_class(module, swapped_class(mixin, own, f"Adapted{own.__name__}", _graftwerk_base=own))
     assert box_of(module) is box
 
 

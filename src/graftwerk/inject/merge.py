@@ -23,7 +23,7 @@ def fold(layers: Iterable[tuple[str, nn.Module, Delta]]) -> Kept:
     """Fold each delta into its layer. If one cannot be folded, none is.
 
     Raises:
-        UnsupportedError: the base is quantized; folding would round the adapter away.
+        UnsupportedError: the base is quantized, so that folding would round the adapter away; or it is offloaded.
     """
     folded: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
     for path, module, delta in layers:
@@ -45,7 +45,7 @@ def fold_for_good(layers: Sequence[tuple[str, nn.Module, Delta]]) -> None:
     """Fold each delta into its layer in place: no memory, and no way back.
 
     Raises:
-        UnsupportedError: the base is quantized; nothing is changed.
+        UnsupportedError: the base is quantized or offloaded; nothing is changed.
         EnvironmentFault: memory gave out on the way.
     """
     for path, module, _ in layers:
@@ -70,6 +70,13 @@ def _refuse_unfoldable(path: str, module: nn.Module) -> None:
             "an adapter cannot be merged into a weight that is computed from others (a parametrization)",
             where=path,
             mend="serve it unmerged, or remove the parametrization from the base first",
+        )
+    if weight.is_meta:
+        raise UnsupportedError(
+            "an adapter cannot be merged into weights that are offloaded (or not loaded at all): there is nothing to "
+            "add to",
+            where=path,
+            mend="merge first and offload then, or take accelerate's hooks off",
         )
     if is_quantized(weight):
         raise UnsupportedError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from graftwerk.errors import ConfigError
+from graftwerk.inject.labels import LabelNames
 from graftwerk.inject.selection import Selection
 
 if TYPE_CHECKING:
@@ -39,6 +41,18 @@ class Box(nn.Module):
     def take(self, name: str) -> None:
         self._modules.pop(name, None)
 
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield nothing, so that accelerate offloads the base alone.
+
+        It descends by this method, replaces the parameters that it finds, and loads them before a module's `forward`,
+        which is not how adapters are called. An adapter is small and may train: its parameters stay the objects that
+        they are, where they are. What goes by `children` (`to`, `train`, hooks that only place) reaches them.
+        """
+        return iter(())
+
+    def children(self) -> Iterator[nn.Module]:
+        yield from dict.fromkeys(module for module in self._modules.values() if module is not None)
+
     def get(self, name: str | None) -> nn.Module | None:
         return None if name is None else self._modules.get(name)
 
@@ -61,8 +75,10 @@ class Box(nn.Module):
 class Record:
     """All grafts of one model and who is active."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.selection = Selection()
+        self.labels = LabelNames()
         self.grafts: dict[str, Graft] = {}
         self.flags: dict[str, bool] = {}
         """Which parameters required gradients before the first graft, by name."""
@@ -83,7 +99,8 @@ class Record:
         selection.names = tuple(name for name in selection.names if name in self.grafts)
 
     def settle(self) -> None:
-        """Make whole-weight grafts follow the selection: theirs are the only values that switching has to move."""
+        """Make label names and whole-weight grafts follow the selection: switching moves no other values."""
+        self.labels.show(self.model, self._answering_labels())
         fulls = [graft for graft in self.grafts.values() if graft.weights is not None]
         if not fulls:
             return
@@ -91,10 +108,32 @@ class Record:
         # First every one that leaves, then the one that comes: two never hold the parameters at once.
         for graft in fulls:
             if graft.name not in used:
-                graft.weights.put(live=False)  # type: ignore[union-attr]
+                graft.put_weights(live=False)
         for graft in fulls:
             if graft.name in used:
-                graft.weights.put(live=True)  # type: ignore[union-attr]
+                graft.put_weights(live=True)
+
+    def _answering_labels(self) -> tuple[str, ...] | None:
+        """Return the label names of the adapter whose head answers, or None for the base's (also if rows differ)."""
+        if self.selection.rows is not None:
+            found = {None if name is None else self.grafts[name].labels for name in self.selection.rows}
+            return found.pop() if len(found) == 1 else None
+        for name in reversed(self.selection.names):
+            if name in self.grafts and self.grafts[name].answers:
+                return self.grafts[name].labels
+        return None
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Use no adapter inside the block, as `attach.disabled` says."""
+        with ExitStack() as stack:
+            for name in self.selection.merged:
+                stack.enter_context(self.grafts[name].unmerged())
+            stack.callback(self.settle)
+            stack.callback(self.drop_missing)
+            stack.enter_context(self.selection.disabled())
+            self.settle()
+            yield
 
     @staticmethod
     def of(model: nn.Module) -> Record | None:
@@ -107,7 +146,7 @@ class Record:
         """The model's record, created at the first graft."""
         record = Record.of(model)
         if record is None:
-            record = Record()
+            record = Record(model)
             model.__dict__[_ATTRIBUTE] = record
         return record
 

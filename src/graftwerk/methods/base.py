@@ -11,7 +11,9 @@ width, d model width, r rank, n virtual tokens, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -89,6 +91,16 @@ class Delta(nn.Module):
 
     seal: Seal | None = None
     """Tells of changes of all parameters, where these were read from a file and do not train."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle writes down. Parameters that lie in one block with others, as those read from a file do,
+        become tensors of their own: plain pickle would write the block once for each of them.
+        """
+        state = self.__dict__.copy()
+        if any(one.untyped_storage().nbytes() > one.nbytes for one in self.parameters()):
+            state["seal"] = None
+            state["_modules"], state["_parameters"] = deepcopy((self._modules, self._parameters))
+        return state
 
     def enter(self, x: Tensor) -> Tensor:
         return x
@@ -222,6 +234,9 @@ def base_weight(module: nn.Module) -> Tensor:
         UnsupportedError: it holds codes that are not known here.
     """
     weight = stored_weight(module)
+    if weight.is_meta and OFFLOAD_HOOK in module.__dict__:
+        with onloaded(module):
+            return base_weight(module)
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -250,12 +265,40 @@ def is_quantized(weight: Tensor) -> bool:
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
+OFFLOAD_HOOK = "_hf_hook"
+"""Where accelerate keeps the hook of a module, which loads offloaded weights before its forward pass."""
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Load the weights of a module and its children that accelerate has offloaded, inside the block."""
+    parts = [part for part in module.modules() if OFFLOAD_HOOK in part.__dict__ and _is_offloaded(part)]
+    for part in parts:
+        part.__dict__[OFFLOAD_HOOK].pre_forward(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.__dict__[OFFLOAD_HOOK].post_forward(part, None)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
 def device_of(module: nn.Module) -> torch.device:
-    """Where a base module's own weights are; the CPU for one that has none or has not loaded them yet."""
-    own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
-    if own is None:
-        own = next(module.parameters(), None)
-    return torch.device("cpu") if own is None or own.is_meta else own.device
+    """Return the device on which a base module computes: that of its own weights, or of its first child's.
+
+    Offloaded weights compute where accelerate loads them to. The CPU stands for a module without weights, and for one
+    whose weights are not loaded yet.
+    """
+    for part in module.modules():
+        own = next((parameter for parameter in part._parameters.values() if parameter is not None), None)
+        if own is not None:
+            if not own.is_meta:
+                return own.device
+            return torch.device(getattr(part.__dict__.get(OFFLOAD_HOOK), "execution_device", None) or "cpu")
+    return torch.device("cpu")
 
 
 def is_transposed(module: nn.Module) -> bool:

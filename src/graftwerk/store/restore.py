@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graftwerk.errors import AdapterError
 from graftwerk.inject.attention import stacks_of
+from graftwerk.inject.drawn import within
 from graftwerk.inject.structure import base_parameters
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.prefix import Prefix
@@ -116,7 +117,7 @@ def check_size(restored: Restored, view: Anatomy) -> None:
     elif isinstance(method, Prompt | PTuning):
         expected = method.count_vectors(view.stacks[0].width) if view.stacks else 0
     elif method.kind == "layer":
-        expected = method.count(method.places(view.places))
+        expected = method.count(method.places([place for place in view.places if not within(place.path, saved)]))
     else:
         return  # full: the model itself says how large it is
     if expected != found:
