@@ -1,4 +1,8 @@
-"""Tiny models, built from configs, one for each listed architecture, in each of the shapes that the tests need."""
+"""Tiny models, built from configs, one for each listed architecture, in each of the shapes that the tests need.
+
+`FAMILIES` go through every contract test. `MORE` are close relatives: what is peculiar to them is tried in
+`tests/contract/test_more_families.py`, and the whole contract in the slow tests.
+"""
 
 from __future__ import annotations
 
@@ -172,3 +176,41 @@ FAMILIES = {
         None),
     )
 }  # fmt: skip
+
+_NARROW = {key: value for key, value in GATED.items() if key != "head_dim"}
+_ROBERTA = {**SMALL, "max_position_embeddings": 64, "pad_token_id": 0, "type_vocab_size": 1}
+
+MORE = {
+    family.name: family
+    for family in (
+        Family("xlm-roberta", "encoder", lambda: tf.XLMRobertaConfig(**_ROBERTA), "XLMRobertaForMaskedLM",
+        "XLMRobertaForSequenceClassification"),
+        Family("camembert", "encoder", lambda: tf.CamembertConfig(**_ROBERTA), "CamembertForMaskedLM",
+        "CamembertForSequenceClassification"),
+        Family("qwen3", "decoder", lambda: tf.Qwen3Config(**GATED), "Qwen3ForCausalLM",
+        "Qwen3ForSequenceClassification"),
+        Family("phi", "decoder", lambda: tf.PhiConfig(**_NARROW), "PhiForCausalLM", "PhiForSequenceClassification"),
+        Family("gemma2", "decoder", lambda: tf.Gemma2Config(**GATED, sliding_window=4, query_pre_attn_scalar=4),
+        "Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+        Family("gemma3", "decoder", lambda: tf.Gemma3TextConfig(**GATED, sliding_window=4, query_pre_attn_scalar=4,
+        layer_types=["sliding_attention", "full_attention"]), "Gemma3ForCausalLM",
+        "Gemma3TextForSequenceClassification"),
+        Family("olmo2", "decoder", lambda: tf.Olmo2Config(**_NARROW), "Olmo2ForCausalLM",
+        "Olmo2ForSequenceClassification"),
+        Family("granite", "decoder", lambda: tf.GraniteConfig(**_NARROW), "GraniteForCausalLM", None),
+        Family("smollm3", "decoder", lambda: tf.SmolLM3Config(**_NARROW, no_rope_layers=[1, 0]), "SmolLM3ForCausalLM",
+        "SmolLM3ForSequenceClassification"),
+        Family("stablelm", "decoder", lambda: tf.StableLmConfig(**_NARROW, partial_rotary_factor=0.5),
+        "StableLmForCausalLM", "StableLmForSequenceClassification"),
+        Family("mt5", "seq2seq", lambda: tf.MT5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2,
+        num_heads=4, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2), "MT5ForConditionalGeneration",
+        "MT5ForSequenceClassification"),
+        Family("pegasus", "seq2seq", lambda: tf.PegasusConfig(**BART), "PegasusForConditionalGeneration", None),
+        Family("m2m_100", "seq2seq", lambda: tf.M2M100Config(**BART), "M2M100ForConditionalGeneration", None),
+        Family("blenderbot", "seq2seq", lambda: tf.BlenderbotConfig(**BART), "BlenderbotForConditionalGeneration",
+        None),
+        Family("plbart", "seq2seq", lambda: tf.PLBartConfig(**BART), "PLBartForConditionalGeneration",
+        "PLBartForSequenceClassification"),
+    )
+}  # fmt: skip
+ALL = {**FAMILIES, **MORE}

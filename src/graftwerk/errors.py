@@ -51,6 +51,8 @@ class GraftwerkError(Exception):
             "where": self.where,
             "hint": self.hint,
             "recovered": self.recovered,
+            "mend": self.hint,  # the names of 0.1.0
+            "kept": self.recovered,
         }
 
 

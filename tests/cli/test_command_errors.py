@@ -46,7 +46,7 @@ def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
     said = graftwerk("methods")
     assert said.code == code
     assert said.out == ""
-    assert said.err == "graftwerk: w\n  where: k\n  hint: m\n  kept: x\n"
+    assert said.err == "graftwerk: w\n  where: k\n  hint: m\n  recovered: x\n"
     said = graftwerk("methods", "--json")
     assert said.code == code
     assert said.json == {
@@ -54,8 +54,8 @@ def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
         "exit_code": code,
         "what": "w",
         "where": "k",
-        "mend": "m",
-        "kept": "x",
+        "hint": "m",
+        "recovered": "x",
     }
     assert "Traceback" not in said.err
 
@@ -66,7 +66,7 @@ def test_interrupted_after_a_save(monkeypatch: pytest.MonkeyPatch, graftwerk: Ru
     said = graftwerk("methods", "--json")
     assert said.code == code
     assert said.json["exit_code"] == code
-    assert said.json["kept"] == "runs/x"
+    assert said.json["recovered"] == "runs/x"
 
 
 def test_ctrl_c_anywhere_else(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
@@ -138,7 +138,7 @@ def test_wrong_usage(graftwerk: Run, arguments: list[str], words: str) -> None:
     assert said.code == 2
     assert said.out == ""
     assert words in said.err
-    assert "mend:" in said.err
+    assert "hint:" in said.err
     said = graftwerk(*arguments, "--json")
     assert said.code == 2
     assert words in said.json["what"]

@@ -44,6 +44,12 @@ def test_the_cost_is_said_before_the_first_step() -> None:
     assert said.startswith("loading the model ...\n")
     for words in ("338,690 of 22.7 M parameters", "1.49 %", "375 steps of 16 rows", "125 an epoch", "0.001", "cpu"):
         assert words in said
+    assert "leaves out" not in said
+
+
+def test_start_names_what_the_method_leaves_out() -> None:
+    text = "6 of 14 weight matrices, which are no linear layers to adapt: 2 x experts.down_proj"
+    assert f"\nleaves out {text}\n" in told(Event("start", 0, **PLAN, left_out=[text]))
 
 
 def test_plain_lines_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import parse_method
-from tests.families import FAMILIES, Family
+from tests.families import ALL, FAMILIES, MORE, Family
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 2},
@@ -38,13 +38,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
 }  # fmt: skip
 
+NO_BIAS, NO_HEAD = "this model has none", "the task head alone"
 REFUSED: dict[tuple[str, str], str] = {
-    **{("bitfit", family): "this model has none" for family in ("modernbert", "llama", "mistral", "gemma", "t5")},
-    ("probe", "marian"): "the task head alone",
+    **{
+        ("bitfit", family): NO_BIAS
+        for family in (
+            "modernbert", "llama", "mistral", "gemma", "t5", "qwen3", "gemma2", "gemma3", "olmo2", "granite", "smollm3",
+            "mt5",
+        )
+    },
+    **{("probe", family): NO_HEAD for family in ("marian", "granite", "pegasus", "m2m_100", "blenderbot")},
+}  # fmt: skip
+"""(method, family) -> words of the error."""
+REASONS = {
+    NO_BIAS: "BitFit trains biases, and this architecture has none in its linear layers and norms.",
+    NO_HEAD: "A linear probe trains a task head, and transformers has none for this architecture.",
 }
-"""(method, family) -> words of the error. No bias to train; no task head in transformers."""
+"""Words of an error -> what the table in the README says about it."""
 
 PAIRS = [(method, family) for method in METHODS for family in FAMILIES if (method, family) not in REFUSED]
+MORE_PAIRS = [(method, family) for method in METHODS for family in MORE if (method, family) not in REFUSED]
 
 
 def method_of(name: str) -> Method:
@@ -57,7 +70,7 @@ def has_head(method: str, family: Family) -> bool:
 
 
 def model_and_batch(method: str, family_name: str, *, rows: int = 3, seed: int = 0) -> tuple[Any, dict[str, Tensor]]:
-    family = FAMILIES[family_name]
+    family = ALL[family_name]
     model = family.build(classifier=has_head(method, family), seed=seed)
     batch = family.batch(rows=rows, seed=seed + 1)
     if family.kind == "seq2seq" and has_head(method, family):
@@ -79,13 +92,18 @@ def perturb(parameters: Iterator[torch.nn.Parameter], seed: int, scale: float = 
 
 
 def table() -> str:
-    """The capability table in Markdown."""
-    heads = " | ".join(FAMILIES)
-    lines = [f"| method | merges | {heads} |", f"|---|---|{'---|' * len(FAMILIES)}"]
-    for name in METHODS:
-        cells = " | ".join("no" if (name, family) in REFUSED else "yes" for family in FAMILIES)
-        lines.append(f"| {name} | {'yes' if method_of(name).mergeable else 'no'} | {cells} |")
-    return "\n".join(lines)
+    """Return the capability table in Markdown, a row for each family, and the reasons of its refusals below it."""
+    notes = {reason: number for number, reason in enumerate(dict.fromkeys(REFUSED.values()), 1)}
+
+    def cell(method: str, family: str) -> str:
+        reason = REFUSED.get((method, family))
+        return "yes" if reason is None else f"no ({notes[reason]})"
+
+    lines = [f"| family | {' | '.join(METHODS)} |", f"|---|{'---|' * len(METHODS)}"]
+    lines += [f"| {family} | {' | '.join(cell(method, family) for method in METHODS)} |" for family in ALL]
+    merges = " | ".join("yes" if method_of(method).mergeable else "no" for method in METHODS)
+    lines += [f"| *can be merged* | {merges} |", ""]
+    return "\n".join([*lines, *(f"{number}. {REASONS[reason]}" for reason, number in notes.items())])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.
     """One linear layer with one delta on it, active."""
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs)
-    record = ModelAdapters()
+    record = ModelAdapters(layer)
     delta = method.build(place(inputs, outputs, role), layer)
     record.slots(layer).put("a", delta)
     adapt(layer, record.slots(layer))

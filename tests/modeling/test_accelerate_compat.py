@@ -15,6 +15,7 @@ from graftwerk.methods.base import Role, TargetModule, base_weight
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.registry import parse_method
 from tests.contract.cases import METHODS, model_and_batch, perturb
+from tests.families import FAMILIES
 
 
 def answers(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -197,3 +198,18 @@ def test_an_adapter_deleted_inside_disabled_is_not_chosen_afterwards() -> None:
     with gw.disabled(model):
         b.delete()
     assert torch.equal(answers(model, batch), bare)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_model_with_layers_of_peft_is_refused_and_taken_once_they_are_merged(options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    model = FAMILIES["llama"].build()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], **options}))
+    keys = list(model.state_dict())
+    with pytest.raises(UnsupportedError, match=r"already has adapter layers of another library \(peft\.") as caught:
+        gw.attach(model, LoRA(r=2))
+    assert caught.value.exit_code == 4
+    assert "merge_and_unload" in (caught.value.hint or "")
+    assert list(model.state_dict()) == keys
+    base = wrapped.merge_and_unload()
+    assert len(gw.attach(base, LoRA(r=2)).targets) == 14

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import BertConfig, BertPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import ResourceError, UnsupportedError
 from graftwerk.kernels import dispatch
-from graftwerk.methods.lora import LoRAModule
+from graftwerk.methods.lora import LoRA, LoRAModule
 from graftwerk.methods.registry import parse_method
 from graftwerk.serialization.fingerprint import fingerprint
 from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
@@ -219,3 +221,64 @@ def test_a_merged_adapter_deleted_inside_disabled_is_gone() -> None:
         graft.delete()
     assert not gw.adapters(model)
     assert torch.equal(logits(model, batch), bare)
+
+
+class _Unlisted(BertPreTrainedModel):  # type: ignore[misc]
+    """A model of an unknown architecture; one of its layers may be read in a way of its own."""
+
+    def __init__(self, config: Any, reads: bool) -> None:
+        super().__init__(config)
+        self.config.model_type = "unlisted"
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.called = nn.Linear(config.hidden_size, config.hidden_size)
+        self.read = nn.Linear(config.hidden_size, config.hidden_size)
+        self.reads = reads
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.called(self.embed(input_ids)).tanh()
+        x = x @ self.read.weight.T if self.reads else self.read(x)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+def unlisted(reads: bool) -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24)
+    return _Unlisted(config, reads).train()
+
+
+@pytest.mark.parametrize("scale", [1e-2, 0.3])
+@pytest.mark.parametrize("targets", [("read",), ("called", "read")], ids=["alone", "among others"])
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_merge_that_changes_the_answers_is_refused(keep_base: bool, targets: tuple[str, ...], scale: float) -> None:
+    model = unlisted(reads=True)
+    graft = gw.attach(model, LoRA(r=2, target_modules=targets))
+    perturb(graft.parameters(), 1, scale)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [module.training for module in model.modules()]
+    with pytest.raises(UnsupportedError, match=r"merging `default` changes the answers by up to [\d.e-]+, where"):
+        graft.merge(keep_base=keep_base)
+    assert [module.training for module in model.modules()] == flags
+    if keep_base:
+        assert not graft.merged
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.3, 3.0])
+def test_merge_that_only_rounds_is_accepted(scale: float, dtype: torch.dtype) -> None:
+    model = unlisted(reads=False).to(dtype)
+    graft = gw.attach(model, LoRA(r=2))
+    perturb(graft.parameters(), 1, scale)
+    graft.merge()
+    assert graft.merged
+
+
+def test_merge_into_a_parametrized_weight_is_refused() -> None:
+    model = unlisted(reads=False)
+    nn.utils.parametrizations.weight_norm(model.called)
+    graft = gw.attach(model, LoRA(r=2))
+    perturb(graft.parameters(), 1)
+    with pytest.raises(UnsupportedError, match="computed from others"):
+        graft.merge()
+    assert not graft.merged

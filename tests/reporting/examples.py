@@ -217,7 +217,7 @@ def events() -> list[dict[str, Any]]:
             loss = {125: 0.52, 250: 0.47, 375: 0.49}[step]
             found.append({"kind": "evaluation", "step": step, "loss": loss, "accuracy": accuracy, "f1_macro": accuracy})
     text = "the validation loss has risen twice in a row while the training loss fell"
-    found.append({"kind": "diagnosis", "step": 375, "code": "overfitting", "text": text, "mend": "fewer epochs"})
+    found.append({"kind": "diagnosis", "step": 375, "code": "overfitting", "text": text, "hint": "fewer epochs"})
     return found
 
 

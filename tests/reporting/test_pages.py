@@ -249,7 +249,7 @@ def test_run_says_how_good_how_it_learnt_and_what_it_cost(tmp_path: Path) -> Non
     assert "338,690 parameters" in page.one("header").text
     titles = {e.text for e in page.all("text", "axis-title")}
     assert {"Loss", "Validation accuracy, %", "Learning rate"} <= titles
-    assert "kept: step 250" in page.text
+    assert "recovered: step 250" in page.text
     assert "Diagnosis, step 375: the validation loss has risen twice" in page.text
     assert "fewer epochs" in page.text
     assert "confidence: 0.95" in page.text
@@ -291,7 +291,7 @@ def test_run_without_test_rows_says_that_validation_rows_are_too_good(tmp_path: 
 def test_run_that_did_not_end_well(tmp_path: Path, status: str) -> None:
     manifest = examples.manifest()
     manifest.update(status=status, metrics={}, best=None, cost={})
-    manifest["error"] = {"what": "loss is nan at step 12", "mend": "a lower learning rate", "kept": "step-000010"}
+    manifest["error"] = {"what": "loss is nan at step 12", "hint": "a lower learning rate", "recovered": "step-000010"}
     events = [{"kind": "step", "step": 5, "loss": 0.7}, {"kind": "step", "step": 10, "loss": "nan"}]
     page = page_of(examples.write_run(tmp_path, manifest, events))
     for said in (
@@ -318,7 +318,7 @@ def test_run_without_log_or_with_a_torn_one(tmp_path: Path) -> None:
 def test_findings_and_what_to_change(tmp_path: Path) -> None:
     manifest = examples.manifest()
     finding = {"code": "leakage", "message": "3 texts are in two splits", "rows": 3, "example": HOSTILE, "grave": True}
-    manifest["data"]["findings"] = [{**finding, "mend": "remove them"}]
+    manifest["data"]["findings"] = [{**finding, "hint": "remove them"}]
     page = page_of(examples.write_run(tmp_path, manifest))
     (item,) = [e for e in page.all("li") if "3 texts" in e.text]
     assert item.attributes["class"] == "grave"

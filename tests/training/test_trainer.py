@@ -514,3 +514,18 @@ def test_a_checkpoint_of_more_processes_is_refused(bench: Bench, tmp_path: Path)
     other = type(snapshot)(**{**vars(snapshot), "state": {**snapshot.state, "processes": 2}})
     with pytest.raises(ConfigError, match="trained by 2 processes"):
         bench.trainer(tmp_path).restore(other)
+
+
+def test_layers_that_are_never_called_are_named_after_the_first_step(bench: Bench, tmp_path: Path) -> None:
+    def warnings(skipped: bool, folder: str) -> list[str]:
+        events: list[Event] = []
+        trainer = bench.trainer(tmp_path / folder, emit=events.append, max_steps=2, validation=False)
+        if skipped:
+            trainer.adapter.model.bert.encoder.layer[1].forward = lambda hidden, *_, **__: hidden
+        losses(trainer)
+        return [event.figures["text"] for event in events if event.kind == "warning"]
+
+    assert warnings(False, "all") == []
+    (text,) = warnings(True, "skipped")
+    assert "12 of 28 trained tensors got no gradient in the first step" in text
+    assert "encoder.layer.1" in text

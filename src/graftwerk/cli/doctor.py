@@ -128,7 +128,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     show_batch(checked["first_batch"], sys.stderr if out.as_json else sys.stdout)
     for finding in checked["findings"]:
         out.line(f"\n{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
-        for key in ("example", "mend"):
+        for key in ("example", "hint"):
             if finding[key]:
                 out.line(f"  {key}: {printable(finding[key])}")
     if not checked["findings"]:

@@ -174,8 +174,9 @@ def describe_start(figures: dict[str, Any]) -> str:
         where += f", {figures['processes']} processes"
     steps = f"{figures['total_steps']:,} steps of {figures['rows_per_step']} rows"
     epochs = f"{figures['steps_per_epoch']:,} an epoch"
+    leaves = "".join(f"\nleaves out {text}" for text in figures.get("left_out", ()))
     return (
         f"{figures['method']}: trains {count(parameters['trained'])} of {count(parameters['total'])} parameters"
-        f" ({share(parameters['share'])}), {count(parameters['head'])} of them in the head\n"
+        f" ({share(parameters['share'])}), {count(parameters['head'])} of them in the head{leaves}\n"
         f"{steps} ({epochs}), learning rate {figures['learning_rate']:g}, on {where}"
     )

@@ -157,6 +157,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
         load_model,
         load_tokenizer,
         max_length_for,
+        newly_initialised,
         position_limit,
     )
     from graftwerk.serialization.folder import load_adapter
@@ -178,7 +179,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
     base = load_model(name, task, splits, revision=revision)
     fix_padding(base, tokenizer)
-    load_adapter(base, info.folder, force=force)
+    load_adapter(base, info.folder, force=force, filled=newly_initialised(base) if found.manifest else ())
     max_length = max_length_for(architecture, tokenizer, virtual=positions_taken(base))
     if isinstance(own_limit := own.get("max_length"), int):  # trained before virtual tokens counted, it may be too long
         longest = position_limit(architecture)

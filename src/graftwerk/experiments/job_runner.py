@@ -179,7 +179,7 @@ class JobRunner:
 
 def _rebuilt(said: Mapping[str, Any]) -> GraftwerkError:
     """The error that a worker raised, of the same class."""
-    what, where, hint, kept = (said.get(part) for part in ("what", "where", "mend", "kept"))
+    what, where, hint, kept = (said.get(part) for part in ("what", "where", "hint", "recovered"))
     if said.get("error") == RunInterrupted.code:
         return RunInterrupted(int(said["exit_code"]) - 128, str(what), recovered=kept, hint=hint)
     return _BY_CODE.get(str(said.get("error")), GraftwerkError)(str(what), where=where, hint=hint, recovered=kept)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graftwerk.kernels.recompute import ActivationTable, is_eager
+from graftwerk.methods.base import OFFLOAD_HOOK
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -114,7 +115,10 @@ class MemoryEfficientLayerNorm(_Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = args or kwargs.values()
-        if any(parameter.requires_grad for parameter in self.parameters(recurse=False)):
+        if OFFLOAD_HOOK in self.__dict__ or any(
+            parameter.requires_grad for parameter in self.parameters(recurse=False)
+        ):
+            # An offloaded weight is no longer there when backward computes the output again.
             return super().forward(x)  # type: ignore[no-any-return]
         return _remember_call(self, super().forward, x)
 
@@ -240,24 +244,18 @@ class MemoryEfficientGatedMLP(_Module):
 # -- which module gets what ------------------------------------------------------------------------------------------
 
 
-def efficient_class(module: nn.Module) -> type[nn.Module] | None:
-    """Return the memory-efficient class for a module of the base, or None if it keeps its own."""
+def efficient_mixin(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class to mix in before that of a module of the base, or None if it keeps its own."""
     cls: Any = type(module)
     if "forward" in module.__dict__ or hasattr(cls, OWN) or hasattr(cls, "_graftwerk_base"):
         return None
     if cls is nn.LayerNorm:
-        return _efficient(cls, MemoryEfficientLayerNorm)
+        return MemoryEfficientLayerNorm
     if _name(cls) in RMS_NORMS:
-        return _efficient(cls, MemoryEfficientRMSNorm) if module._parameters.get("weight") is not None else None
+        return MemoryEfficientRMSNorm if module._parameters.get("weight") is not None else None
     if cls.__name__ in GATES or cls.__name__ in LONG_ACTIVATIONS:
-        return None if getattr(module, "inplace", False) else _efficient(cls, MemoryEfficientActivation)
-    return _efficient(cls, MemoryEfficientGatedMLP) if _name(cls) in GATED_MLPS else None
-
-
-@cache
-def _efficient(own: Any, mixin: Any) -> type[nn.Module]:
-    # Named as before: transformers' initialisation and others look at class names.
-    return type(own.__name__, (mixin, own), {"__module__": own.__module__, "__qualname__": own.__qualname__, OWN: own})
+        return None if getattr(module, "inplace", False) else MemoryEfficientActivation
+    return MemoryEfficientGatedMLP if _name(cls) in GATED_MLPS else None
 
 
 @cache
@@ -266,6 +264,12 @@ def _name(cls: type) -> str:
     parts = cls.__module__.split(".")
     known = parts[:2] == ["transformers", "models"] and len(parts) == 4 and parts[3] == f"modeling_{parts[2]}"
     return f"{parts[2]}.{cls.__name__}" if known else cls.__module__
+
+
+def own_base(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module had before it became adapted or memory-efficient."""
+    own: type[nn.Module] = getattr(cls, "_graftwerk_base", getattr(cls, OWN, cls))
+    return own
 
 
 def _activations(module: Any) -> ActivationTable:

@@ -13,7 +13,9 @@ tokens, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -40,6 +42,9 @@ class Role(StrEnum):
     OTHER_LINEAR = "other_linear"
     EMBEDDING = "embedding"
     NORM = "norm"
+    LOOSE_BIAS = "loose_bias"
+    """A bias that is not added to the features of a layer's output (of a convolution, of attention scores): listed so
+    that a method can say that it leaves it out."""
 
 
 ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.ATTENTION_OUT})
@@ -58,6 +63,10 @@ class TargetModule:
         layer: Index of its layer within its stack, or None outside the layers.
         stack: Which stack of layers that is: ``encoder``, ``decoder`` or ``causal``; in a model whose architecture is
             not known the path of the list of layers.
+        weight_only: Whether its parent reads its weight and bias and never calls it. An adapter there changes what is
+            read, and cannot differ by row; such a layer is left out unless it is named.
+        unfit: Why no adapter works in this layer (it returns a tuple, ...), or None if one does. Such a layer is left
+            out, and refused with this reason if it is named.
     """
 
     path: str
@@ -68,6 +77,8 @@ class TargetModule:
     ffn: str | None = None
     layer: int | None = None
     stack: str | None = None
+    weight_only: bool = False
+    unfit: str | None = None
 
 
 class AdapterModule(nn.Module):
@@ -93,6 +104,17 @@ class AdapterModule(nn.Module):
     """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
     tells of a change of any of them."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, whose parameters have versions of their own: ``block`` is left out.
+
+        Parameters that lie in one block with others become tensors of their own, since plain pickle would write the
+        block once for each of them.
+        """
+        state = {key: value for key, value in self.__dict__.items() if key != "block"}
+        if any(one.untyped_storage().nbytes() > one.nbytes for one in self.parameters()):
+            state["_modules"], state["_parameters"] = deepcopy((self._modules, self._parameters))
+        return state
+
     def pre_forward(self, x: Tensor) -> Tensor:
         """Return what the module is to read in place of ``x`` (..., in)."""
         return x
@@ -100,10 +122,6 @@ class AdapterModule(nn.Module):
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return what the module gives in place of ``y`` (..., out), having read ``x`` (..., in)."""
         return y
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave ``block`` out: a copy's parameters lie elsewhere, each with a version of its own."""
-        return {key: value for key, value in self.__dict__.items() if key != "block"}
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight (out, in) and bias (out,) that have the adapter in them.
@@ -215,8 +233,10 @@ def base_weight(module: nn.Module) -> Tensor:
     Raises:
         UnsupportedError: it holds codes that are not known here.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = stored_weight(module)
+    if weight.is_meta and OFFLOAD_HOOK in module.__dict__:
+        with onloaded(module):
+            return base_weight(module)
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -231,17 +251,54 @@ def base_weight(module: nn.Module) -> Tensor:
     return weight.detach().T if is_transposed(module) else weight.detach()
 
 
+def stored_weight(module: nn.Module) -> Tensor:
+    """Return a layer's weight without the deltas that an adapted layer may show to others, as it is stored."""
+    weight = module._parameters.get("weight")
+    if weight is None:  # computed from others, by a parametrization
+        weight = module.weight  # type: ignore[assignment]
+    assert isinstance(weight, Tensor)
+    return weight
+
+
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight holds codes (bitsandbytes' 4 or 8 bits) and not numbers to compute with."""
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
+OFFLOAD_HOOK = "_hf_hook"
+"""Where accelerate keeps the hook of a module, which loads offloaded weights before its forward pass."""
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Load the weights of a module and its children that accelerate has offloaded, inside the block."""
+    parts = [part for part in module.modules() if OFFLOAD_HOOK in part.__dict__ and _is_offloaded(part)]
+    for part in parts:
+        part.__dict__[OFFLOAD_HOOK].pre_forward(part)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.__dict__[OFFLOAD_HOOK].post_forward(part, None)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
 def module_device(module: nn.Module) -> torch.device:
-    """Where a base module's own weights are; the CPU for one that has none or has not loaded them yet."""
-    own = next((parameter for parameter in module._parameters.values() if parameter is not None), None)
-    if own is None:
-        own = next(module.parameters(), None)
-    return torch.device("cpu") if own is None or own.is_meta else own.device
+    """Return the device on which a base module computes: that of its own weights, or of its first child's.
+
+    Offloaded weights compute where accelerate loads them to. The CPU stands for a module without weights, and for one
+    whose weights are not loaded yet.
+    """
+    for part in module.modules():
+        own = next((parameter for parameter in part._parameters.values() if parameter is not None), None)
+        if own is not None:
+            if not own.is_meta:
+                return own.device
+            return torch.device(getattr(part.__dict__.get(OFFLOAD_HOOK), "execution_device", None) or "cpu")
+    return torch.device("cpu")
 
 
 def is_transposed(module: nn.Module) -> bool:

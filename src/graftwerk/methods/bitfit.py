@@ -2,7 +2,8 @@
 
 Paper: Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
 Language-models", arXiv:2106.10199, equation 1-2. Here as a trained offset on every bias of the base model (linear
-layers and layer norms), starting at zero, so that the base's own biases stay as they are:
+layers and norms), starting at zero, so that the base's own biases stay as they are. Biases that are added elsewhere
+(of convolutions, of norms over channels that come first, DeBERTa's `q_bias`) are left out, and `print(graft)` says so:
 
     y + b'        for every layer that has a bias b; merged: b + b'
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import AdapterModule, TargetModule
+from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.layer_selection import LayerSelection
 
 
@@ -36,14 +37,21 @@ class BitFit(LayerSelection):
     default_learning_rate: ClassVar[float] = 3e-3
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        chosen = [place for place in available if place.has_bias]
+        chosen = [place for place in available if place.has_bias and not self.leaves_out(place)]
         if not chosen:
+            others = [place.path for place in available if self.leaves_out(place)]
+            shown = f", but {len(others)} elsewhere, which it does not reach: {', '.join(others[:3])}" if others else ""
             raise UnsupportedError(
-                "BitFit trains biases, and this model has none",
+                f"BitFit trains the biases of linear layers and norms, and this model has none there{shown}",
                 where="method",
                 hint="use lora or ia3, which need none",
             )
         return self.filter_layers(chosen, available)
+
+    @staticmethod
+    def leaves_out(place: TargetModule) -> bool:
+        """Return whether this is a bias that cannot be reached as an offset on a layer's output."""
+        return place.has_bias and (place.role is Role.LOOSE_BIAS or place.weight_only or place.unfit is not None)
 
     def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
         return BitFitModule(place.out_features)

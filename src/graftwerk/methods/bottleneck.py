@@ -79,7 +79,7 @@ class Bottleneck(LayerSelection):
             "pfeiffer": (Role.FFN_OUT,),
             "parallel": (Role.FFN_IN, Role.FFN_OUT),
         }[self.placement]
-        chosen = [place for place in available if place.role in roles]
+        chosen = [place for place in available if place.role in roles and place.unfit is None and not place.weight_only]
         if not chosen:
             raise UnsupportedError(
                 "which layers of this model end its attention and feed-forward blocks is not known",

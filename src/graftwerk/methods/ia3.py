@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.layer_selection import LayerSelection
-from graftwerk.methods.target_modules import check_targets, endings, named_by, select
+from graftwerk.methods.target_modules import check_targets, endings, linear_places, named_by, select
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
 
@@ -54,7 +54,7 @@ class IA3(LayerSelection):
         return tuple(value) if isinstance(value, list | set) else value
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        linear = [place for place in available if place.role is not Role.NORM]
+        linear = linear_places(available)
         if self.target_modules == "auto":
             chosen = [place for place in linear if place.role in _SCALED]
             if not chosen:
@@ -64,7 +64,7 @@ class IA3(LayerSelection):
                     hint="list target_modules and feedforward_modules by name",
                 )
         else:
-            chosen = select(linear, self.target_modules)
+            chosen = select(available, self.target_modules)
         chosen = self.filter_layers(chosen, available)
         if self.target_modules != "auto":
             check_targets(chosen, self.target_modules)

@@ -35,7 +35,7 @@ from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.dropout import DropoutGroup
 from graftwerk.methods.layer_selection import LayerSelection
 from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, pissa_init
-from graftwerk.methods.target_modules import check_patterns, check_targets, linear_targets, value_of
+from graftwerk.methods.target_modules import check_inputs, check_patterns, check_targets, linear_targets, value_of
 
 READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
 """Roles of modules that may read the same tensor within one block; LoRA drops the same of its entries for all."""
@@ -145,6 +145,8 @@ class LoRA(LayerSelection):
         if isinstance(self.target_modules, tuple):
             check_targets(chosen, self.target_modules)
         check_patterns(chosen, rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern)
+        if self.lora_dropout:
+            check_inputs(chosen, "lora_dropout")
         return chosen
 
     def rank(self, path: str) -> int:

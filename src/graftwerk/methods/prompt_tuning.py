@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graftwerk.methods.base import module_device
 from graftwerk.methods.soft_prompt import FromText
 
 
@@ -47,7 +48,7 @@ class Prompt(FromText):
         ids = self.start_ids(weight.shape[0])
         drawn = torch.randint(weight.shape[0], (self.num_virtual_tokens,)) if ids is None else torch.tensor(ids)
         with torch.no_grad():
-            start = embedding(drawn.to(weight.device))
+            start = embedding(drawn.to(module_device(embedding)))
         return PromptVectors(start)
 
 

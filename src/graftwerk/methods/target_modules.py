@@ -23,15 +23,33 @@ def named_by(places: Iterable[TargetModule]) -> frozenset[str]:
     return frozenset(ending for place in places for ending in endings(place.path))
 
 
-def select(places: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
-    """The places that the targets name.
+def linear_places(places: Iterable[TargetModule]) -> list[TargetModule]:
+    """Return the linear layers among the places that an adapter works in like in any other."""
+    return [place for place in places if _is_linear(place) and place.unfit is None and not place.weight_only]
+
+
+def _is_linear(place: TargetModule) -> bool:
+    return place.role not in (Role.NORM, Role.LOOSE_BIAS)
+
+
+def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
+    """Return the linear layers that the targets name.
 
     Raises:
         ConfigError: a target matches nothing; the nearest names are given.
+        UnsupportedError: a target names only layers that no adapter works in; the reason is given.
     """
+    places = [place for place in available if _is_linear(place) and place.unfit is None]
     known, wanted = named_by(places), frozenset(targets)
     for target in targets:
         if target not in known:
+            for place in available:
+                if _is_linear(place) and place.unfit is not None and target in endings(place.path):
+                    raise UnsupportedError(
+                        f"target_modules: no adapter works in `{place.path}`: {place.unfit}",
+                        where="method.target_modules",
+                        hint=f"leave `{target}` out",
+                    )
             names = sorted({place.path.rpartition(".")[2] for place in places})
             hint = did_you_mean(target, names)
             raise ConfigError(
@@ -51,11 +69,17 @@ def linear_targets(
         UnsupportedError: ``attention`` on a model whose attention is not known.
         ConfigError: a name matches nothing.
     """
-    linear = [target for target in available if target.role is not Role.NORM]
-    if wanted == "all-linear":
-        return linear
+    linear = linear_places(available)
     if not isinstance(wanted, str):
-        return select(linear, wanted)
+        return select(available, wanted)
+    if wanted == "all-linear":
+        if not linear:
+            raise UnsupportedError(
+                "this model has no linear layers outside its head",
+                where="method.target_modules",
+                hint="use probe, which trains the head alone, or full",
+            )
+        return linear
     chosen = [target for target in linear if target.role in ATTENTION_ROLES]
     if not chosen:
         raise UnsupportedError(
@@ -73,6 +97,17 @@ def check_patterns(chosen: Sequence[TargetModule], **patterns: Mapping[str, floa
         for key in pattern:
             if key not in known:
                 raise ConfigError(f"`{key}` matches none of the adapted layers", where=f"method.{field}")
+
+
+def check_inputs(chosen: Sequence[TargetModule], setting: str) -> None:
+    """Raise ConfigError for a layer whose weight is read and which is never called: it has no input to drop from."""
+    for target in chosen:
+        if target.weight_only:
+            raise ConfigError(
+                f"there is no input to drop from in {target.path}: its weight is read, and it is never called",
+                where=f"method.{setting}",
+                hint=f"set {setting} to 0, or leave this layer out of target_modules",
+            )
 
 
 def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Changing the class of a module on which accelerate has its hooks (``device_map``, offloading).
+"""Changing the class of a module: classes that pickle can name, and accelerate's hooks (``device_map``, offloading).
 
 A hooked module has a forward of its own on the object, which runs the one that accelerate found there before. The
 latter is bound to a class, and has to change with it; else the new class would never be asked.
@@ -6,6 +6,7 @@ latter is bound to a class, and has to change with it; else the new class would 
 
 from __future__ import annotations
 
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -13,6 +14,44 @@ from torch import nn
 
 HOOKED = "_old_forward"
 """Where accelerate keeps the forward that runs between its hooks."""
+
+
+class SwappedClass:
+    """Mixed into every class that a module of a base is given here.
+
+    Such a class is made when it is needed and stands in no module, so that pickle could not find it by its name: it is
+    told how to make it again.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        made: tuple[Any, ...] = type(self)._graftwerk_made  # type: ignore[attr-defined]
+        return (_blank, made, *object.__reduce_ex__(self, max(int(protocol), 2))[2:])
+
+
+@cache
+def swapped_class(mixin: Any, own: Any, name: str | None = None, **attributes: Any) -> Any:
+    """Return the class of ``own`` with a mixin before it.
+
+    Args:
+        mixin: The class whose methods come first.
+        own: The class that the module has; it stands in ``_graftwerk_own``.
+        name: What to call it; by default as before, since transformers and others look at class names.
+        attributes: Further attributes of the class.
+    """
+    values = {
+        "__module__": own.__module__,
+        "__qualname__": name or own.__qualname__,
+        "_graftwerk_own": own,
+        "_graftwerk_made": (mixin, own, name, tuple(attributes.items())),
+        **attributes,
+    }
+    return type(name or own.__name__, (mixin, SwappedClass, own), values)
+
+
+def _blank(mixin: Any, own: Any, name: str | None, attributes: tuple[tuple[str, Any], ...]) -> nn.Module:
+    cls = swapped_class(mixin, own, name, **dict(attributes))
+    blank: nn.Module = cls.__new__(cls)
+    return blank
 
 
 def change_class(module: nn.Module, cls: Any) -> None:

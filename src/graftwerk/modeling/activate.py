@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from torch import nn
 
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
 from graftwerk.modeling.adapter_slots import ModelAdapters
+from graftwerk.modeling.row_dims import check_rows
 
 
 def activate(
@@ -48,6 +49,7 @@ def activate(
                     f"differ by row",
                     hint="run its rows in a batch of their own",
                 )
+        check_rows(model, [record.adapters[one] for one in dict.fromkeys(chosen) if one is not None])
         refuse_while_merged(record, "choose adapters by row")
         record.selection.choose_rows(tuple(rows))
     else:
@@ -77,11 +79,5 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if record is None:
         yield
         return
-    with ExitStack() as stack:
-        for name in record.selection.merged:
-            stack.enter_context(record.adapters[name].unmerged())
-        stack.callback(record.sync)
-        stack.callback(record.drop_missing)
-        stack.enter_context(record.selection.disabled())
-        record.sync()
+    with record.bare():
         yield

@@ -7,7 +7,6 @@ class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.kernels.dispatch import fused_forward
-from graftwerk.kernels.memory_efficient import ACTIVATIONS, OWN, efficient_class
+from graftwerk.kernels.memory_efficient import ACTIVATIONS, OWN, efficient_mixin
 from graftwerk.kernels.recompute import ActivationTable
-from graftwerk.modeling.accelerate_compat import change_class, is_replaced
+from graftwerk.modeling.accelerate_compat import change_class, is_replaced, swapped_class
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
 from graftwerk.modeling.per_row_adapters import forward_rows
 
@@ -47,6 +46,32 @@ class Adapted(_Layer):
         for adapter in adapters:
             y = adapter.post_forward(x, y)
         return y
+
+
+class AdaptedWeight(_Layer):
+    """Mixed in before the class of a layer that is never called: whoever reads its weight or bias gets them with the
+    active deltas in them.
+    """
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self._read()[0]
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self._read()[1]
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        box = self._modules[CHILD]
+        assert isinstance(box, AdapterSlots)
+        deltas = box.active()
+        if not deltas:
+            return weight, bias
+        for delta in deltas:
+            weight, bias = delta.folded(weight, bias)
+        return weight, bias
 
 
 class AdaptedHead(nn.Module):
@@ -105,13 +130,11 @@ def _check_same_width(outputs: list[Tensor]) -> None:
         )
 
 
-@cache
-def _adapted_class(base: Any, mixin: Any) -> type[nn.Module]:
-    return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": base.__module__, "_graftwerk_base": base})
-
-
-def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False) -> None:
+def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
     """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+
+    Args:
+        weight_only: The module is read and never called (`Place.weight_only`).
 
     Raises:
         UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
@@ -124,7 +147,9 @@ def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False) -> None:
                 hint="attach the adapter first, and wrap the model then",
             )
         restore_class(module)
-        change_class(module, _adapted_class(type(module), AdaptedHead if head else Adapted))  # type: ignore[arg-type]
+        own: Any = type(module)
+        mixin: Any = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
+        change_class(module, swapped_class(mixin, own, f"Adapted{own.__name__}", _graftwerk_base=own))
     assert slots_of(module) is box
 
 
@@ -142,8 +167,10 @@ def make_memory_efficient(modules: Iterable[nn.Module], activations: ActivationT
         activations: Where they note how their outputs are made again.
     """
     for module in modules:
-        if (cls := efficient_class(module)) is not None:
-            change_class(module, cls)
+        mixin: Any = efficient_mixin(module)
+        if mixin is not None:
+            own: Any = type(module)
+            change_class(module, swapped_class(mixin, own))
             module.__dict__[ACTIVATIONS] = activations
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,11 +16,13 @@ from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
 from graftwerk.methods.base import AdapterModule, Method, TargetModule
 from graftwerk.modeling.activate import activate
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
-from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.detach import remove
 from graftwerk.modeling.full_weights import TrainedWeights
+from graftwerk.modeling.left_out import left_out
 from graftwerk.modeling.merging import SavedWeights, merge_weights, merge_weights_in_place, unmerge_weights
-from graftwerk.modeling.module_index import base_modules, base_parameters
+from graftwerk.modeling.module_index import base_modules, base_parameters, check_parameters
+from graftwerk.modeling.sample import is_another_answer, is_rounding, sample_answer
 from graftwerk.modeling.task_heads import fit_head
 
 
@@ -61,6 +63,10 @@ class Adapter:
         self.name, self.method, self.model = name, method, model
         self.targets, self.hosts, self.heads = places, hosts, heads
         self.weights = weights
+        self.labels: tuple[str, ...] | None = None
+        """Names of the classes that its head tells apart; None: those of the base."""
+        self.classes: int | None = None
+        """How many those are, once a head was loaded."""
         self._record = record
         self._task_heads = heads if weights is None else anatomy.heads
         self._kept: SavedWeights | None = None
@@ -149,13 +155,14 @@ class Adapter:
         ]
         if wrong:
             raise AdapterError(_some("mis-shaped", wrong), where=f"adapter `{self.name}`")
+        classes = len(self._record.labels.of_base(self.model))
         for path in self.heads:
             box = slots_of(self.model.get_submodule(path))
             assert box is not None
             inner = {
                 key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
             }
-            fit_head(box, self.name, inner, path)
+            self.classes = fit_head(box, self.name, inner, path, classes) or self.classes
         own = self._head_state() if heads_alone else self.state_dict()
         still = [
             f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
@@ -219,6 +226,10 @@ class Adapter:
     def learning_rate_factor(self, key: str) -> float:
         return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
 
+    def left_out(self) -> list[str]:
+        """Return a sentence for each kind of weight that the method would reach elsewhere and cannot reach here."""
+        return left_out(self.model, self.method, read_architecture(self.model))
+
     # -- verbs -----------------------------------------------------------------------------------------------------
 
     @property
@@ -235,7 +246,8 @@ class Adapter:
                 then not be unmerged, disabled, deleted or detached.
 
         Raises:
-            UnsupportedError: the method cannot be folded, or the base is quantized.
+            UnsupportedError: the method cannot be folded, the base is quantized, or the merged model would give other
+                answers (tried on a small input, where the architecture is not in the table).
             ConflictError: another adapter is merged, or this one is not the active one.
         """
         if self.merged:
@@ -254,11 +266,36 @@ class Adapter:
             )
         base = base_modules(self.model)
         layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, AdapterModule)]
+        # Architectures in the table are tried by the contract test; of others nobody knows how they use their layers.
+        before = None if read_architecture(self.model).known else sample_answer(self.model)
+        bare = None if before is None else self._bare_answer()
         if keep_base:
             self._kept = merge_weights(layers)
         else:
             merge_weights_in_place(layers)
         selection.merged = frozenset({self.name})
+        if before is not None and bare is not None:
+            self._compare(before, bare)
+
+    def _bare_answer(self) -> Tensor | None:
+        with self._record.selection.disabled():
+            return sample_answer(self.model)
+
+    def _compare(self, before: Tensor, bare: Tensor) -> None:
+        """Take the merged adapter out again and raise UnsupportedError, if the model now gives another answer."""
+        after = sample_answer(self.model)
+        if after is None or is_rounding(after, before) or not is_another_answer(after, before, bare):
+            return
+        apart, effect = float((after - before).abs().max()), float((before - bare).abs().max())
+        gone = self._kept is None
+        if not gone:
+            self.unmerge()
+        raise UnsupportedError(
+            f"merging `{self.name}` changes the answers by up to {apart:.2g}, where the adapter itself changes the "
+            f"base's by up to {effect:.2g}: {type(self.model).__name__} uses a layer in another way than by calling it",
+            where=", ".join(self.hosts[:3]),
+            hint="load the base again, and serve the adapter unmerged" if gone else "serve it unmerged",
+        )
 
     def unmerge(self) -> None:
         """Give the base its own weights back, bit for bit.
@@ -268,16 +305,17 @@ class Adapter:
         """
         if not self.merged:
             return
-        unmerge_weights(self._kept_base())
+        unmerge_weights(self._kept_base("unmerge"))
         self._kept = None
         self._record.selection.merged = frozenset()
 
-    def _kept_base(self) -> SavedWeights:
+    def _kept_base(self, wish: str) -> SavedWeights:
         if self._kept is None:
             raise UnsupportedError(
                 f"the base's weights are gone: `{self.name}` was merged with keep_base=False",
                 hint="load the base again",
             )
+        check_parameters(self.model, (parameter for parameter, _ in self._kept), f"{wish} `{self.name}`")
         return self._kept
 
     @contextmanager
@@ -288,7 +326,7 @@ class Adapter:
             UnsupportedError: the base's weights were not kept.
         """
         selection = self._record.selection
-        folded = unmerge_weights(self._kept_base())
+        folded = unmerge_weights(self._kept_base("take out"))
         before, selection.merged = selection.merged, frozenset()
         try:
             yield
@@ -296,6 +334,33 @@ class Adapter:
             if self._record.adapters.get(self.name) is self:  # else it was deleted meanwhile
                 unmerge_weights(folded)
                 selection.merged = before
+
+    @property
+    def answers(self) -> bool:
+        """Whether the classes that the model names are its own: it has a head, or all weights."""
+        return bool(self.heads) or self.weights is not None
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes that its head tells apart, by index."""
+        return self._record.labels.of_base(self.model) if self.labels is None else list(self.labels)
+
+    def name_classes(self, labels: Sequence[str] | None) -> None:
+        """Set the names of the classes that its head tells apart; the model shows them while it is active."""
+        self.labels = None if labels is None else tuple(labels)
+        self._record.sync()
+
+    def put_weights(self, *, live: bool) -> None:
+        """Make the model hold the values that were trained in place, or the base's.
+
+        Raises:
+            UnsupportedError: the base's values were not kept.
+            ConflictError: the model's parameters are others now.
+        """
+        assert self.weights is not None
+        if live != self.weights.live:
+            check_parameters(self.model, self.weights.parameters.values(), f"switch `{self.name}`")
+            self.weights.put(live=live)
 
     @property
     def active(self) -> bool:
@@ -348,9 +413,9 @@ class Adapter:
             lines.append(f"  touches  every weight of the model ({len(self.weights.parameters)} tensors)")
         elif self.hosts:
             counts = Counter(path.rpartition(".")[2] or type(self.model).__name__ for path in self.hosts)
-            lines.append(
-                f"  touches  {len(self.hosts)} modules: " + ", ".join(f"{n} x {name}" for name, n in counts.items())
-            )
+            touched = ", ".join(f"{n} x {name}" for name, n in counts.items())
+            missed = "".join(f"; leaves out {text}" for text in self.left_out())
+            lines.append(f"  touches  {len(self.hosts)} modules: {touched}{missed}")
         if self.heads:
             lines.append(f"  head     {', '.join(self.heads)}: {head:,} parameters, a copy of its own")
         size = f"{total:,} parameters, {100 * total / base:.2f} % of the base's {base:,}"

@@ -10,14 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from graftwerk.kernels.memory_efficient import own_base
 from graftwerk.methods.base import Role, TargetModule
 from graftwerk.modeling.adapter_slots import CHILD
+from graftwerk.modeling.layer_checks import adds_bias_last, is_weight_only, unfit
 from graftwerk.modeling.module_index import base_modules, module_index
 
 StackKind = Literal["encoder", "decoder", "causal"]
@@ -236,7 +238,17 @@ def known_architectures() -> tuple[str, ...]:
     return tuple(sorted(_BY_TYPE))
 
 
-_TASK_HEADS = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$")
+_TASK_HEADS = re.compile(
+    r"For(SequenceClassification|TokenClassification|QuestionAnswering|QuestionAnsweringSimple|MultipleChoice"
+    r"|ImageClassification\w*|ImagesAndTextClassification|VideoClassification|AudioClassification"
+    r"|AudioFrameClassification|XVector|CTC|SemanticSegmentation)$"
+)
+"""Models whose head is drawn at random when they are made from a pretrained base."""
+_HEAD_NAMES = frozenset({
+    "classifier", "projector", "score", "head", "ctc_head", "qa_outputs", "classification_head", "decode_head",
+    "auxiliary_head",
+})  # fmt: skip
+"""What a head is called in a model whose parts lie side by side, without a base model of their own."""
 
 
 def read_architecture(model: PreTrainedModel) -> Architecture:
@@ -247,13 +259,8 @@ def read_architecture(model: PreTrainedModel) -> Architecture:
 def _read(model: PreTrainedModel) -> Architecture:
     config = model.config
     layout = _BY_TYPE.get(config.model_type)
-    base_path = _base_path(model)
-    has_task_head = bool(base_path) and _TASK_HEADS.search(type(model).__name__) is not None
-    heads = tuple(
-        name
-        for name, child in model.named_children()
-        if has_task_head and name != base_path and name != CHILD and any(True for _ in child.parameters())
-    )
+    base = base_path(model)
+    heads = _task_heads(model, base)
     places: list[TargetModule] = []
     layer_of = _LayerFinder(layout)
 
@@ -262,9 +269,20 @@ def _read(model: PreTrainedModel) -> Architecture:
             return layer_of.list_of(path)
         return _stack_kind(model, layout, path)
 
-    outputs = model.get_output_embeddings()  # in T5 they lie beside the stacks, and there the base is the model itself
+    outputs = model.get_output_embeddings()  # in T5 it lies beside the stacks, and there the base is the model itself
+    modules, seen = base_modules(model), set[int]()
     for path, module in _distinct(model):
-        if not _inside(path, base_path) or not path or module is outputs:
+        if any(_inside(path, head) for head in heads):
+            continue
+        inside = bool(path) and _inside(path, base) and module is not outputs
+        reached = inside and (isinstance(module, nn.Linear | Conv1D) or adds_bias_last(module))
+        for name, bias in module._parameters.items():
+            if bias is not None and is_bias(name) and not (reached and name == "bias") and id(bias) not in seen:
+                seen.add(id(bias))
+                where, width = f"{path}.{name}".removeprefix("."), bias.numel()
+                layer = layer_of(where)[0]
+                places.append(TargetModule(where, Role.LOOSE_BIAS, width, width, True, None, layer, stack_of(where)))
+        if not inside:
             continue
         if isinstance(module, nn.Linear | Conv1D):
             in_features, out_features = linear_shape(module)
@@ -275,24 +293,47 @@ def _read(model: PreTrainedModel) -> Architecture:
             ffn = None
             if role in (Role.FFN_IN, Role.FFN_GATE, Role.FFN_OUT) and relative is not None:
                 ffn = f"{path.removesuffix(relative)}{_block(relative)}"
+            parent, _, name = path.rpartition(".")
+            reason, silent = unfit(module), is_weight_only(modules[parent], name)
+            if layout is not None and reason is None and _is_idle_cross(model.config, layout, parent):
+                reason = "cross-attention is called with an encoder's states alone, and this model has no encoder"
+            has_bias = module.bias is not None
+            stack = stack_of(path)
             places.append(
-                TargetModule(path, role, in_features, out_features, module.bias is not None, ffn, layer, stack_of(path))
+                TargetModule(path, role, in_features, out_features, has_bias, ffn, layer, stack, silent, reason)
             )
-        elif isinstance(module, nn.LayerNorm):
-            width = module.normalized_shape[-1]
-            layer = layer_of(path)[0]
-            places.append(
-                TargetModule(path, Role.NORM, width, width, module.bias is not None, None, layer, stack_of(path))
-            )
+        elif reached and (bias := module._parameters.get("bias")) is not None:
+            width = bias.numel()
+            places.append(TargetModule(path, Role.NORM, width, width, True, None, layer_of(path)[0], stack_of(path)))
     return Architecture(
         model_type=config.model_type,
         known=layout is not None,
         targets=tuple(places),
         attentions=_attentions(model, layout, places),
-        stacks=_stacks(model, layout, base_path),
+        stacks=_stacks(model, layout, base),
         heads=heads,
         by_path={place.path: place for place in places},
     )
+
+
+def _task_heads(model: PreTrainedModel, base_path: str) -> tuple[str, ...]:
+    """Return the names of the children that a task put beside the base, if the model is of such a task."""
+    if _TASK_HEADS.search(own_base(type(model)).__name__) is None:
+        return ()
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if (name != base_path if base_path else name in _HEAD_NAMES)
+        and name != CHILD
+        and any(True for _ in child.parameters())
+    )
+
+
+def is_bias(name: str) -> bool:
+    """Return whether a parameter's name, or the last part of it, says that it is a bias: `bias`, `q_bias`, `dt_bias`,
+    `in_proj_bias`, `bias_k`, `bias_ih_l0`.
+    """
+    return "bias" in name.rpartition(".")[2].split("_")
 
 
 def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
@@ -302,7 +343,8 @@ def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def _base_path(model: PreTrainedModel) -> str:
+def base_path(model: PreTrainedModel) -> str:
+    """Return the path of the base within a model with a head, "" if the model is the base itself."""
     base = model.base_model
     if base is model:
         return ""
@@ -316,6 +358,13 @@ def _distinct(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(module) not in seen:
             seen.add(id(module))
             yield path, module
+
+
+def _is_idle_cross(config: Any, layout: ModuleNames, path: str) -> bool:
+    """Return whether a module is the cross-attention of a decoder that is used alone, as in `BartForCausalLM`."""
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        return False
+    return path.endswith(tuple(f".{name}" for name in layout.cross))
 
 
 def _inside(path: str, base_path: str) -> bool:
@@ -359,7 +408,7 @@ def _attentions(
         return ()
     found, modules = [], base_modules(model)
     for place in places:
-        if place.role not in (Role.KEY, Role.FUSED_QKV) or place.layer is None:
+        if place.role not in (Role.KEY, Role.FUSED_QKV) or place.layer is None or place.unfit is not None:
             continue
         path = place.path.rpartition(".")[0]
         module = modules[path]
@@ -382,8 +431,10 @@ def _stacks(model: PreTrainedModel, layout: ModuleNames | None, base_path: str) 
     if layout is None:
         return ()
     if not layout.causal and not model.config.is_encoder_decoder:
-        kind, layers = _stack_kind(model, layout, base_path), f"{base_path}.{layout.layers}".removeprefix(".")
-        return (StackPlace(base_path, kind, _embedding_width(model.base_model), layers),)
+        layers = f"{base_path}.{layout.layers}".removeprefix(".")
+        if layers in base_modules(model):  # the decoder of an encoder-decoder, used alone, has a wrapper in between
+            kind = _stack_kind(model, layout, base_path)
+            return (StackPlace(base_path, kind, _embedding_width(model.base_model), layers),)
     found = []
     for path, module in _distinct(model):
         if (path.split(".")[-1] == layout.layers or path == layout.layers) and isinstance(module, nn.ModuleList):

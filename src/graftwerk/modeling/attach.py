@@ -25,8 +25,11 @@ from graftwerk.modeling.adapter import Adapter
 from graftwerk.modeling.adapter_slots import ModelAdapters, check_name
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.detach import HOOKED, detach
+from graftwerk.modeling.drawn import drawn_modules, within
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import ModuleIndex, module_index
+from graftwerk.modeling.row_dims import row_dim
+from graftwerk.modeling.saving import adopt
 from graftwerk.modeling.task_heads import copy_head, head_paths
 
 __all__ = ["Adapter", "activate", "adapter_state_dict", "adapters", "attach", "detach", "disabled"]
@@ -35,8 +38,9 @@ __all__ = ["Adapter", "activate", "adapter_state_dict", "adapters", "attach", "d
 def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Adapter:
     """Put a method into a model, in place, and make it the active one.
 
-    The base is frozen; the adapter's parameters and its copy of the task head are trained. Initial values come from
-    torch's global random generator. Nothing of the base is moved, renamed or copied.
+    The base is frozen; the adapter's parameters and its copy of the task head are trained, and with the head whatever
+    else the checkpoint lacked (a pooler). Initial values come from torch's global random generator. Nothing of the base
+    is moved, renamed or copied.
 
     Args:
         model: Any transformers model; it stays a plain `PreTrainedModel`.
@@ -67,6 +71,7 @@ def attach_from_tensors(
     check_name(name)
     if not isinstance(model, PreTrainedModel):
         raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
+    _refuse_foreign(model)
     known = ModelAdapters.of(model)
     if known is not None:
         if name in known.adapters:
@@ -81,9 +86,14 @@ def attach_from_tensors(
             )
     view, base = read_architecture(model), module_index(model)
     heads = head_paths(model, method, view)
+    if tensors is None and method.kind != "weights" and (drawn := drawn_modules(model)):
+        named = [path for path in heads if path in drawn or not within(path, drawn)]
+        heads = (*named, *(path for path in drawn if not within(path, named)))
+        if heads != tuple(named):
+            method = method.model_copy(update={"modules_to_save": heads})
     whole = False
     if method.kind == "layer":
-        places = method.select_targets(view.targets)
+        places = method.select_targets([place for place in view.targets if not within(place.path, heads)])
         if not places and not heads:
             raise UnsupportedError(
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
@@ -92,7 +102,7 @@ def attach_from_tensors(
         modules = [base.modules[place.path] for place in places]
         built = None
         if tensors is not None:
-            inner = {key: tensor for key, tensor in tensors.items() if not _within(key, heads)} if heads else tensors
+            inner = {key: tensor for key, tensor in tensors.items() if not within(key, heads)} if heads else tensors
             built = build_from_tensors(method, places, modules, inner, trainable)
         whole = built is not None and bool(places)
         hosts: dict[str, nn.Module] = dict(method.build_all(places, modules) if built is None else built)
@@ -165,8 +175,31 @@ def build_from_tensors(
     return built
 
 
-def _within(key: str, heads: Sequence[str]) -> bool:
-    return any(key.startswith(f"{head}.") for head in heads)
+_FOREIGN = ("peft.", "loralib.", "adapters.methods.")
+
+
+def _refuse_foreign(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError if another library has put adapter layers into the model.
+
+    Theirs would be taken for layers of the base: trained, merged and fingerprinted with it.
+    """
+    path = module_index(model).cached("foreign", lambda: _foreign(model))
+    if path is not None:
+        cls = type(module_index(model).modules[path])
+        raise UnsupportedError(
+            f"this model already has adapter layers of another library ({cls.__module__}.{cls.__name__}), which would "
+            f"be taken for the base's own",
+            where=path,
+            hint="load the base without them and their adapter with `graftwerk.load`, or merge them first (PEFT's "
+            "`merge_and_unload`)",
+        )
+
+
+def _foreign(model: PreTrainedModel) -> str | None:
+    for path, module in module_index(model).modules.items():
+        if any(f"{cls.__module__}.".startswith(_FOREIGN) for cls in type(module).__mro__):
+            return path
+    return None
 
 
 def _install(
@@ -198,8 +231,9 @@ def _install(
             record.slots(host).put(name, module)
         else:
             _place(record, host, name, module)
-        if path in view.by_path:
-            adapt(host, record.slots(host))
+        if (place := view.by_path.get(path)) is not None:
+            record.slots(host).row_dim = row_dim(view.model_type, path)
+            adapt(host, record.slots(host), weight_only=place.weight_only)
     for path in heads:
         host = base.modules[path]
         _place(record, host, name, copy_head(host))
@@ -210,6 +244,7 @@ def _install(
     record.adapters[name] = graft
     if len(record.adapters) == 1:
         make_memory_efficient(base.modules.values(), record.selection.activations)
+        adopt(model)
     activate(model, name)
     return graft
 

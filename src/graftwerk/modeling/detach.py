@@ -44,7 +44,7 @@ def remove(model: PreTrainedModel, name: str) -> None:
     graft = record.adapters[name]
     graft.unmerge()
     if graft.weights is not None:
-        graft.weights.put(live=False)
+        graft.put_weights(live=False)
         for parameter in graft.weights.parameters.values():
             parameter.requires_grad_(False)
     selection = record.selection

@@ -31,6 +31,12 @@ class TrainedWeights:
                 f"full fine-tuning needs weights in floating point; {quantized[0]} is quantized",
                 hint="use lora on a quantized base",
             )
+        offloaded = [name for name, parameter in self.parameters.items() if parameter.is_meta]
+        if offloaded:
+            raise UnsupportedError(
+                f"full fine-tuning needs all weights in memory; {offloaded[0]} is offloaded",
+                hint="use lora, or load the model without offloading",
+            )
         self.other: dict[str, Tensor] | None = None
         if keep_base:
             self.other = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}

@@ -24,19 +24,18 @@ def merge_weights(layers: Iterable[tuple[str, nn.Module, AdapterModule]]) -> Sav
     """Fold each delta into its layer. If one cannot be folded, none is.
 
     Raises:
-        UnsupportedError: the base is quantized; folding would round the adapter away.
+        UnsupportedError: the base is quantized, so that folding would round the adapter away; or it is offloaded.
     """
     folded: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
     for path, module, delta in layers:
-        _refuse_quantized(path, module)
-        bias = module.bias
-        assert bias is None or isinstance(bias, Tensor)
+        _refuse_unfoldable(path, module)
+        bias = module._parameters["bias"]
         weight, new_bias = delta.merged_weight(base_weight(module), None if bias is None else bias.detach())
         folded.append((path, module, (weight.T if is_transposed(module) else weight).contiguous(), new_bias))
     kept: SavedWeights = []
     for _, module, weight, new_bias in folded:
-        for own, new in ((module.weight, weight), (module.bias, new_bias)):
-            if isinstance(own, nn.Parameter) and new is not None and new.data_ptr() != own.data_ptr():
+        for own, new in ((module._parameters["weight"], weight), (module._parameters["bias"], new_bias)):
+            if own is not None and new is not None and new.data_ptr() != own.data_ptr():
                 kept.append((own, own.data))
                 own.data = new
     return kept
@@ -47,14 +46,13 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
     """Fold each delta into its layer in place: no memory, and no way back.
 
     Raises:
-        UnsupportedError: the base is quantized; nothing is changed.
+        UnsupportedError: the base is quantized or offloaded; nothing is changed.
         EnvironmentFault: memory gave out on the way.
     """
     for path, module, _ in layers:
-        _refuse_quantized(path, module)
+        _refuse_unfoldable(path, module)
     for number, (path, module, delta) in enumerate(layers):
-        bias = module.bias
-        assert bias is None or isinstance(bias, Tensor)
+        bias = module._parameters["bias"]
         try:
             merge_in_place(delta, base_weight(module), None if bias is None else bias.detach())
         except (MemoryError, RuntimeError) as error:
@@ -66,9 +64,21 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
             ) from error
 
 
-def _refuse_quantized(path: str, module: nn.Module) -> None:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+def _refuse_unfoldable(path: str, module: nn.Module) -> None:
+    weight = module._parameters.get("weight")  # an adapted layer may show others a changed one
+    if weight is None or "bias" not in module._parameters:
+        raise UnsupportedError(
+            "an adapter cannot be merged into a weight that is computed from others (a parametrization)",
+            where=path,
+            hint="serve it unmerged, or remove the parametrization from the base first",
+        )
+    if weight.is_meta:
+        raise UnsupportedError(
+            "an adapter cannot be merged into weights that are offloaded (or not loaded at all): there is nothing to "
+            "add to",
+            where=path,
+            hint="merge first and offload then, or take accelerate's hooks off",
+        )
     if is_quantized(weight):
         raise UnsupportedError(
             f"an adapter cannot be merged into a {'4' if hasattr(weight, 'quant_state') else '8'}-bit base: rounding "

@@ -7,12 +7,13 @@ in a tenth of the time that a walk takes, however many adapters there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
+from graftwerk.errors import ConflictError
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots
 
 _ATTRIBUTE = "_graftwerk_structure"
@@ -95,6 +96,16 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters of the base by name; of tied ones the first name."""
     return module_index(model).parameters
+
+
+def check_parameters(model: nn.Module, parameters: Iterable[nn.Parameter], wish: str) -> None:
+    """Raise ConflictError if these are no longer all parameters of the model."""
+    now = {id(parameter) for parameter in base_parameters(model).values()}
+    if any(id(parameter) not in now for parameter in parameters):
+        raise ConflictError(
+            f"cannot {wish}: the model's parameters have been replaced since, as offloading does",
+            hint="load the base again",
+        )
 
 
 def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

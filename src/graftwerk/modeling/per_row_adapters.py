@@ -37,18 +37,33 @@ faster up to here, even from there on, and slower only with one adapter for all;
 
 
 def forward_rows(box: AdapterSlots, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together."""
+    """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together, or
+    (T, R·k, ..., i) -> (T, R·k, ..., o) where ``box.row_dim`` is 1.
+    """
     selection = box.selection
-    selection.repeats(x.shape[0])
+    selection.repeats(x.shape[box.row_dim])
     working = [
         (part, part.adapters()) for part in selection.cached((box, box.training, fast.enabled("rows")), row_groups)
     ]
+    if box.row_dim:
+        return _rows_last(working, layer, x)
     for part, deltas in working:
         x = part.pre_forward(deltas, x)
     y = layer(x)
     for part, deltas in working:
         y = part.post_forward(deltas, x, y)
     return y
+
+
+def _rows_last(working: Sequence[tuple[Group, BatchedAdapter]], layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`through_rows` on (T, R·k, ..., i)."""
+    x = x.transpose(0, 1).contiguous()
+    for part, deltas in working:
+        x = part.pre_forward(deltas, x)
+    y = layer(x.transpose(0, 1)).transpose(0, 1).contiguous()
+    for part, deltas in working:
+        y = part.post_forward(deltas, x, y)
+    return y.transpose(0, 1)
 
 
 def row_groups(key: tuple[AdapterSlots, bool, bool]) -> tuple[Group, ...]:

@@ -28,7 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from graftwerk.errors import ConflictError, UnsupportedError
 from graftwerk.kernels import flags as fast
 from graftwerk.kernels.versioned_cache import VersionedCache
-from graftwerk.methods.base import Method
+from graftwerk.methods.base import Method, module_device
 from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture, AttentionPlace, StackPlace
@@ -338,7 +338,7 @@ def _starting_values(
     ids = method.start_ids(table.shape[0])
     if ids is None:
         return {place.path: _small(method, place) for place in places}
-    heard = _listen(model, torch.tensor(ids, device=table.device)[None])
+    heard = _listen(model, torch.tensor(ids, device=module_device(model.get_input_embeddings()))[None])
     hosts = {place: model.get_submodule(place.path) for place in places}
     if silent := [place.path for place, host in hosts.items() if id(host) not in heard]:
         raise UnsupportedError(

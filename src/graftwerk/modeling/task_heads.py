@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, ConfigError
-from graftwerk.methods.base import Method
+from graftwerk.methods.base import Method, onloaded
 from graftwerk.modeling.accelerate_compat import unhook
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots
 from graftwerk.modeling.architectures import Architecture
@@ -44,10 +44,11 @@ def copy_head(module: nn.Module) -> nn.Module:
     adapted = module.__class__
     module.__class__ = getattr(adapted, "_graftwerk_base", adapted)
     try:
-        # Tensors are cloned beforehand, since `deepcopy` makes fake ones those of another mode.
-        memo: dict[int, Any] = {id(buffer): buffer.clone() for buffer in module.buffers()}
-        memo |= {id(own): nn.Parameter(own.detach().float().clone()) for own in module.parameters()}
-        head = copy.deepcopy(module, memo)
+        with onloaded(module):
+            # Tensors are cloned beforehand, since `deepcopy` makes fake ones those of another mode.
+            memo: dict[int, Any] = {id(buffer): buffer.clone() for buffer in module.buffers()}
+            memo |= {id(own): nn.Parameter(own.detach().float().clone()) for own in module.parameters()}
+            head = copy.deepcopy(module, memo)
     finally:
         module.__class__ = adapted
         if box is not None:
@@ -56,18 +57,26 @@ def copy_head(module: nn.Module) -> nn.Module:
     return head.requires_grad_(True)
 
 
-def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:
     """Make an adapter's copy of a linear head as wide as the stored one, so that each adapter keeps its own labels.
 
     Args:
         tensors: The head's stored tensors by their names inside the head (`weight`, `out_proj.bias`, ...).
+        classes: How many classes the base's head tells apart: only a layer of so many outputs can have others.
+
+    Returns:
+        How many classes the stored head tells apart, or None if this module does not tell.
     """
     head = box.get(name)
     assert head is not None
+    found = None
     for path, module in list(head.named_modules()):
         key = f"{path}.weight" if path else "weight"
         stored = tensors.get(key)
-        if not isinstance(module, nn.Linear) or stored is None or stored.shape == module.weight.shape:
+        if not isinstance(module, nn.Linear) or stored is None or module.out_features != classes:
+            continue
+        found = stored.shape[0] if stored.dim() == 2 else None
+        if stored.shape == module.weight.shape:
             continue
         if stored.dim() != 2 or stored.shape[1] != module.in_features:
             raise AdapterError(
@@ -81,3 +90,4 @@ def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where:
             setattr(head.get_submodule(parent), child, wider)
         else:
             box.put(name, wider)
+    return found

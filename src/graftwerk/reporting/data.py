@@ -7,7 +7,7 @@ from typing import Any
 
 from graftwerk.reporting import numbers, page
 from graftwerk.reporting.escape import Markup
-from graftwerk.reporting.files import mapping, mappings, number, words
+from graftwerk.reporting.files import hint_of, mapping, mappings, number, words
 
 
 def measured_on(measurement: Mapping[str, Any]) -> str:
@@ -45,6 +45,6 @@ def findings_section(data: Mapping[str, Any]) -> Markup:
         example = words(finding, "example")
         text = words(finding, "message") + (f" For example: {example}" if example else "")
         said.append(
-            page.message("", text or words(finding, "code"), words(finding, "mend"), grave=finding.get("grave") is True)
+            page.message("", text or words(finding, "code"), hint_of(finding), grave=finding.get("grave") is True)
         )
     return page.section("The data", page.messages(said))

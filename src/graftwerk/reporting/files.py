@@ -94,6 +94,11 @@ def read_text(path: Path) -> str:
         raise ResourceError(f"{path} cannot be read: {error.strerror}", where=str(path)) from None
 
 
+def hint_of(entry: Any) -> str:
+    """Return an entry's hint; files of 0.1.0 call it `mend`."""
+    return words(entry, "hint") or words(entry, "mend")
+
+
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The events of a run in order, and how many lines are no events (a last one cut off, most likely)."""
     events: list[dict[str, Any]] = []

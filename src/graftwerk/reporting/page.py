@@ -104,7 +104,7 @@ def message(lead: str, said: Any, hint: Any = None, *, grave: bool = False) -> M
         tag("b", lead) if lead else None,
         " " if lead else None,
         said,
-        tag("span", hint, class_="mend") if hint else None,
+        tag("span", hint, class_="hint") if hint else None,
         class_="grave" if grave else None,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from graftwerk.reporting import numbers, page, tables
 from graftwerk.reporting.data import findings_section, measured_on, origin_facts
 from graftwerk.reporting.escape import Markup, tag
-from graftwerk.reporting.files import mapping, mappings, number, words
+from graftwerk.reporting.files import hint_of, mapping, mappings, number, words
 from graftwerk.reporting.line_charts import Chart, Curve, Mark, charts
 
 SAID = {
@@ -123,11 +123,9 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
         what = words(error, "what") or {"running": "The files say that it is still training."}.get(
             status, "There is no reason stored."
         )
-        where, kept = words(error, "where"), words(error, "kept")
+        where, kept = words(error, "where"), (words(error, "recovered") or words(error, "kept"))
         text = what + (f" ({where})" if where else "") + (f" Kept: {kept}." if kept else "")
-        said.append(
-            page.message(f"{numbers.title(status or 'unknown status')}:", text, words(error, "mend"), grave=True)
-        )
+        said.append(page.message(f"{numbers.title(status or 'unknown status')}:", text, hint_of(error), grave=True))
     metrics = mapping(manifest, "metrics")
     if status == "finished" and "test" not in metrics:
         if "validation" in metrics:
@@ -282,7 +280,7 @@ def _messages(events: Sequence[Mapping[str, Any]]) -> Markup:
             or (f"from {words(event, 'path')}" if kind == "resume" else "no text is stored")
         )
         lead = f"{SAID[kind]}, step {step:,.0f}:" if step is not None else f"{SAID[kind]}:"
-        said.append(page.message(lead, text, words(event, "mend"), grave=kind in GRAVE))
+        said.append(page.message(lead, text, hint_of(event), grave=kind in GRAVE))
     if not said:
         return Markup()
     rest = page.paragraph(f"{more:,} more are in metrics.jsonl.", class_="note") if more else None

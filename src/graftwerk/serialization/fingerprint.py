@@ -2,7 +2,8 @@
 
 It covers the pretrained part alone, so that every class that loads the same checkpoint agrees: no adapters, no task
 heads, no output embeddings and no poolers (classes differ in whether they have them, and a class that finds none in the
-checkpoint draws them at random). Values count as bfloat16: a checkpoint has the same fingerprint whether it was loaded
+checkpoint draws them at random), nor anything else that was drawn. What an adapter does not store of these has digests
+of its own, `digests_beside`. Values count as bfloat16: a checkpoint has the same fingerprint whether it was loaded
 in float32 or in bfloat16. (In float16 it may differ, since rounding twice is not rounding once.)
 
 Of each tensor at most `SAMPLES` values, evenly spread, are hashed. Two checkpoints of one shape differ everywhere, so
@@ -13,16 +14,19 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
+from graftwerk.methods.base import onloaded
 from graftwerk.modeling.attach import disabled
-from graftwerk.modeling.module_index import ModuleIndex, module_index
+from graftwerk.modeling.drawn import drawn_modules, within
+from graftwerk.modeling.module_index import ModuleIndex, base_parameters, module_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,15 +39,35 @@ _LEFT_OUT = frozenset({"pooler", "lm_head", "classifier", "score", "qa_outputs"}
 
 @dataclass(frozen=True)
 class _Known:
-    """A fingerprint, and by what one sees that it still holds."""
+    """A digest of some parameters, or several, and by what one sees that it still holds."""
 
     structure: weakref.ref[ModuleIndex]
     parameters: list[tuple[str, Tensor]]
     versions: list[int]
-    digest: str
+    made: Any
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+_Memory = weakref.WeakKeyDictionary[nn.Module, _Known]
+_fingerprints: _Memory = weakref.WeakKeyDictionary()
+_beside: _Memory = weakref.WeakKeyDictionary()
+
+
+def _remembered(
+    memory: _Memory,
+    model: PreTrainedModel,
+    of: Callable[[PreTrainedModel], list[tuple[str, Tensor]]],
+    make: Callable[[PreTrainedModel, list[tuple[str, Tensor]]], Any],
+) -> Any:
+    """Return what ``make`` gives for the parameters ``of`` a model, made again only once one of them has changed."""
+    now, known = module_index(model), memory.get(model)
+    same = known is not None and known.structure() is now
+    parameters = known.parameters if known is not None and same else of(model)
+    versions = [number for _, parameter in parameters for number in (parameter.data_ptr(), _version(parameter))]
+    if known is not None and same and known.versions == versions:
+        return known.made
+    made = make(model, parameters)
+    memory[model] = _Known(weakref.ref(now), parameters, versions, made)
+    return made
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -57,31 +81,31 @@ def fingerprint(model: PreTrainedModel) -> str:
         UnsupportedError: the model was trained in full and the base's weights were not kept.
     """
     with disabled(model):  # a merged adapter comes out for the moment, and so do weights that were trained in full
-        return _fingerprint(model)
+        made: str = _remembered(_fingerprints, model, lambda model: sorted(_base_parameters(model)), _fingerprint)
+        return made
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
-    now, known = module_index(model), _known.get(model)
-    same = known is not None and known.structure() is now
-    parameters = known.parameters if known is not None and same else sorted(_base_parameters(model))
-    versions = [number for _, parameter in parameters for number in (parameter.data_ptr(), _version(parameter))]
-    if known is not None and same and known.versions == versions:
-        return known.digest
+def _fingerprint(model: PreTrainedModel, parameters: list[tuple[str, Tensor]]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in parameters:
-        if parameter.is_meta:
-            raise ModelError(f"the weights of this model are not loaded (`{name}` is on the meta device)")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(_sample(parameter))
-    _known[model] = _Known(weakref.ref(now), parameters, versions, digest.hexdigest())
+        with _loaded(model.base_model, name, parameter) as weight:
+            digest.update(_sample(weight))
     return digest.hexdigest()
 
 
 def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters of the base by their names within it; of tied ones the first name."""
     outputs = model.get_output_embeddings()
+    drawn = {
+        id(parameter) for path in drawn_modules(model) for parameter in module_index(model).modules[path].parameters()
+    }
     for name, parameter in ModuleIndex(model.base_model).parameters.items():
-        if _LEFT_OUT.isdisjoint(name.split(".")) and not _only_in(outputs, parameter, model):
+        if (
+            id(parameter) not in drawn
+            and _LEFT_OUT.isdisjoint(name.split("."))
+            and not _only_in(outputs, parameter, model)
+        ):
             yield name, parameter
 
 
@@ -95,6 +119,57 @@ def _only_in(outputs: nn.Module | None, parameter: Tensor, model: PreTrainedMode
 
 def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
+
+
+def digests_beside(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Return a digest for each weight, by name, that neither the fingerprint covers nor an adapter stores.
+
+    These are output embeddings, poolers and heads. Where one of them was drawn at random, an adapter that was trained
+    on top of it gives other answers with another.
+
+    Args:
+        model: The base; adapters on it do not count.
+        stored: Paths of the modules that the adapter stores whole.
+
+    Raises:
+        ModelError, UnsupportedError: as `fingerprint`.
+    """
+    with disabled(model):
+        found: dict[str, str] = _remembered(_beside, model, _parameters_beside, _digests)
+        return {name: digest for name, digest in found.items() if not within(name, stored)}
+
+
+def _parameters_beside(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    covered = {id(parameter) for _, parameter in _base_parameters(model)}
+    named = base_parameters(model).items()
+    return [(name, one) for name, one in named if id(one) not in covered and one.is_floating_point()]
+
+
+def _digests(model: PreTrainedModel, parameters: list[tuple[str, Tensor]]) -> dict[str, str]:
+    found = {}
+    for name, parameter in parameters:
+        with _loaded(model, name, parameter) as weight:
+            found[name] = hashlib.blake2b(_sample(weight), digest_size=8).hexdigest()
+    return found
+
+
+@contextmanager
+def _loaded(model: nn.Module, name: str, parameter: Tensor) -> Iterator[Tensor]:
+    """Give a parameter of a model, loaded for the moment if accelerate has offloaded it.
+
+    Raises:
+        ModelError: it has not been loaded at all.
+    """
+    if not parameter.is_meta:
+        yield parameter
+        return
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    with onloaded(module):
+        weight = module._parameters[own]
+        if weight is None or weight.is_meta:
+            raise ModelError(f"the weights of this model are not loaded (`{name}` is on the meta device)")
+        yield weight
 
 
 def _sample(parameter: Tensor) -> bytes:

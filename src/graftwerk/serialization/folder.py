@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,8 @@ from graftwerk.modeling.module_index import frozen_index
 from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
 from graftwerk.serialization.atomic import recover, write_folder
 from graftwerk.serialization.card import model_card
-from graftwerk.serialization.fingerprint import fingerprint
+from graftwerk.serialization.fingerprint import digests_beside, fingerprint
+from graftwerk.serialization.fit import check_beside, check_drawn, labels_of
 from graftwerk.serialization.info import (
     CARD_FILE,
     FORMAT,
@@ -96,7 +97,7 @@ def save_adapter(
 
     Raises:
         DivergedError: a tensor holds NaN or infinity; such an adapter is never written.
-        ConflictError: the folder has other content and no adapter.
+        ConflictError: the folder has other content and no adapter; or the adapter itself was offloaded.
         EnvironmentFault: no space, no permission; what was there is untouched.
         ConfigError: metadata that JSON cannot hold.
     """
@@ -148,6 +149,7 @@ def load_adapter(
     *,
     force: bool = False,
     trainable: bool = False,
+    filled: Collection[str] = (),
 ) -> Adapter:
     """Put a stored adapter, ours or PEFT's, on a model, and make it the active one.
 
@@ -155,21 +157,32 @@ def load_adapter(
         model: Must have the base weights that the adapter was trained on, and a head where the adapter has one.
         folder: The adapter's folder.
         name: What to call it; by default what it was called, or ``default``.
-        force: Accept a base with other weights than those it was trained on (the shapes must still fit).
+        force: Accept a base with other weights than those it was trained on (the shapes must still fit), and one whose
+            weights were drawn at random in part.
         trainable: Let its parameters train on; else they are frozen.
+        filled: Weights that the checkpoint lacks and that `models.load` fills with the same values every time: runs of
+            earlier versions were trained on top of these and do not store them.
 
     Raises:
-        AdapterError: tensors are missing, extra or mis-shaped, or the base is another one (named).
+        AdapterError: tensors are missing, extra or mis-shaped; the base is another one (named); or a part of it that
+            the adapter needs and does not store was drawn at random.
         IntegrityError: a file is damaged, hostile or was changed.
         ConfigError, UnsupportedError, EnvironmentFault: as `read_adapter_config`; the name is taken: ConflictError.
 
     The model is as before whenever this raises. Torch's random state is not touched.
     """
     with uncollected(), frozen_index(model):
-        return _loaded(model, read_adapter_config(folder), name, force, trainable)
+        return _loaded(model, read_adapter_config(folder), name, force, trainable, filled)
 
 
-def _loaded(model: PreTrainedModel, info: AdapterInfo, name: str | None, force: bool, trainable: bool) -> Adapter:
+def _loaded(
+    model: PreTrainedModel,
+    info: AdapterInfo,
+    name: str | None,
+    force: bool,
+    trainable: bool,
+    filled: Collection[str],
+) -> Adapter:
     if info.own:
         check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read
         _check_base(model, info, force)
@@ -178,8 +191,17 @@ def _loaded(model: PreTrainedModel, info: AdapterInfo, name: str | None, force: 
         found = restored(model, view, info)
         if info.own:
             check_size(found, view)
+        if not force:
+            check_drawn(model, info, found, filled)
         name = name or info.name or "default"
         graft = _attached(model, found, name, trainable)
+        try:
+            graft.name_classes(labels_of(graft, info))
+        except AdapterError:
+            graft.delete()
+            if not adapters(model):
+                detach(model)
+            raise
     except (AdapterError, UnsupportedError) as error:
         error.where = f"{info.folder}" if error.where is None else f"{info.folder}: {error.where}"
         if error.hint is None and info.base_name:
@@ -193,6 +215,11 @@ def _loaded(model: PreTrainedModel, info: AdapterInfo, name: str | None, force: 
 
 def _check_finite(graft: Adapter) -> None:
     for key, tensor in graft.state_dict().items():
+        if tensor.is_meta:
+            raise ConflictError(
+                f"`{key}` of adapter `{graft.name}` is offloaded, so that there is nothing to write",
+                hint="take accelerate's hooks off, or offload without preload_module_classes",
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DivergedError(
                 f"`{key}` of adapter `{graft.name}` holds NaN or infinity, so it is not written",
@@ -214,6 +241,7 @@ def _own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "fingerprint": known or _base_fingerprint(graft),
+        "beside": _digests_beside(graft),
     }
     labels = facts.get("labels") or _labels(graft)
     facts["labels"] = None if labels is None else [str(label) for label in labels]
@@ -230,6 +258,15 @@ def _base_fingerprint(graft: Adapter) -> str | None:
         return None
 
 
+def _digests_beside(graft: Adapter) -> dict[str, str]:
+    if graft.weights is not None:
+        return {}
+    try:
+        return digests_beside(graft.model, graft.heads)
+    except UnsupportedError:
+        return {}
+
+
 def _parameters(graft: Adapter) -> dict[str, Any]:
     # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start never trains.
     sizes = {key: tensor.numel() for key, tensor in graft.state_dict().items() if START not in key}
@@ -239,10 +276,10 @@ def _parameters(graft: Adapter) -> dict[str, Any]:
 
 
 def _labels(graft: Adapter) -> list[str] | None:
-    names: Mapping[int, str] = getattr(graft.model.config, "id2label", None) or {}
-    if not graft.heads or all(name == f"LABEL_{index}" for index, name in names.items()):
+    names = graft.label_names
+    if not graft.answers or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         return None
-    return [str(names[index]) for index in sorted(names)]
+    return names
 
 
 def _versions() -> dict[str, str]:
@@ -326,6 +363,7 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
             where=str(info.folder),
             hint=f"load `{info.base_name or wanted}`, or force it (force=True, --force) if weights are meant to differ",
         )
+    check_beside(model, info)
 
 
 def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: bool) -> Adapter:

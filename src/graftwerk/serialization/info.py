@@ -55,6 +55,12 @@ class AdapterInfo:
     def base_fingerprint(self) -> str | None:
         return self.own["base"].get("fingerprint") if self.own else None
 
+    @property
+    def digests_beside(self) -> dict[str, str]:
+        """Of the base's weights that neither its fingerprint covers nor the adapter stores, by name."""
+        beside: dict[str, str] = self.own["base"].get("beside", {}) if self.own else {}
+        return beside
+
     def written(self, name: str) -> dict[str, int] | None:
         """Size and CRC-32 of a file as it was written; None where nobody noted it."""
         files: dict[str, dict[str, int]] = self.own.get("files", {})
@@ -119,6 +125,7 @@ def _checked_own(own: dict[str, Any], path: Path) -> dict[str, Any]:
             isinstance(own["base"].get(key), str | None)
             for key in ("name", "architecture", "model_type", "fingerprint")
         )
+        and isinstance(own["base"].get("beside", {}), dict)
         and isinstance(own.get("method"), dict)
         and isinstance(own["method"].get("name"), str)
         and own["method"]["name"] in METHODS

@@ -14,6 +14,7 @@ from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_parameters
 from graftwerk.modeling.prefix_attention import stacks_of
 from graftwerk.serialization.info import TRAINING_FILE, WEIGHTS_FILE, AdapterInfo
@@ -116,7 +117,9 @@ def check_size(restored: Restored, view: Architecture) -> None:
     elif isinstance(method, Prompt | PTuning):
         expected = method.num_vector_parameters(view.stacks[0].width) if view.stacks else 0
     elif method.kind == "layer":
-        expected = method.num_parameters(method.select_targets(view.targets))
+        expected = method.num_parameters(
+            method.select_targets([place for place in view.targets if not within(place.path, saved)])
+        )
     else:
         return  # full: the model itself says how large it is
     if expected != found:

@@ -4,8 +4,8 @@ The plain template, for models that have none (``bos`` where the tokenizer begin
 
     [bos]{system}⏎⏎### Instruction:⏎{user}⏎⏎### Response:⏎{assistant}[eos]⏎⏎### Instruction:⏎...
 
-A model's template is code from outside. It is rendered by `render.py`, in a process of its own with limits of memory
-and processor time.
+A model's template is code from outside. It is rendered by `template_worker.py`, in a process of its own with limits of
+memory and processor time.
 """
 
 from __future__ import annotations

@@ -215,6 +215,7 @@ class Trainer:
             "device": str(self.device),
             "compute_type": str(self.dtype).removeprefix("torch."),
             "processes": self.processes.world_size,
+            "left_out": self.adapter.left_out(),
         }
 
     # -- one step --------------------------------------------------------------------------------------------------
@@ -240,6 +241,8 @@ class Trainer:
             state.loss_sum += loss
             state.loss_count += 1
             state.grad_norm = norm
+            if state.step == 1:
+                self._news += self._untouched()
         else:
             self._bad_step(loss, norm)
         self.scaler.update()
@@ -313,6 +316,19 @@ class Trainer:
         if state.untrained_steps == 1:
             text = "no row of this step has a trained token; nothing is learnt from such steps, which are counted"
             self._news.append(Event("warning", state.step, text=text))
+
+    def _untouched(self) -> list[Event]:
+        """Return a warning if the first step's gradient did not reach every layer of the adapter."""
+        own = [] if self.adapter.method.kind != "layer" else list(self.adapter.named_parameters())
+        without = [key for key, parameter in own if parameter.grad is None]
+        if not without:
+            return []
+        text = (
+            f"{len(without)} of {len(own)} trained tensors got no gradient in the first step, {without[0]} for "
+            f"instance: the model did not call their layers, so they stay as they are"
+        )
+        hint = "leave these layers out with method.target_modules, if the data never reach them"
+        return [Event("warning", self.state.step, text=text, hint=hint)]
 
     def _bad_step(self, loss: float, norm: float) -> None:
         """A step that the optimizer does not see: weights and moments stay as they were."""

@@ -1,0 +1,125 @@
+"""`save_pretrained` of a model with adapters: a folder that plain transformers loads with the answers that it promises.
+
+A merged adapter (or one that trained all weights, or a head alone) is part of the model: the folder has the merged
+weights, the adapter's head under the base's keys, and its labels. An adapter that is only attached cannot be said in
+such a folder: it gets the bare base, each adapter its own folder below it, and a warning says so. Refusing would lose
+the training of whoever saves at its end.
+
+transformers' Trainer keeps its state by the same method and reads it back by `load_state_dict`. In its
+``checkpoint-N`` folders the adapters' tensors therefore stay among the weights.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from graftwerk.modeling.accelerate_compat import change_class, swapped_class
+from graftwerk.modeling.adapter_slots import CHILD, ModelAdapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
+ADAPTERS = "adapters"
+"""The folder below a saved model in which its adapters lie."""
+_OF_THE_TRAINER = re.compile(r"checkpoint-\d+")
+
+
+class GraftedModel(_Model):  # type: ignore[misc]
+    """Mixed in before the class of a model that has adapters."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `PreTrainedModel.save_pretrained` does: the merged model, or the bare base beside its adapters.
+
+        Args:
+            save_directory: The folder. Adapters that are not merged are saved in ``adapters/<name>`` below it.
+            is_main_process, state_dict, **kwargs: As `PreTrainedModel.save_pretrained` takes them.
+
+        Raises:
+            DivergedError: an adapter holds NaN or infinity and is not saved; the base is.
+
+        Warns:
+            UserWarning: adapters are attached that are not part of the saved model.
+        """
+        folder, record = Path(save_directory), ModelAdapters.of(self)
+        assert record is not None
+        resumable = not record.selection.merged and _OF_THE_TRAINER.fullmatch(folder.name) is not None
+        if resumable:
+            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            apart = [graft for graft in record.adapters.values() if graft.weights is None]
+        else:
+            inside = _inside(record)
+            with _as_plain_model(self, record, inside):
+                state_dict = None if state_dict is None else _plain(state_dict, record, inside)
+                super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            apart = [graft for name, graft in record.adapters.items() if name not in inside]
+        if not apart or not is_main_process:
+            return
+        for graft in apart:
+            graft.save(folder / ADAPTERS / graft.name)
+        names = ", ".join(f"`{graft.name}`" for graft in apart)
+        what = "the base and, for the Trainer alone, adapters' tensors" if resumable else "the model without"
+        warnings.warn(
+            f"{folder} holds {what} {names}: plain transformers does not use an adapter that is not merged. "
+            f"Each is saved in {folder / ADAPTERS}/<name>, for graftwerk.load and PEFT; merge() before saving gives "
+            f"one model.",
+            stacklevel=2,
+        )
+
+
+def adopt(model: nn.Module) -> None:
+    """Give a model the class whose `save_pretrained` knows of adapters. Done twice, it changes nothing more."""
+    if not isinstance(model, GraftedModel):
+        mixin: Any = GraftedModel
+        own: Any = type(model)
+        change_class(model, swapped_class(mixin, own))
+
+
+def _inside(record: ModelAdapters) -> tuple[str, ...]:
+    """Return the active adapters if a plain model can contain all of them: merged, or nothing to merge.
+
+    The latter are those that trained the weights in place, and those that are a head alone.
+    """
+    selection = record.selection
+    names = () if selection.rows is not None else selection.names
+    return names if all(name in selection.merged or not record.adapters[name].hosts for name in names) else ()
+
+
+@contextmanager
+def _as_plain_model(model: nn.Module, record: ModelAdapters, inside: tuple[str, ...]) -> Iterator[None]:
+    """Give the state dict of a model without adapters inside the block, and the configuration that belongs to it."""
+
+    def plain(module: nn.Module, state: dict[str, Any], *_: Any) -> dict[str, Any]:
+        return _plain(state, record, inside)
+
+    with ExitStack() as stack:
+        if not inside:
+            stack.enter_context(record.bare())
+        stack.callback(model._register_state_dict_hook(plain).remove)  # type: ignore[no-untyped-call]
+        yield
+
+
+def _plain(state: Mapping[str, Tensor], record: ModelAdapters, inside: tuple[str, ...]) -> dict[str, Any]:
+    """Return a state dict without adapters' keys; the heads of those ``inside`` take the place of the base's."""
+    marks = {f"{path}.{CHILD}.{name}.": path for name in inside for path in record.adapters[name].heads}
+    found = {key: value for key, value in state.items() if CHILD not in key.split(".")}
+    for key, value in state.items():
+        for mark, path in marks.items():
+            if key.startswith(mark):
+                found[f"{path}.{key.removeprefix(mark)}"] = value
+    return found

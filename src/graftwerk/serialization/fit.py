@@ -1,0 +1,97 @@
+"""Whether a base gives a stored adapter what it was trained on: weights that were drawn at random, and label names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from graftwerk.errors import AdapterError
+from graftwerk.modeling.architectures import read_architecture
+from graftwerk.modeling.attach import Adapter
+from graftwerk.modeling.drawn import drawn_modules, within
+from graftwerk.modeling.module_index import base_parameters
+from graftwerk.modeling.task_heads import head_paths
+from graftwerk.serialization.fingerprint import digests_beside
+from graftwerk.serialization.info import AdapterInfo
+from graftwerk.serialization.peft_format import Restored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
+    """Refuse a base whose weights beside the pretrained part are others than those that the adapter was trained with.
+
+    Raises:
+        AdapterError: a pooler, an output embedding or a head that the adapter does not store has other values.
+    """
+    wanted = info.digests_beside
+    if wanted.keys().isdisjoint(base_parameters(model)):
+        return
+    found = digests_beside(model, ())
+    other = [name for name, digest in wanted.items() if found.get(name, digest) != digest]
+    if other:
+        raise AdapterError(
+            f"`{other[0]}` of this base has other values than where the adapter was trained, and the adapter does not "
+            f"store it ({len(other)} weights in all)",
+            where=str(info.folder),
+            hint="load the same base, weights that its checkpoint lacks included (save_pretrained stores them), or "
+            "force it (force=True, --force)",
+        )
+
+
+def check_drawn(model: PreTrainedModel, info: AdapterInfo, found: Restored, filled: Collection[str]) -> None:
+    """Refuse an adapter with a head on a base where another part that it does not store was drawn at random.
+
+    Args:
+        model: The base.
+        info: What the folder says.
+        found: What was read from it.
+        filled: As `load_adapter` takes it.
+
+    Raises:
+        AdapterError: there is such a part.
+
+    Warns:
+        UserWarning: there is such a part, and the adapter has no head: whoever loads it brings his own.
+    """
+    if found.method.kind == "weights":
+        return  # which stores everything
+    heads = head_paths(model, found.method, read_architecture(model))
+    drawn = [path for path in drawn_modules(model) if not within(path, heads)]
+    drawn = [path for path in drawn if not any(within(name, [path]) for name in filled)]
+    if not drawn:
+        return
+    words = (
+        f"{', '.join(f'`{path}`' for path in drawn)} of this base was drawn at random when it was loaded, because its "
+        f"checkpoint lacks it, and the adapter does not store it: its answers differ from load to load"
+    )
+    if not heads:
+        warnings.warn(words, stacklevel=5)
+        return
+    raise AdapterError(
+        words,
+        where=str(info.folder),
+        hint="load a base whose checkpoint has it, or force it (force=True, --force) if it is not used",
+    )
+
+
+def labels_of(graft: Adapter, info: AdapterInfo) -> list[str] | None:
+    """Return the names of the classes that a loaded adapter's head tells apart; None: those of the base.
+
+    An adapter that names none (PEFT's never do) has the base's where the base has as many, else numbered ones.
+
+    Raises:
+        AdapterError: it names more or fewer classes than its head has.
+    """
+    if not graft.answers:
+        return None
+    classes = graft.classes
+    if info.labels is not None:
+        if classes is not None and len(info.labels) != classes:
+            raise AdapterError(f"the adapter names {len(info.labels)} labels, and its head tells {classes} apart")
+        return info.labels if classes is not None or graft.weights is not None else None
+    if classes is None or classes == len(graft.label_names):
+        return None
+    return [f"LABEL_{index}" for index in range(classes)]
