@@ -180,7 +180,7 @@ class Sides:
         with tempfile.TemporaryDirectory() as folder:
             work = self._trainer(graft, Path(folder))
             work.fit()
-        self.trunk = work.trunk.figures()
+        self.trunk = work.activation_cache.metrics()
         detach(self.model)
 
     def theirs(self) -> None:

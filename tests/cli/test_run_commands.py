@@ -206,7 +206,7 @@ def test_one_process_of_a_launch_speaks_for_all(
     graftwerk: Run, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Under `accelerate launch` every process runs the command; only the main one prints and writes the report."""
-    monkeypatch.setattr("graftwerk.training.train.train", lambda *_, **__: None)
+    monkeypatch.setattr("graftwerk.training.train.run_training", lambda *_, **__: None)
     monkeypatch.setenv("RANK", "1")
     said = graftwerk("train", config, "--json")
     assert (said.code, said.out) == (0, "")

@@ -190,7 +190,7 @@ def test_fifty_steps_are_those_without_a_cache(
     assert len(with_cache) == 50
     assert len(set(with_cache)) > 40
     torch.testing.assert_close(torch.tensor(with_cache), torch.tensor(without), atol=1e-5, rtol=0)
-    figures = made[True][0].trunk.figures()
+    figures = made[True][0].activation_cache.metrics()
     assert figures["on"]
     assert figures["kept"]
     assert figures["rows_computed"] == 0
@@ -199,7 +199,7 @@ def test_fifty_steps_are_those_without_a_cache(
         kept: [event.figures["loss"] for event in told[kept] if event.kind == "evaluation"] for kept in (True, False)
     }
     torch.testing.assert_close(torch.tensor(scores[True]), torch.tensor(scores[False]), atol=1e-5, rtol=0)
-    assert not made[False][0].trunk.figures()["on"]
+    assert not made[False][0].activation_cache.metrics()["on"]
 
 
 def test_switched_off_by_the_flag_of_all_fast_paths(tmp_path: Path) -> None:
@@ -211,11 +211,11 @@ def test_switched_off_by_the_flag_of_all_fast_paths(tmp_path: Path) -> None:
         if plainly:
             with fast.plain("trunk"):
                 work.fit()
-            assert not work.trunk.figures()["kept"]
+            assert not work.activation_cache.metrics()["kept"]
         else:
             work.fit()
-            assert work.trunk.figures()["kept"]
-            assert work.trunk.figures()["dropout_off"]
+            assert work.activation_cache.metrics()["kept"]
+            assert work.activation_cache.metrics()["dropout_off"]
     torch.testing.assert_close(
         torch.tensor(losses_of(told[True])), torch.tensor(losses_of(told[False])), atol=1e-5, rtol=0
     )

@@ -51,7 +51,7 @@ def same(one: Snapshot, other: Snapshot) -> bool:
 def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.load_latest() is None
-    assert checkpoints.latest_said() is None
+    assert checkpoints.recoverable() is None
     saved = snapshot(7, figures={"x": [1.5, None]})
     path = checkpoints.save(saved)
     assert path == tmp_path / "step-000007"

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from graftwerk.errors import ResourceError
-from graftwerk.training.events import Event, EventBus, JsonLines, TensorBoard, to_logging
+from graftwerk.training.callbacks.jsonl import JsonLines
+from graftwerk.training.callbacks.tensorboard import TensorBoard
+from graftwerk.training.events import Event, EventBus, to_logging
 
 
 def lines(path: Path) -> list[dict[str, object]]:

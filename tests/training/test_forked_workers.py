@@ -81,15 +81,16 @@ def test_answers_are_shared_out_and_put_together_in_order(tiny_decoder: Path, gl
 
 def test_what_processes_tell_each_other() -> None:
     def work() -> None:
-        with helpers.fork_workers(3, lambda: None):
-            from graftwerk.training.distributed import Distributed
+        def job() -> None:
+            from graftwerk.training.distributed import connect
+            from graftwerk.training.distributed.predictions import gather_lists
 
-            processes = Distributed(shares_rows=True)
+            processes = connect(shares_rows=True)
             assert (processes.world_size, processes.is_main) == (3, os.environ["RANK"] == "0")
             assert processes.total_bytes([100, 20, 3][processes.rank]) == 123
             assert processes.broadcast([100, 20, 3][processes.rank]) == 100
             texts = [["a"], ["ü\ud83d", None], []]
-            assert processes._lists(texts[processes.rank]) == texts
+            assert gather_lists(processes, texts[processes.rank]) == texts
             own, none, part = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
             own.grad = torch.full((2,), float(processes.rank))
             part.grad = torch.ones(2) if processes.rank == 1 else None
@@ -98,6 +99,8 @@ def test_what_processes_tell_each_other() -> None:
             assert none.grad is None
             assert part.grad is not None
             assert part.grad.tolist() == [1.0, 1.0]
+
+        helpers.run_forked(job, 3, lambda: None)
 
     assert forked(work).wait() == 0
 
@@ -178,9 +181,9 @@ def test_the_main_process_says_in_which_type_all_compute(run_file: Build, tmp_pa
 def test_the_process_is_as_before(run_file: Build, tmp_path: Path) -> None:
     def work() -> None:
         hook = sys.excepthook
-        environment, threads = {name: os.environ.get(name) for name in helpers._SET}, torch.get_num_threads()
+        environment, threads = {name: os.environ.get(name) for name in helpers._ENVIRONMENT}, torch.get_num_threads()
         train(run_file(tmp_path / "two", processes=2, max_steps=2))
-        assert {name: os.environ.get(name) for name in helpers._SET} == environment
+        assert {name: os.environ.get(name) for name in helpers._ENVIRONMENT} == environment
         assert torch.get_num_threads() == threads
         assert sys.excepthook is hook
         assert not torch.distributed.is_initialized()
@@ -270,7 +273,7 @@ def test_what_is_wrong_is_said_once_as_with_one_process(run_file: Build, tmp_pat
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_an_error_of_all_is_the_error_and_not_the_death_of_a_helper(kind: type[Exception], run_file: Build) -> None:
     def work() -> None:
-        import graftwerk.training.trainer as loop
+        import graftwerk.training.gradients as loop
 
         def wrong(*_: Any, **__: Any) -> None:
             raise kind("in every process")
@@ -285,7 +288,7 @@ def test_an_error_of_all_is_the_error_and_not_the_death_of_a_helper(kind: type[E
 
 def test_an_error_of_a_helper_alone_is_named(run_file: Build) -> None:
     def work() -> None:
-        import graftwerk.training.trainer as loop
+        import graftwerk.training.gradients as loop
 
         before = loop.micro_batches
 
@@ -325,7 +328,7 @@ def test_another_number_is_refused_and_the_mend_mends(run_file: Build, tmp_path:
 
     def other() -> None:
         with pytest.raises(
-            ConfigError, match="trained by 2 processes that shared its steps and would go on with 3"
+            ConfigError, match="trained by 2 processes that shared its steps and would be resumed with 3"
         ) as e:
             train(run_file(processes=3), resume=True)
         assert e.value.hint == "training.processes=2, in `graftwerk train`"
@@ -371,7 +374,7 @@ def free(monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path, tmp_path: Path) ->
     """A model that is large by its configuration, and a process that may be forked, of 8 cores."""
     monkeypatch.setattr(how_many, "_against", lambda: None)
     monkeypatch.setattr("graftwerk.models.hardware.threads_wanted", lambda: 8)
-    monkeypatch.setattr("graftwerk.training.oom.available", lambda: 2**34)
+    monkeypatch.setattr("graftwerk.training.num_processes.available", lambda: 2**34)
     monkeypatch.delenv(how_many.ENVIRONMENT, raising=False)
     folder = tmp_path / "large"
     shutil.copytree(tiny_encoder, folder)
@@ -415,7 +418,7 @@ def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
         )
         == 1
     )
-    monkeypatch.setattr("graftwerk.training.oom.available", lambda: 2**28)
+    monkeypatch.setattr("graftwerk.training.num_processes.available", lambda: 2**28)
     assert how_many.resolve_num_processes(config, none, False) == 1
     monkeypatch.setenv(how_many.ENVIRONMENT, "5")
     assert how_many.resolve_num_processes(config, none, False) == 5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 
+from graftwerk.training.callbacks.health_checks import HealthChecks
 from graftwerk.training.events import Event
-from graftwerk.training.health_checks import HealthChecks
 
 PRIOR = 0.69
 

@@ -10,13 +10,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from graftwerk.training.checkpoint import Checkpoints
-from graftwerk.training.distributed import Distributed
+from graftwerk.training.distributed.predictions import deal_batches
 from graftwerk.training.events import Event
 from graftwerk.training.train import Run, train
 from tests.tasks.test_causal import tree as causal_tree
@@ -62,8 +61,8 @@ def same_figures(one: Path, two: Path, *, steps: int = 10) -> None:
 def test_processes_share_whole_batches_of_evaluation() -> None:
     """So that a batch, and how its answers round, does not depend on how many processes there are."""
     batches = [[5, 4], [3, 2], [1]]
-    assert Distributed.shares(SimpleNamespace(world_size=2), batches) == [[5, 4, 1], [3, 2]]  # type: ignore[arg-type]
-    assert Distributed.shares(SimpleNamespace(world_size=1), batches) == [[5, 4, 3, 2, 1]]  # type: ignore[arg-type]
+    assert deal_batches(batches, 2) == [[5, 4, 1], [3, 2]]
+    assert deal_batches(batches, 1) == [[5, 4, 3, 2, 1]]
 
 
 def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, tmp_path: Path, still: Path) -> None:

@@ -25,6 +25,7 @@ from graftwerk.training.batch_sampler import micro_batches
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.events import Event
 from graftwerk.training.settings import TrainingSettings
+from graftwerk.training.snapshot import load_best_state
 from graftwerk.training.trainer import Trainer
 
 
@@ -148,7 +149,7 @@ def test_micro_batches_count_by_their_targets(bench: Bench, tmp_path: Path) -> N
     cut = bench.trainer(tmp_path / "b", max_steps=1, max_grad_norm=None)
     cut.state.micro_batch = 3
     rows = whole.rows_of(0)
-    assert whole._gradients(rows) == pytest.approx(cut._gradients(rows), rel=1e-5)
+    assert whole.gradients(rows, 8) == pytest.approx(cut.gradients(rows, 3), rel=1e-5)
     for a, b in zip(whole.parameters, cut.parameters, strict=True):
         assert a.grad is not None
         assert b.grad is not None
@@ -211,14 +212,14 @@ def test_training_leaves_the_model_as_it_was(bench: Bench, tmp_path: Path) -> No
 
 def test_clipping_bounds_the_gradient(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path / "a", max_grad_norm=1e-3)
-    _, norm = trainer._gradients(trainer.rows_of(0))
+    norm = trainer.gradients(trainer.rows_of(0), 8).norm
     clipped = torch.stack(
         [parameter.grad.norm() for parameter in trainer.parameters if parameter.grad is not None]
     ).norm()
     assert norm > 1e-3
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
     free = bench.trainer(tmp_path / "b", max_grad_norm=None)
-    _, unclipped = free._gradients(free.rows_of(0))
+    unclipped = free.gradients(free.rows_of(0), 8).norm
     assert unclipped == pytest.approx(norm, rel=1e-5)
 
 
@@ -257,7 +258,7 @@ def test_evaluated_and_saved_when_it_was_asked_for(bench: Bench, tmp_path: Path)
 def scripted(trainer: Trainer, values: list[float], metric: str = "accuracy") -> None:
     """Evaluations whose figures are given."""
     left = iter(values)
-    import graftwerk.training.trainer as loop
+    import graftwerk.training.callbacks.validation as loop
 
     class Figures:
         def __call__(self, predictions: Any, task: Any) -> dict[str, float]:
@@ -269,7 +270,7 @@ def scripted(trainer: Trainer, values: list[float], metric: str = "accuracy") ->
 
 @pytest.fixture
 def points_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    import graftwerk.training.trainer as loop
+    import graftwerk.training.callbacks.validation as loop
 
     monkeypatch.setattr(loop, "points", loop.points)
 
@@ -288,7 +289,7 @@ def test_the_best_is_the_first_that_no_other_beats(
     assert state.best == {"step": best, "metric": metric, "value": values[best // 2 - 1]}
     assert best in trainer.checkpoints.steps()
     last = {key: tensor.clone() for key, tensor in trainer.adapter.state_dict().items()}
-    assert trainer.load_best_state() == best
+    assert load_best_state(trainer) == best
     handed = trainer.adapter.state_dict()
     assert all(torch.equal(handed[key], tensor) for key, tensor in trainer.checkpoints.weights(best).items())
     assert not all(torch.equal(handed[key], tensor) for key, tensor in last.items())
@@ -320,15 +321,14 @@ def test_settings_that_need_rows_are_refused_without(bench: Bench, tmp_path: Pat
 
 def test_a_loss_that_is_not_finite_is_skipped_before_the_optimizer_sees_it(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, validation=False)
-    trainer.task = Failing(lambda call, batch, loss: loss * float("inf") if call == 3 else loss)
+    trainer.gradients.task = Failing(lambda call, batch, loss: loss * float("inf") if call == 3 else loss)
     said: list[Event] = []
     trainer.emit = said.append
     for _ in range(2):
         trainer._step()
     before = {key: tensor.clone() for key, tensor in trainer.adapter.state_dict().items()}
     moments = [trainer.optimizer.state[parameter]["exp_avg"].clone() for parameter in trainer.parameters]
-    trainer._step()
-    trainer._settle()
+    trainer._between_steps(trainer._step())
     assert all(torch.equal(before[key], tensor) for key, tensor in trainer.adapter.state_dict().items())
     assert all(
         torch.equal(moment, trainer.optimizer.state[parameter]["exp_avg"])
@@ -353,7 +353,7 @@ class _NanGradient(torch.autograd.Function):
 def test_a_gradient_that_is_not_finite_is_seen_where_the_loss_looks_well(bench: Bench, tmp_path: Path) -> None:
     for clip in (1.0, None):
         trainer = bench.trainer(tmp_path, validation=False, max_bad_steps=1, max_grad_norm=clip)
-        trainer.task = Failing(lambda call, batch, loss: _NanGradient.apply(loss) if call >= 3 else loss)
+        trainer.gradients.task = Failing(lambda call, batch, loss: _NanGradient.apply(loss) if call >= 3 else loss)
         with pytest.raises(DivergedError, match="gradient of step 4") as caught:
             trainer.fit()
         assert caught.value.exit_code == 6
@@ -362,7 +362,7 @@ def test_a_gradient_that_is_not_finite_is_seen_where_the_loss_looks_well(bench: 
 
 def test_one_bad_micro_batch_spoils_the_step_and_no_more(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, validation=False, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    trainer.task = Failing(lambda call, batch, loss: loss * float("nan") if call == 2 else loss)
+    trainer.gradients.task = Failing(lambda call, batch, loss: loss * float("nan") if call == 2 else loss)
     assert len(losses(trainer)) == 7
     assert trainer.state.bad_steps == 1
 
@@ -381,7 +381,7 @@ def too_many(limit: int) -> Failing:
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(bench: Bench, tmp_path: Path) -> None:
     said: list[Event] = []
     trainer = bench.trainer(tmp_path, emit=said.append)
-    trainer.task = too_many(3)
+    trainer.gradients.task = too_many(3)
     assert losses(trainer) == pytest.approx(GOLDEN, abs=2e-4)
     memory = [event.figures for event in said if event.kind == "memory"]
     assert [(event["micro_batch"], event["accumulation"]) for event in memory] == [(4, 2), (2, 4)]
@@ -393,7 +393,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(bench: Bench, t
 
 def test_one_row_that_does_not_fit_is_an_error_with_numbers(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path)
-    trainer.task = too_many(0)
+    trainer.gradients.task = too_many(0)
     with pytest.raises(ResourceError, match=r"GiB.*up to \d+ tokens.*parameters are trained") as caught:
         trainer.fit()
     assert caught.value.exit_code == 5
@@ -418,7 +418,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(bench: Bench, tmp_path:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     trainer = bench.trainer(tmp_path)
-    trainer.task = Failing(fail)
+    trainer.gradients.task = Failing(fail)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         trainer.fit()
 

@@ -32,8 +32,8 @@ def describe_machine() -> dict[str, Any]:
     """Cores, memory (bytes), devices, probed compute type, package versions. Imports torch."""
     import torch
 
+    from graftwerk.machine import available
     from graftwerk.models.hardware import compute_type, usable_cores
-    from graftwerk.training.oom import available
 
     return {
         "python": platform.python_version(),

@@ -44,10 +44,13 @@ def register(app: typer.Typer) -> None:
             return {"dry_run": True, **checked}
         from graftwerk.cli.progress import Progress
         from graftwerk.training.distributed import is_main_process
-        from graftwerk.training.train import train
+        from graftwerk.training.timing import process_start
+        from graftwerk.training.train import run_training
 
         with Progress(out) as progress:
-            run = train(settings, resume=resume, overwrite=overwrite, listener=progress)
+            run = run_training(
+                settings, resume=resume, overwrite=overwrite, listener=progress, started_at=process_start()
+            )
         if not is_main_process():  # under `accelerate launch`: one process speaks for all
             return None
         from graftwerk.reporting.html import write_report

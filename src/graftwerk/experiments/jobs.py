@@ -102,8 +102,8 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.evaluation.evaluate import evaluate
     from graftwerk.evaluation.results_io import load_evaluation
     from graftwerk.reporting.html import write_report
-    from graftwerk.training.activation_cache.plan import sharing
-    from graftwerk.training.train import train
+    from graftwerk.training.timing import process_start
+    from graftwerk.training.train import run_training
 
     def listener(event: Any) -> None:
         if event.kind in FORWARDED:
@@ -111,8 +111,14 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
     config = RunConfig.build(dict(job["config"]))
     began = time.monotonic()
-    with sharing(Path(job["trunk"])):
-        run = train(config, resume=not job["overwrite"], overwrite=job["overwrite"], listener=listener)
+    run = run_training(
+        config,
+        resume=not job["overwrite"],
+        overwrite=job["overwrite"],
+        listener=listener,
+        started_at=process_start(),
+        shared_cache=Path(job["trunk"]),
+    )
     if load_evaluation(run.folder, run.adapter) is None:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
         evaluate(run, store=True)

@@ -97,8 +97,8 @@ class Checkpoints:
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
-    def latest_said(self) -> str | None:
-        """The same for the ``kept`` of an error."""
+    def recoverable(self) -> str | None:
+        """Return the path of the newest checkpoint for an error's `recovered`, None if there is none."""
         latest = self.latest()
         return None if latest is None else str(latest)
 
@@ -114,7 +114,7 @@ class Checkpoints:
                 f"after step {snapshot.step} {len(bad)} trained tensors are not finite (the first: {bad[0]}); "
                 f"they are not saved",
                 hint="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
-                recovered=self.latest_said(),
+                recovered=self.recoverable(),
             )
         target = self.path(snapshot.step)
         tensors = [*snapshot.weights.values(), *snapshot.optimizer.values(), *snapshot.rng.values()]

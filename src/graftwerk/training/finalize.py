@@ -14,6 +14,7 @@ from graftwerk.training.manifest import compute_of
 from graftwerk.training.multitask_sampling import drawn
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared
+from graftwerk.training.snapshot import load_best_state
 from graftwerk.training.trainer import Trainer
 from graftwerk.training.validation import StopEvaluation
 
@@ -66,7 +67,7 @@ def finish(
     from graftwerk.serialization.folder import save_adapter
 
     trainer.emit(Event("phase", trainer.state.step, name="evaluating"))
-    step = trainer.load_best_state()
+    step = load_best_state(trainer)
     model = trainer.adapter.model
     for split in ("validation", "test"):
         if not prepared.examples[split]:
@@ -102,7 +103,7 @@ def finish(
         return
     manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best
-    manifest["trunk"] = trainer.trunk.figures()
+    manifest["trunk"] = trainer.activation_cache.metrics()
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
@@ -137,10 +138,10 @@ def _predictions(
     if (
         generation is None
         and split == "validation"
-        and trainer.best_predictions is not None
-        and trainer.best_predictions[0] == step
+        and (best := trainer.evaluations.best_predictions) is not None
+        and best[0] == step
     ):
-        return trainer.best_predictions[1]
+        return best[1]
     return _measured(trainer, prepared, split, evaluation)
 
 
@@ -152,6 +153,6 @@ def _measured(trainer: Trainer, prepared: Prepared, split: str, evaluation: Eval
         raise RunInterrupted(
             trainer.stop.signum or 15,
             "stopped in the last evaluation; training itself is done",
-            recovered=trainer.checkpoints.latest_said(),
+            recovered=trainer.checkpoints.recoverable(),
             hint="the same command with --resume does what is left",
         ) from None

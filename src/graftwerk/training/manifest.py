@@ -8,13 +8,17 @@ import os
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig, parse_yaml
 from graftwerk.errors import ConfigError
 from graftwerk.modeling.attach import Adapter
+from graftwerk.training.optim import peak_rates
 from graftwerk.training.run_dir import CONFIG
 from graftwerk.training.setup import SPLITS, Prepared
+
+if TYPE_CHECKING:
+    from graftwerk.training.trainer import Trainer
 
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "scikit-learn")
@@ -85,7 +89,25 @@ def data_identity(prepared: Prepared) -> str:
     return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
 
 
-def compute_of(trainer: Any) -> dict[str, Any]:
+def run_plan(trainer: Trainer) -> dict[str, Any]:
+    """Return what a training will do, for its `start` event."""
+    rates = peak_rates(trainer.adapter, trainer.settings)
+    return {
+        "total_steps": trainer.total_steps,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "rows_per_step": trainer.rows_per_step,
+        "rows": {"train": len(trainer.train), "validation": len(trainer.validation)},
+        "method": trainer.adapter.method.name,
+        "learning_rate": rates.method,
+        "head_learning_rate": rates.head,
+        "device": str(trainer.device),
+        "compute_type": str(trainer.dtype).removeprefix("torch."),
+        "processes": trainer.processes.world_size,
+        "left_out": trainer.adapter.left_out(),
+    }
+
+
+def compute_of(trainer: Trainer) -> dict[str, Any]:
     """Return in what and in which batches a run computes its answers, which `evaluate` then does too."""
     import torch
 

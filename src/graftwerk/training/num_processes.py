@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwerk.errors import ConfigError, GraftwerkError, UnsupportedError
+from graftwerk.machine import available
 from graftwerk.training.forked_workers import KEY, ended
 
 if TYPE_CHECKING:
@@ -130,7 +131,6 @@ def _alone() -> bool:
 def _worth(settings: RunConfig, rows: int) -> int:
     from graftwerk.models.hardware import threads_wanted
     from graftwerk.models.load import load_config
-    from graftwerk.training import oom as memory
 
     count = min(threads_wanted(), rows // ROWS_EACH)
     method = settings.method
@@ -146,7 +146,7 @@ def _worth(settings: RunConfig, rows: int) -> int:
     parameters = 12 * layers * width**2 + width * (getattr(architecture, "vocab_size", 0) or 0)
     if parameters < LEAST_PARAMETERS:
         return 1
-    fitting = int(FREE_SHARE * (memory.available() or 0) // (4 * COPIES * parameters))
+    fitting = int(FREE_SHARE * (available() or 0) // (4 * COPIES * parameters))
     return max(1, min(count, fitting))
 
 

@@ -24,12 +24,12 @@ class StopSignals:
     stays.
 
     Args:
-        kept: Says what is on disk, for the message of an immediate stop.
+        recoverable: Function that returns the path of the newest checkpoint, for the error of an immediate stop.
     """
 
-    def __init__(self, kept: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, recoverable: Callable[[], str | None] = lambda: None) -> None:
         self.signum: int | None = None
-        self.kept = kept
+        self.recoverable = recoverable
         self._deferring = False
 
     @contextmanager
@@ -63,7 +63,7 @@ class StopSignals:
             _say(f"\n{name}: finishing this step and saving; once more to stop at once\n")
             return
         self.signum = signum
-        raise RunInterrupted(signum, f"stopped at once by {name}", recovered=self.kept())
+        raise RunInterrupted(signum, f"stopped at once by {name}", recovered=self.recoverable())
 
 
 def _say(text: str) -> None:

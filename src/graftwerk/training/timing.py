@@ -7,45 +7,69 @@ import time
 from pathlib import Path
 
 PROGRESS_SECONDS = 0.25
-"""People are told at most so often."""
+"""Shortest time between two progress events."""
 
 
 class Clock:
-    """Attributes: ``step_seconds``, a running mean; ``evaluation_seconds``, of the last one."""
+    """Measure the time of a training.
+
+    Attributes:
+        step_seconds: Running mean of the seconds of a step.
+        evaluation_seconds: Seconds of the last evaluation.
+        first_step_at: Value of `time.monotonic()` after the first step of this process; None before.
+    """
 
     def __init__(self) -> None:
         self.step_seconds = self.evaluation_seconds = 0.0
         self._carried = self._told = 0.0
         self._started = self._last = time.monotonic()
+        self.first_step_at: float | None = None
 
     def start(self, carried: float) -> None:
-        """Begin, with the seconds that earlier parts of the same run took."""
+        """Start the clock.
+
+        Args:
+            carried: Seconds that earlier parts of the same run took.
+        """
         self._carried = carried
         self._started = self._last = time.monotonic()
 
     def seconds(self) -> float:
+        """Return the seconds of training so far, over all parts of the run."""
         return self._carried + time.monotonic() - self._started
 
     def step(self) -> None:
+        """Note the end of a step."""
         now = time.monotonic()
+        self.first_step_at = self.first_step_at or now
         took, self._last = now - self._last, now
         self.step_seconds = took if not self.step_seconds else 0.9 * self.step_seconds + 0.1 * took
 
     def pause(self) -> float:
-        """What was done since the last step is no part of the pace; gives its seconds."""
+        """Leave the time since the last step out of the pace, and return its seconds."""
         now = time.monotonic()
         took, self._last = now - self._last, now
         return took
 
     def progress_due(self) -> bool:
+        """Return True at most every `PROGRESS_SECONDS`."""
         if self._last - self._told < PROGRESS_SECONDS:
             return False
         self._told = self._last
         return True
 
 
+def process_start() -> float:
+    """Return the value that `time.monotonic()` had when this process started."""
+    return time.monotonic() - seconds_since_process_start()
+
+
 def seconds_since_process_start(process: int | str = "self") -> float:
-    """Since the kernel started a process, by the clock that counts from boot; 0.0 where there is no /proc."""
+    """Return the seconds since the kernel started a process, 0.0 on systems without /proc.
+
+    Args:
+        process: Process id, or "self".
+    """
     try:
         stat = Path(f"/proc/{process}/stat").read_text()
         ticks = int(stat[stat.rindex(")") + 2 :].split()[19])

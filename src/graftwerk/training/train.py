@@ -18,20 +18,18 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import DivergedError, GraftwerkError
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import understood
+from graftwerk.training.callbacks.jsonl import JsonLines
+from graftwerk.training.callbacks.tensorboard import TensorBoard
 from graftwerk.training.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
-from graftwerk.training.events import Event, EventBus, JsonLines, Listener, TensorBoard, to_logging
+from graftwerk.training.events import Event, EventBus, Listener, to_logging
 from graftwerk.training.lock import RunLock
 from graftwerk.training.resume_check import environment_warning, refuse_changes
 from graftwerk.training.run_dir import CONFIG, MANIFEST, Run, RunDir
 from graftwerk.training.signals import StopSignals
-from graftwerk.training.timing import seconds_since_process_start
 
 __all__ = ["Run", "train"]
 
 LAUNCHED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
-
-_trained_before = False
-"""Whether this process has trained already: then a run's clock starts with its call, not with the process."""
 
 
 def train(
@@ -46,52 +44,73 @@ def train(
 
     Args:
         config: A run file, its content as a mapping, or a `RunConfig`.
-        resume: Go on with the run in `output_dir`, bit for bit as if it had never stopped; begin it if there is none. A
-            finished run is given back as it is.
+        resume: Resume the run in `output_dir`, bit for bit as if it had never stopped; start it if there is none. A
+            finished run is returned as it is.
         overwrite: Replace the run in `output_dir`.
-        listener: Told every event as it happens (`train.events`); without one, what goes wrong goes to `logging`.
+        listener: Called with every event as it happens (`training.events`); without one, problems go to `logging`.
         overrides: Settings by name, over those of the run file: ``learning_rate=1e-3``, ``method="prefix"``; dotted
-        keys as
-            ``**{"data.max_train_rows": 100}``.
+            keys as ``**{"data.max_train_rows": 100}``.
+
+    Returns:
+        The finished run.
 
     Raises:
-        ConfigError, DataError, ModelError, EnvironmentFault: found before anything is trained or replaced.
-        UnsupportedError: several processes were asked for, and this one cannot be forked.
-        ConflictError: another process trains there; there is a run already; or what is resumed is another run.
-        Interrupted: SIGINT or SIGTERM, after the state was saved.
-        DivergedError: loss or gradients were not finite again and again.
-        IntegrityError: no checkpoint is whole.
+        ConfigError, DataError, ModelError, ResourceError: Found before anything is trained or replaced.
+        UnsupportedError: Several processes were asked for, and this one cannot be forked.
+        ConflictError: Another process trains there, there is a run already, or the resumed run is another one.
+        RunInterrupted: SIGINT or SIGTERM came; the state was saved.
+        DivergedError: Loss or gradients were not finite again and again.
+        IntegrityError: No checkpoint is intact.
     """
-    global _trained_before
-    began = time.monotonic() - (0.0 if _trained_before else seconds_since_process_start())
-    _trained_before = True
-    settings = _read_config(config, overrides).anchored()
-    settings.dump()  # what could not be written, or not be read again, is refused before anything is done
+    started_at = time.monotonic()
+    settings = _read_config(config, overrides)
+    return run_training(settings, resume=resume, overwrite=overwrite, listener=listener, started_at=started_at)
+
+
+def run_training(
+    settings: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    started_at: float,
+    shared_cache: Path | None = None,
+) -> Run:
+    """Train as `train` does, for callers that own the process.
+
+    Args:
+        settings: All settings of the run.
+        resume: As for `train`.
+        overwrite: As for `train`.
+        listener: As for `train`.
+        started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
+        shared_cache: Folder in which this run and others share the hidden states of frozen layers, unless the settings
+            name one.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        GraftwerkError: As `train` does.
+    """
+    settings = settings.anchored()
+    settings.dump()  # settings that could not be written, or not be read again, are refused before anything is done
     folder = RunDir(settings.output_dir)
-    from graftwerk.training import forked_workers as helpers
-    from graftwerk.training.distributed import Distributed, is_main_process
+    from graftwerk.training.forked_workers import run_forked
     from graftwerk.training.num_processes import resolve_num_processes
 
     checkpoints = Checkpoints(folder.checkpoints, limit=settings.training.save_total_limit)
-    count = resolve_num_processes(settings, checkpoints, resume)
-    with helpers.fork_workers(count, checkpoints.latest_said):
-        main = is_main_process()
-        hub = EventBus(*([listener or to_logging] if main else []))
-        checkpoints.warn = lambda text: hub(Event("warning", 0, text=text))
-        stop = StopSignals(kept=checkpoints.latest_said)
-        with stop.installed(), RunLock(folder.path) if main else nullcontext():
-            earlier = folder.claim(resume=resume, overwrite=overwrite) if main else None
-            finished = earlier is not None and earlier["status"] == "finished"
-            if finished:
-                _refuse_other_settings(settings, folder)
-            if main:
-                checkpoints.clean()
-            processes = Distributed(shares_rows=count > 1)
-            if not processes.any(finished):  # the main process has looked at the folder; the others do as it does
-                _RunDriver(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
-            elif main:
-                hub(Event("nothing_left", 0, text=f"the run in {folder.path} is finished; nothing was left to do"))
-            processes.barrier()
+    num_processes = resolve_num_processes(settings, checkpoints, resume)
+
+    def job() -> None:
+        from graftwerk.training.distributed import is_main_process
+
+        bus = EventBus(*([listener or to_logging] if is_main_process() else []))
+        checkpoints.warn = lambda text: bus(Event("warning", 0, text=text))
+        run = _RunDriver(settings, folder, checkpoints, bus, started_at, shared_cache)
+        run.train_in_lock(resume=resume, overwrite=overwrite, forked=num_processes > 1)
+
+    run_forked(job, num_processes, checkpoints.recoverable)
     return Run(folder.path)
 
 
@@ -103,45 +122,80 @@ def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: 
     return RunConfig.load(config, overrides)
 
 
-def _refuse_other_settings(settings: RunConfig, folder: RunDir) -> None:
-    """A finished run is given back only to who asks for that very run."""
-    written = folder.path / CONFIG
-    if written.is_file():
-        before = RunConfig.load(written).model_dump(mode="json")
-        refuse_changes({"config": before}, {"config": settings.model_dump(mode="json")}, folder.adapter)
-
-
 class _RunDriver:
-    """One call of `train` inside its locked folder."""
+    """Drive one run in one process, from the lock on its folder to the finished manifest.
+
+    Args:
+        settings: All settings of the run.
+        folder: The run folder.
+        checkpoints: The run's checkpoints.
+        bus: Event bus; `checkpoints` warn through it.
+        started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
+        shared_cache: Folder of hidden states that other runs share.
+    """
 
     def __init__(
         self,
         settings: RunConfig,
         folder: RunDir,
         checkpoints: Checkpoints,
-        stop: StopSignals,
-        hub: EventBus,
-        processes: Any,
-        began: float,
+        bus: EventBus,
+        started_at: float,
+        shared_cache: Path | None,
     ) -> None:
-        self.settings, self.folder, self.checkpoints, self.stop = settings, folder, checkpoints, stop
-        self.hub, self.processes, self.began = hub, processes, began
+        self.settings, self.folder, self.checkpoints, self.bus = settings, folder, checkpoints, bus
+        self.started_at, self.shared_cache = started_at, shared_cache
+        self.stop = StopSignals(recoverable=checkpoints.recoverable)
         self.manifest: dict[str, Any] = {}
 
-    def do(self, resume: bool) -> None:
+    def train_in_lock(self, *, resume: bool, overwrite: bool, forked: bool) -> None:
+        """Lock the folder, and train unless the run is finished already.
+
+        Args:
+            resume: As for `train`.
+            overwrite: As for `train`.
+            forked: True in the processes of `run_forked`.
+        """
+        from graftwerk.training.distributed import connect, is_main_process
+
+        main = is_main_process()
+        with self.stop.installed(), RunLock(self.folder.path) if main else nullcontext():
+            earlier = self.folder.claim(resume=resume, overwrite=overwrite) if main else None
+            finished = earlier is not None and earlier["status"] == "finished"
+            if finished:
+                self._refuse_other_settings()
+            if main:
+                self.checkpoints.clean()
+            self.processes = connect(shares_rows=forked)
+            if not self.processes.any(finished):  # only the main process has looked at the folder
+                self._train(resume)
+            elif main:
+                text = f"the run in {self.folder.path} is finished; nothing was left to do"
+                self.bus(Event("nothing_left", 0, text=text))
+            self.processes.barrier()
+
+    def _refuse_other_settings(self) -> None:
+        """Raise ConflictError if a finished run was made with other settings than these."""
+        written = self.folder.path / CONFIG
+        if written.is_file():
+            before = RunConfig.load(written).model_dump(mode="json")
+            refuse_changes({"config": before}, {"config": self.settings.model_dump(mode="json")}, self.folder.adapter)
+
+    def _train(self, resume: bool) -> None:
+        """Read the data, load the model, train, and store the results."""
         from graftwerk.evaluation.cost import peak_memory, resident
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
         from graftwerk.training.augmented import add_augmented
         from graftwerk.training.data_checks import first_batch, raise_on_severe
         from graftwerk.training.finalize import finish
-        from graftwerk.training.manifest import compute_of, data_identity, environment, opening
+        from graftwerk.training.manifest import compute_of, data_identity, environment, opening, run_plan
         from graftwerk.training.mode import check_compute_type
         from graftwerk.training.multitask_sampling import sampler_of
         from graftwerk.training.setup import load_base_and_attach, prepare
         from graftwerk.training.trainer import Trainer
         from graftwerk.training.warm_start import warm_labels, warm_start
 
-        settings, hub = self.settings, self.hub
+        settings, bus = self.settings, self.bus
         set_threads()
         dtype = compute_type(settings.training.compute_type, self.processes.device)
         types = list(TYPES.values())  # each process has tried for itself what is fast
@@ -151,33 +205,33 @@ class _RunDriver:
         identity: dict[str, Any] = {"config": settings.model_dump(mode="json"), "environment": environment()}
         self._same_run(snapshot, identity, "config")
         early: list[Event] = []
-        hub.listeners.append(early.append)
-        hub(Event("phase", 0, name="reading the data"))
-        prepared = prepare(settings, hub, warm_labels(settings.training.warm_start))
+        bus.listeners.append(early.append)
+        bus(Event("phase", 0, name="reading the data"))
+        prepared = prepare(settings, bus, warm_labels(settings.training.warm_start))
         raise_on_severe(prepared.findings, settings.data.allow)
         if snapshot is None:
             batch = first_batch(
                 settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
             )
-            hub(Event("first_batch", 0, **batch))
-        prepared = add_augmented(prepared, settings, self.folder.path, hub, self.processes)
+            bus(Event("first_batch", 0, **batch))
+        prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
         self._same_run(snapshot, identity, "data")
-        hub(Event("phase", 0, name="loading the model"))
+        bus(Event("phase", 0, name="loading the model"))
         baseline = resident(self.processes.device)
-        graft, identity["base"] = load_base_and_attach(settings, prepared)
+        adapter, identity["base"] = load_base_and_attach(settings, prepared)
         self._same_run(snapshot, identity, "base")
         if settings.training.warm_start is not None:
-            warm_start(graft, settings.training.warm_start)
+            warm_start(adapter, settings.training.warm_start)
         trainer = Trainer(
-            graft,
+            adapter,
             prepared.task,
             prepared.tokenizer,
             prepared.examples["train"],
             prepared.examples["validation"],
             settings.training,
             checkpoints=self.checkpoints,
-            emit=hub,
+            emit=bus,
             stop=self.stop,
             identity=identity,
             dtype=dtype,
@@ -186,33 +240,34 @@ class _RunDriver:
             max_length=prepared.max_length,
             draw=sampler_of(settings, prepared.task, prepared.examples["train"]),
             labels=prepared.splits.labels or (),
+            shared_cache=self.shared_cache,
         )
-        self.manifest = opening(settings, prepared, graft, identity["base"], compute_of(trainer))
+        self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
         self._check_readable(trainer)
         self.processes.barrier()  # all have loaded what they need, before anything is replaced
         if self.processes.is_main:
-            hub.listeners.remove(early.append)
+            bus.listeners.remove(early.append)
             self._open_folder(snapshot)
         with self._logs(snapshot, early) as log_position:
             trainer.log_position = log_position
             if snapshot is None:
-                hub(Event("start", 0, **trainer.plan(), parameters=self.manifest["parameters"]))
+                bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
             else:
                 trainer.restore(snapshot)
-                hub(Event("resume", snapshot.step, path=str(self.checkpoints.path(snapshot.step))))
+                bus(Event("resume", snapshot.step, path=str(self.checkpoints.path(snapshot.step))))
                 if text := environment_warning(snapshot.state["run"], identity):
-                    hub(Event("warning", snapshot.step, text=text))
+                    bus(Event("warning", snapshot.step, text=text))
             asked, used = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), str(dtype).removeprefix("torch.")
             if asked != "no" and LAUNCHED_PRECISION.get(asked) != used:
                 text = (
                     f"accelerate's mixed precision ({asked}) is not used: training.compute_type decides; it is {used}"
                 )
-                hub(Event("warning", trainer.state.step, text=text))
+                bus(Event("warning", trainer.state.step, text=text))
             with self._failure_noted():
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
-                first = None if trainer.first_step_at is None else trainer.first_step_at - self.began
+                first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
                 finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
@@ -266,7 +321,7 @@ class _RunDriver:
         wanted = self.settings.training.report_to
 
         def trouble(text: str) -> None:
-            self.hub(Event("warning", step, text=text))
+            self.bus(Event("warning", step, text=text))
 
         log = JsonLines(self.folder.log, offset, trouble) if "jsonl" in wanted else None
         board = (
@@ -275,7 +330,7 @@ class _RunDriver:
             else None
         )
         writers = [writer for writer in (log, board) if writer is not None]
-        self.hub.listeners.extend(writers)
+        self.bus.listeners.extend(writers)
         try:
             if log is not None and log.missing:
                 trouble(f"{log.path} is {log.missing:,} bytes shorter than it was at the checkpoint")
@@ -284,7 +339,7 @@ class _RunDriver:
             yield log.sync if log is not None else self._log_bytes
         finally:
             for writer in writers:
-                self.hub.listeners.remove(writer)
+                self.bus.listeners.remove(writer)
                 writer.close()
 
     def _log_bytes(self) -> int:

@@ -10,13 +10,14 @@ import torch
 
 from graftwerk.errors import ConfigError, DivergedError
 from graftwerk.evaluation.inference import Serve, batches_of
+from graftwerk.evaluation.oom import is_out_of_memory, release
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Predictions, Task
 from graftwerk.tasks.text import TextTask
-from graftwerk.training import oom as memory
 from graftwerk.training.class_weights import check_class_weights
 from graftwerk.training.distributed import Distributed
+from graftwerk.training.distributed.predictions import deal_batches, gather_predictions
 from graftwerk.training.settings import TrainingSettings
 
 NEED_ROWS = ("eval_steps", "early_stopping_patience", "metric_for_best")
@@ -32,26 +33,26 @@ class Evaluator:
     Args:
         batch_size: Rows of a forward pass.
         dtype: What it computes in.
-        asked_to_stop: Looked at after every batch, where one process is alone; several have to stay together.
+        stop_requested: Looked at after every batch, where one process is alone; several have to stay together.
         say: Told in words when the batch is halved.
         serve: As for `run_model`.
     """
 
     def __init__(
         self,
-        graft: Adapter,
+        adapter: Adapter,
         task: Task,
         tokenizer: Any,
         processes: Distributed,
         *,
         batch_size: int,
         dtype: torch.dtype,
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = lambda text: None,
         serve: Serve | None = None,
     ) -> None:
-        self.graft, self.task, self.tokenizer, self.processes = graft, task, tokenizer, processes
-        self.batch_size, self.dtype, self.asked_to_stop, self.say = batch_size, dtype, asked_to_stop, say
+        self.adapter, self.task, self.tokenizer, self.processes = adapter, task, tokenizer, processes
+        self.batch_size, self.dtype, self.stop_requested, self.say = batch_size, dtype, stop_requested, say
         self.serve = serve
         self._dealt = batch_size
         """Rows that are dealt out together: the same on all processes, also where one of them has halved its batch."""
@@ -70,9 +71,9 @@ class Evaluator:
         if self.processes.world_size == 1 or len(batches) < self.processes.world_size:
             predictions = self._predict(examples, generation)
         else:
-            shares = self.processes.shares(batches)
+            shares = deal_batches(batches, self.processes.world_size)
             own = self._predict([examples[row] for row in shares[self.processes.rank]], generation)
-            predictions = self.processes.gather_predictions(own, shares)
+            predictions = gather_predictions(self.processes, own, shares)
         if not predictions.finite:
             raise DivergedError(
                 "the model's scores are not finite",
@@ -84,7 +85,7 @@ class Evaluator:
         from graftwerk.evaluation.evaluate import run_model
         from graftwerk.evaluation.generation import generate
 
-        training = self.graft.model.training
+        training = self.adapter.model.training
         texts: list[str] | None = None
         while True:
             try:
@@ -93,7 +94,7 @@ class Evaluator:
                         update={"generation_batch_size": min(generation.generation_batch_size, self.batch_size)}
                     )
                     texts = generate(
-                        self.graft.model,
+                        self.adapter.model,
                         self.task,
                         examples,
                         self.tokenizer,
@@ -103,7 +104,7 @@ class Evaluator:
                         say=self.say,
                     )
                 predictions: Predictions = run_model(
-                    self.graft.model,
+                    self.adapter.model,
                     self.task,
                     examples,
                     self.tokenizer,
@@ -115,16 +116,16 @@ class Evaluator:
                 )
                 return predictions
             except (MemoryError, RuntimeError) as error:
-                if not memory.is_out_of_memory(error) or self.batch_size == 1:
+                if not is_out_of_memory(error) or self.batch_size == 1:
                     raise
             finally:
-                self.graft.model.train(training)
-            memory.release()
+                self.adapter.model.train(training)
+            release()
             self.batch_size = math.ceil(self.batch_size / 2)
-            self.say(f"out of memory in evaluation: going on with {self.batch_size} rows a batch")
+            self.say(f"out of memory in evaluation: continuing with {self.batch_size} rows a batch")
 
     def _on_progress(self, *_: Any) -> None:
-        if self.processes.world_size == 1 and self.asked_to_stop():
+        if self.processes.world_size == 1 and self.stop_requested():
             raise StopEvaluation
 
 

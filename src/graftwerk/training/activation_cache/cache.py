@@ -24,12 +24,13 @@ from torch import Tensor
 
 from graftwerk.errors import GraftwerkError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, evaluation_mode, to_device
+from graftwerk.evaluation.oom import is_out_of_memory, release
 from graftwerk.kernels import flags as fast
+from graftwerk.machine import available
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.attach import Adapter, adapters
 from graftwerk.modeling.frozen_layers import below, draws_at_random, extras_of, reach, set_evaluating, skipping
 from graftwerk.tasks.base import Example, Task
-from graftwerk.training import oom as memory
 from graftwerk.training import rng
 from graftwerk.training.activation_cache.plan import Plan, kept_dtype, plan, refuse_unless_kept, shared_folder
 from graftwerk.training.activation_cache.rows import Slots, key_of
@@ -55,12 +56,12 @@ class ActivationCache:
 
     Args:
         folder: Where a file goes that does not fit into memory and is nobody else's; it is gone when the run ends.
-        asked_to_stop: Looked at while the states are computed.
+        stop_requested: Looked at while the states are computed.
     """
 
     def __init__(
         self,
-        graft: Adapter,
+        adapter: Adapter,
         task: Task,
         tokenizer: Any,
         settings: TrainingSettings,
@@ -68,12 +69,14 @@ class ActivationCache:
         dtype: torch.dtype,
         processes: Distributed,
         folder: Path,
+        shared: Path | None = None,
         emit: Listener,
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.graft, self.task, self.tokenizer, self.settings = graft, task, tokenizer, settings
+        self.adapter, self.task, self.tokenizer, self.settings = adapter, task, tokenizer, settings
         self.dtype, self.processes, self.folder, self.emit = dtype, processes, folder, emit
-        self.asked_to_stop = asked_to_stop
+        self.shared = shared_folder(settings, shared)
+        self.stop_requested = stop_requested
         self.plan = Plan("nothing is trained yet")
         self.evaluating = False
         """Whether the trunk is in evaluation mode while the rest trains."""
@@ -96,10 +99,12 @@ class ActivationCache:
         Raises:
             UnsupportedError: `trunk_cache: true`, and it cannot be; the reason is given.
         """
-        graft, settings = self.graft, self.settings
+        adapter, settings = self.adapter, self.settings
         kept = [train, validation]
-        view = read_architecture(graft.model)
-        self.plan = plan(graft.model, view, graft.method, graft.heads, self.task, settings, kept, passes)
+        view = read_architecture(adapter.model)
+        self.plan = plan(
+            adapter.model, view, adapter.method, adapter.heads, self.task, settings, kept, passes, self.shared
+        )
         try:
             with rng.untouched(self.processes.device):
                 if self.plan.why_not is None:
@@ -108,34 +113,34 @@ class ActivationCache:
             self.plan = Plan(error.what, self.plan.cut)
         refuse_unless_kept(self.plan, settings)
         if settings.trunk_cache is not False:
-            self.emit(Event("trunk", step, text=self.said(), **self.figures()))
+            self.emit(Event("trunk", step, text=self.describe(), **self.metrics()))
 
     def _enter(self, view: Architecture, kept: Sequence[Sequence[Example]], step: int) -> None:
-        graft, cut = self.graft, self.plan.cut
+        adapter, cut = self.adapter, self.plan.cut
         assert cut is not None
-        if len(adapters(graft.model)) > 1:
+        if len(adapters(adapter.model)) > 1:
             raise UnsupportedError("there are other adapters on the model")
         slots = Slots(kept)
         every = max(1, len(slots.rows) // TRIED)
         self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
-        surveyed = to_device(self.task.collate(self._tried_rows[-SURVEYED:], self.tokenizer), graft.model)
+        surveyed = to_device(self.task.collate(self._tried_rows[-SURVEYED:], self.tokenizer), adapter.model)
 
         def call() -> Any:
-            return self.task.forward(graft.model, surveyed)
+            return self.task.forward(adapter.model, surveyed)
 
         stacks = {stack.path for stack in view.stacks}  # where a prefix keeps its network, which nothing runs through
-        hosts = [graft.model.get_submodule(path) for path in (*graft.hosts, *graft.heads) if path not in stacks]
-        with evaluation_mode(graft.model), torch.no_grad(), autocast(graft.model, self.dtype):
-            self._modules = below(graft.model, cut, hosts, call)
-            self._extras = extras_of(graft.model, cut, call)
+        hosts = [adapter.model.get_submodule(path) for path in (*adapter.hosts, *adapter.heads) if path not in stacks]
+        with evaluation_mode(adapter.model), torch.no_grad(), autocast(adapter.model, self.dtype):
+            self._modules = below(adapter.model, cut, hosts, call)
+            self._extras = extras_of(adapter.model, cut, call)
             began = time.perf_counter()
-            states = reach(graft.model, cut, call)
+            states = reach(adapter.model, cut, call)
             self._token_seconds = (time.perf_counter() - began) / max(states.shape[0] * states.shape[1], 1)
         if states.shape[-1] != cut.width:
             raise UnsupportedError(f"its layers are {states.shape[-1]} wide, and its configuration says {cut.width}")
         self._served_dtype = states.dtype
-        with autocast(graft.model, self.dtype):
-            drops = draws_at_random(graft.model, cut, self._modules, call)
+        with autocast(adapter.model, self.dtype):
+            drops = draws_at_random(adapter.model, cut, self._modules, call)
         if drops and self.settings.trunk_cache == "auto":
             raise UnsupportedError(
                 "these layers have dropout, which a cache would turn off; trunk_cache: true keeps them all the same"
@@ -154,9 +159,9 @@ class ActivationCache:
         """States from a file that is there, or computed now; none where there is no place for them."""
         settings, cut = self.settings, self.plan.cut
         assert cut is not None
-        key = key_of(slots, self.graft.model, cut, self._how())
+        key = key_of(slots, self.adapter.model, cut, self._how())
         shape, dtype = (slots.tokens, cut.width), kept_dtype(settings)
-        shared = shared_folder(settings)
+        shared = self.shared
         path = (shared or self.folder) / f"{key}{ENDING}"
         began = time.perf_counter()
         trouble: str | None = None
@@ -202,7 +207,7 @@ class ActivationCache:
             states, _ = open_file(path, key, *shape, dtype)
             self._facts.update(where=str(path), reused=False)
         self.processes.barrier()
-        if shared_folder(self.settings) is None and self.processes.is_main:
+        if self.shared is None and self.processes.is_main:
             with suppress(OSError):  # it stays mapped until the run ends, and then nothing of it is left
                 path.unlink(missing_ok=True)
                 path.parent.rmdir()
@@ -210,7 +215,7 @@ class ActivationCache:
 
     def _computed(self, sink: MemoryStates | FileStates, slots: Slots, step: int) -> Tensor | None:
         rows, tokens = ROWS, TOKENS
-        model = self.graft.model
+        model = self.adapter.model
         try:
             with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
                 done = 0
@@ -222,15 +227,15 @@ class ActivationCache:
                             for states in self._of(examples):
                                 sink.add(states)
                             done += len(examples)
-                            if self.asked_to_stop():
+                            if self.stop_requested():
                                 sink.abandon()
                                 return None
                             self.emit(Event("phase", step, name=self._progress(done, len(slots.rows))))
                     except (MemoryError, RuntimeError) as error:
-                        if not memory.is_out_of_memory(error) or rows == 1:
+                        if not is_out_of_memory(error) or rows == 1:
                             raise
                         rows, tokens = rows // 2, tokens // 2
-                        memory.release()
+                        release()
             return sink.finished()
         except BaseException:
             sink.abandon()
@@ -238,7 +243,7 @@ class ActivationCache:
 
     def _of(self, examples: Sequence[Example]) -> list[Tensor]:
         """The states (T, d) of each row."""
-        cut, model = self.plan.cut, self.graft.model
+        cut, model = self.plan.cut, self.adapter.model
         assert cut is not None
         batch = to_device(self.task.collate(examples, self.tokenizer), model)
         states = reach(model, cut, lambda: self.task.forward(model, batch))
@@ -252,7 +257,7 @@ class ActivationCache:
     def _memory_limit(self) -> float:
         if self.settings.trunk_cache_gb is not None:
             return self.settings.trunk_cache_gb * 1e9
-        return FREE_SHARE * (memory.available() or 0)
+        return FREE_SHARE * (available() or 0)
 
     def _how(self) -> dict[str, Any]:
         """What the states depend on beside rows and model."""
@@ -264,7 +269,7 @@ class ActivationCache:
 
     def _verify(self, slots: Slots, step: int) -> None:
         """Compare both ways on a few rows; where they differ, nothing that is kept is used."""
-        model, rows = self.graft.model, self._tried_rows
+        model, rows = self.adapter.model, self._tried_rows
         batch = to_device(self.task.collate(rows, self.tokenizer), model)
         with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
             plainly = self.task.forward(model, batch).logits.float()
@@ -294,7 +299,7 @@ class ActivationCache:
 
     @contextmanager
     def _serving(self, examples: Sequence[Example], batch: Any) -> Iterator[None]:
-        model, cut = self.graft.model, self.plan.cut
+        model, cut = self.adapter.model, self.plan.cut
         assert cut is not None
         if model.training:  # whoever switched the model to training switched the trunk too
             set_evaluating(model, cut, self._modules)
@@ -311,7 +316,7 @@ class ActivationCache:
     def _assembled(self, examples: Sequence[Example], batch: Any) -> Tensor | None:
         """(B, T, d) on the device, zeros where the batch is padded; None where a row is not kept."""
         kept = self._states
-        if kept is None or (self.plan.cut.shift and not self.graft.active):  # type: ignore[union-attr]
+        if kept is None or (self.plan.cut.shift and not self.adapter.active):  # type: ignore[union-attr]
             return None  # without the prefix, a decoder's text has other positions
         rows, tokens = batch["input_ids"].shape
         starts = [self._slots.start(example) for example in examples]
@@ -326,7 +331,7 @@ class ActivationCache:
 
     # -- words and figures -----------------------------------------------------------------------------------------
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """For the log and the manifest."""
         saved = self._tokens_served * self._token_seconds - self._fill_seconds
         return {
@@ -340,7 +345,7 @@ class ActivationCache:
             "seconds_saved": saved if self._states is not None and self._rows_served else 0.0,
         }
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What is done, in words."""
         if self.plan.why_not is not None:
             return f"no layers are skipped: {self.plan.why_not}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +72,14 @@ def plan(
     settings: TrainingSettings,
     kept: Sequence[Sequence[Example]],
     passes: float,
+    shared: Path | None = None,
 ) -> Plan:
     """Whether the trunk's hidden states are to be kept, and how much that is; the weights are not looked at.
 
     Args:
         kept: The rows by split, those of training first.
         passes: How often each row is trained on.
+        shared: Folder that other runs share; see `shared_folder`.
     """
     if settings.trunk_cache is False:
         return Plan("training.trunk_cache is false")
@@ -97,30 +98,19 @@ def plan(
         return Plan(reason, cut)
     slots = Slots(kept)
     found = Plan(None, cut, len(slots.rows), slots.tokens, slots.tokens * cut.width * kept_dtype(settings).itemsize)
-    if settings.trunk_cache == "auto" and passes <= 1 and shared_folder(settings) is None:
+    if settings.trunk_cache == "auto" and passes <= 1 and shared_folder(settings, shared) is None:
         return Plan("every row is trained on at most once", cut, found.rows, found.tokens, found.bytes)
     return found
 
 
-_shared: Path | None = None
+def shared_folder(settings: TrainingSettings, shared: Path | None) -> Path | None:
+    """Return the folder in which hidden states stay for other runs, None if they are this run's alone.
 
-
-@contextmanager
-def sharing(folder: Path) -> Iterator[None]:
-    """Runs inside keep their hidden states in this folder, unless their settings name another, and find there those of
-    earlier ones.
+    Args:
+        settings: Training settings, whose ``trunk_cache_dir`` comes first.
+        shared: Folder that the caller shares among several runs, such as those of a comparison.
     """
-    global _shared
-    before, _shared = _shared, folder
-    try:
-        yield
-    finally:
-        _shared = before
-
-
-def shared_folder(settings: TrainingSettings) -> Path | None:
-    """Where states stay for other runs; None: they are this run's alone."""
-    return _shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
+    return shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
 
 
 def redraws(task: Task) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from graftwerk.training.callbacks.base import Callback, Outcome, StepResult, TrainingLoop
 from graftwerk.training.events import Event
 
 WINDOW = 20
@@ -50,7 +51,7 @@ class _Memory:
     said: list[str] = field(default_factory=list)
 
 
-class HealthChecks:
+class HealthChecks(Callback):
     """Fed with every loss; gives events of kind ``diagnosis`` with ``code``, ``text`` and ``mend``.
 
     Args:
@@ -62,6 +63,8 @@ class HealthChecks:
         task has
             no labels.
     """
+
+    state_key = "diagnosis"
 
     def __init__(
         self,
@@ -83,6 +86,15 @@ class HealthChecks:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._memory = _Memory(**state)
+
+    def on_step_end(self, trainer: TrainingLoop, result: StepResult) -> None:
+        if result.outcome is not Outcome.UNTRAINED:
+            for event in self.after_step(trainer.state.step, result.loss):
+                trainer.emit(event)
+
+    def on_evaluation_end(self, trainer: TrainingLoop, loss: float | None) -> None:
+        for event in self.after_evaluation(trainer.state.step, loss):
+            trainer.emit(event)
 
     def after_step(self, step: int, loss: float) -> list[Event]:
         """One step's training loss; ``step`` steps are done."""

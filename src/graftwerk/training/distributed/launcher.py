@@ -1,0 +1,32 @@
+"""The environment variables of torch's launchers, which `accelerate launch` and `forked_workers` set alike."""
+
+from __future__ import annotations
+
+import os
+
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+
+
+def is_launched() -> bool:
+    """Return True if a launcher started this process and gave it a rank."""
+    return RANK in os.environ
+
+
+def launched_world_size() -> str:
+    """Return the launcher's number of processes as it wrote it, "1" if it wrote none."""
+    return os.environ.get(WORLD_SIZE, "1")
+
+
+def is_main_process() -> bool:
+    """Return True for the process of rank 0, and for one that nobody launched."""
+    return os.environ.get(RANK, "0") == "0"
+
+
+def rank_environment(rank: int, world_size: int) -> dict[str, str]:
+    """Return the variables that make a process rank ``rank`` of ``world_size`` on one machine."""
+    return {
+        RANK: str(rank),
+        LOCAL_RANK: str(rank),
+        WORLD_SIZE: str(world_size),
+        LOCAL_WORLD_SIZE: str(world_size),
+    }
