@@ -16,8 +16,8 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import RunInterrupted
 from graftwerk.experiments.preflight import preflight
 from graftwerk.training.events import Event
+from graftwerk.training.gradients import Gradient, GradientAccumulator
 from graftwerk.training.train import Run, train
-from graftwerk.training.trainer import Trainer
 
 Tree = dict[str, Any]
 Build = Callable[..., Tree]
@@ -61,13 +61,13 @@ def test_every_row_comes_once_an_epoch_from_a_small_buffer(tree: Tree, monkeypat
     held: list[int] = []
     seen: list[tuple[int, ...]] = []
 
-    def gradients(self: Trainer, rows: Any) -> tuple[float, float]:
+    def gradients(self: GradientAccumulator, rows: Any, micro_batch: int) -> Gradient:
         held.append(len(self.rows_of.part(rows[0] // 12 * 12)))
         seen.append(tuple(rows))
-        assert [self.train[row].inputs for row in rows]
-        return 1.0, 1.0
+        assert [self.rows_of.examples[row].inputs for row in rows]
+        return Gradient(1.0, 1.0, 0.0, 0)
 
-    monkeypatch.setattr(Trainer, "_gradients", gradients)
+    monkeypatch.setattr(GradientAccumulator, "__call__", gradients)
     train(tree)
     for epoch in (seen[:8], seen[8:]):
         assert Counter(row for rows in epoch for row in rows) == Counter(range(45))
@@ -100,11 +100,11 @@ def test_the_dry_run_counts_steps_and_shows_the_first_batch(tree: Tree, monkeypa
     assert abs(checked["data"]["lengths"]["train"]["median"] - memory["data"]["lengths"]["train"]["median"]) <= 1
     first: list[Any] = []
 
-    def gradients(self: Trainer, rows: Any) -> tuple[float, float]:
-        first.append({len(self.train[row].inputs["input_ids"]) for row in rows})
-        return 1.0, 1.0
+    def gradients(self: GradientAccumulator, rows: Any, micro_batch: int) -> Gradient:
+        first.append({len(self.rows_of.examples[row].inputs["input_ids"]) for row in rows})
+        return Gradient(1.0, 1.0, 0.0, 0)
 
-    monkeypatch.setattr(Trainer, "_gradients", gradients)
+    monkeypatch.setattr(GradientAccumulator, "__call__", gradients)
     train(tree)
     assert {len(row["tokens"]) for row in checked["first_batch"]["rows"]} == first[0]
 
