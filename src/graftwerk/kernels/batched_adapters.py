@@ -1,4 +1,4 @@
-"""Adapters of one kind side by side: every row of a batch meets its own in one batched product.
+"""Adapters of one kind side by side: every row of a batch uses its own in one batched product.
 
 A batch may name an adapter for each of its rows. Run one adapter after the other, a layer costs as many small products
 as there are adapters; stacked along a first dimension, it costs one `bmm` (as in Punica, arXiv:2310.18547, and S-LoRA,
@@ -43,7 +43,7 @@ class BatchedAdapter:
 
     @classmethod
     def batch_key(cls, module: Any) -> Hashable | None:
-        """Return what modules must have in common to be batched, or None if this one works alone just now."""
+        """Return what modules must have in common to be batched, or None if this one cannot be batched now."""
         return cls.__name__
 
     @classmethod
@@ -53,17 +53,17 @@ class BatchedAdapter:
 
     @classmethod
     def source_tensors(cls, module: Any) -> list[Tensor]:
-        """Return all tensors that the batched form is made from: when a version changes, it is made again."""
+        """Return all tensors, any shape, that the batched form is made from; it is made again when one changes."""
         own = [*module.parameters(), *module.buffers()]
         block = module.block
         return [block] if block is not None and lies_in(block, own) else own
 
     def pre_forward(self, x: Tensor) -> Tensor:
-        """Return what the layer is to read in place of ``x`` (S, M, i)."""
+        """Return the input (S, M, i) that the layer reads in place of ``x`` (S, M, i)."""
         return x
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what the layer gives in place of ``y`` (S, M, o), having read ``x`` (S, M, i)."""
+        """Return the output (S, M, o) in place of ``y`` (S, M, o) of a layer that has read ``x`` (S, M, i)."""
         return y
 
 
@@ -81,9 +81,14 @@ def changes_output(kind: type[AdapterModule] | type[BatchedAdapter]) -> bool:
 
 
 def stack_padded(modules: Sequence[One], tensor: Callable[[One], Tensor]) -> Tensor:
-    """Stack one tensor of each module to (S, ...), smaller ones padded with zeros at their ends.
+    """Stack one tensor of each module, smaller ones padded with zeros at their ends.
 
-    What several entries share is made once.
+    Args:
+        modules: S modules; one that stands for several entries is read once.
+        tensor: Takes the tensor from a module, of any shape but the same number of dimensions.
+
+    Returns:
+        (S, ...).
     """
     made = {id(module): module for module in modules}
     tensors = {key: tensor(module) for key, module in made.items()}
@@ -100,7 +105,7 @@ def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def per_entry(values: Sequence[float], like: Tensor) -> Tensor:
-    """Return (S, 1, 1): one number for each entry."""
+    """Return (S, 1, 1), one number for each entry, in dtype and device of ``like`` (any shape)."""
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
 
 
@@ -113,7 +118,7 @@ def add_bmm(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
 
 def thin_bmm(x: Tensor, a: Tensor) -> Tensor:
     """Return x (S, M, i) a (S, r, i)^T, (S, M, r)."""
-    if x.shape[1] == 1:  # a matrix times a vector: the matrix first, as BLAS wants it
+    if x.shape[1] == 1:  # a matrix times a vector is faster with the matrix first
         return torch.bmm(a, x.mT).mT
     return torch.bmm(x, a.mT)
 
@@ -122,7 +127,10 @@ def thin_bmm(x: Tensor, a: Tensor) -> Tensor:
 
 
 class BatchedLoRA(BatchedAdapter):
-    """A (S, r, i), scaled, and B (S, r, o); PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0]."""
+    """LoRA of S entries: A (S, r, i), scaled, and B (S, r, o).
+
+    PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0].
+    """
 
     def __init__(self, modules: Sequence[LoRAModule]) -> None:
         def a_of(lora: LoRAModule) -> Tensor:
@@ -148,11 +156,11 @@ class BatchedLoRA(BatchedAdapter):
         return module.lora_A.weight.shape[0] * (2 if module.pissa else 1)
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return add_bmm(y, thin_bmm(x.to(self.a.dtype), self.a), self.b)
+        return add_bmm(y, thin_bmm(x.to(self.a.dtype), self.a), self.b)  # (S, M, i) -> (S, M, r) -> (S, M, o)
 
 
 class BatchedDoRA(BatchedAdapter):
-    """A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
+    """DoRA of S entries: A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
 
     def __init__(self, modules: Sequence[DoRAModule]) -> None:
         a = stack_padded(modules, lambda dora: dora.lora_A.weight)
@@ -171,7 +179,7 @@ class BatchedDoRA(BatchedAdapter):
 
     @classmethod
     def source_tensors(cls, module: DoRAModule) -> list[Tensor]:
-        weight = module.base.weight  # norms are of the base's weight too
+        weight = module.base.weight  # the norms depend on the base's weight too
         assert isinstance(weight, Tensor)
         return [*super().source_tensors(module), weight]
 
@@ -184,7 +192,7 @@ class BatchedDoRA(BatchedAdapter):
 
 
 class BatchedIA3(BatchedAdapter):
-    """The vectors (S, 1, width)."""
+    """IA3 of S entries: the vectors (S, 1, width)."""
 
     def __init__(self, modules: Sequence[IA3Module]) -> None:
         self.scales_input = modules[0].scales_input
@@ -206,7 +214,7 @@ class BatchedIA3(BatchedAdapter):
 
 
 class BatchedBitFit(BatchedAdapter):
-    """The offsets (S, 1, o)."""
+    """BitFit of S entries: the offsets (S, 1, o)."""
 
     def __init__(self, modules: Sequence[BitFitModule]) -> None:
         self.offsets = stack_padded(modules, lambda bitfit: bitfit.bitfit_b)[:, None]
@@ -217,7 +225,7 @@ class BatchedBitFit(BatchedAdapter):
 
 
 class BatchedNetworks:
-    """Norm (S, 1, i), down (S, m, i), up (S, m, o), each network's scale in its last layer.
+    """The networks of S bottlenecks: norm (S, 1, i), down (S, m, i), up (S, m, o) with each network's scale in it.
 
     Where a bottleneck was padded, its activation is f(0), which is zero, and so are the columns behind it.
     """
@@ -236,7 +244,7 @@ class BatchedNetworks:
         self.up_bias = stack_padded(networks, lambda network: network.up.bias)[:, None] * scales
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y (S, M, o) and what the networks make of x (S, M, i)."""
+        """Return y (S, M, o) plus the outputs of the networks for x (S, M, i), (S, M, o)."""
         h = x.to(self.down.dtype)
         if self.eps is not None:
             h = torch.addcmul(self.shift, F.layer_norm(h, h.shape[-1:], eps=self.eps), self.gain)
@@ -246,6 +254,8 @@ class BatchedNetworks:
 
 
 class _BatchedBottleneck(BatchedAdapter):
+    """Abstract: a batched form made from bottleneck networks."""
+
     @staticmethod
     def network(module: Any) -> BottleneckNetwork:
         """Return the network that decides what can be batched."""
@@ -263,25 +273,25 @@ class _BatchedBottleneck(BatchedAdapter):
 
 
 class BatchedSequential(_BatchedBottleneck):
-    """The networks behind a block."""
+    """Bottlenecks behind a block, of S entries."""
 
     def __init__(self, modules: Sequence[SequentialAdapter]) -> None:
         self.networks = BatchedNetworks([module.bottleneck for module in modules])
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        # The bottleneck reads y, which is added to in place: it reads it first.
+        # The networks read y before it is added to in place.
         return self.networks.add_to(y, y)
 
 
 class BatchedInputTap(_BatchedBottleneck):
-    """The first tap stores what all entries read: the block's end has the same entries in the same order."""
+    """Input taps of S entries: the first stores the input of all; the block ends with the same entries in order."""
 
     def __init__(self, modules: Sequence[InputTap]) -> None:
         self.first = modules[0]
 
     @staticmethod
     def network(module: InputTap) -> BottleneckNetwork:
-        """Return the network that reads what the tap stores: taps are batched as that is."""
+        """Return the network that reads what the tap stores: taps are batched as their readers are."""
         return module.network[0]
 
     def pre_forward(self, x: Tensor) -> Tensor:
@@ -289,7 +299,7 @@ class BatchedInputTap(_BatchedBottleneck):
 
 
 class BatchedParallel(_BatchedBottleneck):
-    """The networks beside a block."""
+    """Bottlenecks beside a block, of S entries."""
 
     def __init__(self, modules: Sequence[ParallelAdapter]) -> None:
         self.first = modules[0]

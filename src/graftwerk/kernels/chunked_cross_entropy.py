@@ -1,5 +1,4 @@
-"""Cross-entropy of a vocabulary head without its logits: tiles of the vocabulary, one after another, each used up at
-once.
+"""Cross-entropy of a vocabulary head without its logits, in tiles of the vocabulary.
 
 The logits of N tokens over V words, their softmax and its gradient are by far the largest tensors of a language model
 in training. None of them is needed as a whole. With a frozen head one pass over the vocabulary is enough, as in
@@ -11,7 +10,7 @@ where z_t are the logits of tile t. At the end log s + m is the log-partition an
 for the hidden states is a / s - W[label], exactly, in 4 d V operations a token and nothing computed twice. A head that
 is trained needs the normalised softmax for its own gradient: its tiles are computed once more (8 d V instead of 6).
 
-Sums over tiles are in float32 whatever the products are in (float64 where the hidden states are).
+Sums over tiles are in float32 whatever the dtype of the products (float64 if the hidden states are).
 
 Legend: N labelled tokens, d width of the hidden states, V words, v words of a tile.
 """
@@ -29,25 +28,25 @@ from torch.autograd.function import once_differentiable
 from graftwerk.errors import ModelError
 
 TILES = 32
-"""Into how many tiles the vocabulary is cut: so many times less memory than the logits. Fewer are no faster."""
+"""Number of tiles of the vocabulary: memory is that of the logits divided by it. Fewer tiles are no faster."""
 LEAST_WORDS = 256
-"""Of a tile; with fewer the products are too thin."""
+"""Smallest number of words in a tile; with fewer the products are too thin."""
 MOST_ELEMENTS = 2**26
-"""Of a tile of logits, over all tokens: more tokens than that are worked off one part after another."""
+"""Largest number of logits in a tile, over all tokens: more tokens are processed in parts."""
 ROOM = 2.0**14
-"""What a product in float16 may come to, whose largest number is 65,504."""
+"""Bound of a product in float16, whose largest number is 65,504."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """How logits come from hidden states: ``cap * tanh(z / cap)`` of ``z = scale * (hidden W^T + bias)``.
+    """A vocabulary head: logits are ``cap * tanh(z / cap)`` of ``z = scale * (hidden W^T + bias)``.
 
     Attributes:
         weight: (V, d).
         bias: (V,) or None.
         added: (V,) or None: a second bias that is never trained (`final_logits_bias` of BART's family).
         scale: Factor of all logits (Cohere, Granite).
-        cap: Bound of the logits (Gemma 2); None: there is none.
+        cap: Bound of the logits (Gemma 2), or None if there is none.
     """
 
     weight: Tensor
@@ -57,7 +56,17 @@ class Head:
     cap: float | None = None
 
     def tile(self, hidden: Tensor, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
-        """The logits of the words ``lo`` to before ``hi``, (N, v), in ``dtype``; products in that of ``hidden``."""
+        """Return the logits of some words.
+
+        Args:
+            hidden: (N, d); products are in its dtype.
+            lo: First word.
+            hi: The word after the last.
+            dtype: dtype of the result.
+
+        Returns:
+            (N, v).
+        """
         z = torch.mm(hidden, self.weight[lo:hi].to(hidden.dtype).T).to(dtype)
         for bias in (self.bias, self.added):
             if bias is not None:
@@ -69,13 +78,21 @@ class Head:
         return z
 
     def slope(self, z: Tensor) -> Tensor | float:
-        """The derivative of the logits with respect to ``hidden W^T + bias``, where they are ``z``."""
+        """Return the derivative of the logits with respect to ``hidden W^T + bias``.
+
+        Args:
+            z: Logits, (N, v) or (N,).
+
+        Returns:
+            A tensor of the same shape, or a number if the derivative is constant.
+        """
         if self.cap is None:
             return self.scale
         return (z / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
 
     @property
     def trained(self) -> bool:
+        """True if the weight or the bias is trained."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
 
@@ -88,23 +105,24 @@ def chunked_cross_entropy(
     weights: Tensor | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of ``hidden`` against ``labels``, as `torch.nn.functional.cross_entropy` of the logits computes it.
+    """Compute the cross-entropy of ``hidden`` against ``labels``, as `F.cross_entropy` of the logits does.
 
-    Under autocast the products are in its type, as those of a linear layer are.
+    Under autocast the products are in its dtype, as those of a linear layer are.
 
     Args:
-        hidden: (N, d), what the head reads at each labelled token.
+        hidden: (N, d), the head's input at each labelled token.
+        head: The vocabulary head.
         labels: (N,) int64, each of the V words.
         label_smoothing: Share of each target that is spread evenly over all words.
-        weights: (N,), what each token counts; None: 1 / N, which makes the sum a mean.
-        tile: Words of a tile; None: a `TILES`-th of them.
+        weights: (N,), the weight of each token, or None for 1 / N, which makes the sum a mean.
+        tile: Words of a tile, or None for V / `TILES`.
 
     Returns:
-        The weighted sum, a scalar with gradients for hidden states, weight and bias (0 where no token is labelled);
+        The weighted sum, a scalar with gradients for hidden states, weight and bias (0 if no token is labelled);
         and the negative log-likelihood of each label in nats, (N,), without smoothing, weights or gradient.
 
     Raises:
-        ModelError: a label is none of the V words; nor is -100, which whoever calls has left out.
+        ModelError: a label is none of the V words; -100 is not one either, callers leave such tokens out.
     """
     words = head.weight.shape[0]
     _check_labels(labels, words)
@@ -121,7 +139,10 @@ def chunked_cross_entropy(
 
 
 def _check_labels(labels: Tensor, words: int) -> None:
-    """No tile would find such a label, and its logit would be taken for 0. One question to the device for all."""
+    """Raise ModelError for a label outside the vocabulary.
+
+    No tile would contain it, and its logit would silently count as 0. The device is synchronised once for all labels.
+    """
     if not len(labels):
         return
     least, most = torch.stack(labels.aminmax()).tolist()
@@ -138,7 +159,7 @@ def _sums_in(hidden: Tensor) -> torch.dtype:
 
 
 class _BlockLoss(torch.autograd.Function):
-    """The gradients are made in the forward pass, where the tiles are; backward only scales them."""
+    """The loss as an autograd node: forward computes the gradients, tile by tile; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -165,7 +186,7 @@ class _BlockLoss(torch.autograd.Function):
             if trained and bias is not None and bias.requires_grad
             else None,
         )
-        # a softmax that is spread out by smoothing and bent by a cap has no one-pass form
+        # the gradient of a softmax with both label smoothing and a cap has no one-pass form
         once = grads.hidden is not None and not trained and not (smoothing and head.cap is not None)
         most = max(1, MOST_ELEMENTS // tile)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -213,7 +234,7 @@ class _Gradients:
 
 @dataclass
 class _Tokens:
-    """Tokens that are worked off together. ``hidden`` is in the type of the products, ``weights`` in that of sums."""
+    """Tokens processed together. ``hidden`` is in the dtype of the products, ``weights`` in that of the sums."""
 
     hidden: Tensor
     labels: Tensor
@@ -223,35 +244,35 @@ class _Tokens:
     sums: torch.dtype
 
     def tiles(self, head: Head) -> Iterator[tuple[int, int, Tensor]]:
-        """First word, the one after the last, and logits (N, v) of each tile."""
+        """Yield first word, the word after the last, and logits (N, v) of each tile."""
         words = head.weight.shape[0]
         for lo in range(0, words, self.tile):
             hi = min(lo + self.tile, words)
             yield lo, hi, head.tile(self.hidden, lo, hi, self.sums)
 
     def sums_over(self, head: Head, grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass over the vocabulary.
+        """Run one pass over the vocabulary.
 
         Args:
-            grad: (N, d) zeros that become the gradient for the hidden states; None: it is not wanted.
+            grad: (N, d) zeros that become the gradient for the hidden states, or None if it is not wanted.
 
         Returns:
-            Log-partition, logit of the label and mean logit (0 without smoothing) of each token, (N,).
+            Log-partition, logit of the label and mean logit (0 without smoothing) of each token, (N,) each.
         """
         n, words = len(self.labels), head.weight.shape[0]
         most = torch.full((n,), torch.finfo(self.sums).min, dtype=self.sums, device=self.hidden.device)
         total, picked, summed = torch.zeros_like(most), torch.zeros_like(most), torch.zeros_like(most)
         every = torch.zeros(self.hidden.shape[1], dtype=self.sums, device=self.hidden.device)
         for lo, hi, z in self.tiles(head):
-            place = self.labels - lo
-            here = z.gather(1, place.clamp(0, hi - lo - 1)[:, None])[:, 0]
-            picked = torch.where((place >= 0) & (place < hi - lo), here, picked)
+            word = self.labels - lo  # (N,), index within the tile
+            here = z.gather(1, word.clamp(0, hi - lo - 1)[:, None])[:, 0]
+            picked = torch.where((word >= 0) & (word < hi - lo), here, picked)
             if self.smoothing:
                 summed += z.sum(1)
             slope = head.slope(z) if grad is not None and head.cap is not None else None
             before, most = most, torch.maximum(most, z.amax(1))
             shrink = (before - most).exp_()
-            z.sub_(most[:, None]).exp_()
+            z.sub_(most[:, None]).exp_()  # (N, v)
             total.mul_(shrink).add_(z.sum(1))
             if grad is None:
                 continue
@@ -278,17 +299,17 @@ class _Tokens:
         return total.log() + most, picked, summed / words
 
     def gradients(self, head: Head, lse: Tensor, grads: _Gradients, part: slice) -> None:
-        """A second pass, with the normalised softmax: adds to all gradients that are wanted."""
+        """Run a second pass, with the normalised softmax, and add to all gradients that are wanted."""
         words = head.weight.shape[0]
         for lo, hi, z in self.tiles(head):
             slope = head.slope(z) if head.cap is not None else head.scale
             z.sub_(lse[:, None]).exp_()
             if self.smoothing:
                 z.sub_(self.smoothing / words)
-            place = self.labels - lo
-            inside = (place >= 0) & (place < hi - lo)
+            word = self.labels - lo  # (N,), index within the tile
+            inside = (word >= 0) & (word < hi - lo)
             off = inside.to(z.dtype) * (self.smoothing - 1.0)
-            z.scatter_add_(1, place.clamp(0, hi - lo - 1)[:, None], off[:, None])
+            z.scatter_add_(1, word.clamp(0, hi - lo - 1)[:, None], off[:, None])
             z.mul_(self.weights[:, None]).mul_(slope)
             if grads.bias is not None:
                 grads.bias[lo:hi] += z.sum(0)
@@ -301,7 +322,7 @@ class _Tokens:
 
 
 def _add_product(to: Tensor, one: Tensor, other: Tensor) -> None:
-    """``to += one other``, in the type of ``other``; ``one`` is in it already, or in that of sums for float16."""
+    """Add ``one other`` to ``to``; the product is in the dtype of ``other``, for float16 scaled."""
     if one.dtype != other.dtype:
         to.add_(_scaled_product(one, other))
     elif to.dtype == one.dtype:
@@ -311,11 +332,11 @@ def _add_product(to: Tensor, one: Tensor, other: Tensor) -> None:
 
 
 def _scaled_product(one: Tensor, other: Tensor) -> Tensor:
-    """``one other`` in float16, returned in the type of ``one``.
+    """Return ``one other``, computed in float16, in the dtype of ``one``.
 
-    The softmax of a rare word, shared out over all tokens, is less than the least number of float16. A factor for each
-    row of ``one`` lifts it, and is taken out of the product again. It is as large as can be without an overflow of the
-    product, which no scaling of the loss would hint: none of it reaches this place.
+    The softmax of a rare word, shared out over all tokens, is below the smallest number of float16. A factor for each
+    row of ``one`` lifts it, and is divided out of the product again. It is as large as possible without overflow in the
+    product; scaling the loss would not help, since the loss scale is applied after this product.
     """
     bound: Tensor = torch.linalg.vector_norm(one, 1, dim=1, keepdim=True)
     bound *= torch.linalg.vector_norm(other, torch.inf).to(bound.dtype).clamp_min(1.0)

@@ -1,8 +1,8 @@
-"""The one place where a kernel is chosen in place of a method's plain path.
+"""The dispatch of kernels: the one place where a kernel is chosen in place of a method's plain path.
 
-Methods do not know their kernels: a kernel is entered here for a type of adapter module, says whether it supports what
-it is given, and must equal the plain path (tests/kernels). A method without an entry runs plainly and is right.
-`flags.plain()` turns all of them off.
+Methods do not know their kernels: a kernel is registered here for a type of adapter module, says which calls it
+supports, and must equal the plain path (tests/kernels). A method without an entry runs its plain path, which is always
+right. `flags.plain()` turns all kernels off.
 """
 
 from __future__ import annotations
@@ -33,16 +33,32 @@ from graftwerk.methods.lora import LoRAModule
 
 
 class FusedKernel(Protocol):
-    """A layer and its active adapters in one."""
+    """A layer and its active adapters in one kernel."""
 
     def supports(self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor) -> bool:
-        """Return whether the kernel gives what the plain path gives for these."""
+        """Return True if the kernel equals the plain path here.
+
+        Args:
+            layer: The adapted layer.
+            adapters: Its active adapter modules, in order.
+            x: Input, (..., in).
+        """
         ...
 
     def __call__(
         self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor, activations: ActivationTable
     ) -> Tensor:
-        """Return what the layer and its adapters give for ``x`` (..., in): (..., out)."""
+        """Run the layer and its adapters.
+
+        Args:
+            layer: The adapted layer.
+            adapters: Its active adapter modules, in order.
+            x: Input, (..., in).
+            activations: The table of the model's living activations.
+
+        Returns:
+            (..., out).
+        """
         ...
 
 
@@ -70,7 +86,7 @@ def fused_forward(
         layer: The adapted layer; its own ``forward`` is not called.
         adapters: The active adapters there, in order, at least one.
         x: (..., in).
-        activations: What is known of the model's activations.
+        activations: The table of the model's living activations.
 
     Returns:
         (..., out), or None if no kernel supports them: take the plain path.
@@ -82,7 +98,7 @@ def fused_forward(
 
 
 def merge_in_place(adapter: AdapterModule, weight: Tensor, bias: Tensor | None) -> None:
-    """Do as ``adapter.merged_weight``, into ``weight`` (out, in) and ``bias`` (out,) themselves."""
+    """Merge as ``adapter.merged_weight`` does, into ``weight`` (out, in) and ``bias`` (out,) themselves."""
     if type(adapter) is LoRAModule and merge_lora_(adapter, weight):
         return
     new_weight, new_bias = adapter.merged_weight(weight, bias)

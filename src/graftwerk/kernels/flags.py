@@ -1,7 +1,7 @@
-"""The one switch of all fast paths: each gives what its plain path gives, and turning it off changes the time alone.
+"""The switch of all kernels and fast paths: each equals its plain path, and turning it off changes only the time.
 
 Tests and benchmarks compare the two; ``GRAFTWERK_PLAIN=1`` in the environment turns all of them off for a whole
-process, when somebody wants to know whether one is to blame. (``GRAFTWERK_PLAIN=fused,trunk``: these alone.)
+process, to find out whether one is to blame for a problem. (``GRAFTWERK_PLAIN=fused,trunk``: these alone.)
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from graftwerk.errors import ConfigError
 
 Path = Literal["fused", "lean", "loss", "prepared", "rows", "trunk"]
 """``fused``: a linear layer and its adapters in one autograd node. ``lean``: frozen norms and activation functions that
-keep nothing that can be computed again. ``loss``: the vocabulary head in blocks. ``prepared``: rows that an earlier
-start read and encoded. ``rows``: gathered products where rows of a batch have different adapters. ``trunk``: hidden
-states below the lowest adapted layer are kept."""
+store nothing that backward can recompute. ``loss``: cross-entropy in tiles. ``prepared``: the cache of encoded rows.
+``rows``: batched products for batches whose rows have different adapters. ``trunk``: the cache of hidden states below
+the lowest adapted layer."""
 
 PATHS: tuple[Path, ...] = get_args(Path)
 
@@ -39,13 +39,22 @@ _off = _from_environment(os.environ.get("GRAFTWERK_PLAIN", ""))
 
 
 def enabled(path: Path) -> bool:
-    """Whether a fast path may be taken."""
+    """Return True if a fast path may be taken.
+
+    Example:
+        >>> with plain("fused"):
+        ...     enabled("fused"), enabled("lean")
+        (False, True)
+    """
     return path not in _off
 
 
 @contextmanager
 def plain(*paths: Path) -> Iterator[None]:
-    """The plain way inside the block: for the paths that are named, or for all. Not for several threads at once."""
+    """Take the plain path inside the block, for the given paths or for all.
+
+    The switch belongs to the process: do not use it in several threads at once.
+    """
     global _off
     before = _off
     _off = before | frozenset(paths or PATHS)

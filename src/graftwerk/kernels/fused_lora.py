@@ -1,13 +1,13 @@
 """A linear layer and its active LoRAs in one autograd node.
 
-The plain path costs little arithmetic and much traffic: each adapted layer keeps its input, a dropped copy of it, the
-mask and several thin intermediates, adds whole outputs and gradients out of place, and multiplies in orders that suit
-no GEMM kernel. Here
+The plain path costs little arithmetic and much memory traffic: each adapted layer stores its input, a dropped copy of
+it, the mask and several thin intermediates, adds whole outputs and gradients out of place, and multiplies in orders
+that suit no GEMM kernel. Here
 
-* the input is kept once, or not at all where it can be made again from what is kept anyway (`recompute.Recompute`);
+* the input is stored once, or not at all if it can be recomputed from stored tensors (`recompute.Recompute`);
 * the dropout mask is drawn again from its seed (`methods.dropout`), once for all layers that read the same tensor;
 * sums happen in place, scales act on the thin side, and the thin side comes first in a product: (r, N), not (N, r);
-* a quantized base keeps nothing: it is unpacked in forward by its own kernel and in backward once more.
+* nothing is stored for a quantized base: it is dequantized in forward by its own kernel, and in backward once more.
 
 Legend: N rows times tokens, i inputs, o outputs, r rank.
 """
@@ -35,7 +35,15 @@ _NOTHING: AbstractContextManager[Any] = nullcontext()
 
 @dataclass(frozen=True, slots=True)
 class LowRankTerm:
-    """``scale`` B A x, on a dropped x where ``p`` is not 0. A (r, i), B (o, r)."""
+    """One term ``scale`` B A x, on a dropped x if ``p`` is not 0.
+
+    Attributes:
+        a: A, (r, i).
+        b: B, (o, r).
+        scale: Factor on the product.
+        p: Probability of dropping an entry of x.
+        seed: Seed of the mask.
+    """
 
     a: Tensor
     b: Tensor
@@ -45,7 +53,7 @@ class LowRankTerm:
 
     @property
     def factor(self) -> float:
-        """The scale, with dropout's own."""
+        """The scale times dropout's own, 1 / (1 - p)."""
         return self.scale / (1 - self.p)
 
 
@@ -53,7 +61,7 @@ class FusedLoRA:
     """The kernel of `LoRAModule`: a linear layer and all of its active LoRAs."""
 
     def supports(self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor) -> bool:
-        """Return whether all adapters are plain LoRA and the layer can be fused with them."""
+        """Return True if all adapters are plain LoRA and the layer, which reads x (..., i), can be fused with them."""
         return all(type(adapter) is LoRAModule for adapter in adapters) and can_fuse(layer, x)
 
     def __call__(
@@ -65,10 +73,10 @@ class FusedLoRA:
 
 
 class FusedDoRA:
-    """The kernel of `DoRAModule`: the direction in one node, which backward needs whole for the magnitudes."""
+    """The kernel of `DoRAModule`: the direction is one node; the magnitude needs it whole in backward."""
 
     def supports(self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor) -> bool:
-        """Return whether there is one DoRA alone and the layer can be fused with it."""
+        """Return True if there is one DoRA alone and the layer, which reads x (..., i), can be fused with it."""
         return len(adapters) == 1 and can_fuse(layer, x, bias=False) and not torch.is_autocast_enabled(x.device.type)
 
     def __call__(
@@ -86,7 +94,7 @@ class FusedDoRA:
 
 
 def lora_terms(lora: LoRAModule, x: Tensor) -> list[LowRankTerm]:
-    """Return what a LoRA adds to a layer that reads ``x``; the seed of its mask is drawn here."""
+    """Return the terms that a LoRA adds to a layer that reads ``x`` (..., i); the seed of its mask is drawn here."""
     seed = lora.seed(x) if lora.p else 0
     terms = [LowRankTerm(lora.lora_A.weight, lora.lora_B.weight, lora.scale, lora.p, seed)]
     if lora.pissa:
@@ -104,7 +112,7 @@ def merge_lora_(lora: LoRAModule, weight: Tensor) -> bool:
 
 
 def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
-    """Return whether `fused_linear` may run.
+    """Return True if `fused_linear` may run.
 
     It may on a frozen `nn.Linear`, transformers' `Conv1D` or bitsandbytes' `Linear4bit`, run eagerly on a plain tensor
     on the same device.
@@ -112,7 +120,7 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     Args:
         layer: An adapted layer.
         x: (..., i).
-        bias: Whether the layer's bias is to be added.
+        bias: True if the layer's bias is to be added.
     """
     base: type = getattr(type(layer), "_graftwerk_base", type(layer))
     weight, vector = layer.weight, layer.bias
@@ -124,7 +132,7 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     if weight.requires_grad or (isinstance(vector, Tensor) and vector.requires_grad):
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
-    if hasattr(weight, "quant_state"):  # its kernel chooses its own types under autocast, and adds the bias itself
+    if hasattr(weight, "quant_state"):  # its own kernel chooses dtypes under autocast and adds the bias
         return base.__name__ == "Linear4bit" and weight.quant_state is not None and bias and not autocast
     return (base is nn.Linear or base.__name__ == "Conv1D") and (autocast or weight.dtype == x.dtype)
 
@@ -132,14 +140,14 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
 def fused_linear(
     layer: nn.Module, x: Tensor, terms: Sequence[LowRankTerm], activations: ActivationTable, *, bias: bool = True
 ) -> Tensor:
-    """Return layer(x) + the sum of the terms, if `can_fuse`.
+    """Return layer(x) plus the terms; requires `can_fuse`.
 
     Args:
         layer: An adapted layer.
         x: (..., i).
         terms: Low-rank products to add.
-        activations: What is known of the model's activations.
-        bias: Whether the layer's bias is added.
+        activations: The table of the model's living activations.
+        bias: True if the layer's bias is added.
 
     Returns:
         (..., o).
@@ -157,7 +165,7 @@ def fused_linear(
 def _base_forward(
     layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, autocast: torch.dtype | None
 ) -> Tensor:
-    """(..., o), fresh and contiguous, and no view, so that whoever gets it may change it in place."""
+    """Return the base output (..., o): fresh, contiguous and no view, so that the caller may change it in place."""
     if hasattr(weight, "quant_state"):
         y: Tensor = type(layer)._graftwerk_base.forward(layer, x)  # type: ignore[attr-defined]
         return y.clone(memory_format=torch.contiguous_format) if y._is_view() or not y.is_contiguous() else y
@@ -174,7 +182,10 @@ def _base_forward(
 
 
 class LoRALinear(torch.autograd.Function):
-    """y = W x + bias + sum of the terms, with gradients for x and the terms' A and B. W and the bias are frozen."""
+    """The node: y = W x + bias + terms, with gradients for x (..., i) and for the terms' A (r, i) and B (o, r).
+
+    W (o, i) and the bias (o,) are frozen.
+    """
 
     @staticmethod
     def forward(
@@ -189,17 +200,29 @@ class LoRALinear(torch.autograd.Function):
         noted: tuple[SharedInput, Recompute | None],
         *factors: Tensor,
     ) -> Tensor:
-        """x (..., i) -> (..., o); ``compute`` is the type of the thin products, ``noted`` what is known of x."""
+        """Compute y (..., o) from x (..., i).
+
+        Args:
+            x: (..., i).
+            layer: The adapted layer.
+            weight: Its weight, as it stores it.
+            bias: (o,), or None.
+            terms: The low-rank terms.
+            compute: dtype of the thin products.
+            autocast: True if autocast is on.
+            noted: What is known of x in the table of activations.
+            *factors: A and B of each term, as inputs of the node.
+        """
         shared, recipe = noted
         with _types_as_given(x.device.type):  # chosen here, as autocast would choose them
             out_features = factors[1].shape[0]
             y = _base_forward(layer, x, weight, bias, out_features, compute if autocast else None)
-            rows = y.view(-1, out_features)
-            flat = x.reshape(-1, x.shape[-1]).to(compute)
+            rows = y.view(-1, out_features)  # (N, o)
+            flat = x.reshape(-1, x.shape[-1]).to(compute)  # (N, i)
             lows = []
             for term in terms:
                 read = apply_mask(flat, _bits(term, flat)) if term.p else flat
-                low = (read @ term.a.to(compute).T).mul_(term.factor)
+                low = (read @ term.a.to(compute).T).mul_(term.factor)  # (N, i) -> (N, r)
                 _add_product(rows, low, term.b.to(compute).T)
                 lows.append(low)
         source = (x,) if recipe is None else recipe.inputs
@@ -214,13 +237,14 @@ class LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients for x (..., i) and the factors from that for y (..., o)."""
         count = len(ctx.terms)
         weight, *saved = ctx.saved_tensors
         factors, lows, source = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
         compute, shared = ctx.compute, ctx.shared
         wanted = ctx.needs_input_grad[8:]
         with _types_as_given(grad.device.type):
-            g = grad.reshape(-1, grad.shape[-1])
+            g = grad.reshape(-1, grad.shape[-1])  # (N, o)
             thin_g = g.to(compute)
             grad_x = _base_backward(ctx.layer, weight, g, ctx.base_dtype) if ctx.needs_input_grad[0] else None
             grads: list[Tensor | None] = []
@@ -248,7 +272,7 @@ class LoRALinear(torch.autograd.Function):
 
 
 def _types_as_given(device: str) -> AbstractContextManager[Any]:
-    """Autocast off, which costs 20 µs, where it is on."""
+    """Turn autocast off if it is on; entering the context costs 20 µs."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
@@ -269,7 +293,7 @@ def _drawn(seed: int, p: float, shape: torch.Size, device: torch.device) -> Tens
 
 
 def _read(ctx: Any, source: Sequence[Tensor], bits: Tensor | None, seed: int) -> Tensor:
-    """(N, i): the layer's input as the low-rank path read it."""
+    """Return the layer's input (N, i) as the low-rank path read it."""
     shared: SharedInput = ctx.shared
 
     def whole() -> Tensor:
@@ -282,7 +306,7 @@ def _read(ctx: Any, source: Sequence[Tensor], bits: Tensor | None, seed: int) ->
 
 
 def _base_backward(layer: nn.Module, weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, i): g W."""
+    """Return g W, (N, i)."""
     if hasattr(weight, "quant_state"):
         weight = base_weight(layer)
     elif is_transposed(layer):
@@ -295,7 +319,7 @@ _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def apply_mask(x: Tensor, bits: Tensor) -> Tensor:
-    """Return ``x`` where `mask_bits` has its bits set, else 0; without gradients, not scaled.
+    """Return ``x`` with zeros where `mask_bits` has no bits set; without gradients, not scaled.
 
     Args:
         x: (N, i), of any floating type.
@@ -306,7 +330,7 @@ def apply_mask(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def apply_mask_(x: Tensor, bits: Tensor) -> Tensor:
-    """Do as `apply_mask`, in place."""
+    """Mask as `apply_mask` does, in place: x (N, i), bits (N, i)."""
     word = _WORDS[x.element_size()]
     x.view(word).bitwise_and_(bits.to(word))
     return x

@@ -1,9 +1,9 @@
-"""What a language model's vocabulary head reads, in place of the logits it makes.
+"""The input of a language model's vocabulary head at labelled tokens, in place of logits.
 
-The model's own forward runs, wrapped as it may be; a hook on the head takes its input and hands it two tokens to work
-on, or one. What a model does with its logits afterwards (a second bias, a factor, a cap) is not read from its code: the
-first pass compares its answer for two tokens, one of them so large that a cap shows, with what a `Head` makes of them.
-A model that no `Head` describes, or whose head is no plain linear layer, keeps its logits.
+The model's own forward runs, wrapped as it may be; a hook on the head takes its input and passes on two tokens, or one.
+The steps from head to logits (a second bias, a factor, a cap) are not read from the model's code: the first pass
+compares its logits for two tokens, one of them so large that a cap shows, with those of a `Head`.
+A model that no `Head` describes, or whose head is no plain linear layer, computes its logits as ever.
 
 Legend: B rows, T tokens, N labelled tokens, d width, V vocabulary.
 """
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
 
 LARGE = 100.0
-"""What the largest logit of the probe is brought to: beyond every cap in use (Gemma 2: 30)."""
+"""Largest logit of the probe after scaling: beyond every cap in use (Gemma 2: 30)."""
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-5}
 """Largest difference of two logits that are the same, against the largest logit; for other types `CLOSE_HALF`."""
 CLOSE_HALF = 2e-2
@@ -31,15 +31,15 @@ Shape = tuple[float, float | None, bool]
 """Scale, cap, and whether `final_logits_bias` is added."""
 
 _SHAPES: weakref.WeakKeyDictionary[nn.Module, Shape | None] = weakref.WeakKeyDictionary()
-"""What was found about each head; None: its model is not understood."""
+"""The shape found for each head, or None if no `Head` describes its model."""
 
 
 class LabelledLogits:
     """The outputs of a pass whose logits are not made.
 
-    Attributes:
-        hidden: (N, d), what the head reads where a label is, row by row.
-        head: What makes logits of it.
+    Args:
+        hidden: (N, d), the head's input where a label is, row by row.
+        head: The vocabulary head.
     """
 
     def __init__(self, hidden: Tensor, head: Head) -> None:
@@ -48,19 +48,19 @@ class LabelledLogits:
 
     @property
     def logits(self) -> Tensor:
-        """(N, V), for those who want to see them; as a model makes them, in the type of its products."""
+        """(N, V), computed on demand as the model computes them, in the dtype of its products."""
         weight = self.head.weight
         made = F.linear(self.hidden.to(weight.dtype), weight)
         return _finished(made, self.head)
 
     def loss(self, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy over the N tokens, in float32."""
+        """Return the mean cross-entropy over the N tokens, a scalar in float32; labels (N,)."""
         loss, nll = chunked_cross_entropy(self.hidden, self.head, labels, label_smoothing=label_smoothing)
         self._nll = nll
         return loss
 
     def nll(self, labels: Tensor) -> Tensor:
-        """(N,): negative log-likelihood of each label in nats, without gradient."""
+        """Return the negative log-likelihood of each label in nats, (N,), without gradient; labels (N,)."""
         if self._nll is None:
             with torch.no_grad():
                 self._nll = chunked_cross_entropy(self.hidden.detach(), self.head, labels)[1]
@@ -68,16 +68,16 @@ class LabelledLogits:
 
 
 def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> LabelledLogits | None:
-    """A forward pass of ``model`` up to its head.
+    """Run ``model`` up to its head.
 
     Args:
-        model: A language model, or what trains it in several processes.
-        inputs: What it is called with.
+        model: A language model, or its wrapper for several processes.
+        inputs: Its keyword arguments.
         mask: (B, T) bool, the positions whose logits would be compared with a label.
 
     Returns:
-        None where the model's logits cannot be had that way; the pass is then to be done plainly, and draws the same
-        random numbers as if this one had not been.
+        The head's inputs, or None if the model's logits cannot be had that way; the caller then runs the plain path,
+        which draws the same random numbers as if this pass had not been.
     """
     if hasattr(model, "_orig_mod"):  # compiled: its head is called inside
         return None
@@ -112,7 +112,7 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
 
 
 class _Tap:
-    """Forward pre-hook of a head: keeps what it reads and hands it a token or two of it."""
+    """Forward pre-hook of a head: stores its input and passes on a token or two of it."""
 
     def __init__(self, *, probing: bool) -> None:
         self.probing = probing
@@ -142,7 +142,7 @@ class _Tap:
 
 
 def _is_plain(head: nn.Module) -> bool:
-    """A linear layer that nothing is attached to: no adapter, no hook, no other forward."""
+    """Return True for a linear layer that nothing is attached to: no adapter, no hook, no other forward."""
     return (
         type(head) is nn.Linear
         and type(head.weight) is nn.Parameter
@@ -155,7 +155,7 @@ def _is_plain(head: nn.Module) -> bool:
 
 @torch.no_grad()
 def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape | None:
-    """How the model made its logits, if it is one of the known ways; remembered unless the probe could not tell."""
+    """Return how the model makes logits, or None if in no known way; remembered unless the probe was inconclusive."""
     assert tap.probe is not None
     wanted = tap.probe.shape[:-1]
     if not isinstance(logits, Tensor) or logits.shape[:-1] != wanted:
@@ -185,7 +185,7 @@ def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape 
 
 
 def _finished(made: Tensor, head: Head, *, biased: bool = False) -> Tensor:
-    """``made = hidden W^T`` as the model hands it out; ``biased``: the head's own bias is in it already."""
+    """Return the logits from ``made = hidden W^T``; ``biased``: the head's own bias is in it already."""
     if head.bias is not None and not biased:
         made = made + head.bias
     if head.added is not None:
@@ -201,7 +201,7 @@ def _head(model: Any, module: nn.Module, shape: Shape) -> Head:
 
 
 class _RandomState:
-    """Of the generators that a pass may draw from."""
+    """The state of the random generators that a pass may draw from."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

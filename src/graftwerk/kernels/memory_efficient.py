@@ -71,10 +71,14 @@ LONG_ACTIVATIONS = frozenset(
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * weight in float32, weight (d,) frozen; also gives 1/sqrt(...), (..., 1)."""
+    """RMS norm as one node: y = x / sqrt(mean(x^2) + eps) * weight, in float32.
+
+    x is (..., d), weight (d,) frozen; 1/sqrt(...), (..., 1), is returned too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Return y (..., d) and 1 / rms (..., 1) for x (..., d) and weight (d,)."""
         inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         ctx.mark_non_differentiable(inverse)
@@ -83,10 +87,11 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
+        """Return the gradient for x (..., d) from that for y (..., d)."""
         x, weight, inverse = ctx.saved_tensors
         g = grad * weight
-        along = (g * x).mean(-1, keepdim=True).mul_(inverse**3)
-        return g.mul_(inverse).addcmul_(x, along, value=-1), None, None
+        projection = (g * x).mean(-1, keepdim=True).mul_(inverse**3)
+        return g.mul_(inverse).addcmul_(x, projection, value=-1), None, None
 
 
 def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
@@ -94,16 +99,17 @@ def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
 
 
 class MemoryEfficientRMSNorm(_Module):
-    """Mixed in before a class that computes x / rms(x) * weight, or * (1 + weight)."""
+    """Mixin before a class that computes x / rms(x) * weight, or * (1 + weight)."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the norm of x (..., d), (..., d), and note how it is recomputed."""
         (x,) = args or kwargs.values()
         weight = self.weight
         assert isinstance(weight, Tensor)
         if weight.requires_grad or not x.requires_grad or not is_eager(x):
             return super().forward(x)  # type: ignore[no-any-return]
         if x.dtype is not torch.float32 or weight.dtype is not torch.float32:
-            # The families round at different places; their own forward does it as they do.
+            # Families round at different steps; only their own forward rounds as they do.
             return _remember_call(self, super().forward, x)
         factor = weight + 1 if _name(getattr(type(self), OWN)).partition(".")[0] in OFFSET_FAMILIES else weight
         y, inverse = RMSNormFunction.apply(x, factor, _eps(self))  # type: ignore[no-untyped-call]
@@ -111,9 +117,10 @@ class MemoryEfficientRMSNorm(_Module):
 
 
 class MemoryEfficientLayerNorm(_Module):
-    """Mixed in before `nn.LayerNorm`, which keeps its input and two numbers a row already."""
+    """Mixin before `nn.LayerNorm`, which stores only its input and two numbers a row as it is."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the norm of x (..., d), (..., d), and note how it is recomputed."""
         (x,) = args or kwargs.values()
         if OFFLOAD_HOOK in self.__dict__ or any(
             parameter.requires_grad for parameter in self.parameters(recurse=False)
@@ -125,18 +132,18 @@ class MemoryEfficientLayerNorm(_Module):
 
 def _eps(norm: nn.Module) -> float:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0))
-    return float(torch.finfo(torch.float32).eps if eps is None else eps)  # torch's RMSNorm has none by default
+    return float(torch.finfo(torch.float32).eps if eps is None else eps)  # torch's RMSNorm has no eps by default
 
 
 def _remember_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The module's own forward, made again under the same autocast."""
+    """Run the module's own forward and note that it is recomputed under the same autocast."""
     y = forward(x)
     device, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(device) if enabled else None
 
-    def again(kept: Tensor) -> Tensor:
+    def again(x_again: Tensor) -> Tensor:
         with torch.autocast(device, dtype=dtype, enabled=enabled):
-            return forward(kept)
+            return forward(x_again)
 
     return _activations(module).remember(y, again, x)
 
@@ -145,10 +152,11 @@ def _remember_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Te
 
 
 class ActivationFunction(torch.autograd.Function):
-    """An elementwise function written in several steps: keeps its input, and goes through the steps again."""
+    """An elementwise function written in several steps: stores its input, and repeats the steps in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return function(x), (...), for x (...)."""
         ctx.save_for_backward(x)
         ctx.function = function
         return function(x)
@@ -156,6 +164,7 @@ class ActivationFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient for x (...) from that for the output (...)."""
         (x,) = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.enable_grad():
@@ -165,9 +174,10 @@ class ActivationFunction(torch.autograd.Function):
 
 
 class MemoryEfficientActivation(_Module):
-    """Mixed in before the class of an elementwise function without parameters."""
+    """Mixin before the class of an elementwise function without parameters."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the activation of x (...), (...), and note how it is recomputed."""
         (x,) = args or kwargs.values()
         own = super().forward
         if not x.requires_grad or not is_eager(x):
@@ -179,10 +189,11 @@ class MemoryEfficientActivation(_Module):
 
 
 class GatedProductFunction(torch.autograd.Function):
-    """act(gate) * up; ``kind`` as in `GATES`."""
+    """act(gate) * up as one node; ``kind`` as in `GATES`."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
+        """Return act(gate) * up, (..., m), for gate and up (..., m)."""
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
         return _gated(kind, gate, up)
@@ -190,14 +201,15 @@ class GatedProductFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients for gate and up (..., m) from that for their product (..., m)."""
         gate, up = ctx.saved_tensors
         grad_gate = grad_up = None
         if ctx.needs_input_grad[0]:
-            outer = grad * up
+            grad_product = grad * up
             if ctx.kind == "silu":
-                grad_gate = torch.ops.aten.silu_backward(outer, gate)
+                grad_gate = torch.ops.aten.silu_backward(grad_product, gate)
             else:
-                grad_gate = torch.ops.aten.gelu_backward(outer, gate, approximate=ctx.kind)
+                grad_gate = torch.ops.aten.gelu_backward(grad_product, gate, approximate=ctx.kind)
         if ctx.needs_input_grad[1]:
             grad_up = _act(ctx.kind, gate).mul_(grad)
         return grad_gate, grad_up, None
@@ -232,9 +244,10 @@ def _kind(act: nn.Module) -> str | None:
 
 
 class MemoryEfficientGatedMLP(_Module):
-    """Mixed in before the feed-forward of the Llama kind."""
+    """Mixin before the gated feed-forward of Llama and its relatives."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return down_proj(act(gate_proj(x)) * up_proj(x)), (..., d), for x (..., d)."""
         (x,) = args or kwargs.values()
         return self.down_proj(  # type: ignore[no-any-return, operator]
             gated(self.act_fn, self.gate_proj(x), self.up_proj(x), _activations(self))  # type: ignore[operator, arg-type]
@@ -245,7 +258,7 @@ class MemoryEfficientGatedMLP(_Module):
 
 
 def efficient_mixin(module: nn.Module) -> type[nn.Module] | None:
-    """Return the class to mix in before that of a module of the base, or None if it keeps its own."""
+    """Return the mixin for the class of a module of the base, or None if it keeps its own."""
     cls: Any = type(module)
     if "forward" in module.__dict__ or hasattr(cls, OWN) or hasattr(cls, "_graftwerk_base"):
         return None
@@ -260,7 +273,7 @@ def efficient_mixin(module: nn.Module) -> type[nn.Module] | None:
 
 @cache
 def _name(cls: type) -> str:
-    """``llama.LlamaRMSNorm`` for a class of transformers' models; other modules' classes have no such name."""
+    """Return ``llama.LlamaRMSNorm`` for a class of transformers' models, or the module's name for other classes."""
     parts = cls.__module__.split(".")
     known = parts[:2] == ["transformers", "models"] and len(parts) == 4 and parts[3] == f"modeling_{parts[2]}"
     return f"{parts[2]}.{cls.__name__}" if known else cls.__module__

@@ -1,11 +1,11 @@
-"""What kernels know of the activations of one model while they are alive: a table beside the tensors, not on them.
+"""Notes on the living activations of one model: a table beside the tensors, not attributes on them.
 
 The query, key and value projections of an attention are called one by one with the same tensor, and nothing else tells
 them that they share it. Two things are noted for a tensor:
 
 * a `Recompute`: how it was made from tensors that backward stores anyway (a norm's input, the two halves of a gated
-  product). A layer that needs the tensor in backward stores the inputs of the recipe, and makes it again.
-* a `SharedInput`: in backward, a place for what the readers of the tensor would all compute again.
+  product). A layer that needs the tensor in backward stores the inputs of the recipe, and recomputes it.
+* a `SharedInput`: a place in backward for results that all readers of the tensor need.
 
 Neither holds anything of the graph, so that there are no cycles; a layer's node stores only `Recompute.compute` and the
 `SharedInput`, and its tensors by `save_for_backward`, so that gradient checkpointing and hooks on saved tensors see
@@ -26,18 +26,18 @@ from torch import Tensor
 from graftwerk.kernels import flags
 
 RECENT = 4
-"""Recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's output, stored
-by gradient checkpointing) must not keep alive what it was made from."""
+"""Number of recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's
+output, stored by gradient checkpointing) must not keep alive what it was made from."""
 
 Note = TypeVar("Note")
 
 
 class Recompute:
-    """How a tensor is made again.
+    """A recipe for computing a tensor again.
 
     Attributes:
         compute: Called in backward, without gradients, with the inputs; returns a tensor equal to the one it is for.
-        inputs: Tensors that backward stores for other reasons.
+        inputs: Tensors, any shape, that backward stores for other reasons.
         version: The tensor's version when it was made; after a change in place the recipe no longer holds.
         region: The hooks on saved tensors that were in force then.
     """
@@ -50,7 +50,7 @@ class Recompute:
 
 
 class SharedInput:
-    """What the readers of one tensor share. ``readers`` counts the layers whose backward is to come."""
+    """Results shared by the readers of one tensor. ``readers`` counts the layers whose backward is to come."""
 
     __slots__ = ("_done", "_made", "readers")
 
@@ -60,7 +60,7 @@ class SharedInput:
         self._made: dict[Any, Tensor] = {}
 
     def made(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor that the first reader computes and the others find."""
+        """Return the tensor (any shape) of a key: the first reader computes it, the others find it."""
         if self.readers < 2:
             return compute()
         if key not in self._made:
@@ -68,12 +68,12 @@ class SharedInput:
         return self._made[key]
 
     def register(self) -> None:
-        """Count one more reader. A pass repeated inside backward has readers that are known already."""
+        """Count one more reader. The readers of a pass repeated inside backward are counted already."""
         if torch._C._current_graph_task_id() == -1:
             self.readers += 1
 
     def leave(self) -> None:
-        """Note that a reader's backward is done; after the last, drop what was made."""
+        """Note that a reader's backward is done; after the last, drop the shared results."""
         self._done += 1
         if self._done >= self.readers:
             self._done = 0
@@ -98,12 +98,18 @@ class ActivationTable(threading.local):
         return ActivationTable, ()  # a copy of a model has activations of its own
 
     def shared(self, x: Tensor) -> SharedInput:
-        """Return what the readers of ``x`` share, made when missing."""
+        """Return the shared results of the readers of ``x`` (any shape), created when missing."""
         found = _noted(self._shared, x)
         return _note(self._shared, x, SharedInput()) if found is None else found
 
     def remember(self, y: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Note how ``y`` is made from ``inputs`` and return it; nothing is noted if no backward will come."""
+        """Note how ``y`` is computed from ``inputs``, and return it; nothing is noted if no backward will come.
+
+        Args:
+            y: The result, any shape.
+            compute: Computes it from the inputs.
+            *inputs: Tensors that backward stores anyway.
+        """
         if is_eager(y) and y.requires_grad and all(y is not one for one in inputs):
             recipe = Recompute(compute, tuple(one.detach() for one in inputs), y._version)
             self._recent.append(ref(recipe))
@@ -113,7 +119,7 @@ class ActivationTable(threading.local):
         return y
 
     def recipe(self, x: Tensor) -> Recompute | None:
-        """Return how ``x`` can be made again, if it still is what it was."""
+        """Return the recipe of ``x`` (any shape), or None if there is none or ``x`` was changed since."""
         found = _noted(self._recipes, x)
         if found is None or not found.inputs or found.version != x._version or not flags.enabled("lean"):
             return None
@@ -149,5 +155,5 @@ def _region() -> ref[Any] | None:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Return whether kernels with a backward of their own may run on ``x``: a plain tensor, eagerly, with gradients."""
+    """Return True if kernels with an own backward may run on ``x`` (any shape): plain, eager, with gradients."""
     return flags.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and type(x) is Tensor

@@ -1,8 +1,8 @@
 """The contract that every method keeps, and nothing about how it gets into a model.
 
-A method is a frozen settings object (`LoRA(r=8)`) that knows three things: which *places* of a model it wants (by
-role, never by an architecture's names), how many parameters that costs (a formula), and how to build the module that
-goes there.
+A method is a frozen settings object (`LoRA(r=8)`) that knows three things: which modules of a model it targets (by
+role, never by an architecture's names), how many parameters that costs (a formula), and how to build the adapter
+module for each target.
 
 One kind of module exists for targets inside a layer (`AdapterModule`), and one each for attention (`prefix_tuning.py`)
 and the input embedding (`prompt_tuning.py`, `ptuning.py`).
@@ -29,7 +29,7 @@ from graftwerk.settings import Settings, parse_settings
 
 
 class Role(StrEnum):
-    """What a module is for, whatever its architecture calls it."""
+    """Roles of modules, whatever an architecture calls them."""
 
     QUERY = "query"
     KEY = "key"
@@ -52,21 +52,22 @@ ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, R
 
 @dataclass(frozen=True)
 class TargetModule:
-    """One module of a model that a delta can go into.
+    """One module of a model that an adapter module can be built for.
 
     Attributes:
         path: Its dotted path in the model, as in `named_modules()`.
-        role: What it is for.
+        role: Its role in the architecture.
         in_features, out_features: Its widths; equal for a norm.
-        has_bias: Whether it has a bias vector.
-        ffn: Identifies the feed-forward block that it belongs to (the same text for its first and its last layer).
+        has_bias: True if it has a bias vector.
+        ffn: Identifies the feed-forward block that it belongs to (the same text for its first and its last layer), or
+            None outside of those.
         layer: Index of its layer within its stack, or None outside the layers.
-        stack: Which stack of layers that is: ``encoder``, ``decoder`` or ``causal``; in a model whose architecture is
-            not known the path of the list of layers.
-        weight_only: Whether its parent reads its weight and bias and never calls it. An adapter there changes what is
-            read, and cannot differ by row; such a layer is left out unless it is named.
-        unfit: Why no adapter works in this layer (it returns a tuple, ...), or None if one does. Such a layer is left
-            out, and refused with this reason if it is named.
+        stack: Its stack of layers: ``encoder``, ``decoder`` or ``causal``; in a model whose architecture is not known
+            the path of the list of layers.
+        weight_only: True if its parent reads its weight and bias and never calls it. An adapter there changes the
+            weight that is read, and cannot differ by row; such a layer is left out unless it is named.
+        unfit: The reason why no adapter works in this layer (it returns a tuple, ...), or None if one does. Such a
+            layer is left out, and naming it raises with this reason.
     """
 
     path: str
@@ -82,15 +83,15 @@ class TargetModule:
 
 
 class AdapterModule(nn.Module):
-    """What an adapter adds to one module of the base. Three verbs:
+    """Abstract: the adapter's part at one module of the base. Three methods, each the identity unless overridden:
 
-    * ``pre_forward(x) -> x`` changes what the module reads,
-    * ``post_forward(x, y) -> y`` changes what it gives,
-    * ``merged_weight(weight, bias)`` says the same as a change of its weights.
+    * ``pre_forward(x) -> x`` changes the module's input,
+    * ``post_forward(x, y) -> y`` changes its output,
+    * ``merged_weight(weight, bias)`` expresses the same as a change of its weights.
 
     An adapted module with active adapters computes ``y = module(pre_forward(x))`` and then ``post_forward(x, y)`` for
     each. Both get whole tensors whose last dimension is the feature width and whose first dimension is the rows (or a
-    multiple of them). Parameters are called as PEFT calls them in its files wherever PEFT has the method.
+    multiple of them). Parameters have the names that PEFT gives them in its files wherever PEFT has the method.
 
     Example:
         >>> class Shift(AdapterModule):
@@ -102,7 +103,7 @@ class AdapterModule(nn.Module):
 
     block: Tensor | None = None
     """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
-    tells of a change of any of them."""
+    changes with any of them."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, whose parameters have versions of their own: ``block`` is left out.
@@ -116,15 +117,37 @@ class AdapterModule(nn.Module):
         return state
 
     def pre_forward(self, x: Tensor) -> Tensor:
-        """Return what the module is to read in place of ``x`` (..., in)."""
+        """Change the input of the base module.
+
+        Args:
+            x: Input, (..., in).
+
+        Returns:
+            (..., in), what the base module reads in place of ``x``.
+        """
         return x
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what the module gives in place of ``y`` (..., out), having read ``x`` (..., in)."""
+        """Change the output of the base module.
+
+        Args:
+            x: Input that the module has read, (..., in).
+            y: Output, (..., out).
+
+        Returns:
+            (..., out), the output in place of ``y``.
+        """
         return y
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (out, in) and bias (out,) that have the adapter in them.
+        """Return weight and bias with the adapter merged in.
+
+        Args:
+            weight: (out, in).
+            bias: (out,), or None.
+
+        Returns:
+            New weight (out, in) and bias (out,) or None.
 
         Raises:
             UnsupportedError: the method is no change of a weight (``Method.mergeable`` is false).
@@ -142,11 +165,11 @@ class Method(Settings):
     mergeable: ClassVar[bool] = False
     identity_at_start: ClassVar[bool] = False
     supports_rows: ClassVar[bool] = True
-    """Whether different rows of one batch may use different adapters of this kind."""
+    """True if the rows of one batch may use different adapters of this kind."""
     peft_type: ClassVar[str | None] = None
     default_learning_rate: ClassVar[float]
     default_head_learning_rate: ClassVar[float | None] = None
-    """None: the same as the method's."""
+    """Learning rate of the head, or None if it is the method's."""
 
     modules_to_save: tuple[str, ...] | Literal["auto"] = Field(
         default="auto",
@@ -154,11 +177,14 @@ class Method(Settings):
     )
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        """Return those of a model's modules (heads left out) that this method adapts.
+        """Select the modules that this method adapts.
+
+        Args:
+            available: A model's modules, task heads left out.
 
         Raises:
             UnsupportedError: the model has none; the message names what was looked for.
-            ConfigError: a target names nothing; the message lists what there is.
+            ConfigError: a target matches nothing; the message lists what there is.
         """
         return []
 
@@ -166,7 +192,7 @@ class Method(Settings):
         """Build the adapter module for one target.
 
         Args:
-            target: Which module it is for.
+            target: The module that it is for.
             module: The base module (read only: shapes, dtype, weights for initialisation).
 
         Raises:
@@ -175,7 +201,7 @@ class Method(Settings):
         raise UnsupportedError(f"{self.title} puts nothing into single layers")
 
     def build_all(self, targets: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
-        """Build the adapter modules for all targets, by path; for methods whose modules belong together."""
+        """Build the adapter modules for all targets, by path; overridden by methods whose modules belong together."""
         built = {target.path: self.build(target, module) for target, module in zip(targets, modules, strict=True)}
         self.connect(targets, built)
         return built
@@ -186,9 +212,9 @@ class Method(Settings):
         """Build the adapter module around stored parameters, without drawing or copying any.
 
         Args:
-            target: Which module it is for.
+            target: The module that it is for.
             module: The base module.
-            parameters: By name, as in the module's ``state_dict``.
+            parameters: By name, as in the module's ``state_dict``, of any shape.
 
         Returns:
             None if the method builds first and copies into what it built, or if the parameters are not those it needs.
@@ -203,22 +229,28 @@ class Method(Settings):
         return 0
 
     def learning_rate_factor(self, parameter: str) -> float:
-        """Factor on the learning rate of a parameter of a delta, by its name (LoRA+ uses it)."""
+        """Return the factor on the learning rate of an adapter parameter, by its name (LoRA+ uses it)."""
         return 1.0
 
     def positions(self, causal: bool) -> int:
-        """Return how many positions of the model are taken before a row's text.
+        """Return the number of the model's positions taken before a row's text.
 
         Args:
-            causal: Whether the model is a decoder-only one.
+            causal: True for a decoder-only model.
         """
         return 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return name and settings as JSON values."""
         return {"name": self.name, **self.model_dump(mode="json")}
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Method:
+        """Build settings from a mapping, as a run file has them.
+
+        Raises:
+            ConfigError: an unknown key or a bad value.
+        """
         return parse_settings(cls, values, what=f"method `{cls.name}`", where="method")
 
     @field_validator("modules_to_save", mode="before")
@@ -228,10 +260,16 @@ class Method(Settings):
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in), detached: GPT-2's `Conv1D` is turned, a 4- or 8-bit one is unpacked.
+    """Return the weight of a linear layer, detached: GPT-2's `Conv1D` is transposed, a 4- or 8-bit one dequantized.
+
+    Args:
+        module: A linear layer.
+
+    Returns:
+        (out, in).
 
     Raises:
-        UnsupportedError: it holds codes that are not known here.
+        UnsupportedError: it is quantized in a format that is not known here.
     """
     weight = stored_weight(module)
     if weight.is_meta and OFFLOAD_HOOK in module.__dict__:
@@ -252,7 +290,7 @@ def base_weight(module: nn.Module) -> Tensor:
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight without the deltas that an adapted layer may show to others, as it is stored."""
+    """Return a layer's weight (out, in) as it is stored, without the adapters that an adapted layer may show in it."""
     weight = module._parameters.get("weight")
     if weight is None:  # computed from others, by a parametrization
         weight = module.weight  # type: ignore[assignment]
@@ -261,7 +299,7 @@ def stored_weight(module: nn.Module) -> Tensor:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight holds codes (bitsandbytes' 4 or 8 bits) and not numbers to compute with."""
+    """Return True if a weight, any shape, holds codes (bitsandbytes' 4 or 8 bits) and not numbers to compute with."""
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
@@ -287,11 +325,7 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def module_device(module: nn.Module) -> torch.device:
-    """Return the device on which a base module computes: that of its own weights, or of its first child's.
-
-    Offloaded weights compute where accelerate loads them to. The CPU stands for a module without weights, and for one
-    whose weights are not loaded yet.
-    """
+    """Return the device of a base module's own weights; the CPU if it has none or has not loaded them yet."""
     for part in module.modules():
         own = next((parameter for parameter in part._parameters.values() if parameter is not None), None)
         if own is not None:
@@ -302,5 +336,5 @@ def module_device(module: nn.Module) -> torch.device:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a layer keeps its weight as (in, out), as transformers' `Conv1D` does."""
+    """Return True if a layer stores its weight as (in, out), as transformers' `Conv1D` does."""
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)

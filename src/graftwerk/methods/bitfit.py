@@ -3,7 +3,7 @@
 Paper: Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
 Language-models", arXiv:2106.10199, equation 1-2. Here as a trained offset on every bias of the base model (linear
 layers and norms), starting at zero, so that the base's own biases stay as they are. Biases that are added elsewhere
-(of convolutions, of norms over channels that come first, DeBERTa's `q_bias`) are left out, and `print(graft)` says so:
+(of convolutions, of norms over channels that come first, DeBERTa's `q_bias`) are left out; `print(adapter)` says so:
 
     y + b'        for every layer that has a bias b; merged: b + b'
 
@@ -26,7 +26,12 @@ from graftwerk.methods.layer_selection import LayerSelection
 
 
 class BitFit(LayerSelection):
-    """Settings: none of its own but which layers."""
+    """Settings of BitFit: the choice of layers alone.
+
+    Example:
+        >>> BitFit(layers="top-2").default_learning_rate
+        0.003
+    """
 
     name: ClassVar[str] = "bitfit"
     title: ClassVar[str] = "BitFit"
@@ -37,9 +42,14 @@ class BitFit(LayerSelection):
     default_learning_rate: ClassVar[float] = 3e-3
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        chosen = [place for place in available if place.has_bias and not self.leaves_out(place)]
+        """Select every linear layer and norm with a bias.
+
+        Raises:
+            UnsupportedError: the model has no biases.
+        """
+        chosen = [target for target in available if target.has_bias and not self.leaves_out(target)]
         if not chosen:
-            others = [place.path for place in available if self.leaves_out(place)]
+            others = [target.path for target in available if self.leaves_out(target)]
             shown = f", but {len(others)} elsewhere, which it does not reach: {', '.join(others[:3])}" if others else ""
             raise UnsupportedError(
                 f"BitFit trains the biases of linear layers and norms, and this model has none there{shown}",
@@ -49,26 +59,31 @@ class BitFit(LayerSelection):
         return self.filter_layers(chosen, available)
 
     @staticmethod
-    def leaves_out(place: TargetModule) -> bool:
-        """Return whether this is a bias that cannot be reached as an offset on a layer's output."""
-        return place.has_bias and (place.role is Role.LOOSE_BIAS or place.weight_only or place.unfit is not None)
+    def leaves_out(target: TargetModule) -> bool:
+        """Return True for a bias that cannot be reached as an offset on a layer's output."""
+        return target.has_bias and (target.role is Role.LOOSE_BIAS or target.weight_only or target.unfit is not None)
 
-    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
-        return BitFitModule(place.out_features)
+    def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
+        return BitFitModule(target.out_features)
 
-    def num_parameters(self, places: Iterable[TargetModule]) -> int:
-        """sum of out over layers with a bias."""
-        return sum(place.out_features for place in places)
+    def num_parameters(self, targets: Iterable[TargetModule]) -> int:
+        """Return the sum of out over layers with a bias."""
+        return sum(target.out_features for target in targets)
 
 
 class BitFitModule(AdapterModule):
-    """``bitfit_b`` (out,)."""
+    """A trained offset on the output of one layer: y + b'.
+
+    Args:
+        width: out, the number of entries of ``bitfit_b`` (out,).
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.bitfit_b = nn.Parameter(torch.zeros(width))
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + b', (..., out), in the dtype of ``y``; ``x`` (..., in) is not read."""
         return y + self.bitfit_b.to(y.dtype)
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

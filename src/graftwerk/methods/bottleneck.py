@@ -32,8 +32,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 class Bottleneck(LayerSelection):
-    """Settings: where adapters stand and how wide they are (``adapter_size``, or the width over
-    ``reduction_factor``).
+    """Settings of bottleneck adapters: placement, and width (``adapter_size``, or model width / ``reduction_factor``).
+
+    Example:
+        >>> Bottleneck(reduction_factor=16).size(768)
+        48
     """
 
     name: ClassVar[str] = "bottleneck"
@@ -68,18 +71,25 @@ class Bottleneck(LayerSelection):
         return self
 
     def size(self, width: int) -> int:
-        """Width of the bottleneck for a layer of this width."""
+        """Return the width m of the bottleneck for a layer of this width."""
         if self.adapter_size is not None:
             return self.adapter_size
         return max(1, round(width / (self.reduction_factor or 16.0)))
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
+        """Select the last linear layers of the blocks, for `parallel` the first ones of the feed-forward too.
+
+        Raises:
+            UnsupportedError: the roles of the model's layers are not known.
+        """
         roles = {
             "houlsby": (Role.ATTENTION_OUT, Role.FFN_OUT),
             "pfeiffer": (Role.FFN_OUT,),
             "parallel": (Role.FFN_IN, Role.FFN_OUT),
         }[self.placement]
-        chosen = [place for place in available if place.role in roles and place.unfit is None and not place.weight_only]
+        chosen = [
+            target for target in available if target.role in roles and target.unfit is None and not target.weight_only
+        ]
         if not chosen:
             raise UnsupportedError(
                 "which layers of this model end its attention and feed-forward blocks is not known",
@@ -89,44 +99,53 @@ class Bottleneck(LayerSelection):
             )
         return self.filter_layers(chosen, available)
 
-    def build_all(self, places: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
+    def build_all(self, targets: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
         if self.placement != "parallel":
-            return super().build_all(places, modules)
-        deltas: dict[str, AdapterModule] = {}
+            return super().build_all(targets, modules)
+        built: dict[str, AdapterModule] = {}
         taps: dict[str | None, tuple[InputTap, TargetModule]] = {}
-        for place in places:
-            if place.role is Role.FFN_IN:
-                taps[place.ffn] = (InputTap(), place)
-                deltas[place.path] = taps[place.ffn][0]
-        for place in places:
-            if place.role is Role.FFN_OUT:
-                tap, entry = taps[place.ffn]
-                network = self._network(entry.in_features, place.out_features)
+        for target in targets:
+            if target.role is Role.FFN_IN:
+                taps[target.ffn] = (InputTap(), target)
+                built[target.path] = taps[target.ffn][0]
+        for target in targets:
+            if target.role is Role.FFN_OUT:
+                tap, first = taps[target.ffn]
+                network = self._network(first.in_features, target.out_features)
                 tap.network = (network,)
-                deltas[place.path] = ParallelAdapter(network, tap)
-        return deltas
+                built[target.path] = ParallelAdapter(network, tap)
+        return built
 
-    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
-        return SequentialAdapter(self._network(place.out_features, place.out_features))
+    def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
+        return SequentialAdapter(self._network(target.out_features, target.out_features))
 
     def _network(self, in_width: int, out_width: int) -> BottleneckNetwork:
         return BottleneckNetwork(
             in_width, out_width, self.size(out_width), self.non_linearity, self.layer_norm, self.scaling
         )
 
-    def num_parameters(self, places: Iterable[TargetModule]) -> int:
-        """sum of 2 d m + m + d, with 2 d for the norm, over the blocks' outputs."""
+    def num_parameters(self, targets: Iterable[TargetModule]) -> int:
+        """Return the sum of 2 d m + m + d, and of 2 d more for the norm, over the adapted blocks."""
         total = 0
-        for place in places:
-            if place.role is Role.FFN_IN:
+        for target in targets:
+            if target.role is Role.FFN_IN:
                 continue
-            d, m = place.out_features, self.size(place.out_features)
+            d, m = target.out_features, self.size(target.out_features)
             total += 2 * d * m + m + d + (2 * d if self.layer_norm else 0)
         return total
 
 
 class BottleneckNetwork(nn.Module):
-    """norm, down (m, d), non-linearity, up (d, m) starting at zero, scale."""
+    """The two-layer network of an adapter: s up(f(down(norm(x)))); ``up`` starts at zero.
+
+    Args:
+        in_width: Width of its input.
+        out_width: Width d of its output.
+        size: Width m of the bottleneck; ``down`` is (m, in_width), ``up`` (d, m).
+        non_linearity: A key of `ACTIVATIONS`.
+        layer_norm: True for a trained layer norm before ``down``.
+        scaling: s.
+    """
 
     def __init__(
         self, in_width: int, out_width: int, size: int, non_linearity: str, layer_norm: bool, scaling: float
@@ -141,6 +160,7 @@ class BottleneckNetwork(nn.Module):
         self.scaling = scaling
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return s up(f(down(norm(x)))), (..., out_width), for x (..., in_width), in the parameters' dtype."""
         h = x.to(self.down.weight.dtype)
         if self.norm is not None:
             h = self.norm(h)
@@ -149,41 +169,48 @@ class BottleneckNetwork(nn.Module):
 
 
 class SequentialAdapter(AdapterModule):
+    """A bottleneck behind a block: y + up(f(down(norm(y))))."""
+
     def __init__(self, network: BottleneckNetwork) -> None:
         super().__init__()
         self.bottleneck = network
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + network(y), (..., d), for the block's output y (..., d)."""
         update: Tensor = self.bottleneck(y)
         return y + update.to(y.dtype)
 
 
 class InputTap(AdapterModule):
-    """Remembers what goes into the feed-forward block, until the block's end takes it."""
+    """Store the input (..., d) of a feed-forward block until the adapter at its end takes it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Tensor | None = None
-        # What reads it, in a tuple: it is a child of the other layer, not of this one. Taps are stacked as that is.
+        # Its reader, in a tuple: it is a child of the other layer, not of this one. Taps are batched as readers are.
         self.network: tuple[BottleneckNetwork, ...] = ()
 
     def pre_forward(self, x: Tensor) -> Tensor:
+        """Store x (..., d) and return it unchanged."""
         self.seen = x
         return x
 
 
 class ParallelAdapter(AdapterModule):
+    """A bottleneck beside a feed-forward block: FFN(x) + s up(f(down(norm(x)))), x from an `InputTap`."""
+
     def __init__(self, network: BottleneckNetwork, tap: InputTap) -> None:
         super().__init__()
         self.bottleneck = network
         self._tap = (tap,)  # in a tuple: it is a child of the other layer, not of this one
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + network(block input), (..., d), for the block's output y (..., d)."""
         update: Tensor = self.bottleneck(self.pop_input())
         return y + update.to(y.dtype)
 
     def pop_input(self) -> Tensor:
-        """What went into the block; it is not kept any longer."""
+        """Return the input (..., d) of the block and drop the tap's reference to it."""
         seen, self._tap[0].seen = self._tap[0].seen, None
         assert seen is not None, "the feed-forward block ended without having begun"
         return seen

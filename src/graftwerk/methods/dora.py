@@ -42,7 +42,15 @@ class DoRAModule(LowRankModule):
 
     @classmethod
     def around(cls, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, p: float) -> DoRAModule:
-        """Return a module whose m starts at the norms of W + s B A, taken where the base's weights are."""
+        """Build a module whose m starts at the row norms of W + s B A, on the device of the base's weights.
+
+        Args:
+            base: The adapted layer.
+            a: A, (r, in).
+            b: B, (out, r).
+            scale: s.
+            p: Probability of dropping an entry of the input while training.
+        """
         device, weight = module_device(base), base_weight(base)
         a, b = (nn.Parameter(factor.detach().to(device)) for factor in (a, b))
         module = cls(base, a, b, nn.Parameter(torch.empty(weight.shape[0], device=device)), scale, p)

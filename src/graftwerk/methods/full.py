@@ -17,7 +17,12 @@ from graftwerk.methods.base import Method
 
 
 class Full(Method):
-    """Settings: whether the base's own weights are kept beside the trained ones."""
+    """Settings of full fine-tuning.
+
+    Example:
+        >>> Full(keep_base=False).kind
+        'weights'
+    """
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full fine-tuning"

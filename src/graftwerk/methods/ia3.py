@@ -23,13 +23,18 @@ from torch import Tensor, nn
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.layer_selection import LayerSelection
-from graftwerk.methods.target_modules import check_targets, endings, linear_places, named_by, select
+from graftwerk.methods.target_modules import check_targets, endings, linear_layers, named_by, select
 
 _SCALED = (Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.FFN_OUT)
 
 
 class IA3(LayerSelection):
-    """Settings: the targets, where they are not the paper's."""
+    """Settings of IA3: the targets, if they are not the paper's.
+
+    Example:
+        >>> IA3(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]).target_modules
+        ('k_proj', 'down_proj')
+    """
 
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "IA3"
@@ -54,9 +59,15 @@ class IA3(LayerSelection):
         return tuple(value) if isinstance(value, list | set) else value
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        linear = linear_places(available)
+        """Select the modules to scale.
+
+        Raises:
+            UnsupportedError: the roles of the model's layers are not known and none were named.
+            ConfigError: a name matches nothing, or a feed-forward module is none of the targets.
+        """
+        linear = linear_layers(available)
         if self.target_modules == "auto":
-            chosen = [place for place in linear if place.role in _SCALED]
+            chosen = [target for target in linear if target.role in _SCALED]
             if not chosen:
                 raise UnsupportedError(
                     "which layers of this model make keys and values is not known",
@@ -70,30 +81,36 @@ class IA3(LayerSelection):
             check_targets(chosen, self.target_modules)
         if self.feedforward_modules != "auto":
             known = named_by(chosen)
-            for target in self.feedforward_modules:
-                if target not in known:
+            for name in self.feedforward_modules:
+                if name not in known:
                     raise ConfigError(
-                        f"feedforward_modules: `{target}` is none of the targets", where="method.feedforward_modules"
+                        f"feedforward_modules: `{name}` is none of the targets", where="method.feedforward_modules"
                     )
         return chosen
 
-    def scales_input(self, place: TargetModule) -> bool:
+    def scales_input(self, target: TargetModule) -> bool:
+        """Return True if the input of this module is scaled, and not its output."""
         if self.feedforward_modules == "auto":
-            return place.role is Role.FFN_OUT
-        return any(ending in self.feedforward_modules for ending in endings(place.path))
+            return target.role is Role.FFN_OUT
+        return any(ending in self.feedforward_modules for ending in endings(target.path))
 
-    def build(self, place: TargetModule, module: nn.Module) -> AdapterModule:
+    def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
         return IA3Module(
-            place.in_features if self.scales_input(place) else place.out_features, self.scales_input(place)
+            target.in_features if self.scales_input(target) else target.out_features, self.scales_input(target)
         )
 
-    def num_parameters(self, places: Iterable[TargetModule]) -> int:
-        """sum of out over scaled projections and of in over feed-forward outputs."""
-        return sum(p.in_features if self.scales_input(p) else p.out_features for p in places)
+    def num_parameters(self, targets: Iterable[TargetModule]) -> int:
+        """Return the sum of out over scaled projections and of in over feed-forward outputs."""
+        return sum(p.in_features if self.scales_input(p) else p.out_features for p in targets)
 
 
 class IA3Module(AdapterModule):
-    """``ia3_l``: (out, 1) where the output is scaled, (1, in) where the input is; PEFT's shapes."""
+    """A trained vector that scales the input or the output of one layer; starts at one.
+
+    Args:
+        width: Length of the vector.
+        scales_input: True for l * x, with ``ia3_l`` (1, in); else l * y, with ``ia3_l`` (out, 1): PEFT's shapes.
+    """
 
     def __init__(self, width: int, scales_input: bool) -> None:
         super().__init__()
@@ -101,14 +118,16 @@ class IA3Module(AdapterModule):
         self.ia3_l = nn.Parameter(torch.ones((1, width) if scales_input else (width, 1)))
 
     def pre_forward(self, x: Tensor) -> Tensor:
+        """Return l * x, (..., in), if the input is scaled, else x."""
         return (x * self.ia3_l.flatten()).to(x.dtype) if self.scales_input else x
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return l * y, (..., out), if the output is scaled, else y."""
         return y if self.scales_input else (y * self.ia3_l.flatten()).to(y.dtype)
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # (1, in) scales columns, (out, 1) rows; only the latter reaches the bias.
-        folded = (weight * self.ia3_l).to(weight.dtype)
+        # ia3_l (1, in) scales columns, (out, 1) scales rows; only the latter reaches the bias.
+        merged = (weight * self.ia3_l).to(weight.dtype)
         if self.scales_input or bias is None:
-            return folded, bias
-        return folded, (bias * self.ia3_l.flatten()).to(bias.dtype)
+            return merged, bias
+        return merged, (bias * self.ia3_l.flatten()).to(bias.dtype)

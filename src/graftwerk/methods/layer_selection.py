@@ -1,12 +1,12 @@
-"""`layers`: which layers of a model a method goes into. The one place where such a choice is parsed and made.
+"""`layers`: the choice of layers that a method adapts, parsed and applied here alone.
 
 A *stack* is a list of layers one on top of the other, counted from 0 at the input. Decoder-only models and encoders
 have one; an encoder-decoder has two, and a choice means the same layers of each, unless it begins with ``encoder:`` or
-``decoder:``. What lies outside the layers (embeddings, the last norm, a pooler) is left out as soon as layers are
+``decoder:``. Modules outside the layers (embeddings, the last norm, a pooler) are left out as soon as layers are
 chosen.
 
-Why the highest ones: what lies below the lowest adapted layer needs no backward pass, and its output is the same in
-every epoch, so that it has to be computed only once (`train/trunk`). The lower layers of a pretrained model change
+Why the highest ones: the layers below the lowest adapted one need no backward pass, and their output is the same in
+every epoch, so that it is computed once (`training/activation_cache`). The lower layers of a pretrained model change
 least in full fine-tuning (Merchant et al. 2020, arXiv:2004.14448).
 """
 
@@ -26,7 +26,7 @@ WHERE = "method.layers"
 
 
 class HasLayer(Protocol):
-    """What a choice is made among: it stands in a layer of a stack, or (None) outside of all layers."""
+    """A candidate of a choice: it stands in a layer of a stack, or (None) outside of all layers."""
 
     @property
     def stack(self) -> str | None: ...
@@ -39,7 +39,7 @@ P = TypeVar("P", bound=HasLayer)
 
 
 class LayerSelection(Method):
-    """Abstract: a method that works inside layers, and can be kept to some of them."""
+    """Abstract: a method that works inside layers and can be restricted to some of them."""
 
     layers: str | tuple[int, ...] | None = Field(
         default=None,
@@ -62,10 +62,11 @@ class LayerSelection(Method):
         return value
 
     def filter_layers(self, candidates: Sequence[P], known: Sequence[P] | None = None) -> list[P]:
-        """Those of the candidates that stand in the chosen layers; all of them where none were chosen.
+        """Return the candidates in the chosen layers, or all of them if none were chosen.
 
         Args:
-            known: Everything that stands in the model's layers, which says how many there are; default: the candidates.
+            candidates: What to choose among.
+            known: Everything in the model's layers, which gives their number; the candidates if None.
 
         Raises:
             ConfigError: the model has no such layer or stack, or the candidates have none in the chosen layers.
@@ -74,10 +75,10 @@ class LayerSelection(Method):
             return list(candidates)
         wanted = self._wanted(_depths(candidates if known is None else known))
         chosen = [
-            place for place in candidates if place.layer is not None and place.layer in wanted.get(place.stack, ())
+            target for target in candidates if target.layer is not None and target.layer in wanted.get(target.stack, ())
         ]
         if not chosen:
-            there = sorted({place.layer for place in candidates if place.layer is not None})
+            there = sorted({target.layer for target in candidates if target.layer is not None})
             raise ConfigError(
                 f"`{shown(self.layers)}`: what this method adapts is in none of the chosen layers",
                 where=WHERE,
@@ -88,7 +89,7 @@ class LayerSelection(Method):
         return chosen
 
     def _wanted(self, depths: dict[str | None, int]) -> dict[str | None, frozenset[int]]:
-        """The numbers of the chosen layers, by stack."""
+        """Return the numbers of the chosen layers, by stack."""
         if not depths:
             raise ConfigError(
                 "which layers this model has is not known", where=WHERE, hint="leave `layers` out, or name modules"
@@ -144,7 +145,7 @@ def _text(value: str) -> Any:
 
 
 def _parsed(layers: str | tuple[int, ...]) -> tuple[str | None, int | None, tuple[int, ...] | None]:
-    """(side, how many of the highest, numbers); all numbers where neither of the latter two is given."""
+    """Return (side, number of highest layers, layer numbers); all layers if the latter two are None."""
     if isinstance(layers, tuple):
         return None, None, layers
     match = _CHOICE.fullmatch(layers)
@@ -157,22 +158,27 @@ def _parsed(layers: str | tuple[int, ...]) -> tuple[str | None, int | None, tupl
     return side, None, None if one is None else (int(one),)
 
 
-def _depths(places: Sequence[HasLayer]) -> dict[str | None, int]:
-    """How many layers each stack has."""
+def _depths(targets: Sequence[HasLayer]) -> dict[str | None, int]:
+    """Return the number of layers of each stack."""
     depths: dict[str | None, int] = {}
-    for place in places:
-        if place.layer is not None:
-            depths[place.stack] = max(depths.get(place.stack, 0), place.layer + 1)
+    for target in targets:
+        if target.layer is not None:
+            depths[target.stack] = max(depths.get(target.stack, 0), target.layer + 1)
     return depths
 
 
 def shown(layers: str | Sequence[int]) -> str:
-    """As it is written in a run file."""
+    """Return a choice as it is written in a run file."""
     return f"layers: {layers if isinstance(layers, str) else list(layers)}"
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """`[0, 1, 2, 5]` -> `0-2, 5`."""
+    """Return numbers as text, runs joined.
+
+    Example:
+        >>> ranges([0, 1, 2, 5])
+        '0-2, 5'
+    """
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:

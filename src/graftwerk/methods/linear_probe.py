@@ -1,7 +1,7 @@
 """Linear probe: the task head alone is trained on a frozen model.
 
 Source: Alain & Bengio 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644. The
-baseline from below: what a method reaches beyond it, it has learnt inside the model.
+lower baseline: whatever a method reaches beyond it was learnt inside the model.
 
 Parameters: those of the head (d labels + labels for a linear one), none in the base.
 Trade-off: the cheapest there is, since nothing below the head needs a backward pass; it can only read what the frozen
@@ -16,7 +16,12 @@ from graftwerk.methods.base import Method
 
 
 class Probe(Method):
-    """Settings: none of its own. Refused on models without a task head."""
+    """Settings of the linear probe: none of its own. Raises on models without a task head.
+
+    Example:
+        >>> Probe().num_parameters([])
+        0
+    """
 
     name: ClassVar[str] = "probe"
     title: ClassVar[str] = "Linear probe"

@@ -16,7 +16,7 @@ Options, each from its own paper:
 
 Parameters: r (in + out) for each adapted layer; DoRA adds out.
 Trade-off: no cost at inference once merged, and the closest to full fine-tuning of the small methods; it touches every
-adapted matrix, so its training step is dearer than that of soft prompts' parameters would suggest.
+adapted matrix, so a training step costs more than the parameter count suggests.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class LoRAModule(LowRankModule):
     """LoRA on one linear layer: h = W x + s B A x, and with PiSSA - s B0 A0 x.
 
     Args:
+        a: A, (r, in).
+        b: B, (out, r).
+        scale: s.
+        p: Probability of dropping an entry of the input while training.
         start: A0 (r, in) and B0 (out, r), which do not train; empty if B A starts at zero.
 
     Example:
@@ -68,15 +72,25 @@ class LoRAModule(LowRankModule):
         return self.get_buffer("start_A"), self.get_buffer("start_B")
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the low-rank update.
+
+        Args:
+            x: Input of the base layer, (..., in).
+            y: Its output, (..., out).
+
+        Returns:
+            y + s B A dropout(x), (..., out), in the dtype of ``y``.
+        """
         return y + self.update(x).to(y.dtype)
 
     def update(self, x: Tensor) -> Tensor:
+        """Return s B A dropout(x), with PiSSA minus s B0 A0 dropout(x): (..., out) for x (..., in), in A's dtype."""
         h = self.dropped(x)
         update = low_rank_product(h, self.lora_A.weight, self.lora_B.weight, self.scale)
         return update - low_rank_product(h, *self.start(), self.scale) if self.pissa else update
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # W + s B A in one pass over the weight, in the finer of both precisions, rounded once.
+        # One pass over the weight, in the finer of both precisions, so that W + s B A is rounded once.
         a, b = self.lora_A.weight, self.lora_B.weight
         fine = torch.promote_types(weight.dtype, a.dtype)
         merged = torch.addmm(weight.to(fine), b.to(fine), a.to(fine), alpha=self.scale)  # (out, in)
@@ -194,7 +208,7 @@ class LoRA(LayerSelection):
                 module.group = groups.setdefault(key, module.group)
 
     def num_parameters(self, targets: Iterable[TargetModule]) -> int:
-        """Return the sum of r (in + out), and of out more with DoRA."""
+        """Return the sum of r (in + out) over the targets, and of another out each with DoRA."""
         return sum(
             self.rank(t.path) * (t.in_features + t.out_features) + (t.out_features if self.use_dora else 0)
             for t in targets

@@ -18,7 +18,7 @@ from graftwerk.methods.dropout import DropoutGroup, dropout
 
 
 class Factor(nn.Module):
-    """One matrix, called ``weight`` as PEFT's files have it: ``lora_A.weight``."""
+    """One matrix, named ``weight`` as in PEFT's files (``lora_A.weight``); any shape."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class LowRankModule(AdapterModule):
         return self.dropout if self.training else 0.0
 
     def seed(self, x: Tensor) -> int:
-        """Return the seed of the mask on ``x``, the same for all modules of the group."""
+        """Return the seed of the mask on ``x`` (..., in), the same for all modules of the group."""
         return self.group.seed(x, self)
 
     def dropped(self, x: Tensor) -> Tensor:

@@ -40,7 +40,13 @@ from graftwerk.methods.soft_prompt import FromText
 
 
 class Prefix(LayerSelection, FromText):
-    """Settings: how many virtual tokens, where they start, and whether a network makes them."""
+    """Settings of prefix tuning: the number of virtual tokens, their start, and the network that computes them.
+
+    Example:
+        >>> prefix = Prefix(num_virtual_tokens=10)
+        >>> prefix.num_vector_parameters(attentions=[64] * 12, stacks=[64])
+        15360
+    """
 
     name: ClassVar[str] = "prefix"
     title: ClassVar[str] = "Prefix tuning"
@@ -72,7 +78,7 @@ class Prefix(LayerSelection, FromText):
         return self.num_virtual_tokens if causal else 0
 
     def num_vector_parameters(self, attentions: Iterable[int], stacks: Iterable[int]) -> int:
-        """Trained parameters, by formula.
+        """Return the number of trained parameters, by formula.
 
         Args:
             attentions: G·D of each attention.
@@ -88,28 +94,33 @@ class Prefix(LayerSelection, FromText):
 
 
 class PrefixModule(nn.Module):
-    """What an attention asks of its prefix. Final subclasses: `PrefixVectors`, `ProjectedPrefix`."""
+    """Abstract: the prefix of one attention. Final subclasses: `PrefixVectors`, `ProjectedPrefix`."""
 
     n: int
     """Number of virtual tokens."""
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, (n, G·D) each, as they are in the attention: after any rotation."""
+        """Return keys and values, (n, G·D) each, as the attention sees them: after any rotation."""
         raise NotImplementedError
 
     def source_tensors(self) -> list[Tensor]:
-        """All tensors that the vectors are made from."""
+        """Return all tensors, any shape, that the vectors are computed from."""
         return list(self.parameters())
 
     def merged_state(self) -> dict[str, Tensor]:
-        """The values by the names under which they are stored without a network; detached copies."""
+        """Return keys and values (n, G·D) by the names they are stored under without a network; detached copies."""
         with torch.no_grad():
             key, value = self.vectors()
         return {"prefix_key": key.detach().clone(), "prefix_value": value.detach().clone()}
 
 
 class PrefixVectors(PrefixModule):
-    """Keys and values trained directly."""
+    """Keys and values trained directly.
+
+    Args:
+        key: Initial keys, (n, G·D).
+        value: Initial values, (n, G·D).
+    """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         super().__init__()
@@ -122,7 +133,13 @@ class PrefixVectors(PrefixModule):
 
 
 class PrefixMLP(nn.Module):
-    """The part of the network that all attentions of a stack share: ``tanh(W e + b)``, (n, h)."""
+    """The part of the network shared by all attentions of a stack: ``tanh(W e + b)``.
+
+    Args:
+        n: Number of virtual tokens.
+        width: d, width of the embedding e (n, d).
+        hidden: h, width of the output.
+    """
 
     def __init__(self, n: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -130,32 +147,37 @@ class PrefixMLP(nn.Module):
         self.prefix_hidden = nn.Linear(width, hidden)
 
     def forward(self) -> Tensor:
+        """Return tanh(W e + b), (n, h)."""
         return torch.tanh(self.prefix_hidden(self.prefix_embedding))
 
     def merged_state(self) -> dict[str, Tensor]:
-        """Nothing of the trunk is left once the values are computed."""
+        """Return no tensors (any shape): only computed keys and values are stored without the network."""
         return {}
 
 
 class ProjectedPrefix(PrefixModule):
-    """Keys and values of one attention, computed by the stack's trunk and a linear layer of this attention's own.
+    """Keys and values of one attention, computed by the stack's `PrefixMLP` and a linear layer of this attention's own.
 
-    The trunk is computed at each use: nothing is kept between a forward pass and its recomputation under checkpointing.
+    The network runs at each use: nothing is stored between a forward pass and its recomputation under checkpointing.
+
+    Args:
+        mlp: The stack's shared part.
+        key: Keys at the start, (n, G·D).
+        value: Values at the start, (n, G·D).
     """
 
-    def __init__(self, trunk: PrefixMLP, key: Tensor, value: Tensor) -> None:
-        """``key`` and ``value`` (n, G·D) are what the network is to give at the start."""
+    def __init__(self, mlp: PrefixMLP, key: Tensor, value: Tensor) -> None:
         super().__init__()
         self.n = key.shape[0]
-        self.prefix_output = nn.Linear(trunk.prefix_hidden.out_features, 2 * key.shape[1])
-        # In a tuple, so that the trunk is no child: it lives at its stack, once.
-        self._trunk = (trunk,)
+        self.prefix_output = nn.Linear(mlp.prefix_hidden.out_features, 2 * key.shape[1])
+        # In a tuple, so that the shared part is no child: it is registered at its stack, once.
+        self._mlp = (mlp,)
         self._start_at(torch.cat((key, value), dim=1).float())
 
     @torch.no_grad()
     def _start_at(self, target: Tensor) -> None:
-        """The smallest change of the layer's random weights after which the network gives ``target`` (n, 2·G·D)."""
-        inputs = self._trunk[0]().cpu()
+        """Apply the smallest change of the random weights after which the network gives ``target`` (n, 2·G·D)."""
+        inputs = self._mlp[0]().cpu()
         inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), dim=1).double()
         output = self.prefix_output
         missing = target.cpu().double() - (inputs[:, :-1] @ output.weight.double().T + output.bias.double())
@@ -164,8 +186,8 @@ class ProjectedPrefix(PrefixModule):
         output.bias.add_(change[-1].float())
 
     def source_tensors(self) -> list[Tensor]:
-        return [*super().source_tensors(), *self._trunk[0].parameters()]
+        return [*super().source_tensors(), *self._mlp[0].parameters()]
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        key, value = self.prefix_output(self._trunk[0]()).chunk(2, dim=-1)
+        key, value = self.prefix_output(self._mlp[0]()).chunk(2, dim=-1)
         return key, value

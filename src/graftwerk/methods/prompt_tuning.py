@@ -27,7 +27,12 @@ from graftwerk.methods.soft_prompt import FromText
 
 
 class Prompt(FromText):
-    """Settings: how many virtual tokens, and where they start."""
+    """Settings of prompt tuning: the number of virtual tokens and their start.
+
+    Example:
+        >>> Prompt(num_virtual_tokens=8).num_vector_parameters(width=64)
+        512
+    """
 
     name: ClassVar[str] = "prompt"
     title: ClassVar[str] = "Prompt tuning"
@@ -38,11 +43,16 @@ class Prompt(FromText):
     default_head_learning_rate: ClassVar[float | None] = 1e-2
 
     def num_vector_parameters(self, width: int) -> int:
-        """Trained parameters, by formula; ``width`` is d."""
+        """Return the number of trained parameters, by formula; ``width`` is d."""
         return self.num_virtual_tokens * width
 
     def build_prompt(self, embedding: nn.Module, width: int) -> PromptVectors:
-        """The module of one adapter; ``embedding`` is the model's own (read only), which may scale what it looks up."""
+        """Build the prompt of one adapter.
+
+        Args:
+            embedding: The model's own embedding (read only), called to look up the start: some scale their output.
+            width: d, its width.
+        """
         weight = embedding.weight
         assert isinstance(weight, Tensor)
         ids = self.start_ids(weight.shape[0])
@@ -53,17 +63,17 @@ class Prompt(FromText):
 
 
 class PromptModule(nn.Module):
-    """What a stack asks of a prompt. Final subclasses: `PromptVectors`, `ptuning.PromptEncoder`."""
+    """Abstract: the prompt of one stack. Final subclasses: `PromptVectors`, `ptuning.PromptEncoder`."""
 
     n: int
     """Number of virtual tokens."""
 
     def vectors(self) -> Tensor:
-        """Input embeddings, (n, d)."""
+        """Return the input embeddings of the virtual tokens, (n, d)."""
         raise NotImplementedError
 
     def merged_state(self) -> dict[str, Tensor]:
-        """The values under the name by which they are stored without a network, as in evaluation; a detached copy."""
+        """Return the vectors (n, d), as in evaluation, by the name they are stored under without a network; a copy."""
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -73,7 +83,11 @@ class PromptModule(nn.Module):
 
 
 class PromptVectors(PromptModule):
-    """Embeddings trained directly."""
+    """Embeddings trained directly.
+
+    Args:
+        start: Initial values, (n, d).
+    """
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()

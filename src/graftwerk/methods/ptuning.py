@@ -8,8 +8,8 @@ Paper: Liu et al. 2021, "GPT Understands, Too", arXiv:2103.10385, section 3.2:
 The networks are those of PEFT, parameter by parameter: the plain one has three linear layers with ReLU between, the
 recurrent one two linear layers after a bidirectional LSTM.
 
-Start: noise, as in PEFT, but with the biases before a ReLU moved to the middle of what its units get. Otherwise up to
-half of the units are off for all n tokens, and what is off for all of them gets no gradient.
+Start: noise, as in PEFT, but with the biases before a ReLU shifted to the middle of its inputs. Otherwise up to half
+of the units are off for all n tokens, and a unit that is off for all of them gets no gradient.
 
 Parameters, hidden width h: n·d + (d·h + h) + (h·h + h) + (h·d + d) for the MLP; for the LSTM n·d + its two
 directions, 8·h·(d + h + 2) for its first layer and 8·h·(3·h + 2) for each further one, + (4·h·h + 2·h) + (2·h·d + d).
@@ -31,7 +31,12 @@ from graftwerk.methods.soft_prompt import VirtualTokens
 
 
 class PTuning(VirtualTokens):
-    """Settings: how many virtual tokens, and the network that makes them."""
+    """Settings of P-tuning: the number of virtual tokens and the network that computes them.
+
+    Example:
+        >>> PTuning(num_virtual_tokens=4, encoder_hidden_size=8).num_vector_parameters(width=16)
+        416
+    """
 
     name: ClassVar[str] = "ptuning"
     title: ClassVar[str] = "P-tuning"
@@ -64,7 +69,7 @@ class PTuning(VirtualTokens):
         return self
 
     def num_vector_parameters(self, width: int) -> int:
-        """Trained parameters, by formula; ``width`` is d."""
+        """Return the number of trained parameters, by formula; ``width`` is d."""
         n, d = self.num_virtual_tokens, width
         h = self.encoder_hidden_size or d
         if self.encoder_reparameterization_type == "NONE":
@@ -75,7 +80,7 @@ class PTuning(VirtualTokens):
         return n * d + lstm + (4 * h * h + 2 * h) + (2 * h * d + d)
 
     def build_prompt(self, embedding: nn.Module, width: int) -> PromptModule:
-        """The module of one adapter; it starts from noise, as PEFT's."""
+        """Build the prompt of one adapter for input width d; it starts from noise, not from ``embedding``."""
         if self.encoder_reparameterization_type == "NONE":
             return PromptVectors(torch.randn(self.num_virtual_tokens, width))
         return PromptEncoder(
@@ -88,10 +93,14 @@ class PTuning(VirtualTokens):
 
 
 class PromptEncoder(PromptModule):
-    """The network; its parameters are named as in PEFT's prompt encoder.
+    """The network that computes the virtual tokens; its parameters are named as in PEFT's prompt encoder.
 
     Args:
+        n: Number of virtual tokens.
+        width: d, input width of the model.
+        hidden: h, hidden width of the network.
         recurrent_layers: Layers of the LSTM; 0 for the plain MLP.
+        dropout: Between the layers of the LSTM.
     """
 
     def __init__(self, n: int, width: int, hidden: int, *, recurrent_layers: int, dropout: float) -> None:
@@ -111,20 +120,20 @@ class PromptEncoder(PromptModule):
 
     @torch.no_grad()
     def _wake(self) -> None:
-        """Move the biases so that each unit of a ReLU is on for some of the virtual tokens and off for others."""
-        inner = self._before_mlp()
+        """Shift the biases so that each unit of a ReLU is on for some of the virtual tokens and off for others."""
+        hidden_states = self._before_mlp()
         for layer, following in pairwise(self.mlp_head):
             if isinstance(layer, nn.Linear) and isinstance(following, nn.ReLU):
-                inputs = layer(inner)
+                inputs = layer(hidden_states)
                 # With one token there is no middle; it is mirrored to the side where the unit is on.
                 layer.bias.sub_(inputs.mean(dim=0) if self.n > 1 else inputs[0] - inputs[0].abs())
-            inner = layer(inner)
+            hidden_states = layer(hidden_states)
 
     def _before_mlp(self) -> Tensor:
-        inner: Tensor = self.embedding.weight
+        hidden_states: Tensor = self.embedding.weight
         if hasattr(self, "lstm_head"):
-            inner = self.lstm_head(inner[None])[0][0]
-        return inner
+            hidden_states = self.lstm_head(hidden_states[None])[0][0]
+        return hidden_states
 
     def vectors(self) -> Tensor:
         output: Tensor = self.mlp_head(self._before_mlp())

@@ -1,4 +1,4 @@
-"""Name -> method: the only list of methods there is."""
+"""The registry of methods: name to class, and shorthands."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ SHORTHANDS: dict[str, dict[str, Any]] = {
     "pfeiffer": {"name": "bottleneck", "placement": "pfeiffer"},
     "parallel": {"name": "bottleneck", "placement": "parallel"},
 }
-"""Names under which people know a setting of a method."""
+"""Common names for a setting of a method."""
 
 
 def parse_method(value: Any) -> Method:
-    """`lora`, `{name: lora, r: 8}`, or a method already built.
+    """Return the method that a value describes.
+
+    Args:
+        value: ``"lora"``, ``{"name": "lora", "r": 8}``, or a method already built.
 
     Raises:
-        ConfigError: no such method or setting; the nearest is named.
+        ConfigError: no such method or setting; the nearest name is suggested.
+
+    Example:
+        >>> parse_method({"name": "lora", "r": 4}).r
+        4
     """
     return parse_choice(value, Method, METHODS, what="a method", where="method", shorthands=SHORTHANDS)

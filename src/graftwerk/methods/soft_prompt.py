@@ -1,4 +1,4 @@
-"""What prefix, prompt and P-tuning share: n virtual tokens, and where their values start."""
+"""Settings shared by prefix, prompt and P-tuning: n virtual tokens, and their start."""
 
 from __future__ import annotations
 
@@ -66,21 +66,21 @@ class FromText(VirtualTokens):
 
     @property
     def wants_token_ids(self) -> bool:
-        """Whether there is a text that still has to be turned into token ids."""
+        """Return True if there is a text that still has to be turned into token ids."""
         return self.init_text is not None and self.init_token_ids is None
 
     def with_token_ids(self, ids: Sequence[int]) -> Self:
-        """These settings with the text turned into ids (without special tokens)."""
+        """Return these settings with the text turned into ids (without special tokens)."""
         return self.model_copy(update={"init": "text", "init_token_ids": tuple(int(token) for token in ids)})
 
     def start_ids(self, vocabulary: int) -> tuple[int, ...] | None:
-        """Exactly `num_virtual_tokens` ids to start from, or None for a random start.
+        """Return exactly `num_virtual_tokens` ids to start from, or None for a random start.
 
         Args:
             vocabulary: Rows of the model's embedding table.
 
         Raises:
-            ConfigError: nobody has turned the text into ids yet, or an id is not in the vocabulary.
+            ConfigError: the text is not tokenized yet, or an id is not in the vocabulary.
         """
         if self.init == "random":
             return None

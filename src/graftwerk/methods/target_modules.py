@@ -1,4 +1,4 @@
-"""Layers by the ends of their paths: `q_proj` and `layers.0.q_proj` both name `model.layers.0.q_proj`."""
+"""Match modules by the ends of their paths: `q_proj` and `layers.0.q_proj` both name `model.layers.0.q_proj`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from graftwerk.methods.base import ATTENTION_ROLES, Role, TargetModule
 
 
 def endings(path: str) -> Iterator[str]:
-    """Everything that names this module: its whole path, and what is left of it after each dot."""
+    """Yield every name of a module: its whole path, and the rest of it after each dot, longest first.
+
+    Example:
+        >>> list(endings("layers.0.q_proj"))
+        ['layers.0.q_proj', '0.q_proj', 'q_proj']
+    """
     yield path
     while path:
         path = path.partition(".")[2]
@@ -18,46 +23,46 @@ def endings(path: str) -> Iterator[str]:
             yield path
 
 
-def named_by(places: Iterable[TargetModule]) -> frozenset[str]:
-    """Everything that names at least one of the places."""
-    return frozenset(ending for place in places for ending in endings(place.path))
+def named_by(modules: Iterable[TargetModule]) -> frozenset[str]:
+    """Return every name of at least one of the targets."""
+    return frozenset(ending for module in modules for ending in endings(module.path))
 
 
-def linear_places(places: Iterable[TargetModule]) -> list[TargetModule]:
-    """Return the linear layers among the places that an adapter works in like in any other."""
-    return [place for place in places if _is_linear(place) and place.unfit is None and not place.weight_only]
+def linear_layers(modules: Iterable[TargetModule]) -> list[TargetModule]:
+    """Return the linear layers that an adapter can work in as in any other."""
+    return [module for module in modules if _is_linear(module) and module.unfit is None and not module.weight_only]
 
 
-def _is_linear(place: TargetModule) -> bool:
-    return place.role not in (Role.NORM, Role.LOOSE_BIAS)
+def _is_linear(module: TargetModule) -> bool:
+    return module.role not in (Role.NORM, Role.LOOSE_BIAS)
 
 
 def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
     """Return the linear layers that the targets name.
 
     Raises:
-        ConfigError: a target matches nothing; the nearest names are given.
+        ConfigError: a target matches nothing; the nearest names are suggested.
         UnsupportedError: a target names only layers that no adapter works in; the reason is given.
     """
-    places = [place for place in available if _is_linear(place) and place.unfit is None]
-    known, wanted = named_by(places), frozenset(targets)
+    modules = [module for module in available if _is_linear(module) and module.unfit is None]
+    known, wanted = named_by(modules), frozenset(targets)
     for target in targets:
         if target not in known:
-            for place in available:
-                if _is_linear(place) and place.unfit is not None and target in endings(place.path):
+            for module in available:
+                if _is_linear(module) and module.unfit is not None and target in endings(module.path):
                     raise UnsupportedError(
-                        f"target_modules: no adapter works in `{place.path}`: {place.unfit}",
+                        f"target_modules: no adapter works in `{module.path}`: {module.unfit}",
                         where="method.target_modules",
                         hint=f"leave `{target}` out",
                     )
-            names = sorted({place.path.rpartition(".")[2] for place in places})
+            names = sorted({module.path.rpartition(".")[2] for module in modules})
             hint = did_you_mean(target, names)
             raise ConfigError(
                 f"target_modules: `{target}` matches no layer of this model",
                 where="method.target_modules",
                 hint=f"{hint}The layers end in: {', '.join(names[:30])}",
             )
-    return [place for place in places if not wanted.isdisjoint(endings(place.path))]
+    return [module for module in modules if not wanted.isdisjoint(endings(module.path))]
 
 
 def linear_targets(
@@ -65,11 +70,15 @@ def linear_targets(
 ) -> list[TargetModule]:
     """Return the linear layers that ``target_modules`` names.
 
+    Args:
+        available: A model's modules.
+        wanted: ``attention``, ``all-linear``, or names.
+
     Raises:
-        UnsupportedError: ``attention`` on a model whose attention is not known.
+        UnsupportedError: ``attention`` on a model whose attention is not known, or no linear layer at all.
         ConfigError: a name matches nothing.
     """
-    linear = linear_places(available)
+    linear = linear_layers(available)
     if not isinstance(wanted, str):
         return select(available, wanted)
     if wanted == "all-linear":
@@ -91,7 +100,15 @@ def linear_targets(
 
 
 def check_patterns(chosen: Sequence[TargetModule], **patterns: Mapping[str, float]) -> None:
-    """Raise ConfigError for a key of a pattern (``rank_pattern=...``) that names none of the chosen modules."""
+    """Check that each key of a pattern names one of the chosen modules.
+
+    Args:
+        chosen: The adapted modules.
+        **patterns: Settings by name (``rank_pattern=...``).
+
+    Raises:
+        ConfigError: a key matches none of them.
+    """
     known = named_by(chosen) if any(patterns.values()) else frozenset()
     for field, pattern in patterns.items():
         for key in pattern:
@@ -100,7 +117,11 @@ def check_patterns(chosen: Sequence[TargetModule], **patterns: Mapping[str, floa
 
 
 def check_inputs(chosen: Sequence[TargetModule], setting: str) -> None:
-    """Raise ConfigError for a layer whose weight is read and which is never called: it has no input to drop from."""
+    """Check that each layer has an input to drop entries from.
+
+    Raises:
+        ConfigError: a layer's weight is read and the layer is never called.
+    """
     for target in chosen:
         if target.weight_only:
             raise ConfigError(
@@ -111,10 +132,10 @@ def check_inputs(chosen: Sequence[TargetModule], setting: str) -> None:
 
 
 def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> None:
-    """Refuse a target that names layers of the model, but none of those that were chosen by `layers`.
+    """Check that each target is in one of the layers that were chosen by `layers`.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: a target names layers of the model, but none of the chosen ones.
     """
     known = named_by(chosen)
     for target in targets:
@@ -127,7 +148,7 @@ def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> Non
 
 
 def value_of(pattern: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the longest key that names this module."""
+    """Return the value of the longest key that names this module, or the default."""
     if pattern:
         for ending in endings(path):  # the longest first
             if ending in pattern:
