@@ -70,7 +70,7 @@ class AdaptedWeight(_Layer):
         if not deltas:
             return weight, bias
         for delta in deltas:
-            weight, bias = delta.folded(weight, bias)
+            weight, bias = delta.merged_weight(weight, bias)
         return weight, bias
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from graftwerk.methods.base import Method
 from graftwerk.methods.bitfit import BitFit
 from graftwerk.methods.lora import LoRA
-from graftwerk.methods.target_modules import linear_places
+from graftwerk.methods.target_modules import linear_layers
 from graftwerk.modeling.architectures import Architecture, base_path
 from graftwerk.modeling.module_index import module_index
 
@@ -37,7 +37,7 @@ def left_out(model: PreTrainedModel, method: Method, view: Architecture) -> list
 def _matrices(model: PreTrainedModel, view: Architecture) -> list[str]:
     """Weight matrices outside embeddings and heads that no linear layer holds, such as experts in one 3-d parameter."""
     base, within = module_index(model), base_path(model)
-    reached = {f"{place.path}.weight" for place in linear_places(view.targets)}
+    reached = {f"{place.path}.weight" for place in linear_layers(view.targets)}
     outputs = model.get_output_embeddings()
     sizes: dict[str, int] = {}
     for name, parameter in base.parameters.items():
