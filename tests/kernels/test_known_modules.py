@@ -35,9 +35,7 @@ def test_rms_norm_of_table_follows_its_formula(name: str) -> None:
     factor = norm.weight + 1 if name.partition(".")[0] in OFFSET_FAMILIES else norm.weight
     expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * factor
     torch.testing.assert_close(norm(x), expected, atol=1e-6, rtol=1e-5)
-    efficient = memory_efficient.efficient_class(norm)
-    assert efficient is not None
-    assert issubclass(efficient, memory_efficient.MemoryEfficientRMSNorm)
+    assert memory_efficient.efficient_mixin(norm) is memory_efficient.MemoryEfficientRMSNorm
 
 
 @pytest.mark.parametrize("name", sorted(GATED_MLPS))
