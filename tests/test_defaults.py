@@ -10,6 +10,7 @@ from graftwerk.augment.settings import AUGMENTERS
 from graftwerk.data.settings import DataSettings
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.methods.catalog import METHODS
+from graftwerk.tasks.masked import Masked
 from graftwerk.train.settings import TrainingSettings
 
 RATES = {
@@ -41,6 +42,7 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
         "confidence": 0.95, "resamples": 1000, "latency_batches": 10, "generate": True, "num_beams": 1,
         "length_penalty": 1.0, "generation_batch_size": 16, "examples": 5, "baseline": False,
     },
+    Masked: {"mask_probability": 0.15},
     DataSettings: {
         "validation": 0.1, "split_seed": 0, "on_bad_row": "fail", "max_truncated": 0.2, "text_rows": "line",
         "buffer_rows": 10_000,

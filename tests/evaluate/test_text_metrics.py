@@ -300,8 +300,11 @@ def test_same_rows_compares_references_and_token_counts_by_value() -> None:
     assert not same_rows(one, replace(other, tokens=other.tokens + 1))
     assert other.references is not None
     assert not same_rows(one, replace(other, references=("another", *other.references[1:])))
-    assert not same_rows(one, ClassPredictions(None, np.ones((24, 2))))
-    few, many = ClassPredictions(None, np.ones((3, 2)), np.array([0, 1, 1])), ClassPredictions(None, np.ones((3, 4)))
+    assert not same_rows(one, ClassPredictions(None, np.ones((24, 2)), None))
+    few, many = (
+        ClassPredictions(None, np.ones((3, 2)), np.array([0, 1, 1])),
+        ClassPredictions(None, np.ones((3, 4)), None),
+    )
     assert same_rows(few, replace(few, targets=np.array([0, 1, 1])))
     assert not same_rows(few, replace(few, targets=np.array([0, 1, 0])))
     assert not same_rows(few, replace(many, targets=few.targets))

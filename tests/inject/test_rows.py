@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graftwerk.inject.attach as gw
 from graftwerk import fast
 from graftwerk.inject import rows as rows_module
-from graftwerk.inject.record import box_of
+from graftwerk.inject.record import Record, box_of
 from graftwerk.inject.rows import Gathered, InTurn, parts_of
 from graftwerk.methods.base import Delta
 from graftwerk.methods.catalog import parse_method
@@ -148,6 +148,14 @@ def test_layers_see_any_shape_whose_rows_stand_together(method: str, shape: tupl
             found = layer(x)
             with fast.plain():
                 torch.testing.assert_close(found, layer(x), **CLOSE)
+
+
+def test_groups_of_repeated_rows_keep_a_rows_entries_together() -> None:
+    model, _ = mixed("lora", "bert", ["a", None, "a"])
+    record = Record.of(model)
+    assert record is not None
+    found = {group.name: group.index.tolist() for group in record.selection.groups(6, torch.device("cpu"))}
+    assert found == {"a": [0, 1, 4, 5], None: [2, 3]}
 
 
 def test_ranks_far_apart_are_stacked_apart_and_near_ones_together() -> None:

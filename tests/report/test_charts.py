@@ -151,6 +151,7 @@ def test_a_step_is_at_the_same_place_in_all_charts() -> None:
     [
         (numbers.percent(0.786), "78.6 %"),
         (numbers.percent(None), "–"),
+        (numbers.share(0.0), "0.0 %"),
         (numbers.percent(-0.00001), "0.0 %"),
         (numbers.share(0.0000339), "0.0034 %"),
         (numbers.count(770), "770"),
