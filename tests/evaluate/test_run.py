@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftwerk.errors import AdapterError, ConfigError, DataError, GraftwerkError, IntegrityError
+from graftwerk.errors import AdapterError, ConfigError, DataError, GraftwerkError, IntegrityError, ModelError
 from graftwerk.evaluate import metrics
 from graftwerk.evaluate.opened import open_adapter
 from graftwerk.evaluate.run import evaluate, predict, run_model
@@ -351,3 +352,47 @@ def test_an_adapter_for_another_task_is_refused(tiny_decoder: Path, tmp_path: Pa
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "peft")
     with pytest.raises(GraftwerkError, match="CAUSAL_LM"):
         predict(tmp_path / "peft", "text", model=str(tiny_decoder))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([{"text": "a", "label": "zzz"}], AdapterError),
+        ([{"text": "a", "label": "noun.act"}, {"text": "", "label": "noun.act"}], DataError),
+        ([{"txet": "a", "label": "noun.act"}], ConfigError),
+        ([], DataError),
+    ],
+)
+def test_error_about_given_rows_speaks_of_them_and_of_what_can_be_given(
+    run: Path, tmp_path: Path, rows: list[dict[str, str]], error: type[GraftwerkError]
+) -> None:
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asks: list[Any] = [lambda: evaluate(run, str(path))]
+    if error is not AdapterError:  # labels are not looked at
+        asks.append(lambda: predict(run, data=str(path)))
+    for ask in asks:
+        with pytest.raises(error) as caught:
+            ask()
+        said = str(caught.value)
+        assert "given.jsonl" in said
+        assert "train rows" not in said
+        assert not re.search(
+            r"\b(data|training|task)\.[a-z_]+\b", (caught.value.mend or "") + (caught.value.where or "")
+        )
+
+
+def test_evaluating_on_a_base_with_nan_blames_the_base(run: Path, tmp_path: Path, tiny_encoder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    tensors = load_file(base / "model.safetensors")
+    next(value for key, value in tensors.items() if key.endswith("layer.1.output.dense.bias"))[0] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    for ask in (
+        lambda: evaluate(run, model=str(base), force=True),
+        lambda: predict(run, ["a text"], model=str(base), force=True),
+    ):
+        with pytest.raises(ModelError, match="weights of the base model hold NaN"):
+            ask()

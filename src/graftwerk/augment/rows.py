@@ -14,6 +14,7 @@ from graftwerk.augment.journal import Journal
 from graftwerk.augment.noise import Vocabulary, distort, same_words
 from graftwerk.augment.settings import BackTranslation, Generation, Noise, WordInsertion
 from graftwerk.errors import ConfigError, DataError
+from graftwerk.sanitize import redacted
 
 Row = Mapping[str, Any]
 ORIGIN = "origin"
@@ -135,7 +136,7 @@ class _Variants:
 
 
 def _origin(settings: Noise | Generation, number: int) -> dict[str, Any]:
-    made = settings.making()
+    made = redacted(settings.making())
     return {"kind": made.pop("name"), "seed": made.pop("seed"), "variant": number, "settings": made, "model": None}
 
 

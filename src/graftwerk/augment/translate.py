@@ -23,6 +23,7 @@ from graftwerk.evaluate.forward import autocast, device_of, evaluation_mode
 from graftwerk.evaluate.opened import MANIFEST, open_adapter
 from graftwerk.evaluate.search import own_search
 from graftwerk.inject.virtual import positions_taken
+from graftwerk.sanitize import redacted
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.fingerprint import fingerprint as weights_fingerprint
 from graftwerk.store.info import WEIGHTS_FILE
@@ -114,7 +115,7 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         name, adapter = settings.model, None
     if not isinstance(task, TextTask) or not task.generates:
         raise UnsupportedError(f"a model for {task.title.lower()} writes no texts", where=settings.model)
-    identity = {"name": name, "fingerprint": weights_fingerprint(model), "adapter": adapter}
+    identity = redacted({"name": name, "fingerprint": weights_fingerprint(model), "adapter": adapter})
     return Loaded(model, tokenizer, task, length, dtype, identity)
 
 

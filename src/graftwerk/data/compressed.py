@@ -109,7 +109,7 @@ def read_bytes(path: Path) -> bytes:
             raise EnvironmentFault(
                 f"the content of {path.name} does not fit into the memory: more than {most:,} bytes",
                 where=str(path),
-                mend="data.stream=true reads rows while they are trained on; or give a part of the file",
+                mend="data.streaming=true reads rows while they are trained on; or give a part of the file",
             )
         content.append(piece)
     return b"".join(content)

@@ -19,6 +19,8 @@ from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
 from graftwerk.evaluate.settings import EvaluationSettings
+from graftwerk.evaluate.stored import ANSWERS, EVALUATION, PREDICTIONS
+from graftwerk.own_files import refuse_links
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.atomic import recover
 from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, check_said, read_adapter_config
@@ -114,6 +116,7 @@ def find(target: Any) -> Target:
         if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
             return Target(read_adapter_config(path), None, None, {})
         path = path.parent
+    refuse_links(path, (MANIFEST, CONFIG, ADAPTER, EVALUATION, PREDICTIONS, ANSWERS))
     manifest = read_sealed(path / MANIFEST)
     check_said(manifest, path / MANIFEST)
     adapter = recover(path / ADAPTER)

@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftwerk.errors import ConfigError
+from graftwerk.own_files import refuse_links
 from graftwerk.report.comparison import comparison_page
-from graftwerk.report.files import COMPARISON, CONFIG, LOG, MANIFEST, number, read_json, read_log, read_text, write_page
+from graftwerk.report.files import (
+    COMPARISON,
+    CONFIG,
+    LOG,
+    MANIFEST,
+    REPORT,
+    number,
+    read_json,
+    read_log,
+    read_text,
+    write_page,
+)
 from graftwerk.report.run import run_page
 
 EVALUATION = "evaluation.json"
@@ -22,10 +34,11 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
         ConfigError: the folder holds neither a run nor a comparison.
-        IntegrityError: its main file is damaged.
+        IntegrityError: its main file is damaged, or one of its files is a link.
         EnvironmentFault: a file cannot be read, or the page not written.
     """
     folder = Path(folder)
+    refuse_links(folder, (COMPARISON, MANIFEST, EVALUATION, LOG, CONFIG, REPORT))
     if (folder / COMPARISON).is_file():
         return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
     if not (folder / MANIFEST).is_file():

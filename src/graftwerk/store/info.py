@@ -11,7 +11,7 @@ from graftwerk.errors import AdapterError, EnvironmentFault, IntegrityError, Uns
 from graftwerk.methods.base import Method
 from graftwerk.methods.catalog import METHODS, parse_method
 from graftwerk.store.adapter_config import CONFIG_FILE, OWN_PREFIX, read_config
-from graftwerk.store.atomic import recover
+from graftwerk.store.atomic import read_steadily, recover
 from graftwerk.store.safety import checksum, read_sealed, refuse_changed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -90,7 +90,10 @@ def read_adapter_config(folder: Path | str) -> AdapterInfo:
         IntegrityError, ConfigError, UnsupportedError: as `adapter_config.read_config`.
         AdapterError: the folder holds no adapter; those in folders below are named.
     """
-    folder = recover(Path(folder))
+    return read_steadily(folder, lambda: _read(recover(Path(folder))))
+
+
+def _read(folder: Path) -> AdapterInfo:
     if not folder.is_dir():
         raise EnvironmentFault(f"there is no folder {folder}", where=str(folder), mend="check the path")
     if not (folder / CONFIG_FILE).exists():

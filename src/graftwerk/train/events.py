@@ -11,7 +11,6 @@ order is the order of the lines.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import EnvironmentFault
+from graftwerk.own_files import open_own, refuse_links
+from graftwerk.sanitize import clean, dump_json
 
 TRANSIENT = frozenset({"progress", "phase", "nothing_left"})
 """Kinds that are shown and forgotten."""
@@ -67,7 +68,7 @@ def to_logging(event: Event) -> None:
     if event.kind in WORTH_A_WARNING or (event.kind == "finding" and figures.get("grave")):
         mend = f" ({figures['mend']})" if figures.get("mend") else ""
         logging.getLogger("graftwerk").warning(
-            "step %d: %s%s", event.step, figures.get("text") or figures.get("message"), mend
+            "step %d: %s", event.step, clean(f"{figures.get('text') or figures.get('message')}{mend}")
         )
 
 
@@ -83,12 +84,13 @@ class JsonLines:
 
     Raises:
         EnvironmentFault: the file cannot be opened.
+        IntegrityError: it is a link.
     """
 
     def __init__(self, path: Path, offset: int | None = None, on_trouble: Callable[[str], None] | None = None) -> None:
         self.path, self.lost, self._on_trouble = path, 0, on_trouble
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
             size = os.fstat(self._descriptor).st_size
             self.position = min(offset or 0, size)
             self.missing = (offset or 0) - self.position
@@ -100,7 +102,7 @@ class JsonLines:
     def __call__(self, event: Event) -> None:
         if event.kind in TRANSIENT:
             return
-        line = (json.dumps(_plain(event.as_dict()), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (dump_json(_plain(event.as_dict())) + "\n").encode()
         try:
             written = os.pwrite(self._descriptor, line, self.position)
             if written < len(line):
@@ -166,6 +168,7 @@ class TensorBoard:
     def _open(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        refuse_links(self.folder.parent, (self.folder.name,))
         purge = None if self._after is None else self._after + 1
         return SummaryWriter(str(self.folder), purge_step=purge)
 
@@ -178,13 +181,11 @@ class TensorBoard:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN; the log must show it all the same."""
+    """JSON has no NaN; the log must show it all the same. And it is shown to others: its texts are cleaned."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return clean(str(value)) if isinstance(value, str | Path) else value

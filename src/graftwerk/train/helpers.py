@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from graftwerk.errors import EnvironmentFault, GraftwerkError
+from graftwerk.train.signals import SIGNALS, held_back
 
 KEY = "training.processes"
 _MEETING, _ENDING_SECONDS = timedelta(minutes=2), 30.0
@@ -73,12 +74,13 @@ def sharing(count: int, kept: Callable[[], str | None]) -> Iterator[None]:
         parent = os.getpid()
         try:
             for rank in range(1, count):
-                pid = os.fork()
-                if pid == 0:
-                    with _helper(writing, parent):
-                        _join(rank, count, place, each)
-                        yield
-                helpers.append(pid)
+                with held_back():
+                    pid = os.fork()
+                    if pid == 0:
+                        with _helper(writing, parent):
+                            _join(rank, count, place, each)
+                            yield
+                    helpers.append(pid)
         except OSError as error:
             raise EnvironmentFault(
                 f"no process can be forked: {error.strerror or error}", where=KEY, mend=f"{KEY}=1", kept=kept()
@@ -115,6 +117,7 @@ def _helper(writing: int, parent: int) -> Iterator[None]:
     code = 1
     try:
         os.setpgid(0, 0)  # Ctrl-C is for the main process, which tells the others
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         end_with_parent(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(code)

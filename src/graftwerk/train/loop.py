@@ -19,6 +19,7 @@ from torch import Tensor
 
 from graftwerk.data.mixture import Sampler
 from graftwerk.errors import DivergedError, EnvironmentFault, Interrupted
+from graftwerk.evaluate.finite import refuse_broken_base
 from graftwerk.inject.attach import Graft
 from graftwerk.tasks.base import Example, Predictions, Task
 from graftwerk.tasks.packing import check_packing, pack
@@ -328,6 +329,7 @@ class Trainer:
         state, most = self.state, self.settings.max_bad_steps
         if self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1:
             return  # an overflow of float16: the scale is lowered, as it is meant to be
+        refuse_broken_base(self.graft.model, trained=state.bad_steps + 1 == state.step)
         state.bad_steps += 1
         what = "gradient" if math.isfinite(loss) else "loss"
         if state.bad_steps > most:

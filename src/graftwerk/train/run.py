@@ -15,19 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import DivergedError, GraftwerkError
+from graftwerk.errors import DivergedError, EnvironmentFault, Explained, GraftwerkError
+from graftwerk.own_files import refuse_links
+from graftwerk.sanitize import REDACTED, redacted
+from graftwerk.store.atomic import FAULTS
 from graftwerk.store.safety import understood
 from graftwerk.store.strict_json import dump_object
 from graftwerk.train.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
 from graftwerk.train.clock import seconds_since_process_start
 from graftwerk.train.events import Event, Hub, JsonLines, Listener, TensorBoard, to_logging
-from graftwerk.train.folder import CONFIG, MANIFEST, Run, RunFolder
+from graftwerk.train.folder import CONFIG, MADE_BEFORE, MANIFEST, OURS, Run, RunFolder
 from graftwerk.train.identity import environment_warning, refuse_changes
-from graftwerk.train.lock import RunLock
+from graftwerk.train.lock import LOCK_FILE, RunLock
 from graftwerk.train.signals import StopSignals
 
 __all__ = ["Run", "train"]
 
+SECRETS_LEFT_OUT = (
+    f"a place in the run file holds a secret: no file of the run shows it (it says {REDACTED} there), and this user's "
+    "cache remembers it for evaluating and going on here; elsewhere give the place again"
+)
 LAUNCHED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
 _trained_before = False
@@ -60,7 +67,7 @@ def train(
         ConflictError: another process trains there; there is a run already; or what is resumed is another run.
         Interrupted: SIGINT or SIGTERM, after the state was saved.
         DivergedError: loss or gradients were not finite again and again.
-        IntegrityError: no checkpoint is whole.
+        IntegrityError: no checkpoint is whole; a file of the run is a link.
     """
     global _trained_before
     began = time.monotonic() - (0.0 if _trained_before else seconds_since_process_start())
@@ -68,6 +75,7 @@ def train(
     settings = _read_config(config, overrides).anchored()
     settings.dump()  # what could not be written, or not be read again, is refused before anything is done
     folder = RunFolder(settings.output_dir)
+    refuse_links(folder.path, (LOCK_FILE, *MADE_BEFORE, *OURS))
     from graftwerk.train import helpers
     from graftwerk.train.how_many import wanted
     from graftwerk.train.launch import Processes, is_main_process
@@ -80,6 +88,7 @@ def train(
         checkpoints.warn = lambda text: hub(Event("warning", 0, text=text))
         stop = StopSignals(kept=checkpoints.latest_said)
         with stop.installed(), RunLock(folder.path) if main else nullcontext():
+            hub.listeners.insert(0, lambda event: stop.check())
             earlier = folder.settle(resume=resume, overwrite=overwrite) if main else None
             finished = earlier is not None and earlier["status"] == "finished"
             if finished:
@@ -88,11 +97,28 @@ def train(
                 checkpoints.clean()
             processes = Processes(sharing=count > 1)
             if not processes.agree(finished):  # the main process has looked at the folder; the others do as it does
-                _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
+                with _saved_said(checkpoints):
+                    _Work(settings, folder, checkpoints, stop, hub, processes, began).do(resume)
             elif main:
                 hub(Event("nothing_left", 0, text=f"the run in {folder.path} is finished; nothing was left to do"))
             processes.wait()
     return Run(folder.path)
+
+
+@contextmanager
+def _saved_said(checkpoints: Checkpoints) -> Iterator[None]:
+    """Errors of disk and memory say what is whole on the disk, whatever it was that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FAULTS:
+            raise
+        what, mend = FAULTS[error.errno]
+        where = str(error.filename) if error.filename else None
+        raise EnvironmentFault(what, where=where, mend=mend, kept=checkpoints.whole_said()) from error
+    except EnvironmentFault as error:
+        error.kept = checkpoints.whole_said() or error.kept
+        raise
 
 
 def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
@@ -148,7 +174,10 @@ class _Work:
         dtype = types[self.processes.of_main(types.index(dtype))]
         check_compute_type(dtype, self.processes.device)
         snapshot = self.checkpoints.load_latest() if resume else None
-        identity: dict[str, Any] = {"config": settings.model_dump(mode="json"), "environment": environment()}
+        identity: dict[str, Any] = {
+            "config": redacted(settings.model_dump(mode="json")),
+            "environment": environment(),
+        }
         self._same_run(snapshot, identity, "config")
         early: list[Event] = []
         hub.listeners.append(early.append)
@@ -253,7 +282,10 @@ class _Work:
         else:
             self.checkpoints.settle(snapshot)
         self.folder.write_manifest(self.manifest)
-        self.folder.write_config(self.settings.dump())
+        resolved = self.settings.dump()
+        if REDACTED in resolved:
+            self.hub(Event("warning", 0, text=SECRETS_LEFT_OUT))
+        self.folder.write_config(resolved)
 
     @contextmanager
     def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> Iterator[Callable[[], int]]:
@@ -299,7 +331,7 @@ class _Work:
         except BaseException as error:
             if self.processes.main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
-                said = error.as_dict() if isinstance(error, GraftwerkError) else {"error": type(error).__name__}
+                said = error.as_dict() if isinstance(error, Explained) else {"error": type(error).__name__}
                 # The error that brought us here is the one to report, not one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": said})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graftwerk.errors import ConfigError, DivergedError
+from graftwerk.evaluate.finite import refuse_broken_base
 from graftwerk.evaluate.forward import Serve, batches_of
 from graftwerk.evaluate.settings import EvaluationSettings
 from graftwerk.inject.attach import Graft
@@ -74,6 +75,7 @@ class Evaluator:
             own = self._predict([examples[row] for row in shares[self.processes.index]], generation)
             predictions = self.processes.together(own, shares)
         if not predictions.finite:
+            refuse_broken_base(self.graft.model)
             raise DivergedError(
                 "the model's scores are not finite",
                 mend="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",
