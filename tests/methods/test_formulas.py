@@ -30,7 +30,7 @@ def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.
     """One linear layer with one delta on it, active."""
     torch.manual_seed(0)
     layer = nn.Linear(inputs, outputs)
-    record = Record()
+    record = Record(layer)
     delta = method.build(place(inputs, outputs, role), layer)
     record.box(layer).put("a", delta)
     adapt(layer, record.box(layer))

@@ -43,7 +43,7 @@ def layer_with(kind: str, settings: list[dict[str, Any]], dtype: torch.dtype = t
     if kind == "4 bit":
         layer = four_bit(64, 64)
     width = (64, 64) if kind == "4 bit" else (INPUTS, OUTPUTS)
-    record = Record()
+    record = Record(layer)
     names = [f"a{index}" for index in range(len(settings))]
     for name, values in zip(names, settings, strict=True):
         place = Place("layer", Role.OTHER_LINEAR, *width, kind != "no bias")
