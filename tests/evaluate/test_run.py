@@ -285,6 +285,19 @@ def test_texts_get_labels_and_scores(run: Path, gloss_texts: list[str]) -> None:
     assert one[0]["scores"] == pytest.approx(result["predictions"][0]["scores"], abs=1e-6)
 
 
+def test_run_with_modules_saved_by_ending_is_trained_evaluated_and_predicted(
+    settings: dict[str, Any], gloss_texts: list[str], tmp_path: Path
+) -> None:
+    method = {"name": "ia3", "modules_to_save": ["classifier", "pooler"]}
+    training = {**settings["training"], "max_steps": 2, "num_train_epochs": 1}
+    first = train({**settings, "method": method, "training": training, "output_dir": str(tmp_path / "first")}).folder
+    assert evaluate(first)["rows"] == 36
+    assert len(predict(first, gloss_texts[:2])["predictions"]) == 2
+    training["warm_start"] = str(first)
+    second = train({**settings, "method": method, "training": training, "output_dir": str(tmp_path / "second")})
+    assert second.manifest["status"] == "finished"
+
+
 def test_rows_of_a_file_need_no_labels(run: Path, gloss_texts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_text("gloss\n" + "\n".join(f'"{text}"' for text in gloss_texts[:4]) + "\n")

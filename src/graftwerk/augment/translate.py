@@ -26,8 +26,8 @@ from graftwerk.inject.virtual import positions_taken
 from graftwerk.sanitize import redacted
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.fingerprint import fingerprint as weights_fingerprint
-from graftwerk.store.info import WEIGHTS_FILE
 from graftwerk.store.safety import checksum
+from graftwerk.store.weight_files import weight_files
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.catalog import parse_task
 from graftwerk.tasks.text import TextTask
@@ -93,7 +93,8 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         model, tokenizer, dtype = opened.model, opened.tokenizer, opened.dtype
         task = opened.task if settings.task is None else parse_task(settings.task).on(model.config)
         length = opened.max_length if max_length is None else max_length_for(model.config, tokenizer, max_length)
-        name, adapter = opened.info.base_name, f"{checksum(opened.info.folder / WEIGHTS_FILE)['crc32']:08x}"
+        name = opened.info.base_name
+        adapter = "-".join(f"{checksum(file)['crc32']:08x}" for file in weight_files(opened.info))
     else:
         if settings.base is not None:
             raise ConfigError(f"{path} is no adapter, so it has no `base`", where="base")

@@ -154,7 +154,7 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
 
 def _counted(method: Method, model: Any) -> dict[str, Any]:
     from graftwerk.inject.attention import stacks_of
-    from graftwerk.inject.heads import head_paths
+    from graftwerk.inject.heads import head_paths, open_places
     from graftwerk.inject.targets import anatomy
 
     view = anatomy(model)
@@ -162,7 +162,7 @@ def _counted(method: Method, model: Any) -> dict[str, Any]:
     heads = head_paths(model, method, view)
     head = sum(parameter.numel() for path in heads for parameter in model.get_submodule(path).parameters())
     if method.kind == "layer":
-        own = method.count(method.places(view.places))
+        own = method.count(open_places(method, view, heads))
     elif method.kind == "weights":
         own = total - head
     elif isinstance(method, Prefix):

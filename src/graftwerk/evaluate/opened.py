@@ -23,8 +23,9 @@ from graftwerk.evaluate.stored import ANSWERS, EVALUATION, PREDICTIONS
 from graftwerk.own_files import refuse_links
 from graftwerk.store.adapter_config import CONFIG_FILE
 from graftwerk.store.atomic import recover
-from graftwerk.store.info import WEIGHTS_FILE, AdapterInfo, check_said, read_adapter_config
-from graftwerk.store.safety import read_header, read_sealed
+from graftwerk.store.info import AdapterInfo, check_said, read_adapter_config
+from graftwerk.store.safety import read_sealed
+from graftwerk.store.weight_files import read_headers
 from graftwerk.tasks import kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
@@ -255,7 +256,7 @@ def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[
         return tuple(labels)
     named = getattr(architecture, "id2label", None) or {}
     known = tuple(str(named[index]) for index in sorted(named))
-    for key, tensor in read_header(info.folder / WEIGHTS_FILE).items():
+    for key, tensor in read_headers(info).items():
         if key.endswith(HEADS) and "lora_" not in key:
             classes = tensor.shape[0]
             return known if len(known) == classes else tuple(str(index) for index in range(classes))

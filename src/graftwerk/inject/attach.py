@@ -21,7 +21,7 @@ from graftwerk.errors import ConfigError, ConflictError, ModelError, Unsupported
 from graftwerk.inject.drawn import drawn_modules, within
 from graftwerk.inject.frugal import give_back, make_frugal
 from graftwerk.inject.graft import Graft
-from graftwerk.inject.heads import copy_head, head_paths
+from graftwerk.inject.heads import copy_head, head_paths, open_places
 from graftwerk.inject.layers import adapt, restore
 from graftwerk.inject.record import Record, box_of, check_name
 from graftwerk.inject.row_dims import check_rows, row_dim
@@ -97,13 +97,26 @@ def attach_with(
         heads = (*named, *(path for path in drawn if not within(path, named)))
         if heads != tuple(named):
             method = method.model_copy(update={"modules_to_save": heads})
+    for path in heads:
+        if path in view.by_path and view.by_path[path].weight_only:
+            raise UnsupportedError(
+                f"`{path}` is never called, its weight is read: a copy of it would not be asked",
+                where="method.modules_to_save",
+                mend=f"save `{path.rpartition('.')[0]}`, which reads it",
+            )
     whole = False
     if method.kind == "layer":
-        places = method.places([place for place in view.places if not within(place.path, heads)])
+        places = open_places(method, view, heads)
         if not places and not heads:
             raise UnsupportedError(
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
                 mend="load the model with a task head, for instance AutoModelForSequenceClassification",
+            )
+        if not places and tensors is None and method.places(view.places):
+            raise ConfigError(
+                "every layer that the method would adapt lies in a module of modules_to_save, which is trained whole",
+                where="method.modules_to_save",
+                mend="save fewer modules, target other layers, or use the method `probe` to train saved modules alone",
             )
         modules = [base.modules[place.path] for place in places]
         around = None
@@ -115,6 +128,7 @@ def attach_with(
     elif method.kind == "weights":
         places, hosts = [], {}
     else:
+        _refuse_soft_in_saved(method, view, heads)
         places, hosts = [], _room(method.kind).modules(model, method, view)
     # Nothing can fail from here on but stored tensors that do not fit, so that a refused method leaves the model as it
     # was.
@@ -165,6 +179,21 @@ def _foreign(model: PreTrainedModel) -> str | None:
         if any(f"{cls.__module__}.".startswith(_FOREIGN) for cls in type(module).__mro__):
             return path
     return None
+
+
+def _refuse_soft_in_saved(method: Method, view: Anatomy, heads: Sequence[str]) -> None:
+    """Raise UnsupportedError if virtual tokens would go into a saved module, whose copy answers without them."""
+    if method.kind == "attention":
+        hosts = [place.path for place in view.attentions]
+    else:
+        hosts = [stack.path for stack in view.stacks if stack.kind != "decoder"]
+    lost = [path for path in hosts if path and within(path, heads)]
+    if lost:
+        raise UnsupportedError(
+            f"modules_to_save holds `{lost[0]}`, where {method.title} puts its virtual tokens",
+            where="method.modules_to_save",
+            mend="save smaller modules (a head, an embedding), or use lora",
+        )
 
 
 def _install(

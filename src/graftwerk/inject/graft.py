@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import AdapterError, ConflictError, UnsupportedError
-from graftwerk.inject.heads import fit_head
+from graftwerk.inject.heads import check_vocabulary, fit_head
 from graftwerk.inject.left_out import left_out
-from graftwerk.inject.merge import Kept, fold, fold_for_good, unfold
+from graftwerk.inject.merge import Kept, fold, fold_for_good, refuse_tied, unfold
 from graftwerk.inject.record import Record, box_of
 from graftwerk.inject.sample import is_another_answer, is_rounding, sample_answer
 from graftwerk.inject.structure import base_modules, base_parameters, check_parameters
@@ -149,6 +149,7 @@ class Graft:
             inner = {
                 key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
             }
+            check_vocabulary(self.model, path, inner)
             self.classes = fit_head(box, self.name, inner, path, classes) or self.classes
         own = self._head_state() if heads_alone else self.state_dict()
         still = [
@@ -253,6 +254,7 @@ class Graft:
             )
         base = base_modules(self.model)
         layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, Delta)]
+        refuse_tied(layers, base)
         # Architectures in the table are tried by the contract test; of others nobody knows how they use their layers.
         before = None if anatomy(self.model).known else sample_answer(self.model)
         bare = None if before is None else self._bare_answer()

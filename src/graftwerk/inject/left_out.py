@@ -25,7 +25,7 @@ def left_out(model: PreTrainedModel, method: Method, view: Anatomy) -> list[str]
     """
     if isinstance(method, BitFit):
         missed = [place.path for place in view.places if method.leaves_out(place)]
-        biases = len(missed) + len([place for place in view.places if place.has_bias and not method.leaves_out(place)])
+        biases = len(missed) + len([place for place in view.places if method.reaches(place)])
         if not missed:
             return []
         return [f"{len(missed)} of {biases} biases, out of its reach: {_named(missed)}"]

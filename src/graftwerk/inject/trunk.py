@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.inject.heads import open_places
 from graftwerk.inject.targets import Anatomy
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix import Prefix
@@ -64,7 +65,8 @@ def find_cut(model: Any, view: Anatomy, method: Method, heads: Iterable[str]) ->
         raise UnsupportedError(f"which layers `{view.model_type}` has is not known")
     depth = len(model.get_submodule(stack.layers))
     lowest = depth
-    for path in (*_touched(view, method), *heads):
+    heads = tuple(heads)
+    for path in (*_touched(view, method, heads), *heads):
         lowest = min(lowest, _layer_of(model, view, path, stack.layers, depth))
     if lowest == 0:
         raise UnsupportedError("the lowest layer is adapted, so that no layer is below what trains")
@@ -74,11 +76,11 @@ def find_cut(model: Any, view: Anatomy, method: Method, heads: Iterable[str]) ->
     return Cut(stack.path, stack.layers, lowest, depth, int(model.config.hidden_size), shift)
 
 
-def _touched(view: Anatomy, method: Method) -> list[str]:
+def _touched(view: Anatomy, method: Method, heads: Sequence[str]) -> list[str]:
     """Paths of the modules that a method works in."""
     if isinstance(method, Prefix):
         return [place.path for place in method.within(view.attentions)]
-    return [place.path for place in method.places(view.places)]
+    return [place.path for place in open_places(method, view, heads)]
 
 
 def _layer_of(model: Any, view: Anatomy, path: str, layers: str, depth: int) -> int:

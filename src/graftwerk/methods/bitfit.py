@@ -38,7 +38,7 @@ class BitFit(Layered):
     default_learning_rate: ClassVar[float] = 3e-3
 
     def places(self, available: Sequence[Place]) -> list[Place]:
-        chosen = [place for place in available if place.has_bias and not self.leaves_out(place)]
+        chosen = [place for place in available if self.reaches(place)]
         if not chosen:
             others = [place.path for place in available if self.leaves_out(place)]
             shown = f", but {len(others)} elsewhere, which it does not reach: {', '.join(others[:3])}" if others else ""
@@ -48,6 +48,11 @@ class BitFit(Layered):
                 mend="use lora or ia3, which need none",
             )
         return self.within(chosen, available)
+
+    @classmethod
+    def reaches(cls, place: Place) -> bool:
+        """Return whether this is a bias inside the base that it trains."""
+        return place.has_bias and place.role is not Role.HEAD and not cls.leaves_out(place)
 
     @staticmethod
     def leaves_out(place: Place) -> bool:

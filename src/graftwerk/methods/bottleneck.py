@@ -94,6 +94,14 @@ class Bottleneck(Layered):
     def assemble(self, places: Sequence[Place], modules: Sequence[nn.Module]) -> dict[str, Delta]:
         if self.placement != "parallel":
             return super().assemble(places, modules)
+        halves = [{place.ffn for place in places if place.role is role} for role in (Role.FFN_IN, Role.FFN_OUT)]
+        if torn := halves[0] ^ halves[1]:
+            raise UnsupportedError(
+                f"one layer of the feed-forward block `{min(map(str, torn))}` is saved whole, and a parallel adapter "
+                f"needs both its ends",
+                where="method.modules_to_save",
+                mend="save the whole block, or none of its layers",
+            )
         deltas: dict[str, Delta] = {}
         taps: dict[str | None, tuple[Tap, Place]] = {}
         for place in places:

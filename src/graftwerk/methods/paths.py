@@ -28,22 +28,26 @@ def linear_places(places: Iterable[Place]) -> list[Place]:
 
 
 def _is_linear(place: Place) -> bool:
-    return place.role not in (Role.NORM, Role.LOOSE_BIAS)
+    return place.role not in (Role.NORM, Role.LOOSE_BIAS, Role.HEAD)
 
 
 def select(available: Sequence[Place], targets: Sequence[str]) -> list[Place]:
     """Return the linear layers that the targets name.
+
+    A target names layers outside the base model (`lm_head`) only where it names none inside.
 
     Raises:
         ConfigError: a target matches nothing; the nearest names are given.
         UnsupportedError: a target names only layers that no adapter works in; the reason is given.
     """
     places = [place for place in available if _is_linear(place) and place.unfit is None]
+    heads = [place for place in available if place.role is Role.HEAD and place.unfit is None]
     known, wanted = named_by(places), frozenset(targets)
+    outside, known_outside = wanted - known, named_by(heads)
     for target in targets:
-        if target not in known:
+        if target not in known and target not in known_outside:
             for place in available:
-                if _is_linear(place) and place.unfit is not None and target in endings(place.path):
+                if place.unfit is not None and target in endings(place.path):
                     raise UnsupportedError(
                         f"target_modules: no adapter works in `{place.path}`: {place.unfit}",
                         where="method.target_modules",
@@ -56,7 +60,8 @@ def select(available: Sequence[Place], targets: Sequence[str]) -> list[Place]:
                 where="method.target_modules",
                 mend=f"{hint}The layers end in: {', '.join(names[:30])}",
             )
-    return [place for place in places if not wanted.isdisjoint(endings(place.path))]
+    chosen = [place for place in places if not wanted.isdisjoint(endings(place.path))]
+    return chosen + [place for place in heads if not outside.isdisjoint(endings(place.path))]
 
 
 def check_targets(chosen: Sequence[Place], targets: Sequence[str]) -> None:

@@ -199,7 +199,7 @@ def _read(
     with _explained(info):
         found = restored(model, view, info)
         if info.own:
-            check_size(found, view)
+            check_size(model, found, view)
         if not force:
             check_drawn(model, info, found, filled)
     return info, found
