@@ -29,7 +29,7 @@ from graftwerk.inject.saving import adopt
 from graftwerk.inject.structure import Structure, base_parameters, forget, structure
 from graftwerk.inject.targets import Anatomy, anatomy
 from graftwerk.inject.weights import TrainedWeights
-from graftwerk.methods.base import Method, Place, device_of
+from graftwerk.methods.base import OFFLOAD_HOOK, Method, Place, device_of
 
 __all__ = ["Graft", "activate", "adapter_state_dict", "attach", "detach", "disabled", "grafts"]
 
@@ -213,7 +213,8 @@ def _install(
     if method.kind == "weights":
         record.selection.choose(())
         record.settle()  # so that what is kept is the base, not another full graft
-        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags)
+        hooked = any(OFFLOAD_HOOK in module.__dict__ for module in base.modules.values())
+        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags, hooked=hooked)
         heads = ()
     else:
         for parameter in base.parameters.values():
