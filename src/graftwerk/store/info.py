@@ -153,7 +153,8 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
         IntegrityError: a value is not what its key calls for; the key is named.
     """
     data = values.get("data")
-    origin = data.get("origin") if isinstance(data, dict) else None
+    told = data if isinstance(data, dict) else {}
+    origin = told.get("origin")
     columns = origin.get("columns") if isinstance(origin, dict) else None
     length, metrics, compute = values.get("max_length"), values.get("metrics"), values.get("compute")
     said = {
@@ -164,8 +165,8 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
         "task": isinstance(values.get("task"), str | None),
         "task_settings": isinstance(values.get("task_settings"), dict | None),
         "data": isinstance(data, dict | None),
-        "data.fingerprint": not data or isinstance(data.get("fingerprint"), str | None),
-        "data.origin": isinstance(origin, dict | None) and (not data or isinstance(data.get("origin"), dict | None)),
+        "data.fingerprint": isinstance(told.get("fingerprint"), str | None),
+        "data.origin": isinstance(origin, dict | None),
         "data.origin.columns": columns is None
         or (isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values())),
         **{key: isinstance(values.get(key), dict | None) for key in ("metrics", "cost", "parameters", "versions")},
