@@ -181,3 +181,8 @@ def test_escaping_cannot_be_forgotten() -> None:
             tag(name)
     with pytest.raises(ValueError):
         tag("p", **{"a b": "c"})
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (2_000, "2,000 rows")])
+def test_plural_of_anything_but_one_is_many(count: int, words: str) -> None:
+    assert numbers.plural(count, "row") == words
