@@ -271,15 +271,19 @@ def _commit() -> str | None:
     return asked.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if asked.returncode == 0 else None
 
 
-def write(goal: str, rows: Sequence[Row], *, quick: bool = False, keep: bool = False, folder: Path = RESULTS) -> None:
+def write(
+    goal: str, rows: Sequence[Row], *, quick: bool = False, keep: bool = False, folder: Path | None = None
+) -> None:
     """Put the rows into ``results/<goal>.json``, with the machine, the date and the commit beside them.
 
     Args:
         quick: Nothing is written: quick figures are no results.
         keep: Rows of an earlier sitting on this machine with the same versions stay, but for those measured anew.
+        folder: Where results go; None for `RESULTS`, as it is when this is called.
     """
     if quick:
         return
+    folder = folder or RESULTS
     here = machine()
     when = {"date": datetime.now(UTC).date().isoformat(), "commit": _commit()}
     new = [{**asdict(row), **when} for row in rows]

@@ -7,7 +7,7 @@ and deep nesting are refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, Self
@@ -19,13 +19,15 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.methods.base import Method
-from graftwerk.methods.registry import parse_method
+from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
+from graftwerk.models.cache import recall, remember
 from graftwerk.resource_paths import open_regular
-from graftwerk.settings import Settings, known_keys
+from graftwerk.sanitize import REDACTED, redact, redacted
+from graftwerk.settings import Settings, known_keys, spellings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.multitask import Multitask
-from graftwerk.tasks.registry import build_multitask, parse_task
+from graftwerk.tasks.registry import TASKS, build_multitask, parse_task
 from graftwerk.training.settings import TrainingSettings
 
 SOURCE_KEYS = ("source", "target", "validation", "test")
@@ -40,6 +42,8 @@ MAX_NUMBER_CHARACTERS = 200
 read it grows with the square of its length.)"""
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Ten times as fast where PyYAML was built with its C parser."""
+SECRETS = "secrets"
+"""The file of the cache that holds what run files must not; readable to its owner alone."""
 
 
 class RunConfig(Settings):
@@ -93,7 +97,7 @@ class RunConfig(Settings):
             ConfigError: the file cannot be read, or a key or value is wrong; the nearest right key is named.
         """
         tree = read_yaml(Path(path))
-        return cls.build(tree, overrides, where=str(path))
+        return cls.build(_with_secrets(tree), overrides, where=str(path))
 
     @classmethod
     def build(
@@ -115,10 +119,17 @@ class RunConfig(Settings):
     def dump(self) -> str:
         """The resolved run file as YAML, every default written out; what it names is found from any folder.
 
+        It has no secrets in it. They are remembered in this user's cache, by the text that stands for them, so that
+        `load` gives them back here and nobody else gets them with the run folder.
+
         Raises:
             ConfigError: with its defaults it is larger than what `load` reads.
         """
         tree = {**anchored(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
+        for secret in _texts(tree):
+            if redact(secret) != secret:
+                remember(SECRETS, redact(secret), secret)
+        tree = redacted(tree)
         text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         try:
             again = parse_yaml(text.encode(), "config.yaml")
@@ -130,6 +141,24 @@ class RunConfig(Settings):
         if again != tree:
             raise ConfigError("a text of the run file has characters that YAML does not give back")
         return text
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for inner in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(inner)
+
+
+def _with_secrets(tree: Any) -> Any:
+    """What `RunConfig.dump` left out, put back where this user's cache knows it."""
+    if isinstance(tree, dict):
+        return {key: _with_secrets(inner) for key, inner in tree.items()}
+    if isinstance(tree, list):
+        return [_with_secrets(inner) for inner in tree]
+    known = recall(SECRETS, tree) if isinstance(tree, str) and REDACTED in tree else None
+    return known if isinstance(known, str) else tree
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -246,6 +275,7 @@ def _number(value: Any) -> Any:
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     keys = _place(dotted)
     node = tree
+    model: type[Settings] | None = RunConfig
     for key in keys[:-1]:
         child = node.get(key)
         if key in ("method", "task") and isinstance(child, str):
@@ -256,7 +286,22 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"`{key}` has no keys of its own, so `{dotted}` cannot be set", where=dotted)
         node[key] = child
         node = child
+        model = _settings_at(model, key, child)
+    for spelling in spellings(model, keys[-1]) if model is not None else ():
+        node.pop(spelling, None)  # in place of what the file says, however it is spelled there
     node[keys[-1]] = value
+
+
+def _settings_at(model: type[Settings] | None, key: str, child: dict[str, Any]) -> type[Settings] | None:
+    """The settings that a key of a run file holds; those of a method or task by their name. None: no settings."""
+    name = child.get("name")
+    if model is RunConfig and key == "method":
+        return METHODS.get(str(SHORTHANDS.get(str(name), {"name": name})["name"]))
+    if model is RunConfig and key == "task":
+        return TASKS.get(str(name))
+    field = model.model_fields.get(key) if model is not None else None
+    annotation = field.annotation if field is not None else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
 def _place(dotted: str) -> list[str]:
@@ -281,7 +326,11 @@ def explain(error: ValidationError, model: type[Settings], where: str | None) ->
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"] if not _is_tag(part))
         if fault["type"] == "extra_forbidden":
-            near = did_you_mean(str(fault["loc"][-1]), sorted(_keys_at(model, fault["loc"][:-1])))
+            known = sorted(_keys_at(model, fault["loc"][:-1]))
+            if str(fault["loc"][-1]) in known:
+                lines.append(f"`{key}` is another spelling of a key that is given too; keep one of them")
+                continue
+            near = did_you_mean(str(fault["loc"][-1]), known)
             lines.append(f"unknown key `{key}`" + f"; {near}".rstrip("; "))
         elif fault["type"] == "missing":
             lines.append(f"`{key}` is missing")

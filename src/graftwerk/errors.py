@@ -1,4 +1,4 @@
-"""One rooted tree of errors, written for the person who has to mend what went wrong.
+"""One rooted tree of errors, written for the person who has to mend what went wrong; and `RunInterrupted`.
 
 Every error says *what* happened, *where* (file:line, config key, module path), how to *mend* it, and what was *kept*.
 The exit code of a command is the exit code of its error; a traceback is shown only with ``--debug``.
@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from graftwerk.sanitize import clean
+
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """``did you mean `right`? ``, with the space after it, or nothing where no known name is near."""
@@ -17,8 +19,11 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     return f"did you mean `{near[0]}`? " if near else ""
 
 
-class GraftwerkError(Exception):
-    """The root. ``str(error)`` is the whole message; ``error.as_dict()`` is the same for programs.
+class Explained(BaseException):
+    """What `GraftwerkError` and `RunInterrupted` have in common: a message in four parts.
+
+    ``str(error)`` is the whole message; ``error.as_dict()`` is the same for programs. Both are cleaned
+    (`sanitize.clean`): foreign names and places may stand in them.
 
     Args:
         what: What happened, in the user's terms, with the offending value.
@@ -38,22 +43,23 @@ class GraftwerkError(Exception):
 
     def __str__(self) -> str:
         parts = [self.what]
-        for label, text in (("where", self.where), ("hint", self.hint), ("recovered", self.recovered)):
+        for label, text in (("where", self.where), ("mend", self.hint), ("recovered", self.recovered)):
             if text:
                 parts.append(f"  {label}: {text}")
-        return "\n".join(parts)
+        return clean("\n".join(parts))
 
     def as_dict(self) -> dict[str, Any]:
+        said = {"what": self.what, "where": self.where, "hint": self.hint, "recovered": self.recovered}
+        said |= {"mend": self.hint, "kept": self.recovered}  # the names of 0.1.0
         return {
             "error": self.code,
             "exit_code": self.exit_code,
-            "what": self.what,
-            "where": self.where,
-            "hint": self.hint,
-            "recovered": self.recovered,
-            "mend": self.hint,  # the names of 0.1.0
-            "kept": self.recovered,
+            **{name: None if text is None else clean(text) for name, text in said.items()},
         }
+
+
+class GraftwerkError(Explained, Exception):
+    """The root of everything that can be wrong."""
 
 
 class ConfigError(GraftwerkError):
@@ -117,8 +123,12 @@ class IntegrityError(GraftwerkError):
     exit_code = 8
 
 
-class RunInterrupted(GraftwerkError):  # noqa: N818 - it is no fault
-    """SIGINT or SIGTERM, raised after a verified save. ``exit_code`` is 128 + the signal's number."""
+class RunInterrupted(Explained):
+    """SIGINT or SIGTERM, raised after a verified save. ``exit_code`` is 128 + the signal's number.
+
+    Like KeyboardInterrupt it is no `Exception`: nobody's ``except Exception`` takes a stop for a fault of what it
+    guards, and so turns it into another error or goes on as if nothing had come.
+    """
 
     code = "interrupted"
 

@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from graftwerk.errors import ConfigError, ResourceError
+from graftwerk.sanitize import REDACTED
 
 PACKAGE_SCHEME = "pkg://"
 
@@ -30,6 +31,12 @@ def locate(place: str | Path) -> Path:
     text = str(place)
     if "\0" in text:
         raise ConfigError(f"a path cannot hold a NUL character: {text!r}")
+    if REDACTED in text:
+        raise ConfigError(
+            f"the secret in {text} was left out when the run was written, and is not known here",
+            where=text,
+            hint="give the place again: data.train=..., --data, model=... or --model",
+        )
     try:
         path = _in_package(text) if text.startswith(PACKAGE_SCHEME) else Path(text).expanduser()
         exists = path.exists()

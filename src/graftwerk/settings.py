@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from graftwerk.errors import ConfigError, did_you_mean
 
@@ -43,6 +43,15 @@ class Settings(BaseModel):
         return value
 
 
+def _name(value: Any) -> Any:
+    """YAML reads the class `1` as a number, and `yes` as true, whose spelling is lost."""
+    if isinstance(value, bool) or value is None:
+        raise ValueError(f"YAML reads this name as {value}: put it in quotes")
+    return str(value) if isinstance(value, int | float) else value
+
+
+Name = Annotated[str, BeforeValidator(_name)]
+"""A name out of the data (a class, a column), which may be a number."""
 Model = TypeVar("Model", bound=Settings)
 
 
@@ -62,7 +71,9 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
         lines = []
         for fault in error.errors():
             key = ".".join(str(part) for part in fault["loc"])
-            if fault["type"] == "extra_forbidden":
+            if fault["type"] == "extra_forbidden" and key in known_keys(model):
+                lines.append(f"`{key}` of {what} is another spelling of a key that is given too; keep one of them")
+            elif fault["type"] == "extra_forbidden":
                 near = did_you_mean(key, sorted(known_keys(model)))
                 lines.append(f"{what} has no setting `{key}`" + f"; {near}".rstrip("; "))
             else:
@@ -123,3 +134,12 @@ def known_keys(model: type[Settings]) -> set[str]:
         choices = getattr(field.validation_alias, "choices", ())
         keys.update(choice for choice in choices if isinstance(choice, str))
     return keys
+
+
+def spellings(model: type[Settings], key: str) -> set[str]:
+    """All spellings of the key that is spelled so; none where there is no such key."""
+    for name, field in model.model_fields.items():
+        found = {name, *(it for it in getattr(field.validation_alias, "choices", ()) if isinstance(it, str))}
+        if key in found:
+            return found
+    return set()

@@ -151,12 +151,13 @@ def test_a_killed_one_is_gone_on_with_to_the_same_bytes(
     from graftwerk.augmentation import translate
 
     write = translate._write
-    monkeypatch.setattr(translate, "_write", lambda *given: written.append(1) or write(*given))
+    monkeypatch.setattr(translate, "_write", lambda *given: written.append(len(given[3]) * given[4]) or write(*given))
     with journal.open("ab") as file:
         file.write(b'["0.0 half a line')
     made = augment(case, pairs, resume=True)
     assert made.path.read_bytes() == whole.path.read_bytes()
     first = len(written)
+    assert max(written) <= WRITER["batch_size"], "of answers, not of texts with several each"
     augment(case, pairs, "again.jsonl")
     assert len(written) - first == first + batches - 2, "what was done was not done again"
     assert about_of(made.path).read_bytes() == about_of(whole.path).read_bytes()

@@ -58,6 +58,11 @@ def test_insertion_adds_words_of_the_vocabulary_and_takes_none_away(
     assert set(Counter(made) - Counter(words)) <= {"one", "two", "three"}
 
 
+def test_insertion_adds_the_share_that_was_asked_for() -> None:
+    made = sum(len(insert_words(["word"] * 100, 0.2, VOCABULARY, chance(seed))) for seed in range(100))
+    assert 11_800 < made < 12_200
+
+
 def test_words_are_drawn_as_often_as_the_rows_have_them() -> None:
     draws = chance(0)
     drawn = Counter(VOCABULARY.draw(draws) for _ in range(4_000))

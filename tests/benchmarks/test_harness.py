@@ -110,6 +110,7 @@ def test_main_without_repeats_runs_five_or_one_when_quick(
     asked: list[tuple[bool, int]] = []
     harness.main("P2", lambda options: asked.append((options.quick, options.repeats)) or [row()])
     assert asked == [expected]
+    assert (tmp_path / "results" / "P2.json").exists() is ("--quick" not in words)
 
 
 def test_arguments_of_p1_default_to_what_its_results_were_made_with() -> None:

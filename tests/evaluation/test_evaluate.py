@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from graftwerk.errors import AdapterError, ConfigError, DataError, GraftwerkError, IntegrityError
+from graftwerk.errors import AdapterError, ConfigError, DataError, GraftwerkError, IntegrityError, ModelError
 from graftwerk.evaluation import metrics
 from graftwerk.evaluation.evaluate import evaluate, predict, run_model
 from graftwerk.evaluation.loading import load_adapter_for
@@ -284,6 +285,19 @@ def test_texts_get_labels_and_scores(run: Path, gloss_texts: list[str]) -> None:
     assert one[0]["scores"] == pytest.approx(result["predictions"][0]["scores"], abs=1e-6)
 
 
+def test_run_with_modules_saved_by_ending_is_trained_evaluated_and_predicted(
+    settings: dict[str, Any], gloss_texts: list[str], tmp_path: Path
+) -> None:
+    method = {"name": "ia3", "modules_to_save": ["classifier", "pooler"]}
+    training = {**settings["training"], "max_steps": 2, "num_train_epochs": 1}
+    first = train({**settings, "method": method, "training": training, "output_dir": str(tmp_path / "first")}).folder
+    assert evaluate(first)["rows"] == 36
+    assert len(predict(first, gloss_texts[:2])["predictions"]) == 2
+    training["warm_start"] = str(first)
+    second = train({**settings, "method": method, "training": training, "output_dir": str(tmp_path / "second")})
+    assert second.manifest["status"] == "finished"
+
+
 def test_rows_of_a_file_need_no_labels(run: Path, gloss_texts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_text("gloss\n" + "\n".join(f'"{text}"' for text in gloss_texts[:4]) + "\n")
@@ -351,3 +365,47 @@ def test_an_adapter_for_another_task_is_refused(tiny_decoder: Path, tmp_path: Pa
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "peft")
     with pytest.raises(GraftwerkError, match="CAUSAL_LM"):
         predict(tmp_path / "peft", "text", model=str(tiny_decoder))
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([{"text": "a", "label": "zzz"}], AdapterError),
+        ([{"text": "a", "label": "noun.act"}, {"text": "", "label": "noun.act"}], DataError),
+        ([{"txet": "a", "label": "noun.act"}], ConfigError),
+        ([], DataError),
+    ],
+)
+def test_error_about_given_rows_speaks_of_them_and_of_what_can_be_given(
+    run: Path, tmp_path: Path, rows: list[dict[str, str]], error: type[GraftwerkError]
+) -> None:
+    path = tmp_path / "given.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asks: list[Any] = [lambda: evaluate(run, str(path))]
+    if error is not AdapterError:  # labels are not looked at
+        asks.append(lambda: predict(run, data=str(path)))
+    for ask in asks:
+        with pytest.raises(error) as caught:
+            ask()
+        said = str(caught.value)
+        assert "given.jsonl" in said
+        assert "train rows" not in said
+        assert not re.search(
+            r"\b(data|training|task)\.[a-z_]+\b", (caught.value.hint or "") + (caught.value.where or "")
+        )
+
+
+def test_evaluating_on_a_base_with_nan_blames_the_base(run: Path, tmp_path: Path, tiny_encoder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    tensors = load_file(base / "model.safetensors")
+    next(value for key, value in tensors.items() if key.endswith("layer.1.output.dense.bias"))[0] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    for ask in (
+        lambda: evaluate(run, model=str(base), force=True),
+        lambda: predict(run, ["a text"], model=str(base), force=True),
+    ):
+        with pytest.raises(ModelError, match="weights of the base model hold NaN"):
+            ask()

@@ -166,6 +166,27 @@ def test_the_limit_is_half_as_much_again_as_the_longest_reference(text_model: Ca
     assert answer_limit(task.encode([task.example_from_text("a")], tokenizer, None, 256)) == generation.FALLBACK
 
 
+@pytest.mark.parametrize(("family", "room"), [("bart", 511), ("llama", None)])
+def test_generate_beyond_the_positions_asks_for_no_more_than_there_are(
+    family: str, room: int | None, text_model: Callable[[str], Path]
+) -> None:
+    """BART's decoder has 512 positions, of which the start token takes one."""
+    model, task, tokenizer = loaded(text_model(family), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS[:2]], tokenizer, None, 256)
+    asked: list[dict[str, Any]] = []
+    usual = model.generate
+    model.generate = lambda **options: asked.append(options) or usual(**{**options, "max_new_tokens": 2})
+    told: list[tuple[int, int]] = []
+    generate(
+        model, task, examples, tokenizer, settings(max_new_tokens=550, num_beams=2, length_penalty=1.5),
+        on_progress=lambda *at: told.append(at),
+    )  # fmt: skip
+    rooms = [room or 512 - len(example.prompt or ()) for example in examples]
+    assert sorted({options["max_new_tokens"] for options in asked}) == sorted({min(550, each) for each in rooms})
+    assert {options["length_penalty"] for options in asked} == {1.5}
+    assert told[-1] == (2, 2)
+
+
 def test_before_and_after_of_a_few_rows(text_model: Callable[[str], Path]) -> None:
     task = Translation(source_lang="de", target_lang="en")
     model, task, tokenizer = loaded(text_model("gpt2"), task, METHODS["prefix"])

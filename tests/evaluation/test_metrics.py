@@ -158,6 +158,9 @@ def test_roc_auc_of_rows_that_lack_a_class_is_said_to_be_undefined() -> None:
     assert "`plum`" in figure["note"]
     assert "apple" not in figure["note"]
     assert point("roc_auc", two) is None
+    one = ClassPredictions(None, np.full((4, 8), 1 / 8), np.zeros(4, dtype=np.int64))
+    note = metrics_of(one, list("abcdefgh"), resamples=100)["roc_auc"]["note"]
+    assert note.endswith("no row has the label `b`, `c`, `d`, `e`, `f` and 2 more")
 
 
 def test_a_class_with_one_row_leaves_draws_out_and_says_so() -> None:

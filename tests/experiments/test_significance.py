@@ -102,6 +102,14 @@ def test_the_cheapest_of_those_that_are_as_good_is_recommended() -> None:
     )
 
 
+@pytest.mark.parametrize(("cost", "chosen"), [(1.09e5, "bottleneck"), (1.11e5, "lora")])
+def test_recommend_takes_the_faster_of_methods_whose_cost_is_within_a_tenth(cost: float, chosen: str) -> None:
+    methods = [method("full", 0.8, 22e6), method("lora", 0.799, 1e5, 20.0), method("bottleneck", 0.798, cost, 10.0)]
+    found = recommend(methods, pairs(methods, 0.02), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == chosen
+
+
 def test_the_same_answers_are_called_so() -> None:
     methods = [method("full", 0.5, 22e6), method("ia3", 0.5, 2.2e4)]
     found = recommend(methods, pairs(methods, 0.0), prefer="trained_parameters")

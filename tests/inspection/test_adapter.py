@@ -143,6 +143,19 @@ def test_a_prefix_of_pefts_is_told_layer_by_layer(tmp_path: Path) -> None:
     assert [one["parameters"] for one in described["learnt"]] == [vectors.numel() // 2] * 2
 
 
+def test_describe_adapter_takes_a_prefix_of_odd_width_for_one_tensor(tmp_path: Path) -> None:
+    """Keys and values of every layer cannot be told apart in it: no layer is named."""
+    from peft import PrefixTuningConfig, get_peft_model
+    from safetensors.torch import save_file
+
+    peft = get_peft_model(FAMILIES["llama"].build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    peft.save_pretrained(tmp_path)
+    save_file({"prompt_embeddings": torch.ones(3, 2 * 9)}, tmp_path / "adapter_model.safetensors")
+    learnt = describe_adapter(tmp_path)["learnt"]
+    assert [one["parameters"] for one in learnt] == [3 * 2 * 9]
+    assert not any(one["module"].startswith("layer.") for one in learnt)
+
+
 def test_an_alpha_of_its_own_scales_what_a_module_learnt(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -213,3 +213,7 @@ def test_suffixes_match_whole_names() -> None:
     named = [TargetModule(path, Role.OTHER_LINEAR, 2, 2, True) for path in ("a.dense", "a.predense", "dense")]
     assert [p.path for p in method.select_targets(named)] == ["a.dense", "dense"]
     assert places
+
+
+def test_bottleneck_without_a_size_is_a_sixteenth_of_the_width() -> None:
+    assert [Bottleneck().size(width) for width in (8, 64, 384)] == [1, 4, 24]

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import graftwerk.modeling.attach as gw
-from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.errors import AdapterError, ResourceError, UnsupportedError
 from graftwerk.kernels import dispatch
 from graftwerk.methods.lora import LoRA, LoRAModule
 from graftwerk.methods.registry import parse_method
@@ -282,3 +282,12 @@ def test_merge_into_a_parametrized_weight_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="computed from others"):
         graft.merge()
     assert not graft.merged
+
+
+def test_load_state_dict_with_missing_tensors_names_five_and_counts_the_rest() -> None:
+    _, _, graft = grafted(METHODS["lora"], "llama")
+    state = graft.state_dict()
+    for key in list(state)[:7]:
+        del state[key]
+    with pytest.raises(AdapterError, match=r"^7 missing: (\S+, ){4}\S+ and 2 more\n"):
+        graft.load_state_dict(state)

@@ -18,7 +18,7 @@ from graftwerk.kernels.dispatch import BATCHED
 from graftwerk.methods.base import AdapterModule
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling import per_row_adapters as rows_module
-from graftwerk.modeling.adapter_slots import slots_of
+from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.per_row_adapters import BatchedGroup, SequentialGroups, row_groups
 from graftwerk.serialization.folder import load_adapter
 from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
@@ -155,6 +155,14 @@ def test_layers_see_any_shape_whose_rows_stand_together(method: str, shape: tupl
             found = layer(x)
             with fast.plain():
                 torch.testing.assert_close(found, layer(x), **CLOSE)
+
+
+def test_groups_of_repeated_rows_keep_a_rows_entries_together() -> None:
+    model, _ = mixed("lora", "bert", ["a", None, "a"])
+    record = ModelAdapters.of(model)
+    assert record is not None
+    found = {group.name: group.index.tolist() for group in record.selection.groups(6, torch.device("cpu"))}
+    assert found == {"a": [0, 1, 4, 5], None: [2, 3]}
 
 
 def test_ranks_far_apart_are_stacked_apart_and_near_ones_together() -> None:

@@ -151,6 +151,7 @@ def test_a_step_is_at_the_same_place_in_all_charts() -> None:
     [
         (numbers.percent(0.786), "78.6 %"),
         (numbers.percent(None), "–"),
+        (numbers.share(0.0), "0.0 %"),
         (numbers.percent(-0.00001), "0.0 %"),
         (numbers.share(0.0000339), "0.0034 %"),
         (numbers.count(770), "770"),
@@ -180,3 +181,8 @@ def test_escaping_cannot_be_forgotten() -> None:
             tag(name)
     with pytest.raises(ValueError):
         tag("p", **{"a b": "c"})
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (2_000, "2,000 rows")])
+def test_plural_of_anything_but_one_is_many(count: int, words: str) -> None:
+    assert numbers.plural(count, "row") == words

@@ -269,6 +269,16 @@ def test_memory_of_several_processes_is_said_to_be_theirs(tmp_path: Path, proces
     assert ("while training, 2 processes together" in text) == said
 
 
+def test_messages_beyond_forty_are_counted(tmp_path: Path) -> None:
+    events = [{"kind": "warning", "step": at, "text": f"warning number {at}."} for at in range(43)]
+    text = page_of(examples.write_run(tmp_path, examples.manifest(), [*examples.events(), *events[:39]])).text
+    assert "more are in metrics.jsonl" not in text
+    text = page_of(examples.write_run(tmp_path, examples.manifest(), events)).text
+    assert "warning number 39." in text
+    assert "warning number 40." not in text
+    assert "3 more are in metrics.jsonl." in text
+
+
 def test_run_without_held_out_rows_says_so(tmp_path: Path) -> None:
     manifest = examples.manifest()
     manifest.update(metrics={}, best=None)

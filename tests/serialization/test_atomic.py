@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from graftwerk.errors import ConflictError, ResourceError
+from graftwerk.errors import ConflictError, IntegrityError, ResourceError
 from graftwerk.serialization import atomic
-from graftwerk.serialization.atomic import recover, write_file, write_folder
+from graftwerk.serialization.atomic import read_steadily, recover, write_file, write_folder
 
 
 def filler(word: str) -> Callable[[Path], None]:
@@ -258,3 +258,43 @@ def test_a_file_in_the_place_of_a_folder_and_the_other_way(tmp_path: Path) -> No
     with pytest.raises(ConflictError):
         write_file(tmp_path / "file" / "below", "new")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_fault_after_the_rename_does_not_say_that_the_old_content_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_file(tmp_path / "file", "old")
+    write_folder(tmp_path / "folder", filler("old"))
+    monkeypatch.setattr(atomic, "_sync_folder", fail)
+    with pytest.raises(ResourceError) as caught:
+        write_file(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert "as it was to be written" in str(caught.value.recovered)
+    monkeypatch.setattr(atomic, "_sync_tree", lambda folder: None)
+    with pytest.raises(ResourceError) as caught:
+        write_folder(tmp_path / "folder", filler("new"))
+    assert content(tmp_path / "folder") == {"new"}
+    assert "as it was to be written" in str(caught.value.recovered)
+
+
+def test_read_steadily_with_a_replaced_folder_gives_one_state(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    write_folder(target, filler("old"))
+    tries = []
+
+    def read() -> tuple[str, str]:
+        one = (target / "one").read_text()
+        tries.append(one)
+        if len(tries) < 3:
+            write_folder(target, filler(f"n{len(tries)}"))
+            if len(tries) == 1:
+                raise IntegrityError("the files do not fit together")
+        return one, (target / "inner" / "two").read_text()[:2]
+
+    assert read_steadily(target, read) == ("n2", "n2")
+    assert tries == ["old", "n1", "n2"]
+    with pytest.raises(FileNotFoundError):
+        read_steadily(tmp_path, lambda: (tmp_path / "nothing").read_text())

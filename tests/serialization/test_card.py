@@ -54,6 +54,12 @@ def test_what_it_says() -> None:
         assert words in card, words
 
 
+def test_more_than_fifty_labels_are_listed_in_part_and_counted() -> None:
+    labels = [f"label{at:02d}" for at in range(53)]
+    assert "label49 and 3 more" in model_card({**OWN, "labels": labels}, CONFIG)
+    assert "more" not in model_card({**OWN, "labels": labels[:50]}, CONFIG).partition("labels:")[2].partition("\n")[0]
+
+
 def test_where_the_rows_came_from_is_a_list_of_facts() -> None:
     origin = {
         "train": "reviews.csv",
@@ -164,6 +170,11 @@ def test_text_is_one_line(value: str) -> None:
 def test_no_content_ends_its_block(value: str) -> None:
     """Whatever runs of backticks it holds, what comes after the block is all that stands outside."""
     assert outside_fences(f"---\n---\n{block(value)}\nafter") == "after"
+
+
+def test_text_is_cut_to_its_length_with_an_ellipsis() -> None:
+    assert text("a" * 60, 60) == "a" * 60
+    assert text("a" * 61, 60) == "a" * 59 + "…"
 
 
 def test_secrets_are_blotted_out() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,46 @@ def test_another_number_of_labels_makes_a_head_of_its_own(tmp_path: Path) -> Non
     assert run(three).shape[-1] == expected_width
     with gw.disabled(three):
         assert run(three).shape[-1] == 3
+
+
+def test_loading_while_the_folder_is_replaced_gives_the_old_or_the_new(tmp_path: Path) -> None:
+    """A writer replaces the folder as fast as it can; each load finds one whole adapter."""
+    folder = tmp_path / "news"
+    grafts = [grafted(seed=seed) for seed in (1, 2)]
+    known = []
+    for graft in grafts:
+        graft.save(folder)
+        known.append(graft.state_dict())
+    writer = os.fork()
+    if writer == 0:
+        try:
+            signal.alarm(120)
+            while True:
+                for graft in grafts:
+                    save_adapter(graft, folder, metadata={"base_fingerprint": "0" * 16})
+        finally:
+            os._exit(0)
+    try:
+        model, seen = bert(), set()
+        for _ in range(60):
+            graft = load_adapter(model, folder, force=True)
+            state = graft.state_dict()
+            seen.add(next(at for at, other in enumerate(known) if all(torch.equal(state[k], other[k]) for k in other)))
+            graft.delete()
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    assert seen == {0, 1}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_all_files_are_made_under_the_users_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = grafted("prompt").save(tmp_path / "news")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
 
 
 def test_adapter_save_without_a_file_format_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

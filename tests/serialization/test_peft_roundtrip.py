@@ -276,6 +276,9 @@ def test_options_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     """Ways to start, once trained: orthogonal, EVA. And switches of newer versions that are off."""
     expected = made_by_peft(lora("llama", init_lora_weights="orthogonal"), "llama", tmp_path)
     edited(tmp_path, init_lora_weights="eva", eva_config={"rho": 2.0}, some_future_switch=None, another=False)
+    edited(
+        tmp_path, future_count=0, future_scale=0.0, future_kind="none", future_text="", future_rows=[], future_map={}
+    )
     model = model_of("llama")
     load_adapter(model, tmp_path)
     torch.testing.assert_close(run(model, "llama"), expected, **CLOSE)

@@ -16,7 +16,7 @@ from graftwerk.serialization.untrusted_files import read_json, read_sealed
 
 def test_dump_object_refuses_what_read_json_would(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    good: list[dict[str, Any]] = [{"a": ["é\u2028\n"] * 9_000}, {"a": "x" * (MAX_JSON_BYTES - 20)}, {"a": 2**64 - 1}]
+    good: list[dict[str, Any]] = [{"a": ["é\u2028\n"] * 4_900}, {"a": "x" * (MAX_JSON_BYTES - 20)}, {"a": 2**64 - 1}]
     for values in good:
         path.write_bytes(dump_object(values, path))
         assert read_json(path) == values
@@ -25,6 +25,7 @@ def test_dump_object_refuses_what_read_json_would(tmp_path: Path) -> None:
         deep = [deep]
     bad: list[dict[str, Any]] = [
         {"a": "x" * MAX_JSON_BYTES}, {"a": [0] * 100_001}, {"a": "\n" * 10_001}, {"a": deep}, {"a": 2**64},
+        {"a": "\u2028" * 10_001},
         {"a": "\ud800"}, {"a": float("nan")}, {"a": float("inf")}, {"a": {1, 2}},
     ]  # fmt: skip
     for values in bad:

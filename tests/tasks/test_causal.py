@@ -14,6 +14,7 @@ from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.evaluation.evaluate import evaluate, predict
 from graftwerk.models.load import load_tokenizer
 from graftwerk.tasks.causal import Causal
+from graftwerk.tasks.chunking import text_blocks
 from graftwerk.training.train import train
 
 
@@ -140,3 +141,14 @@ def test_classes_with_a_causal_model_from_a_run_file(tiny_decoder: Path, glosses
     labels = {json.loads(line)["label"] for line in glosses.read_text(encoding="utf-8").splitlines()}
     assert answer["label"] in labels
     assert torch.tensor(list(answer["scores"].values())).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("tokens", "lengths", "lost"), [(8, [4, 4], 0), (9, [4, 4], 1), (10, [4, 4, 2], 0)])
+def test_text_blocks_of_long_text_end_in_a_block_of_two_tokens_or_more(
+    tokens: int, lengths: list[int], lost: int
+) -> None:
+    def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(range(len(text))) for text in texts]}
+
+    ((blocks, left_out),) = text_blocks(["x" * tokens], tokenizer, 4, (), (), cut=True)
+    assert ([len(block) for block in blocks], left_out) == (lengths, lost)

@@ -12,11 +12,11 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError, IntegrityError, ModelError, UnsupportedError
 from graftwerk.models.load import load_config, load_tokenizer
 from graftwerk.tasks.base import Example, Splits
-from graftwerk.tasks.chat import encode_conversations, end_ids
+from graftwerk.tasks.chat import _fitting, encode_conversations, end_ids
 from graftwerk.tasks.example_checks import check_examples
 from graftwerk.tasks.instruction import Instruction
 from graftwerk.tasks.registry import parse_task
-from graftwerk.tasks.template import ModelTemplate, template_for
+from graftwerk.tasks.template import ModelTemplate, Rendered, template_for
 from graftwerk.tasks.text import IGNORED
 
 CHATML = (
@@ -450,3 +450,12 @@ def test_encode_added_special_token_written_out_is_found(tiny_decoder: Path) -> 
         for template in ("auto", "plain"):
             (example,) = Instruction(template=template).encode(rows, tokenizer, None, 99)  # type: ignore[arg-type]
             assert ("special-token-in-text" in example.notes) is found
+
+
+def test_fitting_keeps_one_token_of_each_user_turn() -> None:
+    turns = [("user", "abcdef"), ("assistant", "x")]
+    rendered = Rendered("abcdefx", ((6, 7),))
+    offsets = [(at, at + 1) for at in range(7)]
+    assert _fitting(turns, rendered, offsets, 3) == ([0, 1, 6], 4)
+    assert _fitting(turns, rendered, offsets, 2) == ([0, 6], 5)
+    assert _fitting(turns, rendered, offsets, 1) == ([0], 6)  # the answer's end is lost before the question is

@@ -105,6 +105,7 @@ def test_a_single_row_is_tried_against_itself() -> None:
 
 def test_packing_is_greedy_whole_and_within_bounds() -> None:
     assert bins([9, 3, 6, 12, 2], 16) == [[3, 1], [0, 2], [4]]
+    assert bins([8, 8, 16], 16) == [[2], [0, 1]], "what fits exactly fits"
     lengths = [7, 7, 7, 2, 2, 20, 5]
     packed = bins(lengths, 10)
     assert sorted(row for group in packed for row in group) == list(range(7))

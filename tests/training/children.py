@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graftwerk.errors import GraftwerkError
+from graftwerk.errors import Explained
 
 
 class Child:
-    """``function`` in a process of its own; `wait` gives its exit code, that of a `GraftwerkError`, or minus the
+    """``function`` in a process of its own; `wait` gives its exit code, that of its error, or minus the
     signal.
     """
 
@@ -28,7 +28,7 @@ class Child:
             try:
                 function()
                 code = 0
-            except GraftwerkError as error:
+            except Explained as error:
                 code = error.exit_code
                 print(f"child {os.getpid()}: {error}", file=sys.stderr, flush=True)
             except BaseException:

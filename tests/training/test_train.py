@@ -22,6 +22,7 @@ from graftwerk.errors import (
     DataError,
     DivergedError,
     GraftwerkError,
+    ModelError,
     ResourceError,
     RunInterrupted,
     UnsupportedError,
@@ -409,3 +410,89 @@ def test_examples_too_long_for_the_manifest_do_not_cost_the_run(
     manifest = train(run_file(), listener=events.append).manifest
     assert (manifest["status"], manifest["examples"]) == ("finished", [])
     assert any("examples" in event.figures["text"] for event in events if event.kind == "warning")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("place", ["step-000008", "latest", "adapter", "manifest.json"])
+def test_disk_fault_names_the_newest_whole_checkpoint(
+    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, place: str
+) -> None:
+    """Whatever could not be written: what was saved before is named, and is whole."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if f".{place}.partial" in name and (tmp_path / "run" / "checkpoints" / "step-000004").is_dir():
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(ResourceError) as caught:
+        train(run_file(num_train_epochs=1.5, eval_steps=4))
+    monkeypatch.undo()
+    kept = str(caught.value.recovered)
+    assert Path(kept).parent == tmp_path / "run" / "checkpoints"
+    steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+    assert kept.endswith(f"step-{steps[-1]:06d}")
+    Checkpoints(tmp_path / "run" / "checkpoints").load(steps[-1])
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "bitfit"])
+def test_train_on_a_base_with_nan_blames_the_base(
+    run_file: Build, tmp_path: Path, tiny_encoder: Path, method: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_encoder, base)
+    tensors = load_file(base / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("layer.1.intermediate.dense.bias"))
+    tensors[name][0] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"intermediate\.dense\.bias") as caught:
+        train(run_file(method=method) | {"model": str(base)})
+    assert caught.value.exit_code == 4
+    assert "learning_rate" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "key", "value"),
+    [
+        ({"num_train_epochs": 2}, "epochs=8", "num_train_epochs", 8),
+        ({"epochs": 2}, "num_train_epochs=8", "num_train_epochs", 8),
+        ({"epochs": 2}, "training.epochs=8", "num_train_epochs", 8),
+        ({"per_device_train_batch_size": 2}, "batch_size=8", "per_device_train_batch_size", 8),
+        ({"learning_rate": 1e-3}, "lr=0.5", "learning_rate", 0.5),
+    ],
+)
+def test_override_by_another_spelling_replaces_what_the_file_says(
+    run_file: Build, file: dict[str, Any], override: str, key: str, value: float
+) -> None:
+    tree = run_file()
+    tree["training"] = file
+    assert getattr(RunConfig.build(tree, [override]).training, key) == value
+    tree = run_file(method={"name": "lora", "r": 2, "lora_alpha": 3})
+    method = RunConfig.build(tree, ["method.rank=4", "method.alpha=5"]).method
+    assert method.to_dict() | {"r": 4, "lora_alpha": 5} == method.to_dict()
+
+
+def test_two_spellings_of_one_key_in_a_file_are_named(run_file: Build) -> None:
+    for changes in (
+        {"training": {"num_train_epochs": 2, "epochs": 8}},
+        {"method": {"name": "lora", "r": 2, "rank": 4}},
+    ):
+        with pytest.raises(ConfigError, match="another spelling of a key that is given too"):
+            RunConfig.build(run_file() | changes)
+
+
+def test_names_that_yaml_reads_as_numbers_are_names(run_file: Build, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    said = "model: x\nmethod: lora\ndata: {train: y, columns: {text: 0, label: 2019}, filter: {3: a}}\n"
+    path.write_text(said + "training: {class_weights: {1: 2.0, 0: 1.0}}\n")
+    config = RunConfig.load(path)
+    assert config.training.class_weights == {"1": 2.0, "0": 1.0}
+    assert config.data.columns == {"text": "0", "label": "2019"}
+    assert config.data.filter == {"3": "a"}
+    path.write_text(said + "training: {class_weights: {yes: 2.0}}\n")
+    with pytest.raises(ConfigError, match="put it in quotes"):
+        RunConfig.load(path)

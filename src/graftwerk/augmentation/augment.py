@@ -15,6 +15,8 @@ from graftwerk.config import RunConfig
 from graftwerk.data.files import read_file
 from graftwerk.data.rows import resolve_bad_rows
 from graftwerk.errors import ConfigError, DataError, RunInterrupted
+from graftwerk.evaluation.evaluate import said_of
+from graftwerk.own_files import refuse_link
 from graftwerk.resource_paths import locate
 
 AUGMENTED = "augmented.jsonl"
@@ -55,7 +57,7 @@ def augment(
     Raises:
         ConfigError: neither a run file nor data, or both; nothing to augment by; no file to write to.
         ConflictError: as `make.make`.
-        Interrupted: SIGINT; what is done is kept, and `resume` goes on with it.
+        Interrupted: SIGINT or SIGTERM; what is done is kept, and `resume` goes on with it.
         DataError, ModelError, EnvironmentFault, IntegrityError: as reading and loading say.
     """
     if (config is None) == (data is None):
@@ -74,6 +76,8 @@ def augment(
     target = Path(out) if out is not None else usual
     if target is None:
         raise ConfigError("where to?", where="out", hint="name the file to make: out='rows.augmented.jsonl'")
+    if out is None:
+        refuse_link(target)
     if target.suffix.lower() != ".jsonl":
         raise ConfigError(f"augmented rows are written as .jsonl, and {target} ends otherwise", where="out")
     if isinstance(data, str | Path) and target.resolve() == locate(data).resolve():
@@ -84,11 +88,11 @@ def augment(
         return {"dry_run": True, "file": str(target), "rows": len(rows), "augmenters": plan(rows, augmenters, parts)}
     try:
         return make(rows, augmenters, target, parts=parts, resume=resume, overwrite=overwrite, on_progress=on_progress)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RunInterrupted) as stopped:
         journal = journal_of(target)
         raise RunInterrupted(
-            signal.SIGINT,
-            "stopped by Ctrl-C",
+            stopped.signum if isinstance(stopped, RunInterrupted) else signal.SIGINT,
+            stopped.what if isinstance(stopped, RunInterrupted) else "stopped by Ctrl-C",
             recovered=str(journal) if journal.exists() else None,
             hint="the same command with --resume goes on from there" if journal.exists() else None,
         ) from None
@@ -139,8 +143,9 @@ def _of_run(settings: RunConfig) -> Work:
 def _of_data(data: Any) -> Sequence[Mapping[str, Any]]:
     if not isinstance(data, str | Path):
         return [dict(row) for row in data]
-    table = read_file(locate(data), str(data))
-    resolve_bad_rows(table, "fail")
+    with said_of(str(data)):
+        table = read_file(locate(data), str(data))
+        resolve_bad_rows(table, "fail")
     return table.rows
 
 

@@ -20,6 +20,8 @@ from graftwerk.augmentation.progress_log import FORMAT, Journal, journal_of
 from graftwerk.augmentation.rows import ORIGIN, Made, Row, make_noise, make_translations
 from graftwerk.augmentation.settings import Augmenter, Generation, Noise
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
+from graftwerk.own_files import refuse_link
+from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_json
@@ -97,6 +99,7 @@ def make(
         ConfigError, DataError, and what loading a model raises.
     """
     identity = identity_of(rows, augmenters)
+    refuse_link(about_of(target))
     if not overwrite:
         if (ready := _finished(target, identity, resume)) is not None:
             return ready
@@ -135,7 +138,7 @@ def identity_of(rows: Sequence[Row], augmenters: Sequence[Augmenter]) -> dict[st
     return {
         "rows": digest.hexdigest(),
         "read": len(rows),
-        "augmenters": [augmenter.making() for augmenter in augmenters],
+        "augmenters": redacted([augmenter.making() for augmenter in augmenters]),
     }
 
 
@@ -217,7 +220,7 @@ def _write(target: Path, identity: Mapping[str, Any], made: Sequence[Made]) -> A
     about = {"format": FORMAT, "sha256": digest, "made": counts, "identity": identity}
     told = dump_object(about, about_of(target))
     write_file(target, content)
-    write_file(about_of(target), told)
+    write_file(about_of(target), told, own=True)
     return Augmented(target, tuple(tuple(one.rows) for one in made), tuple(counts), digest, False)
 
 

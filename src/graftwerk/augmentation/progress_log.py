@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from graftwerk.errors import ConflictError, ResourceError
+from graftwerk.own_files import open_own
 from graftwerk.serialization.atomic import FAULTS
 
 ENDING = ".unfinished"
@@ -32,6 +33,7 @@ class Journal:
     Raises:
         ConflictError: another process writes it, or it is of something else.
         EnvironmentFault: it cannot be written.
+        IntegrityError: it is a link.
     """
 
     def __init__(self, target: Path, identity: Mapping[str, Any], *, keep: bool) -> None:
@@ -41,7 +43,7 @@ class Journal:
         head = json.dumps({"format": FORMAT, **identity}, ensure_ascii=False, sort_keys=True)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
+            self._file: BinaryIO = os.fdopen(open_own(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
             try:
                 _lock(self._file, self.path)
                 self._read(head, keep)

@@ -14,6 +14,7 @@ from graftwerk.augmentation.noise import Vocabulary, distort, same_words
 from graftwerk.augmentation.progress_log import Journal
 from graftwerk.augmentation.settings import BackTranslation, Generation, Noise, WordInsertion
 from graftwerk.errors import ConfigError, DataError
+from graftwerk.sanitize import redacted
 
 Row = Mapping[str, Any]
 ORIGIN = "origin"
@@ -135,7 +136,7 @@ class _Variants:
 
 
 def _origin(settings: Noise | Generation, number: int) -> dict[str, Any]:
-    made = settings.making()
+    made = redacted(settings.making())
     return {"kind": made.pop("name"), "seed": made.pop("seed"), "variant": number, "settings": made, "model": None}
 
 

@@ -23,10 +23,11 @@ from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
 from graftwerk.evaluation.loading import MANIFEST, load_adapter_for
 from graftwerk.evaluation.search import own_search
 from graftwerk.modeling.virtual_positions import positions_taken
+from graftwerk.sanitize import redacted
 from graftwerk.serialization.adapter_config import CONFIG_FILE
 from graftwerk.serialization.fingerprint import fingerprint as weights_fingerprint
-from graftwerk.serialization.info import WEIGHTS_FILE
 from graftwerk.serialization.untrusted_files import checksum
+from graftwerk.serialization.weight_files import weight_files
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import TextTask
@@ -92,7 +93,8 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         model, tokenizer, dtype = opened.model, opened.tokenizer, opened.dtype
         task = opened.task if settings.task is None else parse_task(settings.task).for_model(model.config)
         length = opened.max_length if max_length is None else max_length_for(model.config, tokenizer, max_length)
-        name, adapter = opened.info.base_name, f"{checksum(opened.info.folder / WEIGHTS_FILE)['crc32']:08x}"
+        name = opened.info.base_name
+        adapter = "-".join(f"{checksum(file)['crc32']:08x}" for file in weight_files(opened.info))
     else:
         if settings.base is not None:
             raise ConfigError(f"{path} is no adapter, so it has no `base`", where="base")
@@ -114,7 +116,7 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         name, adapter = settings.model, None
     if not isinstance(task, TextTask) or not task.generates:
         raise UnsupportedError(f"a model for {task.title.lower()} writes no texts", where=settings.model)
-    identity = {"name": name, "fingerprint": weights_fingerprint(model), "adapter": adapter}
+    identity = redacted({"name": name, "fingerprint": weights_fingerprint(model), "adapter": adapter})
     return Loaded(model, tokenizer, task, length, dtype, identity)
 
 

@@ -19,7 +19,9 @@ import typer
 
 from graftwerk.cli import augment, compare, doctor, evaluate, inspect, methods, predict, report, schema, train
 from graftwerk.cli.output import ReaderGone, dump, read
-from graftwerk.errors import ConfigError, GraftwerkError, ResourceError, RunInterrupted
+from graftwerk.errors import ConfigError, Explained, GraftwerkError, ResourceError, RunInterrupted
+from graftwerk.sanitize import clean
+from graftwerk.training.signals import StopSignals
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 _NAMES_AT_FAULT = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
@@ -83,9 +85,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     # Idle OpenMP threads that spin take the cores from whoever else works on the machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = typer.main.get_command(app).main(given, prog_name="graftwerk", standalone_mode=False)
-        with read():
-            sys.stdout.flush()
+        with StopSignals().installed():
+            code = typer.main.get_command(app).main(given, prog_name="graftwerk", standalone_mode=False)
+            with read():
+                sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except ReaderGone:
         _drop_stdout()
@@ -93,19 +96,19 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return BROKEN_PIPE
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, RunInterrupted) as error:
         fault = as_fault(error)
         if isinstance(error, OSError) and error.filename is None and not _writable():
             _drop_stdout()  # the result cannot be written, nor what Python holds back of it
         if "--debug" in flags:
-            traceback.print_exception(error)
+            print(clean("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         _say(fault, as_json="--json" in flags)
         return fault.exit_code
 
 
-def as_fault(error: BaseException) -> GraftwerkError:
+def as_fault(error: BaseException) -> Explained:
     """Any error in the user's terms."""
-    if isinstance(error, GraftwerkError):
+    if isinstance(error, Explained):
         return error
     if isinstance(error, KeyboardInterrupt):
         return RunInterrupted(signal.SIGINT, "stopped by Ctrl-C")
@@ -149,7 +152,7 @@ def _writable() -> bool:
     return True
 
 
-def _say(fault: GraftwerkError, *, as_json: bool) -> None:
+def _say(fault: Explained, *, as_json: bool) -> None:
     try:
         print(f"graftwerk: {fault}", file=sys.stderr, flush=True)
         if as_json:

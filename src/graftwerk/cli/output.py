@@ -7,7 +7,6 @@ the level of Python's `sys.stdout` and of the process's file descriptor, so that
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import sys
@@ -15,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from graftwerk.sanitize import clean, dump_json, redacted, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -64,7 +65,12 @@ class Output:
         self.line("\n".join(line.rstrip() for line in held.getvalue().splitlines()))
 
     def line(self, text: str) -> None:
-        """A line of the result that is never wrapped or coloured: a path, a prediction."""
+        """A line of the result that is never wrapped or coloured: a path, a figure."""
+        self.answer(clean(text))
+
+    def answer(self, text: str) -> None:
+        """What a model answered to a text of the user's: nothing in it is taken for a secret."""
+        text = visible(text)
         if self.as_json:
             print(text, file=sys.stderr)
             return
@@ -74,11 +80,11 @@ class Output:
     def note(self, text: str) -> None:
         """Something said on the way: stderr, not with `--quiet`."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            self.warn(text)
 
     def warn(self, text: str) -> None:
         """Something to know in any case: stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 def console(stream: TextIO) -> Console:
@@ -93,7 +99,11 @@ def table(*headings: str, title: str | None = None, numbers: Sequence[str] = ())
     from rich import box
     from rich.table import Table
 
-    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_edge=False)
+    class Cleaned(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(clean(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+    made = Cleaned(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, show_edge=False)
     for heading in headings:
         made.add_column(heading, justify="right" if heading in numbers else "left", overflow="fold")
     return made
@@ -124,12 +134,14 @@ def stdout_to_stderr() -> Iterator[TextIO]:
 
 def printable(text: str) -> str:
     """Text from files without what could move the cursor, colour the terminal or turn the line around."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+    line = " ".join(visible(text).split())
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """One line of JSON that every parser reads: no NaN, no infinities."""
-    return json.dumps(plain(data), ensure_ascii=False, allow_nan=False)
+    """One line of JSON that every parser reads: no NaN, no infinities; no secrets but what rows and answers hold."""
+    said = {key: value if key == "predictions" else redacted(value) for key, value in plain(data).items()}
+    return dump_json(said)
 
 
 def plain(value: Any) -> Any:

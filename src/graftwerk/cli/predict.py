@@ -59,10 +59,10 @@ def register(app: typer.Typer) -> None:
             )
         for place, row in enumerate(result["predictions"]):
             if "output" in row:
-                out.line(printable(row["output"]))
+                out.answer(printable(row["output"]))
                 continue
             text = texts[place] if texts else row["text"]
-            out.line(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}")
+            out.answer(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}")
         for note in result["notes"]:
             out.warn(f"note: {note}")
         return result

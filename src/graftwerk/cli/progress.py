@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from graftwerk.cli.batch import show_batch
 from graftwerk.cli.output import Output, console, printable
 from graftwerk.formatting import count, duration, number, share
+from graftwerk.sanitize import clean
 
 if TYPE_CHECKING:
     from graftwerk.training.events import Event
@@ -55,6 +56,7 @@ class Display:
     def line(self, text: str) -> None:
         if self.silent:
             return
+        text = clean(text)
         with self._written():
             if self._bar is not None:
                 self._bar.console.print(text)

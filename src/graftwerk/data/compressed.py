@@ -109,7 +109,7 @@ def read_bytes(path: Path) -> bytes:
             raise ResourceError(
                 f"the content of {path.name} does not fit into the memory: more than {most:,} bytes",
                 where=str(path),
-                hint="data.stream=true reads rows while they are trained on; or give a part of the file",
+                hint="data.streaming=true reads rows while they are trained on; or give a part of the file",
             )
         content.append(piece)
     return b"".join(content)

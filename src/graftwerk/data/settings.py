@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from graftwerk.augmentation.settings import Augmenter, parse_augmenters
-from graftwerk.settings import Settings
+from graftwerk.settings import Name, Settings
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Rows = Annotated[int, Field(ge=1)]
@@ -23,7 +23,7 @@ class Pair(Settings):
 
 Source = str | list[str] | Pair
 """One place, several (all rows of all of them, in this order), or two files line by line."""
-Filter = dict[str, str | int | float | bool | list[str | int | float | bool]]
+Filter = dict[Name, str | int | float | bool | list[str | int | float | bool]]
 
 
 class SetSettings(Settings):
@@ -35,7 +35,7 @@ class SetSettings(Settings):
     task: str | dict[str, Any] | None = Field(default=None, description="this set's task; none: that of the run")
     weight: float = Field(default=1.0, gt=0, description="how often its rows are drawn, against those of other sets")
     max_rows: Rows | None = Field(default=None, description="use at most so many of its rows to train on")
-    columns: dict[str, str] | None = Field(default=None, description="as `data.columns`, which it replaces")
+    columns: dict[str, Name] | None = Field(default=None, description="as `data.columns`, which it replaces")
     filter: Filter | None = Field(default=None, description="as `data.filter`, which it replaces")
     prefix: str | None = Field(default=None, description="`prefix` of its task")
     source_lang: str | None = Field(default=None, description="`source_lang` of its task")
@@ -89,7 +89,7 @@ class DataSettings(Settings):
     text_rows: Literal["line", "document"] = Field(
         default="line", description="in a .txt file a row is a line, or what stands between blank lines"
     )
-    columns: dict[str, str] = Field(
+    columns: dict[str, Name] = Field(
         default_factory=dict,
         description="which column plays which part: {text: review, label: stars}; a part not named is its own column",
     )

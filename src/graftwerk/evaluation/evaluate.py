@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from graftwerk.data.splits_reader import read_unanswered
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, DataError, ModelError
+from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.evaluation.inference import Progress
 from graftwerk.evaluation.inference import run_model as run_model
 from graftwerk.evaluation.loading import LoadedAdapter, held_out, labelled_rows, load_adapter_for
@@ -74,7 +77,8 @@ def evaluate(
                 raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
             split, rows = held_out(opened)
         else:
-            split, rows = "data", labelled_rows(opened, str(data), None if columns is None else dict(columns))
+            with said_of(str(data)):
+                split, rows = "data", labelled_rows(opened, str(data), None if columns is None else dict(columns))
         if store and (opened.run is None or data is not None or evaluation):
             raise ConfigError(
                 "only what a run measured on its own held-out rows, with its own settings, can be stored with it"
@@ -85,7 +89,8 @@ def evaluate(
             require_packages(opened.task.metrics)
         if wants_base:
             check_baseline(opened.task)
-        examples = opened.encode(rows)
+        with said_of(None if data is None else str(data)):
+            examples = opened.encode(rows)
         rows_a_pass = batch_size or opened.eval_batch_size
         said: list[str] = []
 
@@ -102,6 +107,8 @@ def evaluate(
             )
 
         predictions = measured()
+    if not predictions.finite:
+        refuse_broken_base(opened.model, trained=True)  # the adapter's own weights were found finite when it was read
     options: dict[str, Any] = {
         "labels": opened.labels or None,
         "names": opened.task.metrics,
@@ -194,10 +201,12 @@ def predict(
     if data is not None:
         on_bad_row = opened.settings.data.on_bad_row if opened.settings else "fail"
         named = opened.columns if columns is None else dict(columns)
-        table, findings = read_unanswered(str(data), opened.task.row_format, named, on_bad_row)
+        with said_of(str(data)):
+            table, findings = read_unanswered(str(data), opened.task.row_format, named, on_bad_row)
         rows = list(table.rows)
         said = [finding.message for finding in findings]
-    examples = opened.encode(rows)
+    with said_of(None if data is None else str(data)):
+        examples = opened.encode(rows)
     found = run_model(
         opened.model,
         opened.task,
@@ -208,11 +217,47 @@ def predict(
         on_progress=on_progress,
         texts=_texts(opened, examples, on_progress, said.append),
     )
+    if not found.finite:
+        refuse_broken_base(opened.model, trained=True)
     predictions = opened.task.format_predictions(found, opened.labels or None)
     if data is not None:
         sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
     return {"predictions": predictions, "notes": said + _notes(opened, examples)}
+
+
+_SETTLED = re.compile(r"\b(?:data|task|training|method|model)\.[a-z_]+")
+"""Keys of a run file that neither command takes."""
+
+
+@contextmanager
+def said_of(data: str | None) -> Iterator[None]:
+    """Let errors about rows that were given speak of them, and advise nothing that these commands cannot take.
+
+    Reading speaks of a run file, for which it was made: of its train rows and of its keys.
+
+    Args:
+        data: Where the rows come from; None: texts, or the run's own rows.
+    """
+    try:
+        yield
+    except (ConfigError, DataError, ModelError) as error:
+        if data is not None:
+            error.what = error.what.replace("the train rows", f"the rows of {data}")
+            if error.where and _SETTLED.fullmatch(error.where):
+                error.where = data
+        if error.hint and _SETTLED.search(error.hint):
+            error.hint = _taken(error.hint, data)
+        raise
+
+
+def _taken(hint: str, data: str | None) -> str:
+    if data is None:
+        return "shorten or leave out what does not fit; how rows are read was settled by the training"
+    if "data.columns" in hint:
+        near = hint.partition("? ")[0] + "? " if hint.startswith("did you mean") else ""
+        return f"{near}`--column PART=NAME` (columns={{part: name}}) says which column plays which part"
+    return f"mend these rows, or leave them out of {data}; how rows are read was settled by the training"
 
 
 def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:

@@ -18,11 +18,14 @@ import torch
 from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
+from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS
 from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.own_files import refuse_links
 from graftwerk.serialization.adapter_config import CONFIG_FILE
 from graftwerk.serialization.atomic import recover
-from graftwerk.serialization.info import WEIGHTS_FILE, AdapterInfo, check_said, read_adapter_config
-from graftwerk.serialization.untrusted_files import read_header, read_sealed
+from graftwerk.serialization.info import AdapterInfo, check_said, read_adapter_config
+from graftwerk.serialization.untrusted_files import read_sealed
+from graftwerk.serialization.weight_files import read_headers
 from graftwerk.tasks import dataset_cache as kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
@@ -114,6 +117,7 @@ def find(target: Any) -> Target:
         if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
             return Target(read_adapter_config(path), None, None, {})
         path = path.parent
+    refuse_links(path, (MANIFEST, CONFIG, ADAPTER, EVALUATION, PREDICTIONS, ANSWERS))
     manifest = read_sealed(path / MANIFEST)
     check_said(manifest, path / MANIFEST)
     adapter = recover(path / ADAPTER)
@@ -252,7 +256,7 @@ def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[
         return tuple(labels)
     named = getattr(architecture, "id2label", None) or {}
     known = tuple(str(named[index]) for index in sorted(named))
-    for key, tensor in read_header(info.folder / WEIGHTS_FILE).items():
+    for key, tensor in read_headers(info).items():
         if key.endswith(HEADS) and "lora_" not in key:
             classes = tensor.shape[0]
             return known if len(known) == classes else tuple(str(index) for index in range(classes))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graftwerk.errors import IntegrityError
+from graftwerk.sanitize import dump_json, redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.serialization.strict_json import dump_object
@@ -32,11 +33,11 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
     """
     from safetensors.numpy import save
 
-    write_file(run / PREDICTIONS, save(_tensors(predictions), {"format": "np"}))
+    write_file(run / PREDICTIONS, save(_tensors(predictions), {"format": "np"}), own=True)
     if isinstance(predictions, TextPredictions):
         columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
-        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in _rows(columns)]
-        write_file(run / ANSWERS, "".join(line + "\n" for line in lines))
+        lines = [dump_json(dict(zip(columns, row, strict=True))) for row in _rows(columns)]
+        write_file(run / ANSWERS, "".join(line + "\n" for line in lines), own=True)
     kept: dict[str, Any] = {
         "format": FORMAT,
         **result,
@@ -45,7 +46,7 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
         "predictions": checksum(run / PREDICTIONS),
         "answers": checksum(run / ANSWERS) if isinstance(predictions, TextPredictions) else None,
     }
-    write_file(run / EVALUATION, dump_object(kept, run / EVALUATION, seal=True))
+    write_file(run / EVALUATION, dump_object(redacted(kept), run / EVALUATION, seal=True), own=True)
 
 
 def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictions] | None:

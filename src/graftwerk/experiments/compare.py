@@ -21,7 +21,7 @@ from graftwerk.errors import (
     ConfigError,
     ConflictError,
     DivergedError,
-    GraftwerkError,
+    Explained,
     IntegrityError,
     RunInterrupted,
 )
@@ -35,11 +35,13 @@ from graftwerk.experiments.progress import Display, ProgressEvent
 from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.table import plain, rich_table, shown
 from graftwerk.formatting import duration
+from graftwerk.own_files import refuse_links
+from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_sealed, understood
-from graftwerk.training.lock import RunLock
-from graftwerk.training.run_dir import MANIFEST, TRUNK, read_manifest
+from graftwerk.training.lock import LOCK_FILE, RunLock
+from graftwerk.training.run_dir import MANIFEST, REPORT, TRUNK, read_manifest
 
 COMPARISON, LOG = "comparison.json", "workers.log"
 COMPARISON_SCALE = 16
@@ -64,6 +66,7 @@ class Comparison:
         self.folder = Path(folder)
         if not (self.folder / COMPARISON).is_file():
             raise ConfigError(f"{folder} holds no comparison: it has no {COMPARISON}")
+        refuse_links(self.folder, (COMPARISON,))
         self.result = read_sealed(self.folder / COMPARISON, scale=COMPARISON_SCALE)
         if self.result.get("format") != FORMAT:
             raise IntegrityError(f"{COMPARISON} has another format than {FORMAT}", where=str(self.folder))
@@ -211,6 +214,8 @@ class _ComparisonDriver:
                 f"{self.folder} is the folder of a run",
                 hint="give the comparison another one: output_dir=runs/comparison",
             )
+        runs = [self.folder_of(entry, seed).name for entry, seed in self.plan]
+        refuse_links(self.folder, (LOCK_FILE, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
         with RunLock(self.folder), JobRunner(self.folder / LOG) as workers:
             try:
                 checked = self._check(workers, overwrite)
@@ -219,16 +224,16 @@ class _ComparisonDriver:
                     self.base, self.entries, self.seeds, self.augment, self.metric, checked,
                     prefer=prefer, own=self.own_method,
                 )  # fmt: skip
-            except GraftwerkError as error:
+            except Explained as error:
                 if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
                     (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
                 raise
             self._write({**head, "status": "running", "methods": [], "differences": [], "seconds": None})
-            write_file(self.folder / CONFIG, self.base.dump())
+            write_file(self.folder / CONFIG, self.base.dump(), own=True)
             try:
                 for entry, seed in self.plan:
                     self._run(workers, entry, seed, overwrite)
-            except GraftwerkError as stopped:
+            except Explained as stopped:
                 stopped.recovered = f"{self.pace.done} of {len(self.plan)} runs in {self.folder}"
                 if isinstance(stopped, RunInterrupted):
                     stopped.hint = "the same command again goes on from there"
@@ -308,7 +313,7 @@ class _ComparisonDriver:
 
     def _write(self, result: Mapping[str, Any]) -> None:
         path = self.folder / COMPARISON
-        write_file(path, dump_object(result, path, room=COMPARISON_SCALE, seal=True))
+        write_file(path, dump_object(redacted(result), path, room=COMPARISON_SCALE, seal=True), own=True)
 
     def _say(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None

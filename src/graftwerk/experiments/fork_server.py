@@ -30,8 +30,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from graftwerk.sanitize import clean
 from graftwerk.training.forked_workers import end_with_parent
 from graftwerk.training.num_processes import ENVIRONMENT
+from graftwerk.training.signals import SIGNALS, StopSignals, held_back
 
 CAN_FORK = sys.platform == "linux"
 LOOK_SECONDS = 0.2
@@ -79,9 +81,10 @@ def main() -> int:
             _send(out, {"started": os.getpid()})
             _send(out, {"ended": _work(job, out)})
             return 0
-        child = os.fork()
-        if child == 0:
-            os._exit(_as_child(job, out))
+        with held_back():  # what is sent as soon as `started` is said waits for the child's handlers
+            child = os.fork()
+            if child == 0:
+                os._exit(_as_child(job, out))
         _send(out, {"started": child})
         orphaned, status = _watch(child)
         if orphaned:
@@ -102,8 +105,6 @@ def _import_everything() -> None:
 
 
 def _as_child(job: Mapping[str, Any], out: int) -> int:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(signal.SIGTERM)
     os.environ.setdefault(ENVIRONMENT, "1")  # methods' costs are compared: all of them alike
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -113,20 +114,23 @@ def _as_child(job: Mapping[str, Any], out: int) -> int:
 
 def _work(job: Mapping[str, Any], out: int) -> int:
     """Do one job and say how it went; 0 where it went well."""
-    from graftwerk.errors import GraftwerkError
+    from graftwerk.errors import Explained
     from graftwerk.experiments.jobs import perform
 
     def send(message: dict[str, Any]) -> None:
         _send(out, message)
 
     try:
-        send({"done": perform(job, send)})
+        with StopSignals().installed():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            result = perform(job, send)
+        send({"done": result})
         return 0
-    except GraftwerkError as error:
+    except Explained as error:
         send({"error": error.as_dict()})
         return error.exit_code
     except BaseException as error:  # a defect must reach whoever waits, too
-        traceback.print_exc()
+        print(clean(traceback.format_exc()), file=sys.stderr)
         text = " ".join(str(error).split())[:500]
         send({"error": {"error": "error", "exit_code": 1, "what": f"{type(error).__name__}: {text}"}})
         return 1

@@ -15,8 +15,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from graftwerk import errors
-from graftwerk.errors import GraftwerkError, ResourceError, RunInterrupted
+from graftwerk.errors import Explained, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.experiments.fork_server import CAN_FORK
+from graftwerk.own_files import open_own
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSE_SECONDS = 60
@@ -25,9 +26,7 @@ LOG_TAIL = 12
 
 OnEvent = Callable[[dict[str, Any]], None]
 _BY_CODE = {
-    kind.code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, GraftwerkError) and kind is not RunInterrupted
+    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GraftwerkError)
 }
 
 
@@ -81,7 +80,7 @@ class JobRunner:
     def _listen(self, process: subprocess.Popen[bytes], on_event: OnEvent) -> dict[str, Any]:
         assert process.stdout is not None
         result: dict[str, Any] | None = None
-        error: GraftwerkError | None = None
+        error: Explained | None = None
         for line in process.stdout:
             message = json.loads(line)
             if "started" in message:
@@ -99,9 +98,7 @@ class JobRunner:
                 if not CAN_FORK:
                     self._close()
                 if self.signum is not None:
-                    kept = error.recovered if error is not None else None
-                    name = signal.Signals(self.signum).name
-                    raise RunInterrupted(self.signum, f"stopped by {name}", recovered=kept)
+                    raise self._stopped(self.signum, kept=error.recovered if error is not None else None)
                 if error is not None:
                     raise error
                 if result is None:
@@ -112,7 +109,7 @@ class JobRunner:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
-            with self.log.open("ab") as log:
+            with os.fdopen(open_own(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "graftwerk.experiments.fork_server"],
                     stdin=subprocess.PIPE,
@@ -166,6 +163,11 @@ class JobRunner:
         finally:
             for restored, handler in before.items():
                 signal.signal(restored, handler if handler is not None else signal.SIG_DFL)
+        if self.signum is not None:  # it came when the job had ended
+            raise self._stopped(self.signum)
+
+    def _stopped(self, signum: int, kept: str | None = None) -> RunInterrupted:
+        return RunInterrupted(signum, f"stopped by {signal.Signals(signum).name}", recovered=kept)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
@@ -177,7 +179,7 @@ class JobRunner:
                 os.kill(self._job, signum)
 
 
-def _rebuilt(said: Mapping[str, Any]) -> GraftwerkError:
+def _rebuilt(said: Mapping[str, Any]) -> Explained:
     """The error that a worker raised, of the same class."""
     what, where, hint, kept = (said.get(part) for part in ("what", "where", "hint", "recovered"))
     if said.get("error") == RunInterrupted.code:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TextIO
 
 from graftwerk.formatting import duration
+from graftwerk.sanitize import clean
 
 EVERY_SECONDS = 5.0
 """Between two plain lines about steps."""
@@ -51,6 +52,7 @@ class Display:
     def __call__(self, moment: ProgressEvent) -> None:
         if self._silent:
             return
+        moment = replace(moment, run=clean(moment.run), text=clean(moment.text))
         try:
             if self.stream.isatty():
                 self._live(moment)

@@ -8,6 +8,7 @@ from typing import Any
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.significance import apart, between, one_seed, signed, turned, verdict
 from graftwerk.formatting import byte_size, duration, milliseconds, short_count
+from graftwerk.sanitize import clean
 
 HEADINGS = (
     "method",
@@ -162,5 +163,5 @@ def rich_table(result: Mapping[str, Any]) -> Any:
     for column, heading in enumerate(headings):
         made.add_column(heading, justify="left" if column in LEFT else "right", overflow="fold", no_wrap=column == 0)
     for row in rows:
-        made.add_row(*(Text(cell) for cell in row), style="bold" if row[0].endswith(" *") else "")
-    return Group(made, Text(""), *(Text(sentence) for sentence in sentences(result)))
+        made.add_row(*(Text(clean(cell)) for cell in row), style="bold" if row[0].endswith(" *") else "")
+    return Group(made, Text(""), *(Text(clean(sentence)) for sentence in sentences(result)))

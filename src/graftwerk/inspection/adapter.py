@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.errors import UnsupportedError
 from graftwerk.serialization.adapter_config import KEYS
 from graftwerk.serialization.folder import read_adapter_config
-from graftwerk.serialization.info import WEIGHTS_FILE, AdapterInfo, check_files
+from graftwerk.serialization.info import AdapterInfo, check_files
 from graftwerk.serialization.naming import named_by
-from graftwerk.serialization.untrusted_files import read_tensors
+from graftwerk.serialization.patterns import Steps
+from graftwerk.serialization.weight_files import read_weights, weight_files
 
 _PREFIXES = ("base_model.model.", "base_model.")
 _LAYER = re.compile(r"(?:^|\.)(?:[A-Za-z_]\w*)\.(\d+)(?=\.|$)")
@@ -71,12 +72,9 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
         IntegrityError, ConfigError, AdapterError, UnsupportedError, EnvironmentFault: as the gate for foreign files.
     """
     info = read_adapter_config(folder)
-    path = info.folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ResourceError(f"{path} is missing", where=str(info.folder))
     if info.own:
         check_files(info)
-    tensors = read_tensors(path)
+    tensors = read_weights(info)
     learnt = list(what_was_learnt(info, tensors))
     own = info.own
     taken = ("format", "name", "base", "method", "labels", "files")
@@ -88,7 +86,7 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
         "base": {"name": info.base_name, "fingerprint": info.base_fingerprint},
         "labels": info.labels,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes": path.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in weight_files(info)),
         "learnt": [vars(one) for one in learnt],
         "layers": by_layer(learnt),
         "metadata": {key: value for key, value in own.items() if key not in taken},
@@ -123,6 +121,7 @@ def by_layer(learnt: list[Learnt]) -> list[dict[str, Any]]:
 
 
 def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
+    steps = Steps()
     for ending_a, ending_b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
         for key in [key for key in left if key.endswith(ending_a)]:
             module = key.removesuffix(ending_a)
@@ -130,7 +129,7 @@ def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
             if b is None:
                 left[key] = a
                 continue
-            yield _product(module, "update", b, a, _scale(info.config, module, a.shape[0]))
+            yield _product(module, "update", b, a, _scale(info.config, module, a.shape[0], steps))
 
 
 def _bottlenecks(left: dict[str, Tensor]) -> Iterator[Learnt]:
@@ -194,11 +193,11 @@ def _product(module: str, what: str, left: Tensor, right: Tensor, scale: float) 
     return Learnt(module, _layer(module), what, numbers, norm, rank=right.shape[0], stable_rank=stable)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(config: Mapping[str, Any], module: str, rank: int, steps: Steps) -> float:
     alpha = float(config.get("lora_alpha", rank))
     for key, value in (config.get("alpha_pattern") or {}).items():
         try:
-            if named_by(key, module):
+            if named_by(key, module, steps):
                 alpha = float(value)
                 break
         except UnsupportedError:

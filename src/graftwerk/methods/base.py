@@ -42,6 +42,8 @@ class Role(StrEnum):
     OTHER_LINEAR = "other_linear"
     EMBEDDING = "embedding"
     NORM = "norm"
+    HEAD = "head"
+    """A linear layer outside the base model (`lm_head`, `classifier`): adapted only where a target names it."""
     LOOSE_BIAS = "loose_bias"
     """A bias that is not added to the features of a layer's output (of a convolution, of attention scores): listed so
     that a method can say that it leaves it out."""

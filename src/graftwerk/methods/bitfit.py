@@ -47,7 +47,7 @@ class BitFit(LayerSelection):
         Raises:
             UnsupportedError: the model has no biases.
         """
-        chosen = [target for target in available if target.has_bias and not self.leaves_out(target)]
+        chosen = [target for target in available if self.reaches(target)]
         if not chosen:
             others = [target.path for target in available if self.leaves_out(target)]
             shown = f", but {len(others)} elsewhere, which it does not reach: {', '.join(others[:3])}" if others else ""
@@ -57,6 +57,11 @@ class BitFit(LayerSelection):
                 hint="use lora or ia3, which need none",
             )
         return self.filter_layers(chosen, available)
+
+    @classmethod
+    def reaches(cls, place: TargetModule) -> bool:
+        """Return whether this is a bias inside the base that it trains."""
+        return place.has_bias and place.role is not Role.HEAD and not cls.leaves_out(place)
 
     @staticmethod
     def leaves_out(target: TargetModule) -> bool:

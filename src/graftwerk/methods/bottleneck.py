@@ -102,6 +102,14 @@ class Bottleneck(LayerSelection):
     def build_all(self, targets: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
         if self.placement != "parallel":
             return super().build_all(targets, modules)
+        halves = [{target.ffn for target in targets if target.role is role} for role in (Role.FFN_IN, Role.FFN_OUT)]
+        if torn := halves[0] ^ halves[1]:
+            raise UnsupportedError(
+                f"one layer of the feed-forward block `{min(map(str, torn))}` is saved whole, and a parallel adapter "
+                f"needs both its ends",
+                where="method.modules_to_save",
+                hint="save the whole block, or none of its layers",
+            )
         built: dict[str, AdapterModule] = {}
         taps: dict[str | None, tuple[InputTap, TargetModule]] = {}
         for target in targets:

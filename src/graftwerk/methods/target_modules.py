@@ -34,22 +34,26 @@ def linear_layers(modules: Iterable[TargetModule]) -> list[TargetModule]:
 
 
 def _is_linear(module: TargetModule) -> bool:
-    return module.role not in (Role.NORM, Role.LOOSE_BIAS)
+    return module.role not in (Role.NORM, Role.LOOSE_BIAS, Role.HEAD)
 
 
 def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
     """Return the linear layers that the targets name.
+
+    A target names layers outside the base model (`lm_head`) only where it names none inside.
 
     Raises:
         ConfigError: a target matches nothing; the nearest names are suggested.
         UnsupportedError: a target names only layers that no adapter works in; the reason is given.
     """
     modules = [module for module in available if _is_linear(module) and module.unfit is None]
+    heads = [module for module in available if module.role is Role.HEAD and module.unfit is None]
     known, wanted = named_by(modules), frozenset(targets)
+    outside, known_outside = wanted - known, named_by(heads)
     for target in targets:
-        if target not in known:
+        if target not in known and target not in known_outside:
             for module in available:
-                if _is_linear(module) and module.unfit is not None and target in endings(module.path):
+                if module.unfit is not None and target in endings(module.path):
                     raise UnsupportedError(
                         f"target_modules: no adapter works in `{module.path}`: {module.unfit}",
                         where="method.target_modules",
@@ -62,7 +66,8 @@ def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[Ta
                 where="method.target_modules",
                 hint=f"{hint}The layers end in: {', '.join(names[:30])}",
             )
-    return [module for module in modules if not wanted.isdisjoint(endings(module.path))]
+    chosen = [module for module in modules if not wanted.isdisjoint(endings(module.path))]
+    return chosen + [module for module in heads if not outside.isdisjoint(endings(module.path))]
 
 
 def linear_targets(

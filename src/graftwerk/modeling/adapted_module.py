@@ -16,6 +16,7 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.kernels.dispatch import fused_forward
 from graftwerk.kernels.memory_efficient import ACTIVATIONS, OWN, efficient_mixin
 from graftwerk.kernels.recompute import ActivationTable
+from graftwerk.methods.base import AdapterModule
 from graftwerk.modeling.accelerate_compat import change_class, is_replaced, swapped_class
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
 from graftwerk.modeling.per_row_adapters import forward_rows
@@ -75,45 +76,71 @@ class AdaptedWeight(_Layer):
 
 
 class AdaptedHead(nn.Module):
-    """Mixed in before the class of a task head: each adapter's own copy of the head answers for its rows."""
+    """Mixed in before the class of a saved module: each adapter's own copy of the module answers for its rows.
+
+    Another adapter may have a delta at the same module; where no copy answers, the class below it asks that.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         box = self._modules[CHILD]
         assert isinstance(box, AdapterSlots)
         selection = box.selection
         if selection.rows is None:
-            copies = [head for name in selection.names if (head := box.get(name)) is not None]
-            return _answer(copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
+            copies = [head for name in selection.names if (head := _copy(box, name)) is not None]
+            return _answer(self, copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         size = first.shape[0]
+        base: Any = None
         outputs, order = [], []
         for group in selection.groups(size, first.device):
             order.append(group.index)
-            if (head := box.get(group.name)) is None:
+            if (head := _copy(box, group.name)) is None:
                 # Over the whole batch: a product of fewer rows may end in another last bit, and these are the base's.
-                outputs.append(super().forward(*args, **kwargs)[group.index])
+                base = super().forward(*args, **kwargs) if base is None else base
+                answer = base[group.index] if isinstance(base, Tensor) else base
             else:
                 part_args = [_rows(value, size, group.index) for value in args]
                 part_kwargs = {key: _rows(value, size, group.index) for key, value in kwargs.items()}
-                outputs.append(_answer(head, part_args, part_kwargs))
+                answer = _answer(self, head, part_args, part_kwargs)
+            if not isinstance(answer, Tensor):
+                raise UnsupportedError(
+                    f"the saved module {type(head or self).__name__} answers with more than one tensor, so its answer "
+                    f"cannot be put together row by row",
+                    where="activate(model, rows=...)",
+                    hint="run the rows of each adapter in a batch of their own",
+                )
+            outputs.append(answer)
         _check_same_width(outputs)
         return torch.cat(outputs)[torch.argsort(torch.cat(order))]
 
 
-def _answer(head: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an adapter's copy of a head says. The copy is float32; around it all is of the base's type, which
-    may be another.
+def _copy(box: AdapterSlots, name: str | None) -> nn.Module | None:
+    """Return an adapter's own copy of a saved module, None if it has none here."""
+    module = box.get(name)
+    return None if isinstance(module, AdapterModule) else module
+
+
+def _answer(host: nn.Module, head: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an adapter's copy of a module, in its own type (float32), between tensors of the base's type.
+
+    Embeddings are given whole numbers: what they answer has the type of the base's own weight.
     """
-    given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
     own = next((parameter.dtype for parameter in head.parameters()), None)
-    if given is None or own in (None, given.dtype) or torch.is_autocast_enabled(given.device.type):
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    given = next((value.dtype for value in tensors if value.is_floating_point()), None)
+    if given is None:
+        weights = (weight.dtype for weight in host._parameters.values() if weight is not None)
+        given = next((dtype for dtype in weights if dtype.is_floating_point), own)
+    if own in (None, given) or any(torch.is_autocast_enabled(value.device.type) for value in tensors):
         return head(*args, **kwargs)
 
-    def cast(value: Any) -> Any:
-        return value.to(own) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def cast(value: Any, dtype: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(cast(item, dtype) for item in value)
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    answer = head(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})
-    return answer.to(given.dtype) if isinstance(answer, Tensor) else answer
+    answer = head(*(cast(value, own) for value in args), **{key: cast(value, own) for key, value in kwargs.items()})
+    return cast(answer, given)
 
 
 def _rows(value: Any, size: int, index: Tensor) -> Any:
@@ -130,8 +157,14 @@ def _check_same_width(outputs: list[Tensor]) -> None:
         )
 
 
+class AdaptedLayerHead(AdaptedHead, Adapted):
+    """Mixed in before a layer that one adapter changes and another saves whole: the copies are asked first."""
+
+
 def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
     """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+
+    A layer that one adapter changes and another saves whole gets both: the copies are asked first.
 
     Args:
         weight_only: The module is read and never called (`Place.weight_only`).
@@ -139,7 +172,8 @@ def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_on
     Raises:
         UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
     """
-    if not hasattr(type(module), "_graftwerk_base"):
+    cls = type(module)
+    if not hasattr(cls, "_graftwerk_base"):
         if is_replaced(module):
             raise UnsupportedError(
                 f"the forward of this {type(module).__name__} has been replaced on the object: an adapter would never "
@@ -147,9 +181,12 @@ def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_on
                 hint="attach the adapter first, and wrap the model then",
             )
         restore_class(module)
-        own: Any = type(module)
-        mixin: Any = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
-        change_class(module, swapped_class(mixin, own, f"Adapted{own.__name__}", _graftwerk_base=own))
+    cls = type(module)
+    base: Any = getattr(cls, "_graftwerk_base", cls)
+    wanted: Any = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
+    if not issubclass(cls, wanted):
+        mixin: Any = AdaptedLayerHead if issubclass(cls, AdaptedHead | Adapted) else wanted
+        change_class(module, swapped_class(mixin, base, f"Adapted{base.__name__}", _graftwerk_base=base))
     assert slots_of(module) is box
 
 

@@ -20,10 +20,10 @@ from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.detach import remove
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.left_out import left_out
-from graftwerk.modeling.merging import SavedWeights, merge_weights, merge_weights_in_place, unmerge_weights
+from graftwerk.modeling.merging import SavedWeights, merge_weights, merge_weights_in_place, refuse_tied, unmerge_weights
 from graftwerk.modeling.module_index import base_modules, base_parameters, check_parameters
 from graftwerk.modeling.sample import is_another_answer, is_rounding, sample_answer
-from graftwerk.modeling.task_heads import fit_head
+from graftwerk.modeling.task_heads import check_vocabulary, fit_head
 
 
 class AdapterWriter(Protocol):
@@ -162,6 +162,7 @@ class Adapter:
             inner = {
                 key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
             }
+            check_vocabulary(self.model, path, inner)
             self.classes = fit_head(box, self.name, inner, path, classes) or self.classes
         own = self._head_state() if heads_alone else self.state_dict()
         still = [
@@ -266,6 +267,7 @@ class Adapter:
             )
         base = base_modules(self.model)
         layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, AdapterModule)]
+        refuse_tied(layers, base)
         # Architectures in the table are tried by the contract test; of others nobody knows how they use their layers.
         before = None if read_architecture(self.model).known else sample_answer(self.model)
         bare = None if before is None else self._bare_answer()

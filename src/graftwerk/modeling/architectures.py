@@ -272,9 +272,15 @@ def _read(model: PreTrainedModel) -> Architecture:
     outputs = model.get_output_embeddings()  # in T5 it lies beside the stacks, and there the base is the model itself
     modules, seen = base_modules(model), set[int]()
     for path, module in _distinct(model):
-        if any(_inside(path, head) for head in heads):
-            continue
         inside = bool(path) and _inside(path, base) and module is not outputs
+        in_head = any(_inside(path, head) for head in heads)
+        if path and (in_head or not inside) and isinstance(module, nn.Linear | Conv1D):
+            parent, _, name = path.rpartition(".")
+            silent, has_bias = is_weight_only(modules[parent], name), module.bias is not None
+            shape = linear_shape(module)
+            places.append(TargetModule(path, Role.HEAD, *shape, has_bias, weight_only=silent, unfit=unfit(module)))
+        if in_head:
+            continue
         reached = inside and (isinstance(module, nn.Linear | Conv1D) or adds_bias_last(module))
         for name, bias in module._parameters.items():
             if bias is not None and is_bias(name) and not (reached and name == "bias") and id(bias) not in seen:

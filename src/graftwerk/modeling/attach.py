@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
-from graftwerk.methods.base import AdapterModule, Method, TargetModule, module_device
+from graftwerk.methods.base import OFFLOAD_HOOK, AdapterModule, Method, TargetModule, module_device
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
@@ -30,7 +30,7 @@ from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import ModuleIndex, module_index
 from graftwerk.modeling.row_dims import row_dim
 from graftwerk.modeling.saving import adopt
-from graftwerk.modeling.task_heads import copy_head, head_paths
+from graftwerk.modeling.task_heads import copy_head, head_paths, open_places
 
 __all__ = ["Adapter", "activate", "adapter_state_dict", "adapters", "attach", "detach", "disabled"]
 
@@ -91,13 +91,26 @@ def attach_from_tensors(
         heads = (*named, *(path for path in drawn if not within(path, named)))
         if heads != tuple(named):
             method = method.model_copy(update={"modules_to_save": heads})
+    for path in heads:
+        if path in view.by_path and view.by_path[path].weight_only:
+            raise UnsupportedError(
+                f"`{path}` is never called, its weight is read: a copy of it would not be asked",
+                where="method.modules_to_save",
+                hint=f"save `{path.rpartition('.')[0]}`, which reads it",
+            )
     whole = False
     if method.kind == "layer":
-        places = method.select_targets([place for place in view.targets if not within(place.path, heads)])
+        places = open_places(method, view, heads)
         if not places and not heads:
             raise UnsupportedError(
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
                 hint="load the model with a task head, for instance AutoModelForSequenceClassification",
+            )
+        if not places and tensors is None and method.select_targets(view.targets):
+            raise ConfigError(
+                "every layer that the method would adapt lies in a module of modules_to_save, which is trained whole",
+                where="method.modules_to_save",
+                hint="save fewer modules, target other layers, or use the method `probe` to train saved modules alone",
             )
         modules = [base.modules[place.path] for place in places]
         built = None
@@ -109,6 +122,7 @@ def attach_from_tensors(
     elif method.kind == "weights":
         places, hosts = [], {}
     else:
+        _refuse_soft_in_saved(method, view, heads)
         places, hosts = [], HOOKED[method.kind].modules(model, method, view)
     # Nothing can fail from here on but stored tensors that do not fit, so that a refused method leaves the model as it
     # was.
@@ -202,6 +216,21 @@ def _foreign(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _refuse_soft_in_saved(method: Method, view: Architecture, heads: Sequence[str]) -> None:
+    """Raise UnsupportedError if virtual tokens would go into a saved module, whose copy answers without them."""
+    if method.kind == "attention":
+        hosts = [place.path for place in view.attentions]
+    else:
+        hosts = [stack.path for stack in view.stacks if stack.kind != "decoder"]
+    lost = [path for path in hosts if path and within(path, heads)]
+    if lost:
+        raise UnsupportedError(
+            f"modules_to_save holds `{lost[0]}`, where {method.title} puts its virtual tokens",
+            where="method.modules_to_save",
+            hint="save smaller modules (a head, an embedding), or use lora",
+        )
+
+
 def _install(
     model: PreTrainedModel,
     record: ModelAdapters,
@@ -219,7 +248,8 @@ def _install(
     if method.kind == "weights":
         record.selection.choose(())
         record.sync()  # so that what is kept is the base, not another full graft
-        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags)
+        hooked = any(OFFLOAD_HOOK in module.__dict__ for module in base.modules.values())
+        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags, hooked=hooked)
         heads = ()
     else:
         for parameter in base.parameters.values():

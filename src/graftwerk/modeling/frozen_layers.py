@@ -23,6 +23,7 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.task_heads import open_places
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def find_frozen_prefix(model: Any, view: Architecture, method: Method, heads: It
         raise UnsupportedError(f"which layers `{view.model_type}` has is not known")
     depth = len(model.get_submodule(stack.layers))
     lowest = depth
-    for path in (*_touched(view, method), *heads):
+    heads = tuple(heads)
+    for path in (*_touched(view, method, heads), *heads):
         lowest = min(lowest, _layer_of(model, view, path, stack.layers, depth))
     if lowest == 0:
         raise UnsupportedError("the lowest layer is adapted, so that no layer is below what trains")
@@ -74,11 +76,11 @@ def find_frozen_prefix(model: Any, view: Architecture, method: Method, heads: It
     return FrozenPrefix(stack.path, stack.layers, lowest, depth, int(model.config.hidden_size), shift)
 
 
-def _touched(view: Architecture, method: Method) -> list[str]:
+def _touched(view: Architecture, method: Method, heads: Sequence[str]) -> list[str]:
     """Paths of the modules that a method works in."""
     if isinstance(method, Prefix):
         return [place.path for place in method.filter_layers(view.attentions)]
-    return [place.path for place in method.select_targets(view.targets)]
+    return [place.path for place in open_places(method, view, heads)]
 
 
 def _layer_of(model: Any, view: Architecture, path: str, layers: str, depth: int) -> int:

@@ -20,9 +20,11 @@ class TrainedWeights:
         trainable: Whether they train while live.
     """
 
-    def __init__(self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool]) -> None:
+    def __init__(
+        self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool], *, hooked: bool = False
+    ) -> None:
         """``base``: all parameters of the base by name; ``flags``: which of them required gradients before the first
-        graft.
+        graft; ``hooked``: whether accelerate has hooks on the model.
         """
         self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
         quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
@@ -31,7 +33,8 @@ class TrainedWeights:
                 f"full fine-tuning needs weights in floating point; {quantized[0]} is quantized",
                 hint="use lora on a quantized base",
             )
-        offloaded = [name for name, parameter in self.parameters.items() if parameter.is_meta]
+        # Without hooks that load them, a model without storage is one that a dry run has built.
+        offloaded = [name for name, parameter in self.parameters.items() if hooked and parameter.is_meta]
         if offloaded:
             raise UnsupportedError(
                 f"full fine-tuning needs all weights in memory; {offloaded[0]} is offloaded",

@@ -25,7 +25,7 @@ def left_out(model: PreTrainedModel, method: Method, view: Architecture) -> list
     """
     if isinstance(method, BitFit):
         missed = [place.path for place in view.targets if method.leaves_out(place)]
-        biases = len(missed) + len([place for place in view.targets if place.has_bias and not method.leaves_out(place)])
+        biases = len(missed) + len([place for place in view.targets if method.reaches(place)])
         if not missed:
             return []
         return [f"{len(missed)} of {biases} biases, out of its reach: {_named(missed)}"]

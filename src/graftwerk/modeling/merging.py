@@ -6,7 +6,7 @@ is exact and costs nothing, for the memory of the touched weights while merged. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,21 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
                 where=path,
                 hint="load the base again",
             ) from error
+
+
+def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Mapping[str, nn.Module]) -> None:
+    """Raise UnsupportedError if a layer's weight is another module's too (a tied `lm_head`), which must not change."""
+    owners: dict[int, set[int]] = {}
+    for module in base.values():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(id(module))
+    for path, module, _ in layers:
+        if len(owners.get(id(module._parameters.get("weight")), ())) > 1:
+            raise UnsupportedError(
+                f"the weight of `{path}` is tied to another module's, which merging would change as well",
+                where=path,
+                hint="serve the adapter unmerged, or untie the weights of the base (tie_word_embeddings=False) first",
+            )
 
 
 def _refuse_unfoldable(path: str, module: nn.Module) -> None:

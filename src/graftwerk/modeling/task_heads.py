@@ -3,58 +3,100 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from graftwerk.errors import AdapterError, ConfigError
-from graftwerk.methods.base import Method, onloaded
+from graftwerk.methods.base import Method, TargetModule, onloaded
 from graftwerk.modeling.accelerate_compat import unhook
+from graftwerk.modeling.adapted_module import restore, restore_modules
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 
 
 def head_paths(model: nn.Module, method: Method, anatomy: Architecture) -> tuple[str, ...]:
-    """The modules that an adapter of this method trains and stores whole.
+    """Return the paths of the modules that an adapter of this method trains and stores whole.
+
+    `modules_to_save` names modules by their endings, as target lists do. A module inside another saved one is part of
+    that one's copy, and is not listed again.
 
     Raises:
-        ConfigError: `modules_to_save` names a module that the model does not have.
+        ConfigError: `modules_to_save` names a module that the model does not have, or one without parameters.
     """
     if method.modules_to_save == "auto":
         return anatomy.heads
     modules = base_modules(model)
     paths = []
     for name in method.modules_to_save:
-        found = [path for path in modules if path == name or path.endswith("." + name)]
+        found = [path for path in modules if path and (path == name or path.endswith("." + name))]
         if not found:
             raise ConfigError(
                 f"modules_to_save: there is no module `{name}` in {type(model).__name__}",
                 where="method.modules_to_save",
                 hint=f"its top-level modules are: {', '.join(n for n, _ in model.named_children())}",
             )
+        if not any(parameter is not None for path in found for parameter in modules[path].parameters()):
+            raise ConfigError(
+                f"modules_to_save: `{name}` has no parameters, so there is nothing to train or save",
+                where="method.modules_to_save",
+                hint="leave it out",
+            )
         paths.extend(found)
-    return tuple(dict.fromkeys(paths))
+    return tuple(path for path in dict.fromkeys(paths) if not within(path.rpartition(".")[0], paths))
+
+
+def open_places(method: Method, anatomy: Architecture, heads: Sequence[str]) -> list[TargetModule]:
+    """Return the places that a method works in: those it selects, without the modules that are saved whole.
+
+    As in PEFT, a saved module is never adapted as well: the copy answers in place of the base's layer.
+    """
+    return [place for place in method.select_targets(anatomy.targets) if not within(place.path, heads)]
 
 
 def copy_head(module: nn.Module) -> nn.Module:
-    """A trainable float32 copy of the base's head, without any grafts on it."""
-    box = module._modules.pop(CHILD, None)
-    adapted = module.__class__
-    module.__class__ = getattr(adapted, "_graftwerk_base", adapted)
-    try:
-        with onloaded(module):
-            # Tensors are cloned beforehand, since `deepcopy` makes fake ones those of another mode.
-            memo: dict[int, Any] = {id(buffer): buffer.clone() for buffer in module.buffers()}
-            memo |= {id(own): nn.Parameter(own.detach().float().clone()) for own in module.parameters()}
-            head = copy.deepcopy(module, memo)
-    finally:
-        module.__class__ = adapted
-        if box is not None:
-            module._modules[CHILD] = box
+    """Copy a module of the base as a trainable float32 module; no adapter on it, or inside it, is copied."""
+    copies: dict[int, Any] = {id(part._modules[CHILD]): None for part in module.modules() if CHILD in part._modules}
+    with onloaded(module):
+        # Tensors are cloned beforehand, since `deepcopy` makes fake ones those of another mode.
+        copies |= {id(buffer): _float_clone(buffer) for buffer in module.buffers()}
+        copies |= {id(own): nn.Parameter(_float_clone(own.detach()), False) for own in module.parameters()}
+        head = copy.deepcopy(module, copies)
+    for part in head.modules():
+        restore(part)
+    restore_modules(head.modules())  # a memory-efficient class is for frozen modules
     unhook(head)  # the base's head keeps its hooks, and asks its copies
     return head.requires_grad_(True)
+
+
+def _float_clone(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+
+def check_vocabulary(model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError if a saved embedding, of inputs or outputs, is of another vocabulary than the model's.
+
+    Args:
+        path: The saved module.
+        tensors: Its stored tensors by their names inside it.
+    """
+    module = base_modules(model)[path]
+    for inner, part in module.named_modules():
+        stored = tensors.get(f"{inner}.weight" if inner else "weight")
+        if stored is None or not (isinstance(part, nn.Embedding) or part is model.get_output_embeddings()):
+            continue
+        assert isinstance(part.weight, Tensor)
+        if stored.dim() == 2 and stored.shape[0] != part.weight.shape[0]:
+            raise AdapterError(
+                f"the stored `{path}` has {stored.shape[0]:,} rows, and the model's has {part.weight.shape[0]:,}",
+                where=path,
+                hint=f"if its vocabulary was resized: model.resize_token_embeddings({stored.shape[0]}) before loading",
+            )
 
 
 def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:

@@ -11,11 +11,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_UNSEEN = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)
-"""Control characters, which HTML forbids, halves of surrogate pairs, which UTF-8 cannot hold, and marks that turn the
-direction of text, with which a name can pass for another."""
+from graftwerk.sanitize import clean
+
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*\Z")
 
 
@@ -26,10 +23,10 @@ class Markup(str):
 
 
 def text(value: Any) -> Markup:
-    """A value from outside as HTML: escaped; what cannot be seen becomes U+FFFD."""
+    """A value from outside as HTML: cleaned (no secrets, nothing that is not seen but acts) and escaped."""
     if isinstance(value, Markup):
         return value
-    return Markup(html.escape(_UNSEEN.sub("\ufffd", str(value)), quote=True))
+    return Markup(html.escape(clean(str(value)), quote=True))
 
 
 def join(parts: Iterable[Any], between: str = "") -> Markup:

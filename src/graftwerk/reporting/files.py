@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ConfigError, IntegrityError, ResourceError
+from graftwerk.own_files import refuse_link
 
 COMPARISON, MANIFEST, CONFIG, LOG, REPORT = (
     "comparison.json", "manifest.json", "config.yaml", "metrics.jsonl", "report.html",
@@ -125,13 +127,15 @@ def write_page(folder: Path, content: str) -> Path:
     Raises:
         EnvironmentFault: the folder cannot be written; an earlier page is untouched.
         ConfigError: something that is no file has the page's name.
+        IntegrityError: a link has it.
     """
+    refuse_link(folder / REPORT)
     target = folder / REPORT
-    partial = folder / f".{REPORT}.partial-{os.getpid()}"
+    partial = folder / f".{REPORT}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     if target.is_dir():
         raise ConfigError(f"{target} is a folder, and a file is to be written there", where=str(target))
     try:
-        with open(partial, "wb") as stream:
+        with open(partial, "xb") as stream:
             stream.write(content.encode("utf-8", errors="replace"))
             stream.flush()
             os.fsync(stream.fileno())

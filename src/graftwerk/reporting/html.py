@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftwerk.errors import ConfigError
+from graftwerk.own_files import refuse_links
 from graftwerk.reporting.comparison import comparison_page
 from graftwerk.reporting.files import (
     COMPARISON,
     CONFIG,
     LOG,
     MANIFEST,
+    REPORT,
     number,
     read_json,
     read_log,
@@ -32,10 +34,11 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
         ConfigError: the folder holds neither a run nor a comparison.
-        IntegrityError: its main file is damaged.
+        IntegrityError: its main file is damaged, or one of its files is a link.
         EnvironmentFault: a file cannot be read, or the page not written.
     """
     folder = Path(folder)
+    refuse_links(folder, (COMPARISON, MANIFEST, EVALUATION, LOG, CONFIG, REPORT))
     if (folder / COMPARISON).is_file():
         return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
     if not (folder / MANIFEST).is_file():

@@ -73,7 +73,10 @@ def _per_module(check: Check) -> Check:
 
 
 def _empty(value: Any) -> bool:
-    return value is None or value is False or (type(value) in (str, list, dict) and not value)
+    """Return whether a value says that nothing is switched on: null, false, 0, "", "none", [] or {}."""
+    if type(value) in (list, dict):
+        return not value
+    return value is None or value in (False, 0) or (type(value) is str and value.lower() in ("", "none"))
 
 
 @dataclass(frozen=True)

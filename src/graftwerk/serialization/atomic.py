@@ -20,10 +20,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from graftwerk.errors import ConflictError, ResourceError
+from graftwerk.errors import ConflictError, GraftwerkError, ResourceError
+from graftwerk.own_files import refuse_link
 
 FAULTS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", "free that much space, or write to another disk"),
@@ -40,18 +42,24 @@ FAULTS: dict[int, tuple[str, str]] = {
 }
 """System errors that are the environment's fault: what to call them, and how to mend them."""
 
+Read = TypeVar("Read")
+TRIES = 100
+"""Times that a folder is read again which somebody replaces while it is read."""
 _OS_ERROR_IN_TEXT = re.compile(r"\(os error (\d{1,3})\)")
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def write_folder(target: Path | str, fill: Callable[[Path], None], *, bytes_needed: int | None = None) -> Path:
+def write_folder(
+    target: Path | str, fill: Callable[[Path], None], *, bytes_needed: int | None = None, own: bool = False
+) -> Path:
     """Writes a folder whole or not at all; one that exists is replaced.
 
     Args:
         target: Where the folder shall be. Missing parents are made. If it is a link, what it points to is replaced.
         fill: Called with an empty folder beside ``target``; whatever it leaves there becomes the content.
         bytes_needed: About how many bytes ``fill`` will write: checked against the free space first, said in errors.
+        own: The name is ours and not the user's: a link there is refused.
 
     Returns:
         The folder written.
@@ -60,9 +68,11 @@ def write_folder(target: Path | str, fill: Callable[[Path], None], *, bytes_need
         EnvironmentFault: no space, too large, read-only, no permission, broken disk. What was at ``target`` is
             untouched and nothing temporary stays behind.
         ConflictError: ``target`` is a file.
+        IntegrityError: ``target`` is our own and a link.
     """
-    target = Path(os.path.realpath(target))
-    with _faults_explained(target, bytes_needed) as partial:
+    target = _resolved(target, own)
+    with _faults_explained(target, bytes_needed) as writing:
+        partial = writing.partial
         _make_parents(target.parent)
         recover(target)
         _remove_stale(target)
@@ -73,12 +83,17 @@ def write_folder(target: Path | str, fill: Callable[[Path], None], *, bytes_need
         fill(partial)
         _sync_tree(partial)
         _swap_folder(partial, target)
+        writing.in_place = True
         _sync_folder(target.parent)
     return target
 
 
 def write_file(
-    target: Path | str, content: bytes | str | Callable[[BinaryIO], None], *, bytes_needed: int | None = None
+    target: Path | str,
+    content: bytes | str | Callable[[BinaryIO], None],
+    *,
+    bytes_needed: int | None = None,
+    own: bool = False,
 ) -> Path:
     """Writes a file whole or not at all; one that exists is replaced in one step and keeps its permissions.
 
@@ -86,17 +101,20 @@ def write_file(
         target: Where the file shall be. Missing parents are made. If it is a link, what it points to is replaced.
         content: Bytes, text (stored as UTF-8), or a function that writes to the open binary file it is given.
         bytes_needed: As for `write_folder`; known by itself when ``content`` is bytes or text.
+        own: As for `write_folder`.
 
     Raises:
         EnvironmentFault: as for `write_folder`.
         ConflictError: ``target`` is a folder.
+        IntegrityError: ``target`` is our own and a link.
     """
-    target = Path(os.path.realpath(target))
+    target = _resolved(target, own)
     if isinstance(content, str):
         content = content.encode()
     if isinstance(content, bytes):
         bytes_needed = len(content)
-    with _faults_explained(target, bytes_needed) as partial:
+    with _faults_explained(target, bytes_needed) as writing:
+        partial = writing.partial
         _make_parents(target.parent)
         _remove_stale(target)
         if target.is_dir():
@@ -112,8 +130,15 @@ def write_file(
                 os.fchmod(stream.fileno(), target.stat().st_mode & 0o7777)
             os.fsync(stream.fileno())
         os.replace(partial, target)
+        writing.in_place = True
         _sync_folder(target.parent)
     return target
+
+
+def _resolved(target: Path | str, own: bool) -> Path:
+    if own:
+        refuse_link(Path(target))
+    return Path(os.path.realpath(target))
 
 
 def recover(target: Path | str) -> Path:
@@ -124,7 +149,7 @@ def recover(target: Path | str) -> Path:
     """
     target = Path(os.path.realpath(target))
     replaced = _replaced(target)
-    if not os.path.lexists(replaced):
+    if not os.path.lexists(replaced) or os.path.islink(replaced):
         return target
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -136,17 +161,58 @@ def recover(target: Path | str) -> Path:
     return target
 
 
+def read_steadily(folder: Path | str, read: Callable[[], Read]) -> Read:
+    """Read several files of a folder that `write_folder` may replace meanwhile: all of them from one state of it.
+
+    Args:
+        folder: That folder.
+        read: Reads it. Called again where the folder was replaced while it read, whatever came of that.
+
+    Returns:
+        What ``read`` gives.
+    """
+    for last in range(1, TRIES + 1):
+        before = _state_of(folder)
+        try:
+            result = read()
+        except (GraftwerkError, OSError):
+            if _state_of(folder) == before or last == TRIES:
+                raise
+        else:
+            if _state_of(folder) == before or last == TRIES:
+                return result
+    raise AssertionError  # the last try returns or raises
+
+
+def _state_of(folder: Path | str) -> tuple[int, ...] | None:
+    """What changes when another folder takes this one's name; inode numbers alone are used again."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns, found.st_mtime_ns
+
+
+@dataclass
+class _Writing:
+    """A file or folder on its way to its place; ``in_place``: it has been renamed to it."""
+
+    partial: Path
+    in_place: bool = False
+
+
 @contextmanager
-def _faults_explained(target: Path, bytes_needed: int | None) -> Iterator[Path]:
+def _faults_explained(target: Path, bytes_needed: int | None) -> Iterator[_Writing]:
     """Gives a free hidden name; removes what is left under it; turns system errors into `ResourceError`."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    writing = _Writing(partial)
     try:
-        yield partial
+        yield writing
     except Exception as error:
         number = _system_error(error)
         if number is None:
             raise
-        raise _fault(number, target, partial, bytes_needed, error) from error
+        raise _fault(number, target, writing, bytes_needed, error) from error
     finally:
         _remove(partial)
 
@@ -159,13 +225,15 @@ def _system_error(error: Exception) -> int | None:
     return number if number in FAULTS else None
 
 
-def _fault(number: int, target: Path, partial: Path, bytes_needed: int | None, error: Exception) -> ResourceError:
+def _fault(number: int, target: Path, writing: _Writing, bytes_needed: int | None, error: Exception) -> ResourceError:
     what, hint = FAULTS[number]
     if bytes_needed is None:
-        needed = f"at least {_size(partial):,} bytes are needed"
+        needed = f"at least {_size(writing.partial):,} bytes are needed"
     else:
         needed = f"{bytes_needed:,} bytes are needed"
     kept = f"{target} as it was before" if target.exists() else None
+    if writing.in_place:
+        kept = f"{target} as it was to be written; whether it outlives a power cut is not known"
     return ResourceError(
         f"cannot write {target}: {what}; {needed} ({error})", where=str(target), hint=hint, recovered=kept
     )

@@ -12,13 +12,9 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from graftwerk.sanitize import redact
+
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#!|<>&~$:@])")
-_SECRETS = re.compile(
-    r"(?P<scheme>://)[^/\s:@]+:[^/\s@]+@"
-    r"|(?P<key>\b[\w-]*(?:token|password|passwd|secret|api[_-]?key|authorization)[\w-]*\s*[=:]\s*)\S+"
-    r"|\b(?:hf|sk|ghp|gho|xox[abp])[_-][A-Za-z0-9_-]{12,}",
-    re.IGNORECASE,
-)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 MOST_LABELS = 50
 
@@ -46,7 +42,7 @@ def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 def text(value: Any, most: int = 200) -> str:
     """One line of plain text, whatever ``value`` holds: no markup, no control or direction characters, no secrets."""
-    line = " ".join(_redacted(str(value)).split())
+    line = " ".join(redact(str(value)).split())
     line = "".join(character for character in line if unicodedata.category(character)[0] != "C")
     if len(line) > most:
         line = line[: most - 1] + "…"
@@ -58,19 +54,12 @@ def block(value: str, language: str = "") -> str:
     """A code block that its content cannot end."""
     lines = [
         "".join(character for character in line if character == "\t" or unicodedata.category(character)[0] != "C")
-        for line in _redacted(value).splitlines()
+        for line in redact(value).splitlines()
     ]
     content = "\n".join(lines)
     longest = max((len(run) for run in re.findall("`+", content)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{content}\n{fence}"
-
-
-def _redacted(value: str) -> str:
-    def hidden(match: re.Match[str]) -> str:
-        return f"{match['scheme'] or match['key'] or ''}[redacted]{'@' if match['scheme'] else ''}"
-
-    return _SECRETS.sub(hidden, value)
 
 
 def _front_matter(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:

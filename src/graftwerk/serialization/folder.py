@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,9 @@ from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter, adapters, attach, attach_from_tensors, detach
 from graftwerk.modeling.module_index import frozen_index
+from graftwerk.sanitize import redact, redacted
 from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
-from graftwerk.serialization.atomic import recover, write_folder
+from graftwerk.serialization.atomic import read_steadily, recover, write_folder
 from graftwerk.serialization.card import model_card
 from graftwerk.serialization.fingerprint import digests_beside, fingerprint
 from graftwerk.serialization.fit import check_beside, check_drawn, labels_of
@@ -172,42 +174,47 @@ def load_adapter(
     The model is as before whenever this raises. Torch's random state is not touched.
     """
     with uncollected(), frozen_index(model):
-        return _loaded(model, read_adapter_config(folder), name, force, trainable, filled)
+        info, found = read_steadily(folder, lambda: _read(model, folder, force, filled))
+        with _explained(info):
+            graft = _attached(model, found, name or info.name or "default", trainable)
+            try:
+                graft.name_classes(labels_of(graft, info))
+            except AdapterError:
+                graft.delete()
+                if not adapters(model):
+                    detach(model)
+                raise
+        return graft
 
 
-def _loaded(
-    model: PreTrainedModel,
-    info: AdapterInfo,
-    name: str | None,
-    force: bool,
-    trainable: bool,
-    filled: Collection[str],
-) -> Adapter:
+def _read(
+    model: PreTrainedModel, folder: Path | str, force: bool, filled: Collection[str]
+) -> tuple[AdapterInfo, Restored]:
+    """What a folder says and holds, checked against the model, which stays as it is."""
+    info = read_adapter_config(folder)
     if info.own:
         check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read
         _check_base(model, info, force)
     view = read_architecture(model)
-    try:
+    with _explained(info):
         found = restored(model, view, info)
         if info.own:
-            check_size(found, view)
+            check_size(model, found, view)
         if not force:
             check_drawn(model, info, found, filled)
-        name = name or info.name or "default"
-        graft = _attached(model, found, name, trainable)
-        try:
-            graft.name_classes(labels_of(graft, info))
-        except AdapterError:
-            graft.delete()
-            if not adapters(model):
-                detach(model)
-            raise
+    return info, found
+
+
+@contextmanager
+def _explained(info: AdapterInfo) -> Iterator[None]:
+    """Say of an error which folder it is about, and for which base that was made."""
+    try:
+        yield
     except (AdapterError, UnsupportedError) as error:
         error.where = f"{info.folder}" if error.where is None else f"{info.folder}: {error.where}"
         if error.hint is None and info.base_name:
             error.hint = f"the adapter was made for `{info.base_name}`"
         raise
-    return graft
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -234,7 +241,8 @@ def _own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
             f"metadata may not hold `{reserved[0]}`: it is written from the graft itself", where="metadata"
         )
     model = graft.model
-    name = facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or None
+    name = redact(facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or "") or None
+    facts |= {key: redacted(facts[key]) for key in ("data", "command") if key in facts}
     known = facts.pop("base_fingerprint", None)
     base = {
         "name": name,
@@ -317,6 +325,8 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(
         {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, {"format": "pt"}
     )
+    # The library makes files for their owner alone. The folder was made under the user's umask, as all other files.
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _size(stored: Stored) -> int:

@@ -11,7 +11,7 @@ from graftwerk.errors import AdapterError, IntegrityError, ResourceError, Unsupp
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, parse_method
 from graftwerk.serialization.adapter_config import CONFIG_FILE, OWN_PREFIX, read_config
-from graftwerk.serialization.atomic import recover
+from graftwerk.serialization.atomic import read_steadily, recover
 from graftwerk.serialization.untrusted_files import checksum, read_sealed, refuse_changed
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -90,7 +90,10 @@ def read_adapter_config(folder: Path | str) -> AdapterInfo:
         IntegrityError, ConfigError, UnsupportedError: as `adapter_config.read_config`.
         AdapterError: the folder holds no adapter; those in folders below are named.
     """
-    folder = recover(Path(folder))
+    return read_steadily(folder, lambda: _read(recover(Path(folder))))
+
+
+def _read(folder: Path) -> AdapterInfo:
     if not folder.is_dir():
         raise ResourceError(f"there is no folder {folder}", where=str(folder), hint="check the path")
     if not (folder / CONFIG_FILE).exists():
@@ -150,7 +153,8 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
         IntegrityError: a value is not what its key calls for; the key is named.
     """
     data = values.get("data")
-    origin = data.get("origin") if isinstance(data, dict) else None
+    told = data if isinstance(data, dict) else {}
+    origin = told.get("origin")
     columns = origin.get("columns") if isinstance(origin, dict) else None
     length, metrics, compute = values.get("max_length"), values.get("metrics"), values.get("compute")
     said = {
@@ -161,8 +165,8 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
         "task": isinstance(values.get("task"), str | None),
         "task_settings": isinstance(values.get("task_settings"), dict | None),
         "data": isinstance(data, dict | None),
-        "data.fingerprint": not data or isinstance(data.get("fingerprint"), str | None),
-        "data.origin": isinstance(origin, dict | None) and (not data or isinstance(data.get("origin"), dict | None)),
+        "data.fingerprint": isinstance(told.get("fingerprint"), str | None),
+        "data.origin": isinstance(origin, dict | None),
         "data.origin.columns": columns is None
         or (isinstance(columns, dict) and all(isinstance(name, str) for name in columns.values())),
         **{key: isinstance(values.get(key), dict | None) for key in ("metrics", "cost", "parameters", "versions")},

@@ -1,16 +1,18 @@
-"""How PEFT's files name layers: by endings, sometimes by patterns. Nothing here runs a regular expression from a file.
+"""How PEFT's files name layers: by endings, sometimes by patterns. Python's engine runs no expression from a file.
 
 PEFT adapts a layer if its path is an entry of ``target_modules`` or ends with ``.<entry>``, and takes a rank or alpha
 from the first key of a pattern table for which ``(.*\\.)?(<key>)$`` matches the path. What such keys are in practice
-(names, dotted paths, paths with escaped dots) is matched here character by character, in time linear in the path.
+(names, dotted paths, paths with escaped dots) is matched here character by character, in time linear in the path;
+other expressions by `patterns.Expression`, which does not backtrack.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
-from graftwerk.errors import UnsupportedError
+from graftwerk.serialization.patterns import MAX_LENGTH, Expression, Steps
 
 _PLAIN = re.compile(r"\^?(?:\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
@@ -40,19 +42,20 @@ def ends_with(path: str, entries: Iterable[str]) -> bool:
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
-def named_by(key: str, path: str) -> bool:
-    """Whether a key of a rank or alpha pattern names a path, as PEFT's expression would find.
+def named_by(key: str, path: str, steps: Steps | None = None) -> bool:
+    """Return whether a key of a rank or alpha pattern names a path, as PEFT's expression would find.
+
+    Args:
+        steps: What matching may cost, shared by all keys of a folder.
 
     Raises:
-        UnsupportedError: the key is more than a name: alternatives, repetitions or classes, which are not evaluated.
+        UnsupportedError: the key is an expression that is malformed, cannot be matched without backtracking, or takes
+            too many steps.
     """
-    plain = _PLAIN.fullmatch(key) if len(key) <= 512 else None
+    plain = _PLAIN.fullmatch(key) if len(key) <= MAX_LENGTH else None
     if plain is None:
-        raise UnsupportedError(
-            f"the pattern {key!a:.80} is a regular expression, and expressions from files are not evaluated",
-            where="adapter_config.json",
-            hint="write out the names of the layers in its place",
-        )
+        starts = {0, *(at + 1 for at, char in enumerate(path) if char == ".")}
+        return _expression(key).matches(path, starts, steps)
     # A dot that is not escaped stands for any character; all other characters for themselves.
     text = re.sub(r"\\([.-])", lambda match: "\0" if match[1] == "." else match[1], plain[1])
     if len(text) > len(path) or (key.startswith("^") and ".*" not in key and len(text) != len(path)):
@@ -61,6 +64,11 @@ def named_by(key: str, path: str) -> bool:
     if not all(b == "." if a == "\0" else (a in (".", b)) for a, b in zip(text, tail, strict=True)):
         return False
     return len(text) == len(path) or path[len(path) - len(text) - 1] == "."
+
+
+@lru_cache(maxsize=1_024)
+def _expression(key: str) -> Expression:
+    return Expression(key)
 
 
 def layer_number(path: str, names: Sequence[str] | None) -> int | None:

@@ -1,4 +1,4 @@
-"""A graft as PEFT writes it down, and back: LoRA and IA3 here, virtual tokens in `peft_virtual.py`.
+"""A graft as PEFT writes it down: LoRA and IA3 here, virtual tokens in `peft_virtual.py`; back in `peft_reading.py`.
 
 PEFT's container is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
 ``base_model.model.<path>.<parameter>``; saved heads lie in it plainly. What PEFT has no method for uses the same
@@ -7,8 +7,6 @@ settings stand in `graftwerk.json`.
 
 PiSSA is stored as what PEFT converts it to: since s (B A - B0 A0) = s [B, -B0] [A; A0], an ordinary LoRA of rank 2r
 with the same scale. A, B, A0, B0 themselves go beside it, so that training can go on.
-
-Which layers are adapted, and at which rank, is read off the tensors, never off a pattern.
 """
 
 from __future__ import annotations
@@ -17,26 +15,36 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from graftwerk.errors import AdapterError, UnsupportedError
 from graftwerk.methods.base import Method, TargetModule
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
-from graftwerk.modeling.architectures import Architecture, read_architecture
+from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter
+from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.adapter_config import OWN_PREFIX
-from graftwerk.serialization.naming import endings, ends_with, layer_number, named_by
+from graftwerk.serialization.naming import endings, ends_with, layer_number
+from graftwerk.serialization.vocabulary import (
+    saved_by_letters,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 PREFIX = "base_model.model."
-_LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Modules that PEFT's wrappers save for a task, whatever the settings say."""
 _TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
@@ -77,9 +85,7 @@ class Restored:
 def common_config(graft: Adapter, peft_type: str, base_name: str | None) -> dict[str, Any]:
     """The keys that every kind of adapter has."""
     model_class = type(graft.model)
-    task = next((task for ending, task in _TASKS if model_class.__name__.endswith(ending)), None)
-    if task == "SEQ_CLS" and not graft.heads:
-        task = None  # PEFT would look for a saved classifier in the file
+    task = _task_type(graft)
     return {
         "peft_type": peft_type,
         "task_type": task,
@@ -91,6 +97,44 @@ def common_config(graft: Adapter, peft_type: str, base_name: str | None) -> dict
         "inference_mode": True,
         "modules_to_save": list(graft.heads) or None,
     }
+
+
+def _task_type(graft: Adapter) -> str | None:
+    """Return the task whose wrapper of PEFT can call this model, None for PEFT's plain wrapper.
+
+    A wrapper for a task hands `input_ids` on, which models of speech and images do not take, and looks for the task's
+    head among the saved modules.
+    """
+    model = graft.model
+    name = getattr(type(model), "_graftwerk_base", type(model)).__name__
+    task = next((task for ending, task in _TASKS if name.endswith(ending)), None)
+    if task is None or "input_ids" not in signature(model.forward).parameters:
+        return None
+    if task == "SEQ_2_SEQ_LM" and not model.config.is_encoder_decoder:
+        return None
+    modules = base_modules(model)
+    wanted = saved_by_letters(modules, _HEADS_OF_TASKS.get(task, ()))
+    wanted += [head for head in _HEADS_OF_TASKS.get(task, ()) if head in modules]
+    saved = [*graft.heads, *saved_by_letters(modules, graft.heads)]
+    if task in _HEADS_OF_TASKS and (not graft.heads or not all(within(path, saved) for path in wanted)):
+        return None
+    return task
+
+
+def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of the saved modules by PEFT's keys, with those that PEFT saves with them by their letters."""
+    tensors = {prefix + key: tensor for key, tensor in graft.state_dict().items() if graft.is_head(key)}
+    modules = base_modules(graft.model)
+    for path in saved_by_letters(modules, graft.heads):
+        if not within(path, graft.heads):
+            for name, tensor in modules[path].state_dict().items():
+                tensors[f"{prefix}{path}.{name}"] = tensor
+    return tensors
+
+
+def _own_tensors(graft: Adapter) -> dict[str, Tensor]:
+    own = {PREFIX + key: tensor for key, tensor in graft.state_dict().items() if not graft.is_head(key)}
+    return {**own, **head_tensors(graft, PREFIX)}
 
 
 def write_lora(graft: Adapter, base_name: str | None) -> Stored:
@@ -120,8 +164,8 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
     if not pissa:
-        return Stored(config, {PREFIX + key: tensor for key, tensor in raw.items()})
-    tensors = {PREFIX + key: tensor for key, tensor in raw.items() if graft.is_head(key)}
+        return Stored(config, _own_tensors(graft))
+    tensors = head_tensors(graft, PREFIX)
     for path in ranks:
         a, b = raw[f"{path}.lora_A.weight"], raw[f"{path}.lora_B.weight"]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((a, raw[f"{path}.start_A"]))
@@ -153,7 +197,7 @@ def _targets(graft: Adapter, paths: list[str]) -> dict[str, Any]:
             "layers_to_transform": numbers,
             "layers_pattern": pattern,
         }
-        if _listed_layers(graft.model, short, graft.heads) == set(paths):
+        if listed_layers(graft.model, short, graft.heads) == set(paths):
             return short
     return whole  # the two halves of an encoder-decoder with different layers, say: PEFT has one list for both
 
@@ -178,7 +222,7 @@ def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
         "fan_in_fan_out": any(_is_transposed(graft.model.get_submodule(place.path)) for place in graft.targets),
         "init_ia3_weights": True,
     }
-    return Stored(config, {PREFIX + key: tensor for key, tensor in graft.state_dict().items()})
+    return Stored(config, _own_tensors(graft))
 
 
 def write_own(graft: Adapter, base_name: str | None) -> Stored:
@@ -199,178 +243,14 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 def _module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """All modules that PEFT would compare its targets with: saved heads are never adapted."""
-    return [path for path in base_modules(model) if path and not _within(path, heads)]
-
-
-def _within(path: str, modules: Iterable[str]) -> bool:
-    return any(path == module or path.startswith(module + ".") for module in modules)
+    return [path for path in base_modules(model) if path and not within(path, heads)]
 
 
 def _is_transposed(module: nn.Module) -> bool:
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-def read_lora(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> Restored:
-    layers, rest = _by_layer(tensors, _LORA_PARTS)
-    heads, raw = read_heads(model, config, rest, PREFIX)
-    _check_layers(model, view, config, layers, heads)
-    parts = _LORA_PARTS if config.get("use_dora") else _LORA_PARTS[:2]
-    faults = [f"{path}.{part}" for path, found in layers.items() for part in parts if part not in found]
-    if faults:
-        raise AdapterError(_listed("missing", faults))
-    faults = [f"{path}.{part}" for path, found in layers.items() for part in found if part not in parts]
-    if faults:
-        raise AdapterError(_listed("not expected without use_dora", faults))
-    ranks = {path: _rank(path, found) for path, found in layers.items()}
-    patterned: dict[str, int] = config.get("rank_pattern") or {}
-    rank: int = config["r"]
-    for path, value in ranks.items():
-        if value not in (rank, *patterned.values()):
-            raise AdapterError(
-                f"mis-shaped: {path}.lora_A.weight has rank {value}, but the settings say r={rank}",
-                where="adapter_config.json",
-            )
-    alphas = {path: _from_pattern(config.get("alpha_pattern") or {}, path, config["lora_alpha"]) for path in layers}
-    init = str(config.get("init_lora_weights", True)).lower()
-    method = LoRA.parse(
-        {
-            "r": rank,
-            "lora_alpha": config["lora_alpha"],
-            "lora_dropout": config.get("lora_dropout", 0.0),
-            "target_modules": list(layers),
-            "use_rslora": config.get("use_rslora", False),
-            "use_dora": config.get("use_dora", False),
-            # What PiSSA took out of the base is computed again when it is attached, as PEFT does.
-            "init_lora_weights": "pissa" if init == "pissa" else True,
-            "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
-            "alpha_pattern": {path: value for path, value in alphas.items() if value != config["lora_alpha"]},
-            "modules_to_save": heads,
-        }
-    )
-    raw.update({f"{path}.{part}": tensor for path, found in layers.items() for part, tensor in found.items()})
-    return Restored(method, raw)
-
-
-def read_ia3(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> Restored:
-    layers, rest = _by_layer(tensors, ("ia3_l",))
-    heads, raw = read_heads(model, config, rest, PREFIX)
-    _check_layers(model, view, config, layers, heads)
-    vectors = {path: found["ia3_l"] for path, found in layers.items()}
-    for path, vector in vectors.items():
-        if vector.dim() != 2 or 1 not in vector.shape:
-            raise AdapterError(
-                f"mis-shaped: {path}.ia3_l has shape {tuple(vector.shape)}, which is no row and no column"
-            )
-    # A row (1, in) scales what goes into a layer, a column (out, 1) what comes out.
-    inputs = [path for path, vector in vectors.items() if vector.shape[0] == 1]
-    method = IA3.parse({"target_modules": list(layers), "feedforward_modules": inputs, "modules_to_save": heads})
-    raw.update({f"{path}.ia3_l": vector for path, vector in vectors.items()})
-    return Restored(method, raw)
-
-
-def read_own(method: Method, tensors: Mapping[str, Tensor]) -> Restored:
-    foreign = [key for key in tensors if not key.startswith(PREFIX)]
-    if foreign:
-        raise AdapterError(_listed("not known here", foreign))
-    return Restored(method, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
-
-
-def read_heads(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
-) -> tuple[list[str], dict[str, Tensor]]:
-    """Saved heads: their paths in the model, and their tensors by raw keys.
-
-    Raises:
-        AdapterError: a tensor that belongs to no saved module of this model, or a saved module without tensors.
-    """
-    names: Sequence[str] = config.get("modules_to_save") or ()
-    modules = base_modules(model)
-    heads: dict[str, None] = {}
-    raw, unknown = {}, []
-    for key, tensor in tensors.items():
-        parts = key.removeprefix(prefix).split(".")
-        paths = [".".join(parts[:end]) for end in range(1, len(parts))]
-        # PEFT compares letters, not components: `classifier` saves `pre_classifier` too.
-        head = next((path for path in paths if path in modules and path.endswith(tuple(names))), None)
-        if head is None or not key.startswith(prefix):
-            unknown.append(key)
-            continue
-        heads[head] = None
-        raw[key.removeprefix(prefix)] = tensor
-    if unknown:
-        raise AdapterError(_listed("not known here", unknown), hint=_hint(model, unknown))
-    missing = [
-        path
-        for path, module in model.named_children()
-        if path.endswith(tuple(names)) and path not in heads and any(True for _ in module.parameters())
-    ]
-    if missing:
-        raise AdapterError(_listed("missing: the saved module", missing))
-    return list(heads), raw
-
-
-def _hint(model: nn.Module, unknown: Sequence[str]) -> str:
-    if any("lora_embedding" in key for key in unknown):
-        return "LoRA on embeddings is not supported"
-    if any(part in key for key in unknown for part in ("embed", "lm_head", "wte")):
-        return "it was saved with embeddings, usually of a vocabulary that was made larger; that is not supported"
-    if any(part in key for key in unknown for part in ("classifier", "score", "classification_head")):
-        return f"the adapter has a task head and {type(model).__name__} none: load the model with one"
-    return "the adapter was made for another architecture, or is of a variant that is not known here"
-
-
-def _by_layer(
-    tensors: Mapping[str, Tensor], parts: Sequence[str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapter tensors by layer and part, and all others by their keys."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    rest = {}
-    for key, tensor in tensors.items():
-        part = next((part for part in parts if key.startswith(PREFIX) and key.endswith("." + part)), None)
-        if part is None:
-            rest[key] = tensor
-        else:
-            layers.setdefault(key[len(PREFIX) : -len(part) - 1], {})[part] = tensor
-    return layers, rest
-
-
-def _check_layers(
-    model: nn.Module, view: Architecture, config: Mapping[str, Any], layers: Mapping[str, Any], heads: Sequence[str]
-) -> None:
-    """The layers that the file has tensors for must be the model's, and those that the settings list."""
-    if not layers:
-        raise AdapterError("the file has no tensors of an adapter in it")
-    modules = base_modules(model)
-    unknown = [path for path in layers if path not in modules]
-    if unknown:
-        raise AdapterError(
-            _listed("not known here: the layer", unknown), hint="the adapter was made for another architecture"
-        )
-    outside = [path for path in layers if path not in view.by_path]
-    if outside:
-        raise UnsupportedError(
-            f"the adapter changes `{outside[0]}`, which is no linear layer of the base",
-            hint="only those can be adapted",
-        )
-    expected = _listed_layers(model, config, heads)
-    if expected is None:
-        return
-    missing = [path for path in expected if path in view.by_path and path not in layers]
-    if missing:
-        raise AdapterError(_listed("missing: target_modules lists the layer", missing))
-    extra = [path for path in layers if path not in expected]
-    if extra:
-        raise AdapterError(_listed("not among target_modules: the layer", extra))
-
-
-def _listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[str]) -> set[str] | None:
+def listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[str]) -> set[str] | None:
     """The layers that the settings list by name; None where they give a pattern, which is not evaluated."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     names = config.get("layers_pattern") or None
@@ -390,21 +270,3 @@ def _listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[
             continue
         found.add(path)
     return found
-
-
-def _rank(path: str, found: Mapping[str, Tensor]) -> int:
-    a, b = found["lora_A.weight"], found["lora_B.weight"]
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise AdapterError(
-            f"mis-shaped: {path} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, not (r, in) and (out, r)"
-        )
-    return a.shape[0]
-
-
-def _from_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if named_by(key, path)), default)
-
-
-def _listed(what: str, keys: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return f"{what} {', '.join(key[:200] for key in keys[:most])}{more} ({len(keys)} in all)"

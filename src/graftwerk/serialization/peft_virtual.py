@@ -27,7 +27,10 @@ from graftwerk.methods.prompt_tuning import Prompt, PromptModule
 from graftwerk.methods.ptuning import PTuning
 from graftwerk.modeling.architectures import Architecture, AttentionPlace, read_architecture
 from graftwerk.modeling.attach import Adapter
-from graftwerk.serialization.peft_format import Restored, Stored, common_config, read_heads, write_own
+from graftwerk.modeling.drawn import within
+from graftwerk.modeling.module_index import base_modules
+from graftwerk.serialization.peft_format import Restored, Stored, common_config, head_tensors, write_own
+from graftwerk.serialization.peft_reading import read_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +43,9 @@ def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
     """Prompt tuning and P-tuning: the vectors that stand in front of the text."""
     method = graft.method
     assert isinstance(method, Prompt | PTuning)
+    table = graft.model.get_input_embeddings()
+    if any(module is table and within(path, graft.heads) for path, module in base_modules(graft.model).items()):
+        return write_own(graft, base_name)  # PEFT reads the text with the base's table, whatever is saved
     module = next(module for _, module in graft.modules() if isinstance(module, PromptModule))
     vectors = module.merged_state()[_VECTORS]
     config: dict[str, Any] = {
@@ -89,7 +95,7 @@ def write_prefix(graft: Adapter, base_name: str | None) -> Stored:
 
 def _with_heads(graft: Adapter, config: dict[str, Any], vectors: Tensor) -> Stored:
     raw = graft.state_dict()
-    heads = {_HEAD_PREFIX + key: tensor for key, tensor in raw.items() if graft.is_head(key)}
+    heads = head_tensors(graft, _HEAD_PREFIX)
     own = {key: tensor for key, tensor in raw.items() if not graft.is_head(key)}
     stored_plainly = all(key.rpartition(".")[2] in (_VECTORS, "prefix_key", "prefix_value") for key in own)
     return Stored(config, {_VECTORS: vectors, **heads}, {} if stored_plainly else own)
@@ -142,7 +148,7 @@ def read_prefix(
 
 
 def _vectors(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, list[str], dict[str, Tensor]]:
     rest = dict(tensors)
     vectors = rest.pop(_VECTORS, None)

@@ -10,17 +10,23 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import AdapterError
+from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
+from graftwerk.modeling.adapter_slots import CHILD
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.drawn import within
-from graftwerk.modeling.module_index import base_parameters
+from graftwerk.modeling.module_index import base_modules, base_parameters
 from graftwerk.modeling.prefix_attention import stacks_of
-from graftwerk.serialization.info import TRAINING_FILE, WEIGHTS_FILE, AdapterInfo
-from graftwerk.serialization.peft_format import Restored, read_ia3, read_lora, read_own
+from graftwerk.modeling.task_heads import head_paths, open_places
+from graftwerk.serialization.info import TRAINING_FILE, AdapterInfo
+from graftwerk.serialization.peft_format import PREFIX, Restored
+from graftwerk.serialization.peft_reading import read_ia3, read_lora, read_own
 from graftwerk.serialization.peft_virtual import read_prefix, read_prompt
-from graftwerk.serialization.untrusted_files import read_tensors, refuse_pickles
+from graftwerk.serialization.untrusted_files import read_tensors
+from graftwerk.serialization.vocabulary import saved_by_letters
+from graftwerk.serialization.weight_files import read_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,35 +50,62 @@ def restored(model: PreTrainedModel, view: Architecture, info: AdapterInfo) -> R
         IntegrityError: a file is a pickle, damaged or hostile.
         UnsupportedError: PEFT's adapter does what cannot be done here.
     """
-    path = info.folder / WEIGHTS_FILE
-    if not path.exists():
-        refuse_pickles(info.folder, WEIGHTS_FILE)
-        raise AdapterError(f"missing: {WEIGHTS_FILE}")
     # An adapter is never larger than its base; twice that, for float64 and heads, is where trying to read it ends.
     weights = base_parameters(model).values()
     bound = 2**26 + 4 * sum(weight.numel() * max(weight.element_size(), 4) for weight in weights)
-    tensors = read_tensors(path, max_bytes=bound, written=info.written(WEIGHTS_FILE))
+    tensors = read_weights(info, max_bytes=bound)
     _check_numbers(tensors)
     reader = _READERS.get(info.peft_type)
     method = info.method
+    if method is not None:
+        tensors = _without_unread(model, view, info, method, tensors)
     if reader is None:
         assert method is not None
         return read_own(method, tensors)
     found = reader(model, view, info.config, tensors)
     if method is None:
         return found
+    heads = head_paths(model, method, view)
+    beside = [path for path in saved_by_letters(base_modules(model), heads) if not within(path, heads)]
+    own = {key: tensor for key, tensor in found.tensors.items() if not within(key, beside)}
     if TRAINING_FILE not in info.own["files"]:
-        return Restored(method, found.tensors)
+        return Restored(method, own)
     training = read_tensors(info.folder / TRAINING_FILE, max_bytes=bound, written=info.written(TRAINING_FILE))
     _check_numbers(training)
-    saved = found.method.modules_to_save
-    assert saved != "auto"
-    heads = {
-        key: tensor
-        for key, tensor in found.tensors.items()
-        if any(key == head or key.startswith(head + ".") for head in saved)
-    }
-    return Restored(method, {**training, **heads})
+    saved = {key: tensor for key, tensor in own.items() if within(key, heads)}
+    return Restored(method, {**training, **saved})
+
+
+def _without_unread(
+    model: PreTrainedModel, view: Architecture, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Leave out what 0.1.0 stored of adapted layers inside saved modules, which no forward pass had read.
+
+    It adapted such layers although the module's own copy answers, and copied the adapters that were on them with it.
+
+    Raises:
+        AdapterError: the copy held another adapter that was active then, whose settings are not in the folder.
+    """
+    heads = head_paths(model, method, view)
+    if not heads or method.kind == "weights":
+        return tensors
+    places = method.select_targets(view.targets) if method.kind == "layer" else []
+    unread = [place.path for place in places if within(place.path, heads)]
+    modules = base_modules(model)
+    known = {f"{path}.{name}" for path in unread for name in modules[path]._parameters}
+    kept = {}
+    for key, tensor in tensors.items():
+        raw = key.removeprefix(PREFIX)
+        other = raw.partition(f".{CHILD}.")[2].partition(".")[0]
+        if other and other != info.name:
+            raise AdapterError(
+                f"the saved module of `{raw[:200]}` holds a copy of another adapter, `{other[:64]}`, which was active "
+                f"when this one was attached",
+                hint="train it again on a model without that adapter",
+            )
+        if not other and (raw in known or not within(raw, unread)):
+            kept[key] = tensor
+    return kept
 
 
 def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
@@ -101,14 +134,12 @@ def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
     return math.isfinite(float(whole.sum()))
 
 
-def check_size(restored: Restored, view: Architecture) -> None:
-    """What the settings ask for must be what the file holds, before memory is reserved for it."""
+def check_size(model: PreTrainedModel, restored: Restored, view: Architecture) -> None:
+    """Raise AdapterError if the file holds more or less than the settings ask for, before memory is reserved for it."""
     method = restored.method
-    saved = view.heads if method.modules_to_save == "auto" else method.modules_to_save
+    heads = head_paths(model, method, view)
     found = sum(
-        tensor.numel()
-        for key, tensor in restored.tensors.items()
-        if not any(key == head or key.startswith(head + ".") for head in saved) and START not in key
+        tensor.numel() for key, tensor in restored.tensors.items() if not within(key, heads) and START not in key
     )
     if isinstance(method, Prefix):
         chosen = method.filter_layers(view.attentions)
@@ -117,9 +148,7 @@ def check_size(restored: Restored, view: Architecture) -> None:
     elif isinstance(method, Prompt | PTuning):
         expected = method.num_vector_parameters(view.stacks[0].width) if view.stacks else 0
     elif method.kind == "layer":
-        expected = method.num_parameters(
-            method.select_targets([place for place in view.targets if not within(place.path, saved)])
-        )
+        expected = method.num_parameters(open_places(method, view, heads))
     else:
         return  # full: the model itself says how large it is
     if expected != found:

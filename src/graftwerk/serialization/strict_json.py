@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from graftwerk.errors import ConfigError, IntegrityError
+from graftwerk.sanitize import dump_json
 
 MAX_JSON_BYTES = 2**20
 MAX_JSON_DEPTH = 12
@@ -123,7 +124,7 @@ def dump_object(
     """
     try:
         values = {**values, SEAL: digest_of(values)} if seal else values
-        content = (json.dumps(values, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        content = (dump_json(values, indent=indent) + "\n").encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} cannot be written as JSON: {error}", where=str(path)) from None
     try:

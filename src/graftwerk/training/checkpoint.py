@@ -102,6 +102,14 @@ class Checkpoints:
         latest = self.latest()
         return None if latest is None else str(latest)
 
+    def whole_said(self) -> str | None:
+        """The newest checkpoint whose every byte is as it was written, for the ``kept`` of an error of the disk."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(IntegrityError):
+                _verify(self.path(step))
+                return str(self.path(step))
+        return None
+
     def save(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint, move the pointers, delete what is no longer needed.
 
@@ -119,7 +127,7 @@ class Checkpoints:
         target = self.path(snapshot.step)
         tensors = [*snapshot.weights.values(), *snapshot.optimizer.values(), *snapshot.rng.values()]
         needed = sum(tensor.nbytes for tensor in tensors) + 65_536
-        write_folder(target, lambda folder: _fill(folder, snapshot), bytes_needed=needed)
+        write_folder(target, lambda folder: _fill(folder, snapshot), bytes_needed=needed, own=True)
         self.finish_pruning(snapshot)
         return target
 
@@ -129,12 +137,12 @@ class Checkpoints:
         A part of saving, and of going on: a writer killed between the two leaves an old checkpoint that no later save
         may come to delete.
         """
-        write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n")
+        write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n", own=True)
         best = snapshot.state.get("best")
         with understood(self.path(snapshot.step) / STATE):
             target = None if best is None else self.path(best["step"])
         if target is not None and target.is_dir():
-            write_file(self.folder / "best", f"{target.name}\n")
+            write_file(self.folder / "best", f"{target.name}\n", own=True)
         self._rotate(snapshot.step)
 
     def load(self, step: int) -> Snapshot:

@@ -2,7 +2,7 @@
 
 Kinds: ``phase`` (name) and ``progress`` (total, loss, left_seconds) are for people watching and never written down;
 ``finding`` (about the data), ``start`` (what will be done), ``step`` (loss, learning_rate, grad_norm, epoch, seconds,
-left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, mend), ``bad_step``,
+left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, hint), ``bad_step``,
 ``memory``, ``early_stopping`` and ``warning`` (text), ``trunk`` (frozen layers that are computed once: `train.trunk`),
 ``resume`` (path), ``finish``; ``nothing_left`` (text) where
 a finished run was to be gone on with. Seconds are of training, counted by a monotonic clock and carried over a resume;
@@ -14,6 +14,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import Any
+
+from graftwerk.sanitize import clean
 
 TRANSIENT = frozenset({"progress", "phase", "nothing_left"})
 """Kinds that are shown and forgotten."""
@@ -61,5 +63,5 @@ def to_logging(event: Event) -> None:
     if event.kind in WORTH_A_WARNING or (event.kind == "finding" and figures.get("grave")):
         hint = f" ({figures['hint']})" if figures.get("hint") else ""
         logging.getLogger("graftwerk").warning(
-            "step %d: %s%s", event.step, figures.get("text") or figures.get("message"), hint
+            "step %d: %s", event.step, clean(f"{figures.get('text') or figures.get('message')}{hint}")
         )

@@ -8,6 +8,7 @@ from typing import Any
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, RunInterrupted
 from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.own_files import refuse_link
 from graftwerk.tasks.base import Predictions
 from graftwerk.training.events import Event
 from graftwerk.training.manifest import compute_of
@@ -115,6 +116,7 @@ def finish(
         manifest["cost"]["untrained_steps"] = untrained
     metadata = {name: manifest[name] for name in IN_METADATA}
     trainer.emit(Event("phase", trainer.state.step, name="saving the adapter"))
+    refuse_link(folder.adapter)
     save_adapter(trainer.adapter, folder.adapter, metadata=metadata)
     manifest["cost"]["adapter_bytes"] = size_on_disk(folder.adapter)
     manifest["status"] = "finished"

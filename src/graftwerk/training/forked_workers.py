@@ -26,6 +26,7 @@ from pathlib import Path
 
 from graftwerk.errors import GraftwerkError, ResourceError
 from graftwerk.training.distributed.launcher import rank_environment
+from graftwerk.training.signals import SIGNALS, held_back
 
 KEY = "training.processes"
 _MEETING, _ENDING_SECONDS = timedelta(minutes=2), 30.0
@@ -71,7 +72,8 @@ def run_forked(job: Callable[[], None], num_processes: int, recoverable: Callabl
 
         try:
             for rank in range(1, num_processes):
-                workers.append(_fork(lambda rank=rank: join_and_work(rank), writing))  # type: ignore[misc]
+                with held_back():
+                    workers.append(_fork(lambda rank=rank: join_and_work(rank), writing))  # type: ignore[misc]
         except OSError as error:
             raise ResourceError(
                 f"no process can be forked: {error.strerror or error}",
@@ -116,6 +118,7 @@ def _fork(work: Callable[[], None], writing: int) -> int:
     code = 1
     try:
         os.setpgid(0, 0)  # Ctrl-C is for the main process, which tells the others
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         end_with_parent(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(code)

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from graftwerk.errors import ConflictError, GraftwerkError, ResourceError
+from graftwerk.errors import ConflictError, Explained, ResourceError
+from graftwerk.own_files import open_own
 from graftwerk.serialization.atomic import FAULTS
 
 LOCK_FILE = ".lock"
@@ -87,7 +88,7 @@ class RunLock:
             try:
                 if self._take(descriptor, give_up=time.monotonic() > patience):
                     self._descriptor = descriptor
-            except GraftwerkError:
+            except Explained:
                 self._leave_no_folder()
                 raise
             finally:
@@ -108,7 +109,7 @@ class RunLock:
         self._made += [folder for folder in self.path.parents if folder not in self._made and not folder.exists()]
         try:
             return _open(self.path)
-        except GraftwerkError:
+        except Explained:
             self._leave_no_folder()
             raise
 
@@ -176,7 +177,7 @@ def _open(path: Path, tries: int = 20) -> int:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            return open_own(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:  # who held it took the empty folder along at this moment
             if tries == 1:
                 raise

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graftwerk.config import RunConfig, parse_yaml
 from graftwerk.errors import ConfigError
 from graftwerk.modeling.attach import Adapter
+from graftwerk.sanitize import redact, redacted
 from graftwerk.training.optim import peak_rates
 from graftwerk.training.run_dir import CONFIG
 from graftwerk.training.setup import SPLITS, Prepared
@@ -41,7 +42,7 @@ def opening(
         "graftwerk": _version("graftwerk"),
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(prepared)}},
         "config_digest": f"sha256:{hashlib.sha256(settings.dump().encode()).hexdigest()}",
-        "model": settings.model,
+        "model": redact(settings.model),
         "base_fingerprint": base_fingerprint,
         "task": prepared.task.name,
         "task_settings": prepared.task.to_dict(),
@@ -51,17 +52,17 @@ def opening(
         "compute": compute,
         "data": {
             "fingerprint": splits.fingerprint,
-            "origin": splits.origin,
+            "origin": redacted(splits.origin),
             "rows": rows_of(prepared),
-            "findings": prepared.findings,
-            **({} if prepared.augmented is None else {"augmented": prepared.augmented}),
+            "findings": redacted(prepared.findings),
+            **({} if prepared.augmented is None else {"augmented": redacted(prepared.augmented)}),
         },
         "parameters": {"trained": own + head, "head": head, "total": total, "share": (own + head) / total},
         "cost": {},
         "metrics": {},
         "best": None,
         "trunk": None,
-        "command": command(settings),
+        "command": redact(command(settings)),
         "seed": settings.training.seed,
     }
 

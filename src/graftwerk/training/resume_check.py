@@ -8,6 +8,7 @@ from typing import Any
 
 from graftwerk.config import anchored
 from graftwerk.errors import ConflictError
+from graftwerk.sanitize import redacted
 
 FREE = (
     "config.output_dir",
@@ -25,7 +26,7 @@ FREE = (
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Each place where two identities differ in what matters, as ``key: old -> new``."""
-    old, new = _flat(_from_anywhere(before)), _flat(_from_anywhere(now))
+    old, new = _flat(redacted(_from_anywhere(before))), _flat(redacted(_from_anywhere(now)))
     return [
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())

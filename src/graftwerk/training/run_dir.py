@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
-from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS
+from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS
+from graftwerk.own_files import refuse_links
 from graftwerk.serialization.atomic import recover, write_file
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_sealed
@@ -19,7 +20,7 @@ TRUNK = "trunk"
 """Hidden states that did not fit into memory; they are gone when a run ends, and a killed one may leave some."""
 MADE_BEFORE = ("augmented.jsonl", "augmented.about.json", "augmented.jsonl.unfinished")
 """Augmented rows, which are made before a run begins, by it or by `graftwerk augment`, and checked when it does."""
-OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, TRUNK, REPORT, EVALUATION, PREDICTIONS)
+OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, TRUNK, REPORT, EVALUATION, PREDICTIONS, ANSWERS)
 """All that a run, or the measuring of it, writes; nothing else in its folder is ever touched."""
 
 
@@ -116,18 +117,19 @@ class RunDir:
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
         path = self.path / MANIFEST
-        write_file(path, dump_object(manifest, path, seal=True))
+        write_file(path, dump_object(manifest, path, seal=True), own=True)
 
     def write_config(self, content: str) -> None:
-        write_file(self.path / CONFIG, content)
+        write_file(self.path / CONFIG, content, own=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a run folder, None where there is none.
 
     Raises:
-        IntegrityError: it is damaged.
+        IntegrityError: it is damaged, or something of the run is a link.
     """
+    refuse_links(folder, (*MADE_BEFORE, *OURS))
     path = recover(folder / MANIFEST)
     if not path.is_file():
         return None

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field
 
-from graftwerk.settings import Settings
+from graftwerk.settings import Name, Settings
 
 Tracker = Literal["tensorboard", "jsonl"]
 
@@ -62,7 +62,7 @@ class TrainingSettings(Settings):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of each target that is spread over all labels"
     )
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+    class_weights: Literal["balanced"] | dict[Name, Annotated[float, Field(gt=0)]] | None = Field(
         default=None,
         description="classification: what a row of each class counts in the training loss; balanced: the inverse of "
         "how frequent its class is; classes that are not named count 1",

@@ -1,4 +1,8 @@
-"""SIGINT and SIGTERM: the first asks the loop to finish its step and save, the second stops at once."""
+"""SIGINT and SIGTERM: the first asks the loop to finish its step and save, the second stops at once.
+
+What a handler raises can be lost: in a destructor, in a callback from C, in a library's bare ``except:``. So a signal
+is also remembered, and `StopSignals.check` raises what was lost: at the next event of a run, and at the end.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +47,7 @@ class StopSignals:
             signal.signal(number, self._handle)
         try:
             yield self
+            self.check()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -55,15 +60,36 @@ class StopSignals:
             yield
         finally:
             self._deferring = False
+        self.check()
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came and what was raised for it was lost; not while deferring."""
+        if self.signum is not None and not self._deferring:
+            raise self._stopped(self.signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        name = signal.Signals(signum).name
         if self._deferring and self.signum is None:
             self.signum = signum
-            _say(f"\n{name}: finishing this step and saving; once more to stop at once\n")
+            _say(f"\n{signal.Signals(signum).name}: finishing this step and saving; once more to stop at once\n")
             return
         self.signum = signum
-        raise RunInterrupted(signum, f"stopped at once by {name}", recovered=self.recoverable())
+        raise self._stopped(signum)
+
+    def _stopped(self, signum: int) -> RunInterrupted:
+        return RunInterrupted(signum, f"stopped at once by {signal.Signals(signum).name}", recovered=self.recoverable())
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold signals back around a fork: none may raise in the child before it knows that it is one.
+
+    They reach the parent at the end, and a child when it unblocks them (`signal.pthread_sigmask`).
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _say(text: str) -> None:

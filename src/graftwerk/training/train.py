@@ -15,20 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import DivergedError, GraftwerkError
+from graftwerk.errors import DivergedError, Explained, GraftwerkError, ResourceError
+from graftwerk.own_files import refuse_links
+from graftwerk.sanitize import REDACTED, redacted
+from graftwerk.serialization.atomic import FAULTS
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import understood
 from graftwerk.training.callbacks.jsonl import JsonLines
 from graftwerk.training.callbacks.tensorboard import TensorBoard
 from graftwerk.training.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
 from graftwerk.training.events import Event, EventBus, Listener, to_logging
-from graftwerk.training.lock import RunLock
+from graftwerk.training.lock import LOCK_FILE, RunLock
 from graftwerk.training.resume_check import environment_warning, refuse_changes
-from graftwerk.training.run_dir import CONFIG, MANIFEST, Run, RunDir
+from graftwerk.training.run_dir import CONFIG, MADE_BEFORE, MANIFEST, OURS, Run, RunDir
 from graftwerk.training.signals import StopSignals
 
 __all__ = ["Run", "train"]
 
+SECRETS_LEFT_OUT = (
+    f"a place in the run file holds a secret: no file of the run shows it (it says {REDACTED} there), and this user's "
+    "cache remembers it for evaluating and going on here; elsewhere give the place again"
+)
 LAUNCHED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -60,7 +67,7 @@ def train(
         ConflictError: Another process trains there, there is a run already, or the resumed run is another one.
         RunInterrupted: SIGINT or SIGTERM came; the state was saved.
         DivergedError: Loss or gradients were not finite again and again.
-        IntegrityError: No checkpoint is intact.
+        IntegrityError: No checkpoint is intact, or a file of the run is a link.
     """
     started_at = time.monotonic()
     settings = _read_config(config, overrides)
@@ -96,6 +103,7 @@ def run_training(
     settings = settings.anchored()
     settings.dump()  # settings that could not be written, or not be read again, are refused before anything is done
     folder = RunDir(settings.output_dir)
+    refuse_links(folder.path, (LOCK_FILE, *MADE_BEFORE, *OURS))
     from graftwerk.training.forked_workers import run_forked
     from graftwerk.training.num_processes import resolve_num_processes
 
@@ -112,6 +120,22 @@ def run_training(
 
     run_forked(job, num_processes, checkpoints.recoverable)
     return Run(folder.path)
+
+
+@contextmanager
+def _saved_said(checkpoints: Checkpoints) -> Iterator[None]:
+    """Errors of disk and memory say what is whole on the disk, whatever it was that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FAULTS:
+            raise
+        what, hint = FAULTS[error.errno]
+        where = str(error.filename) if error.filename else None
+        raise ResourceError(what, where=where, hint=hint, recovered=checkpoints.whole_said()) from error
+    except ResourceError as error:
+        error.recovered = checkpoints.whole_said() or error.recovered
+        raise
 
 
 def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
@@ -160,6 +184,7 @@ class _RunDriver:
 
         main = is_main_process()
         with self.stop.installed(), RunLock(self.folder.path) if main else nullcontext():
+            self.bus.listeners.insert(0, lambda event: self.stop.check())
             earlier = self.folder.claim(resume=resume, overwrite=overwrite) if main else None
             finished = earlier is not None and earlier["status"] == "finished"
             if finished:
@@ -168,7 +193,8 @@ class _RunDriver:
                 self.checkpoints.clean()
             self.processes = connect(shares_rows=forked)
             if not self.processes.any(finished):  # only the main process has looked at the folder
-                self._train(resume)
+                with _saved_said(self.checkpoints):
+                    self._train(resume)
             elif main:
                 text = f"the run in {self.folder.path} is finished; nothing was left to do"
                 self.bus(Event("nothing_left", 0, text=text))
@@ -202,7 +228,10 @@ class _RunDriver:
         dtype = types[self.processes.broadcast(types.index(dtype))]
         check_compute_type(dtype, self.processes.device)
         snapshot = self.checkpoints.load_latest() if resume else None
-        identity: dict[str, Any] = {"config": settings.model_dump(mode="json"), "environment": environment()}
+        identity: dict[str, Any] = {
+            "config": redacted(settings.model_dump(mode="json")),
+            "environment": environment(),
+        }
         self._same_run(snapshot, identity, "config")
         early: list[Event] = []
         bus.listeners.append(early.append)
@@ -308,7 +337,10 @@ class _RunDriver:
         else:
             self.checkpoints.finish_pruning(snapshot)
         self.folder.write_manifest(self.manifest)
-        self.folder.write_config(self.settings.dump())
+        resolved = self.settings.dump()
+        if REDACTED in resolved:
+            self.bus(Event("warning", 0, text=SECRETS_LEFT_OUT))
+        self.folder.write_config(resolved)
 
     @contextmanager
     def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> Iterator[Callable[[], int]]:
@@ -354,7 +386,7 @@ class _RunDriver:
         except BaseException as error:
             if self.processes.is_main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
-                said = error.as_dict() if isinstance(error, GraftwerkError) else {"error": type(error).__name__}
+                said = error.as_dict() if isinstance(error, Explained) else {"error": type(error).__name__}
                 # The error that brought us here is the one to report, not one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": said})

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graftwerk.errors import ConfigError, DivergedError
+from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.evaluation.inference import Serve, batches_of
 from graftwerk.evaluation.oom import is_out_of_memory, release
 from graftwerk.evaluation.settings import EvaluationSettings
@@ -75,6 +76,7 @@ class Evaluator:
             own = self._predict([examples[row] for row in shares[self.processes.rank]], generation)
             predictions = gather_predictions(self.processes, own, shares)
         if not predictions.finite:
+            refuse_broken_base(self.adapter.model)
             raise DivergedError(
                 "the model's scores are not finite",
                 hint="a lower training.learning_rate, a longer training.warmup_ratio, or training.max_grad_norm=1",

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftwerk.own_files import refuse_link
+
 MAGIC = b"graftwerk trunk 1\n"
 ALIGN = 4096
 ENDING = ".trunk"
@@ -64,6 +66,7 @@ class FileStates:
 
     def __init__(self, path: Path, key: str, tokens: int, width: int, dtype: torch.dtype) -> None:
         self.path, self.key, self.dtype, self.shape = path, key, dtype, (tokens, width)
+        refuse_link(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_abandoned(path.parent)
         needed = tokens * width * dtype.itemsize
@@ -105,6 +108,8 @@ def open_file(path: Path, key: str, tokens: int, width: int, dtype: torch.dtype)
         (N, d), or None and why not; None and None where there is no file.
     """
     head = _head(key, tokens, width, dtype)
+    refuse_link(path.parent)
+    refuse_link(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ResourceError
+from graftwerk.own_files import open_own
+from graftwerk.sanitize import clean, dump_json
 from graftwerk.training.events import TRANSIENT, Event
 
 
@@ -24,13 +25,14 @@ class JsonLines:
         offset: Where the checkpoint that is gone on from had ended; what lies behind is cut off. None: begin anew.
 
     Raises:
-        EnvironmentFault: the file cannot be opened.
+        ResourceError: The file cannot be opened.
+        IntegrityError: It is a link.
     """
 
     def __init__(self, path: Path, offset: int | None = None, on_trouble: Callable[[str], None] | None = None) -> None:
         self.path, self.lost, self._on_trouble = path, 0, on_trouble
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
             size = os.fstat(self._descriptor).st_size
             self.position = min(offset or 0, size)
             self.missing = (offset or 0) - self.position
@@ -42,7 +44,7 @@ class JsonLines:
     def __call__(self, event: Event) -> None:
         if event.kind in TRANSIENT:
             return
-        line = (json.dumps(_plain(event.as_dict()), ensure_ascii=False, allow_nan=False) + "\n").encode()
+        line = (dump_json(_plain(event.as_dict())) + "\n").encode()
         try:
             written = os.pwrite(self._descriptor, line, self.position)
             if written < len(line):
@@ -71,13 +73,11 @@ class JsonLines:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN; the log must show it all the same."""
+    """Return a value that JSON can hold: non-finite numbers as text, and texts cleaned, since others read them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return clean(str(value)) if isinstance(value, str | Path) else value

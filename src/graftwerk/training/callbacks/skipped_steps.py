@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from graftwerk.errors import DivergedError
+from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.training.callbacks.base import Callback, Outcome, StepResult, TrainingLoop
 from graftwerk.training.events import Event
 
@@ -26,6 +27,7 @@ class SkippedSteps(Callback):
 
         Raises:
             DivergedError: More than `max_bad_steps` steps were not finite.
+            ModelError: Weights of the base are not finite.
         """
         state = trainer.state
         if result.outcome is Outcome.UNTRAINED:
@@ -35,6 +37,7 @@ class SkippedSteps(Callback):
                 trainer.emit(Event("warning", state.step, text=text))
         if result.outcome is not Outcome.NOT_FINITE:
             return
+        refuse_broken_base(trainer.adapter.model, trained=state.bad_steps + 1 == state.step)
         state.bad_steps += 1
         subject = "gradient" if math.isfinite(result.loss) else "loss"
         if state.bad_steps > self.max_bad_steps:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from graftwerk.own_files import refuse_links
 from graftwerk.training.events import Event
 
 
@@ -47,6 +48,7 @@ class TensorBoard:
     def _open(self) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
+        refuse_links(self.folder.parent, (self.folder.name,))
         purge = None if self._after is None else self._after + 1
         return SummaryWriter(str(self.folder), purge_step=purge)
 

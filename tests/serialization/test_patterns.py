@@ -1,0 +1,74 @@
+"""Regular expressions without backtracking: the answers of Python's engine, and an end to those that hang it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from graftwerk.errors import UnsupportedError
+from graftwerk.serialization import patterns
+from graftwerk.serialization.naming import named_by
+from graftwerk.serialization.patterns import Expression
+
+PATH = "model.decoder.layers.10.encoder_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "(q|k)_proj", r"layers\.\d+\.encoder_attn\.[kv]_proj", r".*\.layers\.1\d\..*", r"layers.(10|11).*k_proj",
+        r"model\..*", r"[^.]+", "k_pro[j-l]", "k_pro[^a-i]", "k_proj|v_proj", "(?:k|v)_proj", r"(self|encoder)_attn.*",
+        r"^model.*k_proj$", r"layers\.(?:[0-9]|1[0-1])\..+", "k_proj?", "k{1}_proj", r"\w{6}", r"\w{2,5}", r"\w{7,}",
+        r"[\w.]*attn.k\Wproj", r"[]a]_proj", r"[a\-k]_proj", "x*k_proj", "(encoder|decoder)_attn.k_proj", "",
+    ],
+)  # fmt: skip
+def test_expression_matches_as_in_peft(key: str) -> None:
+    for path in (PATH, "k_proj", "model.layers.1.mlp.up_proj", "a", ""):
+        assert named_by(key, path) == (re.match(rf"(.*\.)?({key})$", path) is not None), path
+        if named_by(key, path):
+            assert get_pattern_key([key], path) == key
+
+
+_atoms = st.sampled_from(["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", "(a|b)", "(?:ab)", "(a|)", "^", "$"])
+_times = st.sampled_from(["*", "+", "?", "{2}", "{0,2}", ""])
+_parts = st.builds(lambda atom, times: atom if atom in ("^", "$") else atom + times, _atoms, _times)
+
+
+@given(st.lists(_parts, max_size=5).map("".join), st.text("ab.1", max_size=7))
+def test_any_expression_matches_as_in_python(key: str, text: str) -> None:
+    starts = set(range(len(text) + 1))
+    found = any(re.compile(f"(?:{key})$").match(text, at) for at in starts if "^" not in key or at == 0)
+    if "^" in key:
+        starts = {0}
+    assert Expression(key).matches(text, starts) == found
+
+
+@pytest.mark.parametrize(
+    "key", ["(a+)+$", "(.*)*", "(a|a)*b", "((a*)*)*", "(a|aa)+$", ".*.*.*.*.*.*b", "(a{0,20}){0,20}"]
+)
+def test_expression_that_hangs_python_ends(key: str) -> None:
+    assert named_by(key, "a" * 40 + "!") is (key == "(.*)*")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["q_proj" * 200, "(?:a", "a)", "[a", "a{", "(?=a)", "(?!a)b", "(?i)a", r"(a)\1", r"\bq", "*a", "a**", "a{5,1}",
+     "a{99999}", "(" * 200 + ")" * 200, "\\", "[b-a]", "^*"],
+)  # fmt: skip
+def test_expression_that_cannot_be_matched_is_refused(key: str) -> None:
+    with pytest.raises(UnsupportedError, match="regular expression"):
+        named_by(key, "a" * 40 + "!")
+
+
+def test_expressions_of_too_many_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all: a folder may have many expressions for many layers."""
+    monkeypatch.setattr(patterns, "MAX_STEPS", 20_000)
+    with pytest.raises(UnsupportedError, match="steps"):
+        named_by("((.?){1000}){1000}x", "a" * 40)
+    steps = patterns.Steps()
+    with pytest.raises(UnsupportedError, match="steps"):
+        any(named_by("(.*)*b", f"layer.{number}.a", steps) for number in range(1_000))
