@@ -23,8 +23,9 @@ from graftwerk.modeling.per_row_adapters import forward_rows
 
 if TYPE_CHECKING:
     _Layer = nn.Linear
+    _Module = nn.Module
 else:
-    _Layer = object
+    _Layer = _Module = object  # a mixin that were a module itself would come after the layer's own class
 
 
 class Adapted(_Layer):
@@ -75,7 +76,7 @@ class AdaptedWeight(_Layer):
         return weight, bias
 
 
-class AdaptedHead(nn.Module):
+class AdaptedHead(_Module):
     """Mixed in before the class of a saved module: each adapter's own copy of the module answers for its rows.
 
     Another adapter may have a delta at the same module; where no copy answers, the class below it asks that.
