@@ -53,7 +53,7 @@ def test_special_tokens_are_never_hidden_and_every_row_has_a_place(tokenizer: An
 
 def test_of_the_hidden_most_become_the_mask_some_another_and_some_stay(tokenizer: Any) -> None:
     ids = torch.full((200, 50), 40)
-    hidden, labels = Masked(mask_probability=0.3)._hide(ids, tokenizer, torch.Generator().manual_seed(0))
+    hidden, labels = Masked(mask_probability=0.3).collator.hide(ids, tokenizer, torch.Generator().manual_seed(0))
     chosen = labels != IGNORED
     assert 0.28 < chosen.float().mean() < 0.32
     assert (labels[chosen] == 40).all()
