@@ -31,7 +31,7 @@ def measure(options: Options) -> list[Row]:
         batch = material.labelled(unlabelled, share)
 
         def ours(batch: dict[str, Any] = batch) -> torch.Tensor:
-            return task.loss(task.forward(model, batch), batch)
+            return task.objective.loss(task.objective.forward(model, batch), batch)
 
         def theirs(batch: dict[str, Any] = batch) -> torch.Tensor:
             loss: torch.Tensor = model(**batch, use_cache=False).loss
@@ -39,7 +39,7 @@ def measure(options: Options) -> list[Row]:
 
         def in_float64(batch: dict[str, Any] = batch) -> torch.Tensor:
             """What both sides round: the same hidden states, head and loss in float64."""
-            labelled, wanted = task.forward(model, batch), batch["labels"][:, 1:]
+            labelled, wanted = task.objective.forward(model, batch), batch["labels"][:, 1:]
             logits = labelled.hidden.double() @ labelled.head.weight.detach().double().T
             return torch.nn.functional.cross_entropy(logits, wanted[wanted != -100])
 

@@ -128,7 +128,9 @@ class Sides:
         with tempfile.TemporaryDirectory() as folder:
             work = self._trainer(graft, Path(folder))
             order = [work.rows_of(step) for step in range(work.total_steps)]
-            self.batches = [self.task.collate([self.rows[row] for row in rows], self.tokenizer) for rows in order]
+            self.batches = [
+                self.task.collator.collate([self.rows[row] for row in rows], self.tokenizer) for rows in order
+            ]
             self.peer = self._peer(graft, Path(folder))
         detach(self.model)
         self.first = [value.detach().clone() for value in self.trained]
@@ -193,7 +195,7 @@ class Sides:
         losses = []
         for batch in self.batches:
             optimizer.zero_grad(set_to_none=True)
-            loss = self.task.loss(self.task.forward(self.peer, batch), batch)
+            loss = self.task.objective.loss(self.task.objective.forward(self.peer, batch), batch)
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))

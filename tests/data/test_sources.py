@@ -258,7 +258,7 @@ def test_reading_rows_imports_nothing_heavy(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "good", "label": 1}])
     code = (
         "import sys\n"
-        "from graftwerk.data import batching, lint, split\n"
+        "from graftwerk.data import batching, checks, split\n"
         "from graftwerk.data.sources import read_rows\n"
         "from graftwerk.data.fields import text_part\n"
         f"read_rows({source!r}, parts={{'text': text_part}})\n"

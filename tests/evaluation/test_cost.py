@@ -155,7 +155,15 @@ class Counter(nn.Module):
 
 
 class Padding:
-    """Stands in for a task: pads to the longest."""
+    """Stands in for a task and its parts: pads to the longest."""
+
+    @property
+    def collator(self) -> Padding:
+        return self
+
+    @property
+    def objective(self) -> Padding:
+        return self
 
     def collate(self, examples: list[Example], tokenizer: Any) -> dict[str, torch.Tensor]:
         rows = [torch.tensor(example.inputs["input_ids"]) for example in examples]

@@ -20,6 +20,7 @@ from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS, load_evalua
 from graftwerk.models import hardware
 from graftwerk.serialization.untrusted_files import read_sealed
 from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.collator import ClassCollator
 from graftwerk.training.train import train
 
 
@@ -69,10 +70,15 @@ def test_batches_are_of_like_length_longest_first_and_told(run: Path, gloss_text
     examples = opened.encode([{"text": text} for text in gloss_texts[:25]])
     seen: list[list[int]] = []
 
-    class Watched(Classification):
+    class WatchedCollator(ClassCollator):
         def collate(self, examples: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
             seen.append([example.length for example in examples])
             return super().collate(examples, tokenizer)
+
+    class Watched(Classification):
+        @property
+        def collator(self) -> ClassCollator:
+            return WatchedCollator()
 
     told: list[tuple[int, int]] = []
     run_model(

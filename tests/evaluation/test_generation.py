@@ -17,6 +17,7 @@ from graftwerk.evaluation.sample_outputs import before_and_after, sample_rows
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.models.load import fix_padding, load_model, load_tokenizer
 from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.seq2seq import PairGeneration
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.translation import Translation
 from tests.tiny_text import GNOME, rows_of
@@ -95,20 +96,21 @@ def test_every_row_is_written_in_its_own_language(family: str, text_model: Calla
     assert sorted(asked) == sorted([(4, ids[en])] * 4 + [(4, ids[fr])] * 4)
 
 
-def test_batches_are_of_like_length_longest_first_and_told(text_model: Callable[[str], Path]) -> None:
+def test_batches_are_of_like_length_longest_first_and_told(
+    text_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, task, tokenizer = loaded(text_model("t5"), Summarization())
     examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
     seen: list[int] = []
-    usual = task.collate_prompts
+    usual = PairGeneration.collate_prompts
 
-    class Watched(Summarization):
-        def collate_prompts(self, prompts: Any, tokenizer: Any) -> Any:
-            seen.extend(map(len, prompts))
-            return usual(prompts, tokenizer)
+    def watched(self: Any, prompts: Any, tokenizer: Any) -> Any:
+        seen.extend(map(len, prompts))
+        return usual(self, prompts, tokenizer)
 
-    watched = Watched().for_model(model.config)
+    monkeypatch.setattr(PairGeneration, "collate_prompts", watched)
     told: list[tuple[int, int]] = []
-    generate(model, watched, examples, tokenizer, settings(), on_progress=lambda *at: told.append(at))
+    generate(model, task, examples, tokenizer, settings(), on_progress=lambda *at: told.append(at))
     assert seen == sorted((example.length for example in examples), reverse=True)
     assert told == [(5, 8), (8, 8)]
 

@@ -48,12 +48,12 @@ def rows(lengths: tuple[int, ...] = (9, 3, 6, 12), labelled: bool = True, seed: 
 def learn(model: Any, batch: dict[str, Any], smoothing: float = 0.0) -> tuple[Any, float, dict[str, torch.Tensor], Any]:
     task = task_for(getattr(model, "module", model))
     model.zero_grad()
-    outputs = task.forward(model, batch)
-    loss = task.loss(outputs, batch, smoothing)
+    outputs = task.objective.forward(model, batch)
+    loss = task.objective.loss(outputs, batch, smoothing)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     with torch.inference_mode():
-        told = task.per_row_outputs(task.forward(model, batch), batch)
+        told = task.objective.per_row_outputs(task.objective.forward(model, batch), batch)
     return outputs, float(loss.detach()), gradients, told
 
 
@@ -86,7 +86,7 @@ def test_every_family_and_both_kinds_of_head(family: str, method: str, smoothing
     settings: dict[str, Any] = {"name": method} | ({"num_virtual_tokens": 3} if method == "prefix" else {})
     attach(model, parse_method(settings))
     model.train()
-    batch = task_for(model).collate(rows(), TOKENIZER)
+    batch = task_for(model).collator.collate(rows(), TOKENIZER)
     compare(model, batch, smoothing)
 
 
@@ -94,7 +94,7 @@ def test_every_family_and_both_kinds_of_head(family: str, method: str, smoothing
 def test_prompts_and_checkpointing(family: str) -> None:
     model = FAMILIES[family].build()
     attach(model, parse_method({"name": "prompt", "num_virtual_tokens": 3}))
-    batch = task_for(model).collate(rows(), TOKENIZER)
+    batch = task_for(model).collator.collate(rows(), TOKENIZER)
     compare(model.train(), batch)
     model = FAMILIES[family].build()
     attach(model, parse_method("lora"))
@@ -106,11 +106,11 @@ def test_prompts_and_checkpointing(family: str) -> None:
 def test_rows_without_a_label_and_with_one(family: str) -> None:
     model = FAMILIES[family].build()
     attach(model, parse_method("lora"))
-    nothing = task_for(model).collate(rows(labelled=False), TOKENIZER)
+    nothing = task_for(model).collator.collate(rows(labelled=False), TOKENIZER)
     compare(model.train(), nothing)
     one = rows((7,), labelled=False)
     one[0].target[3] = one[0].inputs["input_ids"][3]
-    compare(model, task_for(model).collate(one, TOKENIZER))
+    compare(model, task_for(model).collator.collate(one, TOKENIZER))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -124,7 +124,7 @@ def test_a_tied_head_gets_both_its_gradients(family: str, tied: bool) -> None:
         if "dropout" in key:
             setattr(config, key, 0.0)
     model.eval()
-    compare(model, task_for(model).collate(rows(), TOKENIZER))
+    compare(model, task_for(model).collator.collate(rows(), TOKENIZER))
 
 
 def built(config: Any) -> Any:
@@ -133,7 +133,7 @@ def built(config: Any) -> Any:
 
 
 def test_caps_and_factors_and_second_biases_are_found() -> None:
-    batch = Causal().collate(rows(), TOKENIZER)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
     capped = built(tf.Gemma2Config(**GATED, final_logit_softcapping=2.0))
     with torch.no_grad():
         capped.lm_head.weight.mul_(50)  # or no logit comes near the cap
@@ -145,13 +145,13 @@ def test_caps_and_factors_and_second_biases_are_found() -> None:
     assert shapes == [(1.0, 2.0, False), (0.25, None, False), (0.125, None, False)]
     model = FAMILIES["bart"].build()
     model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(0))
-    compare(model, task_for(model).collate(rows(), TOKENIZER))
+    compare(model, task_for(model).collator.collate(rows(), TOKENIZER))
     assert before_head._SHAPES[model.get_output_embeddings()] == (1.0, None, True)
 
 
 def test_a_cap_shows_although_no_logit_comes_near_it() -> None:
     small = built(tf.Gemma2Config(**GATED, final_logit_softcapping=30.0))
-    compare(small, Causal().collate(rows(), TOKENIZER))
+    compare(small, Causal().collator.collate(rows(), TOKENIZER))
     assert before_head._SHAPES[small.get_output_embeddings()] == (1.0, 30.0, False)
 
 
@@ -180,7 +180,7 @@ def test_models_that_are_not_understood_keep_their_logits(kind: Any, dropout: fl
     torch.manual_seed(0)
     model = kind(tf.LlamaConfig(**GATED, attention_dropout=dropout, initializer_range=0.3)).train()
     attach(model, parse_method({"name": "lora", "lora_dropout": dropout}))
-    batch = Causal().collate(rows(), TOKENIZER)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
     torch.manual_seed(1)
     with fast.plain():
         _, right, *_ = learn(model, batch)
@@ -199,7 +199,7 @@ class Doubled(nn.Linear):
 
 
 def test_heads_that_are_adapted_hooked_or_replaced_keep_their_logits() -> None:
-    batch = Causal().collate(rows(), TOKENIZER)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
     adapted = FAMILIES["llama"].build()
     adapted.lm_head.__class__ = Doubled
     compare(adapted, batch, understood=False)
@@ -214,7 +214,7 @@ def test_heads_that_are_adapted_hooked_or_replaced_keep_their_logits() -> None:
 def test_a_head_of_zeros_is_asked_again() -> None:
     model = built(tf.Gemma2Config(**GATED, final_logit_softcapping=2.0))
     weight = model.lm_head.weight.detach().clone()
-    batch = Causal().collate(rows(), TOKENIZER)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
     with torch.no_grad():
         model.lm_head.weight.zero_()
     compare(model, batch, understood=False)
@@ -225,20 +225,20 @@ def test_a_head_of_zeros_is_asked_again() -> None:
 
 def test_errors_of_a_pass_are_told() -> None:
     model = FAMILIES["llama"].build()
-    batch = Causal().collate(rows(), TOKENIZER)
-    Causal().forward(model, batch)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
+    Causal().objective.forward(model, batch)
     with pytest.raises(IndexError):
-        Causal().forward(model, batch | {"input_ids": batch["input_ids"] + 1000})
+        Causal().objective.forward(model, batch | {"input_ids": batch["input_ids"] + 1000})
 
 
 def test_the_hook_is_gone_after_a_pass() -> None:
     model = FAMILIES["llama"].build()
-    batch = Causal().collate(rows(), TOKENIZER)
-    outputs = Causal().forward(model, batch)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
+    outputs = Causal().objective.forward(model, batch)
     assert not model.lm_head._forward_pre_hooks
-    assert outputs.logits.shape == (int(Causal().num_targets(batch)), 64)
+    assert outputs.logits.shape == (int(Causal().objective.num_targets(batch)), 64)
     with fast.plain():
-        plain = Causal().forward(model, batch)
+        plain = Causal().objective.forward(model, batch)
     assert torch.allclose(outputs.logits, plain.logits, atol=1e-6)
     mask = torch.ones_like(batch["labels"], dtype=torch.bool)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -249,7 +249,7 @@ def test_the_hook_is_gone_after_a_pass() -> None:
 def test_autocast(dtype: torch.dtype) -> None:
     model = FAMILIES["llama"].build()
     attach(model, parse_method("lora"))
-    batch = Causal().collate(rows(), TOKENIZER)
+    batch = Causal().collator.collate(rows(), TOKENIZER)
     with torch.autocast("cpu", dtype):
         with fast.plain():
             _, right, *_ = learn(model, batch)
@@ -271,9 +271,9 @@ def test_fifty_steps_are_the_same(family: str, dropout: float) -> None:
         torch.manual_seed(0)
         losses.append([])
         for step in range(50):
-            batch = task.collate(rows(seed=step % 5), TOKENIZER)
+            batch = task.collator.collate(rows(seed=step % 5), TOKENIZER)
             with fast.plain() if plain else torch.enable_grad():
-                loss = task.loss(task.forward(model, batch), batch, 0.05)
+                loss = task.objective.loss(task.objective.forward(model, batch), batch, 0.05)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

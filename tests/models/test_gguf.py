@@ -96,7 +96,7 @@ def test_it_classifies_and_can_be_saved(tiny_gguf: Path, tmp_path: Path) -> None
     fix_padding(model, tokenizer)
     assert tokenizer.pad_token == "<|endoftext|>"
     examples = task.encode([{"text": "the cat"}, {"text": "there"}], tokenizer, splits, 16)
-    assert model(**task.collate(examples, tokenizer)).logits.shape == (2, 2)
+    assert model(**task.collator.collate(examples, tokenizer)).logits.shape == (2, 2)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(tiny_gguf).tensors}["blk.0.ffn_up.weight"]
     expected = torch.tensor(gguf.quants.dequantize(stored.data, stored.tensor_type))
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.detach(), expected, rtol=0, atol=0)

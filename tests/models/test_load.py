@@ -138,8 +138,8 @@ def test_every_family_gets_a_head_and_its_rows_do_not_see_padding(name: str, tmp
     tokenizer = SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
     long, short = Example({"input_ids": [5, 6, 7, 8, 2]}, 0), Example({"input_ids": [9, 2]}, 1)
     with torch.inference_mode():
-        together = model(**TASK.collate([long, short], tokenizer)).logits
-        alone = model(**TASK.collate([short], tokenizer)).logits
+        together = model(**TASK.collator.collate([long, short], tokenizer)).logits
+        alone = model(**TASK.collator.collate([short], tokenizer)).logits
     assert together.shape == (2, 3)
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-6)
 

@@ -31,8 +31,10 @@ def test_every_token_is_trained_and_the_end_too(tokenizer: Any) -> None:
     (example,) = encoded(tokenizer, ["a short high fly ball"])
     text = tokenizer("a short high fly ball", add_special_tokens=False)["input_ids"]
     assert example.inputs["input_ids"] == example.target == [*text, tokenizer.eos_token_id]
-    batch = Causal().collate([example], tokenizer)
-    assert Causal().num_targets(batch) == len(text)  # the first token is predicted by nothing, the end by the last
+    batch = Causal().collator.collate([example], tokenizer)
+    assert Causal().objective.num_targets(batch) == len(
+        text
+    )  # the first token is predicted by nothing, the end by the last
 
 
 def test_a_tokenizer_that_begins_texts_begins_every_block(tiny_decoder: Path) -> None:

@@ -214,17 +214,19 @@ def test_a_limit_without_room_for_text_is_refused(tokenizer: Any, splits: Splits
 
 def test_padding_is_masked_by_position_even_where_the_pad_token_is_the_end_token(splits: Splits) -> None:
     tokenizer = SimpleNamespace(pad_token_id=2, pad_token_type_id=0)
-    batch = TASK.collate([Example({"input_ids": [5, 2]}, 0), Example({"input_ids": [5, 6, 7, 2]}, 1)], tokenizer)
+    batch = TASK.collator.collate(
+        [Example({"input_ids": [5, 2]}, 0), Example({"input_ids": [5, 6, 7, 2]}, 1)], tokenizer
+    )
     assert batch["input_ids"].tolist() == [[5, 2, 2, 2], [5, 6, 7, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["labels"].tolist() == [0, 1]
-    assert TASK.num_targets(batch) == 2
+    assert TASK.objective.num_targets(batch) == 2
 
 
 def test_a_batch_without_targets_has_no_labels() -> None:
     tokenizer = SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
     inputs = {"input_ids": [5, 6], "token_type_ids": [0, 1]}
-    batch = TASK.collate(
+    batch = TASK.collator.collate(
         [Example(inputs, None), Example({name: ids[:1] for name, ids in inputs.items()}, 1)], tokenizer
     )
     assert "labels" not in batch
@@ -234,11 +236,11 @@ def test_a_batch_without_targets_has_no_labels() -> None:
 def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
     logits = torch.randn(6, 3, dtype=torch.bfloat16)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    loss = TASK.loss(SimpleNamespace(logits=logits), {"labels": labels})
+    loss = TASK.objective.loss(SimpleNamespace(logits=logits), {"labels": labels})
     assert loss.dtype == torch.float32
     expected = -torch.log_softmax(logits.float(), -1)[torch.arange(6), labels].mean()
     torch.testing.assert_close(loss, expected)
-    smoothed = TASK.loss(SimpleNamespace(logits=logits), {"labels": labels}, label_smoothing=0.3)
+    smoothed = TASK.objective.loss(SimpleNamespace(logits=logits), {"labels": labels}, label_smoothing=0.3)
     uniform = -torch.log_softmax(logits.float(), -1).mean()
     torch.testing.assert_close(smoothed, 0.7 * expected + 0.3 * uniform)
 
@@ -246,13 +248,13 @@ def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
 def test_predictions_are_probabilities_in_the_order_of_the_rows() -> None:
     logits = [torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])]
     rows = [Example({"input_ids": [1]}, target) for target in (1, 0, 0)]
-    result = TASK.predictions(logits, rows, 0.5, None)
+    result = TASK.decoder.predictions(logits, rows, 0.5, None)
     assert result.scores.argmax(-1).tolist() == [1, 0, 0]
     np.testing.assert_allclose(result.scores.sum(-1), 1, rtol=1e-12)
     assert result.targets is not None
     assert result.targets.tolist() == [1, 0, 0]
-    assert [answer["label"] for answer in TASK.format_predictions(result, ["no", "yes"])] == ["yes", "no", "no"]
-    assert TASK.predictions(logits, [*rows[:2], Example({"input_ids": [1]}, None)], None, None).targets is None
+    assert [answer["label"] for answer in TASK.decoder.format_predictions(result, ["no", "yes"])] == ["yes", "no", "no"]
+    assert TASK.decoder.predictions(logits, [*rows[:2], Example({"input_ids": [1]}, None)], None, None).targets is None
 
 
 # with models
@@ -268,8 +270,8 @@ def test_a_row_gets_the_same_logits_alone_and_in_a_padded_batch(
     fix_padding(model, tokenizer)
     examples = TASK.encode([{"text": text, "label": "yes"} for text in gloss_texts[:8]], tokenizer, splits, 64)
     with torch.inference_mode():
-        together = model(**TASK.collate(examples, tokenizer)).logits
-        alone = torch.cat([model(**TASK.collate([example], tokenizer)).logits for example in examples])
+        together = model(**TASK.collator.collate(examples, tokenizer)).logits
+        alone = torch.cat([model(**TASK.collator.collate([example], tokenizer)).logits for example in examples])
     assert together.shape == (8, 3)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-6)
 
@@ -286,14 +288,14 @@ def test_the_whole_path_learns_on_real_glosses(kind: str, request: pytest.Fixtur
     model = load_model(place, TASK, splits)
     fix_padding(model, tokenizer)
     examples = TASK.encode(splits.train, tokenizer, splits, 64)
-    batch = TASK.collate(examples, tokenizer)
+    batch = TASK.collator.collate(examples, tokenizer)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(25):
         optimizer.zero_grad()
-        TASK.loss(model(**batch), batch).backward()
+        TASK.objective.loss(model(**batch), batch).backward()
         optimizer.step()
     with torch.inference_mode():
-        kept = TASK.per_row_outputs(TASK.forward(model, batch), batch)
-    scores = TASK.predictions(list(kept.split(1)), examples, None, None)
+        kept = TASK.objective.per_row_outputs(TASK.objective.forward(model, batch), batch)
+    scores = TASK.decoder.predictions(list(kept.split(1)), examples, None, None)
     assert (scores.scores.argmax(-1) == scores.targets).mean() > 0.9
     assert model.config.id2label == {0: "noun.animal", 1: "noun.cognition"}

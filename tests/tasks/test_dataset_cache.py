@@ -128,7 +128,7 @@ def test_a_second_start_has_the_very_same_rows_examples_and_findings(
         assert list(again.examples[split]) == list(plain.examples[split])
         assert all(one.row is None or type(one.row) is dict for one in again.examples[split])
     assert said == plain_said
-    assert (again.issues, again.prior_loss, again.task) == (plain.issues, plain.prior_loss, plain.task)
+    assert (again.findings, again.prior_loss, again.task) == (plain.findings, plain.prior_loss, plain.task)
 
 
 def _never(*_: Any) -> None:

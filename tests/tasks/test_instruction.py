@@ -123,7 +123,7 @@ def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer: Any, chat_t
     (chat,) = task.encode(rows, chat_tokenizer, None, 200)  # type: ignore[arg-type]
     assert trained(tokenizer, plain) == ["act </s>", "food </s>"]
     assert trained(chat_tokenizer, chat) == ["act <|im_end|>", "food <|im_end|>"]
-    assert task.reference(chat) == "food"
+    assert task.decoder.reference(chat) == "food"
     assert said(chat_tokenizer, chat.prompt or []).endswith("fruit <|im_end|> <|im_start|> assistant")
 
 
@@ -131,7 +131,7 @@ def test_the_end_token_is_trained_although_it_is_also_the_padding(tokenizer: Any
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     task = Instruction().for_model(load_config_of_llama())
     examples = task.encode([{"turns": TURNS[:2]}, {"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
-    batch = task.collate(examples, tokenizer)
+    batch = task.collator.collate(examples, tokenizer)
     short = examples[0].length
     assert batch["labels"][0, short - 1] == tokenizer.eos_token_id
     assert batch["attention_mask"][0].tolist() == [1] * short + [0] * (examples[1].length - short)
@@ -383,7 +383,7 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, str], said: s
 
 
 def test_load_config_is_causal(tiny_decoder: Path) -> None:
-    assert Instruction().for_model(load_config(str(tiny_decoder))).seq2seq == "causal"
+    assert Instruction().for_model(load_config(str(tiny_decoder))).layout == "causal"
 
 
 def test_a_template_that_adds_a_system_message_of_its_own_trains_the_answers_alone(tiny_decoder: Path) -> None:

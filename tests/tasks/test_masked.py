@@ -53,7 +53,7 @@ def test_special_tokens_are_never_hidden_and_every_row_has_a_place(tokenizer: An
 
 def test_of_the_hidden_most_become_the_mask_some_another_and_some_stay(tokenizer: Any) -> None:
     ids = torch.full((200, 50), 40)
-    hidden, labels = Masked(mask_probability=0.3)._hide(ids, tokenizer, torch.Generator().manual_seed(0))
+    hidden, labels = Masked(mask_probability=0.3).collator.hide(ids, tokenizer, torch.Generator().manual_seed(0))
     chosen = labels != IGNORED
     assert 0.28 < chosen.float().mean() < 0.32
     assert (labels[chosen] == 40).all()
@@ -77,10 +77,10 @@ def test_evaluation_hides_the_same_places_whatever_stands_around_a_row(tokenizer
 def test_training_hides_others_each_time_from_torchs_generator(tokenizer: Any, gloss_texts: list[str]) -> None:
     task, examples = Masked(), encoded(tokenizer, gloss_texts[:8])
     state = torch.get_rng_state()
-    one, two = task.collate_training(examples, tokenizer), task.collate_training(examples, tokenizer)
+    one, two = task.collator.collate_training(examples, tokenizer), task.collator.collate_training(examples, tokenizer)
     assert not torch.equal(one["labels"], two["labels"])
     torch.set_rng_state(state)
-    assert torch.equal(task.collate_training(examples, tokenizer)["input_ids"], one["input_ids"])
+    assert torch.equal(task.collator.collate_training(examples, tokenizer)["input_ids"], one["input_ids"])
     for batch in (one, two):
         whole = torch.where(batch["labels"] == IGNORED, batch["input_ids"], batch["labels"])
         texts = [tokenizer.decode(row, skip_special_tokens=True) for row in whole]

@@ -40,8 +40,8 @@ def rows(lengths: tuple[int, ...] = (9, 3, 6, 12, 2), seed: int = 0) -> list[Exa
 def learn(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     task = Causal()
     model.zero_grad()
-    outputs = task.forward(model, batch)
-    loss = task.loss(outputs, batch)
+    outputs = task.objective.forward(model, batch)
+    loss = task.objective.loss(outputs, batch)
     loss.backward()
     return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_rows_alone(family: str, method: str
     packed = pack(examples, TOKENIZER, 16)
     assert packed["input_ids"].shape == (3, 15)
     model.train()
-    alone, gradients = learn(model, Causal().collate(examples, TOKENIZER))
+    alone, gradients = learn(model, Causal().collator.collate(examples, TOKENIZER))
     together, packed_gradients = learn(model, packed)
     assert together == pytest.approx(alone, abs=1e-5)
     assert gradients.keys() == packed_gradients.keys()
@@ -119,7 +119,9 @@ def test_every_row_begins_anew_and_its_first_token_is_not_trained() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
     assert batch["labels"][0, 4] == IGNORED
     assert batch["labels"][1].tolist() == [IGNORED, examples[2].target[1], *[IGNORED] * 5]
-    assert Causal().num_targets(batch) == Causal().num_targets(Causal().collate(examples, TOKENIZER))
+    assert Causal().objective.num_targets(batch) == Causal().objective.num_targets(
+        Causal().collator.collate(examples, TOKENIZER)
+    )
 
 
 @pytest.mark.parametrize("task", ["classification", "masked"])

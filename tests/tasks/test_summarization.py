@@ -45,8 +45,8 @@ def test_prefix_by_family_and_the_tokenizers_own_labels(
     golden = tokenizer([prefix + row["document"] for row in ROWS], text_target=[row["summary"] for row in ROWS])
     assert [example.inputs["input_ids"] for example in examples] == golden["input_ids"]
     assert [example.target for example in examples] == golden["labels"]
-    assert [task.reference(example) for example in examples] == [row["summary"] for row in ROWS]
-    assert [task.source(example) for example in examples] == [row["document"] for row in ROWS]
+    assert [task.decoder.reference(example) for example in examples] == [row["summary"] for row in ROWS]
+    assert [task.decoder.source(example) for example in examples] == [row["document"] for row in ROWS]
 
 
 def test_a_chat_template_is_used_unless_told_not_to(text_model: Callable[[str], Path]) -> None:
@@ -78,7 +78,7 @@ def test_an_answer_ends_as_the_chat_template_ends_it(text_model: Callable[[str],
     assert tokenizer.decode(example.inputs["input_ids"][len(example.prompt) :]) == "A printer<|end|>\n"
     assert tokenizer.decode([token for token in example.target if token != IGNORED]) == "A printer<|end|>"
     assert task.encode([task.example_from_text(" It prints. ")], tokenizer, None, 100)[0].prompt == example.prompt
-    ends = task.generation_options(None, tokenizer, example)["eos_token_id"]
+    ends = task.generation.options(None, tokenizer, example)["eos_token_id"]
     assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}
 
 
@@ -157,8 +157,8 @@ def test_the_causal_loss_is_the_one_that_the_model_computes_itself(text_model: C
     task, tokenizer = on(text_model("llama"))
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(text_model("llama")).eval()
-    batch = task.collate(task.encode(ROWS, tokenizer, None, 128), tokenizer)
-    own = float(task.loss(task.forward(model, batch), batch))
+    batch = task.collator.collate(task.encode(ROWS, tokenizer, None, 128), tokenizer)
+    own = float(task.objective.loss(task.objective.forward(model, batch), batch))
     assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 

@@ -74,7 +74,7 @@ def test_the_language_stands_where_the_family_wants_it(family: str, text_model: 
     assert example.inputs["input_ids"][place] == codes.ids[source]
     assert example.target[place] == codes.ids[target]
     forced = "decoder_start_token_id" if family == "mbart" else "forced_bos_token_id"
-    assert task.generation_options(None, tokenizer, example)[forced] == codes.ids[target]
+    assert task.generation.options(None, tokenizer, example)[forced] == codes.ids[target]
 
 
 def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_as_it_was(
@@ -92,7 +92,7 @@ def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_
     assert [example.inputs["input_ids"][0] for example in examples] == [code["de_DE"], code["fr_XX"], code["de_DE"]]
     assert [example.target[0] for example in examples] == [code["en_XX"], code["de_DE"], code["en_XX"]]
     assert [example.row for example in examples] == rows
-    assert [task.generation_group(example) for example in examples] == ["en_XX", "de_DE", "en_XX"]
+    assert [task.generation.group(example) for example in examples] == ["en_XX", "de_DE", "en_XX"]
     assert (tokenizer.src_lang, tokenizer.tgt_lang) == before
     assert tokenizer("a")["input_ids"][0] == code[before[0]]
 
@@ -101,10 +101,10 @@ def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_
 def test_the_loss_is_the_one_that_the_model_computes_itself(family: str, text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model(family))
     model = AutoModelForSeq2SeqLM.from_pretrained(text_model(family)).eval()
-    batch = task.collate(task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 512), tokenizer)
-    own = float(task.loss(task.forward(model, batch), batch))
+    batch = task.collator.collate(task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 512), tokenizer)
+    own = float(task.objective.loss(task.objective.forward(model, batch), batch))
     assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)
-    assert task.num_targets(batch) == int((batch["labels"] != IGNORED).sum())
+    assert task.objective.num_targets(batch) == int((batch["labels"] != IGNORED).sum())
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="GRAFTWERK_TRAINED_MBART names no folder of a trained mBART")
@@ -133,7 +133,7 @@ def test_metrics_are_told_the_language_of_each_answer(
 ) -> None:
     task, tokenizer = on(text_model(family), **settings)
     examples = task.encode([{"source": "a", "target": "b", **row}], tokenizer, None, 64)
-    found = task.predictions([torch.ones(1, 2)], examples, 1.0, ["c"])
+    found = task.decoder.predictions([torch.ones(1, 2)], examples, 1.0, ["c"])
     assert found.languages == (None if language is None else (language,))
 
 
@@ -143,8 +143,8 @@ def test_without_targets_there_is_a_prompt_and_nothing_to_learn(text_model: Call
     known = task.encode(pairs("de_DE", "en_XX"), tokenizer, None, 512)
     assert [example.prompt for example in asked] == [example.prompt for example in known]
     assert {example.target for example in asked} == {None}
-    assert {task.reference(example) for example in asked} == {None}
-    assert [task.reference(example) for example in known] == [row["target"] for row in ROWS]
+    assert {task.decoder.reference(example) for example in asked} == {None}
+    assert [task.decoder.reference(example) for example in known] == [row["target"] for row in ROWS]
 
 
 def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(
@@ -272,14 +272,14 @@ def test_each_direction_has_figures_of_its_own(text_model: Callable[[str], Path]
     examples = task.encode(rows, tokenizer, None, 64)
     kept = [torch.ones(len(rows), 2)]
     texts = [row["target"] if row["target_lang"] == "en_XX" else "nichts" for row in rows]
-    found = task.predictions(kept, examples, 1.0, texts)
+    found = task.decoder.predictions(kept, examples, 1.0, texts)
     names = ["de_DE-en_XX", "en_XX-de_DE"]
     assert found.sets == tuple(names) * len(pairs("de_DE", "en_XX"))
     each = metrics_by_set(found, names=["exact_match"], resamples=100)
     assert [each[name]["exact_match"]["value"] for name in names] == [1.0, 0.0]
     assert metrics_of(found, names=["exact_match"], resamples=100)["exact_match"]["value"] == 0.5
     alone, _ = on(text_model("mbart50"))
-    assert alone.predictions(kept, examples, 1.0, texts).sets is None
+    assert alone.decoder.predictions(kept, examples, 1.0, texts).sets is None
 
 
 @pytest.mark.parametrize("family", ["bart", "marian"])

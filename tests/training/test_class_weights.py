@@ -35,25 +35,25 @@ def test_named_and_balanced_weights(bench: Bench) -> None:
     assert len(set(counts)) > 1
     weights = [balanced.weight_of(label) for label in range(3)]
     assert weights == pytest.approx([len(rows) / (3 * count) for count in counts])
-    batch = balanced.collate(rows, bench.tokenizer)
-    assert balanced.num_targets(batch) == pytest.approx(len(rows))
+    batch = balanced.collator.collate(rows, bench.tokenizer)
+    assert balanced.objective.num_targets(batch) == pytest.approx(len(rows))
 
 
 def test_the_loss_is_torchs_weighted_mean_with_smoothing_too(bench: Bench) -> None:
     from types import SimpleNamespace
 
     task = Classification().weighted([0.5, 1.0, 4.0])
-    batch = task.collate(bench.examples["train"][:8], bench.tokenizer)
+    batch = task.collator.collate(bench.examples["train"][:8], bench.tokenizer)
     logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-    loss = task.loss(SimpleNamespace(logits=logits), batch, 0.1)
+    loss = task.objective.loss(SimpleNamespace(logits=logits), batch, 0.1)
     expected = F.cross_entropy(logits, batch["labels"], weight=torch.tensor([0.5, 1.0, 4.0]), label_smoothing=0.1)
     assert torch.equal(loss, expected)
-    pieces = [task.collate(bench.examples["train"][a:b], bench.tokenizer) for a, b in ((0, 3), (3, 8))]
+    pieces = [task.collator.collate(bench.examples["train"][a:b], bench.tokenizer) for a, b in ((0, 3), (3, 8))]
     parts = [
-        float(task.loss(SimpleNamespace(logits=logits[a:b]), piece, 0.1)) * task.num_targets(piece)
+        float(task.objective.loss(SimpleNamespace(logits=logits[a:b]), piece, 0.1)) * task.objective.num_targets(piece)
         for (a, b), piece in zip(((0, 3), (3, 8)), pieces, strict=True)
     ]
-    assert sum(parts) / task.num_targets(batch) == pytest.approx(float(expected), abs=1e-6)
+    assert sum(parts) / task.objective.num_targets(batch) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut(bench: Bench, tmp_path: Path) -> None:

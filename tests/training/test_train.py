@@ -299,9 +299,9 @@ def test_without_validation_rows_the_last_state_is_handed_over(run_file: Build) 
 
 
 def test_a_run_that_diverges_says_so_and_keeps_what_was_good(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftwerk.tasks.classification import Classification
+    from graftwerk.tasks.objective import ClassObjective
 
-    real, calls = Classification.loss, []
+    real, calls = ClassObjective.loss, []
 
     def loss(self: Any, outputs: Any, batch: Any, smoothing: float = 0.0) -> Any:
         if not torch.is_grad_enabled():
@@ -309,7 +309,7 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_good(run_file: Build, mo
         calls.append(1)
         return real(self, outputs, batch, smoothing) * (float("nan") if len(calls) > 6 else 1.0)
 
-    monkeypatch.setattr(Classification, "loss", loss)
+    monkeypatch.setattr(ClassObjective, "loss", loss)
     events: list[Event] = []
     with pytest.raises(DivergedError) as caught:
         train(run_file(max_bad_steps=2), listener=events.append)

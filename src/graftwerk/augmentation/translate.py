@@ -188,7 +188,7 @@ def _batches(settings: Generation, loaded: Loaded, questions: Sequence[Question]
     asked = sorted(zip(distinct, examples, strict=True), key=lambda pair: (-len(pair[1].prompt or ()), pair[0].key))
     groups: dict[Any, list[Asked]] = {}
     for question, example in asked:
-        groups.setdefault(loaded.task.generation_group(example), []).append((question, example))
+        groups.setdefault(loaded.task.generation.group(example), []).append((question, example))
     size = max(1, settings.batch_size // n)
     for group in sorted(groups.values(), key=lambda pairs: pairs[0][0].key):
         for start in range(0, len(group), size):
@@ -223,19 +223,20 @@ def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked
         own_search(model, task, tokenizer),
     ):
         tensors = {
-            name: tensor.to(device_of(model)) for name, tensor in task.collate_prompts(prompts, tokenizer).items()
+            name: tensor.to(device_of(model))
+            for name, tensor in task.generation.collate_prompts(prompts, tokenizer).items()
         }
-        written = model.generate(**tensors, **options, **task.generation_options(model, tokenizer, batch[0][1]))
-    tokens = task.new_tokens(written, tensors).tolist()
+        written = model.generate(**tensors, **options, **task.generation.options(model, tokenizer, batch[0][1]))
+    tokens = task.generation.new_tokens(written, tensors).tolist()
     ends = _end_tokens(model, tokenizer)
     answers = []
     for place, limit in enumerate(limits):
         texts = []
         for row in tokens[place * n : (place + 1) * n]:
-            first = 1 if task.seq2seq == "encoder-decoder" else 0  # a decoder's start token may be an end token
+            first = 1 if task.layout == "encoder-decoder" else 0  # a decoder's start token may be an end token
             end = next((at for at in range(first, len(row)) if row[at] in ends), None)
             kept = row if end is None else row[: end + 1]
-            texts.append([task.decode(kept, tokenizer), end is not None and end - first < limit])
+            texts.append([task.generation.decode(kept, tokenizer), end is not None and end - first < limit])
         answers.append(texts)
     return answers
 
@@ -249,7 +250,7 @@ def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
     positions = position_limit(loaded.model.config)
     if positions is None:
         return limit
-    taken = given + positions_taken(loaded.model) if loaded.task.seq2seq == "causal" else 1
+    taken = given + positions_taken(loaded.model) if loaded.task.layout == "causal" else 1
     return max(1, min(limit, positions - taken))
 
 

@@ -65,7 +65,7 @@ def _pass(model: Any, task: Task, rows: Sequence[Example], tokenizer: Any) -> fl
     device = device_of(model)
     _wait(device)
     started = time.perf_counter()
-    task.forward(model, to_device(task.collate(rows, tokenizer), model))
+    task.objective.forward(model, to_device(task.collator.collate(rows, tokenizer), model))
     _wait(device)
     return time.perf_counter() - started
 

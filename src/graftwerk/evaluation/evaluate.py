@@ -219,7 +219,7 @@ def predict(
     )
     if not found.finite:
         refuse_broken_base(opened.model, trained=True)
-    predictions = opened.task.format_predictions(found, opened.labels or None)
+    predictions = opened.task.decoder.format_predictions(found, opened.labels or None)
     if data is not None:
         sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
@@ -280,7 +280,7 @@ def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> 
 
 def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
     """What an answer of a file's row stands beside."""
-    return {"source": task.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
+    return {"source": task.decoder.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
 
 
 def _texts(

@@ -96,14 +96,14 @@ def _write(
     settings: EvaluationSettings,
     most: int,
 ) -> list[str]:
-    batch = task.collate_prompts([example.prompt or [] for example in examples], tokenizer)
+    batch = task.generation.collate_prompts([example.prompt or [] for example in examples], tokenizer)
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     options: dict[str, Any] = {"max_new_tokens": most, "num_beams": settings.num_beams, "do_sample": False}
     options["max_length"] = None  # its default is not to count beside `max_new_tokens`
     if settings.num_beams > 1:
         options["length_penalty"] = settings.length_penalty
-    written = model.generate(**batch, **options, **task.generation_options(model, tokenizer, examples[0]))
-    return [task.decode(tokens, tokenizer) for tokens in task.new_tokens(written, batch).tolist()]
+    written = model.generate(**batch, **options, **task.generation.options(model, tokenizer, examples[0]))
+    return [task.generation.decode(tokens, tokenizer) for tokens in task.generation.new_tokens(written, batch).tolist()]
 
 
 def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) -> list[list[int]]:
@@ -111,7 +111,7 @@ def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) ->
     groups: dict[Any, list[int]] = {}
     for row in sorted(range(len(examples)), key=lambda row: _length(examples[row]), reverse=True):
         if rooms[row] > 0:
-            groups.setdefault((task.generation_group(examples[row]), rooms[row]), []).append(row)
+            groups.setdefault((task.generation.group(examples[row]), rooms[row]), []).append(row)
     return list(groups.values())
 
 
@@ -120,7 +120,7 @@ def _rooms(model: Any, task: TextTask, examples: Sequence[Example], limit: int) 
     positions = position_limit(model.config)
     if positions is None:
         return [limit] * len(examples)
-    if task.seq2seq == "causal":
+    if task.layout == "causal":
         virtual = positions_taken(model)
         return [positions - virtual - _length(example) for example in examples]
     return [positions - 1] * len(examples)  # the decoder's own table, less the token that it starts from

@@ -52,13 +52,13 @@ def run_model(
     with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
         for rows in batches_of(examples, batch_size):
             chosen = [examples[row] for row in rows]
-            batch = to_device(task.collate(chosen, tokenizer), model)
+            batch = to_device(task.collator.collate(chosen, tokenizer), model)
             with nullcontext() if serve is None else serve(chosen, batch):
-                outputs = task.forward(model, batch)
+                outputs = task.objective.forward(model, batch)
             if "labels" in batch:
-                losses.append(float(task.loss(outputs, batch)))
-                weights.append(task.num_targets(batch))
-            answered = task.per_row_outputs(outputs, batch)
+                losses.append(float(task.objective.loss(outputs, batch)))
+                weights.append(task.objective.num_targets(batch))
+            answered = task.objective.per_row_outputs(outputs, batch)
             for place, row in enumerate(rows):
                 answers[row] = answered[place : place + 1]
             if on_progress is not None:
@@ -68,7 +68,7 @@ def run_model(
     known = len(examples) > 0 and all(target is not None for target in targets)
     total = sum(weights)
     loss = sum(x * w for x, w in zip(losses, weights, strict=True)) / total if known and total else None
-    return task.predictions([answer for answer in answers if answer is not None], examples, loss, texts)
+    return task.decoder.predictions([answer for answer in answers if answer is not None], examples, loss, texts)
 
 
 def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:

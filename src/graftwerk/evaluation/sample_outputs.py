@@ -59,8 +59,8 @@ def before_and_after(
             pass
     return [
         {
-            "source": task.source(examples[row]),
-            "reference": task.reference(examples[row]),
+            "source": task.decoder.source(examples[row]),
+            "reference": task.decoder.reference(examples[row]),
             "before": own,
             "after": predictions.texts[row],
         }

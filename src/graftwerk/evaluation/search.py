@@ -67,7 +67,7 @@ def _task_needs(theirs: Any, task: TextTask, tokenizer: Any) -> dict[str, Any]:
     """
     needed: dict[str, Any] = {}
     first = theirs.forced_bos_token_id
-    if first is not None and task.seq2seq == "encoder-decoder":
+    if first is not None and task.layout == "encoder-decoder":
         target = tokenizer(text_target="a")["input_ids"]
         if target[:1] == [first]:
             needed["forced_bos_token_id"] = first

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.tasks.example import IGNORED
 from graftwerk.tasks.template import Rendered, Template, Turn
-from graftwerk.tasks.text import IGNORED
 
 Span = tuple[int, int]
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
-from torch.nn import functional as F
 
 from graftwerk.data.checks import check_labels
 from graftwerk.data.fields import label_part, text_part
@@ -22,10 +20,14 @@ from graftwerk.data.settings import DataSettings, shown
 from graftwerk.data.splits_reader import RowFormat, read_splits, read_unanswered
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import DataError
-from graftwerk.tasks.base import Example, Issue, Predictions, Row, Splits, Task, splits_of, splits_of_stream
+from graftwerk.tasks.base import Issue, Task
+from graftwerk.tasks.collator import ClassCollator, Collator
+from graftwerk.tasks.decoder import ClassDecoder, Decoder
+from graftwerk.tasks.example import Example, Row
 from graftwerk.tasks.example_checks import special_notes, special_words
-from graftwerk.tasks.predictions import ClassPredictions
-from graftwerk.tasks.tokenization import encode_texts, pad
+from graftwerk.tasks.objective import ClassObjective, Objective
+from graftwerk.tasks.splits import Splits, splits_of, splits_of_stream
+from graftwerk.tasks.tokenization import encode_texts
 
 READING = RowFormat({"text": text_part, "label": label_part}, key="text", stratify="label", answers=("label",))
 
@@ -110,23 +112,17 @@ class Classification(Task):
 
         return AutoModelForSequenceClassification
 
-    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` and the like (rows, longest row); `labels` (rows,) if all have a target."""
-        batch = pad([example.inputs for example in examples], tokenizer)
-        if all(example.target is not None for example in examples):
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
-        return batch
+    @property
+    def collator(self) -> Collator:
+        return ClassCollator()
 
-    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Mean cross-entropy over the rows of the batch, in float32 whatever the model computes in; with class weights
-        the weighted mean, as torch has it.
-        """
-        weights = None if self._class_weights is None else self._class_weights.to(outputs.logits.device)
-        return F.cross_entropy(outputs.logits.float(), batch["labels"], weight=weights, label_smoothing=label_smoothing)
+    @property
+    def objective(self) -> Objective:
+        return ClassObjective(self._class_weights)
 
-    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
-        labels = batch["labels"]
-        return labels.numel() if self._class_weights is None else float(self._class_weights[labels.cpu()].sum())
+    @property
+    def decoder(self) -> Decoder:
+        return ClassDecoder()
 
     def weight_of(self, label: int) -> float:
         """What a row of this class counts."""
@@ -141,32 +137,6 @@ class Classification(Task):
         bound = self.model_copy()
         bound._class_weights = torch.tensor(weights, dtype=torch.float32)
         return bound
-
-    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The logits, (rows, classes)."""
-        logits: Tensor = outputs.logits.detach().float().cpu()
-        return logits
-
-    def predictions(
-        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
-    ) -> ClassPredictions:
-        """Softmax over the classes, in float64 so that a row's scores add up to one."""
-        together = torch.cat(list(kept)) if len(kept) else torch.zeros(0, 0)
-        scores = together.double().softmax(-1).numpy()
-        targets = [example.target for example in examples]
-        known = bool(targets) and all(target is not None for target in targets)
-        return ClassPredictions(loss, scores, np.asarray(targets, dtype=np.int64) if known else None)
-
-    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
-        assert isinstance(predictions, ClassPredictions)
-        names = labels or [str(index) for index in range(predictions.scores.shape[1])]
-        return [
-            {
-                "label": names[int(scores.argmax())],
-                "scores": {name: float(score) for name, score in zip(names, scores, strict=True)},
-            }
-            for scores in predictions.scores
-        ]
 
 
 def rows_for_prediction(

@@ -11,7 +11,7 @@ import torch
 from graftwerk.data.findings import Issue
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.chat import Encoded
-from graftwerk.tasks.text import IGNORED
+from graftwerk.tasks.example import IGNORED
 
 MASKED = "labels-all-masked"
 ENDLESS = "end-untrained"
@@ -139,7 +139,7 @@ def _is_trained(target: Sequence[int], task: Task | None) -> bool:
         return True
     if task is None or not target:
         return any(label != IGNORED for label in target)
-    return bool(task.num_targets({"labels": torch.tensor([target])}))
+    return bool(task.objective.num_targets({"labels": torch.tensor([target])}))
 
 
 def _finding(code: str, split: str, rows: int, first: int, count: int, where: Callable[[int], str] | None) -> Issue:

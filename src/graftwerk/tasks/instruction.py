@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any, ClassVar
 
@@ -12,9 +13,12 @@ from graftwerk.data.fields import label_part
 from graftwerk.data.formats import asked_of, conversation, question, recognise
 from graftwerk.data.splits_reader import RowFormat
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.chat import encode_conversations, end_ids
+from graftwerk.tasks.decoder import TextDecoder
+from graftwerk.tasks.example import Example, Row
 from graftwerk.tasks.example_checks import example_notes, special_words
+from graftwerk.tasks.generation import Generation
+from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.template import Choice, template_for
 from graftwerk.tasks.text import Layout, TextTask
 
@@ -141,7 +145,20 @@ class Instruction(TextTask):
             return [["system", self.system], *turns]
         return turns
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> TextDecoder:
+        return ConversationDecoder()
+
+    @property
+    def generation(self) -> Generation:
+        return ConversationGeneration(self._layout, self.template)
+
+
+@dataclass(frozen=True)
+class ConversationDecoder(TextDecoder):
+    """Answers to conversations, compared with the last turn."""
 
     def reference(self, example: Example) -> str | None:
         if example.row is None or example.target is None:
@@ -152,9 +169,20 @@ class Instruction(TextTask):
     def source(self, example: Example) -> str | None:
         return None if example.row is None else asked_of(example.row["turns"])
 
-    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class ConversationGeneration(Generation):
+    """Generation that ends where a conversation's template ends a turn.
+
+    Attributes:
+        template: The choice of the template, as in the task's settings.
+    """
+
+    template: Choice
+
+    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
         ends = end_ids(template_for(tokenizer, self.template), tokenizer)
-        return {**super().generation_options(model, tokenizer, example), "eos_token_id": ends}
+        return {**super().options(model, tokenizer, example), "eos_token_id": ends}
 
 
 def fields_of(text: str) -> tuple[str, ...]:

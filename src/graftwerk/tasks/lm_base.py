@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -13,6 +14,7 @@ from graftwerk.data.splits_reader import RowFormat
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.base import Example, Predictions, Row, Splits
 from graftwerk.tasks.chunking import text_blocks
+from graftwerk.tasks.decoder import TextDecoder
 from graftwerk.tasks.example_checks import BLOCKS, special_notes, special_words
 from graftwerk.tasks.text import TextTask
 
@@ -60,11 +62,30 @@ class LanguageModelingTask(TextTask):
     def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
         """One block, with what is trained of it."""
 
+    @property
+    def decoder(self) -> TextDecoder:
+        return PlainTextDecoder(self.title)
+
+
+@dataclass(frozen=True)
+class PlainTextDecoder(TextDecoder):
+    """Likelihoods of plain text; nothing is generated.
+
+    Attributes:
+        title: The title of the task, for messages.
+    """
+
+    title: str
+
     def source(self, example: Example) -> str | None:
         return None if example.row is None else str(example.row["text"])
 
     def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
-        """Raises UnsupportedError: a text is scored, not answered."""
+        """Raise UnsupportedError, since a text is scored and not answered.
+
+        Raises:
+            UnsupportedError: Always.
+        """
         raise UnsupportedError(
             f"{self.title.lower()} gives no answers, only likelihoods",
             hint="graftwerk evaluate ... --data gives the perplexity of texts",

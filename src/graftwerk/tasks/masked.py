@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,9 +21,10 @@ from pydantic import Field
 from torch import Tensor
 
 from graftwerk.errors import ModelError, UnsupportedError
-from graftwerk.tasks.base import Example, Row
+from graftwerk.tasks.collator import TextCollator
+from graftwerk.tasks.example import IGNORED, Example, Row
 from graftwerk.tasks.lm_base import LanguageModelingTask
-from graftwerk.tasks.text import IGNORED
+from graftwerk.tasks.token_objective import SameTokenObjective, TokenObjective
 from graftwerk.tasks.tokenization import pad
 
 MASK, RANDOM = 0.8, 0.1
@@ -63,27 +65,59 @@ class Masked(LanguageModelingTask):
         return list(whole[:begin]), list(whole[begin + len(text) :])
 
     def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
-        """With the places hidden that evaluation hides."""
+        """Return a block with the places hidden that evaluation hides."""
         digest = hashlib.blake2b(torch.tensor(ids).numpy().tobytes(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        hidden, labels = self._hide(torch.tensor([ids]), tokenizer, generator)
+        hidden, labels = self.collator.hide(torch.tensor([ids]), tokenizer, generator)
         return Example({"input_ids": hidden[0].tolist()}, labels[0].tolist(), lost, row=row, notes=notes)
 
+    @property
+    def collator(self) -> MaskingCollator:
+        return MaskingCollator(self.mask_probability)
+
+    @property
+    def objective(self) -> TokenObjective:
+        return SameTokenObjective()
+
+
+@dataclass(frozen=True)
+class MaskingCollator(TextCollator):
+    """Batches with places hidden; those of training hide other places each time.
+
+    Attributes:
+        mask_probability: Share of the text's tokens that are to be predicted, 0 to 1.
+    """
+
+    redraws: ClassVar[bool] = True
+
+    mask_probability: float
+
     def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-        """As `collate`, with other places hidden each time; draws from torch's generator."""
-        rows = [{"input_ids": _shown(example)} for example in examples]
-        batch = pad(rows, tokenizer)
-        batch["input_ids"], batch["labels"] = self._hide(batch["input_ids"], tokenizer, None, batch["attention_mask"])
+        batch = pad([{"input_ids": _shown(example)} for example in examples], tokenizer)
+        batch["input_ids"], batch["labels"] = self.hide(batch["input_ids"], tokenizer, None, batch["attention_mask"])
         return batch
 
-    def _hide(
+    def hide(
         self, ids: Tensor, tokenizer: Any, generator: torch.Generator | None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(B, T) ids with some hidden, and (B, T) labels; every row with a token of text has a place to tell."""
+        """Hide tokens; every row with a token of text has at least one to predict.
+
+        Args:
+            ids: Token ids, (B, T).
+            tokenizer: It names the mask token and the special tokens, which are never hidden.
+            generator: Source of random numbers, or None for torch's global one.
+            seen: (B, T), 0 for padding; None if there is no padding.
+
+        Returns:
+            The ids with some hidden, and the labels, each (B, T).
+
+        Raises:
+            ModelError: The tokenizer has no mask token.
+        """
         if tokenizer.mask_token_id is None:
             raise ModelError("the tokenizer has no mask token, so nothing can be hidden", where="model")
         special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
-        eligible = ~torch.isin(ids, torch.tensor(special))
+        eligible = ~torch.isin(ids, torch.tensor(special))  # (B, T)
         if seen is not None:
             eligible &= seen.bool()
         drawn = torch.rand(ids.shape, generator=generator).masked_fill(~eligible, 2.0)
@@ -94,12 +128,6 @@ class Masked(LanguageModelingTask):
         replaced = torch.randint(len(tokenizer), ids.shape, generator=generator)
         hidden = torch.where(chosen & (action < MASK), torch.full_like(ids, tokenizer.mask_token_id), ids)
         return torch.where(chosen & (action >= MASK) & (action < MASK + RANDOM), replaced, hidden), labels
-
-    def _predicting(self, labels: Tensor) -> Tensor:
-        return labels != IGNORED
-
-    def _wanted(self, labels: Tensor) -> Tensor:
-        return labels[labels != IGNORED]
 
 
 def _shown(example: Example) -> list[int]:

@@ -6,8 +6,8 @@ tokens, one padding and one model serve them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -20,15 +20,21 @@ from graftwerk.data.settings import DataSettings, SetSettings, plain, shown
 from graftwerk.data.split import fold
 from graftwerk.data.splits_reader import RowFormat, fingerprint_of
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.tasks.base import Example, Row, Splits, Task
+from graftwerk.tasks.base import Task
+from graftwerk.tasks.collator import Collator
+from graftwerk.tasks.decoder import TextDecoder
+from graftwerk.tasks.example import Example, Row
+from graftwerk.tasks.generation import Generation
 from graftwerk.tasks.predictions import Predictions, TextPredictions
+from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.text import TextTask
+from graftwerk.tasks.token_objective import TokenObjective
 
 SET = "set"
 """The part of a row that names its set."""
 SPLITS = ("train", "validation", "test")
-SHARED = ("collate", "forward", "loss", "num_targets", "per_row_outputs", "auto_class", "collate_training")
-"""What one step does for all its rows: tasks that do it in different ways cannot be learnt together."""
+SHARED = ("collator", "objective")
+"""The parts that one step uses for all its rows: tasks in which they differ cannot be learnt together."""
 
 
 class Multitask(TextTask):
@@ -49,7 +55,7 @@ class Multitask(TextTask):
         for task in self.tasks.values():
             if not isinstance(task, TextTask) or isinstance(task, Multitask):
                 raise ValueError(f"`{task.name}` is no task in which a model writes text, so it cannot be mixed")
-            differ = [name for name in SHARED if getattr(type(task), name) is not getattr(type(first), name)]
+            differ = [part for part in SHARED if getattr(task, part) != getattr(first, part)]
             if differ:
                 raise ValueError(f"`{task.name}` and `{first.name}` are trained in different ways ({differ[0]})")
         return self
@@ -86,16 +92,8 @@ class Multitask(TextTask):
     def _with(self, tasks: dict[str, Task]) -> Self:
         return self.model_copy(update={"tasks": tasks})
 
-    def task_of(self, row: Mapping[str, Any] | None) -> TextTask:
-        task = self.tasks[self._set_of(row)]
-        assert isinstance(task, TextTask)
-        return task
-
-    def _set_of(self, row: Mapping[str, Any] | None) -> str:
-        name = str((row or {}).get(SET) or next(iter(self.tasks)))
-        if name not in self.tasks:
-            raise DataError(f"a row is of the set `{name}`, and there are: {', '.join(self.tasks)}", where=SET)
-        return name
+    def _text_tasks(self) -> dict[str, TextTask]:
+        return {name: task for name, task in self.tasks.items() if isinstance(task, TextTask)}
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -175,7 +173,7 @@ class Multitask(TextTask):
         """
         where: dict[str, list[int]] = {}
         for at, row in enumerate(rows):
-            where.setdefault(self._set_of(row), []).append(at)
+            where.setdefault(set_of(row, self.tasks), []).append(at)
         placed: list[tuple[int, Example]] = []
         for name, places in where.items():
             made = self.tasks[name].encode([rows[at] for at in places], tokenizer, splits, max_length)
@@ -186,55 +184,90 @@ class Multitask(TextTask):
             ]
         return [example for _, example in sorted(placed, key=lambda pair: pair[0])]
 
-    # -- what the tasks share, and what each does for its rows ---------------------------------------------------------
+    # -- parts: the first task's, which all share, and those that choose by row ------------------------------------
 
-    def auto_class(self) -> Any:
-        return self.first.auto_class()
+    @property
+    def collator(self) -> Collator:
+        return self.first.collator
 
-    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-        return self.first.collate(examples, tokenizer)
+    @property
+    def objective(self) -> TokenObjective:
+        return self.first.objective
 
-    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
-        return self.first.collate_training(examples, tokenizer)
+    @property
+    def decoder(self) -> TextDecoder:
+        return MultitaskDecoder({name: task.decoder for name, task in self._text_tasks().items()})
 
-    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        return self.first.forward(model, batch)
+    @property
+    def generation(self) -> Generation:
+        return MultitaskGeneration(self._layout, {name: task.generation for name, task in self._text_tasks().items()})
 
-    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        return self.first.loss(outputs, batch, label_smoothing)
 
-    def num_targets(self, batch: Mapping[str, Tensor]) -> int:
-        return self.first.num_targets(batch)
+@dataclass(frozen=True)
+class MultitaskDecoder(TextDecoder):
+    """Each row by the decoder of its data set.
 
-    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.first.per_row_outputs(outputs, batch)
+    Attributes:
+        decoders: Decoders by the names of their data sets.
+    """
 
-    def predictions(
-        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
-    ) -> TextPredictions:
-        found = super().predictions(kept, examples, loss, texts)
-        return replace(found, sets=tuple(self._set_of(example.row) for example in examples))
-
-    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
-        return self.first.format_predictions(predictions, labels)
+    decoders: Mapping[str, TextDecoder]
 
     def reference(self, example: Example) -> str | None:
-        return self.task_of(example.row).reference(example)
+        return self._of(example).reference(example)
 
     def source(self, example: Example) -> str | None:
-        return self.task_of(example.row).source(example)
+        return self._of(example).source(example)
 
     def language(self, example: Example) -> str | None:
-        return self.task_of(example.row).language(example)
+        return self._of(example).language(example)
 
-    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
-        return self.task_of(example.row).generation_options(model, tokenizer, example)
+    def predictions(
+        self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> TextPredictions:
+        found = super().predictions(outputs, examples, loss, texts)
+        return replace(found, sets=tuple(set_of(example.row, self.decoders) for example in examples))
 
-    def collate_prompts(self, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Tensor]:
-        return self.first.collate_prompts(prompts, tokenizer)
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        return next(iter(self.decoders.values())).format_predictions(predictions, labels)
 
-    def decode(self, tokens: Sequence[int], tokenizer: Any) -> str:
-        return self.first.decode(tokens, tokenizer)
+    def _of(self, example: Example) -> TextDecoder:
+        return self.decoders[set_of(example.row, self.decoders)]
+
+
+@dataclass(frozen=True)
+class MultitaskGeneration(Generation):
+    """Each row by the generation settings of its data set.
+
+    Attributes:
+        parts: Generation parts by the names of their data sets.
+    """
+
+    parts: Mapping[str, Generation]
+
+    def group(self, example: Example) -> Hashable:
+        """Return the data set and its own group: other data sets may end answers or start them otherwise."""
+        name = set_of(example.row, self.parts)
+        return name, self.parts[name].group(example)
+
+    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        return self.parts[set_of(example.row, self.parts)].options(model, tokenizer, example)
+
+
+def set_of(row: Mapping[str, Any] | None, names: Mapping[str, Any]) -> str:
+    """Return the name of a row's data set; a row without one is taken to be of the first.
+
+    Args:
+        row: The row, or None if it is not known.
+        names: Anything by the names of the data sets.
+
+    Raises:
+        DataError: The row names a data set that there is not.
+    """
+    name = str((row or {}).get(SET) or next(iter(names)))
+    if name not in names:
+        raise DataError(f"a row is of the set `{name}`, and there are: {', '.join(names)}", where=SET)
+    return name
 
 
 def names_of(sets: Sequence[SetSettings]) -> tuple[str, ...]:

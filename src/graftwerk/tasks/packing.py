@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.base import Example, Task
-from graftwerk.tasks.text import IGNORED
+from graftwerk.tasks.example import IGNORED
 
 TOLERANCE = 1e-3
 """Largest difference of two logits, against the largest logit; another row seen makes a thousand times more."""
@@ -80,7 +80,7 @@ def check_packing(model: Any, task: Task, examples: Sequence[Example], tokenizer
     training = model.training
     model.eval()
     try:
-        alone = [_logits(model, task, task.collate([example], tokenizer), device) for example in short]
+        alone = [_logits(model, task, task.collator.collate([example], tokenizer), device) for example in short]
         together = _logits(model, task, pack(short, tokenizer, 2 * TRIED_TOKENS), device)
     finally:
         model.train(training)
@@ -103,5 +103,7 @@ def _every_label(example: Example) -> Example:
 
 
 def _logits(model: Any, task: Task, batch: dict[str, Tensor], device: torch.device) -> Tensor:
-    logits: Tensor = task.forward(model, {name: tensor.to(device) for name, tensor in batch.items()}).logits.float()
+    logits: Tensor = task.objective.forward(
+        model, {name: tensor.to(device) for name, tensor in batch.items()}
+    ).logits.float()
     return logits

@@ -12,8 +12,8 @@ from typing import Any
 
 from graftwerk.errors import ConfigError, IntegrityError, ModelError
 from graftwerk.tasks.chat import Encoded, encode_conversations, end_ids
+from graftwerk.tasks.example import IGNORED
 from graftwerk.tasks.template import ModelTemplate, template_for
-from graftwerk.tasks.text import IGNORED
 
 ANSWER_SHARE = 4
 """Of the tokens of a row, one in so many is left for an answer that is not known yet."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any, ClassVar, Self
 
@@ -18,9 +19,12 @@ from pydantic import Field
 from graftwerk.data.fields import text_part
 from graftwerk.data.splits_reader import RowFormat
 from graftwerk.errors import ConfigError, DataError, UnsupportedError
-from graftwerk.tasks.base import Example, Row, Splits
+from graftwerk.tasks.decoder import TextDecoder
+from graftwerk.tasks.example import Example, Row
 from graftwerk.tasks.example_checks import example_notes, special_notes, special_words
+from graftwerk.tasks.generation import Generation
 from graftwerk.tasks.prompt_format import WITHOUT, Fill, PromptFormat, check_frame
+from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.tokenization import encode_texts
 
@@ -52,7 +56,7 @@ class Seq2SeqTask(TextTask):
             UnsupportedError: a model that does not write.
         """
         bound = super().for_model(architecture)
-        if bound.seq2seq == "causal":
+        if bound.layout == "causal":
             _refuse_encoder(architecture, self.title)
             if self.prefix is not None:
                 raise ConfigError(
@@ -97,7 +101,7 @@ class Seq2SeqTask(TextTask):
             DataError: the model's chat template does not take a row.
             IntegrityError, ModelError, UnsupportedError: the chat template or tokenizer cannot be used.
         """
-        if self.seq2seq == "causal":
+        if self.layout == "causal":
             return self._causal(rows, tokenizer, splits, max_length)
         return self.encode_pairs(rows, [""] * len(rows), tokenizer, max_length)
 
@@ -127,7 +131,7 @@ class Seq2SeqTask(TextTask):
 
     def _causal(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
         read, written = self.parts[:2]
-        asking = self._asking(tokenizer)
+        asking = PromptFormat(tokenizer, chat=self.chat)
         fills = [self._fill(self.words(row, tokenizer)) for row in rows]
         frames = dict.fromkeys(dict.fromkeys(fill("") for fill in fills), 0)
         for empty, one in zip(frames, asking.encode(list(frames), [None] * len(frames)), strict=True):
@@ -154,22 +158,51 @@ class Seq2SeqTask(TextTask):
     def _fill(self, values: dict[str, str]) -> Fill:
         return lambda text: str(self.template).format(**{self.parts[0]: text}, **values)
 
-    def _asking(self, tokenizer: Any) -> PromptFormat:
-        return PromptFormat(tokenizer, chat=self.chat)
+    # -- parts -----------------------------------------------------------------------------------------------------
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
+    @property
+    def decoder(self) -> TextDecoder:
+        return PairDecoder(*self.parts[:2])
+
+    @property
+    def generation(self) -> Generation:
+        return PairGeneration(self._layout, self.chat)
+
+
+@dataclass(frozen=True)
+class PairDecoder(TextDecoder):
+    """Answers from one part of a row, compared with another.
+
+    Attributes:
+        read: The part that is answered.
+        written: The part with the right answer.
+    """
+
+    read: str
+    written: str
 
     def reference(self, example: Example) -> str | None:
-        answer = (example.row or {}).get(self.parts[1])
+        answer = (example.row or {}).get(self.written)
         return None if answer is None else str(answer)
 
     def source(self, example: Example) -> str | None:
-        return str((example.row or {}).get(self.parts[0], ""))
+        return str((example.row or {}).get(self.read, ""))
 
-    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
-        options = super().generation_options(model, tokenizer, example)
-        if self.seq2seq == "causal":
-            options["eos_token_id"] = self._asking(tokenizer).end_ids()
+
+@dataclass(frozen=True)
+class PairGeneration(Generation):
+    """Generation that ends where a request's answer ends.
+
+    Attributes:
+        chat: True if causal models read requests as a user's turn, in their own chat template.
+    """
+
+    chat: bool
+
+    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        options = super().options(model, tokenizer, example)
+        if self.layout == "causal":
+            options["eos_token_id"] = PromptFormat(tokenizer, chat=self.chat).end_ids()
         return options
 
 

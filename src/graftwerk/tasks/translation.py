@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator
@@ -19,7 +19,9 @@ from graftwerk.data.fields import text_part
 from graftwerk.data.settings import DataSettings
 from graftwerk.data.splits_reader import RowFormat, fingerprint_of
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.tasks.base import Example, Row, Splits
+from graftwerk.tasks.decoder import TextDecoder
+from graftwerk.tasks.example import Example, Row
+from graftwerk.tasks.generation import Generation
 from graftwerk.tasks.language_codes import (
     LanguageCodes,
     check_code,
@@ -30,7 +32,8 @@ from graftwerk.tasks.language_codes import (
     name_or_error,
 )
 from graftwerk.tasks.predictions import TextPredictions
-from graftwerk.tasks.seq2seq import Seq2SeqTask, check_fields, fields_in
+from graftwerk.tasks.seq2seq import PairDecoder, PairGeneration, Seq2SeqTask, check_fields, fields_in
+from graftwerk.tasks.splits import Splits
 
 SIDES = ("source_lang", "target_lang")
 
@@ -130,7 +133,7 @@ class Translation(Seq2SeqTask):
 
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
         """English names, for those languages that prefix or template mention."""
-        wanted = fields_in(self.template if self.seq2seq == "causal" else self.prefix)
+        wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
         return {
             side: name_or_error(self._language(row, side), setting=side, given=row.get(side) is None, where=_said(row))
             for side in SIDES
@@ -143,7 +146,7 @@ class Translation(Seq2SeqTask):
             ConfigError, DataError: a language is not said, or unknown to the tokenizer (all that it knows are listed);
                 both directions with a model that cannot tell them apart.
         """
-        if self.seq2seq == "causal":
+        if self.layout == "causal":
             self._check_told(None)
             return super().encode(rows, tokenizer, splits, max_length)
         codes = codes_of(tokenizer)
@@ -171,24 +174,14 @@ class Translation(Seq2SeqTask):
         return self._language(row, SIDES[0]) if codes.both else "", self._language(row, SIDES[1])
 
     def _language(self, row: Row, side: str) -> str:
-        code = self._code(row, side)
-        if code is None:
-            raise ConfigError(
-                f"nothing says the {side.partition('_')[0]} language of a row",
-                where=f"task.{side}, or the column {side}",
-                hint="name it in the run file (task: {name: translation, source_lang: ..., target_lang: ...}), or "
-                "give rows with such columns",
-            )
-        return code
+        return _known(self._code(row, side), side)
 
-    def _code(self, row: Row | None, side: str) -> str | None:
-        """A row's own language, else that of the settings."""
-        code: str | None = (row or {}).get(side) or getattr(self, side)
-        return code
+    def _code(self, row: Row, side: str) -> str | None:
+        return _code(row, side, getattr(self, side))
 
     def _check_told(self, codes: LanguageCodes | None) -> None:
         told = codes is not None or "target_lang" in fields_in(
-            self.template if self.seq2seq == "causal" else self.prefix
+            self.template if self.layout == "causal" else self.prefix
         )
         if self.both_directions and not told:
             raise ConfigError(
@@ -211,36 +204,93 @@ class Translation(Seq2SeqTask):
                         hint="use the model of this pair, or other rows",
                     )
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
+    # -- parts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def decoder(self) -> TextDecoder:
+        return TranslationDecoder("source", "target", self.source_lang, self.target_lang, self.both_directions)
+
+    @property
+    def generation(self) -> Generation:
+        return TranslationGeneration(self._layout, self.chat, self.target_lang)
+
+
+@dataclass(frozen=True)
+class TranslationDecoder(PairDecoder):
+    """Translations, whose metrics need the language of the answers.
+
+    Attributes:
+        source_lang: Language of the sources of rows that name none, or None.
+        target_lang: Language of their targets, or None.
+        both_directions: True if every pair is learnt in both directions.
+    """
+
+    source_lang: str | None
+    target_lang: str | None
+    both_directions: bool
 
     def language(self, example: Example) -> str | None:
-        code = self._code(example.row, "target_lang")
+        code = _code(example.row, "target_lang", self.target_lang)
         return None if code is None else iso_code(code)
 
     def predictions(
-        self, kept: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+        self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
     ) -> TextPredictions:
-        """With both directions each has figures of its own, as data sets have: words of two languages are no corpus."""
-        found = super().predictions(kept, examples, loss, texts)
+        """As for all texts; two directions have metrics of their own, as two data sets have, since words of two
+        languages are no corpus.
+        """
+        found = super().predictions(outputs, examples, loss, texts)
         if not self.both_directions:
             return found
-        pairs = [[self._code(example.row, side) for side in SIDES] for example in examples]
+        usual = {"source_lang": self.source_lang, "target_lang": self.target_lang}
+        pairs = [[_code(example.row, side, usual[side]) for side in SIDES] for example in examples]
         names = ["-".join(filter(None, pair)) for pair in pairs if None not in pair]
         return replace(found, sets=tuple(names)) if len(names) == len(pairs) else found
 
-    # -- generation ------------------------------------------------------------------------------------------------
 
-    def generation_group(self, example: Example) -> Any:
-        """Rows of one batch are written in one language."""
-        return self._code(example.row, "target_lang")
+@dataclass(frozen=True)
+class TranslationGeneration(PairGeneration):
+    """Generation in the language that each row asks for.
 
-    def generation_options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
-        options = super().generation_options(model, tokenizer, example)
-        codes = codes_of(tokenizer) if self.seq2seq == "encoder-decoder" else None
+    Attributes:
+        target_lang: Language of the targets of rows that name none, or None.
+    """
+
+    target_lang: str | None
+
+    def group(self, example: Example) -> str | None:
+        """Return the language of the answer: rows of one batch are written in one."""
+        return _code(example.row, "target_lang", self.target_lang)
+
+    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+        options = super().options(model, tokenizer, example)
+        codes = codes_of(tokenizer) if self.layout == "encoder-decoder" else None
         if codes is None or not codes.both:
             return options
-        language = codes.ids[self._language(example.row or {}, "target_lang")]
+        language = codes.ids[_known(self.group(example), "target_lang")]
         return {**options, ("forced_bos_token_id" if codes.place == "first" else "decoder_start_token_id"): language}
+
+
+def _code(row: Row | None, side: str, usual: str | None) -> str | None:
+    """Return a row's own language, or else the usual one."""
+    code: str | None = (row or {}).get(side) or usual
+    return code
+
+
+def _known(code: str | None, side: str) -> str:
+    """Return the language of a row, if there is one.
+
+    Raises:
+        ConfigError: Neither the row nor the settings name it.
+    """
+    if code is None:
+        raise ConfigError(
+            f"nothing says the {side.partition('_')[0]} language of a row",
+            where=f"task.{side}, or the column {side}",
+            hint="name it in the run file (task: {name: translation, source_lang: ..., target_lang: ...}), or "
+            "give rows with such columns",
+        )
+    return code
 
 
 def _of_pair(where: Callable[[int], str]) -> Callable[[int], str]:

@@ -63,7 +63,7 @@ def _answer_limit(
         rows = examples[split]
         lengths = [sum(label != IGNORED for label in row.target) for row in rows if row.target is not None]
         longest = max(lengths, default=0)
-        room = positions if positions is not None and task.seq2seq == "encoder-decoder" else None
+        room = positions if positions is not None and task.layout == "encoder-decoder" else None
         most = min((each for each in (limit, room) if each is not None), default=None)
         over = 0 if most is None else sum(length > most for length in lengths)
         if not over:
@@ -147,9 +147,9 @@ def first_batch(
     tokens = training.per_device_train_tokens
     pieces = micro_batches(rows_of(0), rows_of.lengths, size if tokens is None else rows_per_step, tokens=tokens)
     chosen = [examples[row] for row in pieces[0]]
-    batch = task.collate(chosen, tokenizer)
+    batch = task.collator.collate(chosen, tokenizer)
     shown = []
-    causal = isinstance(task, TextTask) and task.seq2seq == "causal"
+    causal = isinstance(task, TextTask) and task.layout == "causal"
     for at, example in enumerate(chosen):
         length = int(batch["attention_mask"][at].sum()) if batch["attention_mask"].dim() == 2 else example.length
         ids = batch["input_ids"][at].tolist()

@@ -109,7 +109,8 @@ class GradientAccumulator:
         )
         # A process without rows left takes part with weight zero: the others wait for its gradients.
         batches = [self._batch(piece or rows[:1]) for piece in pieces]
-        weights = [self.task.num_targets(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
+        objective = self.task.objective
+        weights = [objective.num_targets(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
         total = processes.sum_scalar(float(sum(weights)))
         loss_sum = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,8 +118,8 @@ class GradientAccumulator:
             with nullcontext() if number == len(batches) else processes.no_sync(self.model):
                 examples = [self.rows_of.examples[row] for row in piece or rows[:1]]
                 with self.activation_cache.serving(examples, batch), self._autocast():
-                    outputs = self.task.forward(self.model, batch)
-                    mean = self.task.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
+                    outputs = objective.forward(self.model, batch)
+                    mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
                     loss = mean * (weight / (total or 1.0))
                 loss_sum += loss.detach()
                 self.scaler.scale(loss * processes.grad_scale).backward()  # type: ignore[no-untyped-call]
@@ -138,7 +139,7 @@ class GradientAccumulator:
         if self.settings.packing:
             batch = pack(examples, self.tokenizer, self.max_length)
         else:
-            batch = self.task.collate_training(examples, self.tokenizer)
+            batch = self.task.collator.collate_training(examples, self.tokenizer)
         return {name: tensor.to(self.processes.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -123,10 +123,10 @@ class ActivationCache:
         slots = Slots(kept)
         every = max(1, len(slots.rows) // TRIED)
         self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
-        surveyed = to_device(self.task.collate(self._tried_rows[-SURVEYED:], self.tokenizer), adapter.model)
+        surveyed = to_device(self.task.collator.collate(self._tried_rows[-SURVEYED:], self.tokenizer), adapter.model)
 
         def call() -> Any:
-            return self.task.forward(adapter.model, surveyed)
+            return self.task.objective.forward(adapter.model, surveyed)
 
         stacks = {stack.path for stack in view.stacks}  # where a prefix keeps its network, which nothing runs through
         hosts = [adapter.model.get_submodule(path) for path in (*adapter.hosts, *adapter.heads) if path not in stacks]
@@ -245,8 +245,8 @@ class ActivationCache:
         """The states (T, d) of each row."""
         cut, model = self.plan.cut, self.adapter.model
         assert cut is not None
-        batch = to_device(self.task.collate(examples, self.tokenizer), model)
-        states = reach(model, cut, lambda: self.task.forward(model, batch))
+        batch = to_device(self.task.collator.collate(examples, self.tokenizer), model)
+        states = reach(model, cut, lambda: self.task.objective.forward(model, batch))
         return [
             states[row, : example.length].to(kept_dtype(self.settings)).cpu() for row, example in enumerate(examples)
         ]
@@ -270,11 +270,11 @@ class ActivationCache:
     def _verify(self, slots: Slots, step: int) -> None:
         """Compare both ways on a few rows; where they differ, nothing that is kept is used."""
         model, rows = self.adapter.model, self._tried_rows
-        batch = to_device(self.task.collate(rows, self.tokenizer), model)
+        batch = to_device(self.task.collator.collate(rows, self.tokenizer), model)
         with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
-            plainly = self.task.forward(model, batch).logits.float()
+            plainly = self.task.objective.forward(model, batch).logits.float()
             with self.serving(rows, batch):
-                cached = self.task.forward(model, batch).logits.float()
+                cached = self.task.objective.forward(model, batch).logits.float()
         self._rows_served = self._tokens_served = 0
         apart = float((plainly - cached).norm() / plainly.norm().clamp_min(1e-12))
         allowed = max(TOLERANCE[self.dtype], TOLERANCE[kept_dtype(self.settings)])

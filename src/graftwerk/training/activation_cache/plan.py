@@ -86,7 +86,7 @@ def plan(
     reason: str | None = None
     if isinstance(kept[0], EncodedStream | StreamedRows):
         reason = "the rows are streamed, and not all in memory"
-    elif redraws(task):
+    elif task.collator.redraws:
         reason = "the task draws its rows anew in each epoch"
     elif settings.packing:
         reason = "rows are packed into one, in other company each time"
@@ -111,12 +111,6 @@ def shared_folder(settings: TrainingSettings, shared: Path | None) -> Path | Non
         shared: Folder that the caller shares among several runs, such as those of a comparison.
     """
     return shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
-
-
-def redraws(task: Task) -> bool:
-    """Whether rows are not the same in every epoch, as with masks that are drawn anew."""
-    first = getattr(task, "first", task)  # of several data sets
-    return type(first).collate_training is not Task.collate_training
 
 
 def kept_dtype(settings: TrainingSettings) -> torch.dtype:

@@ -1,0 +1,68 @@
+"""Collating: examples become the padded tensors of one batch.
+
+Legend: B examples, T tokens of the longest input, A tokens of the longest target.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from graftwerk.tasks.example import IGNORED, Example
+from graftwerk.tasks.tokenization import pad
+
+
+class Collator(ABC):
+    """Pad examples to the longest of a batch."""
+
+    redraws: ClassVar[bool] = False
+    """True if the training batch of the same examples differs from call to call."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """Return the batch of some examples for evaluation.
+
+        Args:
+            examples: At least one.
+            tokenizer: The tokenizer that encoded them; it names the padding token.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and the like, each (B, T); ``labels`` if all examples have a target.
+        """
+
+    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """Return the batch of some examples for a training step, as `collate` if not `redraws`.
+
+        Random choices come from torch's global generator, whose state is part of a checkpoint.
+        """
+        return self.collate(examples, tokenizer)
+
+
+@dataclass(frozen=True)
+class ClassCollator(Collator):
+    """Texts with one class id each: ``labels`` (B,)."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
+        return batch
+
+
+@dataclass(frozen=True)
+class TextCollator(Collator):
+    """Texts with target tokens, padded on the right: ``labels`` (B, A), filled up with `IGNORED`."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            width = max(len(example.target) for example in examples)
+            batch["labels"] = torch.full((len(examples), width), IGNORED, dtype=torch.long)
+            for row, example in enumerate(examples):
+                batch["labels"][row, : len(example.target)] = torch.tensor(example.target, dtype=torch.long)
+        return batch

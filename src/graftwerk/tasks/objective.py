@@ -1,0 +1,79 @@
+"""The training objective: a batch through the model, and the loss of its outputs.
+
+The loss is computed here and not by the model, whose outputs are therefore asked for without labels.
+
+Legend: B rows, C classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Objective(ABC):
+    """Forward pass and loss of a batch, and the part of the outputs that predictions are made from."""
+
+    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+        """Return the model's outputs for a batch; its ``labels`` are not passed on."""
+        return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+
+    @abstractmethod
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean loss over the targets of a batch.
+
+        Args:
+            outputs: The result of `forward`.
+            batch: The batch with ``labels``.
+            label_smoothing: Probability mass spread over all classes, 0 to 1.
+
+        Returns:
+            A float32 scalar in nats, whatever type the model computes in.
+        """
+
+    @abstractmethod
+    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
+        """Return how many targets the mean of `loss` is over, or their total weight; micro-batches are weighted by it.
+
+        Args:
+            batch: The batch with ``labels``.
+        """
+
+    @abstractmethod
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the part of the outputs that predictions are made from, (B, any width) on the CPU.
+
+        Args:
+            outputs: The result of `forward`.
+            batch: The batch; ``labels`` may be missing.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class ClassObjective(Objective):
+    """Cross-entropy over the classes of a row.
+
+    Attributes:
+        class_weights: (C,) weight of each class in the loss, or None if all count alike.
+    """
+
+    class_weights: Tensor | None = None
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean over the rows, with class weights the weighted mean, as torch defines it."""
+        weights = None if self.class_weights is None else self.class_weights.to(outputs.logits.device)
+        return F.cross_entropy(outputs.logits.float(), batch["labels"], weight=weights, label_smoothing=label_smoothing)
+
+    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
+        labels = batch["labels"]
+        return labels.numel() if self.class_weights is None else float(self.class_weights[labels.cpu()].sum())
+
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, (B, C)."""
+        logits: Tensor = outputs.logits.detach().float().cpu()
+        return logits
