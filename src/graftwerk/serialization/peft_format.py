@@ -1,4 +1,5 @@
-"""A graft as PEFT writes it down, and back: LoRA and IA3 here, virtual tokens in `peft_virtual.py`.
+"""A graft as PEFT writes it down, and back: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
+`peft_virtual.py` virtual tokens.
 
 PEFT's container is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
 ``base_model.model.<path>.<parameter>``; saved heads lie in it plainly. What PEFT has no method for uses the same
@@ -104,13 +105,13 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         path: _plain(method.scale(path) * (math.sqrt(rank) if method.use_rslora else rank))
         for path, rank in ranks.items()
     }
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     config: dict[str, Any] = {
         **common_config(graft, "LORA", base_name),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": method.lora_dropout,
-        **_targets(graft, list(ranks)),
+        **target_config(graft, list(ranks)),
         "use_rslora": method.use_rslora,
         "use_dora": method.use_dora,
         "init_lora_weights": True,
@@ -129,9 +130,9 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
     return Stored(config, tensors, {key: tensor for key, tensor in raw.items() if not graft.is_head(key)})
 
 
-def _targets(graft: Adapter, paths: list[str]) -> dict[str, Any]:
+def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
     """PEFT's way of naming exactly these layers: short endings, with the numbers of the layers where those say it."""
-    modules = _module_paths(graft.model, graft.heads)
+    modules = module_paths(graft.model, graft.heads)
     whole = {"target_modules": endings(paths, modules)}
     if getattr(graft.method, "layers", None) is None:
         return whole
@@ -167,7 +168,7 @@ def _in_layer(place: TargetModule) -> str:
 def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
     method = graft.method
     assert isinstance(method, IA3)
-    modules = _module_paths(graft.model, graft.heads)
+    modules = module_paths(graft.model, graft.heads)
     # PEFT wants the feed-forward entries among the targets, so each side is named on its own.
     inputs = endings([place.path for place in graft.targets if method.scales_input(place)], modules)
     outputs = endings([place.path for place in graft.targets if not method.scales_input(place)], modules)
@@ -193,11 +194,11 @@ def _plain(value: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 
-def _most_common(values: Iterable[Any]) -> Any:
+def most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
+def module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """All modules that PEFT would compare its targets with: saved heads are never adapted."""
     return [path for path in base_modules(model) if path and not _within(path, heads)]
 
@@ -216,16 +217,16 @@ def _is_transposed(module: nn.Module) -> bool:
 def read_lora(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
-    layers, rest = _by_layer(tensors, _LORA_PARTS)
+    layers, rest = by_layer(tensors, _LORA_PARTS)
     heads, raw = read_heads(model, config, rest, PREFIX)
-    _check_layers(model, view, config, layers, heads)
+    check_layers(model, view, config, layers, heads)
     parts = _LORA_PARTS if config.get("use_dora") else _LORA_PARTS[:2]
     faults = [f"{path}.{part}" for path, found in layers.items() for part in parts if part not in found]
     if faults:
-        raise AdapterError(_listed("missing", faults))
+        raise AdapterError(listed("missing", faults))
     faults = [f"{path}.{part}" for path, found in layers.items() for part in found if part not in parts]
     if faults:
-        raise AdapterError(_listed("not expected without use_dora", faults))
+        raise AdapterError(listed("not expected without use_dora", faults))
     ranks = {path: _rank(path, found) for path, found in layers.items()}
     patterned: dict[str, int] = config.get("rank_pattern") or {}
     rank: int = config["r"]
@@ -259,9 +260,9 @@ def read_lora(
 def read_ia3(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
-    layers, rest = _by_layer(tensors, ("ia3_l",))
+    layers, rest = by_layer(tensors, ("ia3_l",))
     heads, raw = read_heads(model, config, rest, PREFIX)
-    _check_layers(model, view, config, layers, heads)
+    check_layers(model, view, config, layers, heads)
     vectors = {path: found["ia3_l"] for path, found in layers.items()}
     for path, vector in vectors.items():
         if vector.dim() != 2 or 1 not in vector.shape:
@@ -278,7 +279,7 @@ def read_ia3(
 def read_own(method: Method, tensors: Mapping[str, Tensor]) -> Restored:
     foreign = [key for key in tensors if not key.startswith(PREFIX)]
     if foreign:
-        raise AdapterError(_listed("not known here", foreign))
+        raise AdapterError(listed("not known here", foreign))
     return Restored(method, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
 
 
@@ -305,14 +306,14 @@ def read_heads(
         heads[head] = None
         raw[key.removeprefix(prefix)] = tensor
     if unknown:
-        raise AdapterError(_listed("not known here", unknown), hint=_hint(model, unknown))
+        raise AdapterError(listed("not known here", unknown), hint=_hint(model, unknown))
     missing = [
         path
         for path, module in model.named_children()
         if path.endswith(tuple(names)) and path not in heads and any(True for _ in module.parameters())
     ]
     if missing:
-        raise AdapterError(_listed("missing: the saved module", missing))
+        raise AdapterError(listed("missing: the saved module", missing))
     return list(heads), raw
 
 
@@ -326,7 +327,7 @@ def _hint(model: nn.Module, unknown: Sequence[str]) -> str:
     return "the adapter was made for another architecture, or is of a variant that is not known here"
 
 
-def _by_layer(
+def by_layer(
     tensors: Mapping[str, Tensor], parts: Sequence[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Adapter tensors by layer and part, and all others by their keys."""
@@ -341,7 +342,7 @@ def _by_layer(
     return layers, rest
 
 
-def _check_layers(
+def check_layers(
     model: nn.Module, view: Architecture, config: Mapping[str, Any], layers: Mapping[str, Any], heads: Sequence[str]
 ) -> None:
     """The layers that the file has tensors for must be the model's, and those that the settings list."""
@@ -351,7 +352,7 @@ def _check_layers(
     unknown = [path for path in layers if path not in modules]
     if unknown:
         raise AdapterError(
-            _listed("not known here: the layer", unknown), hint="the adapter was made for another architecture"
+            listed("not known here: the layer", unknown), hint="the adapter was made for another architecture"
         )
     outside = [path for path in layers if path not in view.by_path]
     if outside:
@@ -364,10 +365,10 @@ def _check_layers(
         return
     missing = [path for path in expected if path in view.by_path and path not in layers]
     if missing:
-        raise AdapterError(_listed("missing: target_modules lists the layer", missing))
+        raise AdapterError(listed("missing: target_modules lists the layer", missing))
     extra = [path for path in layers if path not in expected]
     if extra:
-        raise AdapterError(_listed("not among target_modules: the layer", extra))
+        raise AdapterError(listed("not among target_modules: the layer", extra))
 
 
 def _listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[str]) -> set[str] | None:
@@ -382,7 +383,7 @@ def _listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[
     wanted = config.get("layers_to_transform")
     numbers = [wanted] if isinstance(wanted, int) else wanted
     found = set()
-    for path in _module_paths(model, heads):
+    for path in module_paths(model, heads):
         if not ends_with(path, targets) or ends_with(path, excluded):
             continue
         # A target that is a whole path is adapted whatever its layer's number.
@@ -405,6 +406,6 @@ def _from_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if named_by(key, path)), default)
 
 
-def _listed(what: str, keys: Sequence[str], most: int = 8) -> str:
+def listed(what: str, keys: Sequence[str], most: int = 8) -> str:
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return f"{what} {', '.join(key[:200] for key in keys[:most])}{more} ({len(keys)} in all)"

@@ -19,6 +19,7 @@ from graftwerk.modeling.module_index import base_parameters
 from graftwerk.modeling.prefix_attention import stacks_of
 from graftwerk.serialization.info import TRAINING_FILE, WEIGHTS_FILE, AdapterInfo
 from graftwerk.serialization.peft_format import Restored, read_ia3, read_lora, read_own
+from graftwerk.serialization.peft_linear import LAYOUTS, read_linear
 from graftwerk.serialization.peft_virtual import read_prefix, read_prompt
 from graftwerk.serialization.untrusted_files import read_tensors, refuse_pickles
 
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 
 START = ".start_"
 """PiSSA keeps what it started from in tensors of these names."""
+INDICES = ".shira_indices"
+"""SHiRA's places, the only integers that an adapter has."""
 _READERS = {
     "LORA": read_lora,
     "IA3": read_ia3,
+    **dict.fromkeys(LAYOUTS, read_linear),
     "PROMPT_TUNING": read_prompt,
     "P_TUNING": read_prompt,
     "PREFIX_TUNING": read_prefix,
@@ -79,6 +83,8 @@ def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
     if _all_finite(tensors):
         return
     for key, tensor in tensors.items():
+        if key.endswith(INDICES) and tensor.dtype in (torch.int32, torch.int64):
+            continue
         if not tensor.is_floating_point():
             raise AdapterError(f"`{key[:200]}` holds {tensor.dtype} where an adapter has floating-point numbers")
         if not torch.isfinite(tensor.float()).all():
@@ -108,7 +114,9 @@ def check_size(restored: Restored, view: Architecture) -> None:
     found = sum(
         tensor.numel()
         for key, tensor in restored.tensors.items()
-        if not any(key == head or key.startswith(head + ".") for head in saved) and START not in key
+        if not any(key == head or key.startswith(head + ".") for head in saved)
+        and START not in key
+        and not key.endswith(INDICES)
     )
     if isinstance(method, Prefix):
         chosen = method.filter_layers(view.attentions)
