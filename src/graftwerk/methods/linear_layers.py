@@ -1,4 +1,4 @@
-"""What the methods for linear layers share: which layers they adapt, and dropout on what an update reads."""
+"""Shared parts of the methods for linear layers: the choice of layers, dropout on the input of an update."""
 
 from __future__ import annotations
 

@@ -330,7 +330,7 @@ def _hint(model: nn.Module, unknown: Sequence[str]) -> str:
 def by_layer(
     tensors: Mapping[str, Tensor], parts: Sequence[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapter tensors by layer and part, and all others by their keys."""
+    """Return adapter tensors of any shape by layer and part, and all others by their keys."""
     layers: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in tensors.items():
@@ -345,7 +345,12 @@ def by_layer(
 def check_layers(
     model: nn.Module, view: Architecture, config: Mapping[str, Any], layers: Mapping[str, Any], heads: Sequence[str]
 ) -> None:
-    """The layers that the file has tensors for must be the model's, and those that the settings list."""
+    """Check that the layers that a file has tensors for are the model's, and those that the settings list.
+
+    Raises:
+        AdapterError: the file has no tensors, or a layer is missing, is not known or is not among the targets.
+        UnsupportedError: a layer is no linear one.
+    """
     if not layers:
         raise AdapterError("the file has no tensors of an adapter in it")
     modules = base_modules(model)

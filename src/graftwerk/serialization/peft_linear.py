@@ -44,7 +44,7 @@ Layers = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Layout:
-    """What PEFT's folders of one method look like.
+    """The layout of one method's folders in PEFT.
 
     Attributes:
         method: The settings' class.
@@ -97,6 +97,15 @@ def read_linear(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
     """Return settings and tensors of a folder of MiSS, HiRA, SHiRA or OFT.
+
+    Args:
+        model: The base.
+        view: Its architecture.
+        config: Checked content of `adapter_config.json`.
+        tensors: By PEFT's keys; their shapes are those of each method's module, D (r, out) or A (r, in) for instance.
+
+    Returns:
+        Settings, and tensors by raw keys.
 
     Raises:
         AdapterError: tensors are missing, have impossible shapes, or do not belong to this model.
