@@ -224,6 +224,33 @@ def test_oft_equation() -> None:
     torch.testing.assert_close(series.rotation(), rotation.mT, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "miss", "r": 4, "init_weights": "mini", "mini_r": 2},
+        {"name": "miss", "r": 4, "init_weights": "bat"},
+        {"name": "oft", "r": 2, "use_cayley_neumann": False},
+        {"name": "oft", "oft_block_size": 4, "block_share": True},
+    ],
+    ids=str,
+)
+def test_variant_starts_as_the_base_and_merges_into_what_it_computes(spec: dict[str, Any]) -> None:
+    model = FAMILIES["gpt2"].build().double()
+    batch = FAMILIES["gpt2"].batch()
+    with torch.no_grad():
+        bare = model(**batch).logits
+        adapter = gw.attach(model, parse_method(spec))
+        torch.testing.assert_close(model(**batch).logits, bare, atol=1e-9, rtol=1e-9)
+        for parameter in adapter.parameters():
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * 0.1
+        expected = model(**batch).logits
+        assert not torch.allclose(expected, bare, atol=1e-4)
+        adapter.merge()
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-9, rtol=1e-9)
+        adapter.unmerge()
+        assert torch.equal(model(**batch).logits, expected)
+
+
 def test_dropout_of_miss_and_hira_is_on_the_update_only() -> None:
     for spec in ({"name": "miss", "r": 5, "miss_dropout": 0.5}, {"name": "hira", "r": 3, "hira_dropout": 0.5}):
         layer, delta = adapted(parse_method(spec))

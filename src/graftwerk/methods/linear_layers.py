@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from graftwerk.methods.base import AdapterModule, TargetModule, base_weight
 from graftwerk.methods.dropout import DropoutGroup, dropout
 from graftwerk.methods.layer_selection import LayerSelection
-from graftwerk.methods.target_modules import check_targets, linear_targets
+from graftwerk.methods.target_modules import check_inputs, check_targets, linear_targets
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
@@ -38,6 +38,9 @@ class LinearLayerMethod(LayerSelection):
         chosen = self.filter_layers(linear_targets(available, self.target_modules), available)
         if isinstance(self.target_modules, tuple):
             check_targets(chosen, self.target_modules)
+        for setting in type(self).model_fields:
+            if setting.endswith("_dropout") and getattr(self, setting):
+                check_inputs(chosen, setting)
         return chosen
 
 
