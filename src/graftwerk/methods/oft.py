@@ -63,17 +63,21 @@ class OFTModule(AdapterModule):
         return (identity + q) @ series
 
     def pre_forward(self, x: Tensor) -> Tensor:
-        rotation = self.rotation()
-        blocks = x.to(rotation.dtype).reshape(*x.shape[:-1], -1, self.block_size)  # (..., in) -> (..., n, b)
-        rotation = rotation.expand(blocks.shape[-2], -1, -1)
-        return torch.einsum("...nk,nkc->...nc", blocks, rotation).reshape(x.shape).to(x.dtype)
+        return rotate(x, self.rotation()).to(x.dtype)
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        rotation = self.rotation()
-        fine = torch.promote_types(weight.dtype, rotation.dtype)
-        blocks = weight.to(fine).reshape(len(weight), -1, self.block_size)  # (out, n, b)
-        rotation = rotation.to(fine).expand(blocks.shape[1], -1, -1)
-        return torch.einsum("onc,nkc->onk", blocks, rotation).reshape(weight.shape).to(weight.dtype), bias
+        return rotate(weight, self.rotation().mT).to(weight.dtype), bias
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Return x (..., in) with each block of b entries, as a row, times its (b, b) matrix of ``rotation`` (n, b, b).
+
+    One matrix serves all blocks if n is 1. The product is taken in the finer of both precisions.
+    """
+    fine = torch.promote_types(x.dtype, rotation.dtype)
+    blocks = x.to(fine).reshape(*x.shape[:-1], -1, rotation.shape[-1])  # (..., in) -> (..., n, b)
+    matrices = rotation.to(fine).expand(blocks.shape[-2], -1, -1)
+    return torch.einsum("...nk,nkc->...nc", blocks, matrices).reshape(x.shape)
 
 
 class OFT(LinearLayerMethod):
