@@ -65,7 +65,7 @@ class HiRA(LinearLayerMethod):
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "HIRA"
-    default_learning_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 3e-3
 
     r: Rank = Field(8, validation_alias=AliasChoices("r", "rank"), description="rank of B A")
     hira_dropout: float = Field(
