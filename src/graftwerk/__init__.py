@@ -2,7 +2,8 @@
 
 The whole public API stands here and is imported when it is first used, so that `import graftwerk` costs nothing:
 
-- methods: `LoRA`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`, `Probe`, `Full`
+- methods: `LoRA`, `MiSS`, `HiRA`, `SHiRA`, `OFT`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`,
+  `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `grafts`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `compare`, `augment`
 - `errors`: one rooted tree
@@ -32,17 +33,25 @@ if TYPE_CHECKING:
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
+    from graftwerk.methods.hira import HiRA as HiRA
     from graftwerk.methods.ia3 import IA3 as IA3
     from graftwerk.methods.linear_probe import Probe as Probe
     from graftwerk.methods.lora import LoRA as LoRA
+    from graftwerk.methods.miss import MiSS as MiSS
+    from graftwerk.methods.oft import OFT as OFT
     from graftwerk.methods.prefix_tuning import Prefix as Prefix
     from graftwerk.methods.prompt_tuning import Prompt as Prompt
     from graftwerk.methods.ptuning import PTuning as PTuning
+    from graftwerk.methods.shira import SHiRA as SHiRA
     from graftwerk.training.train import train as train
 
 # Public name -> (module, name there). The block above says the same to type checkers; a test holds the two together.
 _HOMES = {
     "LoRA": ("graftwerk.methods.lora", "LoRA"),
+    "MiSS": ("graftwerk.methods.miss", "MiSS"),
+    "HiRA": ("graftwerk.methods.hira", "HiRA"),
+    "SHiRA": ("graftwerk.methods.shira", "SHiRA"),
+    "OFT": ("graftwerk.methods.oft", "OFT"),
     "Bottleneck": ("graftwerk.methods.bottleneck", "Bottleneck"),
     "Prefix": ("graftwerk.methods.prefix_tuning", "Prefix"),
     "Prompt": ("graftwerk.methods.prompt_tuning", "Prompt"),
@@ -74,16 +83,20 @@ _RENAMED = {"Graft": "Adapter", "grafts": "adapters"}
 __version__: str
 __all__ = [
     "IA3",
+    "OFT",
     "Adapter",
     "BitFit",
     "Bottleneck",
     "Full",
+    "HiRA",
     "LoRA",
+    "MiSS",
     "PTuning",
     "Prefix",
     "Probe",
     "Prompt",
     "RunConfig",
+    "SHiRA",
     "__version__",
     "activate",
     "adapter_state_dict",

@@ -61,6 +61,14 @@ def test_other_methods_are_measured_by_what_acts(tmp_path: Path) -> None:
     graft, described = stored(tmp_path / "ia3", "ia3")
     for path, one in entries(described, "scales, less one").items():
         assert one["norm"] == pytest.approx(float((graft.state_dict()[f"{path}.ia3_l"] - 1).norm()), rel=1e-4)
+    graft, described = stored(tmp_path / "hira", "hira")
+    for path, one in entries(described, "factor on the weight, less one").items():
+        product = graft.state_dict()[f"{path}.hira_B"] @ graft.state_dict()[f"{path}.hira_A"]
+        assert one["norm"] == pytest.approx(float(product.norm()), rel=1e-4)
+        assert one["rank"] == 8
+    graft, described = stored(tmp_path / "oft", "oft")
+    for path, one in entries(described, "angles of rotation").items():
+        assert one["norm"] == pytest.approx(float(graft.state_dict()[f"{path}.oft_R.weight"].norm()), rel=1e-4)
     graft, described = stored(tmp_path / "bottleneck", "bottleneck")
     for path, one in entries(described, "up · down").items():
         tensors = graft.state_dict()
@@ -73,9 +81,12 @@ def test_other_methods_are_measured_by_what_acts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize(
-    "method", ["lora", "dora", "bottleneck", "prefix", "prompt", "ptuning", "ia3", "bitfit", "probe", "full"]
-)
-def test_everything_stored_is_told_once(tmp_path: Path, method: str, family: str) -> None:
+    "method",
+    ["lora", "dora", "miss", "hira", {"name": "shira", "r": 2}, "oft", "bottleneck", "prefix", "prompt", "ptuning",
+     "ia3", "bitfit", "probe", "full"],
+    ids=str,
+)  # fmt: skip
+def test_everything_stored_is_told_once(tmp_path: Path, method: Any, family: str) -> None:
     if (method, family) == ("bitfit", "llama"):
         pytest.skip("Llama has no biases")
     graft, described = stored(tmp_path, method, family)

@@ -23,8 +23,8 @@ DROPOUT = 0.1
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_step_under_fake_tensors_gives_every_parameter_a_gradient(name: str, family: str) -> None:
     method = method_of(name)
-    if "lora_dropout" in type(method).model_fields:
-        method = method.model_copy(update={"lora_dropout": DROPOUT})
+    dropouts = [field for field in type(method).model_fields if field.endswith("_dropout")]
+    method = method.model_copy(update=dict.fromkeys(dropouts, DROPOUT))
     kind = FAMILIES[family]
     classifier = has_head(name, kind)
     with FakeTensorMode():

@@ -61,6 +61,21 @@ def test_dora_and_ia3_counts() -> None:
     assert IA3().num_parameters([place(30, 20, Role.KEY), place(30, 20, Role.FFN_OUT)]) == 20 + 30
 
 
+def test_counts_of_miss_hira_shira_and_oft() -> None:
+    target = [place(30, 20)]
+    assert parse_method({"name": "miss", "r": 4}).num_parameters(target) == 4 * 20
+    assert parse_method({"name": "miss", "r": 4, "init_weights": "mini", "mini_r": 5}).num_parameters(target) == 4 * 5
+    assert parse_method({"name": "hira", "r": 4}).num_parameters(target) == 4 * 50
+    assert parse_method({"name": "shira", "r": 4}).num_parameters(target) == 4 * 50
+    assert parse_method({"name": "oft", "oft_block_size": 5}).num_parameters(target) == 6 * 10
+    assert parse_method({"name": "oft", "r": 5}).num_parameters(target) == 5 * 15
+    assert parse_method({"name": "oft", "r": 5, "block_share": True}).num_parameters(target) == 15
+    square = [place(384, 384)]
+    sizes = [parse_method(name).num_parameters(square) for name in ("lora", "miss", "hira", "shira", "oft")]
+    assert sizes[:4] == [6144] * 4
+    assert sizes[4] == 5952  # as near as blocks of a divisor come
+
+
 def test_lora_equation() -> None:
     layer, delta = adapted(LoRA(r=3, lora_alpha=7))
     nn.init.normal_(delta.lora_B.weight)
@@ -155,6 +170,100 @@ def test_dropout_is_on_the_low_rank_path_only() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
+def test_miss_equation() -> None:
+    """Every input entry i meets row i mod r of D: shards of 5 of 12 inputs, the last of two entries."""
+    layer, delta = adapted(parse_method({"name": "miss", "r": 5}))
+    nn.init.normal_(delta.miss_block)
+    x = torch.randn(2, 4, 12)
+    whole = layer.weight + torch.stack([delta.miss_block[i % 5] for i in range(12)], dim=1)
+    torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias), atol=1e-5, rtol=1e-5)
+    assert delta.miss_block.numel() == 5 * 10
+
+
+def test_miss_mini_and_bat_equations() -> None:
+    x = torch.randn(3, 12)
+    layer, delta = adapted(parse_method({"name": "miss", "r": 4, "init_weights": "mini", "mini_r": 5}))
+    nn.init.normal_(delta.miss_block)
+    update = torch.stack([torch.stack([delta.miss_block[i % 4, o % 5] for i in range(12)]) for o in range(10)])
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + update, layer.bias), atol=1e-5, rtol=1e-5)
+    layer, delta = adapted(parse_method({"name": "miss", "r": 2, "init_weights": "bat"}))
+    nn.init.normal_(delta.miss_block)
+    whole = layer.weight.clone()
+    for j in range(5):
+        for i in range(6):
+            block = (slice(2 * j, 2 * j + 2), slice(2 * i, 2 * i + 2))
+            whole[block] += layer.weight[block] @ delta.miss_block[j] + delta.miss_block[j]
+    torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias), atol=1e-5, rtol=1e-5)
+
+
+def test_hira_and_shira_equations() -> None:
+    x = torch.randn(2, 4, 12)
+    layer, delta = adapted(parse_method({"name": "hira", "r": 3}))
+    nn.init.normal_(delta.hira_B)
+    whole = layer.weight * (1 + delta.hira_B @ delta.hira_A)
+    torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias), atol=1e-5, rtol=1e-5)
+    layer, delta = adapted(parse_method({"name": "shira", "r": 2}))
+    nn.init.normal_(delta.shira_weight)
+    whole = layer.weight.clone()
+    for value, row, column in zip(delta.shira_weight, *delta.shira_indices.tolist(), strict=True):
+        whole[row, column] += value
+    torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias), atol=1e-5, rtol=1e-5)
+    assert len({*zip(*delta.shira_indices.tolist(), strict=True)}) == 2 * (12 + 10)
+
+
+def test_oft_equation() -> None:
+    """R is orthogonal with the exact inverse, and its transpose near the series, whose sign of Q is the other one."""
+    layer, delta = adapted(parse_method({"name": "oft", "oft_block_size": 4, "use_cayley_neumann": False}))
+    nn.init.normal_(delta.oft_R.weight, std=0.05)
+    x, rotation = torch.randn(2, 5, 12), delta.rotation()
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(4).expand(3, 4, 4), atol=1e-6, rtol=1e-6)
+    expected = F.linear(x @ torch.block_diag(*rotation), layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    _, series = adapted(parse_method({"name": "oft", "oft_block_size": 4, "num_cayley_neumann_terms": 12}))
+    series.oft_R.weight.data.copy_(delta.oft_R.weight)
+    torch.testing.assert_close(series.rotation(), rotation.mT, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "miss", "r": 4, "init_weights": "mini", "mini_r": 2},
+        {"name": "miss", "r": 4, "init_weights": "bat"},
+        {"name": "oft", "r": 2, "use_cayley_neumann": False},
+        {"name": "oft", "oft_block_size": 4, "block_share": True},
+    ],
+    ids=str,
+)
+def test_variant_starts_as_the_base_and_merges_into_what_it_computes(spec: dict[str, Any]) -> None:
+    model = FAMILIES["gpt2"].build().double()
+    batch = FAMILIES["gpt2"].batch()
+    with torch.no_grad():
+        bare = model(**batch).logits
+        adapter = gw.attach(model, parse_method(spec))
+        torch.testing.assert_close(model(**batch).logits, bare, atol=1e-9, rtol=1e-9)
+        for parameter in adapter.parameters():
+            parameter.data = torch.randn(parameter.shape, dtype=torch.float64) * 0.1
+        expected = model(**batch).logits
+        assert not torch.allclose(expected, bare, atol=1e-4)
+        adapter.merge()
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-9, rtol=1e-9)
+        adapter.unmerge()
+        assert torch.equal(model(**batch).logits, expected)
+
+
+def test_dropout_of_miss_and_hira_is_on_the_update_only() -> None:
+    for spec in ({"name": "miss", "r": 5, "miss_dropout": 0.5}, {"name": "hira", "r": 3, "hira_dropout": 0.5}):
+        layer, delta = adapted(parse_method(spec))
+        x = torch.randn(4, 12)
+        delta.train()
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))  # the update is zero at the start
+        for parameter in delta.parameters():
+            nn.init.normal_(parameter)
+        assert not torch.equal(layer(x), layer(x))
+        delta.eval()
+        assert torch.equal(layer(x), layer(x))
+
+
 def test_loraplus_ratio_reaches_b_alone() -> None:
     graft = gw.attach(FAMILIES["bert"].build(classifier=True), LoRA(r=2, loraplus_lr_ratio=16))
     factors = {key: graft.learning_rate_factor(key) for key, _ in graft.named_parameters()}
@@ -170,6 +279,10 @@ def test_loraplus_ratio_reaches_b_alone() -> None:
         ({"name": "lora", "r": 0}, "greater than or equal to 1"),
         ({"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}, "exclude each other"),
         ({"name": "lora", "target_modules": []}, "target_modules is empty"),
+        ({"name": "miss", "init_weights": False}, "init_weights"),
+        ({"name": "hira", "target_modules": []}, "target_modules is empty"),
+        ({"name": "oft", "r": 4, "oft_block_size": 8}, "not both"),
+        ({"name": "oft", "oft_block_size": 1}, "nothing to rotate"),
         ({"name": "bottleneck", "adapter_size": 4, "reduction_factor": 2}, "not both"),
         ({"r": 8}, "with `name`"),
     ],
@@ -186,6 +299,11 @@ def test_wrong_settings_are_named(spec: Any, words: str) -> None:
         ({"name": "lora", "rank_pattern": {"nothing": 2}}, "matches none"),
         ({"name": "lora", "init_lora_weights": "pissa", "r": 40}, "singular directions"),
         ({"name": "ia3", "feedforward_modules": ["nothing"]}, "none of the targets"),
+        ({"name": "miss", "r": 40}, "wider than the input"),
+        ({"name": "miss", "r": 5, "init_weights": "bat"}, "divides into blocks of 5"),
+        ({"name": "miss", "init_weights": "mini", "mini_r": 5}, "do not divide the output"),
+        ({"name": "hira", "rank_pattern": {"nothing": 2}}, "matches none"),
+        ({"name": "shira", "r": 9}, "would train"),
         ({"name": "lora", "modules_to_save": ["nothing"]}, "no module `nothing`"),
     ],
 )
@@ -201,7 +319,7 @@ def test_every_method_is_described() -> None:
     for name, method in METHODS.items():
         assert method.name == name
         assert method.title
-        assert "arXiv" in method.paper
+        assert "arXiv" in method.paper or "OpenReview" in method.paper
         assert method.default_learning_rate > 0
         assert all(field.description for field in method.model_fields.values()), name
     assert {parse_method(name).name for name in SHORTHANDS} <= set(METHODS)

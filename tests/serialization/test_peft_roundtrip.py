@@ -15,7 +15,18 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from peft import (
+    HiraConfig,
+    IA3Config,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+)
 from torch import Tensor
 
 import graftwerk.modeling.attach as gw
@@ -62,6 +73,11 @@ def ia3(family: str) -> IA3Config:
     )
 
 
+def linear(kind: Any, family: str, **settings: Any) -> Any:
+    """A configuration of one of PEFT's other kinds for linear layers, on the layers that `lora` adapts."""
+    return kind(task_type=TASKS[FAMILIES[family].kind], target_modules=ATTENTION[family], **settings)
+
+
 def first_layer(family: str) -> str:
     """A path within layer 0 of what `lora` adapts."""
     return {
@@ -89,6 +105,20 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
     "one layer": lambda family: lora(family, layers_to_transform=[1]),
     "regular expression": lambda family: lora(family, target_modules=rf".*\.({'|'.join(ATTENTION[family])})"),
     "ia3": ia3,
+    "miss": lambda family: linear(MissConfig, family, r=4),
+    "miss filled up": lambda family: linear(MissConfig, family, r=5, miss_dropout=0.2),
+    "miss one layer": lambda family: linear(MissConfig, family, r=3, init_weights=False, layers_to_transform=[1]),
+    "miss mini": lambda family: linear(MissConfig, family, r=4, init_weights="mini", mini_r=2),
+    "miss bat": lambda family: linear(MissConfig, family, r=4, init_weights="bat"),
+    "hira": lambda family: linear(
+        HiraConfig, family, r=3, fan_in_fan_out=family == "gpt2", rank_pattern={first_layer(family): 2}
+    ),
+    "shira": lambda family: linear(ShiraConfig, family, r=2),
+    "shira seed": lambda family: linear(ShiraConfig, family, r=2, random_seed=7),
+    "oft": lambda family: linear(OFTConfig, family, oft_block_size=4),
+    "oft adjusted": lambda family: linear(OFTConfig, family, oft_block_size=5, num_cayley_neumann_terms=3),
+    "oft exact": lambda family: linear(OFTConfig, family, r=2, oft_block_size=0, use_cayley_neumann=False),
+    "oft shared": lambda family: linear(OFTConfig, family, oft_block_size=4, block_share=True, layers_to_transform=[1]),
     "prompt": lambda family: PromptTuningConfig(task_type=TASKS[FAMILIES[family].kind], num_virtual_tokens=3),
     "ptuning": lambda family: PromptEncoderConfig(
         task_type=TASKS[FAMILIES[family].kind], num_virtual_tokens=3, encoder_hidden_size=6
@@ -104,7 +134,11 @@ CONFIGS: dict[str, Callable[[str], Any]] = {
         task_type=TASKS[FAMILIES[family].kind], num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6
     ),
 }
-REFUSED = {(config, family) for config in ("prefix", "prefix mlp") for family in ("bert", "t5")}
+REFUSED = {
+    *((config, family) for config in ("prefix", "prefix mlp") for family in ("bert", "t5")),
+    # PEFT has these for `nn.Linear` alone, and GPT-2 has `Conv1D`.
+    *((config, "gpt2") for config in CONFIGS if config.startswith(("miss", "shira", "oft"))),
+}
 PAIRS = [(config, family) for config in CONFIGS for family in ATTENTION if (config, family) not in REFUSED]
 
 
@@ -126,6 +160,7 @@ def loaded_by_peft(family: str, folder: Path) -> Tensor:
         return run(PeftModel.from_pretrained(model_of(family), str(folder)).eval(), family)
 
 
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`", "ignore:Sparse invariant checks")
 @pytest.mark.parametrize(("config", "family"), PAIRS)
 def test_both_directions(config: str, family: str, tmp_path: Path) -> None:
     expected = made_by_peft(CONFIGS[config](family), family, tmp_path / "theirs")
@@ -151,6 +186,15 @@ OURS: dict[str, dict[str, Any]] = {
     "pissa": {"name": "lora", "r": 2, "init_lora_weights": "pissa"},
     "rs pissa": {"name": "lora", "r": 2, "init_lora_weights": "pissa", "use_rslora": True},
     "ia3": {"name": "ia3"},
+    "miss": {"name": "miss", "r": 5},
+    "miss mini": {"name": "miss", "r": 3, "init_weights": "mini", "mini_r": 2},
+    "miss bat": {"name": "miss", "r": 4, "init_weights": "bat", "target_modules": "attention"},
+    "hira": {"name": "hira", "r": 2},
+    "shira": {"name": "shira", "r": 2},
+    "shira seed": {"name": "shira", "r": 2, "random_seed": 7, "layers": "top-1"},
+    "oft": {"name": "oft", "oft_block_size": 4},
+    "oft exact": {"name": "oft", "r": 2, "use_cayley_neumann": False},
+    "oft shared": {"name": "oft", "oft_block_size": 8, "block_share": True, "layers": "top-1"},
     "prompt": {"name": "prompt", "num_virtual_tokens": 3},
     "ptuning": {"name": "ptuning", "num_virtual_tokens": 3, "encoder_hidden_size": 6},
     "prefix": {"name": "prefix", "num_virtual_tokens": 3},
@@ -173,6 +217,63 @@ def test_made_here_and_loaded_by_peft(method: str, family: str, tmp_path: Path) 
     assert not torch.allclose(expected, run(model_of(family), family), atol=1e-3)
     save_adapter(graft, tmp_path / "adapter")
     torch.testing.assert_close(loaded_by_peft(family, tmp_path / "adapter"), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["miss", "shira", "oft"])
+def test_method_that_peft_lacks_for_conv1d_is_stored_under_our_type(method: str, tmp_path: Path) -> None:
+    model = model_of("gpt2")
+    adapter = gw.attach(model, parse_method(OURS[method]))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    expected = run(model, "gpt2")
+    save_adapter(adapter, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == f"GRAFTWERK_{method.upper()}"
+    fresh = model_of("gpt2")
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(run(fresh, "gpt2"), expected, **CLOSE)
+
+
+def test_shira_with_a_seed_draws_the_entries_that_peft_draws(tmp_path: Path) -> None:
+    made_by_peft(CONFIGS["shira seed"]("llama"), "llama", tmp_path)
+    theirs = load_adapter(model_of("llama"), tmp_path).state_dict()
+    settings = {"name": "shira", "r": 2, "random_seed": 7, "target_modules": ATTENTION["llama"]}
+    ours = gw.attach(model_of("llama"), parse_method(settings)).state_dict()
+    indices = [key for key in ours if key.endswith("shira_indices")]
+    assert len(indices) == 4
+    assert all(torch.equal(ours[key], theirs[key]) for key in indices)
+
+
+def test_shira_indices_outside_the_layer_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    made_by_peft(CONFIGS["shira"]("llama"), "llama", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("shira_indices"))
+    for changed, words in ((tensors[key] - 1, "points outside"), (tensors[key][:, 1:], "mis-shaped")):
+        save_file({**tensors, key: changed.contiguous()}, file)
+        with pytest.raises(AdapterError, match=words):
+            load_adapter(model_of("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        ("oft", {"peft_version": "0.17.1"}, "another series"),
+        ("oft", {"peft_version": None}, "another series"),
+        ("oft", {"coft": True}, "COFT"),
+        ("oft", {"bias": "oft_only"}, "biases of the base were trained"),
+        ("miss", {"bias": "MiSS_only"}, "biases of the base were trained"),
+    ],
+)
+def test_variants_of_other_kinds_that_compute_something_else_are_refused(
+    config: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    made_by_peft(CONFIGS[config]("llama"), "llama", tmp_path)
+    with pytest.raises(UnsupportedError, match=words):
+        load_adapter(model_of("llama"), edited(tmp_path, **changes))
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])

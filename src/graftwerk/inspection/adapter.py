@@ -22,6 +22,7 @@ from graftwerk.serialization.folder import read_adapter_config
 from graftwerk.serialization.info import AdapterInfo, check_files
 from graftwerk.serialization.naming import named_by
 from graftwerk.serialization.patterns import Steps
+from graftwerk.serialization.restore import INDICES
 from graftwerk.serialization.weight_files import read_weights, weight_files
 
 _PREFIXES = ("base_model.model.", "base_model.")
@@ -30,11 +31,21 @@ _SINGLE = {
     "ia3_l": "scales, less one",
     "bitfit_b": "bias",
     "lora_magnitude_vector": "magnitudes",
+    "miss_block": "shared block",
+    "shira_weight": "sparse update",
+    "oft_R.weight": "angles of rotation",
     "prefix_key": "prefix keys",
     "prefix_value": "prefix values",
     "prompt_embeddings": "virtual tokens",
 }
 """Parameters of methods that stand for themselves -> what their norm is of."""
+
+_PRODUCTS = (
+    (".lora_A.weight", ".lora_B.weight", "update"),
+    (".lora_embedding_A", ".lora_embedding_B", "update"),
+    (".hira_A", ".hira_B", "factor on the weight, less one"),
+)
+"""Endings of the two matrices of a product, A and B -> what their product is."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
         "name": info.name,
         "base": {"name": info.base_name, "fingerprint": info.base_fingerprint},
         "labels": info.labels,
-        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "parameters": sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(INDICES)),
         "bytes": sum(file.stat().st_size for file in weight_files(info)),
         "learnt": [vars(one) for one in learnt],
         "layers": by_layer(learnt),
@@ -95,7 +106,7 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
 
 def what_was_learnt(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[Learnt]:
     """One entry for each module and kind of parameter, in the order of the layers."""
-    left = {_plain_key(key): tensor for key, tensor in tensors.items()}
+    left = {_plain_key(key): tensor for key, tensor in tensors.items() if not key.endswith(INDICES)}
     found = [*_low_rank(info, left), *_bottlenecks(left), *_prefix_of_peft(info, left), *_singles(left)]
     found += _whole(left)
     yield from sorted(found, key=lambda one: _in_order(one.module))
@@ -122,14 +133,14 @@ def by_layer(learnt: list[Learnt]) -> list[dict[str, Any]]:
 
 def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
     steps = Steps()
-    for ending_a, ending_b in ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")):
+    for ending_a, ending_b, what in _PRODUCTS:
         for key in [key for key in left if key.endswith(ending_a)]:
             module = key.removesuffix(ending_a)
             a, b = left.pop(key), left.pop(module + ending_b, None)
             if b is None:
                 left[key] = a
                 continue
-            yield _product(module, "update", b, a, _scale(info.config, module, a.shape[0], steps))
+            yield _product(module, what, b, a, _scale(info.config, module, a.shape[0], steps))
 
 
 def _bottlenecks(left: dict[str, Tensor]) -> Iterator[Learnt]:
@@ -161,10 +172,10 @@ def _prefix_of_peft(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Lear
 
 def _singles(left: dict[str, Tensor]) -> Iterator[Learnt]:
     for key in list(left):
-        module, _, parameter = key.rpartition(".")
-        what = _SINGLE.get(parameter)
-        if what is None:
+        parameter = next((name for name in _SINGLE if key == name or key.endswith("." + name)), None)
+        if parameter is None:
             continue
+        module, what = key[: -len(parameter)].removesuffix("."), _SINGLE[parameter]
         tensor = left.pop(key)
         norm = _norm(tensor.float() - 1) if parameter == "ia3_l" else _norm(tensor)
         yield Learnt(module, _layer(module), what, tensor.numel(), norm)

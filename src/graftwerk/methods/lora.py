@@ -85,7 +85,7 @@ class LoRAModule(LowRankModule):
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B A dropout(x), with PiSSA minus s B0 A0 dropout(x): (..., out) for x (..., in), in A's dtype."""
-        h = self.dropped(x)
+        h = self.dropped(x, self.lora_A.weight.dtype)
         update = low_rank_product(h, self.lora_A.weight, self.lora_B.weight, self.scale)
         return update - low_rank_product(h, *self.start(), self.scale) if self.pissa else update
 

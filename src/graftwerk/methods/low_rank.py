@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import AdapterModule
-from graftwerk.methods.dropout import DropoutGroup, dropout
+from graftwerk.methods.linear_layers import InputDropout
 
 
 class Factor(nn.Module):
@@ -25,7 +24,7 @@ class Factor(nn.Module):
         self.weight = weight
 
 
-class LowRankModule(AdapterModule):
+class LowRankModule(InputDropout):
     """Abstract: an adapter module with factors ``lora_A`` (r, in) and ``lora_B`` (out, r).
 
     Args:
@@ -36,28 +35,14 @@ class LowRankModule(AdapterModule):
     """
 
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, p: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(p)
         self.lora_A, self.lora_B = Factor(a), Factor(b)
-        self.scale, self.dropout = scale, p
-        self.group = DropoutGroup()
-
-    @property
-    def p(self) -> float:
-        """Probability of dropping an entry now: 0 outside training."""
-        return self.dropout if self.training else 0.0
-
-    def seed(self, x: Tensor) -> int:
-        """Return the seed of the mask on ``x`` (..., in), the same for all modules of the group."""
-        return self.group.seed(x, self)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return x (..., in) as the low-rank path reads it: in the dtype of A, entries dropped while training."""
-        h = x.to(self.lora_A.weight.dtype)
-        return dropout(h, self.p, self.seed(x)) if self.p else h
+        self.scale = scale
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B A dropout(x), (..., out), for x (..., in), in the dtype of A."""
-        return low_rank_product(self.dropped(x), self.lora_A.weight, self.lora_B.weight, self.scale)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return low_rank_product(self.dropped(x, a.dtype), a, b, self.scale)
 
 
 def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

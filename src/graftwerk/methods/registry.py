@@ -8,16 +8,21 @@ from graftwerk.methods.base import Method
 from graftwerk.methods.bitfit import BitFit
 from graftwerk.methods.bottleneck import Bottleneck
 from graftwerk.methods.full import Full
+from graftwerk.methods.hira import HiRA
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.linear_probe import Probe
 from graftwerk.methods.lora import LoRA
+from graftwerk.methods.miss import MiSS
+from graftwerk.methods.oft import OFT
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
+from graftwerk.methods.shira import SHiRA
 from graftwerk.settings import parse_choice
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (LoRA, Bottleneck, Prefix, Prompt, PTuning, IA3, BitFit, Probe, Full)
+    method.name: method
+    for method in (LoRA, MiSS, HiRA, SHiRA, OFT, Bottleneck, Prefix, Prompt, PTuning, IA3, BitFit, Probe, Full)
 }
 SHORTHANDS: dict[str, dict[str, Any]] = {
     "dora": {"name": "lora", "use_dora": True},

@@ -256,7 +256,7 @@ class Adapter:
         if not self.method.mergeable:
             raise UnsupportedError(
                 f"{self.method.title} cannot be merged: it is no change of a weight",
-                hint="serve it unmerged; lora, ia3 and bitfit can be merged",
+                hint="serve it unmerged; lora, miss, hira, shira, oft, ia3 and bitfit can be merged",
             )
         selection = self._record.selection
         if selection.merged:

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from graftwerk.methods.base import Method
 from graftwerk.methods.bitfit import BitFit
-from graftwerk.methods.lora import LoRA
 from graftwerk.methods.target_modules import linear_layers
 from graftwerk.modeling.architectures import Architecture, base_path
 from graftwerk.modeling.module_index import module_index
@@ -29,7 +28,7 @@ def left_out(model: PreTrainedModel, method: Method, view: Architecture) -> list
         if not missed:
             return []
         return [f"{len(missed)} of {biases} biases, out of its reach: {_named(missed)}"]
-    if isinstance(method, LoRA) and method.target_modules == "all-linear":
+    if getattr(method, "target_modules", None) == "all-linear":
         return _matrices(model, view)
     return []
 

@@ -149,6 +149,47 @@ _IA3: dict[str, Key] = {
     "fan_in_fan_out": Key("free", _flag),
     "init_ia3_weights": Key("free", _flag),
 }
+_LINEAR: dict[str, Key] = {
+    **_COMMON,
+    "r": Key("read", _RANK),
+    "target_modules": Key("read", _names),
+    "exclude_modules": Key("read", _names),
+    "fan_in_fan_out": Key("free", _flag),
+    "layers_to_transform": Key("read", _layers),
+    "layers_pattern": Key("read", _names),
+}
+_MISS: dict[str, Key] = {
+    **_LINEAR,
+    "miss_dropout": Key("read", _number(0, 0.999)),
+    "mini_r": Key("read", _RANK),
+    "init_weights": Key("read", lambda value: _flag(value) or value in ("bat", "mini")),
+    "bias": Key("read", lambda value: value in ("none", "all", "MiSS_only")),
+}
+_HIRA: dict[str, Key] = {
+    **_LINEAR,
+    "hira_dropout": Key("read", _number(0, 0.999)),
+    "init_weights": Key("free", lambda value: value in (None, True, False, "gaussian")),
+    "rank_pattern": Key("read", _per_module(_RANK)),
+}
+_SHIRA: dict[str, Key] = {
+    **_LINEAR,
+    "mask_type": Key("free", _text),  # the trained places are stored
+    "random_seed": Key("read", _none_or(_whole(0, 2**63 - 1))),
+    "init_weights": Key("free", _flag),
+}
+_OFT: dict[str, Key] = {
+    **_LINEAR,
+    "r": Key("read", _whole(0, MAX_RANK)),
+    "oft_block_size": Key("read", _whole(0, MAX_RANK)),
+    "module_dropout": Key("free", _number(0, 1)),  # PEFT does not apply it to linear layers
+    "bias": Key("read", lambda value: value in ("none", "all", "oft_only")),
+    "init_weights": Key("free", _flag),
+    "coft": _off("COFT, which keeps rotations within a bound"),
+    "eps": Key("free", _number(0, 1e9)),
+    "block_share": Key("read", _flag),
+    "use_cayley_neumann": Key("read", _flag),
+    "num_cayley_neumann_terms": Key("read", _whole(3, 64)),
+}
 _VIRTUAL: dict[str, Key] = {
     **_COMMON,
     "num_virtual_tokens": Key("read", _TOKENS),
@@ -180,13 +221,21 @@ _PREFIX: dict[str, Key] = {
 KEYS: dict[str, dict[str, Key]] = {
     "LORA": _LORA,
     "IA3": _IA3,
+    "MISS": _MISS,
+    "HIRA": _HIRA,
+    "SHIRA": _SHIRA,
+    "OFT": _OFT,
     "PROMPT_TUNING": _PROMPT,
     "P_TUNING": _PTUNING,
     "PREFIX_TUNING": _PREFIX,
 }
 """PEFT's types that can be read, with all their keys."""
-_NEEDED = {
+_NEEDED: dict[str, tuple[str, ...]] = {
     "LORA": ("r", "lora_alpha"),
+    "MISS": ("r",),
+    "HIRA": ("r",),
+    "SHIRA": ("r",),
+    "OFT": ("r", "oft_block_size", "use_cayley_neumann"),
     "PROMPT_TUNING": ("num_virtual_tokens",),
     "P_TUNING": ("num_virtual_tokens",),
     "PREFIX_TUNING": ("num_virtual_tokens",),
@@ -227,8 +276,11 @@ def check_config(config: Mapping[str, Any], path: Path) -> None:
     for key in _NEEDED.get(kind, ()):
         if key not in config:
             raise ConfigError(f"`{key}` is missing", where=str(path))
+    _check_bias(config, path)
     if kind == "LORA":
         _check_lora(config, path)
+    if kind == "OFT":
+        _check_oft(config, path)
 
 
 def _check_types(config: Mapping[str, Any], keys: Mapping[str, Key], path: Path, kind: str) -> None:
@@ -253,13 +305,27 @@ def _check_types(config: Mapping[str, Any], keys: Mapping[str, Key], path: Path,
             raise ConfigError(f"`{name}` = {shown} has a wrong type or is out of range", where=str(path))
 
 
-def _check_lora(config: Mapping[str, Any], path: Path) -> None:
+def _check_bias(config: Mapping[str, Any], path: Path) -> None:
     if config.get("bias", "none") != "none":
         raise UnsupportedError(
             f"`bias` = {config['bias']!r}: biases of the base were trained, so the adapter could not be switched off",
             where=str(path),
             hint="train with bias='none'; the method bitfit trains biases beside the base's own",
         )
+
+
+def _check_oft(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse rotations of PEFT before 0.18, whose series was another one; only newer versions write which they are."""
+    written = re.match(r"(\d{1,9})\.(\d{1,9})", config.get("peft_version") or "0.0")
+    if config["use_cayley_neumann"] and (written is None or tuple(map(int, written.groups())) < (0, 18)):
+        raise UnsupportedError(
+            "`use_cayley_neumann`: PEFT before 0.18 used another series, so its rotations cannot be repeated",
+            where=str(path),
+            hint="train it anew; what 0.18 or later wrote says so in `peft_version`",
+        )
+
+
+def _check_lora(config: Mapping[str, Any], path: Path) -> None:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in _KEEPS_BASE:
         raise UnsupportedError(

@@ -59,8 +59,9 @@ from graftwerk.serialization.peft_format import (
     write_lora,
     write_own,
 )
+from graftwerk.serialization.peft_linear import write_linear
 from graftwerk.serialization.peft_virtual import write_prefix, write_prompt
-from graftwerk.serialization.restore import START, check_size, restored
+from graftwerk.serialization.restore import INDICES, START, check_size, restored
 from graftwerk.serialization.safetensors_header import check_writable, uncollected
 from graftwerk.serialization.strict_json import SEAL, dump_object
 from graftwerk.serialization.untrusted_files import checksum
@@ -76,6 +77,7 @@ _RESERVED = ("format", "name", "base", "files", SEAL)
 _WRITERS = {
     "lora": write_lora,
     "ia3": write_ia3,
+    **dict.fromkeys(("miss", "hira", "shira", "oft"), write_linear),
     "prompt": write_prompt,
     "ptuning": write_prompt,
     "prefix": write_prefix,
@@ -276,8 +278,12 @@ def _digests_beside(graft: Adapter) -> dict[str, str]:
 
 
 def _parameters(graft: Adapter) -> dict[str, Any]:
-    # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start never trains.
-    sizes = {key: tensor.numel() for key, tensor in graft.state_dict().items() if START not in key}
+    # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start and SHiRA's places never do.
+    sizes = {
+        key: tensor.numel()
+        for key, tensor in graft.state_dict().items()
+        if START not in key and not key.endswith(INDICES)
+    }
     head = sum(size for key, size in sizes.items() if graft.is_head(key))
     own, total = sum(sizes.values()) - head, graft.num_base_parameters
     return {"trained": own, "head": head, "total": total, "share": own / total}

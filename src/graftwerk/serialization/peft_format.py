@@ -1,4 +1,5 @@
-"""A graft as PEFT writes it down: LoRA and IA3 here, virtual tokens in `peft_virtual.py`; back in `peft_reading.py`.
+"""A graft as PEFT writes it down: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
+`peft_virtual.py` virtual tokens; back in `peft_reading.py`.
 
 PEFT's container is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
 ``base_model.model.<path>.<parameter>``; saved heads lie in it plainly. What PEFT has no method for uses the same
@@ -132,7 +133,7 @@ def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _own_tensors(graft: Adapter) -> dict[str, Tensor]:
+def own_tensors(graft: Adapter) -> dict[str, Tensor]:
     own = {PREFIX + key: tensor for key, tensor in graft.state_dict().items() if not graft.is_head(key)}
     return {**own, **head_tensors(graft, PREFIX)}
 
@@ -148,13 +149,13 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         path: _plain(method.scale(path) * (math.sqrt(rank) if method.use_rslora else rank))
         for path, rank in ranks.items()
     }
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     config: dict[str, Any] = {
         **common_config(graft, "LORA", base_name),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": method.lora_dropout,
-        **_targets(graft, list(ranks)),
+        **target_config(graft, list(ranks)),
         "use_rslora": method.use_rslora,
         "use_dora": method.use_dora,
         "init_lora_weights": True,
@@ -164,7 +165,7 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
     if not pissa:
-        return Stored(config, _own_tensors(graft))
+        return Stored(config, own_tensors(graft))
     tensors = head_tensors(graft, PREFIX)
     for path in ranks:
         a, b = raw[f"{path}.lora_A.weight"], raw[f"{path}.lora_B.weight"]
@@ -173,9 +174,9 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
     return Stored(config, tensors, {key: tensor for key, tensor in raw.items() if not graft.is_head(key)})
 
 
-def _targets(graft: Adapter, paths: list[str]) -> dict[str, Any]:
+def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
     """PEFT's way of naming exactly these layers: short endings, with the numbers of the layers where those say it."""
-    modules = _module_paths(graft.model, graft.heads)
+    modules = module_paths(graft.model, graft.heads)
     whole = {"target_modules": endings(paths, modules)}
     if getattr(graft.method, "layers", None) is None:
         return whole
@@ -211,7 +212,7 @@ def _in_layer(place: TargetModule) -> str:
 def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
     method = graft.method
     assert isinstance(method, IA3)
-    modules = _module_paths(graft.model, graft.heads)
+    modules = module_paths(graft.model, graft.heads)
     # PEFT wants the feed-forward entries among the targets, so each side is named on its own.
     inputs = endings([place.path for place in graft.targets if method.scales_input(place)], modules)
     outputs = endings([place.path for place in graft.targets if not method.scales_input(place)], modules)
@@ -222,7 +223,7 @@ def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
         "fan_in_fan_out": any(_is_transposed(graft.model.get_submodule(place.path)) for place in graft.targets),
         "init_ia3_weights": True,
     }
-    return Stored(config, _own_tensors(graft))
+    return Stored(config, own_tensors(graft))
 
 
 def write_own(graft: Adapter, base_name: str | None) -> Stored:
@@ -237,11 +238,11 @@ def _plain(value: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 
-def _most_common(values: Iterable[Any]) -> Any:
+def most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
+def module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
     """All modules that PEFT would compare its targets with: saved heads are never adapted."""
     return [path for path in base_modules(model) if path and not within(path, heads)]
 
@@ -262,7 +263,7 @@ def listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[s
     wanted = config.get("layers_to_transform")
     numbers = [wanted] if isinstance(wanted, int) else wanted
     found = set()
-    for path in _module_paths(model, heads):
+    for path in module_paths(model, heads):
         if not ends_with(path, targets) or ends_with(path, excluded):
             continue
         # A target that is a whole path is adapted whatever its layer's number.

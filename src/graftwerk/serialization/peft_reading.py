@@ -41,16 +41,16 @@ def read_lora(
 ) -> Restored:
     _refuse_embeddings(model, tensors)
     tensors, replaced = split_base_layers(model, tensors, PREFIX)
-    layers, rest = _by_layer(tensors, LORA_PARTS)
+    layers, rest = by_layer(tensors, LORA_PARTS)
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
-    _check_layers(model, view, config, layers, heads)
+    check_layers(model, view, config, layers, heads)
     parts = LORA_PARTS if config.get("use_dora") else LORA_PARTS[:2]
     faults = [f"{path}.{part}" for path, found in layers.items() for part in parts if part not in found]
     if faults:
-        raise AdapterError(_listed("missing", faults))
+        raise AdapterError(listed("missing", faults))
     faults = [f"{path}.{part}" for path, found in layers.items() for part in found if part not in parts]
     if faults:
-        raise AdapterError(_listed("not expected without use_dora", faults))
+        raise AdapterError(listed("not expected without use_dora", faults))
     ranks = {path: _rank(path, found) for path, found in layers.items()}
     patterned: dict[str, int] = config.get("rank_pattern") or {}
     rank: int = config["r"]
@@ -97,15 +97,9 @@ def read_lora(
 def read_ia3(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
-    tensors, replaced = split_base_layers(model, tensors, PREFIX)
-    if replaced:
-        raise UnsupportedError(
-            f"the folder holds a weight of the base for `{next(iter(replaced))}` that is not this model's",
-            hint="load the base model that the adapter was trained on, with its resized vocabulary",
-        )
-    layers, rest = _by_layer(tensors, ("ia3_l",))
+    layers, rest = by_layer(refuse_resized(model, tensors), ("ia3_l",))
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
-    _check_layers(model, view, config, layers, heads)
+    check_layers(model, view, config, layers, heads)
     vectors = {path: found["ia3_l"] for path, found in layers.items()}
     for path, vector in vectors.items():
         if vector.dim() != 2 or 1 not in vector.shape:
@@ -119,10 +113,29 @@ def read_ia3(
     return Restored(method, raw)
 
 
+def refuse_resized(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the tensors without the weights of the base that PEFT stores beside them and that equal the model's.
+
+    Args:
+        model: The base.
+        tensors: Tensors of any shape by PEFT's keys.
+
+    Raises:
+        UnsupportedError: a weight is another than the model's, as after a resize of the vocabulary.
+    """
+    tensors, replaced = split_base_layers(model, tensors, PREFIX)
+    if replaced:
+        raise UnsupportedError(
+            f"the folder holds a weight of the base for `{next(iter(replaced))}` that is not this model's",
+            hint="load the base model that the adapter was trained on, with its resized vocabulary",
+        )
+    return tensors
+
+
 def read_own(method: Method, tensors: Mapping[str, Tensor]) -> Restored:
     foreign = [key for key in tensors if not key.startswith(PREFIX)]
     if foreign:
-        raise AdapterError(_listed("not known here", foreign))
+        raise AdapterError(listed("not known here", foreign))
     return Restored(method, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
 
 
@@ -165,14 +178,14 @@ def read_heads(
         heads[head] = None
         raw[key.removeprefix(prefix)] = tensor
     if unknown:
-        raise AdapterError(_listed("not known here", unknown), hint=_hint(model, unknown))
+        raise AdapterError(listed("not known here", unknown), hint=_hint(model, unknown))
     missing = [
         path
         for path, module in modules.items()
         if path.endswith(tuple(names)) and not within(path, heads) and any(True for _ in module.parameters())
     ]
     if missing:
-        raise AdapterError(_listed("missing: the saved module", missing))
+        raise AdapterError(listed("missing: the saved module", missing))
     found = list(heads)
     for table, stored in (*tables.items(), *originals.items()):
         if table not in modules:
@@ -202,10 +215,10 @@ def _hint(model: nn.Module, unknown: Sequence[str]) -> str:
     return "the adapter was made for another architecture, or is of a variant that is not known here"
 
 
-def _by_layer(
+def by_layer(
     tensors: Mapping[str, Tensor], parts: Sequence[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Adapter tensors by layer and part, and all others by their keys."""
+    """Return adapter tensors of any shape by layer and part, and all others by their keys."""
     layers: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in tensors.items():
@@ -217,17 +230,22 @@ def _by_layer(
     return layers, rest
 
 
-def _check_layers(
+def check_layers(
     model: nn.Module, view: Architecture, config: Mapping[str, Any], layers: Mapping[str, Any], heads: Sequence[str]
 ) -> None:
-    """The layers that the file has tensors for must be the model's, and those that the settings list."""
+    """Check that the layers that a file has tensors for are the model's, and those that the settings list.
+
+    Raises:
+        AdapterError: the file has no tensors, or a layer is missing, is not known or is not among the targets.
+        UnsupportedError: a layer is no linear one.
+    """
     if not layers:
         raise AdapterError("the file has no tensors of an adapter in it")
     modules = base_modules(model)
     unknown = [path for path in layers if path not in modules]
     if unknown:
         raise AdapterError(
-            _listed("not known here: the layer", unknown), hint="the adapter was made for another architecture"
+            listed("not known here: the layer", unknown), hint="the adapter was made for another architecture"
         )
     outside = [path for path in layers if path not in view.by_path]
     if outside:
@@ -240,10 +258,10 @@ def _check_layers(
         return
     missing = [path for path in expected if path in view.by_path and path not in layers]
     if missing:
-        raise AdapterError(_listed("missing: target_modules lists the layer", missing))
+        raise AdapterError(listed("missing: target_modules lists the layer", missing))
     extra = [path for path in layers if path not in expected]
     if extra:
-        raise AdapterError(_listed("not among target_modules: the layer", extra))
+        raise AdapterError(listed("not among target_modules: the layer", extra))
 
 
 def _rank(path: str, found: Mapping[str, Tensor]) -> int:
@@ -255,6 +273,6 @@ def _rank(path: str, found: Mapping[str, Tensor]) -> int:
     return a.shape[0]
 
 
-def _listed(what: str, keys: Sequence[str], most: int = 8) -> str:
+def listed(what: str, keys: Sequence[str], most: int = 8) -> str:
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return f"{what} {', '.join(key[:200] for key in keys[:most])}{more} ({len(keys)} in all)"

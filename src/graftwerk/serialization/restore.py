@@ -22,6 +22,7 @@ from graftwerk.modeling.prefix_attention import stacks_of
 from graftwerk.modeling.task_heads import head_paths, open_places
 from graftwerk.serialization.info import TRAINING_FILE, AdapterInfo
 from graftwerk.serialization.peft_format import PREFIX, Restored
+from graftwerk.serialization.peft_linear import LAYOUTS, read_linear
 from graftwerk.serialization.peft_reading import read_ia3, read_lora, read_own
 from graftwerk.serialization.peft_virtual import read_prefix, read_prompt
 from graftwerk.serialization.untrusted_files import read_tensors
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
 
 START = ".start_"
 """PiSSA keeps what it started from in tensors of these names."""
+INDICES = ".shira_indices"
+"""SHiRA's places, the only integers that an adapter has."""
 _READERS = {
     "LORA": read_lora,
     "IA3": read_ia3,
+    **dict.fromkeys(LAYOUTS, read_linear),
     "PROMPT_TUNING": read_prompt,
     "P_TUNING": read_prompt,
     "PREFIX_TUNING": read_prefix,
@@ -112,6 +116,8 @@ def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
     if _all_finite(tensors):
         return
     for key, tensor in tensors.items():
+        if key.endswith(INDICES) and tensor.dtype in (torch.int32, torch.int64):
+            continue
         if not tensor.is_floating_point():
             raise AdapterError(f"`{key[:200]}` holds {tensor.dtype} where an adapter has floating-point numbers")
         if not torch.isfinite(tensor.float()).all():
@@ -139,7 +145,9 @@ def check_size(model: PreTrainedModel, restored: Restored, view: Architecture) -
     method = restored.method
     heads = head_paths(model, method, view)
     found = sum(
-        tensor.numel() for key, tensor in restored.tensors.items() if not within(key, heads) and START not in key
+        tensor.numel()
+        for key, tensor in restored.tensors.items()
+        if not within(key, heads) and START not in key and not key.endswith(INDICES)
     )
     if isinstance(method, Prefix):
         chosen = method.filter_layers(view.attentions)
