@@ -35,9 +35,9 @@ def hints() -> Iterator[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             said: list[ast.expr] = []
             if isinstance(node, ast.Call):
-                said = [word.value for word in node.keywords if word.arg in ("mend", "where")]
+                said = [word.value for word in node.keywords if word.arg in ("hint", "where")]
             elif isinstance(node, ast.Assign) and any(
-                getattr(it, "id", "") in ("mend", "KEY", "WHERE") for it in node.targets
+                getattr(it, "id", "") in ("hint", "KEY", "WHERE") for it in node.targets
             ):
                 said = [node.value]
             for expression in said:

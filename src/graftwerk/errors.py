@@ -1,12 +1,14 @@
-"""One rooted tree of errors, written for the person who has to mend what went wrong; and `RunInterrupted`.
+"""One rooted tree of errors, written for the person who has to put things right; and `RunInterrupted`.
 
-Every error says *what* happened, *where* (file:line, config key, module path), how to *mend* it, and what was *kept*.
+Every error says *what* happened, *where* (file:line, config key, module path), a *hint* how to put it right, and what
+was *recovered*.
 The exit code of a command is the exit code of its error; a traceback is shown only with ``--debug``.
 """
 
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -41,9 +43,19 @@ class Explained(BaseException):
         super().__init__(what)
         self.what, self.where, self.hint, self.recovered = what, where, hint, recovered
 
+    @property
+    def mend(self) -> str | None:
+        """`hint`, under its name of 0.1.0."""
+        return self.hint
+
+    @property
+    def kept(self) -> str | None:
+        """`recovered`, under its name of 0.1.0."""
+        return self.recovered
+
     def __str__(self) -> str:
         parts = [self.what]
-        for label, text in (("where", self.where), ("mend", self.hint), ("recovered", self.recovered)):
+        for label, text in (("where", self.where), ("hint", self.hint), ("recovered", self.recovered)):
             if text:
                 parts.append(f"  {label}: {text}")
         return clean("\n".join(parts))
@@ -139,3 +151,14 @@ class RunInterrupted(Explained):
     @property
     def exit_code(self) -> int:  # type: ignore[override]
         return 128 + self.signum
+
+
+_RENAMED = {"EnvironmentFault": "ResourceError", "Interrupted": "RunInterrupted"}
+"""Names of 0.1.0 that still work, each with its name today."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module 'graftwerk.errors' has no attribute {name!r}")
+    warnings.warn(f"`{name}` is now called `{_RENAMED[name]}`", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

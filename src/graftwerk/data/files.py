@@ -197,7 +197,7 @@ def _read_json(path: Path, table: Table) -> None:
         except (ValueError, RecursionError, StopIteration) as error:
             # Where one item ends and the next begins is unknown from here on, so nothing after it can be saved.
             raise DataError(
-                f"broken JSON: {error}", where=f"{path}:{line}", hint="mend it, or write one object a line (.jsonl)"
+                f"broken JSON: {error}", where=f"{path}:{line}", hint="correct it, or write one object a line (.jsonl)"
             ) from None
         reason = None if fault is no_fault else fault(text[position:end])
         if reason is None and not isinstance(row, dict):

@@ -133,6 +133,6 @@ def apply_bad_row_policy(
         raise DataError(
             message,
             where="; ".join(places) + (f"; and {more:,} more" if more else ""),
-            hint="mend these rows, or set `data.on_bad_row: skip` to leave them out and have them counted",
+            hint="correct these rows, or set `data.on_bad_row: skip` to leave them out and have them counted",
         )
     return (Issue("rows-skipped", f"{message} and were left out", count, example=places[0]),)

@@ -257,7 +257,7 @@ def _taken(hint: str, data: str | None) -> str:
     if "data.columns" in hint:
         near = hint.partition("? ")[0] + "? " if hint.startswith("did you mean") else ""
         return f"{near}`--column PART=NAME` (columns={{part: name}}) says which column plays which part"
-    return f"mend these rows, or leave them out of {data}; how rows are read was settled by the training"
+    return f"correct these rows, or leave them out of {data}; the training has fixed how rows are read"
 
 
 def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
