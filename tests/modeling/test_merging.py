@@ -67,11 +67,11 @@ def test_only_the_touched_layers_change() -> None:
 def test_what_merging_keeps_is_one_copy_of_the_touched_weights() -> None:
     model, _, graft = grafted(METHODS["lora attention"], "llama")
     graft.merge()
-    assert graft._kept is not None
-    kept = sum(tensor.nbytes for _, tensor in graft._kept)
+    assert graft._saved is not None
+    kept = sum(tensor.nbytes for _, tensor in graft._saved)
     assert kept == sum(model.get_parameter(f"{path}.weight").nbytes for path in graft.hosts)
     graft.unmerge()
-    assert graft._kept is None
+    assert graft._saved is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

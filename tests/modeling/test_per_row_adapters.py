@@ -93,7 +93,7 @@ def test_stacked_equals_one_after_the_other(method: str, family: str) -> None:
     found = logits(model, batch)
     found_gradients = gradients(model, batch, "abc")
     if method in LAYERED:
-        assert any(isinstance(part, BatchedGroup) and len(part.deltas) > 2 for part in parts(model))
+        assert any(isinstance(part, BatchedGroup) and len(part.modules) > 2 for part in parts(model))
     with fast.plain():
         assert all(isinstance(part, SequentialGroups) for part in parts(model))
         torch.testing.assert_close(found, logits(model, batch), **CLOSE)
@@ -163,7 +163,7 @@ def test_ranks_far_apart_are_stacked_apart_and_near_ones_together() -> None:
         attached(model, {"name": "lora", "r": rank}, f"r{rank}", number)
     names = ["r16", "r1", "r4", "r17", "r2", "r3"]
     gw.activate(model, rows=names)
-    found = {tuple(sorted(BATCHED[type(delta)].padded_dim(delta) for delta in part.deltas)) for part in parts(model)}
+    found = {tuple(sorted(BATCHED[type(delta)].padded_dim(delta) for delta in part.modules)) for part in parts(model)}
     assert found == {(1, 2, 3, 4), (16, 17)}
     model.double()
     together = logits(model, batch)

@@ -1,7 +1,7 @@
-"""Adapted layers: the same object with another class, so that nothing of the base moves or is renamed.
+"""Adapted modules: the same object with another class, so that nothing of the base moves or is renamed.
 
-`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a layer norm the class ``Adapted<its
-class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both.
+`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a norm the class ``Adapted<its
+class>``; its adapter modules are in one child, the `AdapterSlots`. `restore(module)` undoes both.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ else:
 
 
 class Adapted(_Layer):
-    """Mixed in before a layer's own class: pre_forward, the layer itself, post_forward."""
+    """Mixin before a layer's own class: pre_forward, the layer itself, post_forward."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the output (..., out) of the layer and its active adapters for x (..., in)."""
         (x,) = args or kwargs.values()  # whatever the layer's own class calls its input
         slots = self._modules[CHILD]
         assert isinstance(slots, AdapterSlots)
@@ -49,47 +50,47 @@ class Adapted(_Layer):
 
 
 class AdaptedWeight(_Layer):
-    """Mixed in before the class of a layer that is never called: whoever reads its weight or bias gets them with the
-    active deltas in them.
-    """
+    """Mixin for a layer that is never called: its weight and bias are read with the active adapters merged in."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (out, in) with the active adapters merged in."""
         return self._read()[0]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias (out,) with the active adapters merged in, or None."""
         return self._read()[1]
 
     def _read(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
-        box = self._modules[CHILD]
-        assert isinstance(box, AdapterSlots)
-        deltas = box.active()
-        if not deltas:
+        slots = self._modules[CHILD]
+        assert isinstance(slots, AdapterSlots)
+        adapters = slots.active()
+        if not adapters:
             return weight, bias
-        for delta in deltas:
-            weight, bias = delta.merged_weight(weight, bias)
+        for adapter in adapters:
+            weight, bias = adapter.merged_weight(weight, bias)
         return weight, bias
 
 
 class AdaptedHead(nn.Module):
-    """Mixed in before the class of a task head: each adapter's own copy of the head answers for its rows."""
+    """Mixin before the class of a task head: each adapter's own copy of the head computes its rows."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        box = self._modules[CHILD]
-        assert isinstance(box, AdapterSlots)
-        selection = box.selection
+        slots = self._modules[CHILD]
+        assert isinstance(slots, AdapterSlots)
+        selection = slots.selection
         if selection.rows is None:
-            copies = [head for name in selection.names if (head := box.get(name)) is not None]
+            copies = [head for name in selection.names if (head := slots.get(name)) is not None]
             return _answer(copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         size = first.shape[0]
         outputs, order = [], []
         for group in selection.groups(size, first.device):
             order.append(group.index)
-            if (head := box.get(group.name)) is None:
+            if (head := slots.get(group.name)) is None:
                 # Over the whole batch: a product of fewer rows may end in another last bit, and these are the base's.
                 outputs.append(super().forward(*args, **kwargs)[group.index])
             else:
@@ -101,8 +102,9 @@ class AdaptedHead(nn.Module):
 
 
 def _answer(head: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What an adapter's copy of a head says. The copy is float32; around it all is of the base's type, which
-    may be another.
+    """Run an adapter's copy of a head.
+
+    The copy is float32; inputs and outputs keep the dtype of the base, which may be another.
     """
     given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()), None)
     own = next((parameter.dtype for parameter in head.parameters()), None)
@@ -130,14 +132,17 @@ def _check_same_width(outputs: list[Tensor]) -> None:
         )
 
 
-def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
-    """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
+    """Give a module its adapted class. A second call changes nothing.
 
     Args:
-        weight_only: The module is read and never called (`Place.weight_only`).
+        module: A module of the base.
+        slots: Its child from now on.
+        head: True for a task head.
+        weight_only: True if the module is read and never called (`TargetModule.weight_only`).
 
     Raises:
-        UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
+        UnsupportedError: another library has put a forward of its own on the module, so that the class is never used.
     """
     if not hasattr(type(module), "_graftwerk_base"):
         if is_replaced(module):
@@ -150,21 +155,21 @@ def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_on
         own: Any = type(module)
         mixin: Any = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
         change_class(module, swapped_class(mixin, own, f"Adapted{own.__name__}", _graftwerk_base=own))
-    assert slots_of(module) is box
+    assert slots_of(module) is slots
 
 
 def restore(module: nn.Module) -> None:
-    """Give a module its own class back and take its box away."""
+    """Give a module its own class back and remove its slots."""
     change_class(module, getattr(type(module), "_graftwerk_base", type(module)))
     module._modules.pop(CHILD, None)
 
 
 def make_memory_efficient(modules: Iterable[nn.Module], activations: ActivationTable) -> None:
-    """Give each of these frozen modules that is known its memory-efficient class. Done twice, it changes nothing more.
+    """Give each known frozen module its memory-efficient class. A second call changes nothing.
 
     Args:
         modules: Modules of the base.
-        activations: Where they note how their outputs are made again.
+        activations: The table in which they note how their outputs are recomputed.
     """
     for module in modules:
         mixin: Any = efficient_mixin(module)

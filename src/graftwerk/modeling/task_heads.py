@@ -16,14 +16,14 @@ from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.module_index import base_modules
 
 
-def head_paths(model: nn.Module, method: Method, anatomy: Architecture) -> tuple[str, ...]:
-    """The modules that an adapter of this method trains and stores whole.
+def head_paths(model: nn.Module, method: Method, architecture: Architecture) -> tuple[str, ...]:
+    """Return the paths of the modules that an adapter of this method trains and stores whole.
 
     Raises:
         ConfigError: `modules_to_save` names a module that the model does not have.
     """
     if method.modules_to_save == "auto":
-        return anatomy.heads
+        return architecture.heads
     modules = base_modules(model)
     paths = []
     for name in method.modules_to_save:
@@ -39,8 +39,8 @@ def head_paths(model: nn.Module, method: Method, anatomy: Architecture) -> tuple
 
 
 def copy_head(module: nn.Module) -> nn.Module:
-    """A trainable float32 copy of the base's head, without any grafts on it."""
-    box = module._modules.pop(CHILD, None)
+    """Return a trainable float32 copy of the base's head, without adapters on it."""
+    slots = module._modules.pop(CHILD, None)
     adapted = module.__class__
     module.__class__ = getattr(adapted, "_graftwerk_base", adapted)
     try:
@@ -51,23 +51,29 @@ def copy_head(module: nn.Module) -> nn.Module:
             head = copy.deepcopy(module, memo)
     finally:
         module.__class__ = adapted
-        if box is not None:
-            module._modules[CHILD] = box
+        if slots is not None:
+            module._modules[CHILD] = slots
     unhook(head)  # the base's head keeps its hooks, and asks its copies
     return head.requires_grad_(True)
 
 
-def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:
+def fit_head(slots: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:
     """Make an adapter's copy of a linear head as wide as the stored one, so that each adapter keeps its own labels.
 
     Args:
-        tensors: The head's stored tensors by their names inside the head (`weight`, `out_proj.bias`, ...).
-        classes: How many classes the base's head tells apart: only a layer of so many outputs can have others.
+        slots: The slots of the head.
+        name: The adapter.
+        tensors: The head's stored tensors, any shape, by their names in the head (`weight`, `out_proj.bias`, ...).
+        where: Path of the head, for messages.
+        classes: Number of classes of the base's head: only a layer with this many outputs can have others.
 
     Returns:
-        How many classes the stored head tells apart, or None if this module does not tell.
+        Number of classes of the stored head, or None if this module does not tell.
+
+    Raises:
+        AdapterError: the stored head reads another width.
     """
-    head = box.get(name)
+    head = slots.get(name)
     assert head is not None
     found = None
     for path, module in list(head.named_modules()):
@@ -89,5 +95,5 @@ def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where:
             parent, _, child = path.rpartition(".")
             setattr(head.get_submodule(parent), child, wider)
         else:
-            box.put(name, wider)
+            slots.put(name, wider)
     return found
