@@ -135,7 +135,7 @@ def _prefix(slots: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | 
 
 
 class _MixedPrefix:
-    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and the part of them that a row sees.
+    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and the columns that a row sees.
 
     Made once for a choice of rows, and again if a parameter has changed; in training at every call.
     """
