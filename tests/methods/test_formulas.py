@@ -43,12 +43,12 @@ def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.
     return layer, delta
 
 
-def test_lora_of_rank_8_on_512_by_512_has_8192() -> None:
+def test_num_parameters_lora_r8_on_512x512_is_8192() -> None:
     delta = LoRA(r=8).build(place(512, 512), nn.Linear(512, 512))
     assert LoRA(r=8).num_parameters([place(512, 512)]) == sum(p.numel() for p in delta.parameters()) == 8192
 
 
-def test_bottleneck_of_64_on_1024() -> None:
+def test_num_parameters_bottleneck_64_on_1024_follows_formula() -> None:
     network = BottleneckNetwork(1024, 1024, 64, "gelu", False, 1.0)
     without = Bottleneck(adapter_size=64, layer_norm=False)
     assert without.num_parameters([place(1024, 1024)]) == sum(p.numel() for p in network.parameters()) == 132_160
@@ -56,12 +56,12 @@ def test_bottleneck_of_64_on_1024() -> None:
     assert Bottleneck(adapter_size=64).num_parameters([place(1024, 1024)]) == 132_160 + 2 * 1024
 
 
-def test_dora_and_ia3_counts() -> None:
+def test_num_parameters_dora_and_ia3_follow_formula() -> None:
     assert LoRA(r=4, use_dora=True).num_parameters([place(30, 20)]) == 4 * 50 + 20
     assert IA3().num_parameters([place(30, 20, Role.KEY), place(30, 20, Role.FFN_OUT)]) == 20 + 30
 
 
-def test_lora_equation() -> None:
+def test_lora_output_equals_equation() -> None:
     layer, delta = adapted(LoRA(r=3, lora_alpha=7))
     nn.init.normal_(delta.lora_B.weight)
     x = torch.randn(2, 5, 12)
@@ -69,7 +69,7 @@ def test_lora_equation() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_rslora_scale_and_patterns() -> None:
+def test_lora_scale_follows_rslora_and_patterns() -> None:
     method = LoRA(r=4, lora_alpha=8, use_rslora=True, rank_pattern={"q": 16}, alpha_pattern={"b.q": 2})
     assert method.scale("x.v") == 8 / math.sqrt(4)
     assert method.scale("a.q") == 8 / math.sqrt(16)
@@ -78,7 +78,7 @@ def test_rslora_scale_and_patterns() -> None:
     assert method.scale("x.notq") == 8 / math.sqrt(4)
 
 
-def test_dora_equation() -> None:
+def test_dora_output_equals_equation() -> None:
     """m * (W + sBA) / ||W + sBA||, rows being outputs."""
     layer, delta = adapted(LoRA(r=3, use_dora=True))
     with torch.no_grad():
@@ -90,14 +90,14 @@ def test_dora_equation() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias))
 
 
-def test_pissa_starts_at_the_largest_directions() -> None:
+def test_pissa_init_is_best_low_rank_approximation() -> None:
     weight = torch.randn(10, 12)
     a, b = pissa_init(weight, 4, scale=2.0)
     u, s, vh = torch.linalg.svd(weight)
     torch.testing.assert_close(2.0 * b @ a, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], atol=1e-5, rtol=1e-4)
 
 
-def test_ia3_and_bitfit_equations() -> None:
+def test_ia3_and_bitfit_outputs_equal_equations() -> None:
     x = torch.randn(2, 5, 12)
     layer, delta = adapted(IA3(), role=Role.KEY)
     nn.init.normal_(delta.ia3_l)
@@ -110,7 +110,7 @@ def test_ia3_and_bitfit_equations() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias + delta.bitfit_b))
 
 
-def test_bottleneck_equation() -> None:
+def test_bottleneck_output_equals_equation() -> None:
     layer, delta = adapted(Bottleneck(adapter_size=3, non_linearity="relu", scaling=0.5))
     net = delta.bottleneck
     nn.init.normal_(net.up.weight)
@@ -122,7 +122,7 @@ def test_bottleneck_equation() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("input_gradient", [True, False])
-def test_the_fused_lora_equals_the_plain_one(bias: bool, input_gradient: bool) -> None:
+def test_lora_fused_equals_plain(bias: bool, input_gradient: bool) -> None:
     """Outputs and every gradient, one autograd node against the plain operations."""
     layer, delta = adapted(LoRA(r=3, lora_alpha=5))
     if not bias:
@@ -144,7 +144,7 @@ def test_the_fused_lora_equals_the_plain_one(bias: bool, input_gradient: bool) -
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_is_on_the_low_rank_path_only() -> None:
+def test_lora_dropout_affects_low_rank_path_only() -> None:
     layer, delta = adapted(LoRA(r=3, lora_dropout=0.5))
     x = torch.randn(4, 12)
     delta.train()
@@ -155,7 +155,7 @@ def test_dropout_is_on_the_low_rank_path_only() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def test_loraplus_ratio_reaches_b_alone() -> None:
+def test_learning_rate_factor_loraplus_applies_to_b_only() -> None:
     graft = gw.attach(FAMILIES["bert"].build(classifier=True), LoRA(r=2, loraplus_lr_ratio=16))
     factors = {key: graft.learning_rate_factor(key) for key, _ in graft.named_parameters()}
     assert {f for key, f in factors.items() if "lora_B" in key} == {16.0}
@@ -174,7 +174,7 @@ def test_loraplus_ratio_reaches_b_alone() -> None:
         ({"r": 8}, "with `name`"),
     ],
 )
-def test_wrong_settings_are_named(spec: Any, words: str) -> None:
+def test_parse_method_invalid_setting_raises(spec: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_method(spec)
 
@@ -189,7 +189,7 @@ def test_wrong_settings_are_named(spec: Any, words: str) -> None:
         ({"name": "lora", "modules_to_save": ["nothing"]}, "no module `nothing`"),
     ],
 )
-def test_targets_that_match_nothing_are_refused(spec: Any, words: str) -> None:
+def test_select_targets_unmatched_name_raises(spec: Any, words: str) -> None:
     model = FAMILIES["bert"].build(classifier=True)
     with pytest.raises(ConfigError, match=words):
         gw.attach(model, parse_method(spec))
@@ -197,7 +197,7 @@ def test_targets_that_match_nothing_are_refused(spec: Any, words: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_every_method_is_described() -> None:
+def test_registry_every_method_has_description() -> None:
     for name, method in METHODS.items():
         assert method.name == name
         assert method.title
@@ -207,7 +207,7 @@ def test_every_method_is_described() -> None:
     assert {parse_method(name).name for name in SHORTHANDS} <= set(METHODS)
 
 
-def test_suffixes_match_whole_names() -> None:
+def test_select_suffix_matches_whole_names_only() -> None:
     method = LoRA(target_modules=["dense"])
     places = [place(2, 2)]
     named = [TargetModule(path, Role.OTHER_LINEAR, 2, 2, True) for path in ("a.dense", "a.predense", "dense")]
