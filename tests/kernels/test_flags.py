@@ -11,7 +11,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.kernels import flags as fast
 
 
-def test_plain_turns_off_what_is_named_and_only_inside() -> None:
+def test_plain_disables_named_paths_inside_block_only() -> None:
     assert all(fast.enabled(path) for path in fast.PATHS)
     with fast.plain("fused"):
         assert not fast.enabled("fused")
@@ -26,7 +26,7 @@ def test_plain_turns_off_what_is_named_and_only_inside() -> None:
 
 
 @pytest.mark.parametrize(("value", "off"), [("", ""), ("0", ""), ("1", "all"), ("fused, loss", "fused loss")])
-def test_the_environment_turns_paths_off(value: str, off: str) -> None:
+def test_environment_disables_paths(value: str, off: str) -> None:
     code = "from graftwerk import fast; print(*[path for path in fast.PATHS if not fast.enabled(path)])"
     said = subprocess.run(
         [sys.executable, "-c", code], env={"GRAFTWERK_PLAIN": value}, capture_output=True, text=True, check=True
@@ -34,6 +34,6 @@ def test_the_environment_turns_paths_off(value: str, off: str) -> None:
     assert said.stdout.strip() == (" ".join(fast.PATHS) if off == "all" else off)
 
 
-def test_a_path_that_is_none_is_refused() -> None:
+def test_environment_unknown_path_raises() -> None:
     with pytest.raises(ConfigError, match="no fast path `fsued`"):
         fast._from_environment("fsued")

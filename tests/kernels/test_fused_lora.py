@@ -114,9 +114,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("form", ["3-D", "2-D", "turned"])
 @pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d", "4 bit"])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_outputs_and_gradients_are_those_of_the_plain_path(
-    settings: str, kind: str, form: str, fused_calls: list[int]
-) -> None:
+def test_fused_outputs_and_gradients_equal_plain(settings: str, kind: str, form: str, fused_calls: list[int]) -> None:
     if kind == "conv1d" and form == "turned":
         pytest.skip("Conv1D's own forward views its input, so the plain path takes none that is not contiguous")
     layer = layer_with(kind, SETTINGS[settings])
@@ -131,7 +129,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_path(
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_under_autocast(settings: str, fused_calls: list[int]) -> None:
+def test_fused_under_autocast_equals_plain(settings: str, fused_calls: list[int]) -> None:
     layer = layer_with("bias", SETTINGS[settings])
     x = inputs_of(layer, "3-D")
     expected, got = run(layer, x, plain=True, autocast=True), run(layer, x, plain=False, autocast=True)
@@ -144,7 +142,7 @@ def test_under_autocast(settings: str, fused_calls: list[int]) -> None:
         assert (mine.float() - theirs.float()).abs().max() <= 0.05 * size
 
 
-def test_a_base_in_half_precision_with_adapters_in_float32() -> None:
+def test_fused_half_precision_base_equals_plain() -> None:
     layer = layer_with("bias", SETTINGS["two, dropout"], torch.bfloat16)
     x = inputs_of(layer, "3-D", torch.bfloat16)
     for mine, theirs in zip(run(layer, x, plain=False), run(layer, x, plain=True), strict=True):
@@ -152,7 +150,7 @@ def test_a_base_in_half_precision_with_adapters_in_float32() -> None:
         torch.testing.assert_close(mine, theirs, atol=0.1, rtol=0.05)
 
 
-def test_without_gradients_and_in_inference_mode() -> None:
+def test_fused_without_gradients_equals_plain() -> None:
     layer = layer_with("bias", SETTINGS["pissa"]).eval()
     x = inputs_of(layer, "3-D")
     with fast.plain():
@@ -162,7 +160,7 @@ def test_without_gradients_and_in_inference_mode() -> None:
             torch.testing.assert_close(layer(x), expected)
 
 
-def test_what_comes_out_may_be_changed_in_place() -> None:
+def test_fused_output_allows_in_place_change() -> None:
     layer = layer_with("bias", SETTINGS["lora"])
     x = inputs_of(layer, "3-D")
     layer(x.requires_grad_()).mul_(2).sum().backward()
@@ -173,7 +171,7 @@ def test_what_comes_out_may_be_changed_in_place() -> None:
     torch.testing.assert_close(doubled, x.grad)
 
 
-def test_second_derivatives_are_refused_not_wrong() -> None:
+def test_fused_second_derivative_raises() -> None:
     layer = layer_with("bias", SETTINGS["lora"])
     x = inputs_of(layer, "2-D").requires_grad_()
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
@@ -181,7 +179,7 @@ def test_second_derivatives_are_refused_not_wrong() -> None:
         first.sum().backward()
 
 
-def test_a_copy_computes_for_itself() -> None:
+def test_fused_deepcopy_is_independent() -> None:
     layer = layer_with("bias", SETTINGS["dropout"])
     twin = copy.deepcopy(layer)
     x = inputs_of(layer, "3-D")
@@ -204,7 +202,7 @@ def kept_by(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["bias", "4 bit"])
-def test_of_all_that_is_large_only_the_input_is_kept(kind: str) -> None:
+def test_fused_saves_only_the_input(kind: str) -> None:
     layer = layer_with(kind, [{"lora_dropout": 0.4}])
     x = inputs_of(layer, "3-D").requires_grad_()
     large = [t for t in kept_by(layer, x) if t.numel() >= x.numel()]
@@ -216,7 +214,7 @@ def test_of_all_that_is_large_only_the_input_is_kept(kind: str) -> None:
 # -- the mask --------------------------------------------------------------------------------------------------------
 
 
-def test_masks_are_drawn_with_their_probability_and_independently() -> None:
+def test_mask_bits_have_probability_and_independence() -> None:
     rows, width, p = 2048, 1024, 0.1
     dropped = (mask_bits(3, p, rows, width, torch.device("cpu")) == 0).double()
     deviation = math.sqrt(p * (1 - p))
@@ -232,7 +230,7 @@ def test_masks_are_drawn_with_their_probability_and_independently() -> None:
         assert products.abs().max() < 8 * spread
 
 
-def test_corners_of_rectangles_are_independent() -> None:
+def test_mask_bits_rectangle_corners_are_independent() -> None:
     """Where a mask is made from rows and columns, four corners could determine each other."""
     rows, width, p = 512, 576, 0.1
     unit = ((mask_bits(5, p, rows, width, torch.device("cpu")) == 0).double() - p) / math.sqrt(p * (1 - p))
@@ -244,21 +242,21 @@ def test_corners_of_rectangles_are_independent() -> None:
 
 
 @pytest.mark.parametrize("p", [0.001, 0.5, 0.999])
-def test_any_probability(p: float) -> None:
+def test_mask_bits_any_probability_is_met(p: float) -> None:
     n = 1 << 20
     dropped = (mask_bits(1, p, 1024, 1024, torch.device("cpu")) == 0).double().mean().item()
     assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_same_mask_in_every_precision(dtype: torch.dtype) -> None:
+def test_dropout_mask_is_equal_in_every_dtype(dtype: torch.dtype) -> None:
     x = torch.ones(32, 24, dtype=dtype)
     bits = mask_bits(9, 0.25, 32, 24, x.device)
     torch.testing.assert_close(apply_mask(x, bits) / 0.75, dropout(x, 0.25, 9), rtol=1e-2, atol=1e-2)
     assert torch.equal(apply_mask(x, bits) == 0, dropout(x, 0.25, 9) == 0)
 
 
-def test_siblings_draw_one_seed_and_a_second_pass_draws_as_the_first() -> None:
+def test_dropout_group_shares_seed_and_repeats_it() -> None:
     x, group, first, second = torch.ones(2, 2), DropoutGroup(), object(), object()
     torch.manual_seed(0)
     seeds = [group.seed(x, reader) for reader in (first, second)]
@@ -269,7 +267,7 @@ def test_siblings_draw_one_seed_and_a_second_pass_draws_as_the_first() -> None:
     assert group.seed(torch.ones(2, 2), object()) != seeds[0]  # another tensor, another mask
 
 
-def test_evaluation_drops_nothing_and_draws_nothing() -> None:
+def test_dropout_in_evaluation_draws_nothing() -> None:
     layer = layer_with("bias", [{"lora_dropout": 0.4}]).eval()
     x = inputs_of(layer, "3-D")
     state = torch.get_rng_state()

@@ -81,7 +81,7 @@ def several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("method", ["lora", "full", "prefix"])
 @pytest.mark.parametrize("family", [*DECODERS, *SEQ2SEQ, *ENCODERS])
-def test_every_family_and_both_kinds_of_head(family: str, method: str, smoothing: float) -> None:
+def test_labelled_tokens_loss_equals_model_loss(family: str, method: str, smoothing: float) -> None:
     model = FAMILIES[family].build()
     settings: dict[str, Any] = {"name": method} | ({"num_virtual_tokens": 3} if method == "prefix" else {})
     attach(model, parse_method(settings))
@@ -91,7 +91,7 @@ def test_every_family_and_both_kinds_of_head(family: str, method: str, smoothing
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_prompts_and_checkpointing(family: str) -> None:
+def test_labelled_tokens_with_prompts_and_checkpointing_equals_model_loss(family: str) -> None:
     model = FAMILIES[family].build()
     attach(model, parse_method({"name": "prompt", "num_virtual_tokens": 3}))
     batch = task_for(model).collator.collate(rows(), TOKENIZER)
@@ -103,7 +103,7 @@ def test_prompts_and_checkpointing(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
-def test_rows_without_a_label_and_with_one(family: str) -> None:
+def test_labelled_tokens_rows_with_few_labels_equal_model_loss(family: str) -> None:
     model = FAMILIES[family].build()
     attach(model, parse_method("lora"))
     nothing = task_for(model).collator.collate(rows(labelled=False), TOKENIZER)
@@ -115,7 +115,7 @@ def test_rows_without_a_label_and_with_one(family: str) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_a_tied_head_gets_both_its_gradients(family: str, tied: bool) -> None:
+def test_tied_head_gets_both_gradients(family: str, tied: bool) -> None:
     config = FAMILIES[family].config()
     config.tie_word_embeddings = tied
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def built(config: Any) -> Any:
     return tf.AutoModelForCausalLM.from_config(config).eval()
 
 
-def test_caps_and_factors_and_second_biases_are_found() -> None:
+def test_head_cap_scale_and_bias_are_recognised() -> None:
     batch = Causal().collator.collate(rows(), TOKENIZER)
     capped = built(tf.Gemma2Config(**GATED, final_logit_softcapping=2.0))
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_caps_and_factors_and_second_biases_are_found() -> None:
     assert before_head._SHAPES[model.get_output_embeddings()] == (1.0, None, True)
 
 
-def test_a_cap_shows_although_no_logit_comes_near_it() -> None:
+def test_head_cap_far_from_logits_is_recognised() -> None:
     small = built(tf.Gemma2Config(**GATED, final_logit_softcapping=30.0))
     compare(small, Causal().collator.collate(rows(), TOKENIZER))
     assert before_head._SHAPES[small.get_output_embeddings()] == (1.0, 30.0, False)
@@ -176,7 +176,7 @@ class Strict(tf.LlamaForCausalLM):
 
 @pytest.mark.parametrize("kind", [Odd, Strict])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_models_that_are_not_understood_keep_their_logits(kind: Any, dropout: float) -> None:
+def test_unknown_head_returns_none(kind: Any, dropout: float) -> None:
     torch.manual_seed(0)
     model = kind(tf.LlamaConfig(**GATED, attention_dropout=dropout, initializer_range=0.3)).train()
     attach(model, parse_method({"name": "lora", "lora_dropout": dropout}))
@@ -198,7 +198,7 @@ class Doubled(nn.Linear):
         return super().forward(hidden) * 2
 
 
-def test_heads_that_are_adapted_hooked_or_replaced_keep_their_logits() -> None:
+def test_adapted_or_hooked_head_returns_none() -> None:
     batch = Causal().collator.collate(rows(), TOKENIZER)
     adapted = FAMILIES["llama"].build()
     adapted.lm_head.__class__ = Doubled
@@ -211,7 +211,7 @@ def test_heads_that_are_adapted_hooked_or_replaced_keep_their_logits() -> None:
     compare(other, batch, understood=False)
 
 
-def test_a_head_of_zeros_is_asked_again() -> None:
+def test_zero_head_is_probed_again() -> None:
     model = built(tf.Gemma2Config(**GATED, final_logit_softcapping=2.0))
     weight = model.lm_head.weight.detach().clone()
     batch = Causal().collator.collate(rows(), TOKENIZER)
@@ -223,7 +223,7 @@ def test_a_head_of_zeros_is_asked_again() -> None:
     compare(model, batch)
 
 
-def test_errors_of_a_pass_are_told() -> None:
+def test_errors_of_forward_are_raised() -> None:
     model = FAMILIES["llama"].build()
     batch = Causal().collator.collate(rows(), TOKENIZER)
     Causal().objective.forward(model, batch)
@@ -231,7 +231,7 @@ def test_errors_of_a_pass_are_told() -> None:
         Causal().objective.forward(model, batch | {"input_ids": batch["input_ids"] + 1000})
 
 
-def test_the_hook_is_gone_after_a_pass() -> None:
+def test_hook_is_removed_after_forward() -> None:
     model = FAMILIES["llama"].build()
     batch = Causal().collator.collate(rows(), TOKENIZER)
     outputs = Causal().objective.forward(model, batch)
@@ -246,7 +246,7 @@ def test_the_hook_is_gone_after_a_pass() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_labelled_tokens_under_autocast_equals_model_loss(dtype: torch.dtype) -> None:
     model = FAMILIES["llama"].build()
     attach(model, parse_method("lora"))
     batch = Causal().collator.collate(rows(), TOKENIZER)
@@ -260,7 +260,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mbart"])
-def test_fifty_steps_are_the_same(family: str, dropout: float) -> None:
+def test_fifty_steps_equal_plain(family: str, dropout: float) -> None:
     losses: list[list[float]] = []
     for plain in (True, False):
         model = FAMILIES[family].build()

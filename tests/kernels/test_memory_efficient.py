@@ -65,7 +65,7 @@ def bytes_kept(model: Any, batch: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_of_the_plain_path(family: str, p: float) -> None:
+def test_gradients_equal_plain(family: str, p: float) -> None:
     model, graft, batch = grafted(family, p=p)
     got = gradients(model, graft, batch)
     with fast.plain():
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_plain_path(family: str, p: float) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gemma", "gpt2", "t5", "bart"])
-def test_gradients_with_dropout_are_the_same_with_gradient_checkpointing(family: str) -> None:
+def test_gradients_with_dropout_equal_under_checkpointing(family: str) -> None:
     model, graft, batch = grafted(family, p=0.3)
     expected = gradients(model, graft, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -90,7 +90,7 @@ def test_gradients_with_dropout_are_the_same_with_gradient_checkpointing(family:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fewer_bytes_are_kept(family: str) -> None:
+def test_saved_bytes_are_fewer_than_plain(family: str) -> None:
     model, _, batch = grafted(family, p=0.3)
     with fast.plain():
         plain = bytes_kept(model, batch)
@@ -107,7 +107,7 @@ def test_fewer_bytes_are_kept(family: str) -> None:
         ("t5", {"T5LayerNorm"}),
     ],
 )
-def test_which_modules_are_frugal_and_that_they_come_back(family: str, classes: set[str]) -> None:
+def test_classes_are_swapped_and_restored(family: str, classes: set[str]) -> None:
     model = FAMILIES[family].build()
     before = {name: type(module) for name, module in model.named_modules()}
     keys = list(model.state_dict())
@@ -121,7 +121,7 @@ def test_which_modules_are_frugal_and_that_they_come_back(family: str, classes: 
         assert {name: type(module) for name, module in one.named_modules()} == before
 
 
-def test_deleting_the_last_adapter_gives_the_classes_back() -> None:
+def test_classes_after_last_delete_are_restored() -> None:
     model = FAMILIES["llama"].build()
     before = [type(module) for module in model.modules()]
     first, second = attach(model, LoRA(r=2), name="a"), attach(model, LoRA(r=2), name="b")
@@ -131,7 +131,7 @@ def test_deleting_the_last_adapter_gives_the_classes_back() -> None:
     assert [type(module) for module in model.modules()] == before
 
 
-def test_a_norm_that_trains_is_left_to_itself() -> None:
+def test_trained_norm_keeps_its_forward() -> None:
     model, graft, batch = grafted("llama")
     norm = model.model.layers[0].post_attention_layernorm
     norm.weight.requires_grad_(True)
@@ -142,7 +142,7 @@ def test_a_norm_that_trains_is_left_to_itself() -> None:
     torch.testing.assert_close(got, norm.weight.grad)
 
 
-def test_the_bare_base_is_bit_equal_under_disabled() -> None:
+def test_disabled_output_is_bit_equal_to_base() -> None:
     model = FAMILIES["gpt2"].build()
     batch = FAMILIES["gpt2"].batch()
     expected = model(**batch).logits
@@ -152,7 +152,7 @@ def test_the_bare_base_is_bit_equal_under_disabled() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_nothing_below_the_lowest_adapted_layer_is_kept(checkpointing: bool) -> None:
+def test_nothing_below_lowest_adapted_layer_is_saved(checkpointing: bool) -> None:
     """Layers without adapters below those with: no part of the graph, whatever their number.
 
     Checkpointing itself keeps what goes into each layer, with an adapter or without.
@@ -181,7 +181,7 @@ def test_nothing_below_the_lowest_adapted_layer_is_kept(checkpointing: bool) -> 
     assert (growth[True] > 0) is checkpointing
 
 
-def test_an_input_changed_in_place_is_not_made_again_as_it_was() -> None:
+def test_input_changed_in_place_is_not_recomputed() -> None:
     model, graft, batch = grafted("llama")
 
     class Doubled(nn.Module):
@@ -228,7 +228,7 @@ def losses(
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("family", "classifier"), [("bert", True), ("llama", False), ("t5", False), ("bart", False)])
-def test_fifty_steps_have_the_losses_of_the_plain_path(family: str, classifier: bool, p: float) -> None:
+def test_fifty_steps_losses_equal_plain(family: str, classifier: bool, p: float) -> None:
     got, _ = losses(family, p, classifier)
     with fast.plain():
         expected, _ = losses(family, p, classifier)
@@ -237,14 +237,14 @@ def test_fifty_steps_have_the_losses_of_the_plain_path(family: str, classifier: 
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
-def test_a_run_goes_on_bit_for_bit_with_dropout() -> None:
+def test_resume_with_dropout_is_bit_equal() -> None:
     whole, _ = losses("llama", 0.2, False, stop=12)
     _, state = losses("llama", 0.2, False, stop=5)
     rest, _ = losses("llama", 0.2, False, stop=12, start=state)
     assert rest == whole[5:]
 
 
-def test_several_adapters_at_once_on_a_model() -> None:
+def test_several_active_adapters_equal_plain() -> None:
     model, first, batch = grafted("llama", p=0.2)
     second = attach(model, LoRA(r=3, init_lora_weights=False), name="second")
     activate(model, ["default", "second"])
@@ -256,7 +256,7 @@ def test_several_adapters_at_once_on_a_model() -> None:
         torch.testing.assert_close(gradient, expected[key], atol=1e-5, rtol=1e-4)
 
 
-def test_query_key_and_value_are_group_of_and_others_are_not() -> None:
+def test_dropout_group_joins_query_key_value_only() -> None:
     model, _, _ = grafted("llama", p=0.2)
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
 

@@ -43,12 +43,12 @@ def adapted(method: Any, inputs: int = 12, outputs: int = 10, role: Role = Role.
     return layer, delta
 
 
-def test_lora_of_rank_8_on_512_by_512_has_8192() -> None:
+def test_num_parameters_lora_r8_on_512x512_is_8192() -> None:
     delta = LoRA(r=8).build(place(512, 512), nn.Linear(512, 512))
     assert LoRA(r=8).num_parameters([place(512, 512)]) == sum(p.numel() for p in delta.parameters()) == 8192
 
 
-def test_bottleneck_of_64_on_1024() -> None:
+def test_num_parameters_bottleneck_64_on_1024_follows_formula() -> None:
     network = BottleneckNetwork(1024, 1024, 64, "gelu", False, 1.0)
     without = Bottleneck(adapter_size=64, layer_norm=False)
     assert without.num_parameters([place(1024, 1024)]) == sum(p.numel() for p in network.parameters()) == 132_160
@@ -56,12 +56,12 @@ def test_bottleneck_of_64_on_1024() -> None:
     assert Bottleneck(adapter_size=64).num_parameters([place(1024, 1024)]) == 132_160 + 2 * 1024
 
 
-def test_dora_and_ia3_counts() -> None:
+def test_num_parameters_dora_and_ia3_follow_formula() -> None:
     assert LoRA(r=4, use_dora=True).num_parameters([place(30, 20)]) == 4 * 50 + 20
     assert IA3().num_parameters([place(30, 20, Role.KEY), place(30, 20, Role.FFN_OUT)]) == 20 + 30
 
 
-def test_counts_of_miss_hira_shira_and_oft() -> None:
+def test_num_parameters_of_miss_hira_shira_and_oft() -> None:
     target = [place(30, 20)]
     assert parse_method({"name": "miss", "r": 4}).num_parameters(target) == 4 * 20
     assert parse_method({"name": "miss", "r": 4, "init_weights": "mini", "mini_r": 5}).num_parameters(target) == 4 * 5
@@ -76,7 +76,7 @@ def test_counts_of_miss_hira_shira_and_oft() -> None:
     assert sizes[4] == 5952  # as near as blocks of a divisor come
 
 
-def test_lora_equation() -> None:
+def test_lora_output_equals_equation() -> None:
     layer, delta = adapted(LoRA(r=3, lora_alpha=7))
     nn.init.normal_(delta.lora_B.weight)
     x = torch.randn(2, 5, 12)
@@ -84,7 +84,7 @@ def test_lora_equation() -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_rslora_scale_and_patterns() -> None:
+def test_lora_scale_follows_rslora_and_patterns() -> None:
     method = LoRA(r=4, lora_alpha=8, use_rslora=True, rank_pattern={"q": 16}, alpha_pattern={"b.q": 2})
     assert method.scale("x.v") == 8 / math.sqrt(4)
     assert method.scale("a.q") == 8 / math.sqrt(16)
@@ -93,7 +93,7 @@ def test_rslora_scale_and_patterns() -> None:
     assert method.scale("x.notq") == 8 / math.sqrt(4)
 
 
-def test_dora_equation() -> None:
+def test_dora_output_equals_equation() -> None:
     """m * (W + sBA) / ||W + sBA||, rows being outputs."""
     layer, delta = adapted(LoRA(r=3, use_dora=True))
     with torch.no_grad():
@@ -105,14 +105,14 @@ def test_dora_equation() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias))
 
 
-def test_pissa_starts_at_the_largest_directions() -> None:
+def test_pissa_init_is_best_low_rank_approximation() -> None:
     weight = torch.randn(10, 12)
     a, b = pissa_init(weight, 4, scale=2.0)
     u, s, vh = torch.linalg.svd(weight)
     torch.testing.assert_close(2.0 * b @ a, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], atol=1e-5, rtol=1e-4)
 
 
-def test_ia3_and_bitfit_equations() -> None:
+def test_ia3_and_bitfit_outputs_equal_equations() -> None:
     x = torch.randn(2, 5, 12)
     layer, delta = adapted(IA3(), role=Role.KEY)
     nn.init.normal_(delta.ia3_l)
@@ -125,7 +125,7 @@ def test_ia3_and_bitfit_equations() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias + delta.bitfit_b))
 
 
-def test_bottleneck_equation() -> None:
+def test_bottleneck_output_equals_equation() -> None:
     layer, delta = adapted(Bottleneck(adapter_size=3, non_linearity="relu", scaling=0.5))
     net = delta.bottleneck
     nn.init.normal_(net.up.weight)
@@ -137,7 +137,7 @@ def test_bottleneck_equation() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("input_gradient", [True, False])
-def test_the_fused_lora_equals_the_plain_one(bias: bool, input_gradient: bool) -> None:
+def test_lora_fused_equals_plain(bias: bool, input_gradient: bool) -> None:
     """Outputs and every gradient, one autograd node against the plain operations."""
     layer, delta = adapted(LoRA(r=3, lora_alpha=5))
     if not bias:
@@ -159,7 +159,7 @@ def test_the_fused_lora_equals_the_plain_one(bias: bool, input_gradient: bool) -
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_is_on_the_low_rank_path_only() -> None:
+def test_lora_dropout_affects_low_rank_path_only() -> None:
     layer, delta = adapted(LoRA(r=3, lora_dropout=0.5))
     x = torch.randn(4, 12)
     delta.train()
@@ -170,7 +170,7 @@ def test_dropout_is_on_the_low_rank_path_only() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def test_miss_equation() -> None:
+def test_miss_output_equals_equation() -> None:
     """Every input entry i meets row i mod r of D: shards of 5 of 12 inputs, the last of two entries."""
     layer, delta = adapted(parse_method({"name": "miss", "r": 5}))
     nn.init.normal_(delta.miss_block)
@@ -180,7 +180,7 @@ def test_miss_equation() -> None:
     assert delta.miss_block.numel() == 5 * 10
 
 
-def test_miss_mini_and_bat_equations() -> None:
+def test_miss_mini_and_bat_output_equals_equation() -> None:
     x = torch.randn(3, 12)
     layer, delta = adapted(parse_method({"name": "miss", "r": 4, "init_weights": "mini", "mini_r": 5}))
     nn.init.normal_(delta.miss_block)
@@ -196,7 +196,7 @@ def test_miss_mini_and_bat_equations() -> None:
     torch.testing.assert_close(layer(x), F.linear(x, whole, layer.bias), atol=1e-5, rtol=1e-5)
 
 
-def test_hira_and_shira_equations() -> None:
+def test_hira_and_shira_output_equals_equation() -> None:
     x = torch.randn(2, 4, 12)
     layer, delta = adapted(parse_method({"name": "hira", "r": 3}))
     nn.init.normal_(delta.hira_B)
@@ -211,7 +211,7 @@ def test_hira_and_shira_equations() -> None:
     assert len({*zip(*delta.shira_indices.tolist(), strict=True)}) == 2 * (12 + 10)
 
 
-def test_oft_equation() -> None:
+def test_oft_output_equals_equation() -> None:
     """R is orthogonal with the exact inverse, and its transpose near the series, whose sign of Q is the other one."""
     layer, delta = adapted(parse_method({"name": "oft", "oft_block_size": 4, "use_cayley_neumann": False}))
     nn.init.normal_(delta.oft_R.weight, std=0.05)
@@ -234,7 +234,7 @@ def test_oft_equation() -> None:
     ],
     ids=str,
 )
-def test_variant_starts_as_the_base_and_merges_into_what_it_computes(spec: dict[str, Any]) -> None:
+def test_variant_starts_as_base_and_merges_exactly(spec: dict[str, Any]) -> None:
     model = FAMILIES["gpt2"].build().double()
     batch = FAMILIES["gpt2"].batch()
     with torch.no_grad():
@@ -251,7 +251,7 @@ def test_variant_starts_as_the_base_and_merges_into_what_it_computes(spec: dict[
         assert torch.equal(model(**batch).logits, expected)
 
 
-def test_dropout_of_miss_and_hira_is_on_the_update_only() -> None:
+def test_dropout_of_miss_and_hira_acts_on_update_only() -> None:
     for spec in ({"name": "miss", "r": 5, "miss_dropout": 0.5}, {"name": "hira", "r": 3, "hira_dropout": 0.5}):
         layer, delta = adapted(parse_method(spec))
         x = torch.randn(4, 12)
@@ -264,7 +264,7 @@ def test_dropout_of_miss_and_hira_is_on_the_update_only() -> None:
         assert torch.equal(layer(x), layer(x))
 
 
-def test_loraplus_ratio_reaches_b_alone() -> None:
+def test_learning_rate_factor_loraplus_applies_to_b_only() -> None:
     graft = gw.attach(FAMILIES["bert"].build(classifier=True), LoRA(r=2, loraplus_lr_ratio=16))
     factors = {key: graft.learning_rate_factor(key) for key, _ in graft.named_parameters()}
     assert {f for key, f in factors.items() if "lora_B" in key} == {16.0}
@@ -287,7 +287,7 @@ def test_loraplus_ratio_reaches_b_alone() -> None:
         ({"r": 8}, "with `name`"),
     ],
 )
-def test_wrong_settings_are_named(spec: Any, words: str) -> None:
+def test_parse_method_invalid_setting_raises(spec: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_method(spec)
 
@@ -307,7 +307,7 @@ def test_wrong_settings_are_named(spec: Any, words: str) -> None:
         ({"name": "lora", "modules_to_save": ["nothing"]}, "no module `nothing`"),
     ],
 )
-def test_targets_that_match_nothing_are_refused(spec: Any, words: str) -> None:
+def test_select_targets_unmatched_name_raises(spec: Any, words: str) -> None:
     model = FAMILIES["bert"].build(classifier=True)
     with pytest.raises(ConfigError, match=words):
         gw.attach(model, parse_method(spec))
@@ -315,7 +315,7 @@ def test_targets_that_match_nothing_are_refused(spec: Any, words: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_every_method_is_described() -> None:
+def test_registry_every_method_has_description() -> None:
     for name, method in METHODS.items():
         assert method.name == name
         assert method.title
@@ -325,7 +325,7 @@ def test_every_method_is_described() -> None:
     assert {parse_method(name).name for name in SHORTHANDS} <= set(METHODS)
 
 
-def test_suffixes_match_whole_names() -> None:
+def test_select_suffix_matches_whole_names_only() -> None:
     method = LoRA(target_modules=["dense"])
     places = [place(2, 2)]
     named = [TargetModule(path, Role.OTHER_LINEAR, 2, 2, True) for path in ("a.dense", "a.predense", "dense")]

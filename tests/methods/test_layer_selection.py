@@ -57,7 +57,7 @@ def layers_of(graft: gw.Graft) -> set[tuple[str, int]]:
      (None, {0, 1, 2, 3}), ("all", {0, 1, 2, 3}), ("top-4", {0, 1, 2, 3})],
 )  # fmt: skip
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_chosen_layers_alone_are_touched(method: dict[str, Any], said: Any, meant: set[int]) -> None:
+def test_layers_chosen_adapts_only_those(method: dict[str, Any], said: Any, meant: set[int]) -> None:
     parsed = parse_method({**method, "layers": said})
     if parsed.layers is None:  # type: ignore[attr-defined]
         pytest.skip("all layers is another test")
@@ -66,7 +66,7 @@ def test_chosen_layers_alone_are_touched(method: dict[str, Any], said: Any, mean
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_all_layers_are_those_without_a_choice(method: dict[str, Any]) -> None:
+def test_layers_all_equals_no_choice(method: dict[str, Any]) -> None:
     parsed = parse_method({**method, "layers": "all"})
     assert parsed == parse_method(method)
 
@@ -77,7 +77,7 @@ def test_all_layers_are_those_without_a_choice(method: dict[str, Any]) -> None:
      ("decoder:", "one stack")],
 )  # fmt: skip
 @pytest.mark.parametrize("method", METHODS[::3], ids=str)
-def test_layers_that_are_not_there_are_refused(method: dict[str, Any], said: Any, words: str) -> None:
+def test_layers_out_of_range_raises(method: dict[str, Any], said: Any, words: str) -> None:
     model = bert()
     with pytest.raises(ConfigError, match=words) as caught:
         gw.attach(model, parse_method({**method, "layers": said}))
@@ -87,22 +87,22 @@ def test_layers_that_are_not_there_are_refused(method: dict[str, Any], said: Any
 
 
 @pytest.mark.parametrize("said", ["top-0", "3-1", "last", "", [], [-1], [1.5], True, "top", "1-", "sideways:top-1"])
-def test_what_is_no_choice_is_refused(said: Any) -> None:
+def test_layers_invalid_choice_raises(said: Any) -> None:
     with pytest.raises(ConfigError, match="layers"):
         parse_method({"name": "lora", "layers": said})
 
 
 @pytest.mark.parametrize("name", ["probe", "full", "prompt", "ptuning"])
-def test_methods_outside_of_layers_do_not_have_it(name: str) -> None:
+def test_layers_on_method_outside_layers_raises(name: str) -> None:
     with pytest.raises(ConfigError, match="no setting `layers`"):
         parse_method({"name": name, "layers": "top-1"})
 
 
-def test_alias_of_peft() -> None:
+def test_layers_to_transform_is_alias() -> None:
     assert parse_method({"name": "lora", "layers_to_transform": [1, 0]}).layers == (0, 1)  # type: ignore[attr-defined]
 
 
-def test_a_target_that_no_chosen_layer_has_is_refused() -> None:
+def test_target_outside_chosen_layers_raises() -> None:
     method = {"name": "lora", "r": 2, "target_modules": ["query", "pooler.dense"], "layers": "top-1"}
     with pytest.raises(ConfigError, match=r"`pooler.dense` is in none of the chosen layers"):
         gw.attach(bert(), parse_method(method))
@@ -118,7 +118,9 @@ def test_a_target_that_no_chosen_layer_has_is_refused() -> None:
      ("encoder:0-0", {("encoder", 0)}), ("decoder:0", {("decoder", 0)})],
 )  # fmt: skip
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[3], METHODS[5], METHODS[7], METHODS[8]], ids=str)
-def test_encoder_decoders(family: str, method: dict[str, Any], said: Any, meant: set[Any], tmp_path: Path) -> None:
+def test_layers_on_encoder_decoder_selects_stack(
+    family: str, method: dict[str, Any], said: Any, meant: set[Any], tmp_path: Path
+) -> None:
     model = FAMILIES[family].build()
     graft = gw.attach(model, parse_method({**method, "layers": said}), name="a")
     assert layers_of(graft) == meant
@@ -127,7 +129,7 @@ def test_encoder_decoders(family: str, method: dict[str, Any], said: Any, meant:
 
 @pytest.mark.parametrize("family", ["bert", "modernbert", "distilbert", "gpt2", "llama", "mistral"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_stored_and_loaded(family: str, method: dict[str, Any], tmp_path: Path) -> None:
+def test_layers_roundtrip_through_folder(family: str, method: dict[str, Any], tmp_path: Path) -> None:
     model = FAMILIES[family].build()
     if method["name"] == "bitfit" and family in ("modernbert", "llama", "mistral"):
         pytest.skip("no bias to train")
@@ -155,7 +157,7 @@ def _stored_and_loaded(graft: gw.Graft, batch: dict[str, torch.Tensor], folder: 
     "family", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "opt", "llama", "t5", "bart"]
 )
 @pytest.mark.parametrize("said", ["top-1", [0]])
-def test_peft_reads_it(family: str, said: Any, tmp_path: Path) -> None:
+def test_layers_folder_loads_in_peft(family: str, said: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = FAMILIES[family].build()
     graft = gw.attach(model, parse_method({"name": "lora", "r": 2, "layers": said}), name="a")
@@ -176,7 +178,7 @@ def test_peft_reads_it(family: str, said: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(model(**batch).logits, wanted, atol=2e-6, rtol=1e-5)
 
 
-def test_positions_move_by_a_prefix_that_is_in_the_top_layer_alone() -> None:
+def test_prefix_in_top_layer_shifts_positions() -> None:
     """Two prefixes in different layers of a decoder: text begins behind both, as it does where both are everywhere."""
     import transformers as tf
 
@@ -200,5 +202,5 @@ def test_positions_move_by_a_prefix_that_is_in_the_top_layer_alone() -> None:
     assert seen[-1][:, 0].tolist() == [3, 2]
 
 
-def test_the_schema_lists_it() -> None:
+def test_layers_is_in_schema() -> None:
     assert "top-4 (the four highest)" in str(run_schema())

@@ -14,7 +14,7 @@ from graftwerk.methods.registry import parse_method
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_a_text_implies_a_start_from_text(method: str) -> None:
+def test_init_text_implies_init_from_text(method: str) -> None:
     for values in ({"init_text": "a film"}, {"prompt_tuning_init_text": "a film"}):
         settings = parse_method({"name": method, **values})
         assert isinstance(settings, Prefix | Prompt)
@@ -28,7 +28,7 @@ def test_a_text_implies_a_start_from_text(method: str) -> None:
     assert Prompt().start_ids(10) is None
 
 
-def test_other_spellings() -> None:
+def test_init_aliases_are_accepted() -> None:
     assert Prefix.parse({"reparametrization": True}) == Prefix(prefix_projection=True)
     assert Prompt.parse({"prompt_tuning_init": "TEXT", "init_text": "a"}) == Prompt(init_text="a")
 
@@ -63,13 +63,13 @@ def test_other_spellings() -> None:
         ({"name": "prompt", "num_virtual_token": 3}, "did you mean `num_virtual_tokens`"),
     ],
 )
-def test_settings_that_contradict_or_do_nothing(values: dict[str, Any], words: str) -> None:
+def test_init_contradicting_settings_raise(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_method(values)
     assert words in str(caught.value)
 
 
-def test_counts_by_hand() -> None:
+def test_num_vector_parameters_equals_hand_count() -> None:
     """BERT base: 12 attentions of width 768."""
     assert Prefix().num_vector_parameters([768] * 12, [768]) == 20 * 12 * 2 * 768 == 368_640
     network = Prefix(prefix_projection=True, encoder_hidden_size=512)

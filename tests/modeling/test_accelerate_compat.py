@@ -37,9 +37,7 @@ def adapted(model: Any, *names: str, **settings: Any) -> list[gw.Graft]:
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
 @pytest.mark.parametrize("method", ["lora", "houlsby", "ia3"])
-def test_under_accelerates_hooks_an_adapter_answers_as_without_and_leaves_them_as_they_were(
-    method: str, family: str
-) -> None:
+def test_attach_under_accelerate_hooks_equals_unhooked_and_keeps_hooks(method: str, family: str) -> None:
     from accelerate import dispatch_model
 
     plain, batch = model_and_batch("lora", family)
@@ -60,7 +58,7 @@ def test_under_accelerates_hooks_an_adapter_answers_as_without_and_leaves_them_a
 
 
 @pytest.mark.parametrize("attached_first", [False, True])
-def test_hooks_that_were_taken_off_again_are_no_hindrance(attached_first: bool) -> None:
+def test_attach_after_removed_hooks_works(attached_first: bool) -> None:
     from accelerate import dispatch_model
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -82,7 +80,7 @@ def test_hooks_that_were_taken_off_again_are_no_hindrance(attached_first: bool) 
     assert torch.equal(answers(model, batch), bare)
 
 
-def test_a_forward_that_somebody_put_on_a_layer_is_refused() -> None:
+def test_attach_replaced_forward_raises() -> None:
     model, _ = model_and_batch("lora", "llama")
     layer = model.model.layers[1].mlp.down_proj
     layer.forward = lambda x: nn.Linear.forward(layer, x)
@@ -90,7 +88,7 @@ def test_a_forward_that_somebody_put_on_a_layer_is_refused() -> None:
         adapted(model, "a")
 
 
-def test_a_layer_and_a_norm_may_be_called_with_keywords() -> None:
+def test_adapted_layer_and_norm_accept_keywords() -> None:
     model, _ = model_and_batch("lora", "llama")
     (graft,) = adapted(model, "a")
     layer, norm = model.get_submodule(graft.hosts[0]), model.model.norm
@@ -99,7 +97,7 @@ def test_a_layer_and_a_norm_may_be_called_with_keywords() -> None:
     assert torch.equal(norm(hidden_states=x), norm(x))
 
 
-def test_torchs_own_norm_without_an_eps() -> None:
+def test_rms_norm_without_eps_equals_plain() -> None:
     model, batch = model_and_batch("lora", "llama")
     model.model.norm = nn.RMSNorm(model.config.hidden_size)
     before = answers(model, batch)
@@ -112,7 +110,7 @@ def test_torchs_own_norm_without_an_eps() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
-def test_a_head_on_a_base_in_half_precision(family: str, dtype: torch.dtype) -> None:
+def test_head_on_half_precision_base_trains_in_float32(family: str, dtype: torch.dtype) -> None:
     model, batch = model_and_batch("lora", family)
     from tests.families import FAMILIES
 
@@ -142,12 +140,12 @@ def eight_bits() -> tuple[nn.Module, Tensor]:
     return layer, weight
 
 
-def test_a_weight_of_8_bits_is_read_as_numbers() -> None:
+def test_base_weight_8_bit_is_dequantized() -> None:
     layer, weight = eight_bits()
     torch.testing.assert_close(base_weight(layer), weight, atol=0.03, rtol=0)
 
 
-def test_merging_into_8_bits_is_refused() -> None:
+def test_merge_into_8_bit_raises() -> None:
     layer, _ = eight_bits()
     model, _ = model_and_batch("lora", "llama")
     model.model.layers[1].mlp.down_proj = layer
@@ -157,7 +155,7 @@ def test_merging_into_8_bits_is_refused() -> None:
             graft.merge(keep_base=keep_base)
 
 
-def test_the_norm_of_dora_is_taken_where_the_base_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora_norm_is_computed_on_base_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's device without storage in place of a GPU."""
     monkeypatch.setattr(dora, "module_device", lambda module: torch.device("meta"))
     base = nn.Linear(8, 4, device="meta")
@@ -171,9 +169,7 @@ def test_the_norm_of_dora_is_taken_where_the_base_is(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("method", ["lora", "prefix", "houlsby"])
 @pytest.mark.parametrize("rows", [["a", "b", "a"], ["a", None, "b"]])
 @pytest.mark.parametrize("training", [True, False])
-def test_rows_served_in_inference_mode_can_be_trained_on_afterwards(
-    method: str, rows: list[str | None], training: bool
-) -> None:
+def test_rows_after_inference_mode_train(method: str, rows: list[str | None], training: bool) -> None:
     model, batch = model_and_batch("lora", "bert")
     grafts = adapted(model, "a", "b", **METHODS[method])
     gw.activate(model, rows=rows)
@@ -186,7 +182,7 @@ def test_rows_served_in_inference_mode_can_be_trained_on_afterwards(
     assert all(parameter.grad is not None for graft in grafts for parameter in graft.parameters())
 
 
-def test_an_adapter_deleted_inside_disabled_is_not_chosen_afterwards() -> None:
+def test_delete_inside_disabled_deactivates() -> None:
     model, batch = model_and_batch("lora", "llama")
     bare = answers(model, batch)
     a, b = adapted(model, "a", "b")
@@ -201,7 +197,7 @@ def test_an_adapter_deleted_inside_disabled_is_not_chosen_afterwards() -> None:
 
 
 @pytest.mark.parametrize("options", [{"target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}])
-def test_model_with_layers_of_peft_is_refused_and_taken_once_they_are_merged(options: dict[str, Any]) -> None:
+def test_attach_to_peft_model_raises_until_merged(options: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")
     model = FAMILIES["llama"].build()
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], **options}))

@@ -36,7 +36,7 @@ def phimoe() -> Any:
 
 
 @pytest.mark.parametrize("make", [llama4, phimoe])
-def test_router_returning_a_tuple_is_left_out_and_refused_by_name(make: Any) -> None:
+def test_router_returning_tuple_is_left_out_and_raises_by_name(make: Any) -> None:
     model = make().float()
     graft = moved(model, LoRA(r=2))
     model.float()
@@ -128,7 +128,7 @@ def test_variants_of_lora_on_a_weight_that_is_read_merge_to_the_same(options: di
     second.delete()
 
 
-def test_dropout_on_a_weight_that_is_read_is_refused() -> None:
+def test_dropout_on_weight_only_layer_raises() -> None:
     model, _, target = mamba()
     with pytest.raises(ConfigError, match="no input to drop from"):
         gw.attach(model, LoRA(target_modules=[target], lora_dropout=0.1))
@@ -147,7 +147,7 @@ def test_cross_attention_without_encoder_is_left_out() -> None:
     assert answer(model, input_ids=token_ids()).shape == (2, 8, 64)
 
 
-def test_model_without_linear_layers_is_refused_and_takes_a_probe() -> None:
+def test_model_without_linear_layers_raises_but_takes_probe() -> None:
     config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3)
     model = built("ResNetForImageClassification", config)
     with pytest.raises(UnsupportedError, match="no linear layers outside its head"):

@@ -40,5 +40,5 @@ def test_all_linear_leaves_nothing_out_on_the_listed_families(family: str) -> No
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj"]}, {"target_modules": "attention"}])
-def test_what_the_user_left_out_is_not_told(settings: dict[str, Any]) -> None:
+def test_left_out_by_user_is_not_listed(settings: dict[str, Any]) -> None:
     assert gw.attach(FAMILIES["llama"].build(), LoRA(r=2, **settings)).left_out() == []

@@ -40,7 +40,7 @@ def bits(model: Any) -> dict[str, tuple[Tensor, int]]:
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_merged_equals_unmerged_and_unmerging_gives_the_bits_back(method: str, family: str) -> None:
+def test_merge_equals_unmerged_and_unmerge_is_bit_exact(method: str, family: str) -> None:
     model, batch, graft = grafted(METHODS[method], family)
     before, plain = bits(model), logits(model, batch)
     for _ in range(3):
@@ -54,7 +54,7 @@ def test_merged_equals_unmerged_and_unmerging_gives_the_bits_back(method: str, f
     assert all(after[key][1] == place for key, (_, place) in before.items())
 
 
-def test_only_the_touched_layers_change() -> None:
+def test_merge_changes_touched_layers_only() -> None:
     model, _, graft = grafted({"name": "lora", "r": 2, "target_modules": ["q_proj", "down_proj"]}, "llama")
     before = bits(model)
     graft.merge()
@@ -64,18 +64,18 @@ def test_only_the_touched_layers_change() -> None:
     assert moved == changed
 
 
-def test_what_merging_keeps_is_one_copy_of_the_touched_weights() -> None:
+def test_merge_saves_one_copy_of_touched_weights() -> None:
     model, _, graft = grafted(METHODS["lora attention"], "llama")
     graft.merge()
-    assert graft._kept is not None
-    kept = sum(tensor.nbytes for _, tensor in graft._kept)
+    assert graft._saved is not None
+    kept = sum(tensor.nbytes for _, tensor in graft._saved)
     assert kept == sum(model.get_parameter(f"{path}.weight").nbytes for path in graft.hosts)
     graft.unmerge()
-    assert graft._kept is None
+    assert graft._saved is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_types_of_base_are_rounded_once(dtype: torch.dtype) -> None:
+def test_merge_half_precision_rounds_once(dtype: torch.dtype) -> None:
     model, _, graft = grafted(METHODS["lora"], "llama")
     for parameter in model.parameters():
         if not any(parameter is own for own in graft.parameters()):
@@ -92,7 +92,7 @@ def test_other_types_of_base_are_rounded_once(dtype: torch.dtype) -> None:
     assert torch.equal(layer.weight, weight)
 
 
-def test_a_failure_half_way_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_failure_leaves_model_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch, graft = grafted(METHODS["lora"], "llama")
     before, plain = bits(model), logits(model, batch)
     calls = []
@@ -115,7 +115,7 @@ def test_a_failure_half_way_leaves_everything_as_it_was(monkeypatch: pytest.Monk
     assert graft.merged
 
 
-def test_a_quantized_layer_among_them_refuses_before_anything_changes() -> None:
+def test_merge_quantized_layer_raises_before_any_change() -> None:
     model, _, graft = grafted(METHODS["lora"], "llama")
     before = bits(model)
     last = model.get_submodule(graft.hosts[-1])
@@ -125,7 +125,7 @@ def test_a_quantized_layer_among_them_refuses_before_anything_changes() -> None:
     assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
 
 
-def test_the_fingerprint_is_the_bases_while_merged() -> None:
+def test_fingerprint_while_merged_is_of_base() -> None:
     model, _, graft = grafted(METHODS["lora"], "llama")
     before = fingerprint(model)
     graft.merge()
@@ -134,7 +134,7 @@ def test_the_fingerprint_is_the_bases_while_merged() -> None:
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_merged_for_good_is_the_same_in_place_and_has_no_way_back(method: str, family: str) -> None:
+def test_merge_in_place_equals_merge_and_cannot_be_undone(method: str, family: str) -> None:
     model, batch, graft = grafted(METHODS[method], family)
     before, plain = bits(model), logits(model, batch)
     graft.merge(keep_base=False)
@@ -154,7 +154,7 @@ def test_merged_for_good_is_the_same_in_place_and_has_no_way_back(method: str, f
     assert torch.equal(logits(model, batch), merged)
 
 
-def test_for_good_in_half_precision_is_rounded_once() -> None:
+def test_merge_in_place_half_precision_rounds_once() -> None:
     """As merging with a way back rounds."""
     found = []
     for keep_base in (True, False):
@@ -167,7 +167,7 @@ def test_for_good_in_half_precision_is_rounded_once() -> None:
     assert all(torch.equal(found[0][path], found[1][path]) for path in found[0])
 
 
-def test_for_good_a_quantized_layer_refuses_before_anything_changes() -> None:
+def test_merge_in_place_quantized_layer_raises_before_any_change() -> None:
     model, _, graft = grafted(METHODS["lora"], "llama")
     before = bits(model)
     model.get_submodule(graft.hosts[-1]).weight.quant_state = object()
@@ -177,7 +177,7 @@ def test_for_good_a_quantized_layer_refuses_before_anything_changes() -> None:
     assert all(torch.equal(value, before[key][0]) for key, value in model.state_dict().items())
 
 
-def test_for_good_running_out_of_memory_is_said_with_how_far_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_in_place_out_of_memory_reports_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, graft = grafted(METHODS["lora"], "llama")
     merge_lora_ = dispatch.merge_lora_
 
@@ -193,7 +193,7 @@ def test_for_good_running_out_of_memory_is_said_with_how_far_it_came(monkeypatch
     assert f"after {len(graft.hosts) - 1} of {len(graft.hosts)} layers" in str(caught.value)
 
 
-def test_disabled_takes_merged_weights_out_and_puts_the_same_ones_back() -> None:
+def test_disabled_while_merged_restores_base_and_merged_weights() -> None:
     model, batch, graft = grafted(METHODS["lora"], "llama")
     with gw.disabled(model):
         bare = logits(model, batch)
@@ -212,7 +212,7 @@ def test_disabled_takes_merged_weights_out_and_puts_the_same_ones_back() -> None
     assert torch.equal(logits(model, batch), both)
 
 
-def test_a_merged_adapter_deleted_inside_disabled_is_gone() -> None:
+def test_delete_merged_inside_disabled_unmerges() -> None:
     model, batch, graft = grafted(METHODS["lora"], "llama")
     with gw.disabled(model):
         bare = logits(model, batch)
@@ -250,7 +250,7 @@ def unlisted(reads: bool) -> Any:
 @pytest.mark.parametrize("scale", [1e-2, 0.3])
 @pytest.mark.parametrize("targets", [("read",), ("called", "read")], ids=["alone", "among others"])
 @pytest.mark.parametrize("keep_base", [True, False])
-def test_merge_that_changes_the_answers_is_refused(keep_base: bool, targets: tuple[str, ...], scale: float) -> None:
+def test_merge_that_changes_outputs_raises(keep_base: bool, targets: tuple[str, ...], scale: float) -> None:
     model = unlisted(reads=True)
     graft = gw.attach(model, LoRA(r=2, target_modules=targets))
     perturb(graft.parameters(), 1, scale)
@@ -274,7 +274,7 @@ def test_merge_that_only_rounds_is_accepted(scale: float, dtype: torch.dtype) ->
     assert graft.merged
 
 
-def test_merge_into_a_parametrized_weight_is_refused() -> None:
+def test_merge_into_parametrized_weight_raises() -> None:
     model = unlisted(reads=False)
     nn.utils.parametrizations.weight_norm(model.called)
     graft = gw.attach(model, LoRA(r=2))

@@ -86,14 +86,14 @@ def parts(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_stacked_equals_one_after_the_other(method: str, family: str) -> None:
+def test_batched_rows_equal_sequential(method: str, family: str) -> None:
     """Logits and gradients, with mixed sizes, a partner of another kind and rows without any."""
     rows = ["a", None, "c", "b", "other", "a", None]
     model, batch = mixed(method, family, rows)
     found = logits(model, batch)
     found_gradients = gradients(model, batch, "abc")
     if method in LAYERED:
-        assert any(isinstance(part, BatchedGroup) and len(part.deltas) > 2 for part in parts(model))
+        assert any(isinstance(part, BatchedGroup) and len(part.modules) > 2 for part in parts(model))
     with fast.plain():
         assert all(isinstance(part, SequentialGroups) for part in parts(model))
         torch.testing.assert_close(found, logits(model, batch), **CLOSE)
@@ -109,7 +109,7 @@ def test_stacked_equals_one_after_the_other(method: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("method", LAYERED)
-def test_rows_without_an_adapter_are_the_base_bit_for_bit(method: str) -> None:
+def test_rows_without_adapter_are_bit_equal_to_base(method: str) -> None:
     rows = [None, "a", None, "c", "other"]
     model, batch = mixed(method, "bert" if method == "bitfit" else "llama", rows)
     mine = logits(model, batch)
@@ -120,7 +120,7 @@ def test_rows_without_an_adapter_are_the_base_bit_for_bit(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "houlsby", "parallel", "ia3", "dora", "prefix", "prompt"])
-def test_beams_of_a_row_use_its_adapter(method: str) -> None:
+def test_beams_use_adapter_of_their_row(method: str) -> None:
     rows = ["a", None, "c"]
     model, batch = mixed(method, "llama", rows)
     batch = {key: value.flip(1) for key, value in batch.items()}
@@ -135,7 +135,7 @@ def test_beams_of_a_row_use_its_adapter(method: str) -> None:
 
 @pytest.mark.parametrize("method", LAYERED)
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (3, 2, 4), (6, 1, 4), (3, 4)])
-def test_layers_see_any_shape_whose_rows_stand_together(method: str, shape: tuple[int, ...]) -> None:
+def test_rows_of_any_input_shape_equal_sequential(method: str, shape: tuple[int, ...]) -> None:
     """(B·T, d) as some layers flatten it, (B, T, d), beams, one token: the same values in the same order."""
     rows = [None, "a", "c"] if shape[0] % 3 == 0 else ["a", "c"]
     model, _ = mixed(method, "bert" if method == "bitfit" else "llama", rows)
@@ -159,19 +159,19 @@ def test_layers_see_any_shape_whose_rows_stand_together(method: str, shape: tupl
 
 def test_groups_of_repeated_rows_keep_a_rows_entries_together() -> None:
     model, _ = mixed("lora", "bert", ["a", None, "a"])
-    record = ModelAdapters.of(model)
-    assert record is not None
-    found = {group.name: group.index.tolist() for group in record.selection.groups(6, torch.device("cpu"))}
-    assert found == {"a": [0, 1, 4, 5], None: [2, 3]}
+    model_adapters = ModelAdapters.of(model)
+    assert model_adapters is not None
+    groups = model_adapters.selection.groups(6, torch.device("cpu"))
+    assert {group.name: group.index.tolist() for group in groups} == {"a": [0, 1, 4, 5], None: [2, 3]}
 
 
-def test_ranks_far_apart_are_stacked_apart_and_near_ones_together() -> None:
+def test_ranks_far_apart_are_batched_apart() -> None:
     model, batch = model_and_batch("lora", "llama", rows=6)
     for number, rank in enumerate((1, 2, 4, 16, 17, 3)):
         attached(model, {"name": "lora", "r": rank}, f"r{rank}", number)
     names = ["r16", "r1", "r4", "r17", "r2", "r3"]
     gw.activate(model, rows=names)
-    found = {tuple(sorted(BATCHED[type(delta)].padded_dim(delta) for delta in part.deltas)) for part in parts(model)}
+    found = {tuple(sorted(BATCHED[type(delta)].padded_dim(delta) for delta in part.modules)) for part in parts(model)}
     assert found == {(1, 2, 3, 4), (16, 17)}
     model.double()
     together = logits(model, batch)
@@ -180,7 +180,7 @@ def test_ranks_far_apart_are_stacked_apart_and_near_ones_together() -> None:
         torch.testing.assert_close(together[row], logits(model, batch)[row], **CLOSE)
 
 
-def test_few_adapters_for_many_rows_work_in_turn() -> None:
+def test_few_adapters_for_many_rows_run_sequentially() -> None:
     model, batch = model_and_batch("lora", "llama", rows=2 * rows_module.SEQUENTIAL_ROWS)
     attached(model, METHODS["lora"], "a", 1)
     attached(model, METHODS["lora"], "b", 2)
@@ -196,7 +196,7 @@ def test_few_adapters_for_many_rows_work_in_turn() -> None:
 
 
 @pytest.mark.parametrize("method", [*LAYERED, "prefix", "prefix mlp"])
-def test_what_is_kept_is_made_again_when_a_parameter_changes(method: str) -> None:
+def test_cached_batch_is_rebuilt_after_parameter_change(method: str) -> None:
     """By an optimizer, by `load_state_dict` in place and with other objects, by another tensor behind the parameter."""
     rows = ["a", None, "c", "b"]
     model, batch = mixed(method, "bert" if method == "bitfit" else "llama", rows)
@@ -226,7 +226,7 @@ def test_what_is_kept_is_made_again_when_a_parameter_changes(method: str) -> Non
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_changes_of_loaded_adapters_are_noticed(trainable: bool, tmp_path: Path) -> None:
+def test_cached_batch_is_rebuilt_after_loaded_adapter_changes(trainable: bool, tmp_path: Path) -> None:
     """Frozen ones share one version; those that train have each their own, or autograd would mistake one for all."""
     model, batch = model_and_batch("lora", "llama", rows=3)
     attached(model, METHODS["lora"], "a", 1).save(tmp_path)
@@ -264,7 +264,7 @@ def test_changes_of_loaded_adapters_are_noticed(trainable: bool, tmp_path: Path)
     assert torch.equal(logits(model, batch), found)
 
 
-def test_dora_notices_another_base_weight() -> None:
+def test_cached_dora_is_rebuilt_after_base_weight_changes() -> None:
     model, batch = mixed("dora", "llama", ["a", "b", "c"])
     before = logits(model, batch)
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_dora_notices_another_base_weight() -> None:
     torch.testing.assert_close(logits(model, batch)[0], found[0], **CLOSE)
 
 
-def test_stacks_are_made_once_for_a_selection_and_given_up_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_batch_is_built_once_per_choice_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = mixed("lora", "llama", ["a", "b", "c"])
     made = []
     init = BatchedLoRA.__init__
@@ -301,7 +301,7 @@ def test_stacks_are_made_once_for_a_selection_and_given_up_with_it(monkeypatch: 
     assert len(made) == 2 * layers
 
 
-def test_after_inference_mode_gradients_for_the_input_still_flow() -> None:
+def test_rows_after_inference_mode_pass_input_gradients() -> None:
     model, batch = mixed("lora", "llama", ["a", "b", "c"])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -312,7 +312,7 @@ def test_after_inference_mode_gradients_for_the_input_still_flow() -> None:
     assert embeds.grad is not None
 
 
-def test_a_copy_of_a_model_stacks_its_own() -> None:
+def test_deepcopy_batches_its_own_adapters() -> None:
     model, batch = mixed("lora", "llama", ["a", "b", "c"])
     before = logits(model, batch)
     twin = copy.deepcopy(model)
@@ -326,7 +326,7 @@ def test_a_copy_of_a_model_stacks_its_own() -> None:
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_dropout_draws_for_each_adapter_while_training(use_dora: bool) -> None:
+def test_dropout_in_training_draws_per_adapter(use_dora: bool) -> None:
     """Masks differ from stack to stack, so adapters with dropout work in turn while they train, and only then."""
     model, batch = model_and_batch("lora", "llama", rows=4)
     settings = {"name": "lora", "r": 2, "lora_dropout": 0.5, "use_dora": use_dora}
@@ -343,7 +343,7 @@ def test_dropout_draws_for_each_adapter_while_training(use_dora: bool) -> None:
     assert torch.equal(logits(model, batch), still)
 
 
-def test_autocast_gives_what_the_plain_way_gives() -> None:
+def test_rows_under_autocast_equal_plain() -> None:
     model, batch = model_and_batch("lora", "llama", rows=3)
     for number, name in enumerate("ab"):
         attached(model, METHODS["lora"], name, number)
@@ -354,7 +354,7 @@ def test_autocast_gives_what_the_plain_way_gives() -> None:
             torch.testing.assert_close(found, logits(model, batch), atol=0.1, rtol=0.1)
 
 
-def test_a_bfloat16_base_with_adapters_in_float32() -> None:
+def test_rows_on_bfloat16_base_equal_sequential() -> None:
     model, batch = model_and_batch("lora", "llama", rows=4)
     model.to(torch.bfloat16)
     for number, name in enumerate(("lora", "houlsby", "ia3", "dora")):

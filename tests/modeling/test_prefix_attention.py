@@ -31,7 +31,7 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 @families
 @methods
-def test_rows_with_prefixes_of_different_length_and_none(method: str, family: str) -> None:
+def test_rows_with_mixed_prefix_lengths_equal_single_rows(method: str, family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(rows=4)
     base = logits(model, batch)
     moved(model, METHODS[method], "a", 1)
@@ -49,7 +49,7 @@ def test_rows_with_prefixes_of_different_length_and_none(method: str, family: st
 
 @families
 @methods
-def test_every_attention_has_a_prefix_of_its_own_and_all_of_it_trains(method: str, family: str) -> None:
+def test_every_attention_has_a_trained_prefix(method: str, family: str) -> None:
     """In the encoder, the decoder and the cross-attention; checkpointed either way, the gradients are the same."""
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(labels=True)
     view = read_architecture(model)
@@ -72,7 +72,7 @@ def test_every_attention_has_a_prefix_of_its_own_and_all_of_it_trains(method: st
 
 
 @families
-def test_eager_attention_gives_the_same(family: str) -> None:
+def test_eager_attention_equals_sdpa(family: str) -> None:
     batch = FAMILIES[family].batch()
     outputs = []
     for implementation in ("sdpa", "eager"):
@@ -87,7 +87,7 @@ def test_eager_attention_gives_the_same(family: str) -> None:
         torch.testing.assert_close(outputs[0][row][seen], outputs[1][row][seen], **CLOSE)
 
 
-def test_eager_attention_shows_what_the_prefix_gets() -> None:
+def test_eager_attention_weights_cover_prefix() -> None:
     model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch()
     model.set_attn_implementation("eager")
     attach(model, METHODS["prefix"])
@@ -116,7 +116,7 @@ def test_left_padded_generation_equals_rows_alone(family: str) -> None:
     assert torch.equal(tokens, torch.cat([token for token, _ in alone]))
 
 
-def test_left_padding_without_position_ids() -> None:
+def test_left_padding_without_position_ids_equals_rows_alone() -> None:
     """OPT counts positions by the mask, with a prefix as well as without."""
     model, batch = FAMILIES["opt"].build(), left_padded(FAMILIES["opt"].batch())
     moved(model, METHODS["prefix"], "a", 1)
@@ -144,7 +144,7 @@ def test_beams_of_mixed_rows_with_and_without_cache(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
-def test_static_cache(family: str) -> None:
+def test_static_cache_generation_equals_dynamic(family: str) -> None:
     model, batch = FAMILIES[family].build(), left_padded(FAMILIES[family].batch())
     moved(model, METHODS["prefix"], "a", 1)
     _, dynamic = generate(model, batch)
@@ -152,7 +152,7 @@ def test_static_cache(family: str) -> None:
     torch.testing.assert_close(static, dynamic, **CLOSE)
 
 
-def test_a_conversation_goes_on_from_its_cache() -> None:
+def test_cache_of_earlier_turn_continues_equally() -> None:
     """The prefix is not in the cache, so the cache's length is the text's."""
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(padded=False)
     moved(model, METHODS["prefix"], "a", 1)
@@ -169,7 +169,7 @@ def test_a_conversation_goes_on_from_its_cache() -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 @methods
-def test_started_from_text_equals_that_text_in_front(method: str, family: str) -> None:
+def test_init_from_text_equals_text_in_front(method: str, family: str) -> None:
     if family == "mistral":
         # With a window as short as the family's, text would slide out of it; a prefix does not.
         torch.manual_seed(0)
@@ -188,7 +188,7 @@ def test_started_from_text_equals_that_text_in_front(method: str, family: str) -
     torch.testing.assert_close(actual[real], expected[real], **CLOSE)
 
 
-def test_start_is_the_bare_base_with_other_adapters_on_it() -> None:
+def test_init_from_text_uses_bare_base() -> None:
     method = METHODS["prefix"].with_token_ids([5, 9, 33])
     clean = attach(FAMILIES["llama"].build(), method).state_dict()
     model = FAMILIES["llama"].build().train()
@@ -198,13 +198,13 @@ def test_start_is_the_bare_base_with_other_adapters_on_it() -> None:
     assert all(torch.equal(clean[key], crowded[key]) for key in clean)
 
 
-def test_text_is_repeated_or_cut() -> None:
+def test_init_text_is_repeated_or_cut() -> None:
     method = Prefix(num_virtual_tokens=5, init_token_ids=[7, 8])
     assert method.start_ids(64) == (7, 8, 7, 8, 7)
     assert method.with_token_ids(range(3, 13)).start_ids(64) == (3, 4, 5, 6, 7)
 
 
-def test_text_without_ids_and_ids_of_another_vocabulary_are_refused() -> None:
+def test_init_without_ids_or_with_foreign_ids_raises() -> None:
     model = FAMILIES["bert"].build()
     with pytest.raises(ConfigError, match="not yet tokenized"):
         attach(model, Prefix(init_text="a film"))
@@ -214,7 +214,7 @@ def test_text_without_ids_and_ids_of_another_vocabulary_are_refused() -> None:
 
 
 @methods
-def test_folded_values_are_what_the_attention_gets(method: str) -> None:
+def test_merged_state_equals_attention_inputs(method: str) -> None:
     model, batch = FAMILIES["bart"].build(), FAMILIES["bart"].batch()
     graft = moved(model, METHODS[method], "a", 1)
     expected = logits(model, batch)
@@ -230,7 +230,7 @@ def test_folded_values_are_what_the_attention_gets(method: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_several_prefixes_stand_one_after_the_other(family: str) -> None:
+def test_several_prefixes_are_concatenated(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     first = moved(model, METHODS["prefix"], "a", 1)
     second = moved(model, LONGER["prefix"], "b", 2)
@@ -248,7 +248,7 @@ def _hooks(model: Any) -> dict[str, tuple[int, int]]:
 
 
 @families
-def test_nothing_is_left_after_detach(family: str) -> None:
+def test_detach_removes_everything(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     base, hooks, config = logits(model, batch), _hooks(model), copy.deepcopy(model.config)
     own = {name: m.config._attn_implementation for name, m in model.named_modules() if hasattr(m, "config")}
@@ -264,7 +264,7 @@ def test_nothing_is_left_after_detach(family: str) -> None:
     assert torch.equal(logits(model, batch), base)
 
 
-def test_saved_configuration_does_not_name_our_attention(tmp_path: Path) -> None:
+def test_saved_configuration_names_original_attention(tmp_path: Path) -> None:
     model = FAMILIES["t5"].build()
     attach(model, METHODS["prefix"])
     model.config.save_pretrained(tmp_path)
@@ -272,7 +272,7 @@ def test_saved_configuration_does_not_name_our_attention(tmp_path: Path) -> None
     assert "graftwerk" not in str(model.config.to_diff_dict())
 
 
-def test_other_models_are_not_touched() -> None:
+def test_attach_leaves_other_models_unchanged() -> None:
     first, second = FAMILIES["bert"].build(), FAMILIES["bert"].build()
     base = logits(second, FAMILIES["bert"].batch())
     attach(first, METHODS["prefix"])
@@ -281,7 +281,7 @@ def test_other_models_are_not_touched() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
-def test_a_copy_of_the_model_is_on_its_own(family: str) -> None:
+def test_deepcopy_is_independent(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     moved(model, METHODS["network"], "a", 1)
     expected = logits(model, batch)
@@ -300,7 +300,7 @@ def test_a_copy_of_the_model_is_on_its_own(family: str) -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_attention_without_an_interface_is_refused() -> None:
+def test_attach_attention_without_interface_raises() -> None:
     model = FAMILIES["llama"].build()
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(UnsupportedError, match="flex_attention"):
@@ -312,7 +312,7 @@ def test_attention_without_an_interface_is_refused() -> None:
         attach(gpt2, METHODS["prefix"])
 
 
-def test_attention_that_never_calls_the_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attach_attention_bypassing_interface_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"].build()
     last = model.model.layers[1].self_attn
     monkeypatch.setattr(last, "forward", lambda hidden_states, **kwargs: (hidden_states, None))
@@ -322,7 +322,7 @@ def test_attention_that_never_calls_the_interface_is_refused(monkeypatch: pytest
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_another_attention_chosen_later_is_no_silent_base() -> None:
+def test_forward_after_changed_attention_raises() -> None:
     model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch()
     attach(model, METHODS["prefix"])
     model.set_attn_implementation("eager")
@@ -330,7 +330,7 @@ def test_another_attention_chosen_later_is_no_silent_base() -> None:
         logits(model, batch)
 
 
-def test_text_longer_than_the_positions_that_are_left() -> None:
+def test_forward_text_beyond_positions_raises() -> None:
     model, batch = FAMILIES["gpt2"].build(), FAMILIES["gpt2"].batch(tokens=62, padded=False)
     attach(model, METHODS["prefix"])
     with pytest.raises(
@@ -346,7 +346,7 @@ def test_text_longer_than_the_positions_that_are_left() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
-def test_equal_to_peft(family: str) -> None:
+def test_outputs_equal_peft(family: str) -> None:
     peft = pytest.importorskip("peft")
     model, batch = FAMILIES[family].build(), left_padded(FAMILIES[family].batch())
     right = FAMILIES[family].batch()

@@ -58,7 +58,7 @@ def classifier_batch(family: str, **options: Any) -> dict[str, Tensor]:
 
 @families
 @pytest.mark.parametrize("padded", [False, True])
-def test_started_from_text_equals_that_text_in_front(family: str, padded: bool) -> None:
+def test_init_from_text_equals_text_in_front(family: str, padded: bool) -> None:
     """Through every way of embedding: scaled, projected, counted from the padding, sinusoidal, rotary, relative."""
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(padded=padded)
     text = torch.tensor([[5, 9, 33]]).expand(3, -1)
@@ -77,7 +77,7 @@ def test_started_from_text_equals_that_text_in_front(family: str, padded: bool) 
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *CAUSAL])
-def test_classifiers_started_from_text_equal_that_text_in_front(family: str) -> None:
+def test_init_from_text_on_classifier_equals_text_in_front(family: str) -> None:
     """Encoders pool the first virtual token then, and decoders their last real one."""
     model, batch = FAMILIES[family].build(classifier=True), FAMILIES[family].batch()
     text = torch.tensor([[5, 9, 33]]).expand(3, -1)
@@ -91,7 +91,7 @@ def test_classifiers_started_from_text_equal_that_text_in_front(family: str) -> 
 
 
 @families
-def test_rows_with_prompts_of_different_length_and_none(family: str) -> None:
+def test_rows_with_mixed_prompt_lengths_equal_single_rows(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(rows=4)
     base = logits(model, batch)
     moved(model, METHODS["lstm"], "a", 1)
@@ -108,7 +108,7 @@ def test_rows_with_prompts_of_different_length_and_none(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name].classifier])
-def test_rows_of_classifiers(family: str) -> None:
+def test_rows_on_classifier_equal_single_rows(family: str) -> None:
     model, batch = FAMILIES[family].build(classifier=True), classifier_batch(family, rows=4)
     moved(model, METHODS["prompt"], "a", 1)
     moved(model, LONGER, "b", 2)
@@ -122,7 +122,7 @@ def test_rows_of_classifiers(family: str) -> None:
 
 
 @families
-def test_rows_without_a_mask(family: str) -> None:
+def test_rows_without_mask_equal_single_rows(family: str) -> None:
     """A mask is made where rows differ in length, also for the decoder's look at its encoder."""
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(padded=False)
     moved(model, METHODS["prompt"], "a", 1)
@@ -135,7 +135,7 @@ def test_rows_without_a_mask(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "llama", "gpt2", "opt"])
-def test_position_ids_and_embeddings_given_by_the_caller(family: str) -> None:
+def test_caller_position_ids_and_embeddings_are_used(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     moved(model, METHODS["prompt"], "a", 1)
     moved(model, LONGER, "b", 2)
@@ -149,7 +149,7 @@ def test_position_ids_and_embeddings_given_by_the_caller(family: str) -> None:
     torch.testing.assert_close(logits(model, given)[real], expected[real], **CLOSE)
 
 
-def test_token_types_and_positional_arguments() -> None:
+def test_token_types_and_positional_arguments_are_accepted() -> None:
     model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch(padded=False)
     moved(model, METHODS["prompt"], "a", 1)
     types = torch.ones_like(batch["input_ids"])
@@ -172,7 +172,7 @@ def test_token_types_and_positional_arguments() -> None:
 
 
 @pytest.mark.parametrize("family", [*ENCODERS, *CAUSAL])
-def test_the_outside_sees_the_text_alone(family: str) -> None:
+def test_outputs_cover_text_positions_only(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(labels=True)
     moved(model, METHODS["prompt"], "a", 1)
     moved(model, LONGER, "b", 2)
@@ -188,7 +188,7 @@ def test_the_outside_sees_the_text_alone(family: str) -> None:
 
 @families
 @methods
-def test_every_element_trains_also_with_checkpointing(method: str, family: str) -> None:
+def test_every_element_gets_gradient_with_checkpointing(method: str, family: str) -> None:
     """With enough virtual tokens: two units of a ReLU have to meet at one of them for a gradient on what joins them."""
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch(labels=True)
     if family == "mistral":
@@ -211,7 +211,7 @@ def test_every_element_trains_also_with_checkpointing(method: str, family: str) 
             torch.testing.assert_close(parameter.grad, plain[key], atol=1e-6, rtol=1e-4)
 
 
-def test_a_sliding_window_reaches_back_layer_by_layer() -> None:
+def test_sliding_window_reaches_prompt_through_layers() -> None:
     """Two layers with windows of 4 see 6 virtual tokens before the text; what stands further back cannot be trained."""
     model, batch = FAMILIES["mistral"].build(), FAMILIES["mistral"].batch(labels=True)
     graft = attach(model, Prompt(num_virtual_tokens=8))
@@ -221,7 +221,7 @@ def test_a_sliding_window_reaches_back_layer_by_layer() -> None:
     assert values.grad.ne(0).any(dim=1).tolist() == [False] * 2 + [True] * 6
 
 
-def test_units_that_are_off_for_all_tokens_are_the_only_ones_without_gradient() -> None:
+def test_dead_units_alone_lack_gradient() -> None:
     """What no start can prevent later on: a unit that training has switched off for every virtual token."""
     model, batch = FAMILIES["bert"].build(), FAMILIES["bert"].batch(labels=True)
     graft = attach(model, METHODS["mlp"])
@@ -235,7 +235,7 @@ def test_units_that_are_off_for_all_tokens_are_the_only_ones_without_gradient() 
 
 
 @pytest.mark.parametrize("count", [1, 2, 20])
-def test_no_unit_is_off_at_the_start(count: int) -> None:
+def test_no_unit_is_dead_at_start(count: int) -> None:
     for kind in ("MLP", "LSTM"):
         torch.manual_seed(count)
         method = PTuning(num_virtual_tokens=count, encoder_reparameterization_type=kind)
@@ -266,7 +266,7 @@ def test_left_padded_generation_equals_rows_alone(family: str) -> None:
         assert torch.equal(tokens, torch.cat([token for token, _ in alone]))
 
 
-def test_left_padding_without_position_ids() -> None:
+def test_left_padding_without_position_ids_equals_rows_alone() -> None:
     """OPT counts positions by the mask, with virtual tokens as well as without."""
     model, batch = FAMILIES["opt"].build(), left_padded(FAMILIES["opt"].batch())
     moved(model, METHODS["prompt"], "a", 1)
@@ -317,7 +317,7 @@ def test_left_padding_trains_to_finite_gradients() -> None:
     assert all(torch.isfinite(parameter.grad).all() for parameter in graft.parameters())
 
 
-def test_together_with_a_prefix() -> None:
+def test_prompt_with_prefix_is_independent_of_attach_order() -> None:
     """The prefix stands before the virtual tokens, these before the text, at whatever time each was attached."""
     batch = left_padded(FAMILIES["gpt2"].batch())
     results = []
@@ -345,7 +345,7 @@ def test_together_with_a_prefix() -> None:
 # -- start, and nothing left behind -----------------------------------------------------------------------------------
 
 
-def test_a_random_start_is_made_of_the_models_own_words() -> None:
+def test_init_random_uses_model_embeddings() -> None:
     for family in ("bert", "gemma", "mbart"):
         model = FAMILIES[family].build()
         graft = attach(model, LONGER)
@@ -356,7 +356,7 @@ def test_a_random_start_is_made_of_the_models_own_words() -> None:
 
 
 @methods
-def test_folded_values_are_what_the_stack_gets(method: str) -> None:
+def test_merged_state_equals_stack_inputs(method: str) -> None:
     model, batch = FAMILIES["t5"].build(), FAMILIES["t5"].batch()
     graft = moved(model, METHODS[method], "a", 1)
     expected = logits(model, batch)
@@ -367,7 +367,7 @@ def test_folded_values_are_what_the_stack_gets(method: str) -> None:
 
 
 @families
-def test_nothing_is_left_after_detach(family: str) -> None:
+def test_detach_removes_everything(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     base = logits(model, batch)
     hooks = {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()}
@@ -383,7 +383,7 @@ def test_nothing_is_left_after_detach(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "bart"])
-def test_a_copy_of_the_model_is_on_its_own(family: str) -> None:
+def test_deepcopy_is_independent(family: str) -> None:
     model, batch = FAMILIES[family].build(), FAMILIES[family].batch()
     moved(model, METHODS["prompt"], "a", 1)
     expected = logits(model, batch)
@@ -397,7 +397,7 @@ def test_a_copy_of_the_model_is_on_its_own(family: str) -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_static_caches_are_refused() -> None:
+def test_static_cache_raises() -> None:
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch()
     moved(model, METHODS["prompt"], "a", 1)
     with pytest.raises(UnsupportedError, match="static cache has no room"):
@@ -407,7 +407,7 @@ def test_static_caches_are_refused() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_cache_of_other_adapters_is_refused(masked: bool) -> None:
+def test_cache_of_other_adapters_raises(masked: bool) -> None:
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(padded=False)
     moved(model, METHODS["prompt"], "a", 1)
     with torch.no_grad():
@@ -419,7 +419,7 @@ def test_a_cache_of_other_adapters_is_refused(masked: bool) -> None:
             model(input_ids=batch["input_ids"][:, :1], past_key_values=cache, **extra)
 
 
-def test_generation_that_goes_on_from_a_cache_is_refused_and_not_wrong() -> None:
+def test_generation_from_used_cache_raises() -> None:
     """`generate` would cut as many tokens off the new text as there are virtual ones in the cache."""
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(padded=False)
     moved(model, METHODS["prompt"], "a", 1)
@@ -435,7 +435,7 @@ def test_generation_that_goes_on_from_a_cache_is_refused_and_not_wrong() -> None
         )
 
 
-def test_masks_and_rows_that_would_give_wrong_answers_are_refused() -> None:
+def test_unsupported_masks_and_rows_raise() -> None:
     model, batch = FAMILIES["llama"].build(), FAMILIES["llama"].batch(padded=False)
     moved(model, METHODS["prompt"], "a", 1)
     ids = batch["input_ids"]
@@ -453,7 +453,7 @@ def test_masks_and_rows_that_would_give_wrong_answers_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("family", "room"), [("bert", 64), ("roberta", 63), ("bart", 64), ("opt", 64)])
-def test_text_longer_than_the_positions_that_are_left(family: str, room: int) -> None:
+def test_forward_text_beyond_positions_raises(family: str, room: int) -> None:
     model = FAMILIES[family].build()
     attach(model, METHODS["prompt"])
     logits(model, FAMILIES[family].batch(tokens=room - 3, padded=False))
@@ -488,7 +488,7 @@ def _peft(model: Any, graft: Any, config: Any) -> Any:
         ("bart", "SEQ_2_SEQ_LM"),
     ],
 )
-def test_equal_to_peft(family: str, task: str) -> None:
+def test_outputs_equal_peft(family: str, task: str) -> None:
     peft = pytest.importorskip("peft")
     kind = FAMILIES[family]
     base, batch = kind.build(classifier=task == "SEQ_CLS"), kind.batch()
@@ -520,7 +520,7 @@ def test_equal_to_peft(family: str, task: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
-def test_greedy_generation_equal_to_peft(family: str) -> None:
+def test_greedy_generation_equals_peft(family: str) -> None:
     peft = pytest.importorskip("peft")
     base = FAMILIES[family].build()
     batch = {key: value for key, value in FAMILIES[family].batch(padded=False).items() if not key.startswith("dec")}
@@ -532,7 +532,7 @@ def test_greedy_generation_equal_to_peft(family: str) -> None:
     assert torch.equal(model.generate(**batch, **options), wrapped.generate(**batch, **options))
 
 
-def test_mean_pooling_equal_to_peft() -> None:
+def test_mean_pooling_equals_peft() -> None:
     """The published ModernBERTs pool the mean, over the virtual tokens too."""
     peft = pytest.importorskip("peft")
     config = FAMILIES["modernbert"].config()

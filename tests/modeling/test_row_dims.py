@@ -106,7 +106,7 @@ def test_every_listed_architecture_has_known_rows() -> None:
     d_ff=24, num_layers=2, num_heads=4, num_experts=2), "experts"),
     ("CLIPModel", tf.CLIPConfig(text_config=S, vision_config=PATCHES), "not known"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_rows_of_other_architectures_are_refused_with_the_reason(cls: str, config: Any, why: str) -> None:
+def test_rows_on_unlisted_architecture_raise(cls: str, config: Any, why: str) -> None:
     model = built(cls, config)
     moved(model, LoRA(r=2))
     with pytest.raises(
@@ -116,7 +116,7 @@ def test_rows_of_other_architectures_are_refused_with_the_reason(cls: str, confi
     assert gw.adapters(model)["a"].active
 
 
-def test_module_trained_whole_among_sequence_first_layers_is_refused_by_row() -> None:
+def test_rows_with_sequence_first_saved_module_raise() -> None:
     model = built("XLNetModel", tf.XLNetConfig(**XLNET))
     moved(model, LoRA(r=2, target_modules=["layer.0.ff.layer_1"], modules_to_save=["layer.1.ff"]))
     with pytest.raises(UnsupportedError, match=r"`layer\.1\.ff`, which is trained whole"):

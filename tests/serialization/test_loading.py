@@ -234,7 +234,7 @@ def test_a_file_that_does_not_fit_leaves_the_model_and_who_is_active(method: str
     with pytest.raises(AdapterError):
         load_adapter(model, folder, "third")
     assert list(gw.adapters(model)) == ["first", "second"]
-    assert gw.adapters(model)["first"]._record.selection.names == ("first", "second")
+    assert gw.adapters(model)["first"]._model_adapters.selection.names == ("first", "second")
 
 
 def test_loading_in_training_mode_and_with_another_default_type(tmp_path: Path) -> None:

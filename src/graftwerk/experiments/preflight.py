@@ -155,14 +155,14 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
 def _counted(method: Method, model: Any) -> dict[str, Any]:
     from graftwerk.modeling.architectures import read_architecture
     from graftwerk.modeling.prefix_attention import stacks_of
-    from graftwerk.modeling.task_heads import head_paths, open_places
+    from graftwerk.modeling.task_heads import head_paths, open_targets
 
     view = read_architecture(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     heads = head_paths(model, method, view)
     head = sum(parameter.numel() for path in heads for parameter in model.get_submodule(path).parameters())
     if method.kind == "layer":
-        own = method.num_parameters(open_places(method, view, heads))
+        own = method.num_parameters(open_targets(method, view, heads))
     elif method.kind == "weights":
         own = total - head
     elif isinstance(method, Prefix):

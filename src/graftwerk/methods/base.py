@@ -43,7 +43,7 @@ class Role(StrEnum):
     EMBEDDING = "embedding"
     NORM = "norm"
     HEAD = "head"
-    """A linear layer outside the base model (`lm_head`, `classifier`): adapted only where a target names it."""
+    """A linear layer outside the base model (`lm_head`, `classifier`): adapted only if a target names it."""
     LOOSE_BIAS = "loose_bias"
     """A bias that is not added to the features of a layer's output (of a convolution, of attention scores): listed so
     that a method can say that it leaves it out."""

@@ -59,9 +59,9 @@ class BitFit(LayerSelection):
         return self.filter_layers(chosen, available)
 
     @classmethod
-    def reaches(cls, place: TargetModule) -> bool:
-        """Return whether this is a bias inside the base that it trains."""
-        return place.has_bias and place.role is not Role.HEAD and not cls.leaves_out(place)
+    def reaches(cls, target: TargetModule) -> bool:
+        """Return True for a bias inside the base that it trains."""
+        return target.has_bias and target.role is not Role.HEAD and not cls.leaves_out(target)
 
     @staticmethod
     def leaves_out(target: TargetModule) -> bool:

@@ -100,6 +100,11 @@ class Bottleneck(LayerSelection):
         return self.filter_layers(chosen, available)
 
     def build_all(self, targets: Sequence[TargetModule], modules: Sequence[nn.Module]) -> dict[str, AdapterModule]:
+        """Build the adapter modules for all targets, by path; for `parallel` those of a block share one network.
+
+        Raises:
+            UnsupportedError: one layer of a feed-forward block is missing among the targets of `parallel`.
+        """
         if self.placement != "parallel":
             return super().build_all(targets, modules)
         halves = [{target.ffn for target in targets if target.role is role} for role in (Role.FFN_IN, Role.FFN_OUT)]

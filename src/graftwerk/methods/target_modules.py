@@ -40,7 +40,7 @@ def _is_linear(module: TargetModule) -> bool:
 def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
     """Return the linear layers that the targets name.
 
-    A target names layers outside the base model (`lm_head`) only where it names none inside.
+    A target names layers outside the base model (`lm_head`) only if it names none inside.
 
     Raises:
         ConfigError: a target matches nothing; the nearest names are suggested.

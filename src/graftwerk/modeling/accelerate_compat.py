@@ -1,7 +1,7 @@
-"""Changing the class of a module: classes that pickle can name, and accelerate's hooks (``device_map``, offloading).
+"""Change the class of a module: classes that pickle can name, and accelerate's hooks (``device_map``, offloading).
 
 A hooked module has a forward of its own on the object, which runs the one that accelerate found there before. The
-latter is bound to a class, and has to change with it; else the new class would never be asked.
+latter is bound to a class and has to change with it, or the new class would never be called.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ HOOKED = "_old_forward"
 
 
 class SwappedClass:
-    """Mixed into every class that a module of a base is given here.
+    """Mixin of every class that a module of a base is given here.
 
-    Such a class is made when it is needed and stands in no module, so that pickle could not find it by its name: it is
-    told how to make it again.
+    Such a class is made on demand and belongs to no module, so that pickle could not find it by its name; pickle is
+    given the call that makes it again.
     """
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -64,17 +64,17 @@ def change_class(module: nn.Module, cls: Any) -> None:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether somebody else has put a forward on the object, so that its class would never be asked."""
+    """Return True if another library has put a forward on the object, so that its class would never be called."""
     return "forward" in module.__dict__ and HOOKED not in module.__dict__ and not _is_left(module)
 
 
 def _is_left(module: nn.Module) -> bool:
-    """Whether a forward on the object is only that of its class, which accelerate leaves when it takes a hook off."""
+    """Return True if a forward on the object is that of its class, as accelerate leaves it when it removes a hook."""
     return getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward
 
 
 def unhook(module: nn.Module) -> None:
-    """Take the hooks off a copy of a module, with all that is kept for them."""
+    """Remove the hooks from a copy of a module, with everything stored for them."""
     for part in module.modules():
         if HOOKED in part.__dict__:
             for name in ("forward", HOOKED, "_hf_hook"):

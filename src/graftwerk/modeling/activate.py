@@ -1,4 +1,4 @@
-"""Choosing the active adapters of a model, and switching all of them off for a while."""
+"""Choose the active adapters of a model, or switch all of them off for a while."""
 
 from __future__ import annotations
 
@@ -15,19 +15,31 @@ from graftwerk.modeling.row_dims import check_rows
 def activate(
     model: nn.Module, name: str | Sequence[str] | None = None, *, rows: Sequence[str | None] | None = None
 ) -> None:
-    """Choose who is active: one adapter, several in order, none, or one (or none) for each row of the next batches.
+    """Choose the active adapters: one, several in order, none, or one (or none) for each row of the next batches.
 
     Args:
+        model: A model with adapters.
         name: An adapter's name, a list of names that apply one after the other, or None for the bare base.
         rows: For each row of a batch a name, or None for the bare base. Stays in force until the next call.
 
     Raises:
-        ConfigError: no such adapter; the names there are are listed.
+        ConfigError: no such adapter; the message lists those on the model.
         UnsupportedError: a kind of adapter that cannot differ by row.
         ConflictError: an adapter is merged into the base.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, activate, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> news, legal = attach(model, LoRA(r=2), "news"), attach(model, LoRA(r=4), "legal")
+        >>> activate(model, "news")
+        >>> news.active, legal.active
+        (True, False)
+        >>> activate(model, rows=["news", None, "legal"])  # a batch of three rows
     """
-    record = ModelAdapters.of(model)
-    if record is None:
+    model_adapters = ModelAdapters.of(model)
+    if model_adapters is None:
         if name is None and rows is None:
             return
         raise ConfigError("this model has no adapters", hint="attach or load one first")
@@ -35,49 +47,73 @@ def activate(
         raise ConfigError("give one name for all rows, or rows, not both")
     chosen = list(rows) if rows is not None else ([name] if isinstance(name, str) else list(name or ()))
     for one in chosen:
-        if one is not None and one not in record.adapters:
+        if one is not None and one not in model_adapters.adapters:
             raise ConfigError(
-                f"there is no adapter `{one}` on this model", hint=f"there are: {', '.join(record.adapters) or 'none'}"
+                f"there is no adapter `{one}` on this model",
+                hint=f"there are: {', '.join(model_adapters.adapters) or 'none'}",
             )
     if rows is not None:
         if not rows:
             raise ConfigError("rows is empty", where="activate(model, rows=...)")
         for one in dict.fromkeys(chosen):
-            if one is not None and not record.adapters[one].method.supports_rows:
+            if one is not None and not model_adapters.adapters[one].method.supports_rows:
                 raise UnsupportedError(
-                    f"`{one}` is {record.adapters[one].method.title}: it replaces the base's weights, so it cannot "
-                    f"differ by row",
+                    f"`{one}` is {model_adapters.adapters[one].method.title}: it replaces the base's weights, so it "
+                    f"cannot differ by row",
                     hint="run its rows in a batch of their own",
                 )
-        check_rows(model, [record.adapters[one] for one in dict.fromkeys(chosen) if one is not None])
-        refuse_while_merged(record, "choose adapters by row")
-        record.selection.choose_rows(tuple(rows))
+        check_rows(model, [model_adapters.adapters[one] for one in dict.fromkeys(chosen) if one is not None])
+        refuse_while_merged(model_adapters, "choose adapters by row")
+        model_adapters.selection.choose_rows(tuple(rows))
     else:
-        if set(record.selection.merged) - {one for one in chosen if one}:
-            refuse_while_merged(record, "switch adapters")
-        record.selection.choose(tuple(one for one in chosen if one is not None))
-    record.sync()
+        if set(model_adapters.selection.merged) - {one for one in chosen if one}:
+            refuse_while_merged(model_adapters, "switch adapters")
+        model_adapters.selection.choose(tuple(one for one in chosen if one is not None))
+    model_adapters.sync()
 
 
-def refuse_while_merged(record: ModelAdapters, wish: str) -> None:
-    """Raise ConflictError if an adapter is merged into the base; ``wish`` completes "cannot ..."."""
-    if record.selection.merged:
+def refuse_while_merged(model_adapters: ModelAdapters, wish: str) -> None:
+    """Check that no adapter is merged into the base.
+
+    Args:
+        model_adapters: The model's adapters.
+        wish: The action that needs this; completes "cannot ...".
+
+    Raises:
+        ConflictError: one is.
+    """
+    if model_adapters.selection.merged:
         raise ConflictError(
-            f"cannot {wish}: `{', '.join(sorted(record.selection.merged))}` is merged into the base",
+            f"cannot {wish}: `{', '.join(sorted(model_adapters.selection.merged))}` is merged into the base",
             hint="unmerge it first",
         )
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The bare base inside the block: no adapter, no head of an adapter; merged weights are taken out and put back.
+    """Use the bare base inside the block: no adapter and no adapter's head; merged weights are taken out and put back.
+
+    Args:
+        model: A model with or without adapters.
 
     Raises:
         UnsupportedError: an adapter was merged with ``keep_base=False``.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, attach, disabled
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> adapter = attach(model, LoRA(r=2))
+        >>> with disabled(model):
+        ...     adapter.active
+        False
+        >>> adapter.active
+        True
     """
-    record = ModelAdapters.of(model)
-    if record is None:
+    model_adapters = ModelAdapters.of(model)
+    if model_adapters is None:
         yield
         return
-    with record.bare():
+    with model_adapters.bare():
         yield

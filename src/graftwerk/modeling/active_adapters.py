@@ -1,4 +1,4 @@
-"""Who is active: one object per model, shared by all adapted layers, so that switching is one assignment."""
+"""The active adapters of a model: one object shared by all adapted layers, so that switching is one assignment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of a batch that use the same adapter; ``name`` None is the bare base. ``index`` is a LongTensor of row
-    numbers.
+    """Rows of a batch that use the same adapter.
+
+    Attributes:
+        name: The adapter, or None for the bare base.
+        index: Row numbers, (S,) int64.
     """
 
     name: str | None
@@ -34,7 +37,7 @@ class ActiveAdapters:
         names: Adapters applied, in order, to every row. Ignored while ``rows`` is set.
         rows: An adapter, or None for the bare base, for each row of the batch; None when all rows use ``names``.
         merged: Adapters that are merged into the base's weights now; their heads still apply.
-        activations: What kernels know of the activations that are alive.
+        activations: The kernels' table of living activations.
     """
 
     __slots__ = ("_groups", "_kept", "activations", "merged", "names", "rows")
@@ -48,15 +51,17 @@ class ActiveAdapters:
         self._kept: dict[Any, Any] = {}
 
     def choose(self, names: tuple[str, ...]) -> None:
+        """Apply these adapters, in order, to every row."""
         self.names, self.rows = names, None
         self._groups, self._kept = {}, {}
 
     def choose_rows(self, rows: tuple[str | None, ...]) -> None:
+        """Apply to each row of the next batches its own adapter, or none."""
         self.rows = rows
         self._groups, self._kept = {}, {}
 
     def cached(self, key: Key, make: Callable[[Key], Made]) -> Made:
-        """What was made for this key since the adapters were last chosen; made now if nothing was."""
+        """Return the value made for this key since adapters were last chosen, made now if there is none."""
         found = self._kept.get(key)
         if found is None:
             with torch.inference_mode(False):  # it may be of use in training too
@@ -64,17 +69,17 @@ class ActiveAdapters:
         return found
 
     def clear_cache(self) -> None:
-        """Drop what was made: the tensors that it was made from may be others now."""
+        """Drop the cached values: the tensors that they were made from may be others now."""
         self._kept.clear()  # in place: `disabled` holds on to it
 
     def used(self) -> tuple[str, ...]:
-        """Every adapter that the next batch involves."""
+        """Return every adapter that the next batch involves."""
         if self.rows is None:
             return self.names
         return tuple(dict.fromkeys(name for name in self.rows if name is not None))
 
     def repeats(self, size: int) -> int:
-        """How many consecutive entries of a tensor's first dimension belong to each named row.
+        """Return the number of consecutive entries of a tensor's row dimension that belong to each named row.
 
         Beam search repeats every row, and some layers flatten (B, T) to (B·T): both keep a row's entries together.
 
@@ -91,7 +96,7 @@ class ActiveAdapters:
         return size // len(self.rows)
 
     def groups(self, size: int, device: torch.device) -> tuple[RowGroup, ...]:
-        """The rows of a batch of ``size``, grouped by adapter, the bare base included."""
+        """Return the rows of a batch of ``size``, grouped by adapter, the bare base included."""
         key = (size, str(device))
         if key not in self._groups:
             repeats = self.repeats(size)
@@ -107,6 +112,7 @@ class ActiveAdapters:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
+        """Use no adapter inside the block."""
         names, rows, groups, kept = self.names, self.rows, self._groups, self._kept
         self.names, self.rows = (), None
         try:
@@ -115,7 +121,7 @@ class ActiveAdapters:
             self.names, self.rows, self._groups, self._kept = names, rows, groups, kept
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what can be made again, so that copies of a model do not begin with copies of stacked adapters."""
+        """Return the state without caches, so that copies of a model do not copy batched adapters."""
         return {"names": self.names, "rows": self.rows, "merged": self.merged}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

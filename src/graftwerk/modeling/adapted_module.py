@@ -1,7 +1,7 @@
-"""Adapted layers: the same object with another class, so that nothing of the base moves or is renamed.
+"""Adapted modules: the same object with another class, so that nothing of the base moves or is renamed.
 
-`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a layer norm the class ``Adapted<its
-class>``; its deltas live in one child, the `Box`. `restore(module)` undoes both.
+`adapt(module)` gives a linear layer (plain, GPT-2's transposed, 4- or 8-bit) or a norm the class ``Adapted<its
+class>``; its adapter modules are in one child, the `AdapterSlots`. `restore(module)` undoes both.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ else:
 
 
 class Adapted(_Layer):
-    """Mixed in before a layer's own class: pre_forward, the layer itself, post_forward."""
+    """Mixin before a layer's own class: pre_forward, the layer itself, post_forward."""
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """Return the output (..., out) of the layer and its active adapters for x (..., in)."""
         (x,) = args or kwargs.values()  # whatever the layer's own class calls its input
         slots = self._modules[CHILD]
         assert isinstance(slots, AdapterSlots)
@@ -51,43 +52,52 @@ class Adapted(_Layer):
 
 
 class AdaptedWeight(_Layer):
-    """Mixed in before the class of a layer that is never called: whoever reads its weight or bias gets them with the
-    active deltas in them.
-    """
+    """Mixin for a layer that is never called: its weight and bias are read with the active adapters merged in."""
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight (out, in) with the active adapters merged in."""
         return self._read()[0]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The bias (out,) with the active adapters merged in, or None."""
         return self._read()[1]
 
     def _read(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
-        box = self._modules[CHILD]
-        assert isinstance(box, AdapterSlots)
-        deltas = box.active()
-        if not deltas:
+        slots = self._modules[CHILD]
+        assert isinstance(slots, AdapterSlots)
+        adapters = slots.active()
+        if not adapters:
             return weight, bias
-        for delta in deltas:
-            weight, bias = delta.merged_weight(weight, bias)
+        for adapter in adapters:
+            weight, bias = adapter.merged_weight(weight, bias)
         return weight, bias
 
 
 class AdaptedHead(_Module):
-    """Mixed in before the class of a saved module: each adapter's own copy of the module answers for its rows.
+    """Mixin before the class of a saved module: each adapter's own copy of the module computes its rows.
 
-    Another adapter may have a delta at the same module; where no copy answers, the class below it asks that.
+    Another adapter may have an adapter module here; rows without a copy go to the class below, which applies it.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        box = self._modules[CHILD]
-        assert isinstance(box, AdapterSlots)
-        selection = box.selection
+        """Return the output of the active adapter's copy, for each row that of its adapter, or else of the class below.
+
+        Args:
+            args: Inputs of the module, tensors of any shape, rows first.
+            kwargs: Inputs by name.
+
+        Raises:
+            UnsupportedError: rows have different adapters, and their outputs are not one tensor of equal width each.
+        """
+        slots = self._modules[CHILD]
+        assert isinstance(slots, AdapterSlots)
+        selection = slots.selection
         if selection.rows is None:
-            copies = [head for name in selection.names if (head := _copy(box, name)) is not None]
+            copies = [head for name in selection.names if (head := _copy(slots, name)) is not None]
             return _answer(self, copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         size = first.shape[0]
@@ -95,7 +105,7 @@ class AdaptedHead(_Module):
         outputs, order = [], []
         for group in selection.groups(size, first.device):
             order.append(group.index)
-            if (head := _copy(box, group.name)) is None:
+            if (head := _copy(slots, group.name)) is None:
                 # Over the whole batch: a product of fewer rows may end in another last bit, and these are the base's.
                 base = super().forward(*args, **kwargs) if base is None else base
                 answer = base[group.index] if isinstance(base, Tensor) else base
@@ -115,16 +125,23 @@ class AdaptedHead(_Module):
         return torch.cat(outputs)[torch.argsort(torch.cat(order))]
 
 
-def _copy(box: AdapterSlots, name: str | None) -> nn.Module | None:
-    """Return an adapter's own copy of a saved module, None if it has none here."""
-    module = box.get(name)
+def _copy(slots: AdapterSlots, name: str | None) -> nn.Module | None:
+    """Return an adapter's own copy of a saved module, or None if it has none here."""
+    module = slots.get(name)
     return None if isinstance(module, AdapterModule) else module
 
 
 def _answer(host: nn.Module, head: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an adapter's copy of a module, in its own type (float32), between tensors of the base's type.
+    """Run an adapter's copy of a module.
 
-    Embeddings are given whole numbers: what they answer has the type of the base's own weight.
+    The copy is float32; inputs and outputs keep the dtype of the base, which may be another. The output of an
+    embedding, whose inputs are integers, has the dtype of the base's own weight.
+
+    Args:
+        host: The base's module.
+        head: The adapter's copy of it.
+        args: Inputs of the module, tensors of any shape.
+        kwargs: Inputs by name.
     """
     own = next((parameter.dtype for parameter in head.parameters()), None)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
@@ -159,19 +176,22 @@ def _check_same_width(outputs: list[Tensor]) -> None:
 
 
 class AdaptedLayerHead(AdaptedHead, Adapted):
-    """Mixed in before a layer that one adapter changes and another saves whole: the copies are asked first."""
+    """Mixin before a layer that one adapter adapts and another saves whole: the copies take precedence."""
 
 
-def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
-    """Give a module its adapted class; ``box`` is its child from now on. Done twice, it changes nothing more.
+def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
+    """Give a module its adapted class. A second call changes nothing.
 
-    A layer that one adapter changes and another saves whole gets both: the copies are asked first.
+    A layer that one adapter adapts and another saves whole gets both classes: the copies take precedence.
 
     Args:
-        weight_only: The module is read and never called (`Place.weight_only`).
+        module: A module of the base.
+        slots: Its child from now on.
+        head: True for a module that an adapter saves whole, such as a task head.
+        weight_only: True if the module is read and never called (`TargetModule.weight_only`).
 
     Raises:
-        UnsupportedError: another library has put a forward of its own on the module, which would never ask the class.
+        UnsupportedError: another library has put a forward of its own on the module, so that the class is never used.
     """
     cls = type(module)
     if not hasattr(cls, "_graftwerk_base"):
@@ -188,21 +208,21 @@ def adapt(module: nn.Module, box: AdapterSlots, *, head: bool = False, weight_on
     if not issubclass(cls, wanted):
         mixin: Any = AdaptedLayerHead if issubclass(cls, AdaptedHead | Adapted) else wanted
         change_class(module, swapped_class(mixin, base, f"Adapted{base.__name__}", _graftwerk_base=base))
-    assert slots_of(module) is box
+    assert slots_of(module) is slots
 
 
 def restore(module: nn.Module) -> None:
-    """Give a module its own class back and take its box away."""
+    """Give a module its own class back and remove its slots."""
     change_class(module, getattr(type(module), "_graftwerk_base", type(module)))
     module._modules.pop(CHILD, None)
 
 
 def make_memory_efficient(modules: Iterable[nn.Module], activations: ActivationTable) -> None:
-    """Give each of these frozen modules that is known its memory-efficient class. Done twice, it changes nothing more.
+    """Give each known frozen module its memory-efficient class. A second call changes nothing.
 
     Args:
         modules: Modules of the base.
-        activations: Where they note how their outputs are made again.
+        activations: The table in which they note how their outputs are recomputed.
     """
     for module in modules:
         mixin: Any = efficient_mixin(module)

@@ -1,4 +1,4 @@
-"""One adapter on one model: what it touches, what it trains, its tensors, and the verbs on it."""
+"""The handle of one adapter on one model: its modules, parameters and tensors, merging, saving."""
 
 from __future__ import annotations
 
@@ -34,16 +34,29 @@ class AdapterWriter(Protocol):
 
 
 class Adapter:
-    """An adapter on a model, made by `attach` or `load`. ``print(graft)`` says what was touched and what trains.
+    """An adapter on a model, made by `attach` or `load`. ``print(adapter)`` shows what it touches and what trains.
 
     Attributes:
         name: Its name on this model.
         method: Its settings.
-        places: The layers it touches, for methods that work inside layers.
+        targets: The layers it adapts, for methods that work inside layers.
         hosts: Paths of all modules that carry a part of it, heads not counted.
         heads: Paths of the modules that it trains and stores whole.
         writer: The file format that `save` writes. A format registers itself here when it is imported, as a kernel
             does for a method; this room knows none.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> adapter = attach(model, LoRA(r=2, target_modules="attention"), "news")
+        >>> adapter.num_parameters, adapter.num_head_parameters
+        (128, 18)
+        >>> adapter.merge()
+        >>> adapter.merged
+        True
+        >>> adapter.unmerge()  # the base's own bits again
     """
 
     writer: ClassVar[AdapterWriter | None] = None
@@ -53,47 +66,51 @@ class Adapter:
         name: str,
         method: Method,
         model: PreTrainedModel,
-        record: ModelAdapters,
-        places: tuple[TargetModule, ...],
+        model_adapters: ModelAdapters,
+        targets: tuple[TargetModule, ...],
         hosts: tuple[str, ...],
         heads: tuple[str, ...],
-        anatomy: Architecture,
+        architecture: Architecture,
         weights: TrainedWeights | None,
     ) -> None:
         self.name, self.method, self.model = name, method, model
-        self.targets, self.hosts, self.heads = places, hosts, heads
+        self.targets, self.hosts, self.heads = targets, hosts, heads
         self.weights = weights
         self.labels: tuple[str, ...] | None = None
-        """Names of the classes that its head tells apart; None: those of the base."""
+        """Names of its head's classes, or None for those of the base."""
         self.classes: int | None = None
-        """How many those are, once a head was loaded."""
-        self._record = record
-        self._task_heads = heads if weights is None else anatomy.heads
-        self._kept: SavedWeights | None = None
+        """Their number, once a head was loaded."""
+        self._model_adapters = model_adapters
+        self._task_heads = heads if weights is None else architecture.heads
+        self._saved: SavedWeights | None = None
 
-    # -- tensors ---------------------------------------------------------------------------------------------------
+    # -- tensors ----------------------------------------------------------------------------------------------------
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """(host path, this adapter's module there), heads last."""
+        """Yield (host path, this adapter's module there), heads last."""
         base = base_modules(self.model)
         for path in (*self.hosts, *self.heads):
             yield path, self._module(base[path])
 
     def _module(self, host: nn.Module) -> nn.Module:
-        box = slots_of(host)
-        module = None if box is None else box.get(self.name)
+        slots = slots_of(host)
+        module = None if slots is None else slots.get(self.name)
         if module is None:
             raise ConflictError(f"the adapter `{self.name}` has been deleted from this model")
         return module
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What trains, by raw key (``<module path>.<parameter>``), always in the same order; the head's included."""
+        """Yield the trained parameters, always in the same order, the head's included.
+
+        Yields:
+            Raw key (``<module path>.<parameter>``) and parameter, any shape.
+        """
         for key, parameter in self._own():
-            if self.weights is not None or parameter.requires_grad:  # weights that sleep require no gradient either
+            if self.weights is not None or parameter.requires_grad:  # inactive full weights require no gradient either
                 yield key, parameter
 
     def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters of this adapter, also those that do not train."""
+        """Yield all parameters of this adapter, also those that do not train."""
         if self.weights is not None:
             yield from self.weights.parameters.items()
             return
@@ -106,11 +123,12 @@ class Adapter:
                 yield _join(path, key), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trained parameters, any shape, in the order of `named_parameters`."""
         for _, parameter in self.named_parameters():
             yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All tensors by raw key, detached; they share memory with the model."""
+        """Return all tensors (any shape) by raw key, detached; they share memory with the model."""
         if self.weights is not None:
             values = self.weights.other if not self.weights.live else None
             return {
@@ -124,10 +142,11 @@ class Adapter:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], *, heads_alone: bool = False) -> None:
-        """Put stored tensors in. A head with another number of labels makes this adapter's head as wide.
+        """Load stored tensors. A head with another number of labels makes this adapter's head as wide.
 
         Args:
-            heads_alone: All tensors but those of the heads are in already; for `attach_with`.
+            tensors: By raw key, any shape.
+            heads_alone: True if all tensors but those of the heads are loaded already; for `attach_from_tensors`.
 
         Raises:
             AdapterError: a tensor is missing, is not known, or has another shape. Nothing is changed then.
@@ -155,15 +174,15 @@ class Adapter:
         ]
         if wrong:
             raise AdapterError(_some("mis-shaped", wrong), where=f"adapter `{self.name}`")
-        classes = len(self._record.labels.of_base(self.model))
+        classes = len(self._model_adapters.labels.of_base(self.model))
         for path in self.heads:
-            box = slots_of(self.model.get_submodule(path))
-            assert box is not None
+            slots = slots_of(self.model.get_submodule(path))
+            assert slots is not None
             inner = {
                 key.removeprefix(path + "."): value for key, value in tensors.items() if key.startswith(path + ".")
             }
             check_vocabulary(self.model, path, inner)
-            self.classes = fit_head(box, self.name, inner, path, classes) or self.classes
+            self.classes = fit_head(slots, self.name, inner, path, classes) or self.classes
         own = self._head_state() if heads_alone else self.state_dict()
         still = [
             f"{key}: {tuple(tensors[key].shape)} here, {tuple(own[key].shape)} expected"
@@ -186,16 +205,16 @@ class Adapter:
 
     @property
     def frozen(self) -> bool:
-        """Whether nothing of it trains, as after `load` without ``trainable=True``."""
+        """True if nothing of it trains, as after `load` without ``trainable=True``."""
         if self.weights is not None:
             return not self.weights.trainable
         return not any(parameter.requires_grad for _, parameter in self._own())
 
     def freeze(self, *, heads_alone: bool = False) -> None:
-        """Let nothing of it train any more, also after it was switched off and on again.
+        """Stop training it for good, also after it was switched off and on again.
 
         Args:
-            heads_alone: All parameters but those of the heads are frozen already; for `attach_with`.
+            heads_alone: True if all parameters but those of the heads are frozen already; for `attach_from_tensors`.
         """
         if self.weights is not None:
             self.weights.trainable = False
@@ -204,51 +223,54 @@ class Adapter:
         for _, parameter in self._parameters(heads) if heads_alone else self._own():
             parameter.requires_grad_(False)
 
-    # -- figures ---------------------------------------------------------------------------------------------------
+    # -- counts -----------------------------------------------------------------------------------------------------
 
     def is_head(self, key: str) -> bool:
-        """Whether a raw key belongs to a head."""
+        """Return True if a raw key belongs to a head."""
         return any(key == path or key.startswith(path + ".") for path in self._task_heads)
 
     @property
     def num_parameters(self) -> int:
-        """Trained parameters of the method itself, heads not counted."""
+        """Number of trained parameters of the method itself, heads not counted."""
         return sum(parameter.numel() for key, parameter in self.named_parameters() if not self.is_head(key))
 
     @property
     def num_head_parameters(self) -> int:
+        """Number of trained parameters of the heads."""
         return sum(parameter.numel() for key, parameter in self.named_parameters() if self.is_head(key))
 
     @property
     def num_base_parameters(self) -> int:
-        """Parameters of the model without any grafts."""
+        """Number of parameters of the model without any adapters."""
         return sum(map(_elements, base_parameters(self.model).values()))
 
     def learning_rate_factor(self, key: str) -> float:
+        """Return the factor on the learning rate of a parameter, by its raw key; 1 for a head."""
         return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
 
     def left_out(self) -> list[str]:
         """Return a sentence for each kind of weight that the method would reach elsewhere and cannot reach here."""
         return left_out(self.model, self.method, read_architecture(self.model))
 
-    # -- verbs -----------------------------------------------------------------------------------------------------
+    # -- merging, activating, saving --------------------------------------------------------------------------------
 
     @property
     def merged(self) -> bool:
-        return self.name in self._record.selection.merged
+        """True while it is merged into the base."""
+        return self.name in self._model_adapters.selection.merged
 
     def merge(self, *, keep_base: bool = True) -> None:
-        """Fold the adapter into the base's weights; its head stays its own. Outputs stay the same, the cost of the
-        adapter goes.
+        """Merge the adapter into the base's weights; its head stays its own. Outputs stay the same.
 
         Args:
-            keep_base: Keep the touched weights as they were, so that `unmerge` gives their bits back. Without it
-                nothing more is allocated and merging is several times faster, but there is no way back: the adapter can
-                then not be unmerged, disabled, deleted or detached.
+            keep_base: True to keep the touched weights as they were, so that `unmerge` restores them bit for bit.
+                Without it nothing more is allocated and merging is several times faster, but there is no way back: the
+                adapter can then not be unmerged, disabled, deleted or detached.
 
         Raises:
-            UnsupportedError: the method cannot be folded, the base is quantized, or the merged model would give other
-                answers (tried on a small input, where the architecture is not in the table).
+            UnsupportedError: the method cannot be merged, the base is quantized, a weight is tied to another module's,
+                or the merged model would give other outputs (tried on a small input, if the architecture is not in the
+                table).
             ConflictError: another adapter is merged, or this one is not the active one.
         """
         if self.merged:
@@ -258,7 +280,7 @@ class Adapter:
                 f"{self.method.title} cannot be merged: it is no change of a weight",
                 hint="serve it unmerged; lora, miss, hira, shira, oft, ia3 and bitfit can be merged",
             )
-        selection = self._record.selection
+        selection = self._model_adapters.selection
         if selection.merged:
             raise ConflictError(f"`{', '.join(selection.merged)}` is merged already", hint="unmerge it first")
         if selection.rows is not None or selection.names != (self.name,):
@@ -268,11 +290,11 @@ class Adapter:
         base = base_modules(self.model)
         layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, AdapterModule)]
         refuse_tied(layers, base)
-        # Architectures in the table are tried by the contract test; of others nobody knows how they use their layers.
+        # The contract test covers architectures in the table; others may use their layers in ways that merging breaks.
         before = None if read_architecture(self.model).known else sample_answer(self.model)
         bare = None if before is None else self._bare_answer()
         if keep_base:
-            self._kept = merge_weights(layers)
+            self._saved = merge_weights(layers)
         else:
             merge_weights_in_place(layers)
         selection.merged = frozenset({self.name})
@@ -280,16 +302,16 @@ class Adapter:
             self._compare(before, bare)
 
     def _bare_answer(self) -> Tensor | None:
-        with self._record.selection.disabled():
+        with self._model_adapters.selection.disabled():
             return sample_answer(self.model)
 
     def _compare(self, before: Tensor, bare: Tensor) -> None:
-        """Take the merged adapter out again and raise UnsupportedError, if the model now gives another answer."""
+        """Unmerge and raise UnsupportedError if the merged model gives other outputs."""
         after = sample_answer(self.model)
         if after is None or is_rounding(after, before) or not is_another_answer(after, before, bare):
             return
         apart, effect = float((after - before).abs().max()), float((before - bare).abs().max())
-        gone = self._kept is None
+        gone = self._saved is None
         if not gone:
             self.unmerge()
         raise UnsupportedError(
@@ -300,57 +322,57 @@ class Adapter:
         )
 
     def unmerge(self) -> None:
-        """Give the base its own weights back, bit for bit.
+        """Restore the base's own weights, bit for bit.
 
         Raises:
             UnsupportedError: they were not kept.
         """
         if not self.merged:
             return
-        unmerge_weights(self._kept_base("unmerge"))
-        self._kept = None
-        self._record.selection.merged = frozenset()
+        unmerge_weights(self._saved_base("unmerge"))
+        self._saved = None
+        self._model_adapters.selection.merged = frozenset()
 
-    def _kept_base(self, wish: str) -> SavedWeights:
-        if self._kept is None:
+    def _saved_base(self, wish: str) -> SavedWeights:
+        if self._saved is None:
             raise UnsupportedError(
                 f"the base's weights are gone: `{self.name}` was merged with keep_base=False",
                 hint="load the base again",
             )
-        check_parameters(self.model, (parameter for parameter, _ in self._kept), f"{wish} `{self.name}`")
-        return self._kept
+        check_parameters(self.model, (parameter for parameter, _ in self._saved), f"{wish} `{self.name}`")
+        return self._saved
 
     @contextmanager
     def unmerged(self) -> Iterator[None]:
-        """The base's own weights inside the block, and the folded ones, to the bit, after it.
+        """Restore the base's own weights inside the block, and the merged ones, to the bit, after it.
 
         Raises:
             UnsupportedError: the base's weights were not kept.
         """
-        selection = self._record.selection
-        folded = unmerge_weights(self._kept_base("take out"))
+        selection = self._model_adapters.selection
+        merged = unmerge_weights(self._saved_base("take out"))
         before, selection.merged = selection.merged, frozenset()
         try:
             yield
         finally:
-            if self._record.adapters.get(self.name) is self:  # else it was deleted meanwhile
-                unmerge_weights(folded)
+            if self._model_adapters.adapters.get(self.name) is self:  # else it was deleted meanwhile
+                unmerge_weights(merged)
                 selection.merged = before
 
     @property
     def answers(self) -> bool:
-        """Whether the classes that the model names are its own: it has a head, or all weights."""
+        """True if the label names of the model are its own: it has a head, or all weights."""
         return bool(self.heads) or self.weights is not None
 
     @property
     def label_names(self) -> list[str]:
-        """Names of the classes that its head tells apart, by index."""
-        return self._record.labels.of_base(self.model) if self.labels is None else list(self.labels)
+        """Names of its head's classes, by index."""
+        return self._model_adapters.labels.of_base(self.model) if self.labels is None else list(self.labels)
 
     def name_classes(self, labels: Sequence[str] | None) -> None:
-        """Set the names of the classes that its head tells apart; the model shows them while it is active."""
+        """Set the names of its head's classes; the configuration shows them while it is active."""
         self.labels = None if labels is None else tuple(labels)
-        self._record.sync()
+        self._model_adapters.sync()
 
     def put_weights(self, *, live: bool) -> None:
         """Make the model hold the values that were trained in place, or the base's.
@@ -366,8 +388,8 @@ class Adapter:
 
     @property
     def active(self) -> bool:
-        """Whether this is the one adapter that answers, for all rows."""
-        selection = self._record.selection
+        """True if this is the one active adapter, for all rows."""
+        selection = self._model_adapters.selection
         return selection.rows is None and selection.names == (self.name,)
 
     def activate(self) -> None:
@@ -398,10 +420,10 @@ class Adapter:
             )
         return Adapter.writer(self, Path(folder), metadata=metadata or None)
 
-    # -- words -----------------------------------------------------------------------------------------------------
+    # -- as text ----------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        return f"<Graft {self.name}: {self.method.title} on {type(self.model).__name__}>"
+        return f"<Adapter {self.name}: {self.method.title} on {type(self.model).__name__}>"
 
     def __str__(self) -> str:
         settings = self.method.model_dump(exclude_defaults=True)
@@ -432,7 +454,7 @@ def _join(path: str, key: str) -> str:
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    """4-bit weights hold two values a byte; bitsandbytes keeps the true shape in the quantization state."""
+    """Return the number of weights; 4-bit ones are two to a byte, and their quantization state has the true shape."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 

@@ -1,4 +1,4 @@
-"""What a model knows of its grafts: one record per model, one box per touched module."""
+"""The adapters of a model: one `ModelAdapters` per model, one `AdapterSlots` per adapted module."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.labels import LabelNames
 
 CHILD = "graft"
-"""Name of the one child that a touched module gets; base modules never have one of that name."""
+"""Name of the one child of an adapted module, part of its state dict's keys; base modules have no such child."""
 _ATTRIBUTE = "_graftwerk_record"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class AdapterSlots(nn.Module):
-    """The child of a touched module: the modules of all adapters there, by adapter name, and who is active."""
+    """The child of an adapted module: the modules of all adapters there, by adapter name, and the active ones."""
 
     selection: ActiveAdapters
     row_dim: int
@@ -34,11 +34,11 @@ class AdapterSlots(nn.Module):
         self.selection, self.row_dim = selection, row_dim
 
     def put(self, name: str, module: nn.Module) -> None:
-        # Past `add_module`, which refuses names that are attributes (`training`); adapters may be called anything
-        # legal.
+        """Store an adapter's module. `add_module` would refuse names that are attributes (`training`)."""
         self._modules[name] = module
 
     def remove(self, name: str) -> None:
+        """Remove an adapter's module, if there is one."""
         self._modules.pop(name, None)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -46,7 +46,7 @@ class AdapterSlots(nn.Module):
 
         It descends by this method, replaces the parameters that it finds, and loads them before a module's `forward`,
         which is not how adapters are called. An adapter is small and may train: its parameters stay the objects that
-        they are, where they are. What goes by `children` (`to`, `train`, hooks that only place) reaches them.
+        they are, on their device. Traversals by `children` (`to`, `train`, hooks that only place) reach them.
         """
         return iter(())
 
@@ -54,6 +54,7 @@ class AdapterSlots(nn.Module):
         yield from dict.fromkeys(module for module in self._modules.values() if module is not None)
 
     def get(self, name: str | None) -> nn.Module | None:
+        """Return an adapter's module, or None if there is none."""
         return None if name is None else self._modules.get(name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +62,7 @@ class AdapterSlots(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def active(self) -> list[Any]:
-        """The modules of the selected adapters that are here, in order; only where all rows use the same ones."""
+        """Return the modules of the active adapters here, in order; only if all rows use the same ones."""
         modules, merged = self._modules, self.selection.merged
         return [
             module for name in self.selection.names if name not in merged and (module := modules.get(name)) is not None
@@ -69,11 +70,12 @@ class AdapterSlots(nn.Module):
 
     @property
     def empty(self) -> bool:
+        """True if no adapter has a module here."""
         return not self._modules
 
 
 class AttachedAdapter(Protocol):
-    """The side of an adapter's handle that this room's lower files see: where it sits, and its weights."""
+    """The part of an adapter's handle that the lower files of this room see."""
 
     name: str
     method: Method
@@ -85,7 +87,7 @@ class AttachedAdapter(Protocol):
 
     @property
     def answers(self) -> bool:
-        """Whether the classes that the model names are its own: it has a head, or all weights."""
+        """True if the label names of the model are its own: it has a head, or all weights."""
 
     def put_weights(self, *, live: bool) -> None:
         """Make the model hold the values that were trained in place, or the base's."""
@@ -101,7 +103,7 @@ class AttachedAdapter(Protocol):
 
 
 class ModelAdapters:
-    """All grafts of one model and who is active."""
+    """All adapters of one model, and which are active."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -109,37 +111,38 @@ class ModelAdapters:
         self.labels = LabelNames()
         self.adapters: dict[str, AttachedAdapter] = {}
         self.flags: dict[str, bool] = {}
-        """Which parameters required gradients before the first graft, by name."""
+        """True for each parameter that required gradients before the first adapter, by name."""
 
     def save_flags(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note which of the base's parameters required gradients before the first graft froze the base."""
+        """Note which of the base's parameters (any shape) required gradients before the first adapter froze it."""
         self.flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
 
     def restore_flags(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Restore the noted flags on the parameters, any shape, of the base."""
         for name, parameter in parameters.items():
             parameter.requires_grad_(self.flags.get(name, True))
 
     def drop_missing(self) -> None:
-        """Choose none of the adapters that are no longer there."""
+        """Deactivate adapters that are no longer on the model."""
         selection = self.selection
         if any(name is not None and name not in self.adapters for name in selection.rows or ()):
             selection.choose(())
         selection.names = tuple(name for name in selection.names if name in self.adapters)
 
     def sync(self) -> None:
-        """Make label names and whole-weight grafts follow the selection: switching moves no other values."""
+        """Make label names and full weights follow the active adapters: switching moves no other values."""
         self.labels.show(self.model, self._answering_labels())
-        fulls = [graft for graft in self.adapters.values() if graft.weights is not None]
+        fulls = [adapter for adapter in self.adapters.values() if adapter.weights is not None]
         if not fulls:
             return
         used = self.selection.used()
-        # First every one that leaves, then the one that comes: two never hold the parameters at once.
-        for graft in fulls:
-            if graft.name not in used:
-                graft.put_weights(live=False)
-        for graft in fulls:
-            if graft.name in used:
-                graft.put_weights(live=True)
+        # Deactivate first, then activate: two never hold the parameters at once.
+        for adapter in fulls:
+            if adapter.name not in used:
+                adapter.put_weights(live=False)
+        for adapter in fulls:
+            if adapter.name in used:
+                adapter.put_weights(live=True)
 
     def _answering_labels(self) -> tuple[str, ...] | None:
         """Return the label names of the adapter whose head answers, or None for the base's (also if rows differ)."""
@@ -165,43 +168,49 @@ class ModelAdapters:
 
     @staticmethod
     def of(model: nn.Module) -> ModelAdapters | None:
-        record = model.__dict__.get(_ATTRIBUTE)
-        assert record is None or isinstance(record, ModelAdapters)
-        return record
+        """Return the adapters of a model, or None if it has none."""
+        model_adapters = model.__dict__.get(_ATTRIBUTE)
+        assert model_adapters is None or isinstance(model_adapters, ModelAdapters)
+        return model_adapters
 
     @staticmethod
     def make(model: nn.Module) -> ModelAdapters:
-        """The model's record, created at the first graft."""
-        record = ModelAdapters.of(model)
-        if record is None:
-            record = ModelAdapters(model)
-            model.__dict__[_ATTRIBUTE] = record
-        return record
+        """Return the adapters of a model, created for the first one."""
+        model_adapters = ModelAdapters.of(model)
+        if model_adapters is None:
+            model_adapters = ModelAdapters(model)
+            model.__dict__[_ATTRIBUTE] = model_adapters
+        return model_adapters
 
     @staticmethod
     def forget(model: nn.Module) -> None:
+        """Remove the note of adapters from a model."""
         model.__dict__.pop(_ATTRIBUTE, None)
 
     def slots(self, module: nn.Module) -> AdapterSlots:
-        """The box of a module, created when missing."""
-        box = module._modules.get(CHILD)
-        if box is None:
-            box = AdapterSlots(self.selection)
-            module._modules[CHILD] = box
-        assert isinstance(box, AdapterSlots)
-        return box
+        """Return the slots of a module, created when missing."""
+        slots = module._modules.get(CHILD)
+        if slots is None:
+            slots = AdapterSlots(self.selection)
+            module._modules[CHILD] = slots
+        assert isinstance(slots, AdapterSlots)
+        return slots
 
 
 def slots_of(module: nn.Module) -> AdapterSlots | None:
-    box = module._modules.get(CHILD)
-    return box if isinstance(box, AdapterSlots) else None
+    """Return the slots of a module, or None if it is not adapted."""
+    slots = module._modules.get(CHILD)
+    return slots if isinstance(slots, AdapterSlots) else None
 
 
 def check_name(name: str) -> str:
-    """An adapter's name: letters, digits, `_` and `-`, at most 64.
+    """Check an adapter's name: letters, digits, `_` and `-`, at most 64.
+
+    Returns:
+        The name.
 
     Raises:
-        ConfigError: anything else; names become parts of paths and parameter names.
+        ConfigError: it has other characters; names become parts of paths and parameter names.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         shown = ascii(name)[:80]

@@ -1,8 +1,8 @@
-"""Which module of a model is what: the one table of architectures, and nothing that changes a model.
+"""The one table of architectures: roles of modules, attentions, stacks and heads; nothing here changes a model.
 
-`anatomy(model)` reads the table and gives places by role (`methods.base.Place`), attention modules, stacks and heads.
-A model of an architecture that is not listed still has its linear layers as places (`OTHER_LINEAR`), so that LoRA on
-named or all linear layers works; methods that need to know what a layer is for say which architectures are known.
+`read_architecture(model)` reads the table. A model of an architecture that is not listed still has its linear layers
+as targets (`OTHER_LINEAR`), so that LoRA on named or all linear layers works; methods that need to know the role of a
+layer name the known architectures in their error.
 """
 
 from __future__ import annotations
@@ -28,15 +28,21 @@ StackKind = Literal["encoder", "decoder", "causal"]
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """How one group of architectures calls its parts; paths are relative to a layer."""
+    """Names of the parts of one group of architectures; paths are relative to a layer.
+
+    Attributes:
+        model_types: The architectures.
+        layers: Path from a stack to its list of layers.
+        roles: Role by path.
+        causal: True for decoder-only models.
+        cross: Names of cross-attention modules.
+    """
 
     model_types: tuple[str, ...]
     layers: str
-    """The path from a stack to its list of layers."""
     roles: Mapping[str, Role]
     causal: bool = False
     cross: tuple[str, ...] = ()
-    """Names of cross-attention modules."""
 
 
 _BERT = ModuleNames(
@@ -211,7 +217,18 @@ class StackPlace:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a model consists of, as far as methods need to know."""
+    """The parts of a model, as far as methods need them.
+
+    Attributes:
+        model_type: As its configuration has it.
+        known: True if it is in the table.
+        targets: Modules that an adapter module can be built for.
+        attentions: Its attention modules.
+        stacks: Its stacks of layers.
+        heads: Modules outside the base model that a task put there (`classifier`, `score`): trained whole with every
+            adapter.
+        by_path: Targets by path.
+    """
 
     model_type: str
     known: bool
@@ -234,7 +251,7 @@ def is_causal(config: PreTrainedConfig) -> bool:
 
 
 def known_architectures() -> tuple[str, ...]:
-    """The model types in the table."""
+    """Return the model types in the table."""
     return tuple(sorted(_BY_TYPE))
 
 
@@ -248,11 +265,11 @@ _HEAD_NAMES = frozenset({
     "classifier", "projector", "score", "head", "ctc_head", "qa_outputs", "classification_head", "decode_head",
     "auxiliary_head",
 })  # fmt: skip
-"""What a head is called in a model whose parts lie side by side, without a base model of their own."""
+"""Names of heads in models without a base model as a part of its own."""
 
 
 def read_architecture(model: PreTrainedModel) -> Architecture:
-    """The anatomy of a model; read once for as long as its modules are the same. Grafts on it change nothing."""
+    """Return the architecture of a model; read once for as long as its modules are the same, adapters left out."""
     return module_index(model).cached("anatomy", lambda: _read(model))
 
 
@@ -261,7 +278,7 @@ def _read(model: PreTrainedModel) -> Architecture:
     layout = _BY_TYPE.get(config.model_type)
     base = base_path(model)
     heads = _task_heads(model, base)
-    places: list[TargetModule] = []
+    targets: list[TargetModule] = []
     layer_of = _LayerFinder(layout)
 
     def stack_of(path: str) -> str | None:
@@ -278,7 +295,7 @@ def _read(model: PreTrainedModel) -> Architecture:
             parent, _, name = path.rpartition(".")
             silent, has_bias = is_weight_only(modules[parent], name), module.bias is not None
             shape = linear_shape(module)
-            places.append(TargetModule(path, Role.HEAD, *shape, has_bias, weight_only=silent, unfit=unfit(module)))
+            targets.append(TargetModule(path, Role.HEAD, *shape, has_bias, weight_only=silent, unfit=unfit(module)))
         if in_head:
             continue
         reached = inside and (isinstance(module, nn.Linear | Conv1D) or adds_bias_last(module))
@@ -287,7 +304,7 @@ def _read(model: PreTrainedModel) -> Architecture:
                 seen.add(id(bias))
                 where, width = f"{path}.{name}".removeprefix("."), bias.numel()
                 layer = layer_of(where)[0]
-                places.append(TargetModule(where, Role.LOOSE_BIAS, width, width, True, None, layer, stack_of(where)))
+                targets.append(TargetModule(where, Role.LOOSE_BIAS, width, width, True, None, layer, stack_of(where)))
         if not inside:
             continue
         if isinstance(module, nn.Linear | Conv1D):
@@ -305,20 +322,20 @@ def _read(model: PreTrainedModel) -> Architecture:
                 reason = "cross-attention is called with an encoder's states alone, and this model has no encoder"
             has_bias = module.bias is not None
             stack = stack_of(path)
-            places.append(
+            targets.append(
                 TargetModule(path, role, in_features, out_features, has_bias, ffn, layer, stack, silent, reason)
             )
         elif reached and (bias := module._parameters.get("bias")) is not None:
             width = bias.numel()
-            places.append(TargetModule(path, Role.NORM, width, width, True, None, layer_of(path)[0], stack_of(path)))
+            targets.append(TargetModule(path, Role.NORM, width, width, True, None, layer_of(path)[0], stack_of(path)))
     return Architecture(
         model_type=config.model_type,
         known=layout is not None,
-        targets=tuple(places),
-        attentions=_attentions(model, layout, places),
+        targets=tuple(targets),
+        attentions=_attentions(model, layout, targets),
         stacks=_stacks(model, layout, base),
         heads=heads,
-        by_path={place.path: place for place in places},
+        by_path={target.path: target for target in targets},
     )
 
 
@@ -336,14 +353,12 @@ def _task_heads(model: PreTrainedModel, base_path: str) -> tuple[str, ...]:
 
 
 def is_bias(name: str) -> bool:
-    """Return whether a parameter's name, or the last part of it, says that it is a bias: `bias`, `q_bias`, `dt_bias`,
-    `in_proj_bias`, `bias_k`, `bias_ih_l0`.
-    """
+    """Return True if a parameter's name, or its last part, marks a bias (`q_bias`, `in_proj_bias`, `bias_ih_l0`)."""
     return "bias" in name.rpartition(".")[2].split("_")
 
 
 def linear_shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(in, out) of a linear layer, also of GPT-2's transposed one and of quantized ones."""
+    """Return (in, out) of a linear layer, also of GPT-2's transposed one and of quantized ones."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     return module.in_features, module.out_features
@@ -358,7 +373,7 @@ def base_path(model: PreTrainedModel) -> str:
 
 
 def _distinct(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, without grafts: shared modules once, under their first path."""
+    """Yield as `named_modules` does, without adapters: shared modules once, under their first path."""
     seen: set[int] = set()
     for path, module in base_modules(model).items():
         if id(module) not in seen:
@@ -367,7 +382,7 @@ def _distinct(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_idle_cross(config: Any, layout: ModuleNames, path: str) -> bool:
-    """Return whether a module is the cross-attention of a decoder that is used alone, as in `BartForCausalLM`."""
+    """Return True for the cross-attention of a decoder that is used alone, as in `BartForCausalLM`."""
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         return False
     return path.endswith(tuple(f".{name}" for name in layout.cross))
@@ -378,13 +393,13 @@ def _inside(path: str, base_path: str) -> bool:
 
 
 def _block(relative: str) -> str:
-    """`mlp.up_proj` -> `mlp`; `fc1`, `intermediate.dense` and `output.dense` belong to the layer itself."""
+    """Return `mlp` for `mlp.up_proj`, and "" for `fc1` or `output.dense`, which belong to the layer itself."""
     head = relative.rpartition(".")[0]
     return "" if head in ("intermediate", "output") else head
 
 
 class _LayerFinder:
-    """Splits a path into the index of its layer and the rest."""
+    """Split a path into the index of its layer and the rest."""
 
     def __init__(self, layout: ModuleNames | None) -> None:
         names = {layout.layers} if layout is not None else {"layers", "layer", "h", "block", "blocks"}
@@ -396,7 +411,7 @@ class _LayerFinder:
         return (int(match[1]), match[2]) if match else (None, None)
 
     def list_of(self, path: str) -> str | None:
-        """The path of the list of layers that a module stands in."""
+        """Return the path of the list of layers that a module is in, or None."""
         match = self.pattern.search(path)
         return path[: match.start(1) - 1] if match else None
 
@@ -408,17 +423,17 @@ def _stack_kind(model: PreTrainedModel, layout: ModuleNames, path: str) -> Stack
 
 
 def _attentions(
-    model: PreTrainedModel, layout: ModuleNames | None, places: list[TargetModule]
+    model: PreTrainedModel, layout: ModuleNames | None, targets: list[TargetModule]
 ) -> tuple[AttentionPlace, ...]:
     if layout is None:
         return ()
     found, modules = [], base_modules(model)
-    for place in places:
-        if place.role not in (Role.KEY, Role.FUSED_QKV) or place.layer is None or place.unfit is not None:
+    for target in targets:
+        if target.role not in (Role.KEY, Role.FUSED_QKV) or target.layer is None or target.unfit is not None:
             continue
-        path = place.path.rpartition(".")[0]
+        path = target.path.rpartition(".")[0]
         module = modules[path]
-        width = place.out_features // (3 if place.role is Role.FUSED_QKV else 1)
+        width = target.out_features // (3 if target.role is Role.FUSED_QKV else 1)
         head_dim = next(
             value
             for name in ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_per_head")
@@ -427,7 +442,7 @@ def _attentions(
         cross = any(path.endswith(name) for name in layout.cross)
         found.append(
             AttentionPlace(
-                path, _stack_kind(model, layout, path), cross, place.layer, width // head_dim, head_dim, place.path
+                path, _stack_kind(model, layout, path), cross, target.layer, width // head_dim, head_dim, target.path
             )
         )
     return tuple(found)

@@ -1,8 +1,8 @@
-"""Attaching, activating and removing grafts: the verbs of the public API.
+"""Attach a method to a model.
 
 In one look:
 
-    graft = attach(model, LoRA(r=8), name="news")
+    adapter = attach(model, LoRA(r=8), name="news")
     activate(model, "news")                 activate(model, rows=["news", None, "legal"])
     with disabled(model): ...               detach(model)
 """
@@ -30,13 +30,13 @@ from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import ModuleIndex, module_index
 from graftwerk.modeling.row_dims import row_dim
 from graftwerk.modeling.saving import adopt
-from graftwerk.modeling.task_heads import copy_head, head_paths, open_places
+from graftwerk.modeling.task_heads import copy_head, head_paths, open_targets
 
 __all__ = ["Adapter", "activate", "adapter_state_dict", "adapters", "attach", "detach", "disabled"]
 
 
 def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Adapter:
-    """Put a method into a model, in place, and make it the active one.
+    """Attach a method to a model, in place, and make it the active adapter.
 
     The base is frozen; the adapter's parameters and its copy of the task head are trained, and with the head whatever
     else the checkpoint lacked (a pooler). Initial values come from torch's global random generator. Nothing of the base
@@ -47,10 +47,22 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         method: `LoRA(...)`, `Prefix(...)`, ...
         name: Letters, digits, `_`, `-`.
 
+    Returns:
+        The handle of the adapter.
+
     Raises:
         ConflictError: the name is taken, or an adapter is merged.
         UnsupportedError: the method cannot work on this architecture; the message says why.
-        ConfigError: a target or module that the settings name does not exist.
+        ConfigError: a target or module that the settings name does not exist, or all targets are in saved modules.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> adapter = attach(model, LoRA(r=2, target_modules=["query", "value"]), name="news")
+        >>> adapter.hosts
+        ('bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.value')
     """
     return attach_from_tensors(model, method, name, None)
 
@@ -58,15 +70,24 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
 def attach_from_tensors(
     model: PreTrainedModel, method: Method, name: str, tensors: Mapping[str, Tensor] | None, *, trainable: bool = True
 ) -> Adapter:
-    """`attach`, with stored values in place of initial ones; ``tensors`` by raw key, heads included.
+    """Attach a method with stored values in place of initial ones.
 
-    Where a method can, the tensors become its parameters, without a copy; the rest is copied. The caller's mapping is
-    not changed, and its tensors should not be used elsewhere.
+    If the method allows it, the tensors become its parameters, without a copy; the rest is copied. The caller's mapping
+    is not changed, and its tensors should not be used elsewhere. The model is as before whenever this raises.
+
+    Args:
+        model: As for `attach`.
+        method: As for `attach`.
+        name: As for `attach`.
+        tensors: By raw key, any shape, heads included; or None for initial values.
+        trainable: True to train the adapter further.
 
     Raises:
         AdapterError: a tensor is missing, is not known, or has another shape.
-
-    The model is as before whenever this raises.
+        ConfigError: as for `attach`.
+        ConflictError: the name is taken, or an adapter is merged.
+        ModelError: not a transformers model.
+        UnsupportedError: the method cannot work on this architecture.
     """
     check_name(name)
     if not isinstance(model, PreTrainedModel):
@@ -79,20 +100,20 @@ def attach_from_tensors(
                 f"this model has an adapter `{name}` already", hint="delete it first, or choose another name"
             )
         refuse_while_merged(known, "attach another adapter")
-        if any(graft.weights is not None and graft.weights.other is None for graft in known.adapters.values()):
+        if any(adapter.weights is not None and adapter.weights.other is None for adapter in known.adapters.values()):
             raise UnsupportedError(
                 "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
                 hint="attach with Full(keep_base=True), or load the base again",
             )
-    view, base = read_architecture(model), module_index(model)
-    heads = head_paths(model, method, view)
+    architecture, base = read_architecture(model), module_index(model)
+    heads = head_paths(model, method, architecture)
     if tensors is None and method.kind != "weights" and (drawn := drawn_modules(model)):
         named = [path for path in heads if path in drawn or not within(path, drawn)]
         heads = (*named, *(path for path in drawn if not within(path, named)))
         if heads != tuple(named):
             method = method.model_copy(update={"modules_to_save": heads})
     for path in heads:
-        if path in view.by_path and view.by_path[path].weight_only:
+        if path in architecture.by_path and architecture.by_path[path].weight_only:
             raise UnsupportedError(
                 f"`{path}` is never called, its weight is read: a copy of it would not be asked",
                 where="method.modules_to_save",
@@ -100,42 +121,41 @@ def attach_from_tensors(
             )
     whole = False
     if method.kind == "layer":
-        places = open_places(method, view, heads)
-        if not places and not heads:
+        targets = open_targets(method, architecture, heads)
+        if not targets and not heads:
             raise UnsupportedError(
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
                 hint="load the model with a task head, for instance AutoModelForSequenceClassification",
             )
-        if not places and tensors is None and method.select_targets(view.targets):
+        if not targets and tensors is None and method.select_targets(architecture.targets):
             raise ConfigError(
                 "every layer that the method would adapt lies in a module of modules_to_save, which is trained whole",
                 where="method.modules_to_save",
                 hint="save fewer modules, target other layers, or use the method `probe` to train saved modules alone",
             )
-        modules = [base.modules[place.path] for place in places]
+        modules = [base.modules[target.path] for target in targets]
         built = None
         if tensors is not None:
             inner = {key: tensor for key, tensor in tensors.items() if not within(key, heads)} if heads else tensors
-            built = build_from_tensors(method, places, modules, inner, trainable)
-        whole = built is not None and bool(places)
-        hosts: dict[str, nn.Module] = dict(method.build_all(places, modules) if built is None else built)
+            built = build_from_tensors(method, targets, modules, inner, trainable)
+        whole = built is not None and bool(targets)
+        hosts: dict[str, nn.Module] = dict(method.build_all(targets, modules) if built is None else built)
     elif method.kind == "weights":
-        places, hosts = [], {}
+        targets, hosts = [], {}
     else:
-        _refuse_soft_in_saved(method, view, heads)
-        places, hosts = [], HOOKED[method.kind].modules(model, method, view)
-    # Nothing can fail from here on but stored tensors that do not fit, so that a refused method leaves the model as it
-    # was.
-    record = ModelAdapters.make(model)
-    names, rows = record.selection.names, record.selection.rows
+        _refuse_soft_in_saved(method, architecture, heads)
+        targets, hosts = [], HOOKED[method.kind].modules(model, method, architecture)
+    # Past this point only mismatched tensors can fail; earlier errors leave the model untouched.
+    model_adapters = ModelAdapters.make(model)
+    names, rows = model_adapters.selection.names, model_adapters.selection.rows
     if known is None:
-        record.save_flags(base.parameters)
-    graft = _install(model, record, method, name, view, base, places, hosts, heads, whole)
+        model_adapters.save_flags(base.parameters)
+    adapter = _install(model, model_adapters, method, name, architecture, base, targets, hosts, heads, whole)
     if tensors is not None:
         try:
-            graft.load_state_dict(tensors, heads_alone=whole)
+            adapter.load_state_dict(tensors, heads_alone=whole)
         except BaseException:
-            graft.delete()
+            adapter.delete()
             if known is None:
                 detach(model)
             elif rows is not None:
@@ -144,8 +164,8 @@ def attach_from_tensors(
                 activate(model, names)
             raise
         if not trainable:
-            graft.freeze(heads_alone=whole)
-    return graft
+            adapter.freeze(heads_alone=whole)
+    return adapter
 
 
 def build_from_tensors(
@@ -158,7 +178,11 @@ def build_from_tensors(
     """Build the adapter modules around stored tensors, without drawing or copying any.
 
     Args:
-        tensors: By raw key (path and parameter), the heads' left out.
+        method: The settings.
+        targets: The adapted modules.
+        modules: The base modules there, in the same order.
+        tensors: By raw key (path and parameter), any shape, the heads' left out.
+        trainable: True to train them further.
 
     Returns:
         By path, each on the device and in the mode of its base module. None if the method builds first and copies into
@@ -216,12 +240,12 @@ def _foreign(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _refuse_soft_in_saved(method: Method, view: Architecture, heads: Sequence[str]) -> None:
-    """Raise UnsupportedError if virtual tokens would go into a saved module, whose copy answers without them."""
+def _refuse_soft_in_saved(method: Method, architecture: Architecture, heads: Sequence[str]) -> None:
+    """Raise UnsupportedError if virtual tokens would go into a saved module, whose copy computes without them."""
     if method.kind == "attention":
-        hosts = [place.path for place in view.attentions]
+        hosts = [attention.path for attention in architecture.attentions]
     else:
-        hosts = [stack.path for stack in view.stacks if stack.kind != "decoder"]
+        hosts = [stack.path for stack in architecture.stacks if stack.kind != "decoder"]
     lost = [path for path in hosts if path and within(path, heads)]
     if lost:
         raise UnsupportedError(
@@ -233,23 +257,28 @@ def _refuse_soft_in_saved(method: Method, view: Architecture, heads: Sequence[st
 
 def _install(
     model: PreTrainedModel,
-    record: ModelAdapters,
+    model_adapters: ModelAdapters,
     method: Method,
     name: str,
-    view: Architecture,
+    architecture: Architecture,
     base: ModuleIndex,
-    places: list[TargetModule],
+    targets: list[TargetModule],
     hosts: Mapping[str, nn.Module],
     heads: tuple[str, ...],
     placed: bool,
 ) -> Adapter:
-    """``placed``: the hosts' modules are on their devices and in their modes already."""
+    """Put the built modules into the model.
+
+    Args:
+        placed: True if the hosts' modules are on their devices and in their modes already.
+    """
     weights = None
     if method.kind == "weights":
-        record.selection.choose(())
-        record.sync()  # so that what is kept is the base, not another full graft
+        model_adapters.selection.choose(())
+        model_adapters.sync()  # so that the saved weights are the base's, not another full adapter's
         hooked = any(OFFLOAD_HOOK in module.__dict__ for module in base.modules.values())
-        weights = TrainedWeights(base.parameters, getattr(method, "keep_base", True), record.flags, hooked=hooked)
+        keep_base = getattr(method, "keep_base", True)
+        weights = TrainedWeights(base.parameters, keep_base, model_adapters.flags, hooked=hooked)
         heads = ()
     else:
         for parameter in base.parameters.values():
@@ -258,45 +287,87 @@ def _install(
     for path, module in hosts.items():
         host = base.modules[path]
         if placed:
-            record.slots(host).put(name, module)
+            model_adapters.slots(host).put(name, module)
         else:
-            _place(record, host, name, module)
-        if (place := view.by_path.get(path)) is not None:
-            record.slots(host).row_dim = row_dim(view.model_type, path)
-            adapt(host, record.slots(host), weight_only=place.weight_only)
+            _place(model_adapters, host, name, module)
+        if (target := architecture.by_path.get(path)) is not None:
+            model_adapters.slots(host).row_dim = row_dim(architecture.model_type, path)
+            adapt(host, model_adapters.slots(host), weight_only=target.weight_only)
     for path in heads:
         host = base.modules[path]
-        _place(record, host, name, copy_head(host))
-        adapt(host, record.slots(host), head=True)
+        _place(model_adapters, host, name, copy_head(host))
+        adapt(host, model_adapters.slots(host), head=True)
     if method.kind in HOOKED:
-        HOOKED[method.kind].install_hooks(model, record)
-    graft = Adapter(name, method, model, record, tuple(places), tuple(hosts), heads, view, weights)
-    record.adapters[name] = graft
-    if len(record.adapters) == 1:
-        make_memory_efficient(base.modules.values(), record.selection.activations)
+        HOOKED[method.kind].install_hooks(model, model_adapters)
+    adapter = Adapter(name, method, model, model_adapters, tuple(targets), tuple(hosts), heads, architecture, weights)
+    model_adapters.adapters[name] = adapter
+    if len(model_adapters.adapters) == 1:
+        make_memory_efficient(base.modules.values(), model_adapters.selection.activations)
         adopt(model)
     activate(model, name)
-    return graft
+    return adapter
 
 
-def _place(record: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
-    """Put an adapter's module beside the weights it works with, in the host's mode."""
+def _place(model_adapters: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
+    """Put an adapter's module on the device of the weights it works with, in the host's mode."""
     device = module_device(host)
     if any(parameter.device != device for parameter in module.parameters()):
         module.to(device)
     if module.training != host.training:
         module.train(host.training)
-    record.slots(host).put(name, module)
+    model_adapters.slots(host).put(name, module)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """All grafts on a model, by name; empty where there is none."""
-    record = ModelAdapters.of(model)
-    return {} if record is None else {name: cast(Adapter, one) for name, one in record.adapters.items()}
+    """Return all adapters on a model, by name.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Empty if the model has none.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, adapters, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> adapters(model)
+        {}
+        >>> _ = attach(model, LoRA(r=2), "news")
+        >>> adapters(model)
+        {'news': <Adapter news: LoRA on BertForSequenceClassification>}
+    """
+    model_adapters = ModelAdapters.of(model)
+    return {} if model_adapters is None else {name: cast(Adapter, one) for name, one in model_adapters.adapters.items()}
 
 
 def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The tensors of one adapter, its head included, keyed by module path; for those who store things themselves."""
+    """Return the tensors of one adapter, its head included, for callers that store tensors themselves.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter.
+
+    Returns:
+        By module path and parameter, any shape, detached; they share memory with the model.
+
+    Raises:
+        ConfigError: there is no such adapter; the message lists those on the model.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, adapter_state_dict, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> _ = attach(model, LoRA(r=2, target_modules=["query"]))
+        >>> for key, tensor in adapter_state_dict(model).items():
+        ...     print(key, tuple(tensor.shape))
+        bert.encoder.layer.0.attention.self.query.lora_A.weight (2, 8)
+        bert.encoder.layer.0.attention.self.query.lora_B.weight (8, 2)
+        classifier.weight (2, 8)
+        classifier.bias (2,)
+    """
     found = adapters(model)
     if name not in found:
         raise ConfigError(

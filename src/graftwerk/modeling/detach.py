@@ -1,4 +1,4 @@
-"""Taking adapters off a model, one by one or all of them."""
+"""Detach adapters from a model, one by one or all of them."""
 
 from __future__ import annotations
 
@@ -13,57 +13,77 @@ from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.module_index import base_parameters, forget, module_index
 
 HOOKED = MappingProxyType({"attention": prefix_attention, "embedding": prompt_embedding})
-"""For each kind of method that does not work inside single layers, the file that builds, hooks and unhooks it."""
+"""The file that builds, hooks and unhooks each kind of method that does not work inside single layers."""
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Take every graft off: classes, parameters, flags, hooks and configuration are those from before.
+    """Detach every adapter: classes, parameters, flags, hooks and configuration are those from before.
+
+    Args:
+        model: A model with or without adapters.
+
+    Returns:
+        The model.
 
     Raises:
-        UnsupportedError: the base's weights are gone: full fine-tuning ran, or an adapter was merged, with
+        UnsupportedError: the base's weights are lost: full fine-tuning ran, or an adapter was merged, with
             ``keep_base=False``.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, attach, detach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> before = list(model.state_dict())
+        >>> _ = attach(model, LoRA(r=2))
+        >>> list(detach(model).state_dict()) == before
+        True
     """
-    record = ModelAdapters.of(model)
-    if record is None:
+    model_adapters = ModelAdapters.of(model)
+    if model_adapters is None:
         return model
-    for graft in record.adapters.values():
-        graft.unmerge()  # before anything is taken off: it may not be possible
-    for name in list(record.adapters):
+    for adapter in model_adapters.adapters.values():
+        adapter.unmerge()  # first, since it may not be possible
+    for name in list(model_adapters.adapters):
         remove(model, name)
-    record.restore_flags(base_parameters(model))
+    model_adapters.restore_flags(base_parameters(model))
     ModelAdapters.forget(model)
     forget(model)
     return model
 
 
 def remove(model: PreTrainedModel, name: str) -> None:
-    """Delete one adapter; modules that no adapter touches any more get their own class back."""
-    record = ModelAdapters.of(model)
-    if record is None or name not in record.adapters:
+    """Delete one adapter; modules that no adapter touches any more get their own class back.
+
+    Raises:
+        ConfigError: there is no such adapter.
+    """
+    model_adapters = ModelAdapters.of(model)
+    if model_adapters is None or name not in model_adapters.adapters:
         raise ConfigError(f"there is no adapter `{name}` on this model")
-    graft = record.adapters[name]
-    graft.unmerge()
-    if graft.weights is not None:
-        graft.put_weights(live=False)
-        for parameter in graft.weights.parameters.values():
+    adapter = model_adapters.adapters[name]
+    adapter.unmerge()
+    if adapter.weights is not None:
+        adapter.put_weights(live=False)
+        for parameter in adapter.weights.parameters.values():
             parameter.requires_grad_(False)
-    selection = record.selection
+    selection = model_adapters.selection
     if selection.rows is not None and name in selection.rows:
         selection.choose(())
     selection.names = tuple(one for one in selection.names if one != name)
-    del record.adapters[name]
+    del model_adapters.adapters[name]
     base = module_index(model)
-    for path in dict.fromkeys((*graft.hosts, *graft.heads)):
+    for path in dict.fromkeys((*adapter.hosts, *adapter.heads)):
         host = base.modules[path]
-        box = slots_of(host)
-        assert box is not None
-        box.remove(name)
-        if box.empty:
+        slots = slots_of(host)
+        assert slots is not None
+        slots.remove(name)
+        if slots.empty:
             restore(host)
-            make_memory_efficient([host], record.selection.activations)
-    if not record.adapters:
+            make_memory_efficient([host], model_adapters.selection.activations)
+    if not model_adapters.adapters:
         restore_modules(base.modules.values())
-    kind = graft.method.kind
-    if kind in HOOKED and not any(other.method.kind == kind for other in record.adapters.values()):
-        HOOKED[kind].remove_hooks(model, record)
-    record.sync()
+    kind = adapter.method.kind
+    if kind in HOOKED and not any(other.method.kind == kind for other in model_adapters.adapters.values()):
+        HOOKED[kind].remove_hooks(model, model_adapters)
+    model_adapters.sync()

@@ -1,8 +1,7 @@
 """Modules that the checkpoint of a model lacked, so that transformers drew their weights at random.
 
 Such a part (a pooler, a classifier's dense layer, a projection) differs from load to load, and an adapter that was
-trained on top of it means something else on the next one. So it is trained and stored with the adapter, like a task
-head.
+trained on top of it is wrong on the next one. So it is trained and stored with the adapter, like a task head.
 
 transformers marks each parameter that it reads from a checkpoint; those without the mark were drawn. A model none of
 whose parameters has the mark (made from a configuration, a deep copy) says nothing about where its weights are from.

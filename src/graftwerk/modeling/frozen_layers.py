@@ -1,10 +1,10 @@
-"""The trunk: the layers of a model below everything that trains. Where it ends, what comes out of it, how to skip it.
+"""The trunk: the layers of a model below everything that trains. It finds where the trunk ends, runs it, and skips it.
 
 While nothing below trains, the hidden states that leave the trunk depend on a row's tokens alone. `reach` computes them
 and goes no further; under `skipping` a model is given them and does not compute them: its embeddings, masks, rotary
-tables, upper layers and heads run as they are, the trunk's layers answer at once.
+tables, upper layers and heads run as they are, the trunk's layers return at once.
 
-In an encoder-decoder the trunk lies in the encoder; its decoder always runs, since it reads what the encoder says.
+In an encoder-decoder the trunk is in the encoder; its decoder always runs, since it reads the encoder's output.
 
 Legend: B rows, T tokens, d width, L layers of the stack, k of them in the trunk.
 """
@@ -23,20 +23,20 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.architectures import Architecture
-from graftwerk.modeling.task_heads import open_places
+from graftwerk.modeling.task_heads import open_targets
 
 
 @dataclass(frozen=True)
 class FrozenPrefix:
-    """Where the trunk of a model ends.
+    """The end of a model's trunk.
 
     Attributes:
-        stack: Path of the stack that it is the lower part of.
+        stack: Path of the stack that the trunk is the lower part of.
         layers: Path of that stack's list of layers.
         skipped: k, the number of layers below everything that trains: layers 0 to k - 1.
         depth: L.
         width: d.
-        shift: By how many positions a prefix moves the text of a decoder.
+        shift: Number of positions by which a prefix moves the text of a decoder.
     """
 
     stack: str
@@ -47,10 +47,13 @@ class FrozenPrefix:
     shift: int = 0
 
 
-def find_frozen_prefix(model: Any, view: Architecture, method: Method, heads: Iterable[str]) -> FrozenPrefix:
-    """Where the trunk of a model ends when this method trains on it; the weights are not looked at.
+def find_frozen_prefix(model: Any, architecture: Architecture, method: Method, heads: Iterable[str]) -> FrozenPrefix:
+    """Find the end of the trunk when this method trains on a model; weights are not read.
 
     Args:
+        model: The model.
+        architecture: Its architecture.
+        method: The settings.
         heads: Paths of the modules that are trained whole.
 
     Raises:
@@ -60,14 +63,14 @@ def find_frozen_prefix(model: Any, view: Architecture, method: Method, heads: It
         raise UnsupportedError("every weight is trained")
     if method.kind == "embedding":
         raise UnsupportedError("what is trained stands at the input, below all layers")
-    stack = next((stack for stack in view.stacks if stack.kind in ("encoder", "causal")), None)
+    stack = next((stack for stack in architecture.stacks if stack.kind in ("encoder", "causal")), None)
     if stack is None:
-        raise UnsupportedError(f"which layers `{view.model_type}` has is not known")
+        raise UnsupportedError(f"which layers `{architecture.model_type}` has is not known")
     depth = len(model.get_submodule(stack.layers))
     lowest = depth
     heads = tuple(heads)
-    for path in (*_touched(view, method, heads), *heads):
-        lowest = min(lowest, _layer_of(model, view, path, stack.layers, depth))
+    for path in (*_touched(architecture, method, heads), *heads):
+        lowest = min(lowest, _layer_of(model, architecture, path, stack.layers, depth))
     if lowest == 0:
         raise UnsupportedError("the lowest layer is adapted, so that no layer is below what trains")
     shift = 0
@@ -76,24 +79,24 @@ def find_frozen_prefix(model: Any, view: Architecture, method: Method, heads: It
     return FrozenPrefix(stack.path, stack.layers, lowest, depth, int(model.config.hidden_size), shift)
 
 
-def _touched(view: Architecture, method: Method, heads: Sequence[str]) -> list[str]:
-    """Paths of the modules that a method works in."""
+def _touched(architecture: Architecture, method: Method, heads: Sequence[str]) -> list[str]:
+    """Return the paths of the modules that a method works in."""
     if isinstance(method, Prefix):
-        return [place.path for place in method.filter_layers(view.attentions)]
-    return [place.path for place in open_places(method, view, heads)]
+        return [target.path for target in method.filter_layers(architecture.attentions)]
+    return [target.path for target in open_targets(method, architecture, heads)]
 
 
-def _layer_of(model: Any, view: Architecture, path: str, layers: str, depth: int) -> int:
-    """The layer of the stack that a trained module stands in; ``depth`` where it comes after all of them."""
+def _layer_of(model: Any, architecture: Architecture, path: str, layers: str, depth: int) -> int:
+    """Return the layer of the stack that a trained module is in; ``depth`` if it comes after all of them."""
     if path.startswith(layers + "."):
         return int(path.removeprefix(layers + ".").split(".")[0])
-    place = view.by_path.get(path)
-    if place is not None and place.stack == "decoder":
+    target = architecture.by_path.get(path)
+    if target is not None and target.stack == "decoder":
         return depth
-    if any(path.startswith(stack.layers + ".") for stack in view.stacks if stack.kind == "decoder"):
+    if any(path.startswith(stack.layers + ".") for stack in architecture.stacks if stack.kind == "decoder"):
         return depth
     outputs = model.get_output_embeddings()
-    above = path in view.heads or "pooler" in path.split(".") or model.get_submodule(path) is outputs
+    above = path in architecture.heads or "pooler" in path.split(".") or model.get_submodule(path) is outputs
     if above:
         return depth
     raise UnsupportedError(f"`{path}` is trained, and whether it comes before or after the layers is not known")
@@ -103,20 +106,25 @@ def _layer_of(model: Any, view: Architecture, path: str, layers: str, depth: int
 
 
 class _CutReached(BaseException):
-    """Raised out of a forward pass that has come to the end of the trunk. No error, and not to be caught as one."""
+    """Ends a forward pass at the end of the trunk. Not an error, so that `except Exception` does not catch it."""
 
 
 def reach(
     model: Any, cut: FrozenPrefix, call: Callable[[], Any], done: Callable[[nn.Module], None] | None = None
 ) -> Tensor:
-    """The hidden states (B, T, d) that leave the trunk in a forward pass, which ends there.
+    """Run a forward pass to the end of the trunk.
 
     Args:
+        model: The model.
+        cut: The end of its trunk.
         call: Runs the model.
-        done: Told each module that has been computed on the way.
+        done: Called with each module that has been computed on the way, if given.
+
+    Returns:
+        Hidden states that leave the trunk, (B, T, d).
 
     Raises:
-        UnsupportedError: the layers hand more than hidden states on to those above.
+        UnsupportedError: the layers pass more than hidden states on to those above.
     """
     found: list[Any] = []
 
@@ -149,10 +157,13 @@ def reach(
 
 
 def below(model: Any, cut: FrozenPrefix, hosts: Sequence[nn.Module], call: Callable[[], Any]) -> list[nn.Module]:
-    """The modules that make up the trunk, embeddings included, found by running it.
+    """Return the modules that make up the trunk, embeddings included, found by running it.
 
     Args:
-        hosts: Modules that something which trains works in.
+        model: The model.
+        cut: The end of its trunk.
+        hosts: Modules that something trained works in.
+        call: Runs the model.
 
     Raises:
         UnsupportedError: something that trains is among them; the stack drops layers at random.
@@ -171,7 +182,7 @@ def below(model: Any, cut: FrozenPrefix, hosts: Sequence[nn.Module], call: Calla
 
 
 def set_evaluating(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module]) -> None:
-    """Turn dropout off in the trunk; the rest of the model stays in the mode that it is in."""
+    """Turn dropout off in the trunk; the rest of the model stays in its mode."""
     for module in trunk:
         module.training = False
     if cut.skipped == cut.depth:  # some encoders drop embeddings in the stack's own forward
@@ -179,9 +190,9 @@ def set_evaluating(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module]) ->
 
 
 def draws_at_random(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module], call: Callable[[], Any]) -> bool:
-    """Whether the trunk in training mode gives the same rows different hidden states: active dropout of any kind.
+    """Return True if the trunk gives the same rows different hidden states in training mode: dropout of any kind.
 
-    The global random generators are used; the caller puts them back.
+    The global random generators are used; the caller restores them.
     """
     modes = {module: module.training for module in model.modules()}
     states = []
@@ -202,13 +213,16 @@ def draws_at_random(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module], c
 
 @contextmanager
 def skipping(model: Any, cut: FrozenPrefix, states: Tensor, *, extras: int = 0) -> Iterator[None]:
-    """Inside, the trunk's layers are not computed: each answers with ``states`` (B, T, d).
+    """Skip the trunk's layers inside the block: each returns ``states``.
 
-    A layer's ``forward`` is replaced on the object, for the time of a pass, and its class is not: hooks run as ever,
+    A layer's ``forward`` is replaced on the object for the time of a pass, and its class is not: hooks run as before,
     and a class of our own would be wrapped by transformers' gradient checkpointing.
 
     Args:
-        extras: How many further values a layer's answer has; -1 where it is no tuple.
+        model: The model.
+        cut: The end of its trunk.
+        states: Hidden states that leave the trunk, (B, T, d).
+        extras: Number of further values that a layer returns; -1 if it returns no tuple.
     """
     answer = states if extras < 0 else (states, *[None] * extras)
 
@@ -230,7 +244,7 @@ def skipping(model: Any, cut: FrozenPrefix, states: Tensor, *, extras: int = 0) 
 
 
 def extras_of(model: Any, cut: FrozenPrefix, call: Callable[[], Any]) -> int:
-    """What `skipping` is to be told: how many values besides hidden states a layer answers with, -1 if no tuple."""
+    """Return the number of values besides hidden states that a layer returns, -1 if no tuple; for `skipping`."""
     seen: list[int] = []
     layer = model.get_submodule(cut.layers)[cut.skipped - 1]
     handle = layer.register_forward_hook(

@@ -1,4 +1,4 @@
-"""Full fine-tuning as a graft: the trained weights and the base's change places, the parameter objects stay."""
+"""Full fine-tuning as an adapter: trained weights and the base's are swapped, the parameter objects stay."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from graftwerk.errors import UnsupportedError
 class TrainedWeights:
     """All base parameters of a model that were trainable before (Marian's sinusoids are not), trained.
 
+    Args:
+        base: All parameters of the base by name, any shape.
+        keep_base: True to keep a copy of the base's values.
+        flags: True for each parameter that required gradients before the first adapter, by name.
+        hooked: True if accelerate has hooks on the model that load offloaded weights.
+
     Attributes:
-        live: Whether the model's parameters hold the trained values now.
-        other: The values that are not in the model: the base's while live, the trained ones otherwise; None when the
+        live: True while the model's parameters hold the trained values.
+        other: The values that are not in the model: the base's while live, the trained ones otherwise; None if the
             base's values were not kept.
-        trainable: Whether they train while live.
+        trainable: True if they train while live.
+
+    Raises:
+        UnsupportedError: a weight is quantized or offloaded.
     """
 
     def __init__(
         self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool], *, hooked: bool = False
     ) -> None:
-        """``base``: all parameters of the base by name; ``flags``: which of them required gradients before the first
-        graft; ``hooked``: whether accelerate has hooks on the model.
-        """
         self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
         quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
         if quantized:
@@ -57,7 +63,7 @@ class TrainedWeights:
             return
         if self.other is None:
             raise UnsupportedError(
-                "the base's weights are gone: full fine-tuning ran with keep_base=False",
+                "the base's weights are lost: full fine-tuning ran with keep_base=False",
                 hint="attach with Full(keep_base=True), or load the base again",
             )
         with torch.no_grad():

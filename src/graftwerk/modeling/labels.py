@@ -1,4 +1,4 @@
-"""Whose label names a model's configuration shows: those of the adapter whose head answers.
+"""The label names in a model's configuration: those of the adapter whose head is active.
 
 `pipeline` names classes by them, and the model's own loss counts them. The base's own come back when no adapter with
 names of its own is active.
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class _Shown:
-    """What a configuration says of labels."""
+    """The label settings of a configuration."""
 
     id2label: dict[int, str]
     label2id: dict[str, int]
@@ -35,7 +35,7 @@ class LabelNames:
         return [str(named[index]) for index in sorted(named)]
 
     def show(self, model: nn.Module, labels: Sequence[str] | None) -> None:
-        """Make the configuration name these classes; None: the base's own."""
+        """Put these label names into the configuration, or the base's own if ``labels`` is None."""
         wanted = None if labels is None else tuple(labels)
         if wanted == self._now:
             return

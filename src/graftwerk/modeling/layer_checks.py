@@ -1,7 +1,7 @@
-"""Which layers an adapter can work in: what their class and their parent say, and for unknown classes what they do.
+"""Checks of the layers that an adapter can work in: by class and parent, and for unknown classes by their outputs.
 
-An adapter sees a layer's input and output. That is the whole layer only where its forward is called and is
-``x W^T + b``; a bias can be trained as an offset only where it is added to the last dimension of the output.
+An adapter sees a layer's input and output. That is the whole layer only if its forward is called and is
+``x W^T + b``; a bias can be trained as an offset only if it is added to the last dimension of the output.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _KNOWN_LINEAR = ("torch", "bitsandbytes")
 
 
 def is_weight_only(parent: nn.Module, name: str) -> bool:
-    """Return whether a module reads the weights of its child ``name`` and never calls it."""
+    """Return True if a module reads the weights of its child ``name`` and never calls it."""
     return any(name in _NOT_CALLED.get(cls.__name__, ()) for cls in type(parent).__mro__)
 
 
 def unfit(module: nn.Module) -> str | None:
-    """Return why no adapter works in a linear layer (an `nn.Linear` or `Conv1D`), or None if one does."""
+    """Return the reason why no adapter works in a linear layer (an `nn.Linear` or `Conv1D`), or None if one does."""
     own = own_base(type(module))
     if own.forward in (nn.Linear.forward, Conv1D.forward) or own.__module__.split(".")[0] in _KNOWN_LINEAR:
         return None
@@ -49,7 +49,7 @@ def unfit(module: nn.Module) -> str | None:
 
 
 def adds_bias_last(module: nn.Module) -> bool:
-    """Return whether a module's bias (d,) is added to the last dimension of its output (..., d), whatever comes before.
+    """Return True if a module's bias (d,) is added to the last dimension of its output (..., d), whatever comes before.
 
     Linear layers and plain layer norms are known; other modules without children are tried on random numbers.
     """
@@ -92,7 +92,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _try(module: nn.Module, x: Tensor, parameters: Mapping[str, Tensor | None], **attributes: Any) -> Tensor | None:
-    """Run a shallow copy of a module on other parameters; None if it fails or does not return a tensor."""
+    """Run a shallow copy of a module on other parameters; return None if it fails or returns no tensor."""
     twin = copy.copy(module)
     twin.__class__ = own_base(type(module))
     twin.__dict__.pop("forward", None)

@@ -1,4 +1,4 @@
-"""What a method that promises "all" leaves out on a model: matrices outside linear layers, biases out of its reach."""
+"""Weights that a method does not reach on a model: matrices outside linear layers, biases out of reach."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from graftwerk.modeling.module_index import module_index
 SHOWN = 6
 
 
-def left_out(model: PreTrainedModel, method: Method, view: Architecture) -> list[str]:
+def left_out(model: PreTrainedModel, method: Method, architecture: Architecture) -> list[str]:
     """Return a sentence for each kind of weight that the settings ask for and the method does not reach.
 
-    What the user left out (by `layers`, by naming targets) is not told.
+    Weights that the user left out (by `layers`, by naming targets) are not listed.
     """
     if isinstance(method, BitFit):
-        missed = [place.path for place in view.targets if method.leaves_out(place)]
-        biases = len(missed) + len([place for place in view.targets if method.reaches(place)])
+        missed = [target.path for target in architecture.targets if method.leaves_out(target)]
+        biases = len(missed) + len([target for target in architecture.targets if method.reaches(target)])
         if not missed:
             return []
         return [f"{len(missed)} of {biases} biases, out of its reach: {_named(missed)}"]
     if getattr(method, "target_modules", None) == "all-linear":
-        return _matrices(model, view)
+        return _matrices(model, architecture)
     return []
 
 
-def _matrices(model: PreTrainedModel, view: Architecture) -> list[str]:
-    """Weight matrices outside embeddings and heads that no linear layer holds, such as experts in one 3-d parameter."""
+def _matrices(model: PreTrainedModel, architecture: Architecture) -> list[str]:
+    """Describe weight matrices outside embeddings and heads that no linear layer holds, such as experts."""
     base, within = module_index(model), base_path(model)
-    reached = {f"{place.path}.weight" for place in linear_layers(view.targets)}
+    reached = {f"{target.path}.weight" for target in linear_layers(architecture.targets)}
     outputs = model.get_output_embeddings()
     sizes: dict[str, int] = {}
     for name, parameter in base.parameters.items():
@@ -56,7 +56,7 @@ def _matrices(model: PreTrainedModel, view: Architecture) -> list[str]:
 
 
 def _named(paths: Sequence[str]) -> str:
-    """`4 x experts.down_proj, 2 x gate.weight`: by the ends of their paths, the most frequent first."""
+    """Return counts by the ends of the paths, the most frequent first: `4 x experts.down_proj, 2 x gate.weight`."""
     counts = Counter(".".join(path.split(".")[-2:]) for path in paths).most_common()
     shown = ", ".join(f"{n} x {name}" for name, n in counts[:SHOWN])
     return shown + (f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else "")

@@ -1,7 +1,8 @@
-"""Folding deltas into the base's weights and taking them out again, bit for bit.
+"""Merge adapters into the base's weights and unmerge them, bit for bit.
 
-Merging writes the folded weight into a new tensor and keeps the old one; unmerging puts the old one back. So unmerge
-is exact and costs nothing, for the memory of the touched weights while merged. Who wants no way back adds in place.
+Merging writes the merged weight into a new tensor and keeps the old one; unmerging puts the old one back. So unmerging
+is exact and costs nothing, for the memory of the touched weights while merged. Without a way back, merging adds in
+place.
 """
 
 from __future__ import annotations
@@ -16,45 +17,54 @@ from graftwerk.kernels.dispatch import merge_in_place
 from graftwerk.methods.base import AdapterModule, base_weight, is_quantized, is_transposed
 
 SavedWeights = list[tuple[nn.Parameter, Tensor]]
-"""Parameters that were folded into, and their tensors from before."""
+"""Parameters that were merged into, and their tensors from before."""
 
 
 @torch.no_grad()
 def merge_weights(layers: Iterable[tuple[str, nn.Module, AdapterModule]]) -> SavedWeights:
-    """Fold each delta into its layer. If one cannot be folded, none is.
+    """Merge each adapter into its layer. If one cannot be merged, none is.
+
+    Args:
+        layers: Path, base module and adapter module of each.
+
+    Returns:
+        The tensors from before, for `unmerge_weights`.
 
     Raises:
-        UnsupportedError: the base is quantized, so that folding would round the adapter away; or it is offloaded.
+        UnsupportedError: the base is quantized, so that merging would round the adapter away; or it is offloaded.
     """
-    folded: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
-    for path, module, delta in layers:
-        _refuse_unfoldable(path, module)
+    merged: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
+    for path, module, adapter in layers:
+        _refuse_unmergeable(path, module)
         bias = module._parameters["bias"]
-        weight, new_bias = delta.merged_weight(base_weight(module), None if bias is None else bias.detach())
-        folded.append((path, module, (weight.T if is_transposed(module) else weight).contiguous(), new_bias))
-    kept: SavedWeights = []
-    for _, module, weight, new_bias in folded:
+        weight, new_bias = adapter.merged_weight(base_weight(module), None if bias is None else bias.detach())
+        merged.append((path, module, (weight.T if is_transposed(module) else weight).contiguous(), new_bias))
+    saved: SavedWeights = []
+    for _, module, weight, new_bias in merged:
         for own, new in ((module._parameters["weight"], weight), (module._parameters["bias"], new_bias)):
             if own is not None and new is not None and new.data_ptr() != own.data_ptr():
-                kept.append((own, own.data))
+                saved.append((own, own.data))
                 own.data = new
-    return kept
+    return saved
 
 
 @torch.no_grad()
 def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]]) -> None:
-    """Fold each delta into its layer in place: no memory, and no way back.
+    """Merge each adapter into its layer in place: no memory, and no way back.
+
+    Args:
+        layers: Path, base module and adapter module of each.
 
     Raises:
         UnsupportedError: the base is quantized or offloaded; nothing is changed.
-        EnvironmentFault: memory gave out on the way.
+        ResourceError: memory ran out on the way.
     """
     for path, module, _ in layers:
-        _refuse_unfoldable(path, module)
-    for number, (path, module, delta) in enumerate(layers):
+        _refuse_unmergeable(path, module)
+    for number, (path, module, adapter) in enumerate(layers):
         bias = module._parameters["bias"]
         try:
-            merge_in_place(delta, base_weight(module), None if bias is None else bias.detach())
+            merge_in_place(adapter, base_weight(module), None if bias is None else bias.detach())
         except (MemoryError, RuntimeError) as error:
             raise ResourceError(
                 f"merging stopped after {number} of {len(layers)} layers: {error}; the base is neither what it was nor "
@@ -65,7 +75,15 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
 
 
 def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Mapping[str, nn.Module]) -> None:
-    """Raise UnsupportedError if a layer's weight is another module's too (a tied `lm_head`), which must not change."""
+    """Check that no layer's weight is also another module's (a tied `lm_head`), which must not change.
+
+    Args:
+        layers: Path, base module and adapter module of each.
+        base: All modules of the base by path.
+
+    Raises:
+        UnsupportedError: a weight is tied.
+    """
     owners: dict[int, set[int]] = {}
     for module in base.values():
         for parameter in module._parameters.values():
@@ -79,7 +97,7 @@ def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Ma
             )
 
 
-def _refuse_unfoldable(path: str, module: nn.Module) -> None:
+def _refuse_unmergeable(path: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")  # an adapted layer may show others a changed one
     if weight is None or "bias" not in module._parameters:
         raise UnsupportedError(
@@ -104,9 +122,9 @@ def _refuse_unfoldable(path: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def unmerge_weights(kept: SavedWeights) -> SavedWeights:
-    """Put the tensors from before back into their parameters; gives those that were there, to undo it with."""
-    taken = [(parameter, parameter.data) for parameter, _ in kept]
-    for parameter, tensor in kept:
+def unmerge_weights(saved: SavedWeights) -> SavedWeights:
+    """Put the tensors from before back into their parameters; return the merged ones, to undo it with."""
+    merged = [(parameter, parameter.data) for parameter, _ in saved]
+    for parameter, tensor in saved:
         parameter.data = tensor
-    return taken
+    return merged

@@ -1,8 +1,8 @@
-"""The modules of a model without the grafts on it, walked once.
+"""The modules of a model without the adapters on it, walked once.
 
-Attaching, loading and saving ask again and again which modules and parameters a base has. The answer is remembered at
-the model and believed as long as no module has another child or parameter object than it had then, which is looked up
-in a tenth of the time that a walk takes, however many adapters there are.
+Attaching, loading and saving ask again and again for the modules and parameters of a base. The answer is cached at the
+model and valid as long as every module has the child and parameter objects that it had then, which is checked in a
+tenth of the time that a walk takes, however many adapters there are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 
 
 class ModuleIndex:
-    """What a base consists of.
+    """The modules and parameters of a base.
 
     Attributes:
         modules: All modules by path, the model itself as ``""``, in the order of `named_modules`; shared ones under
@@ -48,7 +48,7 @@ class ModuleIndex:
         return ModuleIndex, (nn.Module(),)  # a copy of a model has other objects: it walks for itself
 
     def holds(self) -> bool:
-        """Whether all modules and parameters are still the same objects at the same places."""
+        """Return True if all modules and parameters are still the same objects at the same paths."""
         return self._now() == self._objects
 
     def _now(self) -> list[int]:
@@ -56,7 +56,7 @@ class ModuleIndex:
         return [id(value) for own in self._registers for value in own.values() if type(value) is not AdapterSlots]
 
     def cached(self, key: str, make: Callable[[], Made]) -> Made:
-        """Something that follows from the structure alone: made once."""
+        """Return a value that follows from the structure alone, made once."""
         if key not in self._made:
             self._made[key] = make()
         made: Made = self._made[key]
@@ -64,7 +64,7 @@ class ModuleIndex:
 
 
 def module_index(model: nn.Module) -> ModuleIndex:
-    """The structure of a model as it is now."""
+    """Return the index of a model as it is now."""
     found = model.__dict__.get(_ATTRIBUTE)
     if found is None or found.modules.get("") is not model or not (found.trusted or found.holds()):
         found = ModuleIndex(model)
@@ -74,7 +74,7 @@ def module_index(model: nn.Module) -> ModuleIndex:
 
 @contextmanager
 def frozen_index(model: nn.Module) -> Iterator[None]:
-    """Inside, nobody exchanges modules of the base: one look at the structure is enough."""
+    """Trust the index inside the block, in which nobody exchanges modules of the base."""
     found = module_index(model)
     found.trusted, before = True, found.trusted
     try:
@@ -84,22 +84,31 @@ def frozen_index(model: nn.Module) -> Iterator[None]:
 
 
 def forget(model: nn.Module) -> None:
-    """Keep nothing at the model."""
+    """Remove the index from the model."""
     model.__dict__.pop(_ATTRIBUTE, None)
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules of the base by path."""
+    """Return all modules of the base by path."""
     return module_index(model).modules
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters of the base by name; of tied ones the first name."""
+    """Return all parameters of the base, any shape, by name; of tied ones the first name."""
     return module_index(model).parameters
 
 
 def check_parameters(model: nn.Module, parameters: Iterable[nn.Parameter], wish: str) -> None:
-    """Raise ConflictError if these are no longer all parameters of the model."""
+    """Check that these are still parameters of the model.
+
+    Args:
+        model: The model.
+        parameters: Any shape.
+        wish: The action that needs them; completes "cannot ...".
+
+    Raises:
+        ConflictError: one is not.
+    """
     now = {id(parameter) for parameter in base_parameters(model).values()}
     if any(id(parameter) not in now for parameter in parameters):
         raise ConflictError(

@@ -1,13 +1,13 @@
-"""What one layer does for a batch whose rows use different adapters.
+"""Forward pass of one layer for a batch whose rows use different adapters.
 
-Deltas of one kind are stacked and answer in one batched product (`methods.stacked`); where few adapters serve many
-rows, each works on its own rows in turn, which reads its weights once and not once for every row. Rows without an
-adapter are not touched: theirs are the base's bits.
+Adapter modules of one kind run in one batched product (`kernels.batched_adapters`); if few adapters serve many rows,
+each works on its own rows in turn, which reads its weights once and not once for every row. Rows without an adapter are
+not touched: their bits are the base's.
 
-Stacks are copies. Outside training they are kept until other rows are chosen, and made again where a tensor that they
-came from has changed since. In training they are made in every forward pass, since gradients go through them.
+Batched adapters are copies. Outside training they are cached until other rows are chosen, and made again if a tensor
+that they came from has changed. In training they are made in every forward pass, since gradients go through them.
 
-Legend: R named rows, S of them that a part serves, M vectors of each (its beams and tokens), i inputs, o outputs.
+Legend: R named rows, S of them that a group serves, M vectors of each (its beams and tokens), i inputs, o outputs.
 """
 
 from __future__ import annotations
@@ -29,75 +29,83 @@ Made = TypeVar("Made")
 Where = slice | Tensor | None
 """Rows of a batch: those of a slice, those with these numbers (S,), or all."""
 MAX_PADDING_RATIO = 4
-"""Ranks further apart than this are not filled up to each other but stacked apart."""
+"""Ranks further apart than this are batched apart, not padded to each other."""
 SEQUENTIAL_ROWS = 16
-"""From so many rows an adapter on (on average) they work in turn. Measured on SmolLM2-135M, 32 to 256 rows: stacks are
-faster up to here, even from there on, and slower only with one adapter for all; but they hold an adapter once a row.
+"""From this many rows per adapter on (on average) adapters run in turn. Measured on SmolLM2-135M, 32 to 256 rows:
+batching is faster up to here, equal beyond, and slower only with one adapter for all; but it copies an adapter per row.
 """
 
 
-def forward_rows(box: AdapterSlots, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``layer(x)`` with each row's own adapter; x (R·k, ..., i) -> (R·k, ..., o), a row's k entries together, or
-    (T, R·k, ..., i) -> (T, R·k, ..., o) where ``box.row_dim`` is 1.
+def forward_rows(slots: AdapterSlots, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``layer(x)`` with each row's own adapter.
+
+    Args:
+        slots: The layer's slots.
+        layer: Its own forward.
+        x: (R·k, ..., i), a row's k entries together, or (T, R·k, ..., i) if ``slots.row_dim`` is 1.
+
+    Returns:
+        (R·k, ..., o) or (T, R·k, ..., o).
     """
-    selection = box.selection
-    selection.repeats(x.shape[box.row_dim])
+    selection = slots.selection
+    selection.repeats(x.shape[slots.row_dim])
     working = [
-        (part, part.adapters()) for part in selection.cached((box, box.training, fast.enabled("rows")), row_groups)
+        (group, group.adapters())
+        for group in selection.cached((slots, slots.training, fast.enabled("rows")), row_groups)
     ]
-    if box.row_dim:
+    if slots.row_dim:
         return _rows_last(working, layer, x)
-    for part, deltas in working:
-        x = part.pre_forward(deltas, x)
+    for group, batched in working:
+        x = group.pre_forward(batched, x)
     y = layer(x)
-    for part, deltas in working:
-        y = part.post_forward(deltas, x, y)
+    for group, batched in working:
+        y = group.post_forward(batched, x, y)
     return y
 
 
 def _rows_last(working: Sequence[tuple[Group, BatchedAdapter]], layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`through_rows` on (T, R·k, ..., i)."""
+    """Run `forward_rows` on (T, R·k, ..., i)."""
     x = x.transpose(0, 1).contiguous()
-    for part, deltas in working:
-        x = part.pre_forward(deltas, x)
+    for group, batched in working:
+        x = group.pre_forward(batched, x)
     y = layer(x.transpose(0, 1)).transpose(0, 1).contiguous()
-    for part, deltas in working:
-        y = part.post_forward(deltas, x, y)
+    for group, batched in working:
+        y = group.post_forward(batched, x, y)
     return y.transpose(0, 1)
 
 
 def row_groups(key: tuple[AdapterSlots, bool, bool]) -> tuple[Group, ...]:
-    """The rows of a layer's batch by what they use there: parts whose rows are disjoint."""
-    box, _, may_stack = key
-    rows = box.selection.rows or ()
+    """Return the rows of a layer's batch by the adapters they use there: groups with disjoint rows."""
+    slots, _, may_stack = key
+    rows = slots.selection.rows or ()
     kinds: dict[Hashable, dict[int, AdapterModule]] = {}
     alone: dict[int, AdapterModule] = {}
     for row, name in enumerate(rows):
-        if isinstance(delta := box.get(name), AdapterModule):
-            kernel = BATCHED.get(type(delta)) if may_stack else None
-            kind = None if kernel is None else kernel.batch_key(delta)
-            (alone if kind is None else kinds.setdefault((kernel, kind), {}))[row] = delta
-    parts: list[Group] = []
+        if isinstance(module := slots.get(name), AdapterModule):
+            kernel = BATCHED.get(type(module)) if may_stack else None
+            kind = None if kernel is None else kernel.batch_key(module)
+            (alone if kind is None else kinds.setdefault((kernel, kind), {}))[row] = module
+    groups: list[Group] = []
     for members in kinds.values():
-        if len(members) < SEQUENTIAL_ROWS * len({id(delta) for delta in members.values()}):
-            parts.extend(BatchedGroup(alike, len(rows)) for alike in _by_padded_dim(members))
+        if len(members) < SEQUENTIAL_ROWS * len({id(module) for module in members.values()}):
+            groups.extend(BatchedGroup(alike, len(rows)) for alike in _by_padded_dim(members))
         else:
             alone.update(members)
     if alone:
-        parts.append(SequentialGroups(alone, len(rows)))
-    return tuple(parts)
+        groups.append(SequentialGroups(alone, len(rows)))
+    return tuple(groups)
 
 
 def _by_padded_dim(members: dict[int, AdapterModule]) -> list[dict[int, AdapterModule]]:
-    dims = {row: BATCHED[type(delta)].padded_dim(delta) for row, delta in members.items()}
+    dims = {row: BATCHED[type(module)].padded_dim(module) for row, module in members.items()}
     ordered = sorted(members.items(), key=lambda item: dims[item[0]])
     found: list[dict[int, AdapterModule]] = []
     least = 0
-    for row, delta in ordered:
+    for row, module in ordered:
         if not found or dims[row] > MAX_PADDING_RATIO * least:
             found.append({})
             least = dims[row]
-        found[-1][row] = delta
+        found[-1][row] = module
     return [dict(sorted(alike.items())) for alike in found]
 
 
@@ -105,77 +113,93 @@ _ALONE = BatchedAdapter(())
 
 
 class SequentialGroups:
-    """Rows whose deltas work one after the other, each on its own rows."""
+    """Rows whose adapters run one after the other, each on its own rows.
+
+    Args:
+        members: The adapter module of each row served here.
+        entries: R.
+    """
 
     def __init__(self, members: dict[int, AdapterModule], entries: int) -> None:
-        """``members``: the delta of each row that this part serves; ``entries``: R."""
         self.entries = entries
-        by_delta: dict[AdapterModule, list[int]] = {}
-        for row, delta in sorted(members.items()):
-            by_delta.setdefault(delta, []).append(row)
-        self.groups = [(_RowIndex(rows, entries), delta) for delta, rows in by_delta.items()]
+        by_module: dict[AdapterModule, list[int]] = {}
+        for row, module in sorted(members.items()):
+            by_module.setdefault(module, []).append(row)
+        self.groups = [(_RowIndex(rows, entries), module) for module, rows in by_module.items()]
 
     def adapters(self) -> BatchedAdapter:
+        """Return a batched adapter that does nothing: the modules run one by one."""
         return _ALONE
 
-    def pre_forward(self, deltas: BatchedAdapter, x: Tensor) -> Tensor:
-        for places, delta in self.groups:
-            if changes_input(type(delta)):
+    def pre_forward(self, batched: BatchedAdapter, x: Tensor) -> Tensor:
+        """Return x (R·k, ..., i) with the served rows changed."""
+        for row_index, module in self.groups:
+            if changes_input(type(module)):
                 rows = _by_entry(x, self.entries)
-                own = places.of(rows)
-                x = places.put(rows, own, delta.pre_forward(own), fresh=False).view(x.shape)
+                own = row_index.of(rows)
+                x = row_index.put(rows, own, module.pre_forward(own), fresh=False).view(x.shape)
         return x
 
-    def post_forward(self, deltas: BatchedAdapter, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, batched: BatchedAdapter, x: Tensor, y: Tensor) -> Tensor:
+        """Return y (R·k, ..., o) with the served rows changed; x (R·k, ..., i) is the input."""
         given, made = _by_entry(x, self.entries), _by_entry(y, self.entries)
-        for places, delta in self.groups:
-            if changes_output(type(delta)):
-                own = places.of(made)
-                made = places.put(made, own, delta.post_forward(places.of(given), own), fresh=True)
+        for row_index, module in self.groups:
+            if changes_output(type(module)):
+                own = row_index.of(made)
+                made = row_index.put(made, own, module.post_forward(row_index.of(given), own), fresh=True)
         return made.view(y.shape)
 
 
 class BatchedGroup:
-    """Rows whose deltas are stacked."""
+    """Rows whose adapters run in one batched product; all have one `batch_key`.
+
+    Args:
+        members: The adapter module of each row served here.
+        entries: R.
+    """
 
     def __init__(self, members: dict[int, AdapterModule], entries: int) -> None:
-        """As `SequentialGroups`; all adapters have one `batch_key`."""
-        self.entries, self.deltas = entries, list(members.values())
-        self.places = _RowIndex(list(members), entries)
-        self.kernel = BATCHED[type(self.deltas[0])]
-        distinct = list(dict.fromkeys(self.deltas))
+        self.entries, self.modules = entries, list(members.values())
+        self.row_index = _RowIndex(list(members), entries)
+        self.kernel = BATCHED[type(self.modules[0])]
+        distinct = list(dict.fromkeys(self.modules))
         self.cache: VersionedCache[BatchedAdapter] = VersionedCache(
-            [tensor for delta in distinct for tensor in self.kernel.source_tensors(delta)],
-            [parameter for delta in distinct for parameter in delta.parameters()],
+            [tensor for module in distinct for tensor in self.kernel.source_tensors(module)],
+            [parameter for module in distinct for parameter in module.parameters()],
         )
 
     def adapters(self) -> BatchedAdapter:
-        return self.cache.get(lambda: self.kernel(self.deltas))
+        """Return the batched adapter, cached while its tensors do not change."""
+        return self.cache.get(lambda: self.kernel(self.modules))
 
-    def pre_forward(self, deltas: BatchedAdapter, x: Tensor) -> Tensor:
+    def pre_forward(self, batched: BatchedAdapter, x: Tensor) -> Tensor:
+        """Return x (R·k, ..., i) with the served rows changed."""
         if not changes_input(self.kernel):
             return x
-        if self.places.where is None:
-            return _as(deltas.pre_forward(_by_entry(x, self.entries)), x)
+        if self.row_index.where is None:
+            return _as(batched.pre_forward(_by_entry(x, self.entries)), x)
         rows = _by_entry(x, self.entries)
-        own = self.places.of(rows)
-        return self.places.put(rows, own, deltas.pre_forward(own), fresh=False).view(x.shape)
+        own = self.row_index.of(rows)
+        return self.row_index.put(rows, own, batched.pre_forward(own), fresh=False).view(x.shape)
 
-    def post_forward(self, deltas: BatchedAdapter, x: Tensor, y: Tensor) -> Tensor:
+    def post_forward(self, batched: BatchedAdapter, x: Tensor, y: Tensor) -> Tensor:
+        """Return y (R·k, ..., o) with the served rows changed; x (R·k, ..., i) is the input."""
         if not changes_output(self.kernel):
             return y
-        if self.places.where is None:
-            return _as(deltas.post_forward(_by_entry(x, self.entries), _by_entry(y, self.entries)), y)
+        if self.row_index.where is None:
+            return _as(batched.post_forward(_by_entry(x, self.entries), _by_entry(y, self.entries)), y)
         given, made = _by_entry(x, self.entries), _by_entry(y, self.entries)
-        own = self.places.of(made)
-        return self.places.put(made, own, deltas.post_forward(self.places.of(given), own), fresh=True).view(y.shape)
+        own = self.row_index.of(made)
+        return self.row_index.put(made, own, batched.post_forward(self.row_index.of(given), own), fresh=True).view(
+            y.shape
+        )
 
 
 Group = SequentialGroups | BatchedGroup
 
 
 class _RowIndex:
-    """Rows of a batch among its R entries, and how theirs are taken out and put back."""
+    """Rows of a batch among its R entries: how they are gathered and put back."""
 
     def __init__(self, rows: Sequence[int], entries: int) -> None:
         self.rows = rows
@@ -221,5 +245,5 @@ def _by_entry(tensor: Tensor, entries: int) -> Tensor:
 
 
 def _as(tensor: Tensor, like: Tensor) -> Tensor:
-    """(R, M, w) -> (R·k, ..., w)."""
+    """Reshape (R, M, w) to (R·k, ..., w)."""
     return tensor if tensor.dim() == like.dim() == 3 and tensor.shape[0] == like.shape[0] else tensor.view(like.shape)

@@ -1,10 +1,10 @@
 """Prefixes in the attention function: learned keys and values in front of those that a model computes.
 
 Transformers' models call their attention by a name in the configuration. An adapted model's name is one of ours; our
-function looks for prefixes in the calling module's box, puts them in front of key and value, widens mask and position
-bias by as many columns, and hands over to the implementation that the model had. Without an active prefix it only
-hands over, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call,
-after the cache was read.
+function looks for prefixes in the calling module's slots, puts them in front of key and value, widens mask and position
+bias by as many columns, and calls the implementation that the model had. Without an active prefix it only passes the
+call on, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call, after
+the cache was read.
 
 Legend: B rows, H heads, G key/value heads, D head width, Q queries, K keys, n virtual tokens.
 """
@@ -47,10 +47,10 @@ from graftwerk.modeling.virtual_positions import (
 _OURS = "graftwerk_"
 _KeysAndValues = tuple[Tensor, Tensor]
 _listener: ContextVar[dict[int, _KeysAndValues] | None] = ContextVar("graftwerk_listener", default=None)
-"""While a model is listened to: id(attention module) -> the keys and values of its last call."""
+"""While keys and values are recorded: those of the last call by id(attention module)."""
 
 
-# -- the attention function -------------------------------------------------------------------------------------------
+# -- the attention function -----------------------------------------------------------------------------------------
 
 
 def _attend(
@@ -62,15 +62,23 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """What transformers calls: query (B, H, Q, D), key and value (B, G, K, D), mask (B or 1, H or 1, Q, K).
+    """Attend with the active prefix; called by transformers.
 
-    A mask of booleans is True where a key is seen, one of numbers is added to the scores.
+    Args:
+        implementation: Name of the implementation that the model had.
+        module: The attention.
+        query: (B, H, Q, D).
+        key: (B, G, K, D).
+        value: (B, G, K, D).
+        attention_mask: (B or 1, H or 1, Q, K), or None. Booleans are True where a key is seen; numbers are added to
+            the scores.
+        **kwargs: As transformers passes them.
     """
     original = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
     if (listener := _listener.get()) is not None:
         listener[id(module)] = (key, value)
-    box = slots_of(module)
-    prefix = None if box is None else _prefix(box, key)
+    slots = slots_of(module)
+    prefix = None if slots is None else _prefix(slots, key)
     if prefix is not None:
         prefix_key, prefix_value, seen = prefix
         n = prefix_key.shape[2]
@@ -87,13 +95,13 @@ def _attend(
 
 
 def _hides_the_future(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether sdpa, given no mask, would let each query see only the keys up to its own."""
+    """Return True if sdpa, given no mask, would let each query see only the keys up to its own."""
     causal = kwargs.get("is_causal")
     return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
 def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, key: Tensor) -> Tensor:
-    """A mask with n columns in front; ``seen`` (B, n) says which of them a row sees, None that it sees all."""
+    """Return a mask with n columns in front; ``seen`` (B, n) marks those a row sees, None all of them."""
     if mask is None:
         mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
     columns = torch.ones(1, n, dtype=torch.bool, device=key.device) if seen is None else seen
@@ -106,9 +114,9 @@ def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, ke
     return torch.cat((columns, mask.expand(size, -1, -1, -1)), dim=-1)
 
 
-def _prefix(box: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """Keys and values (B, G, n, D) and, where rows differ, (B, n): the columns that a row sees; None without prefix."""
-    rows, _ = users(box, PrefixModule, key.shape[0])
+def _prefix(slots: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Return keys and values (B, G, n, D), and the columns (B, n) that a row sees if rows differ; None if no prefix."""
+    rows, _ = users(slots, PrefixModule, key.shape[0])
     n = max(lengths(rows))
     if n == 0:
         return None
@@ -120,31 +128,31 @@ def _prefix(box: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | No
             for side in (0, 1)
         )
         return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
-    own = (box, size, key.device, key.dtype, fast.enabled("rows"))
-    keys, values, seen = box.selection.cached(own, _MixedPrefix).now()
+    own = (slots, size, key.device, key.dtype, fast.enabled("rows"))
+    keys, values, seen = slots.selection.cached(own, _MixedPrefix).now()
     shape = (size, n, heads, width)
     return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2), seen
 
 
 class _MixedPrefix:
-    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and what each row sees of them.
+    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and the columns that a row sees.
 
-    Made once for a selection, and again where a parameter has changed; in training at every call.
+    Made once for a choice of rows, and again if a parameter has changed; in training at every call.
     """
 
     def __init__(self, own: tuple[AdapterSlots, int, torch.device, torch.dtype, bool]) -> None:
-        box, size, device, self.dtype, self.may_keep = own
-        rows, repeats = users(box, PrefixModule, size)
+        slots, size, device, self.dtype, self.may_keep = own
+        rows, repeats = users(slots, PrefixModule, size)
         counts = lengths(rows)
         self.distinct, self.index = gathered(rows, repeats, device)
         self.seen: Tensor | None = None
         if min(counts) < max(counts):
             self.seen = torch.arange(max(counts), device=device)[None] < per_row(counts, repeats, device)
         sources = list(dict.fromkeys(tensor for module in self.distinct for tensor in module.source_tensors()))
-        self.kept: VersionedCache[_KeysAndValues] = VersionedCache(sources, sources)
+        self.cache: VersionedCache[_KeysAndValues] = VersionedCache(sources, sources)
 
     def now(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys, values = self.kept.get(self._made) if self.may_keep else self._made()
+        keys, values = self.cache.get(self._made) if self.may_keep else self._made()
         return keys, values, self.seen
 
     def _made(self) -> _KeysAndValues:
@@ -154,7 +162,7 @@ class _MixedPrefix:
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:
-    """Each modeling file of transformers has an eager implementation of its own."""
+    """Return the eager attention of a module: each modeling file of transformers has its own."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if callable(found):
@@ -171,11 +179,11 @@ for _name, _mask in _MASKS.items():
     AttentionMaskInterface.register(_OURS + _name, _mask)
 
 
-# -- which implementation a model uses --------------------------------------------------------------------------------
+# -- which implementation a model uses ------------------------------------------------------------------------------
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """Every configuration object in a model; the two halves of T5 have copies of their own."""
+    """Return every configuration object in a model; the two halves of T5 have copies of their own."""
     found = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     return list(found.values())
 
@@ -207,26 +215,29 @@ def _use_theirs(model: nn.Module) -> None:
             config._attn_implementation_internal = config._attn_implementation.removeprefix(_OURS)
 
 
-# -- hooks on the stacks ----------------------------------------------------------------------------------------------
+# -- hooks on the stacks --------------------------------------------------------------------------------------------
 
 
 class _BeforeStack:
     """Forward pre-hook: in decoder-only models the text's positions begin after the prefix.
 
     An object and not a closure, so that a deep copy of the model has hooks that know the copy.
+
+    Args:
+        witnesses: The attentions of this stack: every prefix has a part in one of them, or in all.
+        shifts: True if the text's positions begin after the prefix.
     """
 
     def __init__(self, witnesses: Sequence[nn.Module], shifts: bool) -> None:
-        """``witnesses`` are the attentions of this stack: every prefix has a part in one of them, or in all."""
         self.witnesses, self.shifts = tuple(witnesses), shifts
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        boxes = [box for witness in self.witnesses if (box := slots_of(witness)) is not None]
-        if not boxes:
+        all_slots = [slots for witness in self.witnesses if (slots := slots_of(witness)) is not None]
+        if not all_slots:
             return None
         inputs = inputs_of(stack, args, kwargs)
         size, tokens, device = size_of(inputs)
-        counts, repeats = _virtual_tokens(boxes, size)
+        counts, repeats = _virtual_tokens(all_slots, size)
         if max(counts) == 0:
             return None
         implementation = getattr(stack.config, "_attn_implementation", None)
@@ -244,80 +255,85 @@ class _BeforeStack:
         return (), inputs
 
 
-def _virtual_tokens(boxes: Sequence[AdapterSlots], size: int) -> tuple[list[int], int]:
-    """Virtual tokens of each named row, and how many rows of the batch it stands for.
+def _virtual_tokens(all_slots: Sequence[AdapterSlots], size: int) -> tuple[list[int], int]:
+    """Return the number of virtual tokens of each named row, and of batch rows that it stands for.
 
     A prefix that is in some layers only moves the text's positions all the same: they are those of the whole stack.
     """
 
     def tokens(name: str | None) -> int:
-        return next((module.n for box in boxes if isinstance(module := box.get(name), PrefixModule)), 0)
+        return next((module.n for slots in all_slots if isinstance(module := slots.get(name), PrefixModule)), 0)
 
-    selection = boxes[0].selection
+    selection = all_slots[0].selection
     if selection.rows is None:
         return [sum(tokens(name) for name in selection.names if name not in selection.merged)], size
     return [tokens(name) for name in selection.rows], selection.repeats(size)
 
 
-# -- the three verbs --------------------------------------------------------------------------------------------------
+# -- building, installing, removing ---------------------------------------------------------------------------------
 
 
-def modules(model: PreTrainedModel, method: Method, anatomy: Architecture) -> dict[str, nn.Module]:
-    """The modules of a new prefix by host path: one for each attention, and with a network one for each stack.
+def modules(model: PreTrainedModel, method: Method, architecture: Architecture) -> dict[str, nn.Module]:
+    """Build the modules of a new prefix: one for each attention, and with a network one for each stack.
+
+    Returns:
+        By host path.
 
     Raises:
         UnsupportedError: the architecture is not in the table, or its attention cannot take a prefix.
     """
     assert isinstance(method, Prefix)
-    if not anatomy.attentions:
+    if not architecture.attentions:
         raise UnsupportedError(
-            f"prefix tuning does not know where the attention of `{anatomy.model_type}` is",
+            f"prefix tuning does not know where the attention of `{architecture.model_type}` is",
             hint="use lora, bottleneck or prompt tuning on this model",
         )
     _check_implementation(model)
-    chosen = method.filter_layers(anatomy.attentions)
+    chosen = method.filter_layers(architecture.attentions)
     starts = _starting_values(model, method, chosen)
     if not method.prefix_projection:
-        return {place.path: PrefixVectors(*starts[place.path]) for place in chosen}
+        return {attention.path: PrefixVectors(*starts[attention.path]) for attention in chosen}
     made: dict[str, nn.Module] = {}
-    trunks = {}
-    for stack in stacks_of(anatomy, chosen):
-        hidden = method.encoder_hidden_size or anatomy.stacks[0].width
-        trunk = PrefixMLP(method.num_virtual_tokens, stack.width, hidden)
-        made[stack.path] = trunks[stack.kind] = trunk
-    for place in chosen:
-        made[place.path] = ProjectedPrefix(trunks[place.stack], *starts[place.path])
+    mlps = {}
+    for stack in stacks_of(architecture, chosen):
+        hidden = method.encoder_hidden_size or architecture.stacks[0].width
+        mlp = PrefixMLP(method.num_virtual_tokens, stack.width, hidden)
+        made[stack.path] = mlps[stack.kind] = mlp
+    for attention in chosen:
+        made[attention.path] = ProjectedPrefix(mlps[attention.stack], *starts[attention.path])
     return made
 
 
-def stacks_of(anatomy: Architecture, places: Sequence[AttentionPlace]) -> list[StackPlace]:
-    """The stacks that some of these attentions stand in."""
-    return [stack for stack in anatomy.stacks if any(place.stack == stack.kind for place in places)]
+def stacks_of(architecture: Architecture, attentions: Sequence[AttentionPlace]) -> list[StackPlace]:
+    """Return the stacks that some of these attentions are in."""
+    return [stack for stack in architecture.stacks if any(attention.stack == stack.kind for attention in attentions)]
 
 
-def install_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
-    """Make a model's attention look for prefixes. Done twice, it changes nothing more."""
+def install_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
+    """Make a model's attention look for prefixes. A second call changes nothing."""
     from graftwerk.modeling.architectures import read_architecture
 
-    view = read_architecture(model)
+    architecture = read_architecture(model)
     _use_ours(model)
-    for stack in view.stacks:
-        places = [place for place in view.attentions if place.stack == stack.kind and not place.cross]
-        witnesses = [model.get_submodule(place.path) for place in places]
+    for stack in architecture.stacks:
+        attentions = [
+            attention for attention in architecture.attentions if attention.stack == stack.kind and not attention.cross
+        ]
+        witnesses = [model.get_submodule(attention.path) for attention in attentions]
         host = model.get_submodule(stack.path)
         if witnesses and not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
             host.register_forward_pre_hook(_BeforeStack(witnesses, stack.kind == "causal"), with_kwargs=True)
 
 
-def remove_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
-    """Give a model its own attention back: configuration and hooks are those from before."""
+def remove_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
+    """Restore the attention of a model: configuration and hooks are those from before."""
     _use_theirs(model)
     for module in model.modules():
         drop_hooks(module, (_BeforeStack,))
 
 
 def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
-    """Take hooks of these kinds off a module."""
+    """Remove hooks of these kinds from a module."""
     for hooks, with_kwargs in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -327,36 +343,36 @@ def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
             with_kwargs.pop(identity, None)
 
 
-# -- where a prefix starts --------------------------------------------------------------------------------------------
+# -- where a prefix starts ------------------------------------------------------------------------------------------
 
 
 def _starting_values(
-    model: PreTrainedModel, method: Prefix, places: Sequence[AttentionPlace]
+    model: PreTrainedModel, method: Prefix, attentions: Sequence[AttentionPlace]
 ) -> dict[str, _KeysAndValues]:
-    """Keys and values (n, G·D) for each of these attentions: small random ones, or the frozen model's for a text."""
+    """Return keys and values (n, G·D) of each attention: small random ones, or the frozen model's for a text."""
     table = model.get_input_embeddings().weight
     ids = method.start_ids(table.shape[0])
     if ids is None:
-        return {place.path: _small(method, place) for place in places}
-    heard = _listen(model, torch.tensor(ids, device=module_device(model.get_input_embeddings()))[None])
-    hosts = {place: model.get_submodule(place.path) for place in places}
-    if silent := [place.path for place, host in hosts.items() if id(host) not in heard]:
+        return {attention.path: _small(method, attention) for attention in attentions}
+    recorded = _listen(model, torch.tensor(ids, device=module_device(model.get_input_embeddings()))[None])
+    hosts = {attention: model.get_submodule(attention.path) for attention in attentions}
+    if silent := [attention.path for attention, host in hosts.items() if id(host) not in recorded]:
         raise UnsupportedError(
             f"the attention of {type(model).__name__} does not go through transformers' attention interface",
             where=silent[0],
             hint="use lora, bottleneck or prompt tuning on this model",
         )
-    return {place.path: _flat(heard[id(host)], place) for place, host in hosts.items()}
+    return {attention.path: _flat(recorded[id(host)], attention) for attention, host in hosts.items()}
 
 
-def _small(method: Prefix, place: AttentionPlace) -> _KeysAndValues:
-    shape = (method.num_virtual_tokens, place.kv_heads * place.head_dim)
+def _small(method: Prefix, attention: AttentionPlace) -> _KeysAndValues:
+    shape = (method.num_virtual_tokens, attention.kv_heads * attention.head_dim)
     return torch.randn(shape) * method.init_std, torch.randn(shape) * method.init_std
 
 
-def _flat(pair: _KeysAndValues, place: AttentionPlace) -> _KeysAndValues:
-    """(1, G, n, D) -> (n, G·D)."""
-    width = place.kv_heads * place.head_dim
+def _flat(pair: _KeysAndValues, attention: AttentionPlace) -> _KeysAndValues:
+    """Reshape (1, G, n, D) to (n, G·D)."""
+    width = attention.kv_heads * attention.head_dim
     key, value = (tensor[0].transpose(0, 1).reshape(-1, width).float() for tensor in pair)
     return key, value
 
@@ -364,16 +380,16 @@ def _flat(pair: _KeysAndValues, place: AttentionPlace) -> _KeysAndValues:
 @torch.no_grad()
 def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
     """Run the bare base over ids (1, n), in evaluation mode, and return keys and values by id(attention module)."""
-    record = ModelAdapters.of(model)
-    heard: dict[int, _KeysAndValues] = {}
+    model_adapters = ModelAdapters.of(model)
+    recorded: dict[int, _KeysAndValues] = {}
     was_ours = any((config._attn_implementation or "").startswith(_OURS) for config in _configs(model))
     modes = {module: module.training for module in model.modules()}
     extra: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    token = _listener.set(heard)
+    token = _listener.set(recorded)
     try:
         _use_ours(model)
         model.eval()
-        with contextlib.nullcontext() if record is None else _without_grafts(record):
+        with contextlib.nullcontext() if model_adapters is None else _without_adapters(model_adapters):
             model.base_model(input_ids=ids, **extra)
     finally:
         _listener.reset(token)
@@ -381,12 +397,12 @@ def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
             module.training = training
         if not was_ours:
             _use_theirs(model)
-    return heard
+    return recorded
 
 
 @contextlib.contextmanager
-def _without_grafts(record: ModelAdapters) -> Iterator[None]:
-    with record.selection.disabled():
-        record.sync()
+def _without_adapters(model_adapters: ModelAdapters) -> Iterator[None]:
+    with model_adapters.selection.disabled():
+        model_adapters.sync()
         yield
-    record.sync()
+    model_adapters.sync()

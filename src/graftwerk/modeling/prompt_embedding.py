@@ -1,4 +1,4 @@
-"""Prompts at the input embeddings of a stack: the stack reads n tokens more, and nobody outside notices.
+"""Prompts at the input embeddings of a stack: the stack reads n more tokens, and the outputs do not show it.
 
 A forward pre-hook turns token ids into embeddings, puts the virtual ones in front and makes mask, position ids and
 token types as long; a forward hook takes the virtual positions out of the result. So labels, logits, pooling by token
@@ -7,9 +7,9 @@ attends to those of its encoder, and a classifier that pools the first position 
 
 In decoder-only models the virtual tokens enter the cache with the first call; later calls only make mask and positions
 fit. They stand directly before a row's text, behind any padding at the left, so that distances are those of the row
-alone. Where rows differ in n, encoders fill up at the right end and decoders at the left.
+alone. If rows differ in n, encoders fill up at the right end and decoders at the left.
 
-A sliding window slides over virtual tokens as over others: what stands further back is seen through the layers between.
+A sliding window slides over virtual tokens as over others: tokens further back are seen through the layers between.
 
 Legend: B rows, T tokens of the text, n virtual tokens of the row with most, S = n + T, d input width.
 """
@@ -50,11 +50,11 @@ from graftwerk.modeling.virtual_positions import (
 _POOLS_FIRST = re.compile(r"For(SequenceClassification|MultipleChoice)$")
 
 
-# -- hooks ------------------------------------------------------------------------------------------------------------
+# -- hooks ----------------------------------------------------------------------------------------------------------
 
 
 class _Insert:
-    """Forward pre-hook of a stack; ``_Trim`` reads what it did last.
+    """Forward pre-hook of a stack: inserts the virtual tokens; ``_Trim`` reads the layout of the last call.
 
     Hooks are objects and not closures, so that a deep copy of the model has hooks that know the copy.
     """
@@ -65,12 +65,12 @@ class _Insert:
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.inserted = None
-        box = slots_of(stack)
-        if box is None:
+        slots = slots_of(stack)
+        if slots is None:
             return None
         inputs = inputs_of(stack, args, kwargs)
         size, tokens, device = size_of(inputs)
-        rows, repeats = users(box, PromptModule, size)
+        rows, repeats = users(slots, PromptModule, size)
         counts = lengths(rows)
         n = max(counts)
         if n == 0:
@@ -88,11 +88,11 @@ class _Insert:
             inputs["position_ids"] = own_positions(stack, inputs, past) + layout.counts
             inputs["attention_mask"] = None if mask is None else layout.mask(mask)
             return (), inputs
-        self._place(stack, inputs, layout, rows, repeats, mask)
+        self._insert(stack, inputs, layout, rows, repeats, mask)
         self.inserted = layout
         return (), inputs
 
-    def _place(
+    def _insert(
         self,
         stack: nn.Module,
         inputs: dict[str, Any],
@@ -125,7 +125,7 @@ class _Insert:
 
 
 class _Trim:
-    """Forward hook of a stack: the result as if there had been no virtual tokens."""
+    """Forward hook of a stack: removes the virtual positions from the result."""
 
     def __init__(self, insert: _Insert) -> None:
         self.insert = insert
@@ -151,7 +151,7 @@ class _Trim:
 
 
 class _WidenEncoderMask:
-    """Forward pre-hook of a decoder: it sees the encoder's virtual positions."""
+    """Forward pre-hook of a decoder: makes it see the encoder's virtual positions."""
 
     def __init__(self, encoder: nn.Module) -> None:
         self.encoder = encoder
@@ -177,8 +177,8 @@ class _WidenPooledMask:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = inputs_of(model, args, kwargs)
         size, tokens, device = size_of(inputs)
-        box, mask = slots_of(self.stack), inputs.get("attention_mask")
-        n = 0 if box is None else max(lengths(users(box, PromptModule, size)[0]))
+        slots, mask = slots_of(self.stack), inputs.get("attention_mask")
+        n = 0 if slots is None else max(lengths(users(slots, PromptModule, size)[0]))
         wide = _wide_mask(self.stack, mask, size, n + tokens, device)
         if wide is mask:
             return None
@@ -187,11 +187,11 @@ class _WidenPooledMask:
 
 
 def _wide_mask(encoder: nn.Module, mask: Tensor | None, size: int, length: int, device: torch.device) -> Tensor | None:
-    """A mask over S = ``length`` positions of an encoder, from one over T; the same object where nothing is to do."""
-    box = slots_of(encoder)
-    if box is None:
+    """Return a mask over S = ``length`` positions of an encoder from one over T; the same object if nothing changes."""
+    slots = slots_of(encoder)
+    if slots is None:
         return mask
-    rows, repeats = users(box, PromptModule, size)
+    rows, repeats = users(slots, PromptModule, size)
     counts = lengths(rows)
     n, even = max(counts), len(set(counts)) == 1
     if n == 0 or (mask is None and even) or (mask is not None and mask.shape[-1] != length - n):
@@ -202,7 +202,7 @@ def _wide_mask(encoder: nn.Module, mask: Tensor | None, size: int, length: int, 
 
 
 def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> Tensor:
-    """(B, n, d): each row's virtual tokens, first its own."""
+    """Return each row's virtual tokens, (B, n, d), first its own."""
     if len(rows) == 1:
         values = torch.cat([module.vectors() for module in rows[0]]).to(like.dtype)
         return values.expand(like.shape[0], -1, -1)
@@ -211,14 +211,20 @@ def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> T
 
 
 def _leads(mask: Tensor | None) -> Tensor | None:
-    """(B, 1): how many padding tokens stand in front of each row's text; None where no row has any."""
+    """Return the number of padding tokens in front of each row's text, (B, 1), or None if no row has any."""
     if mask is None or isinstance(mask, FakeTensor) or bool((mask[:, 0] != 0).all()):  # fake tensors have no values
         return None
     return (mask != 0).long().cumsum(dim=1).eq(0).sum(dim=1, keepdim=True)
 
 
 def _checked(inputs: dict[str, Any], cached: int, past: int, n: int, causal: bool) -> Tensor | None:
-    """The mask of a call, after everything about the call that would give wrong answers was refused."""
+    """Return the mask of a call, once the call is known to give right results.
+
+    Raises:
+        UnsupportedError: a static cache, a mask that is not (B, T), or several texts in one row.
+        ConflictError: the cache does not hold these virtual tokens.
+        ConfigError: the mask has another length than the text.
+    """
     cache, mask, positions = inputs.get("past_key_values"), inputs.get("attention_mask"), inputs.get("position_ids")
     text = past + size_of(inputs)[1]
     if getattr(cache, "is_compileable", False):
@@ -250,28 +256,31 @@ def _checked(inputs: dict[str, Any], cached: int, past: int, n: int, causal: boo
     return mask
 
 
-# -- the three verbs --------------------------------------------------------------------------------------------------
+# -- building, installing, removing ---------------------------------------------------------------------------------
 
 
-def modules(model: PreTrainedModel, method: Method, anatomy: Architecture) -> dict[str, nn.Module]:
-    """The module of a new prompt, by the path of the stack that reads the text (of the encoder, where there are two).
+def modules(model: PreTrainedModel, method: Method, architecture: Architecture) -> dict[str, nn.Module]:
+    """Build the module of a new prompt.
+
+    Returns:
+        By the path of the stack that reads the text (the encoder, if there are two).
 
     Raises:
         UnsupportedError: the architecture is not in the table.
     """
     assert isinstance(method, Prompt | PTuning)
-    stack = next((stack for stack in anatomy.stacks if stack.kind != "decoder"), None)
+    stack = next((stack for stack in architecture.stacks if stack.kind != "decoder"), None)
     if stack is None:
         raise UnsupportedError(
-            f"{method.title} does not know which part of `{anatomy.model_type}` reads the text",
+            f"{method.title} does not know which part of `{architecture.model_type}` reads the text",
             hint="use lora or bottleneck on this model",
         )
     embedding = model.get_submodule(stack.path).get_input_embeddings()
     return {stack.path: method.build_prompt(embedding, stack.width)}
 
 
-def install_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
-    """Make the reading stack, and whoever sees its length, look for prompts. Done twice, it changes nothing more."""
+def install_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
+    """Make the reading stack, and modules that see its length, look for prompts. A second call changes nothing."""
     stacks = read_architecture(model).stacks
     reader = next(stack for stack in stacks if stack.kind != "decoder")
     host = model.get_submodule(reader.path)
@@ -295,7 +304,7 @@ def _own_class(model: nn.Module) -> type[nn.Module]:
     return base
 
 
-def remove_hooks(model: PreTrainedModel, record: ModelAdapters) -> None:
-    """Take all hooks off."""
+def remove_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
+    """Remove all hooks of prompts."""
     for module in model.modules():
         drop_hooks(module, (_Insert, _Trim, _WidenEncoderMask, _WidenPooledMask))

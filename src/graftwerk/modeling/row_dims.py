@@ -1,7 +1,7 @@
-"""Which dimension of a layer's input holds the rows of a batch; without knowing, no adapter can differ by row.
+"""The dimension of a layer's input that holds the rows of a batch; without knowing it, no adapter can differ by row.
 
-Shapes alone do not say it: a sequence-first (T, B, d) with T a multiple of B looks like a batch, and adapters would
-meet each other's tokens without an error. So architectures are listed, each tried against its rows one by one.
+Shapes alone do not tell: a sequence-first (T, B, d) with T a multiple of B looks like a batch, and adapters would
+change each other's tokens without an error. So architectures are listed, each tested against its rows one by one.
 """
 
 from __future__ import annotations
@@ -52,21 +52,23 @@ def row_dim(model_type: str, path: str) -> int:
     return int(any(part in f"{path}." for part in _SEQUENCE_FIRST.get(model_type, ())))
 
 
-def check_rows(model: nn.Module, grafts: Iterable[AttachedAdapter]) -> None:
-    """Raise UnsupportedError unless these adapters can differ by row: it has to be known which dimension of each layer
-    that they work in holds the rows of a batch.
+def check_rows(model: nn.Module, adapters: Iterable[AttachedAdapter]) -> None:
+    """Check that these adapters can differ by row: the row dimension of each layer that they work in has to be known.
+
+    Raises:
+        UnsupportedError: they cannot; the message says why.
     """
     model_type = model.config.model_type  # type: ignore[union-attr]
     why = None
     if model_type not in _BATCH_FIRST and model_type not in _SEQUENCE_FIRST:
         why = _WHY_NOT.get(model_type, "which dimension of its layers holds the rows of a batch is not known")  # type: ignore[arg-type]
-    for graft in grafts:
-        for path in graft.heads:
+    for adapter in adapters:
+        for path in adapter.heads:
             if row_dim(model_type, path):  # type: ignore[arg-type]
                 why = f"`{path}`, which is trained whole, has the tokens in its first dimension"
-        for place in graft.targets:
-            if place.weight_only:
-                why = f"`{place.path}` is never called: its weight is read, and is the same for all rows"
+        for target in adapter.targets:
+            if target.weight_only:
+                why = f"`{target.path}` is never called: its weight is read, and is the same for all rows"
     if why is not None:
         raise UnsupportedError(
             f"adapters cannot differ by row on a model of type `{model_type}`: {why}",

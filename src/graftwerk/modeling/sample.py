@@ -1,4 +1,4 @@
-"""A model's answer to a small input of its own kind, to compare it before and after its weights change."""
+"""A model's outputs for a small input, to compare them before and after its weights change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from graftwerk.methods.base import module_device
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""By how much of the largest output rounding alone may change an answer; 1e-2 for the 16-bit types."""
+"""Bound on the change of outputs by rounding, relative to the largest; 1e-2 for the 16-bit types."""
 
 
 @torch.no_grad()
 def sample_answer(model: PreTrainedModel) -> Tensor | None:
-    """Return the logits (or the last hidden states) for four tokens or one image; None if the model takes neither."""
+    """Return logits (or last hidden states), (1, ...), for four tokens or one image; None if it takes neither."""
     inputs = _inputs(model)
     if inputs is None:
         return None
@@ -35,12 +35,12 @@ def sample_answer(model: PreTrainedModel) -> Tensor | None:
 
 
 def is_rounding(after: Tensor, before: Tensor) -> bool:
-    """Return whether two answers differ by no more than the rounding of the model's type explains."""
+    """Return True if two outputs, any shape, differ by no more than the rounding of the model's dtype explains."""
     return _share(after, before) <= _ROUNDING.get(before.dtype, 1e-2)
 
 
 def is_another_answer(after: Tensor, before: Tensor, base: Tensor) -> bool:
-    """Return whether two answers differ far beyond rounding, or as much as the adapter itself changes the base's."""
+    """Return True if outputs (any shape) differ far beyond rounding, or as much as the adapter changes the base's."""
     apart, effect = _share(after, before), _share(before, base)
     return apart > 100 * _ROUNDING.get(before.dtype, 1e-2) or apart > effect / 2
 

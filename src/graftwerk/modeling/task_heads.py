@@ -20,7 +20,7 @@ from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 
 
-def head_paths(model: nn.Module, method: Method, anatomy: Architecture) -> tuple[str, ...]:
+def head_paths(model: nn.Module, method: Method, architecture: Architecture) -> tuple[str, ...]:
     """Return the paths of the modules that an adapter of this method trains and stores whole.
 
     `modules_to_save` names modules by their endings, as target lists do. A module inside another saved one is part of
@@ -30,7 +30,7 @@ def head_paths(model: nn.Module, method: Method, anatomy: Architecture) -> tuple
         ConfigError: `modules_to_save` names a module that the model does not have, or one without parameters.
     """
     if method.modules_to_save == "auto":
-        return anatomy.heads
+        return architecture.heads
     modules = base_modules(model)
     paths = []
     for name in method.modules_to_save:
@@ -51,16 +51,25 @@ def head_paths(model: nn.Module, method: Method, anatomy: Architecture) -> tuple
     return tuple(path for path in dict.fromkeys(paths) if not within(path.rpartition(".")[0], paths))
 
 
-def open_places(method: Method, anatomy: Architecture, heads: Sequence[str]) -> list[TargetModule]:
-    """Return the places that a method works in: those it selects, without the modules that are saved whole.
+def open_targets(method: Method, architecture: Architecture, heads: Sequence[str]) -> list[TargetModule]:
+    """Return the targets of a method without those in modules that are saved whole.
 
-    As in PEFT, a saved module is never adapted as well: the copy answers in place of the base's layer.
+    As in PEFT, a saved module is never adapted as well: its copy computes in place of the base's layer.
+
+    Args:
+        method: A method that works inside layers.
+        architecture: The model's.
+        heads: Paths of the saved modules, from `head_paths`.
     """
-    return [place for place in method.select_targets(anatomy.targets) if not within(place.path, heads)]
+    return [target for target in method.select_targets(architecture.targets) if not within(target.path, heads)]
 
 
 def copy_head(module: nn.Module) -> nn.Module:
-    """Copy a module of the base as a trainable float32 module; no adapter on it, or inside it, is copied."""
+    """Return a trainable float32 copy of a module of the base, without adapters on it or inside it.
+
+    Args:
+        module: Any module of the base; its tensors may have any shape.
+    """
     copies: dict[int, Any] = {id(part._modules[CHILD]): None for part in module.modules() if CHILD in part._modules}
     with onloaded(module):
         # Tensors are cloned beforehand, since `deepcopy` makes fake ones those of another mode.
@@ -75,15 +84,20 @@ def copy_head(module: nn.Module) -> nn.Module:
 
 
 def _float_clone(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor (any shape), as float32 if it is of a floating-point dtype."""
     return tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor.clone()
 
 
 def check_vocabulary(model: PreTrainedModel, path: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise AdapterError if a saved embedding, of inputs or outputs, is of another vocabulary than the model's.
+    """Check that a saved embedding, of inputs or outputs, has as many rows as the model's.
 
     Args:
+        model: The model.
         path: The saved module.
-        tensors: Its stored tensors by their names inside it.
+        tensors: Its stored tensors by their names inside it; that of an embedding is (V, D), the others any shape.
+
+    Raises:
+        AdapterError: an embedding is of another vocabulary; the message says how to resize the model's.
     """
     module = base_modules(model)[path]
     for inner, part in module.named_modules():
@@ -99,17 +113,23 @@ def check_vocabulary(model: PreTrainedModel, path: str, tensors: Mapping[str, Te
             )
 
 
-def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:
+def fit_head(slots: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where: str, classes: int) -> int | None:
     """Make an adapter's copy of a linear head as wide as the stored one, so that each adapter keeps its own labels.
 
     Args:
-        tensors: The head's stored tensors by their names inside the head (`weight`, `out_proj.bias`, ...).
-        classes: How many classes the base's head tells apart: only a layer of so many outputs can have others.
+        slots: The slots of the head.
+        name: The adapter.
+        tensors: The head's stored tensors, any shape, by their names in the head (`weight`, `out_proj.bias`, ...).
+        where: Path of the head, for messages.
+        classes: Number of classes of the base's head: only a layer with this many outputs can have others.
 
     Returns:
-        How many classes the stored head tells apart, or None if this module does not tell.
+        Number of classes of the stored head, or None if this module does not tell.
+
+    Raises:
+        AdapterError: the stored head reads another width.
     """
-    head = box.get(name)
+    head = slots.get(name)
     assert head is not None
     found = None
     for path, module in list(head.named_modules()):
@@ -131,5 +151,5 @@ def fit_head(box: AdapterSlots, name: str, tensors: Mapping[str, Tensor], where:
             parent, _, child = path.rpartition(".")
             setattr(head.get_submodule(parent), child, wider)
         else:
-            box.put(name, wider)
+            slots.put(name, wider)
     return found

@@ -1,6 +1,6 @@
-"""Virtual tokens in a batch: which modules each row uses, and what a stack does about positions.
+"""Virtual tokens in a batch: the modules that each row uses, and the positions of a stack.
 
-Shared by prefixes (`attention.py`) and prompts (`embedding.py`).
+Shared by prefixes (`prefix_attention.py`) and prompts (`prompt_embedding.py`).
 Legend: B rows of the batch, T tokens of the text, n virtual tokens.
 """
 
@@ -23,28 +23,33 @@ from graftwerk.modeling.architectures import is_causal
 Virtual = TypeVar("Virtual", bound=nn.Module)
 
 
-def users(box: AdapterSlots, kind: type[Virtual], size: int) -> tuple[list[list[Virtual]], int]:
-    """The active modules of one kind at a host for each named row, and how many rows of the batch each stands for.
+def users(slots: AdapterSlots, kind: type[Virtual], size: int) -> tuple[list[list[Virtual]], int]:
+    """Return the active modules of one kind at a host for each named row, and the number of batch rows of each.
 
-    Where all rows use the same adapters there is one named row, which stands for the whole batch of ``size``.
+    If all rows use the same adapters there is one named row, which stands for the whole batch of ``size``.
     """
-    selection = box.selection
+    selection = slots.selection
     if selection.rows is None:
-        return [[module for module in box.active() if isinstance(module, kind)]], size
+        return [[module for module in slots.active() if isinstance(module, kind)]], size
     repeats = selection.repeats(size)
-    return [[module] if isinstance(module := box.get(name), kind) else [] for name in selection.rows], repeats
+    return [[module] if isinstance(module := slots.get(name), kind) else [] for name in selection.rows], repeats
 
 
 def lengths(rows: Sequence[Sequence[Any]]) -> list[int]:
-    """n of each named row."""
+    """Return n of each named row."""
     return [sum(module.n for module in row) for row in rows]
 
 
 def gathered(rows: Sequence[Sequence[Virtual]], repeats: int, device: torch.device) -> tuple[list[Virtual], Tensor]:
-    """How to lay out the vectors of rows that differ, in one lookup.
+    """Lay out the vectors of rows that differ, for one lookup.
+
+    Args:
+        rows: The modules of each named row.
+        repeats: Batch rows of each named row.
+        device: Device of the indices.
 
     Returns:
-        The distinct modules, and (B, n) indices into their vectors one after the other. Where a row has less than the
+        The distinct modules, and (B, n) indices into their vectors one after the other. If a row has less than the
         most n, its last columns point at some vector that is not its own; a mask has to hide them.
     """
     distinct = list(dict.fromkeys(module for row in rows for module in row))
@@ -56,20 +61,20 @@ def gathered(rows: Sequence[Sequence[Virtual]], repeats: int, device: torch.devi
 
 
 def per_row(values: Sequence[int], repeats: int, device: torch.device) -> Tensor:
-    """(B, 1) from one value for each named row."""
+    """Return (B, 1) from one value for each named row."""
     return torch.tensor(values, device=device).repeat_interleave(repeats).unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class VirtualLayout:
-    """The place of each row's virtual tokens among its real ones; S = n + T.
+    """The positions of each row's virtual tokens among its real ones; S = n + T.
 
     Attributes:
         n: Virtual tokens of the row that has most.
         counts: (B, 1), virtual tokens of each row.
-        leads: (B, 1), padding in front of each row's text; None where there is none.
-        causal: Whether rows end, and not begin, at the same place.
-        even: Whether all rows have n virtual tokens.
+        leads: (B, 1), padding in front of each row's text, or None if there is none.
+        causal: True if rows end, and not begin, at the same position.
+        even: True if all rows have n virtual tokens.
     """
 
     n: int
@@ -79,7 +84,7 @@ class VirtualLayout:
     even: bool
 
     def merge(self, virtual: Tensor, real: Tensor) -> Tensor:
-        """(B, n, ...) and (B, T, ...) -> (B, S, ...), zeros where a row has neither."""
+        """Merge virtual (B, n, ...) and real (B, T, ...) to (B, S, ...), zeros where a row has neither."""
         if self.even and self.leads is None:
             return torch.cat((virtual, real), dim=1)
         nothing = torch.zeros_like(real[:, :1])
@@ -88,25 +93,25 @@ class VirtualLayout:
         return torch.cat((virtual, real, nothing), dim=1).gather(1, index)
 
     def _index(self, tokens: int, device: torch.device) -> Tensor:
-        """(B, S): for each position of the result, where in [virtual; real; nothing] its value is."""
-        place = torch.arange(self.n + tokens, device=device)[None]
+        """Return for each position of the result its index in [virtual; real; nothing], (B, S)."""
+        position = torch.arange(self.n + tokens, device=device)[None]
         if self.causal:
             leads = 0 if self.leads is None else self.leads
-            which, token = place - (leads + self.n - self.counts), place - self.n
+            which, token = position - (leads + self.n - self.counts), position - self.n
             is_real = token >= leads
         else:
-            which, token = place, place - self.counts
+            which, token = position, position - self.counts
             is_real = (token >= 0) & (token < tokens)
         is_virtual = (which >= 0) & (which < self.counts)
         nothing = torch.full_like(which.expand(len(self.counts), -1), self.n + tokens)
         return torch.where(is_virtual, which, torch.where(is_real, self.n + token, nothing))
 
     def mask(self, real: Tensor) -> Tensor:
-        """(B, T) -> (B, S); virtual tokens are seen."""
+        """Widen a mask (B, T) to (B, S); virtual tokens are seen."""
         return self.merge(real.new_ones(real.shape[0], self.n), real)
 
     def text_of(self, states: Tensor) -> Tensor:
-        """(B, S, ...) -> (B, T, ...): the states at the text's positions."""
+        """Return the states (B, T, ...) at the text's positions of (B, S, ...)."""
         if self.causal or self.even:
             return states[:, self.n :]
         tokens = states.shape[1] - self.n
@@ -120,22 +125,27 @@ def _parameters(forward: Any) -> tuple[str, ...]:
 
 
 def inputs_of(stack: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name, however they were passed."""
+    """Return a call's arguments by name, however they were passed."""
     return {**dict(zip(_parameters(type(stack).forward), args, strict=False)), **kwargs}
 
 
 def accepts(stack: nn.Module, name: str) -> bool:
+    """Return True if the forward of a stack has a parameter of this name."""
     return name in _parameters(type(stack).forward)
 
 
 def cached_tokens(inputs: Mapping[str, Any]) -> int:
-    """Positions that the cache of a call holds already; 0 without a cache."""
+    """Return the number of positions in the cache of a call; 0 without a cache."""
     past = inputs.get("past_key_values")
     return 0 if past is None else int(past.get_seq_length())
 
 
 def size_of(inputs: Mapping[str, Any]) -> tuple[int, int, torch.device]:
-    """(B, T, device) of a call."""
+    """Return B, T and device of a call.
+
+    Raises:
+        ModelError: it has neither ids nor embeddings.
+    """
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     tensor = ids if ids is not None else embeds
     if tensor is None:
@@ -144,10 +154,15 @@ def size_of(inputs: Mapping[str, Any]) -> tuple[int, int, torch.device]:
 
 
 def own_positions(stack: nn.Module, inputs: Mapping[str, Any], past: int) -> Tensor:
-    """The position ids (B or 1, T) that the stack would use if nobody changed the call.
+    """Return the position ids that the stack would use if nobody changed the call.
 
     Args:
-        past: Tokens of the text, virtual ones not counted, that the cache holds.
+        stack: The stack.
+        inputs: The arguments of its call.
+        past: Tokens of the text, virtual ones not counted, in the cache.
+
+    Returns:
+        (B, T), or (1, T) if all rows have the same.
     """
     if (given := inputs.get("position_ids")) is not None:
         return torch.as_tensor(given)
@@ -166,35 +181,35 @@ def own_positions(stack: nn.Module, inputs: Mapping[str, Any], past: int) -> Ten
 
 
 def numbers_from_ids(stack: nn.Module) -> bool:
-    """RoBERTa and its kin number tokens from the padding id on, and leave padding out."""
+    """Return True for RoBERTa and its relatives, which count positions from the padding id on and leave padding out."""
     return hasattr(getattr(stack, "embeddings", None), "create_position_ids_from_input_ids")
 
 
 def _counts_by_mask(stack: nn.Module) -> bool:
-    """OPT counts positions by the mask, so that padding at the left has none."""
+    """Return True for OPT, which counts positions by the mask, so that padding at the left has none."""
     return type(getattr(stack, "embed_positions", None)).__name__ == "OPTLearnedPositionalEmbedding"
 
 
 def first_position(stack: nn.Module) -> int:
-    """The position id of a row's first token."""
+    """Return the position id of a row's first token."""
     embeddings: Any = stack.embeddings if numbers_from_ids(stack) else None
     return 0 if embeddings is None else int(embeddings.padding_idx) + 1
 
 
 def positions_taken(model: Any) -> int:
-    """Return how many of the model's positions the virtual tokens of its active adapters take before the text."""
-    record = ModelAdapters.of(model)
-    if record is None:
+    """Return the number of positions taken by the virtual tokens of the active adapters before the text."""
+    model_adapters = ModelAdapters.of(model)
+    if model_adapters is None:
         return 0
     causal = is_causal(model.config)
-    return sum(record.adapters[name].method.positions(causal) for name in record.selection.used())
+    return sum(model_adapters.adapters[name].method.positions(causal) for name in model_adapters.selection.used())
 
 
 def check_positions(stack: nn.Module, virtual: int, text: int) -> None:
-    """Refuse rows that are longer, virtual tokens included, than a model with a table of positions can number.
+    """Check that rows, virtual tokens included, fit into the positions of a model with a position table.
 
     Raises:
-        ModelError: with the number of tokens that do fit.
+        ModelError: they do not; the message gives the number of tokens that do.
     """
     table = getattr(getattr(stack, "embeddings", None), "position_embeddings", None)
     if table is None:

@@ -87,23 +87,36 @@ _WRITERS = {
 def save_adapter(
     graft: Adapter, folder: Path | str, *, metadata: Mapping[str, Any] | None = None, card: str | None = None
 ) -> Path:
-    """Write a graft's folder, whole or not at all.
+    """Write an adapter's folder, whole or not at all.
 
-    An adapter that is there already is replaced; other files beside it are kept.
+    An adapter that is there already is replaced; other files beside it stay.
 
     Args:
-        graft: What to store; it stays as it is.
-        folder: Where to. Must be new, empty, or an adapter folder.
+        graft: The adapter; it stays as it is.
+        folder: The folder. Must be new, empty, or an adapter folder.
         metadata: Facts for `graftwerk.json` and the card: ``model`` (the base's name), ``labels``, ``task``, ``data``,
             ``metrics``, ``cost``, ``command``, ``versions``, ``license``, and whatever else JSON can hold.
             ``base_fingerprint`` saves computing it, and is needed after `Full(keep_base=False)`.
         card: The text of `README.md`; by default one is made from the metadata.
 
+    Returns:
+        The folder.
+
     Raises:
         DivergedError: a tensor holds NaN or infinity; such an adapter is never written.
         ConflictError: the folder has other content and no adapter; or the adapter itself was offloaded.
-        EnvironmentFault: no space, no permission; what was there is untouched.
+        ResourceError: no space, no permission; earlier content is untouched.
         ConfigError: metadata that JSON cannot hold.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, attach, save
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> folder = save(attach(model, LoRA(r=2), "news"), mkdtemp())
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'graftwerk.json']
     """
     target = Path(os.path.realpath(folder))
     _check_finite(graft)
@@ -155,25 +168,39 @@ def load_adapter(
     trainable: bool = False,
     filled: Collection[str] = (),
 ) -> Adapter:
-    """Put a stored adapter, ours or PEFT's, on a model, and make it the active one.
+    """Load a stored adapter, ours or PEFT's, onto a model, and make it the active one.
+
+    The model is as before whenever this raises. Torch's random state is not touched.
 
     Args:
-        model: Must have the base weights that the adapter was trained on, and a head where the adapter has one.
+        model: Must have the base weights that the adapter was trained on, and a head if the adapter has one.
         folder: The adapter's folder.
-        name: What to call it; by default what it was called, or ``default``.
-        force: Accept a base with other weights than those it was trained on (the shapes must still fit), and one whose
-            weights were drawn at random in part.
-        trainable: Let its parameters train on; else they are frozen.
+        name: Its name on the model; by default its stored name, or ``default``.
+        force: True to accept a base with other weights than those it was trained on (the shapes must still fit), and
+            one whose weights were drawn at random in part.
+        trainable: True to train its parameters further; else they are frozen.
         filled: Weights that the checkpoint lacks and that `models.load` fills with the same values every time: runs of
             earlier versions were trained on top of these and do not store them.
+
+    Returns:
+        The handle of the adapter.
 
     Raises:
         AdapterError: tensors are missing, extra or mis-shaped; the base is another one (named); or a part of it that
             the adapter needs and does not store was drawn at random.
         IntegrityError: a file is damaged, hostile or was changed.
-        ConfigError, UnsupportedError, EnvironmentFault: as `read_adapter_config`; the name is taken: ConflictError.
+        ConflictError: the name is taken.
+        ConfigError, UnsupportedError, ResourceError: as `read_adapter_config`.
 
-    The model is as before whenever this raises. Torch's random state is not touched.
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, attach, detach, load, save
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> folder = save(attach(model, LoRA(r=2), "news"), mkdtemp())
+        >>> load(detach(model), folder)
+        <Adapter news: LoRA on BertForSequenceClassification>
     """
     with uncollected(), frozen_index(model):
         info, found = read_steadily(folder, lambda: _read(model, folder, force, filled))
@@ -192,7 +219,7 @@ def load_adapter(
 def _read(
     model: PreTrainedModel, folder: Path | str, force: bool, filled: Collection[str]
 ) -> tuple[AdapterInfo, Restored]:
-    """What a folder says and holds, checked against the model, which stays as it is."""
+    """Read the settings and tensors of a folder and check them against the model, which stays as it is."""
     info = read_adapter_config(folder)
     if info.own:
         check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read

@@ -39,6 +39,23 @@ if TYPE_CHECKING:
 def read_lora(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
+    """Read a LoRA, DoRA included.
+
+    Args:
+        model: The model that it is for.
+        view: Its architecture.
+        config: The adapter's configuration in PEFT's terms.
+        tensors: The adapter's tensors by PEFT's keys: ``lora_A.weight`` (r, in), ``lora_B.weight`` (out, r), saved
+            modules and weights of the base of any shape.
+
+    Returns:
+        Settings and tensors. They are those of a probe if every layer becomes a saved module.
+
+    Raises:
+        AdapterError: a tensor is missing, is not known here, has another shape than the settings say, or belongs to
+            another vocabulary.
+        UnsupportedError: the adapter changes an embedding, or another weight of the base that cannot be replaced.
+    """
     _refuse_embeddings(model, tensors)
     tensors, replaced = split_base_layers(model, tensors, PREFIX)
     layers, rest = by_layer(tensors, LORA_PARTS)
@@ -97,6 +114,21 @@ def read_lora(
 def read_ia3(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
+    """Read an IA3.
+
+    Args:
+        model: The model that it is for.
+        view: Its architecture.
+        config: The adapter's configuration in PEFT's terms.
+        tensors: The adapter's tensors by PEFT's keys: ``ia3_l`` (1, in) or (out, 1), saved modules of any shape.
+
+    Returns:
+        Settings and tensors.
+
+    Raises:
+        AdapterError: a tensor is missing, is not known here, has another shape, or belongs to another vocabulary.
+        UnsupportedError: the folder replaces a weight of the base.
+    """
     layers, rest = by_layer(refuse_resized(model, tensors), ("ia3_l",))
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
     check_layers(model, view, config, layers, heads)
@@ -133,6 +165,18 @@ def refuse_resized(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> Map
 
 
 def read_own(method: Method, tensors: Mapping[str, Tensor]) -> Restored:
+    """Read a method that PEFT does not have.
+
+    Args:
+        method: Its settings.
+        tensors: The adapter's tensors by stored keys, any shape.
+
+    Returns:
+        Settings and tensors.
+
+    Raises:
+        AdapterError: a key has another prefix.
+    """
     foreign = [key for key in tensors if not key.startswith(PREFIX)]
     if foreign:
         raise AdapterError(listed("not known here", foreign))
@@ -147,10 +191,21 @@ def read_heads(
     *,
     adapted: Collection[str] = (),
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Saved heads: their paths in the model, and their tensors by raw keys.
+    """Read the saved modules.
+
+    Args:
+        model: The model that they are for.
+        config: The adapter's configuration in PEFT's terms.
+        tensors: All tensors but those of adapted layers by PEFT's keys, any shape.
+        prefix: Prefix of the keys.
+        adapted: Paths of the adapted layers.
+
+    Returns:
+        Paths in the model, and tensors by raw keys.
 
     Raises:
-        AdapterError: a tensor that belongs to no saved module of this model, or a saved module without tensors.
+        AdapterError: a tensor that belongs to no saved module of this model, a saved module without tensors, or an
+            embedding of another vocabulary.
     """
     names: Sequence[str] = config.get("modules_to_save") or ()
     modules = base_modules(model)

@@ -19,7 +19,7 @@ from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules, base_parameters
 from graftwerk.modeling.prefix_attention import stacks_of
-from graftwerk.modeling.task_heads import head_paths, open_places
+from graftwerk.modeling.task_heads import head_paths, open_targets
 from graftwerk.serialization.info import TRAINING_FILE, AdapterInfo
 from graftwerk.serialization.peft_format import PREFIX, Restored
 from graftwerk.serialization.peft_linear import LAYOUTS, read_linear
@@ -156,7 +156,7 @@ def check_size(model: PreTrainedModel, restored: Restored, view: Architecture) -
     elif isinstance(method, Prompt | PTuning):
         expected = method.num_vector_parameters(view.stacks[0].width) if view.stacks else 0
     elif method.kind == "layer":
-        expected = method.num_parameters(open_places(method, view, heads))
+        expected = method.num_parameters(open_targets(method, view, heads))
     else:
         return  # full: the model itself says how large it is
     if expected != found:
