@@ -17,7 +17,8 @@ import torch
 
 from graftwerk.errors import DivergedError, IntegrityError, ResourceError
 from graftwerk.training import checkpoint
-from graftwerk.training.checkpoint import FILES, Checkpoints, Snapshot
+from graftwerk.training.checkpoint import Checkpoints, Snapshot
+from graftwerk.training.run_dir import FILES
 from tests.training.children import Child
 
 

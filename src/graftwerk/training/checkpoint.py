@@ -34,16 +34,10 @@ from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
 from graftwerk.serialization.atomic import recover, write_file, write_folder
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_json, read_tensors, understood
+from graftwerk.training.run_dir import BEST, FILES, LATEST, OPTIMIZER, RNG, STATE, WEIGHTS
 from graftwerk.training.tensorfile import write_tensors
 
 FORMAT = 1
-WEIGHTS, OPTIMIZER, RNG, STATE, FILES = (
-    "adapter.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "state.json",
-    "files.json",
-)
 OPTIMIZER_SCALE = 8
 """Times as large as that of other files its header may be: it has three tensors for each that is trained."""
 _NAME = re.compile(r"step-(\d{6,})")
@@ -129,12 +123,12 @@ class Checkpoints:
         A part of saving, and of going on: a writer killed between the two leaves an old checkpoint that no later save
         may come to delete.
         """
-        write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n")
+        write_file(self.folder / LATEST, f"{self.path(snapshot.step).name}\n")
         best = snapshot.state.get("best")
         with understood(self.path(snapshot.step) / STATE):
             target = None if best is None else self.path(best["step"])
         if target is not None and target.is_dir():
-            write_file(self.folder / "best", f"{target.name}\n")
+            write_file(self.folder / BEST, f"{target.name}\n")
         self._rotate(snapshot.step)
 
     def load(self, step: int) -> Snapshot:

@@ -20,8 +20,9 @@ from types import TracebackType
 
 from graftwerk.errors import ConflictError, GraftwerkError, ResourceError
 from graftwerk.serialization.atomic import FAULTS
+from graftwerk.training.process_info import is_running, start_ticks
+from graftwerk.training.run_dir import LOCK
 
-LOCK_FILE = ".lock"
 _WRITING_SECONDS = 1.0
 """How long a lock file may stay empty while its new holder writes its name."""
 
@@ -44,7 +45,7 @@ class Holder:
     def me(cls) -> Holder:
         return cls(
             pid=os.getpid(),
-            started=process_start(os.getpid()),
+            started=start_ticks(os.getpid()),
             boot=_first_line("/proc/sys/kernel/random/boot_id"),
             namespace=_link("/proc/self/ns/pid"),
             host=socket.gethostname(),
@@ -60,8 +61,8 @@ class Holder:
         if self.namespace != me.namespace:
             return None
         if self.started is None:
-            return _signalable(self.pid)
-        return process_start(self.pid) == self.started
+            return is_running(self.pid)
+        return start_ticks(self.pid) == self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -76,7 +77,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_FILE
+        self.path = folder / LOCK
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -153,16 +154,6 @@ class RunLock:
         return True
 
 
-def process_start(pid: int) -> int | None:
-    """Clock ticks after boot at which a process started; None if there is no such process, or no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
 def _held(path: Path, holder: Holder | None) -> ConflictError:
     return ConflictError(
         f"{path.parent} is in use by {holder or 'another process'}",
@@ -226,16 +217,6 @@ def _read(descriptor: int) -> Holder | None:
         and all(isinstance(text, str) and (not text or text.isprintable()) for text in texts)
     )
     return holder if named else None
-
-
-def _signalable(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _first_line(path: str) -> str:

@@ -152,7 +152,7 @@ def _worth(settings: RunConfig, rows: int) -> int:
 
 def _begun_with(checkpoints: Checkpoints) -> int | None:
     from graftwerk.serialization.untrusted_files import read_json
-    from graftwerk.training.checkpoint import STATE
+    from graftwerk.training.run_dir import STATE
 
     for step in reversed(checkpoints.steps()):
         with suppress(GraftwerkError, OSError, KeyError, TypeError, ValueError):

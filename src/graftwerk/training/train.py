@@ -20,11 +20,11 @@ from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import understood
 from graftwerk.training.callbacks.jsonl import JsonLines
 from graftwerk.training.callbacks.tensorboard import TensorBoard
-from graftwerk.training.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
+from graftwerk.training.checkpoint import OPTIMIZER_SCALE, Checkpoints, Snapshot
 from graftwerk.training.events import Event, EventBus, Listener, to_logging
 from graftwerk.training.lock import RunLock
 from graftwerk.training.resume_check import environment_warning, refuse_changes
-from graftwerk.training.run_dir import CONFIG, MANIFEST, Run, RunDir
+from graftwerk.training.run_dir import CONFIG, MANIFEST, OPTIMIZER, STATE, WEIGHTS, Run, RunDir
 from graftwerk.training.signals import StopSignals
 
 __all__ = ["Run", "train"]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graftwerk.errors import AdapterError, ConfigError
 from graftwerk.modeling.attach import Adapter
-from graftwerk.training.checkpoint import WEIGHTS, Checkpoints
-from graftwerk.training.run_dir import ADAPTER, CHECKPOINTS, read_manifest
+from graftwerk.training.checkpoint import Checkpoints
+from graftwerk.training.run_dir import ADAPTER, CHECKPOINTS, WEIGHTS, read_manifest
 
 KEY = "training.warm_start"
 

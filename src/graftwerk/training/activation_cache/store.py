@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftwerk.training.process_info import is_running
+
 MAGIC = b"graftwerk trunk 1\n"
 ALIGN = 4096
 ENDING = ".trunk"
@@ -166,18 +168,8 @@ def _drop_abandoned(folder: Path) -> None:
     """What processes left that were killed while they wrote."""
     for path in folder.glob(f".*{ENDING}.*.*"):
         process = path.name.split(ENDING + ".")[-1].split(".")[0]
-        if process.isdecimal() and not _alive(int(process)):
+        if process.isdecimal() and not is_running(int(process)):
             path.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def chunks(lengths: Sequence[int], most_rows: int, most_tokens: int) -> Iterator[range]:
