@@ -428,7 +428,7 @@ def test_a_damaged_file_is_noticed_and_made_again(damage: str, run_file: Build, 
         broken.clear()
     file.write_bytes(broken)
     events = events_of(run_file(tmp_path / "b", method=TOP, trunk_cache_dir=str(folder)))
-    assert any("made again" in event.figures["text"] for event in events if event.kind == "warning")
+    assert any("computed again" in event.figures["text"] for event in events if event.kind == "warning")
     assert told(events).figures["reused"] is False
     assert file.read_bytes() == whole
 

@@ -423,7 +423,7 @@ def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
     monkeypatch.setenv(how_many.ENVIRONMENT, "5")
     assert how_many.resolve_num_processes(config, none, False) == 5
     monkeypatch.setenv(how_many.ENVIRONMENT, "many")
-    with pytest.raises(ConfigError, match="no number of processes"):
+    with pytest.raises(ConfigError, match="not a number of processes"):
         how_many.resolve_num_processes(config, none, False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -443,7 +443,7 @@ def test_more_than_can_be_had_is_refused(
     none = Checkpoints(tmp_path / "none")
     two = settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16, processes=2)
     torch.ones(300, 300) @ torch.ones(300, 300)  # now threads have been at work
-    with pytest.raises(UnsupportedError, match="2 processes cannot be begun here") as caught:
+    with pytest.raises(UnsupportedError, match="2 processes cannot be started here") as caught:
         how_many.resolve_num_processes(two, none, False)
     assert caught.value.hint is not None
     monkeypatch.setattr(how_many, "_against", lambda: None)

@@ -24,7 +24,7 @@ from graftwerk.training.process_info import is_running, start_ticks
 from graftwerk.training.run_dir import LOCK
 
 _WRITING_SECONDS = 1.0
-"""How long a lock file may stay empty while its new holder writes its name."""
+"""Longest time that a lock file may stay empty while its new holder writes its name."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Holder:
     """A process, named so that no other will ever have the same name.
 
     Attributes:
-        started: Clock ticks after boot at which the process started (field 22 of /proc/<pid>/stat); None elsewhere.
+        pid: Process id.
+        started: Clock ticks after boot at which the process started, or None on systems without /proc.
+        boot: Boot id of the machine.
+        namespace: Namespace of process ids.
+        host: Name of the machine.
     """
 
     pid: int
@@ -43,6 +47,7 @@ class Holder:
 
     @classmethod
     def me(cls) -> Holder:
+        """Return the holder that names this process."""
         return cls(
             pid=os.getpid(),
             started=start_ticks(os.getpid()),
@@ -52,7 +57,7 @@ class Holder:
         )
 
     def alive(self) -> bool | None:
-        """Whether that process runs; None when it cannot be seen from here (another machine, another container)."""
+        """Return whether that process runs, or None if it cannot be seen from here (another machine or container)."""
         me = Holder.me()
         if self.boot != me.boot:
             return False if self.host == me.host and self.boot and me.boot else None
@@ -69,11 +74,14 @@ class Holder:
 
 
 class RunLock:
-    """Held from `acquire` to `release`; usable as a context manager.
+    """Lock a run folder from `acquire` to `release`; usable as a context manager.
 
-    Raises (on entering):
-        ConflictError: another process holds it; the message names it.
-        EnvironmentFault: the folder cannot be written.
+    Args:
+        folder: The run folder, made if it does not exist.
+
+    Raises:
+        ConflictError: On entering: another process holds the lock; the message names it.
+        ResourceError: On entering: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,6 +90,12 @@ class RunLock:
         self._made: list[Path] = []
 
     def acquire(self) -> RunLock:
+        """Take the lock.
+
+        Raises:
+            ConflictError: Another process holds it.
+            ResourceError: The folder cannot be written.
+        """
         patience = time.monotonic() + _WRITING_SECONDS
         while self._descriptor is None:
             descriptor = self._open()
@@ -97,6 +111,7 @@ class RunLock:
         return self
 
     def release(self) -> None:
+        """Give the lock back, and remove its file."""
         if self._descriptor is None:
             return
         self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it is gone
@@ -105,7 +120,7 @@ class RunLock:
         self._leave_no_folder()
 
     def _open(self) -> int:
-        """The lock file's descriptor. The folders that have to be made for it are remembered."""
+        """Open the lock file, and remember the folders that had to be made for it."""
         self._made += [folder for folder in self.path.parents if folder not in self._made and not folder.exists()]
         try:
             return _open(self.path)
@@ -114,7 +129,7 @@ class RunLock:
             raise
 
     def _leave_no_folder(self) -> None:
-        """What was made for the lock alone, and is still empty, goes with it: nothing has come of this run."""
+        """Remove folders that were made for the lock alone and are still empty: nothing has come of this run."""
         for folder in self._made:  # the innermost first
             try:
                 folder.rmdir()
@@ -131,7 +146,7 @@ class RunLock:
         self.release()
 
     def _take(self, descriptor: int, *, give_up: bool) -> bool:
-        """One attempt: True if it is ours now, False to try again."""
+        """Try once to take the lock; return False to try again."""
         locked = _flock(descriptor)
         if not _same_file(descriptor, self.path):
             return False
@@ -182,7 +197,7 @@ def _open(path: Path, tries: int = 20) -> int:
 
 
 def _flock(descriptor: int) -> bool | None:
-    """True: locked now. False: somebody has it. None: this file system has no locks."""
+    """Return True if the file is locked now, False if another process has it, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,8 +217,9 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who is named in the file; None for an empty or half-written one, whose writer died writing it, and for what no
-    lock of ours says.
+    """Return the holder that the file names.
+
+    None stands for an empty or half-written file, whose writer died writing it, and for anything that no lock says.
     """
     try:
         holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))

@@ -67,7 +67,7 @@ def opening(
 
 
 def _packages(prepared: Prepared) -> list[str]:
-    """What computed the run; with the package of a tokenizer written in Python, and those of the metrics."""
+    """Return the packages that computed the run, those of a slow tokenizer and of the metrics included."""
     from graftwerk.evaluation.metrics import packages_of
 
     tokenizer = [] if prepared.tokenizer.is_fast else ["sentencepiece"]
@@ -75,7 +75,11 @@ def _packages(prepared: Prepared) -> list[str]:
 
 
 def rows_of(prepared: Prepared) -> dict[str, int]:
-    """Rows of each split; those that were made are counted apart from the real ones."""
+    """Return the rows of each split; augmented rows are counted apart from the real ones.
+
+    Args:
+        prepared: Rows of the run.
+    """
     rows = {name: len(prepared.examples[name]) for name in SPLITS}
     if prepared.augmented is not None:
         rows["train"] -= prepared.augmented["rows"]
@@ -84,13 +88,21 @@ def rows_of(prepared: Prepared) -> dict[str, int]:
 
 
 def data_identity(prepared: Prepared) -> str:
-    """What a run that is gone on with must still be trained on: the real rows, and those that were made of them."""
+    """Return the fingerprint of the rows that a resumed run must be trained on, augmented ones included.
+
+    Args:
+        prepared: Rows of the run.
+    """
     real = prepared.splits.fingerprint
     return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
 
 
 def run_plan(trainer: Trainer) -> dict[str, Any]:
-    """Return what a training will do, for its `start` event."""
+    """Return the plan of a training, for its `start` event.
+
+    Args:
+        trainer: The trainer.
+    """
     rates = peak_rates(trainer.adapter, trainer.settings)
     return {
         "total_steps": trainer.total_steps,
@@ -108,7 +120,11 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
 
 
 def compute_of(trainer: Trainer) -> dict[str, Any]:
-    """Return in what and in which batches a run computes its answers, which `evaluate` then does too."""
+    """Return the types and batch sizes of a run's predictions, which `evaluate` uses as well.
+
+    Args:
+        trainer: The trainer.
+    """
     import torch
 
     return {
@@ -121,7 +137,7 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What the last bits of sums depend on beside the settings."""
+    """Return the facts that the last bits of sums depend on beside the settings."""
     import torch
 
     return {"torch": torch.__version__, "threads": torch.get_num_threads()}

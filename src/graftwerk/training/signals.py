@@ -16,10 +16,10 @@ SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """What was asked for, and what to do about it.
+    """Stop signals that have come, and what happens then.
 
     Outside `deferring` (rows are read, the model is loaded: nothing to save) a signal raises `RunInterrupted` where it
-    hits. Inside, the first one only sets ``signum``; the loop looks at it between steps, saves, and raises
+    hits. Inside, the first one only sets ``signum``; the loop reads it between steps, saves, and raises
     `RunInterrupted` itself. A second one raises at once: files are written whole or not at all, so the last good state
     stays.
 
@@ -34,7 +34,7 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handlers in place, the previous ones put back afterwards; outside the main thread nothing is installed."""
+        """Return a context with the handlers installed; outside the main thread nothing is installed."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -49,7 +49,7 @@ class StopSignals:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """From here on the caller looks at ``signum`` itself, at points where it can save."""
+        """Return a context in which the caller reads ``signum`` itself, at points where it can save."""
         self._deferring = True
         try:
             yield
@@ -67,7 +67,7 @@ class StopSignals:
 
 
 def _say(text: str) -> None:
-    """Straight to the descriptor: buffered streams must not be entered again from a signal handler."""
+    """Write to the descriptor: buffered streams must not be entered again from a signal handler."""
     try:
         os.write(2, text.encode())
     except OSError:
