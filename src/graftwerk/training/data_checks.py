@@ -115,18 +115,18 @@ def raise_on_severe(findings: Sequence[Mapping[str, Any]], allow: Sequence[str])
     Raises:
         DataError: The message names each severe issue that is not allowed, or cannot be.
     """
-    grave = [
+    severe = [
         found
         for found in findings
         if found.get("fatal") or (found["grave"] and found["code"] not in allow and ALL not in allow)
     ]
-    if not grave:
+    if not severe:
         return
-    hints = [str(found["hint"]) for found in grave if found["hint"]]
-    codes = ", ".join(dict.fromkeys(str(found["code"]) for found in grave if not found.get("fatal")))
+    hints = [str(found["hint"]) for found in severe if found["hint"]]
+    codes = ", ".join(dict.fromkeys(str(found["code"]) for found in severe if not found.get("fatal")))
     raise DataError(
-        "; ".join(str(found["message"]) for found in grave),
-        where="; ".join(str(found["example"]) for found in grave if found["example"]) or None,
+        "; ".join(str(found["message"]) for found in severe),
+        where="; ".join(str(found["example"]) for found in severe if found["example"]) or None,
         hint="; ".join(
             [
                 *dict.fromkeys(hints),

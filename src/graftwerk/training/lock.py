@@ -114,7 +114,7 @@ class RunLock:
         """Give the lock back, and remove its file."""
         if self._descriptor is None:
             return
-        self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it is gone
+        self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it was removed
         os.close(self._descriptor)
         self._descriptor = None
         self._leave_no_folder()

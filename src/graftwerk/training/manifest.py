@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", 
 
 
 def opening(
-    settings: RunConfig, prepared: Prepared, graft: Adapter, base_fingerprint: str, compute: dict[str, Any]
+    settings: RunConfig, prepared: Prepared, adapter: Adapter, base_fingerprint: str, compute: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the manifest of a run that begins: all that is known before the first step.
 
@@ -33,8 +33,8 @@ def opening(
         compute: What the last bits of its answers depend on, as `compute_of` says.
     """
     splits = prepared.splits
-    head, own = graft.num_head_parameters, graft.num_parameters
-    total = graft.num_base_parameters
+    head, own = adapter.num_head_parameters, adapter.num_parameters
+    total = adapter.num_base_parameters
     return {
         "format": FORMAT,
         "status": "running",

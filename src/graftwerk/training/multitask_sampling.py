@@ -64,10 +64,10 @@ def drawn(trainer: Trainer) -> dict[str, Any] | None:
     counted: Counter[str] = Counter()
     for step in range(trainer.state.step):
         counted.update(set_of(trainer.train[row]) for row in trainer.rows_of(step))
-    return _figures(task.tasks, sampler, counted)
+    return _drawn_shares(task.tasks, sampler, counted)
 
 
-def _figures(names: Mapping[str, Any], sampler: Sampler, counted: Counter[str]) -> dict[str, Any]:
+def _drawn_shares(names: Mapping[str, Any], sampler: Sampler, counted: Counter[str]) -> dict[str, Any]:
     total = sum(counted.values())
     return {
         name: {

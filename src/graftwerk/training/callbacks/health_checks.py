@@ -7,7 +7,7 @@ Three problems are looked for, each reported once. Losses are noisy, so everythi
 - ``overfitting``: the validation loss has risen at two evaluations in a row while the training loss fell.
 - ``divergence``: the loss is far above where it started.
 
-The whole state is numbers, so that it goes into checkpoints and a resumed run reports what an undisturbed one would
+The state is plain numbers, so that it goes into checkpoints and a resumed run reports what an undisturbed one would
 have reported.
 """
 

@@ -30,7 +30,7 @@ class SingleProcess(Distributed):
         return nullcontext()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Return without change: one process has the whole gradients (...)."""
+        """Return without change: one process has the complete gradients (...)."""
         return
 
     def sum(self, values: Tensor) -> Tensor:
