@@ -166,9 +166,9 @@ def codes_in_source() -> set[str]:
     found = set(_MEANINGS)
     for path in SRC.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Issue":
                 given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "code")]
-                if not given:  # one that was kept, given back whole: `Finding(**kept)`
+                if not given:  # one from a cache, returned unchanged: `Issue(**cached)`
                     assert [word.arg for word in node.keywords] == [None], f"{path}:{node.lineno}"
                     continue
                 code = given[0]
