@@ -81,7 +81,11 @@ def train(
         IntegrityError: No checkpoint is intact, or a file of the run is a link.
 
     Examples:
-        >>> run = train("movies.yaml", learning_rate=1e-3)  # doctest: +SKIP
+        >>> settings = {"model": "my-encoder", "method": "lora", "data": {"train": "movies.csv", "test": 0.2}}
+        >>> config = RunConfig.build(settings, {"learning_rate": 1e-3})
+        >>> config.training.learning_rate
+        0.001
+        >>> run = train(config)  # doctest: +SKIP
         >>> run.manifest["metrics"]["test"]["accuracy"]["value"]  # doctest: +SKIP
         0.87
     """
