@@ -152,7 +152,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def _with_secrets(tree: Any) -> Any:
-    """What `RunConfig.dump` left out, put back where this user's cache knows it."""
+    """Put back the secrets that `RunConfig.dump` left out, as far as this user's cache knows them."""
     if isinstance(tree, dict):
         return {key: _with_secrets(inner) for key, inner in tree.items()}
     if isinstance(tree, list):

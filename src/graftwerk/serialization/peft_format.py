@@ -122,7 +122,15 @@ def _task_type(graft: Adapter) -> str | None:
 
 
 def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of the saved modules by PEFT's keys, with those that PEFT saves with them by their letters."""
+    """Return the tensors of the saved modules by PEFT's keys, with those that PEFT saves with them by their letters.
+
+    Args:
+        graft: Adapter that is stored.
+        prefix: Prefix of PEFT's keys, before the paths of modules.
+
+    Returns:
+        Tensors of any shape by key.
+    """
     tensors = {prefix + key: tensor for key, tensor in graft.state_dict().items() if graft.is_head(key)}
     modules = base_modules(graft.model)
     for path in saved_by_letters(modules, graft.heads):

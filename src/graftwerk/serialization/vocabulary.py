@@ -40,6 +40,10 @@ def embedding_paths(model: PreTrainedModel) -> list[str]:
 def split_copies(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Take `X.<copy>.weight` of saved modules out, wherever `X.weight` itself is there.
 
+    Args:
+        tensors: Tensors of any shape by key.
+        prefix: Prefix of the keys, before the paths of modules.
+
     Returns:
         All other tensors, and by path the weights that the base had there, by parameter.
     """
@@ -59,11 +63,16 @@ def split_base_layers(
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Take the base's own weights of adapted layers out of an adapter's tensors.
 
+    Args:
+        model: Base model.
+        tensors: Tensors of any shape by key.
+        prefix: Prefix of the keys, before the paths of modules.
+
     Returns:
         All other tensors, and by path the weights of layers that are not those of this model, by parameter.
 
     Raises:
-        AdapterError: they have another shape: the vocabulary was resized.
+        AdapterError: They have another shape: the vocabulary was resized.
     """
     modules = base_modules(model)
     kept: dict[str, Tensor] = {}
@@ -80,7 +89,12 @@ def split_base_layers(
 
 
 def same_values(stored: Tensor, own: Tensor | None) -> bool:
-    """Return whether a stored weight is the model's own, in the coarser of their types."""
+    """Return True if a stored weight is the model's own, in the coarser of their types.
+
+    Args:
+        stored: Stored weight of any shape.
+        own: Weight of the model, or None if it has none there.
+    """
     if own is None or own.shape != stored.shape or not own.is_floating_point():
         return False
     own = own.detach().to(stored.device)
@@ -89,7 +103,16 @@ def same_values(stored: Tensor, own: Tensor | None) -> bool:
 
 
 def check_rows(path: str, stored: Tensor, own: Tensor | None) -> None:
-    """Raise AdapterError, which says how to resize the model, if an embedding was stored for another vocabulary."""
+    """Raise if an embedding was stored for another vocabulary.
+
+    Args:
+        path: Path of the module.
+        stored: Stored weight (V, ...), for V tokens of a vocabulary; other weights of any shape.
+        own: Weight of the model, or None if it has none there.
+
+    Raises:
+        AdapterError: The vocabularies differ; the message says how to resize the model.
+    """
     if own is None or own.dim() != stored.dim() or own.shape == stored.shape or own.shape[1:] != stored.shape[1:]:
         return
     raise AdapterError(
@@ -104,6 +127,14 @@ def folded_layer(
     """Return the whole layer, by raw keys, of an adapted one whose stored base weight is not this model's.
 
     PEFT loads that weight into the base. Ours stays as it is: the sum of weight and update becomes a saved module.
+
+    Args:
+        model: Base model.
+        config: Content of `adapter_config.json`.
+        path: Path of the layer, which maps I to O features.
+        base: Stored weight (O, I) and bias (O,) of the base, by parameter.
+        scale: Factor on the update.
+        parts: Stored tensors of the update by name: `lora_A.weight` (r, I) and `lora_B.weight` (O, r).
 
     Raises:
         UnsupportedError: DoRA, whose update is no sum, or a layer that is stored in part.
@@ -138,7 +169,8 @@ def replace_tables(
     module (a bias) is the base's.
 
     Args:
-        tables: Stored weights by path and parameter.
+        model: Base model.
+        tables: Stored weights of any shape by path and parameter.
         heads: Paths of saved modules; added to.
         raw: Their tensors by raw keys; added to.
         adapted: Paths of layers that are adapted, whose own base weight the folder holds too.

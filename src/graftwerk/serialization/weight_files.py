@@ -41,8 +41,11 @@ def read_weights(info: AdapterInfo, *, max_bytes: int | None = None) -> dict[str
         info: The folder.
         max_bytes: Most bytes to read in all; the machine's memory by default.
 
+    Returns:
+        Tensors of any shape by key.
+
     Raises:
-        AdapterError, IntegrityError, EnvironmentFault: as `weight_files` and `read_tensors`; a tensor is not in the
+        AdapterError, IntegrityError, ResourceError: As `weight_files` and `read_tensors`; a tensor is not in the
             file that the index names.
     """
     files = weight_files(info)
