@@ -30,7 +30,7 @@ def texts(kind: ast.expr) -> Iterator[str]:
 
 
 def hints() -> Iterator[tuple[str, str]]:
-    """Each ``hint=`` and ``where=`` of the sources, and each text assigned to a name ``mend``, with its place."""
+    """Each ``hint=`` and ``where=`` of the sources, and each text assigned to a name ``hint``, with its place."""
     for path in sorted(SRC.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             said: list[ast.expr] = []

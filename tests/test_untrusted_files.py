@@ -30,9 +30,9 @@ from graftwerk.inspection.adapter import describe_adapter
 from graftwerk.models.safety_checks import check_configuration, check_weights
 from graftwerk.reporting.html import write_report
 from graftwerk.tasks.template import ModelTemplate
-from graftwerk.training.checkpoint import FILES, STATE, Checkpoints
-from graftwerk.training.lock import LOCK_FILE, RunLock
-from graftwerk.training.run_dir import Run
+from graftwerk.training.checkpoint import Checkpoints
+from graftwerk.training.lock import RunLock
+from graftwerk.training.run_dir import FILES, LOCK, STATE, Run
 from graftwerk.training.train import train
 from tests.cli.commands import run_file
 
@@ -170,9 +170,9 @@ def test_resume_from_wrong_types_in_the_state_raises_no_defect(
 @FEW
 def test_lock_with_any_content_raises_no_defect(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     folder = tmp_path_factory.mktemp("lock")
-    (folder / LOCK_FILE).write_bytes(content)
+    (folder / LOCK).write_bytes(content)
     with RunLock(folder):
-        assert (folder / LOCK_FILE).exists()
+        assert (folder / LOCK).exists()
 
 
 @pytest.mark.parametrize("key", ["pid", "started", "boot", "namespace", "host"])
@@ -182,7 +182,7 @@ def test_lock_with_a_hostile_holder_raises_no_defect(tmp_path: Path, key: str, v
 
     from graftwerk.training.lock import Holder
 
-    (tmp_path / LOCK_FILE).write_text(json.dumps({**asdict(Holder.me()), "pid": 2**22 + 1, key: value}))
+    (tmp_path / LOCK).write_text(json.dumps({**asdict(Holder.me()), "pid": 2**22 + 1, key: value}))
     with suppress(ConflictError), RunLock(tmp_path):
         pass
 

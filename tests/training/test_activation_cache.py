@@ -106,7 +106,7 @@ def _cases() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("method", "family"), list(_cases()))
-def test_logits_and_gradients_are_those_of_the_whole_model(method: str, family: str) -> None:
+def test_cache_logits_and_gradients_equal_those_of_full_model(method: str, family: str) -> None:
     """Padded rows, in training mode; every family is skipped as said, or refused with the reason."""
     chosen = FAMILIES[family]
     head = method == "probe"
@@ -170,7 +170,7 @@ def test_logits_and_gradients_are_those_of_the_whole_model(method: str, family: 
      ("gpt2", "prefix", "causal"), ("bert", "bottleneck", "classification"), ("modernbert", "lora", "classification"),
      ("opt", "bitfit", "causal"), ("gpt2", "ia3", "causal")],
 )  # fmt: skip
-def test_fifty_steps_are_those_without_a_cache(
+def test_cache_fifty_steps_equal_training_without_it(
     family: str, method: str, task: str, checkpointing: bool, tmp_path: Path
 ) -> None:
     causal = task == "causal"
@@ -202,7 +202,7 @@ def test_fifty_steps_are_those_without_a_cache(
     assert not made[False][0].activation_cache.metrics()["on"]
 
 
-def test_switched_off_by_the_flag_of_all_fast_paths(tmp_path: Path) -> None:
+def test_cache_plain_flag_turns_it_off(tmp_path: Path) -> None:
     """The plain way is the same training: the trunk is in evaluation mode, though it is computed."""
     told: dict[bool, list[Event]] = {True: [], False: []}
     for plainly in (True, False):
@@ -251,7 +251,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return read_tensors(folder / "adapter" / "adapter_model.safetensors")
 
 
-def test_said_in_the_log_and_in_the_manifest(run_file: Build, tmp_path: Path) -> None:
+def test_cache_is_reported_in_log_and_manifest(run_file: Build, tmp_path: Path) -> None:
     events = events_of(run_file(method=TOP))
     figures = told(events).figures
     assert (figures["layers_skipped"], figures["layers"], figures["where"]) == (1, 2, "memory")
@@ -266,7 +266,7 @@ def test_said_in_the_log_and_in_the_manifest(run_file: Build, tmp_path: Path) ->
     assert not (tmp_path / "run" / "trunk").exists()
 
 
-def test_said_before_anything_is_loaded(run_file: Build) -> None:
+def test_plan_preflight_equals_training(run_file: Build) -> None:
     from graftwerk.cli.doctor import describe_trunk
     from graftwerk.config import RunConfig
     from graftwerk.experiments.preflight import preflight
@@ -288,7 +288,9 @@ def test_said_before_anything_is_loaded(run_file: Build) -> None:
      ("prompt", {}, "stands at the input"), (TOP, {"num_train_epochs": 1}, "at most once"),
      (TOP, {"trunk_cache": False}, "trunk_cache is false"), (TOP, {}, "have dropout")],
 )  # fmt: skip
-def test_off_with_the_reason(method: Any, training: dict[str, Any], why: str, run_file: Build, tmp_path: Path) -> None:
+def test_plan_unsuitable_run_gives_reason(
+    method: Any, training: dict[str, Any], why: str, run_file: Build, tmp_path: Path
+) -> None:
     events_of(run_file(method=method, **{"trunk_cache": "auto", **training}))
     manifest = read_manifest(tmp_path / "run")
     assert manifest is not None
@@ -297,7 +299,7 @@ def test_off_with_the_reason(method: Any, training: dict[str, Any], why: str, ru
     assert manifest["trunk"]["rows_served"] == 0
 
 
-def test_rows_that_change_are_never_kept(tmp_path: Path) -> None:
+def test_plan_redrawn_rows_are_not_cached(tmp_path: Path) -> None:
     """Masks that are drawn anew, rows that stand in other company, rows that are streamed."""
     from graftwerk.tasks.masked import Masked
     from graftwerk.training.activation_cache.plan import plan
@@ -314,13 +316,13 @@ def test_rows_that_change_are_never_kept(tmp_path: Path) -> None:
         assert why in found.why_not
 
 
-def test_wanted_and_impossible_is_an_error(run_file: Build) -> None:
+def test_cache_required_but_impossible_raises(run_file: Build) -> None:
     with pytest.raises(UnsupportedError, match="lowest layer is adapted") as caught:
         train(run_file(trunk_cache=True))
     assert caught.value.where == "training.trunk_cache"
 
 
-def test_more_than_the_budget_goes_into_a_file_of_which_nothing_is_left(run_file: Build, tmp_path: Path) -> None:
+def test_cache_over_memory_budget_uses_temporary_file(run_file: Build, tmp_path: Path) -> None:
     in_memory = events_of(run_file(tmp_path / "a", method=TOP))
     in_file = events_of(run_file(tmp_path / "b", method=TOP, trunk_cache_gb=0))
     assert told(in_file).figures["where"].endswith(".trunk")
@@ -332,7 +334,9 @@ def test_more_than_the_budget_goes_into_a_file_of_which_nothing_is_left(run_file
 
 
 @pytest.mark.parametrize("trouble", ["full", "filled", "limit", "forbidden"])
-def test_no_place_for_it(run_file: Build, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_without_space_computes_every_step(
+    run_file: Build, tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Computed at every step then, in the same mode, and said."""
     wanted = events_of(run_file(tmp_path / "a", method=TOP))
     settings: dict[str, Any] = {"trunk_cache_gb": 0}
@@ -362,7 +366,7 @@ def test_no_place_for_it(run_file: Build, tmp_path: Path, trouble: str, monkeypa
     torch.testing.assert_close(torch.tensor(losses_of(events)), torch.tensor(losses_of(wanted)), atol=1e-5, rtol=0)
 
 
-def test_other_runs_on_the_same_layers_read_it(run_file: Build, tmp_path: Path) -> None:
+def test_cache_shared_folder_is_read_by_other_runs(run_file: Build, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     first = events_of(run_file(tmp_path / "a", method=TOP, trunk_cache_dir=str(folder)))
     assert told(first).figures["reused"] is False
@@ -382,7 +386,7 @@ def test_other_runs_on_the_same_layers_read_it(run_file: Build, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("change", ["rows", "max_length", "layer", "dtype", "weights"])
-def test_what_is_of_other_rows_or_weights_is_not_read(
+def test_cache_of_other_rows_or_weights_is_not_read(
     change: str, run_file: Build, tmp_path: Path, tiny_encoder: Path
 ) -> None:
     folder = tmp_path / "kept"
@@ -411,7 +415,7 @@ def test_what_is_of_other_rows_or_weights_is_not_read(
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "head", "empty"])
-def test_a_damaged_file_is_noticed_and_made_again(damage: str, run_file: Build, tmp_path: Path) -> None:
+def test_cache_damaged_file_is_computed_again(damage: str, run_file: Build, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     tree = run_file(tmp_path / "a", method=TOP, trunk_cache_dir=str(folder))
     events_of(tree)
@@ -428,14 +432,12 @@ def test_a_damaged_file_is_noticed_and_made_again(damage: str, run_file: Build, 
         broken.clear()
     file.write_bytes(broken)
     events = events_of(run_file(tmp_path / "b", method=TOP, trunk_cache_dir=str(folder)))
-    assert any("made again" in event.figures["text"] for event in events if event.kind == "warning")
+    assert any("computed again" in event.figures["text"] for event in events if event.kind == "warning")
     assert told(events).figures["reused"] is False
     assert file.read_bytes() == whole
 
 
-def test_states_that_give_other_logits_are_not_used(
-    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_with_wrong_logits_is_not_used(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = events_of(run_file(tmp_path / "a", method=TOP))
     finished = MemoryStates.finished
     monkeypatch.setattr(MemoryStates, "finished", lambda self: finished(self).roll(1, 0))
@@ -446,9 +448,7 @@ def test_states_that_give_other_logits_are_not_used(
 
 
 @pytest.mark.parametrize("settings", [{}, {"trunk_cache_gb": 0}])
-def test_stopped_and_resumed_it_is_the_same_to_the_last_bit(
-    settings: dict[str, Any], run_file: Build, tmp_path: Path
-) -> None:
+def test_cache_resumed_run_is_bit_exact(settings: dict[str, Any], run_file: Build, tmp_path: Path) -> None:
     whole = events_of(run_file(tmp_path / "a", method=TOP, **settings))
 
     def stop(event: Event) -> None:
@@ -464,7 +464,9 @@ def test_stopped_and_resumed_it_is_the_same_to_the_last_bit(
         assert torch.equal(weights(tmp_path / "b")[key], value)
 
 
-def test_stopped_while_it_is_computed(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_interrupted_while_computing_resumes(
+    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing half is left, and a resumed run begins."""
     monkeypatch.setattr(trunk_module, "ROWS", 8)
 
@@ -483,7 +485,7 @@ def test_stopped_while_it_is_computed(run_file: Build, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_file_gives_back_what_went_in(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_states_file_roundtrip(dtype: torch.dtype, tmp_path: Path) -> None:
     values = torch.randn(20, 8).to(dtype)
     path = tmp_path / "x.trunk"
     sink = FileStates(path, "key", 20, 8, dtype)
@@ -498,7 +500,7 @@ def test_a_file_gives_back_what_went_in(dtype: torch.dtype, tmp_path: Path) -> N
     assert open_file(tmp_path / "none.trunk", "key", 20, 8, dtype) == (None, None)
 
 
-def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+def test_states_abandoned_files_of_dead_processes_are_deleted(tmp_path: Path) -> None:
     dead, alive = tmp_path / ".a.trunk.4194305.1", tmp_path / f".a.trunk.{os.getppid()}.1"
     for path in (dead, alive):
         path.write_bytes(b"half")
@@ -506,7 +508,7 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == [alive.name]
 
 
-def test_room_is_made_by_what_was_used_longest_ago(tmp_path: Path) -> None:
+def test_make_room_deletes_least_recently_used(tmp_path: Path) -> None:
     for at, name in enumerate("abc"):
         (tmp_path / f"{name}.trunk").write_bytes(bytes(100))
         os.utime(tmp_path / f"{name}.trunk", (at, at))
@@ -516,7 +518,7 @@ def test_room_is_made_by_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.trunk", "c.trunk"]
 
 
-def test_chunks_hold_every_row_once_and_few_tokens() -> None:
+def test_chunks_cover_every_row_once_within_limits() -> None:
     lengths = [50, 40, 40, 9, 9, 9, 3, 3, 3, 3, 3, 1]
     found = list(chunks(lengths, 4, 80))
     assert [row for places in found for row in places] == list(range(len(lengths)))

@@ -73,7 +73,9 @@ def test_train_with_relative_paths_leaves_a_run_that_is_used_from_anywhere(
     assert run_again(Run(place / warm.folder).manifest["command"]).manifest["status"] == "finished"
 
 
-def test_train_resume_from_another_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_resume_from_another_folder_is_same_run(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(event: Event) -> None:
         if event.kind == "checkpoint":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -85,7 +87,7 @@ def test_train_resume_from_another_folder(place: Path, tmp_path: Path, monkeypat
     assert train(folder / "config.yaml", resume=True).manifest["status"] == "finished"
 
 
-def test_differences_between_a_relative_and_the_same_absolute_path_are_none(place: Path) -> None:
+def test_differences_of_relative_and_absolute_path_are_none(place: Path) -> None:
     older = {"config": RunConfig.build(tree()).model_dump(mode="json")}
     now = {"config": RunConfig.build(tree()).anchored().model_dump(mode="json")}
     assert older != now
@@ -94,7 +96,7 @@ def test_differences_between_a_relative_and_the_same_absolute_path_are_none(plac
     assert len(differences(older, other)) == 1
 
 
-def test_config_file_of_a_run_names_its_own_folder(place: Path) -> None:
+def test_config_of_run_names_its_own_folder(place: Path) -> None:
     done = train(tree(output_dir="runs/2: #1"))
     written = yaml.safe_load((done.folder / "config.yaml").read_text(encoding="utf-8"))
     assert written["output_dir"] == str(place / "runs" / "2: #1")

@@ -29,7 +29,7 @@ def with_augment(run_file: Callable[..., Tree]) -> Callable[..., Tree]:
     return build
 
 
-def test_a_run_makes_its_rows_counts_them_and_finds_them_again(with_augment: Callable[..., Tree]) -> None:
+def test_augmented_rows_are_made_counted_and_reused(with_augment: Callable[..., Tree]) -> None:
     tree = with_augment(DROPOUT, {"name": "word_shuffle", "weight": 2.0})
     folder = Path(tree["output_dir"])
     before = augment(tree)  # by hand, as `graftwerk augment run.yaml` does: the run takes what is there
@@ -66,7 +66,9 @@ def held_out(tree: Tree, split: str) -> Any:
     return getattr(settings.task.read(settings.data), split)
 
 
-def test_rows_from_a_file(with_augment: Callable[..., Tree], glosses: Path, tmp_path: Path) -> None:
+def test_augmented_rows_from_file_are_trained_on(
+    with_augment: Callable[..., Tree], glosses: Path, tmp_path: Path
+) -> None:
     tree = with_augment(DROPOUT)
     made = augment(tree, out=tmp_path / "mine.jsonl")
     tree["data"]["augment"] = [{"name": "file", "path": str(made.path)}]
@@ -84,7 +86,7 @@ def test_rows_from_a_file(with_augment: Callable[..., Tree], glosses: Path, tmp_
         train(tree, overwrite=True)
 
 
-def test_changed_rows_are_another_run(with_augment: Callable[..., Tree], tmp_path: Path) -> None:
+def test_augmented_rows_changed_refuses_resume(with_augment: Callable[..., Tree], tmp_path: Path) -> None:
     tree = with_augment(DROPOUT, save_steps=1)
     made = augment(tree, out=tmp_path / "mine.jsonl")
     tree["data"]["augment"] = [{"name": "file", "path": str(made.path)}]

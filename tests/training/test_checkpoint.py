@@ -17,7 +17,8 @@ import torch
 
 from graftwerk.errors import DivergedError, IntegrityError, ResourceError
 from graftwerk.training import checkpoint
-from graftwerk.training.checkpoint import FILES, Checkpoints, Snapshot
+from graftwerk.training.checkpoint import Checkpoints, Snapshot
+from graftwerk.training.run_dir import FILES
 from tests.training.children import Child
 
 
@@ -48,7 +49,7 @@ def same(one: Snapshot, other: Snapshot) -> bool:
     ) and dict(one.state) == dict(other.state)
 
 
-def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+def test_checkpoint_roundtrip(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.load_latest() is None
     assert checkpoints.recoverable() is None
@@ -63,7 +64,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     assert torch.equal(checkpoints.weights(7)["classifier.bias"], saved.weights["classifier.bias"])
 
 
-def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
+def test_save_deletes_old_and_keeps_best(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, limit=2)
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
         checkpoints.save(snapshot(step, best))
@@ -78,7 +79,7 @@ def test_old_ones_go_and_the_best_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_going_on_from_an_older_one_does_not_delete_it_for_a_damaged_newer_one(tmp_path: Path, limit: int) -> None:
+def test_save_after_resume_from_older_does_not_delete_it(tmp_path: Path, limit: int) -> None:
     for step in range(1, limit + 2):
         Checkpoints(tmp_path, limit=9).save(snapshot(step))
     for step in range(2, limit + 2):
@@ -93,7 +94,7 @@ def test_going_on_from_an_older_one_does_not_delete_it_for_a_damaged_newer_one(t
     assert checkpoints.load_latest().step == limit + 2  # type: ignore[union-attr]
 
 
-def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
+def test_save_same_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(snapshot(3, first=True))
     checkpoints.save(snapshot(3, first=False))
@@ -114,7 +115,7 @@ FILE_NAMES = ("adapter.safetensors", "optimizer.safetensors", "rng.safetensors",
 
 
 @pytest.mark.parametrize("name", FILE_NAMES)
-def test_cut_off_at_any_byte_the_one_before_is_used_and_the_file_named(tmp_path: Path, name: str) -> None:
+def test_load_truncated_anywhere_falls_back_and_names_file(tmp_path: Path, name: str) -> None:
     checkpoints, said = pair(tmp_path)
     file = tmp_path / "step-000002" / name
     whole = file.read_bytes()
@@ -132,7 +133,7 @@ def test_cut_off_at_any_byte_the_one_before_is_used_and_the_file_named(tmp_path:
 
 
 @pytest.mark.parametrize("name", FILE_NAMES)
-def test_one_bit_flipped_anywhere_is_seen(tmp_path: Path, name: str) -> None:
+def test_load_flipped_bit_is_detected(tmp_path: Path, name: str) -> None:
     checkpoints, said = pair(tmp_path)
     file = tmp_path / "step-000002" / name
     whole = file.read_bytes()
@@ -146,7 +147,7 @@ def test_one_bit_flipped_anywhere_is_seen(tmp_path: Path, name: str) -> None:
         assert str(file.parent) in said[-1]
 
 
-def test_a_file_that_is_missing_or_too_many_is_seen(tmp_path: Path) -> None:
+def test_load_missing_or_extra_file_is_detected(tmp_path: Path) -> None:
     checkpoints, said = pair(tmp_path)
     (tmp_path / "step-000002" / "extra").write_text("x")
     assert checkpoints.load_latest().step == 1  # type: ignore[union-attr]
@@ -156,7 +157,7 @@ def test_a_file_that_is_missing_or_too_many_is_seen(tmp_path: Path) -> None:
     assert "optimizer.safetensors is missing" in said[-1]
 
 
-def test_when_none_is_whole_the_file_is_named_and_the_exit_code_is_8(tmp_path: Path) -> None:
+def test_load_latest_without_intact_checkpoint_raises_with_exit_code_8(tmp_path: Path) -> None:
     checkpoints, _ = pair(tmp_path)
     for step in (1, 2):
         (tmp_path / f"step-00000{step}" / "state.json").write_text("{}")
@@ -165,7 +166,7 @@ def test_when_none_is_whole_the_file_is_named_and_the_exit_code_is_8(tmp_path: P
     assert caught.value.exit_code == 8
 
 
-def test_without_the_optimizer_there_is_no_resume_but_a_warm_start(tmp_path: Path) -> None:
+def test_load_without_optimizer_allows_only_warm_start(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     saved = snapshot(1)
     checkpoints.save(saved)
@@ -180,7 +181,7 @@ def test_without_the_optimizer_there_is_no_resume_but_a_warm_start(tmp_path: Pat
     assert "warm_start" not in (caught.value.hint or "")
 
 
-def test_at_a_size_limit_the_last_good_one_stays(tmp_path: Path) -> None:
+def test_save_at_size_limit_leaves_last_checkpoint(tmp_path: Path) -> None:
     checkpoints, _ = pair(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     large = snapshot(3)
@@ -196,7 +197,7 @@ def test_at_a_size_limit_the_last_good_one_stays(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_pointers_may_be_gone_or_lie(tmp_path: Path) -> None:
+def test_load_latest_ignores_missing_or_wrong_pointers(tmp_path: Path) -> None:
     checkpoints, said = pair(tmp_path)
     (tmp_path / "latest").write_text("step-000001\n")
     assert checkpoints.load_latest().step == 2  # type: ignore[union-attr]
@@ -205,7 +206,7 @@ def test_pointers_may_be_gone_or_lie(tmp_path: Path) -> None:
     assert said == []
 
 
-def test_one_of_a_later_format_is_passed_over_with_that_reason(tmp_path: Path) -> None:
+def test_load_latest_skips_later_format_with_reason(tmp_path: Path) -> None:
     checkpoints, said = pair(tmp_path)
     listing = tmp_path / "step-000002" / FILES
     listing.write_text(json.dumps({**json.loads(listing.read_text()), "format": 2}, indent=1, sort_keys=True) + "\n")
@@ -213,7 +214,7 @@ def test_one_of_a_later_format_is_passed_over_with_that_reason(tmp_path: Path) -
     assert "format 2" in said[0]
 
 
-def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+def test_save_non_finite_weights_raises(tmp_path: Path) -> None:
     checkpoints, _ = pair(tmp_path)
     bad = snapshot(3)
     bad.weights["classifier.bias"][1] = float("nan")
@@ -224,9 +225,7 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EIO])
-def test_a_save_that_fails_leaves_the_last_good_one_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_save_failing_leaves_last_checkpoint_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     checkpoints, _ = pair(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
 
@@ -270,7 +269,7 @@ def left_by(folder: Path) -> tuple[list[str], list[int]]:
     return [(folder / name).read_text().strip() for name in ("latest", "best")], Checkpoints(folder).steps()
 
 
-def test_killed_at_each_step_of_a_save_there_is_the_old_or_the_new_and_never_a_mixture(tmp_path: Path) -> None:
+def test_save_is_atomic_under_kill(tmp_path: Path) -> None:
     """Also of a save that replaces a checkpoint and deletes old ones; and the next save works as if nothing had
     been.
     """

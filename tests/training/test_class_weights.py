@@ -24,7 +24,7 @@ def bench() -> Bench:
     return Bench()
 
 
-def test_named_and_balanced_weights(bench: Bench) -> None:
+def test_class_weights_named_and_balanced(bench: Bench) -> None:
     rows = bench.examples["train"][:9] + [row for row in bench.examples["train"][9:] if row.target == 1]
     named = weighted_task(TrainingSettings(class_weights={"high": 3.0}), Classification(), NAMES, rows)
     assert isinstance(named, Classification)
@@ -39,7 +39,7 @@ def test_named_and_balanced_weights(bench: Bench) -> None:
     assert balanced.objective.num_targets(batch) == pytest.approx(len(rows))
 
 
-def test_the_loss_is_torchs_weighted_mean_with_smoothing_too(bench: Bench) -> None:
+def test_class_weights_loss_equals_torch_weighted_mean(bench: Bench) -> None:
     from types import SimpleNamespace
 
     task = Classification().weighted([0.5, 1.0, 4.0])
@@ -56,7 +56,7 @@ def test_the_loss_is_torchs_weighted_mean_with_smoothing_too(bench: Bench) -> No
     assert sum(parts) / task.objective.num_targets(batch) == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_a_step_does_not_depend_on_how_it_is_cut(bench: Bench, tmp_path: Path) -> None:
+def test_class_weights_step_is_independent_of_micro_batches(bench: Bench, tmp_path: Path) -> None:
     weights = {"low": 0.25, "high": 5.0}
     whole = bench.trainer(tmp_path / "a", class_weights=weights, labels=NAMES, max_steps=4)
     cut = bench.trainer(tmp_path / "b", class_weights=weights, labels=NAMES, max_steps=4, per_device_train_tokens=40)
@@ -70,7 +70,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(bench: Bench, tmp_path: Path) -
     assert len({trainer.evaluate(trainer.validation).loss for trainer in fresh}) == 1
 
 
-def test_unknown_names_and_tasks_without_classes_are_refused(bench: Bench) -> None:
+def test_class_weights_unknown_name_or_task_without_classes_raises(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="there is no class `hihg`") as caught:
         weighted_task(TrainingSettings(class_weights={"hihg": 2.0}), Classification(), NAMES, [])
     assert "high" in str(caught.value.hint)

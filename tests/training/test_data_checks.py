@@ -18,7 +18,7 @@ from graftwerk.training.data_checks import raise_on_severe
 from graftwerk.training.train import train
 from tests.tiny_text import GNOME
 
-LEAK = {"code": "leakage", "message": "rows leak", "example": "f:1", "mend": "take them out", "grave": True}
+LEAK = {"code": "leakage", "message": "rows leak", "example": "f:1", "hint": "take them out", "grave": True}
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def run(model: Path, folder: Path, **changes: Any) -> RunConfig:
     return RunConfig.build(tree, changes)
 
 
-def test_grave_findings_refuse_unless_they_are_allowed_by_name() -> None:
+def test_severe_issues_raise_unless_allowed_by_name() -> None:
     with pytest.raises(DataError, match="rows leak") as caught:
         raise_on_severe([LEAK, {**LEAK, "code": "x", "grave": False, "message": "not this"}], ())
     assert "data.allow=[leakage]" in str(caught.value.hint)
@@ -47,13 +47,13 @@ def test_grave_findings_refuse_unless_they_are_allowed_by_name() -> None:
     raise_on_severe([LEAK], ("all",))
 
 
-def test_what_is_allowed_must_be_a_finding(mbart: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no grave finding `leekage`") as caught:
+def test_allow_unknown_issue_raises(mbart: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no severe issue `leekage`") as caught:
         preflight(run(mbart, tmp_path, **{"data.allow": ["leekage"]}))
     assert "did you mean `leakage`" in str(caught.value.hint)
 
 
-def test_training_refuses_what_the_doctor_refuses(tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_train_refuses_what_doctor_refuses(tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
     test = tmp_path / "test.jsonl"
     test.write_text("\n".join(glosses.read_text(encoding="utf-8").splitlines()[:30]) + "\n")
     tree = {
@@ -76,13 +76,13 @@ def codes(config: RunConfig) -> dict[str, bool]:
     return {finding["code"]: finding["grave"] for finding in preflight(config)["findings"]}
 
 
-def test_answers_longer_than_may_be_written(mbart: Path, tmp_path: Path) -> None:
+def test_check_encoded_references_over_generation_limit_are_reported(mbart: Path, tmp_path: Path) -> None:
     assert "answer-limit" not in codes(run(mbart, tmp_path))
     assert codes(run(mbart, tmp_path, **{"evaluation.max_new_tokens": 2}))["answer-limit"] is False  # all may be cut
     assert codes(run(mbart, tmp_path, **{"evaluation.max_new_tokens": 2, "data.max_truncated": 0.99}))["answer-limit"]
 
 
-def test_an_encoder_decoders_batch_shows_what_the_decoder_learns(mbart: Path, tmp_path: Path) -> None:
+def test_first_batch_of_encoder_decoder_shows_decoder_targets(mbart: Path, tmp_path: Path) -> None:
     batch = preflight(run(mbart, tmp_path))["first_batch"]
     for row in batch["rows"]:
         assert not any(row["trained"])
@@ -111,7 +111,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_batch_is_marked_in_a_pipe_and_coloured_in_a_terminal() -> None:
+def test_first_batch_is_marked_in_pipe_and_coloured_in_terminal() -> None:
     pipe, terminal = io.StringIO(), Terminal()
     show_batch(BATCH, pipe)
     assert "  1. who ? «me </s>» ·×2\n" in pipe.getvalue()

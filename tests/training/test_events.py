@@ -21,7 +21,7 @@ def lines(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_one_object_a_line_as_it_happens(tmp_path: Path) -> None:
+def test_jsonl_writes_one_object_per_line(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log")
     log(Event("step", 1, loss=0.5))
     assert lines(tmp_path / "log") == [{"kind": "step", "step": 1, "loss": 0.5}]
@@ -32,7 +32,7 @@ def test_one_object_a_line_as_it_happens(tmp_path: Path) -> None:
     ]
 
 
-def test_after_a_resume_the_log_is_cut_back_so_that_no_line_stands_twice(tmp_path: Path) -> None:
+def test_jsonl_resume_truncates_to_checkpoint(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log")
     log(Event("step", 1))
     offset = log.sync()
@@ -47,7 +47,7 @@ def test_after_a_resume_the_log_is_cut_back_so_that_no_line_stands_twice(tmp_pat
     assert len(lines(tmp_path / "log")) == 1
 
 
-def test_a_log_shorter_than_the_checkpoint_knew_is_told(tmp_path: Path) -> None:
+def test_jsonl_shorter_than_checkpoint_reports_missing(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"kind": "step", "step": 1}\n')
     log = JsonLines(tmp_path / "log", 100)
     assert log.missing == 100 - 28
@@ -55,7 +55,7 @@ def test_a_log_shorter_than_the_checkpoint_knew_is_told(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path / "log")] == [1, 2]
 
 
-def test_a_full_disk_costs_lines_and_a_warning_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jsonl_full_disk_loses_lines_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     log = JsonLines(tmp_path / "log", on_trouble=said.append)
     log(Event("step", 1))
@@ -75,7 +75,7 @@ def test_a_full_disk_costs_lines_and_a_warning_only(tmp_path: Path, monkeypatch:
     assert "No space left" in said[0]
 
 
-def test_at_a_size_limit_the_log_stays_whole_lines(tmp_path: Path) -> None:
+def test_jsonl_at_size_limit_writes_only_full_lines(tmp_path: Path) -> None:
     log = JsonLines(tmp_path / "log")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -88,12 +88,12 @@ def test_at_a_size_limit_the_log_stays_whole_lines(tmp_path: Path) -> None:
     assert log.lost == 7
 
 
-def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+def test_jsonl_unopenable_raises(tmp_path: Path) -> None:
     with pytest.raises(ResourceError):
         JsonLines(tmp_path / "no" / "folder" / "log")
 
 
-def test_tensorboard_reads_what_was_written_and_a_resume_takes_back_what_comes_again(tmp_path: Path) -> None:
+def test_tensorboard_resume_purges_later_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first = TensorBoard(tmp_path)
@@ -111,7 +111,7 @@ def test_tensorboard_reads_what_was_written_and_a_resume_takes_back_what_comes_a
     assert [(scalar.step, scalar.value) for scalar in board.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
 
 
-def test_tensorboard_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
+def test_tensorboard_unwritable_warns_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []
     board = TensorBoard(tmp_path / "file" / "below", on_trouble=said.append)
@@ -121,7 +121,7 @@ def test_tensorboard_that_cannot_be_written_warns_once(tmp_path: Path) -> None:
     assert len(said) == 1
 
 
-def test_without_a_listener_trouble_goes_to_logging(caplog: pytest.LogCaptureFixture) -> None:
+def test_to_logging_warns_of_problems(caplog: pytest.LogCaptureFixture) -> None:
     hub = EventBus(to_logging)
     with caplog.at_level(logging.INFO, logger="graftwerk"):
         hub(Event("step", 1, loss=0.5))

@@ -52,7 +52,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("method", sorted({*METHODS, *SHORTHANDS}))
-def test_every_method_trains_as_with_one_process(method: str, run_file: Build, tmp_path: Path, still: Path) -> None:
+def test_forked_every_method_trains_as_one_process(method: str, run_file: Build, tmp_path: Path, still: Path) -> None:
     """Evaluation rows are shared out too, 11 of them. On 4 processes, the 6 rows of a step are shared unevenly."""
     counts = {"one": 1, "two": 2, **({"four": 4} if method == "lora" else {})}
     for name, count in counts.items():
@@ -67,7 +67,7 @@ def test_every_method_trains_as_with_one_process(method: str, run_file: Build, t
     assert (one["cost"]["processes"], two["cost"]["processes"]) == (1, 2)
 
 
-def test_answers_are_shared_out_and_put_together_in_order(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_forked_predictions_are_in_order_of_rows(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
     for name, count in (("one", 1), ("two", 2)):
         tree = causal_tree(tiny_decoder, glosses, tmp_path / name, INSTRUCTION, processes=count, compute_type="float32")
         tree["data"]["test"] = 11
@@ -79,7 +79,7 @@ def test_answers_are_shared_out_and_put_together_in_order(tiny_decoder: Path, gl
     assert one["examples"] == two["examples"]
 
 
-def test_what_processes_tell_each_other() -> None:
+def test_forked_collectives() -> None:
     def work() -> None:
         def job() -> None:
             from graftwerk.training.distributed import connect
@@ -117,7 +117,7 @@ print(before, again, _alone())
 
 
 @pytest.mark.slow
-def test_threads_that_have_been_at_work_are_seen_and_those_of_imports_are_not() -> None:
+def test_alone_sees_working_threads_but_not_those_of_imports() -> None:
     """Else `auto` would be one process everywhere, or forks would hang."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE], capture_output=True, text=True, check=False, timeout=300,
@@ -126,7 +126,7 @@ def test_threads_that_have_been_at_work_are_seen_and_those_of_imports_are_not() 
     assert done.stdout == "True True False\n", done.stderr
 
 
-def test_a_control_groups_memory_is_heeded(tmp_path: Path) -> None:
+def test_available_memory_respects_control_group(tmp_path: Path) -> None:
     assert machine._group_available(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
@@ -146,9 +146,7 @@ def test_a_control_groups_memory_is_heeded(tmp_path: Path) -> None:
         {"length_group": False},
     ],
 )
-def test_a_step_has_the_rows_that_the_settings_say(
-    training: Tree, tiny_decoder: Path, glosses: Path, tmp_path: Path
-) -> None:
+def test_forked_step_has_rows_of_settings(training: Tree, tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
     for name, count in (("one", 1), ("two", 2)):
         tree = causal_tree(
             tiny_decoder, glosses, tmp_path / name, "causal", processes=count, compute_type="float32", **training
@@ -159,7 +157,7 @@ def test_a_step_has_the_rows_that_the_settings_say(
     assert [a["grad_norm"] for a in one] == pytest.approx([b["grad_norm"] for b in two], rel=1e-4)
 
 
-def test_the_main_process_says_in_which_type_all_compute(run_file: Build, tmp_path: Path) -> None:
+def test_forked_compute_type_is_that_of_main_process(run_file: Build, tmp_path: Path) -> None:
     """What is fast is found by trying, and may come out otherwise in each of them."""
 
     def work() -> None:
@@ -178,7 +176,7 @@ def test_the_main_process_says_in_which_type_all_compute(run_file: Build, tmp_pa
     assert forked(work).wait() == 0
 
 
-def test_the_process_is_as_before(run_file: Build, tmp_path: Path) -> None:
+def test_run_forked_restores_the_process(run_file: Build, tmp_path: Path) -> None:
     def work() -> None:
         hook = sys.excepthook
         environment, threads = {name: os.environ.get(name) for name in helpers._ENVIRONMENT}, torch.get_num_threads()
@@ -194,7 +192,7 @@ def test_the_process_is_as_before(run_file: Build, tmp_path: Path) -> None:
     assert forked(work).wait() == 0
 
 
-def test_who_is_told_to_stop_stops_all_and_goes_on_with_as_many(run_file: Build, tmp_path: Path) -> None:
+def test_forked_signal_stops_all_and_resume_uses_as_many(run_file: Build, tmp_path: Path) -> None:
     """With dropout: after the resume every process draws what it would have drawn. Asked for by the environment, kept
     by what is resumed."""
     tree = run_file()
@@ -221,7 +219,7 @@ def test_who_is_told_to_stop_stops_all_and_goes_on_with_as_many(run_file: Build,
     assert forked(lambda: train(tree, resume=True)).wait() == 0, "finished: given back"
 
 
-def test_a_kill_of_the_first_takes_the_others_along_and_nothing_is_lost(run_file: Build, tmp_path: Path) -> None:
+def test_forked_kill_of_main_ends_workers_and_run_resumes(run_file: Build, tmp_path: Path) -> None:
     tree = run_file(processes=2, save_steps=1)
     child = forked(lambda: train(tree))
     until(lambda: len(Checkpoints(tmp_path / "run" / "checkpoints").steps()) > 1)
@@ -242,7 +240,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_a_dead_helper_is_named_and_what_is_kept_is_said(run_file: Build, tmp_path: Path) -> None:
+def test_run_forked_dead_worker_raises_with_checkpoint(run_file: Build, tmp_path: Path) -> None:
     def work() -> None:
         def listener(event: Event) -> None:
             if (event.kind, event.step) == ("step", 5):
@@ -258,7 +256,7 @@ def test_a_dead_helper_is_named_and_what_is_kept_is_said(run_file: Build, tmp_pa
     assert forked(work).wait() == 0
 
 
-def test_what_is_wrong_is_said_once_as_with_one_process(run_file: Build, tmp_path: Path) -> None:
+def test_forked_errors_equal_those_of_one_process(run_file: Build, tmp_path: Path) -> None:
     tree = run_file(processes=2)
     tree["data"]["columns"] = {"text": "no such column", "label": "label"}
     alone = {**tree, "training": {**tree["training"], "processes": 1}, "output_dir": str(tmp_path / "other")}
@@ -271,7 +269,7 @@ def test_what_is_wrong_is_said_once_as_with_one_process(run_file: Build, tmp_pat
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
-def test_an_error_of_all_is_the_error_and_not_the_death_of_a_helper(kind: type[Exception], run_file: Build) -> None:
+def test_run_forked_error_of_all_is_raised_itself(kind: type[Exception], run_file: Build) -> None:
     def work() -> None:
         import graftwerk.training.gradients as loop
 
@@ -286,7 +284,7 @@ def test_an_error_of_all_is_the_error_and_not_the_death_of_a_helper(kind: type[E
     assert forked(work).wait() == 0
 
 
-def test_an_error_of_a_helper_alone_is_named(run_file: Build) -> None:
+def test_run_forked_error_of_one_worker_is_named(run_file: Build) -> None:
     def work() -> None:
         import graftwerk.training.gradients as loop
 
@@ -304,7 +302,7 @@ def test_an_error_of_a_helper_alone_is_named(run_file: Build) -> None:
     assert forked(work).wait() == 0
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_group_and_counts_once(run_file: Build, tmp_path: Path) -> None:
+def test_forked_ctrl_c_counts_once(run_file: Build, tmp_path: Path) -> None:
     def work() -> None:
         os.setpgid(0, 0)
 
@@ -318,7 +316,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_group_and_counts_once(run_file: Build,
     assert Run(tmp_path / "run").manifest["status"] == "interrupted"
 
 
-def test_another_number_is_refused_and_the_mend_mends(run_file: Build, tmp_path: Path) -> None:
+def test_resume_with_other_number_of_processes_raises_and_hint_works(run_file: Build, tmp_path: Path) -> None:
     def stopped(tree: Tree) -> None:
         def listener(event: Event) -> None:
             if (event.kind, event.step) == ("step", 5):
@@ -344,7 +342,7 @@ def test_another_number_is_refused_and_the_mend_mends(run_file: Build, tmp_path:
     assert Run(tmp_path / "run").manifest["cost"]["processes"] == 2
 
 
-def test_what_was_launched_is_not_gone_on_with_by_sharing(run_file: Build, tmp_path: Path) -> None:
+def test_resume_of_launched_run_by_forked_raises(run_file: Build, tmp_path: Path) -> None:
     """Launched processes bring rows of their own: the steps would be half as large."""
     tree = run_file(per_device_train_batch_size=3)
 
@@ -398,7 +396,7 @@ def free(monkeypatch: pytest.MonkeyPatch, tiny_encoder: Path, tmp_path: Path) ->
         ({"per_device_train_batch_size": 4, "processes": 1}, "lora", 1),
     ],
 )
-def test_auto_is_as_many_as_the_rows_are_worth(
+def test_num_processes_auto_depends_on_rows_and_method(
     training: Tree, method: Any, count: int, free: Path, glosses: Path, tmp_path: Path
 ) -> None:
     tree = causal_tree(free, glosses, tmp_path / "run", "classification", method, **training)
@@ -406,7 +404,7 @@ def test_auto_is_as_many_as_the_rows_are_worth(
     assert how_many.resolve_num_processes(config, Checkpoints(tmp_path / "none"), False) == count
 
 
-def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
+def test_num_processes_auto_is_one_if_unsuitable(
     free: Path, tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = Checkpoints(tmp_path / "none")
@@ -423,7 +421,7 @@ def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
     monkeypatch.setenv(how_many.ENVIRONMENT, "5")
     assert how_many.resolve_num_processes(config, none, False) == 5
     monkeypatch.setenv(how_many.ENVIRONMENT, "many")
-    with pytest.raises(ConfigError, match="no number of processes"):
+    with pytest.raises(ConfigError, match="not a number of processes"):
         how_many.resolve_num_processes(config, none, False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -437,13 +435,13 @@ def test_auto_is_one_where_memory_model_machine_or_launcher_do_not_suit(
             assert how_many.resolve_num_processes(launched, none, False) == 1
 
 
-def test_more_than_can_be_had_is_refused(
+def test_num_processes_impossible_raises(
     tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     none = Checkpoints(tmp_path / "none")
     two = settings(tiny_encoder, glosses, tmp_path, per_device_train_batch_size=16, processes=2)
     torch.ones(300, 300) @ torch.ones(300, 300)  # now threads have been at work
-    with pytest.raises(UnsupportedError, match="2 processes cannot be begun here") as caught:
+    with pytest.raises(UnsupportedError, match="2 processes cannot be started here") as caught:
         how_many.resolve_num_processes(two, none, False)
     assert caught.value.hint is not None
     monkeypatch.setattr(how_many, "_against", lambda: None)

@@ -31,7 +31,7 @@ def noisy(levels: list[float], seed: int = 0) -> list[float]:
     return [level + draw.gauss(0, 0.05) for level in levels]
 
 
-def test_a_rate_for_full_fine_tuning_teaches_a_lora_nothing_and_that_is_said() -> None:
+def test_no_learning_low_rate_is_reported_early() -> None:
     events = said(watcher(2e-5), noisy([0.695] * 300))
     assert [event.figures["code"] for event in events] == ["no_learning"]
     (event,) = events
@@ -40,46 +40,46 @@ def test_a_rate_for_full_fine_tuning_teaches_a_lora_nothing_and_that_is_said() -
     assert "50 times lower" in event.figures["hint"]
 
 
-def test_a_head_that_only_learns_how_frequent_the_labels_are_has_learnt_nothing() -> None:
+def test_no_learning_loss_at_prior_is_reported() -> None:
     falling = [max(0.69, 1.2 - 0.02 * step) for step in range(300)]
     assert [event.figures["code"] for event in said(watcher(2e-5), noisy(falling))] == ["no_learning"]
 
 
-def test_a_run_that_learns_is_left_alone() -> None:
+def test_no_learning_falling_loss_is_silent() -> None:
     for seed in range(20):
         levels = [0.3 + 0.4 * 0.99**step for step in range(300)]
         assert said(watcher(), noisy(levels, seed)) == []
 
 
-def test_a_slow_start_is_given_time() -> None:
+def test_no_learning_slow_start_is_silent_at_usual_rate() -> None:
     """At a rate that is usual for the method, longer than at one that explains why nothing is learnt."""
     levels = [0.69] * 130 + [max(0.3, 0.69 - 0.01 * step) for step in range(170)]
     assert said(watcher(), noisy(levels)) == []
     assert [event.figures["code"] for event in said(watcher(2e-5), noisy(levels))] == ["no_learning"]
 
 
-def test_a_usual_rate_that_teaches_nothing_is_said_too() -> None:
+def test_no_learning_usual_rate_is_reported() -> None:
     (event,) = said(watcher(), noisy([0.695] * 300))
     assert event.figures["code"] == "no_learning"
     assert "learning_rate=0.005" in event.figures["hint"]
 
 
-def test_a_short_run_is_not_judged() -> None:
+def test_no_learning_short_run_is_silent() -> None:
     assert said(watcher(2e-5, total=40), noisy([0.695] * 40)) == []
 
 
-def test_without_labels_the_start_is_what_counts() -> None:
+def test_no_learning_without_prior_compares_with_start() -> None:
     assert [event.figures["code"] for event in said(watcher(2e-5, prior=None), noisy([3.2] * 300))] == ["no_learning"]
     assert said(watcher(prior=None), noisy([3.2 * 0.995**step for step in range(300)])) == []
 
 
-def test_too_high_a_rate_is_said_with_a_lower_one() -> None:
+def test_divergence_is_reported_with_lower_rate() -> None:
     events = said(watcher(0.5), noisy([0.7] * 20 + [0.7 + 0.1 * step for step in range(60)]))
     assert [event.figures["code"] for event in events] == ["divergence"]
     assert "learning_rate=0.001" in events[0].figures["hint"]
 
 
-def test_losses_that_are_no_numbers_are_not_averaged() -> None:
+def test_health_checks_ignore_non_finite_losses() -> None:
     levels = noisy([0.3 + 0.4 * 0.99**step for step in range(300)])
     assert said(watcher(), [float("nan") if step % 50 == 3 else loss for step, loss in enumerate(levels)]) == []
 
@@ -93,18 +93,18 @@ def evaluated(train: list[float], validation: list[float]) -> list[Event]:
     return events
 
 
-def test_learning_by_heart_is_said() -> None:
+def test_overfitting_is_reported() -> None:
     events = evaluated([0.6, 0.4, 0.2, 0.1], [0.55, 0.6, 0.7, 0.9])
     assert [(event.figures["code"], event.step) for event in events] == [("overfitting", 30)]
 
 
-def test_no_overfitting_where_validation_wobbles_or_both_rise() -> None:
+def test_overfitting_noise_or_rise_of_both_is_silent() -> None:
     assert evaluated([0.6, 0.4, 0.2, 0.1], [0.55, 0.6, 0.58, 0.62]) == []
     assert evaluated([0.4, 0.5, 0.6, 0.7], [0.55, 0.6, 0.7, 0.9]) == []
     assert evaluated([0.6, 0.4, 0.2], [0.55, 0.5, 0.48]) == []
 
 
-def test_a_resumed_run_says_what_an_undisturbed_one_says() -> None:
+def test_health_checks_resumed_report_the_same() -> None:
     losses = noisy([0.695] * 300)
     whole = said(watcher(2e-5), losses)
     first, second = watcher(2e-5), watcher(2e-5)

@@ -33,7 +33,7 @@ def signals_at(kind: str, step: int, *signums: int) -> Callable[[Event], None]:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_in_a_step(run_file: Build, tmp_path: Path, undisturbed: Path, signum: int, code: int) -> None:
+def test_signal_during_step_saves(run_file: Build, tmp_path: Path, undisturbed: Path, signum: int, code: int) -> None:
     with pytest.raises(RunInterrupted) as caught:
         train(run_file(), listener=signals_at("step", 6, signum))
     assert caught.value.exit_code == code
@@ -50,7 +50,9 @@ def test_in_a_step(run_file: Build, tmp_path: Path, undisturbed: Path, signum: i
     assert log_of(tmp_path / "run", "step", "evaluation") == log_of(undisturbed, "step", "evaluation")
 
 
-def test_in_an_evaluation(run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_evaluation_saves(
+    run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is left at once, the step is saved, and the resumed run evaluates first."""
     real = evaluation.run_model
 
@@ -70,7 +72,7 @@ def test_in_an_evaluation(run_file: Build, tmp_path: Path, undisturbed: Path, mo
     assert log_of(tmp_path / "run", "step", "evaluation") == log_of(undisturbed, "step", "evaluation")
 
 
-def test_in_the_last_evaluation(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
+def test_signal_during_final_evaluation_resumes(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
     with pytest.raises(RunInterrupted) as caught:
         train(run_file(), listener=signals_at("phase", 12, signal.SIGTERM))
     assert (caught.value.recovered or "").endswith("step-000012")
@@ -79,9 +81,7 @@ def test_in_the_last_evaluation(run_file: Build, tmp_path: Path, undisturbed: Pa
     assert left_by(tmp_path / "run") == left_by(undisturbed)
 
 
-def test_while_the_rows_are_read_and_the_model_is_loaded(
-    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal_during_setup_stops_at_once(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunInterrupted) as caught:
         train(run_file(), listener=lambda event: os.kill(os.getpid(), signal.SIGINT) if event.kind == "phase" else None)
     assert caught.value.exit_code == 130
@@ -98,7 +98,7 @@ def test_while_the_rows_are_read_and_the_model_is_loaded(
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
-def test_in_a_save_it_is_finished(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_save_finishes_it(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = os.fsync, []
 
     def fsync(descriptor: int) -> None:
@@ -117,7 +117,7 @@ def test_in_a_save_it_is_finished(run_file: Build, tmp_path: Path, monkeypatch: 
     assert Checkpoints(tmp_path / "run" / "checkpoints").load(4).step == 4
 
 
-def test_a_second_signal_in_a_save_leaves_the_last_good_one(
+def test_second_signal_during_save_leaves_last_checkpoint(
     run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, signalled = os.fsync, []
@@ -142,14 +142,14 @@ def test_a_second_signal_in_a_save_leaves_the_last_good_one(
     assert left_by(tmp_path / "run") == left_by(undisturbed)
 
 
-def test_handlers_are_put_back() -> None:
+def test_stop_signals_restores_handlers() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with StopSignals().installed() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._handle
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_outside_the_main_thread_it_trains_without_handlers(run_file: Build, tmp_path: Path) -> None:
+def test_train_outside_main_thread_installs_no_handlers(run_file: Build, tmp_path: Path) -> None:
     done: list[Run] = []
     thread = threading.Thread(target=lambda: done.append(train(run_file(max_steps=1, eval_steps=None))))
     thread.start()
@@ -157,7 +157,7 @@ def test_outside_the_main_thread_it_trains_without_handlers(run_file: Build, tmp
     assert done[0].manifest["status"] == "finished"
 
 
-def test_two_runs_in_one_folder_the_second_names_the_first(run_file: Build, tmp_path: Path) -> None:
+def test_train_in_locked_folder_names_holder(run_file: Build, tmp_path: Path) -> None:
     """And a run that waits for nothing is not disturbed by it."""
     import time
 

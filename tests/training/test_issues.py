@@ -151,7 +151,7 @@ def found(tmp_path: Path, tiny_encoder: Path, tiny_decoder: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_a_file_that_triggers_it(code: str, found: Callable[[Case], dict[str, dict[str, Any]]]) -> None:
+def test_issue_is_triggered_by_its_file(code: str, found: Callable[[Case], dict[str, dict[str, Any]]]) -> None:
     case = CASES[code]
     said = found(case)
     assert code in said
@@ -166,13 +166,13 @@ def codes_in_source() -> set[str]:
     found = set(_MEANINGS)
     for path in SRC.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Issue":
                 given = [*node.args[:1], *(word.value for word in node.keywords if word.arg == "code")]
-                if not given:  # one that was kept, given back whole: `Finding(**kept)`
+                if not given:  # one from a cache, returned unchanged: `Issue(**cached)`
                     assert [word.arg for word in node.keywords] == [None], f"{path}:{node.lineno}"
                     continue
                 code = given[0]
-                assert isinstance(code, ast.Constant) or path.name == "findings.py", f"{path}:{node.lineno}"
+                assert isinstance(code, ast.Constant) or path.name == "example_checks.py", f"{path}:{node.lineno}"
                 if isinstance(code, ast.Constant):
                     found.add(str(code.value))
             if isinstance(node, ast.Dict):
@@ -182,17 +182,17 @@ def codes_in_source() -> set[str]:
     return found
 
 
-def test_no_finding_is_without_a_file() -> None:
+def test_every_issue_has_a_file() -> None:
     found = codes_in_source()
     assert len(found) > 20, "nothing was walked"
     assert found == set(CASES)
 
 
-def test_what_can_be_grave_is_what_a_file_shows_to_be() -> None:
+def test_severe_codes_are_those_that_files_show() -> None:
     assert {code for code, case in CASES.items() if case.grave} == set(GRAVE_CODES)
 
 
-def test_the_documentation_lists_them_all() -> None:
+def test_documentation_lists_every_issue() -> None:
     lines = re.findall(
         r"^\| `([a-z-]+)` \|.*\| (no|yes|.+?) \|[^|]*\|$", DOCS.read_text(encoding="utf-8"), re.MULTILINE
     )

@@ -15,9 +15,7 @@ from tests.training.children import Child, left_by, log_of
 Build = Callable[..., dict[str, Any]]
 
 
-def test_killed_at_random_and_resumed_it_ends_in_the_same_bytes(
-    run_file: Build, tmp_path: Path, undisturbed: Path
-) -> None:
+def test_train_killed_at_random_resumes_bit_exact(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
     """Each child goes on where the one before was killed; the time to the kill is drawn from the time that a whole
     run takes.
     """
@@ -42,7 +40,9 @@ def test_killed_at_random_and_resumed_it_ends_in_the_same_bytes(
     assert not list((tmp_path / "run").rglob(".*"))
 
 
-def test_killed_right_after_each_step_and_each_save(run_file: Build, tmp_path: Path, undisturbed: Path) -> None:
+def test_train_killed_after_each_step_and_save_resumes_bit_exact(
+    run_file: Build, tmp_path: Path, undisturbed: Path
+) -> None:
     """Moments that random kills may miss; the listener is called between them."""
     import os
     import signal

@@ -20,15 +20,15 @@ from graftwerk.own_files import open_own
 from graftwerk.reporting.html import write_report
 from graftwerk.serialization.atomic import recover, write_file, write_folder
 from graftwerk.training.activation_cache.store import open_file
-from graftwerk.training.events import JsonLines
-from graftwerk.training.lock import LOCK_FILE, RunLock
-from graftwerk.training.run_dir import MADE_BEFORE, OURS, read_manifest
+from graftwerk.training.callbacks.jsonl import JsonLines
+from graftwerk.training.lock import RunLock
+from graftwerk.training.run_dir import LOCK, MADE_BEFORE, RUN_FILES, read_manifest
 from graftwerk.training.train import train
 
 Build = Callable[..., dict[str, Any]]
 BELOW = ("checkpoints/latest", "checkpoints/best", "checkpoints/step-000004", "checkpoints/step-000004/state.json",
          "checkpoints/.old", "adapter/adapter_config.json", "tensorboard/events.out", "trunk/x.trunk")  # fmt: skip
-NAMES = (LOCK_FILE, *MADE_BEFORE, *OURS, *BELOW)
+NAMES = (LOCK, *MADE_BEFORE, *RUN_FILES, *BELOW)
 
 
 def put(kind: str, place: Path, victim: Path) -> None:
@@ -104,7 +104,7 @@ def test_report_through_a_link_raises(undisturbed: Path, tmp_path: Path, victim:
 
 
 @pytest.mark.parametrize(
-    "name", [LOCK_FILE, "comparison.json", "config.yaml", "workers.log", "report.html", "trunk", "lora-seed0"]
+    "name", [LOCK, "comparison.json", "config.yaml", "workers.log", "report.html", "trunk", "lora-seed0"]
 )
 def test_compare_with_a_link_under_any_name_of_ours_raises(
     run_file: Build, tmp_path: Path, victim: Path, name: str
@@ -121,7 +121,7 @@ def test_compare_with_a_link_under_any_name_of_ours_raises(
 def test_files_written_in_place_are_not_opened_through_a_link(tmp_path: Path, victim: Path, kind: str) -> None:
     rows = tmp_path / "rows.jsonl"
     opened: dict[Path, Callable[[], object]] = {
-        tmp_path / "run" / LOCK_FILE: lambda: RunLock(tmp_path / "run").acquire(),
+        tmp_path / "run" / LOCK: lambda: RunLock(tmp_path / "run").acquire(),
         tmp_path / "run" / "metrics.jsonl": lambda: JsonLines(tmp_path / "run" / "metrics.jsonl"),
         journal_of(rows): lambda: Journal(rows, {}, keep=True),
         tmp_path / "workers.log": lambda: JobRunner(tmp_path / "workers.log").run({}, lambda event: None),

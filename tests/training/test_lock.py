@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 
 from graftwerk.errors import ConflictError
-from graftwerk.training.lock import LOCK_FILE, Holder, RunLock, process_start
+from graftwerk.training.lock import Holder, RunLock
+from graftwerk.training.process_info import start_ticks
+from graftwerk.training.run_dir import LOCK
 from tests.training.children import Child, until
 
 
 def holding(folder: Path) -> Child:
     child = Child(lambda: (RunLock(folder).acquire(), time.sleep(60)))
-    until(lambda: (folder / LOCK_FILE).exists() and (folder / LOCK_FILE).stat().st_size > 0)
+    until(lambda: (folder / LOCK).exists() and (folder / LOCK).stat().st_size > 0)
     return child
 
 
-def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+def test_lock_second_holder_is_refused_with_name(tmp_path: Path) -> None:
     child = holding(tmp_path)
     try:
         with pytest.raises(ConflictError, match=f"process {child.pid} ") as caught:
@@ -32,18 +34,18 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
         child.kill()
 
 
-def test_a_killed_holder_leaves_no_lock(tmp_path: Path) -> None:
+def test_lock_of_killed_holder_is_free(tmp_path: Path) -> None:
     holding(tmp_path).kill()
-    assert (tmp_path / LOCK_FILE).exists()
+    assert (tmp_path / LOCK).exists()
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
-    assert not (tmp_path / LOCK_FILE).exists()
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / LOCK).exists()
 
 
-def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
+def test_lock_removes_folders_made_for_it(tmp_path: Path) -> None:
     own = tmp_path / "runs" / "one"
     with RunLock(own):
-        assert (own / LOCK_FILE).exists()
+        assert (own / LOCK).exists()
     assert not list(tmp_path.iterdir())
     own.mkdir(parents=True)
     with RunLock(own):
@@ -57,17 +59,17 @@ def test_folders_made_for_the_lock_alone_go_with_it(tmp_path: Path) -> None:
     assert [path.name for path in (own / "three").iterdir()] == ["result"]
 
 
-def test_the_same_process_cannot_take_it_twice(tmp_path: Path) -> None:
+def test_lock_twice_in_one_process_is_refused(tmp_path: Path) -> None:
     with RunLock(tmp_path), pytest.raises(ConflictError, match=f"process {os.getpid()} "):
         RunLock(tmp_path).acquire()
     with RunLock(tmp_path):
         pass
 
 
-def test_of_many_at_once_exactly_one_gets_it(tmp_path: Path) -> None:
+def test_lock_race_has_one_winner(tmp_path: Path) -> None:
     children = [Child(lambda: (RunLock(tmp_path).acquire(), time.sleep(60))) for _ in range(6)]
-    until(lambda: (tmp_path / LOCK_FILE).exists() and (tmp_path / LOCK_FILE).stat().st_size > 0)
-    winner = json.loads((tmp_path / LOCK_FILE).read_text())["pid"]
+    until(lambda: (tmp_path / LOCK).exists() and (tmp_path / LOCK).stat().st_size > 0)
+    winner = json.loads((tmp_path / LOCK).read_text())["pid"]
     assert [child.wait() for child in children if child.pid != winner] == [7] * 5
     assert next(child for child in children if child.pid == winner).kill() == -signal.SIGKILL
 
@@ -79,7 +81,7 @@ def stale(**changes: object) -> str:
 @pytest.mark.parametrize(
     "content",
     [
-        stale(started=(process_start(os.getpid()) or 0) - 5),  # the pid is used again, by us
+        stale(started=(start_ticks(os.getpid()) or 0) - 5),  # the pid is used again, by us
         stale(pid=2**22 + 1),
         stale(boot="00000000-0000-0000-0000-000000000000"),  # before the last start of this machine
         "",
@@ -89,31 +91,29 @@ def stale(**changes: object) -> str:
     ],
     ids=["pid used again", "no such process", "other boot", "empty", "torn", "other keys", "no object"],
 )
-def test_what_the_dead_left_is_broken(tmp_path: Path, content: str) -> None:
-    (tmp_path / LOCK_FILE).write_text(content)
+def test_lock_of_dead_process_is_broken(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK).write_text(content)
     with RunLock(tmp_path):
-        assert json.loads((tmp_path / LOCK_FILE).read_text())["started"] == process_start(os.getpid())
+        assert json.loads((tmp_path / LOCK).read_text())["started"] == start_ticks(os.getpid())
 
 
-def test_a_living_process_is_believed_even_where_the_kernel_knows_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / LOCK_FILE).write_text(stale(pid=1, started=process_start(1)))
+def test_lock_of_living_process_holds_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / LOCK).write_text(stale(pid=1, started=start_ticks(1)))
     with pytest.raises(ConflictError, match="process 1 "):
         RunLock(tmp_path).acquire()
     monkeypatch.setattr("graftwerk.training.lock._flock", lambda descriptor: None)
     with pytest.raises(ConflictError, match="process 1 "):
         RunLock(tmp_path).acquire()
-    (tmp_path / LOCK_FILE).write_text(stale(pid=2**22 + 1))
+    (tmp_path / LOCK).write_text(stale(pid=2**22 + 1))
     with RunLock(tmp_path):
         pass
-    (tmp_path / LOCK_FILE).write_text(stale(host="elsewhere", boot="another"))
+    (tmp_path / LOCK).write_text(stale(host="elsewhere", boot="another"))
     with pytest.raises(ConflictError, match="on elsewhere") as caught:
         RunLock(tmp_path).acquire()
-    assert f"delete {tmp_path / LOCK_FILE}" in (caught.value.hint or "")
+    assert f"delete {tmp_path / LOCK}" in (caught.value.hint or "")
 
 
-def test_a_child_that_outlives_the_holder_does_not_keep_the_folder(tmp_path: Path) -> None:
+def test_lock_child_of_dead_holder_does_not_hold_it(tmp_path: Path) -> None:
     """A forked child inherits the kernel's lock; what is written says that its holder is dead."""
 
     def hold() -> None:
@@ -133,7 +133,7 @@ def test_a_child_that_outlives_the_holder_does_not_keep_the_folder(tmp_path: Pat
         os.kill(int((tmp_path / "orphan").read_text()), signal.SIGKILL)
 
 
-def test_clocks_that_jump_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_ignores_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = holding(tmp_path)
     try:
         for jump in (-1e9, 1e9):

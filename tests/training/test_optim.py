@@ -37,7 +37,7 @@ def rates_by_key(graft: Adapter, **settings: object) -> dict[str, tuple[float, f
     return {key: (group["lr"], group["weight_decay"]) for group in groups for key in group["keys"]}
 
 
-def test_every_trained_parameter_is_in_exactly_one_group(tiny_encoder: Path) -> None:
+def test_parameter_groups_have_every_parameter_once(tiny_encoder: Path) -> None:
     graft = grafted(tiny_encoder, "houlsby")
     groups = parameter_groups(graft, TrainingSettings(weight_decay=0.1))
     grouped = [parameter for group in groups for parameter in group["params"]]
@@ -45,7 +45,7 @@ def test_every_trained_parameter_is_in_exactly_one_group(tiny_encoder: Path) -> 
     assert len(grouped) == len(list(graft.parameters()))
 
 
-def test_only_matrices_decay(tiny_encoder: Path) -> None:
+def test_parameter_groups_decay_only_matrices(tiny_encoder: Path) -> None:
     for method in ("houlsby", "ia3", "bitfit", "dora"):
         graft = grafted(tiny_encoder, method)
         shapes = {key: tuple(parameter.shape) for key, parameter in graft.named_parameters()}
@@ -54,7 +54,7 @@ def test_only_matrices_decay(tiny_encoder: Path) -> None:
             assert decay == (0.1 if matrix else 0.0), (method, key, shapes[key])
 
 
-def test_auto_rates_are_the_methods_own(tiny_encoder: Path) -> None:
+def test_peak_rates_auto_are_method_defaults(tiny_encoder: Path) -> None:
     graft = grafted(tiny_encoder)
     own = LoRA.default_learning_rate
     assert peak_rates(graft, TrainingSettings()).method == own
@@ -62,9 +62,7 @@ def test_auto_rates_are_the_methods_own(tiny_encoder: Path) -> None:
     assert peak_rates(graft, TrainingSettings(head_learning_rate=5e-5)).head == 5e-5
 
 
-def test_a_head_follows_the_method_unless_the_method_says_otherwise(
-    tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_peak_rates_head_follows_method_or_its_default(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graft = grafted(tiny_encoder)
     monkeypatch.setattr(LoRA, "default_head_learning_rate", None)
     assert peak_rates(graft, TrainingSettings(learning_rate=7e-4)).head == 7e-4
@@ -75,7 +73,7 @@ def test_a_head_follows_the_method_unless_the_method_says_otherwise(
     assert rates["bert.encoder.layer.0.attention.self.query.lora_A.weight"][0] == 7e-4
 
 
-def test_the_ratio_of_lora_plus_reaches_b_alone(tiny_encoder: Path) -> None:
+def test_parameter_groups_lora_plus_ratio_applies_to_b(tiny_encoder: Path) -> None:
     rates = rates_by_key(grafted(tiny_encoder, LoRA(loraplus_lr_ratio=16.0)), learning_rate=1e-3)
     place = "bert.encoder.layer.0.attention.self.query"
     assert rates[f"{place}.lora_A.weight"][0] == pytest.approx(1e-3)
@@ -84,7 +82,7 @@ def test_the_ratio_of_lora_plus_reaches_b_alone(tiny_encoder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_the_schedule_rises_and_falls(kind: str) -> None:
+def test_schedule_rises_and_falls(kind: str) -> None:
     factors = [schedule(kind, step, total=100, warmup=10) for step in range(100)]
     assert factors[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert factors[10] == 1.0
@@ -97,14 +95,14 @@ def test_the_schedule_rises_and_falls(kind: str) -> None:
     assert schedule("linear", 0, total=1, warmup=0) == 1.0
 
 
-def test_rates_are_the_peak_times_the_factor(tiny_encoder: Path) -> None:
+def test_set_rates_multiplies_peaks(tiny_encoder: Path) -> None:
     optimizer = build_optimizer(grafted(tiny_encoder), TrainingSettings(learning_rate=1e-2))
     set_rates(optimizer, 0.5)
     set_rates(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {2.5e-3}
 
 
-def test_the_state_goes_out_and_in_by_name_and_steps_go_on_the_same(tiny_encoder: Path) -> None:
+def test_optimizer_tensors_roundtrip_continues_equally(tiny_encoder: Path) -> None:
     def step(graft: Adapter, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
         for parameter in graft.parameters():
@@ -124,7 +122,7 @@ def test_the_state_goes_out_and_in_by_name_and_steps_go_on_the_same(tiny_encoder
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_foreign_state_is_refused(tiny_encoder: Path) -> None:
+def test_load_optimizer_tensors_foreign_state_raises(tiny_encoder: Path) -> None:
     optimizer = build_optimizer(grafted(tiny_encoder), TrainingSettings())
     state = dict(optimizer_tensors(optimizer))
     missing = {key: tensor for key, tensor in state.items() if key != "exp_avg.classifier.bias"}

@@ -58,14 +58,14 @@ def same_figures(one: Path, two: Path, *, steps: int = 10) -> None:
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (kind, a["step"], name)
 
 
-def test_processes_share_whole_batches_of_evaluation() -> None:
+def test_deal_batches_deals_whole_batches() -> None:
     """So that a batch, and how its answers round, does not depend on how many processes there are."""
     batches = [[5, 4], [3, 2], [1]]
     assert deal_batches(batches, 2) == [[5, 4, 1], [3, 2]]
     assert deal_batches(batches, 1) == [[5, 4, 3, 2, 1]]
 
 
-def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, tmp_path: Path, still: Path) -> None:
+def test_launched_processes_train_as_one_with_same_total_batch(run_file: Build, tmp_path: Path, still: Path) -> None:
     """36 rows, 8 a step: the last step of an epoch has 4. Three batches of evaluation rows are shared out, unevenly."""
     shared = run_file(tmp_path / "two", per_device_train_batch_size=4, per_device_eval_batch_size=4)
     alone = run_file(tmp_path / "one", per_device_train_batch_size=8, per_device_eval_batch_size=4)
@@ -83,7 +83,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(run_file: Build, t
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_losses_without_logits_are_shared_out_too(
+def test_launched_losses_without_logits_equal_one_process(
     method: str, tiny_decoder: Path, glosses: Path, tmp_path: Path
 ) -> None:
     """With `full` the head is trained, by a gradient that the loss itself makes."""
@@ -100,9 +100,7 @@ def test_losses_without_logits_are_shared_out_too(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume_together(
-    run_file: Build, tmp_path: Path, still: Path
-) -> None:
+def test_launched_signal_to_one_stops_both_and_resumes(run_file: Build, tmp_path: Path, still: Path) -> None:
     """With dropout: after the resume every process draws what it would have drawn."""
     tree = run_file(per_device_train_batch_size=3)
 
@@ -131,7 +129,7 @@ sys.stdout.write(f"status: {run.manifest['status']}\\n")  # in one piece: two pr
 
 
 @pytest.mark.slow
-def test_accelerate_launch(run_file: Build, tmp_path: Path, still: Path) -> None:
+def test_accelerate_launch_trains_as_one_process(run_file: Build, tmp_path: Path, still: Path) -> None:
     """The real launcher, cold. Accelerate starts several CPU processes on one machine through its torchrun launcher
     only.
     """

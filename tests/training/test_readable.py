@@ -20,9 +20,7 @@ def rows_of(folder: Path, labels: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["names", "escapes", "run file", "run file of long lines"])
-def test_train_of_what_could_not_be_read_again_raises_before_training(
-    tmp_path: Path, tiny_encoder: Path, kind: str
-) -> None:
+def test_train_unreadable_output_raises_before_training(tmp_path: Path, tiny_encoder: Path, kind: str) -> None:
     labels = {
         "names": ["class " + "n" * 250 + str(n) for n in range(2_500)],
         "escapes": [f'"{n}"\\' for n in range(4_000)],
@@ -50,7 +48,7 @@ def test_train_of_what_could_not_be_read_again_raises_before_training(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_labels_that_are_no_ascii_are_stored_and_read(tmp_path: Path, tiny_encoder: Path) -> None:
+def test_train_labels_outside_ascii_are_stored_and_read(tmp_path: Path, tiny_encoder: Path) -> None:
     """Written as \\uXXXX they would be six times as long, and more escapes than are read."""
     labels = [f"綱目分類名稱第{n}號類別" for n in range(1_500)]
     tree = {

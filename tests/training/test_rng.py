@@ -28,7 +28,7 @@ def draw() -> list[float]:
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "with a normal number kept back"])
-def test_draws_go_on_where_they_were_also_through_a_file(tmp_path: Path, odd: bool) -> None:
+def test_rng_capture_and_restore_continue_draws(tmp_path: Path, odd: bool) -> None:
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
@@ -44,7 +44,7 @@ def test_draws_go_on_where_they_were_also_through_a_file(tmp_path: Path, odd: bo
     assert [draw() for _ in range(3)] == expected
 
 
-def test_a_state_that_is_gone_or_wrong_is_told() -> None:
+def test_rng_restore_missing_or_wrong_state_raises() -> None:
     states = rng.capture(CPU)
     with pytest.raises(IntegrityError):
         rng.restore({key: state for key, state in states.items() if key != "numpy"}, CPU)
@@ -54,7 +54,7 @@ def test_a_state_that_is_gone_or_wrong_is_told() -> None:
         rng.restore({**states, "torch": torch.zeros(3, dtype=torch.uint8)}, CPU)
 
 
-def test_what_is_drawn_aside_is_not_drawn() -> None:
+def test_rng_untouched_restores_generators() -> None:
     rng.seed(5)
     expected = [draw(), draw()]
     rng.seed(5)

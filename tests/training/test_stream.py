@@ -49,7 +49,7 @@ def with_data(tree: Tree, folder: Path, **changes: Any) -> Tree:
     return {**tree, "data": {**tree["data"], **changes}, "output_dir": str(folder)}
 
 
-def test_with_room_for_all_rows_it_is_the_run_in_memory(tree: Tree, tmp_path: Path) -> None:
+def test_stream_large_buffer_equals_run_in_memory(tree: Tree, tmp_path: Path) -> None:
     streamed = train(with_data(tree, tmp_path / "streamed", buffer_rows=60))
     memory = train(with_data(tree, tmp_path / "memory", streaming=False, buffer_rows=10_000))
     assert learnt(streamed) == learnt(memory)
@@ -57,7 +57,7 @@ def test_with_room_for_all_rows_it_is_the_run_in_memory(tree: Tree, tmp_path: Pa
     assert "streamed" in {found["code"] for found in streamed.manifest["data"]["findings"]}
 
 
-def test_every_row_comes_once_an_epoch_from_a_small_buffer(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_small_buffer_takes_every_row_once(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
     seen: list[tuple[int, ...]] = []
 
@@ -76,7 +76,7 @@ def test_every_row_comes_once_an_epoch_from_a_small_buffer(tree: Tree, monkeypat
     assert max(held) == 12, "14 rows, in whole steps"
 
 
-def test_what_is_interrupted_goes_on_bit_for_bit(tree: Tree, tmp_path: Path) -> None:
+def test_stream_interrupted_run_resumes_bit_exact(tree: Tree, tmp_path: Path) -> None:
     whole = train(with_data(tree, tmp_path / "whole"))
 
     def stop(event: Event) -> None:
@@ -89,7 +89,7 @@ def test_what_is_interrupted_goes_on_bit_for_bit(tree: Tree, tmp_path: Path) -> 
     assert learnt(resumed) == learnt(whole)
 
 
-def test_the_dry_run_counts_steps_and_shows_the_first_batch(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_dry_run_counts_steps_and_shows_first_batch(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = preflight(RunConfig.build(tree))
     memory = preflight(RunConfig.build(with_data(tree, Path("x"), streaming=False, buffer_rows=10_000)))
     assert checked["steps"] == memory["steps"] == 16
@@ -109,9 +109,7 @@ def test_the_dry_run_counts_steps_and_shows_the_first_batch(tree: Tree, monkeypa
     assert {len(row["tokens"]) for row in checked["first_batch"]["rows"]} == first[0]
 
 
-def test_texts_that_are_cut_into_blocks_are_counted_as_they_are_trained(
-    tree: Tree, tiny_decoder: Path, tmp_path: Path
-) -> None:
+def test_stream_chunked_texts_are_counted_as_trained(tree: Tree, tiny_decoder: Path, tmp_path: Path) -> None:
     tree = {**with_data(tree, tmp_path / "lm", max_length=8), "model": str(tiny_decoder), "task": "causal"}
     run = train(tree)
     rows = run.manifest["data"]["rows"]["train"]

@@ -26,7 +26,7 @@ TENSORS = {
 }
 
 
-def test_the_library_and_our_gate_read_the_same(tmp_path: Path) -> None:
+def test_write_tensors_is_read_by_safetensors(tmp_path: Path) -> None:
     digest = write_tensors(tmp_path / "a.safetensors", TENSORS)
     assert digest == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).hexdigest()
     for read in (load_file(tmp_path / "a.safetensors"), read_tensors(tmp_path / "a.safetensors")):
@@ -37,18 +37,18 @@ def test_the_library_and_our_gate_read_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
-def test_every_type_that_is_read_is_written(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_write_tensors_writes_every_readable_type(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.tensor([0, 1, 1, 0], dtype=torch.uint8).to(dtype)
     write_tensors(tmp_path / "a.safetensors", {"a": tensor})
     assert torch.equal(read_tensors(tmp_path / "a.safetensors")["a"].float(), tensor.float())
 
 
-def test_the_order_of_the_names_does_not_matter(tmp_path: Path) -> None:
+def test_write_tensors_ignores_order_of_names(tmp_path: Path) -> None:
     one = write_tensors(tmp_path / "a", TENSORS)
     assert write_tensors(tmp_path / "b", dict(reversed(TENSORS.items()))) == one
 
 
-def test_tensors_begin_at_multiples_of_their_width(tmp_path: Path) -> None:
+def test_write_tensors_aligns_tensors(tmp_path: Path) -> None:
     write_tensors(tmp_path / "a.safetensors", TENSORS)
     header = int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little")
     assert header % 8 == 0
@@ -56,7 +56,7 @@ def test_tensors_begin_at_multiples_of_their_width(tmp_path: Path) -> None:
         assert set(file.keys()) == TENSORS.keys()
 
 
-def test_no_file_is_written_over(tmp_path: Path) -> None:
+def test_write_tensors_existing_file_raises(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
     with pytest.raises(FileExistsError):
         write_tensors(tmp_path / "a", TENSORS)

@@ -56,7 +56,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "load_model", load_model)
 
 
-def test_a_run_leaves_everything_that_is_read_later(run_file: Build, tmp_path: Path) -> None:
+def test_train_writes_complete_run_folder(run_file: Build, tmp_path: Path) -> None:
     events: list[Event] = []
     run = train(run_file(report_to=["jsonl", "tensorboard"]), listener=events.append)
     assert run.folder == tmp_path / "run"
@@ -90,7 +90,7 @@ def test_a_run_leaves_everything_that_is_read_later(run_file: Build, tmp_path: P
     assert run.to_dict()["adapter"] == str(run.adapter)
 
 
-def test_what_is_handed_over_is_the_best_state_and_not_the_last(run_file: Build) -> None:
+def test_train_saves_best_state(run_file: Build) -> None:
     # A rate that ruins what was learnt: the last state is not the best.
     run = train(run_file(learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=None, seed=1))
     best = run.manifest["best"]["step"]
@@ -104,23 +104,21 @@ def test_what_is_handed_over_is_the_best_state_and_not_the_last(run_file: Build)
     assert not torch.equal(stored["base_model.model.classifier.weight"], last["classifier.weight"])
 
 
-def test_load_best_false_hands_over_the_last(run_file: Build) -> None:
+def test_train_load_best_false_saves_last_state(run_file: Build) -> None:
     run = train(run_file(learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=None, seed=1, load_best=False))
     stored = read_tensors(run.adapter / "adapter_model.safetensors")
     last = Checkpoints(run.folder / "checkpoints").weights(12)
     assert torch.equal(stored["base_model.model.classifier.weight"], last["classifier.weight"])
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(run_file: Build, tmp_path: Path) -> None:
+def test_train_is_deterministic_by_seed(run_file: Build, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(run_file(tmp_path / name, seed=seed))
     assert left_by(tmp_path / "a") == left_by(tmp_path / "b")
     assert left_by(tmp_path / "a") != left_by(tmp_path / "c")
 
 
-def test_a_finished_run_is_neither_overwritten_nor_trained_again(
-    run_file: Build, no_model: None, tmp_path: Path
-) -> None:
+def test_train_finished_run_is_returned_or_refused(run_file: Build, no_model: None, tmp_path: Path) -> None:
     tree = run_file()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text(json.dumps({"status": "finished"}))
@@ -132,11 +130,11 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(
     assert train(tree, resume=True).manifest == {"status": "finished"}
     with pytest.raises(ConflictError, match=r"training.learning_rate: 0.01 -> 0.02"):
         train(tree, resume=True, learning_rate=0.02)
-    with pytest.raises(ConfigError, match="one of them only"):
+    with pytest.raises(ConfigError, match="only one of them"):
         train(tree, resume=True, overwrite=True)
 
 
-def test_an_interrupted_run_is_not_begun_anew_by_accident(run_file: Build, no_model: None, tmp_path: Path) -> None:
+def test_train_interrupted_run_without_flag_is_refused(run_file: Build, no_model: None, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text(json.dumps({"status": "running"}))
     with pytest.raises(ConflictError, match="not finished") as caught:
@@ -144,7 +142,7 @@ def test_an_interrupted_run_is_not_begun_anew_by_accident(run_file: Build, no_mo
     assert "--resume" in str(caught.value)
 
 
-def test_files_that_no_run_left_are_not_touched(run_file: Build, tmp_path: Path) -> None:
+def test_train_foreign_files_are_refused_or_untouched(run_file: Build, tmp_path: Path) -> None:
     adapter = tmp_path / "run" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "precious").write_text("x")
@@ -153,7 +151,7 @@ def test_files_that_no_run_left_are_not_touched(run_file: Build, tmp_path: Path)
     assert (adapter / "precious").read_text() == "x"
 
 
-def test_overwrite_replaces_the_run_and_leaves_other_files(run_file: Build, tmp_path: Path) -> None:
+def test_overwrite_replaces_run_and_leaves_other_files(run_file: Build, tmp_path: Path) -> None:
     train(run_file())
     (tmp_path / "run" / "notes.txt").write_text("mine")
     (tmp_path / "run" / "evaluation.json").write_text("{}")  # figures of the adapter that goes
@@ -164,7 +162,7 @@ def test_overwrite_replaces_the_run_and_leaves_other_files(run_file: Build, tmp_
     assert len(log_of(run.folder, "step")) == 12
 
 
-def test_a_mistake_with_overwrite_leaves_the_earlier_run_whole(run_file: Build, tmp_path: Path) -> None:
+def test_overwrite_with_bad_settings_leaves_earlier_run(run_file: Build, tmp_path: Path) -> None:
     train(run_file())
     before = left_by(tmp_path / "run")
     tree = run_file()
@@ -184,7 +182,7 @@ def test_a_mistake_with_overwrite_leaves_the_earlier_run_whole(run_file: Build, 
         ({"data": {"max_train_rows": 30}}, "data.max_train_rows: 36 -> 30"),
     ],
 )
-def test_going_on_with_other_settings_is_refused_with_the_difference(
+def test_resume_other_settings_raises_with_difference(
     run_file: Build, no_model: None, tmp_path: Path, stopped: Path, change: Tree, said: str
 ) -> None:
     shutil.copytree(stopped, tmp_path / "run")
@@ -198,7 +196,7 @@ def test_going_on_with_other_settings_is_refused_with_the_difference(
     assert "step-000009" in (caught.value.recovered or "")
 
 
-def test_going_on_with_other_data_is_refused(
+def test_resume_other_data_raises(
     run_file: Build, tmp_path: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The settings are the same; the file that they name has another row."""
@@ -219,15 +217,13 @@ def test_going_on_with_other_data_is_refused(
     assert "warm_start" in (caught.value.hint or "")
 
 
-def test_settings_that_change_nothing_may_change(run_file: Build, tmp_path: Path, stopped: Path) -> None:
+def test_resume_free_settings_may_change(run_file: Build, tmp_path: Path, stopped: Path) -> None:
     shutil.copytree(stopped, tmp_path / "run")
     run = train(run_file(save_total_limit=5), resume=True)
     assert run.manifest["status"] == "finished"
 
 
-def test_a_warm_start_begins_from_the_weights_of_an_unfinished_run(
-    run_file: Build, tmp_path: Path, stopped: Path
-) -> None:
+def test_warm_start_from_unfinished_run_loads_weights(run_file: Build, tmp_path: Path, stopped: Path) -> None:
     """As the refusal offers it: the checkpoint, and another folder."""
     for number, source in enumerate((stopped, stopped / "checkpoints" / "step-000009")):
         tree = run_file(
@@ -239,7 +235,7 @@ def test_a_warm_start_begins_from_the_weights_of_an_unfinished_run(
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full", "bitfit", "prefix", "houlsby", "ptuning"])
-def test_a_warm_start_begins_from_a_finished_adapter(run_file: Build, tmp_path: Path, method: str) -> None:
+def test_warm_start_from_adapter_loads_weights(run_file: Build, tmp_path: Path, method: str) -> None:
     first = train(run_file(tmp_path / "first", method=method, max_steps=2, eval_steps=None))
     again = run_file(tmp_path / "again", method=method, warm_start=str(first.folder), max_steps=1, eval_steps=None)
     second = train(again, learning_rate=1e-12)
@@ -249,13 +245,13 @@ def test_a_warm_start_begins_from_a_finished_adapter(run_file: Build, tmp_path: 
         assert torch.allclose(after[key], tensor, atol=1e-5), key
 
 
-def test_a_warm_start_from_another_method_is_refused(run_file: Build, tmp_path: Path, stopped: Path) -> None:
+def test_warm_start_from_other_method_raises(run_file: Build, tmp_path: Path, stopped: Path) -> None:
     with pytest.raises(AdapterError):
         train(run_file(method="bitfit", warm_start=str(stopped)))
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
-def test_what_is_wrong_with_the_settings_shows_before_the_model_is_loaded(run_file: Build, no_model: None) -> None:
+def test_train_bad_settings_raise_before_model_is_loaded(run_file: Build, no_model: None) -> None:
     without = run_file(early_stopping_patience=1, eval_steps=None)
     without["data"]["validation"] = None
     with pytest.raises(ConfigError, match="needs validation rows"):
@@ -277,19 +273,19 @@ def test_what_is_wrong_with_the_settings_shows_before_the_model_is_loaded(run_fi
         train(one_class)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_read(run_file: Build, no_model: None) -> None:
+def test_train_unwritable_folder_raises_before_reading(run_file: Build, no_model: None) -> None:
     with pytest.raises(ResourceError, match=r"/proc/1/run|/sys/run") as caught:
         train(run_file("/sys/run"))
     assert caught.value.exit_code == 5
 
 
-def test_a_file_where_the_folder_should_be(run_file: Build, no_model: None, tmp_path: Path) -> None:
+def test_train_file_in_place_of_folder_raises(run_file: Build, no_model: None, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
     with pytest.raises(ConflictError, match="is a file"):
         train(run_file())
 
 
-def test_without_validation_rows_the_last_state_is_handed_over(run_file: Build) -> None:
+def test_train_without_validation_saves_last_state(run_file: Build) -> None:
     tree = run_file(eval_steps=None)
     tree["data"] |= {"validation": None, "test": None}
     run = train(tree)
@@ -298,7 +294,7 @@ def test_without_validation_rows_the_last_state_is_handed_over(run_file: Build) 
     assert Checkpoints(run.folder / "checkpoints").steps() == [6, 12]
 
 
-def test_a_run_that_diverges_says_so_and_keeps_what_was_good(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_diverged_is_recorded_and_checkpoint_stays(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     from graftwerk.tasks.objective import ClassObjective
 
     real, calls = ClassObjective.loss, []
@@ -327,7 +323,7 @@ def test_a_run_that_diverges_says_so_and_keeps_what_was_good(run_file: Build, mo
     assert '"nan"' in (folder / "metrics.jsonl").read_text()
 
 
-def test_a_wall_clock_that_jumps_changes_nothing(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_ignores_wall_clock_jumps(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     jumps = iter(range(10**9))
@@ -339,21 +335,19 @@ def test_a_wall_clock_that_jumps_changes_nothing(run_file: Build, monkeypatch: p
     assert all(0 <= line["left_seconds"] < 600 for line in lines if line["kind"] == "step")
 
 
-def test_float16_without_an_accelerator_is_refused_before_the_model(run_file: Build, no_model: None) -> None:
+def test_train_float16_on_cpu_raises_before_model(run_file: Build, no_model: None) -> None:
     with pytest.raises(UnsupportedError, match="float16"):
         train(run_file(compute_type="float16"))
 
 
-def test_a_mixed_precision_that_the_launcher_was_given_is_not_silently_ignored(
-    run_file: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_warns_of_unused_launcher_precision(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     events: list[Event] = []
     train(run_file(max_steps=1, eval_steps=None, compute_type="float32"), listener=events.append)
     assert ["bf16" in event.figures["text"] for event in events if event.kind == "warning"] == [True]
 
 
-def test_a_log_that_was_switched_off_for_a_while_keeps_what_it_had(run_file: Build, tmp_path: Path) -> None:
+def test_resume_with_log_off_keeps_log(run_file: Build, tmp_path: Path) -> None:
     with pytest.raises(RunInterrupted):
         train(run_file(), listener=stopping_at(3))
     with pytest.raises(RunInterrupted):
@@ -362,9 +356,7 @@ def test_a_log_that_was_switched_off_for_a_while_keeps_what_it_had(run_file: Bui
     assert [line["step"] for line in log_of(tmp_path / "run", "step")] == [1, 2, 3, 7, 8, 9, 10, 11, 12]
 
 
-def test_a_run_whose_log_fills_the_disk_is_finished(
-    run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_full_disk_for_log_finishes(run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
 
     def pwrite(descriptor: int, content: bytes, offset: int) -> int:
@@ -379,7 +371,7 @@ def test_a_run_whose_log_fills_the_disk_is_finished(
     assert [line["step"] for line in log_of(tmp_path / "run", "step")] == [1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
 
 
-def test_a_full_disk_in_a_save_ends_with_code_5_and_the_run_can_go_on(
+def test_train_full_disk_in_save_exits_5_and_resumes(
     run_file: Build, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from graftwerk.training import checkpoint
@@ -401,15 +393,13 @@ def test_a_full_disk_in_a_save_ends_with_code_5_and_the_run_can_go_on(
     assert left_by(tmp_path / "run") == left_by(undisturbed)
 
 
-def test_examples_too_long_for_the_manifest_do_not_cost_the_run(
-    run_file: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finish_oversized_examples_are_left_out(run_file: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     long = [{"source": "x" * 2_000_000, "reference": None, "before": None, "after": "y"}]
     monkeypatch.setattr("graftwerk.evaluation.sample_outputs.before_and_after", lambda *given, **more: long)
     events: list[Event] = []
     manifest = train(run_file(), listener=events.append).manifest
     assert (manifest["status"], manifest["examples"]) == ("finished", [])
-    assert any("examples" in event.figures["text"] for event in events if event.kind == "warning")
+    assert any("sample outputs" in event.figures["text"] for event in events if event.kind == "warning")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

@@ -118,7 +118,7 @@ GOLDEN = [1.09350, 1.11270, 1.09467, 1.13070, 1.09647, 1.08207, 1.09480, 1.11192
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "prefix"])
-def test_batch_8_once_is_batch_4_twice(bench: Bench, tmp_path: Path, method: str) -> None:
+def test_gradient_accumulation_equals_large_batch(bench: Bench, tmp_path: Path, method: str) -> None:
     """36 rows in steps of 8: the last step of an epoch has 4, and the second epoch begins in the middle."""
     rate = {} if method == "lora" else {"learning_rate": 1e-3}
     whole = bench.trainer(tmp_path / "a", method=method, **rate)
@@ -134,7 +134,7 @@ def test_batch_8_once_is_batch_4_twice(bench: Bench, tmp_path: Path, method: str
         assert torch.allclose(a, b, atol=2e-4), key
 
 
-def test_a_step_cut_by_tokens_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
+def test_micro_batches_by_tokens_give_same_losses(bench: Bench, tmp_path: Path) -> None:
     whole = bench.trainer(tmp_path / "a", length_group=False)
     cut = bench.trainer(tmp_path / "b", length_group=False, per_device_train_tokens=40)
     pieces = micro_batches(cut.rows_of(0), cut.rows_of.lengths, cut.state.micro_batch, tokens=40)
@@ -143,7 +143,7 @@ def test_a_step_cut_by_tokens_is_the_same_step(bench: Bench, tmp_path: Path) -> 
     assert losses(whole) == pytest.approx(losses(cut), rel=1e-5)
 
 
-def test_micro_batches_count_by_their_targets(bench: Bench, tmp_path: Path) -> None:
+def test_gradient_of_unequal_micro_batches_is_mean_over_targets(bench: Bench, tmp_path: Path) -> None:
     """A step of 8 rows in micro-batches of 3, 3 and 2: the gradient is still that of the mean over 8."""
     whole = bench.trainer(tmp_path / "a", max_steps=1, max_grad_norm=None)
     cut = bench.trainer(tmp_path / "b", max_steps=1, max_grad_norm=None)
@@ -156,7 +156,7 @@ def test_micro_batches_count_by_their_targets(bench: Bench, tmp_path: Path) -> N
         assert torch.allclose(a.grad, b.grad, atol=1e-6)
 
 
-def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_same_losses(bench: Bench, tmp_path: Path) -> None:
     for method in ("lora", "prefix"):
         told = []
         for on in (False, True):
@@ -172,14 +172,14 @@ def test_gradient_checkpointing_gives_the_same_losses(bench: Bench, tmp_path: Pa
         assert not trainer.adapter.model.is_gradient_checkpointing
 
 
-def test_a_model_that_cannot_recompute_is_refused(bench: Bench, tmp_path: Path) -> None:
+def test_gradient_checkpointing_unsupported_model_raises(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, gradient_checkpointing=True)
     trainer.adapter.model.supports_gradient_checkpointing = False
     with pytest.raises(UnsupportedError, match="cannot recompute"):
         trainer.fit()
 
 
-def test_autocast_only_where_asked_for(bench: Bench, tmp_path: Path) -> None:
+def test_autocast_only_with_low_precision(bench: Bench, tmp_path: Path) -> None:
     seen: list[torch.dtype] = []
     trainer = bench.trainer(tmp_path / "a", max_steps=1)
     layer = trainer.adapter.model.bert.encoder.layer[0].output.dense
@@ -198,7 +198,7 @@ def test_autocast_only_where_asked_for(bench: Bench, tmp_path: Path) -> None:
         bench.trainer(tmp_path / "c", dtype=torch.float16)
 
 
-def test_training_leaves_the_model_as_it_was(bench: Bench, tmp_path: Path) -> None:
+def test_fit_restores_model_mode(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, max_steps=1)
     model = trainer.adapter.model
     model.config.use_cache = True
@@ -210,7 +210,7 @@ def test_training_leaves_the_model_as_it_was(bench: Bench, tmp_path: Path) -> No
     assert type(trainer.model) is type(model), "one process alone needs no wrapper"
 
 
-def test_clipping_bounds_the_gradient(bench: Bench, tmp_path: Path) -> None:
+def test_max_grad_norm_bounds_gradient(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path / "a", max_grad_norm=1e-3)
     norm = trainer.gradients(trainer.rows_of(0), 8).norm
     clipped = torch.stack(
@@ -223,7 +223,7 @@ def test_clipping_bounds_the_gradient(bench: Bench, tmp_path: Path) -> None:
     assert unclipped == pytest.approx(norm, rel=1e-5)
 
 
-def test_how_long(bench: Bench, tmp_path: Path) -> None:
+def test_total_steps_from_epochs_or_max_steps(bench: Bench, tmp_path: Path) -> None:
     """36 rows, 8 a step: 5 steps an epoch."""
     assert bench.trainer(tmp_path, max_steps=None, num_train_epochs=3).total_steps == 15
     assert bench.trainer(tmp_path, max_steps=None, num_train_epochs=0.5).total_steps == 3
@@ -235,7 +235,7 @@ def test_how_long(bench: Bench, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------
 
 
-def test_evaluated_and_saved_when_it_was_asked_for(bench: Bench, tmp_path: Path) -> None:
+def test_fit_evaluates_and_saves_when_due(bench: Bench, tmp_path: Path) -> None:
     said: list[Event] = []
     bench.trainer(tmp_path / "a", eval_steps=3, emit=said.append).fit()
     assert [event.step for event in said if event.kind == "evaluation"] == [3, 6, 8]
@@ -280,7 +280,7 @@ def points_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     ("metric", "values", "best"),
     [("accuracy", [0.2, 0.7, 0.5, 0.7], 4), ("loss", [0.9, 0.5, 0.4, 0.6], 6), ("accuracy", [0.5, 0.5, 0.5, 0.5], 2)],
 )
-def test_the_best_is_the_first_that_no_other_beats(
+def test_validation_best_is_first_unbeaten(
     bench: Bench, tmp_path: Path, metric: str, values: list[float], best: int
 ) -> None:
     trainer = bench.trainer(tmp_path, eval_steps=2, metric_for_best=metric)
@@ -296,7 +296,7 @@ def test_the_best_is_the_first_that_no_other_beats(
 
 
 @pytest.mark.usefixtures("points_restored")
-def test_it_stops_when_nothing_gets_better(bench: Bench, tmp_path: Path) -> None:
+def test_early_stopping_ends_training_and_resume(bench: Bench, tmp_path: Path) -> None:
     said: list[Event] = []
     trainer = bench.trainer(tmp_path, eval_steps=1, early_stopping_patience=2, emit=said.append)
     scripted(trainer, [0.5, 0.6, 0.6, 0.4, 0.9, 0.9, 0.9, 0.9])
@@ -309,7 +309,7 @@ def test_it_stops_when_nothing_gets_better(bench: Bench, tmp_path: Path) -> None
     assert again.done, "a resumed run would go on"
 
 
-def test_settings_that_need_rows_are_refused_without(bench: Bench, tmp_path: Path) -> None:
+def test_settings_needing_validation_rows_raise(bench: Bench, tmp_path: Path) -> None:
     for setting in ({"eval_steps": 2}, {"early_stopping_patience": 1}, {"metric_for_best": "loss"}):
         with pytest.raises(ConfigError, match=next(iter(setting))):
             bench.trainer(tmp_path, validation=False, **setting)
@@ -319,7 +319,7 @@ def test_settings_that_need_rows_are_refused_without(bench: Bench, tmp_path: Pat
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_is_skipped_before_the_optimizer_sees_it(bench: Bench, tmp_path: Path) -> None:
+def test_step_non_finite_loss_is_skipped(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, validation=False)
     trainer.gradients.task = Failing(lambda call, batch, loss: loss * float("inf") if call == 3 else loss)
     said: list[Event] = []
@@ -350,7 +350,7 @@ class _NanGradient(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def test_a_gradient_that_is_not_finite_is_seen_where_the_loss_looks_well(bench: Bench, tmp_path: Path) -> None:
+def test_step_non_finite_gradient_is_skipped(bench: Bench, tmp_path: Path) -> None:
     for clip in (1.0, None):
         trainer = bench.trainer(tmp_path, validation=False, max_bad_steps=1, max_grad_norm=clip)
         trainer.gradients.task = Failing(lambda call, batch, loss: _NanGradient.apply(loss) if call >= 3 else loss)
@@ -360,7 +360,7 @@ def test_a_gradient_that_is_not_finite_is_seen_where_the_loss_looks_well(bench: 
         assert all(torch.isfinite(parameter).all() for parameter in trainer.parameters)
 
 
-def test_one_bad_micro_batch_spoils_the_step_and_no_more(bench: Bench, tmp_path: Path) -> None:
+def test_step_with_one_bad_micro_batch_is_skipped_alone(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, validation=False, per_device_train_batch_size=4, gradient_accumulation_steps=2)
     trainer.gradients.task = Failing(lambda call, batch, loss: loss * float("nan") if call == 2 else loss)
     assert len(losses(trainer)) == 7
@@ -378,7 +378,7 @@ def too_many(limit: int) -> Failing:
     return Failing(fail)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(bench: Bench, tmp_path: Path) -> None:
+def test_out_of_memory_halves_micro_batch_same_losses(bench: Bench, tmp_path: Path) -> None:
     said: list[Event] = []
     trainer = bench.trainer(tmp_path, emit=said.append)
     trainer.gradients.task = too_many(3)
@@ -391,7 +391,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(bench: Bench, t
     assert snapshot.state["micro_batch"] == 2, "a resumed run would run out of memory again"
 
 
-def test_one_row_that_does_not_fit_is_an_error_with_numbers(bench: Bench, tmp_path: Path) -> None:
+def test_out_of_memory_with_one_row_raises(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path)
     trainer.gradients.task = too_many(0)
     with pytest.raises(ResourceError, match=r"GiB.*up to \d+ tokens.*parameters are trained") as caught:
@@ -400,9 +400,7 @@ def test_one_row_that_does_not_fit_is_an_error_with_numbers(bench: Bench, tmp_pa
     assert "gradient_checkpointing" in (caught.value.hint or "")
 
 
-def test_an_optimizer_that_does_not_fit_is_an_error_with_numbers(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_in_optimizer_raises(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graftwerk.training import optim
 
     def build_optimizer(*_: Any) -> None:
@@ -413,7 +411,7 @@ def test_an_optimizer_that_does_not_fit_is_an_error_with_numbers(
         bench.trainer(tmp_path)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(bench: Bench, tmp_path: Path) -> None:
+def test_step_other_errors_are_not_out_of_memory(bench: Bench, tmp_path: Path) -> None:
     def fail(call: int, batch: dict[str, Tensor], loss: Tensor) -> Tensor:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -423,7 +421,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(bench: Bench, tmp_path:
         trainer.fit()
 
 
-def test_out_of_memory_in_evaluation_halves_its_batch(
+def test_out_of_memory_in_evaluation_halves_batch(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from graftwerk.evaluation import evaluate as run
@@ -443,7 +441,7 @@ def test_out_of_memory_in_evaluation_halves_its_batch(
     assert trainer.state.best is not None
 
 
-def test_scores_that_are_not_finite_end_the_run(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_non_finite_scores_raise(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from graftwerk.evaluation import evaluate as run
 
     broken = ClassPredictions(1.0, np.full((12, 3), np.nan), np.zeros(12, dtype=np.int64))
@@ -457,7 +455,7 @@ def test_scores_that_are_not_finite_end_the_run(bench: Bench, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("method", "stop_at"), [("lora", 3), ("full", 5), ("prompt", 6)])
-def test_resumed_is_as_if_it_had_never_stopped(bench: Bench, tmp_path: Path, method: str, stop_at: int) -> None:
+def test_resume_is_bit_exact(bench: Bench, tmp_path: Path, method: str, stop_at: int) -> None:
     """With dropout, evaluations in between, and the stop in and at the end of an epoch."""
     kwargs = {
         "method": method,
@@ -506,7 +504,7 @@ def test_resumed_is_as_if_it_had_never_stopped(bench: Bench, tmp_path: Path, met
     assert timeless[0] == timeless[1]
 
 
-def test_a_checkpoint_of_more_processes_is_refused(bench: Bench, tmp_path: Path) -> None:
+def test_restore_of_more_processes_raises(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, max_steps=1)
     trainer.fit()
     snapshot = trainer.checkpoints.load_latest()
@@ -516,7 +514,7 @@ def test_a_checkpoint_of_more_processes_is_refused(bench: Bench, tmp_path: Path)
         bench.trainer(tmp_path).restore(other)
 
 
-def test_layers_that_are_never_called_are_named_after_the_first_step(bench: Bench, tmp_path: Path) -> None:
+def test_unreached_layers_warn_after_first_step(bench: Bench, tmp_path: Path) -> None:
     def warnings(skipped: bool, folder: str) -> list[str]:
         events: list[Event] = []
         trainer = bench.trainer(tmp_path / folder, emit=events.append, max_steps=2, validation=False)

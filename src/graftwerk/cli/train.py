@@ -44,7 +44,7 @@ def register(app: typer.Typer) -> None:
             return {"dry_run": True, **checked}
         from graftwerk.cli.progress import Progress
         from graftwerk.training.distributed import is_main_process
-        from graftwerk.training.timing import process_start
+        from graftwerk.training.process_info import process_start
         from graftwerk.training.train import run_training
 
         with Progress(out) as progress:

@@ -40,8 +40,8 @@ from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_sealed, understood
-from graftwerk.training.lock import LOCK_FILE, RunLock
-from graftwerk.training.run_dir import MANIFEST, REPORT, TRUNK, read_manifest
+from graftwerk.training.lock import RunLock
+from graftwerk.training.run_dir import LOCK, MANIFEST, REPORT, TRUNK, read_manifest
 
 COMPARISON, LOG = "comparison.json", "workers.log"
 COMPARISON_SCALE = 16
@@ -215,7 +215,7 @@ class _ComparisonDriver:
                 hint="give the comparison another one: output_dir=runs/comparison",
             )
         runs = [self.folder_of(entry, seed).name for entry, seed in self.plan]
-        refuse_links(self.folder, (LOCK_FILE, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
+        refuse_links(self.folder, (LOCK, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
         with RunLock(self.folder), JobRunner(self.folder / LOG) as workers:
             try:
                 checked = self._check(workers, overwrite)

@@ -102,7 +102,7 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.evaluation.evaluate import evaluate
     from graftwerk.evaluation.results_io import load_evaluation
     from graftwerk.reporting.html import write_report
-    from graftwerk.training.timing import process_start
+    from graftwerk.training.process_info import process_start
     from graftwerk.training.train import run_training
 
     def listener(event: Any) -> None:

@@ -142,13 +142,13 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
     """Which frozen layers would be computed only once; rows that are yet to be made are not counted."""
     from graftwerk.modeling.architectures import read_architecture
     from graftwerk.modeling.task_heads import head_paths
-    from graftwerk.training.activation_cache.plan import plan, refuse_unless_kept
+    from graftwerk.training.activation_cache.plan import check_cache_required, plan
 
     view = read_architecture(model)
     kept = [prepared.examples["train"], prepared.examples["validation"]]
     heads = head_paths(model, config.method, view)
     found = plan(model, view, config.method, heads, prepared.task, config.training, kept, passes)
-    refuse_unless_kept(found, config.training)
+    check_cache_required(found, config.training)
     return found.to_dict()
 
 

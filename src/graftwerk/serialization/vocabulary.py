@@ -72,7 +72,7 @@ def split_base_layers(
         All other tensors, and by path the weights of layers that are not those of this model, by parameter.
 
     Raises:
-        AdapterError: they have another shape: the vocabulary was resized.
+        AdapterError: They have another shape: the vocabulary was resized.
     """
     modules = base_modules(model)
     kept: dict[str, Tensor] = {}

@@ -1,7 +1,7 @@
-"""Further training rows: made before training, into the run folder, or read from a file; never for validation or test.
+"""Augmented training rows: made before training, into the run folder, or read from a file; never for evaluation.
 
-The real rows stay as they are, in their own file and with their own fingerprint; what was added to them has one of
-its own, and both are part of what a run is when it is gone on with.
+The real rows stay as they are, in their own file and with their own fingerprint; augmented rows have another, and
+both are part of the identity of a run.
 """
 
 from __future__ import annotations
@@ -25,22 +25,31 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConflictError, DataError
 from graftwerk.resource_paths import locate
 from graftwerk.tasks.base import Row, Splits
+from graftwerk.training.distributed import Distributed
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.setup import Prepared
 
 HELD_OUT = ("validation", "test")
 
 
-def add_augmented(prepared: Prepared, settings: RunConfig, folder: Path, emit: Listener, processes: Any) -> Prepared:
-    """The same with `data.augment`'s rows behind the real training rows, made or read.
+def add_augmented(
+    prepared: Prepared, settings: RunConfig, folder: Path, emit: Listener, processes: Distributed
+) -> Prepared:
+    """Add the rows of `data.augment` after the real training rows, made or read.
 
     Args:
-        folder: The run's. ``augmented.jsonl`` in it is taken if it is what is asked for (``graftwerk augment`` may
-            have made it, or a run that was interrupted), gone on with if it is half done, and replaced otherwise.
+        prepared: The rows so far.
+        settings: Settings of the run.
+        folder: The run folder. ``augmented.jsonl`` in it is used if it matches the settings (``graftwerk augment`` or
+            an interrupted run may have made it), completed if it is unfinished, and replaced otherwise.
+        emit: Listener of events.
+        processes: Processes that train together.
+
+    Returns:
+        The same with augmented rows.
 
     Raises:
-        DataError: augmented rows that were made from rows that are held out; a file without rows of this task.
-        And what making them raises.
+        DataError: Augmented rows were made from held-out rows, or a file has no rows of this task.
     """
     wanted = settings.data.augment
     if not wanted:
@@ -97,13 +106,17 @@ def add_augmented(prepared: Prepared, settings: RunConfig, folder: Path, emit: L
 
 
 def planned(prepared: Prepared, settings: RunConfig) -> int | None:
-    """How many examples `add_augmented` would add, at most: some of what is made may be left out. Nothing is made.
+    """Return how many examples `add_augmented` would add at most, without making any.
+
+    Args:
+        prepared: The rows so far.
+        settings: Settings of the run.
 
     Returns:
-        None where nothing is augmented.
+        The number, or None without augmentation.
 
     Raises:
-        ConfigError, DataError: what making or reading them would stop at.
+        ConfigError, DataError: Errors that making or reading the rows would raise.
     """
     if not settings.data.augment:
         return None
@@ -117,8 +130,8 @@ def planned(prepared: Prepared, settings: RunConfig) -> int | None:
     return math.ceil(variants * len(prepared.examples["train"]) / len(rows))
 
 
-def _made(prepared: Prepared, settings: RunConfig, target: Path, emit: Listener, processes: Any) -> Augmented:
-    """By the main process; the others wait, and then read what it made."""
+def _made(prepared: Prepared, settings: RunConfig, target: Path, emit: Listener, processes: Distributed) -> Augmented:
+    """Make the rows on the main process; the others wait, and then read them."""
     making = [augmenter for augmenter in settings.data.augment if not isinstance(augmenter, FromFile)]
     rows, parts = prepared.splits.train, prepared.task.parts
 
@@ -130,14 +143,14 @@ def _made(prepared: Prepared, settings: RunConfig, target: Path, emit: Listener,
         try:
             result = make(rows, making, target, parts=parts, resume=True, on_progress=tell)
         except ConflictError:
-            # The folder is this run's by now (`RunDir.settle`), so what lies there is an earlier run's.
+            # The folder is this run's by now (`RunDir.claim`), so the file is an earlier run's.
             result = make(rows, making, target, parts=parts, overwrite=True, on_progress=tell)
     processes.barrier()
     return result or make(rows, making, target, parts=parts, resume=True)
 
 
 def _read(place: str, settings: RunConfig, prepared: Prepared) -> list[dict[str, Any]]:
-    """Rows of a file that somebody made, as the run's task reads them."""
+    """Read the rows of a file as the run's task reads them."""
     path = locate(place)
     table = read_file(path, place)
     columns = {part: name for part, name in settings.data.columns.items() if name in table.columns}
@@ -150,7 +163,7 @@ def _read(place: str, settings: RunConfig, prepared: Prepared) -> list[dict[str,
 
 
 def _refuse_leaks(made: Sequence[Mapping[str, Any]], splits: Splits, file: str) -> None:
-    """A variant of a held-out row in training would make the figures too good."""
+    """Raise DataError if a held-out row has a variant in training, which would make the metrics too good."""
     for split in HELD_OUT:
         held = {
             fingerprint(value)

@@ -1,7 +1,7 @@
-"""Which rows go into which step, micro-batch and process: pure functions of lengths, seed and epoch.
+"""Assignment of rows to steps, micro-batches and processes: pure functions of lengths, seed and epoch.
 
 A step's rows are drawn first, and only then cut into micro-batches and shared among processes. So a step is the same
-set of rows whether it is worked off as (batch 8, accumulation 1), as (4, 2), or by two processes of 4, and resuming
+set of rows whether it is computed as (batch 8, accumulation 1), as (4, 2), or by two processes of 4, and resuming
 in the middle of an epoch needs nothing but the step's number.
 """
 
@@ -25,13 +25,15 @@ def epoch_order(
     group: bool,
     drawn: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """The rows of each step of one epoch; only the last or one other step may be smaller.
+    """Return the rows of each step of one epoch; only the last or one other step may be smaller.
 
     Args:
         lengths: Tokens of each row.
-        drawn: The rows of this epoch, where not every row comes once; a row may come more than once.
-        rows_per_step: Over all processes and micro-batches.
-        group: Rows of like length together; otherwise a plain shuffle.
+        rows_per_step: Rows of a step, over all processes and micro-batches.
+        seed: Seed of the run.
+        epoch: Number of the epoch, from 0.
+        group: Put rows of similar length together; otherwise shuffle plainly.
+        drawn: Rows of this epoch if it does not take every row once; a row may come more than once.
     """
     if drawn is not None:
         places = epoch_order([lengths[row] for row in drawn], rows_per_step, seed=seed, epoch=epoch, group=group)
@@ -42,14 +44,17 @@ def epoch_order(
 
 
 class BatchSampler:
-    """Which rows each step of a training has: a pure function of the step's number.
+    """Return the rows of each step of a training, a pure function of the step's number.
 
     An epoch is one part, or with streamed rows as many as `data.buffer_rows` makes of it; each part has an order of its
     own, and its rows are the ones in memory while its steps are taken.
 
     Args:
-        rows_per_step: Over all processes and micro-batches.
-        draw: The rows of each epoch, for several data sets; None: every row once.
+        examples: Encoded training rows.
+        rows_per_step: Rows of a step, over all processes and micro-batches.
+        seed: Seed of the run.
+        group: Put rows of similar length together.
+        draw: Sampler of each epoch's rows, for several data sets, or None to take every row once.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class BatchSampler:
         self._seed, self._group = seed, group
         self.steps_per_epoch = math.ceil(len(examples) / rows_per_step)
         self.lengths: Sequence[int]
-        """Tokens of each row, of those in memory at least."""
+        """Tokens of each row, or of each row in memory if rows are streamed."""
         if isinstance(examples, EncodedStream):
             self._part_steps, self.lengths = examples.part_steps(rows_per_step), LengthsHeld(examples)
             self.longest = max(examples.lengths_counted)
@@ -73,10 +78,14 @@ class BatchSampler:
             self._part_steps, self.lengths = self.steps_per_epoch, [example.length for example in examples]
             self.longest = max(self.lengths, default=1)
         self._order: tuple[int, list[list[int]]] = (-1, [])
-        """The part that steps are laid out for, and their rows."""
+        """The part whose steps are laid out, and the rows of each."""
 
     def __call__(self, step: int) -> list[int]:
-        """The rows of a step."""
+        """Return the rows of a step.
+
+        Args:
+            step: Number of the step, from 0.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         at, position = divmod(position, self._part_steps)
         part = epoch * math.ceil(self.steps_per_epoch / self._part_steps) + at
@@ -91,7 +100,7 @@ class BatchSampler:
         return self._order[1][position]
 
     def part(self, first: int) -> Sequence[Example]:
-        """The rows of the part that begins with row ``first``, in memory."""
+        """Load the part that begins with row ``first`` into memory, and return its rows."""
         if not isinstance(self.examples, EncodedStream):
             return self.examples
         return self.examples.hold(first, min(len(self.examples), first + self._part_steps * self.rows_per_step))
@@ -106,15 +115,20 @@ def micro_batches(
     processes: int = 1,
     process: int = 0,
 ) -> list[list[int]]:
-    """One process's share of a step, as micro-batches of at most ``micro`` rows.
+    """Return one process's share of a step, as micro-batches of at most ``micro`` rows.
 
     The step's rows are sorted by length and cut into equal pieces, dealt out so that processes working at the same
-    time have pieces of like length. All processes get the same number of pieces; in a step with fewer rows than
+    time have pieces of similar length. All processes get the same number of pieces; in a step with fewer rows than
     pieces some are empty.
 
     Args:
-        tokens: Of a micro-batch, padding counted; None: any number. Pieces are then cut where rows get longer, not
-            equal; a row with more tokens stands alone.
+        rows: Rows of the step.
+        lengths: Tokens of each row.
+        micro: Most rows of a micro-batch.
+        tokens: Most tokens of a micro-batch, padding included, or None for any number. Pieces are then cut at steps
+            in length instead of equally; a row with more tokens is alone.
+        processes: Number of processes.
+        process: Rank of this process.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     if tokens is not None:
@@ -131,7 +145,7 @@ def micro_batches(
 
 
 def _cut_by_tokens(ordered: Sequence[int], lengths: Sequence[int], micro: int, tokens: int) -> list[list[int]]:
-    """As few pieces as the bounds allow, and of these the ones with least padding.
+    """Return as few pieces as the bounds allow, and among those the ones with the least padding.
 
     Args:
         ordered: Rows by length, shortest first.

@@ -5,13 +5,13 @@ checkpoints/
   step-000125/  adapter.safetensors    the trained parameters by raw key (method and heads)
                 optimizer.safetensors  AdamW's moments by raw key
                 rng.safetensors        states of the random number generators, of every process
-                state.json             position, schedule, best so far, what the run was told to do
+                state.json             position, schedule, best so far, identity of the run
                 files.json             size and SHA-256 of the others; canonical, so that no bit of it can change unseen
-  latest        text: the name of the newest whole one
+  latest        text: the name of the newest intact one
   best          text: the name of the best evaluated one
 ```
-The two pointers are for people and other programs. What is gone on from is the newest folder that proves whole, so
-that a lost or lying pointer costs nothing.
+The two pointers are for people and other programs. A run resumes from the newest folder that proves intact, so that
+a lost or wrong pointer costs nothing.
 """
 
 from __future__ import annotations
@@ -34,20 +34,14 @@ from graftwerk.errors import DivergedError, GraftwerkError, IntegrityError
 from graftwerk.serialization.atomic import recover, write_file, write_folder
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_json, read_tensors, understood
+from graftwerk.training.run_dir import BEST, FILES, LATEST, OPTIMIZER, RNG, STATE, WEIGHTS
 from graftwerk.training.tensorfile import write_tensors
 
 FORMAT = 1
-WEIGHTS, OPTIMIZER, RNG, STATE, FILES = (
-    "adapter.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "state.json",
-    "files.json",
-)
 OPTIMIZER_SCALE = 8
-"""Times as large as that of other files its header may be: it has three tensors for each that is trained."""
+"""Factor on the largest header of other files: there are three tensors for each trained one."""
 _NAME = re.compile(r"step-(\d{6,})")
-_GONE = ".gone-"
+_DELETED = ".gone-"
 """Prefix of a folder that is being deleted: renamed first, so that a half-deleted checkpoint is never taken for one."""
 
 
@@ -57,10 +51,10 @@ class Snapshot:
 
     Attributes:
         step: Steps done.
-        weights: Raw key -> parameter.
-        optimizer: As `optim.optimizer_tensors` gives it.
-        rng: As `rng.capture` gives it, with ``<process>.`` before each name.
-        state: JSON: the rest. ``state["best"]`` is None or has the ``step`` of the best checkpoint.
+        weights: Parameters by raw key.
+        optimizer: Tensors as `optim.optimizer_tensors` returns them.
+        rng: Tensors as `rng.capture` returns them, with ``<process>.`` before each name.
+        state: Everything else, as JSON values. ``state["best"]`` is None or has the ``step`` of the best checkpoint.
     """
 
     step: int
@@ -71,29 +65,30 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Checkpoints of one run.
 
     Args:
-        folder: Where they are; made with the first.
-        limit: How many of the newest are kept, beside the best ones that these refer to.
-        warn: Told in words when a damaged checkpoint is passed over, or an old one cannot be deleted.
+        folder: Folder of the checkpoints, made with the first.
+        limit: Number of newest checkpoints that are not deleted, beside the best ones that these refer to.
+        warn: Function that is told in words when a damaged checkpoint is skipped, or an old one cannot be deleted.
     """
 
     def __init__(self, folder: Path, *, limit: int = 2, warn: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self.limit, self.warn = folder, limit, warn
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
         return self.folder / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, newest last; whether they are whole is not looked at."""
+        """Return the steps of the existing checkpoints, newest last, without verifying them."""
         if not self.folder.is_dir():
             return []
         found = (_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir())
         return sorted(int(match.group(1)) for match in found if match)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint there is; whether it is whole is not looked at."""
+        """Return the newest existing checkpoint without verifying it, or None."""
         steps = self.steps()
         return self.path(steps[-1]) if steps else None
 
@@ -102,8 +97,8 @@ class Checkpoints:
         latest = self.latest()
         return None if latest is None else str(latest)
 
-    def whole_said(self) -> str | None:
-        """The newest checkpoint whose every byte is as it was written, for the ``kept`` of an error of the disk."""
+    def intact(self) -> str | None:
+        """Return the path of the newest intact checkpoint for the `recovered` of an error of the disk, or None."""
         for step in reversed(self.steps()):
             with contextlib.suppress(IntegrityError):
                 _verify(self.path(step))
@@ -111,11 +106,17 @@ class Checkpoints:
         return None
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Write a checkpoint, move the pointers, delete what is no longer needed.
+        """Write a checkpoint, move the pointers, delete checkpoints that are no longer needed.
+
+        Args:
+            snapshot: State to write.
+
+        Returns:
+            The folder of the checkpoint.
 
         Raises:
-            DivergedError: a weight is not finite; nothing is written.
-            EnvironmentFault: it cannot be written; the earlier ones are untouched.
+            DivergedError: A weight is not finite; nothing is written.
+            ResourceError: The checkpoint cannot be written; the earlier ones are untouched.
         """
         if bad := [key for key, tensor in snapshot.weights.items() if not bool(torch.isfinite(tensor).all())]:
             raise DivergedError(
@@ -132,24 +133,30 @@ class Checkpoints:
         return target
 
     def finish_pruning(self, snapshot: Snapshot) -> None:
-        """Point at a checkpoint that is there, and delete what is no longer needed.
+        """Point at an existing checkpoint, and delete those that are no longer needed.
 
-        A part of saving, and of going on: a writer killed between the two leaves an old checkpoint that no later save
+        A part of saving and of resuming: a writer killed between the two leaves an old checkpoint that no later save
         may come to delete.
+
+        Args:
+            snapshot: State of the checkpoint.
         """
-        write_file(self.folder / "latest", f"{self.path(snapshot.step).name}\n", own=True)
+        write_file(self.folder / LATEST, f"{self.path(snapshot.step).name}\n", own=True)
         best = snapshot.state.get("best")
         with understood(self.path(snapshot.step) / STATE):
             target = None if best is None else self.path(best["step"])
         if target is not None and target.is_dir():
-            write_file(self.folder / "best", f"{target.name}\n", own=True)
+            write_file(self.folder / BEST, f"{target.name}\n", own=True)
         self._rotate(snapshot.step)
 
     def load(self, step: int) -> Snapshot:
-        """A checkpoint, every file of it verified.
+        """Load a checkpoint and verify every file of it.
+
+        Args:
+            step: Step of the checkpoint.
 
         Raises:
-            IntegrityError: a file is missing, cut off or changed; the message names it.
+            IntegrityError: A file is missing, cut off or changed; the message names it.
         """
         path = recover(self.path(step))
         _verify(path)
@@ -162,11 +169,10 @@ class Checkpoints:
         )
 
     def load_latest(self) -> Snapshot | None:
-        """The newest whole checkpoint, or None if there has never been one; damaged ones are passed over with a
-        warning.
+        """Load the newest intact checkpoint, or return None if there is none; damaged ones are skipped with a warning.
 
         Raises:
-            IntegrityError: there are some, and none is whole; the newest one's fault is named.
+            IntegrityError: There are checkpoints, and none is intact.
         """
         faults: list[str] = []
         for step in reversed(self.steps()):
@@ -176,29 +182,35 @@ class Checkpoints:
                 faults.append(error.what)
             else:
                 if faults:
-                    self.warn(f"{'; '.join(faults)}: going on from {self.path(step).name}")
+                    self.warn(f"{'; '.join(faults)}: resuming from {self.path(step).name}")
                 return snapshot
         if faults:
-            start = self._with_whole_weights()
-            warm = f"; its weights are whole: training.warm_start={start} in another output_dir begins from them"
+            start = self._with_intact_weights()
+            warm = f"; its weights are intact: training.warm_start={start} in another output_dir starts from them"
             raise IntegrityError(
-                f"no checkpoint is whole: {'; '.join(faults)}",
+                f"no checkpoint is intact: {'; '.join(faults)}",
                 where=str(self.folder),
-                hint="put back an undamaged copy, or begin anew with --overwrite" + (warm if start else ""),
+                hint="restore an undamaged copy, or start anew with --overwrite" + (warm if start else ""),
             )
         return None
 
     def weights(self, step: int) -> dict[str, Tensor]:
-        """The trained parameters of a checkpoint, verified; its other files may be damaged.
+        """Load the trained parameters of a checkpoint and verify them; its other files may be damaged.
+
+        Args:
+            step: Step of the checkpoint.
+
+        Returns:
+            Parameters of any shape by raw key.
 
         Raises:
-            IntegrityError: the weights or the list of files are missing, cut off or changed.
+            IntegrityError: The weights or the list of files are missing, cut off or changed.
         """
         path = recover(self.path(step))
         _verify(path, only=WEIGHTS)
         return read_tensors(path / WEIGHTS)
 
-    def _with_whole_weights(self) -> Path | None:
+    def _with_intact_weights(self) -> Path | None:
         for step in reversed(self.steps()):
             with contextlib.suppress(IntegrityError):
                 self.weights(step)
@@ -206,7 +218,7 @@ class Checkpoints:
         return None
 
     def clean(self) -> None:
-        """Remove what killed writers left. Only for the holder of the run's lock."""
+        """Delete the files that killed writers left; only the holder of the run's lock may."""
         if not self.folder.is_dir():
             return
         for step in self.steps():
@@ -215,19 +227,19 @@ class Checkpoints:
             if entry.name.startswith("."):
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
-    def _rotate(self, whole: int) -> None:
-        """``whole``: a checkpoint that is known to be so; newer ones, gone on from here, may be damaged."""
+    def _rotate(self, intact: int) -> None:
+        """Delete old checkpoints, but not that of step ``intact``; newer ones may be damaged."""
         steps = self.steps()
-        newest = {*steps[-self.limit :], whole}
+        newest = {*steps[-self.limit :], intact}
         keep = {*newest, *(best for step in newest if (best := self._best_of(step)) is not None)}
         for step in steps:
             if step in keep:
                 continue
-            gone = self.folder / f"{_GONE}{self.path(step).name}"
+            deleted = self.folder / f"{_DELETED}{self.path(step).name}"
             try:
-                shutil.rmtree(gone, ignore_errors=True)
-                os.rename(self.path(step), gone)
-                shutil.rmtree(gone)
+                shutil.rmtree(deleted, ignore_errors=True)
+                os.rename(self.path(step), deleted)
+                shutil.rmtree(deleted)
             except OSError as error:
                 self.warn(f"{self.path(step)} is no longer needed but cannot be deleted: {error.strerror}")
 
@@ -251,10 +263,11 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _verify(folder: Path, only: str | None = None) -> None:
-    """Raises IntegrityError unless every file is there, none is extra, and every byte is as it was written.
+    """Raise IntegrityError unless every file exists, none is extra, and every byte is as it was written.
 
     Args:
-        only: Look at this one alone, and the list.
+        folder: Folder of the checkpoint.
+        only: Verify this file alone, and the list.
     """
     listing = folder / FILES
     try:
@@ -278,11 +291,11 @@ def _verify(folder: Path, only: str | None = None) -> None:
                 f"{folder / wrong[0]} is {'missing' if wrong[0] in files else 'not part of this checkpoint'}"
             )
         for name in files if only is None else (only,):
-            figures = files[name]
+            entry = files[name]
             size = (folder / name).stat().st_size
-            if size != figures["bytes"]:
-                raise IntegrityError(f"{folder / name} has {size:,} bytes; {figures['bytes']:,} were written")
-            if _sha256(folder / name) != figures["sha256"]:
+            if size != entry["bytes"]:
+                raise IntegrityError(f"{folder / name} has {size:,} bytes; {entry['bytes']:,} were written")
+            if _sha256(folder / name) != entry["sha256"]:
                 raise IntegrityError(f"{folder / name} is damaged: its SHA-256 differs from the one written with it")
     except OSError as error:
         raise IntegrityError(f"{error.filename or folder} cannot be read: {error.strerror}") from None

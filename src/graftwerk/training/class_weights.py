@@ -1,4 +1,4 @@
-"""`training.class_weights`: what a row of each class counts in the training loss.
+"""`training.class_weights`: the weight of a row of each class in the training loss.
 
 Balanced weights are rows / (classes x rows of the class), so that they are 1 on average over the rows (King and Zeng
 2001, as scikit-learn has it). Evaluation does not use them: its loss stays comparable between runs.
@@ -19,23 +19,30 @@ WHERE = "training.class_weights"
 
 
 def check_class_weights(settings: TrainingSettings, task: Task) -> None:
-    """
+    """Raise for class weights of a task without classes.
+
+    Args:
+        settings: Training settings.
+        task: Task of the run.
+
     Raises:
-        ConfigError: weights for a task without classes.
+        ConfigError: The task has no classes.
     """
     if settings.class_weights is not None and not isinstance(task, Classification):
         raise ConfigError(f"{task.name} has no classes that could be weighted", where=WHERE, hint="leave it out")
 
 
 def weighted_task(settings: TrainingSettings, task: Task, labels: Sequence[str], examples: Sequence[Example]) -> Task:
-    """The task as it is trained.
+    """Return the task with the class weights of the settings; without any, the task itself.
 
     Args:
-        labels: The classes' names, in the order of their ids.
-        examples: The training rows, which `balanced` counts.
+        settings: Training settings.
+        task: Task of the run.
+        labels: Class names, in the order of their ids.
+        examples: Encoded training rows, which `balanced` counts.
 
     Raises:
-        ConfigError: a name that no class has; weights for a task without classes.
+        ConfigError: A name belongs to no class, or the task has no classes.
     """
     check_class_weights(settings, task)
     given = settings.class_weights

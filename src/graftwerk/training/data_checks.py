@@ -1,4 +1,4 @@
-"""The gate before a training: what the encoded rows say, the first batch as the model sees it, and what is refused."""
+"""Checks before a training: issues of encoded rows, the first batch as the model sees it, and severe issues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftwerk.training.multitask_sampling import sampler_of
 from graftwerk.training.stream import EncodedStream
 
 ALL = "all"
-"""In `data.allow`: whatever it is."""
+"""In `data.allow`: every severe issue."""
 GRAVE_CODES = (
     "label-spelling",
     "rare-classes",
@@ -28,16 +28,20 @@ GRAVE_CODES = (
     "missing-values",
     "many-classes",
 )
-"""Findings that may be grave, which `data.allow` can name."""
+"""Issues that may be severe, which `data.allow` can name."""
 
 
 def check_encoded(
     settings: RunConfig, task: Task, splits: Splits, examples: Mapping[str, Sequence[Example]], positions: int | None
 ) -> list[Issue]:
-    """What is to be said about encoded rows.
+    """Return the issues of encoded rows.
 
     Args:
-        positions: Tokens that the model has positions for; None: as many as wanted.
+        settings: Settings of the run.
+        task: Task of the run.
+        splits: Rows as they were read.
+        examples: Encoded rows by split.
+        positions: Tokens that the model has positions for, or None for any number.
     """
     findings: list[Issue] = []
     for split, rows in examples.items():
@@ -56,7 +60,7 @@ def check_encoded(
 def _answer_limit(
     settings: RunConfig, task: TextTask, examples: Mapping[str, Sequence[Example]], positions: int | None
 ) -> list[Issue]:
-    """Right answers that the model could not write to their end: their figures measure the limit, not the model."""
+    """Return an issue for references that the model cannot generate to their end: metrics would measure the limit."""
     findings = []
     limit = settings.evaluation.max_new_tokens
     for split in ("validation", "test"):
@@ -83,42 +87,50 @@ def _answer_limit(
 
 
 def check_allowed(allow: Sequence[str]) -> None:
-    """
+    """Raise unless `data.allow` names only issues that can be severe.
+
+    Args:
+        allow: Value of `data.allow`.
+
     Raises:
-        ConfigError: `data.allow` names what is no finding that can be grave.
+        ConfigError: It names something else.
     """
     for code in allow:
         if code not in (*GRAVE_CODES, ALL):
             hint = did_you_mean(code, GRAVE_CODES)
             raise ConfigError(
-                f"there is no grave finding `{code}`",
+                f"there is no severe issue `{code}`",
                 where="data.allow",
                 hint=f"{hint}There are: {', '.join(GRAVE_CODES)}; {ALL} allows every one",
             )
 
 
 def raise_on_severe(findings: Sequence[Mapping[str, Any]], allow: Sequence[str]) -> None:
-    """Rows that make a run worthless or its figures mislead are an error, unless they are allowed by name.
+    """Raise if rows make a run worthless or its metrics misleading, unless `data.allow` names the issue.
+
+    Args:
+        findings: Issues as plain values.
+        allow: Value of `data.allow`.
 
     Raises:
-        DataError: naming each grave finding that is not allowed, or cannot be.
+        DataError: The message names each severe issue that is not allowed, or cannot be.
     """
-    grave = [
+    severe = [
         found
         for found in findings
         if found.get("fatal") or (found["grave"] and found["code"] not in allow and ALL not in allow)
     ]
-    if not grave:
+    if not severe:
         return
-    mends = [str(found["hint"]) for found in grave if found["hint"]]
-    codes = ", ".join(dict.fromkeys(str(found["code"]) for found in grave if not found.get("fatal")))
+    hints = [str(found["hint"]) for found in severe if found["hint"]]
+    codes = ", ".join(dict.fromkeys(str(found["code"]) for found in severe if not found.get("fatal")))
     raise DataError(
-        "; ".join(str(found["message"]) for found in grave),
-        where="; ".join(str(found["example"]) for found in grave if found["example"]) or None,
+        "; ".join(str(found["message"]) for found in severe),
+        where="; ".join(str(found["example"]) for found in severe if found["example"]) or None,
         hint="; ".join(
             [
-                *dict.fromkeys(mends),
-                *([f"or go on all the same with --force, or data.allow=[{codes}]"] if codes else ()),
+                *dict.fromkeys(hints),
+                *([f"or continue all the same with --force, or data.allow=[{codes}]"] if codes else ()),
             ]
         ),
     )

@@ -1,12 +1,11 @@
-"""What a run says while it runs: events, and the listeners that write them down.
+"""Events of a run, and the bus that passes them to listeners.
 
 Kinds: ``phase`` (name) and ``progress`` (total, loss, left_seconds) are for people watching and never written down;
-``finding`` (about the data), ``start`` (what will be done), ``step`` (loss, learning_rate, grad_norm, epoch, seconds,
+``finding`` (an issue of the data), ``start`` (the plan), ``step`` (loss, learning_rate, grad_norm, epoch, seconds,
 left_seconds), ``evaluation`` (metrics, best), ``checkpoint`` (path), ``diagnosis`` (code, text, hint), ``bad_step``,
-``memory``, ``early_stopping`` and ``warning`` (text), ``trunk`` (frozen layers that are computed once: `train.trunk`),
-``resume`` (path), ``finish``; ``nothing_left`` (text) where
-a finished run was to be gone on with. Seconds are of training, counted by a monotonic clock and carried over a resume;
-order is the order of the lines.
+``memory``, ``early_stopping`` and ``warning`` (text), ``trunk`` (frozen layers that are computed once:
+`activation_cache`), ``resume`` (path), ``finish``; ``nothing_left`` (text) if a finished run was to be resumed.
+Seconds are of training, counted by a monotonic clock and carried over a resume; order is the order of the lines.
 """
 
 from __future__ import annotations
@@ -18,11 +17,17 @@ from typing import Any
 from graftwerk.sanitize import clean
 
 TRANSIENT = frozenset({"progress", "phase", "nothing_left"})
-"""Kinds that are shown and forgotten."""
+"""Kinds that are shown and not written down."""
 
 
 class Event:
-    """Something that happened at a step: ``Event("step", 10, loss=0.61)``."""
+    """Something that happened at a step: ``Event("step", 10, loss=0.61)``.
+
+    Args:
+        kind: Kind of the event.
+        step: Steps done.
+        figures: Values of the event by name.
+    """
 
     __slots__ = ("figures", "kind", "step")
 
@@ -30,6 +35,7 @@ class Event:
         self.kind, self.step, self.figures = kind, step, figures
 
     def as_dict(self) -> dict[str, Any]:
+        """Return kind, step and values as the log has them."""
         return {"kind": self.kind, "step": self.step, **self.figures}
 
     def __repr__(self) -> str:
@@ -47,7 +53,11 @@ WORTH_A_WARNING = frozenset({"warning", "diagnosis", "bad_step", "memory"})
 
 
 class EventBus:
-    """Passes each event on to every listener, in the order in which they were added."""
+    """Pass each event to every listener, in the order in which they were added.
+
+    Args:
+        listeners: Functions that take an event.
+    """
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = list(listeners)
@@ -58,7 +68,11 @@ class EventBus:
 
 
 def to_logging(event: Event) -> None:
-    """Where nobody listens: what goes wrong is a warning of the logger `graftwerk`."""
+    """Log problems as warnings of the logger `graftwerk`; the listener of callers that give none.
+
+    Args:
+        event: The event.
+    """
     figures = event.figures
     if event.kind in WORTH_A_WARNING or (event.kind == "finding" and figures.get("grave")):
         hint = f" ({figures['hint']})" if figures.get("hint") else ""

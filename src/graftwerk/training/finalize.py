@@ -1,4 +1,4 @@
-"""The end of a run: the best state in the adapter folder, its figures with intervals, the manifest."""
+"""End of a run: the best state in the adapter folder, its metrics with intervals, the manifest."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ IN_METADATA = (
     "versions",
     "graftwerk",
 )
-"""What an adapter takes along of its run's manifest."""
+"""Keys of the manifest that are stored with the adapter."""
 
 
 def finish(
@@ -50,16 +50,20 @@ def finish(
     peak: int | None,
     first_step: float | None,
 ) -> None:
-    """Hand over the best state, measure it, store it, say so. All processes take part; one writes.
+    """Load the best state, evaluate it, save it, report it. All processes take part; one writes.
 
     Args:
-        manifest: That of the opening; filled in place.
-        peak: Bytes held at the most while training, above what was held before the model was loaded.
-        first_step: Seconds from the start of the process to the end of its first step; None if it did none.
+        trainer: Trainer that has trained.
+        prepared: Rows, task and method.
+        settings: Settings of the run.
+        folder: The run folder.
+        manifest: Manifest of the start; filled in place.
+        peak: Peak memory of training in bytes, above the memory held before the model was loaded, or None.
+        first_step: Seconds to the end of the first step, or None if no step was done.
 
     Raises:
-        Interrupted: a signal came; all of this is done again by a resumed run.
-        EnvironmentFault: the adapter cannot be written; the checkpoints are whole.
+        RunInterrupted: A signal came; a resumed run does all of this again.
+        ResourceError: The adapter cannot be written; the checkpoints are intact.
     """
     from graftwerk.evaluation.cost import size_on_disk
     from graftwerk.evaluation.metrics import metrics_of
@@ -85,9 +89,9 @@ def finish(
             manifest.setdefault("metrics_by_set", {})[split] = by_set
         base = None
         if settings.evaluation.baseline:
-            base = of_base(model, partial(_measured, trainer, prepared, split, settings.evaluation))
+            base = of_base(model, partial(_predict, trainer, prepared, split, settings.evaluation))
             manifest.setdefault("baseline", {})[split] = metrics_of(base, **options)
-        if trainer.processes.is_main:  # of test rows, where there are any: they come last
+        if trainer.processes.is_main:  # of test rows if there are any: they come last
             manifest["examples"] = before_and_after(
                 model,
                 prepared.task,
@@ -122,9 +126,9 @@ def finish(
     manifest["status"] = "finished"
     try:
         folder.write_manifest(manifest)
-    except ConfigError:  # rows of a megabyte: what is shown of a run must not cost its result
+    except ConfigError:  # rows of a megabyte: examples must not cost the result
         manifest["examples"] = []
-        text = "the examples of answers are too long to be kept in the manifest, and are left out of it"
+        text = "the sample outputs are too long for the manifest and are left out of it"
         trainer.emit(Event("warning", trainer.state.step, text=text))
         folder.write_manifest(manifest)
     trainer.emit(
@@ -135,7 +139,7 @@ def finish(
 def _predictions(
     trainer: Trainer, prepared: Prepared, split: str, step: int, evaluation: EvaluationSettings
 ) -> Predictions:
-    """Those of the evaluation that found the best state, if this process made it; else made now."""
+    """Return the predictions of the evaluation that found the best state if this process has them, else new ones."""
     generation = evaluation if prepared.task.generates and evaluation.generate else None
     if (
         generation is None
@@ -144,17 +148,17 @@ def _predictions(
         and best[0] == step
     ):
         return best[1]
-    return _measured(trainer, prepared, split, evaluation)
+    return _predict(trainer, prepared, split, evaluation)
 
 
-def _measured(trainer: Trainer, prepared: Prepared, split: str, evaluation: EvaluationSettings) -> Predictions:
+def _predict(trainer: Trainer, prepared: Prepared, split: str, evaluation: EvaluationSettings) -> Predictions:
     generation = evaluation if prepared.task.generates and evaluation.generate else None
     try:
         return trainer.evaluate(prepared.examples[split], generation)
     except StopEvaluation:
         raise RunInterrupted(
             trainer.stop.signum or 15,
-            "stopped in the last evaluation; training itself is done",
+            "stopped in the final evaluation; training itself is done",
             recovered=trainer.checkpoints.recoverable(),
-            hint="the same command with --resume does what is left",
+            hint="run the same command with --resume to do the rest",
         ) from None

@@ -43,7 +43,7 @@ class GradientAccumulator:
 
     Args:
         model: Model as `Distributed.prepare` returned it.
-        parameters: Trained parameters.
+        parameters: Trained parameters (...) of any shape.
         task: Task as it is trained, with class weights.
         tokenizer: Tokenizer of the model.
         rows_of: Sampler that holds the rows.

@@ -21,10 +21,11 @@ from types import TracebackType
 from graftwerk.errors import ConflictError, Explained, ResourceError
 from graftwerk.own_files import open_own
 from graftwerk.serialization.atomic import FAULTS
+from graftwerk.training.process_info import is_running, start_ticks
+from graftwerk.training.run_dir import LOCK
 
-LOCK_FILE = ".lock"
 _WRITING_SECONDS = 1.0
-"""How long a lock file may stay empty while its new holder writes its name."""
+"""Longest time that a lock file may stay empty while its new holder writes its name."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Holder:
     """A process, named so that no other will ever have the same name.
 
     Attributes:
-        started: Clock ticks after boot at which the process started (field 22 of /proc/<pid>/stat); None elsewhere.
+        pid: Process id.
+        started: Clock ticks after boot at which the process started, or None on systems without /proc.
+        boot: Boot id of the machine.
+        namespace: Namespace of process ids.
+        host: Name of the machine.
     """
 
     pid: int
@@ -43,16 +48,17 @@ class Holder:
 
     @classmethod
     def me(cls) -> Holder:
+        """Return the holder that names this process."""
         return cls(
             pid=os.getpid(),
-            started=process_start(os.getpid()),
+            started=start_ticks(os.getpid()),
             boot=_first_line("/proc/sys/kernel/random/boot_id"),
             namespace=_link("/proc/self/ns/pid"),
             host=socket.gethostname(),
         )
 
     def alive(self) -> bool | None:
-        """Whether that process runs; None when it cannot be seen from here (another machine, another container)."""
+        """Return whether that process runs, or None if it cannot be seen from here (another machine or container)."""
         me = Holder.me()
         if self.boot != me.boot:
             return False if self.host == me.host and self.boot and me.boot else None
@@ -61,27 +67,36 @@ class Holder:
         if self.namespace != me.namespace:
             return None
         if self.started is None:
-            return _signalable(self.pid)
-        return process_start(self.pid) == self.started
+            return is_running(self.pid)
+        return start_ticks(self.pid) == self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
 
 class RunLock:
-    """Held from `acquire` to `release`; usable as a context manager.
+    """Lock a run folder from `acquire` to `release`; usable as a context manager.
 
-    Raises (on entering):
-        ConflictError: another process holds it; the message names it.
-        EnvironmentFault: the folder cannot be written.
+    Args:
+        folder: The run folder, made if it does not exist.
+
+    Raises:
+        ConflictError: On entering: another process holds the lock; the message names it.
+        ResourceError: On entering: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK_FILE
+        self.path = folder / LOCK
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
     def acquire(self) -> RunLock:
+        """Take the lock.
+
+        Raises:
+            ConflictError: Another process holds it.
+            ResourceError: The folder cannot be written.
+        """
         patience = time.monotonic() + _WRITING_SECONDS
         while self._descriptor is None:
             descriptor = self._open()
@@ -97,15 +112,16 @@ class RunLock:
         return self
 
     def release(self) -> None:
+        """Give the lock back, and remove its file."""
         if self._descriptor is None:
             return
-        self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it is gone
+        self.path.unlink(missing_ok=True)  # while still locked: whoever opened it meanwhile sees that it was removed
         os.close(self._descriptor)
         self._descriptor = None
         self._leave_no_folder()
 
     def _open(self) -> int:
-        """The lock file's descriptor. The folders that have to be made for it are remembered."""
+        """Open the lock file, and remember the folders that had to be made for it."""
         self._made += [folder for folder in self.path.parents if folder not in self._made and not folder.exists()]
         try:
             return _open(self.path)
@@ -114,7 +130,7 @@ class RunLock:
             raise
 
     def _leave_no_folder(self) -> None:
-        """What was made for the lock alone, and is still empty, goes with it: nothing has come of this run."""
+        """Remove folders that were made for the lock alone and are still empty: nothing has come of this run."""
         for folder in self._made:  # the innermost first
             try:
                 folder.rmdir()
@@ -131,7 +147,7 @@ class RunLock:
         self.release()
 
     def _take(self, descriptor: int, *, give_up: bool) -> bool:
-        """One attempt: True if it is ours now, False to try again."""
+        """Try once to take the lock; return False to try again."""
         locked = _flock(descriptor)
         if not _same_file(descriptor, self.path):
             return False
@@ -152,16 +168,6 @@ class RunLock:
         os.pwrite(descriptor, content, 0)
         os.fsync(descriptor)
         return True
-
-
-def process_start(pid: int) -> int | None:
-    """Clock ticks after boot at which a process started; None if there is no such process, or no /proc."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
-    fields = stat[stat.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def _held(path: Path, holder: Holder | None) -> ConflictError:
@@ -192,7 +198,7 @@ def _open(path: Path, tries: int = 20) -> int:
 
 
 def _flock(descriptor: int) -> bool | None:
-    """True: locked now. False: somebody has it. None: this file system has no locks."""
+    """Return True if the file is locked now, False if another process has it, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -212,8 +218,9 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who is named in the file; None for an empty or half-written one, whose writer died writing it, and for what no
-    lock of ours says.
+    """Return the holder that the file names.
+
+    None stands for an empty or half-written file, whose writer died writing it, and for anything that no lock says.
     """
     try:
         holder = Holder(**json.loads(os.pread(descriptor, 4096, 0)))
@@ -227,16 +234,6 @@ def _read(descriptor: int) -> Holder | None:
         and all(isinstance(text, str) and (not text or text.isprintable()) for text in texts)
     )
     return holder if named else None
-
-
-def _signalable(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _first_line(path: str) -> str:

@@ -26,7 +26,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", 
 
 
 def opening(
-    settings: RunConfig, prepared: Prepared, graft: Adapter, base_fingerprint: str, compute: dict[str, Any]
+    settings: RunConfig, prepared: Prepared, adapter: Adapter, base_fingerprint: str, compute: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the manifest of a run that begins: all that is known before the first step.
 
@@ -34,8 +34,8 @@ def opening(
         compute: What the last bits of its answers depend on, as `compute_of` says.
     """
     splits = prepared.splits
-    head, own = graft.num_head_parameters, graft.num_parameters
-    total = graft.num_base_parameters
+    head, own = adapter.num_head_parameters, adapter.num_parameters
+    total = adapter.num_base_parameters
     return {
         "format": FORMAT,
         "status": "running",
@@ -68,7 +68,7 @@ def opening(
 
 
 def _packages(prepared: Prepared) -> list[str]:
-    """What computed the run; with the package of a tokenizer written in Python, and those of the metrics."""
+    """Return the packages that computed the run, those of a slow tokenizer and of the metrics included."""
     from graftwerk.evaluation.metrics import packages_of
 
     tokenizer = [] if prepared.tokenizer.is_fast else ["sentencepiece"]
@@ -76,7 +76,11 @@ def _packages(prepared: Prepared) -> list[str]:
 
 
 def rows_of(prepared: Prepared) -> dict[str, int]:
-    """Rows of each split; those that were made are counted apart from the real ones."""
+    """Return the rows of each split; augmented rows are counted apart from the real ones.
+
+    Args:
+        prepared: Rows of the run.
+    """
     rows = {name: len(prepared.examples[name]) for name in SPLITS}
     if prepared.augmented is not None:
         rows["train"] -= prepared.augmented["rows"]
@@ -85,13 +89,21 @@ def rows_of(prepared: Prepared) -> dict[str, int]:
 
 
 def data_identity(prepared: Prepared) -> str:
-    """What a run that is gone on with must still be trained on: the real rows, and those that were made of them."""
+    """Return the fingerprint of the rows that a resumed run must be trained on, augmented ones included.
+
+    Args:
+        prepared: Rows of the run.
+    """
     real = prepared.splits.fingerprint
     return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
 
 
 def run_plan(trainer: Trainer) -> dict[str, Any]:
-    """Return what a training will do, for its `start` event."""
+    """Return the plan of a training, for its `start` event.
+
+    Args:
+        trainer: The trainer.
+    """
     rates = peak_rates(trainer.adapter, trainer.settings)
     return {
         "total_steps": trainer.total_steps,
@@ -109,7 +121,11 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
 
 
 def compute_of(trainer: Trainer) -> dict[str, Any]:
-    """Return in what and in which batches a run computes its answers, which `evaluate` then does too."""
+    """Return the types and batch sizes of a run's predictions, which `evaluate` uses as well.
+
+    Args:
+        trainer: The trainer.
+    """
     import torch
 
     return {
@@ -122,7 +138,7 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What the last bits of sums depend on beside the settings."""
+    """Return the facts that the last bits of sums depend on beside the settings."""
     import torch
 
     return {"torch": torch.__version__, "threads": torch.get_num_threads()}

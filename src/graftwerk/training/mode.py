@@ -1,4 +1,4 @@
-"""The model as training needs it, and afterwards as it was."""
+"""Training mode of a model, restored afterwards."""
 
 from __future__ import annotations
 
@@ -12,18 +12,28 @@ from graftwerk.errors import UnsupportedError
 
 
 def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
-    """
+    """Raise for a type that the device cannot train in.
+
+    Args:
+        dtype: Type that forward passes compute in.
+        device: Device to train on.
+
     Raises:
-        UnsupportedError: float16 on a processor, where its gradients cannot be scaled.
+        UnsupportedError: float16 on a CPU, which cannot scale its gradients.
     """
     if dtype == torch.float16 and device.type == "cpu":
         raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", hint="auto, or bfloat16")
 
 
 def check_checkpointing(model: Any, wanted: bool) -> None:
-    """
+    """Raise if a model cannot recompute activations but should.
+
+    Args:
+        model: The model.
+        wanted: Value of `training.gradient_checkpointing`.
+
     Raises:
-        UnsupportedError: the model cannot recompute activations.
+        UnsupportedError: The model cannot recompute activations.
     """
     if wanted and not model.supports_gradient_checkpointing:
         raise UnsupportedError(
@@ -35,12 +45,16 @@ def check_checkpointing(model: Any, wanted: bool) -> None:
 
 @contextmanager
 def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
-    """Training mode, without key/value caches, with activations recomputed in backward if wanted.
+    """Return a context with the model in training mode, without key/value caches.
 
     Recomputing is non-reentrant: the reentrant kind gives no gradient to adapters behind a frozen embedding.
 
+    Args:
+        model: The model.
+        checkpointing: Recompute activations in backward.
+
     Raises:
-        UnsupportedError: the model cannot recompute activations.
+        UnsupportedError: The model cannot recompute activations.
     """
     check_checkpointing(model, checkpointing)
     was_training, use_cache = model.training, getattr(model.config, "use_cache", None)

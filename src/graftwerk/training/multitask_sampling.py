@@ -1,4 +1,4 @@
-"""Runs of several data sets: whose rows are drawn how often, and what came of it."""
+"""Runs of several data sets: how often the rows of each are drawn."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ if TYPE_CHECKING:
 
 
 def sampler_of(settings: RunConfig, task: Task, examples: Sequence[Example]) -> Sampler | None:
-    """What draws the rows of each epoch; None for a run of one data set.
+    """Return the sampler of each epoch's rows, or None for a run of one data set.
+
+    Args:
+        settings: Settings of the run.
+        task: Task of the run.
+        examples: Encoded training rows.
 
     Raises:
-        DataError: a set has no rows to train on.
+        DataError: A set has no rows to train on.
     """
     if not isinstance(task, Multitask) or not settings.data.sets:
         return None
@@ -40,12 +45,18 @@ def sampler_of(settings: RunConfig, task: Task, examples: Sequence[Example]) -> 
 
 
 def set_of(example: Example) -> str:
+    """Return the name of the data set that an example is from."""
     return str((example.row or {})[SET])
 
 
 def drawn(trainer: Trainer) -> dict[str, Any] | None:
-    """Of each set: its ``rows``, the ``asked`` share, and the share that was ``drawn`` in the steps so far; None for a
-    run of one data set.
+    """Return how often the rows of each data set were drawn in the steps so far.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Of each set its ``rows``, the ``asked`` share and the share ``drawn``; None for a run of one data set.
     """
     sampler, task = trainer.rows_of.draw, trainer.task
     if sampler is None or not isinstance(task, Multitask):
@@ -53,10 +64,10 @@ def drawn(trainer: Trainer) -> dict[str, Any] | None:
     counted: Counter[str] = Counter()
     for step in range(trainer.state.step):
         counted.update(set_of(trainer.train[row]) for row in trainer.rows_of(step))
-    return _figures(task.tasks, sampler, counted)
+    return _drawn_shares(task.tasks, sampler, counted)
 
 
-def _figures(names: Mapping[str, Any], sampler: Sampler, counted: Counter[str]) -> dict[str, Any]:
+def _drawn_shares(names: Mapping[str, Any], sampler: Sampler, counted: Counter[str]) -> dict[str, Any]:
     total = sum(counted.values())
     return {
         name: {

@@ -1,5 +1,4 @@
-"""The optimizer: AdamW over a graft's parameters in groups of one learning rate each, and the schedule as a pure
-function.
+"""Optimizer: AdamW over an adapter's parameters in groups of one learning rate each; the schedule as a function.
 
 AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101. The decay acts on matrices
 only: vectors, biases, norms and scales are not pulled towards zero.
@@ -26,36 +25,51 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates, and whether they are the method's own."""
+    """Peak learning rates.
+
+    Attributes:
+        method: Rate of the method's parameters.
+        head: Rate of the task head.
+        auto: True if the method's default was taken.
+    """
 
     method: float
     head: float
     auto: bool
 
 
-def peak_rates(graft: Adapter, settings: TrainingSettings) -> Rates:
-    """`auto` resolved: a method's rate is its class default; a head's the method's default for heads, else the
-    method's rate.
+def peak_rates(adapter: Adapter, settings: TrainingSettings) -> Rates:
+    """Resolve `auto`: the method's default, and for heads its default for heads or else its own rate.
+
+    Args:
+        adapter: Adapter to train.
+        settings: Training settings.
     """
-    own = graft.method.default_learning_rate
+    own = adapter.method.default_learning_rate
     rate = own if settings.learning_rate == "auto" else settings.learning_rate
     if settings.head_learning_rate != "auto":
         head = settings.head_learning_rate
     else:
-        head = graft.method.default_head_learning_rate or rate
+        head = adapter.method.default_head_learning_rate or rate
     return Rates(rate, head, settings.learning_rate == "auto")
 
 
-def parameter_groups(graft: Adapter, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """Groups of equal rate and decay, in the order in which the graft names its parameters.
+def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Return groups of equal rate and decay, in the order in which the adapter names its parameters.
 
-    Each group has ``keys`` (raw names) beside ``params``, and ``initial_lr``, the peak that the schedule multiplies.
+    Args:
+        adapter: Adapter to train.
+        settings: Training settings.
+
+    Returns:
+        Groups for an optimizer. Each has ``keys`` (raw names) beside ``params``, and ``initial_lr``, the peak that the
+        schedule multiplies.
     """
-    rates = peak_rates(graft, settings)
+    rates = peak_rates(adapter, settings)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for key, parameter in graft.named_parameters():
-        head = graft.is_head(key)
-        rate = rates.head if head else rates.method * graft.learning_rate_factor(key)
+    for key, parameter in adapter.named_parameters():
+        head = adapter.is_head(key)
+        rate = rates.head if head else rates.method * adapter.learning_rate_factor(key)
         decay = settings.weight_decay if parameter.ndim > 1 and min(parameter.shape) > 1 else 0.0
         group = groups.setdefault(
             (rate, decay), {"params": [], "keys": [], "lr": rate, "initial_lr": rate, "weight_decay": decay}
@@ -65,11 +79,14 @@ def parameter_groups(graft: Adapter, settings: TrainingSettings) -> list[dict[st
     return list(groups.values())
 
 
-def build_optimizer(graft: Adapter, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW whose moments are already there, so that a step can no longer run out of memory half way through an
-    update.
+def build_optimizer(adapter: Adapter, settings: TrainingSettings) -> torch.optim.AdamW:
+    """Return AdamW with its moments allocated, so that no step runs out of memory half way through an update.
+
+    Args:
+        adapter: Adapter to train.
+        settings: Training settings.
     """
-    groups = parameter_groups(graft, settings)
+    groups = parameter_groups(adapter, settings)
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
     optimizer = torch.optim.AdamW(
@@ -85,42 +102,58 @@ def build_optimizer(graft: Adapter, settings: TrainingSettings) -> torch.optim.A
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The moments by name: ``exp_avg.<raw key>`` and ``exp_avg_sq.<raw key>`` shaped as the parameter, ``step.<raw
-    key>`` ().
+    """Return the optimizer's state by name.
+
+    Args:
+        optimizer: Optimizer that `build_optimizer` made.
+
+    Returns:
+        ``exp_avg.<raw key>`` and ``exp_avg_sq.<raw key>`` (...), shaped as the parameter, and ``step.<raw key>``, a
+        scalar.
     """
     return {
-        f"{moment}.{key}": optimizer.state[parameter][moment].detach()
+        f"{part}.{key}": optimizer.state[parameter][part].detach()
         for group in optimizer.param_groups
         for key, parameter in zip(group["keys"], group["params"], strict=True)
-        for moment in MOMENTS
+        for part in MOMENTS
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, copied in place.
+    """Copy the tensors that `optimizer_tensors` returned into an optimizer.
+
+    Args:
+        optimizer: Optimizer of the same adapter.
+        tensors: Its state by name, any shape.
 
     Raises:
-        IntegrityError: a moment is missing, left over, or of another shape.
+        IntegrityError: A tensor is missing, left over, or of another shape.
     """
     expected = optimizer_tensors(optimizer)
     if wrong := sorted(expected.keys() ^ tensors.keys()):
         raise IntegrityError(
-            f"the optimizer's state and this adapter do not fit: {len(wrong)} names differ, the first is {wrong[0]}"
+            f"the optimizer's state does not fit this adapter: {len(wrong)} names differ, the first is {wrong[0]}"
         )
-    for name, moment in expected.items():
-        if moment.shape != tensors[name].shape:
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
             raise IntegrityError(
-                f"optimizer state {name} has shape {tuple(tensors[name].shape)}, expected {tuple(moment.shape)}"
+                f"optimizer state {name} has shape {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
             )
-        moment.copy_(tensors[name])
+        tensor.copy_(tensors[name])
 
 
 def schedule(kind: str, step: int, total: int, warmup: int) -> float:
-    """Factor on the peak rate of step ``step`` (counted from 0) of ``total``.
+    """Return the factor on the peak rate of a step.
 
     The rate rises linearly over the first ``warmup`` steps (the first already learns), then stays (`constant`), or
     falls towards zero along a line (`linear`) or half a cosine (`cosine`), which it would reach one step after the
     last.
+
+    Args:
+        kind: `constant`, `linear` or `cosine`.
+        step: Number of the step, from 0.
+        total: Steps of the run.
+        warmup: Steps in which the rate rises.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -131,5 +164,11 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to a fraction of its peak.
+
+    Args:
+        optimizer: Optimizer that `build_optimizer` made.
+        factor: Value of `schedule`.
+    """
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor

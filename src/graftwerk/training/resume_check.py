@@ -1,4 +1,4 @@
-"""What a run is, so that going on with it cannot silently become another run."""
+"""The identity of a run, so that resuming it cannot silently become another run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ FREE = (
     "config.training.processes",  # checked with the random states, which are of so many
     "environment.",
 )
-"""Settings that change nothing of what is trained, and may therefore be others when a run is gone on with."""
+"""Settings that do not change what is trained, and may therefore differ when a run is resumed."""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Each place where two identities differ in what matters, as ``key: old -> new``."""
+    """Return each difference of two identities that matters, as ``key: old -> new``.
+
+    Args:
+        before: Identity in the checkpoint.
+        now: Identity of this run.
+    """
     old, new = _flat(redacted(_from_anywhere(before))), _flat(redacted(_from_anywhere(now)))
     return [
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
@@ -41,7 +46,12 @@ def _from_anywhere(identity: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """What does not forbid going on, but makes sums round differently from here on."""
+    """Return a warning about differences that do not forbid resuming but make sums round differently, or None.
+
+    Args:
+        before: Identity in the checkpoint.
+        now: Identity of this run.
+    """
     old, new = before.get("environment", {}), now.get("environment", {})
     changed = [
         f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
@@ -52,15 +62,21 @@ def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
 
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
-    """
+    """Raise unless two identities are those of the same run.
+
+    Args:
+        before: Identity in the checkpoint.
+        now: Identity of this run.
+        checkpoint: Folder of the checkpoint.
+
     Raises:
-        ConflictError: the run in the folder is another one than what is asked for; the difference is shown.
+        ConflictError: The run in the folder is another one; the message shows the difference.
     """
     if changed := differences(before, now):
         raise ConflictError(
             "this is not the run that was interrupted: " + "; ".join(changed),
             where=str(checkpoint),
-            hint="go on with the old values; or begin a new run from its weights: "
+            hint="resume with the old values; or start a new run from its weights: "
             f"training.warm_start={checkpoint} and another output_dir",
             recovered=str(checkpoint),
         )
@@ -77,5 +93,5 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    text = repr(values[key]) if key in values else "(not there)"
+    text = repr(values[key]) if key in values else "(missing)"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,6 +1,4 @@
-"""The states of all random number generators as tensors, so that they can lie in a safetensors file (never a
-pickle).
-"""
+"""States of all random number generators as tensors, for a safetensors file (never a pickle)."""
 
 from __future__ import annotations
 
@@ -17,7 +15,10 @@ from graftwerk.errors import IntegrityError
 
 
 def capture(device: torch.device) -> dict[str, Tensor]:
-    """States of Python's, NumPy's (the global one) and torch's generators, and of ``device``'s own where it is no CPU.
+    """Return the states of Python's, NumPy's (the global one) and torch's generators.
+
+    Args:
+        device: Device whose own generator is captured too, unless it is a CPU.
 
     Returns:
         ``torch`` (n,) uint8; ``numpy`` (626,) int64: 624 words, position, has_gauss; ``numpy_gauss`` () float64;
@@ -38,10 +39,14 @@ def capture(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """The inverse of `capture`.
+    """Restore the states that `capture` returned.
+
+    Args:
+        states: The states by name, with the shapes of `capture`: ``torch`` (n,) and so on.
+        device: Device whose own generator is restored too, unless it is a CPU.
 
     Raises:
-        IntegrityError: a state is missing or has another form.
+        IntegrityError: A state is missing or has another form.
     """
     try:
         torch.set_rng_state(states["torch"].clone())
@@ -59,7 +64,11 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def seed(number: int) -> None:
-    """Seed all generators, of the devices too."""
+    """Seed all generators, those of devices included.
+
+    Args:
+        number: The seed.
+    """
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)
@@ -67,9 +76,12 @@ def seed(number: int) -> None:
 
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """Whatever is drawn inside, the generators are afterwards as they were.
+    """Return a context after which the generators are as they were, whatever was drawn inside.
 
-    Libraries draw when they are imported, and what is imported when is different in a resumed run.
+    Libraries draw when they are imported, and a resumed run imports at other times.
+
+    Args:
+        device: Device whose own generator is restored too, unless it is a CPU.
     """
     ours, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = None if device.type == "cpu" else _backend(device).get_rng_state()

@@ -1,4 +1,4 @@
-"""The run folder: its places, what may be done in it, its manifest, and `Run`, the handle that `train` gives back."""
+"""The run folder: every name in it, its manifest, and `Run`, the handle that `train` returns."""
 
 from __future__ import annotations
 
@@ -14,27 +14,35 @@ from graftwerk.serialization.atomic import recover, write_file
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_sealed
 
-MANIFEST, CONFIG, LOG = "manifest.json", "config.yaml", "metrics.jsonl"
+MANIFEST, CONFIG, LOG, LOCK = "manifest.json", "config.yaml", "metrics.jsonl", ".lock"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
 TRUNK = "trunk"
-"""Hidden states that did not fit into memory; they are gone when a run ends, and a killed one may leave some."""
+"""Hidden states that did not fit into memory; removed when a run ends, and a killed one may leave some."""
+WEIGHTS, OPTIMIZER, RNG = "adapter.safetensors", "optimizer.safetensors", "rng.safetensors"
+STATE, FILES = "state.json", "files.json"
+"""With `WEIGHTS`, `OPTIMIZER` and `RNG`, the files of a checkpoint."""
+LATEST, BEST = "latest", "best"
+"""Text files in `CHECKPOINTS` that name the newest and the best checkpoint."""
 MADE_BEFORE = ("augmented.jsonl", "augmented.about.json", "augmented.jsonl.unfinished")
-"""Augmented rows, which are made before a run begins, by it or by `graftwerk augment`, and checked when it does."""
-OURS = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, TRUNK, REPORT, EVALUATION, PREDICTIONS, ANSWERS)
-"""All that a run, or the measuring of it, writes; nothing else in its folder is ever touched."""
+"""Augmented rows, which are made before a run starts, by it or by `graftwerk augment`, and checked when it starts."""
+RUN_FILES = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, TRUNK, REPORT, EVALUATION, PREDICTIONS, ANSWERS)
+"""All that a run, or its evaluation, writes; nothing else in its folder is ever touched."""
 
 
 class Run:
     """A run on disk.
 
+    Args:
+        folder: The run folder.
+
     Attributes:
-        folder: Its folder.
-        adapter: Where its adapter is, once it is finished.
-        manifest: `manifest.json`.
+        folder: The run folder.
+        adapter: Folder of its adapter, once it is finished.
+        manifest: Content of `manifest.json`.
 
     Raises:
-        ConfigError: there is no run in that folder.
-        IntegrityError: its manifest is damaged.
+        ConfigError: There is no run in that folder.
+        IntegrityError: Its manifest is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -46,10 +54,10 @@ class Run:
         self.manifest = manifest
 
     def to_dict(self) -> dict[str, Any]:
-        """What `graftwerk train --json` prints."""
-        said = ("status", "metrics", "best", "cost", "parameters", "model", "task", "method", "seed")
+        """Return what `graftwerk train --json` prints."""
+        names = ("status", "metrics", "best", "cost", "parameters", "model", "task", "method", "seed")
         return {"run": str(self.folder), "adapter": str(self.adapter)} | {
-            name: self.manifest[name] for name in said if name in self.manifest
+            name: self.manifest[name] for name in names if name in self.manifest
         }
 
     def __repr__(self) -> str:
@@ -57,7 +65,11 @@ class Run:
 
 
 class RunDir:
-    """The same folder for the one process that writes it."""
+    """A run folder for the one process that writes it.
+
+    Args:
+        path: The run folder; it need not exist yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,26 +77,29 @@ class RunDir:
         self.log, self.tensorboard = path / LOG, path / TENSORBOARD
 
     def claim(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Whether a run may be begun or gone on with here.
+        """Check that a run may be started or resumed here.
+
+        Args:
+            resume: Resume the run in this folder.
+            overwrite: Replace the run in this folder.
 
         Returns:
-            The manifest of the run that is to be gone on with, None for a new one.
+            The manifest of the run to resume, or None for a new one.
 
         Raises:
-            ConflictError: there is a run, and nobody said what is to become of it.
-            ConfigError: both ``resume`` and ``overwrite``.
+            ConflictError: There is a run, and neither ``resume`` nor ``overwrite`` is set.
+            ConfigError: Both ``resume`` and ``overwrite`` are set.
         """
         if resume and overwrite:
-            raise ConfigError("`resume` goes on with a run and `overwrite` replaces it; it can be one of them only")
+            raise ConfigError("`resume` continues a run and `overwrite` replaces it; only one of them can be set")
         if overwrite:
             return None
-        found = [name for name in OURS if (self.path / name).exists()]
+        found = [name for name in RUN_FILES if (self.path / name).exists()]
         manifest = read_manifest(self.path)
         if manifest is None:
             if found:
                 raise ConflictError(
-                    f"{self.path} has {', '.join(found)}, but no {MANIFEST}, so it is no run that could be gone "
-                    f"on with",
+                    f"{self.path} has {', '.join(found)}, but no {MANIFEST}, so it is not a run that could be resumed",
                     hint="choose another output_dir, or replace these with --overwrite",
                 )
             return None
@@ -97,17 +112,17 @@ class RunDir:
             )
         raise ConflictError(
             f"{self.path} holds a run that is not finished (status: {manifest.get('status')})",
-            hint="--resume (resume=True) goes on with it, --overwrite (overwrite=True) begins anew",
+            hint="--resume (resume=True) continues it, --overwrite (overwrite=True) starts anew",
             recovered=str(self.checkpoints) if self.checkpoints.is_dir() else None,
         )
 
     def clear(self, *, augmented: bool = False) -> None:
-        """Remove what an earlier run left. The manifest goes last: until then the folder says what it was.
+        """Remove the files of an earlier run. The manifest goes last: until then the folder tells what it was.
 
         Args:
-            augmented: Leave augmented rows: they are those of the run that begins.
+            augmented: Leave augmented rows: they belong to the run that starts.
         """
-        names = OURS if augmented else (*MADE_BEFORE, *OURS)
+        names = RUN_FILES if augmented else (*MADE_BEFORE, *RUN_FILES)
         for name in sorted(names, key=lambda name: name == MANIFEST):
             path = self.path / name
             if path.is_dir() and not path.is_symlink():
@@ -116,24 +131,29 @@ class RunDir:
                 path.unlink(missing_ok=True)
 
     def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Write `manifest.json` atomically, sealed with a checksum."""
         path = self.path / MANIFEST
         write_file(path, dump_object(manifest, path, seal=True), own=True)
 
     def write_config(self, content: str) -> None:
+        """Write the resolved run file atomically."""
         write_file(self.path / CONFIG, content, own=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a run folder, None where there is none.
+    """Return the manifest of a run folder, or None if it has none.
+
+    Args:
+        folder: The folder.
 
     Raises:
-        IntegrityError: it is damaged, or something of the run is a link.
+        IntegrityError: The manifest is damaged, or a file of the run is a link.
     """
-    refuse_links(folder, (*MADE_BEFORE, *OURS))
+    refuse_links(folder, (*MADE_BEFORE, *RUN_FILES))
     path = recover(folder / MANIFEST)
     if not path.is_file():
         return None
     manifest = read_sealed(path)
     if not isinstance(manifest.get("status"), str):
-        raise IntegrityError(f"{path} is no manifest of a run")
+        raise IntegrityError(f"{path} is not the manifest of a run")
     return manifest

@@ -1,6 +1,4 @@
-"""What a run file says under `training:`. Defaults that belong to a method (the learning rate) stand in the method's
-file.
-"""
+"""Settings under `training:` in a run file; defaults that belong to a method (learning rate) are in its file."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ Tracker = Literal["tensorboard", "jsonl"]
 
 
 class TrainingSettings(Settings):
-    """The loop: how long, how fast, in which batches, what is kept."""
+    """Settings of the training loop: length, learning rate, batches, checkpoints."""
 
     num_train_epochs: float = Field(
         default=3.0,
@@ -23,23 +21,23 @@ class TrainingSettings(Settings):
         description="passes over the data",
     )
     max_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="exactly so many optimizer steps, whatever num_train_epochs says"
+        default=None, description="exact number of optimizer steps, in place of num_train_epochs"
     )
     per_device_train_batch_size: int = Field(
         default=16,
         ge=1,
         validation_alias=AliasChoices("per_device_train_batch_size", "batch_size"),
-        description="rows a step and device",
+        description="rows per step and device",
     )
     per_device_train_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description="tokens of a forward pass, padding counted; a step's rows stay the same and are cut into pieces of "
-        "like length; a row that is longer goes alone. none: pieces of per_device_train_batch_size rows",
+        "similar length; a longer row is alone. none: pieces of per_device_train_batch_size rows",
     )
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="micro-batches summed into one optimizer step"
     )
-    per_device_eval_batch_size: int = Field(default=64, ge=1, description="rows a forward pass in evaluation")
+    per_device_eval_batch_size: int = Field(default=64, ge=1, description="rows per forward pass in evaluation")
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default="auto",
         validation_alias=AliasChoices("learning_rate", "lr"),
@@ -64,11 +62,11 @@ class TrainingSettings(Settings):
     )
     class_weights: Literal["balanced"] | dict[Name, Annotated[float, Field(gt=0)]] | None = Field(
         default=None,
-        description="classification: what a row of each class counts in the training loss; balanced: the inverse of "
-        "how frequent its class is; classes that are not named count 1",
+        description="classification: weight of a row of each class in the training loss; balanced: the inverse of "
+        "the class frequency; classes that are not named have weight 1",
     )
     length_group: bool = Field(
-        default=True, description="batch rows of like length, so that hardly anything is padding"
+        default=True, description="batch rows of similar length, so that there is little padding"
     )
     packing: bool = Field(
         default=False,
@@ -79,56 +77,56 @@ class TrainingSettings(Settings):
     )
     trunk_cache: Literal["auto"] | bool = Field(
         default="auto",
-        description="compute the frozen layers below the lowest adapted one once, and keep what comes out of them for "
-        "later epochs. auto: where rows are trained on more than once and stay the same, and these layers have no "
-        "dropout; true: also where they have, which is off then",
+        description="compute the frozen layers below the lowest adapted one once, and reuse their hidden states in "
+        "later epochs. auto: if rows are trained on more than once and stay the same, and these layers have no "
+        "dropout; true: with dropout as well, which is then off",
     )
     trunk_cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32", description="in which hidden states are kept; the shorter types halve what they take"
+        default="float32", description="type in which hidden states are cached; the 16-bit types halve the memory"
     )
     trunk_cache_gb: float | None = Field(
         default=None,
         ge=0,
-        description="gigabytes of hidden states kept in memory; more goes into a file. null: a quarter of what is free",
+        description="gigabytes of hidden states in memory; more goes into a file. null: a quarter of the free memory",
     )
     trunk_cache_disk_gb: float = Field(
-        default=20.0, ge=0, description="gigabytes of hidden states in files; more is computed again at every step"
+        default=20.0, ge=0, description="gigabytes of hidden states in files; more are computed again at every step"
     )
     trunk_cache_dir: str | None = Field(
         default=None,
         description="folder where hidden states stay for other runs on the same rows and layers, within "
-        "trunk_cache_disk_gb; null: nothing stays when a run ends (a comparison shares them among its runs)",
+        "trunk_cache_disk_gb; null: removed when the run ends (a comparison shares them among its runs)",
     )
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto",
-        description="processes that share each step's rows on a processor, each with its part of the cores. auto: one "
-        "for every 8 rows of a step, at most one a core, where the model is not tiny and memory holds them; "
-        "GRAFTWERK_PROCESSES says it for all runs",
+        description="processes that share each step's rows on a CPU, each with its part of the cores. auto: one "
+        "for every 8 rows of a step, at most one per core, if the model is not tiny and memory holds them; "
+        "GRAFTWERK_PROCESSES sets it for all runs",
     )
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto: what this hardware is fast in, found by a short probe"
+        default="auto", description="auto: the type that is fast on this hardware, found by a short probe"
     )
     warm_start: str | None = Field(
         default=None,
-        description="a run, checkpoint or adapter folder of the same method whose weights are where training begins",
+        description="a run, checkpoint or adapter folder of the same method whose weights training starts from",
     )
     seed: int = Field(default=0, ge=0, description="of initialisation, row order and dropout")
     eval_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="evaluate every so many steps; none: every epoch"
+        default=None, description="steps from one evaluation to the next; none: every epoch"
     )
     save_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="checkpoint every so many steps; none: with every evaluation"
+        default=None, description="steps from one checkpoint to the next; none: with every evaluation"
     )
-    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept beside the best one")
+    save_total_limit: int = Field(default=2, ge=1, description="newest checkpoints to store, beside the best one")
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="stop after so many evaluations without a better one"
+        default=None, description="evaluations without a better one after which training stops"
     )
-    load_best: bool = Field(default=True, description="hand over the best evaluated state, not the last")
+    load_best: bool = Field(default=True, description="save the best evaluated state as the adapter, not the last")
     metric_for_best: str | None = Field(default=None, description="none: the task's own; `loss` is smaller-is-better")
     max_bad_steps: int = Field(
         default=5, ge=0, description="steps with a non-finite loss or gradient that are skipped before stopping"
     )
-    logging_steps: int = Field(default=10, ge=1, description="steps whose mean loss is reported together")
+    logging_steps: int = Field(default=10, ge=1, description="steps whose mean loss is logged together")
     report_to: tuple[Tracker, ...] = Field(
-        default=("jsonl", "tensorboard"), description="where metrics go as they happen"
+        default=("jsonl", "tensorboard"), description="destinations of metrics as they happen"
     )

@@ -1,4 +1,4 @@
-"""What a training starts from: rows that are read, checked and encoded, and a model with a graft on it."""
+"""Preparation of a training: rows are read, checked and encoded, and the model is loaded with an adapter."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ class Prepared:
     """Rows ready for the loop.
 
     Attributes:
-        method: The configured method; texts to start from are tokenized.
+        task: The task, resolved for the model and the data.
+        method: The configured method, with its initial text tokenized.
+        splits: The rows as they were read.
+        tokenizer: Tokenizer of the model.
         examples: Encoded rows (streamed: an `EncodedStream`) of ``train``, ``validation`` and ``test``.
-        max_length: Tokens kept of a row.
-        findings: What was noticed about the data, as plain values.
-        prior_loss: Loss of a model that knows nothing but how frequent each label is; None where there are no labels.
-        augmented: Rows that were made stand behind the real training rows: ``rows`` (how many), ``fingerprint``,
-            ``files``, ``made`` (by which augmenter).
+        max_length: Most tokens of a row.
+        findings: Issues of the data, as plain values.
+        prior_loss: Loss of a model that knows only the frequency of each label, or None if there are no labels.
+        augmented: Facts about augmented rows, which follow the real training rows: ``rows`` (their number),
+            ``fingerprint``, ``files``, ``made`` (by which augmenter). None without augmentation.
     """
 
     task: Task
@@ -50,17 +53,19 @@ class Prepared:
 
 
 def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = None) -> Prepared:
-    """Read, check and encode the rows. Of the model, only its configuration and tokenizer are looked at.
+    """Read, check and encode the rows; of the model, only configuration and tokenizer are loaded.
 
     Args:
-        labels: Label names that have to be kept, because weights exist that were trained with them.
+        settings: Settings of the run.
+        emit: Listener of events.
+        labels: Label names that existing weights were trained with, and that must stay in this order.
 
     Raises:
-        DataError, ConfigError, ModelError, EnvironmentFault: as the rooms for data and models say.
+        DataError, ConfigError, ModelError, ResourceError: As the functions of data and models raise them.
     """
     from graftwerk.data.checks import check_cut, check_truncation
     from graftwerk.models.load import load_config, load_tokenizer, model_folder, position_limit
-    from graftwerk.tasks import dataset_cache as kept
+    from graftwerk.tasks import dataset_cache
     from graftwerk.training.data_checks import check_allowed, check_encoded
 
     check_allowed(settings.data.allow)
@@ -72,7 +77,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
             hint="training.packing=false, or method=prefix",
         )
     _check_evaluation(settings)
-    splits = kept.read(settings.task, settings.data, labels)
+    splits = dataset_cache.read(settings.task, settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
     task = settings.task.for_model(architecture).resolved(splits)
     tokenizer = load_tokenizer(settings.model, settings.revision)
@@ -88,12 +93,12 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
             findings += check_cut(stream.cut, stream.tokens_cut, len(stream), max_length, most, name)
             examples[name] = stream
             continue
-        examples[name] = kept.encode(task, splits, name, tokenizer, max_length, folder)
+        examples[name] = dataset_cache.encode(task, splits, name, tokenizer, max_length, folder)
         lost = [example.truncated for example in examples[name]]
         findings += check_truncation(lost, max_length, most, name)
     findings += check_encoded(settings, task, splits, examples, position_limit(architecture))
-    said = [asdict(finding) for finding in findings]
-    for finding in said:
+    found = [asdict(issue) for issue in findings]
+    for finding in found:
         emit(Event("finding", 0, **finding))
     prior_loss = None
     if splits.labels is not None:
@@ -101,19 +106,19 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
         learnt = weighted_task(settings.training, task, splits.labels, train)
         counts: dict[Any, float] = dict(targets)
-        if isinstance(learnt, Classification):  # so much does a class weigh in the loss that is compared with it
+        if isinstance(learnt, Classification):  # the loss that it is compared with is weighted too
             counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
         prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
     method = _with_text(settings.method, tokenizer)
-    return Prepared(task, method, splits, tokenizer, examples, max_length, said, prior_loss)
+    return Prepared(task, method, splits, tokenizer, examples, max_length, found, prior_loss)
 
 
 def _check_evaluation(settings: RunConfig) -> None:
-    """What would only be missed when the training is done.
+    """Raise for anything that evaluation would miss only after the training.
 
     Raises:
-        EnvironmentFault: a metric's package is not installed.
-        ConfigError: the base has no figures to measure.
+        ResourceError: A metric's package is not installed.
+        ConfigError: The base model has no metrics to compute.
     """
     from graftwerk.evaluation.metrics import require_packages
     from graftwerk.evaluation.sample_outputs import check_baseline
@@ -125,7 +130,15 @@ def _check_evaluation(settings: RunConfig) -> None:
 
 
 def load_base_and_attach(settings: RunConfig, prepared: Prepared) -> tuple[Adapter, str]:
-    """The base model with a new graft on it, all random values drawn from the seed; and the base's fingerprint."""
+    """Load the base model and attach a new adapter, drawing all random values from the seed.
+
+    Args:
+        settings: Settings of the run.
+        prepared: Rows, task and method.
+
+    Returns:
+        The adapter, and the fingerprint of the base model.
+    """
     import torch
 
     from graftwerk.models.load import fix_padding, load_model
@@ -139,10 +152,15 @@ def load_base_and_attach(settings: RunConfig, prepared: Prepared) -> tuple[Adapt
 
 
 def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
-    """Return the tokens kept of a row: virtual tokens take positions of the model, which are then not there for text.
+    """Return the most tokens of a row; virtual tokens take positions of the model, which text then cannot use.
+
+    Args:
+        settings: Settings of the run.
+        config: Configuration of the model.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        ConfigError: as `max_length_for` says.
+        ConfigError: As `max_length_for` raises it.
     """
     from graftwerk.modeling.architectures import is_causal
     from graftwerk.models.load import max_length_for
@@ -151,7 +169,7 @@ def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
 
 
 def _with_text(method: Method, tokenizer: Any) -> Method:
-    """Virtual tokens that start as the words of a text need the ids of these words."""
+    """Return the method with the token ids of its initial text."""
     text = getattr(method, "init_text", None)
     if text is None or getattr(method, "init_token_ids", None) is not None:
         return method
@@ -160,7 +178,7 @@ def _with_text(method: Method, tokenizer: Any) -> Method:
 
 
 def _prior_loss(counts: Mapping[Any, float], classes: int, smoothing: float) -> float | None:
-    """Entropy of the label frequencies, in nats: the least loss that is to be had without reading a row."""
+    """Return the entropy of the label frequencies in nats: the least loss of a model that reads no row."""
     total = sum(counts.values())
     shares = [(1 - smoothing) * counts.get(label, 0) / total + smoothing / classes for label in range(classes)]
     return -sum(share * math.log(share) for share in shares if share > 0) if total else None

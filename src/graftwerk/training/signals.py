@@ -20,10 +20,10 @@ SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """What was asked for, and what to do about it.
+    """Stop signals that have come, and what happens then.
 
     Outside `deferring` (rows are read, the model is loaded: nothing to save) a signal raises `RunInterrupted` where it
-    hits. Inside, the first one only sets ``signum``; the loop looks at it between steps, saves, and raises
+    hits. Inside, the first one only sets ``signum``; the loop reads it between steps, saves, and raises
     `RunInterrupted` itself. A second one raises at once: files are written whole or not at all, so the last good state
     stays.
 
@@ -38,7 +38,7 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handlers in place, the previous ones put back afterwards; outside the main thread nothing is installed."""
+        """Return a context with the handlers installed; outside the main thread nothing is installed."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -54,7 +54,7 @@ class StopSignals:
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """From here on the caller looks at ``signum`` itself, at points where it can save."""
+        """Return a context in which the caller reads ``signum`` itself, at points where it can save."""
         self._deferring = True
         try:
             yield
@@ -63,7 +63,11 @@ class StopSignals:
         self.check()
 
     def check(self) -> None:
-        """Raise Interrupted if a signal came and what was raised for it was lost; not while deferring."""
+        """Raise again what was raised for a signal and then lost; do nothing while deferring, or without a signal.
+
+        Raises:
+            RunInterrupted: A signal has come.
+        """
         if self.signum is not None and not self._deferring:
             raise self._stopped(self.signum)
 
@@ -93,7 +97,7 @@ def held_back() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    """Straight to the descriptor: buffered streams must not be entered again from a signal handler."""
+    """Write to the descriptor: buffered streams must not be entered again from a signal handler."""
     try:
         os.write(2, text.encode())
     except OSError:

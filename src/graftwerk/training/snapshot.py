@@ -8,7 +8,8 @@ from graftwerk.errors import ConfigError
 from graftwerk.serialization.untrusted_files import understood
 from graftwerk.training import optim, rng
 from graftwerk.training.callbacks.base import TrainingLoop
-from graftwerk.training.checkpoint import STATE, Snapshot
+from graftwerk.training.checkpoint import Snapshot
+from graftwerk.training.run_dir import STATE
 from graftwerk.training.trainer_state import TrainState
 
 

@@ -1,7 +1,7 @@
-"""Training rows that are encoded as training goes (`data.streaming`): a part of them at a time, in the files' order.
+"""Training rows that are encoded during training (`data.streaming`): a part of them at a time, in the files' order.
 
-Which rows a step has is a pure function of its number, as for rows in memory: the examples are cut into parts of a
-fixed number, and each part has an order of its own. Going on in the middle means reading again up to there.
+The rows of a step are a pure function of its number, as for rows in memory: the examples are cut into parts of a
+fixed size, and each part has an order of its own. Resuming in the middle means reading again up to there.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from graftwerk.tasks.example_checks import Noted, note
 
 
 class EncodedStream(Sequence[Example]):
-    """The examples of streamed rows. To be made, all rows are encoded once and counted; nothing of them is kept.
+    """Examples of streamed rows; building it encodes all rows once to count them, and stores none.
 
     Args:
+        task: Task that encodes the rows.
+        rows: The streamed rows.
+        tokenizer: Tokenizer of the model.
+        splits: Splits with the label names.
+        max_length: Most tokens of a row.
         buffer_rows: Examples in memory at a time (`data.buffer_rows`).
     """
 
@@ -34,9 +39,9 @@ class EncodedStream(Sequence[Example]):
         self._next = -1
         self.cut = self.tokens_cut = self._count = 0
         self.lengths_counted: Counter[int] = Counter()
-        """How many examples have this many tokens, those that were cut off included."""
+        """Number of examples by their number of tokens, cut-off tokens included."""
         self.classes: Counter[int] = Counter()
-        """Of examples whose target is a class."""
+        """Number of examples by class, if targets are classes."""
         self.notes: dict[str, Noted] = {}
         for at, example in enumerate(self):
             self._count += 1
@@ -51,20 +56,31 @@ class EncodedStream(Sequence[Example]):
         return self._count
 
     def __iter__(self) -> Iterator[Example]:
-        """All examples, read and encoded anew."""
+        """Yield all examples, read and encoded anew."""
         rows = iter(self._rows)
         while chunk := list(islice(rows, CHUNK)):
             yield from self._task.encode(chunk, self._tokenizer, self._splits, self._max_length)
 
     def part_steps(self, rows_per_step: int) -> int:
-        """Steps whose rows are in memory together; at least one, whatever `data.buffer_rows` says."""
+        """Return the number of steps whose rows are in memory together, at least 1.
+
+        Args:
+            rows_per_step: Rows of a step.
+        """
         return max(1, self._buffer_rows // rows_per_step)
 
     def hold(self, first: int, last: int) -> list[Example]:
-        """Take the examples from ``first`` to before ``last`` into memory, in place of those that were.
+        """Load examples into memory, in place of those that were there.
+
+        Args:
+            first: Number of the first example.
+            last: Number after the last example.
+
+        Returns:
+            The examples.
 
         Raises:
-            DataError: they are not there any more.
+            DataError: The files have fewer rows than before.
         """
         if (self._first, len(self._held)) != (first, last - first):
             if self._next != first:
@@ -81,10 +97,10 @@ class EncodedStream(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """One of those in memory.
+        """Return an example in memory.
 
         Raises:
-            IndexError: it is not.
+            IndexError: It is not in memory.
         """
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(self._count))]
@@ -94,7 +110,11 @@ class EncodedStream(Sequence[Example]):
 
 
 class LengthsHeld(Sequence[int]):
-    """Tokens of each example that is in memory."""
+    """Tokens of each example in memory, by its number among all.
+
+    Args:
+        stream: The examples.
+    """
 
     def __init__(self, stream: EncodedStream) -> None:
         self._stream = stream

@@ -1,8 +1,7 @@
-"""Tensors into a safetensors file, hashed on the way: no copy of them in memory, and the file is not read again.
+"""Writing of tensors into a safetensors file, hashed on the way: no copy in memory, and no second reading.
 
-Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data). Reading goes
-through
-the gate for all files, `store.safety.read_tensors`.
+Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, data). Reading is
+done by `serialization.untrusted_files.read_tensors`, as for all files.
 """
 
 from __future__ import annotations
@@ -19,6 +18,10 @@ from graftwerk.serialization.safetensors_header import header_of
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a new file; the same tensors give the same bytes, in whatever order they come.
+
+    Args:
+        path: The file, which must not exist.
+        tensors: Tensors of any shape by name.
 
     Returns:
         The SHA-256 of the file, in hexadecimal digits.

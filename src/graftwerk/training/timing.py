@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 PROGRESS_SECONDS = 0.25
 """Shortest time between two progress events."""
@@ -57,22 +55,3 @@ class Clock:
             return False
         self._told = self._last
         return True
-
-
-def process_start() -> float:
-    """Return the value that `time.monotonic()` had when this process started."""
-    return time.monotonic() - seconds_since_process_start()
-
-
-def seconds_since_process_start(process: int | str = "self") -> float:
-    """Return the seconds since the kernel started a process, 0.0 on systems without /proc.
-
-    Args:
-        process: Process id, or "self".
-    """
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-        ticks = int(stat[stat.rindex(")") + 2 :].split()[19])
-        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
-    except (OSError, ValueError, AttributeError):
-        return 0.0

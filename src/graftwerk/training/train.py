@@ -1,4 +1,4 @@
-"""`train`: from a run file to a run folder. What can be wrong is found in the order of what it costs to find it.
+"""`train`: from a run file to a run folder. Mistakes are found in the order of the cost of finding them.
 
 First the settings, then the folder, the data, the model; only then is anything of an earlier run replaced.
 """
@@ -23,18 +23,29 @@ from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import understood
 from graftwerk.training.callbacks.jsonl import JsonLines
 from graftwerk.training.callbacks.tensorboard import TensorBoard
-from graftwerk.training.checkpoint import OPTIMIZER, OPTIMIZER_SCALE, STATE, WEIGHTS, Checkpoints, Snapshot
+from graftwerk.training.checkpoint import OPTIMIZER_SCALE, Checkpoints, Snapshot
 from graftwerk.training.events import Event, EventBus, Listener, to_logging
-from graftwerk.training.lock import LOCK_FILE, RunLock
+from graftwerk.training.lock import RunLock
 from graftwerk.training.resume_check import environment_warning, refuse_changes
-from graftwerk.training.run_dir import CONFIG, MADE_BEFORE, MANIFEST, OURS, Run, RunDir
+from graftwerk.training.run_dir import (
+    CONFIG,
+    LOCK,
+    MADE_BEFORE,
+    MANIFEST,
+    OPTIMIZER,
+    RUN_FILES,
+    STATE,
+    WEIGHTS,
+    Run,
+    RunDir,
+)
 from graftwerk.training.signals import StopSignals
 
 __all__ = ["Run", "train"]
 
 SECRETS_LEFT_OUT = (
     f"a place in the run file holds a secret: no file of the run shows it (it says {REDACTED} there), and this user's "
-    "cache remembers it for evaluating and going on here; elsewhere give the place again"
+    "cache remembers it for evaluating and resuming here; elsewhere give the place again"
 )
 LAUNCHED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -68,6 +79,15 @@ def train(
         RunInterrupted: SIGINT or SIGTERM came; the state was saved.
         DivergedError: Loss or gradients were not finite again and again.
         IntegrityError: No checkpoint is intact, or a file of the run is a link.
+
+    Examples:
+        >>> settings = {"model": "my-encoder", "method": "lora", "data": {"train": "movies.csv", "test": 0.2}}
+        >>> config = RunConfig.build(settings, {"learning_rate": 1e-3})
+        >>> config.training.learning_rate
+        0.001
+        >>> run = train(config)  # doctest: +SKIP
+        >>> run.manifest["metrics"]["test"]["accuracy"]["value"]  # doctest: +SKIP
+        0.87
     """
     started_at = time.monotonic()
     settings = _read_config(config, overrides)
@@ -103,7 +123,7 @@ def run_training(
     settings = settings.anchored()
     settings.dump()  # settings that could not be written, or not be read again, are refused before anything is done
     folder = RunDir(settings.output_dir)
-    refuse_links(folder.path, (LOCK_FILE, *MADE_BEFORE, *OURS))
+    refuse_links(folder.path, (LOCK, *MADE_BEFORE, *RUN_FILES))
     from graftwerk.training.forked_workers import run_forked
     from graftwerk.training.num_processes import resolve_num_processes
 
@@ -123,8 +143,8 @@ def run_training(
 
 
 @contextmanager
-def _saved_said(checkpoints: Checkpoints) -> Iterator[None]:
-    """Errors of disk and memory say what is whole on the disk, whatever it was that could not be written."""
+def _naming_recovered(checkpoints: Checkpoints) -> Iterator[None]:
+    """Name the newest intact checkpoint in errors of disk and memory, whatever it was that could not be written."""
     try:
         yield
     except OSError as error:
@@ -132,9 +152,9 @@ def _saved_said(checkpoints: Checkpoints) -> Iterator[None]:
             raise
         what, hint = FAULTS[error.errno]
         where = str(error.filename) if error.filename else None
-        raise ResourceError(what, where=where, hint=hint, recovered=checkpoints.whole_said()) from error
+        raise ResourceError(what, where=where, hint=hint, recovered=checkpoints.intact()) from error
     except ResourceError as error:
-        error.recovered = checkpoints.whole_said() or error.recovered
+        error.recovered = checkpoints.intact() or error.recovered
         raise
 
 
@@ -193,7 +213,7 @@ class _RunDriver:
                 self.checkpoints.clean()
             self.processes = connect(shares_rows=forked)
             if not self.processes.any(finished):  # only the main process has looked at the folder
-                with _saved_said(self.checkpoints):
+                with _naming_recovered(self.checkpoints):
                     self._train(resume)
             elif main:
                 text = f"the run in {self.folder.path} is finished; nothing was left to do"
@@ -292,7 +312,7 @@ class _RunDriver:
                     f"accelerate's mixed precision ({asked}) is not used: training.compute_type decides; it is {used}"
                 )
                 bus(Event("warning", trainer.state.step, text=text))
-            with self._failure_noted():
+            with self._recording_failure():
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
@@ -311,10 +331,10 @@ class _RunDriver:
             refuse_changes({part: known}, {part: identity[part]}, folder)
 
     def _check_readable(self, trainer: Any) -> None:
-        """Refuse a run whose files could be written but not be read again, before anything is trained.
+        """Raise, before anything is trained, for a run whose files could be written but not be read again.
 
         Raises:
-            ConfigError: settings, labels or the names of tensors exceed a limit of the readers.
+            ConfigError: Settings, labels or names of tensors exceed a limit of the readers.
         """
         from graftwerk.serialization.folder import check_storable
         from graftwerk.serialization.safetensors_header import check_writable
@@ -324,14 +344,14 @@ class _RunDriver:
             (self.folder.path / MANIFEST, self.manifest),
             (self.checkpoints.folder / STATE, {"run": trainer.identity}),
         ):
-            dump_object(values, path, room=0.5)  # the other half is for what training adds
+            dump_object(values, path, room=0.5)  # training adds to the other half
         check_storable(trainer.adapter)
         folder = self.checkpoints.folder
         check_writable(trainer.adapter.state_dict(), folder / WEIGHTS)
         check_writable(optimizer_tensors(trainer.optimizer), folder / OPTIMIZER, scale=OPTIMIZER_SCALE)
 
     def _open_folder(self, snapshot: Snapshot | None) -> None:
-        """From here on the folder is this run's; what an earlier one left goes, unless this one goes on with it."""
+        """Make the folder this run's: remove the files of an earlier run unless this one resumes it."""
         if snapshot is None:
             self.folder.clear(augmented=bool(self.settings.data.augment))
         else:
@@ -344,7 +364,7 @@ class _RunDriver:
 
     @contextmanager
     def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> Iterator[Callable[[], int]]:
-        """The log files, open; gives what forces the event log to the disk and says how long it is."""
+        """Open the log files; yield the function that forces the event log to the disk and returns its size."""
         if not self.processes.is_main:
             yield lambda: 0
             return
@@ -352,22 +372,20 @@ class _RunDriver:
         offset = 0 if snapshot is None else int(snapshot.state["log_position"])
         wanted = self.settings.training.report_to
 
-        def trouble(text: str) -> None:
+        def warn(text: str) -> None:
             self.bus(Event("warning", step, text=text))
 
-        log = JsonLines(self.folder.log, offset, trouble) if "jsonl" in wanted else None
+        log = JsonLines(self.folder.log, offset, warn) if "jsonl" in wanted else None
         board = (
-            TensorBoard(self.folder.tensorboard, step if snapshot else None, trouble)
-            if "tensorboard" in wanted
-            else None
+            TensorBoard(self.folder.tensorboard, step if snapshot else None, warn) if "tensorboard" in wanted else None
         )
         writers = [writer for writer in (log, board) if writer is not None]
         self.bus.listeners.extend(writers)
         try:
             if log is not None and log.missing:
-                trouble(f"{log.path} is {log.missing:,} bytes shorter than it was at the checkpoint")
+                warn(f"{log.path} is {log.missing:,} bytes shorter than it was at the checkpoint")
             for event in early if log is not None and snapshot is None else ():
-                log(event)  # type: ignore[misc]  # what was said before there was a folder to say it in
+                log(event)  # type: ignore[misc]  # events from before the folder was this run's
             yield log.sync if log is not None else self._log_bytes
         finally:
             for writer in writers:
@@ -375,19 +393,19 @@ class _RunDriver:
                 writer.close()
 
     def _log_bytes(self) -> int:
-        """Of a log that is not written now, but may have been, and may be again."""
+        """Return the size of the existing event log in bytes, 0 if there is none."""
         return self.folder.log.stat().st_size if self.folder.log.is_file() else 0
 
     @contextmanager
-    def _failure_noted(self) -> Iterator[None]:
-        """The manifest says how it ended, if it can still be written."""
+    def _recording_failure(self) -> Iterator[None]:
+        """Write into the manifest how a failed run ended, if it can still be written."""
         try:
             yield
         except BaseException as error:
             if self.processes.is_main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
-                said = error.as_dict() if isinstance(error, Explained) else {"error": type(error).__name__}
-                # The error that brought us here is the one to report, not one on top of it.
+                content = error.as_dict() if isinstance(error, Explained) else {"error": type(error).__name__}
+                # The first error is the one to report, not another one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
-                    self.folder.write_manifest({**self.manifest, "status": status, "error": said})
+                    self.folder.write_manifest({**self.manifest, "status": status, "error": content})
             raise

@@ -1,4 +1,4 @@
-"""Evaluation inside a training: the model's answers to held-out rows, and which state is the best."""
+"""Evaluation during training: predictions on held-out rows, and comparison of states."""
 
 from __future__ import annotations
 
@@ -25,17 +25,21 @@ NEED_ROWS = ("eval_steps", "early_stopping_patience", "metric_for_best")
 
 
 class StopEvaluation(Exception):  # noqa: N818 - no error: a signal came
-    """Raised out of an evaluation that is to be left; nothing has changed."""
+    """Raised out of an evaluation after a stop signal; nothing has changed."""
 
 
 class Evaluator:
-    """Asks the model about rows; halves the batch where memory runs out.
+    """Predict rows; the batch is halved if memory runs out.
 
     Args:
+        adapter: Adapter whose model predicts.
+        task: Task that collates the rows.
+        tokenizer: Tokenizer of the model.
+        processes: Processes that evaluate together.
         batch_size: Rows of a forward pass.
-        dtype: What it computes in.
-        stop_requested: Looked at after every batch, where one process is alone; several have to stay together.
-        say: Told in words when the batch is halved.
+        dtype: Type that forward passes compute in.
+        stop_requested: Function that is asked after every batch of a single process; several have to stay together.
+        say: Function that is told in words when the batch is halved.
         serve: As for `run_model`.
     """
 
@@ -56,17 +60,18 @@ class Evaluator:
         self.batch_size, self.dtype, self.stop_requested, self.say = batch_size, dtype, stop_requested, say
         self.serve = serve
         self._dealt = batch_size
-        """Rows that are dealt out together: the same on all processes, also where one of them has halved its batch."""
+        """Rows that are dealt out together: the same on all processes, even if one of them has halved its batch."""
 
     def __call__(self, examples: Sequence[Example], generation: EvaluationSettings | None = None) -> Predictions:
-        """Answers in the order of the rows, on every process; the model is left in the mode it was in.
+        """Return predictions in the order of the rows, on every process; the model's mode is restored.
 
         Args:
-            generation: How texts are generated, for tasks that have any; None: they are not, which is much faster.
+            examples: Encoded rows.
+            generation: Settings of generation, for tasks that generate; None generates nothing, which is much faster.
 
         Raises:
-            StopEvaluation: it was asked to stop.
-            DivergedError: the answers are not finite.
+            StopEvaluation: A stop signal came.
+            DivergedError: The scores are not finite.
         """
         batches = batches_of(examples, self._dealt)
         if self.processes.world_size == 1 or len(batches) < self.processes.world_size:
@@ -132,7 +137,12 @@ class Evaluator:
 
 
 def points(predictions: Predictions, task: Task) -> dict[str, float]:
-    """The metrics' values without intervals, which would cost more than the evaluation of a small split."""
+    """Return metrics without intervals, which would cost more than the evaluation of a small split.
+
+    Args:
+        predictions: Predictions of a split.
+        task: Task whose metrics are computed.
+    """
     from graftwerk.evaluation.metrics import check, point
 
     check(predictions)
@@ -141,16 +151,28 @@ def points(predictions: Predictions, task: Task) -> dict[str, float]:
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
+    """Return True if a value of a metric is better than the best so far.
+
+    Args:
+        metric: Name of the metric.
+        value: New value.
+        best: Best value so far.
+    """
     from graftwerk.evaluation.metrics import METRICS
 
     return value < best if metric == "loss" or METRICS[metric].higher is False else value > best
 
 
 def check_settings(settings: TrainingSettings, has_validation: bool, task: Task) -> None:
-    """Refuses settings that need validation rows where there are none, and metrics that do not exist.
+    """Raise for settings that need validation rows without any, and for unknown metrics.
+
+    Args:
+        settings: Training settings.
+        has_validation: True if there are validation rows.
+        task: Task of the run.
 
     Raises:
-        ConfigError: naming the setting.
+        ConfigError: The message names the setting.
     """
     if not has_validation:
         for name in NEED_ROWS:

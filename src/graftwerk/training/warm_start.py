@@ -1,4 +1,4 @@
-"""A warm start: training begins from weights that another run left; optimizer and row order begin anew."""
+"""Warm start: training starts from the weights of another run, with a new optimizer and row order."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from torch import Tensor
 
 from graftwerk.errors import AdapterError, ConfigError
 from graftwerk.modeling.attach import Adapter
-from graftwerk.training.checkpoint import WEIGHTS, Checkpoints
-from graftwerk.training.run_dir import ADAPTER, CHECKPOINTS, read_manifest
+from graftwerk.training.checkpoint import Checkpoints
+from graftwerk.training.run_dir import ADAPTER, CHECKPOINTS, WEIGHTS, read_manifest
 
 KEY = "training.warm_start"
 
 
 def warm_labels(source: str | None) -> list[str] | None:
-    """The label names that the weights were trained with, in their order; None where nothing is known."""
+    """Return the label names that the weights were trained with, in order, or None if they are not known.
+
+    Args:
+        source: Value of `training.warm_start`.
+    """
     if source is None:
         return None
     folder = _existing(source)
@@ -29,30 +33,34 @@ def warm_labels(source: str | None) -> list[str] | None:
     return None if labels is None else [str(label) for label in labels]
 
 
-def warm_start(graft: Adapter, source: str) -> None:
-    """Put the weights of a run, a checkpoint or an adapter folder into a graft of the same method.
+def warm_start(adapter: Adapter, source: str) -> None:
+    """Load the weights of a run, a checkpoint or an adapter folder into an adapter of the same method.
+
+    Args:
+        adapter: Adapter to load into.
+        source: Value of `training.warm_start`.
 
     Raises:
-        ConfigError: there is nothing at ``source``.
-        AdapterError: the weights do not fit this graft: another method, other settings, other labels, another base.
-        IntegrityError: the weights are damaged.
+        ConfigError: There is nothing at ``source``.
+        AdapterError: The weights do not fit: another method, other settings, other labels, another base.
+        IntegrityError: The weights are damaged.
     """
     folder = _existing(source)
     tensors = _checkpoint_weights(folder)
     if tensors is None:
-        tensors = _adapter_weights(graft, folder / ADAPTER if (folder / ADAPTER).is_dir() else folder)
-    own = graft.state_dict()
+        tensors = _adapter_weights(adapter, folder / ADAPTER if (folder / ADAPTER).is_dir() else folder)
+    own = adapter.state_dict()
     if wrong := [key for key in own if key in tensors and own[key].shape != tensors[key].shape]:
         raise AdapterError(
             f"`{wrong[0]}` is {tuple(tensors[wrong[0]].shape)} there and {tuple(own[wrong[0]].shape)} here",
             where=f"{KEY}: {source}",
             hint="start from weights of the same method with the same settings and labels",
         )
-    graft.load_state_dict(tensors)
+    adapter.load_state_dict(tensors)
 
 
 def _checkpoint_weights(folder: Path) -> dict[str, Tensor] | None:
-    """Of a checkpoint, or of an unfinished run's newest one; None where there is none of these."""
+    """Return the weights of a checkpoint, or of an unfinished run's newest one, or None if it is neither."""
     if (folder / WEIGHTS).is_file():
         checkpoints = Checkpoints(folder.parent)
         step = next((step for step in checkpoints.steps() if checkpoints.path(step).name == folder.name), None)
@@ -65,17 +73,17 @@ def _checkpoint_weights(folder: Path) -> dict[str, Tensor] | None:
     return None if snapshot is None else dict(snapshot.weights)
 
 
-def _adapter_weights(graft: Adapter, folder: Path) -> dict[str, Tensor]:
-    """Read by attaching a second graft for a moment: the store's formats know how tensors are named on this model."""
+def _adapter_weights(adapter: Adapter, folder: Path) -> dict[str, Tensor]:
+    """Read weights by attaching a second adapter for a moment: loading knows how tensors are named on this model."""
     from graftwerk.modeling.attach import activate
     from graftwerk.serialization.folder import load_adapter
 
-    other = load_adapter(graft.model, folder, name="warm-start")
+    other = load_adapter(adapter.model, folder, name="warm-start")
     try:
         return {key: tensor.clone() for key, tensor in other.state_dict().items()}
     finally:
         other.delete()
-        activate(graft.model, graft.name)
+        activate(adapter.model, adapter.name)
 
 
 def _existing(source: str) -> Path:
@@ -88,7 +96,7 @@ def _existing(source: str) -> Path:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Of the run that a folder is, or is a part of."""
+    """Return the manifest of the run that a folder is, or is a part of, or None."""
     for candidate in (folder, folder.parent, folder.parent.parent):
         if (manifest := read_manifest(candidate)) is not None:
             return manifest

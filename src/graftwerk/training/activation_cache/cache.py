@@ -1,12 +1,12 @@
-"""The trunk once: hidden states that enter the lowest adapted layer, computed once per row and then kept.
+"""Activation cache: hidden states that enter the lowest adapted layer, computed once per row and then reused.
 
 With the top k of L layers adapted, E epochs cost n [2 (L - k) + 4 k E] per token in place of n E (2 L + 2 k), for n
 weights a layer: the frozen layers below run once, before the first step, over rows sorted by length, and never again.
 
-*Whether* is a matter of settings, model and rows alone, never of the machine: where there is neither memory nor disk
-for the states, the frozen layers are computed at every step as before, in evaluation mode as they would have been for
-the cache, so that the result is the same. What is kept is a pure function of rows, weights and settings (`key_of`), so
-that a resumed run makes the same bytes again, and another run on the same layers can read them.
+Settings, model and rows alone decide about caching, never the machine: with neither memory nor disk for the states,
+the frozen layers are computed at every step as before, in evaluation mode as they would have been for the cache, so
+that the result is the same. Cached states are a pure function of rows, weights and settings (`key_of`), so that a
+resumed run computes the same bytes again, and another run on the same layers can read them.
 
 Checked and not assumed: on a few rows of all lengths logits from the cache are compared with those of the plain path.
 """
@@ -32,7 +32,7 @@ from graftwerk.modeling.attach import Adapter, adapters
 from graftwerk.modeling.frozen_layers import below, draws_at_random, extras_of, reach, set_evaluating, skipping
 from graftwerk.tasks.base import Example, Task
 from graftwerk.training import rng
-from graftwerk.training.activation_cache.plan import Plan, kept_dtype, plan, refuse_unless_kept, shared_folder
+from graftwerk.training.activation_cache.plan import Plan, cache_dtype, check_cache_required, plan, shared_folder
 from graftwerk.training.activation_cache.rows import Slots, key_of
 from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, make_room, open_file
 from graftwerk.training.distributed import Distributed
@@ -40,23 +40,31 @@ from graftwerk.training.events import Event, Listener
 from graftwerk.training.settings import TrainingSettings
 
 ROWS, TOKENS = 64, 4096
-"""At most so many rows, and tokens with padding, are computed together."""
+"""Most rows, and tokens with padding, that are computed together."""
 TRIED = 8
-"""Rows that are computed both ways before the cache is trusted."""
+"""Rows that are computed with and without the cache before it is trusted."""
 SURVEYED = 2
-"""Rows on which it is found out what the layers are and hand on; five passes, and so of few rows."""
+"""Rows on which the layers and their outputs are traced; few, since it takes five passes."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far the logits of both ways may be apart, relative to their norm, by the coarsest type involved."""
+"""Largest difference of the logits of both paths, relative to their norm, by the coarsest type involved."""
 FREE_SHARE = 0.25
-"""Share of the free memory that the states may take, where `trunk_cache_gb` says nothing."""
+"""Share of the free memory that the states may take if `trunk_cache_gb` is not set."""
 
 
 class ActivationCache:
-    """Answers the trunk's layers from what is kept; where nothing is kept it stands aside.
+    """Serve the frozen layers from cached hidden states; without cached states it does nothing.
 
     Args:
-        folder: Where a file goes that does not fit into memory and is nobody else's; it is gone when the run ends.
-        stop_requested: Looked at while the states are computed.
+        adapter: Adapter that is trained.
+        task: Task that collates the rows.
+        tokenizer: Tokenizer of the model.
+        settings: Training settings.
+        dtype: Type that forward passes compute in.
+        processes: Processes that train together.
+        folder: Folder for states that do not fit into memory and are not shared; removed when the run ends.
+        shared: Folder that several runs share, unless the settings name one, or None.
+        emit: Listener of events.
+        stop_requested: Function that is asked while the states are computed; True ends the computation.
     """
 
     def __init__(
@@ -79,7 +87,7 @@ class ActivationCache:
         self.stop_requested = stop_requested
         self.plan = Plan("nothing is trained yet")
         self.evaluating = False
-        """Whether the trunk is in evaluation mode while the rest trains."""
+        """True if the frozen layers are in evaluation mode while the rest trains."""
         self._modules: list[Any] = []
         self._states: Tensor | None = None
         self._served_dtype, self._extras = torch.float32, -1
@@ -90,37 +98,39 @@ class ActivationCache:
     # -- before the first step -------------------------------------------------------------------------------------
 
     def open(self, train: Sequence[Example], validation: Sequence[Example], passes: float, step: int) -> None:
-        """Decide, compute or read the states, check them, and say so.
+        """Decide about the cache, compute or read the states, check them, and report it.
 
         Args:
-            passes: How often each row is trained on.
-            step: For the events.
+            train: Encoded training rows.
+            validation: Encoded validation rows.
+            passes: Number of times that each row is trained on.
+            step: Steps done, for the events.
 
         Raises:
-            UnsupportedError: `trunk_cache: true`, and it cannot be; the reason is given.
+            UnsupportedError: `trunk_cache: true`, but states cannot be cached; the reason is given.
         """
         adapter, settings = self.adapter, self.settings
-        kept = [train, validation]
+        splits = [train, validation]
         view = read_architecture(adapter.model)
         self.plan = plan(
-            adapter.model, view, adapter.method, adapter.heads, self.task, settings, kept, passes, self.shared
+            adapter.model, view, adapter.method, adapter.heads, self.task, settings, splits, passes, self.shared
         )
         try:
             with rng.untouched(self.processes.device):
                 if self.plan.why_not is None:
-                    self._enter(view, kept, step)
+                    self._enter(view, splits, step)
         except UnsupportedError as error:
             self.plan = Plan(error.what, self.plan.cut)
-        refuse_unless_kept(self.plan, settings)
+        check_cache_required(self.plan, settings)
         if settings.trunk_cache is not False:
             self.emit(Event("trunk", step, text=self.describe(), **self.metrics()))
 
-    def _enter(self, view: Architecture, kept: Sequence[Sequence[Example]], step: int) -> None:
+    def _enter(self, view: Architecture, splits: Sequence[Sequence[Example]], step: int) -> None:
         adapter, cut = self.adapter, self.plan.cut
         assert cut is not None
         if len(adapters(adapter.model)) > 1:
             raise UnsupportedError("there are other adapters on the model")
-        slots = Slots(kept)
+        slots = Slots(splits)
         every = max(1, len(slots.rows) // TRIED)
         self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
         surveyed = to_device(self.task.collator.collate(self._tried_rows[-SURVEYED:], self.tokenizer), adapter.model)
@@ -148,19 +158,19 @@ class ActivationCache:
         self._facts["dropout_off"] = drops
         self.evaluating = True
         if fast.enabled("trunk"):
-            self._keep(slots, step)
+            self._load_or_compute(slots, step)
             if self._states is not None:
                 self._slots = slots
                 self._verify(slots, step)
 
-    # -- computing and keeping -------------------------------------------------------------------------------------
+    # -- computing the states --------------------------------------------------------------------------------------
 
-    def _keep(self, slots: Slots, step: int) -> None:
-        """States from a file that is there, or computed now; none where there is no place for them."""
+    def _load_or_compute(self, slots: Slots, step: int) -> None:
+        """Read the states from a file, or compute them now; leave none if there is no space for them."""
         settings, cut = self.settings, self.plan.cut
         assert cut is not None
         key = key_of(slots, self.adapter.model, cut, self._how())
-        shape, dtype = (slots.tokens, cut.width), kept_dtype(settings)
+        shape, dtype = (slots.tokens, cut.width), cache_dtype(settings)
         shared = self.shared
         path = (shared or self.folder) / f"{key}{ENDING}"
         began = time.perf_counter()
@@ -169,7 +179,7 @@ class ActivationCache:
         if shared is not None:
             states, trouble = open_file(path, key, *shape, dtype)
             if trouble is not None:
-                self._warn(step, f"{path} is not used, and made again: {trouble}")
+                self._warn(step, f"{path} is not used, and computed again: {trouble}")
             if states is not None:
                 self._facts.update(where=str(path), reused=True)
         if not self.processes.any(states is None):
@@ -189,7 +199,7 @@ class ActivationCache:
     def _in_file(
         self, path: Path, key: str, shape: tuple[int, int], dtype: torch.dtype, slots: Slots, step: int
     ) -> Tensor | None:
-        """Computed by the main process into a file, which all map."""
+        """Compute the states (N, d) on the main process into a file, which all processes map."""
         states: Tensor | None = None
         if self.processes.is_main:
             try:
@@ -201,7 +211,7 @@ class ActivationCache:
                 states = self._computed(FileStates(path, key, *shape, dtype), slots, step)
                 self._facts.update(where=str(path), reused=False)
             except OSError as error:
-                self._warn(step, f"the layers below what trains are computed at every step: {error.strerror or error}")
+                self._warn(step, f"the frozen layers are computed at every step: {error.strerror or error}")
         self.processes.barrier()
         if not self.processes.is_main:
             states, _ = open_file(path, key, *shape, dtype)
@@ -242,13 +252,13 @@ class ActivationCache:
             raise
 
     def _of(self, examples: Sequence[Example]) -> list[Tensor]:
-        """The states (T, d) of each row."""
+        """Return the states (T, d) of each row."""
         cut, model = self.plan.cut, self.adapter.model
         assert cut is not None
         batch = to_device(self.task.collator.collate(examples, self.tokenizer), model)
         states = reach(model, cut, lambda: self.task.objective.forward(model, batch))
         return [
-            states[row, : example.length].to(kept_dtype(self.settings)).cpu() for row, example in enumerate(examples)
+            states[row, : example.length].to(cache_dtype(self.settings)).cpu() for row, example in enumerate(examples)
         ]
 
     def _progress(self, done: int, total: int) -> str:
@@ -260,7 +270,7 @@ class ActivationCache:
         return FREE_SHARE * (available() or 0)
 
     def _how(self) -> dict[str, Any]:
-        """What the states depend on beside rows and model."""
+        """Return the facts that the states depend on beside rows and model."""
         return {
             "types": [str(self.dtype), str(self._served_dtype), self.settings.trunk_cache_dtype],
             "machine": [self.processes.device.type, torch.get_num_threads()],
@@ -268,16 +278,16 @@ class ActivationCache:
         }
 
     def _verify(self, slots: Slots, step: int) -> None:
-        """Compare both ways on a few rows; where they differ, nothing that is kept is used."""
+        """Compare both paths on a few rows, and drop the cache if they differ."""
         model, rows = self.adapter.model, self._tried_rows
         batch = to_device(self.task.collator.collate(rows, self.tokenizer), model)
         with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
-            plainly = self.task.objective.forward(model, batch).logits.float()
+            plain = self.task.objective.forward(model, batch).logits.float()
             with self.serving(rows, batch):
                 cached = self.task.objective.forward(model, batch).logits.float()
         self._rows_served = self._tokens_served = 0
-        apart = float((plainly - cached).norm() / plainly.norm().clamp_min(1e-12))
-        allowed = max(TOLERANCE[self.dtype], TOLERANCE[kept_dtype(self.settings)])
+        apart = float((plain - cached).norm() / plain.norm().clamp_min(1e-12))
+        allowed = max(TOLERANCE[self.dtype], TOLERANCE[cache_dtype(self.settings)])
         self._facts["difference"] = apart
         wrong = self.processes.any(not apart <= allowed)
         if wrong:
@@ -285,14 +295,19 @@ class ActivationCache:
             self._facts["why_not_used"] = f"its logits differ from those of the plain path by {apart:.2g}"
             self._warn(
                 step,
-                f"kept hidden states are not used: the logits differ from those of the plain path by {apart:.2g} of "
-                f"their norm, and {allowed:g} is allowed; the layers below what trains are computed at every step",
+                f"cached hidden states are not used: the logits differ from those of the plain path by {apart:.2g} of "
+                f"their norm, and {allowed:g} is allowed; the frozen layers are computed at every step",
             )
 
     # -- while training and evaluating -----------------------------------------------------------------------------
 
     def serving(self, examples: Sequence[Example], batch: Any) -> AbstractContextManager[None]:
-        """For the forward pass of a batch: the trunk in its mode, and answered from what is kept where it is."""
+        """Return a context for the forward pass of a batch, in which the frozen layers are served from the cache.
+
+        Args:
+            examples: Rows of the batch.
+            batch: The same rows, collated.
+        """
         if not self.evaluating:
             return nullcontext()
         return self._serving(examples, batch)
@@ -314,25 +329,25 @@ class ActivationCache:
             yield
 
     def _assembled(self, examples: Sequence[Example], batch: Any) -> Tensor | None:
-        """(B, T, d) on the device, zeros where the batch is padded; None where a row is not kept."""
-        kept = self._states
-        if kept is None or (self.plan.cut.shift and not self.adapter.active):  # type: ignore[union-attr]
+        """Return the states (B, T, d) on the device, zero at padding, or None if a row is not cached."""
+        states = self._states
+        if states is None or (self.plan.cut.shift and not self.adapter.active):  # type: ignore[union-attr]
             return None  # without the prefix, a decoder's text has other positions
         rows, tokens = batch["input_ids"].shape
         starts = [self._slots.start(example) for example in examples]
         if rows != len(examples) or any(start is None for start in starts):
             return None
         device = self.processes.device
-        padded = torch.zeros(rows, tokens, kept.shape[1], dtype=kept.dtype, pin_memory=device.type == "cuda")
+        padded = torch.zeros(rows, tokens, states.shape[1], dtype=states.dtype, pin_memory=device.type == "cuda")
         for row, (start, example) in enumerate(zip(starts, examples, strict=True)):
             assert start is not None
-            padded[row, : example.length] = kept[start : start + example.length]
+            padded[row, : example.length] = states[start : start + example.length]
         return padded.to(device, non_blocking=True).to(self._served_dtype)
 
-    # -- words and figures -----------------------------------------------------------------------------------------
+    # -- reports ---------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Any]:
-        """For the log and the manifest."""
+        """Return the facts about the cache that the log and the manifest have."""
         saved = self._tokens_served * self._token_seconds - self._fill_seconds
         return {
             **self.plan.to_dict(),
@@ -346,7 +361,7 @@ class ActivationCache:
         }
 
     def describe(self) -> str:
-        """What is done, in words."""
+        """Return in words what the cache does."""
         if self.plan.why_not is not None:
             return f"no layers are skipped: {self.plan.why_not}"
         cut = self.plan.cut

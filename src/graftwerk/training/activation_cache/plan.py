@@ -1,4 +1,4 @@
-"""Whether hidden states below the lowest adapted layer are kept, and how many: known before anything is computed."""
+"""Decide, before anything is computed, if hidden states below the lowest adapted layer are cached, and how many."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ from graftwerk.training.stream import EncodedStream
 
 @dataclass(frozen=True)
 class Plan:
-    """What can be said before anything is computed.
+    """Decision about the cache, made before anything is computed.
 
     Attributes:
-        why_not: Why nothing is kept; None: it will be.
-        rows, tokens: Distinct rows, and their tokens.
-        bytes: Of their hidden states.
+        why_not: Reason for caching nothing, or None if states are cached.
+        cut: Frozen layers that are skipped.
+        rows: Number of distinct rows.
+        tokens: Number of their tokens.
+        bytes: Size of their hidden states.
     """
 
     why_not: str | None
@@ -38,6 +40,7 @@ class Plan:
     bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the decision as the log and the manifest have it."""
         skipped, layers = (0, None) if self.cut is None else (self.cut.skipped, self.cut.depth)
         return {
             "on": self.why_not is None,
@@ -50,14 +53,19 @@ class Plan:
         }
 
 
-def refuse_unless_kept(found: Plan, settings: TrainingSettings) -> None:
-    """
+def check_cache_required(found: Plan, settings: TrainingSettings) -> None:
+    """Raise unless the settings leave the decision to us, or states are cached.
+
+    Args:
+        found: The decision.
+        settings: Training settings.
+
     Raises:
-        UnsupportedError: `trunk_cache: true` asks for what cannot be.
+        UnsupportedError: `trunk_cache: true`, but states cannot be cached.
     """
     if found.why_not is not None and settings.trunk_cache is True:
         raise UnsupportedError(
-            f"the layers below what trains cannot be kept: {found.why_not}",
+            f"the layers below the trained ones cannot be cached: {found.why_not}",
             where="training.trunk_cache",
             hint="auto, or false",
         )
@@ -70,34 +78,40 @@ def plan(
     heads: Sequence[str],
     task: Task,
     settings: TrainingSettings,
-    kept: Sequence[Sequence[Example]],
+    splits: Sequence[Sequence[Example]],
     passes: float,
     shared: Path | None = None,
 ) -> Plan:
-    """Whether the trunk's hidden states are to be kept, and how much that is; the weights are not looked at.
+    """Decide if the frozen layers' hidden states are cached, without looking at the weights.
 
     Args:
-        kept: The rows by split, those of training first.
-        passes: How often each row is trained on.
+        model: Model that is trained; it may be on the meta device.
+        view: Architecture of the model.
+        method: Method that adapts it.
+        heads: Paths of trained heads.
+        task: Task that collates the rows.
+        settings: Training settings.
+        splits: Encoded rows by split, those of training first.
+        passes: Number of times that each row is trained on.
         shared: Folder that other runs share; see `shared_folder`.
     """
     if settings.trunk_cache is False:
         return Plan("training.trunk_cache is false")
     reason: str | None = None
-    if isinstance(kept[0], EncodedStream | StreamedRows):
+    if isinstance(splits[0], EncodedStream | StreamedRows):
         reason = "the rows are streamed, and not all in memory"
     elif task.collator.redraws:
         reason = "the task draws its rows anew in each epoch"
     elif settings.packing:
-        reason = "rows are packed into one, in other company each time"
+        reason = "rows are packed into one, with other rows each time"
     try:
         cut = find_frozen_prefix(model, view, method, heads)
     except UnsupportedError as error:
         return Plan(reason or error.what)
     if reason is not None:
         return Plan(reason, cut)
-    slots = Slots(kept)
-    found = Plan(None, cut, len(slots.rows), slots.tokens, slots.tokens * cut.width * kept_dtype(settings).itemsize)
+    slots = Slots(splits)
+    found = Plan(None, cut, len(slots.rows), slots.tokens, slots.tokens * cut.width * cache_dtype(settings).itemsize)
     if settings.trunk_cache == "auto" and passes <= 1 and shared_folder(settings, shared) is None:
         return Plan("every row is trained on at most once", cut, found.rows, found.tokens, found.bytes)
     return found
@@ -113,6 +127,6 @@ def shared_folder(settings: TrainingSettings, shared: Path | None) -> Path | Non
     return shared if settings.trunk_cache_dir is None else Path(settings.trunk_cache_dir).expanduser()
 
 
-def kept_dtype(settings: TrainingSettings) -> torch.dtype:
-    """In which type the states are kept."""
+def cache_dtype(settings: TrainingSettings) -> torch.dtype:
+    """Return the type in which states are cached."""
     return DTYPES[settings.trunk_cache_dtype]

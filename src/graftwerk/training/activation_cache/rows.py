@@ -1,4 +1,4 @@
-"""The rows whose hidden states are kept: where each one's lie, and the name of all of them together."""
+"""Rows whose hidden states are cached: the place of each, and the name of all of them together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _NOT_IN_KEY = frozenset(
 
 
 class Slots:
-    """Where each row's states lie: distinct rows, longest first, one after the other."""
+    """Places of the cached rows: distinct rows, longest first, one after the other.
+
+    Args:
+        splits: Encoded rows of each split.
+    """
 
     def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
         distinct: dict[bytes, Example] = {}
@@ -41,20 +45,23 @@ class Slots:
         self._alive = splits  # ids are of use as long as the objects live
 
     def start(self, example: Example) -> int | None:
-        """Its first token among those of all rows."""
+        """Return the number of the row's first token among those of all rows, or None if the row is not cached."""
         return self._start.get(id(example))
 
 
 def _bytes(example: Example) -> bytes:
-    """What a row's hidden states depend on, as a name for it."""
+    """Return the inputs that a row's hidden states depend on, as bytes."""
     return json.dumps(example.inputs, sort_keys=True, separators=(",", ":")).encode()
 
 
 def key_of(slots: Slots, model: Any, cut: FrozenPrefix, computed: Mapping[str, Any]) -> str:
-    """Stands for everything that the states depend on.
+    """Return a digest of everything that the hidden states depend on.
 
     Args:
-        computed: How they are computed: types, machine, sizes of batches.
+        slots: The cached rows.
+        model: Model that computes them.
+        cut: Frozen layers that are skipped.
+        computed: Types, machine and sizes of batches of the computation.
     """
     import transformers
 

@@ -1,10 +1,10 @@
-"""Hidden states of many rows, kept: in memory, or in a file that is mapped into it.
+"""Hidden states of many rows, in memory or in a file that is mapped into it.
 
-File: a line that says what it is, a JSON header (key, tokens, width, type) padded so that the data begins at a multiple
-of `ALIGN`, the states of all rows one after the other without padding, and a BLAKE2b digest of everything before it. It
-is written beside its place and moved there when it is whole and on the disk, so it is there whole or not at all; when
-it is opened the digest is checked, so a damaged one is made again. Two processes may make the same file: the bytes are
-the same, and the last one's stay.
+File: a line that names its format, a JSON header (key, tokens, width, type) padded so that the data starts at a
+multiple of `ALIGN`, the states of all rows one after the other without padding, and a BLAKE2b digest of everything
+before it. It is written beside its place and moved there when it is complete and on the disk. The digest is checked
+when the file is opened, so a damaged file is computed again. Two processes may write the same file: the bytes are the
+same, and the last one's stay.
 
 Legend: N tokens of all rows, d width.
 """
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.own_files import refuse_link
+from graftwerk.training.process_info import is_running
 
 MAGIC = b"graftwerk trunk 1\n"
 ALIGN = 4096
@@ -37,31 +38,46 @@ MARGIN = 1 << 30
 
 
 class MemoryStates:
-    """(N, d) in memory, filled from the front."""
+    """Hidden states (N, d) in memory, filled from the front.
+
+    Args:
+        tokens: N, tokens of all rows.
+        width: d, width of the hidden states.
+        dtype: Type of the states.
+    """
 
     def __init__(self, tokens: int, width: int, dtype: torch.dtype) -> None:
         self.states = torch.empty(tokens, width, dtype=dtype)
         self._filled = 0
 
     def add(self, states: Tensor) -> None:
-        """The next rows' states (n, d)."""
+        """Append the states (n, d) of the next rows."""
         self.states[self._filled : self._filled + len(states)].copy_(states)
         self._filled += len(states)
 
     def finished(self) -> Tensor:
+        """Return all states (N, d)."""
         assert self._filled == len(self.states)
         return self.states
 
     def abandon(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.states = torch.empty(0)
 
 
 class FileStates:
-    """The same, into a file.
+    """Hidden states (N, d) in a file, filled from the front.
+
+    Args:
+        path: The file, which appears when it is complete.
+        key: Digest of everything that the states depend on.
+        tokens: N, tokens of all rows.
+        width: d, width of the hidden states.
+        dtype: Type of the states.
 
     Raises:
-        OSError: there is no space, or no permission.
+        OSError: There is no space, or no permission.
+        IntegrityError: The folder is a link.
     """
 
     def __init__(self, path: Path, key: str, tokens: int, width: int, dtype: torch.dtype) -> None:
@@ -82,11 +98,12 @@ class FileStates:
         self._digest.update(content)
 
     def add(self, states: Tensor) -> None:
+        """Append the states (n, d) of the next rows."""
         flat = states.detach().to("cpu", self.dtype).contiguous().reshape(-1)
         self._write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
 
     def finished(self) -> Tensor:
-        """Move the file to its place and map it."""
+        """Move the file to its place, map it, and return all states (N, d)."""
         self._stream.write(self._digest.digest())
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -95,17 +112,27 @@ class FileStates:
         return _mapped(self.path, self.shape, self.dtype)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Delete the unfinished file."""
         with suppress(OSError):
             self._stream.close()
         self._partial.unlink(missing_ok=True)
 
 
 def open_file(path: Path, key: str, tokens: int, width: int, dtype: torch.dtype) -> tuple[Tensor | None, str | None]:
-    """The states of a file that is whole and of this key.
+    """Map the states of a file that is intact and has this key.
+
+    Args:
+        path: The file.
+        key: Digest of everything that the states depend on.
+        tokens: N, tokens of all rows.
+        width: d, width of the hidden states.
+        dtype: Type of the states.
 
     Returns:
-        (N, d), or None and why not; None and None where there is no file.
+        The states (N, d) and None, or None and the reason; None and None if there is no file.
+
+    Raises:
+        IntegrityError: The file or its folder is a link.
     """
     head = _head(key, tokens, width, dtype)
     refuse_link(path.parent)
@@ -136,6 +163,11 @@ def open_file(path: Path, key: str, tokens: int, width: int, dtype: torch.dtype)
 
 def make_room(folder: Path, needed: int, limit: int) -> None:
     """Delete the files that were used longest ago until ``needed`` more bytes stay within the limit.
+
+    Args:
+        folder: Folder of the files.
+        needed: Bytes of the next file.
+        limit: Most bytes of all files.
 
     A process that has one of them mapped keeps it until it ends.
     """
@@ -168,25 +200,21 @@ def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _drop_abandoned(folder: Path) -> None:
-    """What processes left that were killed while they wrote."""
+    """Delete the unfinished files of processes that were killed."""
     for path in folder.glob(f".*{ENDING}.*.*"):
         process = path.name.split(ENDING + ".")[-1].split(".")[0]
-        if process.isdecimal() and not _alive(int(process)):
+        if process.isdecimal() and not is_running(int(process)):
             path.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def chunks(lengths: Sequence[int], most_rows: int, most_tokens: int) -> Iterator[range]:
-    """Places of rows, sorted longest first, that are computed together: a pure function of the lengths."""
+    """Yield the places of rows that are computed together, a pure function of the lengths.
+
+    Args:
+        lengths: Tokens of each row, longest first.
+        most_rows: Most rows of a chunk.
+        most_tokens: Most tokens of a chunk, padding included.
+    """
     start = 0
     while start < len(lengths):
         count = max(1, min(most_rows, most_tokens // max(lengths[start], 1)))

@@ -1,4 +1,4 @@
-"""What happens around the training loop: logging, health checks, evaluation, early stopping, each in a callback.
+"""Callbacks of the training loop: logging, health checks, evaluation, early stopping.
 
-`base` has the protocol. The log files are listeners of the event bus (`jsonl`, `tensorboard`, wired by `log_files`).
+`base` has the protocol. The log files are listeners of the event bus (`jsonl`, `tensorboard`).
 """

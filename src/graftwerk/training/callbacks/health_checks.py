@@ -1,15 +1,14 @@
-"""What is wrong with a run, said while it runs and with what to change.
+"""Health checks: problems of a run, reported while it runs and with a hint.
 
-Three things are looked for, each said once. Losses are noisy, so everything is judged on means over windows of steps:
+Three problems are looked for, each reported once. Losses are noisy, so everything is judged on means over windows:
 
-- ``no_learning``: after the warm-up and enough steps the loss is still where it was at the start, or where it would
-be for a model
-  that knows nothing but how frequent each label is. Typically a learning rate that fits full fine-tuning.
+- ``no_learning``: after the warm-up and enough steps the loss is still that of the start, or that of a model that
+  knows only the frequency of each label. Typically a learning rate that fits full fine-tuning.
 - ``overfitting``: the validation loss has risen at two evaluations in a row while the training loss fell.
 - ``divergence``: the loss is far above where it started.
 
-The whole state is numbers, so that it goes into checkpoints and a resumed run says what an undisturbed one would have
-said.
+The state is plain numbers, so that it goes into checkpoints and a resumed run reports what an undisturbed one would
+have reported.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from graftwerk.training.events import Event
 WINDOW = 20
 """Steps whose mean loss is compared; at a batch of 16 that is 320 rows."""
 START = 5
-"""Steps that say where the loss started."""
+"""Steps whose mean is the loss at the start."""
 ENOUGH_STEPS = 60
-"""Before so many steps nothing is said about learning too little..."""
+"""Steps before which `no_learning` is not reported..."""
 ENOUGH_SHARE = {"usual": 0.6, "strange": 0.3}
-"""...nor before this share of the run; earlier where the rate is far from the method's own, which explains it."""
+"""...nor before this share of the run; earlier if the rate is far from the method's own, which explains it."""
 LEARNT = 0.015
 """Share of the reference loss by which the loss must have fallen to count as learning: about twice the standard error
 of a window's mean in batches of 16, as long as a model has learnt nothing."""
@@ -52,15 +51,15 @@ class _Memory:
 
 
 class HealthChecks(Callback):
-    """Fed with every loss; gives events of kind ``diagnosis`` with ``code``, ``text`` and ``mend``.
+    """Emit events of kind ``diagnosis`` with ``code``, ``text`` and ``hint``, from the losses of training.
 
     Args:
-        total_steps, warmup_steps: Of the run.
-        learning_rate: The method's peak rate in this run.
-        default_learning_rate: The method's own rate.
-        method: Its name, for the advice.
-        prior_loss: Loss of a model that answers with the frequency of each label whatever it reads; None where the
-        task has
+        total_steps: Steps of the run.
+        warmup_steps: Steps in which the learning rate rises.
+        learning_rate: Peak rate of the method in this run.
+        default_learning_rate: Default rate of the method.
+        method: Name of the method, for the hint.
+        prior_loss: Loss of a model that predicts the frequency of each label for any input, or None if the task has
             no labels.
     """
 
@@ -97,7 +96,12 @@ class HealthChecks(Callback):
             trainer.emit(event)
 
     def after_step(self, step: int, loss: float) -> list[Event]:
-        """One step's training loss; ``step`` steps are done."""
+        """Return the events after a step.
+
+        Args:
+            step: Steps done.
+            loss: Training loss of the step.
+        """
         memory = self._memory
         if not math.isfinite(loss):
             return []
@@ -120,7 +124,12 @@ class HealthChecks(Callback):
         return []
 
     def after_evaluation(self, step: int, loss: float | None) -> list[Event]:
-        """The validation loss after ``step`` steps."""
+        """Return the events after an evaluation.
+
+        Args:
+            step: Steps done.
+            loss: Validation loss, or None if the task has none.
+        """
         memory = self._memory
         total, count = memory.since_evaluation
         if loss is None or not math.isfinite(loss) or not count:
@@ -140,10 +149,10 @@ class HealthChecks(Callback):
             step,
             f"the validation loss rises ({_row(memory.validated)}) while the training loss falls "
             f"({_row(memory.trained)}): "
-            "the model learns these rows by heart",
+            "the model memorizes these rows",
             "fewer epochs or training.early_stopping_patience=1; more rows; a smaller adapter, more dropout or "
             "weight decay. "
-            "With training.load_best the best evaluated state is handed over in any case",
+            "With training.load_best the best evaluated state is saved in any case",
         )
 
     def _long_enough(self, step: int) -> bool:
@@ -168,7 +177,7 @@ class HealthChecks(Callback):
         )
 
     def _not_learning(self, step: int, recent: float, known: float) -> tuple[str, str]:
-        knows = "a model that only knows how frequent each label is" if known == self.prior_loss else "the start"
+        knows = "a model that only knows the frequency of each label" if known == self.prior_loss else "the start"
         if self.rate < self.default_rate / 3:
             hint = (
                 f"training.learning_rate=auto: {self.rate:.3g} is {self.default_rate / self.rate:.0f} times "
@@ -190,7 +199,7 @@ class HealthChecks(Callback):
         return (
             (
                 f"after {step} steps the loss ({recent:.3g}) is no better than that of {knows} ({known:.3g}): "
-                "nothing is learnt"
+                "the model has not learned"
             ),
             hint,
         )

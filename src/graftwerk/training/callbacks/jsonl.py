@@ -15,18 +15,23 @@ from graftwerk.training.events import TRANSIENT, Event
 
 
 class JsonLines:
-    """One JSON object per event and line, as it happens.
+    """Write one JSON object per event and line, as it happens.
 
     A log that cannot be written is no reason to lose a training: whole lines that do not fit are left out and counted
-    in ``lost``; ``on_trouble`` is told once, when it begins.
+    in ``lost``.
 
     Args:
         path: The file; its folder exists.
-        offset: Where the checkpoint that is gone on from had ended; what lies behind is cut off. None: begin anew.
+        offset: Size in bytes that the resumed checkpoint knew; the rest is cut off. None starts an empty log.
+        on_trouble: Called once, with a text, when a line is lost.
+
+    Attributes:
+        lost: Number of lines that could not be written.
+        position: Bytes written.
 
     Raises:
         ResourceError: The file cannot be opened.
-        IntegrityError: It is a link.
+        IntegrityError: The file is a link.
     """
 
     def __init__(self, path: Path, offset: int | None = None, on_trouble: Callable[[str], None] | None = None) -> None:
@@ -36,7 +41,7 @@ class JsonLines:
             size = os.fstat(self._descriptor).st_size
             self.position = min(offset or 0, size)
             self.missing = (offset or 0) - self.position
-            """Bytes that the checkpoint knew of and that the file no longer has."""
+            """Bytes that the checkpoint knew and the file no longer has."""
             os.ftruncate(self._descriptor, self.position)
         except OSError as error:
             raise ResourceError(f"the log {path} cannot be opened: {error.strerror}", where=str(path)) from None
@@ -54,13 +59,13 @@ class JsonLines:
             self.lost += 1
             if self.lost == 1 and self._on_trouble is not None:
                 self._on_trouble(
-                    f"{self.path} cannot be written ({error.strerror or error}); training goes on without it"
+                    f"{self.path} cannot be written ({error.strerror or error}); training continues without it"
                 )
         else:
             self.position += written
 
     def sync(self) -> int:
-        """Forces what was written to the disk and gives the position, for a checkpoint."""
+        """Force the written lines to the disk and return the position, for a checkpoint."""
         try:
             os.fsync(self._descriptor)
         except OSError as error:
@@ -69,11 +74,12 @@ class JsonLines:
         return self.position
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._descriptor)
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: non-finite numbers as text, and texts cleaned, since others read them."""
+    """Return a value as JSON has it, texts cleaned; NaN and infinities, which JSON has not, become text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

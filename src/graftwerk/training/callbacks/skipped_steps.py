@@ -33,7 +33,7 @@ class SkippedSteps(Callback):
         if result.outcome is Outcome.UNTRAINED:
             state.untrained_steps += 1
             if state.untrained_steps == 1:
-                text = "no row of this step has a trained token; nothing is learnt from such steps, which are counted"
+                text = "no row of this step has a trained token; such steps are skipped and counted"
                 trainer.emit(Event("warning", state.step, text=text))
         if result.outcome is not Outcome.NOT_FINITE:
             return

@@ -11,11 +11,12 @@ from graftwerk.training.events import Event
 
 
 class TensorBoard:
-    """Scalars of ``step`` and ``evaluation`` events. The library is imported when the first one comes, not before.
+    """Write the scalars of ``step`` and ``evaluation`` events; the library is imported with the first one.
 
     Args:
-        folder: Event files go here; on resume a further file is begun, which takes back what came at or after its step.
-        after: The step that a resumed run goes on from.
+        folder: Folder of event files; on resume another file is started, which purges later steps of earlier ones.
+        after: Step that a resumed run continues from, or None for a new run.
+        on_trouble: Called once, with a text, if files cannot be written.
     """
 
     def __init__(self, folder: Path, after: int | None = None, on_trouble: Callable[[str], None] | None = None) -> None:
@@ -39,6 +40,7 @@ class TensorBoard:
             self._trouble(error)
 
     def close(self) -> None:
+        """Close the files."""
         if self._writer is not None and not self._broken:
             try:
                 self._writer.close()
@@ -56,5 +58,5 @@ class TensorBoard:
         self._broken = True
         if self._on_trouble is not None:
             self._on_trouble(
-                f"TensorBoard files in {self.folder} cannot be written ({error}); training goes on without them"
+                f"TensorBoard files in {self.folder} cannot be written ({error}); training continues without them"
             )

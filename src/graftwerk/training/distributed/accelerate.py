@@ -39,7 +39,8 @@ class AccelerateProcesses(Distributed):
         return context
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        return None  # DDP's backward hooks have done it
+        """Return without change: the gradients (...) are averaged by DDP's backward hooks."""
+        return  # DDP's backward hooks have done it
 
     def sum(self, values: Tensor) -> Tensor:
         total: Tensor = self.accelerator.reduce(values, "sum")

@@ -32,6 +32,9 @@ class ForkedProcesses(AccelerateProcesses):
 
         One all-reduce per dtype after the last micro-batch: adapters are small, so that overlapping communication with
         the backward pass would gain nothing.
+
+        Args:
+            parameters: Trained parameters (...) of any shape.
         """
         by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
         for parameter in parameters:

@@ -43,7 +43,11 @@ class Distributed(Protocol):
         """Return a context in which backward leaves gradients local: for every micro-batch of a step but the last."""
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes in place after the last micro-batch, unless backward has done so already."""
+        """Sum gradients over processes in place after the last micro-batch, unless backward has done so already.
+
+        Args:
+            parameters: Trained parameters (...) of any shape.
+        """
 
     def sum(self, values: Tensor) -> Tensor:
         """Return ``values`` (any shape) summed elementwise over processes, on every process."""

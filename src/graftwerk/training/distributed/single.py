@@ -30,7 +30,8 @@ class SingleProcess(Distributed):
         return nullcontext()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        return None
+        """Return without change: one process has the complete gradients (...)."""
+        return
 
     def sum(self, values: Tensor) -> Tensor:
         return values
