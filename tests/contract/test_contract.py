@@ -267,13 +267,13 @@ def test_mixed_rows_equal_one_by_one(method: str, family: str) -> None:
     else:
         other = gw.attach(model, method_of(method), name="b")
         perturb(other.parameters(), 8)
-    model.double()  # so that what is left is a difference of the mathematics, not of rounding
+    exact = _to_double(model, family)
     alone = []
     for index, name in enumerate(rows):
         gw.activate(model, name)
         alone.append(run(model, {key: value[index : index + 1] for key, value in batch.items()}))
     gw.activate(model, rows=rows)
-    _same_rows(run(model, batch), alone, batch, atol=1e-9, rtol=1e-9)
+    _same_rows(run(model, batch), alone, batch, **exact)
     with pytest.raises(ConfigError, match="named for 5 rows"):
         run(model, {key: value[:3] for key, value in batch.items()})
 
@@ -287,6 +287,7 @@ def test_rows_of_all_kinds_in_one_batch(family: str) -> None:
     for seed, kind in enumerate(kinds):
         graft = gw.attach(model, method_of(kind), name=kind.replace(" ", "-"))
         perturb(graft.parameters(), seed)
+    exact = _to_double(model, family)
     rows = [*gw.adapters(model), None]
     batch["attention_mask"][:, :1] = 1
     batch["input_ids"][:, :1].clamp_(min=3)  # no padding token where it is a token: positions follow from these
@@ -295,12 +296,22 @@ def test_rows_of_all_kinds_in_one_batch(family: str) -> None:
         gw.activate(model, name)
         alone.append(run(model, {key: value[index : index + 1] for key, value in batch.items()}))
     gw.activate(model, rows=rows)
-    _same_rows(run(model, batch), alone, batch)
+    _same_rows(run(model, batch), alone, batch, **exact)
 
 
-def _same_rows(
-    together: Tensor, alone: list[Tensor], batch: dict[str, Tensor], *, atol: float = 1e-5, rtol: float = 1e-4
-) -> None:
+def _to_double(model: Any, family: str) -> dict[str, float]:
+    """Compute in float64, so that what is left is a difference of the mathematics, and return the tolerances then.
+
+    transformers' softmax of Gemma 2 is float32 always. There float64's lowest number, which masks, is minus infinity,
+    and a row of padding that sees padding alone is NaN, in the bare model too.
+    """
+    if family == "gemma2":
+        return {"atol": 1e-5, "rtol": 1e-4}
+    model.double()
+    return {"atol": 1e-9, "rtol": 1e-9}
+
+
+def _same_rows(together: Tensor, alone: list[Tensor], batch: dict[str, Tensor], *, atol: float, rtol: float) -> None:
     for index, one in enumerate(alone):
         row = together[index]
         if row.dim() == 2 and "decoder_input_ids" not in batch:
