@@ -135,7 +135,7 @@ def test_every_element_trains_and_nothing_else(method: str, family: str, monkeyp
     model, _, graft = grafted(method, family, moved=False)
     # Far enough that nothing is zero any more, and not so far that an activation function saturates to a slope of zero.
     perturb(graft.parameters(), 7, scale=0.1)
-    model.double()
+    _to_double(model, family)
     mine = {id(parameter) for parameter in graft.parameters()}
     assert mine
     seen: dict[str, Tensor] = {}
@@ -371,7 +371,8 @@ def test_training_goes_on_from_a_saved_adapter(method: str, family: str, tmp_pat
 @matrix
 def test_gradient_checkpointing_gives_the_same_gradients(method: str, family: str) -> None:
     model, batch, graft = grafted(method, family)
-    model.double().train()
+    exact = _to_double(model, family)
+    model.train()
     loss_of(model, batch).backward()
     plain = {key: parameter.grad.clone() for key, parameter in graft.named_parameters() if parameter.grad is not None}
     model.zero_grad()
@@ -379,9 +380,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, family: st
     loss_of(model, batch).backward()
     assert plain
     for key, parameter in graft.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, plain[key], atol=1e-9, rtol=1e-9, msg=lambda text, at=key: f"{at}: {text}"
-        )
+        torch.testing.assert_close(parameter.grad, plain[key], **exact, msg=lambda text, at=key: f"{at}: {text}")
 
 
 @pytest.mark.parametrize(
