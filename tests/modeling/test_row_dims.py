@@ -13,7 +13,7 @@ import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.bitfit import BitFit
 from graftwerk.methods.lora import LoRA
-from graftwerk.modeling.architectures import known_architectures
+from graftwerk.modeling.module_names import known_architectures
 from graftwerk.modeling.row_dims import _BATCH_FIRST, _SEQUENCE_FIRST
 from tests.modeling.unusual import PATCHES, S, answer, built, moved, token_ids
 

@@ -35,6 +35,7 @@ from graftwerk.modeling.architectures import Architecture, AttentionPlace, Stack
 from graftwerk.modeling.virtual_positions import (
     cached_tokens,
     check_positions,
+    drop_hooks,
     gathered,
     inputs_of,
     lengths,
@@ -330,17 +331,6 @@ def remove_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
     _use_theirs(model)
     for module in model.modules():
         drop_hooks(module, (_BeforeStack,))
-
-
-def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
-    """Remove hooks of these kinds from a module."""
-    for hooks, with_kwargs in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for identity in [identity for identity, hook in hooks.items() if isinstance(hook, kinds)]:
-            del hooks[identity]
-            with_kwargs.pop(identity, None)
 
 
 # -- where a prefix starts ------------------------------------------------------------------------------------------

@@ -30,12 +30,12 @@ from graftwerk.methods.prompt_tuning import Prompt, PromptModule
 from graftwerk.methods.ptuning import PTuning
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture, read_architecture
-from graftwerk.modeling.prefix_attention import drop_hooks
 from graftwerk.modeling.virtual_positions import (
     VirtualLayout,
     accepts,
     cached_tokens,
     check_positions,
+    drop_hooks,
     first_position,
     gathered,
     inputs_of,

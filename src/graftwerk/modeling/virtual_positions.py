@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters
-from graftwerk.modeling.architectures import is_causal
+from graftwerk.modeling.module_names import is_causal
 
 Virtual = TypeVar("Virtual", bound=nn.Module)
 
@@ -223,3 +223,14 @@ def check_positions(stack: nn.Module, virtual: int, text: int) -> None:
             f" {type(stack).__name__} has",
             hint=f"cut texts to {max(room - virtual, 0)} tokens, or use fewer virtual tokens",
         )
+
+
+def drop_hooks(module: nn.Module, kinds: tuple[type, ...]) -> None:
+    """Remove hooks of these kinds from a module."""
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for identity in [identity for identity, hook in hooks.items() if isinstance(hook, kinds)]:
+            del hooks[identity]
+            with_kwargs.pop(identity, None)

@@ -162,7 +162,7 @@ def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
     Raises:
         ConfigError: As `max_length_for` raises it.
     """
-    from graftwerk.modeling.architectures import is_causal
+    from graftwerk.modeling.module_names import is_causal
     from graftwerk.models.load import max_length_for
 
     return max_length_for(config, tokenizer, settings.data.max_length, settings.method.positions(is_causal(config)))
