@@ -152,7 +152,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def _with_secrets(tree: Any) -> Any:
-    """What `RunConfig.dump` left out, put back where this user's cache knows it."""
+    """Put back what `RunConfig.dump` left out, if this user's cache knows it."""
     if isinstance(tree, dict):
         return {key: _with_secrets(inner) for key, inner in tree.items()}
     if isinstance(tree, list):

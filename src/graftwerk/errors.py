@@ -20,7 +20,7 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 
 
 class Explained(BaseException):
-    """What `GraftwerkError` and `RunInterrupted` have in common: a message in four parts.
+    """Base of `GraftwerkError` and `RunInterrupted`: a message in four parts.
 
     ``str(error)`` is the whole message; ``error.as_dict()`` is the same for programs. Both are cleaned
     (`sanitize.clean`): foreign names and places may stand in them.

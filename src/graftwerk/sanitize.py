@@ -1,4 +1,4 @@
-"""What is said or written is cleaned here, in one place: no secret in it, and nothing that drives a terminal.
+"""Clean everything that is printed or written, in one place: no secret in it, and nothing that drives a terminal.
 
 A run file may name a place by a path or URL with a token in it, and names and texts of foreign files may hold escape
 sequences. Errors, logs, tables, manifests, reports and model cards take their text through `clean`; the values that a

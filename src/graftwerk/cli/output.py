@@ -69,7 +69,7 @@ class Output:
         self.answer(clean(text))
 
     def answer(self, text: str) -> None:
-        """What a model answered to a text of the user's: nothing in it is taken for a secret."""
+        """Print a model's output for a text of the user's: nothing in it is taken for a secret."""
         text = visible(text)
         if self.as_json:
             print(text, file=sys.stderr)

@@ -237,7 +237,7 @@ def said_of(data: str | None) -> Iterator[None]:
     Reading speaks of a run file, for which it was made: of its train rows and of its keys.
 
     Args:
-        data: Where the rows come from; None: texts, or the run's own rows.
+        data: Where the rows come from, or None for texts or the run's own rows.
     """
     try:
         yield

@@ -185,7 +185,7 @@ def read_steadily(folder: Path | str, read: Callable[[], Read]) -> Read:
 
 
 def _state_of(folder: Path | str) -> tuple[int, ...] | None:
-    """What changes when another folder takes this one's name; inode numbers alone are used again."""
+    """Return values that change when another folder takes this one's name; inode numbers alone are used again."""
     try:
         found = os.stat(folder)
     except OSError:

@@ -190,7 +190,7 @@ def load_adapter(
 def _read(
     model: PreTrainedModel, folder: Path | str, force: bool, filled: Collection[str]
 ) -> tuple[AdapterInfo, Restored]:
-    """What a folder says and holds, checked against the model, which stays as it is."""
+    """Read the settings and tensors of a folder and check them against the model, which stays as it is."""
     info = read_adapter_config(folder)
     if info.own:
         check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read

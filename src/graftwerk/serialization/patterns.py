@@ -29,7 +29,7 @@ Test = Callable[[str], bool]
 
 
 class Steps:
-    """What is left of `MAX_STEPS`: one count for all expressions of a folder and all paths that they are matched to."""
+    """Count down from `MAX_STEPS`, for all expressions of a folder and all paths that they are matched to."""
 
     def __init__(self) -> None:
         self.left = MAX_STEPS
@@ -60,6 +60,14 @@ class Expression:
         return len(text) in _Run(self, text, steps or Steps()).ends(self._root, starts)
 
     def refuse(self, why: str) -> NoReturn:
+        """Raise the error of this expression.
+
+        Args:
+            why: The reason, to follow the expression in the message.
+
+        Raises:
+            UnsupportedError: always.
+        """
         raise UnsupportedError(
             f"the regular expression {self.text!a:.80} {why}, so it is not evaluated",
             where="adapter_config.json",

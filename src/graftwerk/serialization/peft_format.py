@@ -122,7 +122,15 @@ def _task_type(graft: Adapter) -> str | None:
 
 
 def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of the saved modules by PEFT's keys, with those that PEFT saves with them by their letters."""
+    """Return the tensors of the saved modules for a file, with those that PEFT saves with them by their letters.
+
+    Args:
+        graft: The adapter.
+        prefix: Prefix of the keys.
+
+    Returns:
+        By PEFT's keys, any shape; they share memory with the model.
+    """
     tensors = {prefix + key: tensor for key, tensor in graft.state_dict().items() if graft.is_head(key)}
     modules = base_modules(graft.model)
     for path in saved_by_letters(modules, graft.heads):
@@ -251,7 +259,7 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def listed_layers(model: nn.Module, config: Mapping[str, Any], heads: Sequence[str]) -> set[str] | None:
-    """The layers that the settings list by name; None where they give a pattern, which is not evaluated."""
+    """Return the layers that the settings list by name, or None if they give a pattern, which is not evaluated."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     names = config.get("layers_pattern") or None
     names = [names] if isinstance(names, str) else names

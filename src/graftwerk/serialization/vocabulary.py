@@ -40,6 +40,10 @@ def embedding_paths(model: PreTrainedModel) -> list[str]:
 def split_copies(tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Take `X.<copy>.weight` of saved modules out, wherever `X.weight` itself is there.
 
+    Args:
+        tensors: By PEFT's keys, any shape.
+        prefix: Prefix of the keys.
+
     Returns:
         All other tensors, and by path the weights that the base had there, by parameter.
     """
@@ -58,6 +62,11 @@ def split_base_layers(
     model: nn.Module, tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Take the base's own weights of adapted layers out of an adapter's tensors.
+
+    Args:
+        model: The model.
+        tensors: By PEFT's keys, any shape.
+        prefix: Prefix of the keys.
 
     Returns:
         All other tensors, and by path the weights of layers that are not those of this model, by parameter.
@@ -80,7 +89,7 @@ def split_base_layers(
 
 
 def same_values(stored: Tensor, own: Tensor | None) -> bool:
-    """Return whether a stored weight is the model's own, in the coarser of their types."""
+    """Return True if a stored weight (any shape) is the model's own, in the coarser of their dtypes."""
     if own is None or own.shape != stored.shape or not own.is_floating_point():
         return False
     own = own.detach().to(stored.device)
@@ -89,7 +98,16 @@ def same_values(stored: Tensor, own: Tensor | None) -> bool:
 
 
 def check_rows(path: str, stored: Tensor, own: Tensor | None) -> None:
-    """Raise AdapterError, which says how to resize the model, if an embedding was stored for another vocabulary."""
+    """Check that an embedding was stored for the model's vocabulary.
+
+    Args:
+        path: The embedding, for the message.
+        stored: Its stored weight (V, D) or bias (V,).
+        own: The model's, or None if it has none.
+
+    Raises:
+        AdapterError: the numbers of rows differ; the message says how to resize the model.
+    """
     if own is None or own.dim() != stored.dim() or own.shape == stored.shape or own.shape[1:] != stored.shape[1:]:
         return
     raise AdapterError(
@@ -104,6 +122,17 @@ def folded_layer(
     """Return the whole layer, by raw keys, of an adapted one whose stored base weight is not this model's.
 
     PEFT loads that weight into the base. Ours stays as it is: the sum of weight and update becomes a saved module.
+
+    Args:
+        model: The model.
+        config: The adapter's configuration in PEFT's terms.
+        path: The layer.
+        base: Its stored weight (out, in), bias (out,), or both, by parameter.
+        scale: Factor on the update.
+        parts: The update by parameter: ``lora_A.weight`` (r, in) and ``lora_B.weight`` (out, r).
+
+    Returns:
+        Weight (out, in) and bias (out,), if the layer has one, as float32.
 
     Raises:
         UnsupportedError: DoRA, whose update is no sum, or a layer that is stored in part.
@@ -138,7 +167,8 @@ def replace_tables(
     module (a bias) is the base's.
 
     Args:
-        tables: Stored weights by path and parameter.
+        model: The model.
+        tables: Stored weights by path and parameter, any shape.
         heads: Paths of saved modules; added to.
         raw: Their tensors by raw keys; added to.
         adapted: Paths of layers that are adapted, whose own base weight the folder holds too.

@@ -41,9 +41,12 @@ def read_weights(info: AdapterInfo, *, max_bytes: int | None = None) -> dict[str
         info: The folder.
         max_bytes: Most bytes to read in all; the machine's memory by default.
 
+    Returns:
+        By key, any shape.
+
     Raises:
-        AdapterError, IntegrityError, EnvironmentFault: as `weight_files` and `read_tensors`; a tensor is not in the
-            file that the index names.
+        AdapterError, IntegrityError, ResourceError: as `weight_files` and `read_tensors`; a tensor is not in the file
+            that the index names.
     """
     files = weight_files(info)
     if files[0].name == WEIGHTS_FILE:
