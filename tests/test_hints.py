@@ -30,14 +30,14 @@ def texts(kind: ast.expr) -> Iterator[str]:
 
 
 def hints() -> Iterator[tuple[str, str]]:
-    """Each ``hint=`` and ``where=`` of the sources, and each text assigned to a name ``mend``, with its place."""
+    """Each ``hint=`` and ``where=`` of the sources, and each text assigned to a name ``hint``, with its place."""
     for path in sorted(SRC.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             said: list[ast.expr] = []
             if isinstance(node, ast.Call):
-                said = [word.value for word in node.keywords if word.arg in ("mend", "where")]
+                said = [word.value for word in node.keywords if word.arg in ("hint", "where")]
             elif isinstance(node, ast.Assign) and any(
-                getattr(it, "id", "") in ("mend", "KEY", "WHERE") for it in node.targets
+                getattr(it, "id", "") in ("hint", "KEY", "WHERE") for it in node.targets
             ):
                 said = [node.value]
             for expression in said:

@@ -43,7 +43,7 @@ class Explained(BaseException):
 
     def __str__(self) -> str:
         parts = [self.what]
-        for label, text in (("where", self.where), ("mend", self.hint), ("recovered", self.recovered)):
+        for label, text in (("where", self.where), ("hint", self.hint), ("recovered", self.recovered)):
             if text:
                 parts.append(f"  {label}: {text}")
         return clean("\n".join(parts))

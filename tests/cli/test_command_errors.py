@@ -56,6 +56,8 @@ def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
         "where": "k",
         "hint": "m",
         "recovered": "x",
+        "mend": "m",
+        "kept": "x",
     }
     assert "Traceback" not in said.err
 

@@ -112,7 +112,7 @@ def test_interrupted_is_no_exception_and_tells_what_errors_tell() -> None:
     stopped = RunInterrupted(signal.SIGTERM, "stopped after step 3", recovered="runs/x")
     assert not isinstance(stopped, Exception | GraftwerkError)
     assert stopped.as_dict()["exit_code"] == stopped.exit_code == 143
-    assert str(stopped) == "stopped after step 3\n  kept: runs/x"
+    assert str(stopped) == "stopped after step 3\n  recovered: runs/x"
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

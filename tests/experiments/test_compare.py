@@ -375,7 +375,7 @@ def test_errors_of_a_worker_are_raised_as_what_they_are(monkeypatch: pytest.Monk
     messages: list[dict[str, Any]] = [
         {"started": 0},
         {"event": {"kind": "step"}},
-        {"error": {"error": "adapter", "exit_code": 4, "what": "too large", "where": "there", "mend": "smaller"}},
+        {"error": {"error": "adapter", "exit_code": 4, "what": "too large", "where": "there", "hint": "smaller"}},
         {"ended": 4},
     ]
     script = f"import sys, json\nsys.stdin.readline()\nfor line in {messages!r}: print(json.dumps(line), flush=True)\n"
