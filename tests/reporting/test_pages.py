@@ -249,7 +249,7 @@ def test_run_says_how_good_how_it_learnt_and_what_it_cost(tmp_path: Path) -> Non
     assert "338,690 parameters" in page.one("header").text
     titles = {e.text for e in page.all("text", "axis-title")}
     assert {"Loss", "Validation accuracy, %", "Learning rate"} <= titles
-    assert "recovered: step 250" in page.text
+    assert "saved: step 250" in page.text
     assert "Diagnosis, step 375: the validation loss has risen twice" in page.text
     assert "fewer epochs" in page.text
     assert "confidence: 0.95" in page.text
@@ -307,7 +307,7 @@ def test_run_that_did_not_end_well(tmp_path: Path, status: str) -> None:
     for said in (
         "loss is nan at step 12",
         "a lower learning rate",
-        "Kept: step-000010",
+        "Recovered: step-000010",
         "1 logged loss had no finite value",
     ):
         assert said in page.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from graftwerk.methods.registry import parse_method
 from graftwerk.modeling.attach import attach
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.objective import ClassObjective, Objective
 from graftwerk.tasks.predictions import ClassPredictions
 from graftwerk.training.batch_sampler import micro_batches
 from graftwerk.training.checkpoint import Checkpoints
@@ -93,22 +95,33 @@ def losses(trainer: Trainer) -> list[float]:
     return [event.figures["loss"] for event in said if event.kind == "step"]
 
 
-class Failing(Classification):
+@dataclass(frozen=True)
+class FailingObjective(ClassObjective):
     """Fails at chosen calls of the loss in training."""
 
-    _fail: Callable[[int, Mapping[str, Tensor], Tensor], Tensor] = PrivateAttr()
-    _calls: int = PrivateAttr(default=0)
-
-    def __init__(self, fail: Callable[[int, Mapping[str, Tensor], Tensor], Tensor]) -> None:
-        super().__init__()
-        self._fail = fail
+    fail: Callable[[int, Mapping[str, Tensor], Tensor], Tensor] = lambda call, batch, loss: loss
+    calls: list[int] = field(default_factory=list)
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         loss = super().loss(outputs, batch, label_smoothing)
         if not torch.is_grad_enabled():
             return loss
-        self._calls += 1
-        return self._fail(self._calls, batch, loss)
+        self.calls.append(len(self.calls) + 1)
+        return self.fail(len(self.calls), batch, loss)
+
+
+class Failing(Classification):
+    """A task with a failing objective."""
+
+    _objective: FailingObjective = PrivateAttr()
+
+    def __init__(self, fail: Callable[[int, Mapping[str, Tensor], Tensor], Tensor]) -> None:
+        super().__init__()
+        self._objective = FailingObjective(fail=fail)
+
+    @property
+    def objective(self) -> Objective:
+        return self._objective
 
 
 # -- golden: the same step however it is cut up

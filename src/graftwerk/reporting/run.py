@@ -124,7 +124,7 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
             status, "There is no reason stored."
         )
         where, kept = words(error, "where"), (words(error, "recovered") or words(error, "kept"))
-        text = what + (f" ({where})" if where else "") + (f" Kept: {kept}." if kept else "")
+        text = what + (f" ({where})" if where else "") + (f" Recovered: {kept}." if kept else "")
         said.append(page.message(f"{numbers.title(status or 'unknown status')}:", text, hint_of(error), grave=True))
     metrics = mapping(manifest, "metrics")
     if status == "finished" and "test" not in metrics:
@@ -233,7 +233,7 @@ def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, 
         return None
     step, value = number(manifest, "best", "step"), number(manifest, "best", "value")
     marks = (
-        [Mark(step, value, f"kept: step {step:,.0f}")]
+        [Mark(step, value, f"saved: step {step:,.0f}")]
         if step is not None and value is not None and step <= total
         else []
     )
