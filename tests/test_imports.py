@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {*BELOW_TRAIN},
     "augmentation": {*BELOW_TRAIN, "evaluation"},
     "training": {*BELOW_TRAIN, "evaluation", "augmentation"},
-    "reporting": {"errors", "own_files", "sanitize"},
+    "reporting": {"errors", "formatting", "own_files", "sanitize"},
     "inspection": {*BASE, "serialization"},
     "experiments": {*BELOW_TRAIN, "formatting", "training", "evaluation", "augmentation", "reporting"},
     "cli": {

@@ -1,6 +1,6 @@
-"""How numbers are written for people on a terminal. What is not known is a dash, never a zero.
+"""Write numbers for people, on a terminal and on a page. What is not known is a dash, never a zero.
 
-The page has its own (`reporting/numbers.py`): it imports nothing of ours, and sets numbers with narrow spaces.
+``space`` stands between a number and its unit; a page gives a narrow one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ DASH = "\N{EN DASH}"
 
 
 def figure(measured: Any) -> tuple[str, str]:
-    """``{"value", "low", "high"}`` or a bare number, as its value and its interval; nothing measured is a dash."""
+    """Return ``{"value", "low", "high"}``, or a bare number, as its value and its interval; a dash if not measured."""
     if isinstance(measured, Mapping):
         value, low, high = (measured.get(key) for key in ("value", "low", "high"))
         return number(value), f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
@@ -21,46 +21,49 @@ def figure(measured: Any) -> tuple[str, str]:
 
 
 def number(value: float | None) -> str:
-    """Three decimals: 0.788."""
+    """Return a number with three decimals: 0.788."""
     if value is None or not math.isfinite(value):
         return DASH
     return f"{value:.3f}"
 
 
 def percent(value: float) -> str:
-    """A share of one, without the sign: 0.788 -> 78.8."""
+    """Return a share of one in percent, without the sign: 0.788 -> 78.8."""
     return f"{100 * value:.1f}"
 
 
-def share(value: float) -> str:
-    """0.0123 -> 1.23 %."""
-    return f"{100 * value:.3g} %"
+def share(value: float | None, space: str = " ") -> str:
+    """Return a share of one, however small, with its sign: 0.0149 -> 1.5 %, 0.0000339 -> 0.0034 %."""
+    if value is None:
+        return DASH
+    text = f"{100 * value:.1f}" if value >= 0.01 or value == 0 else f"{100 * value:.2g}"
+    return f"{text}{space}%"
 
 
 def count(value: float) -> str:
-    """A number of parameters in a sentence, exact below a million: 338,690, 22.7 M."""
+    """Return a number of parameters in a sentence, exact below a million: 338,690, 22.7 M."""
     return f"{value:,.0f}" if value < 1e6 else short_count(value)
 
 
-def short_count(value: float | None) -> str:
-    """A number of parameters in a column: 770, 43.9 k, 339 k, 22.7 M."""
-    return _scaled(value, ("", " k", " M", " B"))
+def short_count(value: float | None, space: str = " ") -> str:
+    """Return a number of parameters in a column: 770, 43.9 k, 339 k, 22.7 M."""
+    return _scaled(value, ("", "k", "M", "B"), space)
 
 
-def byte_size(value: float | None) -> str:
-    """Bytes in powers of 1000: 480 B, 1.4 MB, 512 MB."""
-    return _scaled(value, (" B", " kB", " MB", " GB"))
+def byte_size(value: float | None, space: str = " ") -> str:
+    """Return bytes in powers of 1000: 480 B, 1.4 MB, 512 MB."""
+    return _scaled(value, ("B", "kB", "MB", "GB", "TB"), space)
 
 
 def milliseconds(value: float | None) -> str:
-    """In a column that says the unit: 4.12, 41.2, 412."""
+    """Return milliseconds without their unit: 4.12, 41.2, 412."""
     if value is None:
         return DASH
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def seconds(value: float) -> str:
-    """A time that was measured: 850 µs, 3.2 ms, 4.1 s, 2 min 05 s, 1 h 02 min."""
+    """Return a time that was measured: 850 µs, 3.2 ms, 4.1 s, 2 min 05 s, 1 h 02 min."""
     if value <= 0:
         return "0 s"
     if value < 1e-3:
@@ -70,31 +73,32 @@ def seconds(value: float) -> str:
     if value < 59.95:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else _hours(minutes)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else _hours(minutes, " ")
 
 
-def duration(value: float | None) -> str:
-    """A time that is estimated, or stands in a column: 42 s, 3 min 20 s, 12 min, 1 h 05 min."""
+def duration(value: float | None, space: str = " ") -> str:
+    """Return a time that is estimated, or stands in a column: 42 s, 3 min 20 s, 12 min, 1 h 05 min."""
     if value is None:
         return DASH
     if value < 59.5:
-        return f"{value:.0f} s"
+        return f"{value:.0f}{space}s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
-        return f"{minutes} min {rest:02d} s" if minutes < 10 else f"{minutes} min"
-    return _hours(minutes)
+        return f"{minutes}{space}min {rest:02d}{space}s" if minutes < 10 else f"{minutes}{space}min"
+    return _hours(minutes, space)
 
 
-def _hours(minutes: int) -> str:
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+def _hours(minutes: int, space: str) -> str:
+    return f"{minutes // 60}{space}h {minutes % 60:02d}{space}min"
 
 
-def _scaled(value: float | None, units: Sequence[str]) -> str:
-    """In steps of a thousand, three digits that count; whole numbers in the first unit."""
+def _scaled(value: float | None, units: Sequence[str], space: str) -> str:
+    """Return a number in steps of a thousand with three digits that count; whole numbers in the first unit."""
     if value is None:
         return DASH
     for unit in units[:-1]:
-        if value < 999.5:
-            return f"{value:.0f}{unit}" if unit == units[0] or value >= 99.95 else f"{value:.1f}{unit}"
+        if abs(value) < 999.5:
+            digits = 0 if unit == units[0] or abs(value) >= 99.95 else 1
+            return f"{value:.{digits}f}{space if unit else ''}{unit}"
         value /= 1000
-    return f"{value:.1f}{units[-1]}"
+    return f"{value:.1f}{space}{units[-1]}"

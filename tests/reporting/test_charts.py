@@ -158,7 +158,7 @@ def test_a_step_is_at_the_same_place_in_all_charts() -> None:
         (numbers.count(338_690), "339 k"),
         (numbers.count(999_600), "1.0 M"),
         (numbers.byte_size(1_370_930), "1.4 MB"),
-        (numbers.seconds(59.7), "1 min"),
+        (numbers.seconds(59.7), "1 min 00 s"),
         (numbers.seconds(3725), "1 h 02 min"),
         (numbers.milliseconds(6.1), "6.10 ms"),
         (numbers.signed_points(-0.0123), "−1.2"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page, verdicts
 from graftwerk.reporting.data import findings_section, measured_on, origin_facts
 from graftwerk.reporting.escape import Markup, join, tag
@@ -122,7 +123,7 @@ def _runs(folder: Path, result: Mapping[str, Any], metric: str) -> Markup:
                 numbers.bare(words(result, "metric"), number(run, "value")),
                 numbers.seconds(number(run, "training_seconds")),
                 numbers.byte_size(number(run, "peak_memory_bytes")),
-                numbers.DASH if best is None else f"{best:,.0f}",
+                DASH if best is None else f"{best:,.0f}",
             ]
             rows.append(("", cells))
     if not rows:

@@ -1,13 +1,15 @@
-"""How figures are written for people. What is not known is a dash, never a zero."""
+"""Write metrics and their differences for a page; plain numbers as `formatting` does, with narrow spaces."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from graftwerk import formatting
+from graftwerk.formatting import DASH
 from graftwerk.reporting.files import number
 
-DASH, MINUS, THIN = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
+MINUS, THIN = "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
 METRICS = {
     "accuracy": "accuracy", "f1_macro": "macro F1", "f1_weighted": "weighted F1", "roc_auc": "ROC-AUC",
     "exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
@@ -73,11 +75,7 @@ def signed(metric: str, value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """Also for very small ones: 0.0149 -> 1.5 %, 0.0000339 -> 0.0034 %."""
-    if value is None:
-        return DASH
-    text = f"{100 * value:.1f}" if value >= 0.01 or value == 0 else f"{100 * value:.2g}"
-    return f"{text}{THIN}%"
+    return formatting.share(value, THIN)
 
 
 def interval(figure: Any, show: Callable[[float | None], str] = bare_percent) -> str:
@@ -97,8 +95,7 @@ def signed_points(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """770, 43.9 k, 338.7 k, 22.7 M."""
-    return _scaled(value, ("", "k", "M", "B"))
+    return formatting.short_count(value, THIN)
 
 
 def exact(value: float | None) -> str:
@@ -107,30 +104,16 @@ def exact(value: float | None) -> str:
 
 
 def byte_size(value: float | None) -> str:
-    """In powers of a thousand, as file managers show it."""
-    return _scaled(value, ("B", "kB", "MB", "GB", "TB"))
+    return formatting.byte_size(value, THIN)
 
 
 def seconds(value: float | None) -> str:
-    """42 s, 3 min 20 s, 1 h 05 min."""
-    if value is None:
-        return DASH
-    if value < 9.95:
-        return f"{value:.0f}{THIN}s" if value == 0 else f"{value:.1f}{THIN}s"
-    if value < 59.5:
-        return f"{value:.0f}{THIN}s"
-    minutes, rest = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes}{THIN}min {rest:02d}{THIN}s" if rest else f"{minutes}{THIN}min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}{THIN}h {minutes:02d}{THIN}min"
+    """Return a time with one decimal below ten seconds: 4.1 s, 42 s, 3 min 20 s, 1 h 05 min."""
+    return f"{value:.1f}{THIN}s" if value is not None and 0 < value < 9.95 else formatting.duration(value, THIN)
 
 
 def milliseconds(value: float | None) -> str:
-    if value is None:
-        return DASH
-    text = f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
-    return f"{text}{THIN}ms"
+    return DASH if value is None else f"{formatting.milliseconds(value)}{THIN}ms"
 
 
 def short(text: str) -> str:
@@ -170,15 +153,3 @@ def _setting(value: Any) -> str:
 def _fixed(value: float) -> str:
     text = f"{value:.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", MINUS)
-
-
-def _scaled(value: float | None, units: tuple[str, ...]) -> str:
-    if value is None:
-        return DASH
-    scaled = value
-    for unit in units[:-1]:
-        if abs(scaled) < 999.5:
-            digits = 0 if unit == units[0] or abs(scaled) >= 99.95 else 1
-            return f"{scaled:.{digits}f}{THIN if unit else ''}{unit}"
-        scaled /= 1000
-    return f"{scaled:.1f}{THIN}{units[-1]}"

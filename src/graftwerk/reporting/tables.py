@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page, verdicts
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import items, mapping, number, words
@@ -72,7 +73,7 @@ def quality(
 def _against(difference: verdicts.Difference | None, metric: str) -> str:
     """Seen from the best: how much worse this one is."""
     if difference is None:
-        return numbers.DASH
+        return DASH
     if difference.verdict == "better":
         low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
         return f"worse by {numbers.bare(metric, difference.value)}{numbers.unit(metric)} ({low} to {high})"
@@ -154,7 +155,7 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
         kind = "" if shown else "unshown"
         drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
         verdict = f"{d.a} is {d.verdict}" if shown else "one seed: it may be reversed" if d.apart else d.verdict
-        p = numbers.DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
+        p = DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
         rows.append(
             (
                 "shown" if shown else "unshown",
