@@ -16,14 +16,14 @@ import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from graftwerk.data.settings import DataSettings
-from graftwerk.errors import ConfigError, did_you_mean
+from graftwerk.errors import ConfigError
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.models.cache import recall, remember
 from graftwerk.resource_paths import open_regular
 from graftwerk.sanitize import REDACTED, redact, redacted
-from graftwerk.settings import Settings, known_keys, spellings
+from graftwerk.settings import Settings, describe_faults, known_keys, spellings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.multitask import Multitask
@@ -315,41 +315,10 @@ def _place(dotted: str) -> list[str]:
     return keys
 
 
-_KINDS = frozenset({"int", "float", "str", "bool", "none", "nullable"})
-"""What pydantic calls some of the kinds of value."""
-
-
 def explain(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
-    """A pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
-    lines = []
-    choices: dict[tuple[str, str], list[str]] = {}
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"] if not _is_tag(part))
-        if fault["type"] == "extra_forbidden":
-            known = sorted(_keys_at(model, fault["loc"][:-1]))
-            if str(fault["loc"][-1]) in known:
-                lines.append(f"`{key}` is another spelling of a key that is given too; keep one of them")
-                continue
-            near = did_you_mean(str(fault["loc"][-1]), known)
-            lines.append(f"unknown key `{key}`" + f"; {near}".rstrip("; "))
-        elif fault["type"] == "missing":
-            lines.append(f"`{key}` is missing")
-        else:
-            message = fault["msg"].removeprefix("Value error, ")
-            got = f"{fault.get('input')!r:.80}"
-            # What may be one of several kinds is said once, with what each kind wants.
-            said = choices.setdefault((key, got), [])
-            if message not in said:
-                said.append(message)
-    lines += [f"`{key}`: {', or: '.join(said)} (got {got})" for (key, got), said in choices.items()]
-    hint = "`graftwerk schema` lists every key with its meaning"
-    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, hint=hint)
-
-
-def _is_tag(part: Any) -> bool:
-    """Whether a part of a place is pydantic's name for one of the kinds that a value may be of, and no key."""
-    return isinstance(part, str) and (part in _KINDS or not part.replace("_", "").replace("-", "").isalnum() or
-                                      part.startswith(("constrained-", "function-")))  # fmt: skip
+    """Return a pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
+    lines = describe_faults(error, lambda place: _keys_at(model, place))
+    return ConfigError("; ".join(lines), where=where, hint="`graftwerk schema` lists every key with its meaning")
 
 
 def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:

@@ -5,7 +5,7 @@ The description of a field is what `graftwerk schema` and the docs show; it is w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, TypeVar
 
@@ -68,20 +68,57 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            key = ".".join(str(part) for part in fault["loc"])
-            if fault["type"] == "extra_forbidden" and key in known_keys(model):
-                lines.append(f"`{key}` of {what} is another spelling of a key that is given too; keep one of them")
-            elif fault["type"] == "extra_forbidden":
-                near = did_you_mean(key, sorted(known_keys(model)))
-                lines.append(f"{what} has no setting `{key}`" + f"; {near}".rstrip("; "))
-            else:
-                lines.append(
-                    f"`{key}` of {what}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r:.80})"
-                )
+        lines = describe_faults(error, lambda place: known_keys(model) if not place else set(), of=what)
         has = f"it has: {', '.join(model.model_fields)}" if model.model_fields else "it has no settings"
         raise ConfigError("; ".join(lines), where=where, hint=has) from None
+
+
+_KINDS = frozenset({"int", "float", "str", "bool", "none", "nullable"})
+"""What pydantic calls some of the kinds of value."""
+
+
+def describe_faults(
+    error: ValidationError, keys_at: Callable[[tuple[int | str, ...]], set[str]], *, of: str = ""
+) -> list[str]:
+    """Return what is wrong with each key, in the user's words.
+
+    Args:
+        error: pydantic's error.
+        keys_at: Function from the place of some settings to the keys they have, for the nearest right one.
+        of: Name of what the settings belong to, for instance a method; nothing for a run file.
+
+    Returns:
+        Parts of a message.
+    """
+    lines = []
+    choices: dict[tuple[str, str], list[str]] = {}
+    named = f" of {of}" if of else ""
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"] if not _is_tag(part))
+        if fault["type"] == "extra_forbidden":
+            known = sorted(keys_at(fault["loc"][:-1]))
+            if str(fault["loc"][-1]) in known:
+                lines.append(f"`{key}`{named} is another spelling of a key that is given too; keep one of them")
+                continue
+            near = did_you_mean(str(fault["loc"][-1]), known)
+            lines.append((f"{of} has no setting `{key}`" if of else f"unknown key `{key}`") + f"; {near}".rstrip("; "))
+        elif fault["type"] == "missing":
+            lines.append(f"`{key}`{named} is missing")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            got = f"{fault.get('input')!r:.80}"
+            # What may be one of several kinds is said once, with what each kind wants.
+            said = choices.setdefault((key, got), [])
+            if message not in said:
+                said.append(message)
+    lines += [f"`{key}`{named}: {', or: '.join(said)} (got {got})" for (key, got), said in choices.items()]
+    return list(dict.fromkeys(lines))
+
+
+def _is_tag(part: Any) -> bool:
+    """Return True if a part of a place is pydantic's name for one of the kinds that a value may be of, and no key."""
+    return isinstance(part, str) and (part in _KINDS or not part.replace("_", "").replace("-", "").isalnum() or
+                                      part.startswith(("constrained-", "function-")))  # fmt: skip
 
 
 def parse_choice(
