@@ -95,5 +95,5 @@ def distort(settings: Noise, text: str, variant: int, vocabulary: Vocabulary | N
 
 
 def same_words(one: str, other: str) -> bool:
-    """Whether two texts differ in white space at most."""
+    """Return True if two texts differ in white space at most."""
     return one.split() == other.split()

@@ -52,7 +52,7 @@ class Augmented:
         return sum(map(len, self.parts))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `graftwerk augment --json` prints."""
+        """Return the summary that `graftwerk augment --json` prints."""
         return {
             "file": str(self.path),
             "rows": self.rows,
@@ -62,7 +62,7 @@ class Augmented:
         }
 
     def sentences(self) -> list[str]:
-        """What was made and what was left out, in words."""
+        """Return the numbers of rows made and of variants left out, as sentences."""
         said = []
         for made in self.counts:
             said.append(f"{made['kind']}: {made['made']:,} rows from {made['read']:,}")
@@ -131,7 +131,7 @@ def make(
 
 
 def identity_of(rows: Sequence[Row], augmenters: Sequence[Augmenter]) -> dict[str, Any]:
-    """What a file is made of; what has the same identity has the same bytes."""
+    """Return what determines the bytes of a file: a hash of the rows, their number, and the augmenters."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode() + b"\n")
@@ -225,7 +225,10 @@ def _write(target: Path, identity: Mapping[str, Any], made: Sequence[Made]) -> A
 
 
 def _refuse_twice(rows: Sequence[Row]) -> None:
-    """Where a row comes from is written into `origin`, so a row that has one is augmented already, or means else."""
+    """Raise ConfigError for rows with a column `origin`.
+
+    Augmented rows store their source there, so such a row is augmented already, or uses the name for something else.
+    """
     with_origin = sum(ORIGIN in row for row in rows)
     if with_origin:
         raise ConfigError(

@@ -24,7 +24,7 @@ USUAL_PARTS = ("text", "source", "document", "input", "prompt", "instruction")
 
 @dataclass
 class Made:
-    """What one augmenter made.
+    """Rows made by one augmenter.
 
     Attributes:
         rows: New rows, each with its `origin`, in the order of the rows they were made from.

@@ -1,7 +1,6 @@
-"""What a run file says under `data.augment:`: a list of augmenters, each a name or its settings with `name`.
+"""Settings under `data.augment:` in a run file: a list of augmenters, each a name or a mapping with `name`.
 
-Settings alone, without what they do: the run file is composed of these, and neither torch nor rows are needed to
-check it.
+Settings only, without the code that makes rows: a run file can be checked without torch and without reading rows.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Augmenter(Settings):
         return {"name": self.name, **self.model_dump(mode="json")}
 
     def making(self) -> dict[str, Any]:
-        """What decides which rows are made: all but how often they are used."""
+        """Return the settings that determine the rows made: all but `weight`, which says how often they are used."""
         made = self.to_dict()
         made.pop("weight")
         return made
