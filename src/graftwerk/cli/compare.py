@@ -116,7 +116,7 @@ def show_plan(
     metric: str | None = None,
     prefer: str | None = None,
 ) -> Result:
-    """What a comparison would do, checked as far as that goes without loading a model."""
+    """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
     from graftwerk.cli.doctor import with_augmented
     from graftwerk.config import RunConfig
     from graftwerk.experiments.compare import check_choices, tree_of

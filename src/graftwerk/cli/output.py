@@ -1,7 +1,7 @@
-"""What a command says and where: results on stdout, all else on stderr; with `--json` one object as the last line.
+"""Output of commands: results on stdout, all else on stderr; with `--json` one object as the last line.
 
-Libraries print to stdout as they please. With `--json` their prints are sent to stderr for the time of the command, at
-the level of Python's `sys.stdout` and of the process's file descriptor, so that stdout holds the object alone.
+Libraries print to stdout too. With `--json` their output is redirected to stderr while the command runs, both Python's
+`sys.stdout` and the process's file descriptor, so that stdout holds only the object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PLAIN_WIDTH = 140
 
 
 class ReaderGone(Exception):  # noqa: N818 - no error
-    """Who reads the result has all that was wanted: `graftwerk ... | head -1`."""
+    """Signal that the reader of stdout has closed it, as in `graftwerk ... | head -1`."""
 
 
 @contextmanager

@@ -25,10 +25,11 @@ NOT_SHOWN = frozenset({"loss", "seconds", "best", "left_seconds"})
 
 
 class Display:
-    """Where progress goes: stderr, silent for good once that can no longer be written (the reader went away).
+    """Progress display on stderr; silent for good once writing fails because the reader has closed it.
 
     Args:
-        out: With ``quiet`` nothing that merely moves is written.
+        out: The command's output; with its ``quiet`` no progress bar is shown.
+        stream: Stream to write to, or None for stderr.
     """
 
     def __init__(self, out: Output, *, stream: TextIO | None = None) -> None:
@@ -169,7 +170,7 @@ def describe_trouble(event: Event) -> str:
 
 
 def describe_start(figures: dict[str, Any]) -> str:
-    """What the run will do and cost, before its first step; the time is known after a few of them."""
+    """Return a summary of a run before its first step: parameters, steps, learning rate, device."""
     parameters = figures["parameters"]
     where = f"{figures['device']}, {figures['compute_type']}"
     if figures["processes"] > 1:
