@@ -47,7 +47,19 @@ SECRETS = "secrets"
 
 
 class RunConfig(Settings):
-    """Everything a run depends on. `config.yaml` in a run folder is this, with every default written out."""
+    """Everything a run depends on. `config.yaml` in a run folder is this, with every default written out.
+
+    Example:
+        >>> from graftwerk import RunConfig
+        >>> tree = {"model": "some/model", "data": {"train": "reviews.csv"}, "method": "lora"}
+        >>> config = RunConfig.build(tree, ["method.r=16", "training.seed=1"])
+        >>> config.method.r, config.training.seed, config.task.name
+        (16, 1, 'classification')
+        >>> RunConfig.build(tree, ["training.learn_rate=0.1"])
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: unknown key `training.learn_rate`; did you mean `learning_rate`?
+        ...
+    """
 
     model: str = Field(description="hub id, folder, .gguf file, or pkg://package/folder")
     revision: str | None = Field(default=None, description="for a hub id: branch, tag or commit")
@@ -162,7 +174,11 @@ def _with_secrets(tree: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping without tags, aliases or deep nesting."""
+    """Read a YAML mapping without tags, aliases or deep nesting.
+
+    Raises:
+        ConfigError: The file is missing, cannot be read, is no such YAML, or is not a mapping with text keys.
+    """
     try:
         with open_regular(path) as stream:
             raw = stream.read(MAX_YAML_BYTES + 1)
@@ -239,6 +255,17 @@ def _check_events(text: str, where: str) -> None:
 
 
 def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
+    """Parse overrides of a run file.
+
+    Args:
+        overrides: ``["training.seed=1"]``, each value YAML; or a mapping, which is returned as it is; or None.
+
+    Returns:
+        Values by dotted key.
+
+    Raises:
+        ConfigError: An item is not of the form key=value, its value is not YAML, or two items set the same key.
+    """
     if overrides is None:
         return {}
     if isinstance(overrides, dict):
@@ -347,7 +374,7 @@ def explain(error: ValidationError, model: type[Settings], where: str | None) ->
 
 
 def _is_tag(part: Any) -> bool:
-    """Whether a part of a place is pydantic's name for one of the kinds that a value may be of, and no key."""
+    """Return True if a part of an error's location is pydantic's name for a member of a union, and no key."""
     return isinstance(part, str) and (part in _KINDS or not part.replace("_", "").replace("-", "").isalnum() or
                                       part.startswith(("constrained-", "function-")))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which rows make a batch: rows of like length together, so that hardly anything of a batch is padding."""
+"""Batching by length: rows of similar length share a batch, so that little of it is padding."""
 
 from __future__ import annotations
 

@@ -280,14 +280,16 @@ def _across(first: str, one: PlacedRows, second: str, other: PlacedRows) -> list
 def check_truncation(
     truncated: Sequence[int], max_length: int, max_truncated: float, split: str = "train"
 ) -> tuple[Issue, ...]:
-    """What the length limit costs.
+    """Report the rows and tokens lost to the length limit.
 
     Args:
-        truncated: For each row, the tokens that did not fit into ``max_length``.
-        max_truncated: The share of rows that may lose tokens (`data.max_truncated`).
+        truncated: For each row, the number of tokens that did not fit into ``max_length``.
+        max_length: The limit in tokens.
+        max_truncated: Largest share of rows that may lose tokens (`data.max_truncated`), 0 to 1.
+        split: Name of the split, for messages.
 
     Raises:
-        DataError: more rows than that lose tokens.
+        DataError: More rows than that lose tokens.
     """
     return check_cut(sum(map(bool, truncated)), sum(truncated), len(truncated), max_length, max_truncated, split)
 
@@ -295,7 +297,19 @@ def check_truncation(
 def check_cut(
     cut: int, tokens: int, rows: int, max_length: int, max_truncated: float, split: str = "train"
 ) -> tuple[Issue, ...]:
-    """The same where it is counted already: ``cut`` of ``rows`` rows lose ``tokens`` tokens in all."""
+    """Report truncation from counts, as `check_truncation` does.
+
+    Args:
+        cut: Number of rows that lose tokens.
+        tokens: Tokens lost in all.
+        rows: Number of rows of the split.
+        max_length: As for `check_truncation`.
+        max_truncated: As for `check_truncation`.
+        split: As for `check_truncation`.
+
+    Raises:
+        DataError: More rows than `max_truncated` allows lose tokens.
+    """
     if not cut:
         return ()
     share = cut / rows

@@ -97,7 +97,7 @@ def read_bytes(path: Path) -> bytes:
 
     Raises:
         IntegrityError: damaged, cut off, or a file that expands beyond all proportion.
-        EnvironmentFault: the package for this compression is not installed; the memory does not suffice.
+        ResourceError: the package for this compression is not installed; the memory does not suffice.
         DataError: it is no regular file.
     """
     free = available()
@@ -129,7 +129,13 @@ def opened(path: Path) -> io.FileIO:
 
 
 def pieces(path: Path) -> Generator[bytes, None, None]:
-    """The content of a file, expanded, piece by piece. Raises as `read_bytes` does."""
+    """Yield the content of a file in chunks, decompressed if its suffix names a compression.
+
+    Raises:
+        IntegrityError: The compressed file is damaged, or expands beyond all proportion.
+        ResourceError: The package for this compression is not installed.
+        DataError: It is not a regular file.
+    """
     open_it = OPENERS.get(path.suffix.lower())
     if open_it is None:
         with opened(path) as plain:
@@ -154,9 +160,7 @@ def pieces(path: Path) -> Generator[bytes, None, None]:
 
 
 class _Proportion:
-    """How many bytes came of how many: of the whole file, and of each part of it while it is read, so that a bomb is
-    seen before it has gone off.
-    """
+    """Limit on the compression ratio, of the whole file and of each window of it, that stops a decompression bomb."""
 
     def __init__(self, path: Path, raw: IO[bytes]) -> None:
         self._path, self._raw = path, raw

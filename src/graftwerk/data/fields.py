@@ -1,4 +1,4 @@
-"""What may stand in a part of a row: a reader gives back the clean value, or a ValueError that says what is wrong."""
+"""Readers for the fields of a row: each returns the cleaned value, or raises a ValueError that says what is wrong."""
 
 from __future__ import annotations
 

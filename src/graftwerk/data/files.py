@@ -45,7 +45,7 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
     Raises:
         ConfigError: an ending that is not read here; a folder with files of several kinds, or of none.
         DataError: the file as a whole cannot be read (UTF-16, no header, not parquet).
-        EnvironmentFault: missing permission, or a package that reads this kind of file is not installed.
+        ResourceError: missing permission, or a package that reads this kind of file is not installed.
         IntegrityError: a compressed file that is damaged, or expands beyond all proportion.
     """
     if path.is_dir():
@@ -72,7 +72,7 @@ def read_pair(first: Path, second: Path, source: str) -> Table:
 
     Raises:
         DataError: they have not the same number of lines.
-        EnvironmentFault, IntegrityError: as for `read_file`.
+        ResourceError, IntegrityError: as for `read_file`.
     """
     table = Table(source, str(first), [], [])
     try:

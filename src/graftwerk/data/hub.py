@@ -16,7 +16,7 @@ def read_hub(name: str, split: str, source: str) -> Table:
 
     Raises:
         ConfigError: no such data set, configuration or split.
-        EnvironmentFault: no network and not in the local cache, or `datasets` is not installed.
+        ResourceError: no network and not in the local cache, or `datasets` is not installed.
     """
     try:
         import datasets

@@ -1,4 +1,4 @@
-"""How often rows of several data sets are drawn: shares by size, weight and temperature, and the draws of an epoch.
+"""Sampling rows from several data sets: shares by size, weight and temperature, and the draws of an epoch.
 
 With n_i rows and weight w_i, set i has the share p_i proportional to w_i * n_i ** (1 / T): as the rows stand at T = 1,
 all sets alike at T = infinity (Arivazhagan et al., 2019, arXiv:1907.05019, with T = 5 for translation; the weights are

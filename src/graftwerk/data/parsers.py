@@ -23,7 +23,7 @@ Fault = Callable[[str], str | None]
 
 
 def bad_characters(text: str) -> str | None:
-    """What is wrong with the characters of a row, if anything is."""
+    """Return what is wrong with the characters of a text, or None if they are valid."""
     if "\0" in text:
         return "holds a NUL byte"
     try:

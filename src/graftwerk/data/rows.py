@@ -124,7 +124,18 @@ def resolve_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple
 def apply_bad_row_policy(
     count: int, places: Sequence[str], read: int, source: str, on_bad_row: Literal["fail", "skip"]
 ) -> tuple[Issue, ...]:
-    """The same for rows that are only counted; ``places`` are the first of them."""
+    """Apply `data.on_bad_row` to a number of bad rows, as `resolve_bad_rows` does to those of a table.
+
+    Args:
+        count: Number of bad rows.
+        places: Place and reason of the first few.
+        read: Number of rows read.
+        source: Name of the source, for messages.
+        on_bad_row: Raise, or report the number left out.
+
+    Raises:
+        DataError: There are bad rows and ``on_bad_row`` is ``fail``.
+    """
     if not count:
         return ()
     more = count - len(places)

@@ -1,4 +1,4 @@
-"""What a run file says under `data:`."""
+"""Settings under `data:` in a run file."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def plain(source: Any) -> Any:
 
 
 class DataSettings(Settings):
-    """Where rows come from and which of them are used.
+    """Sources of rows, and which rows are used.
 
     A source is a file (csv, tsv, jsonl, json, parquet, txt, also compressed), a folder of files of one kind, a pattern
     (``texts/*.jsonl``), a file inside an installed package (``pkg://package/path/inside.csv``), or a data set of the

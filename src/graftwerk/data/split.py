@@ -21,10 +21,15 @@ def fold(text: str) -> str:
 
 
 def held_out(amount: int | float | None, rows: int, key: str) -> int:
-    """How many rows a setting like 500 or 0.1 asks for; at least one where it asks for any.
+    """Return the number of rows to hold out for a setting like 500 or 0.1; a share gives at least one row.
+
+    Args:
+        amount: A number of rows, a share (0 to 1), or None for no rows.
+        rows: Number of rows there are.
+        key: Name of the setting, for messages.
 
     Raises:
-        ConfigError: as many as there are, or more.
+        ConfigError: No row would be left to train on.
     """
     if amount is None:
         return 0

@@ -89,14 +89,14 @@ class StreamedRows(Sequence[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a first pass over a stream found.
+    """Results of the first pass over streamed rows.
 
     Attributes:
         rows: The training rows.
         held: The rows of ``validation`` and ``test``, in memory.
-        findings: What was noticed while reading.
-        classes: For each split, how many rows of each class; None where rows have no class.
-        repeated: Of each training row whose text is also held out, the text and the place, once each.
+        issues: Issues found while reading.
+        classes: For each split, the number of rows of each class, or None if rows have no class.
+        repeated: Text and place of each training row whose text is also held out, once each.
         digest: Hash of the training rows in order.
     """
 
@@ -116,7 +116,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
 
     Raises:
         ConfigError: a source or setting that streaming has no way for.
-        DataError, EnvironmentFault, IntegrityError: as for rows in memory.
+        DataError, ResourceError, IntegrityError: as for rows in memory.
     """
     findings: list[Issue] = []
     held, held_reading = held_out_elsewhere(data, recognise, findings)
