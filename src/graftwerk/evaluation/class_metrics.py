@@ -39,8 +39,10 @@ def _f1(predictions: ClassPredictions, average: str) -> float:
 
 
 def area(predictions: ClassPredictions) -> float | None:
-    """ROC-AUC of two classes: that of the second; of more: the mean over classes of each against the rest. None where
-    the rows lack a class.
+    """Return ROC-AUC: of the second class if there are two, else the mean over classes of each against the rest.
+
+    Returns:
+        The area, 0 to 1, or None if no row is of some class.
     """
     from sklearn.metrics import roc_auc_score
 

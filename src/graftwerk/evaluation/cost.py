@@ -1,4 +1,4 @@
-"""What a model costs to use and to train: latency, peak memory, size on disk."""
+"""Cost of a model: latency, peak memory, size on disk."""
 
 from __future__ import annotations
 

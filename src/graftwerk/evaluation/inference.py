@@ -78,6 +78,7 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return the batch, tensors of any shape, on the device of the model's first parameter."""
     device = device_of(model)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 

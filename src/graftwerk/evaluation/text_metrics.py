@@ -98,7 +98,7 @@ def bleu_statistic(predictions: TextPredictions) -> Statistic:
 
 
 def bleu_signature(predictions: TextPredictions) -> str:
-    """Where rows differ in their tokenizer, all are named: `tok:13a+zh`."""
+    """Return sacrebleu's signature of BLEU; tokenizers that differ between rows are joined: `tok:13a+zh`."""
     used = sorted(set(_tokenizers(predictions)))
     signature = _signature("BLEU", used[0])
     return signature.replace(f"tok:{_tokenizer_name(signature)}", f"tok:{'+'.join(used)}") if used[1:] else signature
@@ -270,8 +270,9 @@ def _tokenizer_name(signature: str) -> str:
 
 
 def _beyond_ascii(references: Texts) -> bool:
-    """Whether rouge-score's own tokenizer, which knows a to z and digits, would lose letters. References decide, so
-    that all models are measured alike.
+    """Return True if rouge-score's own tokenizer, which knows a to z and digits only, would drop letters.
+
+    Only the references decide, so that all models are measured alike.
     """
     return any(
         character.isalpha() for text in references if not text.isascii() for character in text if character > "~"
