@@ -34,10 +34,10 @@ class RunResult:
 
 
 def measured_run(folder: Path) -> RunResult | None:
-    """A run that is finished and measured; None where something is still to do.
+    """Load a run's results, or return None if the run is not finished and evaluated yet.
 
     Raises:
-        IntegrityError: its files are damaged.
+        IntegrityError: Its files are damaged.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("status") != "finished" or not (folder / ADAPTER).is_dir():
@@ -116,9 +116,10 @@ def aggregate(
 
 
 def _most_frequent(run: RunResult, metric: str) -> dict[str, float | None] | None:
-    """What the metric gives to who always answers the most frequent label, and that label's share of the rows.
+    """Return the majority baseline: the most frequent label's share of the rows, and the metric of always giving it.
 
-    None where rows have no labels.
+    Returns:
+        ``share`` and ``value``, or None if the rows have no labels.
     """
     predictions = run.predictions
     if not isinstance(predictions, ClassPredictions) or predictions.targets is None or not run.evaluation["labels"]:
@@ -134,7 +135,7 @@ def _most_frequent(run: RunResult, metric: str) -> dict[str, float | None] | Non
 
 
 def _check_alike(runs: Sequence[RunResult]) -> None:
-    """What must be the same for figures to be comparable."""
+    """Raise IntegrityError if runs differ in base, rows, held-out split or labels: they could not be compared."""
     for what, values in (
         ("base model", {str(run.manifest["base_fingerprint"]) for run in runs}),
         ("rows", {str(run.manifest["data"]["fingerprint"]) for run in runs}),

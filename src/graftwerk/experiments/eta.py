@@ -1,4 +1,4 @@
-"""How long a comparison still takes: from the runs that are done, and from the steps of the one at work."""
+"""Remaining time of a comparison, estimated from its finished runs and the steps of the active one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ class EtaEstimator:
     _seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def finished(self, method: str, seconds: float | None) -> None:
-        """A run is over; None where it was there already and says nothing about time."""
+        """Count a finished run.
+
+        Args:
+            method: Name of its method.
+            seconds: Its duration, or None if it was finished already, so that it says nothing about time.
+        """
         self.done += 1
         if seconds is not None:
             self._seconds.setdefault(method, []).append(seconds)

@@ -1,4 +1,4 @@
-"""What a comparison says of itself before its first run: how to repeat it, on what it stands, what to keep in mind."""
+"""Header of a comparison, written before its first run: command, machine, data, settings and notes."""
 
 from __future__ import annotations
 

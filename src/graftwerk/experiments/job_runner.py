@@ -65,7 +65,7 @@ class JobRunner:
         Raises:
             GraftwerkError: what the job raised.
             Crashed: its process died.
-            Interrupted: a signal came; what the job had is saved.
+            RunInterrupted: a signal came; what the job had is saved.
         """
         with self._signals():
             process = self._started()

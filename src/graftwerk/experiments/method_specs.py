@@ -1,4 +1,4 @@
-"""What is compared: methods as people name them, each with a name of its own for folders, tables and charts."""
+"""Methods and seeds of a comparison, parsed; each method gets a unique name for folders, tables and charts."""
 
 from __future__ import annotations
 
@@ -78,9 +78,10 @@ def parse_method_specs(methods: Sequence[Any] | str) -> list[MethodSpec]:
 
 
 def settings_not_used(entries: Sequence[MethodSpec], own: Any) -> list[str]:
-    """What is to be said of methods that are named without settings, where the run file has settings for them.
+    """Return a note for each method named without settings for which the run file has settings that are not used.
 
     Args:
+        entries: The methods compared.
         own: The run file's method, as it is written there.
     """
     try:
@@ -108,14 +109,15 @@ def settings_not_used(entries: Sequence[MethodSpec], own: Any) -> list[str]:
 def with_and_without(
     entries: Sequence[MethodSpec], augment: Sequence[str] | str | None, augmented: bool
 ) -> list[MethodSpec]:
-    """Each method with the augmented rows that the run file asks for, and without them.
+    """Cross methods with augmentation: each with the augmented rows of the run file, without them, or both.
 
     Args:
-        augment: `with`, `without`, or both; None: the methods as they are.
-        augmented: Whether the run file asks for any.
+        entries: The methods.
+        augment: `with`, `without`, or both; or None for the methods as they are.
+        augmented: True if the run file has `data.augment`.
 
     Raises:
-        ConfigError: another word, one twice, or no `data.augment` to do with and without.
+        ConfigError: Another word, a word twice, no `data.augment` in the run file, or two methods of the same name.
     """
     if augment is None:
         return list(entries)

@@ -87,7 +87,7 @@ def against(differences: Sequence[Any], name: str, best: str, metric: str = "acc
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """What stands under the table."""
+    """Return the sentences below the table: metric, resolution, recommendation, failures, notes."""
     said = []
     seeds, known = len(result["seeds"]), METRICS[result["metric"]]
     said.append(
