@@ -1,6 +1,6 @@
-"""How numbers are written for people on a terminal. What is not known is a dash, never a zero.
+"""Formatting of numbers for the terminal. An unknown value is a dash, never a zero.
 
-The page has its own (`reporting/numbers.py`): it imports nothing of ours, and sets numbers with narrow spaces.
+The HTML report has its own (`reporting/numbers.py`), which sets numbers with narrow spaces.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def _measured_on(result: Mapping[str, Any], metric: str) -> str:
 
 
 def _state(result: Mapping[str, Any]) -> Markup:
-    """What has to be known before any figure is believed."""
+    """Return the section of notes to read before the results."""
     said = [page.message("Note:", note) for note in map(str, items(result, "notes"))]
     if words(result, "status") == "running":
         text = "Runs are still to do, or it was stopped; the command at the end of this page goes on with it."

@@ -1,7 +1,8 @@
 """Reading the plain files of a run or a comparison, and writing the page whole or not at all.
 
-What is read may be old, incomplete or written by something else: `at` and its kind give None where a value is not what
-was expected, and the page then says that it is missing. Only a file that cannot be read at all is an error.
+The files may be old, incomplete or written by another program: `at` and similar functions return None, or an empty
+value, if a value is not of the expected kind, and the page then says that it is missing. Only a file that cannot be
+read at all is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LARGEST = 1e30
 
 
 def at(tree: Any, *keys: str) -> Any:
-    """What lies at these keys; None where there is nothing."""
+    """Return the value at a path of keys, or None if there is none."""
     for key in keys:
         if not isinstance(tree, Mapping):
             return None
@@ -78,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         IntegrityError: it does not.
-        EnvironmentFault: it cannot be read.
+        ResourceError: it cannot be read.
     """
     try:
         found = json.loads(read_text(path))
@@ -90,6 +91,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
+    """Read a file as UTF-8, with invalid bytes replaced.
+
+    Raises:
+        ResourceError: It cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -125,7 +131,7 @@ def write_page(folder: Path, content: str) -> Path:
     """Write the page beside its destination, force it to the disk, and rename it.
 
     Raises:
-        EnvironmentFault: the folder cannot be written; an earlier page is untouched.
+        ResourceError: the folder cannot be written; an earlier page is untouched.
         ConfigError: something that is no file has the page's name.
         IntegrityError: a link has it.
     """

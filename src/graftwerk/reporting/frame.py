@@ -1,4 +1,4 @@
-"""What all charts have: a size, room for axes, grid lines, round values on them."""
+"""Parts that all charts share: size, margins for axes, grid lines at round values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Frame:
 
 
 def heights(frame: Frame) -> int:
-    """How many grid lines there is room for."""
+    """Return the number of horizontal grid lines that fit, 3 to 6."""
     return max(3, min(6, int((frame.inner.bottom - frame.inner.top) / 32)))
 
 

@@ -1,4 +1,4 @@
-"""How figures are written for people. What is not known is a dash, never a zero."""
+"""Formatting of numbers for the HTML report. An unknown value is a dash, never a zero."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bare_percent(value: float | None) -> str:
 
 
 def scale(metric: str) -> float:
-    """What a metric's values are multiplied by: shares are shown in percent, all else as it is."""
+    """Return the factor for display of a metric: 100 for shares, which are shown in percent, else 1."""
     return 1.0 if metric in NO_SHARES else 100.0
 
 

@@ -116,7 +116,7 @@ def _deck(
 
 
 def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], broken: int) -> Markup:
-    """What has to be known before any figure is believed."""
+    """Return the section of errors and notes to read before the results."""
     said = []
     status, error = words(manifest, "status"), mapping(manifest, "error")
     if status != "finished":
@@ -224,7 +224,7 @@ def _learning(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) 
 
 
 def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], total: float) -> Chart | None:
-    """The metric that chose the checkpoint; None where it was not measured or not stored."""
+    """Return the chart of the metric that selected the checkpoint, or None if it was not measured or is the loss."""
     known = [name for name in evaluations[0] if name in numbers.METRICS] if evaluations else []
     metric = words(manifest, "best", "metric") or next(iter(known), "")
     if metric == "loss":

@@ -20,7 +20,7 @@ _OTHER_WAY: dict[Verdict, Verdict] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better ``a`` is than ``b``, in the metric's own unit, and what it shows."""
+    """Difference of ``a`` over ``b`` in the metric's own unit, positive if ``a`` is better, with interval and verdict."""
 
     a: str
     b: str
@@ -33,7 +33,7 @@ class Difference:
 
     @property
     def apart(self) -> bool:
-        """Whether the interval leaves zero out; with one seed that shows nothing about methods."""
+        """Return True if the interval excludes zero; with one seed that shows nothing about methods."""
         return self.low > 0 or self.high < 0
 
     def turned(self) -> Difference:
