@@ -26,7 +26,7 @@ def locate(place: str | Path) -> Path:
 
     Raises:
         ConfigError: there is no such file; the exact path and the nearest name beside it are given.
-        EnvironmentFault: the package is not installed.
+        ResourceError: the package is not installed.
     """
     text = str(place)
     if "\0" in text:

@@ -24,7 +24,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _storable(cls, value: Any) -> Any:
-        """What no file could store or no library could take is refused here, once for all settings."""
+        """Raise ValueError for values that files or libraries cannot represent, once for all settings."""
         waiting = [value]
         while waiting:
             each = waiting.pop()

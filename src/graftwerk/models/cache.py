@@ -19,7 +19,7 @@ def cache_folder() -> Path:
 
 
 def recall(name: str, key: str) -> Any:
-    """What `remember` kept under this key, or None. A damaged file is as good as none."""
+    """Return the value that `remember` stored under a key, or None if there is none or the file is damaged."""
     try:
         kept = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -27,7 +27,7 @@ def unpacked(path: Path) -> Path:
     """The folder with the plain copy of a GGUF file, made where it is not there yet.
 
     Raises:
-        EnvironmentFault: the `gguf` package is missing, or the cache cannot be written (with the bytes needed).
+        ResourceError: the `gguf` package is missing, or the cache cannot be written (with the bytes needed).
         IntegrityError: it is not a GGUF file.
         ModelError: transformers cannot unpack this kind of model.
     """

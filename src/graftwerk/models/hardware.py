@@ -1,4 +1,4 @@
-"""What this machine is fast in, found by trying: the compute type, and the number of threads.
+"""Compute type and number of threads that are fast on this machine, found by measuring.
 
 Hardware that takes a type is often slow in it: a processor without bfloat16 instructions multiplies bfloat16 matrices
 several times slower than float32. So nothing is assumed from names; a short matrix product in each type decides.
@@ -146,15 +146,18 @@ def threads_wanted() -> int:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Let torch compute with so many threads; None: `threads_wanted`.
+    """Set torch's number of threads.
 
     More threads than cores make torch many times slower, and inside a container torch counts the whole machine's cores.
+
+    Args:
+        threads: The number, or None for `threads_wanted`.
 
     Returns:
         The number now in use.
 
     Raises:
-        ConfigError: fewer than one.
+        ConfigError: The number is less than one.
     """
     if threads is None:
         threads = threads_wanted()
@@ -168,7 +171,7 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def hardware_facts() -> dict[str, Any]:
-    """What `graftwerk doctor` shows: processor or accelerator, cores, threads, the probe, the type chosen."""
+    """Return facts for `graftwerk doctor`: processor or accelerator, cores, threads, the probe, the compute type."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = probe(kind)
     return {

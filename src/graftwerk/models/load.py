@@ -34,7 +34,7 @@ _new_weights: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.We
 
 
 class HeadedTask(Protocol):
-    """What loading needs to know of a task (`tasks.base.Task` is one): which head, with which labels."""
+    """Interface of a task for loading a model, such as `tasks.base.Task`: which head, with which labels."""
 
     @property
     def name(self) -> str: ...
@@ -52,7 +52,7 @@ def model_folder(name: str, revision: str | None = None, *, weights: bool = True
 
     Raises:
         ConfigError: no such folder, file or hub model; or a revision for something that has none.
-        EnvironmentFault: a file is missing and cannot be fetched; it is named.
+        ResourceError: a file is missing and cannot be fetched; it is named.
         IntegrityError: the model asks for code of its own, or has pickled weights only.
     """
     if not name.strip() or "\0" in name:
@@ -112,7 +112,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The model's tokenizer. One without a pad token (most decoders) gets its end token for padding.
 
     Raises:
-        EnvironmentFault: its files are missing.
+        ResourceError: its files are missing.
         ModelError: it cannot be used, or has neither pad nor end token; and what `model_folder` raises.
     """
     from transformers import AutoTokenizer
@@ -155,19 +155,23 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> Any:
-    """The base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
+    """Load the base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
 
-    A head that the checkpoint lacks, or has for another number of classes, starts from torch's global random state:
-    seed it before. `newly_initialised` tells which weights those are.
+    A head that the checkpoint lacks, or has for another number of classes, is initialised from torch's global random
+    state, so seed it before. `newly_initialised` names those weights.
 
     Args:
-        task: Decides the head; None: the bare model.
-        splits: The task's `Splits`, where the label names come from; None: the checkpoint's own.
+        name: Hub id, folder, GGUF file, or ``pkg://package/folder``.
+        task: The task that decides the head, or None for the bare model.
+        splits: The task's `Splits` with the label names, or None for the checkpoint's own names.
+        dtype: Type of all weights.
+        revision: For a hub id: branch, tag or commit.
 
     Raises:
-        UnsupportedError: this architecture has no such head in transformers.
-        ModelError: the checkpoint lacks weights of the model's body, or they have other shapes.
-        IntegrityError: a weight file is damaged; and what `model_folder` raises.
+        UnsupportedError: transformers has no such head for this architecture.
+        ModelError: The checkpoint lacks weights of the model's body, or they have other shapes.
+        IntegrityError: A weight file is damaged.
+        ConfigError, ResourceError: As for `model_folder`.
     """
     from transformers import AutoModel
 
@@ -222,7 +226,7 @@ def _check_size(
 
     Raises:
         IntegrityError: config.json describes another, far larger model than the weights are of.
-        EnvironmentFault: it is larger than the available memory.
+        ResourceError: it is larger than the available memory.
     """
     stored = sum(held.values())
     most = 4 * stored + SPARE + SPARE_PER_LABEL * int(kwargs.get("num_labels", 0))
@@ -389,7 +393,7 @@ def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtu
 
 
 def position_limit(config: Any) -> int | None:
-    """Positions that a model was made for; None where they are relative and there is no table to run out of."""
+    """Return the number of positions a model supports, or None if positions are relative and without limit."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if positions is None or getattr(config, "relative_attention_num_buckets", None):
         return None
