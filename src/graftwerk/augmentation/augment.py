@@ -65,7 +65,8 @@ def augment(
         >>> from tempfile import mkdtemp
         >>> from graftwerk import augment
         >>> rows = [{"text": "a quiet little film", "label": "good"}, {"text": "far too long", "label": "bad"}]
-        >>> made = augment(data=rows, by={"name": "word_dropout", "probability": 0.5}, out=Path(mkdtemp(), "rows.jsonl"))
+        >>> augmenter = {"name": "word_dropout", "probability": 0.5}
+        >>> made = augment(data=rows, by=augmenter, out=Path(mkdtemp(), "rows.jsonl"))
         >>> made.path.name, made.rows
         ('rows.jsonl', 2)
     """
