@@ -20,7 +20,7 @@ _OTHER_WAY: dict[Verdict, Verdict] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference of ``a`` over ``b`` in the metric's own unit, positive if ``a`` is better, with interval and verdict."""
+    """Difference of ``a`` over ``b`` in the metric's own unit, positive if ``a`` is better, with its verdict."""
 
     a: str
     b: str
