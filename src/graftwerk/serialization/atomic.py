@@ -65,7 +65,7 @@ def write_folder(
         The folder written.
 
     Raises:
-        EnvironmentFault: no space, too large, read-only, no permission, broken disk. What was at ``target`` is
+        ResourceError: no space, too large, read-only, no permission, broken disk. What was at ``target`` is
             untouched and nothing temporary stays behind.
         ConflictError: ``target`` is a file.
         IntegrityError: ``target`` is our own and a link.
@@ -104,7 +104,7 @@ def write_file(
         own: As for `write_folder`.
 
     Raises:
-        EnvironmentFault: as for `write_folder`.
+        ResourceError: as for `write_folder`.
         ConflictError: ``target`` is a folder.
         IntegrityError: ``target`` is our own and a link.
     """

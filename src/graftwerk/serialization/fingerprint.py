@@ -110,7 +110,7 @@ def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _only_in(outputs: nn.Module | None, parameter: Tensor, model: PreTrainedModel) -> bool:
-    """Whether a parameter belongs to the output embeddings and not, by a tie, to the input embeddings too."""
+    """Return True if a parameter is of the output embeddings and is not tied to the input embeddings."""
     if outputs is None or not any(parameter is other for other in outputs.parameters(recurse=False)):
         return False
     inputs = model.get_input_embeddings()

@@ -59,12 +59,12 @@ _TASKS = (
 
 @dataclass(frozen=True)
 class Stored:
-    """What goes into a folder.
+    """Contents of an adapter folder to write.
 
     Attributes:
-        config: `adapter_config.json`.
-        tensors: `adapter_model.safetensors`, by PEFT's keys.
-        training: What PEFT's format leaves out and training needs to go on, by raw keys; often empty.
+        config: Contents of `adapter_config.json`.
+        tensors: Tensors of `adapter_model.safetensors` by PEFT's keys, any shape.
+        training: Tensors by raw key that PEFT's format lacks and further training needs; often empty.
     """
 
     config: dict[str, Any]
@@ -74,7 +74,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Restored:
-    """What comes out of a folder: settings to attach, and tensors by raw keys."""
+    """Contents of an adapter folder that was read.
+
+    Attributes:
+        method: Settings to attach.
+        tensors: Tensors by raw key, any shape.
+    """
 
     method: Method
     tensors: dict[str, Tensor]
@@ -142,6 +147,7 @@ def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
 
 
 def own_tensors(graft: Adapter) -> dict[str, Tensor]:
+    """Return an adapter's tensors by raw key after PEFT's prefix, any shape, its head's as PEFT names them."""
     own = {PREFIX + key: tensor for key, tensor in graft.state_dict().items() if not graft.is_head(key)}
     return {**own, **head_tensors(graft, PREFIX)}
 

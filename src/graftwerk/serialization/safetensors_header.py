@@ -61,8 +61,13 @@ class TensorInfo:
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
-    """The names of tensors in the order in which a file holds them, and the header's text; the same tensors give the
-    same text, in whatever order they come.
+    """Return the header of a safetensors file for tensors of any shape.
+
+    Args:
+        tensors: The tensors by name. Their order does not matter.
+
+    Returns:
+        The names in the order of the data in the file, and the text of the header.
     """
     # The widest types first, so that every tensor begins at a multiple of its own width.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -80,11 +85,12 @@ def check_writable(tensors: Mapping[str, Tensor], path: Path, *, scale: int = 1)
     """Check, before tensors are written, that their file could be read again.
 
     Args:
-        path: Where they are to be written, for messages.
+        tensors: The tensors by name, any shape.
+        path: The file to write, for messages.
         scale: As for `checked_header`.
 
     Raises:
-        ConfigError: there are too many of them, or a name is one that the reader refuses.
+        ConfigError: There are too many tensors, or the reader would refuse a name.
     """
     text = header_of(tensors)[1]
     try:

@@ -25,14 +25,24 @@ SEAL = "digest"
 def refuse(
     path: Path, why: str, hint: str = "download or save it again; if it came from somebody else, do not trust it"
 ) -> NoReturn:
+    """Refuse an untrusted file.
+
+    Raises:
+        IntegrityError: Always, with the reason.
+    """
     raise IntegrityError(f"{path.name} was refused: {why}", where=str(path), hint=hint)
 
 
 def parse_json(content: bytes, path: Path, scale: float = 1.0) -> Any:
-    """What a text says, if it says it in UTF-8, with every key once, whole characters, and numbers that 64 bits hold.
+    """Parse JSON strictly: UTF-8, no key twice, no lone surrogates, finite numbers that fit into 64 bits.
+
+    Args:
+        content: The bytes of the file.
+        path: The file, for messages.
+        scale: Factor on the usual limits.
 
     Raises:
-        IntegrityError: anything else.
+        IntegrityError: The text is anything else.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def parse_json(content: bytes, path: Path, scale: float = 1.0) -> Any:
 
 
 def _is_text(values: Any) -> bool:
-    """Whether every text in it is made of whole characters."""
+    """Return True if no text in a value holds a lone surrogate."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -148,10 +158,17 @@ def digest_of(values: Mapping[str, Any]) -> str:
 
 
 def check_seal(values: Mapping[str, Any], path: Path) -> bool:
-    """Whether a file of ours is sealed; False for one of an older version.
+    """Check the digest that a file of ours holds of its own content.
+
+    Args:
+        values: Contents of the file.
+        path: The file, for messages.
+
+    Returns:
+        True if the digest is there and matches; False if the file, of an older version, has none.
 
     Raises:
-        IntegrityError: it was changed since it was sealed.
+        IntegrityError: The content was changed since it was written.
     """
     if SEAL not in values:
         return False

@@ -69,19 +69,22 @@ def read_tensors(
     written: Mapping[str, int] | None = None,
     scale: int = 1,
 ) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in the file's order, on the CPU, in one block of memory of their own.
+    """Read all tensors of a safetensors file on the CPU, in one block of memory.
 
     Args:
         path: The file.
-        max_bytes: Most bytes of data to accept; the machine's memory by default.
-        written: ``{bytes, crc32}`` of the file that was written; the one read must be the same. Checked on the bytes
-            that are used, in the same pass.
-        scale: Times the usual limit that the header may have; for files of ours that hold several tensors for one.
+        max_bytes: Largest size of the data to accept, or None for the machine's memory.
+        written: ``{bytes, crc32}`` of the file as it was written, or None if unknown. The file must match; the checksum
+            is taken of the bytes that are used, in the same pass.
+        scale: Factor on the usual limit of the header, for files of ours that hold several tensors for one.
+
+    Returns:
+        Tensors by name, any shape, in the order of the file.
 
     Raises:
-        IntegrityError: it is a pickle or archive in any disguise, damaged, another than the one written, or its header
-            is not exactly right.
-        EnvironmentFault: it does not exist or cannot be read.
+        IntegrityError: It is a pickle or archive under any name, damaged, not the file that was written, or its header
+            is not valid in every detail.
+        ResourceError: It does not exist or cannot be read.
     """
     path = Path(path)
     with _opened(path) as stream:
@@ -134,7 +137,7 @@ def read_json(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
         IntegrityError: it is larger than 1 MiB, deeper than 12 levels, no UTF-8, no JSON object, has a key twice, or
             holds too many values, half a character, or a number that JSON does not know (NaN, Infinity) or that 64 bits
             do not hold.
-        EnvironmentFault: it does not exist or cannot be read.
+        ResourceError: it does not exist or cannot be read.
     """
     path = Path(path)
     with _opened(path) as stream:
@@ -269,7 +272,11 @@ def checksum(path: Path) -> dict[str, int]:
 
 
 def refuse_changed(path: Path) -> NoReturn:
-    """Raises IntegrityError: the file is not the one that was written."""
+    """Refuse a file whose checksum is not that of the file that was written.
+
+    Raises:
+        IntegrityError: Always.
+    """
     raise IntegrityError(
         f"{path.name} is not the file that was written: it was damaged or changed",
         where=str(path),
