@@ -44,7 +44,10 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".
 
 
 def read(task: Task, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
-    """As ``task.read(data, labels)``, errors included; what is kept has its key in `Splits.kept`."""
+    """Read the rows through the cache, as ``task.read(data, labels)``, errors included.
+
+    Rows that are cached have their key in `Splits.cache_key`.
+    """
     key = _rows_key(task, data, labels)
     if key is None:
         return task.read(data, labels)
@@ -82,7 +85,7 @@ def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: i
 
 
 def _rows_key(task: Task, data: DataSettings, labels: Sequence[str] | None) -> str | None:
-    """None where the rows are not to be kept."""
+    """Return the cache key of the rows, or None if they are not to be cached."""
     if data.streaming or not fast.enabled("prepared"):
         return None
     try:
@@ -124,7 +127,7 @@ def _hash(path: Path) -> str:
 
 @cache
 def _code() -> list[Any]:
-    """Who read and encoded: the versions, and the very files of the rooms that do it."""
+    """Return the identity of the code that reads and encodes: versions of packages, and size and time of our files."""
     versions = [sys.version]
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -190,7 +193,7 @@ def _recall(key: str) -> Any:
 
 
 def _keep(key: str, value: Any) -> bool:
-    """Whether it is kept."""
+    """Write a value to the cache, and return True if that succeeded."""
     try:
         content = json.dumps(value, separators=(",", ":")).encode()
         if len(content) > MOST_BYTES_EACH or json.loads(content) != value:

@@ -37,7 +37,7 @@ class LanguageCodes:
 
     @property
     def both(self) -> bool:
-        """Whether the language that is read is marked too."""
+        """Return True if the language of the source is marked as well as that of the target."""
         return self.place != "source"
 
 
@@ -46,7 +46,7 @@ _MARIAN = re.compile(r">>([^<>]+)<<")
 
 
 def codes_of(tokenizer: Any) -> LanguageCodes | None:
-    """The codes of a tokenizer; None where it has none and languages are told in words, or not at all."""
+    """Return the language codes of a tokenizer, or None if it has none: languages are named in words, or not at all."""
     marked = getattr(tokenizer, "supported_language_codes", None)
     if marked is not None:  # Marian: the tokens are plain pieces of its vocabulary
         ids = {match[1]: tokenizer.convert_tokens_to_ids(token) for token in marked if (match := _MARIAN.match(token))}
@@ -111,16 +111,17 @@ def _near(code: str, codes: LanguageCodes) -> str | None:
 
 
 def language_name(code: str) -> str | None:
-    """English name of a language in any spelling of its code, or by that name: `de_DE`, `de`, `deu_Latn`, `German`.
+    """Return the English name of a language, or None if it is unknown here.
 
-    None where it is unknown here.
+    Args:
+        code: Any spelling of its code, or its name: `de_DE`, `de`, `deu_Latn`, `German`.
     """
     iso = iso_code(code)
     return None if iso is None else NAMES[iso]
 
 
 def iso_code(code: str) -> str | None:
-    """Its code as in `NAMES`, from any spelling: `de` for `de_DE`, `deu_Latn`, `German`; None where unknown here."""
+    """Return a language's code as in `NAMES`, or None if it is unknown here: `de` for `de_DE`, `deu_Latn`, `German`."""
     plain = code.strip().strip("_<>")
     if plain.lower() in _BY_NAME:
         return _BY_NAME[plain.lower()]

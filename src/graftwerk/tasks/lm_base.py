@@ -1,4 +1,4 @@
-"""What causal and masked language modelling have in common: rows of plain text, every one cut into blocks."""
+"""Base of causal and masked language modelling: rows of plain text, each cut into blocks."""
 
 from __future__ import annotations
 

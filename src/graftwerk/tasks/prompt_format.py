@@ -24,10 +24,14 @@ Fill = Callable[[str], str]
 
 
 class PromptFormat:
-    """How a tokenizer's model is asked.
+    """Format of requests and answers for a model: turns of its chat template, or plain text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        chat: True to use its chat template if it has one.
 
     Raises:
-        ModelError: the tokenizer has no end token.
+        ModelError: The tokenizer has no end token.
     """
 
     def __init__(self, tokenizer: Any, *, chat: bool) -> None:
@@ -36,7 +40,7 @@ class PromptFormat:
 
     @property
     def as_turn(self) -> bool:
-        """Whether requests are turns of a conversation; else they are texts as they stand."""
+        """Return True if requests are turns of a conversation, False if they are plain texts."""
         return isinstance(self.template, ModelTemplate)
 
     def end_ids(self) -> list[int]:
@@ -51,11 +55,15 @@ class PromptFormat:
             return end_ids(self.template, self.tokenizer)
 
     def encode(self, requests: Sequence[str], answers: Sequence[str | None]) -> list[Encoded]:
-        """Each request with its answer and the end token that is learnt after it; None: it is only asked.
+        """Tokenize each request with its answer and the end token that is learnt after it.
+
+        Args:
+            requests: The requests.
+            answers: The answer to each, or None for a request to be answered by the model.
 
         Raises:
-            IntegrityError, ModelError: the chat template is not to be used.
-            UnsupportedError: the tokenizer does not say which characters a token is of.
+            IntegrityError, ModelError: The chat template cannot be used.
+            UnsupportedError: The tokenizer gives no character offsets of tokens.
         """
         if self.as_turn:
             turns = [

@@ -1,9 +1,9 @@
-"""What summarization and translation have in common: one text in, another out, with any model that writes.
+"""Base of summarization and translation: one text in, another out, with any model that generates text.
 
 Encoder-decoder models read `prefix` and text, and learn exactly the labels that their own tokenizer makes of the answer
-(``tokenizer(text_target=...)``). Causal models read a template filled with the text (as one turn of a user, where the
-tokenizer has a chat template), and learn the answer and the end token after it; a text that is too long is cut, never
-the template around it.
+(``tokenizer(text_target=...)``). Causal models read a template filled with the text (as one user turn if the tokenizer
+has a chat template), and learn the answer and the end token after it; a long text is truncated, never the template
+around it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Seq2SeqTask(TextTask):
 
     @abstractmethod
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        """What the `fields` of prefix and template are in this row; only those that occur in them have to be there."""
+        """Return the values of the `fields` of prefix and template for a row; only those that occur are needed."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
         """A row without its second part gets the target None: an answer is asked for and none is known.

@@ -34,11 +34,12 @@ INSTRUCTION, RESPONSE = "### Instruction:\n", "### Response:\n"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text.
+    """A conversation rendered by a chat template.
 
     Attributes:
-        spans: For each assistant turn, the character where its answer begins and the one where the turn ends.
-        unfit: Why there is no text; None where there is one.
+        text: The text.
+        spans: For each assistant turn, the characters at which its answer begins and the turn ends.
+        unfit: Why the conversation could not be rendered, or None if it was.
     """
 
     text: str = ""
@@ -187,7 +188,7 @@ def _template(tokenizer: Any, choice: Choice) -> Template:
 
 
 def begins_texts(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its beginning token in front of every text."""
+    """Return True if the tokenizer adds its beginning-of-sequence token to every text."""
     return bool(
         tokenizer.bos_token_id is not None
         and (ids := tokenizer("a", verbose=False)["input_ids"])

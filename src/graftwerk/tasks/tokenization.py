@@ -20,11 +20,16 @@ def encode_texts(
     """Tokenize all texts in one call.
 
     Args:
+        texts: The texts.
+        tokenizer: The model's tokenizer.
         max_length: Tokens kept of a text, its special tokens included.
-        as_target: As what a decoder is to write, which some tokenizers treat differently (languages, vocabularies).
+        as_target: True for texts that a decoder is to write, which some tokenizers encode differently.
 
     Returns:
-        For each text its inputs (lists of equal length), and how many of its tokens did not fit.
+        For each text its inputs (lists of equal length), and the number of its tokens that did not fit.
+
+    Raises:
+        ConfigError: `max_length` leaves no room for text beside the special tokens.
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:

@@ -236,8 +236,13 @@ class TranslationDecoder(PairDecoder):
     def predictions(
         self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
     ) -> TextPredictions:
-        """As for all texts; two directions have metrics of their own, as two data sets have, since words of two
-        languages are no corpus.
+        """Return predictions as for other texts; with both directions, each direction is a set with its own metrics.
+
+        Args:
+            outputs: Negative log-likelihood and number of tokens of each row, (1, 2).
+            examples: The rows.
+            loss: As for `Decoder.predictions`.
+            texts: As for `Decoder.predictions`.
         """
         found = super().predictions(outputs, examples, loss, texts)
         if not self.both_directions:
