@@ -50,10 +50,10 @@ class Encoded:
 def encode_conversations(
     conversations: Sequence[Sequence[Turn]], template: Template, tokenizer: Any, max_length: int
 ) -> list[Encoded]:
-    """Token ids and labels of each conversation, in order.
+    """Tokenize conversations to token ids and labels, in order.
 
-    One that is too long loses tokens at the ends of its longest user turns, so that question and answer keep their
-    frame; only where that is not enough, its own end.
+    A long conversation loses tokens at the ends of its longest user turns, so that the template around question and
+    answer stays whole; only if that is not enough is its own end cut.
 
     Args:
         conversations: Turns (role, content); one whose last turn is not the assistant's is asked about: it has a prompt
@@ -61,8 +61,8 @@ def encode_conversations(
         max_length: Tokens kept.
 
     Raises:
-        IntegrityError, ModelError: the template is not to be used.
-        UnsupportedError: the tokenizer does not say which characters a token is of.
+        IntegrityError, ModelError: The template cannot be used.
+        UnsupportedError: The tokenizer gives no character offsets of tokens.
     """
     if not tokenizer.is_fast:
         raise UnsupportedError(
@@ -99,7 +99,7 @@ def encode_conversations(
 
 
 def end_ids(template: Template, tokenizer: Any) -> list[int]:
-    """The tokens at which a generated answer ends: the tokenizer's, and the one that the template ends a turn with."""
+    """Return the ids that end a generated answer: the tokenizer's end token, and the one that ends a turn."""
     known = _ENDS.setdefault(template, [])
     if not known:
         known.append(tokenizer.eos_token_id)
@@ -150,7 +150,7 @@ def _labelled(
 
 
 def _fitting(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span], max_length: int) -> tuple[list[int], int]:
-    """The places of the tokens that are kept, and how many are not."""
+    """Return the indices of the tokens to keep, and the number of the others."""
     excess = len(offsets) - max_length
     everything = list(range(len(offsets)))
     if excess <= 0:
@@ -167,7 +167,7 @@ def _fitting(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span], max
 
 
 def _asked(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span]) -> list[list[int]]:
-    """The tokens of what each user turn says, without those of the template around it."""
+    """Return the indices of each user turn's own tokens, without those of the template around it."""
     found = []
     position = 0
     spans = iter(rendered.spans)
@@ -205,5 +205,5 @@ def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _special(tokenizer: Any) -> set[int]:
-    """Tokens that are no text: those with a role, and those that were added to the vocabulary."""
+    """Return the ids of special tokens and of tokens added to the vocabulary."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -21,7 +21,7 @@ def text_blocks(
     cut: bool,
     close_all: bool = False,
 ) -> list[tuple[list[list[int]], int]]:
-    """The blocks of each text, and how many of its tokens are in none.
+    """Cut texts into blocks; return the blocks of each text, and the number of its tokens in none of them.
 
     A text that fits is one block, ``front`` and ``back`` around it. One that does not is cut into blocks of
     ``max_length`` that begin with ``front``, the last of them with ``back`` at its end.

@@ -129,10 +129,10 @@ class Classification(Task):
         return 1.0 if self._class_weights is None else float(self._class_weights[label])
 
     def weighted(self, weights: Sequence[float]) -> Self:
-        """The task with a loss in which a row counts what its class does, for training.
+        """Return the task with class weights in the loss, for training.
 
         Args:
-            weights: One for each class, in the order of their ids.
+            weights: One per class, in the order of their ids.
         """
         bound = self.model_copy()
         bound._class_weights = torch.tensor(weights, dtype=torch.float32)

@@ -62,7 +62,7 @@ def read(task: Task, data: DataSettings, labels: Sequence[str] | None = None) ->
 
 
 def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: int, folder: Path) -> list[Example]:
-    """As ``task.encode(getattr(splits, split), ...)``.
+    """Encode a split through the cache, as ``task.encode(getattr(splits, split), ...)``.
 
     Args:
         folder: Where the tokenizer and the model's configuration were read from.
@@ -222,7 +222,7 @@ def _place(key: str) -> Path:
 
 
 def _clean(folder: Path) -> None:
-    """Down to `MOST_BYTES`, what killed writers left included."""
+    """Delete the files used longest ago down to `MOST_BYTES`, and what killed writers left."""
     states = []
     for file in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process cleans too

@@ -191,7 +191,7 @@ class ConversationGeneration(Generation):
 
 
 def fields_of(text: str) -> tuple[str, ...]:
-    """The columns named in braces, in order.
+    """Return the columns that a prompt names in braces, in order.
 
     Raises:
         ValueError: something in braces that is no plain name.

@@ -70,7 +70,7 @@ def _place(tokenizer: Any, code: str) -> Place:
 
 @contextmanager
 def language_context(tokenizer: Any, source: str, target: str) -> Iterator[None]:
-    """Inside, the tokenizer reads one language and writes another; afterwards it is as it was."""
+    """Set the tokenizer's source and target language inside the block, and restore them afterwards."""
     before = tokenizer.src_lang, tokenizer.tgt_lang
     tokenizer.src_lang, tokenizer.tgt_lang = source, target
     try:
@@ -80,14 +80,17 @@ def language_context(tokenizer: Any, source: str, target: str) -> Iterator[None]
 
 
 def check_code(code: str, codes: LanguageCodes, *, setting: str, given: bool, where: str) -> None:
-    """
+    """Check that a tokenizer knows a language code.
+
     Args:
+        code: The code.
+        codes: The tokenizer's codes.
         setting: ``source_lang`` or ``target_lang``.
-        given: Whether it is a setting of the run file, or stands in a row.
-        where: The row, for people.
+        given: True if the code is a setting of the run file, False if it is from a row.
+        where: Place of the row, for messages.
 
     Raises:
-        ConfigError, DataError: the tokenizer does not know the code; all that it knows are listed.
+        ConfigError, DataError: The tokenizer does not know the code; the message lists those it knows.
     """
     if code in codes.ids:
         return
@@ -101,7 +104,7 @@ def check_code(code: str, codes: LanguageCodes, *, setting: str, given: bool, wh
 
 
 def _near(code: str, codes: LanguageCodes) -> str | None:
-    """The code of the same language (`de` or `German` for `de_DE`), else the one that is spelt most like it."""
+    """Return the code of the same language (`de_DE` for `de` or `German`), else the one spelt most like it."""
     name = language_name(code)
     if name is not None:
         for other in codes.ids:

@@ -85,7 +85,7 @@ class Multitask(TextTask):
         return bound._with({name: task.for_model(architecture) for name, task in self.tasks.items()})
 
     def resolved(self, splits: Splits) -> Self:
-        """Each task with what its own rows say."""
+        """Return the task with each of its tasks resolved from its own rows."""
         mine = {name: [row for row in splits.train if row[SET] == name] for name in self.tasks}
         return self._with({name: task.resolved(replace(splits, train=mine[name])) for name, task in self.tasks.items()})
 
@@ -113,7 +113,7 @@ class Multitask(TextTask):
         )
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
-        """Every set read, checked and split by its own task; training rows that another set holds out are left out.
+        """Read, check and split each set by its own task; leave out training rows that another set holds out.
 
         Raises:
             ConfigError: settings that have no meaning for several sets.

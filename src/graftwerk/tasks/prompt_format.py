@@ -44,7 +44,7 @@ class PromptFormat:
         return isinstance(self.template, ModelTemplate)
 
     def end_ids(self) -> list[int]:
-        """The tokens at which an answer ends.
+        """Return the token ids that end an answer.
 
         Raises:
             As `encode`.
@@ -114,7 +114,7 @@ class PromptFormat:
         return cut, len(whole.ids) - len(ids)
 
     def _fitting(self, prompt: list[int], text: str, fill: Fill, room: int) -> str:
-        """As much of the text as makes a prompt of at most `room` tokens."""
+        """Return as much of the text as makes a prompt of at most `room` tokens."""
         tokens = self.tokenizer(
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=self.tokenizer.is_fast
         )

@@ -94,7 +94,7 @@ def splits_of_stream(
     labels: tuple[str, ...] | None = None,
     findings: Sequence[Issue] = (),
 ) -> Splits:
-    """The same for training rows that are not held in memory; those of validation and test are."""
+    """Return splits with streamed training rows; the rows of validation and test are in memory."""
     held: dict[str, Any] = {split: part.rows for split, part in streamed.held.items()}
     placed = {"train": streamed.repeated, **{split: part.placed() for split, part in streamed.held.items()}}
     counts = {"train": len(streamed.rows), **{split: len(rows) for split, rows in held.items()}}

@@ -54,7 +54,7 @@ class Template(ABC):
 
     @abstractmethod
     def render(self, conversations: Sequence[Sequence[Turn]], *, asked: bool = False) -> list[Rendered]:
-        """The text of each conversation, in order.
+        """Render conversations, in order.
 
         Args:
             asked: The texts end where the model is to begin an answer, and have no spans.
@@ -153,13 +153,14 @@ class ModelTemplate(Template):
 
 
 def template_for(tokenizer: Any, choice: Choice = "auto") -> Template:
-    """The template that conversations with a model are written by.
+    """Return the template that renders conversations for a model.
 
     Args:
-        choice: ``auto``: the model's own where it has one, else the plain one.
+        tokenizer: The model's tokenizer.
+        choice: Which template; ``auto`` means the model's own if it has one, else the plain one.
 
     Raises:
-        ConfigError: the model's own is asked for, and there is none.
+        ConfigError: The model's own is requested, and it has none.
         ModelError: the tokenizer has no end token.
     """
     known = _KNOWN.setdefault(tokenizer, {})
@@ -197,7 +198,7 @@ def begins_texts(tokenizer: Any) -> bool:
 
 
 def _variables(tokenizer: Any) -> dict[str, Any]:
-    """The special tokens, by the names under which templates know them."""
+    """Return the special tokens by the names that templates use."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 

@@ -104,7 +104,7 @@ class Translation(Seq2SeqTask):
         )
 
     def _both(self, rows: Sequence[Row]) -> list[Row]:
-        """Each row and, behind it, the same turned around."""
+        """Return each row followed by the same row in the other direction."""
         both = []
         for row in rows:
             source, target = (self._code(row, side) for side in SIDES)
@@ -132,7 +132,7 @@ class Translation(Seq2SeqTask):
     # -- encoding --------------------------------------------------------------------------------------------------
 
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        """English names, for those languages that prefix or template mention."""
+        """Return the English names of the languages that prefix or template mention."""
         wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
         return {
             side: name_or_error(self._language(row, side), setting=side, given=row.get(side) is None, where=_said(row))
