@@ -56,7 +56,7 @@ def _texts(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    """Module names: a list, or one text (a name, a shorthand or a pattern, which is never evaluated)."""
+    """Return True for module names: a list, one text (a name, shorthand or pattern, never evaluated), or None."""
     return value is None or _text(value) or _texts(value)
 
 
@@ -346,7 +346,7 @@ def _check_lora(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_code(values: Mapping[str, Any], path: Path) -> None:
-    """Refuses whatever other loaders would import, anywhere in the file."""
+    """Raise IntegrityError for keys that name code to import, anywhere in the file."""
     for name, value in values.items():
         if name in _CODE and not _empty(value):
             _refuse(path, name, value)

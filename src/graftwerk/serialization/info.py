@@ -41,7 +41,7 @@ class AdapterInfo:
 
     @property
     def name(self) -> str | None:
-        """The name that the adapter had where it was trained."""
+        """Return the name that the adapter had in training, or None if it is not stored."""
         name = self.own.get("name")
         return name if isinstance(name, str) else None
 
@@ -57,7 +57,7 @@ class AdapterInfo:
 
     @property
     def digests_beside(self) -> dict[str, str]:
-        """Of the base's weights that neither its fingerprint covers nor the adapter stores, by name."""
+        """Return digests, by name, of base weights that neither the fingerprint covers nor the adapter stores."""
         beside: dict[str, str] = self.own["base"].get("beside", {}) if self.own else {}
         return beside
 
@@ -68,7 +68,7 @@ class AdapterInfo:
 
     @property
     def labels(self) -> list[str] | None:
-        """The names of the classes, in the order of the head's outputs."""
+        """Return the names of the classes, in the order of the head's outputs, or None if they are not stored."""
         labels: list[str] | None = self.own.get("labels")
         return labels
 

@@ -18,7 +18,7 @@ _PLAIN = re.compile(r"\^?(?:\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
 
 def endings(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """Few and short endings that together name exactly ``chosen`` among the paths of all ``modules``, sorted."""
+    """Return few and short endings, sorted, that together match exactly ``chosen`` among the paths of ``modules``."""
     wanted = set(chosen)
     others = [path for path in modules if path not in wanted]
     taken: set[str] = set()

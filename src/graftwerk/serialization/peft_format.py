@@ -89,7 +89,7 @@ class Restored:
 
 
 def common_config(graft: Adapter, peft_type: str, base_name: str | None) -> dict[str, Any]:
-    """The keys that every kind of adapter has."""
+    """Return the keys that every kind of adapter has."""
     model_class = type(graft.model)
     task = _task_type(graft)
     return {
@@ -189,7 +189,7 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
 
 
 def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
-    """PEFT's way of naming exactly these layers: short endings, with the numbers of the layers where those say it."""
+    """Return PEFT's keys that name exactly these layers: short endings, with layer numbers where these suffice."""
     modules = module_paths(graft.model, graft.heads)
     whole = {"target_modules": endings(paths, modules)}
     if getattr(graft.method, "layers", None) is None:
@@ -218,7 +218,7 @@ def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
 
 
 def _in_layer(place: TargetModule) -> str:
-    """A place's path within its layer."""
+    """Return a module's path within its layer."""
     parts = place.path.split(".")
     return ".".join(parts[parts.index(str(place.layer)) + 1 :])
 
@@ -241,7 +241,7 @@ def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
 
 
 def write_own(graft: Adapter, base_name: str | None) -> Stored:
-    """Kinds of adapters that PEFT does not have: our raw keys in PEFT's container."""
+    """Return the contents of a folder for an adapter that PEFT does not have: our raw keys in PEFT's container."""
     config = common_config(graft, OWN_PREFIX + graft.method.name.upper(), base_name)
     return Stored(config, {PREFIX + key: tensor for key, tensor in graft.state_dict().items()})
 
@@ -257,7 +257,7 @@ def most_common(values: Iterable[Any]) -> Any:
 
 
 def module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
-    """All modules that PEFT would compare its targets with: saved heads are never adapted."""
+    """Return the paths of all modules that PEFT matches its targets with: saved heads are never adapted."""
     return [path for path in base_modules(model) if path and not within(path, heads)]
 
 

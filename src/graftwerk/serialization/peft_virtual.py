@@ -40,7 +40,7 @@ _HEAD_PREFIX = "base_model."
 
 
 def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
-    """Prompt tuning and P-tuning: the vectors that stand in front of the text."""
+    """Return the contents of a folder for prompt tuning or P-tuning: the vectors before the text."""
     method = graft.method
     assert isinstance(method, Prompt | PTuning)
     table = graft.model.get_input_embeddings()

@@ -47,12 +47,12 @@ _READERS = {
 
 
 def restored(model: PreTrainedModel, view: Architecture, info: AdapterInfo) -> Restored:
-    """Settings and raw tensors of the adapter in a folder, for this model; nothing is attached yet.
+    """Read the settings and raw tensors of an adapter for a model, without attaching it.
 
     Raises:
-        AdapterError: tensors are missing, or do not belong to this model.
-        IntegrityError: a file is a pickle, damaged or hostile.
-        UnsupportedError: PEFT's adapter does what cannot be done here.
+        AdapterError: Tensors are missing, or do not belong to this model.
+        IntegrityError: A file is a pickle, damaged or hostile.
+        UnsupportedError: PEFT's adapter uses a feature that is not supported here.
     """
     # An adapter is never larger than its base; twice that, for float64 and heads, is where trying to read it ends.
     weights = base_parameters(model).values()

@@ -97,13 +97,13 @@ def _is_text(values: Any) -> bool:
 
 
 def parse_object(content: bytes, path: Path, scale: float = 1.0) -> dict[str, Any]:
-    """The JSON object that a text says, within every limit of `read_json`.
+    """Parse a JSON object within every limit of `read_json`.
 
     Args:
-        scale: Times the usual limits of bytes, values and escapes that are accepted.
+        scale: Factor on the usual limits of bytes, values and escapes.
 
     Raises:
-        IntegrityError: it is none, or beyond a limit.
+        IntegrityError: It is not a JSON object, or exceeds a limit.
     """
     if len(content) > scale * MAX_JSON_BYTES:
         refuse(path, f"it is larger than {int(scale * MAX_JSON_BYTES):,} bytes")
@@ -151,7 +151,7 @@ def dump_object(
 
 
 def digest_of(values: Mapping[str, Any]) -> str:
-    """SHA-256 of an object's content: neither the order of keys nor white space counts, nor a seal that is there."""
+    """Return the SHA-256 of an object's content, whatever its order of keys, white space and seal."""
     content = json.loads(json.dumps({key: value for key, value in values.items() if key != SEAL}))  # keys become texts
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
@@ -182,7 +182,7 @@ def check_seal(values: Mapping[str, Any], path: Path) -> bool:
 
 
 def check_depth(values: Any, path: Path) -> None:
-    """Refuses what is nested deeper than `MAX_JSON_DEPTH`."""
+    """Raise IntegrityError for values nested deeper than `MAX_JSON_DEPTH`."""
     level = [values]
     for _ in range(MAX_JSON_DEPTH):
         inner: list[Any] = []
