@@ -49,12 +49,12 @@ class Format:
 
 
 def perhaps_text(value: Any) -> str:
-    """Text, or "" for nothing."""
+    """Return a text, or "" if there is none."""
     return "" if value is None or (isinstance(value, str) and not value.strip()) else text_part(value)
 
 
 def messages_part(value: Any) -> Turns:
-    """The messages of a conversation as turns; a system message without content is left out.
+    """Return the messages of a conversation as turns, without an empty system message.
 
     Raises:
         ValueError: no list of messages, an unknown role, an empty message, a system message that is not the first.
@@ -112,7 +112,7 @@ def _message(message: Any) -> tuple[str, str]:
 
 
 def conversation(turns: Turns) -> dict[str, Any]:
-    """A row of turns to learn from.
+    """Return a row of turns for training.
 
     Raises:
         ValueError: nothing is answered, or the last turn is not.
@@ -125,7 +125,7 @@ def conversation(turns: Turns) -> dict[str, Any]:
 
 
 def question(turns: Turns) -> dict[str, Any]:
-    """A row of turns to be answered; an answer that it has already is left out.
+    """Return a row of turns for prediction, without the answer that it may have already.
 
     Raises:
         ValueError: nothing is asked.
@@ -198,7 +198,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
 
 
 def columns_of_format(columns: Sequence[str], format: str | None) -> tuple[str, ...]:
-    """The columns without those of other formats than the named one."""
+    """Return the columns without those of other formats than the named one."""
     if format is None:
         return tuple(columns)
     own = {part for shape in FORMATS[format] for part in (*shape.parts, *shape.optional)}

@@ -9,7 +9,7 @@ from graftwerk.errors import ConfigError, ResourceError
 
 
 def read_hub(name: str, split: str, source: str) -> Table:
-    """One split of a hub data set. Class columns come back as their names, a class of -1 (unlabelled) as nothing.
+    """Read one split of a hub data set. Classes become their names, and a class of -1 (unlabelled) becomes None.
 
     Args:
         name: ``owner/name`` or ``owner/name/configuration``.

@@ -60,19 +60,19 @@ class Table:
         return len(self.rows)
 
     def at(self, line: int) -> str:
-        """`file:line`, or `file row n` where a file has no lines."""
+        """Return `file:line`, or `file row n` if the file has no lines."""
         if self.pieces:
             offset, piece = self.pieces[bisect(self.pieces, line - 1, key=lambda pair: pair[0]) - 1]
             return piece.at(line - offset)
         return f"{self.shown}:{line}" if self.unit == "line" else f"{self.shown} row {line}"
 
     def where(self, index: int) -> str:
-        """The place of a row, by its index in `rows`."""
+        """Return the place of a row, by its index in `rows`."""
         return self.at(self.lines[index])
 
 
 def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
-    """The rows of several tables, one after another; every row keeps its file and line.
+    """Concatenate the rows of several tables; every row keeps its file and line.
 
     Raises:
         DataError: the tables have no column in common (a file with another header).

@@ -56,7 +56,7 @@ class SetSettings(Settings):
 
 
 def shown(source: Source) -> str:
-    """A source as messages call it."""
+    """Return the name of a source for messages."""
     if isinstance(source, str):
         return source
     if isinstance(source, Pair):
@@ -65,7 +65,7 @@ def shown(source: Source) -> str:
 
 
 def plain(source: Any) -> Any:
-    """A source as JSON holds it."""
+    """Return a source as a JSON value."""
     return source.model_dump() if isinstance(source, Settings) else source
 
 
@@ -189,13 +189,13 @@ class DataSettings(Settings):
 
     @property
     def sets(self) -> tuple[SetSettings, ...]:
-        """The sets of `train`, where it is a list of such."""
+        """Return the sets of `train`, empty if it is a single source."""
         listed = self.train if isinstance(self.train, list) else []
         return tuple(each for each in listed if isinstance(each, SetSettings))
 
     @property
     def source(self) -> Source:
-        """`train` as one source.
+        """Return `train` as one source.
 
         Raises:
             ValueError: it is several sets.

@@ -145,7 +145,7 @@ def read_source(source: Source, split: str = "train", text_rows: TextRows = "lin
 
 
 def files_of(source: Source) -> list[Path] | None:
-    """Every file that `read_source` looks at, in its order; None for a data set of the hub.
+    """Return every file that `read_source` looks at, in its order, or None if some data set is of the hub.
 
     Raises:
         ConfigError, ResourceError: as for `read_source`.
@@ -181,7 +181,7 @@ def matching(source: str) -> list[Path] | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """`owner/name`, with or without a configuration and a split, unless that is a file here or ends like one."""
+    """Return True for `owner/name`, perhaps with configuration and split, unless it is a file or ends like one."""
     if source.startswith((PACKAGE_SCHEME, ".", "~")) or not _HUB_ID.fullmatch(source):
         return False
     if source.lower().endswith((*READERS, *OPENERS)):

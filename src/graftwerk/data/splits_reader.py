@@ -75,7 +75,7 @@ class SplitRows:
         return [self.table.rows[index] for index in self.indices]
 
     def where(self, index: int) -> str:
-        """The place (`file:line`) of a row, by its index in `rows`."""
+        """Return the place (`file:line`) of a row, by its index in `rows`."""
         return self.table.where(self.indices[index])
 
     def placed(self) -> PlacedRows:
@@ -87,7 +87,7 @@ class SplitRows:
 
 
 def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, SplitRows], list[Issue]]:
-    """The rows of ``train``, ``validation`` and ``test``, and what was noticed while reading.
+    """Read the rows of ``train``, ``validation`` and ``test``; return them with the issues found.
 
     Raises:
         ConfigError: no such source, column or split size.
@@ -124,7 +124,7 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
 def held_out_elsewhere(
     data: DataSettings, recognise: Recognise, findings: list[Issue]
 ) -> tuple[dict[str, SplitRows], RowFormat | None]:
-    """The rows of ``validation`` and ``test`` where both are sources of their own or none."""
+    """Read the rows of ``validation`` and ``test`` that have sources of their own; other splits are empty."""
     chosen: dict[str, SplitRows] = {}
     reading: RowFormat | None = None
     for split, wanted in (("validation", data.validation), ("test", data.test)):
@@ -154,7 +154,7 @@ def read_unanswered(
     *,
     split: str = "train",
 ) -> tuple[Table, tuple[Issue, ...]]:
-    """Rows to ask a model about: no row needs an answer, and none is taken even where the source has one.
+    """Read rows for prediction: no row needs an answer, and existing answers are not read.
 
     Returns:
         The table (``table.where(i)`` is the file and line of ``table.rows[i]``), and what was left out.

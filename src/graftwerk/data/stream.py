@@ -79,7 +79,7 @@ class StreamedRows(Sequence[dict[str, Any]]):
         return next(islice(self, range(self._count)[index], None))
 
     def where(self, index: int) -> str:
-        """The place (`file:line`) of a row."""
+        """Return the place (`file:line`) of a row."""
         for table, _ in _tables(self._data, self._recognise):
             if index < len(table):
                 return table.where(index)
