@@ -325,7 +325,7 @@ def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
 def _texts(
     opened: LoadedAdapter, examples: Sequence[Example], on_progress: Progress | None, say: Callable[[str], None]
 ) -> list[str] | None:
-    """The model's own answers, for tasks that have any."""
+    """Generate the model's answers, for tasks that generate text."""
     from graftwerk.evaluation.generation import generate
 
     task = opened.task

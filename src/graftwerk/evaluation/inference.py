@@ -31,7 +31,7 @@ def run_model(
     texts: Sequence[str] | None = None,
     serve: Serve | None = None,
 ) -> Predictions:
-    """The model's answers to all examples, in the order of the examples.
+    """Run the model on all examples, and return its predictions in their order.
 
     Rows are worked off longest first in batches of like lengths, so that hardly anything is padding and memory runs
     out, if it does, in the first batch. The model is in evaluation mode inside and as it was afterwards.

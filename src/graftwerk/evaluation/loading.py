@@ -71,7 +71,7 @@ class LoadedAdapter:
 
     @property
     def eval_batch_size(self) -> int:
-        """Rows of a forward pass: as many as the run itself took, so that answers round alike."""
+        """Return the rows per forward pass: as many as in the run itself, so that results round alike."""
         own = self.trained_with.get("eval_batch_size")
         if type(own) is int and 0 < own <= MOST_ROWS:
             return own
@@ -115,7 +115,7 @@ class Target:
 
 
 def find(target: Any) -> Target:
-    """A run folder (its adapter is meant), an adapter folder, or the `Run` that `train` gave back.
+    """Find the adapter of a run folder, an adapter folder, or a `Run` that `train` returned.
 
     Raises:
         ConfigError: neither, or a run that is not finished.
@@ -280,7 +280,7 @@ def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[
 
 
 def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
-    """The run's own rows that were not trained on: test where there is one, else validation.
+    """Return the run's held-out rows: test if there are any, else validation.
 
     Raises:
         ConfigError: an adapter folder alone, or a run that held nothing out.
@@ -311,6 +311,6 @@ def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
 
 
 def labelled_rows(opened: LoadedAdapter, data: str, columns: dict[str, str] | None) -> Sequence[Row]:
-    """All rows of a source, with labels that the adapter knows."""
+    """Read all rows of a source, with labels that the adapter knows."""
     settings = DataSettings(train=data, columns=opened.columns if columns is None else columns, validation=None)
     return opened.task.read(settings, opened.labels).train

@@ -54,7 +54,7 @@ class Metric:
         return {"share": " points", "points": " points", "tokens": " words", "nats": ""}[self.unit]
 
     def better(self, value: float, other: float) -> float:
-        """By how much a value is better than another; negative where it is worse."""
+        """Return by how much a value is better than another; negative if it is worse."""
         return other - value if self.higher is False else value - other
 
     @property

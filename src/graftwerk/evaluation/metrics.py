@@ -160,9 +160,10 @@ def packages_of(names: Sequence[str]) -> list[str]:
 
 
 def require_packages(names: Sequence[str]) -> None:
-    """
+    """Check, before training begins, that the packages of these metrics are installed.
+
     Raises:
-        ResourceError: a package that one of these metrics needs is not installed; before training begins.
+        ResourceError: A package that one of these metrics needs is not installed.
     """
     for package in packages_of(names):
         if find_spec(package.replace("-", "_")) is None:
@@ -232,10 +233,11 @@ def metrics_of(
 
 
 def check(predictions: Predictions, labels: Sequence[str] | None = None) -> None:
-    """
+    """Check that metrics can be computed from predictions.
+
     Raises:
-        DataError: no rows, or rows without targets.
-        ModelError: scores that are not finite, or not one a class.
+        DataError: There are no rows, or rows without targets.
+        ModelError: Scores are not finite, or not one per class.
     """
     if predictions.rows == 0:
         raise DataError("there are no rows to measure on", hint="hold out rows with data.validation or data.test")

@@ -74,7 +74,7 @@ class JointBootstrap:
 
     @cached_property
     def means(self) -> Floats:
-        """Each method's mean over its seeds, (M,)."""
+        """Return each method's mean over its seeds, (M,)."""
         return np.array([np.mean(list(self.values[name].values())) for name in self.methods])
 
     @cached_property
@@ -137,7 +137,7 @@ class JointBootstrap:
 
     @cached_property
     def pairs(self) -> Pairs:
-        """Standard errors of all pairs of methods."""
+        """Return the standard errors of all pairs of methods."""
         return Pairs(self.parts, self.alike, self.seed)
 
     def simultaneous(self, confidence: float) -> list[Difference]:

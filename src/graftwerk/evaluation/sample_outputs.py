@@ -17,7 +17,7 @@ from graftwerk.tasks.text import TextTask
 
 
 def sample_rows(rows: int, wanted: int) -> list[int]:
-    """Evenly spaced over all rows, so that nobody chose them."""
+    """Return row indices evenly spaced over all rows, so that nobody selected them."""
     count = min(rows, wanted)
     return [place * rows // count for place in range(count)]
 
@@ -86,9 +86,10 @@ def of_base(model: Any, measure: Callable[[], Predictions]) -> Predictions:
 
 
 def check_baseline(task: Task) -> None:
-    """
+    """Check that the base can be evaluated without the adapter.
+
     Raises:
-        ConfigError: the base has no head for this task, so it has no figures of its own.
+        ConfigError: The base has no head for this task, so it has no metrics of its own.
     """
     if task.head:
         raise ConfigError(

@@ -68,7 +68,7 @@ def rouge_l_statistic(predictions: TextPredictions) -> Statistic:
 
 
 def rouge_l_stemmed(predictions: TextPredictions) -> float:
-    """By English word stems (Porter 1980): `packages` is `package`."""
+    """Return ROUGE-L over English word stems (Porter 1980): `packages` is `package`."""
     return float(_rouge(*_pairs(predictions), stemmed=True)[:, 2].mean())
 
 
@@ -135,7 +135,7 @@ def perplexity_statistic(predictions: TextPredictions) -> Statistic:
 
 
 def length(predictions: TextPredictions) -> float:
-    """Words of an answer, on average."""
+    """Return the mean number of words of an answer."""
     return float(_words(_pairs(predictions)[0]).mean())
 
 
