@@ -57,15 +57,15 @@ def aggregate(
     prefer: str,
     margin: float | None,
 ) -> dict[str, Any]:
-    """The part of `comparison.json` that stands on measurements.
+    """Aggregate runs to the part of `comparison.json` that depends on measurements.
 
     Args:
-        runs: By method's name, by seed. A method may have none (all its runs failed).
-        failed: Why runs have no result, likewise.
+        runs: By name of the method and seed. A method may have none, if all its runs failed.
+        failed: Why runs failed, likewise.
 
     Raises:
-        IntegrityError: the runs do not share base, data or rows.
-        DataError: the metric is undefined on the held-out rows.
+        IntegrityError: The runs do not share base, data or rows.
+        DataError: The metric is undefined on the held-out rows.
     """
     names = [entry.name for entry in entries if runs.get(entry.name)]
     everything = [run for name in names for run in runs[name].values()]
@@ -153,7 +153,7 @@ def _check_alike(runs: Sequence[RunResult]) -> None:
 def _joints(
     answers: Mapping[str, Mapping[int, Predictions]], metric: str, resamples: int, measured: Mapping[str, Any]
 ) -> dict[str, JointBootstrap]:
-    """A joint bootstrap of every metric that was measured and is defined; the metric that decides comes first."""
+    """Return a joint bootstrap of every metric that is measured and defined; the deciding metric comes first."""
     first = next(iter(next(iter(answers.values())).values()))
     joints = {metric: joint_bootstrap(answers, metric, resamples=resamples)}
     for name in METRICS:
@@ -220,6 +220,6 @@ def _costs(run: RunResult) -> dict[str, float | None]:
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
-    """The median over seeds: one run beside which the machine was busy does not move it."""
+    """Return the median over seeds, which one run on a busy machine does not move."""
     known = [value for value in values if value is not None]
     return median(known) if known else None

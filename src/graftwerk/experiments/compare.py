@@ -78,7 +78,7 @@ class Comparison:
         return {"comparison": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
 
     def table(self) -> str:
-        """The result as plain text: a row a method, and below it what can be said."""
+        """Return the result as plain text: one row per method, and notes below."""
         with understood(self.folder / COMPARISON):
             return plain(self.result)
 
@@ -219,7 +219,7 @@ class _ComparisonDriver:
         self.failed: dict[str, dict[int, str]] = {entry.name: {} for entry in entries}
 
     def config_of(self, entry: MethodSpec, seed: int) -> dict[str, Any]:
-        """The resolved run file of one run, as plain values."""
+        """Return the resolved settings of one run, as plain values."""
         tree = entry.changed(self.base.model_dump(mode="json"))
         tree["training"]["seed"] = seed
         tree["output_dir"] = str(self.folder_of(entry, seed))
@@ -381,7 +381,7 @@ def _result_line(run: RunResult, metric: str) -> str:
 
 
 def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A run file's content, of a file or of what stands for one; a copy."""
+    """Return a copy of a run file's content, from a path, a mapping or a `RunConfig`."""
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
     if isinstance(config, Mapping):

@@ -34,7 +34,7 @@ class EtaEstimator:
             self._seconds.setdefault(method, []).append(seconds)
 
     def expected(self, method: str) -> float | None:
-        """Seconds of a run of this method; None while nothing is known."""
+        """Return the expected seconds of a run of a method, or None while nothing is known."""
         own = self._seconds.get(method)
         if own:
             return fmean(own)
@@ -42,11 +42,11 @@ class EtaEstimator:
         return fmean(known) if known else None
 
     def left(self, elapsed: float = 0.0, steps_left: float | None = None) -> float | None:
-        """Seconds to the end of all runs.
+        """Return the estimated seconds to the end of all runs.
 
         Args:
-            elapsed: Seconds that the run at work has taken so far.
-            steps_left: Seconds that its steps will still take, as the training says; better than what other runs took.
+            elapsed: Seconds since the start of the active run.
+            steps_left: Seconds that training estimates for its remaining steps; better than the times of other runs.
         """
         waiting = list(self.planned[self.done :])
         if not waiting:

@@ -29,15 +29,15 @@ def header(
     prefer: str,
     own: Any,
 ) -> dict[str, Any]:
-    """The part of `comparison.json` that is known before anything is trained.
+    """Return the part of `comparison.json` that is known before training.
 
     Args:
-        base: What all runs share; its ``output_dir`` is the comparison's folder.
-        checked: What `jobs` found out about rows and methods.
+        base: Settings that all runs share; its ``output_dir`` is the comparison's folder.
+        checked: Facts about rows and methods from `jobs`.
         own: The run file's own method, as it is written there.
 
     Raises:
-        ConfigError: nothing is held out to compare on.
+        ConfigError: No rows are held out to compare on.
     """
     return {
         "format": FORMAT,

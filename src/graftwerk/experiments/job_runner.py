@@ -180,7 +180,7 @@ class JobRunner:
 
 
 def _rebuilt(said: Mapping[str, Any]) -> Explained:
-    """The error that a worker raised, of the same class."""
+    """Return the error that a worker raised, with the same class."""
     what, where, hint, kept = (said.get(part) for part in ("what", "where", "hint", "recovered"))
     if said.get("error") == RunInterrupted.code:
         return RunInterrupted(int(said["exit_code"]) - 128, str(what), recovered=kept, hint=hint)

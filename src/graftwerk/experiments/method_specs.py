@@ -39,7 +39,7 @@ class MethodSpec:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def changed(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A run file's content with this entry's method and changes in it."""
+        """Return a run file's content with this method and its changes."""
         tree = {**tree, "method": self.method.to_dict()}
         for key, value in self.changes.items():
             part, _, name = key.partition(".")
@@ -48,11 +48,11 @@ class MethodSpec:
 
 
 def parse_method_specs(methods: Sequence[Any] | str) -> list[MethodSpec]:
-    """Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, also with a `label` and with learning
-    rates of its own), or built methods.
+    """Parse methods: names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, perhaps with a `label` and
+    a learning rate), or method objects.
 
     Raises:
-        ConfigError: none; an unknown method or setting; two that are the same.
+        ConfigError: There is no method, an unknown method or setting, or the same method twice.
     """
     listed = (
         [part.strip() for part in methods.split(",") if part.strip()] if isinstance(methods, str) else list(methods)
@@ -187,10 +187,10 @@ def _slug(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def parse_seeds(seeds: Sequence[int] | int | str) -> list[int]:
-    """`[0, 1, 2]`, `3` (one seed, the number 3) or `"0,1,2"`.
+    """Parse seeds: `[0, 1, 2]`, `3` (one seed, the number 3) or `"0,1,2"`.
 
     Raises:
-        ConfigError: none, one twice, or something that is no seed.
+        ConfigError: There is no seed, one is given twice, or one is not a seed.
     """
     if isinstance(seeds, str):
         parts: list[Any] = [part.strip() for part in seeds.split(",") if part.strip()]

@@ -124,16 +124,16 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
 
 
 def count_parameters(method: Method, task: Task, architecture: Any, splits: Splits) -> dict[str, Any]:
-    """``trained`` (the head included), ``head``, ``total`` of the base, ``share`` trained of it; nothing is loaded.
+    """Count parameters without loading weights: ``trained`` (with the head), ``head``, ``total``, ``share`` trained.
 
     Raises:
-        UnsupportedError, ConfigError: the method cannot work on this architecture, or a target names nothing.
+        UnsupportedError, ConfigError: The method does not support this architecture, or a target matches nothing.
     """
     return _counted(method, _without_storage(task, architecture, splits))
 
 
 def _without_storage(task: Task, architecture: Any, splits: Splits) -> Any:
-    """The model as it would be loaded, on torch's `meta` device."""
+    """Return the model as it would be loaded, on torch's `meta` device."""
     import torch
 
     for key, value in task.model_kwargs(splits).items():

@@ -84,7 +84,7 @@ def in_words(difference: Difference, metric: str = "accuracy") -> str:
 
 
 def signed(value: float) -> str:
-    """With its sign, a true minus, and no -0.0."""
+    """Format a number with its sign, a true minus, and no -0.0."""
     text = f"{abs(value):.1f}"
     if float(text) == 0:
         return text
@@ -92,7 +92,7 @@ def signed(value: float) -> str:
 
 
 def turned(difference: Difference) -> Difference:
-    """The same difference seen from the other side."""
+    """Return the difference with its two methods exchanged."""
     return {
         **difference,
         "a": difference["b"],
@@ -104,7 +104,7 @@ def turned(difference: Difference) -> Difference:
 
 
 def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
-    """The difference of `a` to `b`, whichever way round it was computed."""
+    """Return the difference of `a` to `b`, whichever way round it was computed."""
     for difference in differences:
         if (difference["a"], difference["b"]) == (a, b):
             return difference
@@ -114,9 +114,9 @@ def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
 
 
 def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float], metric: str = "accuracy") -> list[str]:
-    """Methods that no other beats in both, by their point values, cheapest first.
+    """Return the Pareto front of quality and cost by point values, cheapest first.
 
-    One is beaten by another that is at least as good and as cheap, and better in one of the two.
+    A method is dominated by another that is at least as good and as cheap, and better in one of the two.
     """
     known = [name for name in quality if name in cost]
     if METRICS[metric].higher is False:
