@@ -17,7 +17,7 @@ LOOP_WORDS, LOOP_TIMES = 4, 4
 
 
 def normal(text: str) -> str:
-    """For comparing: letters without case, white space as single spaces."""
+    """Return a text for comparison: case folded, white space as single spaces."""
     return " ".join(text.casefold().split())
 
 

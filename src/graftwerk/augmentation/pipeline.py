@@ -143,7 +143,7 @@ def identity_of(rows: Sequence[Row], augmenters: Sequence[Augmenter]) -> dict[st
 
 
 def weighted(rows: Sequence[dict[str, Any]], weight: float) -> list[dict[str, Any]]:
-    """Each row ``weight`` times; of a fraction, a row's own text decides whether it is among those."""
+    """Repeat each row ``weight`` times; a hash of the row's text decides for the fractional part."""
     used = []
     for row in rows:
         whole = int(weight)

@@ -62,7 +62,7 @@ class Journal:
         self.close()
 
     def add(self, key: str, answers: list[Any]) -> None:
-        """A batch is done; it is on the disk when this returns."""
+        """Append a finished batch; it is on disk when this returns."""
         self.done[key] = answers
         self._append(json.dumps([key, answers], ensure_ascii=False))
 
@@ -70,7 +70,7 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """All is made and stored elsewhere."""
+        """Remove the log, once the output is complete and stored."""
         self.path.unlink(missing_ok=True)
         self.close()
 

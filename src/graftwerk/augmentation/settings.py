@@ -129,7 +129,7 @@ class Generation(Making, Translator):
 
     @property
     def legs(self) -> tuple[Translator, ...]:
-        """The models that a text passes, in order."""
+        """Return the models that a text passes through, in order."""
         last = Translator(model=self.model, base=self.base, task=self.task)
         return (last,) if self.through is None else (self.through, last)
 
@@ -168,7 +168,7 @@ AUGMENTERS: dict[str, type[Augmenter]] = {
 
 
 def parse_augmenter(value: Any) -> Augmenter:
-    """`word_dropout` (or `word-dropout`), ``{name: word_dropout, probability: 0.2}``, or an augmenter already built.
+    """Parse an augmenter: `word_dropout` (or `word-dropout`), ``{name: word_dropout, probability: 0.2}``, or an object.
 
     Raises:
         ConfigError: there is no such augmenter or setting; the nearest is named.
@@ -181,7 +181,7 @@ def parse_augmenter(value: Any) -> Augmenter:
 
 
 def parse_augmenters(value: Any) -> tuple[Augmenter, ...]:
-    """One augmenter, several, or none (``None`` or an empty list).
+    """Parse one augmenter, several, or none (``None`` or an empty list).
 
     Raises:
         ConfigError: as `parse_augmenter`; or one is given twice, which would only make the same rows twice.

@@ -132,7 +132,7 @@ def ask(
     key: str,
     on_progress: Progress | None = None,
 ) -> tuple[dict[Question, list[Answer]], dict[str, Any]]:
-    """`n` answers to each question.
+    """Generate `n` answers to each question.
 
     Args:
         leg: Which of the settings' models is asked.
