@@ -11,7 +11,10 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """`$GRAFTWERK_CACHE`, else `$XDG_CACHE_HOME/graftwerk`, else `~/.cache/graftwerk`. It need not exist yet."""
+    """Return the cache folder, which need not exist yet.
+
+    It is `$GRAFTWERK_CACHE`, else `$XDG_CACHE_HOME/graftwerk`, else `~/.cache/graftwerk`.
+    """
     if own := os.environ.get("GRAFTWERK_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

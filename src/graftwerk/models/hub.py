@@ -22,7 +22,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/name`, or a bare `name` as the oldest models have."""
+    """Return True for `owner/name`, or a bare `name` as the oldest models have."""
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
@@ -115,6 +115,6 @@ def _check_hash(file: Path) -> None:
 
 
 def _first(error: Exception) -> str:
-    """The error's first sentence; libraries go on with what does not fit here."""
+    """Return the first sentence of an error; the rest of what libraries write does not apply here."""
     lines = str(error).strip().splitlines()
     return lines[0].partition(". ")[0][:160] if lines else type(error).__name__

@@ -43,17 +43,17 @@ class HeadedTask(Protocol):
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The checked local folder of a model.
+    """Return the local folder of a model, after the safety checks.
 
     Args:
         name: Hub id, folder, .gguf file, or `pkg://package/...` for a folder or .gguf file inside an installed package.
         revision: For a hub id: branch, tag or commit.
-        weights: Whether the weights must be there too.
+        weights: True if the weights are needed too.
 
     Raises:
-        ConfigError: no such folder, file or hub model; or a revision for something that has none.
-        ResourceError: a file is missing and cannot be fetched; it is named.
-        IntegrityError: the model asks for code of its own, or has pickled weights only.
+        ConfigError: There is no such folder, file or hub model, or a revision is given for something that has none.
+        ResourceError: A file is missing and cannot be downloaded; the message names it.
+        IntegrityError: The model needs code of its own, or has pickled weights only.
     """
     if not name.strip() or "\0" in name:
         raise ConfigError(f"{name!r} is no model", where="model")
@@ -78,7 +78,7 @@ def is_local(name: str) -> bool:
 
 
 def _local(name: str) -> Path | None:
-    """The folder or .gguf file that a name means, or None for a hub id."""
+    """Return the folder or .gguf file that a name means, or None for a hub id."""
     if name.startswith((PACKAGE_SCHEME, "/", ".", "~")) or Path(name).exists() or not hub.is_hub_id(name):
         path = locate(name)
         if path.is_file() and path.suffix != ".gguf":
@@ -88,7 +88,7 @@ def _local(name: str) -> Path | None:
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The model's transformers configuration, without its weights.
+    """Load the model's transformers configuration, without its weights.
 
     Raises:
         ModelError: transformers does not know this kind of model; and what `model_folder` raises.
@@ -109,7 +109,7 @@ def _config(folder: Path, name: str) -> Any:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The model's tokenizer. One without a pad token (most decoders) gets its end token for padding.
+    """Load the model's tokenizer. One without a pad token (most decoders) uses its end token for padding.
 
     Raises:
         ResourceError: its files are missing.
@@ -270,7 +270,7 @@ def _check_size(
 
 
 def newly_initialised(model: nn.Module) -> tuple[str, ...]:
-    """Parameters that `load_model` did not find in the checkpoint, sorted by name; empty for a model from elsewhere."""
+    """Return the parameters that `load_model` did not find in the checkpoint, sorted; empty for other models."""
     return _new_weights.get(model, ())
 
 
@@ -356,7 +356,7 @@ def fix_padding(model: Any, tokenizer: Any) -> None:
 
 
 def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtual: int = 0) -> int:
-    """Tokens of a row, special ones included: what is wanted, or what the model takes, at most 512.
+    """Return the longest row in tokens, special ones included: as wanted, or the model's limit, at most 512.
 
     Args:
         config: The model's transformers configuration.
