@@ -92,7 +92,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _several_sets(self) -> Self:
-        """With several data sets the task is composed of theirs; a resolved run file says so already."""
+        """Compose the task from those of several data sets, unless a resolved run file has it already."""
         if self.data.sets and not isinstance(self.task, Multitask):
             object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
         return self
@@ -129,13 +129,13 @@ class RunConfig(Settings):
         return self if absolute == tree else RunConfig.model_validate(absolute)
 
     def dump(self) -> str:
-        """The resolved run file as YAML, every default written out; what it names is found from any folder.
+        """Return the resolved run file as YAML, with every default and with absolute paths.
 
-        It has no secrets in it. They are remembered in this user's cache, by the text that stands for them, so that
-        `load` gives them back here and nobody else gets them with the run folder.
+        Secrets are replaced by placeholders and stored in this user's cache, so that `load` restores them here, and
+        nobody else gets them with the run folder.
 
         Raises:
-            ConfigError: with its defaults it is larger than what `load` reads.
+            ConfigError: With its defaults it is larger than what `load` reads.
         """
         tree = {**anchored(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
         for secret in _texts(tree):
@@ -210,14 +210,14 @@ class _UniqueKeys(_Loader):  # type: ignore[misc]
 
 
 def parse_yaml(raw: bytes, where: str) -> Any:
-    """The value that a YAML text holds, read without tags, aliases, duplicate keys or deep nesting, in time that its
-    length bounds.
+    """Parse YAML without tags, aliases, duplicate keys or deep nesting, in time bounded by its length.
 
     Args:
+        raw: The text.
         where: The file or key, for messages.
 
     Raises:
-        ConfigError: it is no YAML, or exceeds a limit.
+        ConfigError: It is not valid YAML, or exceeds a limit.
     """
     if len(raw) > MAX_YAML_BYTES:
         raise ConfigError(f"more than {MAX_YAML_BYTES:,} bytes, which is the most that a run file has", where=where)
@@ -290,7 +290,7 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    """Return a number for texts like `1e-3`, which YAML 1.1 does not read as a number."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -320,7 +320,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _settings_at(model: type[Settings] | None, key: str, child: dict[str, Any]) -> type[Settings] | None:
-    """The settings that a key of a run file holds; those of a method or task by their name. None: no settings."""
+    """Return the settings that a key of a run file holds, those of a method or task by name, or None."""
     name = child.get("name")
     if model is RunConfig and key == "method":
         return METHODS.get(str(SHORTHANDS.get(str(name), {"name": name})["name"]))
@@ -347,7 +347,7 @@ _KINDS = frozenset({"int", "float", "str", "bool", "none", "nullable"})
 
 
 def explain(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
-    """A pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
+    """Turn a pydantic error into a ConfigError that names each wrong key, its fault, and the nearest right key."""
     lines = []
     choices: dict[tuple[str, str], list[str]] = {}
     for fault in error.errors():

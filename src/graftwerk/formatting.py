@@ -13,7 +13,7 @@ DASH = "\N{EN DASH}"
 
 
 def figure(measured: Any) -> tuple[str, str]:
-    """``{"value", "low", "high"}`` or a bare number, as its value and its interval; nothing measured is a dash."""
+    """Format ``{"value", "low", "high"}`` or a bare number as value and interval; a dash if nothing was measured."""
     if isinstance(measured, Mapping):
         value, low, high = (measured.get(key) for key in ("value", "low", "high"))
         return number(value), f"{number(low)} to {number(high)}" if low is not None and high is not None else ""
@@ -21,46 +21,46 @@ def figure(measured: Any) -> tuple[str, str]:
 
 
 def number(value: float | None) -> str:
-    """Three decimals: 0.788."""
+    """Format with three decimals: 0.788."""
     if value is None or not math.isfinite(value):
         return DASH
     return f"{value:.3f}"
 
 
 def percent(value: float) -> str:
-    """A share of one, without the sign: 0.788 -> 78.8."""
+    """Format a share in percent without the sign: 0.788 -> 78.8."""
     return f"{100 * value:.1f}"
 
 
 def share(value: float) -> str:
-    """0.0123 -> 1.23 %."""
+    """Format a share in percent: 0.0123 -> 1.23 %."""
     return f"{100 * value:.3g} %"
 
 
 def count(value: float) -> str:
-    """A number of parameters in a sentence, exact below a million: 338,690, 22.7 M."""
+    """Format a number of parameters in a sentence, exact below a million: 338,690, 22.7 M."""
     return f"{value:,.0f}" if value < 1e6 else short_count(value)
 
 
 def short_count(value: float | None) -> str:
-    """A number of parameters in a column: 770, 43.9 k, 339 k, 22.7 M."""
+    """Format a number of parameters in a column: 770, 43.9 k, 339 k, 22.7 M."""
     return _scaled(value, ("", " k", " M", " B"))
 
 
 def byte_size(value: float | None) -> str:
-    """Bytes in powers of 1000: 480 B, 1.4 MB, 512 MB."""
+    """Format bytes in powers of 1000: 480 B, 1.4 MB, 512 MB."""
     return _scaled(value, (" B", " kB", " MB", " GB"))
 
 
 def milliseconds(value: float | None) -> str:
-    """In a column that says the unit: 4.12, 41.2, 412."""
+    """Format milliseconds in a column that names the unit: 4.12, 41.2, 412."""
     if value is None:
         return DASH
     return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
 
 
 def seconds(value: float) -> str:
-    """A time that was measured: 850 µs, 3.2 ms, 4.1 s, 2 min 05 s, 1 h 02 min."""
+    """Format a measured time: 850 µs, 3.2 ms, 4.1 s, 2 min 05 s, 1 h 02 min."""
     if value <= 0:
         return "0 s"
     if value < 1e-3:
@@ -74,7 +74,7 @@ def seconds(value: float) -> str:
 
 
 def duration(value: float | None) -> str:
-    """A time that is estimated, or stands in a column: 42 s, 3 min 20 s, 12 min, 1 h 05 min."""
+    """Format an estimated time, or one in a column: 42 s, 3 min 20 s, 12 min, 1 h 05 min."""
     if value is None:
         return DASH
     if value < 59.5:
