@@ -72,7 +72,7 @@ def register(app: typer.Typer) -> None:
 
 
 def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
-    """``methods=`` and ``seeds=`` apart from the settings of the run file.
+    """Separate ``methods=`` and ``seeds=`` from the settings of the run file.
 
     Raises:
         ConfigError: no methods; or something that is not of the form key=value.

@@ -29,7 +29,7 @@ OPTIONAL = {
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores, memory (bytes), devices, probed compute type, package versions. Imports torch."""
+    """Return cores, memory in bytes, devices, compute type and package versions. Imports torch."""
     import torch
 
     from graftwerk.machine import available

@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def as_fault(error: BaseException) -> Explained:
-    """Any error in the user's terms."""
+    """Return any error as one of graftwerk's."""
     if isinstance(error, Explained):
         return error
     if isinstance(error, KeyboardInterrupt):

@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """Every method as plain values; the wording comes from the head of the method's own file."""
+    """Return every method as plain values; the texts come from the docstring of its module."""
     from graftwerk.methods.registry import METHODS, SHORTHANDS
     from graftwerk.tasks.registry import TASKS
 

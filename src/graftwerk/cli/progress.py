@@ -65,7 +65,7 @@ class Display:
                 print(text, file=self.stream, flush=True)
 
     def move(self, what: str, done: int, total: int, *figures: str) -> None:
-        """A bar on a terminal; elsewhere a line every few seconds and one at the end."""
+        """Update the progress bar; without a terminal, write a line every few seconds and one at the end."""
         if self.quiet or self.silent:
             return
         shown = "  ".join(figure for figure in figures if figure)
@@ -160,7 +160,7 @@ def describe_evaluation(step: int, figures: dict[str, Any]) -> str:
 
 
 def describe_trouble(event: Event) -> str:
-    """A finding about the data, a diagnosis, a warning: what it is, and what to change."""
+    """Return the text of an issue, a diagnosis or a warning, with its hint."""
     figures = event.figures
     text = printable(figures.get("text") or figures.get("message") or "")
     where = f"step {event.step}: " if event.step else ""
