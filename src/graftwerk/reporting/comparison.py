@@ -16,11 +16,11 @@ from graftwerk.reporting.tradeoff import COSTS, Point, tradeoff
 
 
 def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
-    """The page as HTML.
+    """Return the page of a comparison as HTML.
 
     Args:
-        folder: Of the comparison, to see which runs have pages of their own.
-        result: `comparison.json`.
+        folder: Folder of the comparison, to find the runs that have pages of their own.
+        result: Contents of `comparison.json`.
     """
     methods = verdicts.measured(result)
     found = verdicts.differences(result)

@@ -46,12 +46,12 @@ def items(tree: Any, *keys: str) -> list[Any]:
 
 
 def mappings(tree: Any, *keys: str) -> list[Mapping[str, Any]]:
-    """The mappings in a list."""
+    """Return the mappings in a list."""
     return [item for item in items(tree, *keys) if isinstance(item, Mapping)]
 
 
 def number(tree: Any, *keys: str) -> float | None:
-    """A finite number; a log has ``"nan"`` where a loss was none."""
+    """Return a finite number, or None; a log has ``"nan"`` for a loss that was not a number."""
     found = at(tree, *keys)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
@@ -65,7 +65,7 @@ def number(tree: Any, *keys: str) -> float | None:
 
 
 def words(tree: Any, *keys: str) -> str:
-    """Text, a number, or a list of them as text; empty where there is nothing."""
+    """Return a text, a number, or a list of them as text; "" if there is none."""
     found = at(tree, *keys)
     if isinstance(found, list):
         return ", ".join(words(item) for item in found)
@@ -75,11 +75,11 @@ def words(tree: Any, *keys: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object.
+    """Read a file that holds one JSON object.
 
     Raises:
-        IntegrityError: it does not.
-        ResourceError: it cannot be read.
+        IntegrityError: It does not hold one.
+        ResourceError: It cannot be read.
     """
     try:
         found = json.loads(read_text(path))
@@ -108,7 +108,7 @@ def hint_of(entry: Any) -> str:
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of a run in order, and how many lines are no events (a last one cut off, most likely)."""
+    """Read the events of a run in order; return them and the number of invalid lines (a truncated last one, mostly)."""
     events: list[dict[str, Any]] = []
     broken = 0
     if not path.is_file():

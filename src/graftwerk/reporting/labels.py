@@ -58,12 +58,12 @@ class Placed:
 
 
 def text_width(text: str, size: float) -> float:
-    """Pixels of a line of text in a sans-serif font of so many pixels, rather too many than too few."""
+    """Return the width in pixels of a line of sans-serif text of a font size, rather too large than too small."""
     return SAFETY * size * sum(_character(character) for character in text)
 
 
 def cut(text: str, most: int) -> str:
-    """At most so many characters, the last an ellipsis if some are missing."""
+    """Truncate a text to a number of characters, the last an ellipsis if some are missing."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 

@@ -82,7 +82,7 @@ class Chart:
 
 
 def charts(wanted: Sequence[Chart], *, steps: float) -> list[Markup]:
-    """Charts to stand one below the other: a step is at the same place in all of them.
+    """Draw charts one below the other, in which a step has the same place.
 
     Each comes in two widths; the pointer or the arrow keys read the values.
 

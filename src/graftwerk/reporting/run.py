@@ -34,14 +34,16 @@ def run_page(
     config: str,
     confidence: float | None,
 ) -> str:
-    """The page as HTML.
+    """Return the page of a run as HTML.
 
     Args:
-        manifest: `manifest.json`.
-        evaluation: `evaluation.json`, empty where there is none.
-        events, broken: The lines of `metrics.jsonl`, and how many could not be read.
-        config: `config.yaml` as it stands there.
-        confidence: Of the intervals, from there.
+        folder: The run folder.
+        manifest: Contents of `manifest.json`.
+        evaluation: Contents of `evaluation.json`, or empty.
+        events: The events of `metrics.jsonl`.
+        broken: Number of its lines that could not be read.
+        config: Text of `config.yaml`.
+        confidence: Level of the intervals, or None if unknown.
     """
     split, figures, rows = _figures(manifest)
     sections = [

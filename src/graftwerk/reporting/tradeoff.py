@@ -58,7 +58,7 @@ class Point:
 
 
 def tradeoff(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], metric: str) -> Markup:
-    """The chart with its switch; a cost that no method has is left out.
+    """Return the chart of quality against cost, with a switch between costs; costs that no method has are left out.
 
     Args:
         points: The methods that were measured.
