@@ -25,13 +25,13 @@ class Encoded:
     """A conversation as the model sees it.
 
     Attributes:
-        ids: Its tokens. Of one that is asked about, the same as ``prompt``.
-        labels: As long: the token where it is trained, else -100; None for a conversation that is asked about.
-        prompt: The tokens that the last answer is to follow.
-        truncated: Tokens that did not fit.
-        endless: Whether an answer has no end token that is trained, although none was cut off.
-        torn: Whether the prompt, tokenized alone, is not how this conversation begins.
-        unfit: Why the template does not take it; the lists are empty then.
+        ids: Its tokens; for prediction the same as ``prompt``.
+        labels: For each token its id if it is trained, else -100; or None for prediction.
+        prompt: The tokens before the last answer.
+        truncated: Number of tokens that did not fit.
+        endless: True if an answer has no trained end token, although none was cut off.
+        torn: True if the prompt, tokenized alone, is not a prefix of this conversation's tokens.
+        unfit: Why the template does not accept it, or None; the lists are empty then.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -56,9 +56,11 @@ def encode_conversations(
     answer stays whole; only if that is not enough is its own end cut.
 
     Args:
-        conversations: Turns (role, content); one whose last turn is not the assistant's is asked about: it has a prompt
-            and no labels.
-        max_length: Tokens kept.
+        conversations: Turns (role, content). One whose last turn is not the assistant's is for prediction: it has a
+            prompt and no labels.
+        template: The template that renders them.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept of a conversation.
 
     Raises:
         IntegrityError, ModelError: The template cannot be used.

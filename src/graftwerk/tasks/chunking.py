@@ -27,12 +27,16 @@ def text_blocks(
     ``max_length`` that begin with ``front``, the last of them with ``back`` at its end.
 
     Args:
-        front, back: Special tokens before a block, and after a text's last one.
-        cut: Whether a long text becomes several blocks; otherwise what does not fit is lost.
-        close_all: Whether ``back`` ends every block of a text, and not only its last.
+        texts: The texts.
+        tokenizer: The model's tokenizer.
+        max_length: Largest block in tokens.
+        front: Special tokens before each block.
+        back: Special tokens after a text's last block.
+        cut: True to cut a long text into several blocks, False to drop what does not fit.
+        close_all: True to end every block of a text with ``back``, not only its last.
 
     Raises:
-        ConfigError: no room for text beside the special tokens.
+        ConfigError: There is no room for text beside the special tokens.
     """
     room = max_length - len(front) - len(back)
     if room < LEAST:

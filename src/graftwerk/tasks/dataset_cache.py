@@ -1,14 +1,14 @@
-"""Rows that were read, split, checked and encoded once are kept for the next start of the same run file.
+"""Disk cache of rows that were read, split, checked and encoded, for the next start of the same run file.
 
-What is kept is plain JSON in the cache folder (``prepared/<key>.json``), behind its own SHA-256. The key is a hash of
-everything that the result depends on: the bytes of every file the rows come from, the settings, the tokenizer's files,
-the versions of the packages, and the source of the rooms that read and encode. So a change of anything is another key,
-and nothing has to be found out to be stale. A file that is damaged, or cannot be written, is as good as none. What
-JSON does not give back exactly as it was (dates of a parquet file, say) is not kept, nor are streamed rows and those
-of the hub. Only results are kept, never errors; and what the gate says of encoded rows is found anew each time.
+An entry is plain JSON in the cache folder (``prepared/<key>.json``), after its own SHA-256. The key is a hash of all
+that the result depends on: the bytes of every source file, the settings, the tokenizer's files, the versions of the
+packages, and size and time of the source files that read and encode. Any change gives another key, so no entry is ever
+stale. A damaged file counts as missing, and a failure to write is ignored. Values that JSON does not restore exactly
+(dates of a parquet file, say), streamed rows and rows of the hub are not cached. Only results are cached, never errors;
+checks of encoded rows run anew each time.
 
-The folder is readable to its owner alone, since it holds text of the rows, and holds at most `MOST_BYTES`: those that
-were not used for the longest time go first. ``GRAFTWERK_PLAIN=prepared`` keeps and uses nothing.
+The folder is readable by its owner only, since it holds text of the rows, and holds at most `MOST_BYTES`: entries
+unused for the longest time are deleted first. ``GRAFTWERK_PLAIN=prepared`` disables the cache.
 """
 
 from __future__ import annotations

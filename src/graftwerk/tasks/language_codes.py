@@ -134,9 +134,10 @@ def iso_code(code: str) -> str | None:
 
 
 def name_or_error(code: str, *, setting: str, given: bool, where: str) -> str:
-    """
+    """Return the English name of a language, for models whose prompt names it.
+
     Raises:
-        ConfigError, DataError: as `check_code`, for models that are told the language in words.
+        ConfigError, DataError: The language is unknown; arguments as for `check_code`.
     """
     name = language_name(code)
     if name is not None:

@@ -87,7 +87,7 @@ class PromptFormat:
     def shortened(
         self, whole: Encoded, text: str, fill: Fill, answer: str | None, frame: int, max_length: int
     ) -> tuple[Encoded, int]:
-        """The row with as much of the text's beginning as there is room for, and how many tokens were lost.
+        """Truncate the text of a request to the room there is; return the row and the number of tokens lost.
 
         An answer that takes more than half of the room loses its end too, and with it the end token.
 
@@ -133,9 +133,14 @@ class PromptFormat:
 
 
 def check_frame(frame: int, max_length: int) -> None:
-    """
+    """Check that a request leaves room for a text and an answer.
+
+    Args:
+        frame: Tokens of the request without any text.
+        max_length: Longest row in tokens.
+
     Raises:
-        ConfigError: a request leaves no room for a text and an answer.
+        ConfigError: It does not.
     """
     if frame + 2 > max_length:
         raise ConfigError(

@@ -1,8 +1,8 @@
-"""Translation: a text in one language in, the same in another out.
+"""Translation of a text from one language to another.
 
-How a model is told the languages depends on its family (`codes.py`): by codes in the tokens (mBART, M2M100, NLLB,
-multilingual Marian), in words (T5's "translate German to English: ", a causal model's template), or not at all (a
-Marian model of one pair).
+The way to tell a model the languages depends on its family (`language_codes.py`): by codes in the tokens (mBART,
+M2M100, NLLB, multilingual Marian), in words (T5's "translate German to English: ", a causal model's template), or not
+at all (a Marian model of one pair).
 """
 
 from __future__ import annotations
@@ -141,10 +141,11 @@ class Translation(Seq2SeqTask):
         }
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
-        """
+        """Tokenize rows, each with the languages that the model needs.
+
         Raises:
-            ConfigError, DataError: a language is not said, or unknown to the tokenizer (all that it knows are listed);
-                both directions with a model that cannot tell them apart.
+            ConfigError, DataError: A language is missing or unknown to the tokenizer (the message lists those it
+                knows), or the model cannot tell the two directions apart.
         """
         if self.layout == "causal":
             self._check_told(None)
