@@ -74,10 +74,10 @@ class AdapterInfo:
 
     @property
     def method(self) -> Method | None:
-        """Its settings; None for folders of PEFT, whose settings are known only together with a model.
+        """Return the method's settings, or None for folders of PEFT, whose settings depend on the model too.
 
         Raises:
-            ConfigError: a setting is not known in this version.
+            ConfigError: A setting is not known in this version.
         """
         return parse_method(self.own["method"]) if self.own else None
 

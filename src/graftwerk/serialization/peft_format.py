@@ -1,13 +1,13 @@
-"""A graft as PEFT writes it down: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
-`peft_virtual.py` virtual tokens; back in `peft_reading.py`.
+"""Adapters in PEFT's format: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
+`peft_virtual.py` virtual tokens; reading is in `peft_reading.py`.
 
-PEFT's container is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
-``base_model.model.<path>.<parameter>``; saved heads lie in it plainly. What PEFT has no method for uses the same
-container under a ``peft_type`` of our own (``GRAFTWERK_BOTTLENECK``), with our raw keys behind the same prefix; its
-settings stand in `graftwerk.json`.
+PEFT's format is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
+``base_model.model.<path>.<parameter>``; saved heads are in it as they are. Methods that PEFT lacks use the same files
+under a ``peft_type`` of our own (``GRAFTWERK_BOTTLENECK``), with our raw keys after the same prefix; their settings
+are in `graftwerk.json`.
 
-PiSSA is stored as what PEFT converts it to: since s (B A - B0 A0) = s [B, -B0] [A; A0], an ordinary LoRA of rank 2r
-with the same scale. A, B, A0, B0 themselves go beside it, so that training can go on.
+PiSSA is stored as PEFT converts it: since s (B A - B0 A0) = s [B, -B0] [A; A0], it is an ordinary LoRA of rank 2r with
+the same scale. A, B, A0, B0 themselves are stored beside it, so that training can continue.
 """
 
 from __future__ import annotations
