@@ -206,7 +206,7 @@ def _absent_classes(used: Mapping[str, Counter[str]], names: Sequence[str]) -> t
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """The rows of one split: texts and labels (None: rows have no class) one by one, and the place (`file:line`) of a
+    """The rows of one split: texts, labels (or None if rows have no class), and the place (`file:line`) of a
     row by its index."""
 
     texts: Sequence[str]

@@ -1,8 +1,7 @@
 """Training rows that are read as they are needed, for files larger than the memory (`data.streaming`).
 
-A stream is gone through from its beginning each time; nothing of what has passed is kept. Before training it is gone
-through once to read and check every row: what is found, the classes and the number of rows are then known as they are
-for rows in memory.
+A stream is read from its beginning each time, and rows that have passed are not stored. A first pass before training
+reads and checks every row, so that issues, classes and the number of rows are known as they are for rows in memory.
 """
 
 from __future__ import annotations
