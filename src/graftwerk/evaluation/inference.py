@@ -1,6 +1,4 @@
-"""The one way in which a model is asked about many rows: no gradient, like lengths together, answers in the rows'
-order.
-"""
+"""Inference over many rows: no gradient, similar lengths batched together, predictions in the order of the rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The unadapted base beside the adapter: a few answers of both for people, and the base's own figures."""
+"""The base beside the adapter: sample answers of both, and the base's own metrics."""
 
 from __future__ import annotations
 

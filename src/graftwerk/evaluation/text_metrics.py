@@ -3,8 +3,8 @@
 Each metric is a function of sums over rows (matches, n-grams, log-likelihoods), so a bootstrap draw is a weighted sum
 and costs no new comparison of texts. BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are sacreBLEU's (Post 2018,
 arXiv:1804.08771), over the corpus; ROUGE (Lin 2004) is rouge-score's F-measure, the mean over rows; without stemming
-but for `rouge_l_stemmed`, which is what papers on English summaries report. Words are found as the language of the
-answers needs it, and the signature of a figure says how.
+but for `rouge_l_stemmed`, which is what papers on English summaries report. Words are tokenized by the language
+of the answers, which the signature of a value names.
 """
 
 from __future__ import annotations
