@@ -1,4 +1,4 @@
-"""From finished runs on disk to the figures of a comparison: means, intervals, differences, costs, a recommendation."""
+"""Aggregation of finished runs to a comparison: means, intervals, differences, costs, a recommendation."""
 
 from __future__ import annotations
 

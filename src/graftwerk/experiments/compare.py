@@ -1,10 +1,10 @@
-"""`compare`: methods side by side on the user's data, over several seeds, with what the figures can and cannot show.
+"""`compare`: methods on the user's data, over several seeds, with the significance of their differences.
 
-Every method and seed is an ordinary run folder below `output_dir` (`lora-seed0`, ...), trained and measured in a
-process of its own that is forked from a warm one (`warm.py`). All runs share base, rows and splits; only the method
-and the seed differ, and each method trains at its own learning rate. Runs go seed by seed, so that a comparison
-stopped half way already has all methods. What is done stays done: the same call again goes on where it stopped, in
-the middle of a run too.
+Every method and seed is an ordinary run folder below `output_dir` (`lora-seed0`, ...), trained and evaluated in a
+process of its own that is forked from one with all imports done (`fork_server.py`). All runs share base, rows and
+splits; only the method and the seed differ, and each method trains at its own learning rate. Runs go seed by seed, so
+that a comparison interrupted half way already has all methods. The same call again resumes it, even in the middle of a
+run.
 """
 
 from __future__ import annotations

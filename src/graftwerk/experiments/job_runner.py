@@ -1,4 +1,4 @@
-"""Jobs given to the warm process (`warm.py`): their events are heard, their errors raised here as they were there."""
+"""Jobs for the process of `fork_server.py`: pass on their events, and raise their errors as they were raised there."""
 
 from __future__ import annotations
 
