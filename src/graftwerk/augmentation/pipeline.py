@@ -83,20 +83,22 @@ def make(
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Augmented:
-    """Make augmented rows, or take those that were made of the same rows with the same settings.
+    """Write augmented rows, or return those that exist already of the same rows and settings.
 
     Args:
-        rows: Those to learn from; they are not changed.
-        augmenters: Each makes rows out of ``rows``; none sees what another made.
-        parts: The task's, the one that the model reads first; none: found by their usual names.
-        resume: Go on with a file that was begun; a finished one is given back as it is.
-        overwrite: Begin anew whatever lies there.
-        on_progress: Told (done, in all) while a model writes.
+        rows: Training rows; not changed.
+        augmenters: Each makes rows from ``rows``; none sees the rows of another.
+        target: The file to write.
+        parts: Names of the task's fields, the one that the model reads first; if empty, usual names are tried.
+        resume: Continue an interrupted file; a finished one is returned as it is.
+        overwrite: Replace an existing file.
+        on_progress: Called with (rows done, rows in all) while a model generates.
 
     Raises:
-        ConflictError: there is a file, or a half made one, and nobody said what is to become of it; it is of other
-            rows or settings; another process is making it.
-        ConfigError, DataError, and what loading a model raises.
+        ConflictError: A finished or interrupted file exists without `resume` or `overwrite`, or it is of other rows or
+            settings, or another process is writing it.
+        ConfigError, DataError: An augmenter does not fit the rows.
+        ModelError, AdapterError, ResourceError, IntegrityError: As for loading models.
     """
     identity = identity_of(rows, augmenters)
     refuse_link(about_of(target))
@@ -157,7 +159,7 @@ def about_of(target: Path) -> Path:
 
 
 def _finished(target: Path, identity: Mapping[str, Any], resume: bool) -> Augmented | None:
-    """The file, if it is there, whole, and what is asked for.
+    """Return the finished file if it exists, is intact, and is of these rows and settings.
 
     Raises:
         ConflictError: it is there and ``resume`` was not said, or it is something else.

@@ -135,18 +135,20 @@ def ask(
     """Generate `n` answers to each question.
 
     Args:
-        leg: Which of the settings' models is asked.
-        questions: In any order; one that stands there twice is asked once.
-        journal: Where batches that are done are found and kept.
-        key: What the batches are called there.
-        on_progress: Told (answers done, answers in all), also of those that were done before.
+        settings: Settings of the augmenter.
+        leg: Index of the model among the settings' models.
+        questions: In any order; duplicates are answered once.
+        n: Answers per question.
+        journal: Progress log with the finished batches.
+        key: Name of the batches in the log.
+        on_progress: Called with (answers done, answers in all), answers of the log included.
 
     Returns:
-        The answers, and who was asked.
+        The answers, and the identity of the model.
 
     Raises:
-        ConflictError: the journal's answers are another model's.
-        And what `load` raises.
+        ConflictError: The answers in the log are of another model.
+        ConfigError, ModelError, AdapterError, ResourceError, IntegrityError: As for `load`.
     """
     loaded = load(settings.legs[leg], settings.max_length)
     known = journal.done.get(f"{key} model")
