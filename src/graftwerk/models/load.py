@@ -1,6 +1,6 @@
 """Base models and tokenizers from a hub id, a folder, an installed package or a GGUF file; nothing of theirs is run.
 
-Every source becomes a local folder first, passes the gate, and is then loaded from safetensors alone.
+Every source becomes a local folder first, passes the safety checks, and is then loaded from safetensors only.
 """
 
 from __future__ import annotations
