@@ -228,8 +228,10 @@ def _defined(files: Mapping[str, ast.Module], module: str, name: str) -> tuple[s
     for node in files[file].body if file in files else []:
         if isinstance(node, ast.ClassDef | Function) and node.name == name:
             return file, node
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            return _defined(files, node.module or "", name)
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    return _defined(files, node.module or "", alias.name)
     return file, None
 
 

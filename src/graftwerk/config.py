@@ -47,7 +47,19 @@ SECRETS = "secrets"
 
 
 class RunConfig(Settings):
-    """Everything a run depends on. `config.yaml` in a run folder is this, with every default written out."""
+    """Everything a run depends on. `config.yaml` in a run folder is this, with every default written out.
+
+    Example:
+        >>> from graftwerk import RunConfig
+        >>> tree = {"model": "some/model", "data": {"train": "reviews.csv"}, "method": "lora"}
+        >>> config = RunConfig.build(tree, ["method.r=16", "training.seed=1"])
+        >>> config.method.r, config.training.seed, config.task.name
+        (16, 1, 'classification')
+        >>> RunConfig.build(tree, ["training.learn_rate=0.1"])
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: unknown key `training.learn_rate`; did you mean `learning_rate`?
+        ...
+    """
 
     model: str = Field(description="hub id, folder, .gguf file, or pkg://package/folder")
     revision: str | None = Field(default=None, description="for a hub id: branch, tag or commit")
@@ -80,7 +92,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _several_sets(self) -> Self:
-        """With several data sets the task is composed of theirs; a resolved run file says so already."""
+        """Compose the task from those of several data sets, unless a resolved run file has it already."""
         if self.data.sets and not isinstance(self.task, Multitask):
             object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
         return self
@@ -117,13 +129,13 @@ class RunConfig(Settings):
         return self if absolute == tree else RunConfig.model_validate(absolute)
 
     def dump(self) -> str:
-        """The resolved run file as YAML, every default written out; what it names is found from any folder.
+        """Return the resolved run file as YAML, with every default and with absolute paths.
 
-        It has no secrets in it. They are remembered in this user's cache, by the text that stands for them, so that
-        `load` gives them back here and nobody else gets them with the run folder.
+        Secrets are replaced by placeholders and stored in this user's cache, so that `load` restores them here, and
+        nobody else gets them with the run folder.
 
         Raises:
-            ConfigError: with its defaults it is larger than what `load` reads.
+            ConfigError: With its defaults it is larger than what `load` reads.
         """
         tree = {**anchored(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
         for secret in _texts(tree):
@@ -162,7 +174,11 @@ def _with_secrets(tree: Any) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping without tags, aliases or deep nesting."""
+    """Read a YAML mapping without tags, aliases or deep nesting.
+
+    Raises:
+        ConfigError: The file is missing, cannot be read, is no such YAML, or is not a mapping with text keys.
+    """
     try:
         with open_regular(path) as stream:
             raw = stream.read(MAX_YAML_BYTES + 1)
@@ -194,14 +210,14 @@ class _UniqueKeys(_Loader):  # type: ignore[misc]
 
 
 def parse_yaml(raw: bytes, where: str) -> Any:
-    """The value that a YAML text holds, read without tags, aliases, duplicate keys or deep nesting, in time that its
-    length bounds.
+    """Parse YAML without tags, aliases, duplicate keys or deep nesting, in time bounded by its length.
 
     Args:
+        raw: The text.
         where: The file or key, for messages.
 
     Raises:
-        ConfigError: it is no YAML, or exceeds a limit.
+        ConfigError: It is not valid YAML, or exceeds a limit.
     """
     if len(raw) > MAX_YAML_BYTES:
         raise ConfigError(f"more than {MAX_YAML_BYTES:,} bytes, which is the most that a run file has", where=where)
@@ -239,6 +255,17 @@ def _check_events(text: str, where: str) -> None:
 
 
 def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
+    """Parse overrides of a run file.
+
+    Args:
+        overrides: ``["training.seed=1"]``, each value YAML; or a mapping, which is returned as it is; or None.
+
+    Returns:
+        Values by dotted key.
+
+    Raises:
+        ConfigError: An item is not of the form key=value, its value is not YAML, or two items set the same key.
+    """
     if overrides is None:
         return {}
     if isinstance(overrides, dict):
@@ -263,7 +290,7 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    """Return a number for texts like `1e-3`, which YAML 1.1 does not read as a number."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -293,7 +320,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _settings_at(model: type[Settings] | None, key: str, child: dict[str, Any]) -> type[Settings] | None:
-    """The settings that a key of a run file holds; those of a method or task by their name. None: no settings."""
+    """Return the settings that a key of a run file holds, those of a method or task by name, or None."""
     name = child.get("name")
     if model is RunConfig and key == "method":
         return METHODS.get(str(SHORTHANDS.get(str(name), {"name": name})["name"]))

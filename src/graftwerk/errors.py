@@ -16,7 +16,7 @@ from graftwerk.sanitize import clean
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """``did you mean `right`? ``, with the space after it, or nothing where no known name is near."""
+    """Return ``did you mean `right`? ``, with a trailing space, or "" if no known name is similar."""
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
     return f"did you mean `{near[0]}`? " if near else ""
 
@@ -45,12 +45,12 @@ class Explained(BaseException):
 
     @property
     def mend(self) -> str | None:
-        """`hint`, under its name of 0.1.0."""
+        """Return `hint`, under its name of 0.1.0."""
         return self.hint
 
     @property
     def kept(self) -> str | None:
-        """`recovered`, under its name of 0.1.0."""
+        """Return `recovered`, under its name of 0.1.0."""
         return self.recovered
 
     def __str__(self) -> str:

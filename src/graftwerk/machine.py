@@ -1,4 +1,4 @@
-"""How much memory the machine has left."""
+"""Available memory of the machine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pathlib import Path
 
 
 def available() -> int | None:
-    """Bytes of memory that can be had without swapping, of the machine and of the control group, the lesser; None where
-    the machine does not say.
+    """Return the bytes available without swapping, or None if the machine does not say.
+
+    It is the smaller one of the machine's and the control group's.
     """
     free = kilobytes("/proc/meminfo", "MemAvailable:")
     if free is None:
@@ -17,7 +18,10 @@ def available() -> int | None:
 
 
 def _group_available(group: Path) -> int | None:
-    """Bytes that a control group (version 2) has left, files that it can let go not counted; None: no limit."""
+    """Return the bytes that a control group (version 2) has left, or None if it has no limit.
+
+    Cached file pages that the kernel can drop count as available.
+    """
     try:
         limit = (group / "memory.max").read_text().strip()
         if limit == "max":
@@ -30,7 +34,7 @@ def _group_available(group: Path) -> int | None:
 
 
 def kilobytes(path: str, field: str) -> int | None:
-    """A figure of a file in /proc; None where there is none."""
+    """Return the number, in kB, of a field in a file of /proc, or None if there is none."""
     try:
         for line in Path(path).read_text().splitlines():
             if line.startswith(field):

@@ -17,7 +17,7 @@ PACKAGE_SCHEME = "pkg://"
 
 
 def locate(place: str | Path) -> Path:
-    """The existing file or folder that a place names.
+    """Return the existing file or folder that a ``pkg://`` address or a path names.
 
     A package is found without being imported, so none of its code runs, and nothing outside its folder can be named.
 
@@ -25,8 +25,8 @@ def locate(place: str | Path) -> Path:
         place: ``pkg://package/inner/path``, or a path (``~`` is the home folder).
 
     Raises:
-        ConfigError: there is no such file; the exact path and the nearest name beside it are given.
-        EnvironmentFault: the package is not installed.
+        ConfigError: There is no such file; the message has the exact path and the most similar name beside it.
+        ResourceError: The package is not installed.
     """
     text = str(place)
     if "\0" in text:

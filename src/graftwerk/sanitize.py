@@ -51,12 +51,12 @@ def visible(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Text that may be shown to anybody: `redact` and `visible`. Cleaning it again changes nothing."""
+    """Return a text that is safe to show: `redact` and `visible`. It is idempotent."""
     return redact(visible(text))
 
 
 def redacted(value: Any) -> Any:
-    """The same value with every text in it redacted; keys of mappings stay."""
+    """Return a value with every text in it redacted; keys of mappings stay."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):

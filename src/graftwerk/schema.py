@@ -22,7 +22,7 @@ AUGMENT = "data.augment"
 
 
 def run_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a run file, every method's settings and every accepted other spelling included."""
+    """Return the JSON schema (draft 2020-12) of a run file, with every method's settings and all accepted spellings."""
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
     for key, choices, shorthands in (("method", METHODS, SHORTHANDS), ("task", TASKS, {})):

@@ -24,7 +24,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _storable(cls, value: Any) -> Any:
-        """What no file could store or no library could take is refused here, once for all settings."""
+        """Raise ValueError for values that files or libraries cannot represent, once for all settings."""
         waiting = [value]
         while waiting:
             each = waiting.pop()
@@ -56,14 +56,14 @@ Model = TypeVar("Model", bound=Settings)
 
 
 def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, where: str) -> Model:
-    """A part of a run file that chooses among models by name: one method's settings, or one task's.
+    """Parse the settings of a method or a task in a run file.
 
     Args:
-        what: How messages call it: "method `lora`".
+        what: Name for messages: "method `lora`".
         where: The key of the run file.
 
     Raises:
-        ConfigError: an unknown key (the nearest is named) or a wrong value.
+        ConfigError: A key is unknown (the message names the nearest) or a value wrong.
     """
     try:
         return model.model_validate(dict(values))
@@ -74,7 +74,7 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
 
 
 _KINDS = frozenset({"int", "float", "str", "bool", "none", "nullable"})
-"""What pydantic calls some of the kinds of value."""
+"""Names that pydantic gives to some kinds of value."""
 
 
 def describe_faults(
@@ -130,17 +130,17 @@ def parse_choice(
     where: str,
     shorthands: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Model:
-    """A value of a run file that is a name, or settings with `name`: a method, a task, an augmenter.
+    """Parse a value of a run file that is a name, or settings with `name`: a method, a task, an augmenter.
 
     Args:
-        root: What all choices are; a value that is one already is given back.
-        choices: By their names.
-        what: How messages call it, with its article: "a method".
+        root: Base class of the choices; an instance of it is returned as it is.
+        choices: Classes by name.
+        what: Name for messages, with its article: "a method".
         where: The key of the run file.
-        shorthands: Names under which people know a setting of one of the choices: `name` and that setting.
+        shorthands: Common names of a choice with some setting (DoRA): its `name` and that setting.
 
     Raises:
-        ConfigError: there is no such choice or setting; the nearest is named.
+        ConfigError: There is no such choice or setting; the message names the nearest.
     """
     if isinstance(value, root):
         built: Model = value
@@ -164,7 +164,7 @@ def parse_choice(
 
 
 def known_keys(model: type[Settings]) -> set[str]:
-    """Field names and their accepted other spellings."""
+    """Return the field names and their accepted other spellings."""
     keys: set[str] = set()
     for name, field in model.model_fields.items():
         keys.add(name)
@@ -174,7 +174,7 @@ def known_keys(model: type[Settings]) -> set[str]:
 
 
 def spellings(model: type[Settings], key: str) -> set[str]:
-    """All spellings of the key that is spelled so; none where there is no such key."""
+    """Return all spellings of the key with this spelling, empty if there is no such key."""
     for name, field in model.model_fields.items():
         found = {name, *(it for it in getattr(field.validation_alias, "choices", ()) if isinstance(it, str))}
         if key in found:

@@ -35,30 +35,40 @@ def augment(
     on_progress: Progress | None = None,
     **overrides: Any,
 ) -> Augmented | dict[str, Any]:
-    """Make augmented rows: those that a run file asks for, or of any rows.
+    """Write augmented rows to a file, from the training rows of a run file or from any rows.
 
     Args:
-        config: A run file with `data.augment`; its training rows are augmented, never those that it holds out.
-        data: In place of a run file: a file of rows (csv, tsv, jsonl, json, parquet, ``pkg://...``), or rows. Their
-            columns stay as they are.
-        by: With `data`: an augmenter, or several: names, or mappings with `name`.
-        out: The file to make. Default with a run file: ``augmented.jsonl`` in its `output_dir`, where the run itself
+        config: A run file with `data.augment`. Only its training rows are augmented, never the held-out ones.
+        data: In place of a run file: a file of rows (csv, tsv, jsonl, json, parquet, ``pkg://...``), or the rows
+            themselves. All their columns are copied to the augmented rows.
+        by: With `data`: one augmenter or several, each a name or a mapping with `name`.
+        out: The file to write. Default with a run file: ``augmented.jsonl`` in its `output_dir`, where training
             looks for it.
-        resume: Go on with a file that was begun; a finished one is given back as it is.
-        overwrite: Begin anew whatever lies there.
-        dry_run: Check everything and say what would be made; load and write nothing.
-        on_progress: Told (done, in all) while a model writes.
+        resume: Continue an interrupted file; a finished one is returned as it is.
+        overwrite: Replace an existing file.
+        dry_run: Check everything and return the plan; no model is loaded and nothing is written.
+        on_progress: Called with (rows done, rows in all) while a model generates.
         overrides: Settings of the run file by name, as for `train`.
 
     Returns:
-        What was made (`Augmented`); with `dry_run` a plain mapping: ``rows``, ``file``, and for each augmenter its
-        name, its settings, the parts that are read and written, and how many variants there will be at most.
+        The augmented rows (`Augmented`); with `dry_run` a mapping with ``dry_run``, ``file``, ``rows`` and
+        ``augmenters``: name, settings, the fields read and written, and the largest number of variants of each.
 
     Raises:
-        ConfigError: neither a run file nor data, or both; nothing to augment by; no file to write to.
-        ConflictError: as `make.make`.
-        Interrupted: SIGINT or SIGTERM; what is done is kept, and `resume` goes on with it.
-        DataError, ModelError, EnvironmentFault, IntegrityError: as reading and loading say.
+        ConfigError: Neither a run file nor data, or both; no augmenter; no output file.
+        ConflictError: As for `pipeline.make`.
+        RunInterrupted: SIGINT or SIGTERM came; finished rows are saved, and `resume` continues after them.
+        DataError, ModelError, ResourceError, IntegrityError: As for reading data and loading models.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> from graftwerk import augment
+        >>> rows = [{"text": "a quiet little film", "label": "good"}, {"text": "far too long", "label": "bad"}]
+        >>> augmenter = {"name": "word_dropout", "probability": 0.5}
+        >>> made = augment(data=rows, by=augmenter, out=Path(mkdtemp(), "rows.jsonl"))
+        >>> made.path.name, made.rows
+        ('rows.jsonl', 2)
     """
     if (config is None) == (data is None):
         raise ConfigError("give a run file or data" + ("" if config is None else ", not both"))
@@ -101,10 +111,18 @@ def augment(
 def plan(
     rows: Sequence[Mapping[str, Any]], augmenters: Sequence[Augmenter], parts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What each augmenter would do; nothing is made.
+    """Return what each augmenter would do, without making any rows.
+
+    Args:
+        rows: The rows to augment.
+        augmenters: The augmenters, in order.
+        parts: Names of the fields that the task reads.
+
+    Returns:
+        For each augmenter ``name``, ``settings``, ``variants`` (the most there can be), and ``reads`` and ``writes``.
 
     Raises:
-        ConfigError: an augmenter does not fit the rows.
+        ConfigError: An augmenter does not fit the rows.
     """
     planned = []
     for augmenter in augmenters:

@@ -1,4 +1,4 @@
-"""What is wrong with a text that a model wrote: each answer that is not used is counted under one of these words."""
+"""Filters for generated text: reject empty, truncated, copied and looping answers, and count them by reason."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOOP_WORDS, LOOP_TIMES = 4, 4
 
 
 def normal(text: str) -> str:
-    """For comparing: letters without case, white space as single spaces."""
+    """Return a text for comparison: case folded, white space as single spaces."""
     return " ".join(text.casefold().split())
 
 
 def loops(text: str) -> bool:
-    """Whether up to `LOOP_WORDS` words follow upon themselves `LOOP_TIMES` times or more.
+    """Return True if a phrase of up to `LOOP_WORDS` words stands `LOOP_TIMES` times or more in immediate succession.
 
-    The usual end of a model that has lost its way; in real text three times is rhetoric, four hardly happens.
+    Degenerate generation ends this way. In real text three repetitions are rhetoric, and four hardly occur.
     """
     words = normal(text).split()
     for size in range(1, LOOP_WORDS + 1):
@@ -37,11 +37,12 @@ def loops(text: str) -> bool:
 
 
 def fault(written: str, given: str, *, ended: bool) -> str | None:
-    """Why an answer cannot be used, as one of `REASONS`; None where it can.
+    """Return the reason to reject a generated answer, one of `REASONS`, or None if it can be used.
 
     Args:
-        given: What the model was asked to translate.
-        ended: Whether the model ended the answer itself, within its limit.
+        written: The answer.
+        given: The text that the model was asked to translate.
+        ended: True if the model ended the answer itself, within its token limit.
     """
     if not written.strip():
         return "empty"

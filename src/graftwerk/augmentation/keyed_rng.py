@@ -12,7 +12,7 @@ import random
 
 
 def chance(*key: str | int) -> random.Random:
-    """Uniform numbers for a key, the same on every machine and in every version of Python.
+    """Return a generator of uniform numbers for a key, the same on every machine and in every version of Python.
 
     Only ``random()`` of it is to be used: Python promises its sequence for a seed, of no other method.
     """
@@ -20,7 +20,7 @@ def chance(*key: str | int) -> random.Random:
 
 
 def fingerprint(*key: str | int) -> str:
-    """32 hexadecimal digits that stand for a text, or for several in order."""
+    """Return a hash of one text, or of several in order, as 32 hexadecimal digits."""
     return _digest(key, 16).hex()
 
 

@@ -38,7 +38,7 @@ class Vocabulary:
         return cls(tuple(sorted(counts.items())))
 
     def draw(self, draws: random.Random) -> str:
-        """A word, as probable as it is frequent."""
+        """Draw a word in proportion to its frequency."""
         return self.counts[bisect_right(self._until, int(draws.random() * self._until[-1]))][0]
 
     @cached_property
@@ -51,13 +51,13 @@ class Vocabulary:
 
 
 def drop_words(words: list[str], probability: float, draws: random.Random) -> list[str]:
-    """Each word stays with probability ``1 - probability``; where none would, one of them does, all alike likely."""
+    """Keep each word with probability ``1 - probability``, and at least one, chosen uniformly."""
     kept = [word for word in words if draws.random() >= probability]
     return kept or [words[int(draws.random() * len(words))]]
 
 
 def shuffle_words(words: list[str], distance: int, draws: random.Random) -> list[str]:
-    """The words sorted by ``index + U(0, distance + 1)``, as Lample et al. do.
+    """Sort words by ``index + U(0, distance + 1)``, as Lample et al. do.
 
     A word at i gets a key below i + distance + 1, and every word from there on a key of at least that; so at most
     ``distance`` words from behind come before it, and as many from before behind it: no word moves farther.
@@ -68,7 +68,7 @@ def shuffle_words(words: list[str], distance: int, draws: random.Random) -> list
 
 
 def insert_words(words: list[str], probability: float, vocabulary: Vocabulary, draws: random.Random) -> list[str]:
-    """Behind each word, with the probability, a word of the vocabulary."""
+    """Insert a word of the vocabulary after each word, with a probability."""
     made: list[str] = []
     for word in words:
         made.append(word)
@@ -78,7 +78,7 @@ def insert_words(words: list[str], probability: float, vocabulary: Vocabulary, d
 
 
 def distort(settings: Noise, text: str, variant: int, vocabulary: Vocabulary | None) -> str:
-    """One variant of a text: a function of the settings, the text, the variant's number (and the vocabulary) alone."""
+    """Return one variant of a text, a pure function of settings, text, variant number and vocabulary."""
     words = text.split()
     if not words:
         return text
@@ -95,5 +95,5 @@ def distort(settings: Noise, text: str, variant: int, vocabulary: Vocabulary | N
 
 
 def same_words(one: str, other: str) -> bool:
-    """Whether two texts differ in white space at most."""
+    """Return True if two texts differ in white space at most."""
     return one.split() == other.split()

@@ -52,7 +52,7 @@ class Augmented:
         return sum(map(len, self.parts))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `graftwerk augment --json` prints."""
+        """Return the summary that `graftwerk augment --json` prints."""
         return {
             "file": str(self.path),
             "rows": self.rows,
@@ -62,7 +62,7 @@ class Augmented:
         }
 
     def sentences(self) -> list[str]:
-        """What was made and what was left out, in words."""
+        """Return the numbers of rows made and of variants left out, as sentences."""
         said = []
         for made in self.counts:
             said.append(f"{made['kind']}: {made['made']:,} rows from {made['read']:,}")
@@ -83,20 +83,22 @@ def make(
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> Augmented:
-    """Make augmented rows, or take those that were made of the same rows with the same settings.
+    """Write augmented rows, or return those that exist already of the same rows and settings.
 
     Args:
-        rows: Those to learn from; they are not changed.
-        augmenters: Each makes rows out of ``rows``; none sees what another made.
-        parts: The task's, the one that the model reads first; none: found by their usual names.
-        resume: Go on with a file that was begun; a finished one is given back as it is.
-        overwrite: Begin anew whatever lies there.
-        on_progress: Told (done, in all) while a model writes.
+        rows: Training rows; not changed.
+        augmenters: Each makes rows from ``rows``; none sees the rows of another.
+        target: The file to write.
+        parts: Names of the task's fields, the one that the model reads first; if empty, usual names are tried.
+        resume: Continue an interrupted file; a finished one is returned as it is.
+        overwrite: Replace an existing file.
+        on_progress: Called with (rows done, rows in all) while a model generates.
 
     Raises:
-        ConflictError: there is a file, or a half made one, and nobody said what is to become of it; it is of other
-            rows or settings; another process is making it.
-        ConfigError, DataError, and what loading a model raises.
+        ConflictError: A finished or interrupted file exists without `resume` or `overwrite`, or it is of other rows or
+            settings, or another process is writing it.
+        ConfigError, DataError: An augmenter does not fit the rows.
+        ModelError, AdapterError, ResourceError, IntegrityError: As for loading models.
     """
     identity = identity_of(rows, augmenters)
     refuse_link(about_of(target))
@@ -131,7 +133,7 @@ def make(
 
 
 def identity_of(rows: Sequence[Row], augmenters: Sequence[Augmenter]) -> dict[str, Any]:
-    """What a file is made of; what has the same identity has the same bytes."""
+    """Return what determines the bytes of a file: a hash of the rows, their number, and the augmenters."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode() + b"\n")
@@ -143,7 +145,7 @@ def identity_of(rows: Sequence[Row], augmenters: Sequence[Augmenter]) -> dict[st
 
 
 def weighted(rows: Sequence[dict[str, Any]], weight: float) -> list[dict[str, Any]]:
-    """Each row ``weight`` times; of a fraction, a row's own text decides whether it is among those."""
+    """Repeat each row ``weight`` times; a hash of the row's text decides for the fractional part."""
     used = []
     for row in rows:
         whole = int(weight)
@@ -157,7 +159,7 @@ def about_of(target: Path) -> Path:
 
 
 def _finished(target: Path, identity: Mapping[str, Any], resume: bool) -> Augmented | None:
-    """The file, if it is there, whole, and what is asked for.
+    """Return the finished file if it exists, is intact, and is of these rows and settings.
 
     Raises:
         ConflictError: it is there and ``resume`` was not said, or it is something else.
@@ -225,7 +227,10 @@ def _write(target: Path, identity: Mapping[str, Any], made: Sequence[Made]) -> A
 
 
 def _refuse_twice(rows: Sequence[Row]) -> None:
-    """Where a row comes from is written into `origin`, so a row that has one is augmented already, or means else."""
+    """Raise ConfigError for rows with a column `origin`.
+
+    Augmented rows store their source there, so such a row is augmented already, or uses the name for something else.
+    """
     with_origin = sum(ORIGIN in row for row in rows)
     if with_origin:
         raise ConfigError(

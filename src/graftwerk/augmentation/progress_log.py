@@ -1,8 +1,8 @@
-"""What a model wrote so far, batch by batch, so that a kill at any moment costs one batch.
+"""Progress log of generation: a kill at any moment loses at most one batch.
 
-A file of JSON lines beside the file that is being made. The first says what is being made; each further one is a batch
-that is done, forced to the disk before the next begins. A line that a kill cut short is taken off again. Only one
-process at a time writes it: the others are told so.
+A file of JSON lines beside the output file. The first line identifies the output; each further line is a finished
+batch, flushed to disk before the next one begins. A line truncated by a kill is removed on resume. One process at a
+time may write it; others get an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Journal:
 
     Raises:
         ConflictError: another process writes it, or it is of something else.
-        EnvironmentFault: it cannot be written.
+        ResourceError: it cannot be written.
         IntegrityError: it is a link.
     """
 
@@ -62,7 +62,7 @@ class Journal:
         self.close()
 
     def add(self, key: str, answers: list[Any]) -> None:
-        """A batch is done; it is on the disk when this returns."""
+        """Append a finished batch; it is on disk when this returns."""
         self.done[key] = answers
         self._append(json.dumps([key, answers], ensure_ascii=False))
 
@@ -70,7 +70,7 @@ class Journal:
         self._file.close()
 
     def remove(self) -> None:
-        """All is made and stored elsewhere."""
+        """Remove the log, once the output is complete and stored."""
         self.path.unlink(missing_ok=True)
         self.close()
 

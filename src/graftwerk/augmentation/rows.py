@@ -24,7 +24,7 @@ USUAL_PARTS = ("text", "source", "document", "input", "prompt", "instruction")
 
 @dataclass
 class Made:
-    """What one augmenter made.
+    """Rows made by one augmenter.
 
     Attributes:
         rows: New rows, each with its `origin`, in the order of the rows they were made from.
@@ -42,7 +42,7 @@ class Made:
 
 
 def make_noise(settings: Noise, rows: Sequence[Row], parts: Sequence[str]) -> Made:
-    """`n` variants of each row; one that equals the row, or an earlier variant of it, is left out and counted.
+    """Make `n` noisy variants of each row; leave out and count duplicates of the row and of earlier variants.
 
     Args:
         parts: Of the task, the one that the model reads first; none: found by its usual name.
@@ -66,7 +66,7 @@ def make_noise(settings: Noise, rows: Sequence[Row], parts: Sequence[str]) -> Ma
 def make_translations(
     settings: Generation, rows: Sequence[Row], parts: Sequence[str], journal: Journal, key: str, on_progress: Any = None
 ) -> Made:
-    """`n` texts of a model for each row; those with a `filters.fault` are left out and counted.
+    """Make `n` translations of each row with a model; leave out and count those with a `filters.fault`.
 
     Raises:
         ConfigError: rows without the part that is to be read; a round trip with one model only.
@@ -141,9 +141,10 @@ def _origin(settings: Noise | Generation, number: int) -> dict[str, Any]:
 
 
 def changed_part(named: str | None, rows: Sequence[Row], parts: Sequence[str]) -> str:
-    """
+    """Return the name of the field that noise changes.
+
     Raises:
-        ConfigError: nothing says which part is changed, and none has a usual name.
+        ConfigError: The field is not given, and no field has a usual name.
     """
     if named is not None:
         return named
@@ -160,7 +161,7 @@ def changed_part(named: str | None, rows: Sequence[Row], parts: Sequence[str]) -
 
 
 def read_and_written(settings: Generation, rows: Sequence[Row], parts: Sequence[str]) -> tuple[str, str]:
-    """The part that a model is given, and the one that its answer becomes.
+    """Return the names of the fields that a translation reads and writes.
 
     Raises:
         ConfigError: there are no such parts; or one text is to be written from itself by one model.
@@ -188,9 +189,10 @@ def read_and_written(settings: Generation, rows: Sequence[Row], parts: Sequence[
 
 
 def texts_of(rows: Sequence[Row], part: str) -> list[str]:
-    """
+    """Return the texts of one field of the rows.
+
     Raises:
-        DataError: a row has no such part, or it is no text.
+        DataError: A row has no such field, or it is empty or not text.
     """
     texts = []
     for place, row in enumerate(rows):

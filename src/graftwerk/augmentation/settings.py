@@ -1,7 +1,6 @@
-"""What a run file says under `data.augment:`: a list of augmenters, each a name or its settings with `name`.
+"""Settings under `data.augment:` in a run file: a list of augmenters, each a name or a mapping with `name`.
 
-Settings alone, without what they do: the run file is composed of these, and neither torch nor rows are needed to
-check it.
+Settings only, without the code that makes rows: a run file can be checked without torch and without reading rows.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Augmenter(Settings):
         return {"name": self.name, **self.model_dump(mode="json")}
 
     def making(self) -> dict[str, Any]:
-        """What decides which rows are made: all but how often they are used."""
+        """Return the settings that determine the rows made: all but `weight`, which says how often they are used."""
         made = self.to_dict()
         made.pop("weight")
         return made
@@ -130,7 +129,7 @@ class Generation(Making, Translator):
 
     @property
     def legs(self) -> tuple[Translator, ...]:
-        """The models that a text passes, in order."""
+        """Return the models that a text passes through, in order."""
         last = Translator(model=self.model, base=self.base, task=self.task)
         return (last,) if self.through is None else (self.through, last)
 
@@ -169,7 +168,7 @@ AUGMENTERS: dict[str, type[Augmenter]] = {
 
 
 def parse_augmenter(value: Any) -> Augmenter:
-    """`word_dropout` (or `word-dropout`), ``{name: word_dropout, probability: 0.2}``, or an augmenter already built.
+    """Parse an augmenter: `word_dropout` (or `word-dropout`), ``{name: word_dropout, probability: 0.2}``, or an object.
 
     Raises:
         ConfigError: there is no such augmenter or setting; the nearest is named.
@@ -182,7 +181,7 @@ def parse_augmenter(value: Any) -> Augmenter:
 
 
 def parse_augmenters(value: Any) -> tuple[Augmenter, ...]:
-    """One augmenter, several, or none (``None`` or an empty list).
+    """Parse one augmenter, several, or none (``None`` or an empty list).
 
     Raises:
         ConfigError: as `parse_augmenter`; or one is given twice, which would only make the same rows twice.

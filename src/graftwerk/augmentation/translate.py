@@ -50,11 +50,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """An answer of a generating model.
 
     Attributes:
-        ended: The model ended it itself, within its limit.
-        whole: The model could read all of what it was given.
+        text: The answer.
+        ended: True if the model ended it itself, within its token limit.
+        whole: True if the input was not truncated.
     """
 
     text: str
@@ -75,14 +76,16 @@ class Loaded:
 
 
 def load(settings: Translator, max_length: int | None = None) -> Loaded:
-    """
+    """Load the model that translates: an adapter or run folder with its base, or a model without an adapter.
+
     Args:
-        max_length: Tokens that the model is given at most; None: as it was trained, or what it was made for.
+        settings: The translator's settings.
+        max_length: Longest input in tokens, or None for the length of training, or else the model's own limit.
 
     Raises:
-        ConfigError: nothing says how a bare model is asked.
-        UnsupportedError: a task in which nothing is written.
-        ConfigError, ModelError, AdapterError, EnvironmentFault, IntegrityError: as loading says.
+        ConfigError: `task` is missing for a model without an adapter, or `base` is given for one.
+        UnsupportedError: The task does not generate text.
+        ModelError, AdapterError, ResourceError, IntegrityError: As for loading models and adapters.
     """
     from graftwerk.models.hardware import compute_type, set_threads
     from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, max_length_for
@@ -129,21 +132,23 @@ def ask(
     key: str,
     on_progress: Progress | None = None,
 ) -> tuple[dict[Question, list[Answer]], dict[str, Any]]:
-    """`n` answers to each question.
+    """Generate `n` answers to each question.
 
     Args:
-        leg: Which of the settings' models is asked.
-        questions: In any order; one that stands there twice is asked once.
-        journal: Where batches that are done are found and kept.
-        key: What the batches are called there.
-        on_progress: Told (answers done, answers in all), also of those that were done before.
+        settings: Settings of the augmenter.
+        leg: Index of the model among the settings' models.
+        questions: In any order; duplicates are answered once.
+        n: Answers per question.
+        journal: Progress log with the finished batches.
+        key: Name of the batches in the log.
+        on_progress: Called with (answers done, answers in all), answers of the log included.
 
     Returns:
-        The answers, and who was asked.
+        The answers, and the identity of the model.
 
     Raises:
-        ConflictError: the journal's answers are another model's.
-        And what `load` raises.
+        ConflictError: The answers in the log are of another model.
+        ConfigError, ModelError, AdapterError, ResourceError, IntegrityError: As for `load`.
     """
     loaded = load(settings.legs[leg], settings.max_length)
     known = journal.done.get(f"{key} model")
@@ -261,7 +266,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def languages_of(row: Mapping[str, Any], *, turned: bool) -> tuple[str | None, str | None]:
-    """What a row says of its languages, as (that of what is read, that of what is written)."""
+    """Return the languages of a row as (read, written), each None if the row does not name it.
+
+    Args:
+        row: A row, perhaps with ``source_lang`` and ``target_lang``.
+        turned: True to swap the two, for translation from target to source.
+    """
     pair = (row.get("source_lang"), row.get("target_lang"))
     known = tuple(language if isinstance(language, str) else None for language in pair)
     return (known[1], known[0]) if turned else (known[0], known[1])

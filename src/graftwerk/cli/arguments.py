@@ -48,7 +48,7 @@ Force = Annotated[
 
 
 def columns_of(given: list[str] | None) -> dict[str, str] | None:
-    """`["text=review"]` -> `{"text": "review"}`.
+    """Parse `["text=review"]` to `{"text": "review"}`.
 
     Raises:
         ConfigError: one is not of that form.
@@ -69,7 +69,7 @@ def columns_of(given: list[str] | None) -> dict[str, str] | None:
 
 
 def evaluation_of(given: list[str] | None) -> dict[str, Any]:
-    """`["num_beams=4", "evaluation.baseline=true"]` -> `{"num_beams": 4, "baseline": True}`.
+    """Parse `["num_beams=4", "evaluation.baseline=true"]` to `{"num_beams": 4, "baseline": True}`.
 
     Raises:
         ConfigError: one is not of that form, or belongs to the training.

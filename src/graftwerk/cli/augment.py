@@ -86,7 +86,7 @@ def register(app: typer.Typer) -> None:
 
 
 def read_given(given: list[str], data: str | None, by: str | None) -> dict[str, Any]:
-    """The arguments of `augment` from the words of a command.
+    """Return the arguments of `augment` from the words of a command.
 
     Raises:
         ConfigError: a run file and --data, --by without --data, or something that is not of the form key=value.

@@ -14,7 +14,7 @@ TOKENS = 48
 
 
 def show_batch(batch: dict[str, Any], stream: TextIO) -> None:
-    """Write what `train.gate.first_batch` says: colours where the stream is a terminal, marks elsewhere."""
+    """Write the first batch of `training.data_checks.first_batch`, in colour on a terminal, else with marks."""
     rows, width = batch["shape"]
     colour = stream.isatty()
     legend = "\x1b[32mlearnt\x1b[0m, \x1b[2mpadding\x1b[0m" if colour else "«learnt», padding as ·"
@@ -38,7 +38,7 @@ def _row(row: dict[str, Any], colour: bool) -> str:
 
 
 def _tokens(tokens: Sequence[str], trained: Sequence[bool], colour: bool) -> str:
-    """Runs of tokens that are learnt, and of those that are not."""
+    """Return runs of tokens that are trained, and of those that are not."""
     shown = list(zip(map(printable, tokens), trained, strict=True))
     left_out = len(shown) - TOKENS
     if left_out > 0:

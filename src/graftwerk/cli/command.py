@@ -1,4 +1,4 @@
-"""How a command is made: every one of them takes `--json`, `--quiet` and `--debug`, and gets an `Output`."""
+"""Decorator for commands: each takes `--json`, `--quiet` and `--debug`, and gets an `Output`."""
 
 from __future__ import annotations
 

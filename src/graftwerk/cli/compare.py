@@ -72,7 +72,7 @@ def register(app: typer.Typer) -> None:
 
 
 def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
-    """``methods=`` and ``seeds=`` apart from the settings of the run file.
+    """Separate ``methods=`` and ``seeds=`` from the settings of the run file.
 
     Raises:
         ConfigError: no methods; or something that is not of the form key=value.
@@ -116,7 +116,7 @@ def show_plan(
     metric: str | None = None,
     prefer: str | None = None,
 ) -> Result:
-    """What a comparison would do, checked as far as that goes without loading a model."""
+    """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
     from graftwerk.cli.doctor import with_augmented
     from graftwerk.config import RunConfig
     from graftwerk.experiments.compare import check_choices, tree_of

@@ -68,7 +68,7 @@ def with_augmented(made: int | None) -> str:
 
 
 def describe_trunk(trunk: dict[str, Any]) -> str:
-    """Which frozen layers are computed only once, or why none are."""
+    """Return one line on the activation cache: the frozen layers computed only once, or why there are none."""
     if not trunk["on"]:
         return f"every layer is computed at every step: {trunk['why_not']}"
     return (

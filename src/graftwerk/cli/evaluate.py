@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_metrics(out: Output, metrics: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> None:
-    """One row a metric; with those of the unadapted base beside them, where they were measured."""
+    """Show one row per metric, with the base's value beside it if it was measured."""
     names = (
         ("metric", "value", "interval") if before is None else ("metric", "base", "interval ", "adapter", "interval")
     )
@@ -81,7 +81,7 @@ def show_metrics(out: Output, metrics: dict[str, Any], *, title: str, before: di
 
 
 def show_sets(out: Output, sets: dict[str, Any]) -> None:
-    """One row a data set, or direction of a translation, where there are several."""
+    """Show one row per data set, or direction of translation, if there are several."""
     if not sets:
         return
     names = list(dict.fromkeys(name for metrics in sets.values() for name in metrics))
@@ -92,7 +92,7 @@ def show_sets(out: Output, sets: dict[str, Any]) -> None:
 
 
 def _figure(name: str, measured: Any) -> tuple[str, str]:
-    """Metrics of texts as people write them: BLEU 23.4, ROUGE-L 39.6 %, perplexity 12.3; those of classes as shares."""
+    """Format a metric: BLEU 23.4, ROUGE-L 39.6 %, perplexity 12.3; those of classes as shares."""
     from graftwerk.evaluation.metrics import METRICS
 
     known = METRICS.get(name)
@@ -107,7 +107,7 @@ def _figure(name: str, measured: Any) -> tuple[str, str]:
 
 
 def show_examples(out: Output, examples: list[dict[str, Any]]) -> None:
-    """A few answers: what was asked, what is right, what the base says alone and with the adapter."""
+    """Show sample answers: source, reference, and the answers of the base without and with the adapter."""
     for example in examples:
         shown = table("", "", title=" ")
         shown.show_header = False

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 
 def adapter_in(target: Path) -> Path:
-    """The adapter folder that is meant: itself, or the one in a run folder.
+    """Return the adapter folder: the given one, or the one in a run folder.
 
     Raises:
         ConfigError: there is no such folder, or it is a run without an adapter, or a comparison.
@@ -81,7 +81,7 @@ def show_origin(out: Output, described: dict[str, Any]) -> None:
 
 
 def settings_of(method: dict[str, Any]) -> str:
-    """A method's settings on one line, without those that are empty or off: ``r 8, target_modules query value``."""
+    """Return a method's settings on one line, without empty or disabled ones: ``r 8, target_modules query value``."""
     said = []
     for key, value in method.items():
         if key == "name" or value in (None, [], {}, False, ""):

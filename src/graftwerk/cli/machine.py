@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, versions, the compute type that is fast here."""
+"""Facts about this machine: cores, memory, versions, and the compute type that is fast on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OPTIONAL = {
 
 
 def describe_machine() -> dict[str, Any]:
-    """Cores, memory (bytes), devices, probed compute type, package versions. Imports torch."""
+    """Return cores, memory in bytes, devices, compute type and package versions. Imports torch."""
     import torch
 
     from graftwerk.machine import available
@@ -50,7 +50,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def memory() -> int | None:
-    """Bytes of memory in all, the limit of a container heeded; None where the system does not say."""
+    """Return the total memory in bytes, at most a container's limit, or None if the system does not say."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -107,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def as_fault(error: BaseException) -> Explained:
-    """Any error in the user's terms."""
+    """Return any error as one of graftwerk's."""
     if isinstance(error, Explained):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -136,7 +136,7 @@ def as_fault(error: BaseException) -> Explained:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, as Python or torch say it; torch is asked only if it is there already."""
+    """Return True if an error means out of memory, in Python or in torch; torch is not imported for the test."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from graftwerk.evaluation.oom import is_out_of_memory

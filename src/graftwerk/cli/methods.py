@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """Every method as plain values; the wording comes from the head of the method's own file."""
+    """Return every method as plain values; the texts come from the docstring of its module."""
     from graftwerk.methods.registry import METHODS, SHORTHANDS
     from graftwerk.tasks.registry import TASKS
 
@@ -83,7 +83,12 @@ def describe_methods() -> list[dict[str, Any]]:
 
 
 def said_of(method: type[Method], subject: str) -> str:
-    """What the head of the method's file says after ``subject``, with its qualifier ("for each layer"), on one line."""
+    """Return what the docstring of the method's module says after ``subject``, on one line, or "" if it says nothing.
+
+    Args:
+        method: The method's class.
+        subject: First word of the line that is looked for; a qualifier before its colon ("for each layer") is kept.
+    """
     head = inspect.getdoc(sys.modules[method.__module__]) or ""
     pattern = rf"^{re.escape(subject)}([^:\n]*): (.+?)(?=\n\n|\n[A-Z][\w-]*[^:\n]*: |\Z)"
     found = re.search(pattern, head, re.DOTALL | re.MULTILINE)

@@ -1,7 +1,7 @@
-"""What a command says and where: results on stdout, all else on stderr; with `--json` one object as the last line.
+"""Output of commands: results on stdout, all else on stderr; with `--json` one object as the last line.
 
-Libraries print to stdout as they please. With `--json` their prints are sent to stderr for the time of the command, at
-the level of Python's `sys.stdout` and of the process's file descriptor, so that stdout holds the object alone.
+Libraries print to stdout too. With `--json` their output is redirected to stderr while the command runs, both Python's
+`sys.stdout` and the process's file descriptor, so that stdout holds only the object.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ PLAIN_WIDTH = 140
 
 
 class ReaderGone(Exception):  # noqa: N818 - no error
-    """Who reads the result has all that was wanted: `graftwerk ... | head -1`."""
+    """Signal that the reader of stdout has closed it, as in `graftwerk ... | head -1`."""
 
 
 @contextmanager
 def read() -> Iterator[None]:
-    """Around writing the result.
+    """Turn a broken pipe while writing the result into `ReaderGone`.
 
     Raises:
-        ReaderGone: nobody reads it any more.
+        ReaderGone: The reader has closed stdout.
     """
     try:
         yield
@@ -54,7 +54,7 @@ class Output:
         self.as_json, self.quiet = as_json, quiet
 
     def show(self, *things: RenderableType) -> None:
-        """The result, for people: stdout, or stderr with `--json`."""
+        """Write the result for people: to stdout, or to stderr with `--json`."""
         stream = sys.stderr if self.as_json else sys.stdout
         if stream.isatty():
             console(stream).print(*things, sep="\n")
@@ -65,7 +65,7 @@ class Output:
         self.line("\n".join(line.rstrip() for line in held.getvalue().splitlines()))
 
     def line(self, text: str) -> None:
-        """A line of the result that is never wrapped or coloured: a path, a figure."""
+        """Write a line of the result that is never wrapped or coloured: a path, a number."""
         self.answer(clean(text))
 
     def answer(self, text: str) -> None:
@@ -78,12 +78,12 @@ class Output:
             print(text)
 
     def note(self, text: str) -> None:
-        """Something said on the way: stderr, not with `--quiet`."""
+        """Write a note to stderr, unless `--quiet`."""
         if not self.quiet:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """Something to know in any case: stderr."""
+        """Write a warning to stderr, even with `--quiet`."""
         print(clean(text), file=sys.stderr, flush=True)
 
 
@@ -95,7 +95,7 @@ def console(stream: TextIO) -> Console:
 
 
 def table(*headings: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
-    """A plain table; columns named in `numbers` are set flush right."""
+    """Return an empty plain table; columns named in `numbers` are right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -133,19 +133,19 @@ def stdout_to_stderr() -> Iterator[TextIO]:
 
 
 def printable(text: str) -> str:
-    """Text from files without what could move the cursor, colour the terminal or turn the line around."""
+    """Return a text without characters that move the cursor, colour the terminal or reverse the line."""
     line = " ".join(visible(text).split())
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def dump(data: Mapping[str, Any]) -> str:
-    """One line of JSON that every parser reads: no NaN, no infinities; no secrets but what rows and answers hold."""
+    """Return one line of strict JSON: no NaN, no infinities, and no secrets except those in rows and answers."""
     said = {key: value if key == "predictions" else redacted(value) for key, value in plain(data).items()}
     return dump_json(said)
 
 
 def plain(value: Any) -> Any:
-    """Paths, tuples and numpy's numbers become what JSON has; a number that is not finite becomes null."""
+    """Convert paths, tuples and numpy numbers to JSON values; a number that is not finite becomes null."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):

@@ -25,10 +25,11 @@ NOT_SHOWN = frozenset({"loss", "seconds", "best", "left_seconds"})
 
 
 class Display:
-    """Where progress goes: stderr, silent for good once that can no longer be written (the reader went away).
+    """Progress display on stderr; silent for good once writing fails because the reader has closed it.
 
     Args:
-        out: With ``quiet`` nothing that merely moves is written.
+        out: The command's output; with its ``quiet`` no progress bar is shown.
+        stream: Stream to write to, or None for stderr.
     """
 
     def __init__(self, out: Output, *, stream: TextIO | None = None) -> None:
@@ -64,7 +65,7 @@ class Display:
                 print(text, file=self.stream, flush=True)
 
     def move(self, what: str, done: int, total: int, *figures: str) -> None:
-        """A bar on a terminal; elsewhere a line every few seconds and one at the end."""
+        """Update the progress bar; without a terminal, write a line every few seconds and one at the end."""
         if self.quiet or self.silent:
             return
         shown = "  ".join(figure for figure in figures if figure)
@@ -159,7 +160,7 @@ def describe_evaluation(step: int, figures: dict[str, Any]) -> str:
 
 
 def describe_trouble(event: Event) -> str:
-    """A finding about the data, a diagnosis, a warning: what it is, and what to change."""
+    """Return the text of an issue, a diagnosis or a warning, with its hint."""
     figures = event.figures
     text = printable(figures.get("text") or figures.get("message") or "")
     where = f"step {event.step}: " if event.step else ""
@@ -169,7 +170,7 @@ def describe_trouble(event: Event) -> str:
 
 
 def describe_start(figures: dict[str, Any]) -> str:
-    """What the run will do and cost, before its first step; the time is known after a few of them."""
+    """Return a summary of a run before its first step: parameters, steps, learning rate, device."""
     parameters = figures["parameters"]
     where = f"{figures['device']}, {figures['compute_type']}"
     if figures["processes"] > 1:

@@ -62,7 +62,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_run(out: Output, manifest: dict[str, Any]) -> None:
-    """What came out: the figures of the rows that chose nothing, where there are such rows."""
+    """Show the metrics of a finished run, on the test rows or else on the validation rows, and its cost."""
     from graftwerk.cli.evaluate import show_cost, show_metrics, show_sets
 
     metrics = manifest["metrics"]

@@ -1,4 +1,4 @@
-"""Which rows make a batch: rows of like length together, so that hardly anything of a batch is padding."""
+"""Batching by length: rows of similar length share a batch, so that little of it is padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pool this large leaves a few per cent of padding."""
 
 
 def length_grouped(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch.
+    """Return the batches of one epoch, grouped by length.
 
     Rows are shuffled, cut into pools, sorted by length within their pool and cut into batches; then the batches are
     shuffled. The batch with the longest row comes first: a run that does not fit into memory says so at once.
@@ -44,7 +44,7 @@ def length_grouped(lengths: Sequence[int], batch_size: int, seed: int, epoch: in
 
 
 def shuffled(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch without regard to length; otherwise like `length_grouped`."""
+    """Return the batches of one epoch without regard to length; otherwise like `length_grouped`."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     order = list(range(rows))

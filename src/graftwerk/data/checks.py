@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]{0,39})(\.[0-9]{0,40})?([eE][+-]?[0-9]{
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """The classes in the order of their ids: by number where all are whole numbers, else by code point."""
+    """Return the classes in the order of their ids: by number if all are whole numbers, else by code point."""
     names = set(labels)
     if all(_INTEGER.fullmatch(name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -43,16 +43,16 @@ def label_names(labels: Sequence[str]) -> tuple[str, ...]:
 def check_labels(
     used: Mapping[str, Sequence[str] | Mapping[str, int]], known: Sequence[str] | None, source: str
 ) -> tuple[tuple[str, ...], tuple[Issue, ...]]:
-    """The label names of a run, and what there is to say about them.
+    """Return the label names of a run, and issues with them.
 
     Args:
-        used: The labels of the rows of each split (``train``, ``validation``, ``test``), or how many rows have each.
-        known: The names an adapter already has; they stay as they are, in their order.
+        used: The labels of the rows of each split (``train``, ``validation``, ``test``), or the number of rows of each.
+        known: The names that an adapter already has, which stay in their order, or None.
         source: For messages.
 
     Raises:
-        DataError: one class only; or validation or test have classes that training has not.
-        AdapterError: the rows have classes that the adapter has not.
+        DataError: There is one class only, or validation or test have classes that training lacks.
+        AdapterError: The rows have classes that the adapter lacks.
     """
     counts = {split: Counter(labels) for split, labels in used.items()}
     if known is not None:
@@ -121,7 +121,7 @@ def missing_texts(split: str, found: Counter[str], rows: int) -> tuple[Issue, ..
 
 
 def _many(labels: Counter[str]) -> tuple[Issue, ...]:
-    """Numbers that are scores and no classes, or more classes than the rows can teach."""
+    """Return issues of labels that look like scores, or of more classes than the rows can teach."""
     fractions = [name for name in labels if _NUMBER.fullmatch(name) and not _INTEGER.fullmatch(_spelt(name))]
     rows = labels.total()
     if fractions and all(_NUMBER.fullmatch(name) for name in labels):
@@ -137,7 +137,7 @@ def _many(labels: Counter[str]) -> tuple[Issue, ...]:
 
 
 def _skew(labels: Counter[str]) -> tuple[Issue, ...]:
-    """One class that outweighs all others: always saying it scores as high, and teaches nothing."""
+    """Return an issue if one class dominates: always predicting it scores high, and nothing is learnt."""
     (most, count), *_ = labels.most_common(1)
     rows = labels.total()
     share = count / rows
@@ -206,7 +206,7 @@ def _absent_classes(used: Mapping[str, Counter[str]], names: Sequence[str]) -> t
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """The rows of one split: texts and labels (None: rows have no class) one by one, and the place (`file:line`) of a
+    """The rows of one split: texts, labels (or None if rows have no class), and the place (`file:line`) of a
     row by its index."""
 
     texts: Sequence[str]
@@ -222,7 +222,7 @@ class PlacedRows:
 
 
 def check_duplicates(splits: Mapping[str, PlacedRows]) -> tuple[Issue, ...]:
-    """Rows that stand more than once, in a split or on both sides of one; white space and case do not count."""
+    """Report duplicate rows, within a split or across splits; white space and case do not count."""
     findings: list[Issue] = []
     for name, rows in splits.items():
         findings += _inside(name, rows)
@@ -280,14 +280,16 @@ def _across(first: str, one: PlacedRows, second: str, other: PlacedRows) -> list
 def check_truncation(
     truncated: Sequence[int], max_length: int, max_truncated: float, split: str = "train"
 ) -> tuple[Issue, ...]:
-    """What the length limit costs.
+    """Report the rows and tokens lost to the length limit.
 
     Args:
-        truncated: For each row, the tokens that did not fit into ``max_length``.
-        max_truncated: The share of rows that may lose tokens (`data.max_truncated`).
+        truncated: For each row, the number of tokens that did not fit into ``max_length``.
+        max_length: The limit in tokens.
+        max_truncated: Largest share of rows that may lose tokens (`data.max_truncated`), 0 to 1.
+        split: Name of the split, for messages.
 
     Raises:
-        DataError: more rows than that lose tokens.
+        DataError: More rows than that lose tokens.
     """
     return check_cut(sum(map(bool, truncated)), sum(truncated), len(truncated), max_length, max_truncated, split)
 
@@ -295,7 +297,19 @@ def check_truncation(
 def check_cut(
     cut: int, tokens: int, rows: int, max_length: int, max_truncated: float, split: str = "train"
 ) -> tuple[Issue, ...]:
-    """The same where it is counted already: ``cut`` of ``rows`` rows lose ``tokens`` tokens in all."""
+    """Report truncation from counts, as `check_truncation` does.
+
+    Args:
+        cut: Number of rows that lose tokens.
+        tokens: Tokens lost in all.
+        rows: Number of rows of the split.
+        max_length: As for `check_truncation`.
+        max_truncated: As for `check_truncation`.
+        split: As for `check_truncation`.
+
+    Raises:
+        DataError: More rows than `max_truncated` allows lose tokens.
+    """
     if not cut:
         return ()
     share = cut / rows

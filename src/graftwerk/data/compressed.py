@@ -74,11 +74,11 @@ _DAMAGE = (
 
 
 def plain_name(path: Path) -> str:
-    """The name without the ending of the compression; for a zip, its member's.
+    """Return the name without the suffix of the compression; for a zip, its member's.
 
     Raises:
-        DataError: a zip with several members, or with an encrypted one.
-        IntegrityError: no zip at all.
+        DataError: The zip has several members, or an encrypted one.
+        IntegrityError: It is not a readable zip file.
     """
     ending = path.suffix.lower()
     if ending == ".zip" and path.is_file():
@@ -93,12 +93,12 @@ def plain_name(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, expanded where its ending says that it is compressed.
+    """Read a file, decompressed if its suffix names a compression.
 
     Raises:
-        IntegrityError: damaged, cut off, or a file that expands beyond all proportion.
-        EnvironmentFault: the package for this compression is not installed; the memory does not suffice.
-        DataError: it is no regular file.
+        IntegrityError: It is damaged, truncated, or expands beyond all proportion.
+        ResourceError: The package for this compression is not installed, or the memory does not suffice.
+        DataError: It is not a regular file.
     """
     free = available()
     most = 1 << 62 if free is None else int(MEMORY_SHARE * free)
@@ -116,11 +116,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 def opened(path: Path) -> io.FileIO:
-    """The file as it stands on the disk, open for reading.
+    """Open a regular file for reading, without decompression.
 
     Raises:
-        DataError: it is no regular file.
-        OSError: it cannot be opened.
+        DataError: It is not a regular file.
+        OSError: It cannot be opened.
     """
     try:
         return open_regular(path)
@@ -129,7 +129,13 @@ def opened(path: Path) -> io.FileIO:
 
 
 def pieces(path: Path) -> Generator[bytes, None, None]:
-    """The content of a file, expanded, piece by piece. Raises as `read_bytes` does."""
+    """Yield the content of a file in chunks, decompressed if its suffix names a compression.
+
+    Raises:
+        IntegrityError: The compressed file is damaged, or expands beyond all proportion.
+        ResourceError: The package for this compression is not installed.
+        DataError: It is not a regular file.
+    """
     open_it = OPENERS.get(path.suffix.lower())
     if open_it is None:
         with opened(path) as plain:
@@ -154,9 +160,7 @@ def pieces(path: Path) -> Generator[bytes, None, None]:
 
 
 class _Proportion:
-    """How many bytes came of how many: of the whole file, and of each part of it while it is read, so that a bomb is
-    seen before it has gone off.
-    """
+    """Limit on the compression ratio, of the whole file and of each window of it, that stops a decompression bomb."""
 
     def __init__(self, path: Path, raw: IO[bytes]) -> None:
         self._path, self._raw = path, raw

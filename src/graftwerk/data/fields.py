@@ -1,4 +1,4 @@
-"""What may stand in a part of a row: a reader gives back the clean value, or a ValueError that says what is wrong."""
+"""Readers for the fields of a row: each returns the cleaned value, or raises a ValueError that says what is wrong."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Part = Callable[[Any], Any]
 
 
 def text_part(value: Any) -> str:
-    """Text with at least one visible character, as it stands.
+    """Return a text unchanged, if it has at least one visible character.
 
     Raises:
-        ValueError: missing, empty, not text, or with a NUL or half a surrogate pair in it.
+        ValueError: It is missing, empty, not text, or holds a NUL or a lone surrogate.
     """
     if not isinstance(value, str):
         raise ValueError("is missing" if _absent(value) else f"is {_kind(value)}, not text")
@@ -25,10 +25,10 @@ def text_part(value: Any) -> str:
 
 
 def label_part(value: Any) -> str:
-    """A class name. Numbers become their shortest text, so that 1, 1.0 and "1" are one class.
+    """Return a class name. Numbers become their shortest text, so that 1, 1.0 and "1" are one class.
 
     Raises:
-        ValueError: missing, empty, or neither text nor number.
+        ValueError: It is missing, empty, or neither text nor number.
     """
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -37,15 +37,15 @@ PARQUET_BATCH = 128
 
 
 def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
-    """All rows of a file, by its ending, or of the files of a folder.
+    """Read all rows of a file, by its suffix, or of the files of a folder.
 
     Args:
-        text_rows: What is a row of a .txt file.
+        text_rows: Unit of a .txt file that is one row: a line, or a document between blank lines.
 
     Raises:
         ConfigError: an ending that is not read here; a folder with files of several kinds, or of none.
         DataError: the file as a whole cannot be read (UTF-16, no header, not parquet).
-        EnvironmentFault: missing permission, or a package that reads this kind of file is not installed.
+        ResourceError: missing permission, or a package that reads this kind of file is not installed.
         IntegrityError: a compressed file that is damaged, or expands beyond all proportion.
     """
     if path.is_dir():
@@ -68,11 +68,11 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
 
 
 def read_pair(first: Path, second: Path, source: str) -> Table:
-    """Rows with `source` and `target` from two files of text (whatever they end in), line by line.
+    """Read rows with `source` and `target` from two text files (whatever their suffixes), line by line.
 
     Raises:
-        DataError: they have not the same number of lines.
-        EnvironmentFault, IntegrityError: as for `read_file`.
+        DataError: They do not have the same number of lines.
+        ResourceError, IntegrityError: as for `read_file`.
     """
     table = Table(source, str(first), [], [])
     try:
@@ -84,7 +84,7 @@ def read_pair(first: Path, second: Path, source: str) -> Table:
 
 
 def kind_of(path: Path) -> str:
-    """The ending that says how a file is read, that of a compression left out."""
+    """Return the suffix that says how a file is read, without that of a compression."""
     return Path(plain_name(path)).suffix.lower()
 
 
@@ -96,7 +96,7 @@ def _read_folder(path: Path, source: str, text_rows: TextRows) -> Table:
 
 
 def files_in(path: Path, source: str) -> tuple[list[Path], tuple[str, ...]]:
-    """The files of rows in a folder, sorted, and the names of those of other kinds.
+    """Return the files of rows in a folder, sorted, and the names of other files.
 
     Raises:
         ConfigError: files of several kinds, or of none.
@@ -178,7 +178,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _read_json(path: Path, table: Table) -> None:
-    """A JSON list of objects, read item by item, so that each keeps its line."""
+    """Read a JSON list of objects item by item, so that each keeps its line."""
     text, fault = _text_and_fault(path)
     columns: dict[str, None] = {}
     position, line, counted = _skip_space(text, 0), 1, 0

@@ -1,4 +1,4 @@
-"""What a check of the data can say."""
+"""Issues that checks of the data report."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How rows hold what is said: instruction/input/output, chat, prompt/completion, or plain text.
+"""Formats of rows: instruction/input/output, chat, prompt/completion, or plain text.
 
-Told by the columns, or named in `data.format`. Whatever the form, a row becomes ``{"turns": [[role, content], ...]}``
-with the roles system, user and assistant, and its last turn is the assistant's; plain text stays ``{"text": ...}``.
-What cannot become that is a bad row, with its place.
+Recognised by the columns, or named in `data.format`. Every format becomes ``{"turns": [[role, content], ...]}`` with
+the roles system, user and assistant, and the last turn is the assistant's; plain text stays ``{"text": ...}``. A row
+that cannot be converted is a bad row, reported with its place.
 
 | format | columns | a turn |
 |---|---|---|
@@ -49,12 +49,12 @@ class Format:
 
 
 def perhaps_text(value: Any) -> str:
-    """Text, or "" for nothing."""
+    """Return a text, or "" if there is none."""
     return "" if value is None or (isinstance(value, str) and not value.strip()) else text_part(value)
 
 
 def messages_part(value: Any) -> Turns:
-    """The messages of a conversation as turns; a system message without content is left out.
+    """Return the messages of a conversation as turns, without an empty system message.
 
     Raises:
         ValueError: no list of messages, an unknown role, an empty message, a system message that is not the first.
@@ -112,7 +112,7 @@ def _message(message: Any) -> tuple[str, str]:
 
 
 def conversation(turns: Turns) -> dict[str, Any]:
-    """A row of turns to learn from.
+    """Return a row of turns for training.
 
     Raises:
         ValueError: nothing is answered, or the last turn is not.
@@ -125,7 +125,7 @@ def conversation(turns: Turns) -> dict[str, Any]:
 
 
 def question(turns: Turns) -> dict[str, Any]:
-    """A row of turns to be answered; an answer that it has already is left out.
+    """Return a row of turns for prediction, without the answer that it may have already.
 
     Raises:
         ValueError: nothing is asked.
@@ -137,7 +137,7 @@ def question(turns: Turns) -> dict[str, Any]:
 
 
 def asked_of(turns: Sequence[Sequence[str]]) -> str:
-    """What stands before the last answer, as one text: it identifies a row."""
+    """Return the contents before the last answer, joined into one text; it identifies a row."""
     before = turns[:-1] if turns[-1][0] == "assistant" else turns
     return "\n".join(content for _, content in before)
 
@@ -198,7 +198,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
 
 
 def columns_of_format(columns: Sequence[str], format: str | None) -> tuple[str, ...]:
-    """The columns without those of other formats than the named one."""
+    """Return the columns without those of other formats than the named one."""
     if format is None:
         return tuple(columns)
     own = {part for shape in FORMATS[format] for part in (*shape.parts, *shape.optional)}
@@ -207,14 +207,18 @@ def columns_of_format(columns: Sequence[str], format: str | None) -> tuple[str, 
 
 
 def recognise(columns: Sequence[str], formats: Sequence[str]) -> tuple[str, Format]:
-    """Which format rows with these columns have, of those that a task reads; and its name.
+    """Recognise the format of rows by their columns.
 
     Args:
-        columns: As `data.columns` renames them. A column that holds the answers may be missing where all other
-            columns of a format are there: rows that a model is asked about have none.
+        columns: Column names, renamed by `data.columns`. Columns with answers may be missing, as they are in rows for
+            prediction.
+        formats: Names of the formats that the task reads.
+
+    Returns:
+        Name and format.
 
     Raises:
-        ConfigError: none, or more than one.
+        ConfigError: No format fits, or more than one.
     """
     found = [
         (name, shape)

@@ -9,14 +9,14 @@ from graftwerk.errors import ConfigError, ResourceError
 
 
 def read_hub(name: str, split: str, source: str) -> Table:
-    """One split of a hub data set. Class columns come back as their names, a class of -1 (unlabelled) as nothing.
+    """Read one split of a hub data set. Classes become their names, and a class of -1 (unlabelled) becomes None.
 
     Args:
         name: ``owner/name`` or ``owner/name/configuration``.
 
     Raises:
         ConfigError: no such data set, configuration or split.
-        EnvironmentFault: no network and not in the local cache, or `datasets` is not installed.
+        ResourceError: no network and not in the local cache, or `datasets` is not installed.
     """
     try:
         import datasets

@@ -1,4 +1,4 @@
-"""How often rows of several data sets are drawn: shares by size, weight and temperature, and the draws of an epoch.
+"""Sampling rows from several data sets: shares by size, weight and temperature, and the draws of an epoch.
 
 With n_i rows and weight w_i, set i has the share p_i proportional to w_i * n_i ** (1 / T): as the rows stand at T = 1,
 all sets alike at T = infinity (Arivazhagan et al., 2019, arXiv:1907.05019, with T = 5 for translation; the weights are
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
-    """The share of each set; they add up to one.
+    """Return the share of each set; they add up to one.
 
     Args:
         temperature: 1 or more; `math.inf` is all sets alike, but for their weights.
@@ -29,7 +29,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -
 
 
 def quotas(wanted: Sequence[float], rows: int) -> list[int]:
-    """Whole numbers that add up to ``rows``, none further than one from its share (largest remainders)."""
+    """Return whole numbers that add up to ``rows``, none further than one from its share (largest remainders)."""
     exact = [share * rows for share in wanted]
     given = [math.floor(value) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda at: (given[at] - exact[at], at))
@@ -56,7 +56,7 @@ class Sampler:
         self.seed = seed
 
     def __call__(self, epoch: int) -> list[int]:
-        """Indices of rows, set by set; as many in every epoch."""
+        """Return the indices of rows, set by set; as many in every epoch."""
         return [
             row
             for number, (members, quota) in enumerate(zip(self.members, self.quotas, strict=True))

@@ -29,7 +29,7 @@ _WORD = re.compile(r"\w+")
 
 
 def check_near_leakage(splits: Mapping[str, PlacedRows]) -> tuple[Issue, ...]:
-    """Held-out rows that are near to a training row, without those that are the same (white space and case aside)."""
+    """Report held-out rows similar to a training row, without exact duplicates (white space and case aside)."""
     train = splits.get("train")
     if train is None or not train.texts:
         return ()
@@ -37,7 +37,7 @@ def check_near_leakage(splits: Mapping[str, PlacedRows]) -> tuple[Issue, ...]:
 
 
 def shingles(text: str) -> frozenset[str]:
-    """The runs of three words; letters and digits count, case and punctuation do not."""
+    """Return the shingles of three words; letters and digits count, case and punctuation do not."""
     words = _WORD.findall(text.casefold())
     return frozenset(" ".join(words[at : at + SHINGLE]) for at in range(len(words) - SHINGLE + 1))
 

@@ -23,7 +23,7 @@ Fault = Callable[[str], str | None]
 
 
 def bad_characters(text: str) -> str | None:
-    """What is wrong with the characters of a row, if anything is."""
+    """Return what is wrong with the characters of a text, or None if they are valid."""
     if "\0" in text:
         return "holds a NUL byte"
     try:
@@ -41,7 +41,8 @@ def no_fault(text: str) -> None:
 
 
 def delimited_rows(lines: Iterable[str], delimiter: str, columns: dict[str, None], *, fault: Fault, file: str) -> Found:
-    """
+    """Parse csv or tsv lines to rows.
+
     Args:
         lines: With their ends, which are not translated.
         columns: Filled with the names of the columns.
@@ -118,7 +119,8 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[s
 
 
 def jsonl_rows(lines: Iterable[str], columns: dict[str, None], *, fault: Fault) -> Found:
-    """
+    """Parse lines of JSON objects to rows.
+
     Args:
         lines: Ended by line feeds alone, with them or without.
         columns: Filled with the keys of the objects.
@@ -171,7 +173,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constan
 
 
 def text_rows(lines: Iterable[str], columns: dict[str, None], *, documents: bool, fault: Fault) -> Found:
-    """The lines that are not blank, or what stands between blank lines.
+    """Yield the lines that are not blank, or the documents between blank lines.
 
     Args:
         lines: Ended by line feeds alone, with them or without.
@@ -202,7 +204,7 @@ def _documents(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def bare(line: str) -> str:
-    """A line without its end. A line ends at a line feed alone, a carriage return before it left out: what
+    """Return a line without its end. A line ends at a line feed alone, a carriage return before it left out: what
     `str.splitlines` also breaks at (form feeds, U+2028) would shift one side of a pair against the other.
     """
     return line.removesuffix("\n").removesuffix("\r")

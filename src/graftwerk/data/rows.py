@@ -60,19 +60,19 @@ class Table:
         return len(self.rows)
 
     def at(self, line: int) -> str:
-        """`file:line`, or `file row n` where a file has no lines."""
+        """Return `file:line`, or `file row n` if the file has no lines."""
         if self.pieces:
             offset, piece = self.pieces[bisect(self.pieces, line - 1, key=lambda pair: pair[0]) - 1]
             return piece.at(line - offset)
         return f"{self.shown}:{line}" if self.unit == "line" else f"{self.shown} row {line}"
 
     def where(self, index: int) -> str:
-        """The place of a row, by its index in `rows`."""
+        """Return the place of a row, by its index in `rows`."""
         return self.at(self.lines[index])
 
 
 def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
-    """The rows of several tables, one after another; every row keeps its file and line.
+    """Concatenate the rows of several tables; every row keeps its file and line.
 
     Raises:
         DataError: the tables have no column in common (a file with another header).
@@ -124,7 +124,18 @@ def resolve_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple
 def apply_bad_row_policy(
     count: int, places: Sequence[str], read: int, source: str, on_bad_row: Literal["fail", "skip"]
 ) -> tuple[Issue, ...]:
-    """The same for rows that are only counted; ``places`` are the first of them."""
+    """Apply `data.on_bad_row` to a number of bad rows, as `resolve_bad_rows` does to those of a table.
+
+    Args:
+        count: Number of bad rows.
+        places: Place and reason of the first few.
+        read: Number of rows read.
+        source: Name of the source, for messages.
+        on_bad_row: Raise, or report the number left out.
+
+    Raises:
+        DataError: There are bad rows and ``on_bad_row`` is ``fail``.
+    """
     if not count:
         return ()
     more = count - len(places)

@@ -1,4 +1,4 @@
-"""What a run file says under `data:`."""
+"""Settings under `data:` in a run file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SetSettings(Settings):
 
 
 def shown(source: Source) -> str:
-    """A source as messages call it."""
+    """Return the name of a source for messages."""
     if isinstance(source, str):
         return source
     if isinstance(source, Pair):
@@ -65,12 +65,12 @@ def shown(source: Source) -> str:
 
 
 def plain(source: Any) -> Any:
-    """A source as JSON holds it."""
+    """Return a source as a JSON value."""
     return source.model_dump() if isinstance(source, Settings) else source
 
 
 class DataSettings(Settings):
-    """Where rows come from and which of them are used.
+    """Sources of rows, and which rows are used.
 
     A source is a file (csv, tsv, jsonl, json, parquet, txt, also compressed), a folder of files of one kind, a pattern
     (``texts/*.jsonl``), a file inside an installed package (``pkg://package/path/inside.csv``), or a data set of the
@@ -189,13 +189,13 @@ class DataSettings(Settings):
 
     @property
     def sets(self) -> tuple[SetSettings, ...]:
-        """The sets of `train`, where it is a list of such."""
+        """Return the sets of `train`, empty if it is a single source."""
         listed = self.train if isinstance(self.train, list) else []
         return tuple(each for each in listed if isinstance(each, SetSettings))
 
     @property
     def source(self) -> Source:
-        """`train` as one source.
+        """Return `train` as one source.
 
         Raises:
             ValueError: it is several sets.

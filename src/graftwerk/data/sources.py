@@ -35,10 +35,10 @@ def read_rows(
     filter: Filter | None = None,
     split: str = "train",
 ) -> Table:
-    """The rows of a source that pass the filter, with the parts' names in place of the columns' names.
+    """Read the rows of a source that pass the filter, with columns renamed to the fields that the task reads.
 
-    Nothing is dropped unseen: a row that cannot be used is in ``bad`` with its line and reason; `settle_bad_rows` fails
-    or counts them.
+    No row is dropped silently: one that cannot be used is in ``bad`` with its line and reason; `resolve_bad_rows`
+    raises for them or counts them.
 
     Args:
         source: A path, ``pkg://package/inner/path``, or ``owner/name[/configuration][:split]`` of the hub, with or
@@ -52,7 +52,7 @@ def read_rows(
     Raises:
         ConfigError: no such source, column or part.
         DataError: the source as a whole cannot be read, or the filter leaves nothing.
-        EnvironmentFault: no network, missing package or permission.
+        ResourceError: no network, missing package or permission.
     """
     _check_parts(columns or {}, [*parts, *(optional or {})])  # before a file is opened
     return name_parts(read_source(source, split), parts=parts, optional=optional, columns=columns, filter=filter)
@@ -67,10 +67,19 @@ def name_parts(
     filter: Filter | None = None,
     whole: bool = True,
 ) -> Table:
-    """The second half of `read_rows`: the rows that pass, their columns read and renamed; ``table`` stays as it is.
+    """Filter the rows of a table, and read and rename their columns: the second half of `read_rows`.
 
     Args:
-        whole: That no row passes is an error; False for a part of the rows.
+        table: Rows as they were read; not changed.
+        parts: As for `read_rows`.
+        optional: As for `read_rows`.
+        columns: As for `read_rows`.
+        filter: As for `read_rows`.
+        whole: True if the table holds all rows of the source, so that it is an error if none passes.
+
+    Raises:
+        ConfigError: A column or field does not exist.
+        DataError: No row passes the filter, and ``whole`` is True.
     """
     columns, filter, optional = columns or {}, filter or {}, optional or {}
     _check_parts(columns, [*parts, *optional])
@@ -107,10 +116,16 @@ def name_parts(
 
 
 def read_source(source: Source, split: str = "train", text_rows: TextRows = "line") -> Table:
-    """All rows of a source as they stand, under the names of their columns. Arguments and errors as for `read_rows`.
+    """Read all rows of a source under the names of their columns, without filter.
 
     Args:
-        text_rows: What is a row of a .txt file.
+        source: As for `read_rows`; also a list of sources, or a pair of files whose lines belong together.
+        split: As for `read_rows`.
+        text_rows: Unit of a .txt file that is one row: a line, or a document between blank lines.
+
+    Raises:
+        ConfigError: There is no such source, or a list of sources is empty.
+        DataError, ResourceError: As for `read_rows`.
     """
     if isinstance(source, Pair):
         return read_pair(locate(source.source), locate(source.target), shown(source))
@@ -130,10 +145,10 @@ def read_source(source: Source, split: str = "train", text_rows: TextRows = "lin
 
 
 def files_of(source: Source) -> list[Path] | None:
-    """Every file that `read_source` looks at, in its order; None for a data set of the hub.
+    """Return every file that `read_source` looks at, in its order, or None if some data set is of the hub.
 
     Raises:
-        ConfigError, EnvironmentFault: as for `read_source`.
+        ConfigError, ResourceError: as for `read_source`.
     """
     if isinstance(source, Pair):
         return [locate(source.source), locate(source.target)]
@@ -150,10 +165,10 @@ def files_of(source: Source) -> list[Path] | None:
 
 
 def matching(source: str) -> list[Path] | None:
-    """The files that a pattern stands for, sorted; None where it is no pattern, or a file is called just so.
+    """Return the files that match a glob pattern, sorted, or None if it is no pattern or a file has that very name.
 
     Raises:
-        ConfigError: no file matches.
+        ConfigError: No file matches.
     """
     if not any(mark in source for mark in "*?[") or source.startswith(PACKAGE_SCHEME) or Path(source).exists():
         return None
@@ -166,7 +181,7 @@ def matching(source: str) -> list[Path] | None:
 
 
 def is_hub_id(source: str) -> bool:
-    """`owner/name`, with or without a configuration and a split, unless that is a file here or ends like one."""
+    """Return True for `owner/name`, perhaps with configuration and split, unless it is a file or ends like one."""
     if source.startswith((PACKAGE_SCHEME, ".", "~")) or not _HUB_ID.fullmatch(source):
         return False
     if source.lower().endswith((*READERS, *OPENERS)):
@@ -220,7 +235,7 @@ def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
 
 
 def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]], met: set[tuple[str, int]]) -> bool:
-    """Whether a row has a wanted value in every filtered column; which value it was is added to ``met``."""
+    """Return True if a row has a wanted value in every filtered column, and add the values found to ``met``."""
     for column, values in wanted.items():
         if column not in row:
             raise ValueError(f"`{column}` is missing, by which rows are filtered")
@@ -232,7 +247,7 @@ def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]], met: set
 
 
 def _same(cell: Any, value: Scalar) -> bool:
-    """Whether a cell (text, in a csv file) has the value that the run file names."""
+    """Return True if a cell (text, in a csv file) equals the value in the run file."""
     if cell is None or isinstance(cell, list | dict):
         return False
     if isinstance(value, bool) or isinstance(cell, bool):

@@ -16,15 +16,20 @@ from graftwerk.errors import ConfigError, DataError
 
 
 def fold(text: str) -> str:
-    """A text without what does not count when rows are compared: runs of white space, and case."""
+    """Return a text for comparison of rows: white space collapsed, case folded."""
     return " ".join(text.split()).casefold()
 
 
 def held_out(amount: int | float | None, rows: int, key: str) -> int:
-    """How many rows a setting like 500 or 0.1 asks for; at least one where it asks for any.
+    """Return the number of rows to hold out for a setting like 500 or 0.1; a share gives at least one row.
+
+    Args:
+        amount: A number of rows, a share (0 to 1), or None for no rows.
+        rows: Number of rows there are.
+        key: Name of the setting, for messages.
 
     Raises:
-        ConfigError: as many as there are, or more.
+        ConfigError: No row would be left to train on.
     """
     if amount is None:
         return 0
@@ -39,11 +44,11 @@ def held_out(amount: int | float | None, rows: int, key: str) -> int:
 
 
 def draw_order(texts: Sequence[str], classes: Sequence[str] | None, split_seed: int) -> list[list[int]]:
-    """Groups of row indices (rows of the same folded text) in the order in which they are drawn.
+    """Return groups of row indices (rows of the same folded text) in the order in which they are drawn.
 
     Args:
         texts: One text a row.
-        classes: One class a row; the order alternates between them. None: no classes.
+        classes: One class per row, between which the order alternates, or None.
         split_seed: Another seed, another order.
     """
     groups: dict[str, list[int]] = defaultdict(list)
@@ -80,7 +85,7 @@ def split_rows(
     max_train: int | None = None,
     split_seed: int = 0,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Indices of the rows for training, validation and test, each in the order of the file.
+    """Split rows; return the indices for training, validation and test, each in the order of the file.
 
     Test rows are drawn first, then validation, then training, each from where the one before stopped: the test rows do
     not depend on how much validation there is, and fewer training rows are a part of more training rows.

@@ -28,20 +28,20 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What a row of a task is.
+    """Format of a task's rows.
 
     Attributes:
-        parts: What every row has, each with the reader of its value (`data.parts`): it gives back the clean value, text
-            or not, or raises a ValueError that says what is wrong.
-        key: The part, or the function of a row, whose text identifies it: rows with the same stay on one side of a
-            split, and are duplicates, or leakage.
-        optional: Parts that are taken where a row has them.
-        stratify: The part whose shares every split keeps; None: no part.
-        answers: Parts that are not needed, and not taken, where a model is asked about rows.
-        shape: Makes the row of a task from the parts that were read (messages from instruction and output, say); a
-            ValueError makes it a bad row, with its place.
-        ask: The same for a row that a model is asked about; None: `shape` does that too.
-        format: Which of `data.formats` it is; None: rows of this task have no format to choose.
+        parts: Required fields, each with the reader of its value (`data.fields`), which returns the cleaned value or
+            raises a ValueError that says what is wrong.
+        key: The field, or a function of a row, whose text identifies the row: rows with equal text stay in one split,
+            and count as duplicates or leakage.
+        optional: Fields that are read if a row has them.
+        stratify: The field whose shares every split keeps, or None for a split without strata.
+        answers: Fields that are neither needed nor read for prediction.
+        shape: Function from the fields read to the task's row (messages from instruction and output, say), or None; a
+            ValueError makes it a bad row, reported with its place.
+        ask: As `shape`, for prediction; or None to use `shape` there too.
+        format: Name of the format in `data.formats`, or None if this task has only one.
     """
 
     parts: Mapping[str, Part]
@@ -75,7 +75,7 @@ class SplitRows:
         return [self.table.rows[index] for index in self.indices]
 
     def where(self, index: int) -> str:
-        """The place (`file:line`) of a row, by its index in `rows`."""
+        """Return the place (`file:line`) of a row, by its index in `rows`."""
         return self.table.where(self.indices[index])
 
     def placed(self) -> PlacedRows:
@@ -87,12 +87,12 @@ class SplitRows:
 
 
 def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, SplitRows], list[Issue]]:
-    """The rows of ``train``, ``validation`` and ``test``, and what was noticed while reading.
+    """Read the rows of ``train``, ``validation`` and ``test``; return them with the issues found.
 
     Raises:
         ConfigError: no such source, column or split size.
         DataError: unreadable or unusable rows.
-        EnvironmentFault: a source cannot be reached.
+        ResourceError: a source cannot be reached.
     """
     findings: list[Issue] = []
     table, reading = _table(data.source, data, data.split, recognise, findings)
@@ -124,7 +124,7 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
 def held_out_elsewhere(
     data: DataSettings, recognise: Recognise, findings: list[Issue]
 ) -> tuple[dict[str, SplitRows], RowFormat | None]:
-    """The rows of ``validation`` and ``test`` where both are sources of their own or none."""
+    """Read the rows of ``validation`` and ``test`` that have sources of their own; other splits are empty."""
     chosen: dict[str, SplitRows] = {}
     reading: RowFormat | None = None
     for split, wanted in (("validation", data.validation), ("test", data.test)):
@@ -154,13 +154,13 @@ def read_unanswered(
     *,
     split: str = "train",
 ) -> tuple[Table, tuple[Issue, ...]]:
-    """Rows to ask a model about: no row needs an answer, and none is taken even where the source has one.
+    """Read rows for prediction: no row needs an answer, and existing answers are not read.
 
     Returns:
         The table (``table.where(i)`` is the file and line of ``table.rows[i]``), and what was left out.
 
     Raises:
-        ConfigError, DataError, EnvironmentFault: as for reading rows to learn from.
+        ConfigError, DataError, ResourceError: as for reading rows to learn from.
     """
     raw = read_source(source, split)
     reading = recognise(_parts_of(raw, columns or {}))
@@ -196,7 +196,7 @@ def fingerprint_of(chosen: Mapping[str, Sequence[Mapping[str, Any]]], parts: Seq
 
 
 def origin_of(data: DataSettings, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Where rows came from, for the manifest and the model card."""
+    """Return the sources and numbers of rows, for the manifest and the model card."""
     origin: dict[str, Any] = {
         "train": [plain(each) for each in data.train] if isinstance(data.train, list) else plain(data.train),
         "validation": plain(data.validation),
@@ -232,10 +232,15 @@ def _table(
 
 
 def reading_of(raw: Table, data: DataSettings, recognise: Recognise) -> RowFormat:
-    """What the rows of a source are.
+    """Return the format of the rows of a source.
+
+    Args:
+        raw: The rows as they were read.
+        data: The settings, with `columns` and perhaps `format`.
+        recognise: The task's function from column names to a format.
 
     Raises:
-        ConfigError: none of the task's, or not of the format that is asked for.
+        ConfigError: The rows have no format of the task, or not the one in `data.format`.
     """
     reading = recognise(columns_of_format(_parts_of(raw, data.columns), data.format))
     if data.format != reading.format and data.format is not None:
@@ -246,7 +251,7 @@ def reading_of(raw: Table, data: DataSettings, recognise: Recognise) -> RowForma
 
 
 def _parts_of(table: Table, columns: Mapping[str, str]) -> tuple[str, ...]:
-    """What the columns are called once `data.columns` has renamed them; a column may play several parts."""
+    """Return the names of the columns after `data.columns` has renamed them; one column may serve as several fields."""
     renamed = set(columns.values())
     return (*columns, *(column for column in table.columns if column not in renamed and column not in columns))
 

@@ -1,8 +1,7 @@
 """Training rows that are read as they are needed, for files larger than the memory (`data.streaming`).
 
-A stream is gone through from its beginning each time; nothing of what has passed is kept. Before training it is gone
-through once to read and check every row: what is found, the classes and the number of rows are then known as they are
-for rows in memory.
+A stream is read from its beginning each time, and rows that have passed are not stored. A first pass before training
+reads and checks every row, so that issues, classes and the number of rows are known as they are for rows in memory.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class StreamedRows(Sequence[dict[str, Any]]):
         return next(islice(self, range(self._count)[index], None))
 
     def where(self, index: int) -> str:
-        """The place (`file:line`) of a row."""
+        """Return the place (`file:line`) of a row."""
         for table, _ in _tables(self._data, self._recognise):
             if index < len(table):
                 return table.where(index)
@@ -89,14 +88,14 @@ class StreamedRows(Sequence[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Streamed:
-    """What a first pass over a stream found.
+    """Results of the first pass over streamed rows.
 
     Attributes:
         rows: The training rows.
         held: The rows of ``validation`` and ``test``, in memory.
-        findings: What was noticed while reading.
-        classes: For each split, how many rows of each class; None where rows have no class.
-        repeated: Of each training row whose text is also held out, the text and the place, once each.
+        issues: Issues found while reading.
+        classes: For each split, the number of rows of each class, or None if rows have no class.
+        repeated: Text and place of each training row whose text is also held out, once each.
         digest: Hash of the training rows in order.
     """
 
@@ -116,7 +115,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
 
     Raises:
         ConfigError: a source or setting that streaming has no way for.
-        DataError, EnvironmentFault, IntegrityError: as for rows in memory.
+        DataError, ResourceError, IntegrityError: as for rows in memory.
     """
     findings: list[Issue] = []
     held, held_reading = held_out_elsewhere(data, recognise, findings)

@@ -13,7 +13,7 @@ TextRows = Literal["line", "document"]
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines as other programs count them (`data.lines.bare`)."""
+    """Return lines as other programs count them (`data.parsers.bare`)."""
     lines = text.split("\n")
     if lines and not lines[-1]:
         lines.pop()

@@ -28,13 +28,13 @@ BLOCK = 4_000_000
 
 
 def kinds(*columns: NDArray[Any]) -> tuple[tuple[NDArray[Any], ...], Ints]:
-    """Distinct rows over integer columns (n,), and how many rows there are of each: (K,) columns and (K,) counts."""
+    """Return the K distinct rows of integer columns (n,) as columns (K,), and the number of each (K,)."""
     distinct, counts = np.unique(np.stack(columns, axis=1), axis=0, return_counts=True)
     return tuple(distinct.T), counts.astype(np.int64)
 
 
 def draw_counts(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Blocks (<= R, K) of bootstrap counts; each row of a block sums to the number of rows, and the blocks have R
+    """Yield blocks (<= R, K) of bootstrap counts; each row of a block sums to the number of rows, and the blocks have R
     rows in all.
     """
     n, size = int(counts.sum()), len(counts)
@@ -51,7 +51,7 @@ def draw_counts(counts: Ints, resamples: int, rng: np.random.Generator) -> Itera
 
 
 def resample(counts: Ints, statistics: Sequence[Statistic], resamples: int, rng: np.random.Generator) -> Floats:
-    """Each statistic over the same draws: (len(statistics), R)."""
+    """Return each statistic over the same R resamples, (len(statistics), R)."""
     blocks = [np.stack([f(weights) for f in statistics]) for weights in draw_counts(counts, resamples, rng)]
     return np.concatenate(blocks, axis=1)
 
@@ -115,7 +115,7 @@ def roc_auc(targets: Ints, scores: Floats) -> Statistic:
 
 
 def percentile_interval(draws: Floats, confidence: float) -> tuple[float, float]:
-    """The central `confidence` share of the draws that are defined; nan draws are left out."""
+    """Return the bounds of the central `confidence` share of the resamples, nan left out."""
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(draws, [tail, 1 - tail])
     return float(low), float(high)

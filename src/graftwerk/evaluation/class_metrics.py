@@ -22,12 +22,12 @@ def accuracy(predictions: ClassPredictions) -> float:
 
 
 def f1_macro(predictions: ClassPredictions) -> float:
-    """The plain mean over classes."""
+    """Return the mean F1 over classes."""
     return _f1(predictions, "macro")
 
 
 def f1_weighted(predictions: ClassPredictions) -> float:
-    """The mean over rows of the F1 of their class."""
+    """Return the mean over rows of the F1 of their class."""
     return _f1(predictions, "weighted")
 
 
@@ -39,8 +39,10 @@ def _f1(predictions: ClassPredictions, average: str) -> float:
 
 
 def area(predictions: ClassPredictions) -> float | None:
-    """ROC-AUC of two classes: that of the second; of more: the mean over classes of each against the rest. None where
-    the rows lack a class.
+    """Return ROC-AUC: of the second class if there are two, else the mean over classes of each against the rest.
+
+    Returns:
+        The area, 0 to 1, or None if no row is of some class.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -72,7 +74,7 @@ def area_statistic(predictions: ClassPredictions) -> Statistic:
 
 
 def kinds_of(predictions: ClassPredictions) -> tuple[ClassPredictions, Ints]:
-    """The distinct (target, predicted) pairs and how many rows have each: all that accuracy and F1 can see.
+    """Return the distinct (target, predicted) pairs and the number of rows of each, all that accuracy and F1 need.
 
     A thousand draws over a few cells of the confusion matrix have the same law as draws over the rows, and cost as
     little for a million rows as for a hundred.

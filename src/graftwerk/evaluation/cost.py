@@ -1,4 +1,4 @@
-"""What a model costs to use and to train: latency, peak memory, size on disk."""
+"""Cost of a model: latency, peak memory, size on disk."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def latency(
     batch_sizes: Sequence[int] = LATENCY_BATCHES,
     dtype: torch.dtype = torch.float32,
 ) -> dict[int, float]:
-    """Milliseconds a row by batch size: the median of `batches` timed forward passes, after a warm-up.
+    """Measure milliseconds per row by batch size: the median of `batches` timed forward passes, after a warm-up.
 
     A pass is what happens between encoded rows and logits: padding, transfer to the device, the model. Batches are
     rows of like length, spread evenly over the lengths there are, and the same for every model that is given the same
@@ -76,7 +76,7 @@ def _wait(device: torch.device) -> None:
 
 
 def size_on_disk(path: Path | str) -> int:
-    """Bytes of a file, or of all files in a folder and below it (links are not followed)."""
+    """Return the bytes of a file, or of all files in a folder and below it (links are not followed)."""
     path = Path(path)
     if path.is_file():
         return path.stat().st_size

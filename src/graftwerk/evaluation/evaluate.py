@@ -36,33 +36,50 @@ def evaluate(
     evaluation: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a trained adapter.
+    """Evaluate a trained adapter on labelled rows.
 
     Args:
-        target: A run folder, an adapter folder (ours or PEFT's), or the `Run` that `train` gave back.
-        data: Labelled rows: a file, `pkg://...` or a hub id. Default: the rows that the run itself held out, test
-            before validation.
-        columns: Which column of `data` plays which part; default: as in training.
-        model: The base model, where it is not where the adapter says.
-        force: Accept a base with other weights than those the adapter was trained on.
-        batch_size: Rows a forward pass. None means as many as the run itself took in evaluation.
-        confidence, resamples: Of the intervals; default: as the run file says.
-        store: Leave `evaluation.json` and the predictions, row by row, in the run folder.
-        baseline: Measure the unadapted base on the same rows too; default: as the run file says.
+        target: A run folder, an adapter folder (ours or PEFT's), or the `Run` that `train` returned.
+        data: Labelled rows: a file, `pkg://...` or a hub id. Default: the rows that the run held out, test before
+            validation.
+        columns: Column of `data` for each field of the task. Default: as in training.
+        model: The base model, if it is not where the adapter says.
+        force: Accept a base whose weights differ from those the adapter was trained on.
+        batch_size: Rows per forward pass. Default: as in the run's own evaluation.
+        confidence: Level of the intervals, 0 to 1. Default: as in the run file.
+        resamples: Number of bootstrap resamples. Default: as in the run file.
+        store: Write `evaluation.json` and the predictions of each row into the run folder.
+        baseline: Evaluate the base without adapter on the same rows too. Default: as in the run file.
         evaluation: Settings in place of the run file's: ``{"num_beams": 4}``.
-        on_progress: Told (rows done, rows in all).
+        on_progress: Called with (rows done, rows in all).
 
     Returns:
-        ``metrics`` (each with value, low, high, and a note where something needs saying; for several data sets their
-        macro means), ``metrics_by_set``, ``rows``, ``split`` (test,
-        validation, or data), ``loss``, ``labels``, ``compute`` (type, device, rows of a forward pass and threads, by
-        default the run's), ``cost`` (milliseconds a row by batch size, bytes of the adapter,
-        bytes of memory that loading and evaluating took at most), ``notes``. For tasks that write: ``examples``
-        (source, reference, the base's answer before, the adapter's after). With a baseline: its ``metrics``, ``loss``.
+        A mapping with ``metrics`` (each with ``value``, ``low``, ``high``, and a ``note`` if needed; macro means for
+        several data sets), ``metrics_by_set``, ``rows``, ``split`` (test, validation or data), ``loss``, ``labels``,
+        ``compute`` (type, device, rows per forward pass, threads), ``cost`` (milliseconds per row by batch size, bytes
+        of the adapter, peak memory in bytes) and ``notes``. Tasks that generate text add ``examples`` (source,
+        reference, and the answers before and after adaptation), and a baseline its ``metrics`` and ``loss``.
 
     Raises:
-        ConfigError: there is nothing to evaluate, or no rows to do it on.
-        DataError, AdapterError, ModelError, IntegrityError, EnvironmentFault: as reading and loading say.
+        ConfigError: There is no adapter, or there are no rows to evaluate on.
+        DataError, AdapterError, ModelError, IntegrityError, ResourceError: As for reading data and loading models.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> from transformers import BertConfig, BertModel, BertTokenizer
+        >>> from graftwerk import evaluate, train
+        >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", *"0123456789"]
+        >>> base, rows = Path(mkdtemp()), Path(mkdtemp(), "rows.csv")
+        >>> _ = BertTokenizer(vocab={word: token for token, word in enumerate(words)}).save_pretrained(base)
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(base)
+        >>> _ = rows.write_text("text,label\\n" + "".join(f"good {n},1\\nbad {n},0\\n" for n in range(10)))
+        >>> config = {"model": str(base), "data": {"train": str(rows), "test": 0.2}, "method": "lora"}
+        >>> run = train(config, output_dir=mkdtemp(), **{"training.max_steps": 2})
+        >>> results = evaluate(run)
+        >>> results["split"], results["rows"], list(results["metrics"]["accuracy"])
+        ('test', 4, ['value', 'low', 'high'])
     """
     from graftwerk.evaluation.cost import latency, peak_memory, size_on_disk
     from graftwerk.evaluation.metrics import metrics_of, require_packages
@@ -169,21 +186,43 @@ def predict(
     evaluation: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Label or answer texts, or the rows of a file (which need no labels), with a trained adapter.
+    """Predict labels or generate answers for texts, or for the rows of a file, with a trained adapter.
 
     Args:
+        target: As for `evaluate`.
         texts: One text or several.
-        data: In place of texts: a file, `pkg://...` or a hub id.
-        The others: as for `evaluate`.
+        data: In place of texts: a file, `pkg://...` or a hub id; its rows need no labels.
+        columns: As for `evaluate`.
+        model: As for `evaluate`.
+        force: As for `evaluate`.
+        batch_size: As for `evaluate`.
+        evaluation: As for `evaluate`.
+        on_progress: As for `evaluate`.
 
     Returns:
-        ``predictions``: for each row, in order, ``label``, ``scores`` by label (they add up to one), and with `data`
-        its ``text``; for tasks that write ``output``, and with `data` its ``source``; ``notes``: what was cut or left
-        out, counted.
+        ``predictions``, one per row in order: ``label`` and ``scores`` by label, which add up to one, or ``output``
+        for tasks that generate text; with `data` also the ``text`` or ``source``. And ``notes`` with the numbers of
+        truncated and skipped rows.
 
     Raises:
-        ConfigError: neither texts nor data, or both; an empty text.
-        DataError, AdapterError, ModelError, IntegrityError, EnvironmentFault: as reading and loading say.
+        ConfigError: Neither texts nor data, or both; or a text is empty.
+        DataError, AdapterError, ModelError, IntegrityError, ResourceError: As for reading data and loading models.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import mkdtemp
+        >>> from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+        >>> from graftwerk import LoRA, attach, predict, save
+        >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+        >>> base, sizes = Path(mkdtemp()), {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=len(words), intermediate_size=16, **sizes))
+        >>> model.save_pretrained(base)
+        >>> _ = BertTokenizer(vocab={word: token for token, word in enumerate(words)}).save_pretrained(base)
+        >>> metadata = {"model": str(base), "labels": ["negative", "positive"]}
+        >>> folder = save(attach(model, LoRA(r=2)), mkdtemp(), metadata=metadata)
+        >>> answers = predict(folder, ["good", "bad"])["predictions"]
+        >>> [sorted(answer["scores"]) for answer in answers]
+        [['negative', 'positive'], ['negative', 'positive']]
     """
     if (texts is None) == (data is None):
         raise ConfigError("give texts or data" + ("" if texts is None else ", not both"))
@@ -279,14 +318,14 @@ def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> 
 
 
 def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
-    """What an answer of a file's row stands beside."""
+    """Return the input that is shown beside the answer to a file's row: its source, or its text."""
     return {"source": task.decoder.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
 
 
 def _texts(
     opened: LoadedAdapter, examples: Sequence[Example], on_progress: Progress | None, say: Callable[[str], None]
 ) -> list[str] | None:
-    """The model's own answers, for tasks that have any."""
+    """Generate the model's answers, for tasks that generate text."""
     from graftwerk.evaluation.generation import generate
 
     task = opened.task

@@ -38,7 +38,7 @@ def generate(
     on_progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """The model's own answer to each prompt, by greedy or beam search.
+    """Generate an answer to each prompt, by greedy or beam search.
 
     Longest prompts first: memory runs out, if it does, in the first batch. Then the batch is halved.
 
@@ -107,7 +107,7 @@ def _write(
 
 
 def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) -> list[list[int]]:
-    """Rows that may share a batch, the longest prompt first in each list, and lists by their longest."""
+    """Return lists of rows that may share a batch, the longest prompt first in each, sorted by their longest."""
     groups: dict[Any, list[int]] = {}
     for row in sorted(range(len(examples)), key=lambda row: _length(examples[row]), reverse=True):
         if rooms[row] > 0:
@@ -116,7 +116,7 @@ def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) ->
 
 
 def _rooms(model: Any, task: TextTask, examples: Sequence[Example], limit: int) -> list[int]:
-    """Tokens of an answer that each row's positions have room for."""
+    """Return the number of tokens of an answer that each row's positions leave room for."""
     positions = position_limit(model.config)
     if positions is None:
         return [limit] * len(examples)
@@ -131,7 +131,7 @@ def _length(example: Example) -> int:
 
 
 def answer_limit(examples: Sequence[Example]) -> int:
-    """Tokens that an answer may have: half as much again as the longest reference."""
+    """Return the limit of an answer in tokens: one and a half times the longest reference."""
     longest = max((_answer_length(example) for example in examples), default=0)
     return int(SPARE * longest) + 1 if longest else FALLBACK
 

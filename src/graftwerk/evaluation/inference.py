@@ -1,6 +1,4 @@
-"""The one way in which a model is asked about many rows: no gradient, like lengths together, answers in the rows'
-order.
-"""
+"""Inference over many rows: no gradient, similar lengths batched together, predictions in the order of the rows."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def run_model(
     texts: Sequence[str] | None = None,
     serve: Serve | None = None,
 ) -> Predictions:
-    """The model's answers to all examples, in the order of the examples.
+    """Run the model on all examples, and return its predictions in their order.
 
     Rows are worked off longest first in batches of like lengths, so that hardly anything is padding and memory runs
     out, if it does, in the first batch. The model is in evaluation mode inside and as it was afterwards.
@@ -78,6 +76,7 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return the batch, tensors of any shape, on the device of the model's first parameter."""
     device = device_of(model)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 

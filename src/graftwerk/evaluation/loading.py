@@ -37,13 +37,22 @@ HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What is needed to ask the adapter about rows.
+    """A loaded adapter with all that evaluation and prediction need.
 
     Attributes:
-        run: The run's folder and settings, or None for an adapter folder that stands alone.
-        columns: How the training data called the parts of a row.
-        data_fingerprint: Of the rows it was trained and measured on, where that is known.
-        trained_with: The run's own ``compute`` of its manifest: type, device, batch; empty if it does not say.
+        info: Contents of the adapter folder.
+        run: The run folder, or None for an adapter folder outside of a run.
+        settings: The run's settings, or None as for `run`.
+        model: The base with the adapter attached.
+        tokenizer: The model's tokenizer.
+        task: The task.
+        splits: The run's rows and the names of the classes.
+        max_length: Longest input in tokens.
+        dtype: Compute type.
+        columns: Column of the training data for each field.
+        data_fingerprint: Fingerprint of the rows of the run, or None if it is unknown.
+        evaluation: Settings of evaluation.
+        trained_with: ``compute`` in the run's manifest (type, device, batch size), or empty if it has none.
     """
 
     info: AdapterInfo
@@ -62,7 +71,7 @@ class LoadedAdapter:
 
     @property
     def eval_batch_size(self) -> int:
-        """Rows of a forward pass: as many as the run itself took, so that answers round alike."""
+        """Return the rows per forward pass: as many as in the run itself, so that results round alike."""
         own = self.trained_with.get("eval_batch_size")
         if type(own) is int and 0 < own <= MOST_ROWS:
             return own
@@ -90,7 +99,14 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class Target:
-    """What a path means, before anything heavy is loaded."""
+    """An adapter that was found at a path, before its model is loaded.
+
+    Attributes:
+        info: Contents of the adapter folder.
+        run: The run folder, or None for an adapter folder outside of a run.
+        settings: The run's settings, or None as for `run`.
+        manifest: The run's manifest, or empty.
+    """
 
     info: AdapterInfo
     run: Path | None
@@ -99,11 +115,11 @@ class Target:
 
 
 def find(target: Any) -> Target:
-    """A run folder (its adapter is meant), an adapter folder, or the `Run` that `train` gave back.
+    """Find the adapter of a run folder, an adapter folder, or a `Run` that `train` returned.
 
     Raises:
         ConfigError: neither, or a run that is not finished.
-        IntegrityError, AdapterError, EnvironmentFault: what is there cannot be read.
+        IntegrityError, AdapterError, ResourceError: what is there cannot be read.
     """
     path = Path(getattr(target, "folder", target))
     if not path.is_dir():
@@ -151,7 +167,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
 
     Raises:
         AdapterError: the adapter does not fit the base, or says too little to be used.
-        ConfigError, ModelError, EnvironmentFault, IntegrityError: as loading models and adapters does.
+        ConfigError, ModelError, ResourceError, IntegrityError: as loading models and adapters does.
     """
     from graftwerk.modeling.virtual_positions import positions_taken
     from graftwerk.models.hardware import set_threads
@@ -264,7 +280,7 @@ def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[
 
 
 def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
-    """The run's own rows that were not trained on: test where there is one, else validation.
+    """Return the run's held-out rows: test if there are any, else validation.
 
     Raises:
         ConfigError: an adapter folder alone, or a run that held nothing out.
@@ -295,6 +311,6 @@ def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
 
 
 def labelled_rows(opened: LoadedAdapter, data: str, columns: dict[str, str] | None) -> Sequence[Row]:
-    """All rows of a source, with labels that the adapter knows."""
+    """Read all rows of a source, with labels that the adapter knows."""
     settings = DataSettings(train=data, columns=opened.columns if columns is None else columns, validation=None)
     return opened.task.read(settings, opened.labels).train

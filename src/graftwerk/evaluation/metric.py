@@ -18,17 +18,17 @@ class Metric:
     """One metric.
 
     Attributes:
-        title: As people write it.
+        title: Name for display.
         unit: ``share`` (0 to 1), ``points`` (0 to 100), ``tokens``, or ``nats`` (perplexity: their exponential).
-        higher: Whether more is better; None: neither.
-        value: Of all rows; None where undefined on them.
-        statistic: The same as a function of row weights (R, n).
-        defined: Whether these predictions have what it needs.
-        signature: With which versions and options it was computed.
-        package: What has to be installed for it, beside what always is.
-        cells: Whether it sees the confusion matrix alone.
-        caution: What makes its value misleading on these predictions, or None.
-        by_class: Whether every class counts the same in it, however few rows it has.
+        higher: True if higher is better, False if lower is better, or None if neither is.
+        value: Function from predictions to the value over all rows, or to None if it is undefined on them.
+        statistic: Function from predictions to the metric as a function of row weights (R, n).
+        defined: Function that says if predictions have what the metric needs.
+        signature: Function to the versions and options of the computation, or None.
+        cells: True if the metric depends on the confusion matrix only.
+        by_class: True if every class has the same weight, whatever its number of rows.
+        package: Optional package that the metric needs, or None.
+        caution: Function to a warning that the value is misleading on these predictions, or to None.
     """
 
     title: str
@@ -45,16 +45,16 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """What a value is multiplied by for people: shares become points (or per cent), all else is shown as it is."""
+        """Return the factor for display: 100 for shares, which are shown in percent, 1 for all else."""
         return 100.0 if self.unit == "share" else 1.0
 
     @property
     def words(self) -> str:
-        """What a difference is counted in, with a space before it."""
+        """Return the unit of a difference for display, with a leading space, or "" if it has none."""
         return {"share": " points", "points": " points", "tokens": " words", "nats": ""}[self.unit]
 
     def better(self, value: float, other: float) -> float:
-        """By how much a value is better than another; negative where it is worse."""
+        """Return by how much a value is better than another; negative if it is worse."""
         return other - value if self.higher is False else value - other
 
     @property

@@ -1,8 +1,8 @@
-"""How good predictions are, each figure with the interval that its rows allow; the one list of metrics.
+"""Registry of metrics, and their values with intervals.
 
-Intervals are percentile bootstrap intervals over rows (`row_interval.py`): they say how far the figure would move with
-other held-out rows of the same kind, not how far it would move with another training seed; `paired.py` has both. What
-cannot be computed is None with a note that says why; it is never guessed.
+Intervals are percentile bootstrap intervals over rows (`row_interval.py`): they say how far a value would move with
+other held-out rows of the same kind, not with another training seed; `paired_bootstrap.py` has both. A value that
+cannot be computed is None, with a note that says why.
 """
 
 from __future__ import annotations
@@ -155,14 +155,15 @@ METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
 
 
 def packages_of(names: Sequence[str]) -> list[str]:
-    """What these metrics need beside what is always installed, by the names that pip knows."""
+    """Return the optional packages that these metrics need, by the names that pip knows."""
     return list(dict.fromkeys(package for name in names if (package := METRICS[name].package) is not None))
 
 
 def require_packages(names: Sequence[str]) -> None:
-    """
+    """Check, before training begins, that the packages of these metrics are installed.
+
     Raises:
-        EnvironmentFault: a package that one of these metrics needs is not installed; before training begins.
+        ResourceError: A package that one of these metrics needs is not installed.
     """
     for package in packages_of(names):
         if find_spec(package.replace("-", "_")) is None:
@@ -182,18 +183,22 @@ def metrics_of(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, MetricValue]:
-    """Every metric that these predictions define, each with a percentile bootstrap interval over rows.
+    """Return the metrics that are defined on these predictions, each with a bootstrap interval over rows.
 
     Args:
+        predictions: Predictions with targets.
         labels: Names of the classes, for notes.
-        names: Which metrics; None: all there are.
-        confidence: Level of the intervals.
-        resamples: Bootstrap draws.
-        seed: Of the draws; the same seed and rows give the same draws for every model.
+        names: Names of metrics, or None for all that are defined.
+        confidence: Level of the intervals, 0 to 1.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resamples; the same seed and rows give the same resamples for every model.
+
+    Returns:
+        By metric ``value``, ``low`` and ``high``, and ``note`` or ``signature`` if there is one.
 
     Raises:
-        DataError: no rows, or rows without targets.
-        ModelError: scores that are not finite, or not one a class.
+        DataError: There are no rows, or rows without targets.
+        ModelError: Scores are not finite, or not one per class.
     """
     check(predictions, labels)
     rng = np.random.default_rng(seed)
@@ -228,10 +233,11 @@ def metrics_of(
 
 
 def check(predictions: Predictions, labels: Sequence[str] | None = None) -> None:
-    """
+    """Check that metrics can be computed from predictions.
+
     Raises:
-        DataError: no rows, or rows without targets.
-        ModelError: scores that are not finite, or not one a class.
+        DataError: There are no rows, or rows without targets.
+        ModelError: Scores are not finite, or not one per class.
     """
     if predictions.rows == 0:
         raise DataError("there are no rows to measure on", hint="hold out rows with data.validation or data.test")
@@ -257,19 +263,23 @@ def check(predictions: Predictions, labels: Sequence[str] | None = None) -> None
 
 
 def point(metric: str, predictions: Predictions) -> float | None:
-    """One metric's value; None where it is undefined."""
+    """Return one metric's value, or None if it is undefined on these predictions."""
     return METRICS[metric].value(predictions) if METRICS[metric].defined(predictions) else None
 
 
 def statistic_of(metric: str, predictions: Predictions) -> Statistic:
-    """The same metric as a function of row weights (R, n)."""
+    """Return a metric as a function of row weights (R, n).
+
+    Raises:
+        ModelError: There is no such metric.
+    """
     if metric not in METRICS:
         raise ModelError(f"there is no metric `{metric}`", hint=f"there are: {', '.join(METRICS)}")
     return METRICS[metric].statistic(predictions)
 
 
 def same_rows(a: Predictions, b: Predictions) -> bool:
-    """Whether two models answered the same rows, as far as their targets tell."""
+    """Return True if two sets of predictions are of the same rows, as far as their targets tell."""
     if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
         return np.array_equal(_ids(a.targets), _ids(b.targets)) and a.scores.shape == b.scores.shape
     if isinstance(a, TextPredictions) and isinstance(b, TextPredictions):

@@ -74,12 +74,12 @@ class JointBootstrap:
 
     @cached_property
     def means(self) -> Floats:
-        """Each method's mean over its seeds, (M,)."""
+        """Return each method's mean over its seeds, (M,)."""
         return np.array([np.mean(list(self.values[name].values())) for name in self.methods])
 
     @cached_property
     def _owner(self) -> Ints:
-        """Which method each run is of, (N,)."""
+        """Return the index of each run's method, (N,)."""
         return np.repeat(np.arange(len(self.methods)), [len(self.values[name]) for name in self.methods])
 
     @cached_property
@@ -101,7 +101,7 @@ class JointBootstrap:
 
     @property
     def over_seeds(self) -> bool:
-        """Whether any method has more than one seed, so that intervals hold what another seed would change."""
+        """Return True if any method has more than one seed, so that intervals include the variance over seeds."""
         return any(len(values) > 1 for values in self.values.values())
 
     def figure(self, method: str, confidence: float) -> MetricValue:
@@ -122,7 +122,10 @@ class JointBootstrap:
         return {**figure, "low": max(float(low), least), "high": min(float(high), most)}
 
     def _widening(self, m: int, confidence: float) -> tuple[float, float]:
-        """What seeds do to a mean's interval over rows: a factor to its sides, or a half-width besides rows."""
+        """Return how seeds widen a mean's interval over rows: a factor on its sides, and a half-width to add.
+
+        The half-width is 0 unless the rows have no variance at all.
+        """
         if not self.over_seeds:
             return 1.0, 0.0
         per_seed, rows = 1 / self.parts.seeds[m : m + 1], float(self.parts.rows[m, m])
@@ -134,7 +137,7 @@ class JointBootstrap:
 
     @cached_property
     def pairs(self) -> Pairs:
-        """Standard errors of all pairs of methods."""
+        """Return the standard errors of all pairs of methods."""
         return Pairs(self.parts, self.alike, self.seed)
 
     def simultaneous(self, confidence: float) -> list[Difference]:
@@ -209,7 +212,7 @@ def joint_bootstrap(
 
 
 def _answers(metric: str, predictions: Predictions) -> object:
-    """What the metric sees of a run's answers, to be compared with another run's."""
+    """Return the part of the predictions that a metric depends on, to compare with another run's for equality."""
     if isinstance(predictions, ClassPredictions):
         seen = predictions.scores.argmax(axis=1) if METRICS[metric].cells else predictions.scores
         return seen.tobytes()

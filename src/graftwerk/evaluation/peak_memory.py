@@ -26,8 +26,11 @@ SELF = Path("/proc/self")
 
 
 class Peak:
-    """What `peak_memory` found. ``bytes`` is None inside the block, and where the system does not say; ``how`` it was
-    found.
+    """Result of `peak_memory`.
+
+    Attributes:
+        bytes: The peak, or None inside the block or if the system does not say.
+        how: How it was measured.
     """
 
     bytes: int | None = None
@@ -35,7 +38,7 @@ class Peak:
 
 
 def resident(device: torch.device | str | None = None) -> int | None:
-    """Bytes held now: a baseline for `peak_memory(above=...)`. None where the system does not say."""
+    """Return the bytes in use now, as a baseline for `peak_memory(above=...)`, or None if the system does not say."""
     if _kind(device) == "cuda":
         return int(torch.cuda.memory_allocated())
     held = _resident_set()
@@ -47,9 +50,9 @@ def peak_memory(above: int | None = None, device: torch.device | str | None = No
     """Measure the peak of the block above a baseline.
 
     Args:
-        above: An earlier `resident()`, for instance from before the model was loaded; None: what is held when the
-            block begins.
-        device: Whose memory; None: the CUDA device where there is one, else the machine's.
+        above: An earlier `resident()`, for instance from before the model was loaded, or None for the bytes in use
+            when the block begins.
+        device: Device whose memory is measured, or None for the CUDA device if there is one, else the machine.
     """
     peak = Peak()
     baseline = resident(device) if above is None else above

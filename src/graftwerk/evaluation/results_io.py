@@ -29,7 +29,7 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
     """Write what was measured beside the run's other files; `evaluation.json` comes last and vouches for the other.
 
     Raises:
-        EnvironmentFault: the folder cannot be written.
+        ResourceError: the folder cannot be written.
     """
     from safetensors.numpy import save
 
@@ -50,11 +50,18 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
 
 
 def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictions] | None:
-    """What `store_evaluation` wrote; None where nothing was, or where it was measured on another adapter than lies
-    there.
+    """Load a stored evaluation.
+
+    Args:
+        run: The run folder.
+        adapter: The adapter folder.
+
+    Returns:
+        The results and the predictions that `store_evaluation` wrote, or None if there are none, or if they were
+        measured on another adapter than the one in the folder.
 
     Raises:
-        IntegrityError: the files are damaged.
+        IntegrityError: The files are damaged.
     """
     path = run / EVALUATION
     if not path.is_file():

@@ -26,7 +26,7 @@ class MetricValue(TypedDict):
 
 
 def enough_draws(defined: int, draws: int) -> bool:
-    """Whether an interval can stand on so many draws that leave the metric defined."""
+    """Return True if enough resamples leave the metric defined to compute an interval from them."""
     return defined >= FEW_DRAWS * draws and defined > 1
 
 

@@ -1,4 +1,4 @@
-"""The unadapted base beside the adapter: a few answers of both for people, and the base's own figures."""
+"""The base beside the adapter: sample answers of both, and the base's own metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftwerk.tasks.text import TextTask
 
 
 def sample_rows(rows: int, wanted: int) -> list[int]:
-    """Evenly spaced over all rows, so that nobody chose them."""
+    """Return row indices evenly spaced over all rows, so that nobody selected them."""
     count = min(rows, wanted)
     return [place * rows // count for place in range(count)]
 
@@ -33,15 +33,22 @@ def before_and_after(
     dtype: torch.dtype = torch.float32,
     base: Predictions | None = None,
 ) -> list[dict[str, str | None]]:
-    """``source``, ``reference``, ``before`` (the base's own answer) and ``after`` (the adapter's) of a few rows.
+    """Return sample answers of the base and of the adapter.
 
     Args:
-        predictions: The adapter's, of all examples; without texts there is nothing to show.
-        base: The base's, where they are known; else it is asked now, about these few rows only.
+        model: The base with the adapter attached.
+        task: The task.
+        examples: The encoded rows.
+        tokenizer: The model's tokenizer.
+        settings: Settings of evaluation, with the number of samples.
+        predictions: The adapter's predictions of all examples.
+        dtype: Compute type.
+        base: The base's predictions of all examples, or None to generate them now, for the sampled rows only.
 
     Returns:
-        Nothing for tasks that do not write. ``before`` is None where the base's weights are gone (full fine-tuning that
-        did not keep them).
+        ``source``, ``reference``, ``before`` (the base's answer) and ``after`` (the adapter's) of each sampled row;
+        empty for tasks that do not generate text. ``before`` is None if the base's weights no longer exist (full
+        fine-tuning that did not store them).
     """
     if not isinstance(task, TextTask) or not isinstance(predictions, TextPredictions) or predictions.texts is None:
         return []
@@ -69,19 +76,20 @@ def before_and_after(
 
 
 def of_base(model: Any, measure: Callable[[], Predictions]) -> Predictions:
-    """What ``measure`` gives with every adapter switched off.
+    """Return the predictions of ``measure`` with all adapters disabled.
 
     Raises:
-        UnsupportedError: the base's weights are gone.
+        UnsupportedError: The base's weights no longer exist, after full fine-tuning that did not store them.
     """
     with disabled(model):
         return measure()
 
 
 def check_baseline(task: Task) -> None:
-    """
+    """Check that the base can be evaluated without the adapter.
+
     Raises:
-        ConfigError: the base has no head for this task, so it has no figures of its own.
+        ConfigError: The base has no head for this task, so it has no metrics of its own.
     """
     if task.head:
         raise ConfigError(

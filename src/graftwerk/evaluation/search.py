@@ -38,7 +38,7 @@ SAID_BY_US = frozenset(
 
 @contextmanager
 def own_search(model: Any, task: TextTask, tokenizer: Any) -> Iterator[tuple[str, ...]]:
-    """Inside, `model.generate` follows the arguments of the call and nothing that the base came with.
+    """Make `model.generate` follow only the arguments of the call inside the block, not the base's own settings.
 
     Yields:
         The settings of the base that would have changed an answer, as ``name=value``.

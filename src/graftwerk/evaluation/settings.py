@@ -1,4 +1,4 @@
-"""What a run file says under `evaluation:`."""
+"""Settings under `evaluation:` in a run file."""
 
 from __future__ import annotations
 

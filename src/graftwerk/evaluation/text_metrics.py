@@ -3,8 +3,8 @@
 Each metric is a function of sums over rows (matches, n-grams, log-likelihoods), so a bootstrap draw is a weighted sum
 and costs no new comparison of texts. BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are sacreBLEU's (Post 2018,
 arXiv:1804.08771), over the corpus; ROUGE (Lin 2004) is rouge-score's F-measure, the mean over rows; without stemming
-but for `rouge_l_stemmed`, which is what papers on English summaries report. Words are found as the language of the
-answers needs it, and the signature of a figure says how.
+but for `rouge_l_stemmed`, which is what papers on English summaries report. Words are tokenized by the language
+of the answers, which the signature of a value names.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def rouge_l_statistic(predictions: TextPredictions) -> Statistic:
 
 
 def rouge_l_stemmed(predictions: TextPredictions) -> float:
-    """By English word stems (Porter 1980): `packages` is `package`."""
+    """Return ROUGE-L over English word stems (Porter 1980): `packages` is `package`."""
     return float(_rouge(*_pairs(predictions), stemmed=True)[:, 2].mean())
 
 
@@ -98,7 +98,7 @@ def bleu_statistic(predictions: TextPredictions) -> Statistic:
 
 
 def bleu_signature(predictions: TextPredictions) -> str:
-    """Where rows differ in their tokenizer, all are named: `tok:13a+zh`."""
+    """Return sacrebleu's signature of BLEU; tokenizers that differ between rows are joined: `tok:13a+zh`."""
     used = sorted(set(_tokenizers(predictions)))
     signature = _signature("BLEU", used[0])
     return signature.replace(f"tok:{_tokenizer_name(signature)}", f"tok:{'+'.join(used)}") if used[1:] else signature
@@ -135,7 +135,7 @@ def perplexity_statistic(predictions: TextPredictions) -> Statistic:
 
 
 def length(predictions: TextPredictions) -> float:
-    """Words of an answer, on average."""
+    """Return the mean number of words of an answer."""
     return float(_words(_pairs(predictions)[0]).mean())
 
 
@@ -270,8 +270,9 @@ def _tokenizer_name(signature: str) -> str:
 
 
 def _beyond_ascii(references: Texts) -> bool:
-    """Whether rouge-score's own tokenizer, which knows a to z and digits, would lose letters. References decide, so
-    that all models are measured alike.
+    """Return True if rouge-score's own tokenizer, which knows a to z and digits only, would drop letters.
+
+    Only the references decide, so that all models are measured alike.
     """
     return any(
         character.isalpha() for text in references if not text.isascii() for character in text if character > "~"

@@ -1,4 +1,4 @@
-"""From finished runs on disk to the figures of a comparison: means, intervals, differences, costs, a recommendation."""
+"""Aggregation of finished runs to a comparison: means, intervals, differences, costs, a recommendation."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class RunResult:
 
 
 def measured_run(folder: Path) -> RunResult | None:
-    """A run that is finished and measured; None where something is still to do.
+    """Load a run's results, or return None if the run is not finished and evaluated yet.
 
     Raises:
-        IntegrityError: its files are damaged.
+        IntegrityError: Its files are damaged.
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("status") != "finished" or not (folder / ADAPTER).is_dir():
@@ -57,15 +57,15 @@ def aggregate(
     prefer: str,
     margin: float | None,
 ) -> dict[str, Any]:
-    """The part of `comparison.json` that stands on measurements.
+    """Aggregate runs to the part of `comparison.json` that depends on measurements.
 
     Args:
-        runs: By method's name, by seed. A method may have none (all its runs failed).
-        failed: Why runs have no result, likewise.
+        runs: By name of the method and seed. A method may have none, if all its runs failed.
+        failed: Why runs failed, likewise.
 
     Raises:
-        IntegrityError: the runs do not share base, data or rows.
-        DataError: the metric is undefined on the held-out rows.
+        IntegrityError: The runs do not share base, data or rows.
+        DataError: The metric is undefined on the held-out rows.
     """
     names = [entry.name for entry in entries if runs.get(entry.name)]
     everything = [run for name in names for run in runs[name].values()]
@@ -116,9 +116,10 @@ def aggregate(
 
 
 def _most_frequent(run: RunResult, metric: str) -> dict[str, float | None] | None:
-    """What the metric gives to who always answers the most frequent label, and that label's share of the rows.
+    """Return the majority baseline: the most frequent label's share of the rows, and the metric of always giving it.
 
-    None where rows have no labels.
+    Returns:
+        ``share`` and ``value``, or None if the rows have no labels.
     """
     predictions = run.predictions
     if not isinstance(predictions, ClassPredictions) or predictions.targets is None or not run.evaluation["labels"]:
@@ -134,7 +135,7 @@ def _most_frequent(run: RunResult, metric: str) -> dict[str, float | None] | Non
 
 
 def _check_alike(runs: Sequence[RunResult]) -> None:
-    """What must be the same for figures to be comparable."""
+    """Raise IntegrityError if runs differ in base, rows, held-out split or labels: they could not be compared."""
     for what, values in (
         ("base model", {str(run.manifest["base_fingerprint"]) for run in runs}),
         ("rows", {str(run.manifest["data"]["fingerprint"]) for run in runs}),
@@ -152,7 +153,7 @@ def _check_alike(runs: Sequence[RunResult]) -> None:
 def _joints(
     answers: Mapping[str, Mapping[int, Predictions]], metric: str, resamples: int, measured: Mapping[str, Any]
 ) -> dict[str, JointBootstrap]:
-    """A joint bootstrap of every metric that was measured and is defined; the metric that decides comes first."""
+    """Return a joint bootstrap of every metric that is measured and defined; the deciding metric comes first."""
     first = next(iter(next(iter(answers.values())).values()))
     joints = {metric: joint_bootstrap(answers, metric, resamples=resamples)}
     for name in METRICS:
@@ -219,6 +220,6 @@ def _costs(run: RunResult) -> dict[str, float | None]:
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
-    """The median over seeds: one run beside which the machine was busy does not move it."""
+    """Return the median over seeds, which one run on a busy machine does not move."""
     known = [value for value in values if value is not None]
     return median(known) if known else None

@@ -1,10 +1,10 @@
-"""`compare`: methods side by side on the user's data, over several seeds, with what the figures can and cannot show.
+"""`compare`: methods on the user's data, over several seeds, with the significance of their differences.
 
-Every method and seed is an ordinary run folder below `output_dir` (`lora-seed0`, ...), trained and measured in a
-process of its own that is forked from a warm one (`warm.py`). All runs share base, rows and splits; only the method
-and the seed differ, and each method trains at its own learning rate. Runs go seed by seed, so that a comparison
-stopped half way already has all methods. What is done stays done: the same call again goes on where it stopped, in
-the middle of a run too.
+Every method and seed is an ordinary run folder below `output_dir` (`lora-seed0`, ...), trained and evaluated in a
+process of its own that is forked from one with all imports done (`fork_server.py`). All runs share base, rows and
+splits; only the method and the seed differ, and each method trains at its own learning rate. Runs go seed by seed, so
+that a comparison interrupted half way already has all methods. The same call again resumes it, even in the middle of a
+run.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ class Comparison:
 
     Attributes:
         folder: Its folder, with a run folder for each method and seed.
-        result: `comparison.json`.
-        report: `report.html`, or None where it was not asked for.
+        result: Contents of `comparison.json`.
+        report: Path of `report.html`, or None if no report was requested.
 
     Raises:
-        ConfigError: there is no comparison in that folder.
+        ConfigError: There is no comparison in that folder.
+        IntegrityError: `comparison.json` is damaged, or has another format version.
     """
 
     def __init__(self, folder: str | Path, *, report: Path | None = None) -> None:
@@ -73,11 +74,11 @@ class Comparison:
         self.report = report
 
     def to_dict(self) -> dict[str, Any]:
-        """What `graftwerk compare --json` prints."""
+        """Return the object that `graftwerk compare --json` prints."""
         return {"comparison": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
 
     def table(self) -> str:
-        """The result as plain text: a row a method, and below it what can be said."""
+        """Return the result as plain text: one row per method, and notes below."""
         with understood(self.folder / COMPARISON):
             return plain(self.result)
 
@@ -107,33 +108,47 @@ def compare(
     report: bool = True,
     **overrides: Any,
 ) -> Comparison:
-    """Train and measure each method with each seed, and say what the differences are worth.
+    """Train and evaluate each method with each seed, and test the differences for significance.
 
-    Goes on where an earlier call with the same settings stopped. A run that diverges or whose process dies is
-    reported, and the others go on; any other error stops the comparison, and what is done is kept.
+    A second call with the same settings resumes an interrupted comparison. A run that diverges, or whose process dies,
+    is reported and the others continue; any other error stops the comparison, and finished runs stay on disk.
 
     Args:
-        config: A run file, its content, or a `RunConfig`. Its `method` and seed do not count; `output_dir` holds the
-            comparison.
+        config: A run file, its content, or a `RunConfig`. Its `method` and seed are not used; `output_dir` is the
+            folder of the comparison.
         methods: Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``; a `label` names it), or
-            methods as built.
-        seeds: Of training. The split of the rows has its own seed and is the same for all.
-        augment: `with,without`: each method with the rows of `data.augment`, and without them.
-        overwrite: Train all of it again.
-        metric: What decides; default: the task's own.
-        prefer: The cost by which the recommendation is made, one of `verdict.COSTS`.
-        margin: How far below the best mean a method is still considered, in the metric's own unit; default: a point,
-            or one percent of the best where the metric has no points.
-        listener: Told every `Moment`, in place of the progress on stderr.
-        quiet: No progress.
+            method objects.
+        seeds: Training seeds. The split of the rows has its own seed and is the same for all runs.
+        augment: `with`, `without` or `with,without`: each method with the rows of `data.augment`, without them, or
+            both. None means the methods as they are.
+        overwrite: Train all runs again.
+        metric: The metric that decides. Default: the task's own.
+        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        margin: Largest distance from the best mean, in the metric's own unit, at which a method may be recommended.
+            Default: a point, or one percent of the best if the metric has no points.
+        listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
+        quiet: Show no progress.
         report: Write `report.html`.
         overrides: Settings of the run file by name, as for `train`.
 
+    Returns:
+        The comparison, whose `table` is the result as text.
+
     Raises:
-        ConfigError, DataError, ModelError: found before anything is trained.
-        ConflictError: the folder is in use, or holds other runs.
-        Interrupted: SIGINT or SIGTERM; the run at work has saved its state.
-        EnvironmentFault: disk or memory do not suffice.
+        ConfigError, DataError, ModelError: Found before training begins.
+        ConflictError: The folder is in use, or holds other runs.
+        RunInterrupted: SIGINT or SIGTERM came; the active run has saved a checkpoint.
+        ResourceError: Disk or memory do not suffice.
+
+    Example:
+        Settings are checked before any process is started:
+
+        >>> from graftwerk import compare
+        >>> config = {"model": "some/model", "data": {"train": "reviews.csv"}, "output_dir": "runs/comparison"}
+        >>> compare(config, methods=["lora", {"name": "lora", "r": 16}, "lroa"], seeds=[0, 1, 2])
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: there is no method `lroa`
+        ...
     """
     work = _ComparisonDriver(config, parse_method_specs(methods), parse_seeds(seeds), overrides, augment)
     check_choices(work.base, metric, prefer)
@@ -153,10 +168,15 @@ def compare(
 
 
 def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> None:
-    """Refuse a metric or a cost that there is not; None: the usual one.
+    """Raise ConfigError for an unknown metric or cost.
+
+    Args:
+        base: Settings of the comparison, whose task has the metrics.
+        metric: Name of a metric, or None for the task's default.
+        prefer: Name of a cost, or None for the default.
 
     Raises:
-        ConfigError: naming those that there are.
+        ConfigError: The metric or cost does not exist; the message lists those that do.
     """
     known = base.task.metrics
     if metric is not None and metric not in known:
@@ -199,7 +219,7 @@ class _ComparisonDriver:
         self.failed: dict[str, dict[int, str]] = {entry.name: {} for entry in entries}
 
     def config_of(self, entry: MethodSpec, seed: int) -> dict[str, Any]:
-        """The resolved run file of one run, as plain values."""
+        """Return the resolved settings of one run, as plain values."""
         tree = entry.changed(self.base.model_dump(mode="json"))
         tree["training"]["seed"] = seed
         tree["output_dir"] = str(self.folder_of(entry, seed))
@@ -325,7 +345,7 @@ NOTED = frozenset({"resume", "diagnosis", "bad_step", "memory", "warning", "earl
 
 
 class _Steps:
-    """Where the run at work is, from its events."""
+    """Progress of the active run, from its events."""
 
     def __init__(self) -> None:
         self.step = self.steps = 0
@@ -361,7 +381,7 @@ def _result_line(run: RunResult, metric: str) -> str:
 
 
 def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A run file's content, of a file or of what stands for one; a copy."""
+    """Return a copy of a run file's content, from a path, a mapping or a `RunConfig`."""
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
     if isinstance(config, Mapping):

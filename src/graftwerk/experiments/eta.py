@@ -1,4 +1,4 @@
-"""How long a comparison still takes: from the runs that are done, and from the steps of the one at work."""
+"""Remaining time of a comparison, estimated from its finished runs and the steps of the active one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ class EtaEstimator:
     _seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def finished(self, method: str, seconds: float | None) -> None:
-        """A run is over; None where it was there already and says nothing about time."""
+        """Count a finished run.
+
+        Args:
+            method: Name of its method.
+            seconds: Its duration, or None if it was finished already, so that it says nothing about time.
+        """
         self.done += 1
         if seconds is not None:
             self._seconds.setdefault(method, []).append(seconds)
 
     def expected(self, method: str) -> float | None:
-        """Seconds of a run of this method; None while nothing is known."""
+        """Return the expected seconds of a run of a method, or None while nothing is known."""
         own = self._seconds.get(method)
         if own:
             return fmean(own)
@@ -37,11 +42,11 @@ class EtaEstimator:
         return fmean(known) if known else None
 
     def left(self, elapsed: float = 0.0, steps_left: float | None = None) -> float | None:
-        """Seconds to the end of all runs.
+        """Return the estimated seconds to the end of all runs.
 
         Args:
-            elapsed: Seconds that the run at work has taken so far.
-            steps_left: Seconds that its steps will still take, as the training says; better than what other runs took.
+            elapsed: Seconds since the start of the active run.
+            steps_left: Seconds that training estimates for its remaining steps; better than the times of other runs.
         """
         waiting = list(self.planned[self.done :])
         if not waiting:

@@ -143,7 +143,7 @@ def _watch(child: int) -> tuple[bool, int]:
     """Wait for the child; when stdin ends before, ask it to save and wait all the same.
 
     Returns:
-        Whether nobody waits for us any more, and the child's status.
+        True if stdin has ended, so that nobody waits for us any more; and the child's status.
     """
     orphaned = False
     while True:

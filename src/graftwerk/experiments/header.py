@@ -1,4 +1,4 @@
-"""What a comparison says of itself before its first run: how to repeat it, on what it stands, what to keep in mind."""
+"""Header of a comparison, written before its first run: command, machine, data, settings and notes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def header(
     prefer: str,
     own: Any,
 ) -> dict[str, Any]:
-    """The part of `comparison.json` that is known before anything is trained.
+    """Return the part of `comparison.json` that is known before training.
 
     Args:
-        base: What all runs share; its ``output_dir`` is the comparison's folder.
-        checked: What `jobs` found out about rows and methods.
+        base: Settings that all runs share; its ``output_dir`` is the comparison's folder.
+        checked: Facts about rows and methods from `jobs`.
         own: The run file's own method, as it is written there.
 
     Raises:
-        ConfigError: nothing is held out to compare on.
+        ConfigError: No rows are held out to compare on.
     """
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Jobs given to the warm process (`warm.py`): their events are heard, their errors raised here as they were there."""
+"""Jobs for the process of `fork_server.py`: pass on their events, and raise their errors as they were raised there."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class JobRunner:
         Raises:
             GraftwerkError: what the job raised.
             Crashed: its process died.
-            Interrupted: a signal came; what the job had is saved.
+            RunInterrupted: a signal came; what the job had is saved.
         """
         with self._signals():
             process = self._started()
@@ -180,7 +180,7 @@ class JobRunner:
 
 
 def _rebuilt(said: Mapping[str, Any]) -> Explained:
-    """The error that a worker raised, of the same class."""
+    """Return the error that a worker raised, with the same class."""
     what, where, hint, kept = (said.get(part) for part in ("what", "where", "hint", "recovered"))
     if said.get("error") == RunInterrupted.code:
         return RunInterrupted(int(said["exit_code"]) - 128, str(what), recovered=kept, hint=hint)

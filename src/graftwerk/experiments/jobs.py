@@ -1,4 +1,4 @@
-"""What one run of a comparison is, in the process of its own that does it; and the check before the first one."""
+"""Jobs of a comparison, each in its own process: the check before the first run, and the runs themselves."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def perform(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
 
 def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
-    """Everything that can be wrong before a model is loaded: rows, model, each method on this architecture, runs
-    there are.
+    """Check all that can be wrong before a model is loaded: rows, model, each method on this architecture, and
+    existing runs.
 
     Returns:
         ``rows``, ``labels``, ``findings``, and each method's ``parameters``, by formula.
@@ -76,7 +76,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
 
 def _refuse_another_run(folder: Path, config: Any, fingerprint: str) -> None:
-    """What lies in a run's folder must be that run, finished or not; else nothing is started."""
+    """Raise ConflictError if a folder holds a run with other settings or other rows, finished or not."""
     from graftwerk.config import RunConfig
     from graftwerk.training.resume_check import differences
     from graftwerk.training.run_dir import CONFIG, read_manifest

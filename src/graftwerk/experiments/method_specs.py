@@ -1,4 +1,4 @@
-"""What is compared: methods as people name them, each with a name of its own for folders, tables and charts."""
+"""Methods and seeds of a comparison, parsed; each method gets a unique name for folders, tables and charts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MethodSpec:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def changed(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A run file's content with this entry's method and changes in it."""
+        """Return a run file's content with this method and its changes."""
         tree = {**tree, "method": self.method.to_dict()}
         for key, value in self.changes.items():
             part, _, name = key.partition(".")
@@ -48,11 +48,11 @@ class MethodSpec:
 
 
 def parse_method_specs(methods: Sequence[Any] | str) -> list[MethodSpec]:
-    """Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, also with a `label` and with learning
-    rates of its own), or built methods.
+    """Parse methods: names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, perhaps with a `label` and
+    a learning rate), or method objects.
 
     Raises:
-        ConfigError: none; an unknown method or setting; two that are the same.
+        ConfigError: There is no method, an unknown method or setting, or the same method twice.
     """
     listed = (
         [part.strip() for part in methods.split(",") if part.strip()] if isinstance(methods, str) else list(methods)
@@ -78,9 +78,10 @@ def parse_method_specs(methods: Sequence[Any] | str) -> list[MethodSpec]:
 
 
 def settings_not_used(entries: Sequence[MethodSpec], own: Any) -> list[str]:
-    """What is to be said of methods that are named without settings, where the run file has settings for them.
+    """Return a note for each method named without settings for which the run file has settings that are not used.
 
     Args:
+        entries: The methods compared.
         own: The run file's method, as it is written there.
     """
     try:
@@ -108,14 +109,15 @@ def settings_not_used(entries: Sequence[MethodSpec], own: Any) -> list[str]:
 def with_and_without(
     entries: Sequence[MethodSpec], augment: Sequence[str] | str | None, augmented: bool
 ) -> list[MethodSpec]:
-    """Each method with the augmented rows that the run file asks for, and without them.
+    """Cross methods with augmentation: each with the augmented rows of the run file, without them, or both.
 
     Args:
-        augment: `with`, `without`, or both; None: the methods as they are.
-        augmented: Whether the run file asks for any.
+        entries: The methods.
+        augment: `with`, `without`, or both; or None for the methods as they are.
+        augmented: True if the run file has `data.augment`.
 
     Raises:
-        ConfigError: another word, one twice, or no `data.augment` to do with and without.
+        ConfigError: Another word, a word twice, no `data.augment` in the run file, or two methods of the same name.
     """
     if augment is None:
         return list(entries)
@@ -185,10 +187,10 @@ def _slug(name: str, settings: Mapping[str, Any]) -> str:
 
 
 def parse_seeds(seeds: Sequence[int] | int | str) -> list[int]:
-    """`[0, 1, 2]`, `3` (one seed, the number 3) or `"0,1,2"`.
+    """Parse seeds: `[0, 1, 2]`, `3` (one seed, the number 3) or `"0,1,2"`.
 
     Raises:
-        ConfigError: none, one twice, or something that is no seed.
+        ConfigError: There is no seed, one is given twice, or one is not a seed.
     """
     if isinstance(seeds, str):
         parts: list[Any] = [part.strip() for part in seeds.split(",") if part.strip()]

@@ -1,4 +1,4 @@
-"""What can be known about a run before a model is loaded: the data, the lengths, what would train, the steps.
+"""Check of a run before a model is loaded: the data, the lengths, the trained parameters, the steps.
 
 Needs the model's configuration and tokenizer, not its weights: the model is built without storage (torch's `meta`
 device), and trained parameters are counted by the methods' formulas.
@@ -31,16 +31,20 @@ from graftwerk.training.warm_start import warm_labels
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
-    """Check a run whole and say what it would do.
+    """Check a run as a whole and return its plan.
+
+    Args:
+        config: The run's settings.
 
     Returns:
-        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, rows that would be cut;
-        ``augmented_at_most``: rows that would be made, which are counted in ``steps`` too; None: nothing is augmented),
-        ``findings``, ``first_batch`` (as the model sees it: `train.gate.first_batch`), ``parameters`` (trained, head,
-        total, share), ``steps``, ``trunk`` (`train.trunk.Plan`), ``learning_rate``, ``output_dir``.
+        ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, truncated rows; and
+        ``augmented_at_most``, the rows that augmentation would add, which count for ``steps`` too, or None without
+        augmentation), ``findings``, ``first_batch`` (as the model sees it, of `training.data_checks`), ``parameters``
+        (trained, head, total, share), ``steps``, ``trunk`` (`training.activation_cache.plan.Plan`), ``learning_rate``,
+        ``output_dir``.
 
     Raises:
-        ConfigError, DataError, ModelError, EnvironmentFault: what training would stop at before its first step.
+        ConfigError, DataError, ModelError, ResourceError: Training would raise it before its first step.
     """
     config = config.anchored()  # so that everything is called as training calls it
     check_processes(config)
@@ -95,7 +99,7 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
         model: Without storage; the method is attached to it.
 
     Raises:
-        ConfigError, ModelError, UnsupportedError, EnvironmentFault, IntegrityError: what training would raise.
+        ConfigError, ModelError, UnsupportedError, ResourceError, IntegrityError: what training would raise.
     """
     import torch
 
@@ -120,16 +124,16 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
 
 
 def count_parameters(method: Method, task: Task, architecture: Any, splits: Splits) -> dict[str, Any]:
-    """``trained`` (the head included), ``head``, ``total`` of the base, ``share`` trained of it; nothing is loaded.
+    """Count parameters without loading weights: ``trained`` (with the head), ``head``, ``total``, ``share`` trained.
 
     Raises:
-        UnsupportedError, ConfigError: the method cannot work on this architecture, or a target names nothing.
+        UnsupportedError, ConfigError: The method does not support this architecture, or a target matches nothing.
     """
     return _counted(method, _without_storage(task, architecture, splits))
 
 
 def _without_storage(task: Task, architecture: Any, splits: Splits) -> Any:
-    """The model as it would be loaded, on torch's `meta` device."""
+    """Return the model as it would be loaded, on torch's `meta` device."""
     import torch
 
     for key, value in task.model_kwargs(splits).items():
@@ -139,7 +143,7 @@ def _without_storage(task: Task, architecture: Any, splits: Splits) -> Any:
 
 
 def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> dict[str, Any]:
-    """Which frozen layers would be computed only once; rows that are yet to be made are not counted."""
+    """Return the plan of the activation cache; augmented rows that do not exist yet are not counted."""
     from graftwerk.modeling.architectures import read_architecture
     from graftwerk.modeling.task_heads import head_paths
     from graftwerk.training.activation_cache.plan import check_cache_required, plan
@@ -177,7 +181,7 @@ def _counted(method: Method, model: Any) -> dict[str, Any]:
 
 
 def _labels(splits: Splits) -> dict[str, dict[str, int]]:
-    """How many rows each label has in each split, in the order of the label ids."""
+    """Return the number of rows of each label in each split, in the order of the label ids."""
     if splits.labels is None:
         return {}
     counted = {

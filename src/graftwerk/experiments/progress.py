@@ -16,15 +16,18 @@ EVERY_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """What a comparison is doing now.
+    """Progress of a comparison.
 
     Attributes:
-        kind: ``phase`` (the run does something else now), ``step``, ``note`` (something to know), ``run`` (a run is
-            over; `text` says with what), ``end``.
-        done, total: Runs.
-        run: The run at work, as ``lora, seed 0``.
-        step, steps: Of the run at work.
-        left_seconds: To the end of the whole comparison; None while unknown.
+        kind: ``phase`` (the run enters a new phase), ``step``, ``note`` (a message), ``run`` (a run has ended; `text`
+            says with which result), ``end``.
+        done: Finished runs.
+        total: Runs in all.
+        run: The active run, as ``lora, seed 0``.
+        text: The message.
+        step: Steps done by the active run.
+        steps: Steps of the active run in all.
+        left_seconds: Estimated time to the end of the comparison, or None while unknown.
     """
 
     kind: Literal["phase", "step", "note", "run", "end"]

@@ -1,4 +1,4 @@
-"""What a comparison's figures mean, in words: who is better, what cannot be told apart, what to take."""
+"""Significance of a comparison's results: verdicts on differences, the Pareto front, and the recommendation."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
 
 
 def one_seed(difference: Difference) -> bool:
-    """Whether the interval holds other rows alone, since no method has more than one seed."""
+    """Return True if the interval covers sampling of rows only, since no method has more than one seed."""
     return not difference.get("over_seeds", True)
 
 
 def apart(difference: Difference) -> bool:
-    """Whether the interval leaves zero out."""
+    """Return True if the interval excludes zero."""
     return difference["low"] > 0 or difference["high"] < 0
 
 
@@ -84,7 +84,7 @@ def in_words(difference: Difference, metric: str = "accuracy") -> str:
 
 
 def signed(value: float) -> str:
-    """With its sign, a true minus, and no -0.0."""
+    """Format a number with its sign, a true minus, and no -0.0."""
     text = f"{abs(value):.1f}"
     if float(text) == 0:
         return text
@@ -92,7 +92,7 @@ def signed(value: float) -> str:
 
 
 def turned(difference: Difference) -> Difference:
-    """The same difference seen from the other side."""
+    """Return the difference with its two methods exchanged."""
     return {
         **difference,
         "a": difference["b"],
@@ -104,7 +104,7 @@ def turned(difference: Difference) -> Difference:
 
 
 def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
-    """The difference of `a` to `b`, whichever way round it was computed."""
+    """Return the difference of `a` to `b`, whichever way round it was computed."""
     for difference in differences:
         if (difference["a"], difference["b"]) == (a, b):
             return difference
@@ -114,9 +114,9 @@ def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
 
 
 def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float], metric: str = "accuracy") -> list[str]:
-    """Methods that no other beats in both, by their point values, cheapest first.
+    """Return the Pareto front of quality and cost by point values, cheapest first.
 
-    One is beaten by another that is at least as good and as cheap, and better in one of the two.
+    A method is dominated by another that is at least as good and as cheap, and better in one of the two.
     """
     known = [name for name in quality if name in cost]
     if METRICS[metric].higher is False:
@@ -141,24 +141,26 @@ def recommend(
     margin: float | None = None,
     metric: str = "accuracy",
 ) -> dict[str, str] | None:
-    """The cheapest of the methods that are as good as the best, as far as these rows and seeds can tell.
+    """Recommend the cheapest of the methods that are as good as the best, as far as these rows and seeds can tell.
 
-    The rule: of the methods that are candidates, the one with the least of the preferred cost; of those within a tenth
-    of it, the one that trains fastest. A candidate's interval against the best mean has zero in it, and its mean is
-    near the best: by at most a margin, or by half of the half-width of that interval, but never by more than three
-    margins, since with few rows no interval leaves zero out. The reason names every cheaper method whose interval has
-    zero in it and that was passed over for its mean.
+    Of the candidates, the one with the lowest preferred cost wins; among those within a tenth of it, the one that
+    trains fastest. A candidate's interval against the best mean includes zero, and its mean is close to the best: at
+    most a margin below, or half of the interval's half-width, but never more than three margins, since with few rows
+    every interval includes zero. The reason names each cheaper method whose interval includes zero and that was
+    rejected for its mean.
 
     Args:
         methods: Each with ``name``, ``figure`` and ``cost``.
-        prefer: The cost to go by, one of `COSTS`.
-        margin: How far below the best a method is near it, in the metric's own unit. None means by the rule above.
+        differences: The differences between the methods, with intervals.
+        prefer: The cost to minimise, one of `COSTS`.
+        margin: Distance below the best mean, in the metric's own unit, or None for the rule above.
+        metric: Name of the metric.
 
     Returns:
-        ``method`` and ``reason``; None where nothing was measured.
+        ``method`` and ``reason``, or None if nothing was measured.
 
     Raises:
-        ConfigError: no such cost.
+        ConfigError: There is no such cost.
     """
     if prefer not in COSTS:
         raise ConfigError(f"there is no cost `{prefer}`", where="prefer", hint=f"there are: {', '.join(COSTS)}")
@@ -196,12 +198,13 @@ def recommend(
 def at_chance(
     methods: Sequence[Mapping[str, Any]], blind: float | None, share: float | None, metric: str
 ) -> str | None:
-    """That nothing was learnt, as far as these rows and seeds can tell; None where something was.
+    """Return a note if no method is shown to beat the majority baseline, or None if one is or it cannot be told.
 
     Args:
         methods: As for `recommend`.
-        blind: What the metric gives to who always answers the most frequent label; None where that is undefined.
-        share: That label's share of the rows.
+        blind: The metric of always answering the most frequent label, or None if it is undefined.
+        share: That label's share of the rows, or None if rows have no labels.
+        metric: Name of the metric.
     """
     if not methods or blind is None or share is None:
         return None

@@ -33,7 +33,7 @@ SPREAD = HEADINGS.index("SD of seeds")
 
 
 def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """One row a method, best first, as text."""
+    """Return the cells of the table, one row per method, best first."""
     methods, metric = ranked(result), result["metric"]
     best = methods[0]["name"] if methods else ""
     chosen = (result.get("recommendation") or {}).get("method")
@@ -59,18 +59,18 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The methods that were measured, best mean first."""
+    """Return the measured methods, best mean first."""
     measured = [method for method in result["methods"] if method.get("figure")]
     return sorted(measured, key=lambda method: -METRICS[result["metric"]].better(method["figure"]["value"], 0.0))
 
 
 def shown(value: float | None, metric: str) -> str:
-    """A share in percent, BLEU and its like in points, perplexity as itself; a dash for None."""
+    """Format a value: a share in percent, BLEU and the like in points, perplexity unchanged; a dash for None."""
     return DASH if value is None else f"{METRICS[metric].scale * value:.1f}"
 
 
 def against(differences: Sequence[Any], name: str, best: str, metric: str = "accuracy") -> str:
-    """``the best mean``, ``no difference shown``, or ``worse by 3.1 [1.2, 5.0]``."""
+    """Return the verdict against the best method: ``the best mean``, or ``worse by 3.1 [1.2, 5.0]`` and the like."""
     if name == best:
         return "the best mean"
     difference = turned(between(differences, name, best))  # how much the best is better
@@ -87,7 +87,7 @@ def against(differences: Sequence[Any], name: str, best: str, metric: str = "acc
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """What stands under the table."""
+    """Return the sentences below the table: metric, resolution, recommendation, failures, notes."""
     said = []
     seeds, known = len(result["seeds"]), METRICS[result["metric"]]
     said.append(
@@ -128,7 +128,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The headings and the rows that are shown."""
+    """Return the headings and rows that are shown."""
     headings, rows = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:]), rows_of(result)
     if any(row[SPREAD] != DASH for row in rows):
         return headings, rows
@@ -136,7 +136,7 @@ def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 
 
 def plain(result: Mapping[str, Any]) -> str:
-    """Columns of plain text, for pipes."""
+    """Format the result as plain text, for pipes."""
     headings, rows = _columns(result)
     lines = [headings, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
@@ -152,7 +152,7 @@ def plain(result: Mapping[str, Any]) -> str:
 
 
 def rich_table(result: Mapping[str, Any]) -> Any:
-    """The same for a terminal; the recommended method stands out."""
+    """Format the result for a terminal, with the recommended method highlighted."""
     from rich import box
     from rich.console import Group
     from rich.table import Table

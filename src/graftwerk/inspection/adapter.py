@@ -1,4 +1,4 @@
-"""What an adapter folder holds and how much it learnt, layer by layer, from its files alone: no model is loaded.
+"""Description of an adapter folder, with the norm of the update by layer, from its files alone: no model is loaded.
 
 For a method that adds a product of matrices to a layer (LoRA's s B A, a bottleneck's up · down), the norm is that of
 the product, which is what acts; for IA3 the distance of the scales from one; else that of the stored tensors.
@@ -72,15 +72,18 @@ class Learnt:
 
 
 def describe_adapter(folder: Path | str) -> dict[str, Any]:
-    """What an adapter folder says of itself and what its tensors say.
+    """Describe an adapter folder from its settings and tensors.
+
+    Args:
+        folder: The adapter folder, ours or PEFT's.
 
     Returns:
         ``folder``, ``peft_type``, ``method``, ``name``, ``base`` (name, fingerprint), ``labels``, ``parameters``,
-        ``bytes``, ``learnt`` (one entry for each module), ``layers`` (norm and parameters by layer), ``metadata``
-        (data, metrics, cost, command, versions: whatever `graftwerk.json` has).
+        ``bytes``, ``learnt`` (one entry per module and kind of parameter), ``layers`` (norm and parameters by layer),
+        ``metadata`` (the rest of `graftwerk.json`: data, metrics, cost, command, versions).
 
     Raises:
-        IntegrityError, ConfigError, AdapterError, UnsupportedError, EnvironmentFault: as the gate for foreign files.
+        IntegrityError, ConfigError, AdapterError, UnsupportedError, ResourceError: As for reading untrusted files.
     """
     info = read_adapter_config(folder)
     if info.own:
@@ -105,7 +108,12 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
 
 
 def what_was_learnt(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterator[Learnt]:
-    """One entry for each module and kind of parameter, in the order of the layers."""
+    """Yield one entry per module and kind of parameter, in the order of the layers.
+
+    Args:
+        info: Contents of the adapter folder.
+        tensors: The folder's tensors by PEFT's keys, any shape.
+    """
     left = {_plain_key(key): tensor for key, tensor in tensors.items() if not key.endswith(INDICES)}
     found = [*_low_rank(info, left), *_bottlenecks(left), *_prefix_of_peft(info, left), *_singles(left)]
     found += _whole(left)

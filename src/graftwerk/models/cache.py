@@ -11,7 +11,10 @@ from typing import Any
 
 
 def cache_folder() -> Path:
-    """`$GRAFTWERK_CACHE`, else `$XDG_CACHE_HOME/graftwerk`, else `~/.cache/graftwerk`. It need not exist yet."""
+    """Return the cache folder, which need not exist yet.
+
+    It is `$GRAFTWERK_CACHE`, else `$XDG_CACHE_HOME/graftwerk`, else `~/.cache/graftwerk`.
+    """
     if own := os.environ.get("GRAFTWERK_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -19,7 +22,7 @@ def cache_folder() -> Path:
 
 
 def recall(name: str, key: str) -> Any:
-    """What `remember` kept under this key, or None. A damaged file is as good as none."""
+    """Return the value that `remember` stored under a key, or None if there is none or the file is damaged."""
     try:
         kept = json.loads((cache_folder() / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -24,12 +24,12 @@ MAGIC = b"GGUF"
 
 
 def unpacked(path: Path) -> Path:
-    """The folder with the plain copy of a GGUF file, made where it is not there yet.
+    """Return the folder with the converted copy of a GGUF file, and make it if it does not exist yet.
 
     Raises:
-        EnvironmentFault: the `gguf` package is missing, or the cache cannot be written (with the bytes needed).
-        IntegrityError: it is not a GGUF file.
-        ModelError: transformers cannot unpack this kind of model.
+        ResourceError: The `gguf` package is missing, or the cache cannot be written (with the bytes needed).
+        IntegrityError: It is not a GGUF file.
+        ModelError: transformers cannot convert this kind of model.
     """
     import transformers
 
@@ -43,7 +43,7 @@ def unpacked(path: Path) -> Path:
 
 @cache
 def _digest(path: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 of the file as it is now; size and time only tell whether it is still the one that was read."""
+    """Return the SHA-256 of a file, cached for as long as its size and time stay the same."""
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise IntegrityError(f"{path} is not a GGUF file")

@@ -1,4 +1,4 @@
-"""What this machine is fast in, found by trying: the compute type, and the number of threads.
+"""Compute type and number of threads that are fast on this machine, found by measuring.
 
 Hardware that takes a type is often slow in it: a processor without bfloat16 instructions multiplies bfloat16 matrices
 several times slower than float32. So nothing is assumed from names; a short matrix product in each type decides.
@@ -32,7 +32,7 @@ WORTH = 1.2
 
 
 def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> torch.dtype:
-    """The type for the model's products (autocast). Weights and optimizer stay float32.
+    """Return the compute type for autocast. Weights and optimizer state stay float32.
 
     Args:
         wanted: `float32`, `bfloat16`, `float16`, or `auto`: the fastest of them here, unless the environment
@@ -66,7 +66,7 @@ def _fastest(seconds: dict[str, float], kind: str) -> str:
 
 @cache
 def probe(kind: str = "cpu") -> dict[str, float]:
-    """Seconds of one square matrix product by type; infinite where the device cannot. Measured once for a machine.
+    """Measure the seconds of one square matrix product by type, infinite if the device cannot do it; once per machine.
 
     Kept in the cache folder by processor, torch version and thread count.
     """
@@ -88,7 +88,7 @@ def probe(kind: str = "cpu") -> dict[str, float]:
 
 
 def _seconds(dtype: torch.dtype, kind: str, *, limit: float, repeats: int = 5) -> float:
-    """The best of a few products, in seconds; stops early above ``limit``."""
+    """Return the shortest time of a few products in seconds; stop early above ``limit``."""
     try:
         a = torch.ones(SIDE.get(kind, 1024), SIDE.get(kind, 1024), dtype=dtype, device=kind)
         best = math.inf
@@ -115,7 +115,7 @@ def _wait(kind: str) -> None:
 
 
 def device_name(kind: str = "cpu") -> str:
-    """The processor's or the accelerator's name, as the system gives it."""
+    """Return the processor's or accelerator's name, as the system gives it."""
     if kind == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -128,7 +128,7 @@ def device_name(kind: str = "cpu") -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: of its affinity mask and its control group's quota, the lesser."""
+    """Return the number of cores this process may use: the smaller of affinity mask and control group quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -140,21 +140,24 @@ def usable_cores() -> int:
 
 
 def threads_wanted() -> int:
-    """Threads to compute with: as `OMP_NUM_THREADS` says, else every core that is ours."""
+    """Return the number of compute threads: `OMP_NUM_THREADS` if set, else all usable cores."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() and int(asked) > 0 else usable_cores()
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Let torch compute with so many threads; None: `threads_wanted`.
+    """Set torch's number of threads.
 
     More threads than cores make torch many times slower, and inside a container torch counts the whole machine's cores.
+
+    Args:
+        threads: The number, or None for `threads_wanted`.
 
     Returns:
         The number now in use.
 
     Raises:
-        ConfigError: fewer than one.
+        ConfigError: The number is less than one.
     """
     if threads is None:
         threads = threads_wanted()
@@ -168,7 +171,7 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def hardware_facts() -> dict[str, Any]:
-    """What `graftwerk doctor` shows: processor or accelerator, cores, threads, the probe, the type chosen."""
+    """Return facts for `graftwerk doctor`: processor or accelerator, cores, threads, the probe, the compute type."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     seconds = probe(kind)
     return {

@@ -22,21 +22,22 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/name`, or a bare `name` as the oldest models have."""
+    """Return True for `owner/name`, or a bare `name` as the oldest models have."""
     return bool(_HUB_ID.fullmatch(name)) and ".." not in name
 
 
 def fetch(name: str, revision: str | None, *, weights: bool) -> Path:
-    """The folder of a model's snapshot in the hub's cache, fetched where it is not there yet.
+    """Return the folder of a model's snapshot in the hub's cache, and download it if it is not there yet.
 
     Args:
-        revision: Branch, tag or commit; None: the main branch.
-        weights: Also fetch the safetensors, after the configuration has passed the gate.
+        name: Id of the model on the hub.
+        revision: Branch, tag or commit, or None for the main branch.
+        weights: Also download the safetensors, after the configuration has passed the safety checks.
 
     Raises:
-        ConfigError: no such model or revision, or no right to read it.
-        EnvironmentFault: no network and not in the cache (the file is named), or a file's hash is wrong.
-        IntegrityError: its weights exist as pickle only, or it asks for code of its own.
+        ConfigError: There is no such model or revision, or no permission to read it.
+        ResourceError: No network and not in the cache (the message names the file), or a file's hash is wrong.
+        IntegrityError: Its weights exist as pickle only, or it needs code of its own.
     """
     folder = _snapshot(name, revision, SMALL_FILES)
     check_configuration(folder, name)
@@ -114,6 +115,6 @@ def _check_hash(file: Path) -> None:
 
 
 def _first(error: Exception) -> str:
-    """The error's first sentence; libraries go on with what does not fit here."""
+    """Return the first sentence of an error; the rest of what libraries write does not apply here."""
     lines = str(error).strip().splitlines()
     return lines[0].partition(". ")[0][:160] if lines else type(error).__name__

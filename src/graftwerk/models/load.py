@@ -1,6 +1,6 @@
 """Base models and tokenizers from a hub id, a folder, an installed package or a GGUF file; nothing of theirs is run.
 
-Every source becomes a local folder first, passes the gate, and is then loaded from safetensors alone.
+Every source becomes a local folder first, passes the safety checks, and is then loaded from safetensors only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _new_weights: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.We
 
 
 class HeadedTask(Protocol):
-    """What loading needs to know of a task (`tasks.base.Task` is one): which head, with which labels."""
+    """Interface of a task for loading a model, such as `tasks.base.Task`: which head, with which labels."""
 
     @property
     def name(self) -> str: ...
@@ -43,17 +43,17 @@ class HeadedTask(Protocol):
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The checked local folder of a model.
+    """Return the local folder of a model, after the safety checks.
 
     Args:
         name: Hub id, folder, .gguf file, or `pkg://package/...` for a folder or .gguf file inside an installed package.
         revision: For a hub id: branch, tag or commit.
-        weights: Whether the weights must be there too.
+        weights: True if the weights are needed too.
 
     Raises:
-        ConfigError: no such folder, file or hub model; or a revision for something that has none.
-        EnvironmentFault: a file is missing and cannot be fetched; it is named.
-        IntegrityError: the model asks for code of its own, or has pickled weights only.
+        ConfigError: There is no such folder, file or hub model, or a revision is given for something that has none.
+        ResourceError: A file is missing and cannot be downloaded; the message names it.
+        IntegrityError: The model needs code of its own, or has pickled weights only.
     """
     if not name.strip() or "\0" in name:
         raise ConfigError(f"{name!r} is no model", where="model")
@@ -78,7 +78,7 @@ def is_local(name: str) -> bool:
 
 
 def _local(name: str) -> Path | None:
-    """The folder or .gguf file that a name means, or None for a hub id."""
+    """Return the folder or .gguf file that a name means, or None for a hub id."""
     if name.startswith((PACKAGE_SCHEME, "/", ".", "~")) or Path(name).exists() or not hub.is_hub_id(name):
         path = locate(name)
         if path.is_file() and path.suffix != ".gguf":
@@ -88,7 +88,7 @@ def _local(name: str) -> Path | None:
 
 
 def load_config(name: str, revision: str | None = None) -> Any:
-    """The model's transformers configuration, without its weights.
+    """Load the model's transformers configuration, without its weights.
 
     Raises:
         ModelError: transformers does not know this kind of model; and what `model_folder` raises.
@@ -109,10 +109,10 @@ def _config(folder: Path, name: str) -> Any:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The model's tokenizer. One without a pad token (most decoders) gets its end token for padding.
+    """Load the model's tokenizer. One without a pad token (most decoders) uses its end token for padding.
 
     Raises:
-        EnvironmentFault: its files are missing.
+        ResourceError: its files are missing.
         ModelError: it cannot be used, or has neither pad nor end token; and what `model_folder` raises.
     """
     from transformers import AutoTokenizer
@@ -155,19 +155,23 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> Any:
-    """The base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
+    """Load the base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
 
-    A head that the checkpoint lacks, or has for another number of classes, starts from torch's global random state:
-    seed it before. `newly_initialised` tells which weights those are.
+    A head that the checkpoint lacks, or has for another number of classes, is initialised from torch's global random
+    state, so seed it before. `newly_initialised` names those weights.
 
     Args:
-        task: Decides the head; None: the bare model.
-        splits: The task's `Splits`, where the label names come from; None: the checkpoint's own.
+        name: Hub id, folder, GGUF file, or ``pkg://package/folder``.
+        task: The task that decides the head, or None for the bare model.
+        splits: The task's `Splits` with the label names, or None for the checkpoint's own names.
+        dtype: Type of all weights.
+        revision: For a hub id: branch, tag or commit.
 
     Raises:
-        UnsupportedError: this architecture has no such head in transformers.
-        ModelError: the checkpoint lacks weights of the model's body, or they have other shapes.
-        IntegrityError: a weight file is damaged; and what `model_folder` raises.
+        UnsupportedError: transformers has no such head for this architecture.
+        ModelError: The checkpoint lacks weights of the model's body, or they have other shapes.
+        IntegrityError: A weight file is damaged.
+        ConfigError, ResourceError: As for `model_folder`.
     """
     from transformers import AutoModel
 
@@ -222,7 +226,7 @@ def _check_size(
 
     Raises:
         IntegrityError: config.json describes another, far larger model than the weights are of.
-        EnvironmentFault: it is larger than the available memory.
+        ResourceError: it is larger than the available memory.
     """
     stored = sum(held.values())
     most = 4 * stored + SPARE + SPARE_PER_LABEL * int(kwargs.get("num_labels", 0))
@@ -266,7 +270,7 @@ def _check_size(
 
 
 def newly_initialised(model: nn.Module) -> tuple[str, ...]:
-    """Parameters that `load_model` did not find in the checkpoint, sorted by name; empty for a model from elsewhere."""
+    """Return the parameters that `load_model` did not find in the checkpoint, sorted; empty for other models."""
     return _new_weights.get(model, ())
 
 
@@ -352,7 +356,7 @@ def fix_padding(model: Any, tokenizer: Any) -> None:
 
 
 def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtual: int = 0) -> int:
-    """Tokens of a row, special ones included: what is wanted, or what the model takes, at most 512.
+    """Return the longest row in tokens, special ones included: as wanted, or the model's limit, at most 512.
 
     Args:
         config: The model's transformers configuration.
@@ -389,7 +393,7 @@ def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtu
 
 
 def position_limit(config: Any) -> int | None:
-    """Positions that a model was made for; None where they are relative and there is no table to run out of."""
+    """Return the number of positions a model supports, or None if positions are relative and without limit."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if positions is None or getattr(config, "relative_attention_num_buckets", None):
         return None

@@ -67,7 +67,7 @@ def check_configuration(folder: Path, name: str) -> None:
 
     Raises:
         AdapterError: it is an adapter, not a base model.
-        EnvironmentFault: there is no `config.json`.
+        ResourceError: there is no `config.json`.
         IntegrityError: it asks for remote code or a kernel repository, or a file is not JSON.
     """
     if not (folder / CONFIG).is_file():
@@ -201,7 +201,7 @@ def check_weights(folder: Path, name: str) -> dict[str, int]:
         How many numbers each tensor holds at most; of integers, two for each byte, as in a 4-bit weight.
 
     Raises:
-        EnvironmentFault: a file is missing; it is named.
+        ResourceError: a file is missing; it is named.
         IntegrityError: there are only pickled weights, or a file is not what its name says.
     """
     if (folder / WEIGHTS).is_file():

@@ -17,11 +17,11 @@ from graftwerk.reporting.tradeoff import COSTS, Point, tradeoff
 
 
 def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
-    """The page as HTML.
+    """Return the page of a comparison as HTML.
 
     Args:
-        folder: Of the comparison, to see which runs have pages of their own.
-        result: `comparison.json`.
+        folder: Folder of the comparison, to find the runs that have pages of their own.
+        result: Contents of `comparison.json`.
     """
     methods = verdicts.measured(result)
     found = verdicts.differences(result)
@@ -52,7 +52,7 @@ def _measured_on(result: Mapping[str, Any], metric: str) -> str:
 
 
 def _state(result: Mapping[str, Any]) -> Markup:
-    """What has to be known before any figure is believed."""
+    """Return the section of notes to read before the results."""
     said = [page.message("Note:", note) for note in map(str, items(result, "notes"))]
     if words(result, "status") == "running":
         text = "Runs are still to do, or it was stopped; the command at the end of this page goes on with it."

@@ -1,4 +1,4 @@
-"""What both pages say about rows: which were held out, where they come from, what was noticed about them."""
+"""Sections on the data that both pages share: held-out rows, their origin, issues found."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def origin_facts(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def findings_section(data: Mapping[str, Any]) -> Markup:
-    """What was noticed about the data; that nothing was is said, too, where the files say so."""
+    """Return the section of issues with the data, or of their absence; empty if the files do not say."""
     found = mappings(data, "findings")
     if not found:
         if "findings" not in data:

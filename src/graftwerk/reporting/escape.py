@@ -23,22 +23,22 @@ class Markup(str):
 
 
 def text(value: Any) -> Markup:
-    """A value from outside as HTML: cleaned (no secrets, nothing that is not seen but acts) and escaped."""
+    """Return an untrusted value as HTML: cleaned (no secrets, no invisible control characters) and escaped."""
     if isinstance(value, Markup):
         return value
     return Markup(html.escape(clean(str(value)), quote=True))
 
 
 def join(parts: Iterable[Any], between: str = "") -> Markup:
-    """Parts one after another, each escaped unless it is markup; so is what stands between."""
+    """Join parts, each escaped unless it is markup, as is the separator."""
     return Markup(text(between).join(text(part) for part in parts))
 
 
 def tag(name: str, /, *content: Any, **attributes: Any) -> Markup:
-    """An element: ``tag("p", "a < b", class_="note")``.
+    """Return an element: ``tag("p", "a < b", class_="note")``.
 
     Args:
-        name: Of the element.
+        name: Name of the element.
         content: Escaped unless it is markup. None is left out.
         attributes: Underscores become hyphens, a last one is dropped; True gives a bare attribute; None and False none.
     """

@@ -1,7 +1,8 @@
 """Reading the plain files of a run or a comparison, and writing the page whole or not at all.
 
-What is read may be old, incomplete or written by something else: `at` and its kind give None where a value is not what
-was expected, and the page then says that it is missing. Only a file that cannot be read at all is an error.
+The files may be old, incomplete or written by another program: `at` and similar functions return None, or an empty
+value, if a value is not of the expected kind, and the page then says that it is missing. Only a file that cannot be
+read at all is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LARGEST = 1e30
 
 
 def at(tree: Any, *keys: str) -> Any:
-    """What lies at these keys; None where there is nothing."""
+    """Return the value at a path of keys, or None if there is none."""
     for key in keys:
         if not isinstance(tree, Mapping):
             return None
@@ -45,12 +46,12 @@ def items(tree: Any, *keys: str) -> list[Any]:
 
 
 def mappings(tree: Any, *keys: str) -> list[Mapping[str, Any]]:
-    """The mappings in a list."""
+    """Return the mappings in a list."""
     return [item for item in items(tree, *keys) if isinstance(item, Mapping)]
 
 
 def number(tree: Any, *keys: str) -> float | None:
-    """A finite number; a log has ``"nan"`` where a loss was none."""
+    """Return a finite number, or None; a log has ``"nan"`` for a loss that was not a number."""
     found = at(tree, *keys)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
@@ -64,7 +65,7 @@ def number(tree: Any, *keys: str) -> float | None:
 
 
 def words(tree: Any, *keys: str) -> str:
-    """Text, a number, or a list of them as text; empty where there is nothing."""
+    """Return a text, a number, or a list of them as text; "" if there is none."""
     found = at(tree, *keys)
     if isinstance(found, list):
         return ", ".join(words(item) for item in found)
@@ -74,11 +75,11 @@ def words(tree: Any, *keys: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object.
+    """Read a file that holds one JSON object.
 
     Raises:
-        IntegrityError: it does not.
-        EnvironmentFault: it cannot be read.
+        IntegrityError: It does not hold one.
+        ResourceError: It cannot be read.
     """
     try:
         found = json.loads(read_text(path))
@@ -90,6 +91,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
+    """Read a file as UTF-8, with invalid bytes replaced.
+
+    Raises:
+        ResourceError: It cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -102,7 +108,7 @@ def hint_of(entry: Any) -> str:
 
 
 def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events of a run in order, and how many lines are no events (a last one cut off, most likely)."""
+    """Read the events of a run in order; return them and the number of invalid lines (a truncated last one, mostly)."""
     events: list[dict[str, Any]] = []
     broken = 0
     if not path.is_file():
@@ -125,7 +131,7 @@ def write_page(folder: Path, content: str) -> Path:
     """Write the page beside its destination, force it to the disk, and rename it.
 
     Raises:
-        EnvironmentFault: the folder cannot be written; an earlier page is untouched.
+        ResourceError: the folder cannot be written; an earlier page is untouched.
         ConfigError: something that is no file has the page's name.
         IntegrityError: a link has it.
     """

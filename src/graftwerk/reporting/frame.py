@@ -1,4 +1,4 @@
-"""What all charts have: a size, room for axes, grid lines, round values on them."""
+"""Parts that all charts share: size, margins for axes, grid lines at round values."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Frame:
 
     @classmethod
     def around(cls, width: float, height: float, y_labels: Sequence[str], *, right: float = RIGHT) -> Frame:
-        """As wide on the left as the longest label of the height axis needs."""
+        """Return a frame with a left margin for the longest label of the y axis."""
         left = 8 + max((text_width(label, TICK_SIZE) for label in y_labels), default=0.0)
         return cls(width, height, Box(left, TOP, width - right, height - BOTTOM))
 
 
 def heights(frame: Frame) -> int:
-    """How many grid lines there is room for."""
+    """Return the number of horizontal grid lines that fit, 3 to 6."""
     return max(3, min(6, int((frame.inner.bottom - frame.inner.top) / 32)))
 
 
 def px(value: float) -> str:
-    """A coordinate: a tenth of a pixel is exact enough."""
+    """Format a coordinate to a tenth of a pixel."""
     text = f"{value:.1f}"
     return text.removesuffix(".0")
 
@@ -54,7 +54,7 @@ def label(text: Any, x: float, y: float, class_: str, anchor: str = "start") -> 
 
 
 def path(points: Sequence[tuple[float, float]], class_: str) -> Markup:
-    """A line through points."""
+    """Return a line through points."""
     if not points:
         return Markup()
     steps = " ".join(f"{'L' if place else 'M'}{px(x)} {px(y)}" for place, (x, y) in enumerate(points))
@@ -95,7 +95,7 @@ def axes(
 
 
 def svg(frame: Frame, *content: Any, class_: str, **attributes: Any) -> Markup:
-    """A chart that shrinks with the page and never grows beyond its size."""
+    """Return a chart that shrinks with the page and never grows beyond its size."""
     return tag(
         "svg",
         *content,

@@ -35,7 +35,7 @@ def write_report(folder: str | Path) -> Path:
     Raises:
         ConfigError: the folder holds neither a run nor a comparison.
         IntegrityError: its main file is damaged, or one of its files is a link.
-        EnvironmentFault: a file cannot be read, or the page not written.
+        ResourceError: a file cannot be read, or the page not written.
     """
     folder = Path(folder)
     refuse_links(folder, (COMPARISON, MANIFEST, EVALUATION, LOG, CONFIG, REPORT))
@@ -55,7 +55,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _confidence(config: str) -> float | None:
-    """That of the intervals, which only the run file has; None where it cannot be read."""
+    """Return the level of the intervals from the text of a run file, or None if it cannot be read."""
     import yaml
 
     try:

@@ -16,7 +16,7 @@ _FRAME = Frame(WIDTH, HEIGHT, Box(EDGE, 0, WIDTH - EDGE, HEIGHT))
 
 
 def scale_of(values: Sequence[float | None], *, zero: bool = False) -> Linear:
-    """One scale for all rows of a table.
+    """Return one scale for all rows of a table.
 
     Args:
         values: All that will be drawn; None is left out.
@@ -37,7 +37,7 @@ def strip(
     kind: str = "",
     said: str = "",
 ) -> Markup:
-    """A row's drawing.
+    """Draw the interval of a row.
 
     Args:
         dots: Small ones: a seed each.

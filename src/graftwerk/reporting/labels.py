@@ -52,18 +52,18 @@ class Placed:
     led: bool
 
     def line_end(self, x: float, y: float) -> tuple[float, float]:
-        """Where a line from the point meets the name."""
+        """Return the point at which a line from ``(x, y)`` meets the name's box."""
         box = self.box
         return min(max(x, box.left), box.right), min(max(y, box.top + 2), box.bottom - 2)
 
 
 def text_width(text: str, size: float) -> float:
-    """Pixels of a line of text in a sans-serif font of so many pixels, rather too many than too few."""
+    """Return the width in pixels of a line of sans-serif text of a font size, rather too large than too small."""
     return SAFETY * size * sum(_character(character) for character in text)
 
 
 def cut(text: str, most: int) -> str:
-    """At most so many characters, the last an ellipsis if some are missing."""
+    """Truncate a text to a number of characters, the last an ellipsis if some are missing."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
@@ -73,13 +73,16 @@ def place(
     obstacles: Sequence[Box],
     area: Box,
 ) -> list[Placed | None]:
-    """A place for each name; None where there is no room.
+    """Place names beside their points without overlap.
 
     Args:
-        points: What is named, in pixels.
-        sizes: Width and height of each name.
-        obstacles: What names must not cover.
-        area: What they must not leave.
+        points: The points, (x, y) in pixels.
+        sizes: Width and height of each name in pixels.
+        obstacles: Boxes that names must not cover.
+        area: Box that names must not leave.
+
+    Returns:
+        The place of each name, or None for a name that does not fit anywhere.
     """
     found: list[Placed | None] = [None] * len(points)
     taken = list(obstacles)
@@ -106,7 +109,7 @@ def place(
 
 
 def _plain_whose(placed: Placed, points: Sequence[tuple[float, float]], index: int) -> bool:
-    """Whether a reader would not take the name for that of another point."""
+    """Return True if a reader would not mistake the name for that of another point."""
     own = _distance(placed.box, *points[index])
     others = [_distance(placed.box, *point) for place, point in enumerate(points) if place != index]
     return all(other > (AWAY**2 if placed.led else own) for other in others)

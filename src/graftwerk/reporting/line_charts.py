@@ -71,18 +71,18 @@ class Chart:
         return (self.tick or self.show)(value)
 
     def names(self) -> list[str]:
-        """What has to be told apart; a single curve is named by the title."""
+        """Return the names of the curves, or none for a single curve, which the title names."""
         return [curve.name for curve in self.curves] if len(self.curves) > 1 else []
 
     def room(self, size: str) -> tuple[float, float]:
-        """What the axis needs on the left, and the names at the ends of the lines on the right."""
+        """Return the margins in pixels: left for the axis, right for the names at the ends of the lines."""
         left = Frame.around(0, 0, [self.written(value) for value in self.scale(0, 1).ticks(6)]).inner.left
         names = self.names() if size == "wide" else []
         return left, max((text_width(name, LABEL_SIZE) + 12 for name in names), default=RIGHT)
 
 
 def charts(wanted: Sequence[Chart], *, steps: float) -> list[Markup]:
-    """Charts to stand one below the other: a step is at the same place in all of them.
+    """Draw charts one below the other, in which a step has the same place.
 
     Each comes in two widths; the pointer or the arrow keys read the values.
 

@@ -26,13 +26,13 @@ def metric_name(metric: str) -> str:
 
 
 def title(name: str) -> str:
-    """With a capital at the start; the rest as it is, and names with capitals of their own (chrF) too."""
+    """Capitalise the first letter; the rest stays, and names with capitals of their own (chrF) too."""
     first = name.partition(" ")[0]
     return name if first != first.lower() else name[:1].upper() + name[1:]
 
 
 def percent(value: float | None) -> str:
-    """A share of one: 0.786 -> 78.6 %."""
+    """Format a share in percent: 0.786 -> 78.6 %."""
     return DASH if value is None else f"{_fixed(100 * value)}{THIN}%"
 
 
@@ -41,27 +41,27 @@ def bare_percent(value: float | None) -> str:
 
 
 def scale(metric: str) -> float:
-    """What a metric's values are multiplied by: shares are shown in percent, all else as it is."""
+    """Return the factor for display of a metric: 100 for shares, which are shown in percent, else 1."""
     return 1.0 if metric in NO_SHARES else 100.0
 
 
 def unit(metric: str) -> str:
-    """Of a difference, with its space."""
+    """Return the unit of a difference, with a leading space."""
     return NO_SHARES.get(metric, " points")
 
 
 def heading(metric: str) -> str:
-    """With the unit, for a column or an axis: `Accuracy, %`, `BLEU`."""
+    """Return a metric's name with its unit, for a column or an axis: `Accuracy, %`, `BLEU`."""
     return title(metric_name(metric)) + ("" if metric in NO_SHARES else ", %")
 
 
 def value_of(metric: str, value: float | None) -> str:
-    """`78.6 %`, BLEU `23.4`, perplexity `12.3`."""
+    """Format a value with its unit: `78.6 %`, BLEU `23.4`, perplexity `12.3`."""
     return percent(value) if metric not in NO_SHARES else bare(metric, value)
 
 
 def bare(metric: str, value: float | None) -> str:
-    """The same without the sign."""
+    """Format a value without the percent sign."""
     return DASH if value is None else _fixed(scale(metric) * value)
 
 
@@ -70,7 +70,7 @@ def interval_of(metric: str, figure: Any) -> str:
 
 
 def signed(metric: str, value: float | None) -> str:
-    """A difference in the metric's own unit: +1.2, −0.4, 0.0."""
+    """Format a difference in the metric's own unit: +1.2, −0.4, 0.0."""
     return signed_points(None if value is None else value * scale(metric) / 100)
 
 
@@ -79,13 +79,13 @@ def share(value: float | None) -> str:
 
 
 def interval(figure: Any, show: Callable[[float | None], str] = bare_percent) -> str:
-    """``75.0 to 82.2``; a dash where there is none."""
+    """Format an interval: ``75.0 to 82.2``, or a dash if there is none."""
     low, high = number(figure, "low"), number(figure, "high")
     return DASH if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
 def signed_points(value: float | None) -> str:
-    """A difference of shares in points, with its sign: +1.2, −0.4, 0.0."""
+    """Format a difference of shares in points, with its sign: +1.2, −0.4, 0.0."""
     if value is None:
         return DASH
     text = f"{abs(100 * value):.1f}"
@@ -99,7 +99,7 @@ def count(value: float | None) -> str:
 
 
 def exact(value: float | None) -> str:
-    """338,690."""
+    """Format a count with all its digits: 338,690."""
     return DASH if value is None else f"{value:,.0f}".replace("-", MINUS)
 
 
@@ -117,27 +117,27 @@ def milliseconds(value: float | None) -> str:
 
 
 def short(text: str) -> str:
-    """For an axis: without a last zero, 1.0 k -> 1 k."""
+    """Shorten a number for an axis, without a last zero: 1.0 k -> 1 k."""
     return text.replace(f".0{THIN}", THIN)
 
 
 def plain(value: float | None) -> str:
-    """Any number, four digits that count: 0.6931, 12.4, 0.001, 2e-05."""
+    """Format any number with four significant digits: 0.6931, 12.4, 0.001, 2e-05."""
     return DASH if value is None else f"{value:.4g}".replace("-", MINUS)
 
 
 def plural(number_: int, one: str, many: str | None = None) -> str:
-    """``1 row``, ``2,000 rows``."""
+    """Format a number with its noun: ``1 row``, ``2,000 rows``."""
     return f"{number_:,} {one if number_ == 1 else many or one + 's'}"
 
 
 def listed(names: list[str], last: str = "and") -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """List names in a sentence: ``a``, ``a and b``, ``a, b and c``."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}" if names else ""
 
 
 def settings(method: Mapping[str, Any]) -> str:
-    """A method's settings in one line, without its name and what is left empty."""
+    """Format a method's settings in one line, without its name and empty ones."""
     said = [
         f"{key} {_setting(value)}" for key, value in method.items() if key != "name" and value not in (None, {}, [])
     ]

@@ -15,15 +15,15 @@ from graftwerk.reporting.escape import Markup, join, tag, text
 def document(
     *, title: str, kicker: str, headline: Any, deck: Sequence[Any], sections: Iterable[Markup], footer: Any
 ) -> str:
-    """A whole page.
+    """Return a whole page.
 
     Args:
-        title: For the browser's tab.
-        kicker: A line above the headline: what this is about.
+        title: Title for the browser's tab.
+        kicker: Line above the headline with the topic.
         headline: The result in a sentence.
-        deck: Paragraphs below it that say what has to be known with it.
-        sections: What `section` gave.
-        footer: Where it comes from.
+        deck: Paragraphs below it with its conditions.
+        sections: Results of `section`.
+        footer: Origin of the page.
     """
     style, script = _asset("page.css"), _asset("page.js")
     policy = "; ".join(
@@ -78,14 +78,14 @@ def figure(drawing: Any, caption: Any = None) -> Markup:
 
 
 def facts(rows: Iterable[tuple[str, Any]]) -> Markup:
-    """Names and what they are, one below the other; those that are empty are left out."""
+    """Return a list of names with their values; empty ones are left out."""
     return tag(
         "dl", *(join([tag("dt", name), tag("dd", value)]) for name, value in rows if text(value)), class_="facts"
     )
 
 
 def big_figures(rows: Iterable[tuple[str, Any, Any]]) -> Markup:
-    """Headline figures: what it is, the figure, what has to be said about it."""
+    """Return the headline figures: name, value, remark."""
     return tag(
         "dl",
         *(tag("div", tag("dt", name), tag("dd", tag("strong", value), remark)) for name, value, remark in rows),
@@ -98,7 +98,7 @@ def command(line: str) -> Markup:
 
 
 def message(lead: str, said: Any, hint: Any = None, *, grave: bool = False) -> Markup:
-    """Something that was noticed, and what to change."""
+    """Return a message with its hint."""
     return tag(
         "li",
         tag("b", lead) if lead else None,
@@ -120,7 +120,7 @@ def table(
     *,
     class_: str | None = None,
 ) -> Markup:
-    """A table that scrolls by itself where the screen is narrow.
+    """Return a table that scrolls by itself on a narrow screen.
 
     Args:
         caption: What it shows, for those who do not see it.
@@ -149,7 +149,7 @@ def table(
 
 @cache
 def _asset(name: str) -> str:
-    """A style sheet or script of ours, with the line ends that are hashed."""
+    """Return a style sheet or script of ours, with the line ends that are hashed."""
     return (files("graftwerk.reporting") / "assets" / name).read_text(encoding="utf-8").replace("\r\n", "\n")
 
 

@@ -34,14 +34,16 @@ def run_page(
     config: str,
     confidence: float | None,
 ) -> str:
-    """The page as HTML.
+    """Return the page of a run as HTML.
 
     Args:
-        manifest: `manifest.json`.
-        evaluation: `evaluation.json`, empty where there is none.
-        events, broken: The lines of `metrics.jsonl`, and how many could not be read.
-        config: `config.yaml` as it stands there.
-        confidence: Of the intervals, from there.
+        folder: The run folder.
+        manifest: Contents of `manifest.json`.
+        evaluation: Contents of `evaluation.json`, or empty.
+        events: The events of `metrics.jsonl`.
+        broken: Number of its lines that could not be read.
+        config: Text of `config.yaml`.
+        confidence: Level of the intervals, or None if unknown.
     """
     split, figures, rows = _figures(manifest)
     sections = [
@@ -116,7 +118,7 @@ def _deck(
 
 
 def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], broken: int) -> Markup:
-    """What has to be known before any figure is believed."""
+    """Return the section of errors and notes to read before the results."""
     said = []
     status, error = words(manifest, "status"), mapping(manifest, "error")
     if status != "finished":
@@ -224,7 +226,7 @@ def _learning(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) 
 
 
 def _validation(manifest: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], total: float) -> Chart | None:
-    """The metric that chose the checkpoint; None where it was not measured or not stored."""
+    """Return the chart of the metric that selected the checkpoint, or None if it was not measured or is the loss."""
     known = [name for name in evaluations[0] if name in numbers.METRICS] if evaluations else []
     metric = words(manifest, "best", "metric") or next(iter(known), "")
     if metric == "loss":

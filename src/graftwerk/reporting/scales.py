@@ -49,7 +49,7 @@ class Log:
         return self.start + part * (self.end - self.start)
 
     def ticks(self, most: int = 6) -> list[float]:
-        """Powers of ten; with few decades also their multiples by 2 and 5, with many only every second or third."""
+        """Return powers of ten; with few decades also their multiples by 2 and 5, with many only some of them."""
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for parts, every in (((1, 2, 5), 1), ((1, 3), 1), *(((1,), every) for every in range(1, last - first + 2))):
             found = [part * 10.0**power for power in range(first, last + 1, every) for part in parts]
@@ -81,7 +81,7 @@ def clock_ticks(scale: Scale, most: int = 6) -> list[float]:
 
 
 def around(values: Iterable[float], start: float, end: float, *, least: float = 0.0, margin: float = 0.06) -> Linear:
-    """A linear scale on which all values have room on both sides, and which spans at least so much.
+    """Return a linear scale with margins on both sides of all values and a least span.
 
     A scale never vanishes: with a single value it spans something round about it.
     """
@@ -94,13 +94,13 @@ def around(values: Iterable[float], start: float, end: float, *, least: float = 
 
 
 def from_zero(values: Sequence[float], start: float, end: float, *, margin: float = 0.08) -> Linear:
-    """A linear scale that begins at zero, for what has one (seconds, bytes)."""
+    """Return a linear scale from zero, for seconds, bytes and the like."""
     high = max(values, default=1.0)
     return Linear(0.0, high * (1 + margin) if high > 0 else 1.0, start, end)
 
 
 def decades(values: Sequence[float], start: float, end: float, *, margin: float = 0.07) -> Log:
-    """A logarithmic scale on which all values, which are positive, have room on both sides."""
+    """Return a logarithmic scale with margins on both sides of all values, which are positive."""
     low, high = min(values, default=1.0), max(values, default=10.0)
     if high / low < 3:
         low, high = low / 2, high * 2

@@ -120,7 +120,7 @@ def other_metrics(methods: Sequence[Mapping[str, Any]], main: str, chosen: str |
 
 
 def by_set(sets: Mapping[str, Any]) -> Markup:
-    """The metrics of each of several data sets."""
+    """Return the table of metrics of each of several data sets."""
     names = list(dict.fromkeys(name for each in sets for name in mapping(sets, each)))
     rows = [("", each, mapping(sets, each)) for each in sets]
     return join([tag("h3", "Each data set"), _figures("Metrics of each data set", "Set", names, rows)])

@@ -26,7 +26,7 @@ LOGARITHMIC_FROM = 8.0
 
 @dataclass(frozen=True)
 class Cost:
-    """What can stand on the x axis: its key in the files, its name, how a value is written."""
+    """A cost that the x axis can show: its key in the files, its name, and functions that format values and ticks."""
 
     key: str
     name: str
@@ -46,7 +46,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Point:
-    """A method: its quality in the metric's own unit, its costs by key (None where not measured), all in words."""
+    """A method: its quality in the metric's own unit, its costs by key (None if not measured), and a description."""
 
     name: str
     value: float
@@ -58,7 +58,7 @@ class Point:
 
 
 def tradeoff(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], metric: str) -> Markup:
-    """The chart with its switch; a cost that no method has is left out.
+    """Return the chart of quality against cost, with a switch between costs; costs that no method has are left out.
 
     Args:
         points: The methods that were measured.

@@ -20,7 +20,7 @@ _OTHER_WAY: dict[Verdict, Verdict] = {
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better ``a`` is than ``b``, in the metric's own unit, and what it shows."""
+    """Difference of ``a`` over ``b`` in the metric's own unit, positive if ``a`` is better, with its verdict."""
 
     a: str
     b: str
@@ -33,7 +33,7 @@ class Difference:
 
     @property
     def apart(self) -> bool:
-        """Whether the interval leaves zero out; with one seed that shows nothing about methods."""
+        """Return True if the interval excludes zero; with one seed that shows nothing about methods."""
         return self.low > 0 or self.high < 0
 
     def turned(self) -> Difference:
@@ -42,14 +42,14 @@ class Difference:
 
 
 def measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The methods that have a figure, best mean first."""
+    """Return the measured methods, best mean first."""
     found = [method for method in mappings(result, "methods") if number(method, "figure", "value") is not None]
     sign = 1 if words(result, "metric") in numbers.LESS_IS_BETTER else -1
     return sorted(found, key=lambda method: sign * (number(method, "figure", "value") or 0.0))
 
 
 def differences(result: Mapping[str, Any]) -> list[Difference]:
-    """Those that are whole, each turned so that the better mean comes first; the largest first."""
+    """Return the complete differences, largest first, each turned so that the better mean comes first."""
     found = []
     less = words(result, "metric") in numbers.LESS_IS_BETTER
     for entry in mappings(result, "differences"):
@@ -81,13 +81,13 @@ def between(found: Sequence[Difference], a: str, b: str) -> Difference | None:
 
 
 def recommended(result: Mapping[str, Any]) -> str | None:
-    """The method that is recommended, if it was measured."""
+    """Return the recommended method if it was measured, else None."""
     name = words(result, "recommendation", "method")
     return name if any(words(method, "name") == name for method in measured(result)) else None
 
 
 def headline(result: Mapping[str, Any]) -> str:
-    """The result in a sentence."""
+    """Return the result in a sentence."""
     methods = measured(result)
     metric = numbers.metric_name(words(result, "metric") or "quality")
     if not methods:
@@ -117,7 +117,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 
 def reason(result: Mapping[str, Any]) -> str:
-    """The recommendation's own reason as a sentence."""
+    """Return the reason of the recommendation as a sentence."""
     said = words(result, "recommendation", "reason")
     chosen = recommended(result)
     return f"Why {chosen}: {said}." if said and chosen else ""

@@ -1,9 +1,9 @@
-"""What an `adapter_config.json` may say: every key that PEFT 0.21 knows, by kind of adapter, and what becomes of it.
+"""Validation of `adapter_config.json`: every key that PEFT 0.21 knows, by kind of adapter, and how it is treated.
 
-A key is *read* (it decides what is computed), *free* (it can change nothing once the weights are there: how they were
-initialised, how they were trained), or *off* (a variant that computes something else: refused unless empty). A key that
-is not in the table is refused too, unless it is empty: newer versions of PEFT add switches that are off by
-default. Nothing here imports what a file names, evaluates an expression, or matches a pattern.
+A key is *read* (it decides what is computed), *free* (it changes nothing once the weights are stored: initialisation
+and training), or *off* (a variant that computes something else: refused unless empty). An unknown key is refused too,
+unless it is empty: newer versions of PEFT add switches that are off by default. Nothing here imports what a file names,
+evaluates an expression, or matches a pattern.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _texts(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    """Module names: a list, or one text (a name, a shorthand or a pattern, which is never evaluated)."""
+    """Return True for module names: a list, one text (a name, shorthand or pattern, never evaluated), or None."""
     return value is None or _text(value) or _texts(value)
 
 
@@ -246,12 +246,12 @@ _CODE = frozenset({"auto_map", "trust_remote_code", "custom_pipelines", "code_re
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checked `adapter_config.json` of a folder.
+    """Read and check the `adapter_config.json` of a folder.
 
     Raises:
-        IntegrityError: the file is damaged, names code to run, or has sizes that no adapter has.
-        ConfigError: a key is unknown or has a value of a wrong type.
-        UnsupportedError: a kind or variant of adapter that cannot be read here; it is named.
+        IntegrityError: The file is damaged, names code to run, or has sizes that no adapter has.
+        ConfigError: A key is missing, unknown, or has a value of a wrong type.
+        UnsupportedError: The kind or variant of adapter is not supported; the message names it.
     """
     path = folder / CONFIG_FILE
     config = read_json(path)
@@ -260,7 +260,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], path: Path) -> None:
-    """Check what an `adapter_config.json` says. Raises as `read_config` does."""
+    """Check the contents of an `adapter_config.json`.
+
+    Args:
+        config: The contents.
+        path: The file, for messages.
+
+    Raises:
+        IntegrityError: It names code to run, or has sizes that no adapter has.
+        ConfigError: A key is missing, unknown, or has a value of a wrong type.
+        UnsupportedError: The kind or variant of adapter is not supported; the message names it.
+    """
     _refuse_code(config, path)
     kind = config.get("peft_type")
     if not isinstance(kind, str):
@@ -336,7 +346,7 @@ def _check_lora(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_code(values: Mapping[str, Any], path: Path) -> None:
-    """Refuses whatever other loaders would import, anywhere in the file."""
+    """Raise IntegrityError for keys that name code to import, anywhere in the file."""
     for name, value in values.items():
         if name in _CODE and not _empty(value):
             _refuse(path, name, value)

@@ -53,20 +53,20 @@ _AT_FDCWD = -100
 def write_folder(
     target: Path | str, fill: Callable[[Path], None], *, bytes_needed: int | None = None, own: bool = False
 ) -> Path:
-    """Writes a folder whole or not at all; one that exists is replaced.
+    """Write a folder atomically; an existing one is replaced.
 
     Args:
-        target: Where the folder shall be. Missing parents are made. If it is a link, what it points to is replaced.
-        fill: Called with an empty folder beside ``target``; whatever it leaves there becomes the content.
-        bytes_needed: About how many bytes ``fill`` will write: checked against the free space first, said in errors.
-        own: The name is ours and not the user's: a link there is refused.
+        target: The folder. Missing parents are created. If it is a link, the folder it points to is replaced.
+        fill: Called with an empty folder beside ``target``; what it writes there becomes the content.
+        bytes_needed: Estimated bytes to write, checked against the free space first, and named in errors.
+        own: True if the name is ours and not the user's, so that a link there is refused.
 
     Returns:
         The folder written.
 
     Raises:
-        EnvironmentFault: no space, too large, read-only, no permission, broken disk. What was at ``target`` is
-            untouched and nothing temporary stays behind.
+        ResourceError: No space, too large, read-only, no permission, or a broken disk. Content at ``target`` is
+            untouched and no temporary file is left.
         ConflictError: ``target`` is a file.
         IntegrityError: ``target`` is our own and a link.
     """
@@ -95,16 +95,16 @@ def write_file(
     bytes_needed: int | None = None,
     own: bool = False,
 ) -> Path:
-    """Writes a file whole or not at all; one that exists is replaced in one step and keeps its permissions.
+    """Write a file atomically; an existing one is replaced and keeps its permissions.
 
     Args:
-        target: Where the file shall be. Missing parents are made. If it is a link, what it points to is replaced.
-        content: Bytes, text (stored as UTF-8), or a function that writes to the open binary file it is given.
-        bytes_needed: As for `write_folder`; known by itself when ``content`` is bytes or text.
+        target: The file. Missing parents are created. If it is a link, the file it points to is replaced.
+        content: Bytes, text (stored as UTF-8), or a function that writes to an open binary file.
+        bytes_needed: As for `write_folder`; not needed if ``content`` is bytes or text.
         own: As for `write_folder`.
 
     Raises:
-        EnvironmentFault: as for `write_folder`.
+        ResourceError: as for `write_folder`.
         ConflictError: ``target`` is a folder.
         IntegrityError: ``target`` is our own and a link.
     """
@@ -142,10 +142,10 @@ def _resolved(target: Path | str, own: bool) -> Path:
 
 
 def recover(target: Path | str) -> Path:
-    """Finishes a replacement that a dying process left half done; to be called before a folder is read.
+    """Finish a replacement that a killed process left half done; call it before reading a folder.
 
     Returns:
-        Where the folder's content is: ``target``, or the hidden name when the disk does not let it be renamed back.
+        The folder with the content: ``target``, or the hidden name if the disk does not let it be renamed back.
     """
     target = Path(os.path.realpath(target))
     replaced = _replaced(target)
@@ -203,7 +203,7 @@ class _Writing:
 
 @contextmanager
 def _faults_explained(target: Path, bytes_needed: int | None) -> Iterator[_Writing]:
-    """Gives a free hidden name; removes what is left under it; turns system errors into `ResourceError`."""
+    """Yield a free hidden name, remove leftovers under it, and turn system errors into `ResourceError`."""
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     writing = _Writing(partial)
     try:
@@ -218,7 +218,7 @@ def _faults_explained(target: Path, bytes_needed: int | None) -> Iterator[_Writi
 
 
 def _system_error(error: Exception) -> int | None:
-    """The number of an environment's fault, also where a library hid it in its own error's text."""
+    """Return the errno of a system error, also if a library hid it in its own error's text."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := _OS_ERROR_IN_TEXT.search(str(error))):
         number = int(found.group(1))
@@ -263,7 +263,7 @@ def _swap_folder(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step; False where the system or file system cannot."""
+    """Swap two names atomically; return False if the system or file system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
@@ -283,7 +283,7 @@ def _replaced(target: Path) -> Path:
 
 
 def _remove_stale(target: Path) -> None:
-    """Removes what killed writers of the same target left; a living process's partial is never touched."""
+    """Remove what killed writers of the same target left; a living process's partial folder is never touched."""
     prefix = f".{target.name}.partial-"
     for entry in os.scandir(target.parent):
         if entry.name.startswith(prefix):
@@ -313,7 +313,7 @@ def _remove(path: Path) -> None:
 
 
 def _make_parents(folder: Path) -> None:
-    """As ``mkdir -p``, and each new entry reaches the disk."""
+    """Create missing parents, and sync each new entry to disk."""
     if folder.is_dir():
         return
     if os.path.lexists(folder):
@@ -349,7 +349,7 @@ def _sync(path: str) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes written so far under a partial name."""
+    """Return the bytes written so far under a partial name."""
     if path.is_dir():
         return sum(os.path.getsize(os.path.join(root, file)) for root, _, files in os.walk(path) for file in files)
     return path.stat().st_size if path.exists() else 0

@@ -20,7 +20,7 @@ MOST_LABELS = 50
 
 
 def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The card's text.
+    """Return the text of a model card.
 
     Args:
         own: The content of `graftwerk.json`. Used where present: name, base, method, labels, task, data, metrics
@@ -41,7 +41,7 @@ def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 
 
 def text(value: Any, most: int = 200) -> str:
-    """One line of plain text, whatever ``value`` holds: no markup, no control or direction characters, no secrets."""
+    """Return ``value`` as one line of plain text: no markup, no control or direction characters, no secrets."""
     line = " ".join(redact(str(value)).split())
     line = "".join(character for character in line if unicodedata.category(character)[0] != "C")
     if len(line) > most:
@@ -51,7 +51,7 @@ def text(value: Any, most: int = 200) -> str:
 
 
 def block(value: str, language: str = "") -> str:
-    """A code block that its content cannot end."""
+    """Return a code block that its content cannot end."""
     lines = [
         "".join(character for character in line if character == "\t" or unicodedata.category(character)[0] != "C")
         for line in redact(value).splitlines()
@@ -63,7 +63,7 @@ def block(value: str, language: str = "") -> str:
 
 
 def _front_matter(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """Metadata in YAML; every value is written as JSON text, which YAML reads as text."""
+    """Return the metadata in YAML; every value is written as JSON text, which YAML reads as text."""
     lines = ["---"]
     base = _base_name(own)
     if _HUB_ID.fullmatch(base):
@@ -158,7 +158,7 @@ def _data(own: Mapping[str, Any]) -> str:
 
 
 def _fact(value: Any) -> str:
-    """A setting on one line: mappings as ``text = review``, without braces."""
+    """Return a setting on one line: mappings as ``text = review``, without braces."""
     if isinstance(value, Mapping):
         return text(", ".join(f"{key} = {item}" for key, item in value.items()), 400)
     return text(value, 400)
@@ -216,5 +216,5 @@ def _number(value: Any) -> str:
 
 
 def _code(value: Any) -> str:
-    """For use between single backticks."""
+    """Return a text for use between single backticks."""
     return re.sub(r"[^\w.:/ -]", "", str(value), flags=re.ASCII)[:100]

@@ -71,14 +71,14 @@ def _remembered(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """32 hexadecimal digits that stand for the weights of the base.
+    """Return a hash of the base's weights, as 32 hexadecimal digits.
 
-    About 0.1 s for 135 M parameters the first time; then remembered for as long as no parameter of the base is replaced
-    or changed in place. (Writing through ``parameter.data`` escapes torch's own bookkeeping, and so ours.)
+    It takes about 0.1 s for 135 M parameters the first time, and is then cached for as long as no parameter of the base
+    is replaced or changed in place. (Writing through ``parameter.data`` escapes torch's version counter, and so ours.)
 
     Raises:
-        ModelError: weights are on the meta device: nothing has been loaded yet.
-        UnsupportedError: the model was trained in full and the base's weights were not kept.
+        ModelError: Weights are on the meta device: nothing has been loaded yet.
+        UnsupportedError: All weights were trained and the base's were not stored.
     """
     with disabled(model):  # a merged adapter comes out for the moment, and so do weights that were trained in full
         made: str = _remembered(_fingerprints, model, lambda model: sorted(_base_parameters(model)), _fingerprint)
@@ -95,7 +95,7 @@ def _fingerprint(model: PreTrainedModel, parameters: list[tuple[str, Tensor]]) -
 
 
 def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of the base by their names within it; of tied ones the first name."""
+    """Return the parameters of the base by their names within it; tied ones by the first name."""
     outputs = model.get_output_embeddings()
     drawn = {
         id(parameter) for path in drawn_modules(model) for parameter in module_index(model).modules[path].parameters()
@@ -110,7 +110,7 @@ def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _only_in(outputs: nn.Module | None, parameter: Tensor, model: PreTrainedModel) -> bool:
-    """Whether a parameter belongs to the output embeddings and not, by a tie, to the input embeddings too."""
+    """Return True if a parameter is of the output embeddings and is not tied to the input embeddings."""
     if outputs is None or not any(parameter is other for other in outputs.parameters(recurse=False)):
         return False
     inputs = model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""Whether a base gives a stored adapter what it was trained on: weights that were drawn at random, and label names."""
+"""Checks that a base fits a stored adapter: the randomly initialised weights it was trained on, and label names."""
 
 from __future__ import annotations
 
@@ -78,12 +78,16 @@ def check_drawn(model: PreTrainedModel, info: AdapterInfo, found: Restored, fill
 
 
 def labels_of(graft: Adapter, info: AdapterInfo) -> list[str] | None:
-    """Return the names of the classes that a loaded adapter's head tells apart; None: those of the base.
+    """Return the class names of a loaded adapter's head, or None if those of the base apply.
 
-    An adapter that names none (PEFT's never do) has the base's where the base has as many, else numbered ones.
+    An adapter without names (PEFT stores none) uses the base's if the base has as many, else numbered ones.
+
+    Args:
+        graft: The adapter on its model.
+        info: Contents of the adapter folder.
 
     Raises:
-        AdapterError: it names more or fewer classes than its head has.
+        AdapterError: The number of names differs from the number of classes of the head.
     """
     if not graft.answers:
         return None

@@ -1,4 +1,4 @@
-"""Adapter folders: a graft on disk, in PEFT's format, written whole or not at all, and read through one gate.
+"""Adapter folders: an adapter on disk in PEFT's format, written atomically and read as untrusted files.
 
     adapter_config.json             PEFT's settings (or a type of our own, GRAFTWERK_...)
     adapter_model.safetensors       the tensors, by PEFT's keys
@@ -341,7 +341,7 @@ def _json(values: Mapping[str, Any], name: str, *, seal: bool = False) -> bytes:
 
 
 def _finite(values: Any) -> Any:
-    """NaN and infinity, which JSON does not have, become null."""
+    """Return a value with null in place of NaN and infinity, which JSON does not have."""
     if isinstance(values, float) and not math.isfinite(values):
         return None
     if isinstance(values, Mapping):
@@ -377,7 +377,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _keep_others(target: Path, partial: Path) -> None:
-    """Files beside an adapter that is replaced stay: a tokenizer, notes, other adapters in folders below."""
+    """Carry over files beside a replaced adapter: a tokenizer, notes, other adapters in folders below."""
     if not target.is_dir():
         return
     for entry in sorted(os.listdir(target)):

@@ -1,4 +1,4 @@
-"""What an adapter folder says of itself, read through the gate; and whether its files are those that were written."""
+"""Contents of an adapter folder without its weights, read as untrusted files, and the check of its checksums."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter folder says of itself, read through the gate; no weights are read.
+    """Contents of an adapter folder, checked as untrusted files; no weights are read.
 
     Attributes:
-        folder: Where it is.
-        config: `adapter_config.json`.
-        own: `graftwerk.json`; empty for folders of PEFT.
+        folder: The folder.
+        config: Contents of `adapter_config.json`.
+        own: Contents of `graftwerk.json`; empty for folders of PEFT.
     """
 
     folder: Path
@@ -41,13 +41,13 @@ class AdapterInfo:
 
     @property
     def name(self) -> str | None:
-        """The name that the adapter had where it was trained."""
+        """Return the name that the adapter had in training, or None if it is not stored."""
         name = self.own.get("name")
         return name if isinstance(name, str) else None
 
     @property
     def base_name(self) -> str | None:
-        """What the base model was called where the adapter was trained; maybe a path there."""
+        """Return the name of the base in training, perhaps a path on another machine, or None if it is not stored."""
         name = self.own["base"].get("name") if self.own else self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
 
@@ -57,38 +57,38 @@ class AdapterInfo:
 
     @property
     def digests_beside(self) -> dict[str, str]:
-        """Of the base's weights that neither its fingerprint covers nor the adapter stores, by name."""
+        """Return digests, by name, of base weights that neither the fingerprint covers nor the adapter stores."""
         beside: dict[str, str] = self.own["base"].get("beside", {}) if self.own else {}
         return beside
 
     def written(self, name: str) -> dict[str, int] | None:
-        """Size and CRC-32 of a file as it was written; None where nobody noted it."""
+        """Return ``bytes`` and ``crc32`` of a file as it was written, or None if they are not stored."""
         files: dict[str, dict[str, int]] = self.own.get("files", {})
         return files.get(name)
 
     @property
     def labels(self) -> list[str] | None:
-        """The names of the classes, in the order of the head's outputs."""
+        """Return the names of the classes, in the order of the head's outputs, or None if they are not stored."""
         labels: list[str] | None = self.own.get("labels")
         return labels
 
     @property
     def method(self) -> Method | None:
-        """Its settings; None for folders of PEFT, whose settings are known only together with a model.
+        """Return the method's settings, or None for folders of PEFT, whose settings depend on the model too.
 
         Raises:
-            ConfigError: a setting is not known in this version.
+            ConfigError: A setting is not known in this version.
         """
         return parse_method(self.own["method"]) if self.own else None
 
 
 def read_adapter_config(folder: Path | str) -> AdapterInfo:
-    """What a folder says of itself, without reading weights.
+    """Read an adapter folder without its weights.
 
     Raises:
-        EnvironmentFault: there is no such folder, or a file of it is missing.
-        IntegrityError, ConfigError, UnsupportedError: as `adapter_config.read_config`.
-        AdapterError: the folder holds no adapter; those in folders below are named.
+        ResourceError: There is no such folder, or a file of it is missing.
+        IntegrityError, ConfigError, UnsupportedError: As for `adapter_config.read_config`.
+        AdapterError: The folder holds no adapter; the message names adapters in folders below it.
     """
     return read_steadily(folder, lambda: _read(recover(Path(folder))))
 

@@ -1,4 +1,4 @@
-"""How PEFT's files name layers: by endings, sometimes by patterns. Python's engine runs no expression from a file.
+"""Matching of layer names in PEFT's files: endings, sometimes patterns. Python's `re` runs no expression from a file.
 
 PEFT adapts a layer if its path is an entry of ``target_modules`` or ends with ``.<entry>``, and takes a rank or alpha
 from the first key of a pattern table for which ``(.*\\.)?(<key>)$`` matches the path. What such keys are in practice
@@ -18,7 +18,7 @@ _PLAIN = re.compile(r"\^?(?:\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
 
 def endings(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """Few and short endings that together name exactly ``chosen`` among the paths of all ``modules``, sorted."""
+    """Return few and short endings, sorted, that together match exactly ``chosen`` among the paths of ``modules``."""
     wanted = set(chosen)
     others = [path for path in modules if path not in wanted]
     taken: set[str] = set()
@@ -38,7 +38,7 @@ def _endings_of(path: str) -> list[str]:
 
 
 def ends_with(path: str, entries: Iterable[str]) -> bool:
-    """Whether an entry names a path as PEFT's lists do."""
+    """Return True if an entry equals the path or is its ending after a dot, as PEFT matches its lists."""
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
@@ -72,10 +72,11 @@ def _expression(key: str) -> Expression:
 
 
 def layer_number(path: str, names: Sequence[str] | None) -> int | None:
-    """The number of the layer that a path lies in, as PEFT's ``layers_to_transform`` counts.
+    """Return the number of a module's layer, as PEFT's ``layers_to_transform`` counts, or None if it is in no layer.
 
     Args:
-        names: What the list of layers may be called (``layers_pattern``); None: anything.
+        path: Path of the module.
+        names: Names that the list of layers may have (``layers_pattern``), or None for any name.
     """
     parts = path.split(".")
     for position in range(1, len(parts) - 1):

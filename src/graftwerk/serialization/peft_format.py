@@ -1,13 +1,13 @@
-"""A graft as PEFT writes it down: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
-`peft_virtual.py` virtual tokens; back in `peft_reading.py`.
+"""Adapters in PEFT's format: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
+`peft_virtual.py` virtual tokens; reading is in `peft_reading.py`.
 
-PEFT's container is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
-``base_model.model.<path>.<parameter>``; saved heads lie in it plainly. What PEFT has no method for uses the same
-container under a ``peft_type`` of our own (``GRAFTWERK_BOTTLENECK``), with our raw keys behind the same prefix; its
-settings stand in `graftwerk.json`.
+PEFT's format is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
+``base_model.model.<path>.<parameter>``; saved heads are in it as they are. Methods that PEFT lacks use the same files
+under a ``peft_type`` of our own (``GRAFTWERK_BOTTLENECK``), with our raw keys after the same prefix; their settings
+are in `graftwerk.json`.
 
-PiSSA is stored as what PEFT converts it to: since s (B A - B0 A0) = s [B, -B0] [A; A0], an ordinary LoRA of rank 2r
-with the same scale. A, B, A0, B0 themselves go beside it, so that training can go on.
+PiSSA is stored as PEFT converts it: since s (B A - B0 A0) = s [B, -B0] [A; A0], it is an ordinary LoRA of rank 2r with
+the same scale. A, B, A0, B0 themselves are stored beside it, so that training can continue.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _TASKS = (
 
 @dataclass(frozen=True)
 class Stored:
-    """What goes into a folder.
+    """Contents of an adapter folder to write.
 
     Attributes:
-        config: `adapter_config.json`.
-        tensors: `adapter_model.safetensors`, by PEFT's keys.
-        training: What PEFT's format leaves out and training needs to go on, by raw keys; often empty.
+        config: Contents of `adapter_config.json`.
+        tensors: Tensors of `adapter_model.safetensors` by PEFT's keys, any shape.
+        training: Tensors by raw key that PEFT's format lacks and further training needs; often empty.
     """
 
     config: dict[str, Any]
@@ -74,7 +74,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Restored:
-    """What comes out of a folder: settings to attach, and tensors by raw keys."""
+    """Contents of an adapter folder that was read.
+
+    Attributes:
+        method: Settings to attach.
+        tensors: Tensors by raw key, any shape.
+    """
 
     method: Method
     tensors: dict[str, Tensor]
@@ -84,7 +89,7 @@ class Restored:
 
 
 def common_config(graft: Adapter, peft_type: str, base_name: str | None) -> dict[str, Any]:
-    """The keys that every kind of adapter has."""
+    """Return the keys that every kind of adapter has."""
     model_class = type(graft.model)
     task = _task_type(graft)
     return {
@@ -142,6 +147,7 @@ def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
 
 
 def own_tensors(graft: Adapter) -> dict[str, Tensor]:
+    """Return an adapter's tensors by raw key after PEFT's prefix, any shape, its head's as PEFT names them."""
     own = {PREFIX + key: tensor for key, tensor in graft.state_dict().items() if not graft.is_head(key)}
     return {**own, **head_tensors(graft, PREFIX)}
 
@@ -183,7 +189,7 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
 
 
 def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
-    """PEFT's way of naming exactly these layers: short endings, with the numbers of the layers where those say it."""
+    """Return PEFT's keys that name exactly these layers: short endings, with layer numbers where these suffice."""
     modules = module_paths(graft.model, graft.heads)
     whole = {"target_modules": endings(paths, modules)}
     if getattr(graft.method, "layers", None) is None:
@@ -212,7 +218,7 @@ def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
 
 
 def _in_layer(place: TargetModule) -> str:
-    """A place's path within its layer."""
+    """Return a module's path within its layer."""
     parts = place.path.split(".")
     return ".".join(parts[parts.index(str(place.layer)) + 1 :])
 
@@ -235,7 +241,7 @@ def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
 
 
 def write_own(graft: Adapter, base_name: str | None) -> Stored:
-    """Kinds of adapters that PEFT does not have: our raw keys in PEFT's container."""
+    """Return the contents of a folder for an adapter that PEFT does not have: our raw keys in PEFT's container."""
     config = common_config(graft, OWN_PREFIX + graft.method.name.upper(), base_name)
     return Stored(config, {PREFIX + key: tensor for key, tensor in graft.state_dict().items()})
 
@@ -251,7 +257,7 @@ def most_common(values: Iterable[Any]) -> Any:
 
 
 def module_paths(model: nn.Module, heads: Sequence[str]) -> list[str]:
-    """All modules that PEFT would compare its targets with: saved heads are never adapted."""
+    """Return the paths of all modules that PEFT matches its targets with: saved heads are never adapted."""
     return [path for path in base_modules(model) if path and not within(path, heads)]
 
 

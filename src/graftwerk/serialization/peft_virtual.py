@@ -40,7 +40,7 @@ _HEAD_PREFIX = "base_model."
 
 
 def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
-    """Prompt tuning and P-tuning: the vectors that stand in front of the text."""
+    """Return the contents of a folder for prompt tuning or P-tuning: the vectors before the text."""
     method = graft.method
     assert isinstance(method, Prompt | PTuning)
     table = graft.model.get_input_embeddings()
@@ -104,6 +104,21 @@ def _with_heads(graft: Adapter, config: dict[str, Any], vectors: Tensor) -> Stor
 def read_prompt(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
+    """Read PEFT's prompt tuning or P-tuning.
+
+    Args:
+        model: The base.
+        view: Its architecture.
+        config: The checked `adapter_config.json`, with n virtual tokens.
+        tensors: By PEFT's keys; ``prompt_embeddings`` (n, D), or (2n, D) for an encoder-decoder, and heads.
+
+    Returns:
+        Settings and tensors; the virtual tokens are (n, D).
+
+    Raises:
+        UnsupportedError: The input embeddings of this architecture are not known.
+        AdapterError: ``prompt_embeddings`` is missing or has another shape.
+    """
     vectors, heads, raw = _vectors(model, config, tensors)
     n = config["num_virtual_tokens"]
     if not view.stacks:
@@ -124,6 +139,21 @@ def read_prompt(
 def read_prefix(
     model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
+    """Read PEFT's prefix tuning of a decoder-only model.
+
+    Args:
+        model: The base, with L attention layers of key and value width W.
+        view: Its architecture.
+        config: The checked `adapter_config.json`, with n virtual tokens.
+        tensors: By PEFT's keys; ``prompt_embeddings`` (n, L * 2 * W), and heads.
+
+    Returns:
+        Settings and tensors; the keys and values of each layer are (n, W).
+
+    Raises:
+        UnsupportedError: The model is no decoder with layers all alike, or has a sliding attention window.
+        AdapterError: ``prompt_embeddings`` is missing or has another shape.
+    """
     vectors, heads, raw = _vectors(model, config, tensors)
     places = _decoder_places(view)
     if places is None:
@@ -159,7 +189,7 @@ def _vectors(
 
 
 def _decoder_places(view: Architecture) -> list[AttentionPlace] | None:
-    """The attentions of a decoder-only model by layer, where all are alike; None for other models."""
+    """Return the attentions of a decoder-only model by layer, or None for other models or if they are not alike."""
     places = sorted(view.attentions, key=lambda place: place.layer)
     alike = len({(place.stack, place.kv_heads, place.head_dim) for place in places}) == 1
     return places if alike and places[0].stack == "causal" else None
@@ -180,7 +210,7 @@ def _why_not(view: Architecture) -> str:
 
 
 def _window(model: nn.Module) -> bool:
-    """Whether some layer of a model sees only the last few tokens."""
+    """Return True if some layer of a model has a sliding attention window."""
     config: Any = model.config
     if not getattr(config, "sliding_window", None) or getattr(config, "use_sliding_window", True) is False:
         return False

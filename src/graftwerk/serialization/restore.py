@@ -47,12 +47,12 @@ _READERS = {
 
 
 def restored(model: PreTrainedModel, view: Architecture, info: AdapterInfo) -> Restored:
-    """Settings and raw tensors of the adapter in a folder, for this model; nothing is attached yet.
+    """Read the settings and raw tensors of an adapter for a model, without attaching it.
 
     Raises:
-        AdapterError: tensors are missing, or do not belong to this model.
-        IntegrityError: a file is a pickle, damaged or hostile.
-        UnsupportedError: PEFT's adapter does what cannot be done here.
+        AdapterError: Tensors are missing, or do not belong to this model.
+        IntegrityError: A file is a pickle, damaged or hostile.
+        UnsupportedError: PEFT's adapter uses a feature that is not supported here.
     """
     # An adapter is never larger than its base; twice that, for float64 and heads, is where trying to read it ends.
     weights = base_parameters(model).values()
@@ -125,10 +125,10 @@ def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are, for certain, float32 numbers without NaN or infinity; False: each has to be looked at.
+    """Return True if all tensors are certainly finite float32; False means that each must be checked by itself.
 
-    A sum is finite only if all its terms are, and to take one over the block that a file was read into costs a tenth
-    of a look at each tensor.
+    A finite sum has only finite terms, and one sum over the block that a file was read into costs a tenth of checking
+    each tensor.
     """
     if not tensors or any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         return False
@@ -141,7 +141,16 @@ def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def check_size(model: PreTrainedModel, restored: Restored, view: Architecture) -> None:
-    """Raise AdapterError if the file holds more or less than the settings ask for, before memory is reserved for it."""
+    """Check the number of stored parameters against the settings, before memory is allocated for the adapter.
+
+    Args:
+        model: The base.
+        restored: The adapter that was read.
+        view: The base's architecture.
+
+    Raises:
+        AdapterError: The file holds more or fewer parameters than the settings give on this model.
+    """
     method = restored.method
     heads = head_paths(model, method, view)
     found = sum(

@@ -61,8 +61,13 @@ class TensorInfo:
 
 
 def header_of(tensors: Mapping[str, Tensor]) -> tuple[list[str], bytes]:
-    """The names of tensors in the order in which a file holds them, and the header's text; the same tensors give the
-    same text, in whatever order they come.
+    """Return the header of a safetensors file for tensors of any shape.
+
+    Args:
+        tensors: The tensors by name. Their order does not matter.
+
+    Returns:
+        The names in the order of the data in the file, and the text of the header.
     """
     # The widest types first, so that every tensor begins at a multiple of its own width.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -80,11 +85,12 @@ def check_writable(tensors: Mapping[str, Tensor], path: Path, *, scale: int = 1)
     """Check, before tensors are written, that their file could be read again.
 
     Args:
-        path: Where they are to be written, for messages.
+        tensors: The tensors by name, any shape.
+        path: The file to write, for messages.
         scale: As for `checked_header`.
 
     Raises:
-        ConfigError: there are too many of them, or a name is one that the reader refuses.
+        ConfigError: There are too many tensors, or the reader would refuse a name.
     """
     text = header_of(tensors)[1]
     try:
@@ -100,16 +106,16 @@ def check_writable(tensors: Mapping[str, Tensor], path: Path, *, scale: int = 1)
 
 
 def checked_header(content: bytes, path: Path, data_size: int, *, scale: int = 1) -> dict[str, TensorInfo]:
-    """The tensors that a header describes, in its order.
+    """Return the tensors that a header describes, in its order.
 
     Args:
         content: The header's JSON text.
         path: The file, for messages.
         data_size: Bytes that follow the header.
-        scale: Times `MAX_TENSORS` that are accepted.
+        scale: Factor on `MAX_TENSORS`.
 
     Raises:
-        IntegrityError: anything about it is not exactly right.
+        IntegrityError: The header is not valid in every detail.
     """
     _check_outline(content, path, scale * MAX_TENSORS)
     with uncollected():
@@ -128,7 +134,7 @@ def _understood(content: bytes, path: Path, data_size: int) -> dict[str, TensorI
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Thousands of new objects and no cycles: looking for some among all of torch's takes most of the time."""
+    """Disable the cycle collector in the block; with thousands of new objects it would take most of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,7 +145,7 @@ def uncollected() -> Iterator[None]:
 
 
 def _check_outline(content: bytes, path: Path, most: int) -> None:
-    """Bounds what parsing can cost before it is done: every tensor has one brace, two brackets, few commas."""
+    """Bound the cost of parsing beforehand: every tensor has one brace, two brackets, few commas."""
     if not content.startswith(b'{"') and content.rstrip() != b"{}":
         refuse(path, "its header is no JSON object")
     braces, brackets, commas = content.count(b"{"), content.count(b"["), content.count(b",")
@@ -151,7 +157,7 @@ def _check_outline(content: bytes, path: Path, most: int) -> None:
 
 
 def _parse_header(content: bytes, path: Path) -> dict[str, Any]:
-    """The entries of a header, by the fast parser where it can be shown that no key stands twice in it.
+    """Parse a header, by the fast parser if it can be shown that it has no key twice.
 
     An entry has four colons: after its name and after its three keys (what has others is refused later), the metadata
     one and one for each of its keys. Where the text has no more than what was parsed needs, nothing was overwritten.
@@ -198,7 +204,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_layout(path: Path, tensors: Iterable[tuple[str, TensorInfo]], size: int) -> None:
-    """Every tensor begins where the one before ends; the last ends with the file."""
+    """Raise IntegrityError unless each tensor begins where the one before ends, and the last ends with the file."""
     position = 0
     for name, info in sorted(tensors, key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != position:

@@ -25,14 +25,24 @@ SEAL = "digest"
 def refuse(
     path: Path, why: str, hint: str = "download or save it again; if it came from somebody else, do not trust it"
 ) -> NoReturn:
+    """Refuse an untrusted file.
+
+    Raises:
+        IntegrityError: Always, with the reason.
+    """
     raise IntegrityError(f"{path.name} was refused: {why}", where=str(path), hint=hint)
 
 
 def parse_json(content: bytes, path: Path, scale: float = 1.0) -> Any:
-    """What a text says, if it says it in UTF-8, with every key once, whole characters, and numbers that 64 bits hold.
+    """Parse JSON strictly: UTF-8, no key twice, no lone surrogates, finite numbers that fit into 64 bits.
+
+    Args:
+        content: The bytes of the file.
+        path: The file, for messages.
+        scale: Factor on the usual limits.
 
     Raises:
-        IntegrityError: anything else.
+        IntegrityError: The text is anything else.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,7 +88,7 @@ def parse_json(content: bytes, path: Path, scale: float = 1.0) -> Any:
 
 
 def _is_text(values: Any) -> bool:
-    """Whether every text in it is made of whole characters."""
+    """Return True if no text in a value holds a lone surrogate."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -87,13 +97,13 @@ def _is_text(values: Any) -> bool:
 
 
 def parse_object(content: bytes, path: Path, scale: float = 1.0) -> dict[str, Any]:
-    """The JSON object that a text says, within every limit of `read_json`.
+    """Parse a JSON object within every limit of `read_json`.
 
     Args:
-        scale: Times the usual limits of bytes, values and escapes that are accepted.
+        scale: Factor on the usual limits of bytes, values and escapes.
 
     Raises:
-        IntegrityError: it is none, or beyond a limit.
+        IntegrityError: It is not a JSON object, or exceeds a limit.
     """
     if len(content) > scale * MAX_JSON_BYTES:
         refuse(path, f"it is larger than {int(scale * MAX_JSON_BYTES):,} bytes")
@@ -141,17 +151,24 @@ def dump_object(
 
 
 def digest_of(values: Mapping[str, Any]) -> str:
-    """SHA-256 of an object's content: neither the order of keys nor white space counts, nor a seal that is there."""
+    """Return the SHA-256 of an object's content, whatever its order of keys, white space and seal."""
     content = json.loads(json.dumps({key: value for key, value in values.items() if key != SEAL}))  # keys become texts
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def check_seal(values: Mapping[str, Any], path: Path) -> bool:
-    """Whether a file of ours is sealed; False for one of an older version.
+    """Check the digest that a file of ours holds of its own content.
+
+    Args:
+        values: Contents of the file.
+        path: The file, for messages.
+
+    Returns:
+        True if the digest is there and matches; False if the file, of an older version, has none.
 
     Raises:
-        IntegrityError: it was changed since it was sealed.
+        IntegrityError: The content was changed since it was written.
     """
     if SEAL not in values:
         return False
@@ -165,7 +182,7 @@ def check_seal(values: Mapping[str, Any], path: Path) -> bool:
 
 
 def check_depth(values: Any, path: Path) -> None:
-    """Refuses what is nested deeper than `MAX_JSON_DEPTH`."""
+    """Raise IntegrityError for values nested deeper than `MAX_JSON_DEPTH`."""
     level = [values]
     for _ in range(MAX_JSON_DEPTH):
         inner: list[Any] = []

@@ -69,19 +69,22 @@ def read_tensors(
     written: Mapping[str, int] | None = None,
     scale: int = 1,
 ) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in the file's order, on the CPU, in one block of memory of their own.
+    """Read all tensors of a safetensors file on the CPU, in one block of memory.
 
     Args:
         path: The file.
-        max_bytes: Most bytes of data to accept; the machine's memory by default.
-        written: ``{bytes, crc32}`` of the file that was written; the one read must be the same. Checked on the bytes
-            that are used, in the same pass.
-        scale: Times the usual limit that the header may have; for files of ours that hold several tensors for one.
+        max_bytes: Largest size of the data to accept, or None for the machine's memory.
+        written: ``{bytes, crc32}`` of the file as it was written, or None if unknown. The file must match; the checksum
+            is taken of the bytes that are used, in the same pass.
+        scale: Factor on the usual limit of the header, for files of ours that hold several tensors for one.
+
+    Returns:
+        Tensors by name, any shape, in the order of the file.
 
     Raises:
-        IntegrityError: it is a pickle or archive in any disguise, damaged, another than the one written, or its header
-            is not exactly right.
-        EnvironmentFault: it does not exist or cannot be read.
+        IntegrityError: It is a pickle or archive under any name, damaged, not the file that was written, or its header
+            is not valid in every detail.
+        ResourceError: It does not exist or cannot be read.
     """
     path = Path(path)
     with _opened(path) as stream:
@@ -106,7 +109,7 @@ def read_tensors(
 
 
 def _tensor(block: Tensor, info: TensorInfo) -> Tensor:
-    """A tensor that shares the block's memory, but not its version: writing to one is no change of another."""
+    """Return a tensor that shares the block's memory, but not its version counter."""
     begin, size = divmod(info.begin, info.dtype.itemsize)
     if size or not info.end - info.begin:  # not at a place where one of this type may lie
         return block[info.begin : info.end].clone().view(info.dtype).reshape(info.shape)
@@ -118,23 +121,23 @@ def _tensor(block: Tensor, info: TensorInfo) -> Tensor:
 
 
 def read_header(path: Path | str) -> dict[str, TensorInfo]:
-    """The checked header of a safetensors file; no data is read. Raises as `read_tensors` does."""
+    """Read and check the header of a safetensors file, not its data. Raises as `read_tensors` does."""
     path = Path(path)
     with _opened(path) as stream:
         return _checked_header(stream, path, None, Checksum())
 
 
 def read_json(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
-    """A JSON object from a foreign file.
+    """Read a JSON object from an untrusted file.
 
     Args:
-        scale: Times the usual limits of bytes, values and escapes that are accepted.
+        scale: Factor on the usual limits of bytes, values and escapes.
 
     Raises:
         IntegrityError: it is larger than 1 MiB, deeper than 12 levels, no UTF-8, no JSON object, has a key twice, or
             holds too many values, half a character, or a number that JSON does not know (NaN, Infinity) or that 64 bits
             do not hold.
-        EnvironmentFault: it does not exist or cannot be read.
+        ResourceError: it does not exist or cannot be read.
     """
     path = Path(path)
     with _opened(path) as stream:
@@ -155,10 +158,10 @@ def read_sealed(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
 
 @contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Around the use of what a file of ours says: a value of a wrong type or a missing key is the file's fault.
+    """Turn errors in the block into IntegrityError: a wrong type or missing key is the fault of the file read.
 
     Raises:
-        IntegrityError: the file does not say what it should.
+        IntegrityError: A value of the file is missing or has a wrong type.
     """
     try:
         yield
@@ -171,10 +174,10 @@ def understood(path: Path) -> Iterator[None]:
 
 
 def refuse_pickles(folder: Path, wanted: str) -> None:
-    """Says why ``wanted`` is not to be had where only a pickle of it lies in a folder. The pickle is not opened.
+    """Raise if a folder without ``wanted`` holds a pickle of it. The pickle is not opened.
 
     Raises:
-        IntegrityError: a file of the same stem has a suffix that pickles use.
+        IntegrityError: A file with the same stem has a suffix of pickles.
     """
     stem = Path(wanted).stem
     for entry in sorted(os.listdir(folder)):
@@ -188,7 +191,7 @@ def refuse_pickles(folder: Path, wanted: str) -> None:
 
 
 def _opened(path: Path) -> io.FileIO:
-    """The file, opened unbuffered, if it is regular and neither its name nor its first bytes say pickle or archive."""
+    """Open a file unbuffered if it is regular and neither its name nor its first bytes say pickle or archive."""
     if path.suffix.lower() in PICKLE_SUFFIXES:
         refuse(
             path, "it is a pickle by its name, which can run any code when it is loaded, so it was not opened", _CONVERT
@@ -234,8 +237,9 @@ def _checked_header(
 
 
 def _read_into(stream: io.FileIO, view: memoryview, crc: Checksum | None) -> int:
-    """Fills a view and returns how much of it. In small pieces: each is still in the processor's cache when its sum is
-    taken, and its memory when the next one comes.
+    """Fill a view and return the number of bytes read.
+
+    It reads small pieces: each is still in the processor's cache when its checksum is taken.
     """
     done = 0
     while done < len(view):
@@ -260,7 +264,7 @@ class Checksum:
 
 
 def checksum(path: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file."""
+    """Return the size and CRC-32 of a file."""
     crc = Checksum()
     with open(path, "rb") as stream:
         while chunk := stream.read(2**20):
@@ -269,7 +273,11 @@ def checksum(path: Path) -> dict[str, int]:
 
 
 def refuse_changed(path: Path) -> NoReturn:
-    """Raises IntegrityError: the file is not the one that was written."""
+    """Refuse a file whose checksum is not that of the file that was written.
+
+    Raises:
+        IntegrityError: Always.
+    """
     raise IntegrityError(
         f"{path.name} is not the file that was written: it was damaged or changed",
         where=str(path),
@@ -278,5 +286,5 @@ def refuse_changed(path: Path) -> NoReturn:
 
 
 def _memory() -> int:
-    """Bytes of physical memory; a file of more cannot be read whole."""
+    """Return the bytes of physical memory; a larger file cannot be read whole."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -25,13 +25,13 @@ class Encoded:
     """A conversation as the model sees it.
 
     Attributes:
-        ids: Its tokens. Of one that is asked about, the same as ``prompt``.
-        labels: As long: the token where it is trained, else -100; None for a conversation that is asked about.
-        prompt: The tokens that the last answer is to follow.
-        truncated: Tokens that did not fit.
-        endless: Whether an answer has no end token that is trained, although none was cut off.
-        torn: Whether the prompt, tokenized alone, is not how this conversation begins.
-        unfit: Why the template does not take it; the lists are empty then.
+        ids: Its tokens; for prediction the same as ``prompt``.
+        labels: For each token its id if it is trained, else -100; or None for prediction.
+        prompt: The tokens before the last answer.
+        truncated: Number of tokens that did not fit.
+        endless: True if an answer has no trained end token, although none was cut off.
+        torn: True if the prompt, tokenized alone, is not a prefix of this conversation's tokens.
+        unfit: Why the template does not accept it, or None; the lists are empty then.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -50,19 +50,21 @@ class Encoded:
 def encode_conversations(
     conversations: Sequence[Sequence[Turn]], template: Template, tokenizer: Any, max_length: int
 ) -> list[Encoded]:
-    """Token ids and labels of each conversation, in order.
+    """Tokenize conversations to token ids and labels, in order.
 
-    One that is too long loses tokens at the ends of its longest user turns, so that question and answer keep their
-    frame; only where that is not enough, its own end.
+    A long conversation loses tokens at the ends of its longest user turns, so that the template around question and
+    answer stays whole; only if that is not enough is its own end cut.
 
     Args:
-        conversations: Turns (role, content); one whose last turn is not the assistant's is asked about: it has a prompt
-            and no labels.
-        max_length: Tokens kept.
+        conversations: Turns (role, content). One whose last turn is not the assistant's is for prediction: it has a
+            prompt and no labels.
+        template: The template that renders them.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept of a conversation.
 
     Raises:
-        IntegrityError, ModelError: the template is not to be used.
-        UnsupportedError: the tokenizer does not say which characters a token is of.
+        IntegrityError, ModelError: The template cannot be used.
+        UnsupportedError: The tokenizer gives no character offsets of tokens.
     """
     if not tokenizer.is_fast:
         raise UnsupportedError(
@@ -99,7 +101,7 @@ def encode_conversations(
 
 
 def end_ids(template: Template, tokenizer: Any) -> list[int]:
-    """The tokens at which a generated answer ends: the tokenizer's, and the one that the template ends a turn with."""
+    """Return the ids that end a generated answer: the tokenizer's end token, and the one that ends a turn."""
     known = _ENDS.setdefault(template, [])
     if not known:
         known.append(tokenizer.eos_token_id)
@@ -150,7 +152,7 @@ def _labelled(
 
 
 def _fitting(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span], max_length: int) -> tuple[list[int], int]:
-    """The places of the tokens that are kept, and how many are not."""
+    """Return the indices of the tokens to keep, and the number of the others."""
     excess = len(offsets) - max_length
     everything = list(range(len(offsets)))
     if excess <= 0:
@@ -167,7 +169,7 @@ def _fitting(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span], max
 
 
 def _asked(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span]) -> list[list[int]]:
-    """The tokens of what each user turn says, without those of the template around it."""
+    """Return the indices of each user turn's own tokens, without those of the template around it."""
     found = []
     position = 0
     spans = iter(rendered.spans)
@@ -205,5 +207,5 @@ def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _special(tokenizer: Any) -> set[int]:
-    """Tokens that are no text: those with a role, and those that were added to the vocabulary."""
+    """Return the ids of special tokens and of tokens added to the vocabulary."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -21,18 +21,22 @@ def text_blocks(
     cut: bool,
     close_all: bool = False,
 ) -> list[tuple[list[list[int]], int]]:
-    """The blocks of each text, and how many of its tokens are in none.
+    """Cut texts into blocks; return the blocks of each text, and the number of its tokens in none of them.
 
     A text that fits is one block, ``front`` and ``back`` around it. One that does not is cut into blocks of
     ``max_length`` that begin with ``front``, the last of them with ``back`` at its end.
 
     Args:
-        front, back: Special tokens before a block, and after a text's last one.
-        cut: Whether a long text becomes several blocks; otherwise what does not fit is lost.
-        close_all: Whether ``back`` ends every block of a text, and not only its last.
+        texts: The texts.
+        tokenizer: The model's tokenizer.
+        max_length: Largest block in tokens.
+        front: Special tokens before each block.
+        back: Special tokens after a text's last block.
+        cut: True to cut a long text into several blocks, False to drop what does not fit.
+        close_all: True to end every block of a text with ``back``, not only its last.
 
     Raises:
-        ConfigError: no room for text beside the special tokens.
+        ConfigError: There is no room for text beside the special tokens.
     """
     room = max_length - len(front) - len(back)
     if room < LEAST:

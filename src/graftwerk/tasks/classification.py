@@ -57,7 +57,7 @@ class Classification(Task):
             ConfigError: no such source, column or split size.
             DataError: unreadable or unusable rows, one class only, classes that differ between splits.
             AdapterError: the rows have classes that ``labels`` has not.
-            EnvironmentFault: a source cannot be reached.
+            ResourceError: a source cannot be reached.
         """
         if data.streaming:
             streamed = read_stream(data, self.row_format, self.parts)
@@ -125,14 +125,14 @@ class Classification(Task):
         return ClassDecoder()
 
     def weight_of(self, label: int) -> float:
-        """What a row of this class counts."""
+        """Return the weight of a class in the loss, 1 without class weights."""
         return 1.0 if self._class_weights is None else float(self._class_weights[label])
 
     def weighted(self, weights: Sequence[float]) -> Self:
-        """The task with a loss in which a row counts what its class does, for training.
+        """Return the task with class weights in the loss, for training.
 
         Args:
-            weights: One for each class, in the order of their ids.
+            weights: One per class, in the order of their ids.
         """
         bound = self.model_copy()
         bound._class_weights = torch.tensor(weights, dtype=torch.float32)
@@ -152,6 +152,6 @@ def rows_for_prediction(
         The table (``table.rows[i]["text"]``, ``table.where(i)`` is its file and line), and what was left out.
 
     Raises:
-        ConfigError, DataError, EnvironmentFault: as for reading labelled rows.
+        ConfigError, DataError, ResourceError: as for reading labelled rows.
     """
     return read_unanswered(source, lambda _: READING, columns, on_bad_row, split=split)

@@ -39,6 +39,13 @@ class Collator(ABC):
         """Return the batch of some examples for a training step, as `collate` if not `redraws`.
 
         Random choices come from torch's global generator, whose state is part of a checkpoint.
+
+        Args:
+            examples: At least one.
+            tokenizer: The tokenizer that encoded them.
+
+        Returns:
+            As `collate`: ``input_ids`` and the like, each (B, T), and ``labels``.
         """
         return self.collate(examples, tokenizer)
 

@@ -1,14 +1,14 @@
-"""Rows that were read, split, checked and encoded once are kept for the next start of the same run file.
+"""Disk cache of rows that were read, split, checked and encoded, for the next start of the same run file.
 
-What is kept is plain JSON in the cache folder (``prepared/<key>.json``), behind its own SHA-256. The key is a hash of
-everything that the result depends on: the bytes of every file the rows come from, the settings, the tokenizer's files,
-the versions of the packages, and the source of the rooms that read and encode. So a change of anything is another key,
-and nothing has to be found out to be stale. A file that is damaged, or cannot be written, is as good as none. What
-JSON does not give back exactly as it was (dates of a parquet file, say) is not kept, nor are streamed rows and those
-of the hub. Only results are kept, never errors; and what the gate says of encoded rows is found anew each time.
+An entry is plain JSON in the cache folder (``prepared/<key>.json``), after its own SHA-256. The key is a hash of all
+that the result depends on: the bytes of every source file, the settings, the tokenizer's files, the versions of the
+packages, and size and time of the source files that read and encode. Any change gives another key, so no entry is ever
+stale. A damaged file counts as missing, and a failure to write is ignored. Values that JSON does not restore exactly
+(dates of a parquet file, say), streamed rows and rows of the hub are not cached. Only results are cached, never errors;
+checks of encoded rows run anew each time.
 
-The folder is readable to its owner alone, since it holds text of the rows, and holds at most `MOST_BYTES`: those that
-were not used for the longest time go first. ``GRAFTWERK_PLAIN=prepared`` keeps and uses nothing.
+The folder is readable by its owner only, since it holds text of the rows, and holds at most `MOST_BYTES`: entries
+unused for the longest time are deleted first. ``GRAFTWERK_PLAIN=prepared`` disables the cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".
 
 
 def read(task: Task, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
-    """As ``task.read(data, labels)``, errors included; what is kept has its key in `Splits.kept`."""
+    """Read the rows through the cache, as ``task.read(data, labels)``, errors included.
+
+    Rows that are cached have their key in `Splits.cache_key`.
+    """
     key = _rows_key(task, data, labels)
     if key is None:
         return task.read(data, labels)
@@ -59,7 +62,7 @@ def read(task: Task, data: DataSettings, labels: Sequence[str] | None = None) ->
 
 
 def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: int, folder: Path) -> list[Example]:
-    """As ``task.encode(getattr(splits, split), ...)``.
+    """Encode a split through the cache, as ``task.encode(getattr(splits, split), ...)``.
 
     Args:
         folder: Where the tokenizer and the model's configuration were read from.
@@ -82,7 +85,7 @@ def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: i
 
 
 def _rows_key(task: Task, data: DataSettings, labels: Sequence[str] | None) -> str | None:
-    """None where the rows are not to be kept."""
+    """Return the cache key of the rows, or None if they are not to be cached."""
     if data.streaming or not fast.enabled("prepared"):
         return None
     try:
@@ -124,7 +127,7 @@ def _hash(path: Path) -> str:
 
 @cache
 def _code() -> list[Any]:
-    """Who read and encoded: the versions, and the very files of the rooms that do it."""
+    """Return the identity of the code that reads and encodes: versions of packages, and size and time of our files."""
     versions = [sys.version]
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -190,7 +193,7 @@ def _recall(key: str) -> Any:
 
 
 def _keep(key: str, value: Any) -> bool:
-    """Whether it is kept."""
+    """Write a value to the cache, and return True if that succeeded."""
     try:
         content = json.dumps(value, separators=(",", ":")).encode()
         if len(content) > MOST_BYTES_EACH or json.loads(content) != value:
@@ -219,7 +222,7 @@ def _place(key: str) -> Path:
 
 
 def _clean(folder: Path) -> None:
-    """Down to `MOST_BYTES`, what killed writers left included."""
+    """Delete the files used longest ago down to `MOST_BYTES`, and what killed writers left."""
     states = []
     for file in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process cleans too

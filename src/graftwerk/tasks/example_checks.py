@@ -1,4 +1,4 @@
-"""What encoded rows of text say about a run before it begins: answers that cannot be learnt, or never end."""
+"""Checks of encoded text rows before training: answers that cannot be learnt, or never end."""
 
 from __future__ import annotations
 
@@ -87,11 +87,12 @@ def special_notes(texts: Sequence[str], special: Sequence[str]) -> tuple[str, ..
 
 
 def example_notes(encoded: Encoded, texts: Iterable[str], special: Sequence[str]) -> tuple[str, ...]:
-    """What is odd about an encoded conversation, for `Example.notes`.
+    """Return the codes of problems with an encoded conversation, for `Example.notes`.
 
     Args:
-        texts: What is said in it.
-        special: As `special_words` gives them.
+        encoded: The encoded conversation.
+        texts: The texts of its turns.
+        special: Words that the tokenizer reads as special tokens, from `special_words`.
     """
     found = {ENDLESS: encoded.endless, TORN: encoded.torn}
     return (*(code for code, is_so in found.items() if is_so), *special_notes(list(texts), special))
@@ -100,10 +101,12 @@ def example_notes(encoded: Encoded, texts: Iterable[str], special: Sequence[str]
 def check_examples(
     split: str, examples: Sequence[Example], where: Callable[[int], str] | None = None, task: Task | None = None
 ) -> tuple[Issue, ...]:
-    """Counted findings about the encoded rows of one split.
+    """Check the encoded rows of one split, and return the problems, counted, as issues.
 
     Args:
-        where: The place (`file:line`) of a row, by its index.
+        split: Name of the split.
+        examples: The encoded rows.
+        where: Function from a row's index to its place (`file:line`), or None.
         task: Decides which labels its loss sees, or None to take every label that is not -100.
     """
     found: dict[str, Noted] = {}
@@ -122,7 +125,14 @@ def note(found: dict[str, Noted], at: int, example: Example, task: Task | None =
 def issues_from_notes(
     split: str, found: Mapping[str, Noted], count: int, where: Callable[[int], str] | None = None
 ) -> tuple[Issue, ...]:
-    """What was counted, as findings. Arguments as for `check_examples`; ``count``: all rows of the split."""
+    """Return counted problems as issues.
+
+    Args:
+        split: Name of the split.
+        found: For each code the number of rows and the index of the first, from `note`.
+        count: Number of rows of the split.
+        where: As for `check_examples`.
+    """
     return tuple(_finding(code, split, *found[code], count, where) for code in _MEANINGS if code in found)
 
 

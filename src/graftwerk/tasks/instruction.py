@@ -81,6 +81,11 @@ class Instruction(TextTask):
         )
 
     def example_from_text(self, text: str) -> Row:
+        """Return the row of a bare text to answer: one user turn, or the prompt filled with the text.
+
+        Raises:
+            ConfigError: The prompt has several fields, so one text cannot fill it.
+        """
         if self.prompt is None:
             return {"turns": [["user", text]]}
         fields = fields_of(self.prompt)
@@ -186,7 +191,7 @@ class ConversationGeneration(Generation):
 
 
 def fields_of(text: str) -> tuple[str, ...]:
-    """The columns named in braces, in order.
+    """Return the columns that a prompt names in braces, in order.
 
     Raises:
         ValueError: something in braces that is no plain name.

@@ -37,7 +37,7 @@ class LanguageCodes:
 
     @property
     def both(self) -> bool:
-        """Whether the language that is read is marked too."""
+        """Return True if the language of the source is marked as well as that of the target."""
         return self.place != "source"
 
 
@@ -46,7 +46,7 @@ _MARIAN = re.compile(r">>([^<>]+)<<")
 
 
 def codes_of(tokenizer: Any) -> LanguageCodes | None:
-    """The codes of a tokenizer; None where it has none and languages are told in words, or not at all."""
+    """Return the language codes of a tokenizer, or None if it has none: languages are named in words, or not at all."""
     marked = getattr(tokenizer, "supported_language_codes", None)
     if marked is not None:  # Marian: the tokens are plain pieces of its vocabulary
         ids = {match[1]: tokenizer.convert_tokens_to_ids(token) for token in marked if (match := _MARIAN.match(token))}
@@ -70,7 +70,7 @@ def _place(tokenizer: Any, code: str) -> Place:
 
 @contextmanager
 def language_context(tokenizer: Any, source: str, target: str) -> Iterator[None]:
-    """Inside, the tokenizer reads one language and writes another; afterwards it is as it was."""
+    """Set the tokenizer's source and target language inside the block, and restore them afterwards."""
     before = tokenizer.src_lang, tokenizer.tgt_lang
     tokenizer.src_lang, tokenizer.tgt_lang = source, target
     try:
@@ -80,14 +80,17 @@ def language_context(tokenizer: Any, source: str, target: str) -> Iterator[None]
 
 
 def check_code(code: str, codes: LanguageCodes, *, setting: str, given: bool, where: str) -> None:
-    """
+    """Check that a tokenizer knows a language code.
+
     Args:
+        code: The code.
+        codes: The tokenizer's codes.
         setting: ``source_lang`` or ``target_lang``.
-        given: Whether it is a setting of the run file, or stands in a row.
-        where: The row, for people.
+        given: True if the code is a setting of the run file, False if it is from a row.
+        where: Place of the row, for messages.
 
     Raises:
-        ConfigError, DataError: the tokenizer does not know the code; all that it knows are listed.
+        ConfigError, DataError: The tokenizer does not know the code; the message lists those it knows.
     """
     if code in codes.ids:
         return
@@ -101,7 +104,7 @@ def check_code(code: str, codes: LanguageCodes, *, setting: str, given: bool, wh
 
 
 def _near(code: str, codes: LanguageCodes) -> str | None:
-    """The code of the same language (`de` or `German` for `de_DE`), else the one that is spelt most like it."""
+    """Return the code of the same language (`de_DE` for `de` or `German`), else the one spelt most like it."""
     name = language_name(code)
     if name is not None:
         for other in codes.ids:
@@ -111,16 +114,17 @@ def _near(code: str, codes: LanguageCodes) -> str | None:
 
 
 def language_name(code: str) -> str | None:
-    """English name of a language in any spelling of its code, or by that name: `de_DE`, `de`, `deu_Latn`, `German`.
+    """Return the English name of a language, or None if it is unknown here.
 
-    None where it is unknown here.
+    Args:
+        code: Any spelling of its code, or its name: `de_DE`, `de`, `deu_Latn`, `German`.
     """
     iso = iso_code(code)
     return None if iso is None else NAMES[iso]
 
 
 def iso_code(code: str) -> str | None:
-    """Its code as in `NAMES`, from any spelling: `de` for `de_DE`, `deu_Latn`, `German`; None where unknown here."""
+    """Return a language's code as in `NAMES`, or None if it is unknown here: `de` for `de_DE`, `deu_Latn`, `German`."""
     plain = code.strip().strip("_<>")
     if plain.lower() in _BY_NAME:
         return _BY_NAME[plain.lower()]
@@ -130,9 +134,10 @@ def iso_code(code: str) -> str | None:
 
 
 def name_or_error(code: str, *, setting: str, given: bool, where: str) -> str:
-    """
+    """Return the English name of a language, for models whose prompt names it.
+
     Raises:
-        ConfigError, DataError: as `check_code`, for models that are told the language in words.
+        ConfigError, DataError: The language is unknown; arguments as for `check_code`.
     """
     name = language_name(code)
     if name is not None:

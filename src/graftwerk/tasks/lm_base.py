@@ -1,4 +1,4 @@
-"""What causal and masked language modelling have in common: rows of plain text, every one cut into blocks."""
+"""Base of causal and masked language modelling: rows of plain text, each cut into blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LanguageModelingTask(TextTask):
         return RowFormat(format.parts, key="text", format=name)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
-        """One or more examples a row, in the order of the rows; those of a row that was cut say so in `notes`."""
+        """Tokenize rows to one or more examples each, in order; those of a truncated row say so in `notes`."""
         front, back = self.around(tokenizer)
         texts = [row["text"] for row in rows]
         found = text_blocks(
@@ -56,11 +56,11 @@ class LanguageModelingTask(TextTask):
 
     @abstractmethod
     def around(self, tokenizer: Any) -> tuple[list[int], list[int]]:
-        """The special tokens before a block and after a text."""
+        """Return the special tokens before a block and after a text."""
 
     @abstractmethod
     def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
-        """One block, with what is trained of it."""
+        """Return the example of one block, with its labels."""
 
     @property
     def decoder(self) -> TextDecoder:

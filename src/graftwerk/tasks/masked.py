@@ -93,6 +93,18 @@ class MaskingCollator(TextCollator):
     mask_probability: float
 
     def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+        """Return the batch of some examples with tokens hidden anew.
+
+        Args:
+            examples: At least one.
+            tokenizer: The tokenizer that encoded them.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
+
+        Raises:
+            ModelError: The tokenizer has no mask token.
+        """
         batch = pad([{"input_ids": _shown(example)} for example in examples], tokenizer)
         batch["input_ids"], batch["labels"] = self.hide(batch["input_ids"], tokenizer, None, batch["attention_mask"])
         return batch
@@ -131,7 +143,7 @@ class MaskingCollator(TextCollator):
 
 
 def _shown(example: Example) -> list[int]:
-    """The tokens as they were before places were hidden for evaluation."""
+    """Return the tokens as they were before some were hidden for evaluation."""
     return [
         token if label == IGNORED else label
         for token, label in zip(example.inputs["input_ids"], example.target, strict=True)

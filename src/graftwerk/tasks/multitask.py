@@ -72,7 +72,7 @@ class Multitask(TextTask):
 
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
-        """What all have comes first, in the order of the first task; the figures are macro means over the sets."""
+        """Return the metrics of all tasks, those that every task has first; values are macro means over the sets."""
         every = dict.fromkeys(name for task in self.tasks.values() for name in task.metrics)
         return tuple(sorted(every, key=lambda name: not all(name in task.metrics for task in self.tasks.values())))
 
@@ -85,7 +85,7 @@ class Multitask(TextTask):
         return bound._with({name: task.for_model(architecture) for name, task in self.tasks.items()})
 
     def resolved(self, splits: Splits) -> Self:
-        """Each task with what its own rows say."""
+        """Return the task with each of its tasks resolved from its own rows."""
         mine = {name: [row for row in splits.train if row[SET] == name] for name in self.tasks}
         return self._with({name: task.resolved(replace(splits, train=mine[name])) for name, task in self.tasks.items()})
 
@@ -113,7 +113,7 @@ class Multitask(TextTask):
         )
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
-        """Every set read, checked and split by its own task; training rows that another set holds out are left out.
+        """Read, check and split each set by its own task; leave out training rows that another set holds out.
 
         Raises:
             ConfigError: settings that have no meaning for several sets.
@@ -271,7 +271,11 @@ def set_of(row: Mapping[str, Any] | None, names: Mapping[str, Any]) -> str:
 
 
 def names_of(sets: Sequence[SetSettings]) -> tuple[str, ...]:
-    """A name for each set: its own, or that of its file; the second of the same gets a number."""
+    """Return a unique name for each set: its own, or that of its file, with a number if it is taken.
+
+    Raises:
+        ConfigError: Two sets are given the same name.
+    """
     names: list[str] = []
     for each in sets:
         source = each.source if isinstance(each.source, str) else each.source[0]
@@ -308,7 +312,7 @@ def _settings_of(each: SetSettings, data: DataSettings, count: int) -> DataSetti
 
 
 def _content(row: Row) -> tuple[str, ...]:
-    """What a row says, in whatever direction."""
+    """Return the folded texts of a row in sorted order, the same for both directions of a translation."""
     texts = [str(value) for part, value in row.items() if part != SET and not part.endswith("_lang")]
     return tuple(sorted(fold(text) for text in texts))
 

@@ -20,7 +20,12 @@ class Objective(ABC):
     """Forward pass and loss of a batch, and the part of the outputs that predictions are made from."""
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
-        """Return the model's outputs for a batch; its ``labels`` are not passed on."""
+        """Return the model's outputs for a batch.
+
+        Args:
+            model: The model, perhaps wrapped for several processes.
+            batch: ``input_ids`` and the like, each (B, T); ``labels`` are not passed to the model.
+        """
         return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
 
     @abstractmethod
@@ -38,15 +43,15 @@ class Objective(ABC):
 
     @abstractmethod
     def num_targets(self, batch: Mapping[str, Tensor]) -> float:
-        """Return how many targets the mean of `loss` is over, or their total weight; micro-batches are weighted by it.
+        """Return the number of targets that `loss` averages over, or their total weight; it weights micro-batches.
 
         Args:
-            batch: The batch with ``labels``.
+            batch: The batch, with ``labels`` of any shape.
         """
 
     @abstractmethod
     def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the part of the outputs that predictions are made from, (B, any width) on the CPU.
+        """Return the part of the outputs that predictions are made from, (B, width) on the CPU.
 
         Args:
             outputs: The result of `forward`.
@@ -65,11 +70,21 @@ class ClassObjective(Objective):
     class_weights: Tensor | None = None
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean over the rows, with class weights the weighted mean, as torch defines it."""
+        """Return the mean over the rows, or with class weights torch's weighted mean.
+
+        Args:
+            outputs: Outputs with ``logits`` (B, C).
+            batch: The batch with ``labels`` (B,).
+            label_smoothing: As for `Objective.loss`.
+
+        Returns:
+            A float32 scalar in nats.
+        """
         weights = None if self.class_weights is None else self.class_weights.to(outputs.logits.device)
         return F.cross_entropy(outputs.logits.float(), batch["labels"], weight=weights, label_smoothing=label_smoothing)
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> float:
+        """Return the number of rows of ``labels`` (B,), or with class weights the sum of their weights."""
         labels = batch["labels"]
         return labels.numel() if self.class_weights is None else float(self.class_weights[labels.cpu()].sum())
 

@@ -25,7 +25,7 @@ TRIED_TOKENS = 16
 
 
 def bins(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Rows that go together, by index: each the longest that still fits, into the first place that has room.
+    """Pack rows into bins, longest first, each into the first bin with room; return the indices by bin.
 
     A row longer than ``max_length`` stands alone.
     """

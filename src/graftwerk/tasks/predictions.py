@@ -1,4 +1,4 @@
-"""What a model said about rows, in the order of the rows: class scores, or likelihoods and generated texts."""
+"""Predictions of a model in the order of the rows: class scores, or likelihoods and generated texts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Predictions(ABC):
-    """Final subclasses: `ClassPredictions`, `TextPredictions`.
+    """Predictions for rows. The subclasses are `ClassPredictions` and `TextPredictions`.
 
     Attributes:
-        loss: Mean over all targets, in nats; None where a row has no target.
+        loss: Mean over all targets in nats, or None if a row has no target.
     """
 
     loss: float | None
@@ -22,17 +22,22 @@ class Predictions(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
 
     @property
     @abstractmethod
     def finite(self) -> bool:
-        """Whether every number in it is one."""
+        """Return True if no score or likelihood is NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class ClassPredictions(Predictions):
-    """``scores`` (n, C), softmaxed; ``targets`` (n,) class ids, None where a row has none."""
+    """Predictions of classes.
+
+    Attributes:
+        scores: (n, C), probabilities that add up to one in each row.
+        targets: (n,) class ids, or None if a row has no target.
+    """
 
     scores: NDArray[np.float64]
     targets: NDArray[np.int64] | None
@@ -48,16 +53,16 @@ class ClassPredictions(Predictions):
 
 @dataclass(frozen=True)
 class TextPredictions(Predictions):
-    """What a language model thinks of the right answers, and the answers of its own.
+    """Likelihoods of the reference answers under a language model, and the texts it generated.
 
     Attributes:
-        nll: (n,) Negative log-likelihood of each row's trained tokens, summed, in nats.
-        tokens: (n,) How many trained tokens each row has.
-        texts: What was generated for each row; None where nothing was asked to be.
-        references: The right answer of each row; None where a task has none (plain text), or a row has none.
-        sources: What each row was answered from, for metrics and tables that show it.
-        sets: For rows of several data sets, the name of each row's set.
-        languages: The language (ISO code, or nothing) that each row's answer is to be in; None: of no row known.
+        nll: (n,) negative log-likelihood of each row's trained tokens, summed, in nats.
+        tokens: (n,) number of trained tokens of each row.
+        texts: The text generated for each row, or None if nothing was generated.
+        references: The reference answer of each row, or None if the task has none (plain text) or a row has none.
+        sources: The source of each row, for metrics and tables that show it, or None as for `references`.
+        sets: For rows of several data sets, the name of each row's set, else None.
+        languages: Expected language of each row's answer (ISO code, or "" if unknown), or None if all are unknown.
     """
 
     nll: NDArray[np.float64]
@@ -69,7 +74,7 @@ class TextPredictions(Predictions):
     languages: tuple[str, ...] | None = None
 
     def of_set(self, name: str) -> TextPredictions:
-        """Those of one set's rows."""
+        """Return the predictions for the rows of one set."""
         kept = [row for row, other in enumerate(self.sets or ()) if other == name]
 
         def some(values: tuple[str, ...] | None) -> tuple[str, ...] | None:

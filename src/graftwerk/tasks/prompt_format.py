@@ -24,10 +24,14 @@ Fill = Callable[[str], str]
 
 
 class PromptFormat:
-    """How a tokenizer's model is asked.
+    """Format of requests and answers for a model: turns of its chat template, or plain text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        chat: True to use its chat template if it has one.
 
     Raises:
-        ModelError: the tokenizer has no end token.
+        ModelError: The tokenizer has no end token.
     """
 
     def __init__(self, tokenizer: Any, *, chat: bool) -> None:
@@ -36,11 +40,11 @@ class PromptFormat:
 
     @property
     def as_turn(self) -> bool:
-        """Whether requests are turns of a conversation; else they are texts as they stand."""
+        """Return True if requests are turns of a conversation, False if they are plain texts."""
         return isinstance(self.template, ModelTemplate)
 
     def end_ids(self) -> list[int]:
-        """The tokens at which an answer ends.
+        """Return the token ids that end an answer.
 
         Raises:
             As `encode`.
@@ -51,11 +55,15 @@ class PromptFormat:
             return end_ids(self.template, self.tokenizer)
 
     def encode(self, requests: Sequence[str], answers: Sequence[str | None]) -> list[Encoded]:
-        """Each request with its answer and the end token that is learnt after it; None: it is only asked.
+        """Tokenize each request with its answer and the end token that is learnt after it.
+
+        Args:
+            requests: The requests.
+            answers: The answer to each, or None for a request to be answered by the model.
 
         Raises:
-            IntegrityError, ModelError: the chat template is not to be used.
-            UnsupportedError: the tokenizer does not say which characters a token is of.
+            IntegrityError, ModelError: The chat template cannot be used.
+            UnsupportedError: The tokenizer gives no character offsets of tokens.
         """
         if self.as_turn:
             turns = [
@@ -79,7 +87,7 @@ class PromptFormat:
     def shortened(
         self, whole: Encoded, text: str, fill: Fill, answer: str | None, frame: int, max_length: int
     ) -> tuple[Encoded, int]:
-        """The row with as much of the text's beginning as there is room for, and how many tokens were lost.
+        """Truncate the text of a request to the room there is; return the row and the number of tokens lost.
 
         An answer that takes more than half of the room loses its end too, and with it the end token.
 
@@ -106,7 +114,7 @@ class PromptFormat:
         return cut, len(whole.ids) - len(ids)
 
     def _fitting(self, prompt: list[int], text: str, fill: Fill, room: int) -> str:
-        """As much of the text as makes a prompt of at most `room` tokens."""
+        """Return as much of the text as makes a prompt of at most `room` tokens."""
         tokens = self.tokenizer(
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=self.tokenizer.is_fast
         )
@@ -125,9 +133,14 @@ class PromptFormat:
 
 
 def check_frame(frame: int, max_length: int) -> None:
-    """
+    """Check that a request leaves room for a text and an answer.
+
+    Args:
+        frame: Tokens of the request without any text.
+        max_length: Longest row in tokens.
+
     Raises:
-        ConfigError: a request leaves no room for a text and an answer.
+        ConfigError: It does not.
     """
     if frame + 2 > max_length:
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""What summarization and translation have in common: one text in, another out, with any model that writes.
+"""Base of summarization and translation: one text in, another out, with any model that generates text.
 
 Encoder-decoder models read `prefix` and text, and learn exactly the labels that their own tokenizer makes of the answer
-(``tokenizer(text_target=...)``). Causal models read a template filled with the text (as one turn of a user, where the
-tokenizer has a chat template), and learn the answer and the end token after it; a text that is too long is cut, never
-the template around it.
+(``tokenizer(text_target=...)``). Causal models read a template filled with the text (as one user turn if the tokenizer
+has a chat template), and learn the answer and the end token after it; a long text is truncated, never the template
+around it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Seq2SeqTask(TextTask):
     """What may stand in braces beside the text itself."""
 
     def for_model(self, architecture: Any) -> Self:
-        """With the prefix or template that is usual for such a model, where none is given.
+        """Return the task with the usual prefix or template of such a model if none is given.
 
         Raises:
             ConfigError: a setting that such a model makes no use of.
@@ -87,7 +87,7 @@ class Seq2SeqTask(TextTask):
 
     @abstractmethod
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        """What the `fields` of prefix and template are in this row; only those that occur in them have to be there."""
+        """Return the values of the `fields` of prefix and template for a row; only those that occur are needed."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
         """A row without its second part gets the target None: an answer is asked for and none is known.
@@ -106,7 +106,7 @@ class Seq2SeqTask(TextTask):
         return self.encode_pairs(rows, [""] * len(rows), tokenizer, max_length)
 
     def encode_pairs(self, rows: Sequence[Row], marks: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
-        """For encoder-decoder models, in the languages that the tokenizer is set to.
+        """Tokenize pairs for an encoder-decoder model, in the languages that the tokenizer is set to.
 
         Args:
             marks: What stands before each prefix.
@@ -207,7 +207,7 @@ class PairGeneration(Generation):
 
 
 def _refuse_encoder(architecture: Any, title: str) -> None:
-    """transformers puts a language-model head on BERT too, which sees the answer while it is to write it."""
+    """Raise UnsupportedError for an encoder: with the head that transformers gives it, BERT would see the answer."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     if architecture.model_type in ENCODERS and not getattr(architecture, "is_decoder", False):
@@ -219,10 +219,10 @@ def _refuse_encoder(architecture: Any, title: str) -> None:
 
 
 def check_fields(text: str | None, allowed: Sequence[str], needed: str | None) -> str | None:
-    """A prefix or template, if what stands in its braces is known.
+    """Return a prefix or template after a check of the names in its braces.
 
     Raises:
-        ValueError: something else in braces; or what is needed is not there, or twice.
+        ValueError: Another name stands in braces, or `needed` does not stand there exactly once.
     """
     if text is None:
         return None

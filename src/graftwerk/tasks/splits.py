@@ -21,13 +21,15 @@ class Splits:
     """The rows of a run, split once and for all seeds alike.
 
     Attributes:
-        train, validation, test: Rows; validation and test may be empty.
-        labels: For tasks with classes, their names in the order of their ids.
-        fingerprint: Hash of the rows of all three splits in order, and of the settings that made them.
-        findings: What was noticed while reading (dropped rows, duplicates, leakage).
-        origin: Where the rows came from, for the manifest and the model card.
-        where: For each split, the place (`file:line`) of a row by its index.
-        kept: The key under which `tasks.kept` keeps them; None: they are not kept.
+        train: Rows to train on.
+        validation: Rows to select a checkpoint with; may be empty.
+        test: Rows to evaluate on; may be empty.
+        labels: Names of the classes in the order of their ids, or None for tasks without classes.
+        fingerprint: Hash of the rows of all three splits in order, and of the class names.
+        issues: Issues found while reading (dropped rows, duplicates, leakage).
+        origin: Sources of the rows, for the manifest and the model card.
+        where: For each split, a function from a row's index to its place (`file:line`).
+        cache_key: Key of the rows in `tasks.dataset_cache`, or None if they are not cached.
     """
 
     train: Sequence[Row]
@@ -41,7 +43,7 @@ class Splits:
     cache_key: str | None = None
 
     def locate(self, rows: Sequence[Row], at: int) -> str | None:
-        """`file:line` of a row by its index in `rows`, where these are one of the splits."""
+        """Return `file:line` of a row by its index, or None if `rows` is none of the splits."""
         return next((where(at) for split, where in self.where.items() if rows is getattr(self, split)), None)
 
 
@@ -53,11 +55,14 @@ def splits_of(
     *,
     labels: tuple[str, ...] | None = None,
 ) -> Splits:
-    """What `read_splits` chose, checked for repeated rows, with its fingerprint.
+    """Return the splits that `read_splits` chose, checked for repeated rows, with their fingerprint.
 
     Args:
-        findings: What was noticed so far.
-        parts: What the fingerprint is of: every part of a row that the task reads.
+        data: The settings, for the origin of the rows.
+        chosen: The rows by split.
+        findings: Issues found so far.
+        parts: Names of all fields that the task reads, which the fingerprint covers.
+        labels: Names of the classes, or None for tasks without classes.
     """
     rows: dict[str, Any] = {split: part.rows for split, part in chosen.items()}
     placed = {split: part.placed() for split, part in chosen.items()}
@@ -89,7 +94,7 @@ def splits_of_stream(
     labels: tuple[str, ...] | None = None,
     findings: Sequence[Issue] = (),
 ) -> Splits:
-    """The same for training rows that are not held in memory; those of validation and test are."""
+    """Return splits with streamed training rows; the rows of validation and test are in memory."""
     held: dict[str, Any] = {split: part.rows for split, part in streamed.held.items()}
     placed = {"train": streamed.repeated, **{split: part.placed() for split, part in streamed.held.items()}}
     counts = {"train": len(streamed.rows), **{split: len(rows) for split, rows in held.items()}}

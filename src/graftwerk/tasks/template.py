@@ -34,11 +34,12 @@ INSTRUCTION, RESPONSE = "### Instruction:\n", "### Response:\n"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text.
+    """A conversation rendered by a chat template.
 
     Attributes:
-        spans: For each assistant turn, the character where its answer begins and the one where the turn ends.
-        unfit: Why there is no text; None where there is one.
+        text: The text.
+        spans: For each assistant turn, the characters at which its answer begins and the turn ends.
+        unfit: Why the conversation could not be rendered, or None if it was.
     """
 
     text: str = ""
@@ -53,7 +54,7 @@ class Template(ABC):
 
     @abstractmethod
     def render(self, conversations: Sequence[Sequence[Turn]], *, asked: bool = False) -> list[Rendered]:
-        """The text of each conversation, in order.
+        """Render conversations, in order.
 
         Args:
             asked: The texts end where the model is to begin an answer, and have no spans.
@@ -152,13 +153,14 @@ class ModelTemplate(Template):
 
 
 def template_for(tokenizer: Any, choice: Choice = "auto") -> Template:
-    """The template that conversations with a model are written by.
+    """Return the template that renders conversations for a model.
 
     Args:
-        choice: ``auto``: the model's own where it has one, else the plain one.
+        tokenizer: The model's tokenizer.
+        choice: Which template; ``auto`` means the model's own if it has one, else the plain one.
 
     Raises:
-        ConfigError: the model's own is asked for, and there is none.
+        ConfigError: The model's own is requested, and it has none.
         ModelError: the tokenizer has no end token.
     """
     known = _KNOWN.setdefault(tokenizer, {})
@@ -187,7 +189,7 @@ def _template(tokenizer: Any, choice: Choice) -> Template:
 
 
 def begins_texts(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its beginning token in front of every text."""
+    """Return True if the tokenizer adds its beginning-of-sequence token to every text."""
     return bool(
         tokenizer.bos_token_id is not None
         and (ids := tokenizer("a", verbose=False)["input_ids"])
@@ -196,7 +198,7 @@ def begins_texts(tokenizer: Any) -> bool:
 
 
 def _variables(tokenizer: Any) -> dict[str, Any]:
-    """The special tokens, by the names under which templates know them."""
+    """Return the special tokens by the names that templates use."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 

@@ -108,7 +108,7 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def render(template: jinja2.Template, variables: dict[str, Any], turns: list[list[str]], begin: bool) -> str:
-    """The text of some turns; ``begin``: with what makes the model begin its answer."""
+    """Render turns to text; with ``begin``, up to where the model begins its answer."""
     messages = [{"role": role, "content": content} for role, content in turns]
     most = MAX_RENDERED + 4 * sum(len(content) for _, content in turns)
     parts, size = [], 0
@@ -168,7 +168,7 @@ def answer(template: jinja2.Template, variables: dict[str, Any], turns: list[lis
 
 
 def limit() -> None:
-    """Memory from here on, where the system knows such limits."""
+    """Limit the process's memory from here on, if the system supports that."""
     try:
         import resource
     except ImportError:

@@ -75,7 +75,16 @@ class TokenObjective(Objective):
         return outputs
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean over the labelled tokens of the batch; 0 if no token is labelled."""
+        """Return the mean over the labelled tokens of the batch; 0 if no token is labelled.
+
+        Args:
+            outputs: The result of `forward`.
+            batch: The batch with ``labels`` (B, T), `IGNORED` for tokens that are not trained.
+            label_smoothing: As for `Objective.loss`.
+
+        Returns:
+            A float32 scalar in nats.
+        """
         expected = self.expected(batch["labels"])  # (N,)
         if isinstance(outputs, LabelledLogits):
             return outputs.loss(expected, label_smoothing)
@@ -84,6 +93,7 @@ class TokenObjective(Objective):
         return F.cross_entropy(outputs.logits.float(), expected, label_smoothing=label_smoothing)
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of labels in ``labels`` (B, T) that some position predicts."""
         return int(self.predicting(batch["labels"]).sum())
 
     def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:

@@ -20,11 +20,16 @@ def encode_texts(
     """Tokenize all texts in one call.
 
     Args:
+        texts: The texts.
+        tokenizer: The model's tokenizer.
         max_length: Tokens kept of a text, its special tokens included.
-        as_target: As what a decoder is to write, which some tokenizers treat differently (languages, vocabularies).
+        as_target: True for texts that a decoder is to write, which some tokenizers encode differently.
 
     Returns:
-        For each text its inputs (lists of equal length), and how many of its tokens did not fit.
+        For each text its inputs (lists of equal length), and the number of its tokens that did not fit.
+
+    Raises:
+        ConfigError: `max_length` leaves no room for text beside the special tokens.
     """
     special = tokenizer.num_special_tokens_to_add()
     if max_length <= special:
@@ -60,7 +65,7 @@ def _as(texts: str | list[str], as_target: bool) -> dict[str, Any]:
 
 
 def _encode_slowly(text: str, tokenizer: Any, max_length: int, as_target: bool) -> tuple[dict[str, list[int]], int]:
-    """For tokenizers written in Python, which do not report what they cut off for a batch."""
+    """Tokenize one text with a tokenizer in Python, which does not report truncation for a batch."""
     said = _as(text, as_target)
     answer = tokenizer(**said, truncation=True, max_length=max_length, return_attention_mask=False)
     whole = len(tokenizer(**said, return_attention_mask=False, verbose=False)["input_ids"])
@@ -69,7 +74,7 @@ def _encode_slowly(text: str, tokenizer: Any, max_length: int, as_target: bool) 
 
 
 def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
-    """A batch as long as its longest row, padded on the right, with its mask.
+    """Pad rows on the right to the longest one, and return the batch with its mask.
 
     The mask comes from the rows' lengths and never from comparing with the pad id: where padding is the end token, a
     row's own end token stays visible and trained. Padding is always on the right, whatever side a tokenizer prefers for

@@ -1,8 +1,8 @@
-"""Translation: a text in one language in, the same in another out.
+"""Translation of a text from one language to another.
 
-How a model is told the languages depends on its family (`codes.py`): by codes in the tokens (mBART, M2M100, NLLB,
-multilingual Marian), in words (T5's "translate German to English: ", a causal model's template), or not at all (a
-Marian model of one pair).
+The way to tell a model the languages depends on its family (`language_codes.py`): by codes in the tokens (mBART,
+M2M100, NLLB, multilingual Marian), in words (T5's "translate German to English: ", a causal model's template), or not
+at all (a Marian model of one pair).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Translation(Seq2SeqTask):
         )
 
     def _both(self, rows: Sequence[Row]) -> list[Row]:
-        """Each row and, behind it, the same turned around."""
+        """Return each row followed by the same row in the other direction."""
         both = []
         for row in rows:
             source, target = (self._code(row, side) for side in SIDES)
@@ -132,7 +132,7 @@ class Translation(Seq2SeqTask):
     # -- encoding --------------------------------------------------------------------------------------------------
 
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        """English names, for those languages that prefix or template mention."""
+        """Return the English names of the languages that prefix or template mention."""
         wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
         return {
             side: name_or_error(self._language(row, side), setting=side, given=row.get(side) is None, where=_said(row))
@@ -141,10 +141,11 @@ class Translation(Seq2SeqTask):
         }
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
-        """
+        """Tokenize rows, each with the languages that the model needs.
+
         Raises:
-            ConfigError, DataError: a language is not said, or unknown to the tokenizer (all that it knows are listed);
-                both directions with a model that cannot tell them apart.
+            ConfigError, DataError: A language is missing or unknown to the tokenizer (the message lists those it
+                knows), or the model cannot tell the two directions apart.
         """
         if self.layout == "causal":
             self._check_told(None)
@@ -236,8 +237,13 @@ class TranslationDecoder(PairDecoder):
     def predictions(
         self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
     ) -> TextPredictions:
-        """As for all texts; two directions have metrics of their own, as two data sets have, since words of two
-        languages are no corpus.
+        """Return predictions as for other texts; with both directions, each direction is a set with its own metrics.
+
+        Args:
+            outputs: Negative log-likelihood and number of tokens of each row, (1, 2).
+            examples: The rows.
+            loss: As for `Decoder.predictions`.
+            texts: As for `Decoder.predictions`.
         """
         found = super().predictions(outputs, examples, loss, texts)
         if not self.both_directions:
