@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 from graftwerk.cli.main import main
-from graftwerk.config import RunConfig, read_yaml
+from graftwerk.config import RunConfig
 from graftwerk.resource_paths import locate
+from graftwerk.yaml_files import read_yaml
 from tests.contract.cases import table
 from tests.readme import README, between_markers, blocks, commands
 

@@ -7,7 +7,7 @@ and deep nesting are refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,6 @@ from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.models.cache import recall, remember
-from graftwerk.resource_paths import open_regular
 from graftwerk.sanitize import REDACTED, redact, redacted
 from graftwerk.settings import Settings, describe_faults, known_keys, spellings
 from graftwerk.tasks.base import Task
@@ -29,19 +28,12 @@ from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.multitask import Multitask
 from graftwerk.tasks.registry import TASKS, build_multitask, parse_task
 from graftwerk.training.settings import TrainingSettings
+from graftwerk.yaml_files import parse_yaml, read_yaml
 
 SOURCE_KEYS = ("source", "target", "validation", "test")
 """Keys of a data set, or of two aligned files, that hold sources of rows."""
 PATH_KEYS = ("model", "base", "path")
 """Keys of an augmenter that hold a model or a file."""
-MAX_YAML_BYTES = 1 << 20
-MAX_YAML_DEPTH = 32
-MAX_YAML_ITEMS = 50_000
-MAX_NUMBER_CHARACTERS = 200
-"""Of a value that begins like a number and is not quoted. (`1:30:00` is one too, to the base of 60, and the time to
-read it grows with the square of its length.)"""
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""Ten times as fast where PyYAML was built with its C parser."""
 SECRETS = "secrets"
 """The file of the cache that holds what run files must not; readable to its owner alone."""
 
@@ -171,87 +163,6 @@ def _with_secrets(tree: Any) -> Any:
         return [_with_secrets(inner) for inner in tree]
     known = recall(SECRETS, tree) if isinstance(tree, str) and REDACTED in tree else None
     return known if isinstance(known, str) else tree
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping without tags, aliases or deep nesting.
-
-    Raises:
-        ConfigError: The file is missing, cannot be read, is no such YAML, or is not a mapping with text keys.
-    """
-    try:
-        with open_regular(path) as stream:
-            raw = stream.read(MAX_YAML_BYTES + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no run file {path}", hint="give the path of a .yaml file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    tree = parse_yaml(raw, str(path))
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError("a run file is a mapping with `model`, `data` and `method`", where=str(path))
-    return tree
-
-
-class _UniqueKeys(_Loader):  # type: ignore[misc]
-    """Like `yaml.SafeLoader`, but refuses a mapping that has a key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[Any, int] = {}
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                continue  # said below
-            if key in lines:
-                problem = f"the key `{key}` stands twice, first in line {lines[key]}"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            lines[key] = key_node.start_mark.line + 1
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def parse_yaml(raw: bytes, where: str) -> Any:
-    """Parse YAML without tags, aliases, duplicate keys or deep nesting, in time bounded by its length.
-
-    Args:
-        raw: The text.
-        where: The file or key, for messages.
-
-    Raises:
-        ConfigError: It is not valid YAML, or exceeds a limit.
-    """
-    if len(raw) > MAX_YAML_BYTES:
-        raise ConfigError(f"more than {MAX_YAML_BYTES:,} bytes, which is the most that a run file has", where=where)
-    try:
-        text = raw.decode("utf-8")
-        _check_events(text, where)
-        return yaml.load(text, Loader=_UniqueKeys)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"not UTF-8 text: byte {error.start}", where=where) from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{where}:{line}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, TypeError) as error:
-        raise ConfigError(f"not valid YAML: {str(error)[:200]}", where=where) from None
-
-
-def _check_events(text: str, where: str) -> None:
-    """Refuse, before anything is built, what would take long to build."""
-    depth = 0
-    for items, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        line = f"{where}:{event.start_mark.line + 1}" if event.start_mark else where
-        if items > MAX_YAML_ITEMS:
-            raise ConfigError(f"more than {MAX_YAML_ITEMS:,} items", where=line)
-        if isinstance(event, yaml.AliasEvent):
-            raise ConfigError("YAML aliases (*name) are not accepted in a run file", where=line)
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and len(event.value) > MAX_NUMBER_CHARACTERS:
-            if event.value[0] in "0123456789+-.":
-                raise ConfigError(f"a number of {len(event.value):,} characters", where=line, hint="quote what is text")
-        elif isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_YAML_DEPTH:
-                raise ConfigError(f"nested deeper than {MAX_YAML_DEPTH} levels", where=line)
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
 
 
 def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from graftwerk.evaluation import generation
 from graftwerk.evaluation.generation import answer_limit, generate
 from graftwerk.evaluation.sample_outputs import before_and_after, sample_rows
 from graftwerk.evaluation.settings import EvaluationSettings
-from graftwerk.models.load import fix_padding, load_model, load_tokenizer
+from graftwerk.models.load import load_model, load_tokenizer
+from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.seq2seq import PairGeneration
 from graftwerk.tasks.summarization import Summarization

@@ -11,7 +11,8 @@ import torch
 
 from graftwerk.errors import IntegrityError, ModelError, ResourceError
 from graftwerk.models import gguf as unpacking
-from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, model_folder
+from graftwerk.models.load import load_config, load_model, load_tokenizer, model_folder
+from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Splits
 from graftwerk.tasks.classification import Classification
 

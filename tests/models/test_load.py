@@ -22,15 +22,8 @@ from transformers import (
 )
 
 from graftwerk.errors import ConfigError, ModelError, UnsupportedError
-from graftwerk.models.load import (
-    fix_padding,
-    load_config,
-    load_model,
-    load_tokenizer,
-    max_length_for,
-    newly_initialised,
-    position_limit,
-)
+from graftwerk.models.load import load_config, load_model, load_tokenizer, newly_initialised
+from graftwerk.models.positions import fix_padding, max_length_for, position_limit
 from graftwerk.tasks.base import Example, Splits
 from graftwerk.tasks.classification import Classification
 from tests.families import FAMILIES

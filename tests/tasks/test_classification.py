@@ -14,7 +14,8 @@ import torch
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import AdapterError, ConfigError, DataError
-from graftwerk.models.load import fix_padding, load_model, load_tokenizer
+from graftwerk.models.load import load_model, load_tokenizer
+from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Example, Splits
 from graftwerk.tasks.classification import Classification, rows_for_prediction
 from graftwerk.tasks.registry import parse_task

@@ -88,7 +88,8 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         ModelError, AdapterError, ResourceError, IntegrityError: As for loading models and adapters.
     """
     from graftwerk.models.hardware import compute_type, set_threads
-    from graftwerk.models.load import fix_padding, load_config, load_model, load_tokenizer, max_length_for
+    from graftwerk.models.load import load_config, load_model, load_tokenizer
+    from graftwerk.models.positions import fix_padding, max_length_for
 
     path = Path(settings.model)
     if path.is_dir() and any((path / name).is_file() for name in (MANIFEST, CONFIG_FILE)):
@@ -248,7 +249,7 @@ def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked
 
 def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
     """Tokens of an answer, by what it is made from alone: rows of one batch do not lengthen each other's."""
-    from graftwerk.models.load import position_limit
+    from graftwerk.models.positions import position_limit
 
     given = len(example.prompt or ())
     limit = settings.max_new_tokens or 2 * given + SPARE_TOKENS

@@ -77,8 +77,9 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     Raises:
         ConfigError: no methods; or something that is not of the form key=value.
     """
-    from graftwerk.config import parse_overrides, parse_yaml
+    from graftwerk.config import parse_overrides
     from graftwerk.errors import ConfigError
+    from graftwerk.yaml_files import parse_yaml
 
     methods: Any = None
     seeds = "0,1,2"

@@ -17,7 +17,7 @@ from graftwerk.evaluation.search import own_search
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.virtual_positions import positions_taken
 from graftwerk.models.hf_logging import quiet
-from graftwerk.models.load import position_limit
+from graftwerk.models.positions import position_limit
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.text import IGNORED, TextTask
 

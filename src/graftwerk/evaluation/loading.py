@@ -171,15 +171,8 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     """
     from graftwerk.modeling.virtual_positions import positions_taken
     from graftwerk.models.hardware import set_threads
-    from graftwerk.models.load import (
-        fix_padding,
-        load_config,
-        load_model,
-        load_tokenizer,
-        max_length_for,
-        newly_initialised,
-        position_limit,
-    )
+    from graftwerk.models.load import load_config, load_model, load_tokenizer, newly_initialised
+    from graftwerk.models.positions import fix_padding, max_length_for, position_limit
     from graftwerk.serialization.folder import load_adapter
 
     found = find(target)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwerk.config import RunConfig, parse_overrides, read_yaml
+from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import (
     ConfigError,
     ConflictError,
@@ -25,16 +25,15 @@ from graftwerk.errors import (
     IntegrityError,
     RunInterrupted,
 )
-from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.header import CONFIG, FORMAT, header
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, parse_method_specs, parse_seeds, with_and_without
 from graftwerk.experiments.progress import Display, ProgressEvent
+from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.significance import COSTS
-from graftwerk.experiments.table import plain, rich_table, shown
-from graftwerk.formatting import duration
+from graftwerk.experiments.table import plain, rich_table
 from graftwerk.own_files import refuse_links
 from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
@@ -42,6 +41,7 @@ from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import read_sealed, understood
 from graftwerk.training.lock import RunLock
 from graftwerk.training.run_dir import LOCK, MANIFEST, REPORT, TRUNK, read_manifest
+from graftwerk.yaml_files import read_yaml
 
 COMPARISON, LOG = "comparison.json", "workers.log"
 COMPARISON_SCALE = 16
@@ -286,13 +286,13 @@ class _ComparisonDriver:
             if (found := measured_run(folder)) is not None:
                 self.runs[entry.name][seed] = found
                 self.pace.finished(entry.name, None)
-                self._say("note", who, f"there already: {_result_line(found, self.metric)}")
+                self._say("note", who, f"there already: {result_line(found, self.metric)}")
                 return
             if manifest["status"] == "diverged":
                 self._failed(entry, seed, str((manifest.get("error") or {}).get("what", "diverged")))
                 return
         began = time.monotonic()
-        steps = _Steps()
+        steps = RunEvents()
 
         def on_event(event: dict[str, Any]) -> None:
             text = steps.heard(event)
@@ -312,7 +312,7 @@ class _ComparisonDriver:
             raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
         self.runs[entry.name][seed] = found
         self.pace.finished(entry.name, time.monotonic() - began)
-        self._say("run", who, _result_line(found, self.metric), left=self.pace.left())
+        self._say("run", who, result_line(found, self.metric), left=self.pace.left())
 
     def _failed(self, entry: MethodSpec, seed: int, why: str) -> None:
         self.failed[entry.name][seed] = why
@@ -339,45 +339,6 @@ class _ComparisonDriver:
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None
     ) -> None:
         self.tell(ProgressEvent(kind, self.pace.done, len(self.plan), run, text, step, steps, left))
-
-
-NOTED = frozenset({"resume", "diagnosis", "bad_step", "memory", "warning", "early_stopping"})
-
-
-class _Steps:
-    """Progress of the active run, from its events."""
-
-    def __init__(self) -> None:
-        self.step = self.steps = 0
-        self.left_seconds: float | None = None
-
-    def heard(self, event: Mapping[str, Any]) -> str:
-        """Take an event in; gives what there is to say about it."""
-        kind = event["kind"]
-        self.step = event["step"] or self.step
-        if kind == "start":
-            self.steps = event["total_steps"]
-        elif kind == "progress":
-            self.steps, self.left_seconds = event["total"], event.get("left_seconds")
-        elif kind == "phase":
-            return str(event["name"])
-        elif kind == "resume":
-            return f"going on from step {self.step}"
-        elif kind in NOTED:
-            hint = f" ({event['hint']})" if event.get("hint") else ""
-            return f"{event.get('text', kind)}{hint}"
-        return ""
-
-
-def _result_line(run: RunResult, metric: str) -> str:
-    """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
-    figure, title = run.evaluation["metrics"][metric], METRICS[metric].title
-    time_taken = duration(run.manifest["cost"]["training_seconds"])
-    if figure["value"] is None:
-        return f"{title} {figure.get('note', 'is undefined')}, {time_taken} of training"
-    low, high = figure["low"], figure["high"]
-    between = "" if low is None else f" ({shown(low, metric)} to {shown(high, metric)})"
-    return f"{title} {shown(figure['value'], metric)}{between}, {time_taken} of training"
 
 
 def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from graftwerk.errors import GraftwerkError
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.attach import attach
-from graftwerk.models.load import fix_padding, is_local, load_config, model_folder
+from graftwerk.models.load import is_local, load_config, model_folder
+from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.training.augmented import planned
 from graftwerk.training.data_checks import first_batch

@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +35,13 @@ from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter, adapters, attach, attach_from_tensors, detach
 from graftwerk.modeling.module_index import frozen_index
-from graftwerk.sanitize import redact, redacted
 from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
 from graftwerk.serialization.atomic import read_steadily, recover, write_folder
 from graftwerk.serialization.card import model_card
-from graftwerk.serialization.fingerprint import digests_beside, fingerprint
+from graftwerk.serialization.fingerprint import fingerprint
 from graftwerk.serialization.fit import check_beside, check_drawn, labels_of
 from graftwerk.serialization.info import (
     CARD_FILE,
-    FORMAT,
     OWN_FILE,
     TRAINING_FILE,
     WEIGHTS_FILE,
@@ -52,6 +49,7 @@ from graftwerk.serialization.info import (
     check_files,
     read_adapter_config,
 )
+from graftwerk.serialization.own_facts import own_facts
 from graftwerk.serialization.peft_format import (
     Restored,
     Stored,
@@ -61,9 +59,9 @@ from graftwerk.serialization.peft_format import (
 )
 from graftwerk.serialization.peft_linear import write_linear
 from graftwerk.serialization.peft_virtual import write_prefix, write_prompt
-from graftwerk.serialization.restore import INDICES, START, check_size, restored
+from graftwerk.serialization.restore import START, check_size, restored
 from graftwerk.serialization.safetensors_header import check_writable, uncollected
-from graftwerk.serialization.strict_json import SEAL, dump_object
+from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import checksum
 
 if TYPE_CHECKING:
@@ -72,7 +70,6 @@ if TYPE_CHECKING:
 __all__ = ["AdapterInfo", "load_adapter", "read_adapter_config", "save_adapter"]
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE, OWN_FILE, CARD_FILE)
-_RESERVED = ("format", "name", "base", "files", SEAL)
 
 _WRITERS = {
     "lora": write_lora,
@@ -121,7 +118,7 @@ def save_adapter(
     target = Path(os.path.realpath(folder))
     _check_finite(graft)
     facts = dict(metadata or {})
-    own = _own_facts(graft, facts)
+    own = own_facts(graft, facts)
     base_name = own["base"]["name"]
     stored = _WRITERS.get(graft.method.name, write_own)(graft, base_name)
     text = model_card(own, stored.config) if card is None else card
@@ -261,76 +258,6 @@ def _check_finite(graft: Adapter) -> None:
                 f"`{key}` of adapter `{graft.name}` holds NaN or infinity, so it is not written",
                 hint="go back to the last good checkpoint and lower the learning rate",
             )
-
-
-def _own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
-    reserved = [key for key in _RESERVED if key in facts]
-    if reserved:
-        raise ConfigError(
-            f"metadata may not hold `{reserved[0]}`: it is written from the graft itself", where="metadata"
-        )
-    model = graft.model
-    name = redact(facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or "") or None
-    facts |= {key: redacted(facts[key]) for key in ("data", "command") if key in facts}
-    known = facts.pop("base_fingerprint", None)
-    base = {
-        "name": name,
-        "architecture": type(model).__name__,
-        "model_type": model.config.model_type,
-        "fingerprint": known or _base_fingerprint(graft),
-        "beside": _digests_beside(graft),
-    }
-    labels = facts.get("labels") or _labels(graft)
-    facts["labels"] = None if labels is None else [str(label) for label in labels]
-    facts.setdefault("versions", _versions())
-    facts.setdefault("parameters", _parameters(graft))
-    facts["method"] = graft.method.to_dict()
-    return {"format": FORMAT, "name": graft.name, "base": base, **facts}
-
-
-def _base_fingerprint(graft: Adapter) -> str | None:
-    try:
-        return fingerprint(graft.model)
-    except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
-        return None
-
-
-def _digests_beside(graft: Adapter) -> dict[str, str]:
-    if graft.weights is not None:
-        return {}
-    try:
-        return digests_beside(graft.model, graft.heads)
-    except UnsupportedError:
-        return {}
-
-
-def _parameters(graft: Adapter) -> dict[str, Any]:
-    # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start and SHiRA's places never do.
-    sizes = {
-        key: tensor.numel()
-        for key, tensor in graft.state_dict().items()
-        if START not in key and not key.endswith(INDICES)
-    }
-    head = sum(size for key, size in sizes.items() if graft.is_head(key))
-    own, total = sum(sizes.values()) - head, graft.num_base_parameters
-    return {"trained": own, "head": head, "total": total, "share": own / total}
-
-
-def _labels(graft: Adapter) -> list[str] | None:
-    names = graft.label_names
-    if not graft.answers or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
-        return None
-    return names
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("graftwerk", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _json(values: Mapping[str, Any], name: str, *, seal: bool = False) -> bytes:

@@ -10,13 +10,14 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from graftwerk.config import RunConfig, parse_yaml
+from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 from graftwerk.modeling.attach import Adapter
 from graftwerk.sanitize import redact, redacted
 from graftwerk.training.optim import peak_rates
 from graftwerk.training.run_dir import CONFIG
 from graftwerk.training.setup import SPLITS, Prepared
+from graftwerk.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
     from graftwerk.training.trainer import Trainer

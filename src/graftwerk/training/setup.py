@@ -64,7 +64,8 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         DataError, ConfigError, ModelError, ResourceError: As the functions of data and models raise them.
     """
     from graftwerk.data.checks import check_cut, check_truncation
-    from graftwerk.models.load import load_config, load_tokenizer, model_folder, position_limit
+    from graftwerk.models.load import load_config, load_tokenizer, model_folder
+    from graftwerk.models.positions import position_limit
     from graftwerk.tasks import dataset_cache
     from graftwerk.training.data_checks import check_allowed, check_encoded
 
@@ -141,7 +142,8 @@ def load_base_and_attach(settings: RunConfig, prepared: Prepared) -> tuple[Adapt
     """
     import torch
 
-    from graftwerk.models.load import fix_padding, load_model
+    from graftwerk.models.load import load_model
+    from graftwerk.models.positions import fix_padding
     from graftwerk.serialization.fingerprint import fingerprint
 
     rng.seed(settings.training.seed)
@@ -163,7 +165,7 @@ def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
         ConfigError: As `max_length_for` raises it.
     """
     from graftwerk.modeling.module_names import is_causal
-    from graftwerk.models.load import max_length_for
+    from graftwerk.models.positions import max_length_for
 
     return max_length_for(config, tokenizer, settings.data.max_length, settings.method.positions(is_causal(config)))
 

@@ -1,0 +1,95 @@
+"""The content of `graftwerk.json`: what an adapter folder says beyond PEFT's configuration."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from graftwerk.errors import (
+    ConfigError,
+    UnsupportedError,
+)
+from graftwerk.modeling.attach import Adapter
+from graftwerk.sanitize import redact, redacted
+from graftwerk.serialization.fingerprint import digests_beside, fingerprint
+from graftwerk.serialization.info import (
+    FORMAT,
+)
+from graftwerk.serialization.restore import INDICES, START
+from graftwerk.serialization.strict_json import SEAL
+
+if TYPE_CHECKING:
+    pass
+
+
+_RESERVED = ("format", "name", "base", "files", SEAL)
+
+
+def own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
+    reserved = [key for key in _RESERVED if key in facts]
+    if reserved:
+        raise ConfigError(
+            f"metadata may not hold `{reserved[0]}`: it is written from the graft itself", where="metadata"
+        )
+    model = graft.model
+    name = redact(facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or "") or None
+    facts |= {key: redacted(facts[key]) for key in ("data", "command") if key in facts}
+    known = facts.pop("base_fingerprint", None)
+    base = {
+        "name": name,
+        "architecture": type(model).__name__,
+        "model_type": model.config.model_type,
+        "fingerprint": known or _base_fingerprint(graft),
+        "beside": _digests_beside(graft),
+    }
+    labels = facts.get("labels") or _labels(graft)
+    facts["labels"] = None if labels is None else [str(label) for label in labels]
+    facts.setdefault("versions", _versions())
+    facts.setdefault("parameters", _parameters(graft))
+    facts["method"] = graft.method.to_dict()
+    return {"format": FORMAT, "name": graft.name, "base": base, **facts}
+
+
+def _base_fingerprint(graft: Adapter) -> str | None:
+    try:
+        return fingerprint(graft.model)
+    except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
+        return None
+
+
+def _digests_beside(graft: Adapter) -> dict[str, str]:
+    if graft.weights is not None:
+        return {}
+    try:
+        return digests_beside(graft.model, graft.heads)
+    except UnsupportedError:
+        return {}
+
+
+def _parameters(graft: Adapter) -> dict[str, Any]:
+    # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start and SHiRA's places never do.
+    sizes = {
+        key: tensor.numel()
+        for key, tensor in graft.state_dict().items()
+        if START not in key and not key.endswith(INDICES)
+    }
+    head = sum(size for key, size in sizes.items() if graft.is_head(key))
+    own, total = sum(sizes.values()) - head, graft.num_base_parameters
+    return {"trained": own, "head": head, "total": total, "share": own / total}
+
+
+def _labels(graft: Adapter) -> list[str] | None:
+    names = graft.label_names
+    if not graft.answers or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        return None
+    return names
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("graftwerk", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
