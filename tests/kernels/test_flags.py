@@ -27,7 +27,7 @@ def test_plain_disables_named_paths_inside_block_only() -> None:
 
 @pytest.mark.parametrize(("value", "off"), [("", ""), ("0", ""), ("1", "all"), ("fused, loss", "fused loss")])
 def test_environment_disables_paths(value: str, off: str) -> None:
-    code = "from graftwerk import fast; print(*[path for path in fast.PATHS if not fast.enabled(path)])"
+    code = "from graftwerk.kernels import flags; print(*[path for path in flags.PATHS if not flags.enabled(path)])"
     said = subprocess.run(
         [sys.executable, "-c", code], env={"GRAFTWERK_PLAIN": value}, capture_output=True, text=True, check=True
     )

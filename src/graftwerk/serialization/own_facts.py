@@ -25,13 +25,22 @@ if TYPE_CHECKING:
 _RESERVED = ("format", "name", "base", "files", SEAL)
 
 
-def own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
+def own_facts(adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of an adapter folder's `graftwerk.json`.
+
+    Args:
+        adapter: The adapter.
+        facts: Metadata of the caller; replaced by what it becomes.
+
+    Raises:
+        ConfigError: The metadata hold a name that is written from the adapter itself.
+    """
     reserved = [key for key in _RESERVED if key in facts]
     if reserved:
         raise ConfigError(
-            f"metadata may not hold `{reserved[0]}`: it is written from the graft itself", where="metadata"
+            f"metadata may not hold `{reserved[0]}`: it is written from the adapter itself", where="metadata"
         )
-    model = graft.model
+    model = adapter.model
     name = redact(facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or "") or None
     facts |= {key: redacted(facts[key]) for key in ("data", "command") if key in facts}
     known = facts.pop("base_fingerprint", None)
@@ -39,48 +48,48 @@ def own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
-        "fingerprint": known or _base_fingerprint(graft),
-        "beside": _digests_beside(graft),
+        "fingerprint": known or _base_fingerprint(adapter),
+        "beside": _digests_beside(adapter),
     }
-    labels = facts.get("labels") or _labels(graft)
+    labels = facts.get("labels") or _labels(adapter)
     facts["labels"] = None if labels is None else [str(label) for label in labels]
     facts.setdefault("versions", _versions())
-    facts.setdefault("parameters", _parameters(graft))
-    facts["method"] = graft.method.to_dict()
-    return {"format": FORMAT, "name": graft.name, "base": base, **facts}
+    facts.setdefault("parameters", _parameters(adapter))
+    facts["method"] = adapter.method.to_dict()
+    return {"format": FORMAT, "name": adapter.name, "base": base, **facts}
 
 
-def _base_fingerprint(graft: Adapter) -> str | None:
+def _base_fingerprint(adapter: Adapter) -> str | None:
     try:
-        return fingerprint(graft.model)
+        return fingerprint(adapter.model)
     except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
         return None
 
 
-def _digests_beside(graft: Adapter) -> dict[str, str]:
-    if graft.weights is not None:
+def _digests_beside(adapter: Adapter) -> dict[str, str]:
+    if adapter.weights is not None:
         return {}
     try:
-        return digests_beside(graft.model, graft.heads)
+        return digests_beside(adapter.model, adapter.heads)
     except UnsupportedError:
         return {}
 
 
-def _parameters(graft: Adapter) -> dict[str, Any]:
+def _parameters(adapter: Adapter) -> dict[str, Any]:
     # By tensors and not by what trains now: a loaded adapter may be frozen. PiSSA's start and SHiRA's places never do.
     sizes = {
         key: tensor.numel()
-        for key, tensor in graft.state_dict().items()
+        for key, tensor in adapter.state_dict().items()
         if START not in key and not key.endswith(INDICES)
     }
-    head = sum(size for key, size in sizes.items() if graft.is_head(key))
-    own, total = sum(sizes.values()) - head, graft.num_base_parameters
+    head = sum(size for key, size in sizes.items() if adapter.is_head(key))
+    own, total = sum(sizes.values()) - head, adapter.num_base_parameters
     return {"trained": own, "head": head, "total": total, "share": own / total}
 
 
-def _labels(graft: Adapter) -> list[str] | None:
-    names = graft.label_names
-    if not graft.answers or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+def _labels(adapter: Adapter) -> list[str] | None:
+    names = adapter.label_names
+    if not adapter.answers or all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         return None
     return names
 
