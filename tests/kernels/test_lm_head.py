@@ -141,18 +141,18 @@ def test_head_cap_scale_and_bias_are_recognised() -> None:
     divided = built(tf.GraniteConfig(**{k: v for k, v in GATED.items() if k != "head_dim"}, logits_scaling=8.0))
     for model in (capped, scaled, divided):
         compare(model, batch)
-    shapes = [before_head._SHAPES[model.get_output_embeddings()] for model in (capped, scaled, divided)]
+    shapes = [vars(model.get_output_embeddings())[before_head._FOUND] for model in (capped, scaled, divided)]
     assert shapes == [(1.0, 2.0, False), (0.25, None, False), (0.125, None, False)]
     model = FAMILIES["bart"].build()
     model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(0))
     compare(model, task_for(model).collator.collate(rows(), TOKENIZER))
-    assert before_head._SHAPES[model.get_output_embeddings()] == (1.0, None, True)
+    assert vars(model.get_output_embeddings())[before_head._FOUND] == (1.0, None, True)
 
 
 def test_head_cap_far_from_logits_is_recognised() -> None:
     small = built(tf.Gemma2Config(**GATED, final_logit_softcapping=30.0))
     compare(small, Causal().collator.collate(rows(), TOKENIZER))
-    assert before_head._SHAPES[small.get_output_embeddings()] == (1.0, 30.0, False)
+    assert vars(small.get_output_embeddings())[before_head._FOUND] == (1.0, 30.0, False)
 
 
 class Odd(tf.LlamaForCausalLM):
@@ -188,7 +188,7 @@ def test_unknown_head_returns_none(kind: Any, dropout: float) -> None:
     outputs, loss, *_ = learn(model, batch)
     assert not isinstance(outputs, LabelledLogits)
     assert loss == right  # to the last bit: the attempt left the generator as it was
-    assert before_head._SHAPES[model.get_output_embeddings()] is None
+    assert vars(model.get_output_embeddings())[before_head._FOUND] is None
 
 
 class Doubled(nn.Linear):

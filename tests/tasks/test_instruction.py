@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,16 @@ def test_a_system_message_is_added_where_a_row_has_none(chat_tokenizer: Any) -> 
 
 
 # templates
+
+
+def test_template_whose_process_runs_is_copied_with_its_tokenizer(chat_tokenizer: Any) -> None:
+    template = template_for(chat_tokenizer, "chat")
+    turns = [[("user", "a"), ("assistant", "b")]]
+    expected = template.render(turns)
+    for copied in (copy.deepcopy(chat_tokenizer), pickle.loads(pickle.dumps(chat_tokenizer))):
+        again = template_for(copied, "chat")
+        assert again is not template
+        assert again.render(turns) == expected
 
 
 def test_a_template_that_rewrites_earlier_answers_is_refused(tiny_decoder: Path) -> None:

@@ -10,7 +10,6 @@ Legend: B rows, T tokens, N labelled tokens, d width, V vocabulary.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,8 +29,8 @@ CLOSE_HALF = 2e-2
 Shape = tuple[float, float | None, bool]
 """Scale, cap, and whether `final_logits_bias` is added."""
 
-_SHAPES: weakref.WeakKeyDictionary[nn.Module, Shape | None] = weakref.WeakKeyDictionary()
-"""The shape found for each head, or None if no `Head` describes its model."""
+_FOUND = "_graftwerk_logits"
+"""Attribute of a head module: the shape found, or None if no `Head` describes its model."""
 
 
 class LabelledLogits:
@@ -85,8 +84,8 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
     module: nn.Module | None = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
     if module is None or not _is_plain(module):
         return None
-    known = _SHAPES.get(module)
-    if known is None and module in _SHAPES:
+    known: Shape | None = vars(module).get(_FOUND)
+    if known is None and _FOUND in vars(module):
         return None
     drawn = None if known is not None else _RandomState(mask.device)
     tap = _Tap(probing=known is None)
@@ -100,7 +99,7 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
     hidden = tap.hidden
     if outputs is None or hidden is None or tap.calls != 1 or hidden.shape[:-1] != mask.shape:
         if known is None:
-            _SHAPES[module] = None
+            vars(module)[_FOUND] = None
         found = None
     else:
         found = known if known is not None else _recognised(plain, module, tap, outputs.logits)
@@ -159,7 +158,7 @@ def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape 
     assert tap.probe is not None
     wanted = tap.probe.shape[:-1]
     if not isinstance(logits, Tensor) or logits.shape[:-1] != wanted:
-        _SHAPES[module] = None
+        vars(module)[_FOUND] = None
         return None
     plain = F.linear(tap.probe, module.weight, module.bias)  # type: ignore[arg-type]
     if not float(plain.float().abs().amax()) > 1.0:
@@ -178,9 +177,9 @@ def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape 
         # each of the two tokens against its own largest logit
         bound = close * logits.float().abs().amax(-1)
         if bool(((made.float() - logits.float()).abs().amax(-1) <= bound).all()):
-            _SHAPES[module] = shape
+            vars(module)[_FOUND] = shape
             return shape
-    _SHAPES[module] = None
+    vars(module)[_FOUND] = None
     return None
 
 

@@ -6,7 +6,6 @@ Every source becomes a local folder first, passes the safety checks, and is then
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +27,7 @@ SPARE_PER_LABEL = 1 << 14
 MOST_PER_TENSOR = 4
 """Parameters that a model may have for each tensor of its weights: some files hold several in one."""
 
-_new_weights: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+_NEW_WEIGHTS = "_graftwerk_new_weights"
 
 
 class HeadedTask(Protocol):
@@ -204,7 +203,7 @@ def load_model(
         except Exception as error:  # the library's errors have no common root
             raise _load_error(error, name, folder) from error
     model.config._name_or_path = name
-    _new_weights[model] = _judge(model, report, name)
+    vars(model)[_NEW_WEIGHTS] = _judge(model, report, name)
     return model.eval()
 
 
@@ -269,7 +268,8 @@ def _check_size(
 
 def newly_initialised(model: nn.Module) -> tuple[str, ...]:
     """Return the parameters that `load_model` did not find in the checkpoint, sorted; empty for other models."""
-    return _new_weights.get(model, ())
+    names: tuple[str, ...] = vars(model).get(_NEW_WEIGHTS, ())
+    return names
 
 
 def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:

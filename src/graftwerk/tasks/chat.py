@@ -8,7 +8,6 @@ place: a model whose padding is its end token learns to end all the same.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,16 +101,12 @@ def encode_conversations(
 
 def end_ids(template: Template, tokenizer: Any) -> list[int]:
     """Return the ids that end a generated answer: the tokenizer's end token, and the one that ends a turn."""
-    known = _ENDS.setdefault(template, [])
-    if not known:
-        known.append(tokenizer.eos_token_id)
+    if template.end_ids is None:
+        template.end_ids = [tokenizer.eos_token_id]
         (probe,) = encode_conversations([[("user", "a"), ("assistant", "b")]], template, tokenizer, 1 << 20)
         if probe.labels is not None and not probe.endless:
-            known.append([label for label in probe.labels if label != IGNORED][-1])
-    return sorted({token for token in known if token is not None})
-
-
-_ENDS: weakref.WeakKeyDictionary[Template, list[int | None]] = weakref.WeakKeyDictionary()
+            template.end_ids.append([label for label in probe.labels if label != IGNORED][-1])
+    return sorted({token for token in template.end_ids if token is not None})
 
 
 def _labelled(

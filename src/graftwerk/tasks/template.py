@@ -51,6 +51,8 @@ class Template(ABC):
     """Final subclasses: `PlainTemplate`, `ModelTemplate`."""
 
     name: str
+    end_ids: list[int | None] | None = None
+    """Ids that end an answer, once they were looked for (`chat.end_ids`)."""
 
     @abstractmethod
     def render(self, conversations: Sequence[Sequence[Turn]], *, asked: bool = False) -> list[Rendered]:
@@ -93,9 +95,13 @@ class ModelTemplate(Template):
     name = "chat"
 
     def __init__(self, source: str, variables: dict[str, Any]) -> None:
-        self._opening = {"template": source, "variables": variables}
+        self._opening: dict[str, Any] = {"template": source, "variables": variables}
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
+
+    def __reduce__(self) -> tuple[type[ModelTemplate], tuple[str, dict[str, Any]]]:
+        """Copy without the process, so that the tokenizer that holds this can be copied and pickled."""
+        return ModelTemplate, (self._opening["template"], self._opening["variables"])
 
     def render(self, conversations: Sequence[Sequence[Turn]], *, asked: bool = False) -> list[Rendered]:
         return [rendered for chunk in _chunks(conversations) for rendered in self._ask(chunk, asked)]
@@ -163,14 +169,14 @@ def template_for(tokenizer: Any, choice: Choice = "auto") -> Template:
         ConfigError: The model's own is requested, and it has none.
         ModelError: the tokenizer has no end token.
     """
-    known = _KNOWN.setdefault(tokenizer, {})
+    known: dict[str, Template] = vars(tokenizer).setdefault(_KNOWN, {})
     if choice not in known:
         known[choice] = _template(tokenizer, choice)
     return known[choice]
 
 
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[str, Template]] = weakref.WeakKeyDictionary()
-"""Templates by tokenizer, so that a process is started once."""
+_KNOWN = "_graftwerk_templates"
+"""Attribute of a tokenizer: its templates by choice, so that a process is started once."""
 
 
 def _template(tokenizer: Any, choice: Choice) -> Template:
