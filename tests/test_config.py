@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,18 @@ def test_anchored_sets_keep_their_other_settings(tmp_path: Path, monkeypatch: py
     (found,) = anchored({"model": "m", "data": {"train": sets}, "output_dir": "x"})["data"]["train"]
     place = str(tmp_path / "a.de")
     assert found == {"source": place, "target": "b.en", "prefix": "a.de", "validation": place, "weight": 2.0}
+
+
+def test_build_leaves_the_mapping_of_its_caller() -> None:
+    tree = {"model": "x", "method": {"name": "lora", "r": 2}, "data": {"train": "y", "columns": {"text": "a"}}}
+    before = copy.deepcopy(tree)
+    built = RunConfig.build(tree, ["method.r=4", "training.seed=7", "data.columns.label=b"])
+    assert built.training.seed == 7
+    assert built.data.columns == {"text": "a", "label": "b"}
+    assert tree == before
+
+
+def test_quoted_override_stays_text() -> None:
+    tree = {"model": "x", "method": "lora", "data": {"train": "y"}}
+    assert RunConfig.build(tree, ["revision='85e2415'"]).revision == "85e2415"
+    assert RunConfig.build(tree, ["learning_rate=1e-3"]).training.learning_rate == 1e-3

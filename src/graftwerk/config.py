@@ -6,6 +6,7 @@ and deep nesting are refused.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from glob import escape, glob
@@ -105,12 +106,23 @@ class RunConfig(Settings):
 
     @classmethod
     def build(
-        cls, tree: dict[str, Any], overrides: list[str] | dict[str, Any] | None = None, *, where: str | None = None
+        cls, tree: Mapping[str, Any], overrides: list[str] | dict[str, Any] | None = None, *, where: str | None = None
     ) -> RunConfig:
+        """Build a run's settings from the content of a run file; the caller's mapping is not changed.
+
+        Args:
+            tree: Content of a run file.
+            overrides: As for `load`.
+            where: File that the content is from, for messages.
+
+        Raises:
+            ConfigError: A key or value is wrong; the nearest right key is named.
+        """
+        content = copy.deepcopy(dict(tree))
         for key, value in parse_overrides(overrides).items():
-            _set(tree, key, value)
+            _apply_override(content, key, value)
         try:
-            return cls.model_validate(tree)
+            return cls.model_validate(content)
         except ValidationError as error:
             raise explain(error, cls, where) from None
 
@@ -188,11 +200,13 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
         if not equals or not key:
             raise ConfigError(f"`{item}` is not of the form key=value", hint="for instance training.seed=1")
         try:
-            parsed_value = _number(parse_yaml(value.encode(), key))
+            parsed_value = parse_yaml(value.encode(), key)
         except (ConfigError, UnicodeEncodeError) as error:
             why = error.what if isinstance(error, ConfigError) else "half a character"
             raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({why[:200]})") from None
-        place = tuple(_place(key.strip()))
+        if value.strip()[:1] not in ("'", '"'):
+            parsed_value = _number(parsed_value)
+        place = tuple(_full_key(key.strip()))
         if place in places:
             raise ConfigError(f"`{places[place]}` and `{item}` both set `{'.'.join(place)}`", hint="give one of them")
         places[place] = item
@@ -210,8 +224,8 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    keys = _place(dotted)
+def _apply_override(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    keys = _full_key(dotted)
     node = tree
     model: type[Settings] | None = RunConfig
     for key in keys[:-1]:
@@ -242,8 +256,8 @@ def _settings_at(model: type[Settings] | None, key: str, child: dict[str, Any]) 
     return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
 
 
-def _place(dotted: str) -> list[str]:
-    """`learning_rate=1e-3` means `training.learning_rate` where the top level has no such key."""
+def _full_key(dotted: str) -> list[str]:
+    """Return the parts of a dotted key; `learning_rate` is `training.learning_rate`, as the top level has no such."""
     keys = dotted.split(".")
     if len(keys) == 1 and keys[0] not in RunConfig.model_fields:
         if keys[0] in known_keys(TrainingSettings):
@@ -323,6 +337,6 @@ def _absolute(place: Any) -> Any:
             return str(path.absolute())
         if any(mark in place for mark in "*?[") and not path.is_absolute() and glob(str(path), recursive=True):
             return os.path.join(escape(str(Path.cwd())), str(path))
-    except OSError:  # a name longer than the file system takes: said by whoever opens it
+    except OSError:  # longer than the file system takes: reported when it is opened
         return place
     return place

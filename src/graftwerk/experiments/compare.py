@@ -9,7 +9,6 @@ run.
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -342,12 +341,10 @@ class _ComparisonDriver:
 
 
 def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a run file's content, from a path, a mapping or a `RunConfig`."""
+    """Return a run file's content, from a path, a mapping or a `RunConfig`."""
     if isinstance(config, RunConfig):
         return config.model_dump(mode="json")
-    if isinstance(config, Mapping):
-        return copy.deepcopy(dict(config))  # overrides are put into it
-    return read_yaml(Path(config))
+    return dict(config) if isinstance(config, Mapping) else read_yaml(Path(config))
 
 
 def _refuse_overrides(overrides: Mapping[str, Any]) -> None:

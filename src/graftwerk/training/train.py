@@ -5,7 +5,6 @@ First the settings, then the folder, the data, the model; only then is anything 
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -123,5 +122,5 @@ def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: 
     if isinstance(config, RunConfig):
         return RunConfig.build(config.model_dump(mode="json"), overrides) if overrides else config
     if isinstance(config, Mapping):
-        return RunConfig.build(copy.deepcopy(dict(config)), overrides)  # overrides are put into it
+        return RunConfig.build(config, overrides)
     return RunConfig.load(config, overrides)
