@@ -1,8 +1,13 @@
-"""One rooted tree of errors, written for the person who has to put things right; and `RunInterrupted`.
+"""The errors that graftwerk raises, as one tree; the exit code of a command is that of its error.
 
-Every error says *what* happened, *where* (file:line, config key, module path), a *hint* how to put it right, and what
-was *recovered*.
-The exit code of a command is the exit code of its error; a traceback is shown only with ``--debug``.
+    GraftwerkError (1)
+      ConfigError (2)     DataError (3)
+      ModelError (4)      UnsupportedError, AdapterError
+      ResourceError (5)   DivergedError (6)   ConflictError (7)   IntegrityError (8)
+    RunInterrupted (130 for SIGINT, 143 for SIGTERM), which is no `Exception`
+
+A message says what happened and, if known, where (file:line, config key, module path), a hint what to change, and what
+was recovered. A traceback is shown only with ``--debug``.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ class Explained(BaseException):
     """Base of `GraftwerkError` and `RunInterrupted`: a message in four parts.
 
     ``str(error)`` is the whole message; ``error.as_dict()`` is the same for programs. Both are cleaned
-    (`sanitize.clean`): foreign names and places may stand in them.
+    (`sanitize.clean`), since they may quote foreign names and paths.
 
     Args:
         what: What happened, in the user's terms, with the offending value.
@@ -60,7 +65,11 @@ class Explained(BaseException):
                 parts.append(f"  {label}: {text}")
         return clean("\n".join(parts))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, vars(self))
+
     def as_dict(self) -> dict[str, Any]:
+        """Return code, exit code and the four parts, under their names of 0.1.0 too."""
         said = {"what": self.what, "where": self.where, "hint": self.hint, "recovered": self.recovered}
         said |= {"mend": self.hint, "kept": self.recovered}  # the names of 0.1.0
         return {
@@ -70,45 +79,52 @@ class Explained(BaseException):
         }
 
 
+def _rebuild(cls: type[Explained], args: tuple[Any, ...], values: dict[str, Any]) -> Explained:
+    """Return an error as it was pickled; its parts are no positional arguments."""
+    error = cls.__new__(cls, *args)
+    vars(error).update(values)
+    return error
+
+
 class GraftwerkError(Explained, Exception):
-    """The root of everything that can be wrong."""
+    """Root of the tree; raised itself for a defect."""
 
 
 class ConfigError(GraftwerkError):
-    """A wrong key, value, file or argument given by the user."""
+    """A key, value, file or argument from the user is wrong."""
 
     code = "config"
     exit_code = 2
 
 
 class DataError(GraftwerkError):
-    """Rows that cannot be read, or that could not be learnt from."""
+    """Rows cannot be read, or nothing can be learned from them."""
 
     code = "data"
     exit_code = 3
 
 
 class ModelError(GraftwerkError):
-    """The model and what is asked of it do not fit (architecture, vocabulary, head)."""
+    """The model does not fit the task, the method or the data (architecture, vocabulary, head)."""
 
     code = "model"
     exit_code = 4
 
 
 class UnsupportedError(ModelError):
-    """A method cannot do this on this model; the message says which can."""
+    """A method cannot do this on this model."""
 
     code = "unsupported"
 
 
 class AdapterError(ModelError):
-    """An adapter folder and this model do not fit: missing, extra or mis-shaped weights, another base."""
+    """An adapter folder does not fit this model: missing, extra or mis-shaped weights, another base."""
 
     code = "adapter"
 
 
 class ResourceError(GraftwerkError):
-    """Disk, memory, permission, network, or a package that is not installed."""
+    """Disk, memory, permissions, network or a package is missing. ``code`` stays "environment", its name in 0.1.0."""
 
     code = "environment"
     exit_code = 5
@@ -122,7 +138,7 @@ class DivergedError(GraftwerkError):
 
 
 class ConflictError(GraftwerkError):
-    """Somebody else holds what is wanted: a locked run folder, a name in use."""
+    """A resource is in use or a name is taken: a locked run folder, an adapter of that name."""
 
     code = "conflict"
     exit_code = 7
@@ -136,10 +152,10 @@ class IntegrityError(GraftwerkError):
 
 
 class RunInterrupted(Explained):
-    """SIGINT or SIGTERM, raised after a verified save. ``exit_code`` is 128 + the signal's number.
+    """SIGINT or SIGTERM stopped the run; `recovered` names the newest checkpoint, if there is one.
 
-    Like KeyboardInterrupt it is no `Exception`: nobody's ``except Exception`` takes a stop for a fault of what it
-    guards, and so turns it into another error or goes on as if nothing had come.
+    Derives from BaseException, as KeyboardInterrupt does, so that no ``except Exception`` swallows a stop or turns it
+    into another error. ``exit_code`` is 128 + the signal's number.
     """
 
     code = "interrupted"

@@ -131,7 +131,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(text_model: Callable[[
     model.generate = narrow
     assert generate(model, task, examples, tokenizer, settings(generation_batch_size=8), say=said.append) == golden
     assert sizes == [8, 4, 2, 2, 2, 2]
-    assert said == [f"out of memory while answers are written: going on with {n} rows a batch" for n in (4, 2)]
+    assert said == [f"out of memory while generating: continuing with {n} rows a batch" for n in (4, 2)]
 
     def broken(**_: Any) -> Any:
         raise RuntimeError("shapes cannot be multiplied")

@@ -115,7 +115,7 @@ def story(settings: dict[str, Any]) -> Iterator[Story]:
 def test_a_signal_stops_it_after_a_save(story: Story) -> None:
     assert story.interrupted.exit_code == 128 + signal.SIGTERM
     assert "1 of 4 runs" in str(story.interrupted.recovered)
-    assert "goes on" in str(story.interrupted.hint)
+    assert "to resume" in str(story.interrupted.hint)
     assert story.after_interrupt == ["full-seed0", "small-seed0"]
 
 

@@ -216,7 +216,7 @@ def test_comparison_of_one_or_no_method_or_unfinished(tmp_path: Path) -> None:
     assert page.one("h1").text == "No run of this comparison gave a result"
     page = comparison(tmp_path / "running", **nothing, status="running")
     assert "not finished" in page.one("h1").text
-    assert "goes on with it" in page.text
+    assert "resumes the comparison" in page.text
 
 
 def test_cost_that_was_not_measured_is_said_not_drawn(tmp_path: Path) -> None:

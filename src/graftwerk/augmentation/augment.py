@@ -104,7 +104,7 @@ def augment(
             stopped.signum if isinstance(stopped, RunInterrupted) else signal.SIGINT,
             stopped.what if isinstance(stopped, RunInterrupted) else "stopped by Ctrl-C",
             recovered=str(journal) if journal.exists() else None,
-            hint="the same command with --resume goes on from there" if journal.exists() else None,
+            hint="run the same command with --resume to continue from there" if journal.exists() else None,
         ) from None
 
 

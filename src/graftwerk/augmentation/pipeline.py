@@ -1,4 +1,4 @@
-"""Augmented rows as a file of their own, made whole or not at all, and gone on with where making them was stopped.
+"""Augmented rows as a file of their own, written whole or not at all, and resumed where making them was stopped.
 
 Three files: ``NAME.jsonl`` has the rows; ``NAME.about.json`` beside it says what they were made of and vouches for
 them by a checksum; ``NAME.jsonl.unfinished`` is there while a model is still writing. The same rows and settings
@@ -108,7 +108,7 @@ def make(
         if journal_of(target).exists() and not resume:
             raise ConflictError(
                 f"{target} was begun and is not finished",
-                hint="--resume (resume=True) goes on with it, --overwrite (overwrite=True) begins anew",
+                hint="--resume (resume=True) continues it, --overwrite (overwrite=True) starts over",
                 recovered=str(journal_of(target)),
             )
     _refuse_twice(rows)

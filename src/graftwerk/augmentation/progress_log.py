@@ -27,7 +27,7 @@ class Journal:
 
     Args:
         target: The file that is being made; the journal lies beside it, with `ENDING` behind its name.
-        identity: What is being made: rows, settings. A journal of something else is not gone on with.
+        identity: What is being made: rows, settings. A log of something else is not resumed.
         keep: Go on with a journal that is there; otherwise begin it anew.
 
     Raises:

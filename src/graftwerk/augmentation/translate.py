@@ -1,4 +1,4 @@
-"""Texts written by a model from other texts: sampled or by beam search, in batches, gone on with after a kill.
+"""Texts written by a model from other texts: sampled or by beam search, in batches, resumed after a kill.
 
 The batches are planned from all texts at once: like lengths together, and among equal lengths by the texts' own
 fingerprints. So the plan does not depend on the order of the rows, a plan made again after a kill is the same plan,

@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
         """Train and measure methods side by side, over several seeds.
 
         Each method trains at its own learning rate on the same rows; differences come with paired intervals. The same
-        command again goes on where it stopped. The folder of the comparison is output_dir.
+        command again resumes where it stopped. The folder of the comparison is output_dir.
         """
         methods, seeds, overrides = read_settings(settings or [])
         augment = overrides.pop("augment", None)

@@ -97,7 +97,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     out.line(
         f"output  {place['path']}"
         + (
-            " (holds a run: --resume goes on with it, --overwrite replaces it)"
+            " (holds a run: --resume continues it, --overwrite replaces it)"
             if place["holds_a_run"]
             else " (exists already)"
             if place["exists"]

@@ -46,7 +46,7 @@ def adapter_in(target: Path) -> Path:
     if (target / "adapter_config.json").is_file():
         return target
     if (target / "manifest.json").is_file():
-        raise ConfigError(f"the run in {target} has no adapter yet", hint="go on with it: graftwerk train ... --resume")
+        raise ConfigError(f"the run in {target} has no adapter yet", hint="resume it: graftwerk train ... --resume")
     if (target / "comparison.json").is_file():
         runs = sorted(path.parent.name for path in target.glob("*/manifest.json"))
         raise ConfigError(

@@ -134,7 +134,7 @@ class Progress(Display):
             case "evaluation":
                 self._note(describe_evaluation(event.step, figures))
             case "resume":
-                self._note(f"going on from step {event.step}: {figures.get('path', '')}")
+                self._note(f"resuming from step {event.step}: {figures.get('path', '')}")
             case "nothing_left" | "trunk":
                 self._note(figures["text"])
             case "early_stopping":

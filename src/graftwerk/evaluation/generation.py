@@ -76,7 +76,7 @@ def generate(
                     if not is_out_of_memory(error) or len(some) == 1:
                         raise
                     size = len(some) // 2
-                    say(f"out of memory while answers are written: going on with {size} rows a batch")
+                    say(f"out of memory while generating: continuing with {size} rows a batch")
                     release()
                     continue
                 for row, text in zip(some, written, strict=True):

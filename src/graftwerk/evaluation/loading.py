@@ -140,7 +140,7 @@ def find(target: Any) -> Target:
     if not adapter.is_dir():
         raise ConfigError(
             f"the run in {path} has no adapter yet (status: {manifest.get('status')})",
-            hint="go on with it: graftwerk train ... --resume",
+            hint="resume it: graftwerk train ... --resume",
         )
     settings = RunConfig.load(path / CONFIG)
     _check_settings(path / CONFIG, manifest.get("config_digest"))

@@ -255,7 +255,7 @@ class _ComparisonDriver:
             except Explained as stopped:
                 stopped.recovered = f"{self.pace.done} of {len(self.plan)} runs in {self.folder}"
                 if isinstance(stopped, RunInterrupted):
-                    stopped.hint = "the same command again goes on from there"
+                    stopped.hint = "run the same command again to resume"
                 raise
             result = aggregate(
                 self.entries,

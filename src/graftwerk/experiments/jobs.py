@@ -97,7 +97,7 @@ def _refuse_another_run(folder: Path, config: Any, fingerprint: str) -> None:
 
 
 def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
-    """Train to the end (or go on where it stopped), then measure what was stored, row by row."""
+    """Train to the end (or resume where it stopped), then measure what was stored, row by row."""
     from graftwerk.config import RunConfig
     from graftwerk.evaluation.evaluate import evaluate
     from graftwerk.evaluation.results_io import load_evaluation

@@ -31,7 +31,7 @@ class RunEvents:
         elif kind == "phase":
             return str(event["name"])
         elif kind == "resume":
-            return f"going on from step {self.step}"
+            return f"resuming from step {self.step}"
         elif kind in NOTED:
             hint = f" ({event['hint']})" if event.get("hint") else ""
             return f"{event.get('text', kind)}{hint}"

@@ -55,7 +55,7 @@ def _state(result: Mapping[str, Any]) -> Markup:
     """Return the section of notes to read before the results."""
     said = [page.message("Note:", note) for note in map(str, items(result, "notes"))]
     if words(result, "status") == "running":
-        text = "Runs are still to do, or it was stopped; the command at the end of this page goes on with it."
+        text = "Some runs are still to do; the command at the end of this page resumes the comparison."
         said.insert(0, page.message("Not finished.", text, grave=True))
     return page.section("Before you read the figures", page.messages(said)) if said else Markup()
 
@@ -205,5 +205,5 @@ def _repeat(result: Mapping[str, Any]) -> Markup:
     line = words(result, "command")
     if not line:
         return page.section("Repeat it", page.paragraph("The command is not stored.", class_="missing"))
-    text = "The same command goes on where a stopped comparison was, and does nothing where all is done."
+    text = "The same command resumes a stopped comparison, and does nothing once all runs are done."
     return page.section("Repeat it", page.command(line), page.paragraph(text, class_="note"))
