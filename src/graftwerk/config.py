@@ -107,6 +107,16 @@ class RunConfig(Settings):
     def build(
         cls, tree: dict[str, Any], overrides: list[str] | dict[str, Any] | None = None, *, where: str | None = None
     ) -> RunConfig:
+        """Build the settings of a run from a mapping.
+
+        Args:
+            tree: The mapping, as a run file has it; overrides are written into it.
+            overrides: Values by dotted key, or ``key=value`` strings, which replace those of ``tree``.
+            where: Name of the file for messages, or None if there is none.
+
+        Raises:
+            ConfigError: a key or value is wrong; the nearest right key is named.
+        """
         for key, value in parse_overrides(overrides).items():
             _set(tree, key, value)
         try:

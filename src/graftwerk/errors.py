@@ -61,6 +61,7 @@ class Explained(BaseException):
         return clean("\n".join(parts))
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the error as the object that `--json` prints, without control characters."""
         said = {"what": self.what, "where": self.where, "hint": self.hint, "recovered": self.recovered}
         said |= {"mend": self.hint, "kept": self.recovered}  # the names of 0.1.0
         return {
@@ -150,6 +151,7 @@ class RunInterrupted(Explained):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
+        """Return 128 plus the signal's number, as a shell does."""
         return 128 + self.signum
 
 
