@@ -42,7 +42,7 @@ class HeadedTask(Protocol):
         """Return the auto class of transformers that loads the model with the task's head."""
 
     def model_kwargs(self, splits: Any) -> dict[str, Any]:
-        """Return settings of the configuration that depend on the data, such as the number of labels."""
+        """Return the arguments of ``from_pretrained`` that depend on the data, such as ``num_labels``."""
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
