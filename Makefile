@@ -69,7 +69,7 @@ format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docstrings: setup ## count the docstrings without shapes, Raises or examples; ARGS="--list" names them
+docstrings: setup ## fail if a docstring is missing or lacks shapes, Raises or an example; ARGS="--list" names it
 	$(BIN)/python -m tools.docstrings $(ARGS)
 
 capabilities: setup ## write the README's table of what works on what, from the contract test

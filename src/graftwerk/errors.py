@@ -166,6 +166,7 @@ class RunInterrupted(Explained):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
+        """Return 128 plus the signal's number, as a shell does."""
         return 128 + self.signum
 
 

@@ -67,6 +67,6 @@ def redacted(value: Any) -> Any:
 
 
 def dump_json(value: Any, **options: Any) -> str:
-    """JSON as `json.dumps`, with characters that act written as ``\\uXXXX``: whoever parses it gets them back."""
+    r"""Dump as `json.dumps` does, characters that act written as ``\uXXXX``: whoever parses it gets them back."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     return re.sub(rf"(?![\n\t]){_UNSEEN.pattern}", lambda match: json.dumps(match.group())[1:-1], text)

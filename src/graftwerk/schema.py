@@ -52,8 +52,9 @@ def run_schema() -> dict[str, Any]:
 
 
 def run_keys() -> Iterator[dict[str, Any]]:
-    """Every key of a run file with its kind, default and meaning; keys of methods as ``method(lora).r``, keys of tasks
-    and augmenters likewise.
+    """Yield every key of a run file with its kind, default and meaning.
+
+    Keys of methods are written as ``method(lora).r``, keys of tasks and augmenters likewise.
     """
     yield from _keys(RunConfig, "")
     for key, choices in CHOICES.items():
@@ -80,7 +81,10 @@ def _choice_schema(
 
 
 def _add_aliases(model: type[Settings], schema: dict[str, Any]) -> None:
-    """pydantic's schema names only the first spelling of a key; the others are accepted, so they are listed."""
+    """Add the other spellings of keys to a schema, since all of them are accepted.
+
+    The schema that pydantic makes names only the first.
+    """
     properties = schema["properties"]
     for name in model.model_fields:
         for other in sorted(_spellings(model, name) - {name}):

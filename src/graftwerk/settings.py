@@ -59,6 +59,8 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
     """Parse the settings of a method or a task in a run file.
 
     Args:
+        model: Class of the settings.
+        values: The values by key.
         what: Name for messages: "method `lora`".
         where: The key of the run file.
 
@@ -133,6 +135,7 @@ def parse_choice(
     """Parse a value of a run file that is a name, or settings with `name`: a method, a task, an augmenter.
 
     Args:
+        value: A name, a mapping with `name`, or an instance of ``root``.
         root: Base class of the choices; an instance of it is returned as it is.
         choices: Classes by name.
         what: Name for messages, with its article: "a method".

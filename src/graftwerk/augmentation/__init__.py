@@ -1,0 +1,1 @@
+"""New training rows made out of given ones: noise on words, and translation by a model."""

@@ -32,6 +32,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Vocabulary:
+        """Return the vocabulary of texts, whose words are separated by white space."""
         counts: Counter[str] = Counter()
         for text in texts:
             counts.update(text.split())
@@ -47,6 +48,7 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Return the fingerprint of words and counts; the order of the texts does not change it."""
         return fingerprint(*(part for pair in self.counts for part in pair))
 
 

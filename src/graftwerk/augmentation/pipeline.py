@@ -49,6 +49,7 @@ class Augmented:
 
     @property
     def rows(self) -> int:
+        """Return the number of augmented rows, all augmenters together."""
         return sum(map(len, self.parts))
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +156,7 @@ def weighted(rows: Sequence[dict[str, Any]], weight: float) -> list[dict[str, An
 
 
 def about_of(target: Path) -> Path:
+    """Return the path of the file that describes an augmented file: ``rows.about.json`` beside ``rows.jsonl``."""
     return target.with_name(target.stem + ".about.json")
 
 

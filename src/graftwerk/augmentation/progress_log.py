@@ -67,6 +67,7 @@ class Journal:
         self._append(json.dumps([key, answers], ensure_ascii=False))
 
     def close(self) -> None:
+        """Close the log's file, which also releases its lock."""
         self._file.close()
 
     def remove(self) -> None:
@@ -108,6 +109,7 @@ class Journal:
 
 
 def journal_of(target: Path) -> Path:
+    """Return the path of the progress log of an augmented file, which stands beside it."""
     return target.with_name(target.name + ENDING)
 
 

@@ -38,6 +38,7 @@ class Made:
     left_out: Counter[str] = field(default_factory=Counter)
 
     def counts(self) -> dict[str, Any]:
+        """Return ``{kind, read, made, left_out: {reason: variants}}``."""
         return {"kind": self.kind, "read": self.read, "made": len(self.rows), "left_out": dict(self.left_out)}
 
 
@@ -45,7 +46,9 @@ def make_noise(settings: Noise, rows: Sequence[Row], parts: Sequence[str]) -> Ma
     """Make `n` noisy variants of each row; leave out and count duplicates of the row and of earlier variants.
 
     Args:
-        parts: Of the task, the one that the model reads first; none: found by its usual name.
+        settings: Kind and strength of the noise, and ``n``, the number of variants per row.
+        rows: The training rows.
+        parts: Fields of the task, the one that the model reads first; empty if the field is found by its usual name.
     """
     part = changed_part(settings.part, rows, parts)
     texts = texts_of(rows, part)
@@ -121,9 +124,12 @@ class _Variants:
         self.seen: set[str] = set()
 
     def add(self, text: str, compared: str, origin: dict[str, Any]) -> None:
-        """
+        """Add a variant of the row, or count why it is left out.
+
         Args:
+            text: The variant, as it is written to the new row.
             compared: The text without a tag.
+            origin: Its ``origin``, with the ``kind`` of augmenter.
         """
         plain = " ".join(compared.split())
         if normal(compared) == self.own and origin["kind"] in ("back_translation", "forward_translation"):

@@ -28,6 +28,7 @@ class Augmenter(Settings):
     )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the settings with `name`, as they stand in a run file."""
         return {"name": self.name, **self.model_dump(mode="json")}
 
     def making(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Question:
 
     @property
     def key(self) -> str:
+        """Return the fingerprint of text and languages."""
         return fingerprint(self.text, *(str(language or "") for language in self.languages))
 
 
@@ -176,6 +177,7 @@ def ask(
 
 
 def question_row(task: TextTask, question: Question) -> Row:
+    """Return the task's row for a question, with its languages if the task has fields for them."""
     row = task.example_from_text(question.text)
     for name, language in zip(("source_lang", "target_lang"), question.languages, strict=True):
         if name in task.parts and language is not None:

@@ -23,6 +23,8 @@ Given = Annotated[
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `augment` to the app."""
+
     @command(app, "augment")
     def augment(
         out: Output,

@@ -25,6 +25,8 @@ Settings = Annotated[
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `compare` to the app."""
+
     @command(app, "compare")
     def compare(
         out: Output,

@@ -16,6 +16,8 @@ from graftwerk.formatting import byte_size, count, share
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `doctor` to the app."""
+
     @command(app, "doctor")
     def doctor(
         out: Output,
@@ -46,6 +48,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_machine(out: Output, machine: dict[str, Any]) -> None:
+    """Show cores, memory in bytes, devices, compute type and versions, as `describe_machine` returns them."""
     from graftwerk.cli.machine import OPTIONAL
 
     shown = table("machine", "")
@@ -78,6 +81,7 @@ def describe_trunk(trunk: dict[str, Any]) -> str:
 
 
 def show_preflight(out: Output, checked: dict[str, Any]) -> None:
+    """Show model, method, steps, rows and findings of a run file, as `preflight` returns them."""
     data, parameters, model = checked["data"], checked["parameters"], checked["model"]
     out.line(
         f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters, "

@@ -13,6 +13,8 @@ from graftwerk.formatting import DASH, byte_size, figure, seconds
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `evaluate` to the app."""
+
     @command(app, "evaluate")
     def evaluate(
         out: Output,
@@ -118,6 +120,7 @@ def show_examples(out: Output, examples: list[dict[str, Any]]) -> None:
 
 
 def show_cost(out: Output, cost: dict[str, Any]) -> None:
+    """Show the costs that are single numbers, each with the unit that its name says; the others are left out."""
     shown = table("cost", "value", numbers=("value",), title=" ")
     for name, value in cost.items():
         if value is not None and not isinstance(value, dict | list):

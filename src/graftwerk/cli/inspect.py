@@ -14,6 +14,8 @@ from graftwerk.formatting import byte_size, count, figure
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `inspect` to the app."""
+
     @command(app, "inspect")
     def inspect(
         out: Output,
@@ -57,6 +59,7 @@ def adapter_in(target: Path) -> Path:
 
 
 def show_origin(out: Output, described: dict[str, Any]) -> None:
+    """Show method, settings, base, labels and metrics of an adapter, as `describe_adapter` returns them."""
     base, metadata, method = described["base"], described["metadata"], described["method"]
     foreign = "name" not in method  # the method's settings are then those of PEFT
     lines = {
@@ -92,6 +95,13 @@ def settings_of(method: dict[str, Any]) -> str:
 
 
 def show_learnt(out: Output, described: dict[str, Any], *, modules: bool) -> None:
+    """Show the number of parameters and the norm of the update, by layer or by module.
+
+    Args:
+        out: The command's output.
+        described: An adapter as `describe_adapter` returns it.
+        modules: True for one line per module, with ranks, instead of one per layer.
+    """
     if not modules:
         shown = table("layer", "modules", "parameters", "norm", numbers=("modules", "parameters", "norm"), title=" ")
         for layer in described["layers"]:

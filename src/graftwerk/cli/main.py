@@ -41,6 +41,7 @@ app = typer.Typer(
 def root(
     version: bool = typer.Option(False, "--version", help="Print the version and leave."),
 ) -> None:
+    """Print the version if it is asked for; commands are run by typer."""
     if version:
         import graftwerk
 
@@ -162,8 +163,9 @@ def _say(fault: Explained, *, as_json: bool) -> None:
 
 
 def _open_streams() -> None:
-    """A stream that was closed before we began (`>&-`) leads to nowhere: else the next file that is opened would have
-    its number, and whatever is printed would go into that.
+    """Open the null device for each standard stream that was closed before the start (`>&-`).
+
+    Otherwise the next file that is opened would have the stream's number, and whatever is printed would go into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is not None:

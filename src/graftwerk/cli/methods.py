@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `methods` to the app."""
+
     @command(app, "methods")
     def methods(out: Output) -> Result:
         """List the methods: paper, tasks, what they train, whether they merge, their learning rate."""

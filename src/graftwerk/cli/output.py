@@ -88,6 +88,7 @@ class Output:
 
 
 def console(stream: TextIO) -> Console:
+    """Return a console without markup; its width is that of the terminal, or fixed if there is no terminal."""
     from rich.console import Console
 
     width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH

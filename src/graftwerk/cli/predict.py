@@ -12,6 +12,8 @@ from graftwerk.cli.output import Output, printable
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `predict` to the app."""
+
     @command(app, "predict")
     def predict(
         out: Output,

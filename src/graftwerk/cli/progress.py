@@ -55,6 +55,7 @@ class Display:
             self.silent = True
 
     def line(self, text: str) -> None:
+        """Write a line above the progress bar, if there is one; control characters are replaced."""
         if self.silent:
             return
         text = clean(text)
@@ -92,6 +93,7 @@ class Display:
         self._bar.start()
 
     def close_bar(self) -> None:
+        """Remove the progress bar, if there is one."""
         if self._bar is not None:
             bar, self._bar, self._task = self._bar, None, None
             with self._written():
@@ -150,6 +152,7 @@ class Progress(Display):
 
 
 def describe_evaluation(step: int, figures: dict[str, Any]) -> str:
+    """Return a line on an evaluation during training: step, metrics, loss, and whether it is the best so far."""
     shown = ", ".join(
         f"{name} {number(value)}"
         for name, value in figures.items()

@@ -12,6 +12,8 @@ from graftwerk.cli.output import Output
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `report` to the app."""
+
     @command(app, "report")
     def report(
         out: Output,

@@ -9,6 +9,8 @@ from graftwerk.cli.output import Output, table
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `schema` to the app."""
+
     @command(app, "schema")
     def schema(out: Output) -> Result:
         """List every key of a run file with its default and meaning; with --json, its JSON schema."""

@@ -12,6 +12,8 @@ from graftwerk.cli.output import Output
 
 
 def register(app: typer.Typer) -> None:
+    """Add the command `train` to the app."""
+
     @command(app, "train")
     def train(
         out: Output,

@@ -1,0 +1,1 @@
+"""Rows from files and the hub: parsing, checking, splitting, batching and streaming."""

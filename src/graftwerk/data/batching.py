@@ -19,7 +19,8 @@ def length_grouped(lengths: Sequence[int], batch_size: int, seed: int, epoch: in
     Args:
         lengths: Tokens of each row.
         batch_size: Rows a batch; the last of an epoch may have fewer.
-        seed, epoch: The result depends on these, on the lengths and the batch size, and on nothing else.
+        seed: Seed of the run.
+        epoch: Number of the epoch. The result depends on the four arguments and on nothing else.
 
     Returns:
         Lists of indices into ``lengths``; every index stands in exactly one of them.

@@ -206,8 +206,13 @@ def _absent_classes(used: Mapping[str, Counter[str]], names: Sequence[str]) -> t
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """The rows of one split: texts, labels (or None if rows have no class), and the place (`file:line`) of a
-    row by its index."""
+    """The rows of one split, with the place of each.
+
+    Attributes:
+        texts: The text of each row.
+        labels: The class of each row, or None if rows have no class.
+        where: Function from a row's index to its place (`file:line`).
+    """
 
     texts: Sequence[str]
     labels: Sequence[str] | None
@@ -215,9 +220,11 @@ class PlacedRows:
 
     @cached_property
     def folded(self) -> list[str]:
+        """Return the texts in the form in which they are compared."""
         return [fold(text) for text in self.texts]
 
     def show(self, index: int) -> str:
+        """Return place and beginning of a row, for a message."""
         return f"{self.where(index)}: {_short(self.texts[index])}"
 
 

@@ -193,9 +193,11 @@ class Expanded(io.RawIOBase):
         self._pieces, self._rest = pieces(path), memoryview(b"")
 
     def readable(self) -> bool:
+        """Return True, as `io.RawIOBase` asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill the buffer from its beginning, and return the number of bytes; 0 at the end of the content."""
         if not self._rest:
             self._rest = memoryview(next(self._pieces, b""))
         count = min(len(buffer), len(self._rest))
@@ -204,6 +206,7 @@ class Expanded(io.RawIOBase):
         return count
 
     def close(self) -> None:
+        """Close the underlying file."""
         self._pieces.close()
         super().close()
 

@@ -40,6 +40,8 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
     """Read all rows of a file, by its suffix, or of the files of a folder.
 
     Args:
+        path: The file or folder.
+        source: Name of the source for messages, as the run file has it.
         text_rows: Unit of a .txt file that is one row: a line, or a document between blank lines.
 
     Raises:

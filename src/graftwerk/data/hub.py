@@ -13,6 +13,8 @@ def read_hub(name: str, split: str, source: str) -> Table:
 
     Args:
         name: ``owner/name`` or ``owner/name/configuration``.
+        split: Name of the split: `train`.
+        source: Name of the source for messages, as the run file has it.
 
     Raises:
         ConfigError: no such data set, configuration or split.

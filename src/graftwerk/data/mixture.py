@@ -18,7 +18,9 @@ def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -
     """Return the share of each set; they add up to one.
 
     Args:
-        temperature: 1 or more; `math.inf` is all sets alike, but for their weights.
+        sizes: Rows of each set; an empty set has the share 0.
+        weights: Weight of each set.
+        temperature: 1 or more; `math.inf` gives all sets the same share, but for their weights.
     """
     scaled = [
         weight * size ** (0.0 if math.isinf(temperature) else 1 / temperature) if size else 0.0

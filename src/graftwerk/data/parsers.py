@@ -34,7 +34,7 @@ def bad_characters(text: str) -> str | None:
 
 
 def no_fault(text: str) -> None:
-    return None
+    """Return None for every text: the characters have been checked already."""
 
 
 # csv and tsv
@@ -44,8 +44,10 @@ def delimited_rows(lines: Iterable[str], delimiter: str, columns: dict[str, None
     """Parse csv or tsv lines to rows.
 
     Args:
-        lines: With their ends, which are not translated.
+        lines: Lines with their ends, which are not translated.
+        delimiter: The character between fields.
         columns: Filled with the names of the columns.
+        fault: Function from a field to what is wrong with its characters, or to None.
         file: For messages.
 
     Raises:
@@ -124,6 +126,7 @@ def jsonl_rows(lines: Iterable[str], columns: dict[str, None], *, fault: Fault) 
     Args:
         lines: Ended by line feeds alone, with them or without.
         columns: Filled with the keys of the objects.
+        fault: Function from a line to what is wrong with its characters, or to None.
     """
     for line, raw in enumerate(lines, start=1):
         if not raw or raw.isspace():
@@ -149,6 +152,7 @@ def _object(raw: str) -> tuple[Any, str | None]:
 
 
 def json_kind(value: Any) -> str:
+    """Return the name of a JSON value's type, for a message."""
     if value is None:
         return "null"
     return {list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
@@ -177,6 +181,9 @@ def text_rows(lines: Iterable[str], columns: dict[str, None], *, documents: bool
 
     Args:
         lines: Ended by line feeds alone, with them or without.
+        columns: Filled with the one column, ``text``.
+        documents: True for documents, False for lines.
+        fault: Function from a text to what is wrong with its characters, or to None.
     """
     columns["text"] = None
     for line, text in _documents(lines) if documents else _lines(lines):
@@ -204,7 +211,9 @@ def _documents(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
 
 
 def bare(line: str) -> str:
-    """Return a line without its end. A line ends at a line feed alone, a carriage return before it left out: what
-    `str.splitlines` also breaks at (form feeds, U+2028) would shift one side of a pair against the other.
+    """Return a line without its end.
+
+    A line ends at a line feed alone, a carriage return before it left out: what `str.splitlines` also breaks at (form
+    feeds, U+2028) would shift one side of a pair against the other.
     """
     return line.removesuffix("\n").removesuffix("\r")

@@ -54,6 +54,7 @@ class RowFormat:
     format: str | None = None
 
     def key_of(self, row: Mapping[str, Any]) -> str:
+        """Return the text that identifies a row."""
         return str(row[self.key]) if isinstance(self.key, str) else self.key(row)
 
 
@@ -72,6 +73,7 @@ class SplitRows:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """Return the rows of the split, in its order."""
         return [self.table.rows[index] for index in self.indices]
 
     def where(self, index: int) -> str:
@@ -185,7 +187,9 @@ def fingerprint_of(chosen: Mapping[str, Sequence[Mapping[str, Any]]], parts: Seq
     moved or renamed files stay the same data.
 
     Args:
-        parts: What counts of a row, in this order; a part that a row does not have counts as null.
+        chosen: The rows of each split.
+        parts: Fields of a row that count, in this order; a field that a row does not have counts as null.
+        head: A JSON value that counts too; empty if there is none.
     """
     digest = hashlib.sha256(json.dumps(list(head)).encode())
     for split, rows in chosen.items():

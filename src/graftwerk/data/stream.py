@@ -51,7 +51,8 @@ class StreamedRows(Sequence[dict[str, Any]]):
         return self._count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """
+        """Yield all rows, read anew from the files.
+
         Raises:
             DataError: there are fewer rows than were counted: the files have changed.
         """
@@ -111,7 +112,9 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
     """Go through the training rows once; read the rows that are held out, which are sources of their own.
 
     Args:
-        parts: What the digest is of.
+        data: Sources and settings.
+        recognise: Function from the columns of a source to the format of its rows.
+        parts: Fields of which the digest is.
 
     Raises:
         ConfigError: a source or setting that streaming has no way for.
@@ -232,8 +235,10 @@ def _short_hash(text: str) -> bytes:
 
 
 def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, RowFormat | None]]:
-    """The rows in tables of at most `CHUNK`, read and named; bad rows beside them. The reading is None as long as there
-    was no row to tell what rows are."""
+    """Yield the rows in tables of at most `CHUNK`, read and named, with the bad rows beside them.
+
+    The second item is the format of the rows, or None as long as there was no row to recognise it by.
+    """
     columns: dict[str, None] = {}
     reading: RowFormat | None = None
     for file in _files(data.source):
@@ -255,7 +260,8 @@ def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, R
 
 
 def _files(source: Source) -> Iterator[Path]:
-    """
+    """Yield the files of a source, in their order.
+
     Raises:
         ConfigError: a source that is not made of lines.
     """

@@ -21,8 +21,14 @@ def split_lines(text: str) -> list[str]:
 
 
 def pair_lines(source: tuple[Path, str], target: tuple[Path, str], table: Table) -> None:
-    """Rows with `source` and `target` from the lines of two files; a line that is empty on one side is for the reader
-    of the part to refuse, at its place.
+    """Append rows with `source` and `target` from the lines of two files to a table.
+
+    A line that is empty on one side is refused later, by the reader of the field, with its place.
+
+    Args:
+        source: Path and text of the first file.
+        target: Path and text of the second file.
+        table: The table that is filled.
 
     Raises:
         DataError: the files have not the same number of lines.

@@ -1,0 +1,1 @@
+"""Evaluation of a trained adapter: predictions, metrics with intervals, latency and memory."""

@@ -34,8 +34,9 @@ def kinds(*columns: NDArray[Any]) -> tuple[tuple[NDArray[Any], ...], Ints]:
 
 
 def draw_counts(counts: Ints, resamples: int, rng: np.random.Generator) -> Iterator[Floats]:
-    """Yield blocks (<= R, K) of bootstrap counts; each row of a block sums to the number of rows, and the blocks have R
-    rows in all.
+    """Yield bootstrap counts in blocks (<= R, K), R draws in all.
+
+    Each draw sums to the number of rows.
     """
     n, size = int(counts.sum()), len(counts)
     single = size == n
@@ -57,13 +58,23 @@ def resample(counts: Ints, statistics: Sequence[Statistic], resamples: int, rng:
 
 
 def accuracy(targets: Ints, predicted: Ints) -> Statistic:
+    """Return the statistic of accuracy, 0 to 1, from ``targets`` and ``predicted``, both (K,)."""
     right = (targets == predicted).astype(np.float64)
     return lambda weights: weights @ right / weights.sum(axis=1)
 
 
 def f1(targets: Ints, predicted: Ints, classes: int, average: Literal["macro", "weighted"]) -> Statistic:
-    """Macro is the plain mean over the classes that a draw has as a target or as a prediction, as scikit-learn does by
-    default; weighted is the mean over targets."""
+    """Return the statistic of F1, 0 to 1, over classes.
+
+    Macro is the plain mean over the classes that a draw has as a target or as a prediction, as scikit-learn does by
+    default; weighted is the mean over targets.
+
+    Args:
+        targets: (K,) class ids.
+        predicted: (K,) class ids.
+        classes: C.
+        average: The mean over classes.
+    """
     is_target = np.eye(classes)[targets]
     is_predicted = np.eye(classes)[predicted]
     both = is_target * is_predicted
@@ -80,11 +91,14 @@ def f1(targets: Ints, predicted: Ints, classes: int, average: Literal["macro", "
 
 
 def rank_auc(positive: NDArray[np.bool_], scores: Floats) -> Statistic:
-    """Area under the ROC curve of one class against the rest, by ranks: P(score of a positive > score of a negative)
-    + P(tie)/2.
+    """Return the statistic of the area under the ROC curve of one class against the rest, by ranks.
 
-    The rows are sorted once; a draw then costs two sums over tied groups and one cumulative sum. Undefined (nan)
-    where a draw has no positive or no negative row.
+    The area is P(score of a positive > score of a negative) + P(tie)/2. The rows are sorted once; a draw then costs two
+    sums over tied groups and one cumulative sum. Undefined (nan) where a draw has no positive or no negative row.
+
+    Args:
+        positive: (K,) True for rows of the class.
+        scores: (K,) scores of the class.
     """
     order = np.argsort(scores, kind="stable")
     ordered = scores[order]
@@ -104,8 +118,14 @@ def rank_auc(positive: NDArray[np.bool_], scores: Floats) -> Statistic:
 
 
 def roc_auc(targets: Ints, scores: Floats) -> Statistic:
-    """Two classes: that of the second. More: the plain mean over classes, each against the rest; nan where a class is
-    absent.
+    """Return the statistic of the area under the ROC curve, 0 to 1.
+
+    For two classes it is that of the second, for more the plain mean over classes, each against the rest; nan where a
+    class is absent.
+
+    Args:
+        targets: (K,) class ids.
+        scores: (K, C) scores.
     """
     classes = scores.shape[1]
     if classes == 2:

@@ -11,11 +11,13 @@ from graftwerk.tasks.predictions import ClassPredictions
 
 
 def targets_of(predictions: ClassPredictions) -> Ints:
+    """Return the class ids (N,) of rows that all have one."""
     assert predictions.targets is not None  # `metrics.check` has refused rows without them
     return np.asarray(predictions.targets).astype(np.int64)
 
 
 def accuracy(predictions: ClassPredictions) -> float:
+    """Return the share of rows whose class is predicted, 0 to 1."""
     from sklearn.metrics import accuracy_score
 
     return float(accuracy_score(targets_of(predictions), predictions.scores.argmax(axis=1)))
@@ -56,20 +58,24 @@ def area(predictions: ClassPredictions) -> float | None:
 
 
 def accuracy_statistic(predictions: ClassPredictions) -> Statistic:
+    """Return accuracy as a function of bootstrap weights (R, N)."""
     return accuracy_over(targets_of(predictions), predictions.scores.argmax(axis=1))
 
 
 def f1_macro_statistic(predictions: ClassPredictions) -> Statistic:
+    """Return the mean F1 over classes as a function of bootstrap weights (R, N)."""
     scores = predictions.scores
     return f1_over(targets_of(predictions), scores.argmax(axis=1), scores.shape[1], "macro")
 
 
 def f1_weighted_statistic(predictions: ClassPredictions) -> Statistic:
+    """Return the mean F1 over rows as a function of bootstrap weights (R, N)."""
     scores = predictions.scores
     return f1_over(targets_of(predictions), scores.argmax(axis=1), scores.shape[1], "weighted")
 
 
 def area_statistic(predictions: ClassPredictions) -> Statistic:
+    """Return ROC-AUC as a function of bootstrap weights (R, N)."""
     return roc_auc(targets_of(predictions), predictions.scores)
 
 

@@ -53,8 +53,9 @@ def latency(
 
 
 def _spread(ordered: Sequence[int], size: int, place: int, places: int) -> list[int]:
-    """Rows of batch number `place` of `places`: a window on the rows by length, its centre in the middle of its
-    share.
+    """Return the rows of batch number `place` of `places`.
+
+    They are a window on the rows by length, its centre in the middle of its share.
     """
     centre = (place + 0.5) / places * len(ordered)
     first = min(max(int(centre - size / 2), 0), max(len(ordered) - size, 0))

@@ -36,7 +36,7 @@ def evaluate(
     evaluation: Mapping[str, Any] | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a trained adapter on labelled rows.
+    r"""Evaluate a trained adapter on labelled rows.
 
     Args:
         target: A run folder, an adapter folder (ours or PEFT's), or the `Run` that `train` returned.
@@ -74,7 +74,7 @@ def evaluate(
         >>> _ = BertTokenizer(vocab={word: token for token, word in enumerate(words)}).save_pretrained(base)
         >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         >>> BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(base)
-        >>> _ = rows.write_text("text,label\\n" + "".join(f"good {n},1\\nbad {n},0\\n" for n in range(10)))
+        >>> _ = rows.write_text("text,label\n" + "".join(f"good {n},1\nbad {n},0\n" for n in range(10)))
         >>> config = {"model": str(base), "data": {"train": str(rows), "test": 0.2}, "method": "lora"}
         >>> run = train(config, output_dir=mkdtemp(), **{"training.max_steps": 2})
         >>> results = evaluate(run)

@@ -43,7 +43,12 @@ def generate(
     Longest prompts first: memory runs out, if it does, in the first batch. Then the batch is halved.
 
     Args:
+        model: The model, with whatever adapters are active on it.
+        task: The task, which decodes the answers.
         examples: Each with a ``prompt``. One that fills all positions of the model gets an empty answer.
+        tokenizer: The model's tokenizer.
+        settings: Search, longest answer in tokens, and rows per batch.
+        dtype: Type of products; anything but float32 means autocast.
         on_progress: Told (rows done, rows in all).
         say: Told in words when a batch is halved, how many rows had less room for an answer than the others, and which
             generation settings of the base are not used.

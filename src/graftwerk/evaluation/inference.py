@@ -36,10 +36,13 @@ def run_model(
 
     Args:
         model: On the device it is to compute on; whatever adapters are active on it are part of the answer.
+        task: The task, which collates batches and decodes outputs.
         examples: Encoded rows, with or without targets. The loss is the mean over all targets, or None if a row has no
             target, or no row has a trained token.
+        tokenizer: The model's tokenizer.
         batch_size: Rows a forward pass.
         dtype: What products are computed in; anything but float32 means autocast.
+        on_progress: Called with (rows done, rows in all).
         texts: What was generated for each row, where the task generates and was asked to.
         serve: Entered around each forward pass, with its rows: what they have in common with earlier ones may be kept.
     """
@@ -82,16 +85,19 @@ def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
 
 
 def device_of(model: Any) -> torch.device:
+    """Return the device of a model's first parameter."""
     device: torch.device = next(iter(model.parameters())).device
     return device
 
 
 def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Return the context in which products are computed in ``dtype``; for float32 it does nothing."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype)
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and afterwards back into the mode it was in."""
     was_training = model.training
     model.eval()
     try:

@@ -1,6 +1,4 @@
-"""A trained adapter, opened for use: its base, tokenizer, task and labels, from a run folder or an adapter folder
-alone.
-"""
+"""A trained adapter, loaded for use from a run folder or an adapter folder: its base, tokenizer, task and labels."""
 
 from __future__ import annotations
 
@@ -88,12 +86,15 @@ class LoadedAdapter:
 
     @property
     def labels(self) -> Sequence[str]:
+        """Return the label names, or an empty sequence if the task has none."""
         return self.splits.labels or ()
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """Encode rows as in training: same task, tokenizer, labels and maximum length in tokens."""
         return self.task.encode(rows, self.tokenizer, self.splits, self.max_length)
 
     def method_name(self) -> str:
+        """Return the method's name, or PEFT's type in lower case for a folder of PEFT."""
         return self.info.method.name if self.info.method is not None else self.info.peft_type.lower()
 
 
@@ -257,8 +258,9 @@ def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:
 
 
 def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[str, ...]:
-    """The adapter's own; for a folder of PEFT, which stores none, the base's if it has as many classes, else 0, 1,
-    ...
+    """Return the label names of an adapter.
+
+    For a folder of PEFT, which stores none, they are the base's if it has as many classes, else 0, 1, ...
     """
     labels = own.get("labels")
     if labels is not None:

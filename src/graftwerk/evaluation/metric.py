@@ -59,6 +59,7 @@ class Metric:
 
     @property
     def bounds(self) -> tuple[float, float]:
+        """Return the least and the greatest value that the metric can have."""
         return {"share": (0.0, 1.0), "points": (0.0, 100.0)}.get(self.unit, (0.0, math.inf))
 
 

@@ -21,7 +21,8 @@ _SAID_AS = (
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if an error means out of memory.
 
-    torch has a class of its own for accelerators, and a plain RuntimeError for the CPU; Python has MemoryError."""
+    torch has a class of its own for accelerators, and a plain RuntimeError for the CPU; Python has MemoryError.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _SAID_AS)

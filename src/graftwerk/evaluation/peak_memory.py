@@ -170,8 +170,10 @@ def _status(field: str) -> int | None:
 
 
 def _resident_set() -> int | None:
-    """On systems without /proc the highest so far: in a process of its own, as a comparison's runs have, it serves as
-    well.
+    """Return the resident set of this process in bytes, or None if the system does not tell.
+
+    On systems without /proc it is the highest so far: in a process of its own, as a comparison's runs have, that serves
+    as well.
     """
     try:
         return int((SELF / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,5 +1,6 @@
-"""Predictions on disk, row by row, so that two runs can be compared on the same rows later. No pickle: safetensors
-and JSON.
+"""Predictions on disk, row by row, so that two runs can be compared on the same rows later.
+
+No pickle: safetensors and JSON.
 """
 
 from __future__ import annotations

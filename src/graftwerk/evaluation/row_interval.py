@@ -14,8 +14,14 @@ FEW_DRAWS = 0.5
 
 
 class MetricValue(TypedDict):
-    """A metric with its interval; ``note`` where something about it needs saying, ``signature`` where others need it to
-    get the same number.
+    """A metric with its interval.
+
+    Attributes:
+        value: The value, or None if it is undefined.
+        low: Lower bound of the interval, or None if there is no interval.
+        high: Upper bound, likewise.
+        note: A remark on the value, if it needs one.
+        signature: Settings that others need to get the same number, if the metric has any.
     """
 
     value: float | None
@@ -36,8 +42,11 @@ def interval_over_rows(
     """Return a value with the percentile interval of its draws (R,), or the exact bound where these show no spread.
 
     Args:
-        bounds: The least and the most that the metric can be.
-        effect: What one wrong row changes, as `metrics.row_effect` says.
+        value: The value on all rows.
+        draws: (R,) the value of each resample, nan where it is undefined.
+        confidence: Level of the interval, 0 to 1.
+        bounds: The least and the greatest value that the metric can have.
+        effect: Change of the value by one wrong row, as `metrics.row_effect` says.
     """
     undefined = int(np.isnan(draws).sum())
     if not enough_draws(len(draws) - undefined, len(draws)):

@@ -40,30 +40,37 @@ def exact_match(predictions: TextPredictions) -> float:
 
 
 def exact_match_statistic(predictions: TextPredictions) -> Statistic:
+    """Return exact match as a function of bootstrap weights (R, N)."""
     return _mean(_exact(*_pairs(predictions)))
 
 
 def rouge1(predictions: TextPredictions) -> float:
+    """Return the mean F-measure of ROUGE-1 (single words) over rows, 0 to 1."""
     return float(_rouge(*_pairs(predictions))[:, 0].mean())
 
 
 def rouge2(predictions: TextPredictions) -> float:
+    """Return the mean F-measure of ROUGE-2 (pairs of words) over rows, 0 to 1."""
     return float(_rouge(*_pairs(predictions))[:, 1].mean())
 
 
 def rouge_l(predictions: TextPredictions) -> float:
+    """Return the mean F-measure of ROUGE-L (longest common subsequence) over rows, 0 to 1."""
     return float(_rouge(*_pairs(predictions))[:, 2].mean())
 
 
 def rouge1_statistic(predictions: TextPredictions) -> Statistic:
+    """Return ROUGE-1 as a function of bootstrap weights (R, N)."""
     return _mean(_rouge(*_pairs(predictions))[:, 0])
 
 
 def rouge2_statistic(predictions: TextPredictions) -> Statistic:
+    """Return ROUGE-2 as a function of bootstrap weights (R, N)."""
     return _mean(_rouge(*_pairs(predictions))[:, 1])
 
 
 def rouge_l_statistic(predictions: TextPredictions) -> Statistic:
+    """Return ROUGE-L as a function of bootstrap weights (R, N)."""
     return _mean(_rouge(*_pairs(predictions))[:, 2])
 
 
@@ -73,14 +80,17 @@ def rouge_l_stemmed(predictions: TextPredictions) -> float:
 
 
 def rouge_l_stemmed_statistic(predictions: TextPredictions) -> Statistic:
+    """Return ROUGE-L over word stems as a function of bootstrap weights (R, N)."""
     return _mean(_rouge(*_pairs(predictions), stemmed=True)[:, 2])
 
 
 def rouge_signature(predictions: TextPredictions) -> str:
+    """Return the settings of ROUGE without stemming: measure, stemmer, tokenizer and version."""
     return _rouge_signature(predictions, "no")
 
 
 def rouge_stemmed_signature(predictions: TextPredictions) -> str:
+    """Return the settings of ROUGE with stemming: measure, stemmer, tokenizer and version."""
     return _rouge_signature(predictions, "porter")
 
 
@@ -90,10 +100,12 @@ def _rouge_signature(predictions: TextPredictions, stemmer: str) -> str:
 
 
 def bleu(predictions: TextPredictions) -> float:
+    """Return corpus BLEU, 0 to 100, as sacrebleu computes it."""
     return float(bleu_statistic(predictions)(np.ones((1, predictions.rows)))[0])
 
 
 def bleu_statistic(predictions: TextPredictions) -> Statistic:
+    """Return corpus BLEU as a function of bootstrap weights (R, N)."""
     return _of_sums("BLEU", *_pairs(predictions), _tokenizers(predictions))
 
 
@@ -105,14 +117,17 @@ def bleu_signature(predictions: TextPredictions) -> str:
 
 
 def chrf(predictions: TextPredictions) -> float:
+    """Return corpus chrF, 0 to 100, as sacrebleu computes it."""
     return float(chrf_statistic(predictions)(np.ones((1, predictions.rows)))[0])
 
 
 def chrf_statistic(predictions: TextPredictions) -> Statistic:
+    """Return corpus chrF as a function of bootstrap weights (R, N)."""
     return _of_sums("CHRF", *_pairs(predictions), (ANY,) * predictions.rows)
 
 
 def chrf_signature(predictions: TextPredictions) -> str:
+    """Return sacrebleu's signature of chrF."""
     return _signature("CHRF", ANY)
 
 
@@ -123,6 +138,7 @@ def perplexity(predictions: TextPredictions) -> float | None:
 
 
 def perplexity_statistic(predictions: TextPredictions) -> Statistic:
+    """Return perplexity as a function of bootstrap weights (R, N); nan where a draw has no trained token."""
     nll, tokens = predictions.nll.astype(np.float64), predictions.tokens.astype(np.float64)
 
     def statistic(weights: Floats) -> Floats:
@@ -140,6 +156,7 @@ def length(predictions: TextPredictions) -> float:
 
 
 def length_statistic(predictions: TextPredictions) -> Statistic:
+    """Return the mean number of words of an answer as a function of bootstrap weights (R, N)."""
     return _mean(_words(_pairs(predictions)[0]))
 
 
@@ -186,7 +203,10 @@ def _of_sums(name: str, texts: Texts, references: Texts, tokenizers: Texts) -> S
     """A corpus metric of sacreBLEU, from the sums of its statistics over the rows of a draw.
 
     Args:
-        tokenizers: Of each row, by sacreBLEU's names; `ANY` where the metric has none.
+        name: Of the metric: `BLEU` or `CHRF`.
+        texts: The answer of each row.
+        references: The reference of each row.
+        tokenizers: Tokenizer of each row, by sacreBLEU's names; `ANY` where the metric has none.
     """
     metric, sums = _sacrebleu(name, ANY), _statistics(name, texts, references, tokenizers)
 
@@ -208,8 +228,9 @@ def _statistics(name: str, texts: Texts, references: Texts, tokenizers: Texts) -
 
 
 def _tokenizers(predictions: TextPredictions) -> Texts:
-    """Return sacreBLEU's tokenizer for the language of each row: spaces do not separate the words of Chinese, Japanese
-    and Thai, nor those of Korean from their endings.
+    """Return sacreBLEU's tokenizer for the language of each row.
+
+    Spaces do not separate the words of Chinese, Japanese and Thai, nor those of Korean from their endings.
     """
     return tuple(_tokenizer_of(language) for language in predictions.languages or ("",) * predictions.rows)
 
@@ -296,6 +317,7 @@ class UnicodeWords:
             self._stem = PorterStemmer().stem
 
     def tokenize(self, text: str) -> list[str]:
+        """Return the tokens of a text, stemmed if the tokenizer stems."""
         words = self._words(text)
         return words if self._stem is None else [self._stem(word) if len(word) > 3 else word for word in words]
 

@@ -1,0 +1,1 @@
+"""Comparison of methods over seeds: planning, running, significance and recommendation."""

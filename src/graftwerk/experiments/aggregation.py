@@ -60,8 +60,15 @@ def aggregate(
     """Aggregate runs to the part of `comparison.json` that depends on measurements.
 
     Args:
-        runs: By name of the method and seed. A method may have none, if all its runs failed.
+        entries: The methods, in the order in which they are shown.
+        runs: Results by name of the method and seed. A method may have none, if all its runs failed.
         failed: Why runs failed, likewise.
+        metric: Name of the metric that decides.
+        confidence: Level of the intervals, 0 to 1.
+        resamples: Number of bootstrap resamples, raised to `LEAST_RESAMPLES`.
+        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        margin: Largest distance from the best mean, in the metric's own unit, at which a method may be recommended, or
+            None for the rule of `significance.recommend`.
 
     Raises:
         IntegrityError: The runs do not share base, data or rows.

@@ -33,7 +33,12 @@ def header(
 
     Args:
         base: Settings that all runs share; its ``output_dir`` is the comparison's folder.
+        entries: The methods.
+        seeds: The seeds, each for every method.
+        augment: Augmenters as they were given, or None if there are none.
+        metric: Name of the metric that decides.
         checked: Facts about rows and methods from `jobs`.
+        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
         own: The run file's own method, as it is written there.
 
     Raises:

@@ -36,8 +36,9 @@ def perform(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 
 
 def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
-    """Check all that can be wrong before a model is loaded: rows, model, each method on this architecture, and
-    existing runs.
+    """Check all that can be wrong before a model is loaded.
+
+    That is: rows, model, each method on this architecture, and existing runs.
 
     Returns:
         ``rows``, ``labels``, ``findings``, and each method's ``parameters``, by formula.

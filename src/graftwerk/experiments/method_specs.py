@@ -48,8 +48,11 @@ class MethodSpec:
 
 
 def parse_method_specs(methods: Sequence[Any] | str) -> list[MethodSpec]:
-    """Parse methods: names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, perhaps with a `label` and
-    a learning rate), or method objects.
+    """Parse the methods of a comparison.
+
+    Args:
+        methods: Names (`lora`), shorthands (`dora`), mappings (``{name: lora, r: 16}``, perhaps with a `label` and a
+            learning rate), or method objects; or names separated by commas.
 
     Raises:
         ConfigError: There is no method, an unknown method or setting, or the same method twice.

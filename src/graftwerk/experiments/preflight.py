@@ -97,7 +97,9 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
     """Stop at what training would stop at once the model is loaded, as far as it shows without the weights.
 
     Args:
-        model: Without storage; the method is attached to it.
+        config: Settings of the run.
+        prepared: Its rows, tokenizer, task and method.
+        model: The model without storage; the method is attached to it.
 
     Raises:
         ConfigError, ModelError, UnsupportedError, ResourceError, IntegrityError: what training would raise.

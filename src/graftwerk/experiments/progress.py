@@ -41,8 +41,9 @@ class ProgressEvent:
 
 
 class Display:
-    """A listener that writes to a stream (stderr). One that can no longer be written silences it; the comparison goes
-    on.
+    """A listener that writes progress to a stream (stderr).
+
+    If the stream can no longer be written to, the display falls silent and the comparison continues.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -65,6 +66,7 @@ class Display:
             self._silent = True
 
     def close(self) -> None:
+        """Remove the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -254,6 +254,7 @@ class _Tokens:
         """Run one pass over the vocabulary.
 
         Args:
+            head: The LM head.
             grad: (N, d) zeros that become the gradient for the hidden states, or None if it is not wanted.
 
         Returns:

@@ -203,6 +203,7 @@ class LoRALinear(torch.autograd.Function):
         """Compute y (..., o) from x (..., i).
 
         Args:
+            ctx: Holds what backward needs.
             x: (..., i).
             layer: The adapted layer.
             weight: Its weight, as it stores it.

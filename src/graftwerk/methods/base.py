@@ -85,7 +85,9 @@ class TargetModule:
 
 
 class AdapterModule(nn.Module):
-    """Abstract: the adapter's part at one module of the base. Three methods, each the identity unless overridden:
+    """Abstract base: the adapter's part at one module of the base model.
+
+    Three methods, each the identity unless overridden:
 
     * ``pre_forward(x) -> x`` changes the module's input,
     * ``post_forward(x, y) -> y`` changes its output,

@@ -29,10 +29,12 @@ class HasLayer(Protocol):
     """A candidate of a choice: it stands in a layer of a stack, or (None) outside of all layers."""
 
     @property
-    def stack(self) -> str | None: ...
+    def stack(self) -> str | None:
+        """Return the name of the stack, `encoder` or `decoder`, or None outside of all layers."""
 
     @property
-    def layer(self) -> int | None: ...
+    def layer(self) -> int | None:
+        """Return the layer's number within the stack, from 0, or None outside of all layers."""
 
 
 P = TypeVar("P", bound=HasLayer)

@@ -1,0 +1,1 @@
+"""Adapters in a model: attaching, activating, merging, detaching, and saving the model with them."""

@@ -51,6 +51,7 @@ class AdapterSlots(nn.Module):
         return iter(())
 
     def children(self) -> Iterator[nn.Module]:
+        """Yield the adapters' modules, which `named_children` hides."""
         yield from dict.fromkeys(module for module in self._modules.values() if module is not None)
 
     def get(self, name: str | None) -> nn.Module | None:

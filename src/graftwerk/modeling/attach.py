@@ -270,6 +270,15 @@ def _install(
     """Put the built modules into the model.
 
     Args:
+        model: The base model.
+        model_adapters: Its adapters.
+        method: The method.
+        name: Name of the adapter.
+        architecture: Structure of the base.
+        base: Index of the base's own modules and parameters.
+        targets: The modules that the method adapts.
+        hosts: Built modules, by the path of the base module that they belong to.
+        heads: Paths of modules that are trained whole.
         placed: True if the hosts' modules are on their devices and in their modes already.
     """
     weights = None

@@ -213,10 +213,13 @@ class _RowIndex:
         return tensor if self.where is None else tensor[self._on(tensor.device)]
 
     def put(self, tensor: Tensor, own: Tensor, new: Tensor, *, fresh: bool) -> Tensor:
-        """``tensor`` with ``new`` in place of ``own``, which was taken from it.
+        """Return ``tensor`` (R, M, w) with ``new`` in place of ``own``, which was taken from it.
 
         Args:
-            fresh: Nobody else has this tensor, so that outside autograd it can be changed in place.
+            tensor: (R, M, w).
+            own: (S, M, w), the rows of ``tensor`` as `of` returned them.
+            new: (S, M, w), their new values.
+            fresh: True if nobody else has this tensor, so that outside autograd it can be changed in place.
         """
         where = self._on(tensor.device)
         if where is None or (new is own and isinstance(where, slice)):

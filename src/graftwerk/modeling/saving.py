@@ -48,7 +48,9 @@ class AdaptedModel(_Model):  # type: ignore[misc]
 
         Args:
             save_directory: The folder. Adapters that are not merged are saved in ``adapters/<name>`` below it.
-            is_main_process, state_dict, **kwargs: As `PreTrainedModel.save_pretrained` takes them.
+            is_main_process: As `PreTrainedModel.save_pretrained` takes it.
+            state_dict: As `PreTrainedModel.save_pretrained` takes it.
+            **kwargs: As `PreTrainedModel.save_pretrained` takes them.
 
         Raises:
             DivergedError: an adapter holds NaN or infinity and is not saved; the base is.

@@ -53,7 +53,10 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 @contextmanager
 def _without_bar() -> Iterator[None]:
-    """transformers draws the bar of unpacking with tqdm itself, which its own switch for bars does not reach."""
+    """Silence the progress bar of unpacking.
+
+    The library transformers draws it with tqdm itself, which its own switch for bars does not reach.
+    """
     from transformers import modeling_gguf_pytorch_utils as theirs
 
     theirs_own = getattr(theirs, "tqdm", None)

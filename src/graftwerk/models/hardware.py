@@ -39,6 +39,7 @@ def compute_type(wanted: str = "auto", device: str | torch.device = "cpu") -> to
             variable `GRAFTWERK_COMPUTE_TYPE` says which. Bfloat16 goes before float16,
             whose range is small, unless float16 is clearly faster; on a processor float16 is never chosen,
             since its gradients cannot be scaled there.
+        device: The device that multiplies.
 
     Raises:
         ConfigError: another name, or a type that this device cannot multiply in.

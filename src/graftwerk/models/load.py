@@ -34,9 +34,14 @@ class HeadedTask(Protocol):
     """Interface of a task for loading a model, such as `tasks.base.Task`: which head, with which labels."""
 
     @property
-    def name(self) -> str: ...
-    def auto_class(self) -> Any: ...
-    def model_kwargs(self, splits: Any) -> dict[str, Any]: ...
+    def name(self) -> str:
+        """Return the task's name."""
+
+    def auto_class(self) -> Any:
+        """Return the auto class of transformers that loads the model with the task's head."""
+
+    def model_kwargs(self, splits: Any) -> dict[str, Any]:
+        """Return the arguments of ``from_pretrained`` that depend on the data, such as ``num_labels``."""
 
 
 def model_folder(name: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -219,7 +224,12 @@ def _check_size(
     The model is built without values, and building ends as soon as it has become too large.
 
     Args:
-        held: How many numbers each tensor of the weights holds.
+        auto: The auto class of transformers.
+        config: The model's configuration; a copy is changed.
+        kwargs: Settings that replace those of ``config``.
+        held: Number of values in each tensor of the weights.
+        dtype: Type of the model in memory.
+        name: Name of the model, for messages.
 
     Raises:
         IntegrityError: config.json describes another, far larger model than the weights are of.

@@ -38,6 +38,7 @@ def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtu
 
     Args:
         config: The model's transformers configuration.
+        tokenizer: Its own limit of tokens counts if no length is wanted.
         wanted: `data.max_length` of the run file.
         virtual: Positions that virtual tokens take before the text.
 

@@ -19,6 +19,7 @@ def measured_on(measurement: Mapping[str, Any]) -> str:
 
 
 def origin_facts(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return names and values that say where the rows come from, for a list of facts."""
     origin = mapping(data, "origin")
     rows = [f"{numbers.exact(number(value))} {name}" for name, value in mapping(data, "rows").items()]
     selected = ", ".join(f"{key} = {words(value)}" for key, value in mapping(origin, "filter").items())

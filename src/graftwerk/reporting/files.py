@@ -36,11 +36,13 @@ def at(tree: Any, *keys: str) -> Any:
 
 
 def mapping(tree: Any, *keys: str) -> Mapping[str, Any]:
+    """Return the mapping at a path of keys, or an empty one if there is none."""
     found = at(tree, *keys)
     return found if isinstance(found, Mapping) else {}
 
 
 def items(tree: Any, *keys: str) -> list[Any]:
+    """Return the list at a path of keys, or an empty one if there is none."""
     found = at(tree, *keys)
     return list(found) if isinstance(found, list) else []
 

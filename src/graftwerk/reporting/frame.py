@@ -42,14 +42,17 @@ def px(value: float) -> str:
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    """Return a straight line between two points, in pixels."""
     return tag("line/", x1=px(x1), y1=px(y1), x2=px(x2), y2=px(y2), class_=class_)
 
 
 def circle(x: float, y: float, radius: float, class_: str) -> Markup:
+    """Return a circle, with centre and radius in pixels."""
     return tag("circle/", cx=px(x), cy=px(y), r=px(radius), class_=class_)
 
 
 def label(text: Any, x: float, y: float, class_: str, anchor: str = "start") -> Markup:
+    """Return a text at a point, in pixels; ``anchor`` is `start`, `middle` or `end`."""
     return tag("text", text, x=px(x), y=px(y), class_=class_, text_anchor=None if anchor == "start" else anchor)
 
 

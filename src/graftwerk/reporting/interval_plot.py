@@ -40,7 +40,11 @@ def strip(
     """Draw the interval of a row.
 
     Args:
-        dots: Small ones: a seed each.
+        scale: Scale from values to pixels.
+        value: The value, drawn as a large dot.
+        low: Lower bound of the interval, or None if there is no interval.
+        high: Upper bound, likewise.
+        dots: Values of small dots: one per seed.
         zero: Draw a line at zero.
         kind: A class for the style sheet.
         said: The same in words.

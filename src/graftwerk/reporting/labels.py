@@ -25,17 +25,21 @@ AWAY = 16.0
 
 @dataclass(frozen=True)
 class Box:
+    """A rectangle in pixels; y grows downwards, so that ``top`` is the smaller."""
+
     left: float
     top: float
     right: float
     bottom: float
 
     def overlaps(self, other: Box) -> bool:
+        """Return True if the two boxes have an area in common."""
         return (
             self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
         )
 
     def within(self, other: Box) -> bool:
+        """Return True if the box lies inside another, borders included."""
         return (
             self.left >= other.left
             and self.right <= other.right

@@ -60,14 +60,17 @@ class Chart:
     tick: Callable[[float], str] | None = None
 
     def values(self) -> list[float]:
+        """Return all values that the chart shows: those of its curves and marks."""
         found = [value for curve in self.curves for _, value in curve.points if value is not None]
         return found + [mark.value for mark in self.marks]
 
     def scale(self, start: float, end: float) -> Linear:
+        """Return the scale of the height axis from ``start`` to ``end``, in pixels."""
         values = self.values()
         return from_zero(values, start, end) if self.zero else around(values, start, end, least=self.least)
 
     def written(self, value: float) -> str:
+        """Return a value as it is written at the axis."""
         return (self.tick or self.show)(value)
 
     def names(self) -> list[str]:
@@ -87,6 +90,7 @@ def charts(wanted: Sequence[Chart], *, steps: float) -> list[Markup]:
     Each comes in two widths; the pointer or the arrow keys read the values.
 
     Args:
+        wanted: The charts; one without values becomes a sentence.
         steps: How many the run has in all: the width of the charts.
     """
     thinned = [

@@ -22,6 +22,7 @@ LESS_IS_BETTER = frozenset({"perplexity", "loss"})
 
 
 def metric_name(metric: str) -> str:
+    """Return a metric's name for readers: `rougeL` is ROUGE-L."""
     return METRICS.get(metric, metric.replace("_", " "))
 
 
@@ -37,6 +38,7 @@ def percent(value: float | None) -> str:
 
 
 def bare_percent(value: float | None) -> str:
+    """Format a share in percent without the sign: 0.786 -> 78.6."""
     return DASH if value is None else _fixed(100 * value)
 
 
@@ -66,6 +68,7 @@ def bare(metric: str, value: float | None) -> str:
 
 
 def interval_of(metric: str, figure: Any) -> str:
+    """Format the interval of a metric in its own unit: ``75.0 to 82.2``, or a dash if there is none."""
     return interval(figure, lambda value: bare(metric, value))
 
 
@@ -75,6 +78,7 @@ def signed(metric: str, value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
+    """Format a share as `formatting.share` does, with narrow spaces."""
     return formatting.share(value, THIN)
 
 
@@ -95,6 +99,7 @@ def signed_points(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
+    """Format a count in short as `formatting.short_count` does, with narrow spaces."""
     return formatting.short_count(value, THIN)
 
 
@@ -104,6 +109,7 @@ def exact(value: float | None) -> str:
 
 
 def byte_size(value: float | None) -> str:
+    """Format a size in bytes as `formatting.byte_size` does, with narrow spaces."""
     return formatting.byte_size(value, THIN)
 
 
@@ -113,6 +119,7 @@ def seconds(value: float | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
+    """Format a time in milliseconds, or a dash if there is none."""
     return DASH if value is None else f"{formatting.milliseconds(value)}{THIN}ms"
 
 

@@ -66,14 +66,17 @@ def document(
 
 
 def section(heading: str, *content: Any) -> Markup:
+    """Return a section with its heading."""
     return tag("section", tag("h2", heading), *content)
 
 
 def paragraph(*content: Any, class_: str | None = None) -> Markup:
+    """Return a paragraph."""
     return tag("p", *content, class_=class_)
 
 
 def figure(drawing: Any, caption: Any = None) -> Markup:
+    """Return a drawing with its caption, if there is one."""
     return tag("figure", drawing, tag("figcaption", caption) if caption else None)
 
 
@@ -94,6 +97,7 @@ def big_figures(rows: Iterable[tuple[str, Any, Any]]) -> Markup:
 
 
 def command(line: str) -> Markup:
+    """Return a command line in a block of code."""
     return tag("pre", tag("code", line))
 
 
@@ -110,6 +114,7 @@ def message(lead: str, said: Any, hint: Any = None, *, grave: bool = False) -> M
 
 
 def messages(entries: Sequence[Markup]) -> Markup:
+    """Return a list of messages."""
     return tag("ul", *entries, class_="messages")
 
 
@@ -126,6 +131,7 @@ def table(
         caption: What it shows, for those who do not see it.
         headings: The text of each column and its class (``number`` is flush right).
         rows: The class of each row and its cells; the first cell heads the row.
+        class_: Class of the table for the style sheet, or None for none.
     """
     head = tag("tr", *(tag("th", name, scope="col", class_=kind or None) for name, kind in headings))
     body = [

@@ -30,6 +30,7 @@ def quality(
     chosen: str | None,
     result: Mapping[str, Any],
 ) -> Markup:
+    """Return the table of the main metric: mean, interval and seeds of each method, and its distance to the best."""
     seeds = {words(method, "name"): _seed_values(method) for method in methods}
     bounds = [number(method, "figure", part) for method in methods for part in ("value", "low", "high")]
     scale = scale_of([*bounds, *(value for values in seeds.values() for value in values)])
@@ -89,6 +90,7 @@ def _seed_values(method: Mapping[str, Any]) -> list[float]:
 
 
 def costs(methods: Sequence[Mapping[str, Any]], chosen: str | None) -> Markup:
+    """Return the table of costs: parameters, bytes, seconds and milliseconds of each method."""
     headings = [
         ("Method", ""), ("Trained parameters", "number"), ("Share", "number"),
         ("Adapter", "number"), ("Training", "number"),
@@ -112,6 +114,7 @@ def costs(methods: Sequence[Mapping[str, Any]], chosen: str | None) -> Markup:
 
 
 def other_metrics(methods: Sequence[Mapping[str, Any]], main: str, chosen: str | None) -> Markup | None:
+    """Return the table of all metrics but the main one, or None if there are no others."""
     names = list(dict.fromkeys(name for method in methods for name in mapping(method, "metrics") if name != main))
     if not names:
         return None
@@ -143,6 +146,7 @@ def _figures(
 
 
 def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any], metric: str) -> Markup:
+    """Return the table of differences between methods with their verdicts; empty if there are none."""
     if not found:
         return Markup()
     key = words(result, "metric")

@@ -37,6 +37,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     def turned(self) -> Difference:
+        """Return the same difference as that of ``b`` over ``a``."""
         verdict = _OTHER_WAY[self.verdict]
         return Difference(self.b, self.a, -self.value, -self.high, -self.low, self.p, verdict, self.one_seed)
 
@@ -72,6 +73,7 @@ def differences(result: Mapping[str, Any]) -> list[Difference]:
 
 
 def between(found: Sequence[Difference], a: str, b: str) -> Difference | None:
+    """Return the difference of ``a`` over ``b``, or None if it is not among those found."""
     for difference in found:
         if (difference.a, difference.b) == (a, b):
             return difference
@@ -124,6 +126,7 @@ def reason(result: Mapping[str, Any]) -> str:
 
 
 def resolution(result: Mapping[str, Any]) -> str:
+    """Return a sentence on the smallest difference that can be shown; empty if it is not known."""
     value = number(result, "resolution")
     if value is None:
         return ""

@@ -37,6 +37,7 @@ class AdapterInfo:
 
     @property
     def peft_type(self) -> str:
+        """Return the adapter's type in PEFT's names, such as `LORA`."""
         return str(self.config["peft_type"])
 
     @property
@@ -53,6 +54,7 @@ class AdapterInfo:
 
     @property
     def base_fingerprint(self) -> str | None:
+        """Return the fingerprint of the base's weights, or None if it is not stored."""
         return self.own["base"].get("fingerprint") if self.own else None
 
     @property
@@ -189,6 +191,7 @@ def check_files(info: AdapterInfo, *, but: Collection[str] = ()) -> None:
     """Compare the files of one of our folders with what `graftwerk.json` says of them.
 
     Args:
+        info: Contents of the folder.
         but: Files whose bytes are compared when they are read, and are only looked for here.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Matching of layer names in PEFT's files: endings, sometimes patterns. Python's `re` runs no expression from a file.
+r"""Matching of layer names in PEFT's files: endings, sometimes patterns. Python's `re` runs no expression from a file.
 
 PEFT adapts a layer if its path is an entry of ``target_modules`` or ends with ``.<entry>``, and takes a rank or alpha
-from the first key of a pattern table for which ``(.*\\.)?(<key>)$`` matches the path. What such keys are in practice
+from the first key of a pattern table for which ``(.*\.)?(<key>)$`` matches the path. What such keys are in practice
 (names, dotted paths, paths with escaped dots) is matched here character by character, in time linear in the path;
 other expressions by `patterns.Expression`, which does not backtrack.
 """
@@ -46,6 +46,8 @@ def named_by(key: str, path: str, steps: Steps | None = None) -> bool:
     """Return whether a key of a rank or alpha pattern names a path, as PEFT's expression would find.
 
     Args:
+        key: A key of a rank or alpha pattern.
+        path: The path of a module.
         steps: What matching may cost, shared by all keys of a folder.
 
     Raises:

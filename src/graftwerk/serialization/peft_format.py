@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format: LoRA and IA3 here, `peft_linear.py` the other methods for linear layers,
-`peft_virtual.py` virtual tokens; reading is in `peft_reading.py`.
+"""Adapters in PEFT's format: LoRA and IA3.
 
-PEFT's format is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
+`peft_linear.py` has the other methods for linear layers, `peft_virtual.py` virtual tokens; reading is in
+`peft_reading.py`. PEFT's format is `adapter_config.json` beside `adapter_model.safetensors`, whose keys are
 ``base_model.model.<path>.<parameter>``; saved heads are in it as they are. Methods that PEFT lacks use the same files
 under a ``peft_type`` of our own (``GRAFTWERK_BOTTLENECK``), with our raw keys after the same prefix; their settings
 are in `graftwerk.json`.
@@ -153,6 +153,7 @@ def own_tensors(graft: Adapter) -> dict[str, Tensor]:
 
 
 def write_lora(graft: Adapter, base_name: str | None) -> Stored:
+    """Return the contents of the folder of a LoRA, DoRA or PiSSA adapter."""
     method = graft.method
     assert isinstance(method, LoRA)
     raw = graft.state_dict()
@@ -224,6 +225,7 @@ def _in_layer(place: TargetModule) -> str:
 
 
 def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
+    """Return the contents of the folder of an IA3 adapter."""
     method = graft.method
     assert isinstance(method, IA3)
     modules = module_paths(graft.model, graft.heads)
@@ -253,6 +255,7 @@ def _plain(value: float) -> float | int:
 
 
 def most_common(values: Iterable[Any]) -> Any:
+    """Return the most frequent of the values, the first of these if there are several."""
     return Counter(values).most_common(1)[0][0]
 
 

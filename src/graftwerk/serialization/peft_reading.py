@@ -329,5 +329,6 @@ def _rank(path: str, found: Mapping[str, Tensor]) -> int:
 
 
 def listed(what: str, keys: Sequence[str], most: int = 8) -> str:
+    """Return a message with the first ``most`` keys and the number of all."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return f"{what} {', '.join(key[:200] for key in keys[:most])}{more} ({len(keys)} in all)"

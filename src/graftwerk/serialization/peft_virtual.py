@@ -67,6 +67,7 @@ def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
 
 
 def write_prefix(graft: Adapter, base_name: str | None) -> Stored:
+    """Return the contents of the folder of a prefix-tuning adapter, in our own format if PEFT's cannot hold it."""
     method, view = graft.method, read_architecture(graft.model)
     places = _decoder_places(view)
     assert isinstance(method, Prefix)

@@ -1,5 +1,6 @@
-"""JSON of foreign files, parsed within limits and without the parser's leniency; how a foreign file is refused; and
-how our own JSON files are written, so that what is written can be read again, and unsealed if it was changed.
+"""JSON of foreign files, parsed within limits and without the parser's leniency, and how a foreign file is refused.
+
+Our own JSON files are written here too, sealed, so that they can be read again and a change is noticed.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def parse_object(content: bytes, path: Path, scale: float = 1.0) -> dict[str, An
     """Parse a JSON object within every limit of `read_json`.
 
     Args:
+        content: The bytes of the file.
+        path: The file, for messages.
         scale: Factor on the usual limits of bytes, values and escapes.
 
     Raises:

@@ -131,6 +131,7 @@ def read_json(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
     """Read a JSON object from an untrusted file.
 
     Args:
+        path: The file.
         scale: Factor on the usual limits of bytes, values and escapes.
 
     Raises:
@@ -146,8 +147,13 @@ def read_json(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
 
 
 def read_sealed(path: Path | str, *, scale: int = 1) -> dict[str, Any]:
-    """Read a JSON object of our own and compare it with the digest that it holds, which is left out of the result; one
-    of an older version has none, which is noted. Raises as `read_json` does, and IntegrityError if it was changed.
+    """Read a JSON object of our own and compare it with the digest that it holds.
+
+    The digest is left out of the result. A file of an older version has none, which is logged.
+
+    Raises:
+        IntegrityError: it was changed, or for the reasons of `read_json`.
+        ResourceError: it does not exist or cannot be read.
     """
     path = Path(path)
     values = read_json(path, scale=scale)
@@ -259,6 +265,7 @@ class Checksum:
         self.bytes, self.value = 0, 0
 
     def add(self, content: bytes | memoryview) -> None:
+        """Add the next bytes of the content."""
         self.value = zlib.crc32(content, self.value)
         self.bytes += len(content)
 

@@ -1,5 +1,6 @@
-"""Causal language modelling on plain text: continued pretraining, to a domain's language. Every token is trained, the
-end token too.
+"""Causal language modelling on plain text: continued pretraining, to a domain's language.
+
+Every token is trained, the end token too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Conversations as token ids and labels: trained is what the assistant says, with the token that ends its turn, and
-nothing else.
+"""Conversations as token ids and labels.
 
-Where the text of an answer stands comes from the template (`template.py`); which tokens that is, from the tokenizer's
-offsets. What follows the end token in an assistant turn (a line break, mostly) is not trained. Ends are told by their
-place: a model whose padding is its end token learns to end all the same.
+What the assistant says is trained, with the token that ends its turn, and nothing else. Where the text of an answer
+stands comes from the template (`template.py`); which tokens that is, from the tokenizer's offsets. What follows the end
+token in an assistant turn (a line break, mostly) is not trained. Ends are told by their place: a model whose padding is
+its end token learns to end all the same.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Encoded:
 
     @property
     def trained(self) -> int:
+        """Return the number of tokens that are trained."""
         return sum(label != IGNORED for label in self.labels or ())
 
 

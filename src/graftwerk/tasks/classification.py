@@ -51,6 +51,7 @@ class Classification(Task):
         """Read, check and split the rows; nothing of a model is needed or loaded.
 
         Args:
+            data: Sources and settings of the rows.
             labels: The label names an adapter already has. Rows must use these, and may use fewer.
 
         Raises:
@@ -72,10 +73,12 @@ class Classification(Task):
         return splits_of(data, chosen, findings, self.parts, labels=names)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
-        """Token ids and class id of each row, in order. A row without a `label` gets the target None.
+        """Encode rows to token ids and class ids, in order. A row without a `label` gets the target None.
 
         Args:
             rows: Each with `text`, and with `label` where it is known.
+            tokenizer: The model's tokenizer.
+            splits: The splits, for their label names.
             max_length: Tokens kept of a row, special tokens included; what is lost is counted in each example.
 
         Raises:

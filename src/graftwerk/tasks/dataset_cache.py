@@ -65,7 +65,12 @@ def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: i
     """Encode a split through the cache, as ``task.encode(getattr(splits, split), ...)``.
 
     Args:
-        folder: Where the tokenizer and the model's configuration were read from.
+        task: The task.
+        splits: The splits.
+        split: Name of the split: `train`, `validation` or `test`.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept of a row.
+        folder: Folder that the tokenizer and the model's configuration were read from.
     """
     rows: Sequence[Row] = getattr(splits, split)
     key = None

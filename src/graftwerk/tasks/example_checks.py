@@ -61,8 +61,10 @@ _MEANINGS: Mapping[str, _Meaning] = {
 
 
 def special_words(tokenizer: Any) -> tuple[str, ...]:
-    """Return the tokens with a role that no text holds by chance: special ones, also those that were only added to the
-    vocabulary as such, and the marks that the chat template is made of.
+    """Return the tokens with a role that no text holds by chance.
+
+    These are the special tokens, also those that were only added to the vocabulary as such, and the marks that the chat
+    template is made of.
     """
     template = str(getattr(tokenizer, "chat_template", None) or "")
     added = [

@@ -1,10 +1,10 @@
-"""Masked language modelling on plain text (BERT, Devlin et al. 2019, arXiv:1810.04805): an encoder learns to tell what
-stood in the places that were hidden from it.
+"""Masked language modelling on plain text (BERT, Devlin et al. 2019, arXiv:1810.04805).
 
-Of the tokens that are no special ones a share is chosen; of the chosen, 80 % become the mask token, 10 % a random token
-and 10 % stay, and all of them are to be told. In training every pass over a row chooses anew, from torch's generator,
-whose state is part of a checkpoint. In evaluation the choice depends on the row's tokens alone, so that the
-perplexities of two models or two moments are of the same places.
+An encoder learns to predict what stood in the places that were hidden from it. Of the tokens that are no special ones a
+share is chosen; of the chosen, 80 % become the mask token, 10 % a random token and 10 % stay, and all of them are to be
+predicted. In training every pass over a row chooses anew, from torch's generator, whose state is part of a checkpoint.
+In evaluation the choice depends on the row's tokens alone, so that the perplexities of two models or two moments are of
+the same places.
 
 Legend: B rows, T tokens.
 """
@@ -32,6 +32,8 @@ MASK, RANDOM = 0.8, 0.1
 
 
 class Masked(LanguageModelingTask):
+    """Masked language modelling: an encoder is trained to predict tokens that were hidden from it."""
+
     name: ClassVar[str] = "masked"
     title: ClassVar[str] = "Masked language modelling"
     closes_every_block: ClassVar[bool] = True

@@ -62,12 +62,14 @@ class Multitask(TextTask):
 
     @property
     def first(self) -> TextTask:
+        """Return the first task; the others are trained in the same way."""
         task = next(iter(self.tasks.values()))
         assert isinstance(task, TextTask)
         return task
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Return the fields of all tasks and the one that names the set."""
         return (*dict.fromkeys(part for task in self.tasks.values() for part in task.parts), SET)
 
     @property
@@ -78,6 +80,7 @@ class Multitask(TextTask):
 
     @property
     def generates(self) -> bool:  # type: ignore[override]
+        """Return True if any of the tasks generates text."""
         return any(task.generates for task in self.tasks.values())
 
     def for_model(self, architecture: Any) -> Self:
@@ -168,8 +171,9 @@ class Multitask(TextTask):
         )
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
-        """Each set's rows by its task, in the order of the rows; where a task makes other examples than one a row
-        (blocks of text), the sets follow one another.
+        """Encode each set's rows by its task, in the order of the rows.
+
+        Where a task makes other examples than one a row (blocks of text), the sets follow one another.
         """
         where: dict[str, list[int]] = {}
         for at, row in enumerate(rows):

@@ -43,8 +43,9 @@ def bins(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], tokenizer: Any, max_length: int) -> dict[str, Tensor]:
-    """``input_ids``, ``position_ids``, ``labels``, each (B, T) int64; padding at the end is a row of its own that
-    nothing is learnt from.
+    """Return ``input_ids``, ``position_ids`` and ``labels``, each (B, T) int64, of packed examples.
+
+    Padding at the end is a row of its own that nothing is learnt from.
     """
     groups = bins([example.length for example in examples], max_length)
     width = max(sum(examples[row].length for row in group) for group in groups)

@@ -92,7 +92,12 @@ class PromptFormat:
         An answer that takes more than half of the room loses its end too, and with it the end token.
 
         Args:
+            whole: The row with its whole text.
+            text: The text.
+            fill: Function from a text to the request with it.
+            answer: The answer, or None if the model is to give it.
             frame: Tokens of the request without any text.
+            max_length: Most tokens of the row.
         """
         wanted = len(whole.ids) + (max_length // ANSWER_SHARE if answer is None else 0)
         if wanted <= max_length:

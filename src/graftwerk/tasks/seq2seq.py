@@ -90,9 +90,14 @@ class Seq2SeqTask(TextTask):
         """Return the values of the `fields` of prefix and template for a row; only those that occur are needed."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
-        """A row without its second part gets the target None: an answer is asked for and none is known.
+        """Encode rows to token ids.
+
+        A row without its second part gets the target None: an answer is asked for and none is known.
 
         Args:
+            rows: The rows.
+            tokenizer: The model's tokenizer.
+            splits: The splits, which tell the place of a row for messages; or None.
             max_length: Tokens of a text that is read and of one that is written; for a causal model of both together,
                 template included.
 
@@ -109,7 +114,10 @@ class Seq2SeqTask(TextTask):
         """Tokenize pairs for an encoder-decoder model, in the languages that the tokenizer is set to.
 
         Args:
+            rows: The rows.
             marks: What stands before each prefix.
+            tokenizer: The model's tokenizer.
+            max_length: Tokens kept of a text.
         """
         read, written = self.parts[:2]
         texts = [
@@ -241,4 +249,5 @@ def check_fields(text: str | None, allowed: Sequence[str], needed: str | None) -
 
 
 def fields_in(text: str | None) -> set[str]:
+    """Return the names that stand in braces in a text, or the empty set for None."""
     return {name for _, name, _, _ in Formatter().parse(text or "") if name is not None}

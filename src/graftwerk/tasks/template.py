@@ -59,6 +59,7 @@ class Template(ABC):
         """Render conversations, in order.
 
         Args:
+            conversations: Turns (role, content) of each.
             asked: The texts end where the model is to begin an answer, and have no spans.
 
         Raises:
@@ -67,6 +68,8 @@ class Template(ABC):
 
 
 class PlainTemplate(Template):
+    """The template of models that have none: `### Instruction:` before a request, `### Response:` before an answer."""
+
     name = "plain"
 
     def __init__(self, bos: str, eos: str) -> None:

@@ -43,6 +43,7 @@ class GenerationMark(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> Any:
+        """Return the nodes between the two marks, as jinja2 asks of an extension."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body).set_lineno(line)
@@ -89,6 +90,11 @@ def _tojson(
 
 
 def compile_template(source: str) -> jinja2.Template:
+    """Compile a chat template in the sandbox.
+
+    Raises:
+        Refused: it is too long, no template, or takes too much memory.
+    """
     if len(source) > MAX_TEMPLATE:
         raise Refused(f"it has {len(source):,} characters; at most {MAX_TEMPLATE:,} are accepted")
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -159,6 +165,7 @@ def whole(template: jinja2.Template, variables: dict[str, Any], turns: list[list
 
 
 def answer(template: jinja2.Template, variables: dict[str, Any], turns: list[list[str]], asked: bool) -> dict[str, Any]:
+    """Return the message to the parent on one conversation: text and spans, or why it is unfit."""
     try:
         if asked:
             return {"text": render(template, variables, turns, True), "spans": []}
@@ -178,8 +185,9 @@ def limit() -> None:
 
 
 def clock(seconds: float) -> None:
-    """Kills this process after so many seconds of its processor time, and lets it take so much more memory; 0: stops
-    the clock, and the memory is again that of all conversations.
+    """Set the limit of processor time in seconds, after which this process is killed, and that of its memory.
+
+    With 0 the clock stops, and the memory is again that of all conversations.
     """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -195,6 +203,7 @@ def clock(seconds: float) -> None:
 
 
 def main() -> None:
+    """Compile the template that the parent sends, then answer its batches of conversations until the input ends."""
     limit()
     opening = json.loads(sys.stdin.readline())
     clock(CPU_SECONDS)

@@ -149,6 +149,9 @@ def _cut_by_tokens(ordered: Sequence[int], lengths: Sequence[int], micro: int, t
 
     Args:
         ordered: Rows by length, shortest first.
+        lengths: Tokens of each row of the data.
+        micro: Most rows of a piece.
+        tokens: Most tokens of a piece, padding included; a longer row is alone.
     """
     # best[j]: pieces and padded tokens of the first j rows, and where the last of the pieces begins
     best: list[tuple[int, int, int]] = [(0, 0, 0)]

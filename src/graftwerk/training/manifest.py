@@ -32,6 +32,10 @@ def opening(
     """Return the manifest of a run that begins: all that is known before the first step.
 
     Args:
+        settings: Settings of the run.
+        prepared: Its rows, tokenizer, task and method.
+        adapter: The adapter, attached to the base.
+        base_fingerprint: Fingerprint of the base's weights.
         compute: What the last bits of its answers depend on, as `compute_of` says.
     """
     splits = prepared.splits
