@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def replaced_rows(model: PreTrainedModel, info: AdapterInfo) -> dict[str, tuple[int, ...]]:
+    """Return the rows of a base's tables that a stored adapter replaces, by path of the table.
+
+    Raises:
+        ConfigError, UnsupportedError: the base does not have them.
+    """
+    method = info.method
+    return {} if method is None else method.trained_rows(read_architecture(model).tables)
+
+
 def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
     """Refuse a base whose weights beside the pretrained part are others than those that the adapter was trained with.
 
@@ -29,7 +39,7 @@ def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
     wanted = info.digests_beside
     if wanted.keys().isdisjoint(base_parameters(model)):
         return
-    found = digests_beside(model, ())
+    found = digests_beside(model, (), replaced_rows(model, info))
     other = [name for name, digest in wanted.items() if found.get(name, digest) != digest]
     if other:
         raise AdapterError(

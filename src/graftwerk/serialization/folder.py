@@ -41,7 +41,7 @@ from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
 from graftwerk.serialization.atomic import read_steadily, recover, write_folder
 from graftwerk.serialization.card import model_card
 from graftwerk.serialization.fingerprint import digests_beside, fingerprint
-from graftwerk.serialization.fit import check_beside, check_drawn, labels_of
+from graftwerk.serialization.fit import check_beside, check_drawn, labels_of, replaced_rows
 from graftwerk.serialization.info import (
     CARD_FILE,
     FORMAT,
@@ -60,6 +60,7 @@ from graftwerk.serialization.peft_format import (
     write_own,
 )
 from graftwerk.serialization.peft_linear import write_linear
+from graftwerk.serialization.peft_tokens import rows_of
 from graftwerk.serialization.peft_virtual import write_prefix, write_prompt
 from graftwerk.serialization.restore import INDICES, START, check_size, restored
 from graftwerk.serialization.safetensors_header import check_writable, uncollected
@@ -277,7 +278,7 @@ def _own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
-        "fingerprint": known or _base_fingerprint(graft),
+        "fingerprint": _base_fingerprint(graft) if known is None or rows_of(graft) else known,
         "beside": _digests_beside(graft),
     }
     labels = facts.get("labels") or _labels(graft)
@@ -290,7 +291,7 @@ def _own_facts(graft: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _base_fingerprint(graft: Adapter) -> str | None:
     try:
-        return fingerprint(graft.model)
+        return fingerprint(graft.model, rows_of(graft))
     except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
         return None
 
@@ -299,7 +300,7 @@ def _digests_beside(graft: Adapter) -> dict[str, str]:
     if graft.weights is not None:
         return {}
     try:
-        return digests_beside(graft.model, graft.heads)
+        return digests_beside(graft.model, graft.heads, rows_of(graft))
     except UnsupportedError:
         return {}
 
@@ -397,7 +398,7 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
     wanted = info.base_fingerprint
     if force or wanted is None or info.own["method"]["name"] == "full":  # whose tensors are all weights there are
         return
-    found = fingerprint(model)
+    found = fingerprint(model, replaced_rows(model, info))
     if found != wanted:
         architecture = info.own["base"].get("architecture")
         raise AdapterError(
