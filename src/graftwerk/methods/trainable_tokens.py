@@ -240,7 +240,11 @@ def _named(tables: Sequence[TargetModule], wanted: Mapping[str, tuple[int, ...]]
             )
         for table in matched:
             if found.setdefault(table.path, rows) != rows:
-                raise ConfigError(f"{SETTING}: `{table.path}` is named twice, with different rows", where=WHERE)
+                raise ConfigError(
+                    f"{SETTING}: `{table.path}` is named twice, with different rows",
+                    where=WHERE,
+                    hint="give each embedding one list",
+                )
     for table in tables:
         if table.path in found and table.tied_to is not None and found.get(table.tied_to) != found.pop(table.path):
             raise ConfigError(
