@@ -65,7 +65,10 @@ def open_targets(method: Method, architecture: Architecture, heads: Sequence[str
         ConfigError: rows would train of a table that is saved whole, or that the method adapts as a layer.
     """
     layers = [target for target in method.select_targets(architecture.targets) if not within(target.path, heads)]
-    rows, adapted = method.trained_rows(architecture.tables), {target.path for target in layers}
+    rows = method.trained_rows(architecture.tables)
+    if not rows:
+        return layers
+    adapted = {target.path for target in layers}
     tables = [table for table in architecture.tables if (table.tied_to or table.path) in rows]
     for table in tables:
         if table.path in adapted or within(table.path, heads):

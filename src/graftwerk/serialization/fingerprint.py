@@ -101,7 +101,8 @@ def _fingerprint(
     for name, parameter in parameters:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         with _loaded(model.base_model, name, parameter) as weight:
-            digest.update(_sample(weight, rows.get(id(parameter), ())))
+            own = rows.get(id(parameter))
+            digest.update(_sample_without(weight, own) if own else _sample(weight))
     return digest.hexdigest()
 
 
@@ -174,7 +175,9 @@ def _digests(
     found, rows = {}, _by_parameter(model, without)
     for name, parameter in parameters:
         with _loaded(model, name, parameter) as weight:
-            found[name] = hashlib.blake2b(_sample(weight, rows.get(id(parameter), ())), digest_size=8).hexdigest()
+            own = rows.get(id(parameter))
+            sample = _sample_without(weight, own) if own else _sample(weight)
+            found[name] = hashlib.blake2b(sample, digest_size=8).hexdigest()
     return found
 
 
@@ -197,14 +200,22 @@ def _loaded(model: nn.Module, name: str, parameter: Tensor) -> Iterator[Tensor]:
         yield weight
 
 
-def _sample(parameter: Tensor, without: Sequence[int] = ()) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    step = max(1, -(-flat.numel() // SAMPLES))
-    values = flat[::step]
-    if without:
-        row = torch.arange(0, flat.numel(), step) // parameter.shape[1]
-        left_out = torch.isin(row, torch.tensor(list(without))).to(values.device)
-        values = values.masked_fill(left_out, 0)
+def _sample(parameter: Tensor) -> bytes:
+    return _as_bytes(parameter.detach().reshape(-1)[:: _step(parameter)])
+
+
+def _sample_without(parameter: Tensor, rows: Sequence[int]) -> bytes:
+    """Return the sample of a table (V, d) with zeros in these rows."""
+    values = parameter.detach().reshape(-1)[:: _step(parameter)]
+    row = torch.arange(0, parameter.numel(), _step(parameter)) // parameter.shape[1]
+    return _as_bytes(values.masked_fill(torch.isin(row, torch.tensor(rows)).to(values.device), 0))
+
+
+def _step(parameter: Tensor) -> int:
+    return max(1, -(-parameter.numel() // SAMPLES))
+
+
+def _as_bytes(values: Tensor) -> bytes:
     if values.is_floating_point():
         values = values.to(torch.bfloat16)
     return values.contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from graftwerk.errors import AdapterError
+from graftwerk.methods.trainable_tokens import SETTING
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.drawn import drawn_modules, within
@@ -26,8 +27,11 @@ def replaced_rows(model: PreTrainedModel, info: AdapterInfo) -> dict[str, tuple[
     Raises:
         ConfigError, UnsupportedError: the base does not have them.
     """
+    if not info.own or not info.own["method"].get(SETTING):  # reading the settings takes longer than this look
+        return {}
     method = info.method
-    return {} if method is None else method.trained_rows(read_architecture(model).tables)
+    assert method is not None
+    return method.trained_rows(read_architecture(model).tables)
 
 
 def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
