@@ -14,7 +14,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.methods.base import Role, TargetModule
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.registry import parse_method
-from graftwerk.methods.trainable_tokens import EmbeddedRows, ScoredRows, rows_by_table
+from graftwerk.methods.trainable_tokens import EmbeddedRows, ScoredRows, build_rows, rows_by_table
 
 INDICES = torch.tensor([5, 0, 3])
 
@@ -73,6 +73,18 @@ def test_rows_answer_in_the_dtype_of_the_base(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert torch.equal(y[0, 1], rows[0].to(dtype))
     assert ScoredRows(head, INDICES, rows).post_forward(x, head(x)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own"),
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)],
+)
+def test_rows_start_as_those_of_the_base_without_loss(dtype: torch.dtype, own: torch.dtype) -> None:
+    table = nn.Embedding(6, 4, dtype=dtype)
+    rows = build_rows(TargetModule("table", Role.EMBEDDING, 6, 4, False), table, [5, 0]).rows
+    assert rows.dtype == own
+    assert torch.equal(rows.to(dtype), table.weight[[5, 0]])
+    assert rows.data_ptr() != table.weight.data_ptr()
 
 
 @pytest.mark.parametrize(
