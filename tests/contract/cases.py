@@ -22,6 +22,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"name": "lora", "r": 2, "use_rslora": True},
     "dora": {"name": "lora", "r": 2, "use_dora": True},
     "pissa": {"name": "lora", "r": 2, "init_lora_weights": "pissa"},
+    "lora tokens": {"name": "lora", "r": 2, "trainable_token_indices": [40, 3, 17]},
     "miss": {"name": "miss", "r": 5},
     "hira": {"name": "hira", "r": 2},
     "shira": {"name": "shira", "r": 2},

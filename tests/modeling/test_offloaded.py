@@ -85,7 +85,7 @@ def test_attach_after_offload_answers_as_the_plain_model(
     adapted(plain, method)
     model, _ = model_and_batch(method, family)
     model = offload(model, tmp_path)
-    if method == "full":
+    if method in ("full", "lora tokens"):  # of offloaded weights one does not see which modules share one
         with pytest.raises(UnsupportedError, match="is offloaded"):
             adapted(model, method)
         return

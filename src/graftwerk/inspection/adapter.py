@@ -34,6 +34,7 @@ _SINGLE = {
     "miss_block": "shared block",
     "shira_weight": "sparse update",
     "oft_R.weight": "angles of rotation",
+    "token_adapter.trainable_tokens_delta": "rows of tokens",
     "prefix_key": "prefix keys",
     "prefix_value": "prefix values",
     "prompt_embeddings": "virtual tokens",

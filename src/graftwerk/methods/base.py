@@ -41,6 +41,9 @@ class Role(StrEnum):
     FFN_OUT = "ffn_out"
     OTHER_LINEAR = "other_linear"
     EMBEDDING = "embedding"
+    """A table of vectors, one for each token: single rows of it are adapted."""
+    VOCABULARY = "vocabulary"
+    """A linear layer that scores the vocabulary, as a table with a row for each token; as a layer it is a `HEAD`."""
     NORM = "norm"
     HEAD = "head"
     """A linear layer outside the base model (`lm_head`, `classifier`): adapted only if a target names it."""
@@ -70,6 +73,8 @@ class TargetModule:
             weight that is read, and cannot differ by row; such a layer is left out unless it is named.
         unfit: The reason why no adapter works in this layer (it returns a tuple, ...), or None if one does. Such a
             layer is left out, and naming it raises with this reason.
+        is_input: True for the embedding that the model reads its tokens with.
+        tied_to: Path of the table whose weight it is, or None if it has one of its own.
     """
 
     path: str
@@ -82,6 +87,13 @@ class TargetModule:
     stack: str | None = None
     weight_only: bool = False
     unfit: str | None = None
+    is_input: bool = False
+    tied_to: str | None = None
+
+    @property
+    def is_table(self) -> bool:
+        """True for a table whose rows are adapted, False for a layer."""
+        return self.role in (Role.EMBEDDING, Role.VOCABULARY)
 
 
 class AdapterModule(nn.Module):
@@ -119,6 +131,11 @@ class AdapterModule(nn.Module):
         if any(one.untyped_storage().nbytes() > one.nbytes for one in self.parameters()):
             state["_modules"], state["_parameters"] = deepcopy((self._modules, self._parameters))
         return state
+
+    @property
+    def shares_weight(self) -> bool:
+        """True if the host's weight is another host's, whose module in the same adapter changes it: that one merges."""
+        return False
 
     def pre_forward(self, x: Tensor) -> Tensor:
         """Change the input of the base module.
@@ -191,6 +208,17 @@ class Method(Settings):
             ConfigError: a target matches nothing; the message lists what there is.
         """
         return []
+
+    def trained_rows(self, tables: Sequence[TargetModule]) -> dict[str, tuple[int, ...]]:
+        """Return the rows that this method trains of a model's tables, by the path of the table.
+
+        Args:
+            tables: Its embeddings and the layers that score its vocabulary.
+
+        Raises:
+            ConfigError, UnsupportedError: a row or a table that the settings name does not exist or cannot be trained.
+        """
+        return {}
 
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
         """Build the adapter module for one target.

@@ -13,8 +13,9 @@ Options, each from its own paper:
   arXiv:2404.02948, equations 2-4). The paper moves the rest into W; here W stays as it is and the start is subtracted:
   h = W x + s (B A - B0 A0) x, which is the same function and leaves the base untouched.
 * ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
+* ``trainable_token_indices``: single rows of the embedding train beside it (see trainable_tokens.py).
 
-Parameters: r (in + out) for each adapted layer; DoRA adds out.
+Parameters: r (in + out) for each adapted layer; DoRA adds out; each trained row of a table adds its width.
 Trade-off: no cost at inference once merged, and the closest to full fine-tuning of the small methods; it touches every
 adapted matrix, so a training step costs more than the parameter count suggests.
 """
@@ -36,6 +37,16 @@ from graftwerk.methods.dropout import DropoutGroup
 from graftwerk.methods.layer_selection import LayerSelection
 from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, pissa_init
 from graftwerk.methods.target_modules import check_inputs, check_patterns, check_targets, linear_targets, value_of
+from graftwerk.methods.trainable_tokens import (
+    TokenIndices,
+    build_rows,
+    checked_indices,
+    connect_rows,
+    num_row_parameters,
+    rows_by_table,
+    stored_rows,
+    token_indices,
+)
 
 READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
 """Roles of modules that may read the same tensor within one block; LoRA drops the same of its entries for all."""
@@ -139,6 +150,17 @@ class LoRA(LayerSelection):
     rank_pattern: dict[str, Rank] = Field({}, description="rank of modules by suffix, where it differs from r")
     alpha_pattern: dict[str, float] = Field({}, description="alpha of modules by suffix, where it differs")
 
+    trainable_token_indices: TokenIndices | None = Field(
+        None,
+        description="token ids whose rows of the input embedding train too (of new special tokens, say), or lists of "
+        "them by the names of embeddings",
+    )
+
+    @field_validator("trainable_token_indices", mode="before")
+    @classmethod
+    def _token_indices(cls, value: Any) -> Any:
+        return checked_indices(value)
+
     @field_validator("target_modules", mode="before")
     @classmethod
     def _targets(cls, value: Any) -> Any:
@@ -163,6 +185,9 @@ class LoRA(LayerSelection):
             check_inputs(chosen, "lora_dropout")
         return chosen
 
+    def trained_rows(self, tables: Sequence[TargetModule]) -> dict[str, tuple[int, ...]]:
+        return rows_by_table(tables, self.trainable_token_indices)
+
     def rank(self, path: str) -> int:
         """Return the rank r at a module."""
         return int(value_of(self.rank_pattern, path, self.r))
@@ -173,6 +198,8 @@ class LoRA(LayerSelection):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
+        if target.is_table:
+            return build_rows(target, module, token_indices(target, self.trainable_token_indices))
         rank, scale = self.rank(target.path), self.scale(target.path)
         a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
         if self.use_dora:
@@ -188,6 +215,8 @@ class LoRA(LayerSelection):
     def build_from(
         self, target: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]
     ) -> AdapterModule | None:
+        if target.is_table:
+            return stored_rows(target, module, token_indices(target, self.trainable_token_indices), parameters)
         names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")[: 3 if self.use_dora else 2]
         if self.init_lora_weights == "pissa" or parameters.keys() != {*names}:
             return None
@@ -200,6 +229,7 @@ class LoRA(LayerSelection):
         return LoRAModule(a, b, scale, self.lora_dropout)
 
     def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
+        connect_rows(targets, built)
         groups: dict[tuple[str, bool], DropoutGroup] = {}
         for target in targets:
             module = built[target.path]
@@ -208,9 +238,11 @@ class LoRA(LayerSelection):
                 module.group = groups.setdefault(key, module.group)
 
     def num_parameters(self, targets: Iterable[TargetModule]) -> int:
-        """Return the sum of r (in + out) over the targets, and of another out each with DoRA."""
+        """Return the sum of r (in + out) over the layers, of another out each with DoRA, and of trained rows."""
         return sum(
-            self.rank(t.path) * (t.in_features + t.out_features) + (t.out_features if self.use_dora else 0)
+            num_row_parameters(t, self.trainable_token_indices)
+            if t.is_table
+            else self.rank(t.path) * (t.in_features + t.out_features) + (t.out_features if self.use_dora else 0)
             for t in targets
         )
 

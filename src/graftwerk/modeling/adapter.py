@@ -96,6 +96,7 @@ class Adapter(AdapterTensors):
         base = base_modules(self.model)
         layers = [(path, base[path], module) for path, module in self.modules() if isinstance(module, AdapterModule)]
         refuse_tied(layers, base)
+        layers = [layer for layer in layers if not layer[2].shares_weight]
         # The contract test covers architectures in the table; others may use their layers in ways that merging breaks.
         before = None if read_architecture(self.model).known else sample_answer(self.model)
         bare = None if before is None else self._bare_answer()

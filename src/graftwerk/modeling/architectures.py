@@ -22,6 +22,7 @@ from graftwerk.modeling.adapter_slots import CHILD
 from graftwerk.modeling.layer_checks import adds_bias_last, is_weight_only, unfit
 from graftwerk.modeling.module_index import base_modules, module_index
 from graftwerk.modeling.module_names import BY_TYPE, ModuleNames, is_causal
+from graftwerk.modeling.vocabulary_tables import read_tables
 
 StackKind = Literal["encoder", "decoder", "causal"]
 """`encoder` reads both ways; `decoder` is the second half of an encoder-decoder; `causal` is a decoder-only model."""
@@ -79,6 +80,7 @@ class Architecture:
         heads: Modules outside the base model that a task put there (`classifier`, `score`): trained whole with every
             adapter.
         by_path: Targets by path.
+        tables: Its embeddings and the layers that score its vocabulary, whose single rows can be adapted.
     """
 
     model_type: str
@@ -88,6 +90,7 @@ class Architecture:
     stacks: tuple[StackPlace, ...]
     heads: tuple[str, ...]
     by_path: Mapping[str, TargetModule] = field(default_factory=dict)
+    tables: tuple[TargetModule, ...] = ()
 
 
 _TASK_HEADS = re.compile(
@@ -171,6 +174,7 @@ def _read(model: PreTrainedModel) -> Architecture:
         stacks=_stacks(model, layout, base),
         heads=heads,
         by_path={target.path: target for target in targets},
+        tables=read_tables(model),
     )
 
 

@@ -127,7 +127,8 @@ def attach_from_tensors(
                 f"{method.title} trains the task head alone, and {type(model).__name__} has none",
                 hint="load the model with a task head, for instance AutoModelForSequenceClassification",
             )
-        if not targets and tensors is None and method.select_targets(architecture.targets):
+        layers = [target for target in targets if not target.is_table]
+        if not layers and tensors is None and method.select_targets(architecture.targets):
             raise ConfigError(
                 "every layer that the method would adapt lies in a module of modules_to_save, which is trained whole",
                 where="method.modules_to_save",
@@ -293,13 +294,14 @@ def _install(
         for parameter in base.parameters.values():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
+    by_path = {target.path: target for target in targets}
     for path, module in hosts.items():
         host = base.modules[path]
         if placed:
             model_adapters.slots(host).put(name, module)
         else:
             _place(model_adapters, host, name, module)
-        if (target := architecture.by_path.get(path)) is not None:
+        if (target := by_path.get(path)) is not None:
             model_adapters.slots(host).row_dim = row_dim(architecture.model_type, path)
             adapt(host, model_adapters.slots(host), weight_only=target.weight_only)
     for path in heads:

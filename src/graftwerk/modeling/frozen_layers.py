@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import Method
+from graftwerk.methods.base import Method, Role
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.task_heads import open_targets
@@ -69,6 +69,9 @@ def find_frozen_prefix(model: Any, architecture: Architecture, method: Method, h
     depth = len(model.get_submodule(stack.layers))
     lowest = depth
     heads = tuple(heads)
+    rows = method.trained_rows(architecture.tables)
+    if any(table.path in rows and table.role is Role.EMBEDDING for table in architecture.tables):
+        raise UnsupportedError("rows of an embedding are trained, below all layers")
     for path in (*_touched(architecture, method, heads), *heads):
         lowest = min(lowest, _layer_of(model, architecture, path, stack.layers, depth))
     if lowest == 0:

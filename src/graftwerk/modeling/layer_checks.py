@@ -48,6 +48,26 @@ def unfit(module: nn.Module) -> str | None:
     return None if _is_linear(module) else f"its class {own.__name__} computes something else than x W^T + b"
 
 
+def embedding_unfit(module: nn.Embedding) -> str | None:
+    """Return the reason why no row of an embedding can be adapted, or None if it returns rows, times `embed_scale`."""
+    own = own_base(type(module))
+    if module.max_norm is not None:
+        return "it changes its own weight while it is called (max_norm)"
+    if own.forward is nn.Embedding.forward:
+        return None
+    factor = getattr(module, "embed_scale", 1.0)
+    if isinstance(factor, Tensor) and factor.is_meta:
+        return None  # a dry run: the weights, and this factor, are loaded later
+    draw = torch.Generator().manual_seed(0)
+    ids, weight = torch.tensor([[0, 5, 3]]), torch.randn(6, 4, generator=draw)
+    buffers = {name: None if one is None else one.cpu() for name, one in module._buffers.items()}
+    y = _try(module, ids, {"weight": weight}, _buffers=buffers, num_embeddings=6, embedding_dim=4, padding_idx=None)
+    expected = weight[ids] * (factor.cpu() if isinstance(factor, Tensor) else factor)  # (1, 3, 4)
+    if y is not None and y.shape == expected.shape and torch.allclose(y.float(), expected.float(), rtol=1e-2):
+        return None
+    return f"its class {own.__name__} computes something else than its rows, times `embed_scale`"
+
+
 def adds_bias_last(module: nn.Module) -> bool:
     """Return True if a module's bias (d,) is added to the last dimension of its output (..., d), whatever comes before.
 

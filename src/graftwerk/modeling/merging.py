@@ -36,12 +36,12 @@ def merge_weights(layers: Iterable[tuple[str, nn.Module, AdapterModule]]) -> Sav
     merged: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
     for path, module, adapter in layers:
         _refuse_unmergeable(path, module)
-        bias = module._parameters["bias"]
+        bias = module._parameters.get("bias")
         weight, new_bias = adapter.merged_weight(base_weight(module), None if bias is None else bias.detach())
         merged.append((path, module, (weight.T if is_transposed(module) else weight).contiguous(), new_bias))
     saved: SavedWeights = []
     for _, module, weight, new_bias in merged:
-        for own, new in ((module._parameters["weight"], weight), (module._parameters["bias"], new_bias)):
+        for own, new in ((module._parameters["weight"], weight), (module._parameters.get("bias"), new_bias)):
             if own is not None and new is not None and new.data_ptr() != own.data_ptr():
                 saved.append((own, own.data))
                 own.data = new
@@ -62,7 +62,7 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
     for path, module, _ in layers:
         _refuse_unmergeable(path, module)
     for number, (path, module, adapter) in enumerate(layers):
-        bias = module._parameters["bias"]
+        bias = module._parameters.get("bias")
         try:
             merge_in_place(adapter, base_weight(module), None if bias is None else bias.detach())
         except (MemoryError, RuntimeError) as error:
@@ -78,18 +78,20 @@ def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Ma
     """Check that no layer's weight is also another module's (a tied `lm_head`), which must not change.
 
     Args:
-        layers: Path, base module and adapter module of each.
+        layers: Path, base module and adapter module of each, those included that share the weight of another.
         base: All modules of the base by path.
 
     Raises:
         UnsupportedError: a weight is tied.
     """
+    layers = list(layers)
+    sharing = {id(module) for _, module, adapter in layers if adapter.shares_weight}
     owners: dict[int, set[int]] = {}
     for module in base.values():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(id(module))
     for path, module, _ in layers:
-        if len(owners.get(id(module._parameters.get("weight")), ())) > 1:
+        if len(owners.get(id(module._parameters.get("weight")), set()) - sharing) > 1:
             raise UnsupportedError(
                 f"the weight of `{path}` is tied to another module's, which merging would change as well",
                 where=path,
@@ -99,7 +101,7 @@ def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Ma
 
 def _refuse_unmergeable(path: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")  # an adapted layer may show others a changed one
-    if weight is None or "bias" not in module._parameters:
+    if weight is None or ("bias" not in module._parameters and not isinstance(module, nn.Embedding)):
         raise UnsupportedError(
             "an adapter cannot be merged into a weight that is computed from others (a parametrization)",
             where=path,

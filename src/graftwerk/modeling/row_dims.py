@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.base import Role, TargetModule
 from graftwerk.modeling.adapter_slots import AttachedAdapter
 
 _BATCH_FIRST = frozenset(
@@ -52,6 +53,12 @@ def row_dim(model_type: str, path: str) -> int:
     return int(any(part in f"{path}." for part in _SEQUENCE_FIRST.get(model_type, ())))
 
 
+def _reads_tokens(table: TargetModule, adapter: AttachedAdapter) -> bool:
+    """Return True for the input embedding, what is tied to it, and a layer that scores the vocabulary."""
+    inputs = [other.path for other in adapter.targets if other.is_input]
+    return table.role is Role.VOCABULARY or table.is_input or table.tied_to in inputs
+
+
 def check_rows(model: nn.Module, adapters: Iterable[AttachedAdapter]) -> None:
     """Check that these adapters can differ by row: the row dimension of each layer that they work in has to be known.
 
@@ -67,7 +74,11 @@ def check_rows(model: nn.Module, adapters: Iterable[AttachedAdapter]) -> None:
             if row_dim(model_type, path):  # type: ignore[arg-type]
                 why = f"`{path}`, which is trained whole, has the tokens in its first dimension"
         for target in adapter.targets:
-            if target.weight_only:
+            if target.is_table and not _reads_tokens(target, adapter):
+                why = f"`{target.path}` may be called with other numbers than a row's tokens"
+            elif target.is_table and model_type in _SEQUENCE_FIRST:
+                why = f"`{target.path}`, of which rows are trained, may have the tokens in its first dimension"
+            elif target.weight_only:
                 why = f"`{target.path}` is never called: its weight is read, and is the same for all rows"
     if why is not None:
         raise UnsupportedError(

@@ -52,7 +52,7 @@ def head_paths(model: nn.Module, method: Method, architecture: Architecture) -> 
 
 
 def open_targets(method: Method, architecture: Architecture, heads: Sequence[str]) -> list[TargetModule]:
-    """Return the targets of a method without those in modules that are saved whole.
+    """Return the targets of a method without those in modules that are saved whole; tables with trained rows last.
 
     As in PEFT, a saved module is never adapted as well: its copy computes in place of the base's layer.
 
@@ -60,8 +60,25 @@ def open_targets(method: Method, architecture: Architecture, heads: Sequence[str
         method: A method that works inside layers.
         architecture: The model's.
         heads: Paths of the saved modules, from `head_paths`.
+
+    Raises:
+        ConfigError: rows would train of a table that is saved whole, or that the method adapts as a layer.
     """
-    return [target for target in method.select_targets(architecture.targets) if not within(target.path, heads)]
+    layers = [target for target in method.select_targets(architecture.targets) if not within(target.path, heads)]
+    rows = method.trained_rows(architecture.tables)
+    if not rows:
+        return layers
+    adapted = {target.path for target in layers}
+    tables = [table for table in architecture.tables if (table.tied_to or table.path) in rows]
+    for table in tables:
+        if table.path in adapted or within(table.path, heads):
+            how = "adapted as a layer" if table.path in adapted else "trained whole"
+            raise ConfigError(
+                f"`{table.path}` is {how}, and single rows of its weight would train as well",
+                where="method.trainable_token_indices",
+                hint="leave the rows out, or this module out of target_modules and modules_to_save",
+            )
+    return [*layers, *tables]
 
 
 def copy_head(module: nn.Module) -> nn.Module:

@@ -72,6 +72,13 @@ def _per_module(check: Check) -> Check:
     return holds
 
 
+def _token_rows(value: Any) -> bool:
+    """Rows of the input embedding, or of embeddings by name."""
+    row = _whole(0, 2**31 - 1)
+    lists = list(value.values()) if _mapping(value) and all(map(_text, value)) else [[] if value is None else value]
+    return all(type(rows) is list and len(rows) <= 2**20 and all(map(row, rows)) for rows in lists)
+
+
 def _empty(value: Any) -> bool:
     """Return whether a value says that nothing is switched on: null, false, 0, "", "none", [] or {}."""
     if type(value) in (list, dict):
@@ -122,7 +129,7 @@ _LORA: dict[str, Key] = {
     "alpha_pattern": Key("read", _per_module(_ALPHA)),
     "megatron_config": _off("layers of Megatron"),
     "megatron_core": Key("free", _none_or(_text)),
-    "trainable_token_indices": _off("single trained rows of the embedding"),
+    "trainable_token_indices": Key("read", _token_rows),
     "loftq_config": Key("free", _none_or(_mapping)),  # the ways of initialising count only through init_lora_weights
     "eva_config": Key("free", _none_or(_mapping)),
     "corda_config": Key("free", _none_or(_mapping)),

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ from graftwerk.modeling.module_index import ModuleIndex, base_parameters, module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Rows = Mapping[str, Sequence[int]]
+"""Numbers of rows by the path of their table."""
 SAMPLES = 16_384
 """Values hashed of each tensor."""
 _LEFT_OUT = frozenset({"pooler", "lm_head", "classifier", "score", "qa_outputs"})
@@ -70,27 +73,36 @@ def _remembered(
     return made
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, without: Rows = MappingProxyType({})) -> str:
     """Return a hash of the base's weights, as 32 hexadecimal digits.
 
     It takes about 0.1 s for 135 M parameters the first time, and is then cached for as long as no parameter of the base
     is replaced or changed in place. (Writing through ``parameter.data`` escapes torch's version counter, and so ours.)
+
+    Args:
+        model: The base; adapters on it do not count.
+        without: Rows of tables, by path, that do not count: an adapter replaces them.
 
     Raises:
         ModelError: Weights are on the meta device: nothing has been loaded yet.
         UnsupportedError: All weights were trained and the base's were not stored.
     """
     with disabled(model):  # a merged adapter comes out for the moment, and so do weights that were trained in full
+        if without:
+            return _fingerprint(model, sorted(_base_parameters(model)), without)
         made: str = _remembered(_fingerprints, model, lambda model: sorted(_base_parameters(model)), _fingerprint)
         return made
 
 
-def _fingerprint(model: PreTrainedModel, parameters: list[tuple[str, Tensor]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _fingerprint(
+    model: PreTrainedModel, parameters: list[tuple[str, Tensor]], without: Rows = MappingProxyType({})
+) -> str:
+    digest, rows = hashlib.blake2b(digest_size=16), _by_parameter(model, without)
     for name, parameter in parameters:
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         with _loaded(model.base_model, name, parameter) as weight:
-            digest.update(_sample(weight))
+            own = rows.get(id(parameter))
+            digest.update(_sample_without(weight, own) if own else _sample(weight))
     return digest.hexdigest()
 
 
@@ -121,7 +133,9 @@ def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
 
 
-def digests_beside(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+def digests_beside(
+    model: PreTrainedModel, stored: Iterable[str], without: Rows = MappingProxyType({})
+) -> dict[str, str]:
     """Return a digest for each weight, by name, that neither the fingerprint covers nor an adapter stores.
 
     These are output embeddings, poolers and heads. Where one of them was drawn at random, an adapter that was trained
@@ -130,12 +144,17 @@ def digests_beside(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, s
     Args:
         model: The base; adapters on it do not count.
         stored: Paths of the modules that the adapter stores whole.
+        without: As for `fingerprint`.
 
     Raises:
         ModelError, UnsupportedError: as `fingerprint`.
     """
     with disabled(model):
-        found: dict[str, str] = _remembered(_beside, model, _parameters_beside, _digests)
+        found: dict[str, str] = (
+            _digests(model, _parameters_beside(model), without)
+            if without
+            else _remembered(_beside, model, _parameters_beside, _digests)
+        )
         return {name: digest for name, digest in found.items() if not within(name, stored)}
 
 
@@ -145,11 +164,20 @@ def _parameters_beside(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
     return [(name, one) for name, one in named if id(one) not in covered and one.is_floating_point()]
 
 
-def _digests(model: PreTrainedModel, parameters: list[tuple[str, Tensor]]) -> dict[str, str]:
-    found = {}
+def _by_parameter(model: PreTrainedModel, rows: Rows) -> dict[int, Sequence[int]]:
+    modules = module_index(model).modules
+    return {id(modules[path]._parameters["weight"]): numbers for path, numbers in rows.items()}
+
+
+def _digests(
+    model: PreTrainedModel, parameters: list[tuple[str, Tensor]], without: Rows = MappingProxyType({})
+) -> dict[str, str]:
+    found, rows = {}, _by_parameter(model, without)
     for name, parameter in parameters:
         with _loaded(model, name, parameter) as weight:
-            found[name] = hashlib.blake2b(_sample(weight), digest_size=8).hexdigest()
+            own = rows.get(id(parameter))
+            sample = _sample_without(weight, own) if own else _sample(weight)
+            found[name] = hashlib.blake2b(sample, digest_size=8).hexdigest()
     return found
 
 
@@ -173,8 +201,21 @@ def _loaded(model: nn.Module, name: str, parameter: Tensor) -> Iterator[Tensor]:
 
 
 def _sample(parameter: Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1)
-    values = flat[:: max(1, -(-flat.numel() // SAMPLES))]
+    return _as_bytes(parameter.detach().reshape(-1)[:: _step(parameter)])
+
+
+def _sample_without(parameter: Tensor, rows: Sequence[int]) -> bytes:
+    """Return the sample of a table (V, d) with zeros in these rows."""
+    values = parameter.detach().reshape(-1)[:: _step(parameter)]
+    row = torch.arange(0, parameter.numel(), _step(parameter)) // parameter.shape[1]
+    return _as_bytes(values.masked_fill(torch.isin(row, torch.tensor(rows)).to(values.device), 0))
+
+
+def _step(parameter: Tensor) -> int:
+    return max(1, -(-parameter.numel() // SAMPLES))
+
+
+def _as_bytes(values: Tensor) -> bytes:
     if values.is_floating_point():
         values = values.to(torch.bfloat16)
     return values.contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from graftwerk.errors import AdapterError
+from graftwerk.methods.trainable_tokens import SETTING
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.drawn import drawn_modules, within
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def replaced_rows(model: PreTrainedModel, info: AdapterInfo) -> dict[str, tuple[int, ...]]:
+    """Return the rows of a base's tables that a stored adapter replaces, by path of the table.
+
+    Raises:
+        ConfigError, UnsupportedError: the base does not have them.
+    """
+    if not info.own or not info.own["method"].get(SETTING):  # reading the settings takes longer than this look
+        return {}
+    method = info.method
+    assert method is not None
+    return method.trained_rows(read_architecture(model).tables)
+
+
 def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
     """Refuse a base whose weights beside the pretrained part are others than those that the adapter was trained with.
 
@@ -29,7 +43,7 @@ def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
     wanted = info.digests_beside
     if wanted.keys().isdisjoint(base_parameters(model)):
         return
-    found = digests_beside(model, ())
+    found = digests_beside(model, (), replaced_rows(model, info))
     other = [name for name, digest in wanted.items() if found.get(name, digest) != digest]
     if other:
         raise AdapterError(

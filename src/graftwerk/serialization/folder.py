@@ -39,7 +39,7 @@ from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
 from graftwerk.serialization.atomic import read_steadily, recover, write_folder
 from graftwerk.serialization.card import model_card
 from graftwerk.serialization.fingerprint import fingerprint
-from graftwerk.serialization.fit import check_beside, check_drawn, labels_of
+from graftwerk.serialization.fit import check_beside, check_drawn, labels_of, replaced_rows
 from graftwerk.serialization.info import (
     CARD_FILE,
     OWN_FILE,
@@ -324,7 +324,7 @@ def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
     wanted = info.base_fingerprint
     if force or wanted is None or info.own["method"]["name"] == "full":  # whose tensors are all weights there are
         return
-    found = fingerprint(model)
+    found = fingerprint(model, replaced_rows(model, info))
     if found != wanted:
         architecture = info.own["base"].get("architecture")
         raise AdapterError(

@@ -15,6 +15,7 @@ from graftwerk.serialization.fingerprint import digests_beside, fingerprint
 from graftwerk.serialization.info import (
     FORMAT,
 )
+from graftwerk.serialization.peft_tokens import rows_of
 from graftwerk.serialization.restore import INDICES, START
 from graftwerk.serialization.strict_json import SEAL
 
@@ -48,7 +49,7 @@ def own_facts(adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
         "name": name,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
-        "fingerprint": known or _base_fingerprint(adapter),
+        "fingerprint": _base_fingerprint(adapter) if known is None or rows_of(adapter) else known,
         "beside": _digests_beside(adapter),
     }
     labels = facts.get("labels") or _labels(adapter)
@@ -61,7 +62,7 @@ def own_facts(adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
 
 def _base_fingerprint(adapter: Adapter) -> str | None:
     try:
-        return fingerprint(adapter.model)
+        return fingerprint(adapter.model, rows_of(adapter))
     except UnsupportedError:  # trained in place: the base is gone, and the adapter, being all weights, needs none
         return None
 
@@ -70,7 +71,7 @@ def _digests_beside(adapter: Adapter) -> dict[str, str]:
     if adapter.weights is not None:
         return {}
     try:
-        return digests_beside(adapter.model, adapter.heads)
+        return digests_beside(adapter.model, adapter.heads, rows_of(adapter))
     except UnsupportedError:
         return {}
 

@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from graftwerk.methods.base import Method, TargetModule
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
+from graftwerk.methods.trainable_tokens import ROWS
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.adapter_config import OWN_PREFIX
 from graftwerk.serialization.naming import endings, ends_with, layer_number
+from graftwerk.serialization.peft_tokens import token_config, tokens_apart
 from graftwerk.serialization.vocabulary import (
     saved_by_letters,
 )
@@ -159,7 +161,7 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
     raw = graft.state_dict()
     pissa = method.init_lora_weights == "pissa"
     times = 2 if pissa else 1
-    ranks = {place.path: method.rank(place.path) * times for place in graft.targets}
+    ranks = {place.path: method.rank(place.path) * times for place in graft.targets if not place.is_table}
     alphas = {
         path: _plain(method.scale(path) * (math.sqrt(rank) if method.use_rslora else rank))
         for path, rank in ranks.items()
@@ -178,10 +180,12 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         "fan_in_fan_out": any(_is_transposed(graft.model.get_submodule(path)) for path in ranks),
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        **token_config(graft),
     }
     if not pissa:
-        return Stored(config, own_tensors(graft))
-    tensors = head_tensors(graft, PREFIX)
+        return Stored(config, {**own_tensors(graft), **tokens_apart(graft, PREFIX)})
+    tensors = {**head_tensors(graft, PREFIX), **tokens_apart(graft, PREFIX)}
+    tensors |= {PREFIX + key: tensor for key, tensor in raw.items() if key.endswith(f".{ROWS}")}
     for path in ranks:
         a, b = raw[f"{path}.lora_A.weight"], raw[f"{path}.lora_B.weight"]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((a, raw[f"{path}.start_A"]))

@@ -22,6 +22,7 @@ from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.naming import named_by
 from graftwerk.serialization.patterns import Steps
 from graftwerk.serialization.peft_format import LORA_PARTS, PREFIX, Restored, listed_layers
+from graftwerk.serialization.peft_tokens import split_tokens
 from graftwerk.serialization.vocabulary import (
     check_rows,
     embedding_paths,
@@ -57,6 +58,7 @@ def read_lora(
         UnsupportedError: the adapter changes an embedding, or another weight of the base that cannot be replaced.
     """
     _refuse_embeddings(model, tensors)
+    tensors, tokens = split_tokens(model, view, config, tensors, PREFIX)
     tensors, replaced = split_base_layers(model, tensors, PREFIX)
     layers, rest = by_layer(tensors, LORA_PARTS)
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
@@ -89,7 +91,13 @@ def read_lora(
         heads.append(path)
         replace_tables(model, {path: replaced[path]}, heads, raw)
         ranks.pop(path)
+    replace_tables(model, tokens.tables, heads, raw)
     if not layers:
+        if tokens.setting:
+            raise UnsupportedError(
+                "the folder replaces every layer that it adapts, and trains rows of an embedding beside them",
+                hint="load the base model that the adapter was trained on, with its resized vocabulary",
+            )
         return Restored(Probe(modules_to_save=tuple(heads)), raw)
     init = str(config.get("init_lora_weights", True)).lower()
     method = LoRA.parse(
@@ -105,9 +113,11 @@ def read_lora(
             "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
             "alpha_pattern": {path: value for path, value in alphas.items() if value != config["lora_alpha"]},
             "modules_to_save": heads,
+            "trainable_token_indices": tokens.setting,
         }
     )
     raw.update({f"{path}.{part}": tensor for path, found in layers.items() for part, tensor in found.items()})
+    raw.update(tokens.rows)
     return Restored(method, raw)
 
 
