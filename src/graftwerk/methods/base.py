@@ -47,6 +47,8 @@ class Role(StrEnum):
     LOOSE_BIAS = "loose_bias"
     """A bias that is not added to the features of a layer's output (of a convolution, of attention scores): listed so
     that a method can say that it leaves it out."""
+    PARAMETER = "parameter"
+    """A parameter by itself, such as the weights of all experts of a layer: adapted only if it is named."""
 
 
 ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.ATTENTION_OUT})
@@ -54,10 +56,10 @@ ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, R
 
 @dataclass(frozen=True)
 class TargetModule:
-    """One module of a model that an adapter module can be built for.
+    """One module of a model that an adapter module can be built for, or one parameter.
 
     Attributes:
-        path: Its dotted path in the model, as in `named_modules()`.
+        path: Its dotted path in the model, as in `named_modules()`; for a parameter as in `named_parameters()`.
         role: Its role in the architecture.
         in_features, out_features: Its widths; equal for a norm.
         has_bias: True if it has a bias vector.
@@ -70,6 +72,7 @@ class TargetModule:
             weight that is read, and cannot differ by row; such a layer is left out unless it is named.
         unfit: The reason why no adapter works in this layer (it returns a tuple, ...), or None if one does. Such a
             layer is left out, and naming it raises with this reason.
+        experts: Number of matrices (out, in) that a parameter holds; 1 for a module.
     """
 
     path: str
@@ -82,6 +85,12 @@ class TargetModule:
     stack: str | None = None
     weight_only: bool = False
     unfit: str | None = None
+    experts: int = 1
+
+    @property
+    def host(self) -> str:
+        """Path of the module that carries the adapter module: its own, or that of a parameter's owner."""
+        return self.path.rpartition(".")[0] if self.role is Role.PARAMETER else self.path
 
 
 class AdapterModule(nn.Module):
@@ -106,6 +115,11 @@ class AdapterModule(nn.Module):
     block: Tensor | None = None
     """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
     changes with any of them."""
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the base module's parameters that change when the adapter is merged."""
+        return ("weight", "bias")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, whose parameters have versions of their own: ``block`` is left out.
@@ -155,6 +169,17 @@ class AdapterModule(nn.Module):
             UnsupportedError: the method is no change of a weight (``Method.mergeable`` is false).
         """
         raise UnsupportedError(f"{type(self).__name__} cannot be merged into a weight")
+
+    def merged_parameters(self, parameters: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return all that `parameter_names` lists, with the adapter merged in.
+
+        Args:
+            parameters: The same of the base module, of any shape, by name.
+        """
+        weight = parameters["weight"]
+        assert weight is not None
+        weight, bias = self.merged_weight(weight, parameters["bias"])
+        return {"weight": weight, "bias": bias}
 
 
 class Method(Settings):

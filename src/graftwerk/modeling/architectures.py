@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftwerk.kernels.memory_efficient import own_base
-from graftwerk.methods.base import Role, TargetModule
+from graftwerk.methods.base import Method, Role, TargetModule
 from graftwerk.modeling.adapter_slots import CHILD
 from graftwerk.modeling.layer_checks import adds_bias_last, is_weight_only, unfit
 from graftwerk.modeling.module_index import base_modules, module_index
 from graftwerk.modeling.module_names import BY_TYPE, ModuleNames, is_causal
+from graftwerk.modeling.parameter_targets import parameter_targets
 
 StackKind = Literal["encoder", "decoder", "causal"]
 """`encoder` reads both ways; `decoder` is the second half of an encoder-decoder; `causal` is a decoder-only model."""
@@ -79,6 +80,7 @@ class Architecture:
         heads: Modules outside the base model that a task put there (`classifier`, `score`): trained whole with every
             adapter.
         by_path: Targets by path.
+        parameters: Its parameters, for methods that name some.
     """
 
     model_type: str
@@ -88,6 +90,11 @@ class Architecture:
     stacks: tuple[StackPlace, ...]
     heads: tuple[str, ...]
     by_path: Mapping[str, TargetModule] = field(default_factory=dict)
+    parameters: tuple[TargetModule, ...] = ()
+
+    def candidates(self, method: Method) -> tuple[TargetModule, ...]:
+        """Return what a method chooses its targets from: parameters too, if its settings name some."""
+        return self.targets + self.parameters if getattr(method, "target_parameters", None) else self.targets
 
 
 _TASK_HEADS = re.compile(
@@ -171,6 +178,7 @@ def _read(model: PreTrainedModel) -> Architecture:
         stacks=_stacks(model, layout, base),
         heads=heads,
         by_path={target.path: target for target in targets},
+        parameters=tuple(parameter_targets(_distinct(model), modules, lambda path: layer_of(path)[0], stack_of)),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.base import Role
 from graftwerk.modeling.adapter_slots import AttachedAdapter
 
 _BATCH_FIRST = frozenset(
@@ -69,6 +70,8 @@ def check_rows(model: nn.Module, adapters: Iterable[AttachedAdapter]) -> None:
         for target in adapter.targets:
             if target.weight_only:
                 why = f"`{target.path}` is never called: its weight is read, and is the same for all rows"
+            if target.role is Role.PARAMETER:
+                why = f"target_parameters changes `{target.path}`, which is the same for the tokens of all rows"
     if why is not None:
         raise UnsupportedError(
             f"adapters cannot differ by row on a model of type `{model_type}`: {why}",

@@ -61,7 +61,8 @@ def open_targets(method: Method, architecture: Architecture, heads: Sequence[str
         architecture: The model's.
         heads: Paths of the saved modules, from `head_paths`.
     """
-    return [target for target in method.select_targets(architecture.targets) if not within(target.path, heads)]
+    targets = method.select_targets(architecture.candidates(method))
+    return [target for target in targets if not within(target.path, heads)]
 
 
 def copy_head(module: nn.Module) -> nn.Module:

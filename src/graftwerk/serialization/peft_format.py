@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graftwerk.methods.base import Method, TargetModule
+from graftwerk.methods.base import Method, Role, TargetModule
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.architectures import read_architecture
@@ -31,6 +31,7 @@ from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.adapter_config import OWN_PREFIX
 from graftwerk.serialization.naming import endings, ends_with, layer_number
+from graftwerk.serialization.peft_parameters import parameter_names, stored_paths
 from graftwerk.serialization.vocabulary import (
     saved_by_letters,
 )
@@ -150,6 +151,11 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
     method = graft.method
     assert isinstance(method, LoRA)
     raw = graft.state_dict()
+    parameters = [place.path for place in graft.targets if place.role is Role.PARAMETER]
+    modules = [place.path for place in graft.targets if place.role is not Role.PARAMETER]
+    transposed = any(_is_transposed(graft.model.get_submodule(path)) for path in modules)
+    if parameters and transposed:
+        return write_own(graft, base_name)  # PEFT has no parameters beside GPT-2's layers
     pissa = method.init_lora_weights == "pissa"
     times = 2 if pissa else 1
     ranks = {place.path: method.rank(place.path) * times for place in graft.targets}
@@ -163,17 +169,23 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": method.lora_dropout,
-        **target_config(graft, list(ranks)),
+        **target_config(graft, modules),
         "use_rslora": method.use_rslora,
         "use_dora": method.use_dora,
         "init_lora_weights": True,
         "bias": "none",
-        "fan_in_fan_out": any(_is_transposed(graft.model.get_submodule(path)) for path in ranks),
+        "fan_in_fan_out": transposed,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
     }
+    if parameters:
+        config["target_parameters"] = parameter_names(read_architecture(graft.model), parameters)
     if not pissa:
-        return Stored(config, own_tensors(graft))
+        tensors = own_tensors(graft)
+        for path, stored in stored_paths(graft.model, parameters).items():
+            for part in LORA_PARTS[:2]:
+                tensors[f"{PREFIX}{stored}.{part}"] = tensors.pop(f"{PREFIX}{path}.{part}")
+        return Stored(config, tensors)
     tensors = head_tensors(graft, PREFIX)
     for path in ranks:
         a, b = raw[f"{path}.lora_A.weight"], raw[f"{path}.lora_B.weight"]
@@ -186,7 +198,7 @@ def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
     """PEFT's way of naming exactly these layers: short endings, with the numbers of the layers where those say it."""
     modules = module_paths(graft.model, graft.heads)
     whole = {"target_modules": endings(paths, modules)}
-    if getattr(graft.method, "layers", None) is None:
+    if getattr(graft.method, "layers", None) is None or not paths:
         return whole
     view = read_architecture(graft.model)
     places = [view.by_path[path] for path in paths]

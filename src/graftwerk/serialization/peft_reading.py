@@ -22,6 +22,7 @@ from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.naming import named_by
 from graftwerk.serialization.patterns import Steps
 from graftwerk.serialization.peft_format import LORA_PARTS, PREFIX, Restored, listed_layers
+from graftwerk.serialization.peft_parameters import split_parameters
 from graftwerk.serialization.vocabulary import (
     check_rows,
     embedding_paths,
@@ -46,7 +47,7 @@ def read_lora(
         view: Its architecture.
         config: The adapter's configuration in PEFT's terms.
         tensors: The adapter's tensors by PEFT's keys: ``lora_A.weight`` (r, in), ``lora_B.weight`` (out, r), saved
-            modules and weights of the base of any shape.
+            modules and weights of the base of any shape. Parameters have the tensors that `split_parameters` names.
 
     Returns:
         Settings and tensors. They are those of a probe if every layer becomes a saved module.
@@ -57,10 +58,12 @@ def read_lora(
         UnsupportedError: the adapter changes an embedding, or another weight of the base that cannot be replaced.
     """
     _refuse_embeddings(model, tensors)
+    parameters, tensors = split_parameters(model, view, config, tensors, PREFIX)
     tensors, replaced = split_base_layers(model, tensors, PREFIX)
     layers, rest = by_layer(tensors, LORA_PARTS)
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
-    check_layers(model, view, config, layers, heads)
+    if layers or not parameters or config.get("target_modules"):
+        check_layers(model, view, config, layers, heads)
     parts = LORA_PARTS if config.get("use_dora") else LORA_PARTS[:2]
     faults = [f"{path}.{part}" for path, found in layers.items() for part in parts if part not in found]
     if faults:
@@ -69,6 +72,8 @@ def read_lora(
     if faults:
         raise AdapterError(listed("not expected without use_dora", faults))
     ranks = {path: _rank(path, found) for path, found in layers.items()}
+    experts = {target.path: target.experts for target in view.parameters if target.path in parameters}
+    ranks |= {path: _rank(path, found) // experts[path] for path, found in parameters.items()}
     patterned: dict[str, int] = config.get("rank_pattern") or {}
     rank: int = config["r"]
     for path, value in ranks.items():
@@ -80,7 +85,7 @@ def read_lora(
     alpha_pattern, steps = config.get("alpha_pattern") or {}, Steps()
     alphas = {
         path: next((value for key, value in alpha_pattern.items() if named_by(key, path, steps)), config["lora_alpha"])
-        for path in layers
+        for path in ranks
     }
     for path in [path for path in replaced if path in layers]:
         found = layers.pop(path)
@@ -89,7 +94,7 @@ def read_lora(
         heads.append(path)
         replace_tables(model, {path: replaced[path]}, heads, raw)
         ranks.pop(path)
-    if not layers:
+    if not ranks:
         return Restored(Probe(modules_to_save=tuple(heads)), raw)
     init = str(config.get("init_lora_weights", True)).lower()
     method = LoRA.parse(
@@ -98,6 +103,7 @@ def read_lora(
             "lora_alpha": config["lora_alpha"],
             "lora_dropout": config.get("lora_dropout", 0.0),
             "target_modules": list(layers),
+            "target_parameters": list(parameters),
             "use_rslora": config.get("use_rslora", False),
             "use_dora": config.get("use_dora", False),
             # What PiSSA took out of the base is computed again when it is attached, as PEFT does.
@@ -107,6 +113,7 @@ def read_lora(
             "modules_to_save": heads,
         }
     )
+    layers |= parameters
     raw.update({f"{path}.{part}": tensor for path, found in layers.items() for part, tensor in found.items()})
     return Restored(method, raw)
 
