@@ -67,6 +67,9 @@ class ParameterLoRA(AdapterModule):
             a: A, (E r, in).
             b: B, (out, r E).
             scale: s.
+
+        Returns:
+            The module for a parameter (E, out, in), or (E, in, out) if its owner says so.
         """
         return cls(a, b, scale, target.experts, is_stored_transposed(module, target.experts))
 
@@ -93,7 +96,7 @@ class ParameterLoRA(AdapterModule):
             return torch.baddbmm(whole, left, right, alpha=self.scale).view(value.shape)
 
     def merge_(self, value: Tensor) -> None:
-        """Add the update to a parameter in place; shapes as for `merged_value`."""
+        """Add the update in place to a parameter (E, out, in), transposed (E, in, out), or (out, in)."""
         left, right = self._factors(value.dtype)
         (value if value.dim() == 3 else value.unsqueeze(0)).baddbmm_(left, right, alpha=self.scale)
 

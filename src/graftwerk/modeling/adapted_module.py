@@ -94,6 +94,8 @@ class AdaptedParameters(_Module):
         # Adapters that differ by row are refused here; where rows are chosen, none of them is for this module.
         for adapter in slots.active() if slots.selection.rows is None else ():
             own = {name: merged.get(name, self._parameters[name]) for name in adapter.parameter_names}
+            if any(value is not None and value.is_meta for value in own.values()):
+                return {}  # offloaded; who reads it now moves it
             merged |= adapter.merged_parameters(own)
         return merged
 
