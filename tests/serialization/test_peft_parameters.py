@@ -262,10 +262,10 @@ def test_inspection_measures_the_products_of_all_experts(tmp_path: Path) -> None
 
 
 def test_inspection_of_two_parameters_of_a_module_needs_one_rank(tmp_path: Path) -> None:
-    for number, pattern in enumerate(({}, {"down_proj": 2})):
-        adapter = gw.attach(
-            moe("mixtral"), LoRA(r=3, target_modules=[], target_parameters=[UP, DOWN], rank_pattern=pattern)
-        )
-        save_adapter(adapter, tmp_path / str(number))
-    kinds = [{one["what"] for one in describe_adapter(tmp_path / name)["learnt"]} for name in ("0", "1")]
-    assert kinds == [{"updates of 4 experts"}, {"A and B as stored"}]
+    kinds = []
+    for pattern in ({}, {"rank_pattern": {"down_proj": 2}}, {"alpha_pattern": {"down_proj": 2}}):
+        method = LoRA(**{"r": 3, "target_modules": [], "target_parameters": [UP, DOWN], **pattern})
+        save_adapter(gw.attach(moe("mixtral"), method), tmp_path / str(len(kinds)))
+        learnt = describe_adapter(tmp_path / str(len(kinds)))["learnt"]
+        kinds.append({one["what"] for one in learnt})
+    assert kinds == [{"updates of 4 experts"}, {"A and B as stored"}, {"A and B as stored"}]

@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, UnsupportedError
-from graftwerk.methods.base import TargetModule
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.naming import endings, ends_with
@@ -77,8 +76,7 @@ def split_parameters(
         By parameter and part, ``lora_A.weight`` (E r, in) and ``lora_B.weight`` (out, r E); and all other tensors.
 
     Raises:
-        AdapterError: The settings name a parameter that the model does not have, or one that has no tensors or some of
-            another shape.
+        AdapterError: The settings name a parameter that the model does not have, or one that has no tensors.
         UnsupportedError: They name one that no adapter works on.
     """
     names = config.get(SETTING) or []
@@ -102,15 +100,4 @@ def split_parameters(
         missing = [f"{stored}.{part}" for part in _PARTS if part not in layers[path]]
         if missing:
             raise AdapterError(f"missing {', '.join(missing)}: {SETTING} names `{path}`")
-        _check_shapes(target, layers[path])
     return layers, rest
-
-
-def _check_shapes(target: TargetModule, found: Mapping[str, Tensor]) -> None:
-    a, b = (found[part] for part in _PARTS)
-    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[1] and a.shape[0] % target.experts == 0
-    if not fits or a.shape[1] != target.in_features or b.shape[0] != target.out_features or not a.shape[0]:
-        raise AdapterError(
-            f"mis-shaped: {target.path} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}, not "
-            f"({target.experts} r, {target.in_features}) and ({target.out_features}, r {target.experts})"
-        )
