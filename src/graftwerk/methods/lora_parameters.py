@@ -10,8 +10,8 @@ says that its experts are transposed, (E, in, out), the transposed product is ad
 
 Parameters: E r (in + out) for each parameter.
 Trade-off: reaches the experts, where most weights of such a model are; the whole sum is formed in each forward pass,
-which takes as much memory as the parameter. There is no input to drop from, hence no dropout; DoRA and PiSSA are
-refused as in PEFT.
+which takes as much memory as the parameter, and in training stays until the backward pass (gradient checkpointing forms
+it again). There is no input to drop from, hence no dropout; DoRA and PiSSA are refused as in PEFT.
 """
 
 from __future__ import annotations
