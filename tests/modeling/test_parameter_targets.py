@@ -15,9 +15,11 @@ from torch import Tensor
 
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.methods.base import Role, TargetModule
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.lora_parameters import ParameterLoRA
 from graftwerk.methods.registry import parse_method
+from graftwerk.modeling.parameter_targets import by_host
 from tests.contract.cases import perturb
 from tests.families import FAMILIES
 from tests.modeling.unusual import S, answer, built, token_ids
@@ -237,6 +239,15 @@ def test_module_adapted_in_two_ways_raises_and_changes_nothing(first: str) -> No
         with pytest.raises(UnsupportedError, match="adapted in two ways"):
             gw.attach(model, ways[other], "b")
     assert torch.equal(logits(model), expected)
+
+
+def test_by_host_of_a_module_and_its_parameter_raises() -> None:
+    targets = [TargetModule("x", Role.QUERY, 3, 4, False), TargetModule("x.weight", Role.PARAMETER, 3, 4, False)]
+    layer = torch.nn.Linear(3, 4)
+    built = {target.path: LoRA().build(target, layer) for target in targets}
+    assert by_host(targets[1:], built)["x"].parameter_names == ("weight",)
+    with pytest.raises(UnsupportedError, match="`x` would be adapted in two ways"):
+        by_host(targets, built)
 
 
 def test_names_that_match_nothing_raise_with_the_nearest() -> None:

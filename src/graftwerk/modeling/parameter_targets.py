@@ -10,6 +10,7 @@ from torch import nn
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import AdapterModule, Role, TargetModule, is_quantized
 from graftwerk.methods.lora_parameters import ParameterAdapters, ParameterLoRA, is_stored_transposed
+from graftwerk.modeling.adapted_module import AdaptedParameters
 from graftwerk.modeling.adapter_slots import slots_of
 from graftwerk.modeling.layer_checks import is_weight_only
 
@@ -72,6 +73,9 @@ def by_host(targets: Sequence[TargetModule], built: Mapping[str, AdapterModule])
     Args:
         targets: What they were built for.
         built: By the targets' paths.
+
+    Raises:
+        UnsupportedError: A module and a parameter of it are targets.
     """
     hosts: dict[str, AdapterModule] = {}
     updates: dict[str, dict[str, ParameterLoRA]] = {}
@@ -82,6 +86,8 @@ def by_host(targets: Sequence[TargetModule], built: Mapping[str, AdapterModule])
         else:
             hosts[target.path] = module
     for path, found in updates.items():
+        if path in hosts:
+            raise _two_ways(path)
         hosts[path] = ParameterAdapters(found)
         hosts[path].train(next(iter(found.values())).training)
     return hosts
@@ -102,12 +108,15 @@ def refuse_two_ways(
         UnsupportedError: There is one.
     """
     for path, module in (*hosts.items(), *((path, None) for path in heads)):
-        slots = slots_of(base[path])
-        others = [] if slots is None else list(slots.children())
-        mine = isinstance(module, ParameterAdapters)
-        if path not in silent and any(isinstance(other, ParameterAdapters) != mine for other in others):
-            raise UnsupportedError(
-                f"`{path}` would be adapted in two ways: its parameters by one adapter, and the module by another",
-                where="method.target_parameters",
-                hint="adapt it in the same way with both, or delete the other adapter first",
-            )
+        # By the class of the module: a look at each adapter on it would make loading slower with every adapter.
+        here = slots_of(base[path]) is not None and path not in silent
+        if here and isinstance(base[path], AdaptedParameters) != isinstance(module, ParameterAdapters):
+            raise _two_ways(path)
+
+
+def _two_ways(path: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"`{path}` would be adapted in two ways: its parameters by themselves, and the module",
+        where="method.target_parameters",
+        hint="adapt it in one way with all adapters, or delete the other adapter first",
+    )
