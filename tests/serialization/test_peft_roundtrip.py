@@ -352,7 +352,6 @@ def test_variants_that_compute_something_else_are_refused_by_name(tmp_path: Path
     for key, value in {
         "use_qalora": True,
         "alora_invocation_tokens": [1, 2],
-        "target_parameters": ["experts.down_proj"],
         "layer_replication": [[0, 1], [0, 1]],
         "lora_bias": True,
         "kasa_config": {"beta": 0.1},

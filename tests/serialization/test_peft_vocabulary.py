@@ -160,7 +160,6 @@ def test_name_inside_the_base_does_not_reach_layers_outside() -> None:
         ("lora_bias", "llama", {"lora_bias": True}),
         ("bias", "bert", {"bias": "all"}),
         ("bias", "bert", {"bias": "lora_only"}),
-        ("target_parameters", "llama", {"target_parameters": ["q_proj.weight"], "target_modules": []}),
         ("ensure_weight_tying", "gpt2", {"modules_to_save": ["wte"], "ensure_weight_tying": True}),
     ],
     indirect=["base"],

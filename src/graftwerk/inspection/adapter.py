@@ -20,9 +20,11 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.serialization.adapter_config import KEYS
 from graftwerk.serialization.folder import read_adapter_config
 from graftwerk.serialization.info import AdapterInfo, check_files
-from graftwerk.serialization.naming import named_by
+from graftwerk.serialization.naming import ends_with, named_by
 from graftwerk.serialization.patterns import Steps
+from graftwerk.serialization.peft_parameters import SETTING
 from graftwerk.serialization.restore import INDICES
+from graftwerk.serialization.vocabulary import BASE_LAYER
 from graftwerk.serialization.weight_files import read_weights, weight_files
 
 _PREFIXES = ("base_model.model.", "base_model.")
@@ -116,7 +118,13 @@ def what_was_learnt(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterato
         tensors: The folder's tensors by PEFT's keys, any shape.
     """
     left = {_plain_key(key): tensor for key, tensor in tensors.items() if not key.endswith(INDICES)}
-    found = [*_low_rank(info, left), *_bottlenecks(left), *_prefix_of_peft(info, left), *_singles(left)]
+    found = [
+        *_parameters(info, left),
+        *_low_rank(info, left),
+        *_bottlenecks(left),
+        *_prefix_of_peft(info, left),
+        *_singles(left),
+    ]
     found += _whole(left)
     yield from sorted(found, key=lambda one: _in_order(one.module))
 
@@ -138,6 +146,53 @@ def by_layer(learnt: list[Learnt]) -> list[dict[str, Any]]:
 
 
 # -- kinds of parameters; each takes what it knows out of `left` -------------------------------------------------------
+
+
+def _parameters(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
+    """Yield the updates of bare parameters: for each expert a product, whose norms are taken together.
+
+    The keys name the owner of a parameter. If several of its parameters are targeted and their ranks or scales differ,
+    only a model could tell which update is whose; the norm is then that of the stored tensors.
+    """
+    names = info.config.get(SETTING) or []
+    layers = info.config.get("target_modules") or []
+    steps, ending = Steps(), ".lora_A.weight"
+    for key in [key for key in left if names and key.endswith(ending)]:
+        module = key.removesuffix(ending)
+        owner, partner = module.replace(f".{BASE_LAYER}", ""), f"{module}.lora_B.weight"
+        if partner not in left or (owner == module and isinstance(layers, list) and ends_with(owner, layers)):
+            continue
+        a, b = left.pop(key), left.pop(partner)
+        owned = [f"{owner}.{name.rpartition('.')[2]}" for name in names if _owns(owner, name)]
+        numbers = a.numel() + b.numel()
+        ranks = {_rank(info.config, path, steps) for path in owned}
+        rank = ranks.pop() if len(ranks) == 1 else 0
+        scales = {_scale(info.config, path, rank, steps) for path in owned} if rank else set()
+        if len(scales) != 1 or a.shape[0] % rank:
+            norm = math.hypot(_norm(a), _norm(b))
+            yield Learnt(module, _layer(module), "A and B as stored", numbers, norm)
+            continue
+        a_e = a.float().reshape(-1, rank, a.shape[1])  # (E, r, in)
+        b_e = b.float().reshape(b.shape[0], rank, -1).permute(2, 0, 1)  # (E, out, r)
+        norm = scales.pop() * math.sqrt(max(0.0, float(((b_e.mT @ b_e) * (a_e @ a_e.mT)).sum())))
+        where = owned[0] if len(owned) == 1 else module
+        yield Learnt(where, _layer(where), f"updates of {a_e.shape[0]} experts", numbers, norm, rank=rank)
+
+
+def _owns(owner: str, name: str) -> bool:
+    """Return True if the ending of a parameter's path may name one of this module."""
+    above = name.rpartition(".")[0]
+    return not above or ends_with(owner, [above])
+
+
+def _rank(config: Mapping[str, Any], path: str, steps: Steps) -> int:
+    for key, value in (config.get("rank_pattern") or {}).items():
+        try:
+            if named_by(key, path, steps):
+                return int(value)
+        except UnsupportedError:
+            continue
+    return int(config["r"])
 
 
 def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:

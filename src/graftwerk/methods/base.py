@@ -50,6 +50,8 @@ class Role(StrEnum):
     LOOSE_BIAS = "loose_bias"
     """A bias that is not added to the features of a layer's output (of a convolution, of attention scores): listed so
     that a method can say that it leaves it out."""
+    PARAMETER = "parameter"
+    """A parameter by itself, such as the weights of all experts of a layer: adapted only if it is named."""
 
 
 ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, Role.ATTENTION_OUT})
@@ -57,10 +59,10 @@ ATTENTION_ROLES = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FUSED_QKV, R
 
 @dataclass(frozen=True)
 class TargetModule:
-    """One module of a model that an adapter module can be built for.
+    """One module of a model that an adapter module can be built for, or one parameter.
 
     Attributes:
-        path: Its dotted path in the model, as in `named_modules()`.
+        path: Its dotted path in the model, as in `named_modules()`; for a parameter as in `named_parameters()`.
         role: Its role in the architecture.
         in_features, out_features: Its widths; equal for a norm.
         has_bias: True if it has a bias vector.
@@ -75,6 +77,7 @@ class TargetModule:
             layer is left out, and naming it raises with this reason.
         is_input: True for the embedding that the model reads its tokens with.
         tied_to: Path of the table whose weight it is, or None if it has one of its own.
+        experts: Number of matrices (out, in) that a parameter holds; 1 for a module.
     """
 
     path: str
@@ -89,11 +92,17 @@ class TargetModule:
     unfit: str | None = None
     is_input: bool = False
     tied_to: str | None = None
+    experts: int = 1
 
     @property
     def is_table(self) -> bool:
         """True for a table whose rows are adapted, False for a layer."""
         return self.role in (Role.EMBEDDING, Role.VOCABULARY)
+
+    @property
+    def host(self) -> str:
+        """Path of the module that carries the adapter module: its own, or that of a parameter's owner."""
+        return self.path.rpartition(".")[0] if self.role is Role.PARAMETER else self.path
 
 
 class AdapterModule(nn.Module):
@@ -120,6 +129,11 @@ class AdapterModule(nn.Module):
     block: Tensor | None = None
     """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
     changes with any of them."""
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the base module's parameters that change when the adapter is merged."""
+        return ("weight", "bias")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, whose parameters have versions of their own: ``block`` is left out.
@@ -174,6 +188,18 @@ class AdapterModule(nn.Module):
             UnsupportedError: the method is no change of a weight (``Method.mergeable`` is false).
         """
         raise UnsupportedError(f"{type(self).__name__} cannot be merged into a weight")
+
+    def merged_parameters(self, parameters: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return all that `parameter_names` lists, with the adapter merged in.
+
+        Args:
+            parameters: The same of the base module, of any shape, by name.
+        """
+        weight = parameters["weight"]
+        assert weight is not None
+        weight, bias = self.merged_weight(weight, parameters.get("bias"))
+        merged = {"weight": weight, "bias": bias}
+        return {name: merged[name] for name in parameters}
 
 
 class Method(Settings):

@@ -12,6 +12,7 @@ Options, each from its own paper:
 * ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (Meng et al. 2024,
   arXiv:2404.02948, equations 2-4). The paper moves the rest into W; here W stays as it is and the start is subtracted:
   h = W x + s (B A - B0 A0) x, which is the same function and leaves the base untouched.
+* ``target_parameters``: an update for each expert of a mixture-of-experts model (see lora_parameters.py).
 * ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
 * ``trainable_token_indices``: single rows of the embedding train beside it (see trainable_tokens.py).
 
@@ -31,11 +32,10 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError
-from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule, base_weight
+from graftwerk.methods.base import AdapterModule, Role, TargetModule, base_weight
 from graftwerk.methods.dora import DoRAModule
-from graftwerk.methods.dropout import DropoutGroup
-from graftwerk.methods.layer_selection import LayerSelection
-from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, pissa_init
+from graftwerk.methods.lora_parameters import ParameterLoRA, ParameterSelection
+from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, pissa_init, share_dropout
 from graftwerk.methods.target_modules import check_inputs, check_patterns, check_targets, linear_targets, value_of
 from graftwerk.methods.trainable_tokens import (
     TokenIndices,
@@ -47,9 +47,6 @@ from graftwerk.methods.trainable_tokens import (
     stored_rows,
     token_indices,
 )
-
-READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
-"""Roles of modules that may read the same tensor within one block; LoRA drops the same of its entries for all."""
 
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
@@ -111,7 +108,7 @@ class LoRAModule(LowRankModule):
         return merged.to(weight.dtype), bias
 
 
-class LoRA(LayerSelection):
+class LoRA(ParameterSelection):
     """Settings of LoRA and its variants.
 
     ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear
@@ -172,14 +169,19 @@ class LoRA(LayerSelection):
     def _fits(self) -> LoRA:
         if self.use_dora and self.init_lora_weights == "pissa":
             raise ValueError("use_dora and init_lora_weights=pissa exclude each other: both redefine the start")
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: nothing would be adapted")
+        pissa = self.init_lora_weights == "pissa"
+        self.refuse_variants(use_dora=self.use_dora, lora_dropout=self.lora_dropout, pissa=pissa)
         return self
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        chosen = self.filter_layers(linear_targets(available, self.target_modules), available)
+        modules = [target for target in available if target.role is not Role.PARAMETER]
+        chosen = linear_targets(modules, self.target_modules) if self.target_modules else []
+        chosen = self.filter_layers(chosen, modules) if chosen else []
         if isinstance(self.target_modules, tuple):
             check_targets(chosen, self.target_modules)
+        chosen += self.select_parameters(available, chosen)
         check_patterns(chosen, rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern)
         if self.lora_dropout:
             check_inputs(chosen, "lora_dropout")
@@ -200,8 +202,10 @@ class LoRA(LayerSelection):
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
         if target.is_table:
             return build_rows(target, module, token_indices(target, self.trainable_token_indices))
-        rank, scale = self.rank(target.path), self.scale(target.path)
+        rank, scale = self.rank(target.path) * target.experts, self.scale(target.path)
         a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
+        if target.role is Role.PARAMETER:
+            return ParameterLoRA.of(target, module, a, b, scale)
         if self.use_dora:
             return DoRAModule.around(module, a, b, scale, self.lora_dropout)
         if self.init_lora_weights != "pissa":
@@ -221,28 +225,25 @@ class LoRA(LayerSelection):
         if self.init_lora_weights == "pissa" or parameters.keys() != {*names}:
             return None
         a, b, *magnitude = (parameters[name] for name in names)
-        rank, scale = self.rank(target.path), self.scale(target.path)
+        rank, scale = self.rank(target.path) * target.experts, self.scale(target.path)
         if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
             return None
+        if target.role is Role.PARAMETER:
+            return ParameterLoRA.of(target, module, a, b, scale)
         if self.use_dora:
             return DoRAModule(module, a, b, magnitude[0], scale, self.lora_dropout)
         return LoRAModule(a, b, scale, self.lora_dropout)
 
     def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
         connect_rows(targets, built)
-        groups: dict[tuple[str, bool], DropoutGroup] = {}
-        for target in targets:
-            module = built[target.path]
-            if target.role in READ_TOGETHER and isinstance(module, LowRankModule):
-                key = target.path.rpartition(".")[0], target.role in ATTENTION_ROLES
-                module.group = groups.setdefault(key, module.group)
+        share_dropout(targets, built)
 
     def num_parameters(self, targets: Iterable[TargetModule]) -> int:
-        """Return the sum of r (in + out) over the layers, of another out each with DoRA, and of trained rows."""
+        """Return the sum of r (in + out) over the targets, times E for a parameter, another out with DoRA, and rows."""
         return sum(
             num_row_parameters(t, self.trainable_token_indices)
             if t.is_table
-            else self.rank(t.path) * (t.in_features + t.out_features) + (t.out_features if self.use_dora else 0)
+            else self.rank(t.path) * t.experts * (t.in_features + t.out_features) + t.out_features * self.use_dora
             for t in targets
         )
 

@@ -8,11 +8,14 @@ Legend: r rank, s scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule
+from graftwerk.methods.dropout import DropoutGroup
 from graftwerk.methods.linear_layers import InputDropout
 
 
@@ -43,6 +46,25 @@ class LowRankModule(InputDropout):
         """Return s B A dropout(x), (..., out), for x (..., in), in the dtype of A."""
         a, b = self.lora_A.weight, self.lora_B.weight
         return low_rank_product(self.dropped(x, a.dtype), a, b, self.scale)
+
+
+READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})
+"""Roles of modules that may read the same tensor within one block; LoRA drops the same of its entries for all."""
+
+
+def share_dropout(targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
+    """Join the dropout of low-rank modules that may read the same tensor.
+
+    Args:
+        targets: The adapted modules.
+        built: Their adapter modules by path.
+    """
+    groups: dict[tuple[str, bool], DropoutGroup] = {}
+    for target in targets:
+        module = built[target.path]
+        if target.role in READ_TOGETHER and isinstance(module, LowRankModule):
+            key = target.path.rpartition(".")[0], target.role in ATTENTION_ROLES
+            module.group = groups.setdefault(key, module.group)
 
 
 def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -34,7 +34,7 @@ def linear_layers(modules: Iterable[TargetModule]) -> list[TargetModule]:
 
 
 def _is_linear(module: TargetModule) -> bool:
-    return module.role not in (Role.NORM, Role.LOOSE_BIAS, Role.HEAD)
+    return module.role not in (Role.NORM, Role.LOOSE_BIAS, Role.HEAD, Role.PARAMETER)
 
 
 def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[TargetModule]:
@@ -136,8 +136,13 @@ def check_inputs(chosen: Sequence[TargetModule], setting: str) -> None:
             )
 
 
-def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> None:
+def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str], setting: str = "target_modules") -> None:
     """Check that each target is in one of the layers that were chosen by `layers`.
+
+    Args:
+        chosen: The targets in these layers.
+        targets: Their names in the settings.
+        setting: The setting that names them.
 
     Raises:
         ConfigError: a target names layers of the model, but none of the chosen ones.
@@ -146,9 +151,9 @@ def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str]) -> Non
     for target in targets:
         if target not in known:
             raise ConfigError(
-                f"target_modules: `{target}` is in none of the chosen layers",
+                f"{setting}: `{target}` is in none of the chosen layers",
                 where="method.layers",
-                hint="choose layers that have it, or leave it out of target_modules",
+                hint=f"choose layers that have it, or leave it out of {setting}",
             )
 
 

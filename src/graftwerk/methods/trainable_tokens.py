@@ -98,6 +98,10 @@ class EmbeddedRows(TokenRows):
         self.register_buffer("ordered", ordered, persistent=False)
         self.register_buffer("order", order, persistent=False)
 
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        return ("weight",)  # an embedding has no bias
+
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Replace the embeddings of the trained tokens.
 

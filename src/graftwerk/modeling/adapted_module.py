@@ -51,30 +51,53 @@ class Adapted(_Layer):
         return y
 
 
-class AdaptedWeight(_Layer):
-    """Mixin for a layer that is never called: its weight and bias are read with the active adapters merged in."""
+MERGED = "_graftwerk_merged"
+"""Attribute of a module in its forward pass: its parameters with the active adapters merged in, by name."""
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight (out, in) with the active adapters merged in."""
-        return self._read()[0]
 
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The bias (out,) with the active adapters merged in, or None."""
-        return self._read()[1]
+class AdaptedParameters(_Module):
+    """Mixin for a module whose parameters are read with the active adapters merged in.
 
-    def _read(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        assert weight is not None
+    In a forward pass of the module each is computed once, however often it is read (a layer of experts reads its
+    weights once for each expert); a layer that is never called computes its weight whenever its parent reads it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_parameters", ()) and CHILD in self.__dict__["_modules"]:
+            merged = self.__dict__.get(MERGED)
+            merged = self._merged() if merged is None else merged
+            if name in merged:
+                return merged[name]
+        return super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the module with the active adapters merged into its parameters.
+
+        Args:
+            args: Inputs of the module, tensors of any shape.
+            kwargs: Inputs by name.
+        """
+        before = self.__dict__.get(MERGED)
+        self.__dict__[MERGED] = self._merged()
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            if before is None:
+                del self.__dict__[MERGED]
+            else:
+                self.__dict__[MERGED] = before
+
+    def _merged(self) -> dict[str, Tensor | None]:
         slots = self._modules[CHILD]
         assert isinstance(slots, AdapterSlots)
-        adapters = slots.active()
-        if not adapters:
-            return weight, bias
-        for adapter in adapters:
-            weight, bias = adapter.merged_weight(weight, bias)
-        return weight, bias
+        merged: dict[str, Tensor | None] = {}
+        # Adapters that differ by row are refused here; where rows are chosen, none of them is for this module.
+        for adapter in slots.active() if slots.selection.rows is None else ():
+            own = {name: merged.get(name, self._parameters[name]) for name in adapter.parameter_names}
+            if any(value is not None and value.is_meta for value in own.values()):
+                return {}  # offloaded; who reads it now moves it
+            merged |= adapter.merged_parameters(own)
+        return merged
 
 
 class AdaptedHead(_Module):
@@ -179,7 +202,7 @@ class AdaptedLayerHead(AdaptedHead, Adapted):
     """Mixin before a layer that one adapter adapts and another saves whole: the copies take precedence."""
 
 
-def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, weight_only: bool = False) -> None:
+def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, read: bool = False) -> None:
     """Give a module its adapted class. A second call changes nothing.
 
     A layer that one adapter adapts and another saves whole gets both classes: the copies take precedence.
@@ -188,7 +211,8 @@ def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, weight_
         module: A module of the base.
         slots: Its child from now on.
         head: True for a module that an adapter saves whole, such as a task head.
-        weight_only: True if the module is read and never called (`TargetModule.weight_only`).
+        read: True if adapters change parameters of the module that are read: named ones, or the weight of a layer that
+            is never called (`TargetModule.weight_only`).
 
     Raises:
         UnsupportedError: another library has put a forward of its own on the module, so that the class is never used.
@@ -204,7 +228,7 @@ def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, weight_
         restore_class(module)
     cls = type(module)
     base: Any = getattr(cls, "_graftwerk_base", cls)
-    wanted: Any = AdaptedHead if head else AdaptedWeight if weight_only else Adapted
+    wanted: Any = AdaptedHead if head else AdaptedParameters if read else Adapted
     if not issubclass(cls, wanted):
         mixin: Any = AdaptedLayerHead if issubclass(cls, AdaptedHead | Adapted) else wanted
         change_class(module, swapped_class(mixin, base, f"Adapted{base.__name__}", _graftwerk_base=base))

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftwerk.kernels.memory_efficient import own_base
-from graftwerk.methods.base import Role, TargetModule
+from graftwerk.methods.base import Method, Role, TargetModule
 from graftwerk.modeling.adapter_slots import CHILD
 from graftwerk.modeling.layer_checks import adds_bias_last, is_weight_only, unfit
 from graftwerk.modeling.module_index import base_modules, module_index
 from graftwerk.modeling.module_names import BY_TYPE, ModuleNames, is_causal
+from graftwerk.modeling.parameter_targets import parameter_targets
 from graftwerk.modeling.vocabulary_tables import read_tables
 
 StackKind = Literal["encoder", "decoder", "causal"]
@@ -81,6 +82,7 @@ class Architecture:
             adapter.
         by_path: Targets by path.
         tables: Its embeddings and the layers that score its vocabulary, whose single rows can be adapted.
+        parameters: Its parameters, for methods that name some.
     """
 
     model_type: str
@@ -91,6 +93,11 @@ class Architecture:
     heads: tuple[str, ...]
     by_path: Mapping[str, TargetModule] = field(default_factory=dict)
     tables: tuple[TargetModule, ...] = ()
+    parameters: tuple[TargetModule, ...] = ()
+
+    def candidates(self, method: Method) -> tuple[TargetModule, ...]:
+        """Return what a method chooses its targets from: parameters too, if its settings name some."""
+        return self.targets + self.parameters if getattr(method, "target_parameters", None) else self.targets
 
 
 _TASK_HEADS = re.compile(
@@ -175,6 +182,7 @@ def _read(model: PreTrainedModel) -> Architecture:
         heads=heads,
         by_path={target.path: target for target in targets},
         tables=read_tables(model),
+        parameters=tuple(parameter_targets(_distinct(model), modules, lambda path: layer_of(path)[0], stack_of)),
     )
 
 

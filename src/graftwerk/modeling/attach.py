@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
 from graftwerk.methods.base import OFFLOAD_HOOK, AdapterModule, Method, TargetModule, module_device
+from graftwerk.methods.lora_parameters import ParameterAdapters
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
@@ -28,6 +29,7 @@ from graftwerk.modeling.detach import HOOKED, detach
 from graftwerk.modeling.drawn import drawn_modules, within
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import ModuleIndex, module_index
+from graftwerk.modeling.parameter_targets import by_host, refuse_two_ways
 from graftwerk.modeling.row_dims import row_dim
 from graftwerk.modeling.saving import adopt
 from graftwerk.modeling.task_heads import copy_head, head_paths, open_targets
@@ -128,24 +130,26 @@ def attach_from_tensors(
                 hint="load the model with a task head, for instance AutoModelForSequenceClassification",
             )
         layers = [target for target in targets if not target.is_table]
-        if not layers and tensors is None and method.select_targets(architecture.targets):
+        if not layers and tensors is None and method.select_targets(architecture.candidates(method)):
             raise ConfigError(
                 "every layer that the method would adapt lies in a module of modules_to_save, which is trained whole",
                 where="method.modules_to_save",
                 hint="save fewer modules, target other layers, or use the method `probe` to train saved modules alone",
             )
-        modules = [base.modules[target.path] for target in targets]
+        modules = [base.modules[target.host] for target in targets]
         built = None
         if tensors is not None:
             inner = {key: tensor for key, tensor in tensors.items() if not within(key, heads)} if heads else tensors
             built = build_from_tensors(method, targets, modules, inner, trainable)
         whole = built is not None and bool(targets)
-        hosts: dict[str, nn.Module] = dict(method.build_all(targets, modules) if built is None else built)
+        built = method.build_all(targets, modules) if built is None else built
+        hosts: dict[str, nn.Module] = dict(by_host(targets, built))
     elif method.kind == "weights":
         targets, hosts = [], {}
     else:
         _refuse_soft_in_saved(method, architecture, heads)
         targets, hosts = [], HOOKED[method.kind].modules(model, method, architecture)
+    refuse_two_ways(base.modules, hosts, heads, {target.path for target in architecture.targets if target.weight_only})
     # Past this point only mismatched tensors can fail; earlier errors leave the model untouched.
     model_adapters = ModelAdapters.make(model)
     names, rows = model_adapters.selection.names, model_adapters.selection.rows
@@ -301,9 +305,10 @@ def _install(
             model_adapters.slots(host).put(name, module)
         else:
             _place(model_adapters, host, name, module)
-        if (target := by_path.get(path)) is not None:
+        target, read = by_path.get(path), isinstance(module, ParameterAdapters)
+        if target is not None or read:
             model_adapters.slots(host).row_dim = row_dim(architecture.model_type, path)
-            adapt(host, model_adapters.slots(host), weight_only=target.weight_only)
+            adapt(host, model_adapters.slots(host), read=read or (target is not None and target.weight_only))
     for path in heads:
         host = base.modules[path]
         _place(model_adapters, host, name, copy_head(host))

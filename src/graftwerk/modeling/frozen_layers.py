@@ -86,7 +86,7 @@ def _touched(architecture: Architecture, method: Method, heads: Sequence[str]) -
     """Return the paths of the modules that a method works in."""
     if isinstance(method, Prefix):
         return [target.path for target in method.filter_layers(architecture.attentions)]
-    return [target.path for target in open_targets(method, architecture, heads)]
+    return [target.host for target in open_targets(method, architecture, heads)]
 
 
 def _layer_of(model: Any, architecture: Architecture, path: str, layers: str, depth: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from graftwerk.errors import ResourceError, UnsupportedError
 from graftwerk.kernels.dispatch import merge_in_place
 from graftwerk.methods.base import AdapterModule, base_weight, is_quantized, is_transposed
+from graftwerk.methods.lora_parameters import ParameterAdapters
 
 SavedWeights = list[tuple[nn.Parameter, Tensor]]
 """Parameters that were merged into, and their tensors from before."""
@@ -33,19 +34,30 @@ def merge_weights(layers: Iterable[tuple[str, nn.Module, AdapterModule]]) -> Sav
     Raises:
         UnsupportedError: the base is quantized, so that merging would round the adapter away; or it is offloaded.
     """
-    merged: list[tuple[str, nn.Module, Tensor, Tensor | None]] = []
+    merged: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     for path, module, adapter in layers:
-        _refuse_unmergeable(path, module)
-        bias = module._parameters.get("bias")
-        weight, new_bias = adapter.merged_weight(base_weight(module), None if bias is None else bias.detach())
-        merged.append((path, module, (weight.T if is_transposed(module) else weight).contiguous(), new_bias))
+        _refuse_unmergeable(path, module, adapter)
+        merged.append((module, _merged_parameters(module, adapter)))
     saved: SavedWeights = []
-    for _, module, weight, new_bias in merged:
-        for own, new in ((module._parameters["weight"], weight), (module._parameters.get("bias"), new_bias)):
+    for module, values in merged:
+        for name, new in values.items():
+            own = module._parameters[name]
             if own is not None and new is not None and new.data_ptr() != own.data_ptr():
                 saved.append((own, own.data))
                 own.data = new
     return saved
+
+
+def _merged_parameters(module: nn.Module, adapter: AdapterModule) -> dict[str, Tensor | None]:
+    """Return the parameters of a module that an adapter changes, merged, as the module stores them."""
+    own = {name: module._parameters[name] for name in adapter.parameter_names}
+    base = {name: None if value is None else value.detach() for name, value in own.items()}
+    if isinstance(adapter, ParameterAdapters):
+        return adapter.merged_parameters(base)
+    values = adapter.merged_parameters({**base, "weight": base_weight(module)})
+    weight = values["weight"]
+    assert weight is not None
+    return {**values, "weight": (weight.T if is_transposed(module) else weight).contiguous()}
 
 
 @torch.no_grad()
@@ -59,12 +71,18 @@ def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]
         UnsupportedError: the base is quantized or offloaded; nothing is changed.
         ResourceError: memory ran out on the way.
     """
-    for path, module, _ in layers:
-        _refuse_unmergeable(path, module)
+    for path, module, adapter in layers:
+        _refuse_unmergeable(path, module, adapter)
     for number, (path, module, adapter) in enumerate(layers):
-        bias = module._parameters.get("bias")
         try:
-            merge_in_place(adapter, base_weight(module), None if bias is None else bias.detach())
+            if isinstance(adapter, ParameterAdapters):
+                for name in adapter.parameter_names:
+                    value = module._parameters[name]
+                    assert value is not None
+                    adapter.update_of(name).merge_(value.data)
+            else:
+                bias = module._parameters.get("bias")
+                merge_in_place(adapter, base_weight(module), None if bias is None else bias.detach())
         except (MemoryError, RuntimeError) as error:
             raise ResourceError(
                 f"merging stopped after {number} of {len(layers)} layers: {error}; the base is neither what it was nor "
@@ -90,8 +108,9 @@ def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Ma
     for module in base.values():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(id(module))
-    for path, module, _ in layers:
-        if len(owners.get(id(module._parameters.get("weight")), set()) - sharing) > 1:
+    for path, module, adapter in layers:
+        names = adapter.parameter_names if isinstance(adapter, ParameterAdapters) else ("weight",)
+        if any(len(owners.get(id(module._parameters.get(name)), set()) - sharing) > 1 for name in names):
             raise UnsupportedError(
                 f"the weight of `{path}` is tied to another module's, which merging would change as well",
                 where=path,
@@ -99,9 +118,10 @@ def refuse_tied(layers: Iterable[tuple[str, nn.Module, AdapterModule]], base: Ma
             )
 
 
-def _refuse_unmergeable(path: str, module: nn.Module) -> None:
-    weight = module._parameters.get("weight")  # an adapted layer may show others a changed one
-    if weight is None or ("bias" not in module._parameters and not isinstance(module, nn.Embedding)):
+def _refuse_unmergeable(path: str, module: nn.Module, adapter: AdapterModule) -> None:
+    names = adapter.parameter_names
+    weight = module._parameters.get(names[0])  # an adapted layer may show others a changed one
+    if weight is None or any(name not in module._parameters for name in names):
         raise UnsupportedError(
             "an adapter cannot be merged into a weight that is computed from others (a parametrization)",
             where=path,

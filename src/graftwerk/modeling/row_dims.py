@@ -80,6 +80,8 @@ def check_rows(model: nn.Module, adapters: Iterable[AttachedAdapter]) -> None:
                 why = f"`{target.path}`, of which rows are trained, may have the tokens in its first dimension"
             elif target.weight_only:
                 why = f"`{target.path}` is never called: its weight is read, and is the same for all rows"
+            if target.role is Role.PARAMETER:
+                why = f"target_parameters changes `{target.path}`, which is the same for the tokens of all rows"
     if why is not None:
         raise UnsupportedError(
             f"adapters cannot differ by row on a model of type `{model_type}`: {why}",

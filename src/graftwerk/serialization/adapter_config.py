@@ -142,7 +142,7 @@ _LORA: dict[str, Key] = {
     "layer_replication": _off("replicated layers"),
     "runtime_config": Key("free", _none_or(_mapping)),
     "lora_bias": _off("a bias on lora_B"),
-    "target_parameters": _off("LoRA on bare parameters"),
+    "target_parameters": Key("read", _none_or(_texts)),
     "use_bdlora": _off("block-diagonal LoRA"),
     "arrow_config": _off("Arrow routing"),
     "kasa_config": _off("KaSA"),

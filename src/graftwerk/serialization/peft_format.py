@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graftwerk.methods.base import Method, TargetModule
+from graftwerk.methods.base import Method, Role, TargetModule
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.trainable_tokens import ROWS
@@ -32,6 +32,7 @@ from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.adapter_config import OWN_PREFIX
 from graftwerk.serialization.naming import endings, ends_with, layer_number
+from graftwerk.serialization.peft_parameters import parameter_names, stored_paths
 from graftwerk.serialization.peft_tokens import token_config, tokens_apart
 from graftwerk.serialization.vocabulary import (
     saved_by_letters,
@@ -159,6 +160,11 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
     method = graft.method
     assert isinstance(method, LoRA)
     raw = graft.state_dict()
+    parameters = [place.path for place in graft.targets if place.role is Role.PARAMETER]
+    modules = [place.path for place in graft.targets if place.role is not Role.PARAMETER and not place.is_table]
+    transposed = any(_is_transposed(graft.model.get_submodule(path)) for path in modules)
+    if parameters and transposed:
+        return write_own(graft, base_name)  # PEFT has no parameters beside GPT-2's layers
     pissa = method.init_lora_weights == "pissa"
     times = 2 if pissa else 1
     ranks = {place.path: method.rank(place.path) * times for place in graft.targets if not place.is_table}
@@ -172,18 +178,24 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": method.lora_dropout,
-        **target_config(graft, list(ranks)),
+        **target_config(graft, modules),
         "use_rslora": method.use_rslora,
         "use_dora": method.use_dora,
         "init_lora_weights": True,
         "bias": "none",
-        "fan_in_fan_out": any(_is_transposed(graft.model.get_submodule(path)) for path in ranks),
+        "fan_in_fan_out": transposed,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         **token_config(graft),
     }
+    if parameters:
+        config["target_parameters"] = parameter_names(read_architecture(graft.model), parameters)
     if not pissa:
-        return Stored(config, {**own_tensors(graft), **tokens_apart(graft, PREFIX)})
+        tensors = {**own_tensors(graft), **tokens_apart(graft, PREFIX)}
+        for path, stored in stored_paths(graft.model, parameters).items():
+            for part in LORA_PARTS[:2]:
+                tensors[f"{PREFIX}{stored}.{part}"] = tensors.pop(f"{PREFIX}{path}.{part}")
+        return Stored(config, tensors)
     tensors = {**head_tensors(graft, PREFIX), **tokens_apart(graft, PREFIX)}
     tensors |= {PREFIX + key: tensor for key, tensor in raw.items() if key.endswith(f".{ROWS}")}
     for path in ranks:
@@ -197,7 +209,7 @@ def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
     """Return PEFT's keys that name exactly these layers: short endings, with layer numbers where these suffice."""
     modules = module_paths(graft.model, graft.heads)
     whole = {"target_modules": endings(paths, modules)}
-    if getattr(graft.method, "layers", None) is None:
+    if getattr(graft.method, "layers", None) is None or not paths:
         return whole
     view = read_architecture(graft.model)
     places = [view.by_path[path] for path in paths]

@@ -22,6 +22,7 @@ from graftwerk.modeling.module_index import base_modules
 from graftwerk.serialization.naming import named_by
 from graftwerk.serialization.patterns import Steps
 from graftwerk.serialization.peft_format import LORA_PARTS, PREFIX, Restored, listed_layers
+from graftwerk.serialization.peft_parameters import split_parameters
 from graftwerk.serialization.peft_tokens import split_tokens
 from graftwerk.serialization.vocabulary import (
     check_rows,
@@ -47,7 +48,7 @@ def read_lora(
         view: Its architecture.
         config: The adapter's configuration in PEFT's terms.
         tensors: The adapter's tensors by PEFT's keys: ``lora_A.weight`` (r, in), ``lora_B.weight`` (out, r), saved
-            modules and weights of the base of any shape.
+            modules and weights of the base of any shape. Parameters have the tensors that `split_parameters` names.
 
     Returns:
         Settings and tensors. They are those of a probe if every layer becomes a saved module.
@@ -59,10 +60,12 @@ def read_lora(
     """
     _refuse_embeddings(model, tensors)
     tensors, tokens = split_tokens(model, view, config, tensors, PREFIX)
+    parameters, tensors = split_parameters(model, view, config, tensors, PREFIX)
     tensors, replaced = split_base_layers(model, tensors, PREFIX)
     layers, rest = by_layer(tensors, LORA_PARTS)
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
-    check_layers(model, view, config, layers, heads)
+    if layers or not parameters or config.get("target_modules"):
+        check_layers(model, view, config, layers, heads)
     parts = LORA_PARTS if config.get("use_dora") else LORA_PARTS[:2]
     faults = [f"{path}.{part}" for path, found in layers.items() for part in parts if part not in found]
     if faults:
@@ -71,6 +74,8 @@ def read_lora(
     if faults:
         raise AdapterError(listed("not expected without use_dora", faults))
     ranks = {path: _rank(path, found) for path, found in layers.items()}
+    experts = {target.path: target.experts for target in view.parameters if target.path in parameters}
+    ranks |= {path: _rank(path, found) // experts[path] for path, found in parameters.items()}
     patterned: dict[str, int] = config.get("rank_pattern") or {}
     rank: int = config["r"]
     for path, value in ranks.items():
@@ -82,7 +87,7 @@ def read_lora(
     alpha_pattern, steps = config.get("alpha_pattern") or {}, Steps()
     alphas = {
         path: next((value for key, value in alpha_pattern.items() if named_by(key, path, steps)), config["lora_alpha"])
-        for path in layers
+        for path in ranks
     }
     for path in [path for path in replaced if path in layers]:
         found = layers.pop(path)
@@ -92,7 +97,7 @@ def read_lora(
         replace_tables(model, {path: replaced[path]}, heads, raw)
         ranks.pop(path)
     replace_tables(model, tokens.tables, heads, raw)
-    if not layers:
+    if not ranks:
         if tokens.setting:
             raise UnsupportedError(
                 "the folder replaces every layer that it adapts, and trains rows of an embedding beside them",
@@ -106,6 +111,7 @@ def read_lora(
             "lora_alpha": config["lora_alpha"],
             "lora_dropout": config.get("lora_dropout", 0.0),
             "target_modules": list(layers),
+            "target_parameters": list(parameters),
             "use_rslora": config.get("use_rslora", False),
             "use_dora": config.get("use_dora", False),
             # What PiSSA took out of the base is computed again when it is attached, as PEFT does.
@@ -116,6 +122,7 @@ def read_lora(
             "trainable_token_indices": tokens.setting,
         }
     )
+    layers |= parameters
     raw.update({f"{path}.{part}": tensor for path, found in layers.items() for part, tensor in found.items()})
     raw.update(tokens.rows)
     return Restored(method, raw)

@@ -93,8 +93,8 @@ def _without_unread(
     heads = head_paths(model, method, view)
     if not heads or method.kind == "weights":
         return tensors
-    places = method.select_targets(view.targets) if method.kind == "layer" else []
-    unread = [place.path for place in places if within(place.path, heads)]
+    places = method.select_targets(view.candidates(method)) if method.kind == "layer" else []
+    unread = [place.host for place in places if within(place.path, heads)]
     modules = base_modules(model)
     known = {f"{path}.{name}" for path in unread for name in modules[path]._parameters}
     kept = {}

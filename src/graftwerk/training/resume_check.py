@@ -27,7 +27,7 @@ FREE = (
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each difference of two identities that matters, as ``key: old -> new``.
 
-    A setting that an older version did not have is one that is null now.
+    A setting that an older version did not have, and that is off, is none.
 
     Args:
         before: Identity in the checkpoint.
@@ -37,7 +37,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())
-        if not key.startswith(FREE) and old.get(key) != new.get(key)
+        if not key.startswith(FREE)
+        and (key not in new or (new[key] is not None if key not in old else old[key] != new[key]))
     ]
 
 
