@@ -42,7 +42,7 @@ def told(*events: Event, stream: io.StringIO | None = None, quiet: bool = False)
 def test_the_cost_is_said_before_the_first_step() -> None:
     said = told(Event("phase", 0, name="loading the model"), Event("start", 0, **PLAN))
     assert said.startswith("loading the model ...\n")
-    for words in ("338,690 of 22.7 M parameters", "1.49 %", "375 steps of 16 rows", "125 an epoch", "0.001", "cpu"):
+    for words in ("338,690 of 22.7 M parameters", "1.5 %", "375 steps of 16 rows", "125 an epoch", "0.001", "cpu"):
         assert words in said
     assert "leaves out" not in said
 
