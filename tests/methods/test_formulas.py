@@ -18,7 +18,7 @@ from graftwerk.methods.base import Role, TargetModule
 from graftwerk.methods.bottleneck import Bottleneck, BottleneckNetwork
 from graftwerk.methods.ia3 import IA3
 from graftwerk.methods.lora import LoRA
-from graftwerk.methods.low_rank import pissa_init
+from graftwerk.methods.pissa import pissa_init
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.modeling.adapted_module import adapt
 from graftwerk.modeling.adapter_slots import ModelAdapters

@@ -24,8 +24,8 @@ from graftwerk.methods.bitfit import BitFitModule
 from graftwerk.methods.bottleneck import BottleneckNetwork, InputTap, ParallelAdapter, SequentialAdapter
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.ia3 import IA3Module
-from graftwerk.methods.lora import LoRAModule
 from graftwerk.methods.low_rank import LowRankModule
+from graftwerk.methods.pissa import PiSSAModule
 
 One = TypeVar("One")
 
@@ -132,14 +132,14 @@ class BatchedLoRA(BatchedAdapter):
     PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0].
     """
 
-    def __init__(self, modules: Sequence[LoRAModule]) -> None:
-        def a_of(lora: LoRAModule) -> Tensor:
+    def __init__(self, modules: Sequence[LowRankModule]) -> None:
+        def a_of(lora: LowRankModule) -> Tensor:
             a = lora.lora_A.weight
-            return torch.cat((a, lora.start()[0])) if lora.pissa else a
+            return torch.cat((a, lora.start_A)) if isinstance(lora, PiSSAModule) else a
 
-        def b_of(lora: LoRAModule) -> Tensor:
+        def b_of(lora: LowRankModule) -> Tensor:
             b = lora.lora_B.weight
-            return torch.cat((b, -lora.start()[1]), dim=1) if lora.pissa else b
+            return torch.cat((b, -lora.start_B), dim=1) if isinstance(lora, PiSSAModule) else b
 
         a = stack_padded(modules, a_of)
         scales = per_entry([lora.scale for lora in modules], a)
@@ -152,8 +152,8 @@ class BatchedLoRA(BatchedAdapter):
         return None if module.p else cls.__name__
 
     @classmethod
-    def padded_dim(cls, module: LoRAModule) -> int:
-        return module.lora_A.weight.shape[0] * (2 if module.pissa else 1)
+    def padded_dim(cls, module: LowRankModule) -> int:
+        return module.lora_A.weight.shape[0] * (2 if isinstance(module, PiSSAModule) else 1)
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return add_bmm(y, thin_bmm(x.to(self.a.dtype), self.a), self.b)  # (S, M, i) -> (S, M, r) -> (S, M, o)

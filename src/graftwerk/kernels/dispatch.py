@@ -30,6 +30,7 @@ from graftwerk.methods.bottleneck import InputTap, ParallelAdapter, SequentialAd
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.ia3 import IA3Module
 from graftwerk.methods.lora import LoRAModule
+from graftwerk.methods.pissa import PiSSAModule
 
 
 class FusedKernel(Protocol):
@@ -62,11 +63,16 @@ class FusedKernel(Protocol):
         ...
 
 
-FUSED: Mapping[type[AdapterModule], FusedKernel] = {LoRAModule: FusedLoRA(), DoRAModule: FusedDoRA()}
+FUSED: Mapping[type[AdapterModule], FusedKernel] = {
+    LoRAModule: FusedLoRA(),
+    PiSSAModule: FusedLoRA(),
+    DoRAModule: FusedDoRA(),
+}
 """The kernel for a layer whose first active adapter is of this type."""
 
 BATCHED: Mapping[type[AdapterModule], type[BatchedAdapter]] = {
     LoRAModule: BatchedLoRA,
+    PiSSAModule: BatchedLoRA,
     DoRAModule: BatchedDoRA,
     IA3Module: BatchedIA3,
     BitFitModule: BatchedBitFit,

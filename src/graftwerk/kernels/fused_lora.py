@@ -29,6 +29,8 @@ from graftwerk.methods.base import AdapterModule, base_weight, is_transposed
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.dropout import mask_bits
 from graftwerk.methods.lora import LoRAModule
+from graftwerk.methods.low_rank import LowRankModule
+from graftwerk.methods.pissa import PiSSAModule
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -58,17 +60,17 @@ class LowRankTerm:
 
 
 class FusedLoRA:
-    """The kernel of `LoRAModule`: a linear layer and all of its active LoRAs."""
+    """The kernel of `LoRAModule` and `PiSSAModule`: a linear layer and all of its active LoRAs."""
 
     def supports(self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor) -> bool:
-        """Return True if all adapters are plain LoRA and the layer, which reads x (..., i), can be fused with them."""
-        return all(type(adapter) is LoRAModule for adapter in adapters) and can_fuse(layer, x)
+        """Return True if all adapters are LoRA or PiSSA and the layer, which reads x (..., i), can be fused."""
+        return all(type(adapter) in (LoRAModule, PiSSAModule) for adapter in adapters) and can_fuse(layer, x)
 
     def __call__(
         self, layer: nn.Module, adapters: Sequence[AdapterModule], x: Tensor, activations: ActivationTable
     ) -> Tensor:
         """Return layer(x) and the adapters' updates, (..., o), for x (..., i)."""
-        terms = [term for adapter in adapters if isinstance(adapter, LoRAModule) for term in lora_terms(adapter, x)]
+        terms = [term for adapter in adapters if isinstance(adapter, LowRankModule) for term in lora_terms(adapter, x)]
         return fused_linear(layer, x, terms, activations)
 
 
@@ -93,19 +95,19 @@ class FusedDoRA:
         return out.to(direction.dtype)
 
 
-def lora_terms(lora: LoRAModule, x: Tensor) -> list[LowRankTerm]:
+def lora_terms(lora: LowRankModule, x: Tensor) -> list[LowRankTerm]:
     """Return the terms that a LoRA adds to a layer that reads ``x`` (..., i); the seed of its mask is drawn here."""
     seed = lora.seed(x) if lora.p else 0
     terms = [LowRankTerm(lora.lora_A.weight, lora.lora_B.weight, lora.scale, lora.p, seed)]
-    if lora.pissa:
-        terms.append(LowRankTerm(*lora.start(), -lora.scale, lora.p, seed))
+    if isinstance(lora, PiSSAModule):
+        terms.append(LowRankTerm(lora.start_A, lora.start_B, -lora.scale, lora.p, seed))
     return terms
 
 
 def merge_lora_(lora: LoRAModule, weight: Tensor) -> bool:
     """Add s B A to ``weight`` (o, i) in place and return True, or return False if it would be rounded twice."""
     a, b = lora.lora_A.weight, lora.lora_B.weight
-    if lora.pissa or a.dtype != weight.dtype:
+    if a.dtype != weight.dtype:
         return False
     weight.addmm_(b, a, alpha=lora.scale)
     return True

@@ -9,9 +9,7 @@ Options, each from its own paper:
 * ``use_rslora``: scale alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2), so that large ranks keep
   learning.
 * ``use_dora``: magnitude and direction apart (see dora.py).
-* ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (Meng et al. 2024,
-  arXiv:2404.02948, equations 2-4). The paper moves the rest into W; here W stays as it is and the start is subtracted:
-  h = W x + s (B A - B0 A0) x, which is the same function and leaves the base untouched.
+* ``init_lora_weights="pissa"``: A and B start as the r largest singular directions of W (see pissa.py).
 * ``target_parameters``: an update for each expert of a mixture-of-experts model (see lora_parameters.py).
 * ``loraplus_lr_ratio``: B learns faster than A by this factor (Hayou et al. 2024, arXiv:2402.12354).
 * ``trainable_token_indices``: single rows of the embedding train beside it (see trainable_tokens.py).
@@ -25,59 +23,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
 
-from graftwerk.errors import ConfigError
-from graftwerk.methods.base import AdapterModule, Role, TargetModule, base_weight
+from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.dora import DoRAModule
+from graftwerk.methods.linear_layers import Rank
 from graftwerk.methods.lora_parameters import ParameterLoRA, ParameterSelection
-from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, pissa_init, share_dropout
-from graftwerk.methods.target_modules import check_inputs, check_patterns, check_targets, linear_targets, value_of
+from graftwerk.methods.low_rank import LowRankModule, init_factors, merged_product, share_dropout
+from graftwerk.methods.pissa import PiSSAModule
+from graftwerk.methods.target_modules import check_patterns, value_of
 from graftwerk.methods.trainable_tokens import (
-    TokenIndices,
+    TokenSelection,
     build_rows,
-    checked_indices,
     connect_rows,
     num_row_parameters,
-    rows_by_table,
     stored_rows,
     token_indices,
 )
 
-Rank = Annotated[int, Field(ge=1, le=65536)]
-
 
 class LoRAModule(LowRankModule):
-    """LoRA on one linear layer: h = W x + s B A x, and with PiSSA - s B0 A0 x.
+    """LoRA on one linear layer: h = W x + s B A x.
 
     Args:
         a: A, (r, in).
         b: B, (out, r).
         scale: s.
         p: Probability of dropping an entry of the input while training.
-        start: A0 (r, in) and B0 (out, r), which do not train; empty if B A starts at zero.
 
     Example:
         >>> lora = LoRAModule(*init_factors(4, 3, rank=2, zero_b=True), scale=2.0)
         >>> lora.post_forward(torch.ones(4), torch.ones(3)).tolist()
         [1.0, 1.0, 1.0]
     """
-
-    def __init__(
-        self, a: nn.Parameter, b: nn.Parameter, scale: float, p: float = 0.0, start: Sequence[Tensor] = ()
-    ) -> None:
-        super().__init__(a, b, scale, p)
-        self.pissa = bool(start)
-        for name, factor in zip(("start_A", "start_B"), start, strict=False):
-            self.register_buffer(name, factor)
-
-    def start(self) -> tuple[Tensor, Tensor]:
-        """Return A0 (r, in) and B0 (out, r), which PiSSA subtracts."""
-        return self.get_buffer("start_A"), self.get_buffer("start_B")
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the low-rank update.
@@ -91,24 +72,11 @@ class LoRAModule(LowRankModule):
         """
         return y + self.update(x).to(y.dtype)
 
-    def update(self, x: Tensor) -> Tensor:
-        """Return s B A dropout(x), with PiSSA minus s B0 A0 dropout(x): (..., out) for x (..., in), in A's dtype."""
-        h = self.dropped(x, self.lora_A.weight.dtype)
-        update = low_rank_product(h, self.lora_A.weight, self.lora_B.weight, self.scale)
-        return update - low_rank_product(h, *self.start(), self.scale) if self.pissa else update
-
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        # One pass over the weight, in the finer of both precisions, so that W + s B A is rounded once.
-        a, b = self.lora_A.weight, self.lora_B.weight
-        fine = torch.promote_types(weight.dtype, a.dtype)
-        merged = torch.addmm(weight.to(fine), b.to(fine), a.to(fine), alpha=self.scale)  # (out, in)
-        if self.pissa:
-            a0, b0 = self.start()
-            merged.addmm_(b0.to(fine), a0.to(fine), alpha=-self.scale)
-        return merged.to(weight.dtype), bias
+        return merged_product(weight, (self.lora_A.weight, self.lora_B.weight, self.scale)), bias
 
 
-class LoRA(ParameterSelection):
+class LoRA(ParameterSelection, TokenSelection):
     """Settings of LoRA and its variants.
 
     ``target_modules``: ``"attention"`` (query, key, value and output projections), ``"all-linear"`` (every linear
@@ -135,9 +103,6 @@ class LoRA(ParameterSelection):
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, validation_alias=AliasChoices("lora_dropout", "dropout"), description="on the low-rank path"
     )
-    target_modules: tuple[str, ...] | Literal["attention", "all-linear"] = Field(
-        "all-linear", description="attention, all-linear, or names or suffixes of linear layers"
-    )
     use_rslora: bool = Field(False, description="scale alpha/sqrt(r) in place of alpha/r")
     use_dora: bool = Field(False, description="train magnitude and direction apart (DoRA)")
     init_lora_weights: bool | Literal["pissa"] = Field(
@@ -146,24 +111,6 @@ class LoRA(ParameterSelection):
     loraplus_lr_ratio: float = Field(1.0, ge=1, description="LoRA+: learning rate of B over that of A")
     rank_pattern: dict[str, Rank] = Field({}, description="rank of modules by suffix, where it differs from r")
     alpha_pattern: dict[str, float] = Field({}, description="alpha of modules by suffix, where it differs")
-
-    trainable_token_indices: TokenIndices | None = Field(
-        None,
-        description="token ids whose rows of the input embedding train too (of new special tokens, say), or lists of "
-        "them by the names of embeddings",
-    )
-
-    @field_validator("trainable_token_indices", mode="before")
-    @classmethod
-    def _token_indices(cls, value: Any) -> Any:
-        return checked_indices(value)
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _targets(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in ("attention", "all-linear"):
-            return (value,)
-        return tuple(value) if isinstance(value, list | set) else value
 
     @model_validator(mode="after")
     def _fits(self) -> LoRA:
@@ -176,19 +123,9 @@ class LoRA(ParameterSelection):
         return self
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
-        modules = [target for target in available if target.role is not Role.PARAMETER]
-        chosen = linear_targets(modules, self.target_modules) if self.target_modules else []
-        chosen = self.filter_layers(chosen, modules) if chosen else []
-        if isinstance(self.target_modules, tuple):
-            check_targets(chosen, self.target_modules)
-        chosen += self.select_parameters(available, chosen)
+        chosen = super().select_targets(available)
         check_patterns(chosen, rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern)
-        if self.lora_dropout:
-            check_inputs(chosen, "lora_dropout")
         return chosen
-
-    def trained_rows(self, tables: Sequence[TargetModule]) -> dict[str, tuple[int, ...]]:
-        return rows_by_table(tables, self.trainable_token_indices)
 
     def rank(self, path: str) -> int:
         """Return the rank r at a module."""
@@ -208,13 +145,9 @@ class LoRA(ParameterSelection):
             return ParameterLoRA.of(target, module, a, b, scale)
         if self.use_dora:
             return DoRAModule.around(module, a, b, scale, self.lora_dropout)
-        if self.init_lora_weights != "pissa":
-            return LoRAModule(a, b, scale, self.lora_dropout)
-        if rank > (most := min(target.in_features, target.out_features)):
-            raise ConfigError(f"PiSSA takes {rank} singular directions, but {target.path} has {most}", where="method.r")
-        start = pissa_init(base_weight(module), rank, scale)
-        a, b = (nn.Parameter(factor.clone()) for factor in start)
-        return LoRAModule(a, b, scale, self.lora_dropout, start)
+        if self.init_lora_weights == "pissa":
+            return PiSSAModule.of(target, module, rank, scale, self.lora_dropout)
+        return LoRAModule(a, b, scale, self.lora_dropout)
 
     def build_from(
         self, target: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import AdapterModule, Role, TargetModule
-from graftwerk.methods.layer_selection import LayerSelection
+from graftwerk.methods.linear_layers import LinearLayerMethod
 from graftwerk.methods.low_rank import Factor
 from graftwerk.methods.target_modules import check_targets, endings, named_by
 
@@ -136,8 +136,8 @@ class ParameterAdapters(AdapterModule):
         return merged
 
 
-class ParameterSelection(LayerSelection):
-    """Abstract: a method that can adapt bare parameters beside modules."""
+class ParameterSelection(LinearLayerMethod):
+    """Abstract: a method for linear layers that can adapt bare parameters beside them."""
 
     target_parameters: tuple[str, ...] | None = Field(
         default=None,
@@ -151,6 +151,18 @@ class ParameterSelection(LayerSelection):
         if isinstance(value, str):
             return (value,)
         return tuple(value) or None if isinstance(value, list | tuple | set) else value
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _targets(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("attention", "all-linear"):
+            return (value,)
+        return tuple(value) if isinstance(value, list | set) else value
+
+    def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
+        modules = [target for target in available if target.role is not Role.PARAMETER]
+        chosen = super().select_targets(modules) if self.target_modules else []
+        return chosen + self.select_parameters(available, chosen)
 
     def refuse_variants(self, **variants: float) -> None:
         """Refuse settings that parameters cannot have, as PEFT does.

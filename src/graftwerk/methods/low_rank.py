@@ -96,19 +96,16 @@ def init_factors(in_features: int, out_features: int, rank: int, *, zero_b: bool
     return nn.Parameter(a), nn.Parameter(b)
 
 
-def pissa_init(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return PiSSA's start: A (r, in) and B (out, r) with scale B A the best rank-r approximation of W.
+def merged_product(weight: Tensor, *terms: tuple[Tensor, Tensor, float]) -> Tensor:
+    """Return W + sum of s B A in the dtype of W: one pass over W, in the finer of both precisions, rounded once.
 
     Args:
         weight: W, (out, in).
-        rank: r, at most min(out, in).
-        scale: s.
-
-    Example:
-        >>> a, b = pissa_init(torch.eye(3), 3, scale=2.0)
-        >>> bool((2 * b @ a - torch.eye(3)).abs().max() < 1e-5)
-        True
+        *terms: A (r, in), B (out, r) and s of each product.
     """
-    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    root = torch.sqrt(s[:rank] / scale)  # (r,)
-    return (root[:, None] * vh[:rank]).contiguous(), (u[:, :rank] * root).contiguous()
+    fine = torch.promote_types(weight.dtype, terms[0][0].dtype)
+    (a, b, scale), *others = terms
+    merged = torch.addmm(weight.to(fine), b.to(fine), a.to(fine), alpha=scale)  # (out, in)
+    for a, b, scale in others:
+        merged.addmm_(b.to(fine), a.to(fine), alpha=scale)
+    return merged.to(weight.dtype)

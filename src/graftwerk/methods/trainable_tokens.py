@@ -19,11 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import AdapterModule, Role, TargetModule, base_weight, module_device
+from graftwerk.methods.layer_selection import LayerSelection
 from graftwerk.methods.target_modules import endings
 
 ROWS = "token_adapter.trainable_tokens_delta"
@@ -149,6 +151,24 @@ class ScoredRows(TokenRows):
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
+
+
+class TokenSelection(LayerSelection):
+    """Abstract: a method that can train single rows of embeddings beside layers."""
+
+    trainable_token_indices: TokenIndices | None = Field(
+        None,
+        description="token ids whose rows of the input embedding train too (of new special tokens, say), or lists of "
+        "them by the names of embeddings",
+    )
+
+    @field_validator("trainable_token_indices", mode="before")
+    @classmethod
+    def _token_indices(cls, value: Any) -> Any:
+        return checked_indices(value)
+
+    def trained_rows(self, tables: Sequence[TargetModule]) -> dict[str, tuple[int, ...]]:
+        return rows_by_table(tables, self.trainable_token_indices)
 
 
 def checked_indices(value: Any) -> TokenIndices | None:
