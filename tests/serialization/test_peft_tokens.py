@@ -257,8 +257,9 @@ KEY = f"base_model.model.model.embed_tokens.{ROWS}"
     ("tensors", "words"),
     [
         ({KEY: None}, "missing model.embed_tokens"),
-        ({KEY: torch.zeros(2, 16)}, "mis-shaped"),
-        ({KEY: torch.zeros(3, 15)}, "mis-shaped"),
+        ({KEY: torch.zeros(2, 16)}, r"shape \(2, 16\) for 3 rows of 16"),
+        ({KEY: torch.zeros(3, 15)}, r"shape \(3, 15\) for 3 rows of 16"),
+        ({f"base_model.model.lm_head.{ROWS}": torch.zeros(3, 16)}, "not known here lm_head"),
         ({KEY.replace("embed_tokens", "norm"): torch.zeros(3, 16)}, "not known here model.norm"),
     ],
 )
