@@ -280,7 +280,23 @@ def test_rows_of_tied_tables_that_differ_are_refused(tmp_path: Path) -> None:
         load_adapter(model_of("llama", tied=True), tmp_path)
 
 
-@pytest.mark.parametrize("rows", [[3, 3, 17], [40, 3, 64], {"nowhere": [1]}])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [3, 3, 17],
+        [40, 3, 64],
+        {"nowhere": [1]},
+        {"": [1]},
+        {"embed_tokens": []},
+        {"embed_tokens": 3},
+        ["3"],
+        [-1],
+        [2.0],
+        [2**40],
+        True,
+        "3",
+    ],
+)
 def test_setting_of_a_folder_that_no_model_has_is_refused(rows: Any, tmp_path: Path) -> None:
     made_by_peft(model_of("llama"), "llama", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
