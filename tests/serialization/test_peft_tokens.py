@@ -257,8 +257,9 @@ KEY = f"base_model.model.model.embed_tokens.{ROWS}"
     ("tensors", "words"),
     [
         ({KEY: None}, "missing model.embed_tokens"),
-        ({KEY: torch.zeros(2, 16)}, "mis-shaped"),
-        ({KEY: torch.zeros(3, 15)}, "mis-shaped"),
+        ({KEY: torch.zeros(2, 16)}, r"shape \(2, 16\) for 3 rows of 16"),
+        ({KEY: torch.zeros(3, 15)}, r"shape \(3, 15\) for 3 rows of 16"),
+        ({f"base_model.model.lm_head.{ROWS}": torch.zeros(3, 16)}, "not known here lm_head"),
         ({KEY.replace("embed_tokens", "norm"): torch.zeros(3, 16)}, "not known here model.norm"),
     ],
 )
@@ -279,7 +280,23 @@ def test_rows_of_tied_tables_that_differ_are_refused(tmp_path: Path) -> None:
         load_adapter(model_of("llama", tied=True), tmp_path)
 
 
-@pytest.mark.parametrize("rows", [[3, 3, 17], [40, 3, 64], {"nowhere": [1]}])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [3, 3, 17],
+        [40, 3, 64],
+        {"nowhere": [1]},
+        {"": [1]},
+        {"embed_tokens": []},
+        {"embed_tokens": 3},
+        ["3"],
+        [-1],
+        [2.0],
+        [2**40],
+        True,
+        "3",
+    ],
+)
 def test_setting_of_a_folder_that_no_model_has_is_refused(rows: Any, tmp_path: Path) -> None:
     made_by_peft(model_of("llama"), "llama", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())

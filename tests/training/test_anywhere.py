@@ -96,6 +96,12 @@ def test_differences_of_relative_and_absolute_path_are_none(place: Path) -> None
     assert len(differences(older, other)) == 1
 
 
+def test_differences_of_a_setting_that_did_not_exist_and_is_null_are_none() -> None:
+    older, now = {"method": {"r": 8}}, {"method": {"r": 8, "new": None}}
+    assert differences(older, now) == []
+    assert differences(older, {"method": {"r": 8, "new": 0}}) == ["method.new: (missing) -> 0"]
+
+
 def test_config_of_run_names_its_own_folder(place: Path) -> None:
     done = train(tree(output_dir="runs/2: #1"))
     written = yaml.safe_load((done.folder / "config.yaml").read_text(encoding="utf-8"))

@@ -189,11 +189,13 @@ def checked_indices(value: Any) -> TokenIndices | None:
 def _numbers(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | range) or not value:
         raise ValueError("give at least one row of the embedding, as a list of token ids")
+    seen: set[int] = set()
     for number in value:
         if type(number) is not int or number < 0:
             raise ValueError(f"{number!r} is no row of an embedding: rows are whole numbers from 0")
-    if len({*value}) != len(value):
-        raise ValueError(f"row {next(one for one in value if list(value).count(one) > 1)} stands twice")
+        if number in seen:
+            raise ValueError(f"row {number} stands twice")
+        seen.add(number)
     return tuple(value)
 
 
