@@ -55,6 +55,7 @@ class LoRAModule(LowRankModule):
         p: Probability of dropping an entry of the input while training.
 
     Example:
+        >>> import torch
         >>> lora = LoRAModule(*init_factors(4, 3, rank=2, zero_b=True), scale=2.0)
         >>> lora.post_forward(torch.ones(4), torch.ones(3)).tolist()
         [1.0, 1.0, 1.0]
