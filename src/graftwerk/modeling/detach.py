@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MappingProxyType
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError
@@ -73,17 +75,39 @@ def remove(model: PreTrainedModel, name: str) -> None:
     selection.names = tuple(one for one in selection.names if one != name)
     del model_adapters.adapters[name]
     base = module_index(model)
-    for path in dict.fromkeys((*adapter.hosts, *adapter.heads)):
-        host = base.modules[path]
+    _clear(model_adapters, name, [base.modules[path] for path in dict.fromkeys((*adapter.hosts, *adapter.heads))])
+    _tidy(model, model_adapters, [adapter.method.kind])
+    model_adapters.sync()
+
+
+def remove_parts(model: PreTrainedModel, name: str) -> None:
+    """Delete an adapter whose attaching failed, however far it came."""
+    model_adapters = ModelAdapters.of(model)
+    if model_adapters is None:
+        return
+    if name in model_adapters.adapters:
+        remove(model, name)
+        return
+    hosts = [host for host in module_index(model).modules.values() if slots_of(host) is not None]
+    _clear(model_adapters, name, hosts)
+    _tidy(model, model_adapters, HOOKED)
+
+
+def _clear(model_adapters: ModelAdapters, name: str, hosts: Iterable[nn.Module]) -> None:
+    """Take an adapter's modules out of their hosts; a host without any gets its own class back."""
+    for host in hosts:
         slots = slots_of(host)
         assert slots is not None
         slots.remove(name)
         if slots.empty:
             restore(host)
             make_memory_efficient([host], model_adapters.selection.activations)
+
+
+def _tidy(model: PreTrainedModel, model_adapters: ModelAdapters, kinds: Iterable[str]) -> None:
+    """Undo what no adapter needs any more: memory-efficient classes, and the hooks of these kinds of methods."""
     if not model_adapters.adapters:
-        restore_modules(base.modules.values())
-    kind = adapter.method.kind
-    if kind in HOOKED and not any(other.method.kind == kind for other in model_adapters.adapters.values()):
-        HOOKED[kind].remove_hooks(model, model_adapters)
-    model_adapters.sync()
+        restore_modules(module_index(model).modules.values())
+    for kind in kinds:
+        if kind in HOOKED and not any(other.method.kind == kind for other in model_adapters.adapters.values()):
+            HOOKED[kind].remove_hooks(model, model_adapters)

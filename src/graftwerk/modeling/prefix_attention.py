@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -379,7 +379,7 @@ def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
     try:
         _use_ours(model)
         model.eval()
-        with contextlib.nullcontext() if model_adapters is None else _without_adapters(model_adapters):
+        with contextlib.nullcontext() if model_adapters is None else model_adapters.bare():
             model.base_model(input_ids=ids, **extra)
     finally:
         _listener.reset(token)
@@ -388,11 +388,3 @@ def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
         if not was_ours:
             _use_theirs(model)
     return recorded
-
-
-@contextlib.contextmanager
-def _without_adapters(model_adapters: ModelAdapters) -> Iterator[None]:
-    with model_adapters.selection.disabled():
-        model_adapters.sync()
-        yield
-    model_adapters.sync()
