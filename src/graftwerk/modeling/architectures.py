@@ -153,23 +153,7 @@ def _read(model: PreTrainedModel) -> Architecture:
         if not inside:
             continue
         if isinstance(module, nn.Linear | Conv1D):
-            in_features, out_features = linear_shape(module)
-            layer, relative = layer_of(path)
-            role = Role.OTHER_LINEAR
-            if layout is not None and relative is not None:
-                role = layout.roles.get(relative, Role.OTHER_LINEAR)
-            ffn = None
-            if role in (Role.FFN_IN, Role.FFN_GATE, Role.FFN_OUT) and relative is not None:
-                ffn = f"{path.removesuffix(relative)}{_block(relative)}"
-            parent, _, name = path.rpartition(".")
-            reason, silent = unfit(module), is_weight_only(modules[parent], name)
-            if layout is not None and reason is None and _is_idle_cross(model.config, layout, parent):
-                reason = "cross-attention is called with an encoder's states alone, and this model has no encoder"
-            has_bias = module.bias is not None
-            stack = stack_of(path)
-            targets.append(
-                TargetModule(path, role, in_features, out_features, has_bias, ffn, layer, stack, silent, reason)
-            )
+            targets.append(_linear_target(model, layout, modules, path, module, layer_of(path), stack_of(path)))
         elif reached and (bias := module._parameters.get("bias")) is not None:
             width = bias.numel()
             targets.append(TargetModule(path, Role.NORM, width, width, True, None, layer_of(path)[0], stack_of(path)))
@@ -184,6 +168,30 @@ def _read(model: PreTrainedModel) -> Architecture:
         tables=read_tables(model),
         parameters=tuple(parameter_targets(_distinct(model), modules, lambda path: layer_of(path)[0], stack_of)),
     )
+
+
+def _linear_target(
+    model: PreTrainedModel,
+    layout: ModuleNames | None,
+    modules: Mapping[str, nn.Module],
+    path: str,
+    module: nn.Linear | Conv1D,
+    place: tuple[int | None, str | None],
+    stack: str | None,
+) -> TargetModule:
+    """Return a linear layer of the base as a target, with its role if the architecture is in the table."""
+    layer, relative = place
+    role, ffn = Role.OTHER_LINEAR, None
+    if layout is not None and relative is not None:
+        role = layout.roles.get(relative, Role.OTHER_LINEAR)
+    if role in (Role.FFN_IN, Role.FFN_GATE, Role.FFN_OUT) and relative is not None:
+        ffn = f"{path.removesuffix(relative)}{_block(relative)}"
+    parent, _, name = path.rpartition(".")
+    reason = unfit(module)
+    if layout is not None and reason is None and _is_idle_cross(model.config, layout, parent):
+        reason = "cross-attention is called with an encoder's states alone, and this model has no encoder"
+    silent, has_bias = is_weight_only(modules[parent], name), module.bias is not None
+    return TargetModule(path, role, *linear_shape(module), has_bias, ffn, layer, stack, silent, reason)
 
 
 def _task_heads(model: PreTrainedModel, base_path: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, ConfigError, UnsupportedError
 from graftwerk.methods.base import Role
@@ -122,17 +122,7 @@ def split_tokens(
     if isinstance(setting, dict):  # by letters, as PEFT does
         named = {path: rows for name, rows in setting.items() for path in modules if path and path.endswith(name)}
         setting = named or setting
-    rest: dict[str, Tensor] = {}
-    rows: dict[str, Tensor] = {}
-    bases: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        path, ending = key.removeprefix(prefix), ""
-        for ending, found in ((ROWS, rows), (_BASE, bases)):
-            if path.endswith("." + ending):
-                found[path.removesuffix("." + ending)] = tensor
-                break
-        else:
-            rest[key] = tensor
+    rest, rows, bases = _sorted_by_part(tensors, prefix)
     for path, table in bases.items():
         if path in modules:  # first: a vocabulary of another size says how to resize the model
             check_rows(path, table, modules[path]._parameters.get("weight"))
@@ -140,6 +130,46 @@ def split_tokens(
         wanted = rows_by_table(view.tables, checked_indices(setting))
     except ValueError as error:
         raise ConfigError(f"`{SETTING}`: {error}", where="adapter_config.json") from None
+    _check_stored_rows(view, modules, wanted, rows)
+    _warn_of_bias(view, wanted, modules)
+    replaced = {}
+    for path, numbers in wanted.items():
+        if path in bases and not _same_but(bases[path], modules[path]._parameters["weight"], numbers):
+            table = bases[path].float().clone()
+            table[list(numbers)] = rows[path].float()
+            replaced[path] = {"weight": table}
+    left = {path: numbers for path, numbers in wanted.items() if path not in replaced}
+    kept: TokenIndices | None = left or None
+    if not isinstance(setting, dict) and left:
+        kept = next(iter(left.values()))
+    return rest, StoredTokens(kept, {f"{path}.{ROWS}": rows[path] for path in left}, replaced)
+
+
+def _sorted_by_part(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return the other tensors by key, and trained rows (n, d) and whole tables (V, d) by path."""
+    rest: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    bases: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(prefix)
+        if path.endswith(f".{ROWS}"):
+            rows[path.removesuffix(f".{ROWS}")] = tensor
+        elif path.endswith(f".{_BASE}"):
+            bases[path.removesuffix(f".{_BASE}")] = tensor
+        else:
+            rest[key] = tensor
+    return rest, rows, bases
+
+
+def _check_stored_rows(
+    view: Architecture,
+    modules: Mapping[str, nn.Module],
+    wanted: Mapping[str, tuple[int, ...]],
+    rows: Mapping[str, Tensor],
+) -> None:
+    """Raise unless exactly the wanted rows (n, d) are there, of the right shape, and the same at tied modules."""
     leaders = {table.path: table.tied_to or table.path for table in view.tables}
     if missing := [f"{path}.{ROWS}" for path in wanted if path not in rows]:
         raise AdapterError(f"missing {', '.join(missing)}")
@@ -157,18 +187,6 @@ def split_tokens(
                 f"`{SETTING}`: `{path}` shares its weight with `{leader}`, and their trained rows differ",
                 hint="load it on a base whose weights are not tied (tie_word_embeddings=False)",
             )
-    _warn_of_bias(view, wanted, modules)
-    replaced = {}
-    for path, numbers in wanted.items():
-        if path in bases and not _same_but(bases[path], modules[path]._parameters["weight"], numbers):
-            table = bases[path].float().clone()
-            table[list(numbers)] = rows[path].float()
-            replaced[path] = {"weight": table}
-    left = {path: numbers for path, numbers in wanted.items() if path not in replaced}
-    kept: TokenIndices | None = left or None
-    if not isinstance(setting, dict) and left:
-        kept = next(iter(left.values()))
-    return rest, StoredTokens(kept, {f"{path}.{ROWS}": rows[path] for path in left}, replaced)
 
 
 def _same_but(stored: Tensor, own: Tensor | None, rows: tuple[int, ...]) -> bool:
