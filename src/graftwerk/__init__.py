@@ -4,7 +4,7 @@ The whole public API stands here and is imported when it is first used, so that 
 
 - methods: `LoRA`, `MiSS`, `HiRA`, `SHiRA`, `OFT`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`,
   `Probe`, `Full`
-- on a model: `attach`, `detach`, `activate`, `disabled`, `grafts`, `adapter_state_dict`, `load`, `save`
+- on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `compare`, `augment`
 - `errors`: one rooted tree
 """

@@ -40,7 +40,7 @@ def test_a_low_rank_update_is_measured_as_the_product(tmp_path: Path, method: An
     assert len(updates) == len(graft.targets) > 5
     for path, one in updates.items():
         a, b = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]
-        product = graft.method.scale(path) * (b @ a)
+        product = graft.method.scale_at(path) * (b @ a)
         assert one["norm"] == pytest.approx(float(product.norm()), rel=1e-4)
         largest = torch.linalg.matrix_norm(product, 2)
         assert one["stable_rank"] == pytest.approx(float((product.norm() / largest) ** 2), rel=1e-3)
@@ -54,7 +54,7 @@ def test_pissa_is_measured_from_its_start(tmp_path: Path) -> None:
     for path, one in entries(described, "update").items():
         moved = tensors[f"{path}.lora_B.weight"] @ tensors[f"{path}.lora_A.weight"]
         moved = moved - tensors[f"{path}.start_B"] @ tensors[f"{path}.start_A"]
-        assert one["norm"] == pytest.approx(float(graft.method.scale(path) * moved.norm()), rel=1e-3)
+        assert one["norm"] == pytest.approx(float(graft.method.scale_at(path) * moved.norm()), rel=1e-3)
 
 
 def test_other_methods_are_measured_by_what_acts(tmp_path: Path) -> None:

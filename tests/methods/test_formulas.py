@@ -86,11 +86,11 @@ def test_lora_output_equals_equation() -> None:
 
 def test_lora_scale_follows_rslora_and_patterns() -> None:
     method = LoRA(r=4, lora_alpha=8, use_rslora=True, rank_pattern={"q": 16}, alpha_pattern={"b.q": 2})
-    assert method.scale("x.v") == 8 / math.sqrt(4)
-    assert method.scale("a.q") == 8 / math.sqrt(16)
-    assert method.scale("b.q") == 2 / math.sqrt(16)
-    assert method.rank("b.q") == 16
-    assert method.scale("x.notq") == 8 / math.sqrt(4)
+    assert method.scale_at("x.v") == 8 / math.sqrt(4)
+    assert method.scale_at("a.q") == 8 / math.sqrt(16)
+    assert method.scale_at("b.q") == 2 / math.sqrt(16)
+    assert method.rank_at("b.q") == 16
+    assert method.scale_at("x.notq") == 8 / math.sqrt(4)
 
 
 def test_dora_output_equals_equation() -> None:

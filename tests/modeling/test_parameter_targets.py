@@ -61,7 +61,7 @@ def with_weights(model: Any, adapter: gw.Adapter) -> Tensor:
         for target in adapter.targets:
             value = other.get_parameter(target.path)
             a, b = (tensors[f"{target.path}.lora_{side}.weight"] for side in "AB")
-            rank, scale = adapter.method.rank(target.path), adapter.method.scale(target.path)
+            rank, scale = adapter.method.rank_at(target.path), adapter.method.scale_at(target.path)
             for e in range(target.experts):
                 update = scale * b[:, e :: target.experts] @ a[e * rank : (e + 1) * rank]
                 (value if value.dim() == 2 else value[e]).add_(
@@ -124,7 +124,7 @@ def test_gradients_reach_every_element_and_equal_those_of_weights(checkpointing:
     value = model.get_parameter(path)
     value.requires_grad_(True)
     model(input_ids=ids, labels=ids).loss.backward()
-    b, scale = found[f"{path}.lora_B.weight"], adapter.method.scale(path)
+    b, scale = found[f"{path}.lora_B.weight"], adapter.method.scale_at(path)
     expected = torch.cat([scale * b[:, e::4].T @ value.grad[e] for e in range(4)])
     torch.testing.assert_close(found[f"{path}.lora_A.weight"].grad, expected, atol=1e-6, rtol=1e-4)
 

@@ -78,14 +78,14 @@ class HiRA(LinearLayerMethod):
         check_patterns(chosen, rank_pattern=self.rank_pattern)
         return chosen
 
-    def rank(self, path: str) -> int:
+    def rank_at(self, path: str) -> int:
         """Return the rank r at a module."""
         return int(value_of(self.rank_pattern, path, self.r))
 
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
-        a, b = init_factors(target.in_features, target.out_features, self.rank(target.path), zero_b=True)
+        a, b = init_factors(target.in_features, target.out_features, self.rank_at(target.path), zero_b=True)
         return HiRAModule(module, a, b, self.hira_dropout)
 
     def num_parameters(self, targets: Iterable[TargetModule]) -> int:
         """Return the sum of r (in + out)."""
-        return sum(self.rank(t.path) * (t.in_features + t.out_features) for t in targets)
+        return sum(self.rank_at(t.path) * (t.in_features + t.out_features) for t in targets)

@@ -84,7 +84,7 @@ class LoRA(ParameterSelection, TokenSelection):
     layer of the base model, heads left out), or a list of module names or suffixes (``["q_proj", "v_proj"]``).
 
     Example:
-        >>> LoRA(r=8, target_modules="attention").scale("layers.0.q_proj")
+        >>> LoRA(r=8, target_modules="attention").scale_at("layers.0.q_proj")
         2.0
     """
 
@@ -128,19 +128,19 @@ class LoRA(ParameterSelection, TokenSelection):
         check_patterns(chosen, rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern)
         return chosen
 
-    def rank(self, path: str) -> int:
+    def rank_at(self, path: str) -> int:
         """Return the rank r at a module."""
         return int(value_of(self.rank_pattern, path, self.r))
 
-    def scale(self, path: str) -> float:
+    def scale_at(self, path: str) -> float:
         """Return s at a module: alpha/r, or alpha/sqrt(r) with rsLoRA."""
-        rank, alpha = self.rank(path), float(value_of(self.alpha_pattern, path, self.lora_alpha))
+        rank, alpha = self.rank_at(path), float(value_of(self.alpha_pattern, path, self.lora_alpha))
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
         if target.is_table:
             return build_rows(target, module, token_indices(target, self.trainable_token_indices))
-        rank, scale = self.rank(target.path) * target.experts, self.scale(target.path)
+        rank, scale = self.rank_at(target.path) * target.experts, self.scale_at(target.path)
         a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
         if target.role is Role.PARAMETER:
             return ParameterLoRA.of(target, module, a, b, scale)
@@ -159,7 +159,7 @@ class LoRA(ParameterSelection, TokenSelection):
         if self.init_lora_weights == "pissa" or parameters.keys() != {*names}:
             return None
         a, b, *magnitude = (parameters[name] for name in names)
-        rank, scale = self.rank(target.path) * target.experts, self.scale(target.path)
+        rank, scale = self.rank_at(target.path) * target.experts, self.scale_at(target.path)
         if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
             return None
         if target.role is Role.PARAMETER:
@@ -177,7 +177,7 @@ class LoRA(ParameterSelection, TokenSelection):
         return sum(
             num_row_parameters(t, self.trainable_token_indices)
             if t.is_table
-            else self.rank(t.path) * t.experts * (t.in_features + t.out_features) + t.out_features * self.use_dora
+            else self.rank_at(t.path) * t.experts * (t.in_features + t.out_features) + t.out_features * self.use_dora
             for t in targets
         )
 

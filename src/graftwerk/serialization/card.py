@@ -178,7 +178,7 @@ def _use(own: Mapping[str, Any]) -> str:
         "from graftwerk.models.load import load_model\n"
         "\n"
         f"model = load_model({base}, None, None)  # or any transformers model with the same weights\n"
-        'graft = gw.load(model, "this folder")',
+        'adapter = gw.load(model, "this folder")',
         "python",
     )
 

@@ -91,25 +91,25 @@ def check_drawn(model: PreTrainedModel, info: AdapterInfo, found: Restored, fill
     )
 
 
-def labels_of(graft: Adapter, info: AdapterInfo) -> list[str] | None:
+def labels_of(adapter: Adapter, info: AdapterInfo) -> list[str] | None:
     """Return the class names of a loaded adapter's head, or None if those of the base apply.
 
     An adapter without names (PEFT stores none) uses the base's if the base has as many, else numbered ones.
 
     Args:
-        graft: The adapter on its model.
+        adapter: The adapter on its model.
         info: Contents of the adapter folder.
 
     Raises:
         AdapterError: The number of names differs from the number of classes of the head.
     """
-    if not graft.answers:
+    if not adapter.answers:
         return None
-    classes = graft.classes
+    classes = adapter.classes
     if info.labels is not None:
         if classes is not None and len(info.labels) != classes:
             raise AdapterError(f"the adapter names {len(info.labels)} labels, and its head tells {classes} apart")
-        return info.labels if classes is not None or graft.weights is not None else None
-    if classes is None or classes == len(graft.label_names):
+        return info.labels if classes is not None or adapter.weights is not None else None
+    if classes is None or classes == len(adapter.label_names):
         return None
     return [f"LABEL_{index}" for index in range(classes)]

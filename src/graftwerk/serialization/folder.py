@@ -82,14 +82,14 @@ _WRITERS = {
 
 
 def save_adapter(
-    graft: Adapter, folder: Path | str, *, metadata: Mapping[str, Any] | None = None, card: str | None = None
+    adapter: Adapter, folder: Path | str, *, metadata: Mapping[str, Any] | None = None, card: str | None = None
 ) -> Path:
     """Write an adapter's folder, whole or not at all.
 
     An adapter that is there already is replaced; other files beside it stay.
 
     Args:
-        graft: The adapter; it stays as it is.
+        adapter: The adapter; it stays as it is.
         folder: The folder. Must be new, empty, or an adapter folder.
         metadata: Facts for `graftwerk.json` and the card: ``model`` (the base's name), ``labels``, ``task``, ``data``,
             ``metrics``, ``cost``, ``command``, ``versions``, ``license``, and whatever else JSON can hold.
@@ -116,11 +116,11 @@ def save_adapter(
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'graftwerk.json']
     """
     target = Path(os.path.realpath(folder))
-    _check_finite(graft)
+    _check_finite(adapter)
     facts = dict(metadata or {})
-    own = own_facts(graft, facts)
+    own = own_facts(adapter, facts)
     base_name = own["base"]["name"]
-    stored = _WRITERS.get(graft.method.name, write_own)(graft, base_name)
+    stored = _WRITERS.get(adapter.method.name, write_own)(adapter, base_name)
     text = model_card(own, stored.config) if card is None else card
     recover(target)
     _check_replaceable(target)
@@ -139,14 +139,14 @@ def save_adapter(
     return write_folder(target, fill, bytes_needed=_size(stored) + len(text.encode()) + 65_536)
 
 
-def check_storable(graft: Adapter) -> None:
-    """Check, before anything is trained, that a graft's folder could be read again.
+def check_storable(adapter: Adapter) -> None:
+    """Check, before anything is trained, that an adapter's folder could be read again.
 
     Raises:
         ConfigError: it has too many tensors, or settings that are too large.
         UnsupportedError: its method cannot be stored as it is set.
     """
-    stored = _WRITERS.get(graft.method.name, write_own)(graft, None)
+    stored = _WRITERS.get(adapter.method.name, write_own)(adapter, None)
     _json(stored.config, CONFIG_FILE)
     try:
         check_config(stored.config, Path(CONFIG_FILE))
@@ -202,15 +202,15 @@ def load_adapter(
     with uncollected(), frozen_index(model):
         info, found = read_steadily(folder, lambda: _read(model, folder, force, filled))
         with _explained(info):
-            graft = _attached(model, found, name or info.name or "default", trainable)
+            adapter = _attached(model, found, name or info.name or "default", trainable)
             try:
-                graft.name_classes(labels_of(graft, info))
+                adapter.name_classes(labels_of(adapter, info))
             except AdapterError:
-                graft.delete()
+                adapter.delete()
                 if not adapters(model):
                     detach(model)
                 raise
-        return graft
+        return adapter
 
 
 def _read(
@@ -221,11 +221,11 @@ def _read(
     if info.own:
         check_files(info, but=(WEIGHTS_FILE, TRAINING_FILE))  # theirs are compared while they are read
         _check_base(model, info, force)
-    view = read_architecture(model)
+    architecture = read_architecture(model)
     with _explained(info):
-        found = restored(model, view, info)
+        found = restored(model, architecture, info)
         if info.own:
-            check_size(model, found, view)
+            check_size(model, found, architecture)
         if not force:
             check_drawn(model, info, found, filled)
     return info, found
@@ -246,16 +246,16 @@ def _explained(info: AdapterInfo) -> Iterator[None]:
 # -- saving -----------------------------------------------------------------------------------------------------------
 
 
-def _check_finite(graft: Adapter) -> None:
-    for key, tensor in graft.state_dict().items():
+def _check_finite(adapter: Adapter) -> None:
+    for key, tensor in adapter.state_dict().items():
         if tensor.is_meta:
             raise ConflictError(
-                f"`{key}` of adapter `{graft.name}` is offloaded, so that there is nothing to write",
+                f"`{key}` of adapter `{adapter.name}` is offloaded, so that there is nothing to write",
                 hint="take accelerate's hooks off, or offload without preload_module_classes",
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise DivergedError(
-                f"`{key}` of adapter `{graft.name}` holds NaN or infinity, so it is not written",
+                f"`{key}` of adapter `{adapter.name}` holds NaN or infinity, so it is not written",
                 hint="go back to the last good checkpoint and lower the learning rate",
             )
 
@@ -343,18 +343,18 @@ def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: boo
             return attach_from_tensors(model, method, name, tensors, trainable=trainable)
         # A folder of PEFT has no start in it: attaching computes it from the base, as PEFT does.
         first = not adapters(model)
-        graft = attach(model, method, name)
+        adapter = attach(model, method, name)
         try:
-            start = {key: value for key, value in graft.state_dict().items() if START in key}
-            graft.load_state_dict({**start, **tensors})
+            start = {key: value for key, value in adapter.state_dict().items() if START in key}
+            adapter.load_state_dict({**start, **tensors})
         except BaseException:
-            graft.delete()
+            adapter.delete()
             if first:
                 detach(model)
             raise
     if not trainable:
-        graft.freeze()
-    return graft
+        adapter.freeze()
+    return adapter
 
 
 Adapter.writer = save_adapter

@@ -91,10 +91,10 @@ class Restored:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def common_config(graft: Adapter, peft_type: str, base_name: str | None) -> dict[str, Any]:
+def common_config(adapter: Adapter, peft_type: str, base_name: str | None) -> dict[str, Any]:
     """Return the keys that every kind of adapter has."""
-    model_class = type(graft.model)
-    task = _task_type(graft)
+    model_class = type(adapter.model)
+    task = _task_type(adapter)
     return {
         "peft_type": peft_type,
         "task_type": task,
@@ -104,17 +104,17 @@ def common_config(graft: Adapter, peft_type: str, base_name: str | None) -> dict
         "base_model_name_or_path": base_name,
         "revision": None,
         "inference_mode": True,
-        "modules_to_save": list(graft.heads) or None,
+        "modules_to_save": list(adapter.heads) or None,
     }
 
 
-def _task_type(graft: Adapter) -> str | None:
+def _task_type(adapter: Adapter) -> str | None:
     """Return the task whose wrapper of PEFT can call this model, None for PEFT's plain wrapper.
 
     A wrapper for a task hands `input_ids` on, which models of speech and images do not take, and looks for the task's
     head among the saved modules.
     """
-    model = graft.model
+    model = adapter.model
     name = getattr(type(model), "_graftwerk_base", type(model)).__name__
     task = next((task for ending, task in _TASKS if name.endswith(ending)), None)
     if task is None or "input_ids" not in signature(model.forward).parameters:
@@ -124,61 +124,61 @@ def _task_type(graft: Adapter) -> str | None:
     modules = base_modules(model)
     wanted = saved_by_letters(modules, _HEADS_OF_TASKS.get(task, ()))
     wanted += [head for head in _HEADS_OF_TASKS.get(task, ()) if head in modules]
-    saved = [*graft.heads, *saved_by_letters(modules, graft.heads)]
-    if task in _HEADS_OF_TASKS and (not graft.heads or not all(within(path, saved) for path in wanted)):
+    saved = [*adapter.heads, *saved_by_letters(modules, adapter.heads)]
+    if task in _HEADS_OF_TASKS and (not adapter.heads or not all(within(path, saved) for path in wanted)):
         return None
     return task
 
 
-def head_tensors(graft: Adapter, prefix: str) -> dict[str, Tensor]:
+def head_tensors(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the saved modules for a file, with those that PEFT saves with them by their letters.
 
     Args:
-        graft: The adapter.
+        adapter: The adapter.
         prefix: Prefix of the keys.
 
     Returns:
         By PEFT's keys, any shape; they share memory with the model.
     """
-    tensors = {prefix + key: tensor for key, tensor in graft.state_dict().items() if graft.is_head(key)}
-    modules = base_modules(graft.model)
-    for path in saved_by_letters(modules, graft.heads):
-        if not within(path, graft.heads):
+    tensors = {prefix + key: tensor for key, tensor in adapter.state_dict().items() if adapter.is_head(key)}
+    modules = base_modules(adapter.model)
+    for path in saved_by_letters(modules, adapter.heads):
+        if not within(path, adapter.heads):
             for name, tensor in modules[path].state_dict().items():
                 tensors[f"{prefix}{path}.{name}"] = tensor
     return tensors
 
 
-def own_tensors(graft: Adapter) -> dict[str, Tensor]:
+def own_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return an adapter's tensors by raw key after PEFT's prefix, any shape, its head's as PEFT names them."""
-    own = {PREFIX + key: tensor for key, tensor in graft.state_dict().items() if not graft.is_head(key)}
-    return {**own, **head_tensors(graft, PREFIX)}
+    own = {PREFIX + key: tensor for key, tensor in adapter.state_dict().items() if not adapter.is_head(key)}
+    return {**own, **head_tensors(adapter, PREFIX)}
 
 
-def write_lora(graft: Adapter, base_name: str | None) -> Stored:
+def write_lora(adapter: Adapter, base_name: str | None) -> Stored:
     """Return the contents of the folder of a LoRA, DoRA or PiSSA adapter."""
-    method = graft.method
+    method = adapter.method
     assert isinstance(method, LoRA)
-    raw = graft.state_dict()
-    parameters = [place.path for place in graft.targets if place.role is Role.PARAMETER]
-    modules = [place.path for place in graft.targets if place.role is not Role.PARAMETER and not place.is_table]
-    transposed = any(_is_transposed(graft.model.get_submodule(path)) for path in modules)
+    raw = adapter.state_dict()
+    parameters = [place.path for place in adapter.targets if place.role is Role.PARAMETER]
+    modules = [place.path for place in adapter.targets if place.role is not Role.PARAMETER and not place.is_table]
+    transposed = any(_is_transposed(adapter.model.get_submodule(path)) for path in modules)
     if parameters and transposed:
-        return write_own(graft, base_name)  # PEFT has no parameters beside GPT-2's layers
+        return write_own(adapter, base_name)  # PEFT has no parameters beside GPT-2's layers
     pissa = method.init_lora_weights == "pissa"
     times = 2 if pissa else 1
-    ranks = {place.path: method.rank(place.path) * times for place in graft.targets if not place.is_table}
+    ranks = {place.path: method.rank_at(place.path) * times for place in adapter.targets if not place.is_table}
     alphas = {
-        path: _plain(method.scale(path) * (math.sqrt(rank) if method.use_rslora else rank))
+        path: _plain(method.scale_at(path) * (math.sqrt(rank) if method.use_rslora else rank))
         for path, rank in ranks.items()
     }
     rank, alpha = most_common(ranks.values()), most_common(alphas.values())
     config: dict[str, Any] = {
-        **common_config(graft, "LORA", base_name),
+        **common_config(adapter, "LORA", base_name),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": method.lora_dropout,
-        **target_config(graft, modules),
+        **target_config(adapter, modules),
         "use_rslora": method.use_rslora,
         "use_dora": method.use_dora,
         "init_lora_weights": True,
@@ -186,36 +186,36 @@ def write_lora(graft: Adapter, base_name: str | None) -> Stored:
         "fan_in_fan_out": transposed,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
-        **token_config(graft),
+        **token_config(adapter),
     }
     if parameters:
-        config["target_parameters"] = parameter_names(read_architecture(graft.model), parameters)
+        config["target_parameters"] = parameter_names(read_architecture(adapter.model), parameters)
     if not pissa:
-        tensors = {**own_tensors(graft), **tokens_apart(graft, PREFIX)}
-        for path, stored in stored_paths(graft.model, parameters).items():
+        tensors = {**own_tensors(adapter), **tokens_apart(adapter, PREFIX)}
+        for path, stored in stored_paths(adapter.model, parameters).items():
             for part in LORA_PARTS[:2]:
                 tensors[f"{PREFIX}{stored}.{part}"] = tensors.pop(f"{PREFIX}{path}.{part}")
         return Stored(config, tensors)
-    tensors = {**head_tensors(graft, PREFIX), **tokens_apart(graft, PREFIX)}
+    tensors = {**head_tensors(adapter, PREFIX), **tokens_apart(adapter, PREFIX)}
     tensors |= {PREFIX + key: tensor for key, tensor in raw.items() if key.endswith(f".{ROWS}")}
     for path in ranks:
         a, b = raw[f"{path}.lora_A.weight"], raw[f"{path}.lora_B.weight"]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat((a, raw[f"{path}.start_A"]))
         tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat((b, -raw[f"{path}.start_B"]), dim=1)
-    return Stored(config, tensors, {key: tensor for key, tensor in raw.items() if not graft.is_head(key)})
+    return Stored(config, tensors, {key: tensor for key, tensor in raw.items() if not adapter.is_head(key)})
 
 
-def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
+def target_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
     """Return PEFT's keys that name exactly these layers: short endings, with layer numbers where these suffice."""
-    modules = module_paths(graft.model, graft.heads)
+    modules = module_paths(adapter.model, adapter.heads)
     whole = {"target_modules": endings(paths, modules)}
-    if getattr(graft.method, "layers", None) is None or not paths:
+    if getattr(adapter.method, "layers", None) is None or not paths:
         return whole
-    view = read_architecture(graft.model)
-    places = [view.by_path[path] for path in paths]
+    architecture = read_architecture(adapter.model)
+    places = [architecture.by_path[path] for path in paths]
     numbers = sorted({place.layer for place in places if place.layer is not None})
     ends = {_in_layer(place) for place in places}
-    everywhere = [place.path for place in view.targets if place.layer is not None and _in_layer(place) in ends]
+    everywhere = [place.path for place in architecture.targets if place.layer is not None and _in_layer(place) in ends]
     lists = sorted(
         {
             path.rpartition(f".{layer}.{rest}")[0].rpartition(".")[2]
@@ -229,7 +229,7 @@ def target_config(graft: Adapter, paths: list[str]) -> dict[str, Any]:
             "layers_to_transform": numbers,
             "layers_pattern": pattern,
         }
-        if listed_layers(graft.model, short, graft.heads) == set(paths):
+        if listed_layers(adapter.model, short, adapter.heads) == set(paths):
             return short
     return whole  # the two halves of an encoder-decoder with different layers, say: PEFT has one list for both
 
@@ -240,28 +240,28 @@ def _in_layer(place: TargetModule) -> str:
     return ".".join(parts[parts.index(str(place.layer)) + 1 :])
 
 
-def write_ia3(graft: Adapter, base_name: str | None) -> Stored:
+def write_ia3(adapter: Adapter, base_name: str | None) -> Stored:
     """Return the contents of the folder of an IA3 adapter."""
-    method = graft.method
+    method = adapter.method
     assert isinstance(method, IA3)
-    modules = module_paths(graft.model, graft.heads)
+    modules = module_paths(adapter.model, adapter.heads)
     # PEFT wants the feed-forward entries among the targets, so each side is named on its own.
-    inputs = endings([place.path for place in graft.targets if method.scales_input(place)], modules)
-    outputs = endings([place.path for place in graft.targets if not method.scales_input(place)], modules)
+    inputs = endings([place.path for place in adapter.targets if method.scales_input(place)], modules)
+    outputs = endings([place.path for place in adapter.targets if not method.scales_input(place)], modules)
     config = {
-        **common_config(graft, "IA3", base_name),
+        **common_config(adapter, "IA3", base_name),
         "target_modules": sorted({*inputs, *outputs}),
         "feedforward_modules": inputs,
-        "fan_in_fan_out": any(_is_transposed(graft.model.get_submodule(place.path)) for place in graft.targets),
+        "fan_in_fan_out": any(_is_transposed(adapter.model.get_submodule(place.path)) for place in adapter.targets),
         "init_ia3_weights": True,
     }
-    return Stored(config, own_tensors(graft))
+    return Stored(config, own_tensors(adapter))
 
 
-def write_own(graft: Adapter, base_name: str | None) -> Stored:
+def write_own(adapter: Adapter, base_name: str | None) -> Stored:
     """Return the contents of a folder for an adapter that PEFT does not have: our raw keys in PEFT's container."""
-    config = common_config(graft, OWN_PREFIX + graft.method.name.upper(), base_name)
-    return Stored(config, {PREFIX + key: tensor for key, tensor in graft.state_dict().items()})
+    config = common_config(adapter, OWN_PREFIX + adapter.method.name.upper(), base_name)
+    return Stored(config, {PREFIX + key: tensor for key, tensor in adapter.state_dict().items()})
 
 
 def _plain(value: float) -> float | int:

@@ -63,42 +63,42 @@ class Layout:
     check: Callable[[str, Mapping[str, Tensor], int, int], None] | None = None
 
 
-def write_linear(graft: Adapter, base_name: str | None) -> Stored:
+def write_linear(adapter: Adapter, base_name: str | None) -> Stored:
     """Return what a folder of MiSS, HiRA, SHiRA or OFT holds."""
-    method = graft.method
+    method = adapter.method
     assert method.peft_type is not None
     layout = LAYOUTS[method.peft_type]
-    paths = [target.path for target in graft.targets]
-    transposed = any(is_transposed(graft.model.get_submodule(path)) for path in paths)
+    paths = [target.path for target in adapter.targets]
+    transposed = any(is_transposed(adapter.model.get_submodule(path)) for path in paths)
     if transposed and not layout.conv1d:
-        return write_own(graft, base_name)
+        return write_own(adapter, base_name)
     targets = (
-        target_config(graft, paths)
+        target_config(adapter, paths)
         if layout.chooses_layers
-        else {"target_modules": endings(paths, module_paths(graft.model, graft.heads))}
+        else {"target_modules": endings(paths, module_paths(adapter.model, adapter.heads))}
     )
     config = {
-        **common_config(graft, method.peft_type, base_name),
+        **common_config(adapter, method.peft_type, base_name),
         **{name: getattr(method, name) for name in layout.settings},
         **targets,
         **layout.constants,
     }
     if isinstance(method, HiRA):
-        ranks = {path: method.rank(path) for path in paths}
+        ranks = {path: method.rank_at(path) for path in paths}
         rank = most_common(ranks.values())
         config["r"], config["fan_in_fan_out"] = rank, transposed
         config["rank_pattern"] = {path: value for path, value in ranks.items() if value != rank}
-    return Stored(config, own_tensors(graft))
+    return Stored(config, own_tensors(adapter))
 
 
 def read_linear(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
     """Return settings and tensors of a folder of MiSS, HiRA, SHiRA or OFT.
 
     Args:
         model: The base.
-        view: Its architecture.
+        architecture: Its architecture.
         config: Checked content of `adapter_config.json`.
         tensors: By PEFT's keys; their shapes are those of each method's module, D (r, out) or A (r, in) for instance.
 
@@ -112,13 +112,13 @@ def read_linear(
     layout = LAYOUTS[config["peft_type"]]
     layers, rest = by_layer(refuse_resized(model, tensors), layout.parts)
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
-    check_layers(model, view, config, layers, heads)
+    check_layers(model, architecture, config, layers, heads)
     faults = [f"{path}.{part}" for path, found in layers.items() for part in layout.parts if part not in found]
     if faults:
         raise AdapterError(listed("missing", faults))
     for path, found in layers.items():
         if layout.check is not None:
-            target = view.by_path[path]
+            target = architecture.by_path[path]
             layout.check(path, found, target.out_features, target.in_features)
     settings = {name: config[name] for name in layout.settings if config.get(name) is not None}
     if layout.method is HiRA:

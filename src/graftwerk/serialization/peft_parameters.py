@@ -24,16 +24,16 @@ SETTING = "target_parameters"
 _PARTS = ("lora_A.weight", "lora_B.weight")
 
 
-def parameter_names(view: Architecture, paths: Iterable[str]) -> list[str]:
+def parameter_names(architecture: Architecture, paths: Iterable[str]) -> list[str]:
     """Return few and short endings that together name exactly these parameters of a model, sorted.
 
     Each has the name of a module before that of the parameter: PEFT compares its own parameters too.
 
     Args:
-        view: The model's architecture.
+        architecture: The model's architecture.
         paths: The parameters.
     """
-    chosen, every = list(paths), [target.path for target in view.parameters]
+    chosen, every = list(paths), [target.path for target in architecture.parameters]
     found = set()
     for short in endings(chosen, every):
         named = [path for path in chosen if ends_with(path, [short])]
@@ -61,13 +61,13 @@ def stored_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 
 
 def split_parameters(
-    model: nn.Module, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
+    model: nn.Module, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Take the updates of parameters out of an adapter's tensors.
 
     Args:
         model: The model.
-        view: Its architecture.
+        architecture: Its architecture.
         config: The adapter's configuration in PEFT's terms.
         tensors: By PEFT's keys, any shape.
         prefix: Prefix of the keys.
@@ -80,7 +80,7 @@ def split_parameters(
         UnsupportedError: They name one that no adapter works on.
     """
     names = config.get(SETTING) or []
-    chosen = {target.path: target for target in view.parameters if ends_with(target.path, names)}
+    chosen = {target.path: target for target in architecture.parameters if ends_with(target.path, names)}
     for name in names:
         if not any(ends_with(path, [name]) for path in chosen):
             raise AdapterError(

@@ -39,13 +39,13 @@ if TYPE_CHECKING:
 
 
 def read_lora(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
     """Read a LoRA, DoRA included.
 
     Args:
         model: The model that it is for.
-        view: Its architecture.
+        architecture: Its architecture.
         config: The adapter's configuration in PEFT's terms.
         tensors: The adapter's tensors by PEFT's keys: ``lora_A.weight`` (r, in), ``lora_B.weight`` (out, r), saved
             modules and weights of the base of any shape. Parameters have the tensors that `split_parameters` names.
@@ -59,13 +59,13 @@ def read_lora(
         UnsupportedError: the adapter changes an embedding, or another weight of the base that cannot be replaced.
     """
     _refuse_embeddings(model, tensors)
-    tensors, tokens = split_tokens(model, view, config, tensors, PREFIX)
-    parameters, tensors = split_parameters(model, view, config, tensors, PREFIX)
+    tensors, tokens = split_tokens(model, architecture, config, tensors, PREFIX)
+    parameters, tensors = split_parameters(model, architecture, config, tensors, PREFIX)
     tensors, replaced = split_base_layers(model, tensors, PREFIX)
     layers, rest = by_layer(tensors, LORA_PARTS)
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
     if layers or not parameters or config.get("target_modules"):
-        check_layers(model, view, config, layers, heads)
+        check_layers(model, architecture, config, layers, heads)
     parts = LORA_PARTS if config.get("use_dora") else LORA_PARTS[:2]
     faults = [f"{path}.{part}" for path, found in layers.items() for part in parts if part not in found]
     if faults:
@@ -74,7 +74,7 @@ def read_lora(
     if faults:
         raise AdapterError(listed("not expected without use_dora", faults))
     ranks = {path: _rank(path, found) for path, found in layers.items()}
-    experts = {target.path: target.experts for target in view.parameters if target.path in parameters}
+    experts = {target.path: target.experts for target in architecture.parameters if target.path in parameters}
     ranks |= {path: _rank(path, found) // experts[path] for path, found in parameters.items()}
     patterned: dict[str, int] = config.get("rank_pattern") or {}
     rank: int = config["r"]
@@ -129,13 +129,13 @@ def read_lora(
 
 
 def read_ia3(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
     """Read an IA3.
 
     Args:
         model: The model that it is for.
-        view: Its architecture.
+        architecture: Its architecture.
         config: The adapter's configuration in PEFT's terms.
         tensors: The adapter's tensors by PEFT's keys: ``ia3_l`` (1, in) or (out, 1), saved modules of any shape.
 
@@ -148,7 +148,7 @@ def read_ia3(
     """
     layers, rest = by_layer(refuse_resized(model, tensors), ("ia3_l",))
     heads, raw = read_heads(model, config, rest, PREFIX, adapted=layers)
-    check_layers(model, view, config, layers, heads)
+    check_layers(model, architecture, config, layers, heads)
     vectors = {path: found["ia3_l"] for path, found in layers.items()}
     for path, vector in vectors.items():
         if vector.dim() != 2 or 1 not in vector.shape:
@@ -303,7 +303,11 @@ def by_layer(
 
 
 def check_layers(
-    model: nn.Module, view: Architecture, config: Mapping[str, Any], layers: Mapping[str, Any], heads: Sequence[str]
+    model: nn.Module,
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    layers: Mapping[str, Any],
+    heads: Sequence[str],
 ) -> None:
     """Check that the layers that a file has tensors for are the model's, and those that the settings list.
 
@@ -319,7 +323,7 @@ def check_layers(
         raise AdapterError(
             listed("not known here: the layer", unknown), hint="the adapter was made for another architecture"
         )
-    outside = [path for path in layers if path not in view.by_path]
+    outside = [path for path in layers if path not in architecture.by_path]
     if outside:
         raise UnsupportedError(
             f"the adapter changes `{outside[0]}`, which is no linear layer of the base",
@@ -328,7 +332,7 @@ def check_layers(
     expected = listed_layers(model, config, heads)
     if expected is None:
         return
-    missing = [path for path in expected if path in view.by_path and path not in layers]
+    missing = [path for path in expected if path in architecture.by_path and path not in layers]
     if missing:
         raise AdapterError(listed("missing: target_modules lists the layer", missing))
     extra = [path for path in layers if path not in expected]

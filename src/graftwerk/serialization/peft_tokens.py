@@ -48,22 +48,22 @@ class StoredTokens:
     tables: dict[str, dict[str, Tensor]]
 
 
-def token_config(graft: Adapter) -> dict[str, Any]:
+def token_config(adapter: Adapter) -> dict[str, Any]:
     """Return the setting as PEFT takes it; empty if no rows are trained.
 
     Raises:
         UnsupportedError: the letters of an embedding's path are the end of another module's, which PEFT would wrap.
     """
-    tables = [target for target in graft.targets if target.is_table]
+    tables = [target for target in adapter.targets if target.is_table]
     if not tables:
         return {}
     rows: dict[str, tuple[int, ...]] = {}
-    found = rows_of(graft)
+    found = rows_of(adapter)
     for table in tables:
         # PEFT follows ties of the input embedding alone, and asks the configuration for them.
-        if table.tied_to is None or table.path in _apart(graft):
+        if table.tied_to is None or table.path in _apart(adapter):
             rows[table.path] = found[table.tied_to or table.path]
-    modules = base_modules(graft.model)
+    modules = base_modules(adapter.model)
     for name in rows:
         if others := [path for path in modules if path.endswith(name) and path != name]:
             raise UnsupportedError(
@@ -77,32 +77,36 @@ def token_config(graft: Adapter) -> dict[str, Any]:
     return {SETTING: {name: list(numbers) for name, numbers in rows.items()}}
 
 
-def tokens_apart(graft: Adapter, prefix: str) -> dict[str, Tensor]:
+def tokens_apart(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
     """Return copies of trained rows (n, d), by PEFT's keys, for tied modules that PEFT does not know to be tied."""
-    raw = graft.state_dict()
-    leaders = {table.path: table.tied_to for table in graft.targets if table.tied_to is not None}
-    return {f"{prefix}{path}.{ROWS}": raw[f"{leaders[path]}.{ROWS}"] for path in _apart(graft)}
+    raw = adapter.state_dict()
+    leaders = {table.path: table.tied_to for table in adapter.targets if table.tied_to is not None}
+    return {f"{prefix}{path}.{ROWS}": raw[f"{leaders[path]}.{ROWS}"] for path in _apart(adapter)}
 
 
-def _apart(graft: Adapter) -> list[str]:
-    inputs = [target.path for target in graft.targets if target.is_input]
-    known = inputs if getattr(graft.model.config, "tie_word_embeddings", False) else []
-    return [table.path for table in graft.targets if table.tied_to is not None and table.tied_to not in known]
+def _apart(adapter: Adapter) -> list[str]:
+    inputs = [target.path for target in adapter.targets if target.is_input]
+    known = inputs if getattr(adapter.model.config, "tie_word_embeddings", False) else []
+    return [table.path for table in adapter.targets if table.tied_to is not None and table.tied_to not in known]
 
 
-def rows_of(graft: Adapter) -> dict[str, tuple[int, ...]]:
+def rows_of(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """Return the trained rows of an adapter, by the path of their table."""
-    return graft.method.trained_rows([target for target in graft.targets if target.is_table])
+    return adapter.method.trained_rows([target for target in adapter.targets if target.is_table])
 
 
 def split_tokens(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
+    model: PreTrainedModel,
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    prefix: str,
 ) -> tuple[Mapping[str, Tensor], StoredTokens]:
     """Take trained rows out of an adapter's tensors.
 
     Args:
         model: The model that it is for.
-        view: Its architecture.
+        architecture: Its architecture.
         config: The adapter's configuration in PEFT's terms.
         tensors: By PEFT's keys, any shape.
         prefix: Prefix of the keys.
@@ -127,11 +131,11 @@ def split_tokens(
         if path in modules:  # first: a vocabulary of another size says how to resize the model
             check_rows(path, table, modules[path]._parameters.get("weight"))
     try:
-        wanted = rows_by_table(view.tables, checked_indices(setting))
+        wanted = rows_by_table(architecture.tables, checked_indices(setting))
     except ValueError as error:
         raise ConfigError(f"`{SETTING}`: {error}", where="adapter_config.json") from None
-    _check_stored_rows(view, modules, wanted, rows)
-    _warn_of_bias(view, wanted, modules)
+    _check_stored_rows(architecture, modules, wanted, rows)
+    _warn_of_bias(architecture, wanted, modules)
     replaced = {}
     for path, numbers in wanted.items():
         if path in bases and not _same_but(bases[path], modules[path]._parameters["weight"], numbers):
@@ -164,13 +168,13 @@ def _sorted_by_part(
 
 
 def _check_stored_rows(
-    view: Architecture,
+    architecture: Architecture,
     modules: Mapping[str, nn.Module],
     wanted: Mapping[str, tuple[int, ...]],
     rows: Mapping[str, Tensor],
 ) -> None:
     """Raise unless exactly the wanted rows (n, d) are there, of the right shape, and the same at tied modules."""
-    leaders = {table.path: table.tied_to or table.path for table in view.tables}
+    leaders = {table.path: table.tied_to or table.path for table in architecture.tables}
     if missing := [f"{path}.{ROWS}" for path in wanted if path not in rows]:
         raise AdapterError(f"missing {', '.join(missing)}")
     for path, own in rows.items():
@@ -197,8 +201,8 @@ def _same_but(stored: Tensor, own: Tensor | None, rows: tuple[int, ...]) -> bool
     return same_values(stored[others], own.detach().cpu()[others])
 
 
-def _warn_of_bias(view: Architecture, wanted: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
-    for table in view.tables:
+def _warn_of_bias(architecture: Architecture, wanted: Mapping[str, Any], modules: Mapping[str, Any]) -> None:
+    for table in architecture.tables:
         if table.role is Role.VOCABULARY and table.has_bias and (table.tied_to or table.path) in wanted:
             bias = modules[table.path]._parameters["bias"]
             if bias.is_meta or bool(bias.detach().any()):

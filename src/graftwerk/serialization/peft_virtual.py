@@ -39,21 +39,21 @@ _VECTORS = "prompt_embeddings"
 _HEAD_PREFIX = "base_model."
 
 
-def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
+def write_prompt(adapter: Adapter, base_name: str | None) -> Stored:
     """Return the contents of a folder for prompt tuning or P-tuning: the vectors before the text."""
-    method = graft.method
+    method = adapter.method
     assert isinstance(method, Prompt | PTuning)
-    table = graft.model.get_input_embeddings()
-    if any(module is table and within(path, graft.heads) for path, module in base_modules(graft.model).items()):
-        return write_own(graft, base_name)  # PEFT reads the text with the base's table, whatever is saved
-    module = next(module for _, module in graft.modules() if isinstance(module, PromptModule))
+    table = adapter.model.get_input_embeddings()
+    if any(module is table and within(path, adapter.heads) for path, module in base_modules(adapter.model).items()):
+        return write_own(adapter, base_name)  # PEFT reads the text with the base's table, whatever is saved
+    module = next(module for _, module in adapter.modules() if isinstance(module, PromptModule))
     vectors = module.merged_state()[_VECTORS]
     config: dict[str, Any] = {
-        **common_config(graft, str(method.peft_type), base_name),
+        **common_config(adapter, str(method.peft_type), base_name),
         "num_virtual_tokens": vectors.shape[0],
         "token_dim": vectors.shape[1],
         "num_transformer_submodules": 1,
-        **_sizes(graft.model),
+        **_sizes(adapter.model),
     }
     if isinstance(method, Prompt):
         config["prompt_tuning_init"] = "RANDOM"  # PEFT would look for a tokenizer to start from the text again
@@ -63,17 +63,17 @@ def write_prompt(graft: Adapter, base_name: str | None) -> Stored:
         config["encoder_hidden_size"] = method.encoder_hidden_size or vectors.shape[1]
         config["encoder_num_layers"] = method.encoder_num_layers
         config["encoder_dropout"] = method.encoder_dropout
-    return _with_heads(graft, config, vectors)
+    return _with_heads(adapter, config, vectors)
 
 
-def write_prefix(graft: Adapter, base_name: str | None) -> Stored:
+def write_prefix(adapter: Adapter, base_name: str | None) -> Stored:
     """Return the contents of the folder of a prefix-tuning adapter, in our own format if PEFT's cannot hold it."""
-    method, view = graft.method, read_architecture(graft.model)
-    places = _decoder_places(view)
+    method, architecture = adapter.method, read_architecture(adapter.model)
+    places = _decoder_places(architecture)
     assert isinstance(method, Prefix)
-    if places is None or _window(graft.model) or method.layers is not None:
-        return write_own(graft, base_name)
-    modules = dict(graft.modules())
+    if places is None or _window(adapter.model) or method.layers is not None:
+        return write_own(adapter, base_name)
+    modules = dict(adapter.modules())
     rows = []
     for place in places:
         module = modules[place.path]
@@ -82,34 +82,34 @@ def write_prefix(graft: Adapter, base_name: str | None) -> Stored:
         rows += [folded["prefix_key"], folded["prefix_value"]]
     width = places[0].kv_heads * places[0].head_dim
     config = {
-        **common_config(graft, "PREFIX_TUNING", base_name),
+        **common_config(adapter, "PREFIX_TUNING", base_name),
         "num_virtual_tokens": method.num_virtual_tokens,
         "token_dim": width,
         "num_transformer_submodules": 1,
         "num_attention_heads": places[0].kv_heads,
         "num_layers": len(places),
-        "encoder_hidden_size": method.encoder_hidden_size or view.stacks[0].width,
+        "encoder_hidden_size": method.encoder_hidden_size or architecture.stacks[0].width,
         "prefix_projection": method.prefix_projection,
     }
-    return _with_heads(graft, config, torch.cat(rows, dim=1))
+    return _with_heads(adapter, config, torch.cat(rows, dim=1))
 
 
-def _with_heads(graft: Adapter, config: dict[str, Any], vectors: Tensor) -> Stored:
-    raw = graft.state_dict()
-    heads = head_tensors(graft, _HEAD_PREFIX)
-    own = {key: tensor for key, tensor in raw.items() if not graft.is_head(key)}
+def _with_heads(adapter: Adapter, config: dict[str, Any], vectors: Tensor) -> Stored:
+    raw = adapter.state_dict()
+    heads = head_tensors(adapter, _HEAD_PREFIX)
+    own = {key: tensor for key, tensor in raw.items() if not adapter.is_head(key)}
     stored_plainly = all(key.rpartition(".")[2] in (_VECTORS, "prefix_key", "prefix_value") for key in own)
     return Stored(config, {_VECTORS: vectors, **heads}, {} if stored_plainly else own)
 
 
 def read_prompt(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
     """Read PEFT's prompt tuning or P-tuning.
 
     Args:
         model: The base.
-        view: Its architecture.
+        architecture: Its architecture.
         config: The checked `adapter_config.json`, with n virtual tokens.
         tensors: By PEFT's keys; ``prompt_embeddings`` (n, D), or (2n, D) for an encoder-decoder, and heads.
 
@@ -122,9 +122,9 @@ def read_prompt(
     """
     vectors, heads, raw = _vectors(model, config, tensors)
     n = config["num_virtual_tokens"]
-    if not view.stacks:
-        raise UnsupportedError(f"where the input embeddings of `{view.model_type}` go in is not known")
-    stack = view.stacks[0]  # of an encoder-decoder: the encoder
+    if not architecture.stacks:
+        raise UnsupportedError(f"where the input embeddings of `{architecture.model_type}` go in is not known")
+    stack = architecture.stacks[0]  # of an encoder-decoder: the encoder
     if vectors.shape not in ((n, stack.width), (2 * n, stack.width)):
         raise AdapterError(
             f"mis-shaped: prompt_embeddings has shape {tuple(vectors.shape)}, and {(n, stack.width)} was expected"
@@ -138,13 +138,13 @@ def read_prompt(
 
 
 def read_prefix(
-    model: PreTrainedModel, view: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: PreTrainedModel, architecture: Architecture, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Restored:
     """Read PEFT's prefix tuning of a decoder-only model.
 
     Args:
         model: The base, with L attention layers of key and value width W.
-        view: Its architecture.
+        architecture: Its architecture.
         config: The checked `adapter_config.json`, with n virtual tokens.
         tensors: By PEFT's keys; ``prompt_embeddings`` (n, L * 2 * W), and heads.
 
@@ -156,10 +156,10 @@ def read_prefix(
         AdapterError: ``prompt_embeddings`` is missing or has another shape.
     """
     vectors, heads, raw = _vectors(model, config, tensors)
-    places = _decoder_places(view)
+    places = _decoder_places(architecture)
     if places is None:
         raise UnsupportedError(
-            f"PEFT's prefixes on `{view.model_type}` cannot be reproduced: " + _why_not(view),
+            f"PEFT's prefixes on `{architecture.model_type}` cannot be reproduced: " + _why_not(architecture),
             hint="train the prefix here; decoder-only models' prefixes can be read",
         )
     if _window(model):
@@ -189,15 +189,15 @@ def _vectors(
     return vectors, heads, raw
 
 
-def _decoder_places(view: Architecture) -> list[AttentionPlace] | None:
+def _decoder_places(architecture: Architecture) -> list[AttentionPlace] | None:
     """Return the attentions of a decoder-only model by layer, or None for other models or if they are not alike."""
-    places = sorted(view.attentions, key=lambda place: place.layer)
+    places = sorted(architecture.attentions, key=lambda place: place.layer)
     alike = len({(place.stack, place.kv_heads, place.head_dim) for place in places}) == 1
     return places if alike and places[0].stack == "causal" else None
 
 
-def _why_not(view: Architecture) -> str:
-    kinds = {place.stack for place in view.attentions}
+def _why_not(architecture: Architecture) -> str:
+    kinds = {place.stack for place in architecture.attentions}
     if not kinds:
         return "where its attention is is not known"
     if "decoder" in kinds:

@@ -46,7 +46,7 @@ _READERS = {
 }
 
 
-def restored(model: PreTrainedModel, view: Architecture, info: AdapterInfo) -> Restored:
+def restored(model: PreTrainedModel, architecture: Architecture, info: AdapterInfo) -> Restored:
     """Read the settings and raw tensors of an adapter for a model, without attaching it.
 
     Raises:
@@ -62,14 +62,14 @@ def restored(model: PreTrainedModel, view: Architecture, info: AdapterInfo) -> R
     reader = _READERS.get(info.peft_type)
     method = info.method
     if method is not None:
-        tensors = _without_unread(model, view, info, method, tensors)
+        tensors = _without_unread(model, architecture, info, method, tensors)
     if reader is None:
         assert method is not None
         return read_own(method, tensors)
-    found = reader(model, view, info.config, tensors)
+    found = reader(model, architecture, info.config, tensors)
     if method is None:
         return found
-    heads = head_paths(model, method, view)
+    heads = head_paths(model, method, architecture)
     beside = [path for path in saved_by_letters(base_modules(model), heads) if not within(path, heads)]
     own = {key: tensor for key, tensor in found.tensors.items() if not within(key, beside)}
     if TRAINING_FILE not in info.own["files"]:
@@ -81,7 +81,7 @@ def restored(model: PreTrainedModel, view: Architecture, info: AdapterInfo) -> R
 
 
 def _without_unread(
-    model: PreTrainedModel, view: Architecture, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]
+    model: PreTrainedModel, architecture: Architecture, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Leave out what 0.1.0 stored of adapted layers inside saved modules, which no forward pass had read.
 
@@ -90,10 +90,10 @@ def _without_unread(
     Raises:
         AdapterError: the copy held another adapter that was active then, whose settings are not in the folder.
     """
-    heads = head_paths(model, method, view)
+    heads = head_paths(model, method, architecture)
     if not heads or method.kind == "weights":
         return tensors
-    places = method.select_targets(view.candidates(method)) if method.kind == "layer" else []
+    places = method.select_targets(architecture.candidates(method)) if method.kind == "layer" else []
     unread = [place.host for place in places if within(place.path, heads)]
     modules = base_modules(model)
     known = {f"{path}.{name}" for path in unread for name in modules[path]._parameters}
@@ -140,32 +140,32 @@ def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
     return math.isfinite(float(whole.sum()))
 
 
-def check_size(model: PreTrainedModel, restored: Restored, view: Architecture) -> None:
+def check_size(model: PreTrainedModel, restored: Restored, architecture: Architecture) -> None:
     """Check the number of stored parameters against the settings, before memory is allocated for the adapter.
 
     Args:
         model: The base.
         restored: The adapter that was read.
-        view: The base's architecture.
+        architecture: The base's architecture.
 
     Raises:
         AdapterError: The file holds more or fewer parameters than the settings give on this model.
     """
     method = restored.method
-    heads = head_paths(model, method, view)
+    heads = head_paths(model, method, architecture)
     found = sum(
         tensor.numel()
         for key, tensor in restored.tensors.items()
         if not within(key, heads) and START not in key and not key.endswith(INDICES)
     )
     if isinstance(method, Prefix):
-        chosen = method.filter_layers(view.attentions)
+        chosen = method.filter_layers(architecture.attentions)
         widths = [place.kv_heads * place.head_dim for place in chosen]
-        expected = method.num_vector_parameters(widths, [stack.width for stack in stacks_of(view, chosen)])
+        expected = method.num_vector_parameters(widths, [stack.width for stack in stacks_of(architecture, chosen)])
     elif isinstance(method, Prompt | PTuning):
-        expected = method.num_vector_parameters(view.stacks[0].width) if view.stacks else 0
+        expected = method.num_vector_parameters(architecture.stacks[0].width) if architecture.stacks else 0
     elif method.kind == "layer":
-        expected = method.num_parameters(open_targets(method, view, heads))
+        expected = method.num_parameters(open_targets(method, architecture, heads))
     else:
         return  # full: the model itself says how large it is
     if expected != found:
