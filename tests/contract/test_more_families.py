@@ -34,6 +34,7 @@ def methods_on(family: str) -> list[str]:
 @pytest.mark.parametrize("family", MORE)
 def test_methods_start_train_merge_and_leave(family: str) -> None:
     model, batch = model_and_batch("lora", family)
+    batch["input_ids"][0, :3] = torch.tensor(METHODS["lora tokens"]["trainable_token_indices"])  # rows that train
     model.double()
     base = run(model, batch)
     keys = list(model.state_dict())
