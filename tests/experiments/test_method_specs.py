@@ -35,7 +35,7 @@ def test_a_bare_name_does_not_have_the_run_files_settings_and_that_is_said() -> 
     own = {"name": "lora", "r": 16, "target_modules": ["query"]}
     (said,) = settings_not_used(parse_method_specs("lora,ia3"), own)
     assert "without the run file's target_modules=['query'], r=16" in said
-    assert "methods='[{name: lora, r: 16, target_modules: [query]}]'" in said
+    assert "methods='[{name: lora, target_modules: [query], r: 16}]'" in said
     for entries, method in (("ia3", own), ([own], own), ("lora", "lora"), ("lora", {"name": "lora", "r": 8}),
                             ("lora", None), ("lora", {"name": "lora", "r": "many"})):  # fmt: skip
         assert not settings_not_used(parse_method_specs(entries), method), (entries, method)
