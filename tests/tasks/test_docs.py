@@ -29,7 +29,7 @@ def test_a_section_says_what_the_task_has(name: str) -> None:
     for setting in task.model_fields:
         assert f"`{setting}`" in section, setting
     if name != "mixture":
-        for part in task.parts:
+        for part in task.fields:
             assert f"`{part}`" in section or part == "turns", part
         for metric in task.metrics:
             assert METRICS[metric].title in section, metric

@@ -134,6 +134,6 @@ def test_an_encoder_decoder_cannot_be_packed() -> None:
     from transformers import BartConfig
 
     task = parse_task("summarization").for_model(BartConfig())
-    assert not task.packs
-    assert not Masked().packs
-    assert Causal().packs
+    assert not task.can_pack
+    assert not Masked().can_pack
+    assert Causal().can_pack

@@ -155,7 +155,7 @@ def _of_run(settings: RunConfig) -> Work:
             hint="for instance data.augment: [word_dropout]",
         )
     splits = settings.task.read(settings.data)
-    return splits.train, augmenters, settings.task.parts, settings.output_dir / AUGMENTED
+    return splits.train, augmenters, settings.task.fields, settings.output_dir / AUGMENTED
 
 
 def _of_data(data: Any) -> Sequence[Mapping[str, Any]]:

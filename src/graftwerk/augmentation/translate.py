@@ -180,7 +180,7 @@ def question_row(task: TextTask, question: Question) -> Row:
     """Return the task's row for a question, with its languages if the task has fields for them."""
     row = task.example_from_text(question.text)
     for name, language in zip(("source_lang", "target_lang"), question.languages, strict=True):
-        if name in task.parts and language is not None:
+        if name in task.fields and language is not None:
             row[name] = language
     return row
 

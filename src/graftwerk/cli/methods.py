@@ -63,7 +63,7 @@ def describe_methods() -> list[dict[str, Any]]:
                 "name": name,
                 "title": method.title,
                 "paper": method.paper,
-                "tasks": [task for task, kind in TASKS.items() if kind.head or name != "probe"],
+                "tasks": [task for task, kind in TASKS.items() if kind.has_head or name != "probe"],
                 "kind": method.kind,
                 "mergeable": method.mergeable,
                 "identity_at_start": method.identity_at_start,

@@ -91,7 +91,7 @@ def check_baseline(task: Task) -> None:
     Raises:
         ConfigError: The base has no head for this task, so it has no metrics of its own.
     """
-    if task.head:
+    if task.has_head:
         raise ConfigError(
             f"the unadapted base has no head for {task.name}, so it has no figures",
             where="evaluation.baseline",

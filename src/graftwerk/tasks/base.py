@@ -1,8 +1,9 @@
-"""A task: its settings, how its rows are read and encoded, and the parts that train it and score it.
+"""A task: its settings, how its rows are read and encoded, and the components that batch, train and decode them.
 
-Reading and encoding are of the task itself, since they depend on its settings; what a batch is, what is learnt from it
-and what comes out are parts of their own: `Collator`, `Objective`, `Decoder` and, for tasks in which a model writes,
-`Generation`. The training loop and evaluation know these contracts alone. One file per task.
+Reading and encoding belong to the task itself, since they depend on its settings. Batching, the loss and predictions
+are components of their own: `Collator`, `Objective`, `Decoder` and, for tasks that generate text, `Generation`. The
+training loop uses these contracts; generation (`TextTask`) and class weights (`Classification`) are the two features
+that ask for the kind of task. One file per task.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from graftwerk.tasks.splits import Splits as Splits
 
 
 class Task(Settings):
-    """The settings of one task; a task never holds a model or rows. Subclasses are final or abstract."""
+    """Settings of one task; a task holds neither a model nor rows. Subclasses are final or abstract."""
 
     name: ClassVar[str]
     title: ClassVar[str]
-    parts: ClassVar[tuple[str, ...]]
-    """Names of the columns it needs: ``("text", "label")``."""
+    fields: ClassVar[tuple[str, ...]]
+    """Names of the fields of a row: ``("text", "label")``."""
     metrics: ClassVar[tuple[str, ...]]
     """Names in `evaluation.metrics.METRICS`; the first decides a comparison."""
     best_metric: ClassVar[str]
     """The metric that chooses the checkpoint: one of `metrics`, or `loss`."""
-    head: ClassVar[bool]
+    has_head: ClassVar[bool]
     """True if the task puts a head of its own on the model."""
     generates: ClassVar[bool] = False
-    """True if answers are texts that the model writes."""
+    """True if the model generates text as its answer."""
 
     @property
     def main_metric(self) -> str:
@@ -46,8 +47,8 @@ class Task(Settings):
         return self.metrics[0]
 
     @property
-    def packs(self) -> bool:
-        """Return True if several of its rows can stand in one (`tasks.packing`)."""
+    def can_pack(self) -> bool:
+        """Return True if several examples can be packed into one row (`tasks.packing`)."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,14 +57,14 @@ class Task(Settings):
 
     # -- settings that depend on a model or on rows ----------------------------------------------------------------
 
-    def for_model(self, architecture: Any) -> Self:
-        """Return the task as it is for a model; most are the same for all.
+    def for_model(self, config: Any) -> Self:
+        """Return the task bound to a kind of model; most tasks are the same for all.
 
         Args:
-            architecture: The model's transformers configuration.
+            config: Configuration of the model (`PreTrainedConfig`).
 
         Raises:
-            UnsupportedError: Such a model cannot do it.
+            UnsupportedError: A model of this kind cannot do the task.
         """
         return self
 
@@ -73,11 +74,11 @@ class Task(Settings):
 
     @abstractmethod
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
-        """Return the arguments of ``from_pretrained``: ``num_labels``, ``id2label``, ``label2id``."""
+        """Return the keyword arguments of ``from_pretrained``: ``num_labels``, ``id2label``, ``label2id``."""
 
     @abstractmethod
     def auto_class(self) -> Any:
-        """Return the `Auto*` class of transformers that loads the right model."""
+        """Return the `Auto*` class of transformers that loads a model with the right head."""
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -105,36 +106,36 @@ class Task(Settings):
         """
 
     def example_from_text(self, text: str) -> Row:
-        """Return the row of a bare text that a model is asked about."""
-        return {self.parts[0]: text}
+        """Return a row that holds only the input text."""
+        return {self.fields[0]: text}
 
     @abstractmethod
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
         """Tokenize rows, in order. A row without an answer gets the target None.
 
         Args:
-            rows: Rows with the task's `parts`.
+            rows: Rows with the task's `fields`.
             tokenizer: The model's tokenizer.
-            splits: The splits that the rows are from, for class names and places of errors.
-            max_length: Tokens kept of a row, special tokens included; each example counts the ones it lost.
+            splits: The splits that the rows are from, for class names and the locations of errors.
+            max_length: Maximum tokens of an example, special tokens included; `Example.truncated` counts those cut off.
 
         Raises:
-            DataError: A row has an unknown label, or does not fit the model's template.
+            DataError: A row has an unknown label, or does not fit the model's chat template.
         """
 
-    # -- parts -----------------------------------------------------------------------------------------------------
+    # -- components ------------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def collator(self) -> Collator:
-        """Return the part that makes batches of examples."""
+        """Return the component that pads examples into batches."""
 
     @property
     @abstractmethod
     def objective(self) -> Objective:
-        """Return the part that runs the model on a batch and computes the loss."""
+        """Return the component that runs the model on a batch and computes the loss."""
 
     @property
     @abstractmethod
     def decoder(self) -> Decoder:
-        """Return the part that makes predictions of the model's outputs."""
+        """Return the component that turns model outputs into predictions."""

@@ -37,10 +37,10 @@ class Classification(Task):
 
     name: ClassVar[str] = "classification"
     title: ClassVar[str] = "Text classification"
-    parts: ClassVar[tuple[str, ...]] = tuple(READING.parts)
+    fields: ClassVar[tuple[str, ...]] = tuple(READING.parts)
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
     best_metric: ClassVar[str] = "accuracy"
-    head: ClassVar[bool] = True
+    has_head: ClassVar[bool] = True
 
     _class_weights: Tensor | None = PrivateAttr(default=None)
 
@@ -61,16 +61,16 @@ class Classification(Task):
             ResourceError: a source cannot be reached.
         """
         if data.streaming:
-            streamed = read_stream(data, self.row_format, self.parts)
+            streamed = read_stream(data, self.row_format, self.fields)
             names, said = check_labels(streamed.classes or {}, labels, shown(data.source))
-            return splits_of_stream(data, streamed, self.parts, labels=names, findings=said)
+            return splits_of_stream(data, streamed, self.fields, labels=names, findings=said)
         chosen, findings = read_splits(data, self.row_format)
         placed = {split: part.placed() for split, part in chosen.items()}
         names, said = check_labels(
             {split: rows.labels or () for split, rows in placed.items()}, labels, shown(data.source)
         )
         findings += said
-        return splits_of(data, chosen, findings, self.parts, labels=names)
+        return splits_of(data, chosen, findings, self.fields, labels=names)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
         """Encode rows to token ids and class ids, in order. A row without a `label` gets the target None.

@@ -31,7 +31,7 @@ class Instruction(TextTask):
 
     name: ClassVar[str] = "instruction"
     title: ClassVar[str] = "Instruction tuning"
-    parts: ClassVar[tuple[str, ...]] = ("turns",)
+    fields: ClassVar[tuple[str, ...]] = ("turns",)
     metrics: ClassVar[tuple[str, ...]] = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity", "length")
     layouts: ClassVar[tuple[Layout, ...]] = ("causal",)
 

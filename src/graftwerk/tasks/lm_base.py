@@ -22,7 +22,7 @@ from graftwerk.tasks.text import TextTask
 class LanguageModelingTask(TextTask):
     """Abstract; nothing is generated, and the figure is the perplexity of the trained tokens."""
 
-    parts: ClassVar[tuple[str, ...]] = ("text",)
+    fields: ClassVar[tuple[str, ...]] = ("text",)
     metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     generates: ClassVar[bool] = False
     closes_every_block: ClassVar[bool] = False

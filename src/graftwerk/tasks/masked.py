@@ -40,19 +40,19 @@ class Masked(LanguageModelingTask):
 
     mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens that are to be told")
 
-    def for_model(self, architecture: Any) -> Self:
+    def for_model(self, config: Any) -> Self:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-        if architecture.is_encoder_decoder or architecture.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        if config.is_encoder_decoder or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
             raise UnsupportedError(
-                f"{self.title.lower()} needs an encoder that was trained so, and `{architecture.model_type}` is none",
+                f"{self.title.lower()} needs an encoder that was trained so, and `{config.model_type}` is none",
                 where="task",
                 hint="task=causal for a model that writes",
             )
         return self
 
     @property
-    def packs(self) -> bool:
+    def can_pack(self) -> bool:
         return False
 
     def auto_class(self) -> Any:

@@ -68,9 +68,9 @@ class Multitask(TextTask):
         return task
 
     @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+    def fields(self) -> tuple[str, ...]:  # type: ignore[override]
         """Return the fields of all tasks and the one that names the set."""
-        return (*dict.fromkeys(part for task in self.tasks.values() for part in task.parts), SET)
+        return (*dict.fromkeys(field for task in self.tasks.values() for field in task.fields), SET)
 
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -83,9 +83,9 @@ class Multitask(TextTask):
         """Return True if any of the tasks generates text."""
         return any(task.generates for task in self.tasks.values())
 
-    def for_model(self, architecture: Any) -> Self:
-        bound = super().for_model(architecture)
-        return bound._with({name: task.for_model(architecture) for name, task in self.tasks.items()})
+    def for_model(self, config: Any) -> Self:
+        bound = super().for_model(config)
+        return bound._with({name: task.for_model(config) for name, task in self.tasks.items()})
 
     def resolved(self, splits: Splits) -> Self:
         """Return the task with each of its tasks resolved from its own rows."""
@@ -160,7 +160,7 @@ class Multitask(TextTask):
         return Splits(
             **rows,
             labels=None,
-            fingerprint=fingerprint_of(rows, self.parts),
+            fingerprint=fingerprint_of(rows, self.fields),
             issues=tuple(findings),
             origin={
                 "train": [plain(each.rows_from) for each in data.sets],
@@ -188,7 +188,7 @@ class Multitask(TextTask):
             ]
         return [example for _, example in sorted(placed, key=lambda pair: pair[0])]
 
-    # -- parts: the first task's, which all share, and those that choose by row ------------------------------------
+    # -- components: the first task's, which all share, and those that choose by row -------------------------------
 
     @property
     def collator(self) -> Collator:
@@ -244,18 +244,18 @@ class MultitaskGeneration(Generation):
     """Each row by the generation settings of its data set.
 
     Attributes:
-        parts: Generation parts by the names of their data sets.
+        generations: Generation settings by the names of their data sets.
     """
 
-    parts: Mapping[str, Generation]
+    generations: Mapping[str, Generation]
 
     def group(self, example: Example) -> Hashable:
         """Return the data set and its own group: other data sets may end answers or start them otherwise."""
-        name = set_of(example.row, self.parts)
-        return name, self.parts[name].group(example)
+        name = set_of(example.row, self.generations)
+        return name, self.generations[name].group(example)
 
     def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
-        return self.parts[set_of(example.row, self.parts)].options(model, tokenizer, example)
+        return self.generations[set_of(example.row, self.generations)].options(model, tokenizer, example)
 
 
 def set_of(row: Mapping[str, Any] | None, names: Mapping[str, Any]) -> str:

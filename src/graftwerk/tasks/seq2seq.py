@@ -45,33 +45,33 @@ class Seq2SeqTask(TextTask):
     usual_prefix: ClassVar[str]
     """What models of the T5 family are told."""
     usual_template: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]] = ()
-    """What may stand in braces beside the text itself."""
+    template_fields: ClassVar[tuple[str, ...]] = ()
+    """Names allowed in braces beside the input text."""
 
-    def for_model(self, architecture: Any) -> Self:
+    def for_model(self, config: Any) -> Self:
         """Return the task with the usual prefix or template of such a model if none is given.
 
         Raises:
             ConfigError: a setting that such a model makes no use of.
             UnsupportedError: a model that does not write.
         """
-        bound = super().for_model(architecture)
+        bound = super().for_model(config)
         if bound.layout == "causal":
-            _refuse_encoder(architecture, self.title)
+            _refuse_encoder(config, self.title)
             if self.prefix is not None:
                 raise ConfigError(
-                    f"`{architecture.model_type}` is a causal model, which reads a template and no prefix",
+                    f"`{config.model_type}` is a causal model, which reads a template and no prefix",
                     where="task.prefix",
-                    hint=f"template: 'something {{{self.parts[0]}}} something'",
+                    hint=f"template: 'something {{{self.fields[0]}}} something'",
                 )
             return bound._changed(template=self.template if self.template is not None else self.usual_template)
         if self.template is not None or not self.chat:
             raise ConfigError(
-                f"`{architecture.model_type}` is an encoder-decoder model, which reads a prefix and no template",
+                f"`{config.model_type}` is an encoder-decoder model, which reads a prefix and no template",
                 where="task.template" if self.template is not None else "task.chat",
                 hint="prefix: 'something: '",
             )
-        usual = self.usual_prefix if architecture.model_type in T5_LIKE else ""
+        usual = self.usual_prefix if config.model_type in T5_LIKE else ""
         return bound._changed(prefix=self.prefix if self.prefix is not None else usual)
 
     def _changed(self, **settings: Any) -> Self:
@@ -80,14 +80,14 @@ class Seq2SeqTask(TextTask):
         return changed
 
     def row_format(self, columns: Sequence[str]) -> RowFormat:
-        read, written = self.parts[:2]
+        read, written = self.fields[:2]
         return RowFormat({read: text_part, written: text_part}, key=read, answers=(written,))
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        """Return the values of the `fields` of prefix and template for a row; only those that occur are needed."""
+        """Return the values of the `template_fields` that prefix and template use, for one row."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
         """Encode rows to token ids.
@@ -119,7 +119,7 @@ class Seq2SeqTask(TextTask):
             tokenizer: The model's tokenizer.
             max_length: Tokens kept of a text.
         """
-        read, written = self.parts[:2]
+        read, written = self.fields[:2]
         texts = [
             mark + str(self.prefix).format(**self.words(row, tokenizer)) + row[read]
             for mark, row in zip(marks, rows, strict=True)
@@ -138,7 +138,7 @@ class Seq2SeqTask(TextTask):
         return examples
 
     def _causal(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
-        read, written = self.parts[:2]
+        read, written = self.fields[:2]
         asking = PromptFormat(tokenizer, chat=self.chat)
         fills = [self._fill(self.words(row, tokenizer)) for row in rows]
         frames = dict.fromkeys(dict.fromkeys(fill("") for fill in fills), 0)
@@ -164,13 +164,13 @@ class Seq2SeqTask(TextTask):
         return examples
 
     def _fill(self, values: dict[str, str]) -> Fill:
-        return lambda text: str(self.template).format(**{self.parts[0]: text}, **values)
+        return lambda text: str(self.template).format(**{self.fields[0]: text}, **values)
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
     @property
     def decoder(self) -> TextDecoder:
-        return PairDecoder(*self.parts[:2])
+        return PairDecoder(*self.fields[:2])
 
     @property
     def generation(self) -> Generation:

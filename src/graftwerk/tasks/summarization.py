@@ -15,7 +15,7 @@ class Summarization(Seq2SeqTask):
 
     name: ClassVar[str] = "summarization"
     title: ClassVar[str] = "Summarization"
-    parts: ClassVar[tuple[str, ...]] = ("document", "summary")
+    fields: ClassVar[tuple[str, ...]] = ("document", "summary")
     metrics: ClassVar[tuple[str, ...]] = (
         "rougeL", "rougeL_stemmed", "rouge1", "rouge2", "exact_match", "perplexity", "length",
     )  # fmt: skip

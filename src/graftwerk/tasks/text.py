@@ -26,18 +26,18 @@ class TextTask(Task):
     """Abstract; subclasses read and encode rows in their ways. Call `for_model` before anything else is used."""
 
     best_metric: ClassVar[str] = "loss"
-    head: ClassVar[bool] = False
+    has_head: ClassVar[bool] = False
     generates: ClassVar[bool] = True
     layouts: ClassVar[tuple[Layout, ...]] = ("causal", "encoder-decoder")
     """The kinds of models that can do it."""
 
     _layout: Layout = PrivateAttr(default="causal")
 
-    def for_model(self, architecture: Any) -> Self:
-        layout: Layout = "encoder-decoder" if getattr(architecture, "is_encoder_decoder", False) else "causal"
+    def for_model(self, config: Any) -> Self:
+        layout: Layout = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "causal"
         if layout not in self.layouts:
             raise UnsupportedError(
-                f"{self.title} needs a {' or '.join(self.layouts)} model, and `{architecture.model_type}` is none",
+                f"{self.title} needs a {' or '.join(self.layouts)} model, and `{config.model_type}` is none",
                 where="task",
             )
         bound = self.model_copy()
@@ -50,14 +50,14 @@ class TextTask(Task):
         return self._layout
 
     @property
-    def packs(self) -> bool:
+    def can_pack(self) -> bool:
         return self._layout == "causal"
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
         if data.streaming:
-            return splits_of_stream(data, read_stream(data, self.row_format, self.parts), self.parts)
+            return splits_of_stream(data, read_stream(data, self.row_format, self.fields), self.fields)
         chosen, findings = read_splits(data, self.row_format)
-        return splits_of(data, chosen, findings, self.parts)
+        return splits_of(data, chosen, findings, self.fields)
 
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
         return {}

@@ -43,13 +43,13 @@ class Translation(Seq2SeqTask):
 
     name: ClassVar[str] = "translation"
     title: ClassVar[str] = "Translation"
-    parts: ClassVar[tuple[str, ...]] = ("source", "target", *SIDES)
+    fields: ClassVar[tuple[str, ...]] = ("source", "target", *SIDES)
     metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match", "perplexity", "length")
     usual_prefix: ClassVar[str] = "translate {source_lang} to {target_lang}: "
     usual_template: ClassVar[str] = (
         "Translate the following text from {source_lang} to {target_lang}.\n\n{source}\n\nTranslation:\n"
     )
-    fields: ClassVar[tuple[str, ...]] = SIDES
+    template_fields: ClassVar[tuple[str, ...]] = SIDES
 
     source_lang: str | None = Field(
         default=None, description="language of the sources of rows that do not say it: a code that the tokenizer knows"
@@ -98,7 +98,7 @@ class Translation(Seq2SeqTask):
             train=rows["train"],
             validation=rows["validation"],
             test=rows["test"],
-            fingerprint=fingerprint_of(rows, self.parts, ["both directions"]),
+            fingerprint=fingerprint_of(rows, self.fields, ["both directions"]),
             origin={**splits.origin, "rows": counted},
             where={split: _of_pair(where) for split, where in splits.where.items()},
         )

@@ -121,7 +121,7 @@ def planned(prepared: Prepared, settings: RunConfig) -> int | None:
     if not settings.data.augment:
         return None
     rows = prepared.splits.train
-    asked = plan(rows, settings.data.augment, prepared.task.parts)
+    asked = plan(rows, settings.data.augment, prepared.task.fields)
     variants = 0.0
     for augmenter, what in zip(settings.data.augment, asked, strict=True):
         read = len(_read(augmenter.path, settings, prepared)) if isinstance(augmenter, FromFile) else what["variants"]
@@ -133,7 +133,7 @@ def planned(prepared: Prepared, settings: RunConfig) -> int | None:
 def _made(prepared: Prepared, settings: RunConfig, target: Path, emit: Listener, processes: Distributed) -> Augmented:
     """Make the rows on the main process; the others wait, and then read them."""
     making = [augmenter for augmenter in settings.data.augment if not isinstance(augmenter, FromFile)]
-    rows, parts = prepared.splits.train, prepared.task.parts
+    rows, parts = prepared.splits.train, prepared.task.fields
 
     def tell(done: int, total: int) -> None:
         emit(Event("phase", 0, name=f"augmenting the training rows: {done:,} of {total:,} texts written"))

@@ -182,7 +182,7 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
                     where=f"training.{name}",
                     hint="set data.validation, or leave it out",
                 )
-    if settings.packing and not task.packs:
+    if settings.packing and not task.can_pack:
         raise ConfigError(
             f"rows of {task.name} cannot be packed: only what a causal model reads and writes in one row can",
             where="training.packing",
