@@ -45,8 +45,6 @@ class Seq2SeqTask(TextTask):
     usual_prefix: ClassVar[str]
     """What models of the T5 family are told."""
     usual_template: ClassVar[str]
-    template_fields: ClassVar[tuple[str, ...]] = ()
-    """Names allowed in braces beside the input text."""
 
     def for_model(self, config: Any) -> Self:
         """Return the task with the usual prefix or template of such a model if none is given.
@@ -87,7 +85,7 @@ class Seq2SeqTask(TextTask):
 
     @abstractmethod
     def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
-        """Return the values of the `template_fields` that prefix and template use, for one row."""
+        """Return the values of the names in braces that prefix and template use, for one row."""
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
         """Encode rows to token ids.

@@ -49,7 +49,6 @@ class Translation(Seq2SeqTask):
     usual_template: ClassVar[str] = (
         "Translate the following text from {source_lang} to {target_lang}.\n\n{source}\n\nTranslation:\n"
     )
-    template_fields: ClassVar[tuple[str, ...]] = SIDES
 
     source_lang: str | None = Field(
         default=None, description="language of the sources of rows that do not say it: a code that the tokenizer knows"
