@@ -68,7 +68,7 @@ def build_adapter(
         built = _build_layers(model, method, architecture, base, saved, tensors, trainable)
     elif method.kind != "weights":
         _refuse_soft_in_saved(method, architecture, saved)
-        built = BuiltAdapter(method, (), HOOKED[method.kind].modules(model, method, architecture), saved)
+        built = BuiltAdapter(method, (), HOOKED[method.kind].build_modules(model, method, architecture), saved)
     weight_only = {target.path for target in architecture.targets if target.weight_only}
     refuse_two_ways(base.modules, built.modules, saved, weight_only)
     return built

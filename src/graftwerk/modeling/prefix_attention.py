@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from graftwerk.errors import ConflictError, UnsupportedError
-from graftwerk.kernels import flags as fast
+from graftwerk.kernels import flags
 from graftwerk.kernels.versioned_cache import VersionedCache
 from graftwerk.methods.base import Method, module_device
 from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
@@ -47,14 +47,14 @@ from graftwerk.modeling.virtual_positions import (
 
 _OURS = "graftwerk_"
 _KeysAndValues = tuple[Tensor, Tensor]
-_listener: ContextVar[dict[int, _KeysAndValues] | None] = ContextVar("graftwerk_listener", default=None)
+_recorder: ContextVar[dict[int, _KeysAndValues] | None] = ContextVar("graftwerk_recorder", default=None)
 """While keys and values are recorded: those of the last call by id(attention module)."""
 
 
 # -- the attention function -----------------------------------------------------------------------------------------
 
 
-def _attend(
+def prefix_attention_forward(
     implementation: str,
     module: nn.Module,
     query: Tensor,
@@ -76,18 +76,18 @@ def _attend(
         **kwargs: As transformers passes them.
     """
     original = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
-    if (listener := _listener.get()) is not None:
-        listener[id(module)] = (key, value)
+    if (recorder := _recorder.get()) is not None:
+        recorder[id(module)] = (key, value)
     slots = slots_of(module)
-    prefix = None if slots is None else _prefix(slots, key)
+    prefix = None if slots is None else _active_prefix_kv(slots, key)
     if prefix is not None:
         prefix_key, prefix_value, seen = prefix
         n = prefix_key.shape[2]
-        if attention_mask is None and implementation == "sdpa" and _hides_the_future(module, query, kwargs):
+        if attention_mask is None and implementation == "sdpa" and _sdpa_is_causal(module, query, kwargs):
             square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
             attention_mask = square.tril()[None, None]
         if attention_mask is not None or seen is not None:
-            attention_mask = _widened(attention_mask, seen, n, query, key)
+            attention_mask = _extend_mask(attention_mask, seen, n, query, key)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))
         key = torch.cat((prefix_key, key), dim=2)
@@ -95,13 +95,13 @@ def _attend(
     return original(module, query, key, value, attention_mask, **kwargs)
 
 
-def _hides_the_future(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+def _sdpa_is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
     """Return True if sdpa, given no mask, would let each query see only the keys up to its own."""
     causal = kwargs.get("is_causal")
     return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
 
 
-def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, key: Tensor) -> Tensor:
+def _extend_mask(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, key: Tensor) -> Tensor:
     """Return a mask with n columns in front; ``seen`` (B, n) marks those a row sees, None all of them."""
     if mask is None:
         mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
@@ -115,7 +115,7 @@ def _widened(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, ke
     return torch.cat((columns, mask.expand(size, -1, -1, -1)), dim=-1)
 
 
-def _prefix(slots: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _active_prefix_kv(slots: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Return keys and values (B, G, n, D), and the columns (B, n) that a row sees if rows differ; None if no prefix."""
     rows, _ = users(slots, PrefixModule, key.shape[0])
     n = max(lengths(rows))
@@ -129,20 +129,27 @@ def _prefix(slots: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | 
             for side in (0, 1)
         )
         return one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None
-    own = (slots, size, key.device, key.dtype, fast.enabled("rows"))
-    keys, values, seen = slots.selection.cached(own, _MixedPrefix).now()
+    arguments = (slots, size, key.device, key.dtype, flags.enabled("rows"))
+    keys, values, seen = slots.selection.cached(arguments, lambda _: _PerRowPrefix(*arguments)).keys_values()
     shape = (size, n, heads, width)
     return keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2), seen
 
 
-class _MixedPrefix:
-    """The prefixes of rows that differ, at one attention: (B, n, G·D) keys and values, and the columns that a row sees.
+class _PerRowPrefix:
+    """The prefixes at one attention when rows have different ones.
 
-    Made once for a choice of rows, and again if a parameter has changed; in training at every call.
+    Keys and values are built once for an assignment of adapters to rows, and again if a parameter has changed; in
+    training at every call.
+
+    Args:
+        slots: Slots of the attention.
+        size: Rows of the batch, B.
+        device, dtype: Those of the keys and values.
+        cache: True to reuse keys and values until a parameter changes.
     """
 
-    def __init__(self, own: tuple[AdapterSlots, int, torch.device, torch.dtype, bool]) -> None:
-        slots, size, device, self.dtype, self.may_keep = own
+    def __init__(self, slots: AdapterSlots, size: int, device: torch.device, dtype: torch.dtype, cache: bool) -> None:
+        self.dtype, self.use_cache = dtype, cache
         rows, repeats = users(slots, PrefixModule, size)
         counts = lengths(rows)
         self.distinct, self.index = gathered(rows, repeats, device)
@@ -152,11 +159,12 @@ class _MixedPrefix:
         sources = list(dict.fromkeys(tensor for module in self.distinct for tensor in module.source_tensors()))
         self.cache: VersionedCache[_KeysAndValues] = VersionedCache(sources, sources)
 
-    def now(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys, values = self.cache.get(self._made) if self.may_keep else self._made()
+    def keys_values(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return keys and values (B, n, G·D), and the columns (B, n) that each row sees or None if it sees all."""
+        keys, values = self.cache.get(self._build) if self.use_cache else self._build()
         return keys, values, self.seen
 
-    def _made(self) -> _KeysAndValues:
+    def _build(self) -> _KeysAndValues:
         pairs = [module.vectors() for module in self.distinct]
         keys, values = (torch.cat([pair[side] for pair in pairs]).to(self.dtype)[self.index] for side in (0, 1))
         return keys, values
@@ -176,7 +184,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 
 _MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 for _name, _mask in _MASKS.items():
-    AttentionInterface.register(_OURS + _name, partial(_attend, _name))
+    AttentionInterface.register(_OURS + _name, partial(prefix_attention_forward, _name))
     AttentionMaskInterface.register(_OURS + _name, _mask)
 
 
@@ -204,13 +212,13 @@ def _check_implementation(model: PreTrainedModel) -> None:
             )
 
 
-def _use_ours(model: nn.Module) -> None:
+def _install_attention(model: nn.Module) -> None:
     for config in _configs(model):
         if config._attn_implementation in _MASKS:
             config._attn_implementation_internal = _OURS + config._attn_implementation
 
 
-def _use_theirs(model: nn.Module) -> None:
+def _restore_attention(model: nn.Module) -> None:
     for config in _configs(model):
         if (config._attn_implementation or "").startswith(_OURS):
             config._attn_implementation_internal = config._attn_implementation.removeprefix(_OURS)
@@ -219,21 +227,21 @@ def _use_theirs(model: nn.Module) -> None:
 # -- hooks on the stacks --------------------------------------------------------------------------------------------
 
 
-class _BeforeStack:
-    """Forward pre-hook: in decoder-only models the text's positions begin after the prefix.
+class _ShiftPositionsHook:
+    """Forward pre-hook of a stack that shifts the text's positions behind the prefix in decoder-only models.
 
-    An object and not a closure, so that a deep copy of the model has hooks that know the copy.
+    An object and not a closure, so that a deep copy of the model has hooks that refer to the copy.
 
     Args:
-        witnesses: The attentions of this stack: every prefix has a part in one of them, or in all.
-        shifts: True if the text's positions begin after the prefix.
+        attentions: Self-attention modules of the stack; every prefix has a module in at least one of them.
+        shifts: True if the text's positions start after the prefix.
     """
 
-    def __init__(self, witnesses: Sequence[nn.Module], shifts: bool) -> None:
-        self.witnesses, self.shifts = tuple(witnesses), shifts
+    def __init__(self, attentions: Sequence[nn.Module], shifts: bool) -> None:
+        self.attentions, self.shifts = tuple(attentions), shifts
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        all_slots = [slots for witness in self.witnesses if (slots := slots_of(witness)) is not None]
+        all_slots = [slots for attention in self.attentions if (slots := slots_of(attention)) is not None]
         if not all_slots:
             return None
         inputs = inputs_of(stack, args, kwargs)
@@ -274,7 +282,7 @@ def _virtual_tokens(all_slots: Sequence[AdapterSlots], size: int) -> tuple[list[
 # -- building, installing, removing ---------------------------------------------------------------------------------
 
 
-def modules(model: PreTrainedModel, method: Method, architecture: Architecture) -> dict[str, nn.Module]:
+def build_modules(model: PreTrainedModel, method: Method, architecture: Architecture) -> dict[str, nn.Module]:
     """Build the modules of a new prefix: one for each attention, and with a network one for each stack.
 
     Returns:
@@ -294,15 +302,15 @@ def modules(model: PreTrainedModel, method: Method, architecture: Architecture) 
     starts = _starting_values(model, method, chosen)
     if not method.prefix_projection:
         return {attention.path: PrefixVectors(*starts[attention.path]) for attention in chosen}
-    made: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     mlps = {}
     for stack in stacks_of(architecture, chosen):
         hidden = method.encoder_hidden_size or architecture.stacks[0].width
         mlp = PrefixMLP(method.num_virtual_tokens, stack.width, hidden)
-        made[stack.path] = mlps[stack.kind] = mlp
+        modules[stack.path] = mlps[stack.kind] = mlp
     for attention in chosen:
-        made[attention.path] = ProjectedPrefix(mlps[attention.stack], *starts[attention.path])
-    return made
+        modules[attention.path] = ProjectedPrefix(mlps[attention.stack], *starts[attention.path])
+    return modules
 
 
 def stacks_of(architecture: Architecture, attentions: Sequence[AttentionPlace]) -> list[StackPlace]:
@@ -315,22 +323,23 @@ def install_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None
     from graftwerk.modeling.architectures import read_architecture
 
     architecture = read_architecture(model)
-    _use_ours(model)
+    _install_attention(model)
     for stack in architecture.stacks:
         attentions = [
-            attention for attention in architecture.attentions if attention.stack == stack.kind and not attention.cross
+            model.get_submodule(attention.path)
+            for attention in architecture.attentions
+            if attention.stack == stack.kind and not attention.cross
         ]
-        witnesses = [model.get_submodule(attention.path) for attention in attentions]
         host = model.get_submodule(stack.path)
-        if witnesses and not any(isinstance(hook, _BeforeStack) for hook in host._forward_pre_hooks.values()):
-            host.register_forward_pre_hook(_BeforeStack(witnesses, stack.kind == "causal"), with_kwargs=True)
+        if attentions and not any(isinstance(hook, _ShiftPositionsHook) for hook in host._forward_pre_hooks.values()):
+            host.register_forward_pre_hook(_ShiftPositionsHook(attentions, stack.kind == "causal"), with_kwargs=True)
 
 
 def remove_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
     """Restore the attention of a model: configuration and hooks are those from before."""
-    _use_theirs(model)
+    _restore_attention(model)
     for module in model.modules():
-        drop_hooks(module, (_BeforeStack,))
+        drop_hooks(module, (_ShiftPositionsHook,))
 
 
 # -- where a prefix starts ------------------------------------------------------------------------------------------
@@ -343,24 +352,24 @@ def _starting_values(
     table = model.get_input_embeddings().weight
     ids = method.start_ids(table.shape[0])
     if ids is None:
-        return {attention.path: _small(method, attention) for attention in attentions}
-    recorded = _listen(model, torch.tensor(ids, device=module_device(model.get_input_embeddings()))[None])
+        return {attention.path: _random_kv(method, attention) for attention in attentions}
+    recorded = _record_kv(model, torch.tensor(ids, device=module_device(model.get_input_embeddings()))[None])
     hosts = {attention: model.get_submodule(attention.path) for attention in attentions}
-    if silent := [attention.path for attention, host in hosts.items() if id(host) not in recorded]:
+    if unrecorded := [attention.path for attention, host in hosts.items() if id(host) not in recorded]:
         raise UnsupportedError(
             f"the attention of {type(model).__name__} does not go through transformers' attention interface",
-            where=silent[0],
+            where=unrecorded[0],
             hint="use lora, bottleneck or prompt tuning on this model",
         )
-    return {attention.path: _flat(recorded[id(host)], attention) for attention, host in hosts.items()}
+    return {attention.path: _flatten_heads(recorded[id(host)], attention) for attention, host in hosts.items()}
 
 
-def _small(method: Prefix, attention: AttentionPlace) -> _KeysAndValues:
+def _random_kv(method: Prefix, attention: AttentionPlace) -> _KeysAndValues:
     shape = (method.num_virtual_tokens, attention.kv_heads * attention.head_dim)
     return torch.randn(shape) * method.init_std, torch.randn(shape) * method.init_std
 
 
-def _flat(pair: _KeysAndValues, attention: AttentionPlace) -> _KeysAndValues:
+def _flatten_heads(pair: _KeysAndValues, attention: AttentionPlace) -> _KeysAndValues:
     """Reshape (1, G, n, D) to (n, G·D)."""
     width = attention.kv_heads * attention.head_dim
     key, value = (tensor[0].transpose(0, 1).reshape(-1, width).float() for tensor in pair)
@@ -368,23 +377,23 @@ def _flat(pair: _KeysAndValues, attention: AttentionPlace) -> _KeysAndValues:
 
 
 @torch.no_grad()
-def _listen(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
+def _record_kv(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]:
     """Run the bare base over ids (1, n), in evaluation mode, and return keys and values by id(attention module)."""
     model_adapters = ModelAdapters.of(model)
     recorded: dict[int, _KeysAndValues] = {}
     was_ours = any((config._attn_implementation or "").startswith(_OURS) for config in _configs(model))
     modes = {module: module.training for module in model.modules()}
     extra: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    token = _listener.set(recorded)
+    token = _recorder.set(recorded)
     try:
-        _use_ours(model)
+        _install_attention(model)
         model.eval()
         with contextlib.nullcontext() if model_adapters is None else model_adapters.bare():
             model.base_model(input_ids=ids, **extra)
     finally:
-        _listener.reset(token)
+        _recorder.reset(token)
         for module, training in modes.items():
             module.training = training
         if not was_ours:
-            _use_theirs(model)
+            _restore_attention(model)
     return recorded

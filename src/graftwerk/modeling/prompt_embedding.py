@@ -259,7 +259,7 @@ def _checked(inputs: dict[str, Any], cached: int, past: int, n: int, causal: boo
 # -- building, installing, removing ---------------------------------------------------------------------------------
 
 
-def modules(model: PreTrainedModel, method: Method, architecture: Architecture) -> dict[str, nn.Module]:
+def build_modules(model: PreTrainedModel, method: Method, architecture: Architecture) -> dict[str, nn.Module]:
     """Build the module of a new prompt.
 
     Returns:
