@@ -16,7 +16,7 @@ from graftwerk.modeling.active_adapters import ActiveAdapters
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.labels import LabelNames
 
-CHILD = "adapter"
+CHILD = "graft"
 """Name of the one child of an adapted module, part of its state dict's keys; base modules have no such child."""
 _ATTRIBUTE = "_graftwerk_record"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
