@@ -138,7 +138,7 @@ def test_a_run_whose_process_dies_is_reported_and_the_others_go_on(story: Story)
 def test_the_same_call_again_does_what_is_left(story: Story) -> None:
     runs = {moment.run for moment in story.moments if moment.kind == "run"}
     assert runs == {"full, seed 1"}
-    there = {m.run for m in story.moments if m.kind == "note" and m.text.startswith("there already: accuracy ")}
+    there = {m.run for m in story.moments if m.kind == "note" and m.text.startswith("already finished: accuracy ")}
     assert there == {"full, seed 0", "small, seed 0", "small, seed 1"}
     assert story.moments[-1].kind == "end"
     assert (story.moments[-1].done, story.moments[-1].total) == (4, 4)

@@ -26,7 +26,7 @@ from graftwerk.errors import (
 )
 from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
 from graftwerk.experiments.eta import EtaEstimator
-from graftwerk.experiments.header import CONFIG, FORMAT, header
+from graftwerk.experiments.header import CONFIG, FORMAT, comparison_header
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, parse_method_specs, parse_seeds, with_and_without
 from graftwerk.experiments.progress import Display, ProgressEvent
@@ -128,7 +128,7 @@ def compare(
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
-        overrides: Settings of the run file by name, as for `train`.
+        **overrides: Settings of the run file by name, as for `train`.
 
     Returns:
         The comparison, whose `table` is the result as text.
@@ -149,21 +149,27 @@ def compare(
         graftwerk.errors.ConfigError: there is no method `lroa`
         ...
     """
-    work = _ComparisonDriver(config, parse_method_specs(methods), parse_seeds(seeds), overrides, augment)
-    check_choices(work.base, metric, prefer)
     display = None if quiet or listener is not None else Display()
-    work.tell = listener or display or (lambda moment: None)
+    driver = _ComparisonDriver(
+        config,
+        parse_method_specs(methods),
+        parse_seeds(seeds),
+        overrides,
+        augment,
+        listener=listener or display or (lambda event: None),
+    )
+    check_choices(driver.base, metric, prefer)
     try:
-        work.do(overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
+        driver.run(overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
     finally:
         if display is not None:
             display.close()
-    page = None
+    report_path = None
     if report:
         from graftwerk.reporting.html import write_report
 
-        page = write_report(work.folder)
-    return Comparison(work.folder, report=page)
+        report_path = write_report(driver.folder)
+    return Comparison(driver.folder, report=report_path)
 
 
 def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> None:
@@ -189,155 +195,165 @@ def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> No
 
 
 class _ComparisonDriver:
-    """One call of `compare`: its runs, what became of each, and what is told on the way."""
+    """Run one comparison: its planned runs, their results and failures, and progress events."""
 
     def __init__(
         self,
         config: RunConfig | str | Path | Mapping[str, Any],
-        entries: list[MethodSpec],
+        specs: list[MethodSpec],
         seeds: list[int],
         overrides: Mapping[str, Any],
         augment: Sequence[str] | str | None,
+        *,
+        listener: Listener,
     ) -> None:
         tree = tree_of(config)
         _refuse_overrides(overrides)
         base = RunConfig.build(
-            {**tree, "method": entries[0].method},
+            {**tree, "method": specs[0].method},
             dict(overrides),
             where=str(config) if isinstance(config, str | Path) else None,
         ).anchored()
-        self.own_method = tree.get("method")
-        entries = with_and_without(entries, augment, bool(base.data.augment))
-        self.base, self.entries, self.seeds, self.augment = base, entries, seeds, augment
+        self.run_file_method = tree.get("method")
+        specs = with_and_without(specs, augment, bool(base.data.augment))
+        self.base, self.specs, self.seeds, self.augment = base, specs, seeds, augment
         self.folder = base.output_dir
-        self.metric = ""
-        self.tell: Listener = lambda moment: None
-        self.plan = [(entry, seed) for seed in seeds for entry in entries]
-        self.pace = EtaEstimator([entry.name for entry, _ in self.plan])
-        self.runs: dict[str, dict[int, RunResult]] = {entry.name: {} for entry in entries}
-        self.failed: dict[str, dict[int, str]] = {entry.name: {} for entry in entries}
+        self.listener = listener
+        self.plan = [(spec, seed) for seed in seeds for spec in specs]
+        self.eta = EtaEstimator([spec.name for spec, _ in self.plan])
+        self.runs: dict[str, dict[int, RunResult]] = {spec.name: {} for spec in specs}
+        self.failed: dict[str, dict[int, str]] = {spec.name: {} for spec in specs}
 
-    def config_of(self, entry: MethodSpec, seed: int) -> dict[str, Any]:
+    def config_of(self, spec: MethodSpec, seed: int) -> dict[str, Any]:
         """Return the resolved settings of one run, as plain values."""
-        tree = entry.changed(self.base.model_dump(mode="json"))
+        tree = spec.changed(self.base.model_dump(mode="json"))
         tree["training"]["seed"] = seed
-        tree["output_dir"] = str(self.folder_of(entry, seed))
+        tree["output_dir"] = str(self.folder_of(spec, seed))
         return tree
 
-    def folder_of(self, entry: MethodSpec, seed: int) -> Path:
-        return self.folder / f"{entry.name}-seed{seed}"
+    def folder_of(self, spec: MethodSpec, seed: int) -> Path:
+        return self.folder / f"{spec.name}-seed{seed}"
 
-    def do(self, *, overwrite: bool, metric: str | None, prefer: str, margin: float | None) -> None:
+    def run(self, *, overwrite: bool, metric: str | None, prefer: str, margin: float | None) -> None:
         if (self.folder / MANIFEST).exists():
             raise ConflictError(
                 f"{self.folder} is the folder of a run",
                 hint="give the comparison another one: output_dir=runs/comparison",
             )
-        runs = [self.folder_of(entry, seed).name for entry, seed in self.plan]
+        runs = [self.folder_of(spec, seed).name for spec, seed in self.plan]
         refuse_links(self.folder, (LOCK, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
         with RunLock(self.folder), JobRunner(self.folder / LOG) as workers:
-            try:
-                checked = self._check(workers, overwrite)
-                self.metric = metric or checked["main_metric"]
-                head = header(
-                    self.base, self.entries, self.seeds, self.augment, self.metric, checked,
-                    prefer=prefer, own=self.own_method,
-                )  # fmt: skip
-            except Explained as error:
-                if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
-                    (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
-                raise
-            self._write({**head, "status": "running", "methods": [], "differences": [], "seconds": None})
+            header = self._check(workers, overwrite, metric, prefer)
+            self._write({**header, "status": "running", "methods": [], "differences": [], "seconds": None})
             write_file(self.folder / CONFIG, self.base.dump(), own=True)
-            try:
-                for entry, seed in self.plan:
-                    self._run(workers, entry, seed, overwrite)
-            except Explained as stopped:
-                stopped.recovered = f"{self.pace.done} of {len(self.plan)} runs in {self.folder}"
-                if isinstance(stopped, RunInterrupted):
-                    stopped.hint = "run the same command again to resume"
-                raise
-            result = aggregate(
-                self.entries,
-                self.runs,
-                self.failed,
-                metric=self.metric,
-                confidence=self.base.evaluation.confidence,
-                resamples=self.base.evaluation.resamples,
-                prefer=prefer,
-                margin=margin,
-            )
-            everything = [run for runs in self.runs.values() for run in runs.values()]
-            seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in everything)
-            if result.get("at_chance"):
-                head["notes"] = [result["at_chance"], *head["notes"]]
-            shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # what runs on the same layers had in common
-            self._write({**head, **result, "status": "finished", "seconds": seconds})
-            self._say("end", text="done")
+            self._run_all(workers, header["metric"], overwrite)
+            self._finish(header, prefer, margin)
 
-    # -- one run -----------------------------------------------------------------------------------------------------
-
-    def _run(self, workers: JobRunner, entry: MethodSpec, seed: int, overwrite: bool) -> None:
-        folder = self.folder_of(entry, seed)
-        who = f"{entry.name}, seed {seed}"
-        manifest = None if overwrite else read_manifest(folder)
-        if manifest is not None:
-            if (found := measured_run(folder)) is not None:
-                self.runs[entry.name][seed] = found
-                self.pace.finished(entry.name, None)
-                self._say("note", who, f"there already: {result_line(found, self.metric)}")
-                return
-            if manifest["status"] == "diverged":
-                self._failed(entry, seed, str((manifest.get("error") or {}).get("what", "diverged")))
-                return
-        began = time.monotonic()
-        steps = RunEvents()
-
-        def on_event(event: dict[str, Any]) -> None:
-            text = steps.heard(event)
-            kind = "note" if event["kind"] in NOTED else "phase" if event["kind"] == "phase" else "step"
-            elapsed = time.monotonic() - began
-            left = self.pace.left(elapsed, steps.left_seconds)
-            self._say(kind, who, text, steps.step, steps.steps, left)
-
+    def _check(self, workers: JobRunner, overwrite: bool, metric: str | None, prefer: str) -> dict[str, Any]:
+        """Check rows, models and methods before any training, and return the header of `comparison.json`."""
         try:
-            job = {"kind": "run", "config": self.config_of(entry, seed), "overwrite": overwrite}
-            workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
-        except (DivergedError, Crashed) as error:
-            self._failed(entry, seed, error.what)
-            return
-        found = measured_run(folder)
-        if found is None:
-            raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
-        self.runs[entry.name][seed] = found
-        self.pace.finished(entry.name, time.monotonic() - began)
-        self._say("run", who, result_line(found, self.metric), left=self.pace.left())
+            checked = self._checked(workers, overwrite)
+            return comparison_header(
+                self.base, self.specs, self.seeds, self.augment, metric or checked["main_metric"], checked,
+                prefer=prefer, own=self.run_file_method,
+            )  # fmt: skip
+        except Explained as error:
+            if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
+                (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
+            raise
 
-    def _failed(self, entry: MethodSpec, seed: int, why: str) -> None:
-        self.failed[entry.name][seed] = why
-        self.pace.finished(entry.name, None)
-        self._say("note", f"{entry.name}, seed {seed}", f"failed: {why}", left=self.pace.left())
-
-    # -- around the runs ---------------------------------------------------------------------------------------------
-
-    def _check(self, workers: JobRunner, overwrite: bool) -> dict[str, Any]:
+    def _checked(self, workers: JobRunner, overwrite: bool) -> dict[str, Any]:
         first = self.seeds[0]
         runs = {} if overwrite else {str(self.folder_of(e, seed)): self.config_of(e, seed) for e, seed in self.plan}
         job = {
             "kind": "check",
-            "configs": {entry.name: self.config_of(entry, first) for entry in self.entries},
+            "configs": {spec.name: self.config_of(spec, first) for spec in self.specs},
             "runs": {folder: tree for folder, tree in runs.items() if Path(folder).is_dir()},
         }
-        return workers.run(job, lambda event: self._say("phase", "", event.get("name", "")))
+        return workers.run(job, lambda event: self._emit("phase", "", event.get("name", "")))
+
+    def _run_all(self, workers: JobRunner, metric: str, overwrite: bool) -> None:
+        try:
+            for spec, seed in self.plan:
+                self._run_one(workers, spec, seed, metric, overwrite)
+        except Explained as stopped:
+            stopped.recovered = f"{self.eta.done} of {len(self.plan)} runs in {self.folder}"
+            if isinstance(stopped, RunInterrupted):
+                stopped.hint = "run the same command again to resume"
+            raise
+
+    def _finish(self, header: Mapping[str, Any], prefer: str, margin: float | None) -> None:
+        """Aggregate the results and write them below the header."""
+        result = aggregate(
+            self.specs,
+            self.runs,
+            self.failed,
+            metric=header["metric"],
+            confidence=self.base.evaluation.confidence,
+            resamples=self.base.evaluation.resamples,
+            prefer=prefer,
+            margin=margin,
+        )
+        all_results = [run for runs in self.runs.values() for run in runs.values()]
+        seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in all_results)
+        notes = [result["at_chance"], *header["notes"]] if result.get("at_chance") else header["notes"]
+        shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # hidden states shared by runs on the same layers
+        self._write({**header, "notes": notes, **result, "status": "finished", "seconds": seconds})
+        self._emit("end", text="done")
+
+    # -- one run -----------------------------------------------------------------------------------------------------
+
+    def _run_one(self, workers: JobRunner, spec: MethodSpec, seed: int, metric: str, overwrite: bool) -> None:
+        folder = self.folder_of(spec, seed)
+        run_label = f"{spec.name}, seed {seed}"
+        manifest = None if overwrite else read_manifest(folder)
+        if manifest is not None:
+            if (found := measured_run(folder)) is not None:
+                self.runs[spec.name][seed] = found
+                self.eta.finished(spec.name, None)
+                self._emit("note", run_label, f"already finished: {result_line(found, metric)}")
+                return
+            if manifest["status"] == "diverged":
+                self._failed(spec, seed, str((manifest.get("error") or {}).get("what", "diverged")))
+                return
+        began = time.monotonic()
+        progress = RunEvents()
+
+        def on_event(event: dict[str, Any]) -> None:
+            text = progress.update(event)
+            kind = "note" if event["kind"] in NOTED else "phase" if event["kind"] == "phase" else "step"
+            elapsed = time.monotonic() - began
+            left = self.eta.left(elapsed, progress.left_seconds)
+            self._emit(kind, run_label, text, progress.step, progress.steps, left)
+
+        try:
+            job = {"kind": "run", "config": self.config_of(spec, seed), "overwrite": overwrite}
+            workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
+        except (DivergedError, Crashed) as error:
+            self._failed(spec, seed, error.what)
+            return
+        found = measured_run(folder)
+        if found is None:
+            raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
+        self.runs[spec.name][seed] = found
+        self.eta.finished(spec.name, time.monotonic() - began)
+        self._emit("run", run_label, result_line(found, metric), left=self.eta.left())
+
+    def _failed(self, spec: MethodSpec, seed: int, why: str) -> None:
+        self.failed[spec.name][seed] = why
+        self.eta.finished(spec.name, None)
+        self._emit("note", f"{spec.name}, seed {seed}", f"failed: {why}", left=self.eta.left())
+
+    # -- output ------------------------------------------------------------------------------------------------------
 
     def _write(self, result: Mapping[str, Any]) -> None:
         path = self.folder / COMPARISON
         write_file(path, dump_object(redacted(result), path, room=COMPARISON_SCALE, seal=True), own=True)
 
-    def _say(
+    def _emit(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None
     ) -> None:
-        self.tell(ProgressEvent(kind, self.pace.done, len(self.plan), run, text, step, steps, left))
+        self.listener(ProgressEvent(kind, self.eta.done, len(self.plan), run, text, step, steps, left))
 
 
 def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ FORMAT = 1
 CONFIG = "config.yaml"
 
 
-def header(
+def comparison_header(
     base: RunConfig,
     entries: Sequence[MethodSpec],
     seeds: Sequence[int],

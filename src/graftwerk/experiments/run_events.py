@@ -1,4 +1,4 @@
-"""The events of a method's run as lines of a comparison's progress."""
+"""Progress lines of a comparison from the events of the active run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ class RunEvents:
         self.step = self.steps = 0
         self.left_seconds: float | None = None
 
-    def heard(self, event: Mapping[str, Any]) -> str:
-        """Take an event in; gives what there is to say about it."""
+    def update(self, event: Mapping[str, Any]) -> str:
+        """Update the progress from an event.
+
+        Returns:
+            Text to show for it, or "" if there is none.
+        """
         kind = event["kind"]
         self.step = event["step"] or self.step
         if kind == "start":
