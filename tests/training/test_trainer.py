@@ -319,7 +319,7 @@ def test_early_stopping_ends_training_and_resume(bench: Bench, tmp_path: Path) -
     snapshot = again.checkpoints.load_latest()
     assert snapshot is not None
     again.restore(snapshot)
-    assert again.done, "a resumed run would go on"
+    assert again.is_finished, "a resumed run would train further"
 
 
 def test_settings_needing_validation_rows_raise(bench: Bench, tmp_path: Path) -> None:

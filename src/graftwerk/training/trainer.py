@@ -1,4 +1,6 @@
-"""The training loop: `Trainer.fit` is the whole story, the methods below it are its sentences.
+"""The training loop.
+
+Read `Trainer.fit` first: it takes steps and, between them, runs callbacks, saves and stops.
 
 Legend: a *step* is one update of the optimizer from ``rows_per_step`` rows; it is computed in *micro-batches*, on one
 or several processes. Everything that the next step depends on is in `TrainState`, the parameters, the optimizer's
@@ -62,21 +64,21 @@ class Trainer:
         settings: Training settings.
         checkpoints: Checkpoints to save states in.
         emit: Listener of every event.
-        stop: Stop signals, looked at between steps.
+        stop: Stop signals, checked between steps, during an evaluation and while the activation cache is filled.
         log_position: Function that forces the event log to the disk and returns its size in bytes; stored in
             checkpoints.
         identity: Settings, data and base model of the run; stored in checkpoints unchanged.
         dtype: Type that forward passes compute in; anything but float32 means autocast.
         prior_loss: As for `HealthChecks`.
-        processes: Processes that train together; None finds out how this process was launched.
-        max_length: Tokens of a packed row; None means those of the longest row.
+        processes: Processes that train together; None detects them from the launcher's environment.
+        max_length: Tokens of a packed row; None means the length of the longest row.
         draw: Sampler of each epoch's rows, for several data sets; None takes every row once.
         labels: Class names by id, which `training.class_weights` refers to.
-        shared_cache: Folder in which frozen layers' hidden states are shared with other runs; None shares none.
+        shared_cache: Folder of hidden states of frozen layers shared with other runs, or None for no sharing.
 
     Raises:
         ConfigError: The settings need validation rows and there are none.
-        UnsupportedError: The model or the way of launching cannot do what the settings ask.
+        UnsupportedError: The model or the launcher does not support the settings.
         ResourceError: The optimizer's state does not fit into memory.
     """
 
@@ -132,7 +134,7 @@ class Trainer:
         self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
         self.clock = Clock()
         self.saved_step = -1
-        self._stop_signal = 0
+        self._stop_signal = 0  # the signal that all processes agreed on at the last step
         self.activation_cache = ActivationCache(
             adapter,
             task,
@@ -174,7 +176,7 @@ class Trainer:
         )
         self.evaluations = Validation(settings.eval_steps, settings.metric_for_best)
         self.early_stopping = EarlyStopping(settings.early_stopping_patience)
-        self.callbacks: list[Callback] = [  # in the order in which their events stand in the log
+        self.callbacks: list[Callback] = [  # in the order of their events in the log
             SkippedSteps(settings.max_bad_steps),
             UnreachedLayers(),
             HealthChecks(
@@ -191,7 +193,7 @@ class Trainer:
             self.early_stopping,
         ]
 
-    # -- the story -------------------------------------------------------------------------------------------------
+    # -- training loop ---------------------------------------------------------------------------------------------
 
     def fit(self) -> TrainState:
         """Train to the end, from the beginning or from the state that `restore` loaded.
@@ -208,27 +210,27 @@ class Trainer:
         if self.state.step == 0:
             rng.seed(self.settings.seed + SEED_STRIDE * (1 + self.processes.rank))  # every process its own dropout
         with self.stop.deferring(), training_mode(self.adapter.model, self.settings.gradient_checkpointing):
-            if not self.done:
-                passes = self.total_steps * self.rows_per_step / max(len(self.train), 1)
-                self.activation_cache.open(self.train, self.validation, passes, self.state.step)
+            if not self.is_finished:
+                epochs = self.total_steps * self.rows_per_step / max(len(self.train), 1)
+                self.activation_cache.open(self.train, self.validation, epochs, self.state.step)
             self._between_steps(None)
-            while not self.done:
+            while not self.is_finished:
                 self._between_steps(self._step())
         self.state.seconds = self.clock.seconds()
         return self.state
 
     @property
-    def at_end(self) -> bool:
+    def all_steps_done(self) -> bool:
         """True once all steps are done."""
         return self.state.step >= self.total_steps
 
     @property
-    def done(self) -> bool:
+    def is_finished(self) -> bool:
         """True once all steps are done or early stopping ends the training."""
-        return self.at_end or self.early_stopping.is_reached(self.state)
+        return self.all_steps_done or self.early_stopping.is_reached(self.state)
 
     def _step(self) -> StepResult:
-        """Take one optimizer step, or skip it if its gradient is of no use."""
+        """Take one optimizer step, or skip it if its gradient is not finite or no token was trained."""
         state, settings = self.state, self.settings
         rows = self.rows_of(state.step)
         while True:
@@ -251,7 +253,7 @@ class Trainer:
         return StepResult(gradient.loss, gradient.norm, outcome)
 
     def _outcome(self, gradient: Gradient) -> Outcome:
-        if not gradient.num_targets:  # by its momentum, the optimizer would move the weights all the same
+        if not gradient.num_targets:  # AdamW would still move the weights by momentum
             return Outcome.UNTRAINED
         if math.isfinite(gradient.loss) and math.isfinite(gradient.norm):
             return Outcome.APPLIED
@@ -263,7 +265,7 @@ class Trainer:
         """Run the callbacks, save a checkpoint if one is due, stop if a signal came.
 
         Args:
-            result: The last step's; None before the first step of this process.
+            result: Result of the last step, or None before the first step of this process.
         """
         state = self.state
         with rng.untouched(self.device):  # the states that are saved are those that the next step draws from
@@ -286,7 +288,7 @@ class Trainer:
     def _save_due(self) -> bool:
         step, every = self.state.step, self.settings.save_steps
         is_best = self.state.best is not None and self.state.best["step"] == step
-        return is_best or self.done or (step % every == 0 if every else self.evaluations.is_due(self))
+        return is_best or self.is_finished or (step % every == 0 if every else self.evaluations.is_due(self))
 
     def _save(self) -> None:
         self.state.seconds = self.clock.seconds()
@@ -300,20 +302,20 @@ class Trainer:
         self.clock.pause()
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Load everything that the next step depends on. The caller has checked that it is the same run.
+        """Load everything that the next step depends on. The caller has checked that the checkpoint is of this run.
 
         Args:
             snapshot: A checkpoint of this run.
 
         Raises:
-            ConfigError: The checkpoint was made by another number of processes.
-            AdapterError, IntegrityError: Its tensors do not belong to this adapter.
+            ConfigError: The checkpoint was written by another number of processes.
+            AdapterError, IntegrityError: Its tensors do not match this adapter.
         """
         load_state_dict(self, snapshot)
         self.saved_step = self.state.step
 
     def seconds_left(self) -> float:
-        """Estimate the seconds to the end of the training from the pace so far."""
+        """Return the estimated seconds to the end of training, from the mean time of the last steps."""
         steps = self.total_steps - self.state.step
         evaluations = math.ceil(steps / (self.settings.eval_steps or self.steps_per_epoch))
         return steps * self.clock.step_seconds + evaluations * self.clock.evaluation_seconds

@@ -55,7 +55,7 @@ class TrainingLoop(Protocol):
         """Function that forces the event log to the disk and returns its size in bytes."""
 
     @property
-    def at_end(self) -> bool:
+    def all_steps_done(self) -> bool:
         """True once all steps are done."""
 
     def seconds_left(self) -> float:

@@ -23,7 +23,7 @@ class EarlyStopping(Callback):
 
     def on_evaluation_end(self, trainer: TrainingLoop, loss: float | None) -> None:
         state = trainer.state
-        if self.is_reached(state) and not trainer.at_end:
+        if self.is_reached(state) and not trainer.all_steps_done:
             best = state.best and state.best["step"]
             text = f"{state.stale} evaluations in a row were no better than step {best}"
             trainer.emit(Event("early_stopping", state.step, text=text))

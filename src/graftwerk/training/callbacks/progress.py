@@ -37,7 +37,7 @@ class StepLog(Callback):
 
     def _log_if_due(self, trainer: TrainingLoop) -> None:
         state = trainer.state
-        if not state.loss_count or not (trainer.at_end or state.step % self.logging_steps == 0):
+        if not state.loss_count or not (trainer.all_steps_done or state.step % self.logging_steps == 0):
             return
         mean = state.loss_sum / state.loss_count
         state.loss_sum, state.loss_count = 0.0, 0

@@ -27,7 +27,7 @@ class Validation(Callback):
 
     def is_due(self, trainer: TrainingLoop) -> bool:
         """Return True if the steps done so far end with an evaluation."""
-        return trainer.at_end or trainer.state.step % (self.eval_steps or trainer.steps_per_epoch) == 0
+        return trainer.all_steps_done or trainer.state.step % (self.eval_steps or trainer.steps_per_epoch) == 0
 
     def on_train_begin(self, trainer: TrainingLoop) -> None:
         self._evaluate_if_due(trainer)  # a resumed run makes up for an evaluation that a signal stopped
