@@ -150,8 +150,8 @@ def test_gradient_accumulation_equals_large_batch(bench: Bench, tmp_path: Path, 
 def test_micro_batches_by_tokens_give_same_losses(bench: Bench, tmp_path: Path) -> None:
     whole = bench.trainer(tmp_path / "a", length_group=False)
     cut = bench.trainer(tmp_path / "b", length_group=False, per_device_train_tokens=40)
-    pieces = micro_batches(cut.rows_of(0), cut.rows_of.lengths, cut.state.micro_batch, tokens=40)
-    assert sorted(row for piece in pieces for row in piece) == sorted(whole.rows_of(0))
+    pieces = micro_batches(cut.batch_sampler(0), cut.batch_sampler.lengths, cut.state.micro_batch, tokens=40)
+    assert sorted(row for piece in pieces for row in piece) == sorted(whole.batch_sampler(0))
     assert len(pieces) > 2
     assert losses(whole) == pytest.approx(losses(cut), rel=1e-5)
 
@@ -161,7 +161,7 @@ def test_gradient_of_unequal_micro_batches_is_mean_over_targets(bench: Bench, tm
     whole = bench.trainer(tmp_path / "a", max_steps=1, max_grad_norm=None)
     cut = bench.trainer(tmp_path / "b", max_steps=1, max_grad_norm=None)
     cut.state.micro_batch = 3
-    rows = whole.rows_of(0)
+    rows = whole.batch_sampler(0)
     assert whole.gradients(rows, 8) == pytest.approx(cut.gradients(rows, 3), rel=1e-5)
     for a, b in zip(whole.parameters, cut.parameters, strict=True):
         assert a.grad is not None
@@ -225,14 +225,14 @@ def test_fit_restores_model_mode(bench: Bench, tmp_path: Path) -> None:
 
 def test_max_grad_norm_bounds_gradient(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path / "a", max_grad_norm=1e-3)
-    norm = trainer.gradients(trainer.rows_of(0), 8).norm
+    norm = trainer.gradients(trainer.batch_sampler(0), 8).norm
     clipped = torch.stack(
         [parameter.grad.norm() for parameter in trainer.parameters if parameter.grad is not None]
     ).norm()
     assert norm > 1e-3
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
     free = bench.trainer(tmp_path / "b", max_grad_norm=None)
-    unclipped = free.gradients(free.rows_of(0), 8).norm
+    unclipped = free.gradients(free.batch_sampler(0), 8).norm
     assert unclipped == pytest.approx(norm, rel=1e-5)
 
 

@@ -91,7 +91,7 @@ def finish(
         if settings.evaluation.baseline:
             base = of_base(model, partial(_predict, trainer, prepared, split, settings.evaluation))
             manifest.setdefault("baseline", {})[split] = metrics_of(base, **options)
-        if trainer.processes.is_main:  # of test rows if there are any: they come last
+        if trainer.distributed.is_main:  # of test rows if there are any: they come last
             manifest["examples"] = before_and_after(
                 model,
                 prepared.task,
@@ -104,7 +104,7 @@ def finish(
             )
     if (shares := drawn(trainer)) is not None:
         manifest["data"]["sets"] = shares
-    if not trainer.processes.is_main:
+    if not trainer.distributed.is_main:
         return
     manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best
@@ -114,7 +114,7 @@ def finish(
         "steps": trainer.state.step,
         "peak_memory_bytes": peak,
         "first_step_seconds": first_step,
-        "processes": trainer.processes.world_size,
+        "processes": trainer.distributed.world_size,
     }
     if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
         manifest["cost"]["untrained_steps"] = untrained

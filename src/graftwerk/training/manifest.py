@@ -120,7 +120,7 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
         "head_learning_rate": rates.head,
         "device": str(trainer.device),
         "compute_type": str(trainer.dtype).removeprefix("torch."),
-        "processes": trainer.processes.world_size,
+        "processes": trainer.distributed.world_size,
         "left_out": trainer.adapter.left_out(),
     }
 
@@ -137,7 +137,7 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
         "type": str(trainer.dtype).removeprefix("torch."),
         "device": trainer.device.type,
         "eval_batch_size": trainer.evaluate.batch_size,
-        "processes": trainer.processes.world_size,
+        "processes": trainer.distributed.world_size,
         "threads": torch.get_num_threads(),
     }
 

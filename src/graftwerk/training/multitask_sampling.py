@@ -58,12 +58,12 @@ def drawn(trainer: Trainer) -> dict[str, Any] | None:
     Returns:
         Of each set its ``rows``, the ``asked`` share and the share ``drawn``; None for a run of one data set.
     """
-    sampler, task = trainer.rows_of.draw, trainer.task
+    sampler, task = trainer.batch_sampler.draw, trainer.task
     if sampler is None or not isinstance(task, Multitask):
         return None
     counted: Counter[str] = Counter()
     for step in range(trainer.state.step):
-        counted.update(set_of(trainer.train[row]) for row in trainer.rows_of(step))
+        counted.update(set_of(trainer.train[row]) for row in trainer.batch_sampler(step))
     return _drawn_shares(task.tasks, sampler, counted)
 
 

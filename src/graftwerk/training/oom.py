@@ -40,11 +40,11 @@ def out_of_memory_error(trainer: TrainingLoop, what: str) -> ResourceError:
         trainer: The training.
         what: What did not fit, as a sentence.
     """
-    few = "training.processes=1, " if trainer.processes.shares_rows else ""
+    few = "training.processes=1, " if trainer.distributed.shares_rows else ""
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     return ResourceError(
-        f"{what}: {describe_memory(trainer.device)}; rows have up to {trainer.rows_of.longest} tokens, {trained:,} "
-        "parameters are trained",
+        f"{what}: {describe_memory(trainer.device)}; rows have up to {trainer.batch_sampler.longest} tokens, "
+        f"{trained:,} parameters are trained",
         hint=f"{few}training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
         "data.max_length, a method that trains less, or a smaller model",
         recovered=trainer.checkpoints.recoverable(),
@@ -65,7 +65,7 @@ def halve_micro_batch(trainer: TrainingLoop) -> None:
     release()
     if state.micro_batch == 1:
         raise out_of_memory_error(trainer, "one row at a time does not fit into memory")
-    if trainer.processes.world_size > 1:
+    if trainer.distributed.world_size > 1:
         raise out_of_memory_error(trainer, f"micro-batches of {state.micro_batch} rows do not fit into memory")
     state.micro_batch = math.ceil(state.micro_batch / 2)
     accumulation = math.ceil(trainer.rows_per_step / state.micro_batch)

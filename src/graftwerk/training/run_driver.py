@@ -173,7 +173,7 @@ class RunDriver:
             identity=identity,
             dtype=dtype,
             prior_loss=prepared.prior_loss,
-            processes=self.processes,
+            distributed=self.processes,
             max_length=prepared.max_length,
             draw=sampler_of(settings, prepared.task, prepared.examples["train"]),
             labels=prepared.splits.labels or (),

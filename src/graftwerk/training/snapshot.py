@@ -21,8 +21,8 @@ def state_dict(trainer: TrainingLoop) -> Snapshot:
     Args:
         trainer: Training between two steps.
     """
-    count, settings = trainer.processes.world_size, trainer.settings
-    gathered = {name: trainer.processes.gather(tensor) for name, tensor in rng.capture(trainer.device).items()}
+    count, settings = trainer.distributed.world_size, trainer.settings
+    gathered = {name: trainer.distributed.gather(tensor) for name, tensor in rng.capture(trainer.device).items()}
     schedule = {
         "kind": settings.lr_scheduler_type,
         "total_steps": trainer.total_steps,
@@ -36,7 +36,7 @@ def state_dict(trainer: TrainingLoop) -> Snapshot:
         state={
             **asdict(trainer.state),
             "processes": count,
-            "sharing": trainer.processes.shares_rows,
+            "sharing": trainer.distributed.shares_rows,
             "schedule": schedule,
             "scaler": trainer.scaler.state_dict(),
             **{callback.state_key: callback.state_dict() for callback in trainer.callbacks if callback.state_key},
@@ -69,7 +69,7 @@ def load_state_dict(trainer: TrainingLoop, snapshot: Snapshot) -> None:
             trainer.scaler.load_state_dict(dict(values["scaler"]))
         known = TrainState.__dataclass_fields__  # one that an older checkpoint lacks has its default
         trainer.state = TrainState(**{name: values[name] for name in known if name in values})
-    mine = f"{trainer.processes.rank}."
+    mine = f"{trainer.distributed.rank}."
     states = {name.removeprefix(mine): tensor for name, tensor in snapshot.rng.items() if name.startswith(mine)}
     rng.restore(states, trainer.device)
 
@@ -92,8 +92,8 @@ def load_best_state(trainer: TrainingLoop) -> int:
 
 def _check_processes(trainer: TrainingLoop, before: int, shared: bool) -> None:
     """Raise ConfigError unless the checkpoint has the random states of as many processes as train now."""
-    now = trainer.processes.world_size
-    if (before, shared) == (now, trainer.processes.shares_rows):
+    now = trainer.distributed.world_size
+    if (before, shared) == (now, trainer.distributed.shares_rows):
         return
     launched = " that shared its steps" if shared else " that were launched" if before > 1 else ""
     forked = f"training.processes={before}, in `graftwerk train`"

@@ -70,7 +70,7 @@ class Trainer:
         identity: Settings, data and base model of the run; stored in checkpoints unchanged.
         dtype: Type that forward passes compute in; anything but float32 means autocast.
         prior_loss: As for `HealthChecks`.
-        processes: Processes that train together; None detects them from the launcher's environment.
+        distributed: Processes that train together; None detects them from the launcher's environment.
         max_length: Tokens of a packed row; None means the length of the longest row.
         draw: Sampler of each epoch's rows, for several data sets; None takes every row once.
         labels: Class names by id, which `training.class_weights` refers to.
@@ -98,7 +98,7 @@ class Trainer:
         identity: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         prior_loss: float | None = None,
-        processes: Distributed | None = None,
+        distributed: Distributed | None = None,
         max_length: int | None = None,
         draw: Sampler | None = None,
         labels: Sequence[str] = (),
@@ -110,14 +110,14 @@ class Trainer:
         self.train_task = weighted_task(settings, task, labels, train)  # evaluation takes `task`, without class weights
         self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
         self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
-        self.processes = processes or connect()
-        self.device = self.processes.device
+        self.distributed = distributed or connect()
+        self.device = self.distributed.device
         check_compute_type(dtype, self.device)
-        self.model = self.processes.prepare(adapter.model)
+        self.model = self.distributed.prepare(adapter.model)
         self.parameters = list(adapter.parameters())
-        devices = 1 if self.processes.shares_rows else self.processes.world_size
+        devices = 1 if self.distributed.shares_rows else self.distributed.world_size
         self.rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * devices
-        self.rows_of = BatchSampler(
+        self.batch_sampler = BatchSampler(
             train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=draw
         )
         try:
@@ -127,9 +127,9 @@ class Trainer:
                 raise
             raise out_of_memory_error(self, "the optimizer's state does not fit into memory") from None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
-        self.steps_per_epoch = self.rows_of.steps_per_epoch
+        self.steps_per_epoch = self.batch_sampler.steps_per_epoch
         if settings.packing:
-            check_packing(adapter.model, task, self.rows_of.part(0), tokenizer)
+            check_packing(adapter.model, task, self.batch_sampler.part(0), tokenizer)
         self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
         self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
         self.clock = Clock()
@@ -141,7 +141,7 @@ class Trainer:
             tokenizer,
             settings,
             dtype=dtype,
-            processes=self.processes,
+            processes=self.distributed,
             folder=checkpoints.folder.parent / TRUNK,
             shared=shared_cache,
             emit=emit,
@@ -152,14 +152,14 @@ class Trainer:
             self.parameters,
             self.train_task,
             tokenizer,
-            self.rows_of,
+            self.batch_sampler,
             settings,
             optimizer=self.optimizer,
             scaler=self.scaler,
-            processes=self.processes,
+            processes=self.distributed,
             activation_cache=self.activation_cache,
             dtype=dtype,
-            max_length=max_length or self.rows_of.longest,
+            max_length=max_length or self.batch_sampler.longest,
             stop=self.stop,
         )
         self.state = TrainState(step=0, micro_batch=self.gradients.initial_micro_batch())
@@ -167,7 +167,7 @@ class Trainer:
             adapter,
             task,
             tokenizer,
-            self.processes,
+            self.distributed,
             batch_size=settings.per_device_eval_batch_size,
             dtype=dtype,
             stop_requested=lambda: self.stop.signum is not None,
@@ -208,7 +208,7 @@ class Trainer:
         """
         self.clock.start(self.state.seconds)
         if self.state.step == 0:
-            rng.seed(self.settings.seed + SEED_STRIDE * (1 + self.processes.rank))  # every process its own dropout
+            rng.seed(self.settings.seed + SEED_STRIDE * (1 + self.distributed.rank))  # every process its own dropout
         with self.stop.deferring(), training_mode(self.adapter.model, self.settings.gradient_checkpointing):
             if not self.is_finished:
                 epochs = self.total_steps * self.rows_per_step / max(len(self.train), 1)
@@ -232,7 +232,7 @@ class Trainer:
     def _step(self) -> StepResult:
         """Take one optimizer step, or skip it if its gradient is not finite or no token was trained."""
         state, settings = self.state, self.settings
-        rows = self.rows_of(state.step)
+        rows = self.batch_sampler(state.step)
         while True:
             try:
                 gradient = self.gradients(rows, state.micro_batch)
@@ -273,7 +273,7 @@ class Trainer:
                 callback.on_train_begin(self) if result is None else callback.on_step_end(self, result)
         if state.step and self.saved_step != state.step and self._save_due():
             self._save()
-        if signum := self._stop_signal if self.processes.world_size > 1 else self.stop.signum:
+        if signum := self._stop_signal if self.distributed.world_size > 1 else self.stop.signum:
             if state.step and self.saved_step != state.step:
                 self._save()
             raise RunInterrupted(
@@ -293,11 +293,11 @@ class Trainer:
     def _save(self) -> None:
         self.state.seconds = self.clock.seconds()
         snapshot = state_dict(self)  # with the random states of all processes: before anything else can draw
-        if self.processes.is_main:
+        if self.distributed.is_main:
             with rng.untouched(self.device):
                 path = self.checkpoints.save(snapshot)
                 self.emit(Event("checkpoint", self.state.step, path=str(path), seconds=self.clock.seconds()))
-        self.processes.barrier()
+        self.distributed.barrier()
         self.saved_step = self.state.step
         self.clock.pause()
 

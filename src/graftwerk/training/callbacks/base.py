@@ -33,7 +33,7 @@ class TrainingLoop(Protocol):
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     checkpoints: Checkpoints
-    processes: Distributed
+    distributed: Distributed
     evaluate: Evaluator
     clock: Clock
     device: torch.device
@@ -42,7 +42,7 @@ class TrainingLoop(Protocol):
     warmup_steps: int
     steps_per_epoch: int
     rows_per_step: int
-    rows_of: BatchSampler
+    batch_sampler: BatchSampler
     parameters: list[torch.nn.Parameter]
     saved_step: int
 
