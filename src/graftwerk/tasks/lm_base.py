@@ -1,4 +1,4 @@
-"""Base of causal and masked language modelling: rows of plain text, each cut into blocks."""
+"""Base of causal and masked language modelling: rows of plain text, long ones cut into blocks."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from graftwerk.tasks.text import TextTask
 
 
 class LanguageModelingTask(TextTask):
-    """Abstract; nothing is generated, and the figure is the perplexity of the trained tokens."""
+    """Abstract; nothing is generated, and the metric is the perplexity of the trained tokens."""
 
     fields: ClassVar[tuple[str, ...]] = ("text",)
     metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     generates: ClassVar[bool] = False
-    closes_every_block: ClassVar[bool] = False
-    """Whether a text that goes on in the next block ends this one all the same."""
+    eos_after_every_block: ClassVar[bool] = False
+    """True to append the end tokens to every block, not only to a text's last one."""
 
     blocks: bool = Field(
         default=True, description="cut a text longer than data.max_length into several rows; false: keep its beginning"
@@ -37,29 +37,29 @@ class LanguageModelingTask(TextTask):
         return RowFormat(format.parts, key="text", format=name)
 
     def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
-        """Tokenize rows to one or more examples each, in order; those of a truncated row say so in `notes`."""
-        front, back = self.around(tokenizer)
+        """Tokenize rows to one or more examples each, in order; those of a row cut into blocks say so in `notes`."""
+        front, back = self.special_tokens(tokenizer)
         texts = [row["text"] for row in rows]
         found = text_blocks(
-            texts, tokenizer, max_length, front, back, cut=self.blocks, close_all=self.closes_every_block
+            texts, tokenizer, max_length, front, back, cut=self.blocks, close_all=self.eos_after_every_block
         )
         special = special_words(tokenizer)
         examples = []
-        for row, (blocks, lost) in zip(rows, found, strict=True):
+        for row, (blocks, num_truncated) in zip(rows, found, strict=True):
             for number, ids in enumerate(blocks, start=1):
-                # What was lost of a text counts once, at its last block.
-                cut = lost if number == len(blocks) else 0
+                # Tokens truncated from a text count once, at its last block.
+                truncated = num_truncated if number == len(blocks) else 0
                 written_out = special_notes([row["text"]], special) if number == 1 else ()
                 notes = ((BLOCKS,) if len(blocks) > 1 else ()) + written_out
-                examples.append(self.example(ids, tokenizer, cut, row, notes))
+                examples.append(self.example(ids, tokenizer, truncated, row, notes))
         return examples
 
     @abstractmethod
-    def around(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def special_tokens(self, tokenizer: Any) -> tuple[list[int], list[int]]:
         """Return the special tokens before a block and after a text."""
 
     @abstractmethod
-    def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
+    def example(self, ids: list[int], tokenizer: Any, num_truncated: int, row: Row, notes: tuple[str, ...]) -> Example:
         """Return the example of one block, with its labels."""
 
     @property

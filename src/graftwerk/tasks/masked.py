@@ -36,7 +36,7 @@ class Masked(LanguageModelingTask):
 
     name: ClassVar[str] = "masked"
     title: ClassVar[str] = "Masked language modelling"
-    closes_every_block: ClassVar[bool] = True
+    eos_after_every_block: ClassVar[bool] = True
 
     mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens that are to be told")
 
@@ -60,18 +60,18 @@ class Masked(LanguageModelingTask):
 
         return AutoModelForMaskedLM
 
-    def around(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def special_tokens(self, tokenizer: Any) -> tuple[list[int], list[int]]:
         whole = tokenizer("a b", verbose=False)["input_ids"]
         text = tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]
         begin = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
         return list(whole[:begin]), list(whole[begin + len(text) :])
 
-    def example(self, ids: list[int], tokenizer: Any, lost: int, row: Row, notes: tuple[str, ...]) -> Example:
+    def example(self, ids: list[int], tokenizer: Any, num_truncated: int, row: Row, notes: tuple[str, ...]) -> Example:
         """Return a block with the places hidden that evaluation hides."""
         digest = hashlib.blake2b(torch.tensor(ids).numpy().tobytes(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         hidden, labels = self.collator.hide(torch.tensor([ids]), tokenizer, generator)
-        return Example({"input_ids": hidden[0].tolist()}, labels[0].tolist(), lost, row=row, notes=notes)
+        return Example({"input_ids": hidden[0].tolist()}, labels[0].tolist(), num_truncated, row=row, notes=notes)
 
     @property
     def collator(self) -> MaskingCollator:

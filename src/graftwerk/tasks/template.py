@@ -194,10 +194,10 @@ def _template(tokenizer: Any, choice: Choice) -> Template:
         return ModelTemplate(source, _variables(tokenizer))
     if not tokenizer.eos_token:
         raise ModelError("the tokenizer has no end token, so no answer could ever end")
-    return PlainTemplate(tokenizer.bos_token if begins_texts(tokenizer) else "", tokenizer.eos_token)
+    return PlainTemplate(tokenizer.bos_token if adds_bos(tokenizer) else "", tokenizer.eos_token)
 
 
-def begins_texts(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
     """Return True if the tokenizer adds its beginning-of-sequence token to every text."""
     return bool(
         tokenizer.bos_token_id is not None
