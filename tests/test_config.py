@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftwerk.config import RunConfig, anchored, parse_overrides
+from graftwerk.config import RunConfig, parse_overrides, with_absolute_paths
 from graftwerk.data.sources import matching
 from graftwerk.errors import ConfigError
 
@@ -68,7 +68,7 @@ def test_anchored_makes_every_path_to_something_absolute(tmp_path: Path, monkeyp
         "training": {"warm_start": "run"},
         "output_dir": "runs/run",
     }
-    found = anchored(tree)
+    found = with_absolute_paths(tree)
     assert found["model"] == f"{here}/model"
     data = found["data"]
     assert [*data["train"][:2], *data["train"][3:]] == [
@@ -89,7 +89,7 @@ def test_anchored_sets_keep_their_other_settings(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.de").touch()
     sets = [{"source": "a.de", "target": "b.en", "prefix": "a.de", "validation": "a.de", "weight": 2.0}]
-    (found,) = anchored({"model": "m", "data": {"train": sets}, "output_dir": "x"})["data"]["train"]
+    (found,) = with_absolute_paths({"model": "m", "data": {"train": sets}, "output_dir": "x"})["data"]["train"]
     place = str(tmp_path / "a.de")
     assert found == {"source": place, "target": "b.en", "prefix": "a.de", "validation": place, "weight": 2.0}
 

@@ -1,4 +1,4 @@
-"""One run file, checked whole: the parts' own settings composed, `key=value` overrides applied, every mistake named.
+"""The run file: composed from each part's settings, with `key=value` overrides and every error reported.
 
 A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply
 and deep nesting are refused.
@@ -40,7 +40,7 @@ SECRETS = "secrets"
 
 
 class RunConfig(Settings):
-    """Everything a run depends on. `config.yaml` in a run folder is this, with every default written out.
+    """Everything a run depends on. `config.yaml` in a run folder holds it, with every default written out.
 
     Example:
         >>> from graftwerk import RunConfig
@@ -84,7 +84,7 @@ class RunConfig(Settings):
         return method.to_dict()
 
     @model_validator(mode="after")
-    def _several_sets(self) -> Self:
+    def _compose_multitask(self) -> Self:
         """Compose the task from those of several data sets, unless a resolved run file has it already."""
         if self.data.sets and not isinstance(self.task, Multitask):
             object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
@@ -99,7 +99,7 @@ class RunConfig(Settings):
             overrides: ``["training.seed=1", "method.r=16"]``, or a mapping with the same dotted keys. A value is YAML.
 
         Raises:
-            ConfigError: the file cannot be read, or a key or value is wrong; the nearest right key is named.
+            ConfigError: The file cannot be read, or a key or value is wrong; the message names the nearest valid key.
         """
         tree = read_yaml(Path(path))
         return cls.build(_with_secrets(tree), overrides, where=str(path))
@@ -116,7 +116,7 @@ class RunConfig(Settings):
             where: File that the content is from, for messages.
 
         Raises:
-            ConfigError: A key or value is wrong; the nearest right key is named.
+            ConfigError: A key or value is wrong; the message names the nearest valid key.
         """
         content = copy.deepcopy(dict(tree))
         for key, value in parse_overrides(overrides).items():
@@ -124,25 +124,25 @@ class RunConfig(Settings):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise explain(error, cls, where) from None
+            raise to_config_error(error, cls, where) from None
 
     def anchored(self) -> RunConfig:
-        """Return the same run with paths that hold from any folder; `output_dir` is as it was given."""
+        """Return the run with absolute paths; `output_dir` stays as given."""
         tree = self.model_dump(mode="json")
-        absolute = anchored(tree)
+        absolute = with_absolute_paths(tree)
         return self if absolute == tree else RunConfig.model_validate(absolute)
 
     def dump(self) -> str:
         """Return the resolved run file as YAML, with every default and with absolute paths.
 
-        Secrets are replaced by placeholders and stored in this user's cache, so that `load` restores them here, and
-        nobody else gets them with the run folder.
+        Secrets are replaced by placeholders and stored in this user's cache: `load` restores them here, and nobody
+        else gets them with the run folder.
 
         Raises:
             ConfigError: With its defaults it is larger than what `load` reads.
         """
-        tree = {**anchored(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
-        for secret in _texts(tree):
+        tree = {**with_absolute_paths(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
+        for secret in _strings(tree):
             if redact(secret) != secret:
                 remember(SECRETS, redact(secret), secret)
         tree = redacted(tree)
@@ -159,16 +159,16 @@ class RunConfig(Settings):
         return text
 
 
-def _texts(tree: Any) -> Iterator[str]:
+def _strings(tree: Any) -> Iterator[str]:
     if isinstance(tree, str):
         yield tree
     elif isinstance(tree, dict | list):
         for inner in tree.values() if isinstance(tree, dict) else tree:
-            yield from _texts(inner)
+            yield from _strings(inner)
 
 
 def _with_secrets(tree: Any) -> Any:
-    """Put back what `RunConfig.dump` left out, if this user's cache knows it."""
+    """Restore the secrets that `RunConfig.dump` replaced, if this user's cache has them."""
     if isinstance(tree, dict):
         return {key: _with_secrets(inner) for key, inner in tree.items()}
     if isinstance(tree, list):
@@ -194,7 +194,7 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
     if isinstance(overrides, dict):
         return overrides
     parsed = {}
-    places: dict[tuple[str, ...], str] = {}
+    seen: dict[tuple[str, ...], str] = {}
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:
@@ -206,10 +206,12 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
             raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({why[:200]})") from None
         if value.strip()[:1] not in ("'", '"'):
             parsed_value = _number(parsed_value)
-        place = tuple(_full_key(key.strip()))
-        if place in places:
-            raise ConfigError(f"`{places[place]}` and `{item}` both set `{'.'.join(place)}`", hint="give one of them")
-        places[place] = item
+        full_key = tuple(_full_key(key.strip()))
+        if full_key in seen:
+            raise ConfigError(
+                f"`{seen[full_key]}` and `{item}` both set `{'.'.join(full_key)}`", hint="give one of them"
+            )
+        seen[full_key] = item
         parsed[key.strip()] = parsed_value
     return parsed
 
@@ -257,7 +259,7 @@ def _settings_at(model: type[Settings] | None, key: str, child: dict[str, Any]) 
 
 
 def _full_key(dotted: str) -> list[str]:
-    """Return the parts of a dotted key; `learning_rate` is `training.learning_rate`, as the top level has no such."""
+    """Split a dotted key and complete it: `learning_rate` means `training.learning_rate`."""
     keys = dotted.split(".")
     if len(keys) == 1 and keys[0] not in RunConfig.model_fields:
         if keys[0] in known_keys(TrainingSettings):
@@ -267,9 +269,9 @@ def _full_key(dotted: str) -> list[str]:
     return keys
 
 
-def explain(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
-    """Return a pydantic error in the user's words: each key, what is wrong with it, and the nearest right one."""
-    lines = describe_faults(error, lambda place: _keys_at(model, place))
+def to_config_error(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
+    """Convert a pydantic error: each key, what is wrong with it, and the nearest valid one."""
+    lines = describe_faults(error, lambda loc: _keys_at(model, loc))
     return ConfigError("; ".join(lines), where=where, hint="`graftwerk schema` lists every key with its meaning")
 
 
@@ -286,13 +288,13 @@ def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
     return known_keys(current)
 
 
-# -- paths that hold from any folder ----------------------------------------------------------------------------------
+# -- absolute paths ----------------------------------------------------------------------------------------------------
 
 
-def anchored(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a run file with every relative path to something that exists made absolute.
+def with_absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a run file with every relative path to an existing file or folder made absolute.
 
-    Hub ids, places in packages and paths to nothing stay as they are. `output_dir` stays too: it is where the run is.
+    Hub ids, files of packages and paths that do not exist stay as they are, and so does `output_dir`.
 
     Args:
         tree: As `RunConfig.model_dump(mode="json")` gives it.
@@ -313,7 +315,7 @@ def anchored(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _absolute_source(source: Any) -> Any:
-    """A file, several, two aligned ones, or data sets with sources of their own; a number of rows stays one."""
+    """Resolve a file, several, two aligned ones, or data sets with their own sources; not numbers of rows."""
     if isinstance(source, list | tuple):
         return [_absolute_source(each) for each in source]
     if isinstance(source, Mapping):
@@ -328,15 +330,15 @@ def _absolute_augmenter(augmenter: Any) -> Any:
     return {**changed, **({"through": _absolute_augmenter(changed["through"])} if "through" in changed else {})}
 
 
-def _absolute(place: Any) -> Any:
-    if not isinstance(place, str) or not place.strip() or "\0" in place or "://" in place:
-        return place
-    path = Path(place).expanduser()
+def _absolute(path: Any) -> Any:
+    if not isinstance(path, str) or not path.strip() or "\0" in path or "://" in path:
+        return path
+    resolved = Path(path).expanduser()
     try:
-        if path.exists():
-            return str(path.absolute())
-        if any(mark in place for mark in "*?[") and not path.is_absolute() and glob(str(path), recursive=True):
-            return os.path.join(escape(str(Path.cwd())), str(path))
+        if resolved.exists():
+            return str(resolved.absolute())
+        if any(mark in path for mark in "*?[") and not resolved.is_absolute() and glob(str(resolved), recursive=True):
+            return os.path.join(escape(str(Path.cwd())), str(resolved))
     except OSError:  # longer than the file system takes: reported when it is opened
-        return place
-    return place
+        return path
+    return path

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graftwerk.config import anchored
+from graftwerk.config import with_absolute_paths
 from graftwerk.errors import ConflictError
 from graftwerk.sanitize import redacted
 
@@ -45,7 +45,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _from_anywhere(identity: Mapping[str, Any]) -> Mapping[str, Any]:
     """Make the paths absolute: the same file is the same, and an older run may have stored relative ones."""
     config = identity.get("config")
-    return {**identity, "config": anchored(config)} if isinstance(config, Mapping) else identity
+    return {**identity, "config": with_absolute_paths(config)} if isinstance(config, Mapping) else identity
 
 
 def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
