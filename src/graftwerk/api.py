@@ -1,4 +1,4 @@
-"""The verbs on a model, joined from their rooms.
+"""The functions on a model, collected from their packages.
 
 Importing the file formats of `serialization` registers them with the adapter handle of `modeling`, which knows none
 itself; so an adapter that came through the public API can be saved.

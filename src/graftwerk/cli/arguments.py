@@ -78,8 +78,8 @@ def evaluation_of(given: list[str] | None) -> dict[str, Any]:
 
     settings = {}
     for key, value in parse_overrides(list(given or ())).items():
-        room, dot, name = key.rpartition(".")
-        if dot and room != "evaluation":
+        section, dot, name = key.rpartition(".")
+        if dot and section != "evaluation":
             raise ConfigError(
                 f"`{key}` is settled by the training; only settings of `evaluation:` can change", where=key
             )

@@ -49,8 +49,8 @@ def root(
         raise typer.Exit
 
 
-for room in (train, evaluate, predict, augment, compare, inspect, methods, doctor, schema, report):
-    room.register(app)
+for module in (train, evaluate, predict, augment, compare, inspect, methods, doctor, schema, report):
+    module.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

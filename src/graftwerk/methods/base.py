@@ -205,16 +205,18 @@ class AdapterModule(nn.Module):
 class Method(Settings):
     """Settings of one method. Subclasses are final: `LoRA`, `Bottleneck`, `Prefix`, ..."""
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    paper: ClassVar[str]
+    name: ClassVar[str]  # in run files and adapter folders: "lora"
+    title: ClassVar[str]  # in reports and messages: "LoRA"
+    paper: ClassVar[str]  # authors, year, arXiv number or DOI
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]]
-    mergeable: ClassVar[bool] = False
+    """What it changes: single layers, attention (keys and values), input embeddings, or the base's own weights."""
+    mergeable: ClassVar[bool] = False  # True if an adapter can be merged into the base's weights
     identity_at_start: ClassVar[bool] = False
+    """True if, at default settings, a new adapter leaves the model's outputs unchanged."""
     supports_rows: ClassVar[bool] = True
     """True if the rows of one batch may use different adapters of this kind."""
-    peft_type: ClassVar[str | None] = None
-    default_learning_rate: ClassVar[float]
+    peft_type: ClassVar[str | None] = None  # PEFT's name of the method, or None if PEFT does not know it
+    default_learning_rate: ClassVar[float]  # if `training.learning_rate` is `auto`
     default_head_learning_rate: ClassVar[float | None] = None
     """Learning rate of the head, or None if it is the method's."""
 

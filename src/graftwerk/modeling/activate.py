@@ -80,7 +80,7 @@ def refuse_while_merged(model_adapters: ModelAdapters, wish: str) -> None:
         wish: The action that needs this; completes "cannot ...".
 
     Raises:
-        ConflictError: one is.
+        ConflictError: An adapter is merged.
     """
     if model_adapters.selection.merged:
         raise ConflictError(

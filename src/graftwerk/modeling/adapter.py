@@ -39,7 +39,7 @@ class Adapter(AdapterTensors):
         hosts: Paths of all modules that carry a part of it, heads not counted.
         heads: Paths of the modules that it trains and stores whole.
         writer: The file format that `save` writes. A format registers itself here when it is imported, as a kernel
-            does for a method; this room knows none.
+            does for a method; this package knows none.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification

@@ -76,7 +76,7 @@ class AdapterSlots(nn.Module):
 
 
 class AttachedAdapter(Protocol):
-    """The part of an adapter's handle that the lower files of this room see."""
+    """The part of an adapter's handle that the lower files of this package see."""
 
     name: str
     method: Method

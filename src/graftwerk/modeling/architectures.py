@@ -30,7 +30,7 @@ StackKind = Literal["encoder", "decoder", "causal"]
 
 
 @dataclass(frozen=True)
-class AttentionPlace:
+class AttentionLayer:
     """One module that calls transformers' attention interface.
 
     Attributes:
@@ -52,7 +52,7 @@ class AttentionPlace:
 
 
 @dataclass(frozen=True)
-class StackPlace:
+class LayerStack:
     """A module that takes `input_ids` or `inputs_embeds` and runs layers over them.
 
     Attributes:
@@ -88,8 +88,8 @@ class Architecture:
     model_type: str
     known: bool
     targets: tuple[TargetModule, ...]
-    attentions: tuple[AttentionPlace, ...]
-    stacks: tuple[StackPlace, ...]
+    attentions: tuple[AttentionLayer, ...]
+    stacks: tuple[LayerStack, ...]
     heads: tuple[str, ...]
     by_path: Mapping[str, TargetModule] = field(default_factory=dict)
     tables: tuple[TargetModule, ...] = ()
@@ -279,7 +279,7 @@ def _stack_kind(model: PreTrainedModel, layout: ModuleNames, path: str) -> Stack
 
 def _attentions(
     model: PreTrainedModel, layout: ModuleNames | None, targets: list[TargetModule]
-) -> tuple[AttentionPlace, ...]:
+) -> tuple[AttentionLayer, ...]:
     if layout is None:
         return ()
     found, modules = [], base_modules(model)
@@ -296,27 +296,27 @@ def _attentions(
         )
         cross = any(path.endswith(name) for name in layout.cross)
         found.append(
-            AttentionPlace(
+            AttentionLayer(
                 path, _stack_kind(model, layout, path), cross, target.layer, width // head_dim, head_dim, target.path
             )
         )
     return tuple(found)
 
 
-def _stacks(model: PreTrainedModel, layout: ModuleNames | None, base_path: str) -> tuple[StackPlace, ...]:
+def _stacks(model: PreTrainedModel, layout: ModuleNames | None, base_path: str) -> tuple[LayerStack, ...]:
     if layout is None:
         return ()
     if not layout.causal and not model.config.is_encoder_decoder:
         layers = f"{base_path}.{layout.layers}".removeprefix(".")
         if layers in base_modules(model):  # the decoder of an encoder-decoder, used alone, has a wrapper in between
             kind = _stack_kind(model, layout, base_path)
-            return (StackPlace(base_path, kind, _embedding_width(model.base_model), layers),)
+            return (LayerStack(base_path, kind, _embedding_width(model.base_model), layers),)
     found = []
     for path, module in _distinct(model):
         if (path.split(".")[-1] == layout.layers or path == layout.layers) and isinstance(module, nn.ModuleList):
             stack = path.rpartition(".")[0]
             width = _embedding_width(model.get_submodule(stack) if stack else model)
-            found.append(StackPlace(stack, _stack_kind(model, layout, stack), width, path))
+            found.append(LayerStack(stack, _stack_kind(model, layout, stack), width, path))
     return tuple(found)
 
 

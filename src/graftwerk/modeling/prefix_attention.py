@@ -31,7 +31,7 @@ from graftwerk.kernels.versioned_cache import VersionedCache
 from graftwerk.methods.base import Method, module_device
 from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters, slots_of
-from graftwerk.modeling.architectures import Architecture, AttentionPlace, StackPlace
+from graftwerk.modeling.architectures import Architecture, AttentionLayer, LayerStack
 from graftwerk.modeling.virtual_positions import (
     cached_tokens,
     check_positions,
@@ -313,7 +313,7 @@ def build_modules(model: PreTrainedModel, method: Method, architecture: Architec
     return modules
 
 
-def stacks_of(architecture: Architecture, attentions: Sequence[AttentionPlace]) -> list[StackPlace]:
+def stacks_of(architecture: Architecture, attentions: Sequence[AttentionLayer]) -> list[LayerStack]:
     """Return the stacks that some of these attentions are in."""
     return [stack for stack in architecture.stacks if any(attention.stack == stack.kind for attention in attentions)]
 
@@ -346,7 +346,7 @@ def remove_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:
 
 
 def _starting_values(
-    model: PreTrainedModel, method: Prefix, attentions: Sequence[AttentionPlace]
+    model: PreTrainedModel, method: Prefix, attentions: Sequence[AttentionLayer]
 ) -> dict[str, _KeysAndValues]:
     """Return keys and values (n, G·D) of each attention: small random ones, or the frozen model's for a text."""
     table = model.get_input_embeddings().weight
@@ -364,12 +364,12 @@ def _starting_values(
     return {attention.path: _flatten_heads(recorded[id(host)], attention) for attention, host in hosts.items()}
 
 
-def _random_kv(method: Prefix, attention: AttentionPlace) -> _KeysAndValues:
+def _random_kv(method: Prefix, attention: AttentionLayer) -> _KeysAndValues:
     shape = (method.num_virtual_tokens, attention.kv_heads * attention.head_dim)
     return torch.randn(shape) * method.init_std, torch.randn(shape) * method.init_std
 
 
-def _flatten_heads(pair: _KeysAndValues, attention: AttentionPlace) -> _KeysAndValues:
+def _flatten_heads(pair: _KeysAndValues, attention: AttentionLayer) -> _KeysAndValues:
     """Reshape (1, G, n, D) to (n, G·D)."""
     width = attention.kv_heads * attention.head_dim
     key, value = (tensor[0].transpose(0, 1).reshape(-1, width).float() for tensor in pair)

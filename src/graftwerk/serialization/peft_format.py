@@ -160,14 +160,14 @@ def write_lora(adapter: Adapter, base_name: str | None) -> Stored:
     method = adapter.method
     assert isinstance(method, LoRA)
     raw = adapter.state_dict()
-    parameters = [place.path for place in adapter.targets if place.role is Role.PARAMETER]
-    modules = [place.path for place in adapter.targets if place.role is not Role.PARAMETER and not place.is_table]
+    parameters = [target.path for target in adapter.targets if target.role is Role.PARAMETER]
+    modules = [target.path for target in adapter.targets if target.role is not Role.PARAMETER and not target.is_table]
     transposed = any(_is_transposed(adapter.model.get_submodule(path)) for path in modules)
     if parameters and transposed:
         return write_own(adapter, base_name)  # PEFT has no parameters beside GPT-2's layers
     pissa = method.init_lora_weights == "pissa"
     times = 2 if pissa else 1
-    ranks = {place.path: method.rank_at(place.path) * times for place in adapter.targets if not place.is_table}
+    ranks = {target.path: method.rank_at(target.path) * times for target in adapter.targets if not target.is_table}
     alphas = {
         path: _plain(method.scale_at(path) * (math.sqrt(rank) if method.use_rslora else rank))
         for path, rank in ranks.items()
@@ -212,15 +212,17 @@ def target_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
     if getattr(adapter.method, "layers", None) is None or not paths:
         return whole
     architecture = read_architecture(adapter.model)
-    places = [architecture.by_path[path] for path in paths]
-    numbers = sorted({place.layer for place in places if place.layer is not None})
-    ends = {_in_layer(place) for place in places}
-    everywhere = [place.path for place in architecture.targets if place.layer is not None and _in_layer(place) in ends]
+    targets = [architecture.by_path[path] for path in paths]
+    numbers = sorted({target.layer for target in targets if target.layer is not None})
+    ends = {_in_layer(target) for target in targets}
+    everywhere = [
+        target.path for target in architecture.targets if target.layer is not None and _in_layer(target) in ends
+    ]
     lists = sorted(
         {
             path.rpartition(f".{layer}.{rest}")[0].rpartition(".")[2]
-            for place in places
-            for path, layer, rest in [(place.path, place.layer, _in_layer(place))]
+            for target in targets
+            for path, layer, rest in [(target.path, target.layer, _in_layer(target))]
         }
     )
     for pattern in (None, lists):
@@ -234,10 +236,10 @@ def target_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
     return whole  # the two halves of an encoder-decoder with different layers, say: PEFT has one list for both
 
 
-def _in_layer(place: TargetModule) -> str:
+def _in_layer(target: TargetModule) -> str:
     """Return a module's path within its layer."""
-    parts = place.path.split(".")
-    return ".".join(parts[parts.index(str(place.layer)) + 1 :])
+    parts = target.path.split(".")
+    return ".".join(parts[parts.index(str(target.layer)) + 1 :])
 
 
 def write_ia3(adapter: Adapter, base_name: str | None) -> Stored:
@@ -246,13 +248,13 @@ def write_ia3(adapter: Adapter, base_name: str | None) -> Stored:
     assert isinstance(method, IA3)
     modules = module_paths(adapter.model, adapter.heads)
     # PEFT wants the feed-forward entries among the targets, so each side is named on its own.
-    inputs = endings([place.path for place in adapter.targets if method.scales_input(place)], modules)
-    outputs = endings([place.path for place in adapter.targets if not method.scales_input(place)], modules)
+    inputs = endings([target.path for target in adapter.targets if method.scales_input(target)], modules)
+    outputs = endings([target.path for target in adapter.targets if not method.scales_input(target)], modules)
     config = {
         **common_config(adapter, "IA3", base_name),
         "target_modules": sorted({*inputs, *outputs}),
         "feedforward_modules": inputs,
-        "fan_in_fan_out": any(_is_transposed(adapter.model.get_submodule(place.path)) for place in adapter.targets),
+        "fan_in_fan_out": any(_is_transposed(adapter.model.get_submodule(target.path)) for target in adapter.targets),
         "init_ia3_weights": True,
     }
     return Stored(config, own_tensors(adapter))

@@ -25,7 +25,7 @@ from graftwerk.errors import AdapterError, UnsupportedError
 from graftwerk.methods.prefix_tuning import Prefix, PrefixModule
 from graftwerk.methods.prompt_tuning import Prompt, PromptModule
 from graftwerk.methods.ptuning import PTuning
-from graftwerk.modeling.architectures import Architecture, AttentionPlace, read_architecture
+from graftwerk.modeling.architectures import Architecture, AttentionLayer, read_architecture
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
@@ -69,25 +69,25 @@ def write_prompt(adapter: Adapter, base_name: str | None) -> Stored:
 def write_prefix(adapter: Adapter, base_name: str | None) -> Stored:
     """Return the contents of the folder of a prefix-tuning adapter, in our own format if PEFT's cannot hold it."""
     method, architecture = adapter.method, read_architecture(adapter.model)
-    places = _decoder_places(architecture)
+    attentions = _decoder_attentions(architecture)
     assert isinstance(method, Prefix)
-    if places is None or _window(adapter.model) or method.layers is not None:
+    if attentions is None or _window(adapter.model) or method.layers is not None:
         return write_own(adapter, base_name)
     modules = dict(adapter.modules())
     rows = []
-    for place in places:
-        module = modules[place.path]
+    for attention in attentions:
+        module = modules[attention.path]
         assert isinstance(module, PrefixModule)
         folded = module.merged_state()
         rows += [folded["prefix_key"], folded["prefix_value"]]
-    width = places[0].kv_heads * places[0].head_dim
+    width = attentions[0].kv_heads * attentions[0].head_dim
     config = {
         **common_config(adapter, "PREFIX_TUNING", base_name),
         "num_virtual_tokens": method.num_virtual_tokens,
         "token_dim": width,
         "num_transformer_submodules": 1,
-        "num_attention_heads": places[0].kv_heads,
-        "num_layers": len(places),
+        "num_attention_heads": attentions[0].kv_heads,
+        "num_layers": len(attentions),
         "encoder_hidden_size": method.encoder_hidden_size or architecture.stacks[0].width,
         "prefix_projection": method.prefix_projection,
     }
@@ -156,8 +156,8 @@ def read_prefix(
         AdapterError: ``prompt_embeddings`` is missing or has another shape.
     """
     vectors, heads, raw = _vectors(model, config, tensors)
-    places = _decoder_places(architecture)
-    if places is None:
+    attentions = _decoder_attentions(architecture)
+    if attentions is None:
         raise UnsupportedError(
             f"PEFT's prefixes on `{architecture.model_type}` cannot be reproduced: " + _why_not(architecture),
             hint="train the prefix here; decoder-only models' prefixes can be read",
@@ -167,14 +167,15 @@ def read_prefix(
             "PEFT's prefixes scroll out of a sliding attention window, so later tokens do not see them; here all do",
             hint="train the prefix here",
         )
-    n, width = config["num_virtual_tokens"], places[0].kv_heads * places[0].head_dim
-    if vectors.shape != (n, 2 * len(places) * width):
+    n, width = config["num_virtual_tokens"], attentions[0].kv_heads * attentions[0].head_dim
+    if vectors.shape != (n, 2 * len(attentions) * width):
         raise AdapterError(
-            f"mis-shaped: prompt_embeddings has shape {tuple(vectors.shape)}, and {(n, 2 * len(places) * width)} was"
-            f" expected: {n} tokens, {len(places)} layers, keys and values of width {width}"
+            f"mis-shaped: prompt_embeddings has shape {tuple(vectors.shape)}, and {(n, 2 * len(attentions) * width)} "
+            f"was expected: {n} tokens, {len(attentions)} layers, keys and values of width {width}"
         )
-    for place, pair in zip(places, vectors.view(n, len(places), 2, width).unbind(1), strict=True):
-        raw[f"{place.path}.prefix_key"], raw[f"{place.path}.prefix_value"] = pair[:, 0].clone(), pair[:, 1].clone()
+    for attention, pair in zip(attentions, vectors.view(n, len(attentions), 2, width).unbind(1), strict=True):
+        raw[f"{attention.path}.prefix_key"] = pair[:, 0].clone()
+        raw[f"{attention.path}.prefix_value"] = pair[:, 1].clone()
     return Restored(Prefix(num_virtual_tokens=n, modules_to_save=tuple(heads)), raw)
 
 
@@ -189,15 +190,15 @@ def _vectors(
     return vectors, heads, raw
 
 
-def _decoder_places(architecture: Architecture) -> list[AttentionPlace] | None:
+def _decoder_attentions(architecture: Architecture) -> list[AttentionLayer] | None:
     """Return the attentions of a decoder-only model by layer, or None for other models or if they are not alike."""
-    places = sorted(architecture.attentions, key=lambda place: place.layer)
-    alike = len({(place.stack, place.kv_heads, place.head_dim) for place in places}) == 1
-    return places if alike and places[0].stack == "causal" else None
+    attentions = sorted(architecture.attentions, key=lambda attention: attention.layer)
+    alike = len({(attention.stack, attention.kv_heads, attention.head_dim) for attention in attentions}) == 1
+    return attentions if alike and attentions[0].stack == "causal" else None
 
 
 def _why_not(architecture: Architecture) -> str:
-    kinds = {place.stack for place in architecture.attentions}
+    kinds = {attention.stack for attention in architecture.attentions}
     if not kinds:
         return "where its attention is is not known"
     if "decoder" in kinds:

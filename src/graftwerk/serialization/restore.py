@@ -93,8 +93,8 @@ def _without_unread(
     heads = head_paths(model, method, architecture)
     if not heads or method.kind == "weights":
         return tensors
-    places = method.select_targets(architecture.candidates(method)) if method.kind == "layer" else []
-    unread = [place.host for place in places if within(place.path, heads)]
+    targets = method.select_targets(architecture.candidates(method)) if method.kind == "layer" else []
+    unread = [target.host for target in targets if within(target.path, heads)]
     modules = base_modules(model)
     known = {f"{path}.{name}" for path in unread for name in modules[path]._parameters}
     kept = {}
@@ -160,7 +160,7 @@ def check_size(model: PreTrainedModel, restored: Restored, architecture: Archite
     )
     if isinstance(method, Prefix):
         chosen = method.filter_layers(architecture.attentions)
-        widths = [place.kv_heads * place.head_dim for place in chosen]
+        widths = [attention.kv_heads * attention.head_dim for attention in chosen]
         expected = method.num_vector_parameters(widths, [stack.width for stack in stacks_of(architecture, chosen)])
     elif isinstance(method, Prompt | PTuning):
         expected = method.num_vector_parameters(architecture.stacks[0].width) if architecture.stacks else 0

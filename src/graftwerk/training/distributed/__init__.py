@@ -1,4 +1,4 @@
-"""One process or several behind one protocol: `connect` finds out which, and nothing else in the room asks."""
+"""One process or several behind one protocol: `connect` detects which, and nothing else in the package asks."""
 
 from graftwerk.training.distributed.connect import connect as connect
 from graftwerk.training.distributed.launcher import is_main_process as is_main_process
