@@ -48,7 +48,7 @@ def test_leaking_rows_are_an_error_of_the_data(
     said = graftwerk("doctor", config, "--json")
     assert said.code == 3
     assert "also stand in the train rows" in said.json["what"]
-    assert "GRAVE" in said.err
+    assert "SEVERE" in said.err
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
             typer.Option("--out", help="The .jsonl file to make; default: where the run looks.", show_default=False),
         ] = None,
         resume: Annotated[
-            bool, typer.Option("--resume", help="Go on with a file that was begun; take a finished one as it is.")
+            bool, typer.Option("--resume", help="Resume an unfinished file; use a finished one as it is.")
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew whatever lies there.")] = False,
         dry_run: DryRun = False,

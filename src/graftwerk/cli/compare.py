@@ -163,7 +163,7 @@ def show_plan(
     for text in settings_not_used(entries, tree_of(config).get("method")):
         out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:
-        out.warn(f"{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
+        out.warn(f"{'SEVERE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
     raise_on_severe(checked["findings"], checked["allowed"])
     data = {key: checked[key] for key in ("data", "findings", "output_dir")}
     return {"dry_run": True, "methods": planned, "seeds": numbers, "steps": steps, **data}

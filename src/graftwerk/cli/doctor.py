@@ -1,4 +1,4 @@
-"""`graftwerk doctor`: what this machine is fast in, and what is wrong with a run before it costs anything."""
+"""`graftwerk doctor`: the machine's capabilities, and the problems of a run before it costs anything."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def show_machine(out: Output, machine: dict[str, Any]) -> None:
     shown.add_row("cores", f"{machine['cores']} ({threads} thread{'' if threads == 1 else 's'} in torch)")
     total, free = machine["memory_bytes"], machine["memory_available_bytes"]
     if total is not None:
-        shown.add_row("memory", byte_size(total) + (f", {byte_size(free)} to be had" if free is not None else ""))
+        shown.add_row("memory", byte_size(total) + (f", {byte_size(free)} available" if free is not None else ""))
     shown.add_row("devices", ", ".join(machine["devices"]) or "no GPU")
     shown.add_row("compute type", f"{machine['compute_type']} (the fastest here, by a short probe)")
     for name, version in machine["versions"].items():
@@ -66,7 +66,7 @@ def show_machine(out: Output, machine: dict[str, Any]) -> None:
 
 
 def with_augmented(made: int | None) -> str:
-    """Behind a number of steps: that it counts rows which are yet to be made."""
+    """Return the note behind a number of steps that counts augmented rows, or "" if there are none."""
     return "" if made is None else f" (at most: {made:,} augmented rows are counted, before any are left out)"
 
 
@@ -76,7 +76,7 @@ def describe_trunk(trunk: dict[str, Any]) -> str:
         return f"every layer is computed at every step: {trunk['why_not']}"
     return (
         f"the lowest {trunk['layers_skipped']} of {trunk['layers']} layers are frozen and computed once for "
-        f"{trunk['rows']:,} rows; {byte_size(trunk['bytes'])} of hidden states are kept"
+        f"{trunk['rows']:,} rows; {byte_size(trunk['bytes'])} of hidden states are cached"
     )
 
 
@@ -131,9 +131,9 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
         out.show(labels)
     show_batch(checked["first_batch"], sys.stderr if out.as_json else sys.stdout)
     for finding in checked["findings"]:
-        out.line(f"\n{'GRAVE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
+        out.line(f"\n{'SEVERE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
         for key in ("example", "hint"):
             if finding[key]:
                 out.line(f"  {key}: {printable(finding[key])}")
     if not checked["findings"]:
-        out.line("\nnothing wrong was found")
+        out.line("\nno problems found")

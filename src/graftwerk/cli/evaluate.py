@@ -1,4 +1,4 @@
-"""`graftwerk evaluate`: the figures of a run or an adapter, with intervals and cost."""
+"""`graftwerk evaluate`: the metrics of a run or an adapter, with intervals and cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
     ) -> Result:
-        """Measure a trained adapter: figures with intervals, latency, memory, size."""
+        """Measure a trained adapter: metrics with intervals, latency, memory, size."""
         from graftwerk.cli.progress import Rows
         from graftwerk.evaluation.evaluate import evaluate
 

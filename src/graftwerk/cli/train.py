@@ -19,18 +19,16 @@ def register(app: typer.Typer) -> None:
         out: Output,
         config: ConfigFile,
         overrides: Overrides = None,
-        resume: Annotated[
-            bool, typer.Option("--resume", help="Go on with the run in output_dir, bit for bit.")
-        ] = False,
+        resume: Annotated[bool, typer.Option("--resume", help="Resume the run in output_dir, bit for bit.")] = False,
         force: Annotated[
-            bool, typer.Option("--force", help="Go on in spite of grave findings about the data (data.allow=[all]).")
+            bool, typer.Option("--force", help="Train despite severe findings about the data (data.allow=[all]).")
         ] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
-        """Train an adapter as a run file says.
+        """Train an adapter from a run file.
 
-        Leaves a run folder with the adapter, the figures, the events and a report; its path is the last line printed.
+        Writes a run folder with the adapter, the metrics, the events and a report; its path is the last line printed.
         """
         from graftwerk.config import RunConfig
 
@@ -53,7 +51,7 @@ def register(app: typer.Typer) -> None:
             run = run_training(
                 settings, resume=resume, overwrite=overwrite, listener=progress, started_at=process_start()
             )
-        if not is_main_process():  # under `accelerate launch`: one process speaks for all
+        if not is_main_process():  # under `accelerate launch`: only the main process prints
             return None
         from graftwerk.reporting.html import write_report
 

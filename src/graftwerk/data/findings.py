@@ -12,7 +12,7 @@ class Issue:
     Attributes:
         code: A fixed word for programs (`rows-skipped`, `duplicates`, `leakage`, ...).
         rows: How many rows it is about.
-        grave: The figures of this run would mislead.
+        grave: True if the finding is severe: the metrics of this run would mislead.
         fatal: Nothing could be trained or chosen: `data.allow` does not let it pass.
     """
 

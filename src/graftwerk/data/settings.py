@@ -29,7 +29,7 @@ Filter = dict[Name, str | int | float | bool | list[str | int | float | bool]]
 class SetSettings(Settings):
     """One of several data sets that are learnt together: where its rows are, and how often they are drawn."""
 
-    name: str | None = Field(default=None, min_length=1, description="what figures call it; none: after its file")
+    name: str | None = Field(default=None, min_length=1, description="its name in reports; none: after its file")
     source: str | list[str] = Field(description="source of the rows; with `target`, the first of two aligned files")
     target: str | None = Field(default=None, description="second of two files whose lines belong together")
     task: str | dict[str, Any] | None = Field(default=None, description="this set's task; none: that of the run")
@@ -103,7 +103,7 @@ class DataSettings(Settings):
         default=0.1, description="rows held out for choosing the checkpoint: a number of rows, a share, or a source"
     )
     test: Rows | Share | Source | None = Field(
-        default=None, description="rows held out for the figures alone: a number of rows, a share, or a source"
+        default=None, description="rows held out for the metrics alone: a number of rows, a share, or a source"
     )
     max_train_rows: Rows | None = Field(
         default=None, description="use at most so many training rows, drawn by `split_seed`"
@@ -119,7 +119,7 @@ class DataSettings(Settings):
         default=0.2, ge=0, le=1, description="refuse when more than this share of the rows would lose tokens"
     )
     allow: tuple[str, ...] = Field(
-        default=(), description="grave findings, by their codes, that do not stop a run; `all`: none does"
+        default=(), description="severe findings, by their codes, that do not stop a run; `all`: none does"
     )
     split: str = Field(default="train", description="for a hub id in `train` that names no split: which to read")
     streaming: bool = Field(

@@ -14,7 +14,7 @@ class EvaluationSettings(Settings):
 
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="level of every interval")
     resamples: int = Field(default=1000, ge=100, description="bootstrap draws behind every interval")
-    latency_batches: int = Field(default=10, ge=1, description="timed forward passes behind the latency figure")
+    latency_batches: int = Field(default=10, ge=1, description="timed forward passes behind the latency")
     generate: bool = Field(
         default=True, description="let the model write answers and measure them, if the task has any"
     )

@@ -84,7 +84,7 @@ def _notes(base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any]) ->
         if not checked["rows"].get("validation"):
             raise ConfigError("nothing is held out to compare on", where="data.test", hint="data.test: 500")
         notes.append(
-            "the validation rows that chose the checkpoints also make these figures, which are a little too good "
+            "the validation rows that chose the checkpoints also make these metrics, which are a little too good "
             "for all methods; data.test holds out rows of their own"
         )
     if len(seeds) == 1:

@@ -131,7 +131,7 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
     metrics = mapping(manifest, "metrics")
     if status == "finished" and "test" not in metrics:
         if "validation" in metrics:
-            text = "the validation rows that chose the checkpoint also make these figures, which are a little too good"
+            text = "the validation rows that chose the checkpoint also make these metrics, which are a little too good"
             said.append(page.message("No test rows:", text, "data.test holds out rows of their own"))
         else:
             said.append(
