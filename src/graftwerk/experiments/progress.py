@@ -1,4 +1,4 @@
-"""A comparison told to who watches it: one live line with bar and time left on a terminal, plain lines elsewhere."""
+"""Progress display of a comparison: one live line with bar and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ class Display:
         self._told = 0.0
         self._silent = False
 
-    def __call__(self, moment: ProgressEvent) -> None:
+    def __call__(self, event: ProgressEvent) -> None:
         if self._silent:
             return
-        moment = replace(moment, run=clean(moment.run), text=clean(moment.text))
+        event = replace(event, run=clean(event.run), text=clean(event.text))
         try:
             if self.stream.isatty():
-                self._live(moment)
+                self._live(event)
             else:
-                self._plain(moment)
+                self._plain(event)
         except (OSError, ValueError):
             self._silent = True
 
@@ -71,39 +71,39 @@ class Display:
             self._bar.stop()
             self._bar = None
 
-    def _plain(self, moment: ProgressEvent) -> None:
-        if moment.kind == "phase" and moment.run:
+    def _plain(self, event: ProgressEvent) -> None:
+        if event.kind == "phase" and event.run:
             return  # reading, loading, saving of every run: too much for a log
-        if moment.kind == "step":
+        if event.kind == "step":
             now = time.monotonic()
-            if not (moment.step and moment.steps) or now - self._told < EVERY_SECONDS:
+            if not (event.step and event.steps) or now - self._told < EVERY_SECONDS:
                 return
             self._told = now
-            text = f"step {moment.step}/{moment.steps}"
+            text = f"step {event.step}/{event.steps}"
         else:
-            text = moment.text
+            text = event.text
         if text:
-            place = f"[{moment.done}/{moment.total}] " if moment.total else ""
-            who = f"{moment.run}: " if moment.run else ""
-            print(f"{place}{who}{text}{_remaining(moment)}", file=self.stream, flush=True)
+            position = f"[{event.done}/{event.total}] " if event.total else ""
+            run_label = f"{event.run}: " if event.run else ""
+            print(f"{position}{run_label}{text}{_remaining(event)}", file=self.stream, flush=True)
 
-    def _live(self, moment: ProgressEvent) -> None:
+    def _live(self, event: ProgressEvent) -> None:
         if self._bar is None:
             self._open()
-        if moment.kind in ("run", "note") and moment.text:
-            self._bar.console.print(f"{moment.run}: {moment.text}" if moment.run else moment.text, markup=False)
-        part = moment.step / moment.steps if moment.steps else 0.0
-        what = moment.run if moment.kind != "phase" else f"{moment.run}: {moment.text}" if moment.run else moment.text
+        if event.kind in ("run", "note") and event.text:
+            self._bar.console.print(f"{event.run}: {event.text}" if event.run else event.text, markup=False)
+        part = event.step / event.steps if event.steps else 0.0
+        what = event.run if event.kind != "phase" else f"{event.run}: {event.text}" if event.run else event.text
         self._bar.update(
             self._task,
-            completed=moment.done + min(part, 0.99),
-            total=max(moment.total, 1),
+            completed=event.done + min(part, 0.99),
+            total=max(event.total, 1),
             what=what,
-            runs=f"{moment.done}/{moment.total} runs",
-            left=_remaining(moment).strip(" ,"),
+            runs=f"{event.done}/{event.total} runs",
+            left=_remaining(event).strip(" ,"),
             refresh=True,
         )
-        if moment.kind == "end":
+        if event.kind == "end":
             self.close()
 
     def _open(self) -> None:
@@ -122,7 +122,7 @@ class Display:
         self._bar.start()
 
 
-def _remaining(moment: ProgressEvent) -> str:
-    if moment.left_seconds is None or moment.kind == "end":
+def _remaining(event: ProgressEvent) -> str:
+    if event.left_seconds is None or event.kind == "end":
         return ""
-    return f", {duration(moment.left_seconds)} left"
+    return f", {duration(event.left_seconds)} left"
