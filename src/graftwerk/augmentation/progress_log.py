@@ -28,7 +28,7 @@ class Journal:
     Args:
         target: The file that is being made; the journal lies beside it, with `ENDING` behind its name.
         identity: What is being made: rows, settings. A log of something else is not resumed.
-        keep: Go on with a journal that is there; otherwise begin it anew.
+        keep: True to resume an existing journal, False to start a new one.
 
     Raises:
         ConflictError: another process writes it, or it is of something else.

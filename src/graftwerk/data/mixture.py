@@ -3,7 +3,7 @@
 With n_i rows and weight w_i, set i has the share p_i proportional to w_i * n_i ** (1 / T): as the rows stand at T = 1,
 all sets alike at T = infinity (Arivazhagan et al., 2019, arXiv:1907.05019, with T = 5 for translation; the weights are
 ours). An epoch has as many rows as all sets together. Of these each set gets its share to the row, by largest
-remainders, and draws without replacement: a set that gives fewer rows than it has goes on in the next epoch where it
+remainders, and draws without replacement: a set that gives fewer rows than it has resumes in the next epoch where it
 stopped, one that gives more starts over.
 """
 

@@ -85,7 +85,7 @@ def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
 
 
 def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, cells) of each record. After broken quoting, reading goes on in the line after its first."""
+    """Yield (first line, cells) of each record; after broken quoting, resume at the line after its first."""
     again: deque[str] = deque()
     taken: list[str] = []
     before = 0

@@ -2,8 +2,8 @@
 
     adapter_config.json             PEFT's settings (or a type of our own, GRAFTWERK_...)
     adapter_model.safetensors       the tensors, by PEFT's keys
-    graftwerk_training.safetensors  what PEFT does not store and training needs to go on; only where there is such
-    graftwerk.json                  base and its fingerprint, method, labels, data, figures, checksums of the others
+    graftwerk_training.safetensors  what PEFT does not store and training needs to resume; only if there is any
+    graftwerk.json                  base and its fingerprint, method, labels, data, metrics, checksums of the others
     README.md                       the model card
 
 A folder without `graftwerk.json` is read as PEFT's. With it, every file must be the one that was written: whoever

@@ -3,7 +3,7 @@
 PEFT stores one bare key, ``prompt_embeddings``: the vectors themselves, after any network that made them; heads lie
 beside it as ``base_model.<path>``. Prompts and P-tuning are (n, d). Prefixes are (n, 2 L G D): for each token the
 layers one after the other, each with its key and its value. The network goes into a second file, so that training can
-go on.
+resume.
 
 A prefix of PEFT is the cache of a decoder. What that does elsewhere cannot be had here, or is not worth having: in
 encoder-decoder models each vector is used twice, half of them never got a gradient, and the encoder has none; in
