@@ -19,13 +19,14 @@ from graftwerk.kernels import flags as fast
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling import frozen_layers as cutting
 from graftwerk.modeling.architectures import read_architecture
+from graftwerk.models.cache import make_room
 from graftwerk.serialization.untrusted_files import read_tensors
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
 from graftwerk.training.activation_cache import cache as trunk_module
 from graftwerk.training.activation_cache import store as trunkstore
-from graftwerk.training.activation_cache.store import FileStates, MemoryStates, chunks, make_room, open_file
+from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, open_file
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.events import Event
 from graftwerk.training.run_dir import read_manifest
@@ -512,9 +513,9 @@ def test_make_room_deletes_least_recently_used(tmp_path: Path) -> None:
     for at, name in enumerate("abc"):
         (tmp_path / f"{name}.trunk").write_bytes(bytes(100))
         os.utime(tmp_path / f"{name}.trunk", (at, at))
-    make_room(tmp_path, 100, 300)
+    make_room(tmp_path, 300, needed=100, pattern="*" + ENDING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.trunk", "c.trunk"]
-    make_room(tmp_path, 100, 300)
+    make_room(tmp_path, 300, needed=100, pattern="*" + ENDING)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.trunk", "c.trunk"]
 
 

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -31,7 +30,7 @@ from graftwerk.data.settings import DataSettings, Source
 from graftwerk.data.sources import files_of
 from graftwerk.errors import GraftwerkError
 from graftwerk.kernels import flags as fast
-from graftwerk.models.cache import cache_folder
+from graftwerk.models.cache import cache_folder, make_room, replace_file
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
 MOST_BYTES_EACH = 64 << 20
@@ -207,16 +206,8 @@ def _keep(key: str, value: Any) -> bool:
         return False
     path = _place(key)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        _clean(path.parent)
+        replace_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        make_room(path.parent, MOST_BYTES)
     except OSError:
         return False
     return True
@@ -224,18 +215,3 @@ def _keep(key: str, value: Any) -> bool:
 
 def _place(key: str) -> Path:
     return cache_folder() / "prepared" / f"{key}.json"
-
-
-def _clean(folder: Path) -> None:
-    """Delete the files used longest ago down to `MOST_BYTES`, and what killed writers left."""
-    states = []
-    for file in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process cleans too
-            states.append((file.stat(), file))
-    held = sum(state.st_size for state, _ in states)
-    for state, file in sorted(states, key=lambda pair: pair[0].st_mtime_ns):
-        if held <= MOST_BYTES:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            file.unlink()
-        held -= state.st_size

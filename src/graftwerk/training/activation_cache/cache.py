@@ -30,11 +30,12 @@ from graftwerk.machine import available
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.attach import Adapter, adapters
 from graftwerk.modeling.frozen_layers import below, draws_at_random, extras_of, reach, set_evaluating, skipping
+from graftwerk.models.cache import make_room
 from graftwerk.tasks.base import Example, Task
 from graftwerk.training import rng
 from graftwerk.training.activation_cache.plan import Plan, cache_dtype, check_cache_required, plan, shared_folder
 from graftwerk.training.activation_cache.rows import Slots, key_of
-from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, make_room, open_file
+from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, open_file
 from graftwerk.training.distributed import Distributed
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.settings import TrainingSettings
@@ -207,7 +208,7 @@ class ActivationCache:
                 if self.plan.bytes > limit:
                     raise OSError(f"{self.plan.bytes / 1e9:.2f} GB are more than training.trunk_cache_disk_gb")
                 if path.parent.is_dir():
-                    make_room(path.parent, self.plan.bytes, limit)
+                    make_room(path.parent, limit, needed=self.plan.bytes, pattern="*" + ENDING)
                 states = self._computed(FileStates(path, key, *shape, dtype), slots, step)
                 self._facts.update(where=str(path), reused=False)
             except OSError as error:

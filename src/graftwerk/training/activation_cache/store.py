@@ -161,29 +161,6 @@ def open_file(path: Path, key: str, tokens: int, width: int, dtype: torch.dtype)
         return None, str(error)
 
 
-def make_room(folder: Path, needed: int, limit: int) -> None:
-    """Delete the files that were used longest ago until ``needed`` more bytes stay within the limit.
-
-    Args:
-        folder: Folder of the files.
-        needed: Bytes of the next file.
-        limit: Most bytes of all files.
-
-    A process that has one of them mapped keeps it until it ends.
-    """
-    files = []
-    for path in folder.glob("*" + ENDING):
-        with suppress(FileNotFoundError):  # another process makes room too
-            facts = path.stat()
-            files.append((facts.st_mtime_ns, path, facts.st_size))
-    total = sum(size for _, _, size in files)
-    for _, path, size in sorted(files):
-        if total + needed <= limit:
-            return
-        total -= size
-        path.unlink(missing_ok=True)
-
-
 def _head(key: str, tokens: int, width: int, dtype: torch.dtype) -> bytes:
     values: dict[str, Any] = {"key": key, "tokens": tokens, "width": width, "dtype": str(dtype)}
     text = MAGIC + json.dumps(values, sort_keys=True).encode() + b"\n"
