@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,9 @@ from graftwerk.serialization.weight_files import weight_files
 from graftwerk.tasks.base import Example, Row, Splits
 from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 SPARE_TOKENS = 16
@@ -69,7 +72,7 @@ class Loaded:
     """A model that is ready to be asked, and who it is: ``{name, fingerprint, adapter}``."""
 
     model: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     task: TextTask
     max_length: int
     dtype: torch.dtype
@@ -262,7 +265,7 @@ def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
     return max(1, min(limit, positions - taken))
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
     return frozenset(int(end) for end in (*listed, tokenizer.eos_token_id) if end is not None)

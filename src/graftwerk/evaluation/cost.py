@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode,
 from graftwerk.evaluation.peak_memory import peak_memory as peak_memory
 from graftwerk.evaluation.peak_memory import resident as resident
 from graftwerk.tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LATENCY_BATCHES = (1, 32)
 """One row: an answer somebody waits for. Thirty-two: work in bulk."""
@@ -25,7 +28,7 @@ def latency(
     model: Any,
     task: Task,
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     batches: int = 10,
     batch_sizes: Sequence[int] = LATENCY_BATCHES,
@@ -62,7 +65,7 @@ def _spread(ordered: Sequence[int], size: int, place: int, places: int) -> list[
     return [ordered[(first + row) % len(ordered)] for row in range(size)]
 
 
-def _pass(model: Any, task: Task, rows: Sequence[Example], tokenizer: Any) -> float:
+def _pass(model: Any, task: Task, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float:
     device = device_of(model)
     _wait(device)
     started = time.perf_counter()

@@ -7,7 +7,7 @@ language to write) and how long their answers may be, and padding is masked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from graftwerk.models.positions import position_limit
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.text import IGNORED, TextTask
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SPARE = 1.5
 """Where no limit is given: so many times the longest reference."""
 FALLBACK = 64
@@ -31,7 +34,7 @@ def generate(
     model: Any,
     task: TextTask,
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSettings,
     *,
     dtype: torch.dtype = torch.float32,
@@ -97,7 +100,7 @@ def _write(
     model: Any,
     task: TextTask,
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSettings,
     most: int,
 ) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graftwerk.tasks.base import Example, Predictions, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 """Told (rows done, rows in all) after every batch; what it raises ends the evaluation."""
@@ -21,7 +24,7 @@ def run_model(
     model: Any,
     task: Task,
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +26,9 @@ from graftwerk.serialization.untrusted_files import read_sealed
 from graftwerk.serialization.weight_files import read_headers
 from graftwerk.tasks import dataset_cache as kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BATCH, MOST_ROWS = 64, 1024
 """Rows of a forward pass: if nobody says how many, and the most that a foreign folder may ask for."""
@@ -57,7 +60,7 @@ class LoadedAdapter:
     run: Path | None
     settings: RunConfig | None
     model: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     task: Task
     splits: Splits
     max_length: int

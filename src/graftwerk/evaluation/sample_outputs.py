@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from graftwerk.modeling.attach import disabled
 from graftwerk.tasks.base import Example, Predictions, Task
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def sample_rows(rows: int, wanted: int) -> list[int]:
@@ -26,7 +29,7 @@ def before_and_after(
     model: Any,
     task: Task,
     examples: Sequence[Example],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSettings,
     predictions: Predictions,
     *,

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEEDED = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 SAID_BY_US = frozenset(
@@ -37,7 +40,7 @@ SAID_BY_US = frozenset(
 
 
 @contextmanager
-def own_search(model: Any, task: TextTask, tokenizer: Any) -> Iterator[tuple[str, ...]]:
+def own_search(model: Any, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, ...]]:
     """Make `model.generate` follow only the arguments of the call inside the block, not the base's own settings.
 
     Yields:
@@ -59,7 +62,7 @@ def own_search(model: Any, task: TextTask, tokenizer: Any) -> Iterator[tuple[str
         model.generation_config = theirs
 
 
-def _task_needs(theirs: Any, task: TextTask, tokenizer: Any) -> dict[str, Any]:
+def _task_needs(theirs: Any, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the forced and forbidden tokens without which an answer would not be one.
 
     A first token is forced if the tokenizer begins every target with it, as BART's does, so that it was learnt there;

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGEST = 512
 """Tokens of a row where neither the user nor the model asks for fewer."""
 
 
-def fix_padding(model: Any, tokenizer: Any) -> None:
+def fix_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make model and tokenizer agree on the pad id, in place.
 
     A decoder's classification head needs it to find a row's last token.
@@ -33,7 +36,7 @@ def fix_padding(model: Any, tokenizer: Any) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def max_length_for(config: Any, tokenizer: Any, wanted: int | None = None, virtual: int = 0) -> int:
+def max_length_for(config: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | None = None, virtual: int = 0) -> int:
     """Return the longest row in tokens, special ones included: as wanted, or the model's limit, at most 512.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from graftwerk.data.findings import Issue as Issue
 from graftwerk.data.settings import DataSettings
@@ -23,6 +23,9 @@ from graftwerk.tasks.example import Row as Row
 from graftwerk.tasks.objective import Objective
 from graftwerk.tasks.predictions import Predictions as Predictions
 from graftwerk.tasks.splits import Splits as Splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Task(Settings):
@@ -110,7 +113,9 @@ class Task(Settings):
         return {self.fields[0]: text}
 
     @abstractmethod
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
+    ) -> list[Example]:
         """Tokenize rows, in order. A row without an answer gets the target None.
 
         Args:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.example import IGNORED
 from graftwerk.tasks.template import Rendered, Template, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]
 
@@ -48,7 +51,7 @@ class Encoded:
 
 
 def encode_conversations(
-    conversations: Sequence[Sequence[Turn]], template: Template, tokenizer: Any, max_length: int
+    conversations: Sequence[Sequence[Turn]], template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[Encoded]:
     """Tokenize conversations to token ids and labels, in order.
 
@@ -100,7 +103,7 @@ def encode_conversations(
     return [found[at] for at in range(len(conversations))]
 
 
-def end_ids(template: Template, tokenizer: Any) -> list[int]:
+def end_ids(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that end a generated answer: the tokenizer's end token, and the one that ends a turn."""
     if template.end_ids is None:
         template.end_ids = [tokenizer.eos_token_id]
@@ -118,7 +121,7 @@ def _labelled(
     kept: list[int],
     truncated: int,
     head: list[int],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> Encoded:
     said = [content.strip() for role, content in turns if role == "assistant"]
     ends = _special(tokenizer)
@@ -184,7 +187,7 @@ def _asked(turns: Sequence[Turn], rendered: Rendered, offsets: list[Span]) -> li
     return found
 
 
-def _tokens(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], list[Span]]]:
+def _tokens(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[Span]]]:
     if not texts:
         return []
     answer = tokenizer(
@@ -193,7 +196,7 @@ def _tokens(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], list[
     return list(zip(answer["input_ids"], answer["offset_mapping"], strict=True))
 
 
-def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def _ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if not texts:
         return []
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
@@ -202,6 +205,6 @@ def _ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return ids
 
 
-def _special(tokenizer: Any) -> set[int]:
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Return the ids of special tokens and of tokens added to the vocabulary."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from graftwerk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LEAST = 2
 """Tokens of text in a block: of one token nothing can be learnt in its context."""
@@ -13,7 +16,7 @@ LEAST = 2
 
 def text_blocks(
     texts: Sequence[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     front: Sequence[int],
     back: Sequence[int],

@@ -7,7 +7,7 @@ first or pooled position, decoders through the last position that is not padding
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import PrivateAttr
@@ -28,6 +28,9 @@ from graftwerk.tasks.example_checks import special_notes, special_words
 from graftwerk.tasks.objective import ClassObjective, Objective
 from graftwerk.tasks.splits import Splits, splits_of, splits_of_stream
 from graftwerk.tasks.tokenization import encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 READING = RowFormat({"text": text_part, "label": label_part}, key="text", stratify="label", answers=("label",))
 
@@ -72,7 +75,9 @@ class Classification(Task):
         findings += said
         return splits_of(data, chosen, findings, self.fields, labels=names)
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
+    ) -> list[Example]:
         """Encode rows to token ids and class ids, in order. A row without a `label` gets the target None.
 
         Args:

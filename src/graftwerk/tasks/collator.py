@@ -8,13 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from graftwerk.tasks.example import IGNORED, Example
 from graftwerk.tasks.tokenization import pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Collator(ABC):
@@ -24,7 +27,7 @@ class Collator(ABC):
     """True if the training batch of the same examples differs from call to call."""
 
     @abstractmethod
-    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples for evaluation.
 
         Args:
@@ -35,7 +38,7 @@ class Collator(ABC):
             ``input_ids``, ``attention_mask`` and the like, each (B, T); ``labels`` if all examples have a target.
         """
 
-    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    def collate_training(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples for a training step, as `collate` if not `redraws`.
 
         Random choices come from torch's global generator, whose state is part of a checkpoint.
@@ -54,7 +57,7 @@ class Collator(ABC):
 class ClassCollator(Collator):
     """Texts with one class id each: ``labels`` (B,)."""
 
-    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
             batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
@@ -65,7 +68,7 @@ class ClassCollator(Collator):
 class TextCollator(Collator):
     """Texts with target tokens, padded on the right: ``labels`` (B, A), filled up with `IGNORED`."""
 
-    def collate(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
             width = max(len(example.target) for example in examples)

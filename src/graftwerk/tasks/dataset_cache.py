@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.data.findings import Issue
 from graftwerk.data.settings import DataSettings, Source
@@ -32,6 +32,9 @@ from graftwerk.errors import GraftwerkError
 from graftwerk.kernels import flags as fast
 from graftwerk.models.cache import cache_folder, make_room, replace_file
 from graftwerk.tasks.base import Example, Row, Splits, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MOST_BYTES_EACH = 64 << 20
 """Larger data is read again: parsing so much JSON would gain little."""
@@ -60,7 +63,9 @@ def read(task: Task, data: DataSettings, labels: Sequence[str] | None = None) ->
     return splits
 
 
-def encode(task: Task, splits: Splits, split: str, tokenizer: Any, max_length: int, folder: Path) -> list[Example]:
+def encode(
+    task: Task, splits: Splits, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path
+) -> list[Example]:
     """Encode a split through the cache, as ``task.encode(getattr(splits, split), ...)``.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from graftwerk.data.findings import Issue
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.chat import Encoded
 from graftwerk.tasks.example import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MASKED = "labels-all-masked"
 ENDLESS = "end-untrained"
@@ -60,7 +63,7 @@ _MEANINGS: Mapping[str, _Meaning] = {
 }
 
 
-def special_words(tokenizer: Any) -> tuple[str, ...]:
+def special_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Return the tokens with a role that no text holds by chance.
 
     These are the special tokens, also those that were only added to the vocabulary as such, and the marks that the chat

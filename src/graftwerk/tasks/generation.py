@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from graftwerk.tasks.example import Example
 from graftwerk.tasks.tokenization import pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Layout = Literal["causal", "encoder-decoder"]
 """A causal model reads prompt and answer in one row; of an encoder-decoder, the decoder alone sees the answer."""
@@ -27,7 +30,7 @@ class Generation:
 
     layout: Layout
 
-    def collate_prompts(self, prompts: Sequence[list[int]], tokenizer: Any) -> dict[str, Tensor]:
+    def collate_prompts(self, prompts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return ``input_ids`` and ``attention_mask``, each (B, P).
 
         Padded on the left for causal models, which continue a prompt at its end, and on the right for encoders.
@@ -48,7 +51,7 @@ class Generation:
         """Return a key that rows of one batch share; rows with the same key have the same `options`."""
         return None
 
-    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         """Return the arguments of ``model.generate`` that depend on the task and not on the search.
 
         Args:
@@ -67,7 +70,7 @@ class Generation:
         """
         return written[:, batch["input_ids"].shape[1] :] if self.layout == "causal" else written
 
-    def decode(self, tokens: Sequence[int], tokenizer: Any) -> str:
+    def decode(self, tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the text of one answer without special tokens and white space around it."""
         text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text.strip()

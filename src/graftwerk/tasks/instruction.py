@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,9 @@ from graftwerk.tasks.generation import Generation
 from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.template import Choice, template_for
 from graftwerk.tasks.text import Layout, TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 READ = ("instruction", "chat", "prompt-completion")
 OUTPUT = "output"
@@ -112,7 +115,9 @@ class Instruction(TextTask):
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
+    ) -> list[Example]:
         """A row whose last turn is not the assistant's gets the target None: it is asked, and no answer is known.
 
         Raises:
@@ -185,7 +190,7 @@ class ConversationGeneration(Generation):
 
     template: Choice
 
-    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         ends = end_ids(template_for(tokenizer, self.template), tokenizer)
         return {**super().options(model, tokenizer, example), "eos_token_id": ends}
 

@@ -16,9 +16,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from graftwerk.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Place = Literal["first", "start", "source"]
 
@@ -45,7 +48,7 @@ _NLLB = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _MARIAN = re.compile(r">>([^<>]+)<<")
 
 
-def codes_of(tokenizer: Any) -> LanguageCodes | None:
+def codes_of(tokenizer: PreTrainedTokenizerBase) -> LanguageCodes | None:
     """Return the language codes of a tokenizer, or None if it has none: languages are named in words, or not at all."""
     marked = getattr(tokenizer, "supported_language_codes", None)
     if marked is not None:  # Marian: the tokens are plain pieces of its vocabulary
@@ -61,7 +64,7 @@ def codes_of(tokenizer: Any) -> LanguageCodes | None:
     return LanguageCodes(ids, _place(tokenizer, next(iter(ids)))) if ids else None
 
 
-def _place(tokenizer: Any, code: str) -> Place:
+def _place(tokenizer: PreTrainedTokenizerBase, code: str) -> Place:
     """Asked of the tokenizer itself: does a target begin with its language, or end with it?"""
     with language_context(tokenizer, code, code):
         target = tokenizer(text_target="a")["input_ids"]
@@ -69,7 +72,7 @@ def _place(tokenizer: Any, code: str) -> Place:
 
 
 @contextmanager
-def language_context(tokenizer: Any, source: str, target: str) -> Iterator[None]:
+def language_context(tokenizer: PreTrainedTokenizerBase, source: str, target: str) -> Iterator[None]:
     """Set the tokenizer's source and target language inside the block, and restore them afterwards."""
     before = tokenizer.src_lang, tokenizer.tgt_lang
     tokenizer.src_lang, tokenizer.tgt_lang = source, target

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -17,6 +17,9 @@ from graftwerk.tasks.chunking import text_blocks
 from graftwerk.tasks.decoder import TextDecoder
 from graftwerk.tasks.example_checks import BLOCKS, special_notes, special_words
 from graftwerk.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class LanguageModelingTask(TextTask):
@@ -36,7 +39,9 @@ class LanguageModelingTask(TextTask):
         name, format = recognise(columns, ("text",))
         return RowFormat(format.parts, key="text", format=name)
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
+    ) -> list[Example]:
         """Tokenize rows to one or more examples each, in order; those of a row cut into blocks say so in `notes`."""
         front, back = self.special_tokens(tokenizer)
         texts = [row["text"] for row in rows]
@@ -55,11 +60,13 @@ class LanguageModelingTask(TextTask):
         return examples
 
     @abstractmethod
-    def special_tokens(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         """Return the special tokens before a block and after a text."""
 
     @abstractmethod
-    def example(self, ids: list[int], tokenizer: Any, num_truncated: int, row: Row, notes: tuple[str, ...]) -> Example:
+    def example(
+        self, ids: list[int], tokenizer: PreTrainedTokenizerBase, num_truncated: int, row: Row, notes: tuple[str, ...]
+    ) -> Example:
         """Return the example of one block, with its labels."""
 
     @property

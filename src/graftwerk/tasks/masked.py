@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -26,6 +26,9 @@ from graftwerk.tasks.example import IGNORED, Example, Row
 from graftwerk.tasks.lm_base import LanguageModelingTask
 from graftwerk.tasks.token_objective import SameTokenObjective, TokenObjective
 from graftwerk.tasks.tokenization import pad
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MASK, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that become the mask token, and a random one."""
@@ -60,13 +63,15 @@ class Masked(LanguageModelingTask):
 
         return AutoModelForMaskedLM
 
-    def special_tokens(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+    def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         whole = tokenizer("a b", verbose=False)["input_ids"]
         text = tokenizer("a b", add_special_tokens=False, verbose=False)["input_ids"]
         begin = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
         return list(whole[:begin]), list(whole[begin + len(text) :])
 
-    def example(self, ids: list[int], tokenizer: Any, num_truncated: int, row: Row, notes: tuple[str, ...]) -> Example:
+    def example(
+        self, ids: list[int], tokenizer: PreTrainedTokenizerBase, num_truncated: int, row: Row, notes: tuple[str, ...]
+    ) -> Example:
         """Return a block with the places hidden that evaluation hides."""
         digest = hashlib.blake2b(torch.tensor(ids).numpy().tobytes(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
@@ -94,7 +99,7 @@ class MaskingCollator(TextCollator):
 
     mask_probability: float
 
-    def collate_training(self, examples: Sequence[Example], tokenizer: Any) -> dict[str, Tensor]:
+    def collate_training(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples with tokens hidden anew.
 
         Args:
@@ -112,7 +117,11 @@ class MaskingCollator(TextCollator):
         return batch
 
     def hide(
-        self, ids: Tensor, tokenizer: Any, generator: torch.Generator | None, seen: Tensor | None = None
+        self,
+        ids: Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        generator: torch.Generator | None,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Hide tokens; every row with a token of text has at least one to predict.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, field_serializer, model_validator
 from torch import Tensor
@@ -29,6 +29,9 @@ from graftwerk.tasks.predictions import Predictions, TextPredictions
 from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.token_objective import TokenObjective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SET = "set"
 """The part of a row that names its set."""
@@ -170,7 +173,9 @@ class Multitask(TextTask):
             where={split: _finder(wheres, split, listed) for split, listed in places.items()},
         )
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
+    ) -> list[Example]:
         """Encode each set's rows by its task, in the order of the rows.
 
         Where a task makes other examples than one a row (blocks of text), the sets follow one another.
@@ -254,7 +259,7 @@ class MultitaskGeneration(Generation):
         name = set_of(example.row, self.generations)
         return name, self.generations[name].group(example)
 
-    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         return self.generations[set_of(example.row, self.generations)].options(model, tokenizer, example)
 
 

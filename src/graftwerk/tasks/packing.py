@@ -10,7 +10,7 @@ Legend: B packed rows, T their longest, N labelled tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from graftwerk.errors import UnsupportedError
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.example import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOLERANCE = 1e-3
 """Largest difference of two logits, against the largest logit; another row seen makes a thousand times more."""
@@ -42,7 +45,7 @@ def bins(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return packed
 
 
-def pack(examples: Sequence[Example], tokenizer: Any, max_length: int) -> dict[str, Tensor]:
+def pack(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Tensor]:
     """Return ``input_ids``, ``position_ids`` and ``labels``, each (B, T) int64, of packed examples.
 
     Padding at the end is a row of its own that nothing is learnt from.
@@ -69,7 +72,7 @@ def pack(examples: Sequence[Example], tokenizer: Any, max_length: int) -> dict[s
 
 
 @torch.no_grad()
-def check_packing(model: Any, task: Task, examples: Sequence[Example], tokenizer: Any) -> None:
+def check_packing(model: Any, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Try on two short rows whether packing changes what the model says.
 
     Raises:

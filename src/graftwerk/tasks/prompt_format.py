@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from graftwerk.errors import ConfigError, IntegrityError, ModelError
 from graftwerk.tasks.chat import Encoded, encode_conversations, end_ids
 from graftwerk.tasks.example import IGNORED
 from graftwerk.tasks.template import ModelTemplate, template_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ANSWER_SHARE = 4
 """Of the tokens of a row, one in so many is left for an answer that is not known yet."""
@@ -34,7 +37,7 @@ class PromptFormat:
         ModelError: The tokenizer has no end token.
     """
 
-    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> None:
         self.tokenizer = tokenizer
         self.template = template_for(tokenizer, "auto" if chat else "plain")
 

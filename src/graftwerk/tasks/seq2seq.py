@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -27,6 +27,9 @@ from graftwerk.tasks.prompt_format import WITHOUT, Fill, PromptFormat, check_fra
 from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.tokenization import encode_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Model types that are told in words what to do."""
@@ -84,10 +87,12 @@ class Seq2SeqTask(TextTask):
     # -- encoding --------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
+    def words(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         """Return the values of the names in braces that prefix and template use, for one row."""
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits | None, max_length: int
+    ) -> list[Example]:
         """Encode rows to token ids.
 
         A row without its second part gets the target None: an answer is asked for and none is known.
@@ -108,7 +113,9 @@ class Seq2SeqTask(TextTask):
             return self._causal(rows, tokenizer, splits, max_length)
         return self.encode_pairs(rows, [""] * len(rows), tokenizer, max_length)
 
-    def encode_pairs(self, rows: Sequence[Row], marks: Sequence[str], tokenizer: Any, max_length: int) -> list[Example]:
+    def encode_pairs(
+        self, rows: Sequence[Row], marks: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> list[Example]:
         """Tokenize pairs for an encoder-decoder model, in the languages that the tokenizer is set to.
 
         Args:
@@ -135,7 +142,9 @@ class Seq2SeqTask(TextTask):
             examples.append(Example({"input_ids": ids}, target, cut + lost, prompt=ids, row=row, notes=notes))
         return examples
 
-    def _causal(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
+    def _causal(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits | None, max_length: int
+    ) -> list[Example]:
         read, written = self.fields[:2]
         asking = PromptFormat(tokenizer, chat=self.chat)
         fills = [self._fill(self.words(row, tokenizer)) for row in rows]
@@ -205,7 +214,7 @@ class PairGeneration(Generation):
 
     chat: bool
 
-    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         options = super().options(model, tokenizer, example)
         if self.layout == "causal":
             options["eos_token_id"] = PromptFormat(tokenizer, chat=self.chat).end_ids()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
 
 from graftwerk.tasks.base import Row
 from graftwerk.tasks.seq2seq import Seq2SeqTask, check_fields
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Summarization(Seq2SeqTask):
@@ -41,5 +44,5 @@ class Summarization(Seq2SeqTask):
     def _check_template(cls, value: str | None) -> str | None:
         return check_fields(value, ("document",), "document")
 
-    def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
+    def words(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         return {}

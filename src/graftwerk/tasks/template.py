@@ -20,9 +20,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from graftwerk.errors import ConfigError, IntegrityError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Turn = Sequence[str]
 """``(role, content)``; roles are ``system``, ``user`` and ``assistant``."""
@@ -161,7 +164,7 @@ class ModelTemplate(Template):
         )
 
 
-def template_for(tokenizer: Any, choice: Choice = "auto") -> Template:
+def template_for(tokenizer: PreTrainedTokenizerBase, choice: Choice = "auto") -> Template:
     """Return the template that renders conversations for a model.
 
     Args:
@@ -182,7 +185,7 @@ _KNOWN = "_graftwerk_templates"
 """Attribute of a tokenizer: its templates by choice, so that a process is started once."""
 
 
-def _template(tokenizer: Any, choice: Choice) -> Template:
+def _template(tokenizer: PreTrainedTokenizerBase, choice: Choice) -> Template:
     source = getattr(tokenizer, "chat_template", None)
     if isinstance(source, dict):
         source = source.get("default")
@@ -197,7 +200,7 @@ def _template(tokenizer: Any, choice: Choice) -> Template:
     return PlainTemplate(tokenizer.bos_token if adds_bos(tokenizer) else "", tokenizer.eos_token)
 
 
-def adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if the tokenizer adds its beginning-of-sequence token to every text."""
     return bool(
         tokenizer.bos_token_id is not None
@@ -206,7 +209,7 @@ def adds_bos(tokenizer: Any) -> bool:
     )
 
 
-def _variables(tokenizer: Any) -> dict[str, Any]:
+def _variables(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the special tokens by the names that templates use."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 

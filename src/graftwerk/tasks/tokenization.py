@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graftwerk.errors import ConfigError, ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MODEL_INPUTS = ("input_ids", "token_type_ids")
 """What is kept of a tokenizer's answer. The mask is not: `pad` makes it from positions."""
 
 
 def encode_texts(
-    texts: Sequence[str], tokenizer: Any, max_length: int, *, as_target: bool = False
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int, *, as_target: bool = False
 ) -> list[tuple[dict[str, list[int]], int]]:
     """Tokenize all texts in one call.
 
@@ -64,7 +67,9 @@ def _as(texts: str | list[str], as_target: bool) -> dict[str, Any]:
     return {"text_target" if as_target else "text": texts}
 
 
-def _encode_slowly(text: str, tokenizer: Any, max_length: int, as_target: bool) -> tuple[dict[str, list[int]], int]:
+def _encode_slowly(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_length: int, as_target: bool
+) -> tuple[dict[str, list[int]], int]:
     """Tokenize one text with a tokenizer in Python, which does not report truncation for a batch."""
     said = _as(text, as_target)
     answer = tokenizer(**said, truncation=True, max_length=max_length, return_attention_mask=False)
@@ -73,7 +78,7 @@ def _encode_slowly(text: str, tokenizer: Any, max_length: int, as_target: bool) 
     return inputs, whole - len(inputs["input_ids"])
 
 
-def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
+def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Pad rows on the right to the longest one, and return the batch with its mask.
 
     The mask comes from the rows' lengths and never from comparing with the pad id: where padding is the end token, a
@@ -102,5 +107,5 @@ def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: Any) -> dict[str, Ten
     return batch
 
 
-def _filler(name: str, tokenizer: Any) -> int:
+def _filler(name: str, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if name == "input_ids" else tokenizer.pad_token_type_id)

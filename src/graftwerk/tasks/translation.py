@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -34,6 +34,9 @@ from graftwerk.tasks.language_codes import (
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.seq2seq import PairDecoder, PairGeneration, Seq2SeqTask, check_fields, fields_in
 from graftwerk.tasks.splits import Splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("source_lang", "target_lang")
 
@@ -130,7 +133,7 @@ class Translation(Seq2SeqTask):
 
     # -- encoding --------------------------------------------------------------------------------------------------
 
-    def words(self, row: Row, tokenizer: Any) -> dict[str, str]:
+    def words(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         """Return the English names of the languages that prefix or template mention."""
         wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
         return {
@@ -139,7 +142,9 @@ class Translation(Seq2SeqTask):
             if side in wanted
         }
 
-    def encode(self, rows: Sequence[Row], tokenizer: Any, splits: Splits | None, max_length: int) -> list[Example]:
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits | None, max_length: int
+    ) -> list[Example]:
         """Tokenize rows, each with the languages that the model needs.
 
         Raises:
@@ -190,7 +195,7 @@ class Translation(Seq2SeqTask):
                 hint="train two adapters; or put {target_lang} into task.template (causal models) or task.prefix",
             )
 
-    def _check_pair(self, rows: Sequence[Row], tokenizer: Any) -> None:
+    def _check_pair(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> None:
         """A Marian model of one pair says which: rows of another would be learnt as if they were of this one."""
         for side in SIDES:
             own = getattr(tokenizer, side, None)
@@ -267,7 +272,7 @@ class TranslationGeneration(PairGeneration):
         """Return the language of the answer: rows of one batch are written in one."""
         return _code(example.row, "target_lang", self.target_lang)
 
-    def options(self, model: Any, tokenizer: Any, example: Example) -> dict[str, Any]:
+    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         options = super().options(model, tokenizer, example)
         codes = codes_of(tokenizer) if self.layout == "encoder-decoder" else None
         if codes is None or not codes.both:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
 from graftwerk.data.findings import Issue
@@ -14,6 +14,9 @@ from graftwerk.tasks.text import IGNORED, TextTask
 from graftwerk.training.batch_sampler import BatchSampler, micro_batches
 from graftwerk.training.multitask_sampling import sampler_of
 from graftwerk.training.stream import EncodedStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALL = "all"
 """In `data.allow`: every severe issue."""
@@ -137,7 +140,7 @@ def raise_on_severe(findings: Sequence[Mapping[str, Any]], allow: Sequence[str])
 
 
 def first_batch(
-    settings: RunConfig, task: Task, splits: Splits, examples: Sequence[Example], tokenizer: Any
+    settings: RunConfig, task: Task, splits: Splits, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """The first micro-batch of the first step, as it is collated.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from graftwerk.training.batch_sampler import BatchSampler, micro_batches
 from graftwerk.training.distributed import Distributed
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Gradient(NamedTuple):
@@ -62,7 +65,7 @@ class GradientAccumulator:
         model: Any,
         parameters: Sequence[torch.nn.Parameter],
         task: Task,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         rows_of: BatchSampler,
         settings: TrainingSettings,
         *,

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
 from graftwerk.data.stream import StreamedRows
@@ -20,6 +20,9 @@ from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.stream import EncodedStream
 from graftwerk.training.validation import check_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
 
@@ -44,7 +47,7 @@ class Prepared:
     task: Task
     method: Method
     splits: Splits
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     examples: dict[str, Sequence[Example]]
     max_length: int
     findings: list[dict[str, Any]]
@@ -153,7 +156,7 @@ def load_base_and_attach(settings: RunConfig, prepared: Prepared) -> tuple[Adapt
     return attach(model, prepared.method), base
 
 
-def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
+def max_length_of(settings: RunConfig, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the most tokens of a row; virtual tokens take positions of the model, which text then cannot use.
 
     Args:
@@ -170,7 +173,7 @@ def max_length_of(settings: RunConfig, config: Any, tokenizer: Any) -> int:
     return max_length_for(config, tokenizer, settings.data.max_length, settings.method.positions(is_causal(config)))
 
 
-def _with_text(method: Method, tokenizer: Any) -> Method:
+def _with_text(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:
     """Return the method with the token ids of its initial text."""
     text = getattr(method, "init_text", None)
     if text is None or getattr(method, "init_token_ids", None) is not None:

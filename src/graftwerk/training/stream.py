@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, overload
+from typing import TYPE_CHECKING, overload
 
 from graftwerk.data.stream import CHUNK, StreamedRows
 from graftwerk.errors import DataError
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.tasks.example_checks import Noted, note
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class EncodedStream(Sequence[Example]):
@@ -30,7 +33,13 @@ class EncodedStream(Sequence[Example]):
     """
 
     def __init__(
-        self, task: Task, rows: StreamedRows, tokenizer: Any, splits: Splits, max_length: int, buffer_rows: int
+        self,
+        task: Task,
+        rows: StreamedRows,
+        tokenizer: PreTrainedTokenizerBase,
+        splits: Splits,
+        max_length: int,
+        buffer_rows: int,
     ) -> None:
         self._task, self._rows, self._tokenizer, self._splits = task, rows, tokenizer, splits
         self._max_length, self._buffer_rows = max_length, buffer_rows

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,6 +47,9 @@ from graftwerk.training.snapshot import load_state_dict, state_dict
 from graftwerk.training.timing import Clock
 from graftwerk.training.trainer_state import TrainState
 from graftwerk.training.validation import Evaluator, check_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEED_STRIDE = 1_000_003
 """Training draws from other seeds than initialisation, and each process from its own."""
@@ -86,7 +89,7 @@ class Trainer:
         self,
         adapter: Adapter,
         task: Task,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         train: Sequence[Example],
         validation: Sequence[Example],
         settings: TrainingSettings,

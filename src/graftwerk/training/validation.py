@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from graftwerk.training.class_weights import check_class_weights
 from graftwerk.training.distributed import Distributed
 from graftwerk.training.distributed.predictions import deal_batches, gather_predictions
 from graftwerk.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NEED_ROWS = ("eval_steps", "early_stopping_patience", "metric_for_best")
 
@@ -47,7 +50,7 @@ class Evaluator:
         self,
         adapter: Adapter,
         task: Task,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         processes: Distributed,
         *,
         batch_size: int,

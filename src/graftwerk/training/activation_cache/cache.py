@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from graftwerk.training.activation_cache.store import ENDING, FileStates, Memory
 from graftwerk.training.distributed import Distributed
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS, TOKENS = 64, 4096
 """Most rows, and tokens with padding, that are computed together."""
@@ -72,7 +75,7 @@ class ActivationCache:
         self,
         adapter: Adapter,
         task: Task,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         settings: TrainingSettings,
         *,
         dtype: torch.dtype,
