@@ -26,12 +26,10 @@ from graftwerk.tasks.packing import check_packing
 from graftwerk.training import optim, rng
 from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.batch_sampler import BatchSampler
-from graftwerk.training.callbacks.base import Callback, Outcome, StepResult
+from graftwerk.training.callbacks.base import Outcome, StepResult
+from graftwerk.training.callbacks.defaults import default_callbacks
 from graftwerk.training.callbacks.early_stopping import EarlyStopping
 from graftwerk.training.callbacks.health_checks import HealthChecks
-from graftwerk.training.callbacks.progress import Progress, StepLog
-from graftwerk.training.callbacks.skipped_steps import SkippedSteps
-from graftwerk.training.callbacks.unreached_layers import UnreachedLayers
 from graftwerk.training.callbacks.validation import Validation
 from graftwerk.training.checkpoint import Checkpoints, Snapshot
 from graftwerk.training.class_weights import weighted_task
@@ -179,22 +177,15 @@ class Trainer:
         )
         self.evaluations = Validation(settings.eval_steps, settings.metric_for_best)
         self.early_stopping = EarlyStopping(settings.early_stopping_patience)
-        self.callbacks: list[Callback] = [  # in the order of their events in the log
-            SkippedSteps(settings.max_bad_steps),
-            UnreachedLayers(),
-            HealthChecks(
-                total_steps=self.total_steps,
-                warmup_steps=self.warmup_steps,
-                learning_rate=optim.peak_rates(adapter, settings).method,
-                default_learning_rate=adapter.method.default_learning_rate,
-                method=adapter.method.name,
-                prior_loss=prior_loss,
-            ),
-            Progress(),
-            StepLog(settings.logging_steps),
-            self.evaluations,
-            self.early_stopping,
-        ]
+        health = HealthChecks(
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            learning_rate=optim.peak_rates(adapter, settings).method,
+            default_learning_rate=adapter.method.default_learning_rate,
+            method=adapter.method.name,
+            prior_loss=prior_loss,
+        )
+        self.callbacks = default_callbacks(settings, health, self.evaluations, self.early_stopping)
 
     # -- training loop ---------------------------------------------------------------------------------------------
 
