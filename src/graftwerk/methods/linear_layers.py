@@ -51,10 +51,12 @@ class InputDropout(AdapterModule):
         p: Probability of dropping an entry.
     """
 
+    dropout: float
+    group: DropoutGroup
+
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
-        self.dropout = p
-        self.group = DropoutGroup()
+        self.__dict__.update(dropout=p, group=DropoutGroup())  # past the checks of `__setattr__`, as in `Factor`
 
     @property
     def p(self) -> float:

@@ -22,9 +22,11 @@ from graftwerk.methods.linear_layers import InputDropout
 class Factor(nn.Module):
     """One matrix, named ``weight`` as in PEFT's files (``lora_A.weight``); any shape."""
 
+    weight: nn.Parameter
+
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = weight
+        self._parameters["weight"] = weight  # past the checks of `__setattr__`: loading makes hundreds of them
 
 
 class LowRankModule(InputDropout):
@@ -37,10 +39,14 @@ class LowRankModule(InputDropout):
         p: Probability of dropping an entry of the input while training.
     """
 
+    lora_A: Factor  # noqa: N815 - as in PEFT's files
+    lora_B: Factor  # noqa: N815
+    scale: float
+
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, p: float = 0.0) -> None:
         super().__init__(p)
-        self.lora_A, self.lora_B = Factor(a), Factor(b)
-        self.scale = scale
+        self._modules["lora_A"], self._modules["lora_B"] = Factor(a), Factor(b)  # as in `Factor`
+        self.__dict__["scale"] = scale
 
     def update(self, x: Tensor) -> Tensor:
         """Return s B A dropout(x), (..., out), for x (..., in), in the dtype of A."""

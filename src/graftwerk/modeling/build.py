@@ -159,18 +159,21 @@ def build_from_tensors(
             return None
         by_path[path][key[len(path) + 1 :]] = tensor
     # Values that are not of the default dtype are copied below, and so leave the block.
-    block = None if trainable else shared_block(tensors.values())
+    block, dtype = None if trainable else shared_block(tensors.values()), torch.get_default_dtype()
     built: dict[str, AdapterModule] = {}
     for target, module in zip(targets, modules, strict=True):
-        to = (module_device(module), torch.get_default_dtype())
+        device = module_device(module)
         parameters = {
-            name: nn.Parameter((tensor if block is None else view_in(block, tensor)).to(*to), trainable)
+            name: nn.Parameter((tensor if block is None else view_in(block, tensor)).to(device, dtype), trainable)
             for name, tensor in by_path[target.path].items()
         }
         if (adapter := method.build_from(target, module, parameters)) is None:
             return None
-        adapter.block = block
-        built[target.path] = adapter.train(module.training)
+        adapter.__dict__["block"] = block
+        if adapter.training != module.training:
+            for part in adapter.modules():
+                part.__dict__["training"] = module.training
+        built[target.path] = adapter
     method.connect(targets, built)
     return built
 
