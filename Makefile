@@ -57,7 +57,7 @@ test: check ## the checks and the tests
 # Quick files that guard the core; see CONTRIBUTING.md.
 FAST_TESTS = tests/methods tests/modeling/test_merging.py tests/serialization/test_naming.py tests/serialization/test_strict_json.py \
 	tests/data/test_split.py tests/data/test_batching.py tests/evaluation/test_metrics.py tests/tasks/test_docs.py \
-	tests/test_config.py tests/test_formatting.py tests/test_docstrings.py
+	tests/test_config.py tests/test_formatting.py
 
 test-fast: setup ## the tests of the core, in two minutes at most: while you work
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(FAST_TESTS)
