@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,7 @@ from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.models.cache import recall, remember
-from graftwerk.sanitize import REDACTED, redact, redacted
+from graftwerk.sanitize import REDACTED, redact, redacted, strings_in
 from graftwerk.settings import Settings, describe_faults, known_keys, spellings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
@@ -142,7 +142,7 @@ class RunConfig(Settings):
             ConfigError: With its defaults it is larger than what `load` reads.
         """
         tree = {**with_absolute_paths(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
-        for secret in _strings(tree):
+        for secret in strings_in(tree):
             if redact(secret) != secret:
                 remember(SECRETS, redact(secret), secret)
         tree = redacted(tree)
@@ -157,14 +157,6 @@ class RunConfig(Settings):
         if again != tree:
             raise ConfigError("a text of the run file has characters that YAML does not give back")
         return text
-
-
-def _strings(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict | list):
-        for inner in tree.values() if isinstance(tree, dict) else tree:
-            yield from _strings(inner)
 
 
 def _with_secrets(tree: Any) -> Any:

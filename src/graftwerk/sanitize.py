@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -53,6 +53,15 @@ def visible(text: str) -> str:
 def clean(text: str) -> str:
     """Return a text that is safe to show: `redact` and `visible`. It is idempotent."""
     return redact(visible(text))
+
+
+def strings_in(tree: Any) -> Iterator[str]:
+    """Yield every text in a tree of mappings and lists; keys of mappings are left out."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for inner in tree.values() if isinstance(tree, dict) else tree:
+            yield from strings_in(inner)
 
 
 def redacted(value: Any) -> Any:

@@ -72,7 +72,7 @@ def parse_yaml(raw: bytes, where: str) -> Any:
     try:
         text = raw.decode("utf-8")
         _check_events(text, where)
-        return yaml.load(text, Loader=_UniqueKeys)
+        return yaml.load(text, Loader=_UniqueKeys)  # a child of SafeLoader
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text: byte {error.start}", where=where) from None
     except yaml.MarkedYAMLError as error:

@@ -209,7 +209,7 @@ class Method(Settings):
     title: ClassVar[str]  # in reports and messages: "LoRA"
     paper: ClassVar[str]  # authors, year, arXiv number or DOI
     kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]]
-    """What it changes: single layers, attention (keys and values), input embeddings, or the base's own weights."""
+    """Part of the model that changes: single layers, attention (keys and values), input embeddings, all weights."""
     mergeable: ClassVar[bool] = False  # True if an adapter can be merged into the base's weights
     identity_at_start: ClassVar[bool] = False
     """True if, at default settings, a new adapter leaves the model's outputs unchanged."""

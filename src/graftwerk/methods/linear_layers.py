@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -73,7 +74,7 @@ class InputDropout(AdapterModule):
         return dropout(h, self.p, self.seed(x)) if self.p else h
 
 
-class WeightUpdate(InputDropout):
+class WeightUpdate(InputDropout, ABC):
     """Abstract: h = W x + U(W) dropout(x), the update U (out, in) being a function of the weight W.
 
     Args:
@@ -85,9 +86,9 @@ class WeightUpdate(InputDropout):
         super().__init__(p)
         self._base = (base,)  # in a tuple, so that it is no child
 
+    @abstractmethod
     def weight_update(self, weight: Tensor) -> Tensor:
         """Return U (out, in) for the weight W (out, in), in the dtype of the parameters."""
-        raise NotImplementedError
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         update = self.weight_update(base_weight(self._base[0]))  # (out, in)

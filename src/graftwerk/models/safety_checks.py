@@ -16,6 +16,7 @@ from typing import Any
 
 from graftwerk.errors import AdapterError, IntegrityError, ResourceError
 from graftwerk.resource_paths import open_regular
+from graftwerk.sanitize import strings_in
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -141,7 +142,7 @@ def _check_tree(tree: Any, path: Path) -> None:
                 "the model asks for `trust_remote_code`", where=str(path), hint="remove it from a copy"
             )
         if "implementation" in key or "kernel" in key:
-            for text in _texts(value):
+            for text in strings_in(value):
                 if "/" in text or ":" in text:
                     raise IntegrityError(
                         f"the model asks for compiled code from a repository (`{key}`: {text[:80]!r})",
@@ -160,14 +161,6 @@ def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
             waiting.extend(node.values())
         elif isinstance(node, list):
             waiting.extend(node)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
 
 
 def _read_json(path: Path) -> Any:
