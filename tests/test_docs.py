@@ -34,3 +34,19 @@ def test_links_between_documents_lead_somewhere() -> None:
         if not (page.parent / link).exists()
     ]
     assert broken == []
+
+
+def test_architecture_names_exist() -> None:
+    """Each public name in the table of rooms is defined in its room."""
+    table = (ROOT / "docs" / "architecture.md").read_text("utf-8").split("## The rooms")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    assert len(rows) > 15
+    missing = []
+    for rooms, _, names in (row for row in rows if len(row) == 3 and "cli/" not in row[0]):
+        places = [ROOT / "src" / "graftwerk" / room for room in re.findall(r"`([\w/.]+)`", rooms)]
+        files = [file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])]
+        text = "\n".join(file.read_text("utf-8") for file in files)
+        for name in re.findall(r"`(?:\w+\.)?(\w+)`", names):
+            if not re.search(rf"^ *(def|class) {name}\b|^{name}\b.*=", text, re.MULTILINE):
+                missing.append(f"{rooms}: {name}")
+    assert missing == []

@@ -115,7 +115,7 @@ _HEAD_NAMES = frozenset({
 
 def read_architecture(model: PreTrainedModel) -> Architecture:
     """Return the architecture of a model; read once for as long as its modules are the same, adapters left out."""
-    return module_index(model).cached("anatomy", lambda: _read(model))
+    return module_index(model).cached("architecture", lambda: _read(model))
 
 
 def _read(model: PreTrainedModel) -> Architecture:
