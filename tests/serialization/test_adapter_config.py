@@ -31,13 +31,13 @@ def written(folder: Path, **values: Any) -> Path:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_every_key_of_peft_is_in_the_table(kind: str, tmp_path: Path) -> None:
+def test_keys_table_lists_every_field_of_peft_config(kind: str, tmp_path: Path) -> None:
     """If this fails after an update of PEFT: decide for each new key whether it changes what is computed."""
     assert KEYS[kind].keys() == {field.name for field in dataclasses.fields(CLASSES[kind])}
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_what_peft_writes_by_default_is_accepted(kind: str, tmp_path: Path) -> None:
+def test_read_config_accepts_peft_defaults(kind: str, tmp_path: Path) -> None:
     settings = {"num_virtual_tokens": 3} if kind not in ("LORA", "IA3") else {"target_modules": ["q_proj"]}
     if kind == "P_TUNING":
         settings["encoder_hidden_size"] = 8
@@ -76,7 +76,7 @@ def test_what_peft_writes_by_default_is_accepted(kind: str, tmp_path: Path) -> N
         (UnsupportedError, {"init_lora_weights": "pissa_niter_4"}),
     ],
 )
-def test_refused(error: type[GraftwerkError], changes: dict[str, Any], tmp_path: Path) -> None:
+def test_read_config_invalid_value_raises(error: type[GraftwerkError], changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(error) as caught:
         read_config(written(tmp_path, **{**GOOD, **changes}))
     assert type(caught.value) is error
@@ -84,13 +84,13 @@ def test_refused(error: type[GraftwerkError], changes: dict[str, Any], tmp_path:
     assert len(str(caught.value)) < 1000
 
 
-def test_needed_keys(tmp_path: Path) -> None:
+def test_read_config_missing_required_key_raises(tmp_path: Path) -> None:
     for key in ("r", "lora_alpha"):
         with pytest.raises(ConfigError, match=f"`{key}` is missing"):
             read_config(written(tmp_path, **{name: value for name, value in GOOD.items() if name != key}))
 
 
-def test_a_pattern_that_hangs_others_is_only_text_here(tmp_path: Path) -> None:
+def test_read_config_catastrophic_regex_is_not_evaluated(tmp_path: Path) -> None:
     assert read_config(written(tmp_path, **{**GOOD, "target_modules": "(a+)+$", "exclude_modules": "(.*)*x"}))
 
 
@@ -104,7 +104,7 @@ _keys = st.sampled_from([*KEYS["LORA"], *KEYS["PREFIX_TUNING"], "auto_map", "any
 
 
 @given(st.sampled_from([*KEYS, "GRAFTWERK_FULL", "LOHA"]), st.dictionaries(_keys, _values, max_size=4))
-def test_any_content_is_accepted_or_refused_in_our_words(
+def test_read_config_arbitrary_content_returns_valid_values_or_raises(
     tmp_path_factory: pytest.TempPathFactory, kind: str, values: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.getbasetemp()

@@ -32,7 +32,7 @@ def content(folder: Path) -> set[str]:
     return {(folder / "one").read_text(), (folder / "inner" / "two").read_text()[:3]}
 
 
-def test_a_new_folder_and_its_parents(tmp_path: Path) -> None:
+def test_write_folder_creates_missing_parents(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "c"
     assert write_folder(target, filler("new")) == target
     assert content(target) == {"new"}
@@ -40,7 +40,7 @@ def test_a_new_folder_and_its_parents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_an_old_folder_is_replaced_and_nothing_hidden_stays(
+def test_write_folder_replaces_existing_folder_without_leftovers(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not exchange:
@@ -56,7 +56,9 @@ def test_an_old_folder_is_replaced_and_nothing_hidden_stays(
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("existing", [True, False])
-def test_killed_at_every_system_call(tmp_path: Path, exchange: bool, existing: bool) -> None:
+def test_write_folder_killed_at_every_system_call_leaves_old_or_new(
+    tmp_path: Path, exchange: bool, existing: bool
+) -> None:
     """A child dies at its n-th call, for every n until it gets through; each time old or new is found, whole."""
     calls = ["mkdir", "rename", "replace", "fsync", "open", "rmdir", "unlink"]
     outcomes = []
@@ -99,7 +101,7 @@ def _dying(function: Callable[..., object], left: list[int]) -> Callable[..., ob
     return call
 
 
-def test_a_reader_finds_the_old_folder_when_the_new_one_never_came(tmp_path: Path) -> None:
+def test_recover_interrupted_rename_restores_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     write_folder(target, filler("old"))
     os.rename(target, tmp_path / ".adapter.replaced")
@@ -107,7 +109,7 @@ def test_a_reader_finds_the_old_folder_when_the_new_one_never_came(tmp_path: Pat
     assert content(target) == {"old"}
 
 
-def test_a_writer_clears_up_after_one_that_died_between_two_renames(tmp_path: Path) -> None:
+def test_write_folder_after_interrupted_writer_removes_leftovers(tmp_path: Path) -> None:
     target = tmp_path / "adapter"
     for still_there in (False, True):
         write_folder(target, filler("old"))
@@ -117,7 +119,7 @@ def test_a_writer_clears_up_after_one_that_died_between_two_renames(tmp_path: Pa
         assert content(target) == {"new"}
 
 
-def test_a_living_writers_partial_is_left_alone(tmp_path: Path) -> None:
+def test_write_folder_removes_partial_folders_of_dead_processes_only(tmp_path: Path) -> None:
     mine = tmp_path / f".adapter.partial-{os.getpid()}-aaaa"
     dead = tmp_path / ".adapter.partial-4194999-bbbb"
     mine.mkdir()
@@ -129,7 +131,9 @@ def test_a_living_writers_partial_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", sorted(atomic.FAULTS))
 @pytest.mark.parametrize("hidden_in_text", [False, True])
-def test_faults_of_the_environment_keep_the_old_folder(tmp_path: Path, number: int, hidden_in_text: bool) -> None:
+def test_write_folder_os_error_raises_resource_error_and_keeps_old(
+    tmp_path: Path, number: int, hidden_in_text: bool
+) -> None:
     target = tmp_path / "adapter"
     write_folder(target, filler("old"))
 
@@ -148,7 +152,7 @@ def test_faults_of_the_environment_keep_the_old_folder(tmp_path: Path, number: i
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
+def test_write_folder_other_exception_propagates_without_leftovers(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "one").write_text("half")
         raise ZeroDivisionError
@@ -158,7 +162,7 @@ def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_size_limit(tmp_path: Path) -> None:
+def test_write_folder_file_size_limit_keeps_old(tmp_path: Path) -> None:
     """A real one, set on a child: the kernel refuses the write, Python sees errno 27."""
     target = tmp_path / "adapter"
     write_folder(target, filler("old"))
@@ -175,14 +179,14 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-def test_the_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+def test_write_folder_too_little_space_raises_before_writing(tmp_path: Path) -> None:
     filled = []
     with pytest.raises(ResourceError, match="bytes are free"):
         write_folder(tmp_path / "adapter", filled.append, bytes_needed=1 << 60)
     assert filled == []
 
 
-def test_a_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_folder_read_only_disk_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: object, mode: int = 0o777, **named: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -192,7 +196,7 @@ def test_a_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert caught.value.exit_code == 5
 
 
-def test_a_failed_fsync_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_failed_fsync_raises_and_keeps_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file(tmp_path / "f", "old")
 
     def broken(descriptor: int) -> None:
@@ -207,7 +211,7 @@ def test_a_failed_fsync_is_no_success(tmp_path: Path, monkeypatch: pytest.Monkey
     assert os.listdir(tmp_path) == ["f"]
 
 
-def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_folder_syncs_content_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     sync, rename = os.fsync, os.rename
 
@@ -228,7 +232,7 @@ def test_everything_is_synced_before_it_gets_its_name(tmp_path: Path, monkeypatc
     assert tmp_path.name in after
 
 
-def test_files(tmp_path: Path) -> None:
+def test_write_file_writes_text_bytes_and_streams(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "file.json"
     write_file(target, "ä")
     assert target.read_bytes() == "ä".encode()
@@ -240,7 +244,7 @@ def test_files(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["file.json"]
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_write_folder_follows_symlink(tmp_path: Path) -> None:
     write_folder(tmp_path / "real", filler("old"))
     (tmp_path / "link").symlink_to("real")
     write_folder(tmp_path / "link", filler("new"))
@@ -248,7 +252,7 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert content(tmp_path / "real") == {"new"}
 
 
-def test_a_file_in_the_place_of_a_folder_and_the_other_way(tmp_path: Path) -> None:
+def test_write_file_and_folder_of_other_kind_raise_conflict(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     with pytest.raises(ConflictError):
@@ -260,9 +264,7 @@ def test_a_file_in_the_place_of_a_folder_and_the_other_way(tmp_path: Path) -> No
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_fault_after_the_rename_does_not_say_that_the_old_content_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_error_after_rename_reports_new_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -280,7 +282,7 @@ def test_a_fault_after_the_rename_does_not_say_that_the_old_content_is_there(
     assert "as it was to be written" in str(caught.value.recovered)
 
 
-def test_read_steadily_with_a_replaced_folder_gives_one_state(tmp_path: Path) -> None:
+def test_read_steadily_folder_replaced_during_read_returns_one_state(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     write_folder(target, filler("old"))
     tries = []

@@ -34,7 +34,7 @@ def front_matter(card: str) -> dict[str, Any]:
     return values
 
 
-def test_what_it_says() -> None:
+def test_model_card_states_every_fact() -> None:
     card = model_card(OWN, CONFIG)
     assert front_matter(card) == {"base_model": "someone/bert", "library_name": "peft", "tags": ["graftwerk", "lora"]}
     for words in (
@@ -54,13 +54,13 @@ def test_what_it_says() -> None:
         assert words in card, words
 
 
-def test_more_than_fifty_labels_are_listed_in_part_and_counted() -> None:
+def test_model_card_more_than_fifty_labels_are_truncated_and_counted() -> None:
     labels = [f"label{at:02d}" for at in range(53)]
     assert "label49 and 3 more" in model_card({**OWN, "labels": labels}, CONFIG)
     assert "more" not in model_card({**OWN, "labels": labels[:50]}, CONFIG).partition("labels:")[2].partition("\n")[0]
 
 
-def test_where_the_rows_came_from_is_a_list_of_facts() -> None:
+def test_model_card_data_origin_is_listed() -> None:
     origin = {
         "train": "reviews.csv",
         "test": 500,
@@ -79,7 +79,7 @@ def test_where_the_rows_came_from_is_a_list_of_facts() -> None:
     ]
 
 
-def test_with_next_to_nothing() -> None:
+def test_model_card_omits_sections_without_facts() -> None:
     card = model_card({}, {})
     assert "Figures" not in card
     assert "Repeat" not in card
@@ -107,7 +107,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("bad", HOSTILE)
-def test_hostile_text_breaks_out_nowhere(bad: str, nested: bool) -> None:
+def test_model_card_escapes_hostile_text(bad: str, nested: bool) -> None:
     origin = {bad: bad, "columns": {bad: bad}} if nested else bad
     own = {
         **OWN,
@@ -157,7 +157,7 @@ def outside_fences(card: str) -> str:
 
 
 @given(st.text(max_size=60))
-def test_text_is_one_line(value: str) -> None:
+def test_text_returns_one_line(value: str) -> None:
     line = text(value)
     assert len(line.splitlines()) <= 1
     assert "<" not in line
@@ -167,17 +167,17 @@ def test_text_is_one_line(value: str) -> None:
 @example("```")
 @example("x\n````\ny")
 @example("   `````\n```")
-def test_no_content_ends_its_block(value: str) -> None:
+def test_block_content_with_backticks_stays_inside(value: str) -> None:
     """Whatever runs of backticks it holds, what comes after the block is all that stands outside."""
     assert outside_fences(f"---\n---\n{block(value)}\nafter") == "after"
 
 
-def test_text_is_cut_to_its_length_with_an_ellipsis() -> None:
+def test_text_over_limit_ends_in_ellipsis() -> None:
     assert text("a" * 60, 60) == "a" * 60
     assert text("a" * 61, 60) == "a" * 59 + "…"
 
 
-def test_secrets_are_blotted_out() -> None:
+def test_model_card_redacts_secrets() -> None:
     own = {
         **OWN,
         "command": "HF_TOKEN=hf_abcdefghijklmnopqrstuv graftwerk train run.yaml --api-key=topsecret",

@@ -48,9 +48,7 @@ def answers(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adapter_on_a_base_without_pooler_answers_the_same_on_every_load(
-    method: str, poolerless: Path, tmp_path: Path
-) -> None:
+def test_load_adapter_base_without_pooler_reproduces_outputs(method: str, poolerless: Path, tmp_path: Path) -> None:
     model = classifier(poolerless, 1)
     graft = gw.attach(model, method_of(method))
     perturb(graft.parameters(), 5)
@@ -68,7 +66,9 @@ def test_adapter_on_a_base_without_pooler_answers_the_same_on_every_load(
 
 
 @pytest.mark.parametrize("modules_to_save", ["auto", ["classifier"], []])
-def test_what_was_drawn_is_stored_whatever_modules_to_save_says(modules_to_save: Any, poolerless: Path) -> None:
+def test_attach_saves_newly_initialized_modules_whatever_modules_to_save(
+    modules_to_save: Any, poolerless: Path
+) -> None:
     method = parse_method({"name": "lora", "r": 2, "modules_to_save": modules_to_save})
     graft = gw.attach(classifier(poolerless, 1), method)
     assert sorted(graft.heads) == ["bert.pooler", "classifier"]
@@ -101,20 +101,20 @@ def _marian() -> Any:
         (lambda: FAMILIES["bert"].build().bert, "MaskedLM", ("cls.predictions.transform",)),
     ],
 )
-def test_drawn_modules(build: Any, kind: str, expected: tuple[str, ...], tmp_path: Path) -> None:
+def test_drawn_modules_names_newly_initialized_modules(
+    build: Any, kind: str, expected: tuple[str, ...], tmp_path: Path
+) -> None:
     build().save_pretrained(tmp_path)
     assert tuple(sorted(drawn_modules(loaded(tmp_path, 0, kind)))) == expected
 
 
-def test_a_model_that_says_nothing_of_its_checkpoint_has_no_drawn_modules(poolerless: Path) -> None:
+def test_drawn_modules_unknown_checkpoint_is_empty(poolerless: Path) -> None:
     assert drawn_modules(FAMILIES["bert"].build(classifier=True)) == ()
     assert drawn_modules(copy.deepcopy(classifier(poolerless, 1))) == ()
     assert drawn_modules(classifier(poolerless, 1).half().float()) == ("bert.pooler", "classifier")
 
 
-def test_a_base_with_another_pooler_than_the_adapter_was_trained_with_is_refused(
-    poolerless: Path, tmp_path: Path
-) -> None:
+def test_load_adapter_base_with_other_pooler_raises(poolerless: Path, tmp_path: Path) -> None:
     model = copy.deepcopy(classifier(poolerless, 1))  # nobody knows any more that its pooler was drawn
     gw.attach(model, method_of("lora")).save(tmp_path)
     other = copy.deepcopy(classifier(poolerless, 2))
@@ -125,7 +125,7 @@ def test_a_base_with_another_pooler_than_the_adapter_was_trained_with_is_refused
     load_adapter(model, tmp_path, "again")
 
 
-def test_an_output_embedding_that_was_drawn_again_is_refused(tmp_path: Path) -> None:
+def test_load_adapter_reinitialized_output_embedding_raises(tmp_path: Path) -> None:
     _llama().save_pretrained(tmp_path / "base")
     model = loaded(tmp_path / "base", 1, "CausalLM")
     gw.attach(model, method_of("lora")).save(tmp_path / "a")
@@ -134,7 +134,7 @@ def test_an_output_embedding_that_was_drawn_again_is_refused(tmp_path: Path) -> 
     load_adapter(model, tmp_path / "a", "again")
 
 
-def test_peft_folder_that_lacks_the_pooler_is_refused_on_a_base_that_drew_one(poolerless: Path, tmp_path: Path) -> None:
+def test_load_adapter_peft_without_newly_initialized_pooler_raises(poolerless: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
     peft.get_peft_model(classifier(poolerless, 1), settings).save_pretrained(tmp_path)
@@ -144,14 +144,14 @@ def test_peft_folder_that_lacks_the_pooler_is_refused_on_a_base_that_drew_one(po
     load_adapter(base, tmp_path, force=True)
 
 
-def test_adapter_without_a_head_warns_of_a_head_that_was_drawn(poolerless: Path, tmp_path: Path) -> None:
+def test_load_adapter_without_head_warns_of_newly_initialized_head(poolerless: Path, tmp_path: Path) -> None:
     method = parse_method({"name": "lora", "r": 2, "target_modules": "attention", "modules_to_save": []})
     gw.attach(FAMILIES["bert"].build(), method).save(tmp_path)
     with pytest.warns(UserWarning, match="`classifier`.*drawn at random"):
         load_adapter(classifier(poolerless, 2), tmp_path)
 
 
-def test_base_parts_inside_the_pretrained_body_that_were_drawn_are_stored(tmp_path: Path) -> None:
+def test_attach_saves_newly_initialized_position_embeddings(tmp_path: Path) -> None:
     """Tables of positions of another length, which transformers draws anew when told to ignore the sizes."""
     FAMILIES["bert"].build(classifier=True).save_pretrained(tmp_path / "base")
     options = {"max_position_embeddings": 32, "ignore_mismatched_sizes": True}

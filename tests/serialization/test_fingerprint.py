@@ -38,7 +38,7 @@ SIBLINGS = [
 
 
 @pytest.mark.parametrize(("config", "family", "classes"), SIBLINGS, ids=[family for _, family, _ in SIBLINGS])
-def test_every_class_of_one_checkpoint_agrees(
+def test_fingerprint_equal_for_every_model_class_of_a_checkpoint(
     config: tf.PretrainedConfig, family: str, classes: list[str], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -57,11 +57,11 @@ def bert(seed: int = 0) -> tf.BertModel:
     return tf.BertModel(tf.BertConfig(**SIZES))
 
 
-def test_float32_and_bfloat16_agree() -> None:
+def test_fingerprint_equal_in_float32_and_bfloat16() -> None:
     assert fingerprint(bert()) == fingerprint(bert().to(torch.bfloat16))
 
 
-def test_one_changed_weight_anywhere_in_a_small_tensor_is_seen() -> None:
+def test_fingerprint_changes_with_one_weight_of_any_small_tensor() -> None:
     model = bert()
     before = fingerprint(model)
     for name, parameter in model.named_parameters():
@@ -76,11 +76,11 @@ def test_one_changed_weight_anywhere_in_a_small_tensor_is_seen() -> None:
     assert fingerprint(model) == before
 
 
-def test_a_renamed_or_reshaped_layer_is_another_base() -> None:
+def test_fingerprint_differs_with_another_number_of_layers() -> None:
     assert fingerprint(bert()) != fingerprint(tf.BertModel(tf.BertConfig(**{**SIZES, "num_hidden_layers": 1})))
 
 
-def test_large_tensors_are_sampled_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_large_tensor_spans_first_to_last_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLES", 7)
     for numel in (1, 6, 7, 8, 50, 1000):
         values = torch.arange(numel, dtype=torch.float32)
@@ -91,7 +91,7 @@ def test_large_tensors_are_sampled_from_end_to_end(monkeypatch: pytest.MonkeyPat
         assert float(sample[-1]) >= 0.7 * (numel - 1)
 
 
-def test_it_is_computed_once_until_a_weight_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_is_cached_until_a_weight_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = bert()
     calls = []
     sample = module._sample
@@ -109,7 +109,7 @@ def test_it_is_computed_once_until_a_weight_changes(monkeypatch: pytest.MonkeyPa
     assert len(calls) > count
 
 
-def test_weights_that_are_not_there() -> None:
+def test_fingerprint_meta_tensors_raise() -> None:
     with torch.device("meta"):
         model = tf.BertModel(tf.BertConfig(**SIZES))
     with pytest.raises(ModelError, match="not loaded"):

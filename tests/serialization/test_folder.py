@@ -77,7 +77,7 @@ def untouched(act: Callable[[Any], Any], error: type[GraftwerkError], match: str
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_lies_in_a_folder(tmp_path: Path) -> None:
+def test_save_adapter_writes_files_and_facts(tmp_path: Path) -> None:
     graft = grafted()
     metadata = {
         "model": "someone/bert",
@@ -99,20 +99,20 @@ def test_what_lies_in_a_folder(tmp_path: Path) -> None:
     assert "accuracy" in (folder / "README.md").read_text()
 
 
-def test_the_same_graft_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_save_adapter_equal_adapters_give_equal_bytes(tmp_path: Path) -> None:
     save_adapter(grafted(), tmp_path / "a")
     save_adapter(grafted(), tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_labels_come_from_the_model_where_it_has_names(tmp_path: Path) -> None:
+def test_save_adapter_takes_labels_from_model_config(tmp_path: Path) -> None:
     graft = grafted()
     graft.model.config.id2label = {0: "a", 1: "b", 2: "c"}
     assert read_adapter_config(save_adapter(graft, tmp_path / "a")).labels == ["a", "b", "c"]
     assert read_adapter_config(save_adapter(grafted(), tmp_path / "b")).labels is None
 
 
-def test_a_replaced_adapter_takes_nothing_with_it(tmp_path: Path) -> None:
+def test_save_adapter_replaces_own_files_and_keeps_others(tmp_path: Path) -> None:
     folder = save_adapter(grafted({"name": "lora", "init_lora_weights": "pissa"}), tmp_path / "adapter")
     assert (folder / "graftwerk_training.safetensors").exists()
     (folder / "tokenizer.json").write_text("mine")
@@ -125,7 +125,7 @@ def test_a_replaced_adapter_takes_nothing_with_it(tmp_path: Path) -> None:
     assert (folder / "other" / "file").read_text() == "mine too"
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+def test_save_adapter_foreign_folder_raises_conflict(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ConflictError, match="holds no adapter"):
         save_adapter(grafted(), tmp_path)
@@ -133,7 +133,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_has_diverged_is_never_written(value: float, tmp_path: Path) -> None:
+def test_save_adapter_nan_or_infinity_raises_and_keeps_old(value: float, tmp_path: Path) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter")
     before = files(folder)
     bad = grafted()
@@ -144,14 +144,14 @@ def test_what_has_diverged_is_never_written(value: float, tmp_path: Path) -> Non
     assert files(folder) == before
 
 
-def test_metadata_that_cannot_be_written(tmp_path: Path) -> None:
+def test_save_adapter_invalid_metadata_raises(tmp_path: Path) -> None:
     for metadata in ({"files": 1}, {"format": 2}, {"name": "x"}, {"thing": object()}):
         with pytest.raises(ConfigError, match="metadata"):
             save_adapter(grafted(), tmp_path / "adapter", metadata=metadata)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_space(tmp_path: Path) -> None:
+def test_save_adapter_file_size_limit_keeps_old(tmp_path: Path) -> None:
     """A file-size limit in a child: exit 5 with the bytes needed, the old adapter whole, nothing left behind."""
     folder = save_adapter(grafted(), tmp_path / "adapter")
     before = files(folder)
@@ -169,7 +169,7 @@ def test_no_space(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["adapter"]
 
 
-def test_a_merged_and_a_sleeping_adapter_are_stored_like_an_active_one(tmp_path: Path) -> None:
+def test_save_adapter_merged_or_disabled_equals_active(tmp_path: Path) -> None:
     graft = grafted()
     save_adapter(graft, tmp_path / "active")
     graft.merge()
@@ -181,7 +181,7 @@ def test_a_merged_and_a_sleeping_adapter_are_stored_like_an_active_one(tmp_path:
 
 
 @pytest.mark.parametrize("keep_base", [True, False])
-def test_full_fine_tuning_is_stored_with_its_base(keep_base: bool, tmp_path: Path) -> None:
+def test_save_adapter_full_fine_tuning_roundtrip(keep_base: bool, tmp_path: Path) -> None:
     graft = grafted({"name": "full", "keep_base": keep_base})
     expected = run(graft.model)
     save_adapter(graft, tmp_path / "kept")
@@ -195,7 +195,7 @@ def test_full_fine_tuning_is_stored_with_its_base(keep_base: bool, tmp_path: Pat
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_names_flags_and_random_state(tmp_path: Path) -> None:
+def test_load_adapter_sets_name_and_flags_and_keeps_rng_state(tmp_path: Path) -> None:
     graft = grafted()
     expected = run(graft.model)
     folder = save_adapter(graft, tmp_path / "adapter")
@@ -216,7 +216,7 @@ def test_names_flags_and_random_state(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../up", "a.b", "a/b", "%2e%2e", "a\0", "\u202eabc", "x" * 65, "-a", "", "a b", "ä", "a\n"]
 )
-def test_names_that_are_none(name: str, tmp_path: Path) -> None:
+def test_load_adapter_invalid_name_raises(name: str, tmp_path: Path) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter")
     if name:
         untouched(lambda model: load_adapter(model, folder, name), ConfigError, "name")
@@ -224,7 +224,7 @@ def test_names_that_are_none(name: str, tmp_path: Path) -> None:
     untouched(lambda model: load_adapter(model, folder), ConfigError, "name")
 
 
-def test_same_shapes_and_other_weights(tmp_path: Path) -> None:
+def test_load_adapter_base_with_other_weights_raises(tmp_path: Path) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter", metadata={"model": "right/base"})
     other = bert(seed=9)
     before = run(other)
@@ -239,7 +239,7 @@ def test_same_shapes_and_other_weights(tmp_path: Path) -> None:
     assert not torch.equal(run(other), before)
 
 
-def test_another_size(tmp_path: Path) -> None:
+def test_load_adapter_base_of_other_architecture_raises(tmp_path: Path) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter", metadata={"model": "right/base"})
     other = FAMILIES["roberta"].build(classifier=True)
     with pytest.raises(AdapterError, match="another base"):
@@ -285,21 +285,21 @@ LAYER = "base_model.model.bert.encoder.layer.0.attention.self.query"
         (lambda t: [t.pop(key) for key in list(t) if "lora" in key], "no tensors"),
     ],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_are_listed(change: Callable[..., Any], match: str, tmp_path: Path) -> None:
+def test_load_adapter_mismatched_tensors_are_listed(change: Callable[..., Any], match: str, tmp_path: Path) -> None:
     folder = edited(as_peft(save_adapter(grafted(), tmp_path / "adapter")), change)
     error = untouched(lambda model: load_adapter(model, folder), AdapterError, match)
     assert error.exit_code == 4
     assert str(folder) in str(error.where)
 
 
-def test_a_model_without_the_adapters_head(tmp_path: Path) -> None:
+def test_load_adapter_model_without_head_raises_with_hint(tmp_path: Path) -> None:
     folder = as_peft(save_adapter(grafted(), tmp_path / "adapter"))
     with pytest.raises(AdapterError, match=r"not known here.*classifier") as caught:
         load_adapter(BERT.build(), folder)
     assert "task head" in str(caught.value.hint)
 
 
-def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+def test_load_adapter_corrupted_file_raises(tmp_path: Path) -> None:
     """One bit anywhere: `graftwerk.json` says what was written. Without it the folder is PEFT's, and read as it is."""
     folder = save_adapter(grafted({"name": "ptuning", "num_virtual_tokens": 2}), tmp_path / "adapter")
     for name in ("adapter_model.safetensors", "adapter_config.json", "graftwerk_training.safetensors"):
@@ -338,7 +338,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
         {"method": {"name": "probe"}},
     ],
 )
-def test_settings_that_promise_another_size_reserve_no_memory(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_load_adapter_settings_of_other_size_raise_before_allocation(changes: dict[str, Any], tmp_path: Path) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter")
     (folder / "graftwerk.json").write_text(json.dumps({**read_adapter_config(folder).own, **changes}))
     untouched(lambda model: load_adapter(model, folder), AdapterError, "the file holds")
@@ -359,13 +359,15 @@ def test_settings_that_promise_another_size_reserve_no_memory(changes: dict[str,
         (ConfigError, {"method": {"name": "lora", "unknown": 1}}),
     ],
 )
-def test_wrong_facts(error: type[GraftwerkError], changes: dict[str, Any], tmp_path: Path) -> None:
+def test_load_adapter_invalid_graftwerk_json_raises(
+    error: type[GraftwerkError], changes: dict[str, Any], tmp_path: Path
+) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter")
     (folder / "graftwerk.json").write_text(json.dumps({**read_adapter_config(folder).own, **changes}))
     untouched(lambda model: load_adapter(model, folder), error, ".")
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_read_adapter_config_folder_without_adapter_raises(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="no folder"):
         read_adapter_config(tmp_path / "nowhere")
     with pytest.raises(AdapterError, match="holds no adapter"):
@@ -376,20 +378,20 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         read_adapter_config(folder)
 
 
-def test_only_a_pickle_of_the_weights(tmp_path: Path) -> None:
+def test_load_adapter_pickled_weights_raise(tmp_path: Path) -> None:
     folder = as_peft(save_adapter(grafted(), tmp_path / "adapter"))
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     error = untouched(lambda model: load_adapter(model, folder), IntegrityError, "pickle")
     assert error.exit_code == 8
 
 
-def test_a_replacement_that_was_never_finished_is_found(tmp_path: Path) -> None:
+def test_load_adapter_recovers_interrupted_replacement(tmp_path: Path) -> None:
     folder = save_adapter(grafted(), tmp_path / "adapter")
     shutil.move(folder, tmp_path / ".adapter.replaced")
     assert load_adapter(bert(), folder).name == "news"
 
 
-def test_another_number_of_labels_makes_a_head_of_its_own(tmp_path: Path) -> None:
+def test_load_adapter_other_number_of_labels_gets_own_head(tmp_path: Path) -> None:
     model = bert(labels=5)
     expected_width = 5
     save_adapter(gw.attach(model, parse_method("lora"), "five"), tmp_path / "adapter")
@@ -400,7 +402,7 @@ def test_another_number_of_labels_makes_a_head_of_its_own(tmp_path: Path) -> Non
         assert run(three).shape[-1] == 3
 
 
-def test_loading_while_the_folder_is_replaced_gives_the_old_or_the_new(tmp_path: Path) -> None:
+def test_load_adapter_concurrent_save_gives_old_or_new(tmp_path: Path) -> None:
     """A writer replaces the folder as fast as it can; each load finds one whole adapter."""
     folder = tmp_path / "news"
     grafts = [grafted(seed=seed) for seed in (1, 2)]
@@ -431,7 +433,7 @@ def test_loading_while_the_folder_is_replaced_gives_the_old_or_the_new(tmp_path:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
-def test_all_files_are_made_under_the_users_umask(tmp_path: Path, umask: int) -> None:
+def test_save_adapter_files_follow_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
         folder = grafted("prompt").save(tmp_path / "news")
@@ -440,7 +442,7 @@ def test_all_files_are_made_under_the_users_umask(tmp_path: Path, umask: int) ->
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
 
 
-def test_adapter_save_without_a_file_format_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_save_without_writer_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = grafted()
     assert (
         files(adapter.save(tmp_path / "a", task="news")).keys() == files(save_adapter(adapter, tmp_path / "b")).keys()

@@ -44,7 +44,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "houlsby", "prefix", "prompt", "ia3"])
-def test_ten_loads_walk_the_base_once(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_adapter_ten_times_walks_base_once(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path, method)
     model = FAMILIES["llama"].build()
     anatomies = counted(monkeypatch, targets, "_read")
@@ -63,7 +63,7 @@ def test_ten_loads_walk_the_base_once(method: str, tmp_path: Path, monkeypatch: 
     assert len([args for args in walks if args[1] == "" and args[0] is model]) == 1
 
 
-def test_every_load_makes_as_many_calls_as_the_one_before(tmp_path: Path) -> None:
+def test_load_adapter_number_of_calls_is_constant(tmp_path: Path) -> None:
     """Flat in the number loaded: Python's own count of calls, the first one apart."""
     folder = saved(tmp_path)
     model = FAMILIES["llama"].build()
@@ -87,7 +87,7 @@ def test_every_load_makes_as_many_calls_as_the_one_before(tmp_path: Path) -> Non
     assert max(counts[1:]) <= counts[1] * 1.02
 
 
-def test_a_hundred_adapters_cost_a_hundred_adapters(tmp_path: Path) -> None:
+def test_load_adapter_hundred_times_allocates_only_adapter_tensors(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     size = sum(tensor.nbytes for tensor in read_tensors(folder / "adapter_model.safetensors").values())
     model = FAMILIES["llama"].build()
@@ -100,7 +100,9 @@ def test_a_hundred_adapters_cost_a_hundred_adapters(tmp_path: Path) -> None:
     assert sum(blocks.values()) == 100 * size
 
 
-def test_the_tensors_that_were_read_are_the_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_adapter_parameters_share_memory_with_tensors_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved(tmp_path)
     drawn = counted(monkeypatch, nn.init, "kaiming_uniform_")
     read: list[torch.Tensor] = []
@@ -114,7 +116,7 @@ def test_the_tensors_that_were_read_are_the_parameters(tmp_path: Path, monkeypat
     assert own == {tensor.data_ptr() for tensor in read[-len(own) :]}
 
 
-def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_adapter_reads_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(tmp_path)
     weights = folder / "adapter_model.safetensors"
     taken = counted(monkeypatch, safety, "checksum")
@@ -125,7 +127,7 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("where", [4, 40, -1])
-def test_one_changed_byte_of_the_weights_is_noticed(where: int, tmp_path: Path) -> None:
+def test_load_adapter_changed_byte_of_weights_raises(where: int, tmp_path: Path) -> None:
     folder = saved(tmp_path)
     weights = folder / "adapter_model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -141,7 +143,7 @@ def test_one_changed_byte_of_the_weights_is_noticed(where: int, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_numbers_that_are_none_are_found_in_a_whole_block(bad: float, tmp_path: Path) -> None:
+def test_load_adapter_nan_or_infinity_raises(bad: float, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(tmp_path)
@@ -154,7 +156,7 @@ def test_numbers_that_are_none_are_found_in_a_whole_block(bad: float, tmp_path: 
         load_adapter(FAMILIES["llama"].build(), folder)
 
 
-def test_large_numbers_whose_sum_overflows_are_numbers(tmp_path: Path) -> None:
+def test_load_adapter_large_finite_values_are_accepted(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(tmp_path)
@@ -168,7 +170,7 @@ def test_large_numbers_whose_sum_overflows_are_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["step", "load", "replace", "module"])
-def test_a_base_that_was_changed_after_the_first_load_is_another_base(change: str, tmp_path: Path) -> None:
+def test_load_adapter_base_changed_after_first_load_raises(change: str, tmp_path: Path) -> None:
     folder = saved(tmp_path)
     model = FAMILIES["llama"].build()
     load_adapter(model, folder, "first")
@@ -189,7 +191,7 @@ def test_a_base_that_was_changed_after_the_first_load_is_another_base(change: st
     load_adapter(model, folder, "forced", force=True)
 
 
-def test_modules_that_come_later_are_seen() -> None:
+def test_read_architecture_follows_added_and_removed_modules() -> None:
     model = FAMILIES["llama"].build()
     view = targets.read_architecture(model)
     assert targets.read_architecture(model) is view
@@ -204,7 +206,7 @@ def test_modules_that_come_later_are_seen() -> None:
     assert targets.read_architecture(model) == view
 
 
-def test_detaching_leaves_nothing_at_the_model(tmp_path: Path) -> None:
+def test_detach_after_load_leaves_no_attributes(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     model = FAMILIES["llama"].build()
     before = set(model.__dict__)
@@ -214,7 +216,7 @@ def test_detaching_leaves_nothing_at_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby"])
-def test_a_file_that_does_not_fit_leaves_the_model_and_who_is_active(method: str, tmp_path: Path) -> None:
+def test_load_adapter_mismatched_file_keeps_model_and_active_adapters(method: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(tmp_path, method)
@@ -237,7 +239,7 @@ def test_a_file_that_does_not_fit_leaves_the_model_and_who_is_active(method: str
     assert gw.adapters(model)["first"]._model_adapters.selection.names == ("first", "second")
 
 
-def test_loading_in_training_mode_and_with_another_default_type(tmp_path: Path) -> None:
+def test_load_adapter_follows_training_mode_of_model(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     model = FAMILIES["llama"].build().train()
     graft = load_adapter(model, folder, trainable=True)

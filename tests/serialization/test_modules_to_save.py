@@ -66,7 +66,7 @@ def loaded_by_peft(family: str, folder: Path) -> Tensor:
     + [(method, "llama", ["embed_tokens"]) for method in ("lora", "ia3", "prefix", "prompt", "probe")]
     + [("lora", "distilbert", ["classifier"]), ("ia3", "bert", ["1.output"]), ("lora", "bert", ["pooler"])],
 )
-def test_modules_named_by_ending_roundtrip(method: str, family: str, saved: list[str], tmp_path: Path) -> None:
+def test_modules_to_save_by_suffix_roundtrip(method: str, family: str, saved: list[str], tmp_path: Path) -> None:
     model = build(family)
     graft = randomised(gw.attach(model, parse_method({**METHODS[method], "modules_to_save": saved})))
     expected = run(model, family)
@@ -95,7 +95,9 @@ def test_modules_named_by_ending_roundtrip(method: str, family: str, saved: list
         (["query", "key"], ["encoder.layer.1", "layer.1.output"]),  # nested: the outer one holds the inner
     ],
 )
-def test_saved_modules_are_left_out_of_targets_as_in_peft(targets: list[str], saved: list[str], tmp_path: Path) -> None:
+def test_saved_modules_are_excluded_from_targets_as_in_peft(
+    targets: list[str], saved: list[str], tmp_path: Path
+) -> None:
     model = build("bert")
     method = parse_method({**METHODS["lora"], "target_modules": targets, "modules_to_save": [*saved, "classifier"]})
     graft = randomised(gw.attach(model, method))
@@ -117,7 +119,7 @@ def test_saved_modules_are_left_out_of_targets_as_in_peft(targets: list[str], sa
 
 @pytest.mark.parametrize("saved", ["pooler", "pooler.dense"])
 @pytest.mark.parametrize("first", ["saving", "adapting"])
-def test_one_adapter_saves_what_another_adapts(saved: str, first: str) -> None:
+def test_attach_module_saved_by_one_and_adapted_by_other_equals_alone(saved: str, first: str) -> None:
     """Alone, by row and after the other is deleted, each answers as on a model of its own."""
     methods = {
         "saving": parse_method({**METHODS["lora"], "target_modules": ["query"], "modules_to_save": [saved]}),
@@ -157,14 +159,14 @@ def test_one_adapter_saves_what_another_adapts(saved: str, first: str) -> None:
         (UnsupportedError, {"name": "bottleneck", "placement": "parallel", "modules_to_save": ["intermediate"]}),
     ],
 )
-def test_saved_modules_that_leave_nothing_raise(error: type[Exception], method: dict[str, Any]) -> None:
+def test_attach_saved_modules_that_leave_no_target_raise(error: type[Exception], method: dict[str, Any]) -> None:
     model = build("bert")
     with pytest.raises(error, match=r"modules_to_save|saved whole"):
         gw.attach(model, parse_method(method))
     assert not gw.adapters(model)
 
 
-def test_saved_embedding_answers_in_the_type_of_its_base() -> None:
+def test_saved_embedding_returns_dtype_of_base() -> None:
     model = build("llama").to(torch.bfloat16)
     method = parse_method({**METHODS["lora"], "modules_to_save": ["embed_tokens"]})
     graft = gw.attach(model, method)
@@ -172,7 +174,7 @@ def test_saved_embedding_answers_in_the_type_of_its_base() -> None:
     assert all(parameter.dtype is torch.float32 for parameter in graft.parameters())
 
 
-def test_saved_norm_is_no_longer_frugal() -> None:
+def test_saved_norm_copy_is_plain_layer_norm() -> None:
     """Classes for frozen modules are on the base when a second adapter copies a module of it."""
     model = build("bert")
     gw.attach(model, parse_method("lora"), "first")
@@ -182,7 +184,7 @@ def test_saved_norm_is_no_longer_frugal() -> None:
 
 
 @pytest.mark.parametrize("other", ["default", "elsewhere"])
-def test_folder_with_adapted_layers_inside_a_saved_module_loads(
+def test_load_adapter_adapted_layers_inside_saved_module(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """0.1.0 adapted such layers, stored them, and copied whatever adapters stood on the module with it."""
@@ -210,7 +212,7 @@ def test_folder_with_adapted_layers_inside_a_saved_module_loads(
             load_adapter(again, tmp_path / "a")
 
 
-def test_saved_module_that_is_only_read_is_refused() -> None:
+def test_attach_saved_module_that_is_never_called_raises() -> None:
     """Mamba takes the weight out of `dt_proj` and never calls it: a copy would not be asked."""
     config = tf.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=4)
     with pytest.raises(UnsupportedError, match=r"dt_proj.*never called"):

@@ -17,7 +17,7 @@ paths = st.lists(_parts, min_size=1, max_size=5).map(".".join)
 
 
 @given(st.dictionaries(paths, st.booleans(), min_size=1, max_size=12))
-def test_endings_name_exactly_the_chosen(modules: dict[str, bool]) -> None:
+def test_endings_match_exactly_the_chosen_modules(modules: dict[str, bool]) -> None:
     everything = sorted(modules)
     chosen = [path for path in everything if modules[path]]
     # What lies below a chosen module's own name cannot be told apart from it by any ending; PEFT's rule has that limit.
@@ -28,7 +28,7 @@ def test_endings_name_exactly_the_chosen(modules: dict[str, bool]) -> None:
     assert not chosen or [path for path in everything if check_target_module_exists(config, path)] == chosen
 
 
-def test_endings_are_short() -> None:
+def test_endings_are_shortest_unambiguous_suffixes() -> None:
     modules = [f"m.{n}.{name}" for n in range(3) for name in ("q", "k", "out.dense", "att.out.dense")] + ["m.head.q"]
     assert endings([f"m.{n}.k" for n in range(3)], modules) == ["k"]
     assert endings([f"m.{n}.q" for n in range(3)], modules) == ["0.q", "1.q", "2.q"]
@@ -36,14 +36,14 @@ def test_endings_are_short() -> None:
 
 
 @given(paths, paths, st.sampled_from(["{}", "^{}", "{}$", ".*\\.{}", "^{}$"]), st.booleans())
-def test_names_in_patterns_match_as_in_peft(name: str, path: str, form: str, escaped: bool) -> None:
+def test_named_by_matches_as_in_peft(name: str, path: str, form: str, escaped: bool) -> None:
     key = form.format(name.replace(".", "\\.") if escaped else name)
     assert named_by(key, path) == (
         get_pattern_key([key], path) == key and re.match(rf"(.*\.)?({key})$", path) is not None
     )
 
 
-def test_names_that_do_match() -> None:
+def test_named_by_known_patterns() -> None:
     path = "model.decoder.layers.0.encoder_attn.k_proj"
     for key in (
         "k_proj",
@@ -60,13 +60,13 @@ def test_names_that_do_match() -> None:
 
 
 @given(paths, st.sampled_from([None, ["h"], ["layers"], ["a.layers"], ["nope"]]), st.integers(0, 10))
-def test_layers_are_counted_as_in_peft(path: str, names: list[str] | None, wanted: int) -> None:
+def test_layer_number_agrees_with_peft(path: str, names: list[str] | None, wanted: int) -> None:
     config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[wanted], layers_pattern=names)
     full = f"base.{path}.q_proj"
     assert (layer_number(full, names) == wanted) == bool(check_target_module_exists(config, full))
 
 
-def test_numbers_that_count_layers() -> None:
+def test_layer_number_known_paths() -> None:
     for path, names, number in (
         ("model.layers.3.mlp.experts.7.up_proj", None, 3),
         ("h.3.attn.c_attn", None, None),  # PEFT wants something in front of the list's name

@@ -26,7 +26,7 @@ PATH = "model.decoder.layers.10.encoder_attn.k_proj"
         r"[\w.]*attn.k\Wproj", r"[]a]_proj", r"[a\-k]_proj", "x*k_proj", "(encoder|decoder)_attn.k_proj", "",
     ],
 )  # fmt: skip
-def test_expression_matches_as_in_peft(key: str) -> None:
+def test_named_by_expression_matches_as_in_peft(key: str) -> None:
     for path in (PATH, "k_proj", "model.layers.1.mlp.up_proj", "a", ""):
         assert named_by(key, path) == (re.match(rf"(.*\.)?({key})$", path) is not None), path
         if named_by(key, path):
@@ -39,7 +39,7 @@ _parts = st.builds(lambda atom, times: atom if atom in ("^", "$") else atom + ti
 
 
 @given(st.lists(_parts, max_size=5).map("".join), st.text("ab.1", max_size=7))
-def test_any_expression_matches_as_in_python(key: str, text: str) -> None:
+def test_expression_matches_as_in_python_re(key: str, text: str) -> None:
     starts = set(range(len(text) + 1))
     found = any(re.compile(f"(?:{key})$").match(text, at) for at in starts if "^" not in key or at == 0)
     if "^" in key:
@@ -50,7 +50,7 @@ def test_any_expression_matches_as_in_python(key: str, text: str) -> None:
 @pytest.mark.parametrize(
     "key", ["(a+)+$", "(.*)*", "(a|a)*b", "((a*)*)*", "(a|aa)+$", ".*.*.*.*.*.*b", "(a{0,20}){0,20}"]
 )
-def test_expression_that_hangs_python_ends(key: str) -> None:
+def test_named_by_catastrophic_expression_terminates(key: str) -> None:
     assert named_by(key, "a" * 40 + "!") is (key == "(.*)*")
 
 
@@ -59,12 +59,12 @@ def test_expression_that_hangs_python_ends(key: str) -> None:
     ["q_proj" * 200, "(?:a", "a)", "[a", "a{", "(?=a)", "(?!a)b", "(?i)a", r"(a)\1", r"\bq", "*a", "a**", "a{5,1}",
      "a{99999}", "(" * 200 + ")" * 200, "\\", "[b-a]", "^*"],
 )  # fmt: skip
-def test_expression_that_cannot_be_matched_is_refused(key: str) -> None:
+def test_named_by_unsupported_expression_raises(key: str) -> None:
     with pytest.raises(UnsupportedError, match="regular expression"):
         named_by(key, "a" * 40 + "!")
 
 
-def test_expressions_of_too_many_steps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_by_too_many_steps_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """In all: a folder may have many expressions for many layers."""
     monkeypatch.setattr(patterns, "MAX_STEPS", 20_000)
     with pytest.raises(UnsupportedError, match="steps"):

@@ -84,7 +84,7 @@ MODULES = pytest.mark.parametrize("modules", [[], ["q_proj", "v_proj"]], ids=["a
 @MODULES
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=["up", "down", "both", "down and router"])
 @pytest.mark.parametrize("kind", BUILT)
-def test_folder_of_ours_answers_the_same_in_peft(
+def test_save_adapter_target_parameters_gives_equal_outputs_in_peft(
     kind: str, parameters: list[str], modules: list[str], tmp_path: Path
 ) -> None:
     model = moe(kind)
@@ -109,7 +109,7 @@ def test_folder_of_ours_answers_the_same_in_peft(
 @MODULES
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=["up", "down", "both", "down and router"])
 @pytest.mark.parametrize("kind", BUILT)
-def test_folder_of_peft_answers_the_same_here(
+def test_load_adapter_peft_target_parameters_gives_equal_outputs(
     kind: str, parameters: list[str], modules: list[str], tmp_path: Path
 ) -> None:
     expected = made_by_peft(
@@ -136,7 +136,9 @@ def test_folder_of_peft_answers_the_same_here(
         ("gpt2", ["c_attn.weight"]),
     ],
 )
-def test_parameters_of_other_layouts_in_both_directions(kind: str, parameters: list[str], tmp_path: Path) -> None:
+def test_target_parameters_of_other_layouts_roundtrip_with_peft(
+    kind: str, parameters: list[str], tmp_path: Path
+) -> None:
     expected = made_by_peft(kind, tmp_path / "theirs", target_parameters=parameters)
     model = moe(kind)
     base = run(model)
@@ -147,7 +149,7 @@ def test_parameters_of_other_layouts_in_both_directions(kind: str, parameters: l
     torch.testing.assert_close(read_by_peft(kind, tmp_path / "ours"), expected, **CLOSE)
 
 
-def test_nested_keys_and_names_are_those_of_peft(tmp_path: Path) -> None:
+def test_save_adapter_nests_keys_of_one_module_as_peft(tmp_path: Path) -> None:
     model = moe("mixtral")
     save_adapter(gw.attach(model, LoRA(r=3, target_modules=[], target_parameters=[UP, DOWN])), tmp_path)
     experts = "base_model.model.model.layers.1.mlp.experts"
@@ -160,7 +162,7 @@ def test_nested_keys_and_names_are_those_of_peft(tmp_path: Path) -> None:
     assert config["target_modules"] == []
 
 
-def test_layers_are_written_as_names_since_peft_chooses_none_for_parameters(tmp_path: Path) -> None:
+def test_save_adapter_layers_are_written_into_target_parameters(tmp_path: Path) -> None:
     model = moe("mixtral")
     method = LoRA(r=3, target_modules=["q_proj"], target_parameters=[UP], layers="top-1")
     adapter = gw.attach(model, method)
@@ -170,7 +172,7 @@ def test_layers_are_written_as_names_since_peft_chooses_none_for_parameters(tmp_
     torch.testing.assert_close(read_by_peft("mixtral", tmp_path), run(model), **CLOSE)
 
 
-def test_names_have_a_module_before_the_parameter(tmp_path: Path) -> None:
+def test_save_adapter_target_parameters_keep_module_name(tmp_path: Path) -> None:
     """PEFT compares the names of its own parameters too, all of which end in `weight`."""
     model = moe("llama")
     names = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
@@ -181,7 +183,7 @@ def test_names_have_a_module_before_the_parameter(tmp_path: Path) -> None:
     torch.testing.assert_close(read_by_peft("llama", tmp_path), run(model), **CLOSE)
 
 
-def test_parameters_beside_layers_of_gpt2_are_stored_under_a_type_of_ours(tmp_path: Path) -> None:
+def test_save_adapter_gpt2_parameters_and_layers_use_graftwerk_type(tmp_path: Path) -> None:
     model = moe("gpt2")
     method = LoRA(r=2, target_modules=["c_attn"], target_parameters=["c_fc.weight"])
     adapter = gw.attach(model, method)
@@ -193,7 +195,7 @@ def test_parameters_beside_layers_of_gpt2_are_stored_under_a_type_of_ours(tmp_pa
     torch.testing.assert_close(run(again), run(model), **CLOSE)
 
 
-def test_training_goes_on_from_a_folder_of_peft(tmp_path: Path) -> None:
+def test_load_adapter_trainable_peft_parameters_get_gradients(tmp_path: Path) -> None:
     made_by_peft("mixtral", tmp_path, target_parameters=[UP, DOWN])
     model = moe("mixtral")
     adapter = load_adapter(model, tmp_path, trainable=True)
@@ -202,13 +204,13 @@ def test_training_goes_on_from_a_folder_of_peft(tmp_path: Path) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in adapter.parameters())
 
 
-def test_parameter_of_another_model_raises_by_its_name(tmp_path: Path) -> None:
+def test_load_adapter_unknown_target_parameter_raises(tmp_path: Path) -> None:
     made_by_peft("mixtral", tmp_path, target_parameters=[UP])
     with pytest.raises(AdapterError, match=f"target_parameters names `{UP}`"):
         load_adapter(moe("llama"), tmp_path)
 
 
-def test_missing_surplus_and_misshaped_updates_raise(tmp_path: Path) -> None:
+def test_load_adapter_missing_unexpected_or_misshapen_tensors_raise(tmp_path: Path) -> None:
     made_by_peft("mixtral", tmp_path, target_parameters=[UP, DOWN])
     file, experts = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.0.mlp.experts"
     tensors = load_file(file)
@@ -230,14 +232,14 @@ def test_missing_surplus_and_misshaped_updates_raise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("edit", [{"lora_dropout": 0.1}, {"target_parameters": "experts.down_proj"}])
-def test_settings_that_peft_has_not_on_parameters_raise(edit: dict[str, Any], tmp_path: Path) -> None:
+def test_load_adapter_setting_invalid_for_parameters_raises(edit: dict[str, Any], tmp_path: Path) -> None:
     made_by_peft("mixtral", tmp_path, target_parameters=[UP])
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config_of(tmp_path), **edit}))
     with pytest.raises(ConfigError, match=next(iter(edit))):
         load_adapter(moe("mixtral"), tmp_path)
 
 
-def test_parameter_of_one_dimension_raises_by_its_name(tmp_path: Path) -> None:
+def test_load_adapter_one_dimensional_parameter_raises(tmp_path: Path) -> None:
     made_by_peft("mixtral", tmp_path, target_parameters=[UP])
     edit = {"target_parameters": [UP, "model.norm.weight"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config_of(tmp_path), **edit}))
@@ -245,7 +247,7 @@ def test_parameter_of_one_dimension_raises_by_its_name(tmp_path: Path) -> None:
         load_adapter(moe("mixtral"), tmp_path)
 
 
-def test_inspection_measures_the_products_of_all_experts(tmp_path: Path) -> None:
+def test_describe_adapter_experts_norm_equals_merged_difference(tmp_path: Path) -> None:
     model = moe("mixtral")
     adapter = gw.attach(model, LoRA(r=3, target_modules=["q_proj"], target_parameters=[DOWN]))
     move(adapter.parameters())
@@ -261,7 +263,7 @@ def test_inspection_measures_the_products_of_all_experts(tmp_path: Path) -> None
     assert len(found) == 4
 
 
-def test_inspection_of_two_parameters_of_a_module_needs_one_rank(tmp_path: Path) -> None:
+def test_describe_adapter_mixed_ranks_in_a_module_describes_factors(tmp_path: Path) -> None:
     kinds = []
     for pattern in ({}, {"rank_pattern": {"down_proj": 2}}, {"alpha_pattern": {"down_proj": 2}}):
         method = LoRA(**{"r": 3, "target_modules": [], "target_parameters": [UP, DOWN], **pattern})

@@ -162,7 +162,7 @@ def loaded_by_peft(family: str, folder: Path) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`", "ignore:Sparse invariant checks")
 @pytest.mark.parametrize(("config", "family"), PAIRS)
-def test_both_directions(config: str, family: str, tmp_path: Path) -> None:
+def test_load_adapter_peft_roundtrip_gives_equal_outputs(config: str, family: str, tmp_path: Path) -> None:
     expected = made_by_peft(CONFIGS[config](family), family, tmp_path / "theirs")
     bare = run(model_of(family), family)
     assert not torch.allclose(expected, bare, atol=1e-3)
@@ -206,7 +206,7 @@ OURS: dict[str, dict[str, Any]] = {
     ("method", "family"),
     [(method, family) for method in OURS for family in ATTENTION if (method, family) not in REFUSED],
 )
-def test_made_here_and_loaded_by_peft(method: str, family: str, tmp_path: Path) -> None:
+def test_save_adapter_gives_equal_outputs_in_peft(method: str, family: str, tmp_path: Path) -> None:
     model = model_of(family)
     torch.manual_seed(4)
     graft = gw.attach(model, parse_method(OURS[method]))
@@ -220,7 +220,7 @@ def test_made_here_and_loaded_by_peft(method: str, family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", ["miss", "shira", "oft"])
-def test_method_that_peft_lacks_for_conv1d_is_stored_under_our_type(method: str, tmp_path: Path) -> None:
+def test_save_adapter_method_unsupported_by_peft_on_conv1d_uses_graftwerk_type(method: str, tmp_path: Path) -> None:
     model = model_of("gpt2")
     adapter = gw.attach(model, parse_method(OURS[method]))
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_method_that_peft_lacks_for_conv1d_is_stored_under_our_type(method: str,
     torch.testing.assert_close(run(fresh, "gpt2"), expected, **CLOSE)
 
 
-def test_shira_with_a_seed_draws_the_entries_that_peft_draws(tmp_path: Path) -> None:
+def test_shira_random_seed_selects_entries_of_peft(tmp_path: Path) -> None:
     made_by_peft(CONFIGS["shira seed"]("llama"), "llama", tmp_path)
     theirs = load_adapter(model_of("llama"), tmp_path).state_dict()
     settings = {"name": "shira", "r": 2, "random_seed": 7, "target_modules": ATTENTION["llama"]}
@@ -245,7 +245,7 @@ def test_shira_with_a_seed_draws_the_entries_that_peft_draws(tmp_path: Path) -> 
     assert all(torch.equal(ours[key], theirs[key]) for key in indices)
 
 
-def test_shira_indices_outside_the_layer_are_refused(tmp_path: Path) -> None:
+def test_load_adapter_shira_indices_out_of_range_raise(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     made_by_peft(CONFIGS["shira"]("llama"), "llama", tmp_path)
@@ -268,7 +268,7 @@ def test_shira_indices_outside_the_layer_are_refused(tmp_path: Path) -> None:
         ("miss", {"bias": "MiSS_only"}, "biases of the base were trained"),
     ],
 )
-def test_variants_of_other_kinds_that_compute_something_else_are_refused(
+def test_load_adapter_unsupported_variant_of_oft_or_miss_raises(
     config: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     made_by_peft(CONFIGS[config]("llama"), "llama", tmp_path)
@@ -277,7 +277,7 @@ def test_variants_of_other_kinds_that_compute_something_else_are_refused(
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
-def test_prefixes_of_peft_that_cannot_be_reproduced(family: str, tmp_path: Path) -> None:
+def test_load_adapter_peft_prefix_on_bert_or_t5_raises(family: str, tmp_path: Path) -> None:
     made_by_peft(CONFIGS["prefix"](family), family, tmp_path)
     model = model_of(family)
     before = run(model, family)
@@ -287,7 +287,7 @@ def test_prefixes_of_peft_that_cannot_be_reproduced(family: str, tmp_path: Path)
     assert torch.equal(run(model, family), before)
 
 
-def test_prefixes_under_a_sliding_window(tmp_path: Path) -> None:
+def test_prefix_under_sliding_window_uses_graftwerk_type(tmp_path: Path) -> None:
     made_by_peft(CONFIGS["prefix"]("mistral"), "mistral", tmp_path / "theirs")
     model = model_of("mistral")
     with pytest.raises(UnsupportedError, match="sliding"):
@@ -299,7 +299,7 @@ def test_prefixes_under_a_sliding_window(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("config", ["lora", "prompt", "prefix"])
-def test_decoders_with_a_classifier(config: str, family: str, tmp_path: Path) -> None:
+def test_load_adapter_decoder_with_classifier_roundtrip_with_peft(config: str, family: str, tmp_path: Path) -> None:
     kind = FAMILIES[family]
     settings = CONFIGS[config](family)
     settings.task_type = "SEQ_CLS"
@@ -321,7 +321,7 @@ def test_decoders_with_a_classifier(config: str, family: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra"])
-def test_heads_of_several_layers(family: str, tmp_path: Path) -> None:
+def test_load_adapter_heads_of_several_layers_roundtrip_with_peft(family: str, tmp_path: Path) -> None:
     targets = ["q_lin"] if family == "distilbert" else ["query"]
     expected = made_by_peft(LoraConfig(task_type="SEQ_CLS", target_modules=targets, r=2), family, tmp_path / "theirs")
     model = model_of(family)
@@ -332,7 +332,7 @@ def test_heads_of_several_layers(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded_by_peft(family, tmp_path / "ours"), expected, **CLOSE)
 
 
-def test_a_named_adapter_lies_in_a_folder_below(tmp_path: Path) -> None:
+def test_load_adapter_peft_named_adapter_hints_at_subfolder(tmp_path: Path) -> None:
     model = peft.get_peft_model(model_of("bert"), lora("bert"), adapter_name="legal")
     model.save_pretrained(str(tmp_path))
     with pytest.raises(AdapterError, match=r"no adapter_config\.json") as caught:
@@ -347,7 +347,7 @@ def edited(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def test_variants_that_compute_something_else_are_refused_by_name(tmp_path: Path) -> None:
+def test_load_adapter_unsupported_lora_variant_raises(tmp_path: Path) -> None:
     made_by_peft(lora("llama"), "llama", tmp_path)
     for key, value in {
         "use_qalora": True,
@@ -365,13 +365,13 @@ def test_variants_that_compute_something_else_are_refused_by_name(tmp_path: Path
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases(bias: str, tmp_path: Path) -> None:
+def test_load_adapter_peft_trained_biases_raise(bias: str, tmp_path: Path) -> None:
     made_by_peft(lora("bert", bias=bias), "bert", tmp_path)
     with pytest.raises(UnsupportedError, match="biases of the base were trained"):
         load_adapter(model_of("bert"), tmp_path)
 
 
-def test_options_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+def test_load_adapter_options_without_effect_are_accepted(tmp_path: Path) -> None:
     """Ways to start, once trained: orthogonal, EVA. And switches of newer versions that are off."""
     expected = made_by_peft(lora("llama", init_lora_weights="orthogonal"), "llama", tmp_path)
     edited(tmp_path, init_lora_weights="eva", eva_config={"rho": 2.0}, some_future_switch=None, another=False)
@@ -384,13 +384,13 @@ def test_options_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded_by_peft("llama", tmp_path), expected, **CLOSE)
 
 
-def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
+def test_load_adapter_unsupported_peft_type_raises(tmp_path: Path) -> None:
     made_by_peft(peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), "llama", tmp_path)
     with pytest.raises(UnsupportedError, match="LOHA"):
         load_adapter(model_of("llama"), tmp_path)
 
 
-def test_targets_of_ours_are_short_and_exact(tmp_path: Path) -> None:
+def test_save_adapter_target_modules_are_short_and_exact(tmp_path: Path) -> None:
     """`output.dense` ends the attention too; PEFT must not adapt it when only the feed-forward is meant."""
     model = model_of("bert")
     save_adapter(gw.attach(model, parse_method("ia3")), tmp_path / "ia3")

@@ -90,7 +90,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_rows_of_peft_answer_equally_in_both_directions(family: str, kind: dict[str, Any], tmp_path: Path) -> None:
+def test_load_adapter_peft_token_rows_roundtrip(family: str, kind: dict[str, Any], tmp_path: Path) -> None:
     saved = ["classifier"] if kind.get("classifier") else None
     theirs = made_by_peft(model_of(family, **kind), family, tmp_path / "theirs", modules_to_save=saved)
     expected = run(theirs, family)
@@ -111,7 +111,9 @@ def test_rows_of_peft_answer_equally_in_both_directions(family: str, kind: dict[
 
 @pytest.mark.parametrize("init", [True, "pissa"])
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_rows_of_ours_answer_equally_in_peft(family: str, kind: dict[str, Any], init: Any, tmp_path: Path) -> None:
+def test_save_adapter_token_rows_give_equal_outputs_in_peft(
+    family: str, kind: dict[str, Any], init: Any, tmp_path: Path
+) -> None:
     model = model_of(family, **kind)
     torch.manual_seed(4)
     settings = {"r": 2, "target_modules": [TARGET.get(family, "q_proj")], "init_lora_weights": init}
@@ -129,7 +131,7 @@ def test_rows_of_ours_answer_equally_in_peft(family: str, kind: dict[str, Any], 
     torch.testing.assert_close(run(again, family), run(model, family))
 
 
-def test_rows_of_two_tables_are_read_and_written(tmp_path: Path) -> None:
+def test_token_rows_of_two_tables_roundtrip_with_peft(tmp_path: Path) -> None:
     wanted = {"embed_tokens": [5, 40], "lm_head": [3]}
     theirs = made_by_peft(model_of("llama", tied=False), "llama", tmp_path / "t", trainable_token_indices=wanted)
     model = model_of("llama", tied=False)
@@ -141,7 +143,7 @@ def test_rows_of_two_tables_are_read_and_written(tmp_path: Path) -> None:
     torch.testing.assert_close(run(back, "llama"), run(theirs, "llama"), **CLOSE)
 
 
-def test_tied_tables_that_peft_does_not_know_to_be_tied_are_written_each(tmp_path: Path) -> None:
+def test_save_adapter_tied_by_weight_alone_writes_both_tables(tmp_path: Path) -> None:
     """PEFT asks the configuration, and not the weights, whether the output is tied."""
 
     def model() -> Any:
@@ -177,7 +179,7 @@ NEW = [64, 65, 66, 67, 68, 69]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama untied"])
-def test_new_tokens_of_a_resized_vocabulary_answer_as_where_they_were_trained(family: str, tmp_path: Path) -> None:
+def test_load_adapter_trained_new_tokens_reproduce_outputs(family: str, tmp_path: Path) -> None:
     family, _, untied = family.partition(" ")
     (model_of(family) if family == "gpt2" else model_of(family, tied=not untied)).save_pretrained(tmp_path / "base")
     rows: Any = {"embed_tokens": NEW, "lm_head": NEW} if untied else NEW
@@ -195,7 +197,7 @@ def test_new_tokens_of_a_resized_vocabulary_answer_as_where_they_were_trained(fa
     torch.testing.assert_close(run(theirs, family, NEW), expected, **CLOSE)
 
 
-def test_new_token_that_is_not_trained_makes_another_base(tmp_path: Path) -> None:
+def test_load_adapter_untrained_new_token_raises_other_base(tmp_path: Path) -> None:
     model_of("llama", tied=True).save_pretrained(tmp_path / "base")
     graft = gw.attach(resized(tmp_path / "base", 1), LoRA(r=2, trainable_token_indices=NEW[1:]))
     save_adapter(graft, tmp_path / "a")
@@ -204,7 +206,7 @@ def test_new_token_that_is_not_trained_makes_another_base(tmp_path: Path) -> Non
     load_adapter(resized(tmp_path / "base", 1), tmp_path / "a")
 
 
-def test_untied_head_that_is_not_trained_makes_another_base(tmp_path: Path) -> None:
+def test_load_adapter_untrained_untied_head_raises_other_base(tmp_path: Path) -> None:
     model_of("llama", tied=False).save_pretrained(tmp_path / "base")
     graft = gw.attach(resized(tmp_path / "base", 1), LoRA(r=2, trainable_token_indices=NEW))
     save_adapter(graft, tmp_path / "a")
@@ -212,7 +214,7 @@ def test_untied_head_that_is_not_trained_makes_another_base(tmp_path: Path) -> N
         load_adapter(resized(tmp_path / "base", 2), tmp_path / "a")
 
 
-def test_vocabulary_that_was_not_resized_is_said(tmp_path: Path) -> None:
+def test_load_adapter_vocabulary_not_resized_raises_with_hint(tmp_path: Path) -> None:
     model_of("llama", tied=True).save_pretrained(tmp_path / "base")
     save_adapter(gw.attach(resized(tmp_path / "base", 1), LoRA(r=2, trainable_token_indices=NEW)), tmp_path / "a")
     model = model_of("llama", tied=True)
@@ -224,7 +226,7 @@ def test_vocabulary_that_was_not_resized_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", [NEW, NEW[1:]])
 @pytest.mark.parametrize("tied", [True, False])
-def test_folder_of_peft_with_a_resized_table_answers_equally(tied: bool, rows: list[int], tmp_path: Path) -> None:
+def test_load_adapter_peft_resized_table_gives_equal_outputs(tied: bool, rows: list[int], tmp_path: Path) -> None:
     """PEFT stores the whole table then; where its other rows are not the model's, it becomes a saved module."""
     model_of("llama", tied=tied).save_pretrained(tmp_path / "base")
     made_by_peft(resized(tmp_path / "base", 1), "llama", tmp_path / "t", trainable_token_indices=rows)
@@ -263,7 +265,7 @@ KEY = f"base_model.model.model.embed_tokens.{ROWS}"
         ({KEY.replace("embed_tokens", "norm"): torch.zeros(3, 16)}, "not known here model.norm"),
     ],
 )
-def test_stored_rows_that_do_not_fit_are_refused(tensors: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_load_adapter_mismatched_token_rows_raise(tensors: dict[str, Any], words: str, tmp_path: Path) -> None:
     made_by_peft(model_of("llama"), "llama", tmp_path)
     model = model_of("llama")
     before = copy.deepcopy(model.state_dict())
@@ -273,7 +275,7 @@ def test_stored_rows_that_do_not_fit_are_refused(tensors: dict[str, Any], words:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_rows_of_tied_tables_that_differ_are_refused(tmp_path: Path) -> None:
+def test_load_adapter_tied_tables_with_different_rows_raise(tmp_path: Path) -> None:
     made_by_peft(model_of("llama", tied=True), "llama", tmp_path)
     changed(tmp_path, **{f"base_model.model.lm_head.{ROWS}": torch.zeros(3, 16)})
     with pytest.raises(UnsupportedError, match="their trained rows differ"):
@@ -297,7 +299,7 @@ def test_rows_of_tied_tables_that_differ_are_refused(tmp_path: Path) -> None:
         "3",
     ],
 )
-def test_setting_of_a_folder_that_no_model_has_is_refused(rows: Any, tmp_path: Path) -> None:
+def test_load_adapter_invalid_trainable_token_indices_raise(rows: Any, tmp_path: Path) -> None:
     made_by_peft(model_of("llama"), "llama", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": rows}))
@@ -305,13 +307,13 @@ def test_setting_of_a_folder_that_no_model_has_is_refused(rows: Any, tmp_path: P
         load_adapter(model_of("llama"), tmp_path)
 
 
-def test_bias_that_peft_leaves_out_is_said(tmp_path: Path) -> None:
+def test_load_adapter_bias_ignored_by_peft_warns(tmp_path: Path) -> None:
     made_by_peft(model_of("bert"), "bert", tmp_path)
     with pytest.warns(UserWarning, match=r"PEFT leaves the bias of `cls\.predictions\.decoder` out"):
         load_adapter(ALL["bert"].build(), tmp_path)
 
 
-def test_inspection_names_the_rows(tmp_path: Path) -> None:
+def test_describe_adapter_lists_token_rows(tmp_path: Path) -> None:
     model = model_of("llama")
     save_adapter(gw.attach(model, LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=ROW)), tmp_path)
     (one,) = [one for one in describe_adapter(tmp_path)["learnt"] if one["what"] == "rows of tokens"]

@@ -82,7 +82,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("base", "family"), [(family, family) for family in TABLE], indirect=["base"])
-def test_vocabulary_of_peft_in_both_directions(base: Path, family: str, case: str, tmp_path: Path) -> None:
+def test_load_adapter_peft_embeddings_and_head_roundtrip(base: Path, family: str, case: str, tmp_path: Path) -> None:
     asked = dict(CASES[case])
     tokens, settings = asked.pop("tokens", 64), {}
     if asked.get("saved"):
@@ -115,7 +115,7 @@ def test_vocabulary_of_peft_in_both_directions(base: Path, family: str, case: st
 
 
 @pytest.mark.parametrize(("base", "saved"), [("llama", True), ("llama", False)], indirect=["base"])
-def test_vocabulary_of_another_size_says_how_to_resize(base: Path, saved: bool, tmp_path: Path) -> None:
+def test_load_adapter_vocabulary_of_other_size_hints_at_resize(base: Path, saved: bool, tmp_path: Path) -> None:
     settings = {"modules_to_save": ["embed_tokens", "lm_head"]} if saved else {"target_modules": ["q_proj", "lm_head"]}
     made_by_peft(base, "llama", tmp_path / "theirs", tokens=70, **settings)
     with pytest.raises(AdapterError) as caught:
@@ -124,7 +124,7 @@ def test_vocabulary_of_another_size_says_how_to_resize(base: Path, saved: bool, 
 
 
 @pytest.mark.parametrize(("base", "family"), [(family, family) for family in TABLE], indirect=["base"])
-def test_head_as_target_of_ours(base: Path, family: str, tmp_path: Path) -> None:
+def test_lm_head_as_target_equals_peft_and_merges_if_untied(base: Path, family: str, tmp_path: Path) -> None:
     """It is adapted where it is named, and only then; a tied one cannot be merged."""
     model = opened(base, family)
     everything = gw.attach(model, LoRA(r=2), "all")
@@ -147,7 +147,7 @@ def test_head_as_target_of_ours(base: Path, family: str, tmp_path: Path) -> None
             graft.merge()
 
 
-def test_name_inside_the_base_does_not_reach_layers_outside() -> None:
+def test_target_name_does_not_match_layers_outside_base_model() -> None:
     model = FAMILIES["bert"].build()
     graft = gw.attach(model, LoRA(r=2, target_modules=["dense"]))
     assert all(path.startswith("bert.") for path in graft.hosts)
@@ -164,14 +164,16 @@ def test_name_inside_the_base_does_not_reach_layers_outside() -> None:
     ],
     indirect=["base"],
 )
-def test_setting_that_is_not_read_is_named(base: Path, setting: str, settings: Any, tmp_path: Path) -> None:
+def test_load_adapter_unsupported_setting_raises_with_its_name(
+    base: Path, setting: str, settings: Any, tmp_path: Path
+) -> None:
     family = tf.AutoConfig.from_pretrained(base).model_type
     made_by_peft(base, family, tmp_path / "theirs", **settings)
     with pytest.raises(UnsupportedError, match=f"`{setting}`"):
         load_adapter(opened(base, family), tmp_path / "theirs")
 
 
-def test_patterns_of_peft_may_be_expressions(tmp_path: Path) -> None:
+def test_load_adapter_rank_pattern_regex_equals_peft(tmp_path: Path) -> None:
     FAMILIES["llama"].build().save_pretrained(tmp_path / "base")
     expected = made_by_peft(
         tmp_path / "base", "llama", tmp_path / "theirs", target_modules=["q_proj", "k_proj", "v_proj"], lora_alpha=3,
@@ -229,7 +231,7 @@ def _speech(name: str) -> tuple[Any, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "saved"])
 @pytest.mark.parametrize("name", ["whisper", "whisper classifier", "speech_to_text", "wav2vec2 ctc", "wav2vec2", "vit"])
-def test_models_without_input_ids_in_both_directions(name: str, method: str, tmp_path: Path) -> None:
+def test_models_without_input_ids_roundtrip_with_peft(name: str, method: str, tmp_path: Path) -> None:
     model, inputs = _speech(name)
     targets = ["q_proj", "v_proj"]
     asked: dict[str, Any] = {"name": "lora", "r": 2, "target_modules": targets}
@@ -253,6 +255,6 @@ def test_models_without_input_ids_in_both_directions(name: str, method: str, tmp
         torch.testing.assert_close(again(**inputs).logits, expected, **CLOSE)
 
 
-def test_unknown_target_is_still_an_error() -> None:
+def test_attach_unknown_target_raises() -> None:
     with pytest.raises(ConfigError, match="matches no layer"):
         gw.attach(FAMILIES["llama"].build(), LoRA(target_modules=["nothing"]))

@@ -14,7 +14,7 @@ from graftwerk.serialization.strict_json import MAX_JSON_BYTES, dump_object
 from graftwerk.serialization.untrusted_files import read_json, read_sealed
 
 
-def test_dump_object_refuses_what_read_json_would(tmp_path: Path) -> None:
+def test_dump_object_raises_for_values_that_read_json_rejects(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     good: list[dict[str, Any]] = [{"a": ["é\u2028\n"] * 4_900}, {"a": "x" * (MAX_JSON_BYTES - 20)}, {"a": 2**64 - 1}]
     for values in good:
@@ -34,20 +34,20 @@ def test_dump_object_refuses_what_read_json_would(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": -99999999999999999999}', '{"a": "\\ud800"}', '{"\\ud800": 1}'])
-def test_read_json_of_what_64_bits_or_utf8_do_not_hold_raises(tmp_path: Path, text: str) -> None:
+def test_read_json_number_or_text_out_of_range_raises(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(IntegrityError):
         read_json(tmp_path / "a.json")
 
 
-def test_sealed_object_reads_back_whatever_its_keys_are(tmp_path: Path) -> None:
+def test_read_sealed_roundtrips_keys_of_any_type(tmp_path: Path) -> None:
     values = {"b": {10: 1.5, 9: "é", 1: None}, "a": [1e-7, 0.1, 1e300]}
     (tmp_path / "a.json").write_bytes(dump_object(values, tmp_path / "a.json", seal=True))
     assert read_sealed(tmp_path / "a.json")["a"] == values["a"]
     assert "digest" not in read_sealed(tmp_path / "a.json")
 
 
-def test_check_writable_refuses_what_read_header_would() -> None:
+def test_check_writable_raises_for_names_that_read_header_rejects() -> None:
     one = torch.zeros(1)
     check_writable({f"layer.{n}": one for n in range(8_000)}, Path("w.safetensors"))
     for names in (

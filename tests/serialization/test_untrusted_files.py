@@ -41,7 +41,7 @@ def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def test_every_type_comes_back_as_the_library_gives_it(tmp_path: Path) -> None:
+def test_read_tensors_every_dtype_equals_safetensors(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for index, dtype in enumerate(safety.DTYPES.values()):
         values = torch.arange(6).reshape(2, 3)
@@ -56,7 +56,7 @@ def test_every_type_comes_back_as_the_library_gives_it(tmp_path: Path) -> None:
         assert found[key].clone().untyped_storage().tolist() == tensor.clone().untyped_storage().tolist()
 
 
-def test_tensors_are_not_mapped_onto_the_file(tmp_path: Path) -> None:
+def test_read_tensors_are_not_memory_mapped(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     save_file({"a": torch.ones(1000)}, path)
     tensors = read_tensors(path)
@@ -110,7 +110,7 @@ HEADERS: dict[str, tuple[bytes | dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_wrong_header_is_refused(name: str, tmp_path: Path) -> None:
+def test_read_tensors_invalid_header_raises(name: str, tmp_path: Path) -> None:
     header, size = HEADERS[name]
     path = file_of(header, bytes(size), tmp_path / "t.safetensors")
     with pytest.raises(IntegrityError) as caught:
@@ -136,7 +136,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_takes_no_memory(name: str, tmp_path: Path) -> None:
+def test_read_tensors_header_bomb_raises_within_memory_limit(name: str, tmp_path: Path) -> None:
     header = BOMBS[name][:MAX_HEADER_BYTES]
     path = file_of(header, b"", tmp_path / "t.safetensors")
     tracemalloc.start()
@@ -148,7 +148,7 @@ def test_a_bomb_takes_no_memory(name: str, tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_claims_of_size_are_not_believed(tmp_path: Path) -> None:
+def test_read_tensors_oversized_claims_raise(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     for length in (2**63, 2**64 - 1, MAX_HEADER_BYTES + 1, 200):
         path.write_bytes(struct.pack("<Q", length) + b'{"a":1}')
@@ -160,7 +160,7 @@ def test_claims_of_size_are_not_believed(tmp_path: Path) -> None:
         read_tensors(path, max_bytes=2**20)
 
 
-def test_truncated_at_every_byte(tmp_path: Path) -> None:
+def test_read_tensors_truncated_at_every_byte_raises(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     save_file({"a": torch.arange(5.0), "b": torch.ones(2, 2)}, path)
     whole = path.read_bytes()
@@ -176,7 +176,7 @@ def test_truncated_at_every_byte(tmp_path: Path) -> None:
 
 
 @given(st.data())
-def test_whatever_is_accepted_the_library_reads_alike(
+def test_read_tensors_mutated_header_raises_or_equals_safetensors(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     """A real file with bytes of its header changed: refused, or exactly what the library makes of it."""
@@ -205,7 +205,7 @@ def test_whatever_is_accepted_the_library_reads_alike(
     ),
     st.booleans(),
 )
-def test_what_the_library_accepts_is_accepted(
+def test_read_tensors_accepts_valid_safetensors_headers(
     tmp_path_factory: pytest.TempPathFactory, sizes: dict[str, int], spaced: bool
 ) -> None:
     position, header = 0, {}
@@ -258,7 +258,7 @@ def disguises(folder: Path) -> dict[str, Path]:
     return files
 
 
-def test_a_pickle_never_runs_in_any_disguise(tmp_path: Path) -> None:
+def test_read_tensors_disguised_pickle_never_runs(tmp_path: Path) -> None:
     SANG.clear()
     files = disguises(tmp_path)
     assert read_tensors(files.pop("header of 640 bytes")).keys() == {"a"}
@@ -274,7 +274,9 @@ def test_a_pickle_never_runs_in_any_disguise(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".pkl", ".ckpt", ".PT", ".npy", ".pickle"])
-def test_a_pickle_by_name_is_not_even_opened(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_tensors_pickle_suffix_is_never_opened(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / f"adapter_model{suffix}").write_bytes(b"anything")
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
     with pytest.raises(IntegrityError, match="not opened"):
@@ -283,7 +285,7 @@ def test_a_pickle_by_name_is_not_even_opened(suffix: str, tmp_path: Path, monkey
         refuse_pickles(tmp_path, "adapter_model.safetensors")
 
 
-def test_the_first_bytes_are_named(tmp_path: Path) -> None:
+def test_read_tensors_other_file_type_is_named(tmp_path: Path) -> None:
     for content, word in (
         (b"PK\3\4" + bytes(30), "zip"),
         (b"\x80\4\x95" + bytes(30), "pickle"),
@@ -294,7 +296,7 @@ def test_the_first_bytes_are_named(tmp_path: Path) -> None:
             read_tensors(tmp_path / "t.safetensors")
 
 
-def test_what_is_no_regular_file(tmp_path: Path) -> None:
+def test_read_tensors_not_a_regular_file_raises(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
     (tmp_path / "folder.safetensors").mkdir()
@@ -330,7 +332,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
         b'{"a":"' + b"\\n" * 20_000 + b'"}',
     ],
 )
-def test_wrong_json_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_read_json_invalid_content_raises(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_bytes(content)
     with pytest.raises(IntegrityError) as caught:
         read_json(tmp_path / "c.json")
@@ -343,7 +345,7 @@ _values = _leaves | st.lists(_leaves, max_size=3) | st.dictionaries(st.text(max_
 
 @settings(max_examples=30)
 @given(st.dictionaries(st.text(max_size=5), _values, max_size=4))
-def test_right_json_is_read_as_it_is(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
+def test_read_json_valid_content_roundtrips(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "c.json"
     path.write_text(json.dumps(values))
     assert read_json(path) == values

@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_sharded_adapter_loads(folder: Path) -> None:
+def test_load_adapter_sharded_gives_equal_outputs(folder: Path) -> None:
     model = LLAMA.build()
     load_adapter(model, folder)
     torch.testing.assert_close(model(**LLAMA.batch()).logits, torch.load(folder / "expected"))
@@ -78,7 +78,7 @@ def swap(index: dict[str, Any]) -> None:
         (IntegrityError, "weight_map", edited(lambda index: index.update(weight_map={"a": 1}))),
     ],
 )
-def test_index_that_disagrees_with_its_files_is_refused(
+def test_load_adapter_index_that_contradicts_files_raises(
     error: type[GraftwerkError], match: str, damage: Callable[[Path], None], folder: Path
 ) -> None:
     damage(folder)
@@ -86,7 +86,7 @@ def test_index_that_disagrees_with_its_files_is_refused(
         load_adapter(LLAMA.build(), folder)
 
 
-def test_single_file_is_read_in_place_of_an_index(folder: Path) -> None:
+def test_load_adapter_prefers_single_file_to_index(folder: Path) -> None:
     tensors = {key: tensor for part in PARTS for key, tensor in load_file(folder / part).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / INDEX_FILE).write_text("{}")
