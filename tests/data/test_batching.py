@@ -14,7 +14,7 @@ lengths = st.lists(st.integers(1, 100), max_size=400)
 
 
 @given(lengths, st.integers(1, 40), st.integers(0, 5), st.integers(0, 5))
-def test_every_index_stands_in_exactly_one_batch(lengths: list[int], size: int, seed: int, epoch: int) -> None:
+def test_batches_hold_every_index_exactly_once(lengths: list[int], size: int, seed: int, epoch: int) -> None:
     for batches in (length_grouped(lengths, size, seed, epoch), shuffled(len(lengths), size, seed, epoch)):
         assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
         assert all(1 <= len(batch) <= size for batch in batches)
@@ -23,7 +23,7 @@ def test_every_index_stands_in_exactly_one_batch(lengths: list[int], size: int, 
 
 
 @given(lengths, st.integers(1, 40), st.integers(0, 5), st.integers(0, 5))
-def test_the_longest_row_comes_first(lengths: list[int], size: int, seed: int, epoch: int) -> None:
+def test_length_grouped_first_batch_holds_longest_row(lengths: list[int], size: int, seed: int, epoch: int) -> None:
     batches = length_grouped(lengths, size, seed, epoch)
     if batches:
         assert max(lengths) in [lengths[index] for index in batches[0]]
@@ -41,12 +41,12 @@ def padded(lengths: list[int], batches: list[list[int]]) -> float:
     return 1 - sum(lengths) / computed
 
 
-def test_hardly_anything_is_padding(snippets: list[int]) -> None:
+def test_length_grouped_pads_less_than_four_percent(snippets: list[int]) -> None:
     assert padded(snippets, shuffled(len(snippets), 16, 0, 0)) > 0.35
     assert padded(snippets, length_grouped(snippets, 16, 0, 0)) < 0.04
 
 
-def test_the_same_seed_and_epoch_give_the_same_batches_and_others_do_not(snippets: list[int]) -> None:
+def test_batches_depend_on_seed_and_epoch(snippets: list[int]) -> None:
     for make in (
         lambda seed, epoch: length_grouped(snippets, 16, seed, epoch),
         lambda seed, epoch: shuffled(2000, 16, seed, epoch),
@@ -56,23 +56,23 @@ def test_the_same_seed_and_epoch_give_the_same_batches_and_others_do_not(snippet
         assert different[0] != different[1] != different[2] != different[0]
 
 
-def test_batches_are_the_same_in_every_process_and_version() -> None:
+def test_length_grouped_known_seed_gives_recorded_batches() -> None:
     """Written down once: a run that resumes elsewhere must meet the same batches."""
     assert length_grouped([5, 1, 4, 2, 3, 9, 8], 2, seed=0, epoch=0) == [[6, 5], [3, 4], [1], [2, 0]]
 
 
-def test_epochs_put_rows_into_other_company(snippets: list[int]) -> None:
+def test_length_grouped_epochs_share_few_batches(snippets: list[int]) -> None:
     first, second = ({frozenset(batch) for batch in length_grouped(snippets, 16, 0, epoch)} for epoch in (0, 1))
     assert len(first & second) <= 2
 
 
-def test_the_incomplete_batch_is_not_always_the_longest() -> None:
+def test_length_grouped_incomplete_batch_varies_in_length() -> None:
     lengths = list(range(1, 22))
     seen = {max(batch) for epoch in range(30) for batch in length_grouped(lengths, 4, 0, epoch) if len(batch) == 1}
     assert len(seen) > 2
 
 
-def test_a_batch_of_nothing_is_refused() -> None:
+def test_batches_of_size_zero_raise() -> None:
     for make in (lambda: length_grouped([1], 0, 0, 0), lambda: shuffled(1, 0, 0, 0)):
         with pytest.raises(ValueError, match="batch_size"):
             make()

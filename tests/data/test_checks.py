@@ -19,25 +19,25 @@ from graftwerk.errors import AdapterError, DataError
         (["9" * 30, "1"], ("1", "9" * 30)),
     ],
 )
-def test_label_order_is_by_number_or_by_code_point(labels: list[str], names: tuple[str, ...]) -> None:
+def test_label_names_sorts_by_number_or_code_point(labels: list[str], names: tuple[str, ...]) -> None:
     assert label_names(labels) == names
     assert label_names(labels[::-1]) == names
 
 
-def test_one_class_is_refused() -> None:
+def test_check_labels_one_class_raises() -> None:
     with pytest.raises(DataError, match="the one class 'a'") as caught:
         check_labels({"train": ["a", "a"], "validation": [], "test": []}, None, "rows.csv")
     assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_classes_that_training_lacks_are_refused_with_both_sets(split: str) -> None:
+def test_check_labels_class_missing_in_train_raises_with_both_sets(split: str) -> None:
     with pytest.raises(DataError, match=f"the {split} rows have the class 'c'") as caught:
         check_labels({"train": ["a", "b"], "validation": [], "test": [], split: ["c", "a"]}, None, "rows.csv")
     assert caught.value.where == f"train: a, b; {split}: a, c"
 
 
-def test_an_adapters_classes_stay_in_their_order_and_others_are_refused() -> None:
+def test_check_labels_of_adapter_keep_order_and_unknown_class_raises() -> None:
     names, _ = check_labels({"train": ["b"], "validation": [], "test": []}, ("b", "a"), "rows.csv")
     assert names == ("b", "a")
     with pytest.raises(AdapterError, match="the class 'c'") as caught:
@@ -50,7 +50,7 @@ def codes(findings: tuple[object, ...]) -> list[str]:
     return [finding.code for finding in findings]  # type: ignore[attr-defined]
 
 
-def test_what_is_odd_about_labels_is_said() -> None:
+def test_check_labels_reports_spellings_and_rare_and_absent_classes() -> None:
     used = {"train": ["Pos", "pos", "pos", "neg", "neg", "Pos", "odd"], "validation": ["pos", "neg"], "test": []}
     _, findings = check_labels(used, None, "rows.csv")
     assert codes(findings) == ["label-spelling", "rare-classes", "absent-classes"]
@@ -59,13 +59,13 @@ def test_what_is_odd_about_labels_is_said() -> None:
     assert findings[2].example == "Pos, odd"
 
 
-def test_a_label_column_with_a_class_a_row_is_grave() -> None:
+def test_check_labels_one_class_per_row_is_severe() -> None:
     _, [finding] = check_labels({"train": [str(at) for at in range(9)], "validation": [], "test": []}, None, "rows.csv")
     assert finding.grave
     assert "right column" in str(finding.hint)
 
 
-def test_a_few_rare_classes_beside_a_large_one_are_not_grave() -> None:
+def test_check_labels_few_rare_classes_are_not_severe() -> None:
     """Three of four classes have one row, which is three of 33 rows: the label column is the right one."""
     used = {"train": ["a"] * 30 + ["b", "c", "d"], "validation": [], "test": []}
     [_, finding] = sorted(check_labels(used, None, "rows.csv")[1], key=lambda finding: finding.code)
@@ -73,7 +73,7 @@ def test_a_few_rare_classes_beside_a_large_one_are_not_grave() -> None:
     assert not finding.grave
 
 
-def test_more_than_twenty_classes_are_named_in_part_and_the_rest_counted() -> None:
+def test_check_labels_more_than_twenty_classes_are_truncated_and_counted() -> None:
     used = {"train": [f"c{at:02d}" for at in range(23)] * 2, "validation": ["c00"], "test": []}
     [finding] = check_labels(used, None, "rows.csv")[1]
     assert finding.example is not None
@@ -81,7 +81,7 @@ def test_more_than_twenty_classes_are_named_in_part_and_the_rest_counted() -> No
     assert finding.example.endswith(", c20, and 2 more")
 
 
-def test_usual_labels_say_nothing() -> None:
+def test_check_labels_ordinary_labels_give_no_issue() -> None:
     used = {"train": ["a", "b"] * 5, "validation": ["a", "b"], "test": ["b", "a"]}
     assert check_labels(used, None, "rows.csv") == (("a", "b"), ())
 
@@ -90,7 +90,7 @@ def placed(file: str, texts: list[str], labels: list[str] | None = None) -> Plac
     return PlacedRows(texts, labels or ["x"] * len(texts), lambda index: f"{file}:{index + 1}")
 
 
-def test_duplicates_inside_a_split_are_counted_exactly_and_folded() -> None:
+def test_check_duplicates_counts_exact_and_folded_texts() -> None:
     texts = ["A b", "a  B", "A b", "c", "a b"]
     findings = check_duplicates({"train": placed("a.csv", texts)})
     assert codes(findings) == ["duplicates"]
@@ -99,14 +99,14 @@ def test_duplicates_inside_a_split_are_counted_exactly_and_folded() -> None:
     assert findings[0].example == "a.csv:1 and a.csv:2: 'a B'"
 
 
-def test_one_text_with_two_classes_is_said() -> None:
+def test_check_duplicates_one_text_with_two_classes_is_reported() -> None:
     findings = check_duplicates({"train": placed("a.csv", ["a", "A", "b"], ["x", "y", "x"])})
     assert codes(findings) == ["duplicates", "conflicting-labels"]
     assert findings[1].rows == 2
     assert findings[1].example == "a.csv:1: 'a' is x and y"
 
 
-def test_leakage_between_any_two_splits_is_grave() -> None:
+def test_check_duplicates_leakage_between_splits_is_severe() -> None:
     texts = {"train": ["a b", "c"], "validation": ["A  b", "d", "c"], "test": ["D", "e"]}
     findings = check_duplicates({split: placed(f"{split}.csv", rows) for split, rows in texts.items()})
     assert codes(findings) == ["leakage", "leakage"]
@@ -116,11 +116,11 @@ def test_leakage_between_any_two_splits_is_grave() -> None:
     assert "1 of 2 test rows also stand in the validation rows (0 to the letter" in findings[1].message
 
 
-def test_distinct_rows_say_nothing() -> None:
+def test_check_duplicates_distinct_rows_give_no_issue() -> None:
     assert check_duplicates({"train": placed("a.csv", ["a", "b"]), "test": placed("b.csv", ["c"])}) == ()
 
 
-def test_truncation_is_counted_below_the_limit_and_refused_above() -> None:
+def test_check_truncation_counts_below_limit_and_raises_above() -> None:
     assert check_truncation([0, 0], 64, 0.2) == ()
     [finding] = check_truncation([0, 0, 0, 0, 10], 64, 0.2)
     assert (finding.code, finding.rows) == ("truncated", 1)
@@ -138,7 +138,7 @@ def test_truncation_is_counted_below_the_limit_and_refused_above() -> None:
         ("caf\u00e9", "cafe\u0301"), ("pos", "p\u200bos"),
     ],
 )  # fmt: skip
-def test_check_labels_one_class_in_two_spellings_is_grave(pair: tuple[str, str]) -> None:
+def test_check_labels_one_class_in_two_spellings_is_severe(pair: tuple[str, str]) -> None:
     _, findings = check_labels({"train": [*pair, "other"] * 3, "validation": [], "test": []}, None, "rows.csv")
     (finding,) = [finding for finding in findings if finding.code == "label-spelling"]
     assert finding.grave
@@ -146,7 +146,7 @@ def test_check_labels_one_class_in_two_spellings_is_grave(pair: tuple[str, str])
 
 
 @pytest.mark.parametrize("pair", [("1", "01"), ("1", "-1"), ("1", "1.5"), ("a", "b"), ("1.0.0", "1.0")])
-def test_check_labels_two_classes_are_no_spellings_of_one(pair: tuple[str, str]) -> None:
+def test_check_labels_distinct_classes_are_not_spelling_variants(pair: tuple[str, str]) -> None:
     _, findings = check_labels({"train": [*pair, "other"] * 3, "validation": [], "test": []}, None, "rows.csv")
     assert findings == ()
 
@@ -154,12 +154,12 @@ def test_check_labels_two_classes_are_no_spellings_of_one(pair: tuple[str, str])
 @pytest.mark.parametrize(
     ("name", "grave"), [("nan", True), ("NaN", True), ("NULL", True), ("<NA>", True), ("N/A", True), ("None", False)]
 )
-def test_check_labels_class_that_reads_like_an_empty_cell_is_said(name: str, grave: bool) -> None:
+def test_check_labels_class_that_reads_like_missing_value_is_reported(name: str, grave: bool) -> None:
     _, (finding,) = check_labels({"train": ["a", "b", name] * 3, "validation": [], "test": []}, None, "rows.csv")
     assert (finding.code, finding.rows, finding.grave) == ("missing-values", 3, grave)
 
 
-def test_check_labels_scores_as_classes_are_said() -> None:
+def test_check_labels_scores_as_classes_are_reported() -> None:
     scores = [f"{at / 25:.2f}" for at in range(125)]
     _, (finding,) = check_labels({"train": scores * 4, "validation": [], "test": []}, None, "rows.csv")
     assert (finding.code, finding.rows, finding.grave) == ("many-classes", 500, True)
@@ -169,7 +169,7 @@ def test_check_labels_scores_as_classes_are_said() -> None:
     assert findings == (), "whole numbers, all written alike"
 
 
-def test_check_labels_more_classes_than_the_rows_can_teach_are_said() -> None:
+def test_check_labels_too_few_rows_per_class_are_reported() -> None:
     names = [f"class {at}" for at in range(60)]
     _, (finding,) = check_labels({"train": names * 4, "validation": [], "test": []}, None, "rows.csv")
     assert (finding.code, finding.grave) == ("many-classes", False)

@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(cells, st.sampled_from([("csv", ","), ("tsv", "\t")]), st.sampled_from(["\n", "\r\n"]), st.booleans())
-def test_delimited_files_come_back_as_written(
+def test_read_file_csv_and_tsv_roundtrip(
     folder: Path, rows: list[tuple[str, str]], kind: tuple[str, str], end: str, mark: bool
 ) -> None:
     ending, delimiter = kind
@@ -64,7 +64,7 @@ def lines_of(content: str) -> list[str]:
 
 
 @given(cells)
-def test_every_csv_row_knows_the_line_it_begins_on(folder: Path, rows: list[tuple[str, str]]) -> None:
+def test_read_file_csv_rows_have_their_first_line_number(folder: Path, rows: list[tuple[str, str]]) -> None:
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
     writer.writerow(["text", "label"])
@@ -84,7 +84,7 @@ objects = st.lists(st.dictionaries(text, values, max_size=4), min_size=1, max_si
 
 
 @given(objects, st.booleans())
-def test_jsonl_comes_back_as_written(folder: Path, rows: list[dict[str, Any]], ascii_only: bool) -> None:
+def test_read_file_jsonl_roundtrip(folder: Path, rows: list[dict[str, Any]], ascii_only: bool) -> None:
     content = "\n\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
     table = read(folder, "a.jsonl", content)
     assert table.rows == rows
@@ -93,7 +93,7 @@ def test_jsonl_comes_back_as_written(folder: Path, rows: list[dict[str, Any]], a
 
 
 @given(objects, st.sampled_from([None, 2]))
-def test_json_comes_back_as_written_and_keeps_its_lines(
+def test_read_file_json_roundtrip_with_line_numbers(
     folder: Path, rows: list[dict[str, Any]], indent: int | None
 ) -> None:
     content = json.dumps(rows, indent=indent, ensure_ascii=False)
@@ -104,7 +104,7 @@ def test_json_comes_back_as_written_and_keeps_its_lines(
 
 
 @given(st.binary(max_size=200), st.sampled_from(["csv", "tsv", "jsonl", "json", "parquet"]))
-def test_no_bytes_do_more_than_a_data_error(folder: Path, content: bytes, ending: str) -> None:
+def test_read_file_arbitrary_bytes_give_rows_or_data_error(folder: Path, content: bytes, ending: str) -> None:
     try:
         table = read(folder, f"any.{ending}", content)
     except DataError:
@@ -129,7 +129,7 @@ JSONL_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", JSONL_FAULTS)
-def test_a_bad_jsonl_line_is_named_and_the_others_are_kept(tmp_path: Path, fault: str) -> None:
+def test_read_file_bad_jsonl_line_is_reported_and_others_are_read(tmp_path: Path, fault: str) -> None:
     line, reason = JSONL_FAULTS[fault]
     table = read(tmp_path, "a.jsonl", b'{"text": "first"}\n' + line + b'\n\n{"text": "last"}\n')
     assert [row["text"] for row in table.rows] == ["first", "last"]
@@ -150,7 +150,7 @@ CSV_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", CSV_FAULTS)
-def test_a_bad_csv_row_is_named_and_the_others_are_kept(tmp_path: Path, fault: str) -> None:
+def test_read_file_bad_csv_row_is_reported_and_others_are_read(tmp_path: Path, fault: str) -> None:
     line, reason = CSV_FAULTS[fault]
     table = read(tmp_path, "a.csv", b'text,label\n"two\nlines",1\n' + line + b"\nlast,0\n")
     assert [row["text"] for row in table.rows] == ["two\nlines", "last"]
@@ -159,7 +159,7 @@ def test_a_bad_csv_row_is_named_and_the_others_are_kept(tmp_path: Path, fault: s
     assert reason in table.bad[0].reason
 
 
-def test_a_long_field_is_read_and_the_process_wide_limit_is_put_back(tmp_path: Path) -> None:
+def test_read_file_long_csv_field_restores_field_size_limit(tmp_path: Path) -> None:
     csv.field_size_limit(131_072)
     table = read(tmp_path, "a.csv", "text\n" + "x" * 300_000 + "\n")
     assert len(table.rows[0]["text"]) == 300_000
@@ -181,20 +181,20 @@ def test_a_long_field_is_read_and_the_process_wide_limit_is_put_back(tmp_path: P
         ("a.parquet", b"PAR1 no", "parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_as_a_whole(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+def test_read_file_unreadable_file_raises(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path, name, content)
     assert reason in caught.value.what
     assert str(tmp_path / name) in str(caught.value.where)
 
 
-def test_broken_json_in_a_list_is_named_by_its_line(tmp_path: Path) -> None:
+def test_read_file_broken_json_list_raises_with_line(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(tmp_path, "a.json", '[\n  {"text": "a"},\n  {"text": b}\n]')
     assert str(caught.value.where).endswith("a.json:3")
 
 
-def test_parquet_rows_are_counted_not_lines(tmp_path: Path) -> None:
+def test_read_file_parquet_places_are_row_numbers(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -205,7 +205,7 @@ def test_parquet_rows_are_counted_not_lines(tmp_path: Path) -> None:
     assert table.where(1) == f"{tmp_path / 'a.parquet'} row 2"
 
 
-def test_other_endings_and_folders_are_refused_with_what_is_read(tmp_path: Path) -> None:
+def test_read_file_unknown_suffix_or_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ends in `\.docx`") as caught:
         read(tmp_path, "a.docx", "x")
     assert ".jsonl" in str(caught.value.hint)
@@ -214,7 +214,7 @@ def test_other_endings_and_folders_are_refused_with_what_is_read(tmp_path: Path)
         read_file(tmp_path / "f.csv", "f.csv")
 
 
-def test_missing_permission_is_an_environment_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_file_without_permission_raises_resource_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -224,7 +224,7 @@ def test_missing_permission_is_an_environment_fault(tmp_path: Path, monkeypatch:
         read_file(tmp_path / "a.csv", "a.csv")
 
 
-def test_read_file_of_a_pipe_device_or_socket_raises(tmp_path: Path) -> None:
+def test_read_file_pipe_device_or_socket_raises(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket.csv"))
@@ -237,7 +237,7 @@ def test_read_file_of_a_pipe_device_or_socket_raises(tmp_path: Path) -> None:
             assert caught.value.exit_code in (3, 5)
 
 
-def test_read_file_of_a_bomb_behind_honest_bytes_raises_early(tmp_path: Path) -> None:
+def test_read_file_bomb_behind_honest_bytes_raises_early(tmp_path: Path) -> None:
     """Over the whole file it is no bomb: 200 MB come from 4 MB."""
     honest = gzip.compress(random.Random(0).randbytes(4 << 20), compresslevel=0)
     (tmp_path / "a.txt.gz").write_bytes(honest + 200 * gzip.compress(bytes(1 << 20)))
@@ -253,7 +253,7 @@ def test_read_file_larger_than_the_memory_raises(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["rows", "values"])
-def test_read_file_of_a_parquet_bomb_raises_early(tmp_path: Path, name: str) -> None:
+def test_read_file_parquet_bomb_raises_early(tmp_path: Path, name: str) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -264,7 +264,7 @@ def test_read_file_of_a_parquet_bomb_raises_early(tmp_path: Path, name: str) -> 
     assert_refused_within(tmp_path / "a.parquet", IntegrityError, 50 << 20)
 
 
-def test_read_file_of_an_odd_zip_raises(tmp_path: Path) -> None:
+def test_read_file_malformed_zip_raises(tmp_path: Path) -> None:
     good = io.BytesIO()
     with zipfile.ZipFile(good, "w") as archive:
         archive.writestr("rows.txt", "a line\n" * 20)
@@ -291,7 +291,7 @@ def test_read_file_of_an_odd_zip_raises(tmp_path: Path) -> None:
     ending=st.sampled_from([".csv.gz", ".txt.bz2", ".jsonl.xz", ".zip", ".parquet", ".json"]),
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_read_file_of_any_damaged_file_raises_a_graftwerk_error(
+def test_read_file_damaged_file_raises_graftwerk_error(
     folder: Path, content: bytes, position: int, ending: str
 ) -> None:
     whole = bytearray(_WHOLE[ending]())

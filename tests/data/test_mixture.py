@@ -26,14 +26,14 @@ SETS = [0] * 90 + [1] * 9 + [2]
         (1, (1, 10, 1), (90 / 181, 90 / 181, 1 / 181)),
     ],
 )
-def test_shares_by_size_temperature_and_weight(
+def test_shares_follow_size_temperature_and_weight(
     temperature: float, weights: tuple[float, ...], wanted: tuple[float, ...]
 ) -> None:
     assert shares(SIZES, weights, temperature) == pytest.approx(wanted)
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=8), st.integers(1, 500))
-def test_quotas_add_up_and_are_never_off_by_a_row(weights: list[float], rows: int) -> None:
+def test_quotas_sum_to_rows_and_differ_by_less_than_one(weights: list[float], rows: int) -> None:
     wanted = [weight / sum(weights) for weight in weights]
     given_rows = quotas(wanted, rows)
     assert sum(given_rows) == rows
@@ -46,7 +46,7 @@ def test_quotas_give_what_is_left_to_the_largest_remainders() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1, 3, math.inf])
-def test_what_is_drawn_is_what_was_asked_to_the_row(temperature: float) -> None:
+def test_sampler_epoch_matches_shares_to_the_row(temperature: float) -> None:
     sampler = Sampler(SETS, (1, 2, 1), temperature, seed=3)
     for epoch in range(5):
         drawn = Counter(SETS[row] for row in sampler(epoch))
@@ -55,7 +55,7 @@ def test_what_is_drawn_is_what_was_asked_to_the_row(temperature: float) -> None:
             assert abs(drawn[number] - 100 * share) < 1
 
 
-def test_every_row_of_a_set_comes_before_one_comes_again() -> None:
+def test_sampler_draws_every_row_before_repeating_one() -> None:
     sampler = Sampler(SETS, (1, 1, 1), math.inf, seed=0)
     drawn: Counter[int] = Counter()
     for epoch in range(7):
@@ -66,19 +66,19 @@ def test_every_row_of_a_set_comes_before_one_comes_again() -> None:
     assert sampler(0) != sampler(1)  # a large set goes on where it stopped
 
 
-def test_draws_depend_on_seed_and_epoch_and_nothing_else() -> None:
+def test_sampler_depends_on_seed_and_epoch_alone() -> None:
     one, same, other = (Sampler(SETS, (1, 1, 1), math.inf, seed=seed) for seed in (0, 0, 1))
     for epoch in range(4):
         one(epoch)
     assert one(2) == same(2) != other(2)
 
 
-def test_proportional_draws_are_every_row_once() -> None:
+def test_sampler_proportional_epoch_draws_every_row_once() -> None:
     assert sorted(Sampler(SETS, (1, 1, 1), 1, seed=0)(5)) == list(range(100))
 
 
 @pytest.mark.parametrize("group", [True, False])
-def test_the_steps_of_an_epoch_hold_what_was_drawn(group: bool) -> None:
+def test_epoch_order_holds_the_drawn_rows(group: bool) -> None:
     drawn = Sampler(SETS, (1, 1, 1), math.inf, seed=0)(1)
     lengths = [5 + row % 7 for row in range(100)]
     steps = epoch_order(lengths, 8, seed=0, epoch=1, group=group, drawn=drawn)

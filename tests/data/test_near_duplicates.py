@@ -14,7 +14,7 @@ def rows(texts: list[str]) -> PlacedRows:
     return PlacedRows(texts, None, lambda at: f"f:{at + 1}")
 
 
-def test_a_held_out_row_with_a_word_changed_is_found() -> None:
+def test_check_near_leakage_row_with_one_changed_word_is_reported() -> None:
     text = "the quick brown fox jumps over the lazy dog and runs away from it into the wood"
     train = rows(["something else that has nothing to do with it at all", text])
     (found,) = check_near_leakage({"train": train, "test": rows([text.replace("wood", "forest"), "a b c d e f"])})
@@ -24,19 +24,19 @@ def test_a_held_out_row_with_a_word_changed_is_found() -> None:
     assert " and f:1: " in found.example
 
 
-def test_same_texts_other_texts_and_short_texts_are_not() -> None:
+def test_check_near_leakage_equal_distinct_or_short_texts_give_no_issue() -> None:
     train = rows(["a b c d e f g h", "short one", "one two three four five six seven"])
     held = rows(["A b  c d e f g h", "short two", "one two three other words come here"])
     assert check_near_leakage({"train": train, "validation": held}) == ()
 
 
-def test_shingles_are_all_runs_of_three_words() -> None:
+def test_shingles_returns_all_word_trigrams() -> None:
     assert shingles("A b, c d") == {"a b c", "b c d"}
     assert shingles("a b c") == {"a b c"}
     assert shingles("a b") == set()
 
 
-def test_no_near_pair_is_missed() -> None:
+def test_check_near_leakage_finds_every_near_pair() -> None:
     draw = random.Random(0)
     train = [" ".join(draw.choices(WORDS, k=20)) for _ in range(150)]
     held = []
@@ -55,7 +55,7 @@ def test_no_near_pair_is_missed() -> None:
     assert found.rows == wanted
 
 
-def test_a_class_that_outweighs_all_others_is_said_and_a_hopeless_one_is_grave() -> None:
+def test_check_labels_skew_is_reported_and_extreme_skew_is_severe() -> None:
     def said(most: int) -> list[tuple[str, bool]]:
         labels = ["a"] * most + ["b"] * 2
         _, findings = check_labels({"train": labels}, None, "f")

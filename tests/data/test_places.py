@@ -29,7 +29,7 @@ def texts(source: Any, **settings: Any) -> list[str]:
 # text
 
 
-def test_a_line_or_a_document_of_text_is_a_row(tmp_path: Path) -> None:
+def test_read_source_text_by_line_or_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("one\r\ntwo\u2028still two\n\n  \nthree\n".encode())
     table = read_source(str(path))
@@ -40,7 +40,7 @@ def test_a_line_or_a_document_of_text_is_a_row(tmp_path: Path) -> None:
     assert documents.lines == [1, 5]
 
 
-def test_damaged_lines_of_text_are_bad_rows(tmp_path: Path) -> None:
+def test_read_source_damaged_text_lines_are_bad_rows(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\nb\xe4d\nnu\0l\n")
     table = read_source(str(tmp_path / "a.txt"))
     assert [row["text"] for row in table.rows] == ["good"]
@@ -56,7 +56,7 @@ def pair(folder: Path, source: str, target: str) -> Pair:
     return Pair(source=str(folder / "a.de"), target=str(folder / "a.en"))
 
 
-def test_aligned_files_are_read_line_by_line(tmp_path: Path) -> None:
+def test_read_rows_aligned_files_pair_lines(tmp_path: Path) -> None:
     files = pair(tmp_path, "Ja\nNein\n\n", "Yes\nNo\nEmpty on the other side\n")
     table = read_rows(files, parts={"source": text_part, "target": text_part})
     assert table.rows == [{"source": "Ja", "target": "Yes"}, {"source": "Nein", "target": "No"}]
@@ -65,7 +65,7 @@ def test_aligned_files_are_read_line_by_line(tmp_path: Path) -> None:
         resolve_bad_rows(table, "fail")
 
 
-def test_aligned_files_of_unequal_length_are_refused_with_both_counts(tmp_path: Path) -> None:
+def test_read_source_aligned_files_of_unequal_length_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.de has 3 lines, .*a\.en has 2"):
         read_source(pair(tmp_path, "a\nb\nc", "a\nb\n"))
 
@@ -73,7 +73,7 @@ def test_aligned_files_of_unequal_length_are_refused_with_both_counts(tmp_path: 
 # several files
 
 
-def test_rows_of_several_files_keep_their_file_and_line(tmp_path: Path) -> None:
+def test_read_rows_several_files_keep_file_and_line(tmp_path: Path) -> None:
     for name, content in (("b.jsonl", '{"text": "b1"}\n{"text": "b2"}\n'), ("a.jsonl", '\n{"text": "a1"}\nbroken\n')):
         (tmp_path / name).write_text(content)
     (tmp_path / "c.jsonl").write_text("")
@@ -91,7 +91,7 @@ def test_rows_of_several_files_keep_their_file_and_line(tmp_path: Path) -> None:
     assert texts(str(tmp_path / "?.jsonl")) == ["a1", "b1", "b2"]
 
 
-def test_places_without_rows_say_so(tmp_path: Path) -> None:
+def test_read_source_without_rows_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file of rows"):
         read_source(str(tmp_path))
     (tmp_path / "a.csv").write_bytes(CSV)
@@ -118,7 +118,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.csv.gz", "a.csv.bz2", "a.csv.xz", "a.zip"])
-def test_compressed_files_are_read_and_bombs_are_refused(name: str, tmp_path: Path) -> None:
+def test_read_source_compressed_is_read_and_bomb_raises(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, CSV)
     assert texts(str(path)) == ["good", "bad"]
     assert read_source(str(path)).where(1) == f"{path}:3"
@@ -131,7 +131,7 @@ def test_compressed_files_are_read_and_bombs_are_refused(name: str, tmp_path: Pa
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
-def test_a_zip_of_several_files_is_refused(tmp_path: Path) -> None:
+def test_read_source_zip_of_several_files_raises(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.csv", CSV)
         archive.writestr("__MACOSX/a.csv", b"")
@@ -145,7 +145,7 @@ def test_a_zip_of_several_files_is_refused(tmp_path: Path) -> None:
 # settings
 
 
-def test_sources_of_a_run_file() -> None:
+def test_data_settings_parse_pairs_lists_and_sets() -> None:
     def settings(train: Any, **more: Any) -> DataSettings:
         return DataSettings.model_validate({"train": train, **more})
 

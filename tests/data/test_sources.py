@@ -26,14 +26,14 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def test_columns_are_renamed_to_parts_and_others_left_out(tmp_path: Path) -> None:
+def test_read_rows_renames_columns_and_drops_others(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"review": "good", "stars": 5, "who": "x"}])
     table = read_rows(source, parts=PARTS, columns={"text": "review", "label": "stars"})
     assert table.rows == [{"text": "good", "label": "5"}]
     assert table.where(0) == f"{source}:1"
 
 
-def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
+def test_read_rows_missing_column_raises_with_suggestion(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"txet": "good", "label": 1}])
     with pytest.raises(ConfigError) as caught:
         read_rows(source, parts=PARTS)
@@ -42,21 +42,21 @@ def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
     assert "txet, label" in str(caught.value.hint)
 
 
-def test_semicolons_are_recognised(tmp_path: Path) -> None:
+def test_read_rows_semicolon_csv_raises_with_hint(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text;label\ngood;1\n")
     with pytest.raises(ConfigError) as caught:
         read_rows(str(tmp_path / "a.csv"), parts=PARTS)
     assert "not separated by commas" in str(caught.value.hint)
 
 
-def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+def test_read_rows_unknown_field_raises_with_suggestion(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "good", "label": 1}])
     with pytest.raises(ConfigError, match="no part `lable`") as caught:
         read_rows(source, parts=PARTS, columns={"lable": "label"})
     assert "did you mean `label`?" in str(caught.value.hint)
 
 
-def test_optional_parts_are_taken_where_they_are(tmp_path: Path) -> None:
+def test_read_rows_optional_field_is_read_if_present(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "good", "label": 1}])
     assert read_rows(source, parts={"text": text_part}, optional={"label": label_part}).rows == [
         {"text": "good", "label": "1"}
@@ -83,12 +83,12 @@ ROWS = [
         ({"s": ["one", "two"], "n": 2}, "b"),
     ],
 )
-def test_filters_compare_numbers_as_numbers_and_text_as_text(tmp_path: Path, filter: Any, kept: str) -> None:
+def test_read_rows_filter_compares_numbers_and_text_by_type(tmp_path: Path, filter: Any, kept: str) -> None:
     source = write(tmp_path / "a.jsonl", ROWS)
     assert "".join(row["text"] for row in read_rows(source, parts=PARTS, filter=filter).rows) == kept
 
 
-def test_a_filter_that_leaves_nothing_shows_the_values_there_are(tmp_path: Path) -> None:
+def test_read_rows_filter_without_match_raises_with_frequent_values(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(DataError, match="most frequent values of `s`: 'one' \\(1\\)"):
         read_rows(source, parts=PARTS, filter={"s": "ten"})
@@ -96,13 +96,13 @@ def test_a_filter_that_leaves_nothing_shows_the_values_there_are(tmp_path: Path)
         read_rows(source, parts=PARTS, filter={"sort": "ten"})
 
 
-def test_a_filter_value_that_no_row_has_is_known(tmp_path: Path) -> None:
+def test_read_rows_unmatched_filter_values_are_listed(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", ROWS)
     assert read_rows(source, parts=PARTS, filter={"s": ["one", "ten"], "n": [1, 9]}).unmatched == ("s: ten", "n: 9")
     assert read_rows(source, parts=PARTS, filter={"s": ["one", "two"]}).unmatched == ()
 
 
-def test_a_filtered_row_is_not_judged(tmp_path: Path) -> None:
+def test_read_rows_filtered_row_is_not_validated(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "", "label": 1, "keep": 0}, {"text": "a", "label": 1, "keep": 1}])
     table = read_rows(source, parts=PARTS, filter={"keep": 1})
     assert table.bad == []
@@ -126,7 +126,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_a_bad_row_fails_with_file_and_line(tmp_path: Path, row: Any, reason: str) -> None:
+def test_resolve_bad_rows_fail_raises_with_file_and_line(tmp_path: Path, row: Any, reason: str) -> None:
     good = {"text": "good", "label": 0}
     source = write(tmp_path / "a.jsonl", [good, row, good])
     table = read_rows(source, parts=PARTS)
@@ -140,7 +140,7 @@ def test_a_bad_row_fails_with_file_and_line(tmp_path: Path, row: Any, reason: st
     assert table.lines == [1, 3]
 
 
-def test_many_bad_rows_are_counted_and_the_first_shown(tmp_path: Path) -> None:
+def test_resolve_bad_rows_many_are_counted_and_first_five_shown(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "", "label": 1}] * 30 + [{"text": "a", "label": 1}])
     with pytest.raises(DataError) as caught:
         resolve_bad_rows(read_rows(source, parts=PARTS), "fail")
@@ -160,7 +160,7 @@ rows = st.lists(
 
 
 @given(rows)
-def test_no_row_is_dropped_unseen(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+def test_read_rows_every_row_is_read_or_reported_bad(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_text("".join("{\n" if row == "broken" else json.dumps(row) + "\n" for row in rows))
     table = read_rows(str(path), parts=PARTS)
@@ -187,12 +187,12 @@ def test_no_row_is_dropped_unseen(tmp_path_factory: pytest.TempPathFactory, rows
         ("ü", "ü"),
     ],
 )
-def test_labels_have_one_name(value: Any, name: str) -> None:
+def test_label_part_normalizes_names(value: Any, name: str) -> None:
     assert label_part(value) == name
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None, "", "\n", [], {}, b"x"])
-def test_what_is_no_label(value: Any) -> None:
+def test_label_part_invalid_value_raises(value: Any) -> None:
     with pytest.raises(ValueError):
         label_part(value)
 
@@ -200,7 +200,7 @@ def test_what_is_no_label(value: Any) -> None:
 # the hub
 
 
-def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_hub_id_rejects_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "here").mkdir(parents=True)
     assert is_hub_id("owner/name")
@@ -218,13 +218,13 @@ def test_hub_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert not is_hub_id(path), path
 
 
-def test_offline_the_hub_is_an_environment_fault() -> None:
+def test_read_rows_hub_offline_raises_resource_error() -> None:
     with pytest.raises(ResourceError, match=r"no local file `owner/absent`.*cannot be reached") as caught:
         read_rows("owner/absent", parts=PARTS)
     assert caught.value.exit_code == 5
 
 
-def test_a_hub_data_set_gives_class_names_and_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_rows_hub_data_set_gives_class_names_and_row_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     asked: list[Any] = []
@@ -243,7 +243,7 @@ def test_a_hub_data_set_gives_class_names_and_row_numbers(monkeypatch: pytest.Mo
     assert asked == [("owner/name", None, "train"), ("owner/name", "plain", "test")]
 
 
-def test_a_wrong_split_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_rows_unknown_hub_split_raises_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def load(*args: Any, **kwargs: Any) -> Any:
@@ -254,7 +254,7 @@ def test_a_wrong_split_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> Non
         read_rows("owner/name:tset", parts=PARTS)
 
 
-def test_reading_rows_imports_nothing_heavy(tmp_path: Path) -> None:
+def test_read_rows_imports_no_heavy_library(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"text": "good", "label": 1}])
     code = (
         "import sys\n"
@@ -269,5 +269,5 @@ def test_reading_rows_imports_nothing_heavy(tmp_path: Path) -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_places_say_file_and_line() -> None:
+def test_table_at_returns_file_and_line() -> None:
     assert Table("s", "a.csv", [], []).at(3) == "a.csv:3"

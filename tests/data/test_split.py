@@ -18,7 +18,7 @@ labelled = st.lists(
 
 
 @given(labelled, st.integers(0, 20), st.integers(0, 20), st.none() | st.integers(1, 30), st.integers(0, 3))
-def test_every_row_is_on_one_side_and_equal_texts_on_the_same(
+def test_split_rows_partitions_rows_and_groups_equal_texts(
     rows: list[tuple[str, str]], test: int, validation: int, max_train: int | None, seed: int
 ) -> None:
     texts = [text for text, _ in rows]
@@ -49,14 +49,14 @@ def rows() -> tuple[list[str], list[str]]:
     return texts, ["rare" if at % 10 == 0 else "often" for at in range(1000)]
 
 
-def test_the_draw_is_the_same_on_every_machine_and_version() -> None:
+def test_split_rows_known_seed_gives_recorded_rows() -> None:
     """Written down once: held-out rows of published figures must stay the same rows."""
     texts = [f"row {at}" for at in range(12)]
     assert split_rows(texts, None, test=3, validation=3) == ([0, 1, 3, 5, 7, 8], [2, 10, 11], [4, 6, 9])
     assert split_rows(texts, None, test=3, validation=3, split_seed=1)[1:] != ([2, 10, 11], [4, 6, 9])
 
 
-def test_the_draw_does_not_depend_on_the_order_of_the_file(rows: tuple[list[str], list[str]]) -> None:
+def test_split_rows_shuffled_file_holds_out_same_texts(rows: tuple[list[str], list[str]]) -> None:
     texts, classes = rows
     order = list(range(len(texts)))
     random.Random(1).shuffle(order)
@@ -65,7 +65,7 @@ def test_the_draw_does_not_depend_on_the_order_of_the_file(rows: tuple[list[str]
     assert {texts[at] for at in before} == {texts[order[at]] for at in after}
 
 
-def test_classes_are_held_out_in_proportion(rows: tuple[list[str], list[str]]) -> None:
+def test_split_rows_is_stratified(rows: tuple[list[str], list[str]]) -> None:
     texts, classes = rows
     for seed in range(5):
         train, held, last = split_rows(texts, classes, test=50, validation=100, max_train=200, split_seed=seed)
@@ -76,7 +76,7 @@ def test_classes_are_held_out_in_proportion(rows: tuple[list[str], list[str]]) -
         assert counts[2] == pytest.approx(5, abs=1)
 
 
-def test_test_rows_do_not_depend_on_the_others_and_less_training_is_part_of_more(
+def test_split_rows_test_is_stable_and_smaller_train_is_subset(
     rows: tuple[list[str], list[str]],
 ) -> None:
     texts, classes = rows
@@ -88,31 +88,31 @@ def test_test_rows_do_not_depend_on_the_others_and_less_training_is_part_of_more
     assert small[2] == large[2] == other[2]
 
 
-def test_more_rows_hardly_move_the_others(rows: tuple[list[str], list[str]]) -> None:
+def test_split_rows_added_rows_keep_most_held_out_rows(rows: tuple[list[str], list[str]]) -> None:
     texts, classes = rows
     _, before, _ = split_rows(texts, classes, validation=200)
     _, after, _ = split_rows([*texts, *(f"new {at}" for at in range(50))], [*classes, *["often"] * 50], validation=200)
     assert len(set(before) & set(after)) > 180
 
 
-def test_seeds_draw_other_rows(rows: tuple[list[str], list[str]]) -> None:
+def test_split_rows_other_seed_draws_other_rows(rows: tuple[list[str], list[str]]) -> None:
     texts, classes = rows
     first, second = (set(split_rows(texts, classes, validation=200, split_seed=seed)[1]) for seed in (0, 1))
     assert len(first & second) < 80  # 40 by chance
 
 
-def test_equal_texts_are_one_group_whatever_their_case_and_space() -> None:
+def test_draw_order_groups_texts_equal_up_to_case_and_space() -> None:
     groups = draw_order(["A b", "c", "a  B ", "\tc\n"], ["x", "y", "y", "x"], 0)
     assert sorted(sorted(group) for group in groups) == [[0, 2], [1, 3]]
 
 
-def test_a_group_that_does_not_fit_is_passed_over() -> None:
+def test_split_rows_group_larger_than_split_is_skipped() -> None:
     texts = ["same"] * 5 + ["other"]
     train, held, _ = split_rows(texts, None, validation=2)
     assert (train, held) == ([0, 1, 2, 3, 4], [5])
 
 
-def test_nothing_that_can_be_held_out_is_an_error() -> None:
+def test_split_rows_nothing_to_hold_out_raises() -> None:
     with pytest.raises(DataError, match="no validation rows"):
         split_rows(["same"] * 5, None, validation=2)
     with pytest.raises(DataError, match="no rows are left"):
@@ -120,11 +120,11 @@ def test_nothing_that_can_be_held_out_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("amount", "count"), [(None, 0), (5, 5), (0.1, 10), (0.001, 1), (99, 99)])
-def test_amounts(amount: int | float | None, count: int) -> None:
+def test_held_out_converts_count_or_share(amount: int | float | None, count: int) -> None:
     assert held_out(amount, 100, "data.validation") == count
 
 
 @pytest.mark.parametrize("amount", [100, 101, 0.999])
-def test_holding_out_everything_is_refused(amount: int | float) -> None:
+def test_held_out_all_rows_raises(amount: int | float) -> None:
     with pytest.raises(ConfigError, match=r"data\.validation"):
         held_out(amount, 100, "data.validation")

@@ -70,7 +70,7 @@ def places(splits: Splits) -> list[tuple[Any, str]]:
         ("a.csv", CSV + '"never closed,1\nthis is a row,1\n'),
     ],
 )
-def test_rows_places_and_bad_rows_are_those_in_memory(tmp_path: Path, name: str, content: str | bytes) -> None:
+def test_stream_rows_places_and_bad_rows_equal_in_memory(tmp_path: Path, name: str, content: str | bytes) -> None:
     source = write(tmp_path / name, content)
     one, other = (read(source, streaming=streaming) for streaming in (True, False))
     assert len(one.train) > 2
@@ -81,14 +81,14 @@ def test_rows_places_and_bad_rows_are_those_in_memory(tmp_path: Path, name: str,
 
 
 @pytest.mark.parametrize("text_rows", ["line", "document"])
-def test_text_by_lines_and_documents(tmp_path: Path, text_rows: str) -> None:
+def test_stream_text_by_line_or_document_equals_in_memory(tmp_path: Path, text_rows: str) -> None:
     source = write(tmp_path / "a.txt", "one\ntwo\r\n\n \nthree\u2028still three\nfour\n\nfive")
     one, other = (read(source, streaming=streaming, task=Causal(), text_rows=text_rows) for streaming in (True, False))
     assert places(one) == places(other)
     assert len(one.train) == (5 if text_rows == "line" else 3)
 
 
-def test_several_files_a_filter_and_the_first_rows(tmp_path: Path) -> None:
+def test_stream_several_files_filter_and_max_rows_equal_in_memory(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", JSONL)
     write(tmp_path / "b.jsonl", JSONL.replace("text 1", "other 1"))
     for source in (str(tmp_path), f"{tmp_path}/*.jsonl", [str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]):
@@ -100,14 +100,14 @@ def test_several_files_a_filter_and_the_first_rows(tmp_path: Path) -> None:
     assert {"fewer-rows", "filter-unmatched"} <= {it.code for it in fewer.issues}
 
 
-def test_a_row_that_cannot_be_used_stops_with_its_line(tmp_path: Path) -> None:
+def test_stream_bad_row_raises_with_line(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", JSONL)
     with pytest.raises(DataError, match="2 of 25 rows") as caught:
         read(source, streaming=True, on_bad_row="fail")
     assert f"{source}:25: broken JSON" in str(caught.value.where)
 
 
-def test_what_is_found_of_rows_in_memory_is_found(tmp_path: Path) -> None:
+def test_stream_issues_equal_in_memory(tmp_path: Path) -> None:
     rows = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(40)]
     rows += [{"text": "Text  3", "label": "b"}, {"text": "text 4", "label": "b"}, {"text": "alone", "label": "c"}]
     train = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -123,13 +123,13 @@ def test_what_is_found_of_rows_in_memory_is_found(tmp_path: Path) -> None:
     assert next(it for it in one.issues if it.code == "leakage").grave
 
 
-def test_the_fingerprint_is_of_every_row(tmp_path: Path) -> None:
+def test_stream_fingerprint_covers_every_row(tmp_path: Path) -> None:
     before = read(write(tmp_path / "a.jsonl", JSONL), streaming=True).fingerprint
     assert read(write(tmp_path / "b.jsonl", JSONL), streaming=True).fingerprint == before
     assert read(write(tmp_path / "b.jsonl", JSONL.replace("text 9", "text x")), streaming=True).fingerprint != before
 
 
-def test_rows_that_are_gone_are_missed(tmp_path: Path) -> None:
+def test_stream_shortened_file_raises(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", JSONL)
     rows = read(source, streaming=True).train
     assert rows[22] == {"text": "text 22", "label": "1"}
@@ -138,7 +138,7 @@ def test_rows_that_are_gone_are_missed(tmp_path: Path) -> None:
         list(rows)
 
 
-def test_going_through_the_rows_holds_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_iteration_uses_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "CHUNK", 100)
     lines = (json.dumps({"text": f"{number} {'x' * 4000}", "label": number % 2}) + "\n" for number in range(6000))
     rows = read(write(tmp_path / "a.jsonl", "".join(lines)), streaming=True).train
@@ -151,7 +151,7 @@ def test_going_through_the_rows_holds_none_of_them(tmp_path: Path, monkeypatch: 
     assert peak < 8_000_000 < 6000 * 4000  # pieces of 1 MB, and a hundred rows
 
 
-def test_a_bomb_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_bomb_raises_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftwerk.data.compressed.FREE_BYTES", 1000)
     with pytest.raises(IntegrityError, match="expands to more than"):
         read(write(tmp_path / "a.txt.gz", ("x" * 1000 + "\n") * 3000), streaming=True, task=Causal())
@@ -167,13 +167,13 @@ def test_a_bomb_is_refused_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
         ({"augment": ["word_dropout"]}, "graftwerk augment"),
     ],
 )
-def test_settings_that_streaming_has_no_way_for(changes: dict[str, Any], said: str) -> None:
+def test_data_settings_invalid_with_streaming_raise(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         DataSettings.model_validate({"train": "a.jsonl", "validation": None, "streaming": True, **changes})
 
 
 @pytest.mark.parametrize("source", ["hub://owner/name", "a.parquet", "a.json", {"source": "a.de", "target": "a.en"}])
-def test_sources_that_are_not_made_of_lines(tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_source_without_lines_raises(tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.parquet", "a.json"):
         Path(name).write_text("")
@@ -181,14 +181,14 @@ def test_sources_that_are_not_made_of_lines(tmp_path: Path, source: Any, monkeyp
         read(source, streaming=True)
 
 
-def test_directions_are_not_turned_around_in_a_stream(tmp_path: Path) -> None:
+def test_stream_both_directions_raises(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", '{"source": "a", "target": "b"}\n')
     task = Translation(source_lang="de_DE", target_lang="en_XX", both_directions=True)
     with pytest.raises(ConfigError, match="not turned around"):
         read(source, streaming=True, task=task)
 
 
-def test_the_held_out_source_is_another(tmp_path: Path) -> None:
+def test_stream_same_source_held_out_raises(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", JSONL)
     with pytest.raises(ConfigError, match="the same source"):
         read(source, streaming=True, validation=source)
