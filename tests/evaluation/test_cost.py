@@ -54,7 +54,7 @@ def meter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     return request.param
 
 
-def test_the_peak_is_what_was_held_at_once(meter: Any) -> None:
+def test_peak_memory_reports_most_bytes_held_at_once(meter: Any) -> None:
     work(10)  # the allocator and its pages are warm
     with peak_memory(device="cpu") as peak:
         assert peak.bytes is None
@@ -65,7 +65,7 @@ def test_the_peak_is_what_was_held_at_once(meter: Any) -> None:
     assert peak.how == meter.how
 
 
-def test_an_earlier_baseline_counts_what_was_held_before(meter: Any) -> None:
+def test_peak_memory_above_earlier_baseline_includes_held_bytes(meter: Any) -> None:
     before = resident("cpu")
     kept = torch.ones(25 * MB)
     with peak_memory(above=before, device="cpu") as peak:
@@ -75,7 +75,7 @@ def test_an_earlier_baseline_counts_what_was_held_before(meter: Any) -> None:
     assert kept.numel()
 
 
-def test_blocks_may_be_nested() -> None:
+def test_peak_memory_nested_blocks_keep_outer_peak() -> None:
     """An inner block sets the kernel's mark back; the outer one still knows how high it was."""
     with peak_memory(device="cpu") as outer:
         work(150)
@@ -87,7 +87,7 @@ def test_blocks_may_be_nested() -> None:
     assert inner.bytes < 60 * MB
 
 
-def test_the_peak_of_a_block_that_fails_is_known_too() -> None:
+def test_peak_memory_block_that_raises_still_reports_peak() -> None:
     found = []
 
     def fail() -> None:
@@ -103,14 +103,14 @@ def test_the_peak_of_a_block_that_fails_is_known_too() -> None:
     assert memory._HighWater._open == []
 
 
-def test_where_the_mark_cannot_be_set_back_a_thread_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_without_resettable_mark_samples_in_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_set_mark_back", lambda: False)
     with peak_memory(device="cpu") as peak:
         work(60)
     assert "looked at every 10 ms" in peak.how
 
 
-def test_where_there_is_no_proc_the_process_itself_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_peak_memory_without_proc_uses_ru_maxrss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "SELF", tmp_path)
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     monkeypatch.setattr(memory, "_highest_so_far", lambda: 700)
@@ -119,7 +119,7 @@ def test_where_there_is_no_proc_the_process_itself_is_asked(monkeypatch: pytest.
     assert (peak.bytes, peak.how) == (600, "ru_maxrss")
 
 
-def test_code_is_left_out() -> None:
+def test_resident_excludes_code_pages() -> None:
     """Libraries are tens of megabytes of resident files here; the baseline does not have them."""
     code = memory._code()
     held = memory._resident_set()
@@ -130,7 +130,7 @@ def test_code_is_left_out() -> None:
     assert abs(held - code - now) < 20 * MB
 
 
-def test_size_on_disk(tmp_path: Path) -> None:
+def test_size_on_disk_sums_files_without_symlinks(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 100)
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "b").write_bytes(b"x" * 23)
@@ -177,7 +177,7 @@ def rows(lengths: list[int]) -> list[Example]:
     return [Example({"input_ids": [1] * length}, None) for length in lengths]
 
 
-def test_latency_times_batches_of_like_length_over_all_lengths() -> None:
+def test_latency_batches_rows_of_similar_length_across_all_lengths() -> None:
     model = Counter().train()
     timed = latency(model, Padding(), rows([*range(1, 41), *range(40, 0, -1)]), None, batches=4, batch_sizes=(1, 10))  # type: ignore[arg-type]
     assert timed.keys() == {1, 10}
@@ -189,7 +189,7 @@ def test_latency_times_batches_of_like_length_over_all_lengths() -> None:
     assert model.training
 
 
-def test_latency_with_few_rows_repeats_them_and_with_none_says_nothing() -> None:
+def test_latency_few_rows_are_repeated_and_no_rows_give_empty() -> None:
     model = Counter()
     assert set(latency(model, Padding(), rows([3, 5]), None, batches=2)) == {1, 32}  # type: ignore[arg-type]
     assert model.shapes[-1] == (32, 5)

@@ -52,7 +52,7 @@ def labelled(glosses: Path, tmp_path: Path) -> Path:
 # -- asking a model
 
 
-def test_answers_come_in_the_order_of_the_rows(run: Path, gloss_texts: list[str]) -> None:
+def test_run_model_returns_scores_in_row_order(run: Path, gloss_texts: list[str]) -> None:
     opened = load_adapter_for(run)
     texts = sorted(gloss_texts[:20], key=lambda text: text[::-1])
     examples = opened.encode([{"text": text} for text in texts])
@@ -65,7 +65,7 @@ def test_answers_come_in_the_order_of_the_rows(run: Path, gloss_texts: list[str]
     assert together.loss is None
 
 
-def test_batches_are_of_like_length_longest_first_and_told(run: Path, gloss_texts: list[str]) -> None:
+def test_run_model_batches_longest_first_and_reports_progress(run: Path, gloss_texts: list[str]) -> None:
     opened = load_adapter_for(run)
     examples = opened.encode([{"text": text} for text in gloss_texts[:25]])
     seen: list[list[int]] = []
@@ -89,7 +89,7 @@ def test_batches_are_of_like_length_longest_first_and_told(run: Path, gloss_text
     assert told == [(10, 25), (20, 25), (25, 25)]
 
 
-def test_loss_is_the_mean_over_rows_and_the_mode_is_put_back(run: Path, glosses: Path) -> None:
+def test_run_model_loss_is_row_mean_and_training_mode_is_restored(run: Path, glosses: Path) -> None:
     opened = load_adapter_for(run)
     rows = [json.loads(line) for line in glosses.read_text().splitlines()][:11]
     examples = opened.encode(rows)
@@ -100,7 +100,7 @@ def test_loss_is_the_mean_over_rows_and_the_mode_is_put_back(run: Path, glosses:
     assert found.loss == pytest.approx(each.mean(), rel=1e-5)
 
 
-def test_nothing_is_asked_of_no_rows(run: Path) -> None:
+def test_run_model_without_rows_returns_empty(run: Path) -> None:
     opened = load_adapter_for(run)
     assert len(run_model(opened.model, opened.task, [], opened.tokenizer).scores) == 0
 
@@ -108,7 +108,7 @@ def test_nothing_is_asked_of_no_rows(run: Path) -> None:
 # -- evaluate
 
 
-def test_a_run_is_measured_on_its_own_test_rows(run: Path) -> None:
+def test_evaluate_run_uses_its_test_rows(run: Path) -> None:
     result = evaluate(run)
     manifest = json.loads((run / "manifest.json").read_text())
     assert (result["split"], result["rows"]) == ("test", 36)
@@ -126,7 +126,7 @@ def test_a_run_is_measured_on_its_own_test_rows(run: Path) -> None:
 
 
 @pytest.mark.parametrize("trunk", [False, True])
-def test_evaluate_of_run_answers_to_the_bit_as_training_did(
+def test_evaluate_run_gives_bit_equal_scores_to_training(
     settings: dict[str, Any], trunk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 a row's answer depends on its batch; the machine that evaluates may be fast in another type."""
@@ -161,11 +161,11 @@ def test_evaluate_of_run_answers_to_the_bit_as_training_did(
     assert load_adapter_for(run.adapter).eval_batch_size == 5  # the adapter alone knows it too
 
 
-def test_the_adapter_inside_a_run_is_that_run(run: Path) -> None:
+def test_evaluate_adapter_folder_inside_run_equals_run(run: Path) -> None:
     assert evaluate(run / "adapter")["metrics"] == evaluate(run)["metrics"]
 
 
-def test_validation_rows_come_with_a_warning(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_evaluate_without_test_rows_notes_validation_bias(settings: dict[str, Any], tmp_path: Path) -> None:
     data = {**settings["data"], "test": None}
     made = train({**settings, "data": data, "method": "probe", "output_dir": str(tmp_path / "run")})
     result = evaluate(made)
@@ -173,7 +173,7 @@ def test_validation_rows_come_with_a_warning(settings: dict[str, Any], tmp_path:
     assert "chose the checkpoint" in result["notes"][-1]
 
 
-def test_other_rows_and_other_columns(run: Path, labelled: Path, glosses: Path) -> None:
+def test_evaluate_given_data_and_columns(run: Path, labelled: Path, glosses: Path) -> None:
     result = evaluate(run, labelled, columns={"text": "gloss", "label": "topic"})
     assert (result["split"], result["rows"]) == ("data", 30)
     with pytest.raises(ConfigError, match="no column"):
@@ -183,7 +183,7 @@ def test_other_rows_and_other_columns(run: Path, labelled: Path, glosses: Path) 
     assert evaluate(run, glosses)["rows"] == 240
 
 
-def test_an_adapter_alone_needs_rows(run: Path, glosses: Path, tmp_path: Path) -> None:
+def test_evaluate_adapter_alone_without_data_raises(run: Path, glosses: Path, tmp_path: Path) -> None:
     alone = tmp_path / "somewhere"
     shutil.copytree(run / "adapter", alone)
     with pytest.raises(ConfigError, match="adapter folder alone"):
@@ -194,16 +194,14 @@ def test_an_adapter_alone_needs_rows(run: Path, glosses: Path, tmp_path: Path) -
         evaluate(alone, glosses, store=True)
 
 
-def test_labels_that_the_adapter_does_not_know_are_refused(run: Path, tmp_path: Path) -> None:
+def test_evaluate_unknown_label_raises(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a tree", "label": "vegetable"}\n{"text": "a dog", "label": "animal"}\n')
     with pytest.raises(AdapterError, match="vegetable"):
         evaluate(run, path)
 
 
-def test_rows_that_changed_since_the_training_are_refused(
-    settings: dict[str, Any], glosses: Path, tmp_path: Path
-) -> None:
+def test_evaluate_data_changed_since_training_raises(settings: dict[str, Any], glosses: Path, tmp_path: Path) -> None:
     """Held-out rows are drawn again from the file; with other rows in it, some may have been learnt from."""
     copy = tmp_path / "rows.jsonl"
     shutil.copy(glosses, copy)
@@ -214,7 +212,7 @@ def test_rows_that_changed_since_the_training_are_refused(
         evaluate(made)
 
 
-def test_what_is_no_run_and_no_adapter_is_refused(tmp_path: Path, run: Path) -> None:
+def test_evaluate_folder_without_run_or_adapter_raises(tmp_path: Path, run: Path) -> None:
     with pytest.raises(ConfigError, match="no folder"):
         evaluate(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="neither a run folder nor an adapter"):
@@ -226,7 +224,7 @@ def test_what_is_no_run_and_no_adapter_is_refused(tmp_path: Path, run: Path) -> 
         evaluate(unfinished)
 
 
-def test_another_base_is_refused_unless_forced(run: Path, tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_evaluate_other_base_raises_unless_forced(run: Path, tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     other = tmp_path / "other"
@@ -241,7 +239,7 @@ def test_another_base_is_refused_unless_forced(run: Path, tiny_encoder: Path, gl
 # -- what is stored
 
 
-def test_predictions_are_stored_row_by_row(run: Path) -> None:
+def test_evaluate_store_writes_predictions_of_every_row(run: Path) -> None:
     result = evaluate(run, store=True)
     kept, predictions = load_evaluation(run, run / "adapter") or pytest.fail("nothing is stored")
     assert kept["metrics"] == result["metrics"]
@@ -252,7 +250,7 @@ def test_predictions_are_stored_row_by_row(run: Path) -> None:
     assert predictions.loss == pytest.approx(result["loss"])
 
 
-def test_stored_predictions_of_another_adapter_do_not_count(run: Path, tmp_path: Path) -> None:
+def test_load_evaluation_of_changed_adapter_returns_none(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     evaluate(copy, store=True)
@@ -262,7 +260,7 @@ def test_stored_predictions_of_another_adapter_do_not_count(run: Path, tmp_path:
     assert load_evaluation(copy, copy / "adapter") is None
 
 
-def test_stored_predictions_that_are_gone_or_of_another_format_do_not_count(run: Path, tmp_path: Path) -> None:
+def test_load_evaluation_missing_or_other_format_returns_none(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     evaluate(copy, store=True)
@@ -277,7 +275,7 @@ def test_stored_predictions_that_are_gone_or_of_another_format_do_not_count(run:
 # -- predict
 
 
-def test_texts_get_labels_and_scores(run: Path, gloss_texts: list[str]) -> None:
+def test_predict_texts_returns_labels_and_scores(run: Path, gloss_texts: list[str]) -> None:
     result = predict(run, gloss_texts[:5])
     assert result["notes"] == []
     labels = json.loads((run / "manifest.json").read_text())["labels"]
@@ -291,7 +289,7 @@ def test_texts_get_labels_and_scores(run: Path, gloss_texts: list[str]) -> None:
     assert one[0]["scores"] == pytest.approx(result["predictions"][0]["scores"], abs=1e-6)
 
 
-def test_run_with_modules_saved_by_ending_is_trained_evaluated_and_predicted(
+def test_modules_to_save_by_suffix_train_evaluate_and_predict(
     settings: dict[str, Any], gloss_texts: list[str], tmp_path: Path
 ) -> None:
     method = {"name": "ia3", "modules_to_save": ["classifier", "pooler"]}
@@ -304,7 +302,7 @@ def test_run_with_modules_saved_by_ending_is_trained_evaluated_and_predicted(
     assert second.manifest["status"] == "finished"
 
 
-def test_rows_of_a_file_need_no_labels(run: Path, gloss_texts: list[str], tmp_path: Path) -> None:
+def test_predict_data_without_labels_returns_predictions(run: Path, gloss_texts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_text("gloss\n" + "\n".join(f'"{text}"' for text in gloss_texts[:4]) + "\n")
     found = predict(run, data=path, columns={"text": "gloss"})["predictions"]
@@ -313,7 +311,7 @@ def test_rows_of_a_file_need_no_labels(run: Path, gloss_texts: list[str], tmp_pa
     assert [answer["label"] for answer in found] == [answer["label"] for answer in alone]
 
 
-def test_what_is_cut_is_counted(run: Path) -> None:
+def test_predict_truncated_texts_are_counted(run: Path) -> None:
     limit = 64 - 2  # [CLS] and [SEP]
     result = predict(run, ["short", "a very long text " * 100, " ".join("a" * limit), " ".join("a" * (limit + 1))])
     assert result["notes"] == ["2 of 4 rows were cut to 64 tokens"]
@@ -321,7 +319,7 @@ def test_what_is_cut_is_counted(run: Path) -> None:
     assert cut == pytest.approx(whole, abs=1e-6), "the last letter is what was cut"
 
 
-def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:
+def test_predict_invalid_input_raises(run: Path, tmp_path: Path) -> None:
     assert predict(run, []) == {"predictions": [], "notes": []}
     with pytest.raises(ConfigError, match=r"give texts or data$"):
         predict(run)
@@ -342,7 +340,7 @@ def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:
 # -- adapters of PEFT's
 
 
-def test_an_adapter_of_pefts_can_be_used(tiny_encoder: Path, gloss_texts: list[str], tmp_path: Path) -> None:
+def test_predict_peft_adapter_equals_peft(tiny_encoder: Path, gloss_texts: list[str], tmp_path: Path) -> None:
     """It stores no labels: they are numbered where the base has others, and answers are PEFT's."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -362,7 +360,7 @@ def test_an_adapter_of_pefts_can_be_used(tiny_encoder: Path, gloss_texts: list[s
         assert list(answer["scores"].values()) == pytest.approx(row, abs=1e-5)
 
 
-def test_an_adapter_for_another_task_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_predict_adapter_of_other_task_raises(tiny_decoder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -382,7 +380,7 @@ def test_an_adapter_for_another_task_is_refused(tiny_decoder: Path, tmp_path: Pa
         ([], DataError),
     ],
 )
-def test_error_about_given_rows_speaks_of_them_and_of_what_can_be_given(
+def test_evaluate_error_about_given_rows_names_their_file(
     run: Path, tmp_path: Path, rows: list[dict[str, str]], error: type[GraftwerkError]
 ) -> None:
     path = tmp_path / "given.jsonl"
@@ -401,7 +399,7 @@ def test_error_about_given_rows_speaks_of_them_and_of_what_can_be_given(
         )
 
 
-def test_evaluating_on_a_base_with_nan_blames_the_base(run: Path, tmp_path: Path, tiny_encoder: Path) -> None:
+def test_evaluate_base_with_nan_names_the_base(run: Path, tmp_path: Path, tiny_encoder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"

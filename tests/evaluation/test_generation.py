@@ -52,7 +52,7 @@ def settings(**values: Any) -> EvaluationSettings:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["bart", "t5", "marian", "llama", "gpt2"])
-def test_a_batch_gives_what_each_row_gives_alone(family: str, method: str, text_model: Callable[[str], Path]) -> None:
+def test_generate_batch_equals_each_row_alone(family: str, method: str, text_model: Callable[[str], Path]) -> None:
     task = Translation(source_lang="de", target_lang="en")
     model, task, tokenizer = loaded(text_model(family), task, METHODS[method])
     examples = task.encode(ROWS, tokenizer, None, 256)
@@ -77,7 +77,7 @@ def _plainly(model: Any, task: Any, tokenizer: Any, example: Any, beams: int) ->
 
 
 @pytest.mark.parametrize("family", ["mbart50", "mbart", "m2m100"])
-def test_every_row_is_written_in_its_own_language(family: str, text_model: Callable[[str], Path]) -> None:
+def test_generate_uses_target_language_of_each_row(family: str, text_model: Callable[[str], Path]) -> None:
     model, task, tokenizer = loaded(text_model(family), Translation())
     de, en, fr = ("de", "en", "fr") if family == "m2m100" else ("de_DE", "en_XX", "fr_XX")
     rows = [{**row, "source_lang": de, "target_lang": (en, fr)[place % 2]} for place, row in enumerate(ROWS)]
@@ -97,7 +97,7 @@ def test_every_row_is_written_in_its_own_language(family: str, text_model: Calla
     assert sorted(asked) == sorted([(4, ids[en])] * 4 + [(4, ids[fr])] * 4)
 
 
-def test_batches_are_of_like_length_longest_first_and_told(
+def test_generate_batches_longest_first_and_reports_progress(
     text_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, task, tokenizer = loaded(text_model("t5"), Summarization())
@@ -116,7 +116,7 @@ def test_batches_are_of_like_length_longest_first_and_told(
     assert told == [(5, 8), (8, 8)]
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(text_model: Callable[[str], Path]) -> None:
+def test_generate_out_of_memory_halves_batch_and_keeps_answers(text_model: Callable[[str], Path]) -> None:
     model, task, tokenizer = loaded(text_model("bart"), Summarization())
     examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
     golden = generate(model, task, examples, tokenizer, settings())
@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(text_model: Callable[[
 
 
 @pytest.mark.parametrize("method", ["base", "prompt"])
-def test_a_prompt_near_the_end_of_the_positions_gets_what_room_there_is(
+def test_generate_prompt_near_position_limit_gets_remaining_tokens(
     method: str, text_model: Callable[[str], Path]
 ) -> None:
     model, task, tokenizer = loaded(text_model("gpt2"), Summarization(template="{document}"), METHODS[method])
@@ -161,7 +161,7 @@ def test_a_prompt_near_the_end_of_the_positions_gets_what_room_there_is(
     )
 
 
-def test_the_limit_is_half_as_much_again_as_the_longest_reference(text_model: Callable[[str], Path]) -> None:
+def test_answer_limit_is_one_and_a_half_times_longest_reference(text_model: Callable[[str], Path]) -> None:
     _, task, tokenizer = loaded(text_model("gpt2"), Translation(template="{source}\n"))
     examples = task.encode(ROWS, tokenizer, None, 256)
     longest = max(len(tokenizer(row["target"])["input_ids"]) + 1 for row in ROWS)
@@ -170,7 +170,7 @@ def test_the_limit_is_half_as_much_again_as_the_longest_reference(text_model: Ca
 
 
 @pytest.mark.parametrize(("family", "room"), [("bart", 511), ("llama", None)])
-def test_generate_beyond_the_positions_asks_for_no_more_than_there_are(
+def test_generate_max_new_tokens_is_capped_by_positions(
     family: str, room: int | None, text_model: Callable[[str], Path]
 ) -> None:
     """BART's decoder has 512 positions, of which the start token takes one."""
@@ -190,7 +190,7 @@ def test_generate_beyond_the_positions_asks_for_no_more_than_there_are(
     assert told[-1] == (2, 2)
 
 
-def test_before_and_after_of_a_few_rows(text_model: Callable[[str], Path]) -> None:
+def test_before_and_after_compares_base_and_adapter_outputs(text_model: Callable[[str], Path]) -> None:
     task = Translation(source_lang="de", target_lang="en")
     model, task, tokenizer = loaded(text_model("gpt2"), task, METHODS["prefix"])
     examples = task.encode(ROWS, tokenizer, None, 256)
@@ -214,7 +214,7 @@ def test_before_and_after_of_a_few_rows(text_model: Callable[[str], Path]) -> No
     assert before_and_after(model, task, examples, tokenizer, settings(examples=0), found) == []
 
 
-def test_a_length_that_a_model_comes_with_is_not_spoken_of(
+def test_generate_model_max_length_gives_no_warning(
     text_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers.generation import utils as theirs

@@ -42,7 +42,7 @@ def by_sklearn(name: str, targets: np.ndarray, scores: np.ndarray, weights: np.n
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_values_are_scikit_learns(classes: int) -> None:
+def test_metrics_of_values_equal_scikit_learn(classes: int) -> None:
     predictions = made(300, classes)
     figures = metrics_of(predictions, [f"c{i}" for i in range(classes)], resamples=100)
     assert tuple(figures) == METRICS
@@ -54,7 +54,7 @@ def test_values_are_scikit_learns(classes: int) -> None:
 
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("name", METRICS)
-def test_every_draw_is_what_scikit_learn_says_of_it(name: str, classes: int) -> None:
+def test_statistic_of_each_draw_equals_scikit_learn(name: str, classes: int) -> None:
     """The vectorised metrics, tied scores included, against scikit-learn with the same rows weighted one draw at a
     time.
     """
@@ -75,7 +75,7 @@ def test_every_draw_is_what_scikit_learn_says_of_it(name: str, classes: int) -> 
     assert classes == 2 or 10 < lacking < 110, "draws with and without all classes are to be seen"
 
 
-def test_every_row_is_drawn_as_often_as_any_other() -> None:
+def test_draw_counts_draws_rows_uniformly() -> None:
     for counts in (np.ones(5, dtype=np.int64), np.array([1, 1, 1, 2])):
         drawn = np.concatenate(list(draw_counts(counts, 4000, np.random.default_rng(0))))
         assert drawn.mean(axis=0) == pytest.approx(counts, rel=0.05)
@@ -83,7 +83,7 @@ def test_every_row_is_drawn_as_often_as_any_other() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=12))
-def test_rank_auc_counts_pairs(rows: list[tuple[bool, int, int]]) -> None:
+def test_rank_auc_equals_share_of_ordered_pairs(rows: list[tuple[bool, int, int]]) -> None:
     """Against the definition: the share of (positive, negative) pairs in the right order, ties half."""
     positive = np.array([row[0] for row in rows])
     scores = np.array([row[1] for row in rows], dtype=float)
@@ -99,7 +99,7 @@ def test_rank_auc_counts_pairs(rows: list[tuple[bool, int, int]]) -> None:
 
 
 @pytest.mark.parametrize("name", ["accuracy", "f1_macro", "roc_auc"])
-def test_interval_is_that_of_drawing_rows_one_by_one(name: str) -> None:
+def test_metrics_of_interval_equals_row_by_row_bootstrap(name: str) -> None:
     """Cells of the confusion matrix drawn as counts have the law of rows drawn one by one."""
     predictions = made(120, 2, seed=3)
     targets, scores = predictions.targets, predictions.scores
@@ -115,7 +115,7 @@ def test_interval_is_that_of_drawing_rows_one_by_one(name: str) -> None:
     assert figure["high"] == pytest.approx(high, abs=0.4 * spread)
 
 
-def test_draws_over_kinds_and_over_rows_have_the_same_mean_and_spread() -> None:
+def test_resample_over_confusion_cells_equals_binomial_spread() -> None:
     predictions = made(200, 2, seed=5)
     predicted = predictions.scores.argmax(1)
     (seen, given_), counts = kinds(predictions.targets, predicted)
@@ -128,7 +128,7 @@ def test_draws_over_kinds_and_over_rows_have_the_same_mean_and_spread() -> None:
     assert by_cell.std() == pytest.approx(np.sqrt(right * (1 - right) / 200), rel=0.03)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_percentile_interval_has_nominal_coverage() -> None:
     """Of 200 samples from a population whose accuracy is 0.7, about 190 intervals hold it."""
     rng = np.random.default_rng(0)
     held = 0
@@ -141,7 +141,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     assert 180 <= held <= 198
 
 
-def test_the_same_seed_gives_the_same_intervals_and_more_confidence_wider_ones() -> None:
+def test_metrics_of_interval_depends_on_seed_and_confidence() -> None:
     predictions = made(80, 2)
     once, again = metrics_of(predictions, None), metrics_of(predictions, None)
     other, wide = metrics_of(predictions, None, seed=1), metrics_of(predictions, None, confidence=0.99)
@@ -150,7 +150,7 @@ def test_the_same_seed_gives_the_same_intervals_and_more_confidence_wider_ones()
         assert wide[name]["high"] - wide[name]["low"] > once[name]["high"] - once[name]["low"]
 
 
-def test_roc_auc_of_rows_that_lack_a_class_is_said_to_be_undefined() -> None:
+def test_metrics_of_roc_auc_with_absent_class_is_undefined() -> None:
     predictions = made(30, 3)
     two = ClassPredictions(None, predictions.scores, predictions.targets % 2)
     figure = metrics_of(two, ["apple", "pear", "plum"])["roc_auc"]
@@ -163,7 +163,7 @@ def test_roc_auc_of_rows_that_lack_a_class_is_said_to_be_undefined() -> None:
     assert note.endswith("no row has the label `b`, `c`, `d`, `e`, `f` and 2 more")
 
 
-def test_a_class_with_one_row_leaves_draws_out_and_says_so() -> None:
+def test_metrics_of_class_with_one_row_notes_undefined_draws() -> None:
     predictions = made(40, 2)
     targets = np.zeros(40, dtype=int)
     targets[7] = 1
@@ -172,7 +172,7 @@ def test_a_class_with_one_row_leaves_draws_out_and_says_so() -> None:
     assert figure["low"] <= figure["value"] <= figure["high"]
 
 
-def test_an_interval_on_too_few_draws_is_not_given() -> None:
+def test_metrics_of_too_few_defined_draws_give_no_interval() -> None:
     scores = np.full((4, 4), 0.25)
     figure = metrics_of(ClassPredictions(None, scores, np.arange(4)), None)["roc_auc"]
     assert figure["value"] == 0.5
@@ -180,7 +180,7 @@ def test_an_interval_on_too_few_draws_is_not_given() -> None:
     assert "no interval" in figure["note"]
 
 
-def test_all_rows_right_is_no_certainty() -> None:
+def test_metrics_of_all_rows_right_have_exact_lower_bound() -> None:
     targets = np.arange(20) % 2
     figures = metrics_of(ClassPredictions(None, np.eye(2)[targets], targets), None)
     assert figures["accuracy"]["value"] == figures["accuracy"]["high"] == 1.0
@@ -194,7 +194,7 @@ def test_all_rows_right_is_no_certainty() -> None:
     assert wrong["high"] == pytest.approx(1 - 0.05 ** (1 / 20))
 
 
-def test_row_effect_of_rare_class_counts_for_more_where_classes_count_the_same() -> None:
+def test_row_effect_rare_class_weighs_more_in_macro_metrics() -> None:
     """40 and 10 rows, all right: macro F1 knows as little as 32 rows, weighted F1 and accuracy as much as 50."""
     targets = (np.arange(50) < 10).astype(int)
     perfect = ClassPredictions(None, np.eye(2)[targets], targets)
@@ -205,12 +205,12 @@ def test_row_effect_of_rare_class_counts_for_more_where_classes_count_the_same()
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "f1_weighted"])
 @pytest.mark.parametrize("error", [0.005, 0.02])
-def test_intervals_of_nearly_perfect_classifiers_hold_the_truth(metric: str, error: float) -> None:
+def test_interval_of_nearly_perfect_classifier_has_nominal_coverage(metric: str, error: float) -> None:
     """50 rows, a fifth of the second class: draws of rows alone held it in 22 and 61 % for F1."""
     assert single_coverage(metric, 50, (0.8, 0.2), error, 60) >= 0.95
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_metrics_of_invalid_predictions_raise() -> None:
     good = made(10, 2)
     with pytest.raises(DataError, match="no labels"):
         metrics_of(ClassPredictions(None, good.scores, None), None)
@@ -224,7 +224,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         metrics_of(ClassPredictions(None, broken, good.targets), None)
 
 
-def test_many_rows_are_drawn_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_counts_many_rows_are_drawn_in_bounded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from graftwerk.evaluation import bootstrap
 
     monkeypatch.setattr(bootstrap, "BLOCK", 1000)

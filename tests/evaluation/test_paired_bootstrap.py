@@ -38,7 +38,7 @@ def comparison(
     return made
 
 
-def test_one_run_each_is_the_plain_paired_bootstrap() -> None:
+def test_paired_difference_one_run_each_equals_row_by_row_bootstrap() -> None:
     rng = np.random.default_rng(0)
     runs = comparison(rng, seeds=1, better=0.8)
     a, b = runs["m0"][0], runs["m1"][0]
@@ -50,7 +50,7 @@ def test_one_run_each_is_the_plain_paired_bootstrap() -> None:
     assert found["high"] == pytest.approx(np.quantile(slow, 0.975), abs=0.1 * np.std(slow) + 1 / 200)
 
 
-def test_pairing_takes_out_what_rows_have_in_common() -> None:
+def test_paired_difference_is_narrower_than_unpaired_intervals() -> None:
     runs = comparison(np.random.default_rng(1), seeds=1)
     a, b = runs["m0"][0], runs["m1"][0]
     paired = paired_difference(a, b)
@@ -59,14 +59,14 @@ def test_pairing_takes_out_what_rows_have_in_common() -> None:
     assert paired["high"] - paired["low"] < 0.9 * unpaired
 
 
-def test_turned_round_it_is_the_same_with_the_other_sign() -> None:
+def test_paired_difference_swapped_runs_negates_difference() -> None:
     runs = comparison(np.random.default_rng(2))
     there, back = paired_difference(runs["m0"], runs["m1"]), paired_difference(runs["m1"], runs["m0"])
     assert there["value"] == pytest.approx(-back["value"])
     assert there["low"] == pytest.approx(-back["high"], abs=0.01)
 
 
-def test_the_same_answers_differ_by_nothing() -> None:
+def test_paired_difference_of_equal_answers_is_zero() -> None:
     runs = comparison(np.random.default_rng(3), seeds=2)
     found = paired_difference(runs["m0"], runs["m0"])
     assert (found["value"], found["low"], found["high"]) == (0, 0, 0)
@@ -75,7 +75,7 @@ def test_the_same_answers_differ_by_nothing() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "f1_weighted", "roc_auc"])
-def test_every_metric_can_be_compared(metric: str) -> None:
+def test_paired_difference_supports_every_metric(metric: str) -> None:
     rng = np.random.default_rng(4)
     targets = rng.integers(0, 3, 150)
 
@@ -87,7 +87,7 @@ def test_every_metric_can_be_compared(metric: str) -> None:
     assert 0 < found["low"] < found["value"] < found["high"] < 1
 
 
-def test_seeds_that_disagree_widen_the_interval() -> None:
+def test_paired_difference_disagreeing_seeds_widen_interval() -> None:
     rng = np.random.default_rng(5)
     calm = paired_difference(*comparison(rng, seeds=3).values())
     runs = comparison(rng, seeds=3)
@@ -96,7 +96,7 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert wild["high"] - wild["low"] > 3 * (calm["high"] - calm["low"])
 
 
-def test_seed_variance_is_that_of_the_seeds() -> None:
+def test_joint_bootstrap_interval_is_student_t_over_seeds() -> None:
     """All rows alike but for chance, seeds vary: the interval of the mean is Student's over the seeds."""
     values = [0.9, 0.8, 0.6]
     rows = np.arange(10_000) / 10_000
@@ -108,7 +108,7 @@ def test_seed_variance_is_that_of_the_seeds() -> None:
     assert figure["value"] - figure["low"] == pytest.approx(4.30 * np.std(values, ddof=1) / np.sqrt(3), rel=0.05)
 
 
-def test_seed_variance_leaves_out_what_rows_explain() -> None:
+def test_seed_variance_excludes_row_sampling_noise() -> None:
     """Seeds without an effect still differ, since rows are answered by chance: s2 is 0 on average, and MS is not."""
     rng = np.random.default_rng(13)
     parts = [joint_bootstrap(comparison(rng, methods=4), "accuracy", resamples=200).parts for _ in range(60)]
@@ -119,7 +119,7 @@ def test_seed_variance_leaves_out_what_rows_explain() -> None:
     assert abs(left) < 0.15 * between
 
 
-def test_what_few_seeds_say_counts_for_little() -> None:
+def test_paired_difference_few_seeds_use_student_degrees_of_freedom() -> None:
     """Seeds alone decide: the interval is Student's with the degrees of freedom of all methods' seeds."""
     rows = np.arange(5000) / 5000
     a = {seed: answers(rows < value) for seed, value in enumerate((0.9, 0.8, 0.6))}
@@ -133,7 +133,7 @@ def test_what_few_seeds_say_counts_for_little() -> None:
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.1 / np.sqrt(39), rel=0.15)
 
 
-def test_seeds_that_agree_by_luck_are_not_believed() -> None:
+def test_joint_bootstrap_pools_seed_variance_across_methods() -> None:
     """Two of five methods whose seeds agree to the row: their interval allows for what seeds do to the other pairs."""
     rng = np.random.default_rng(12)
     runs = comparison(rng, methods=3, seeds=3, seed_effect=0.8)
@@ -158,7 +158,7 @@ def held(seeds: int, seed_effect: float, comparisons: int) -> tuple[float, float
 
 
 @pytest.mark.parametrize(("seeds", "seed_effect"), [(1, 0.0), (3, 0.3)])
-def test_nothing_is_found_where_there_is_nothing(seeds: int, seed_effect: float) -> None:
+def test_joint_bootstrap_under_null_covers_zero(seeds: int, seed_effect: float) -> None:
     """95 % intervals on simulated comparisons without a difference; 0.3 is a spread of three points between seeds."""
     single, family = held(seeds, seed_effect, 50)
     assert single >= 0.9
@@ -170,7 +170,7 @@ def test_nothing_is_found_where_there_is_nothing(seeds: int, seed_effect: float)
     [(Cell(2, 2, 4.3), 120, 0.0, 14.8), (Cell(4, 3, 1.0), 60, 0.0, 4.3), (Cell(7, 3, 2.3, gap=5), 60, 0.12, 7.4)],
     ids=["2x2", "4x3", "7x3"],
 )
-def test_joint_intervals_miss_as_often_as_they_say(cell: Cell, simulations: int, power: float, width: float) -> None:
+def test_joint_intervals_have_nominal_error_rate(cell: Cell, simulations: int, power: float, width: float) -> None:
     """Nominal: 5 % of comparisons. Drawing seeds, two methods with two seeds missed in 11 %, seven methods in 1 % and
     found a gap of 5 points in 4 %; benchmarks/interval_coverage.py has every cell.
     """
@@ -180,7 +180,7 @@ def test_joint_intervals_miss_as_often_as_they_say(cell: Cell, simulations: int,
     assert found.half_width == pytest.approx(width, rel=0.1)
 
 
-def test_one_seed_cannot_know_what_seeds_do_and_says_so() -> None:
+def test_joint_bootstrap_one_seed_notes_missing_seed_variance() -> None:
     """Why the note stands there: with a seed effect, single-seed intervals miss far too often."""
     _, family = held(1, 0.3, 30)
     assert family < 0.5
@@ -197,7 +197,7 @@ def test_one_seed_cannot_know_what_seeds_do_and_says_so() -> None:
     assert "over_seeds" not in more.simultaneous(0.95)[0]
 
 
-def test_few_wrong_rows_leave_an_interval_its_width() -> None:
+def test_joint_bootstrap_few_wrong_rows_keep_interval_width() -> None:
     """One method all right, the other with one row of 100 wrong: draws show half of the variance that there may be."""
     right = np.ones(100, dtype=bool)
     one_wrong = right.copy()
@@ -206,7 +206,7 @@ def test_few_wrong_rows_leave_an_interval_its_width() -> None:
     assert (pair["high"] - pair["low"]) / 2 == pytest.approx(1.96 * np.sqrt(2) / 100, rel=0.1)
 
 
-def test_metric_that_most_draws_leave_undefined_has_no_joint_intervals() -> None:
+def test_joint_bootstrap_mostly_undefined_metric_raises() -> None:
     scores = np.full((4, 4), 0.25)
     runs = {name: {0: ClassPredictions(None, scores + noise, np.arange(4))} for name, noise in (("a", 0.0), ("b", 0.1))}
     joint = joint_bootstrap(runs, "roc_auc")
@@ -215,7 +215,7 @@ def test_metric_that_most_draws_leave_undefined_has_no_joint_intervals() -> None
         joint.simultaneous(0.95)
 
 
-def test_a_difference_that_is_there_is_found() -> None:
+def test_joint_bootstrap_finds_real_difference() -> None:
     joint = joint_bootstrap(comparison(np.random.default_rng(8), methods=4, better=2.0), "accuracy")
     pairs = {(pair["a"], pair["b"]): pair for pair in joint.simultaneous(0.95)}
     assert len(pairs) == 6
@@ -226,14 +226,14 @@ def test_a_difference_that_is_there_is_found() -> None:
     assert pairs["m1", "m2"]["p"] > 0.05
 
 
-def test_intervals_that_hold_together_are_wider_than_each_alone() -> None:
+def test_simultaneous_intervals_are_wider_than_single_ones() -> None:
     joint = joint_bootstrap(comparison(np.random.default_rng(9), methods=6), "accuracy")
     for pair in joint.simultaneous(0.95):
         alone = joint.difference(pair["a"], pair["b"], 0.95)
         assert pair["high"] - pair["low"] > 1.2 * (alone["high"] - alone["low"])
 
 
-def test_an_interval_without_zero_and_a_small_p_are_the_same_event() -> None:
+def test_simultaneous_interval_excludes_zero_exactly_if_p_is_small() -> None:
     rng = np.random.default_rng(10)
     both = [0, 0]
     for number in range(25):
@@ -246,7 +246,7 @@ def test_an_interval_without_zero_and_a_small_p_are_the_same_event() -> None:
     assert min(both) > 10, "only one side was seen"
 
 
-def test_a_method_that_lacks_a_seed_is_compared_by_those_it_has() -> None:
+def test_joint_bootstrap_method_without_one_seed_uses_its_others() -> None:
     runs = comparison(np.random.default_rng(11), methods=2, seeds=3)
     del runs["m1"][2]
     joint = joint_bootstrap(runs, "accuracy")
@@ -256,7 +256,7 @@ def test_a_method_that_lacks_a_seed_is_compared_by_those_it_has() -> None:
     assert pair["low"] < pair["value"] < pair["high"]
 
 
-def test_other_rows_are_refused() -> None:
+def test_paired_difference_other_rows_raise() -> None:
     a, b = answers(np.ones(20, dtype=bool)), answers(np.ones(21, dtype=bool))
     with pytest.raises(DataError, match="other rows"):
         paired_difference(a, b)
@@ -265,7 +265,7 @@ def test_other_rows_are_refused() -> None:
         paired_difference(a, relabelled)
 
 
-def test_an_undefined_metric_is_refused() -> None:
+def test_paired_difference_undefined_metric_raises() -> None:
     one_class = answers(np.ones(20, dtype=bool))
     with pytest.raises(DataError, match="a class is absent"):
         paired_difference(one_class, one_class, metric="roc_auc")

@@ -41,7 +41,7 @@ THEIRS: dict[str, Any] = {
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
-def test_generate_ignores_the_bases_own_settings(family: str, beams: int, text_model: Callable[[str], Path]) -> None:
+def test_generate_ignores_generation_config_of_base(family: str, beams: int, text_model: Callable[[str], Path]) -> None:
     model, task, tokenizer = loaded(text_model(family), Summarization())
     examples = task.encode([{"document": row["source"]} for row in ROWS[:3]], tokenizer, None, 256)
     chosen = settings(num_beams=beams)
@@ -66,7 +66,7 @@ def _search(model: Any, task: TextTask, tokenizer: Any) -> Any:
         return model.generation_config
 
 
-def test_own_search_forces_a_first_token_that_every_target_begins_with(text_model: Callable[[str], Path]) -> None:
+def test_own_search_keeps_forced_bos_of_targets_only(text_model: Callable[[str], Path]) -> None:
     bart, task, tokenizer = loaded(text_model("bart"), Summarization())
     bart.generation_config.forced_bos_token_id = tokenizer.bos_token_id
     assert _search(bart, task, tokenizer).forced_bos_token_id == tokenizer.bos_token_id
@@ -74,7 +74,7 @@ def test_own_search_forces_a_first_token_that_every_target_begins_with(text_mode
     assert _search(bart, task, tokenizer).forced_bos_token_id is None
 
 
-def test_own_search_keeps_where_a_decoder_starts_and_padding_unwritten(text_model: Callable[[str], Path]) -> None:
+def test_own_search_keeps_decoder_start_and_suppressed_padding(text_model: Callable[[str], Path]) -> None:
     marian, task, tokenizer = loaded(text_model("marian"), Summarization())
     theirs = marian.generation_config
     theirs.bad_words_ids = [[tokenizer.pad_token_id], [9]]

@@ -61,7 +61,7 @@ def directly(name: str, answers: list[str], references: list[str]) -> float:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_values_are_those_of_the_packages_that_define_them(name: str) -> None:
+def test_metrics_of_texts_equal_reference_packages(name: str) -> None:
     found = made()
     assert found.texts is not None
     assert found.references is not None
@@ -71,7 +71,7 @@ def test_values_are_those_of_the_packages_that_define_them(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_draw_is_worth_what_the_drawn_texts_are(name: str) -> None:
+def test_statistic_of_texts_equals_metric_of_drawn_rows(name: str) -> None:
     found, rng = made(), np.random.default_rng(1)
     assert found.texts is not None
     assert found.references is not None
@@ -82,7 +82,7 @@ def test_a_draw_is_worth_what_the_drawn_texts_are(name: str) -> None:
         assert value == pytest.approx(directly(name, texts, references), abs=1e-9)
 
 
-def test_perplexity_is_that_of_a_token_not_of_a_row() -> None:
+def test_perplexity_averages_over_tokens_not_rows() -> None:
     found = TextPredictions(None, np.array([2.0, 30.0]), np.array([2, 10]))
     assert METRICS["perplexity"].value(found) == pytest.approx(math.exp(32 / 12))
     assert statistic_of("perplexity", found)(np.array([[2.0, 0.0], [1.0, 1.0]])) == pytest.approx(
@@ -91,7 +91,7 @@ def test_perplexity_is_that_of_a_token_not_of_a_row() -> None:
     assert not METRICS["bleu"].defined(found)
 
 
-def test_signatures_say_how_others_get_the_same_number() -> None:
+def test_metrics_of_texts_have_reproducible_signatures() -> None:
     figures = metrics_of(made(), names=["bleu", "chrf", "rougeL"], resamples=100)
     version = sacrebleu.__version__
     assert figures["bleu"]["signature"] == f"nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:{version}"
@@ -119,7 +119,7 @@ GERMAN = (["Öffnen Sie das Menü."], ["Öffnen Sie jetzt das kleine Menü."])
     ("language", "pair", "tokenizer"),
     [("zh", CHINESE, "zh"), ("ja", JAPANESE, "char"), ("de", GERMAN, "13a"), ("", CHINESE, "13a")],
 )
-def test_bleu_counts_words_as_the_language_has_them(
+def test_bleu_uses_tokenizer_of_language(
     language: str, pair: tuple[list[str], list[str]], tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_metrics, "find_spec", lambda name: None)
@@ -175,7 +175,7 @@ CODES = [
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_bleu_of_identical_texts_without_spaces_is_100_in_every_spelling_of_the_code(code: str) -> None:
+def test_bleu_of_identical_texts_without_spaces_is_100_for_every_code(code: str) -> None:
     language = iso_code(code)
     assert language is not None
     text = UNDIVIDED.get(language, UNDIVIDED["bo" if language == "dz" else "zh"])
@@ -184,7 +184,7 @@ def test_bleu_of_identical_texts_without_spaces_is_100_in_every_spelling_of_the_
     assert "|tok:13a|" not in figure["signature"]
 
 
-def test_bleu_of_a_language_without_spaces_that_nobody_named_is_cautioned() -> None:
+def test_bleu_unnamed_language_without_spaces_is_noted() -> None:
     text = UNDIVIDED["th"]
     figures = [
         metrics_of(answered([text] * 2, [text] * 2, spoken), names=["bleu"], resamples=100)["bleu"]
@@ -197,7 +197,7 @@ def test_bleu_of_a_language_without_spaces_that_nobody_named_is_cautioned() -> N
     assert "without spaces" not in german.get("note", "")
 
 
-def test_japanese_and_korean_by_mecab_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_of_japanese_and_korean_uses_mecab_if_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_metrics, "find_spec", lambda name: name)
     text_metrics._tokenizer_of.cache_clear()
     assert [text_metrics._tokenizer_of(code) for code in ("ja", "ko", "zh", "fr")] == [
@@ -206,7 +206,7 @@ def test_japanese_and_korean_by_mecab_where_it_is_installed(monkeypatch: pytest.
     text_metrics._tokenizer_of.cache_clear()
 
 
-def test_bleu_of_rows_in_several_languages_counts_each_as_its_own() -> None:
+def test_bleu_mixed_languages_tokenizes_each_row_by_its_language() -> None:
     texts, references = [*CHINESE[0], *GERMAN[0]], [*CHINESE[1], *GERMAN[1]]
     found = answered(texts, references, ["zh", "zh", "de"])
     assert METRICS["bleu"].signature is not None
@@ -231,13 +231,13 @@ def _corpus(pair: tuple[list[str], list[str]]) -> tuple[list[str], list[list[str
         ("今天很好", "今天不好", 0.75),
     ],
 )
-def test_rouge_of_other_letters_than_a_to_z(text: str, reference: str, value: float) -> None:
+def test_rouge_non_ascii_text_uses_unicode_words(text: str, reference: str, value: float) -> None:
     figure = metrics_of(answered([text], [reference]), names=["rouge1"], resamples=100)["rouge1"]
     assert figure["value"] == pytest.approx(value)
     assert "|tok:unicode-words|" in figure["signature"]
 
 
-def test_rouge_of_ascii_is_that_of_rouge_score_whatever_the_answers_hold() -> None:
+def test_rouge_ascii_references_equal_rouge_score() -> None:
     found = answered(["a na\u00efve_answer 2nd"], ["A na ve answer, 2nd!"])
     figure = metrics_of(found, names=["rouge1"], resamples=100)["rouge1"]
     assert figure["value"] == 1.0
@@ -251,7 +251,7 @@ def test_rouge_of_ascii_is_that_of_rouge_score_whatever_the_answers_hold() -> No
 @pytest.mark.parametrize(
     ("reference", "tokenizer"), [("the café's packages", "unicode-words"), ("the packages", "rouge")]
 )
-def test_stems_are_compared_where_they_are_asked_for(reference: str, tokenizer: str) -> None:
+def test_rouge_stemmed_compares_stems(reference: str, tokenizer: str) -> None:
     found = answered([reference.replace("packages", "package")], [reference])
     figures = metrics_of(found, names=["rougeL", "rougeL_stemmed"], resamples=100)
     assert figures["rougeL"]["value"] < 1
@@ -260,7 +260,7 @@ def test_stems_are_compared_where_they_are_asked_for(reference: str, tokenizer: 
     assert f"|stemmer:porter|tok:{tokenizer}" in figures["rougeL_stemmed"]["signature"]
 
 
-def test_a_missing_package_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_packages_missing_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     require_packages((*Translation.metrics, *Summarization.metrics))
     monkeypatch.setattr(metrics, "find_spec", lambda name: None if name == "sacrebleu" else find_spec(name))
     require_packages(Summarization.metrics)
@@ -282,7 +282,7 @@ def method(name: str, value: float, trained: int) -> dict[str, Any]:
     return {"name": name, "figure": {"value": value}, "cost": {"trained_parameters": trained}}
 
 
-def test_points_stay_points_and_shares_become_percent() -> None:
+def test_shown_keeps_points_and_scales_shares_to_percent() -> None:
     assert shown(0.396, "rougeL") == "39.6"
     assert shown(23.42, "bleu") == "23.4"
     assert shown(12.34, "perplexity") == "12.3"
@@ -293,7 +293,7 @@ def test_points_stay_points_and_shares_become_percent() -> None:
     assert margin_of("perplexity", 12.0) == pytest.approx(0.12)
 
 
-def test_same_rows_compares_references_and_token_counts_by_value() -> None:
+def test_same_rows_compares_references_and_token_counts() -> None:
     one, other = made(), made()
     assert one.references is not other.references
     assert same_rows(one, replace(other, texts=None)), "read from two files, answered differently"
@@ -310,7 +310,7 @@ def test_same_rows_compares_references_and_token_counts_by_value() -> None:
     assert not same_rows(few, replace(many, targets=few.targets))
 
 
-def test_less_perplexity_is_better() -> None:
+def test_verdict_lower_perplexity_is_better() -> None:
     d = difference(-2.0, -3.0, -1.0)
     assert verdict(d, "perplexity") == "better"
     assert verdict(d, "bleu") == "worse"
@@ -329,7 +329,7 @@ def test_less_perplexity_is_better() -> None:
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_the_page_shows_every_metric_in_its_own_unit(name: str) -> None:
+def test_report_numbers_agree_with_metrics_table(name: str) -> None:
     """The page imports nothing of ours, so it has a list of its own."""
     metric = METRICS[name]
     assert numbers.metric_name(name) == metric.title
@@ -338,7 +338,7 @@ def test_the_page_shows_every_metric_in_its_own_unit(name: str) -> None:
     assert (name in numbers.LESS_IS_BETTER) == (metric.higher is False)
 
 
-def test_stored_answers_with_unusual_line_breaks_are_read(tmp_path: Path) -> None:
+def test_load_evaluation_answers_with_unusual_line_breaks_roundtrip(tmp_path: Path) -> None:
     """A line of the file ends at a line feed alone."""
     texts = ["a\u2028b", "c\x85d\x1ce\x0bf\r\n"]
     (tmp_path / "adapter").mkdir()
@@ -349,7 +349,7 @@ def test_stored_answers_with_unusual_line_breaks_are_read(tmp_path: Path) -> Non
     assert again.texts == tuple(texts)
 
 
-def test_languages_are_stored_with_the_answers(tmp_path: Path) -> None:
+def test_load_evaluation_languages_roundtrip(tmp_path: Path) -> None:
     """A comparison reads them, and must count the same words as the evaluation did."""
     found = answered(*CHINESE, ["zh", "zh"])
     (tmp_path / "adapter").mkdir()
