@@ -45,14 +45,12 @@ def augment(tiny_writer: Path, tmp_path: Path) -> Callable[..., Augmented]:
     return run
 
 
-def test_every_augmenter_is_here() -> None:
+def test_cases_cover_every_augmenter() -> None:
     assert {case.partition(",")[0] for case in CASES} == set(AUGMENTERS) - {FromFile.name}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rows_are_made_and_everything_else_is_counted(
-    case: str, augment: Callable[..., Augmented], pairs: Rows
-) -> None:
+def test_make_counts_rows_made_and_left_out(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
     before = copy.deepcopy(pairs)
     made = augment(case, pairs)
     assert pairs == before, "the originals were changed"
@@ -66,7 +64,7 @@ def test_rows_are_made_and_everything_else_is_counted(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_row_says_where_it_comes_from_and_keeps_the_rest(
+def test_make_rows_record_origin_and_keep_other_fields(
     case: str, augment: Callable[..., Augmented], pairs: Rows
 ) -> None:
     for row in augment(case, pairs).parts[0]:
@@ -90,7 +88,7 @@ def test_each_row_says_where_it_comes_from_and_keeps_the_rest(
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in MODELS or "round" in case])
-def test_labels_are_kept(case: str, augment: Callable[..., Augmented], labelled: Rows) -> None:
+def test_make_keeps_labels(case: str, augment: Callable[..., Augmented], labelled: Rows) -> None:
     by_text = {fingerprint(row["text"]): row["label"] for row in labelled}
     made = augment(case, labelled).parts[0]
     assert made
@@ -98,7 +96,7 @@ def test_labels_are_kept(case: str, augment: Callable[..., Augmented], labelled:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_order_of_the_rows_changes_nothing(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
+def test_make_shuffled_rows_give_same_rows(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
     one = augment(case, pairs, "one.jsonl")
     other = augment(case, [pairs[place] for place in (3, 0, 5, 2, 4, 1)], "other.jsonl")
     lines = [made.path.read_text(encoding="utf-8").splitlines() for made in (one, other)]
@@ -107,7 +105,7 @@ def test_the_order_of_the_rows_changes_nothing(case: str, augment: Callable[...,
 
 
 @pytest.mark.parametrize("case", CHANCE)
-def test_the_seed_decides(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
+def test_make_depends_on_seed(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
     first = augment(case, pairs, "1.jsonl")
     assert augment(case, pairs, "2.jsonl").path.read_bytes() == first.path.read_bytes()
     other = augment(case, pairs, "3.jsonl", settings={"seed": 1})
@@ -115,7 +113,7 @@ def test_the_seed_decides(case: str, augment: Callable[..., Augmented], pairs: R
 
 
 @given(data=st.data())
-def test_a_rows_noise_does_not_depend_on_other_rows(data: st.DataObject, tmp_path_factory: Any) -> None:
+def test_make_noise_of_a_row_is_independent_of_other_rows(data: st.DataObject, tmp_path_factory: Any) -> None:
     """Dropout and shuffle of a row stay the same whatever stands beside it in the file, and wherever it stands."""
     texts = data.draw(st.lists(st.text("abc de", min_size=1).filter(str.strip), min_size=1, max_size=8, unique=True))
     kept = data.draw(st.lists(st.sampled_from(texts), min_size=1, unique=True))
@@ -134,7 +132,7 @@ class Killed(Exception):  # noqa: N818 - stands for a kill
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_a_killed_one_is_gone_on_with_to_the_same_bytes(
+def test_make_resume_after_kill_gives_equal_bytes(
     case: str, augment: Callable[..., Augmented], pairs: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = augment(case, pairs, "whole.jsonl")
@@ -164,7 +162,7 @@ def test_a_killed_one_is_gone_on_with_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("case", ["word_dropout", "back_translation"])
-def test_a_finished_one_is_given_back(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
+def test_make_resume_of_finished_file_returns_it(case: str, augment: Callable[..., Augmented], pairs: Rows) -> None:
     first = augment(case, pairs)
     again = augment(case, pairs, resume=True)
     assert again.found

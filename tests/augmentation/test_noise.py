@@ -19,14 +19,14 @@ NOISES: list[Noise] = [WordDropout(probability=0.3), WordShuffle(distance=2), Wo
 
 
 @given(words=WORDS, distance=st.integers(1, 6), seed=SEEDS)
-def test_no_word_moves_farther_than_the_bound(words: list[str], distance: int, seed: int) -> None:
+def test_shuffle_words_moves_no_word_beyond_distance(words: list[str], distance: int, seed: int) -> None:
     marked = [f"{index}" for index in range(len(words))]
     moved = shuffle_words(marked, distance, chance(seed))
     assert sorted(moved) == sorted(marked)
     assert all(abs(int(word) - place) <= distance for place, word in enumerate(moved))
 
 
-def test_words_do_move_up_to_the_bound_in_both_directions() -> None:
+def test_shuffle_words_uses_every_distance_in_both_directions() -> None:
     moves = {
         int(word) - place
         for seed in range(50)
@@ -36,48 +36,46 @@ def test_words_do_move_up_to_the_bound_in_both_directions() -> None:
 
 
 @given(words=WORDS, probability=st.floats(0.01, 0.99), seed=SEEDS)
-def test_dropout_keeps_the_order_and_at_least_one_word(words: list[str], probability: float, seed: int) -> None:
+def test_drop_words_keeps_order_and_at_least_one_word(words: list[str], probability: float, seed: int) -> None:
     kept = drop_words(words, probability, chance(seed))
     rest = iter(words)
     assert kept
     assert all(word in rest for word in kept), "not a subsequence"
 
 
-def test_dropout_leaves_out_the_share_that_was_asked_for() -> None:
+def test_drop_words_drops_requested_share() -> None:
     kept = sum(len(drop_words(["word"] * 100, 0.2, chance(seed))) for seed in range(100))
     assert 7_800 < kept < 8_200
 
 
 @given(words=WORDS, probability=st.floats(0.01, 0.99), seed=SEEDS)
-def test_insertion_adds_words_of_the_vocabulary_and_takes_none_away(
-    words: list[str], probability: float, seed: int
-) -> None:
+def test_insert_words_adds_vocabulary_words_and_drops_none(words: list[str], probability: float, seed: int) -> None:
     made = insert_words(words, probability, VOCABULARY, chance(seed))
     rest = iter(made)
     assert all(word in rest for word in words)
     assert set(Counter(made) - Counter(words)) <= {"one", "two", "three"}
 
 
-def test_insertion_adds_the_share_that_was_asked_for() -> None:
+def test_insert_words_adds_requested_share() -> None:
     made = sum(len(insert_words(["word"] * 100, 0.2, VOCABULARY, chance(seed))) for seed in range(100))
     assert 11_800 < made < 12_200
 
 
-def test_words_are_drawn_as_often_as_the_rows_have_them() -> None:
+def test_vocabulary_draw_follows_word_frequency() -> None:
     draws = chance(0)
     drawn = Counter(VOCABULARY.draw(draws) for _ in range(4_000))
     assert {word: round(count / 1_000) for word, count in drawn.items()} == {"one": 1, "two": 2, "three": 1}
 
 
 @given(texts=st.lists(st.text("abc ", max_size=20), min_size=1, max_size=8), data=st.data())
-def test_the_vocabulary_does_not_depend_on_the_order_of_the_rows(texts: list[str], data: st.DataObject) -> None:
+def test_vocabulary_is_independent_of_row_order(texts: list[str], data: st.DataObject) -> None:
     other = data.draw(st.permutations(texts))
     assert Vocabulary.of(texts) == Vocabulary.of(other)
     assert Vocabulary.of(texts).fingerprint == Vocabulary.of(other).fingerprint
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=lambda noise: noise.name)
-def test_the_seed_the_text_and_the_number_of_the_variant_decide(noise: Noise) -> None:
+def test_distort_depends_on_seed_text_and_variant(noise: Noise) -> None:
     text = " ".join(f"word{index}" for index in range(30))
     first = distort(noise, text, 0, VOCABULARY)
     assert first == distort(noise, text, 0, VOCABULARY)
@@ -88,7 +86,7 @@ def test_the_seed_the_text_and_the_number_of_the_variant_decide(noise: Noise) ->
     assert distort(noise, " \n", 0, VOCABULARY) == " \n"
 
 
-def test_numbers_of_a_key_are_always_the_same() -> None:
+def test_chance_of_a_key_gives_recorded_numbers() -> None:
     """Files made today must come out the same with the next version of Python, and of ours."""
     assert [round(chance(0, "word_dropout", 0, "a b").random(), 6) for _ in range(2)] == [FIRST, FIRST]
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
@@ -98,6 +96,6 @@ def test_numbers_of_a_key_are_always_the_same() -> None:
 FIRST = 0.100252
 
 
-def test_white_space_is_no_difference() -> None:
+def test_same_words_ignores_white_space() -> None:
     assert same_words("a  b\n", "a b")
     assert not same_words("a b", "b a")

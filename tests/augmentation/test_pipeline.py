@@ -19,7 +19,7 @@ Rows = list[dict[str, Any]]
 DROPOUT = [parse_augmenter({"name": "word_dropout", "probability": 0.5})]
 
 
-def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, labelled: Rows) -> None:
+def test_make_existing_file_raises_without_overwrite(tmp_path: Path, labelled: Rows) -> None:
     target = tmp_path / "a.jsonl"
     first = make(labelled, DROPOUT, target)
     with pytest.raises(ConflictError, match="there is a file"):
@@ -32,7 +32,7 @@ def test_what_is_there_is_not_overwritten_unasked(tmp_path: Path, labelled: Rows
     assert make(labelled[:5], DROPOUT, target, overwrite=True).counts[0]["read"] == 5
 
 
-def test_a_changed_file_is_not_taken(tmp_path: Path, labelled: Rows) -> None:
+def test_make_resume_changed_file_raises(tmp_path: Path, labelled: Rows) -> None:
     target = tmp_path / "a.jsonl"
     make(labelled, DROPOUT, target)
     target.write_bytes(target.read_bytes() + b"{}\n")
@@ -40,7 +40,7 @@ def test_a_changed_file_is_not_taken(tmp_path: Path, labelled: Rows) -> None:
         make(labelled, DROPOUT, target, resume=True)
 
 
-def test_rows_with_unusual_line_breaks_are_taken_again(tmp_path: Path) -> None:
+def test_make_resume_rows_with_unusual_line_breaks_roundtrip(tmp_path: Path) -> None:
     """A line of the file ends at a line feed alone."""
     rows = [{"text": "one two three four five six", "label": f"a{sign}b"} for sign in "\u2028\x85\x1c\x0b"]
     target = tmp_path / "a.jsonl"
@@ -48,7 +48,7 @@ def test_rows_with_unusual_line_breaks_are_taken_again(tmp_path: Path) -> None:
     assert make(rows, DROPOUT, target, resume=True).parts == first.parts
 
 
-def test_note_beside_the_rows_with_wrong_types_is_refused(tmp_path: Path, labelled: Rows) -> None:
+def test_make_resume_metadata_with_wrong_types_raises(tmp_path: Path, labelled: Rows) -> None:
     target = tmp_path / "a.jsonl"
     make(labelled, DROPOUT, target)
     about = json.loads(about_of(target).read_text())
@@ -59,14 +59,14 @@ def test_note_beside_the_rows_with_wrong_types_is_refused(tmp_path: Path, labell
 
 
 @pytest.mark.parametrize("resume", [True, False])
-def test_somebody_elses_file_is_not_taken(tmp_path: Path, labelled: Rows, resume: bool) -> None:
+def test_make_foreign_file_raises(tmp_path: Path, labelled: Rows, resume: bool) -> None:
     target = tmp_path / "a.jsonl"
     target.write_text("{}\n")
     with pytest.raises(ConflictError, match="there is a file"):
         make(labelled, DROPOUT, target, resume=resume)
 
 
-def test_a_journal_cut_anywhere_is_gone_on_with(tmp_path: Path) -> None:
+def test_journal_truncated_anywhere_resumes(tmp_path: Path) -> None:
     target = tmp_path / "a.jsonl"
     with Journal(target, {"rows": "x"}, keep=True) as journal:
         for place in range(3):
@@ -82,7 +82,7 @@ def test_a_journal_cut_anywhere_is_gone_on_with(tmp_path: Path) -> None:
         assert journal_of(target).read_bytes() == whole
 
 
-def test_one_process_at_a_time_and_one_purpose(tmp_path: Path) -> None:
+def test_journal_second_process_or_other_identity_raises(tmp_path: Path) -> None:
     target = tmp_path / "a.jsonl"
     with Journal(target, {"rows": "x"}, keep=True), pytest.raises(ConflictError, match="another process"):
         Journal(target, {"rows": "x"}, keep=True)
@@ -92,7 +92,7 @@ def test_one_process_at_a_time_and_one_purpose(tmp_path: Path) -> None:
         assert journal.done == {}
 
 
-def test_weights() -> None:
+def test_weighted_repeats_or_samples_rows() -> None:
     rows = [{"text": f"row {place}"} for place in range(400)]
     assert weighted(rows, 1.0) == rows
     assert weighted(rows, 2.0)[:4] == [rows[0], rows[0], rows[1], rows[1]]
@@ -102,7 +102,7 @@ def test_weights() -> None:
     assert 550 < len(weighted(rows, 1.5)) < 650
 
 
-def test_rows_of_a_file_and_rows_as_they_are(tmp_path: Path, labelled: Rows) -> None:
+def test_augment_file_and_list_of_rows_give_equal_bytes(tmp_path: Path, labelled: Rows) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in labelled))
     before = data.read_bytes()
@@ -141,7 +141,7 @@ def test_rows_of_a_file_and_rows_as_they_are(tmp_path: Path, labelled: Rows) -> 
         ({"training.seed": 1}, ConfigError, "setting of a run file"),
     ],
 )
-def test_what_is_refused(
+def test_augment_invalid_arguments_raise(
     tmp_path: Path, labelled: Rows, change: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     given: dict[str, Any] = {"data": labelled, "by": "word_dropout", "out": str(tmp_path / "x.jsonl")}
@@ -150,14 +150,14 @@ def test_what_is_refused(
     assert not (tmp_path / "x.jsonl").exists()
 
 
-def test_the_real_rows_file_is_never_written(tmp_path: Path, labelled: Rows) -> None:
+def test_augment_out_equal_to_data_raises(tmp_path: Path, labelled: Rows) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in labelled))
     with pytest.raises(ConfigError, match="stays as it is"):
         augment(data=data, by="word_dropout", out=data, overwrite=True)
 
 
-def test_what_is_said_of_it(tmp_path: Path, labelled: Rows) -> None:
+def test_augmented_sentences_summarize_counts(tmp_path: Path, labelled: Rows) -> None:
     made = make(labelled, [parse_augmenter({"name": "word_dropout", "n": 2})], tmp_path / "a.jsonl")
     about = json.loads(about_of(made.path).read_text())
     assert about["sha256"] == made.fingerprint

@@ -26,25 +26,25 @@ def near(found: list[float], wanted: list[float]) -> bool:
     return all(abs(one - other) < 0.02 for one, other in zip(found, wanted, strict=True))
 
 
-def test_tokens_are_as_frequent_as_they_are_probable() -> None:
+def test_own_draws_follow_token_probabilities() -> None:
     assert near(shares(drawn(5_000)), [0.1, 0.5, 0.2, 0.15, 0.05])
 
 
-def test_temperature() -> None:
+def test_own_draws_temperature_sharpens_distribution() -> None:
     squared = torch.tensor([0.01, 0.25, 0.04, 0.0225, 0.0025])
     assert near(shares(drawn(5_000, temperature=0.5)), (squared / squared.sum()).tolist())
 
 
-def test_the_nucleus_is_the_fewest_tokens_that_have_the_probability() -> None:
+def test_own_draws_top_p_keeps_smallest_nucleus() -> None:
     assert near(shares(drawn(5_000, top_p=0.75)), [0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0])
     assert set(drawn(500, top_p=0.01).tolist()) == {1}
 
 
-def test_a_row_does_not_see_its_neighbours() -> None:
+def test_own_draws_row_is_independent_of_batch() -> None:
     assert drawn(50).tolist() == drawn(200).tolist()[:50]
 
 
-def test_what_was_ruled_out_stays_out() -> None:
+def test_own_draws_masked_tokens_are_never_drawn() -> None:
     scores = torch.full((1, 5), -torch.inf)
     scores[0, 3] = 1.0
     for seed in range(20):

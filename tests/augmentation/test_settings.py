@@ -18,7 +18,7 @@ from graftwerk.errors import ConfigError
 BT = {"name": "back_translation", "model": "m"}
 
 
-def test_names_mappings_and_built_ones() -> None:
+def test_parse_augmenter_accepts_names_mappings_and_instances() -> None:
     assert parse_augmenter("word-dropout") == parse_augmenter("word_dropout") == WordDropout()
     assert parse_augmenter({"name": "word_dropout", "probability": 0.2}) == WordDropout(probability=0.2)
     assert parse_augmenters(None) == ()
@@ -26,13 +26,13 @@ def test_names_mappings_and_built_ones() -> None:
 
 
 @pytest.mark.parametrize("name", AUGMENTERS)
-def test_what_is_written_out_reads_back(name: str) -> None:
+def test_parse_augmenter_to_dict_roundtrip(name: str) -> None:
     needed = {"file": {"path": "x"}, "back_translation": {"model": "m"}, "forward_translation": {"model": "m"}}
     augmenter = parse_augmenter({"name": name, **needed.get(name, {})})
     assert parse_augmenter(augmenter.to_dict()) == augmenter
 
 
-def test_the_weight_does_not_change_what_is_made() -> None:
+def test_making_excludes_weight() -> None:
     assert WordDropout(weight=3).making() == WordDropout().making()
     assert WordDropout(seed=3).making() != WordDropout().making()
 
@@ -55,13 +55,13 @@ def test_the_weight_does_not_change_what_is_made() -> None:
         (7, "a mapping with `name`"),
     ],
 )
-def test_what_is_refused(value: Any, said: str) -> None:
+def test_parse_augmenters_invalid_value_raises(value: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_augmenters([value])
     assert said in str(caught.value)
 
 
-def test_the_same_rows_twice_are_refused() -> None:
+def test_parse_augmenters_duplicate_raises() -> None:
     with pytest.raises(ConfigError, match="twice"):
         parse_augmenters(["word_dropout", {"name": "word_dropout", "weight": 2}])
     assert len(parse_augmenters(["word_dropout", {"name": "word_dropout", "seed": 2}])) == 2
@@ -69,7 +69,7 @@ def test_the_same_rows_twice_are_refused() -> None:
         parse_augmenters(7)
 
 
-def test_a_round_trip_has_two_legs() -> None:
+def test_back_translation_through_has_two_legs() -> None:
     settings = parse_augmenter({**BT, "through": {"model": "out"}})
     assert isinstance(settings, BackTranslation)
     assert [leg.model for leg in settings.legs] == ["out", "m"]

@@ -30,7 +30,7 @@ def asked(model: Path, folder: Path, **settings: object) -> tuple[list[str], dic
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-def test_an_adapter_of_ours_is_asked_as_it_was_trained(
+def test_ask_adapter_uses_prompt_format_of_training(
     family: str, text_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run = gw.train(
@@ -57,9 +57,7 @@ def test_an_adapter_of_ours_is_asked_as_it_was_trained(
     assert [row["output"] for row in predicted["predictions"]] == written
 
 
-def test_ask_with_other_weights_than_the_journals_raises_conflict_error(
-    text_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_ask_other_weights_than_in_journal_raises_conflict(text_model: Callable[[str], Path], tmp_path: Path) -> None:
     task = {"name": "translation", "source_lang": "de", "target_lang": "en"}
     making = BackTranslation(model=str(text_model("t5")), task=task, temperature=0, max_new_tokens=LENGTH)
     questions = [Question(text) for text in TEXTS]
@@ -80,9 +78,7 @@ def test_ask_with_other_weights_than_the_journals_raises_conflict_error(
         ask(changed, 0, questions, 1, journal, "leg")
 
 
-def test_a_bare_causal_model_is_asked_in_the_words_of_the_task(
-    text_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_ask_base_causal_model_uses_task_template(text_model: Callable[[str], Path], tmp_path: Path) -> None:
     task = {"name": "translation", "source_lang": "de", "target_lang": "en"}
     written, identity = asked(text_model("llama"), tmp_path, task=task)
     assert identity["adapter"] is None
