@@ -27,7 +27,7 @@ def encoded(tokenizer: Any, texts: list[str], max_length: int = 64, **settings: 
     return Causal(**settings).encode([{"text": text} for text in texts], tokenizer, None, max_length)  # type: ignore[arg-type]
 
 
-def test_every_token_is_trained_and_the_end_too(tokenizer: Any) -> None:
+def test_causal_encode_trains_every_token_including_eos(tokenizer: Any) -> None:
     (example,) = encoded(tokenizer, ["a short high fly ball"])
     text = tokenizer("a short high fly ball", add_special_tokens=False)["input_ids"]
     assert example.inputs["input_ids"] == example.target == [*text, tokenizer.eos_token_id]
@@ -37,7 +37,7 @@ def test_every_token_is_trained_and_the_end_too(tokenizer: Any) -> None:
     )  # the first token is predicted by nothing, the end by the last
 
 
-def test_a_tokenizer_that_begins_texts_begins_every_block(tiny_decoder: Path) -> None:
+def test_causal_encode_bos_opens_every_block(tiny_decoder: Path) -> None:
     from tokenizers import processors
 
     tokenizer = load_tokenizer(str(tiny_decoder))
@@ -51,7 +51,7 @@ def test_a_tokenizer_that_begins_texts_begins_every_block(tiny_decoder: Path) ->
     assert ends == [False] * (len(blocks) - 1) + [True]
 
 
-def test_what_is_cut_is_counted(tokenizer: Any) -> None:
+def test_causal_encode_truncated_tokens_are_counted(tokenizer: Any) -> None:
     text = "a short high fly ball " * 5
     tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     (kept,) = encoded(tokenizer, [text], max_length=10, blocks=False)
@@ -62,14 +62,14 @@ def test_what_is_cut_is_counted(tokenizer: Any) -> None:
         encoded(tokenizer, [text], max_length=2)
 
 
-def test_only_texts_are_read(tmp_path: Path) -> None:
+def test_causal_read_rows_without_text_raise(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(ConfigError, match="no format"):
         Causal().read(DataSettings(train=str(rows), validation=None))
 
 
-def test_encoders_and_encoder_decoders_are_refused() -> None:
+def test_causal_for_model_encoder_decoder_raises() -> None:
     from transformers import T5Config
 
     with pytest.raises(UnsupportedError):
@@ -97,7 +97,7 @@ def tree(model: Path, data: Path, folder: Path, task: Any, method: Any = "lora",
 INSTRUCTION = {"name": "instruction", "prompt": "which kind is {text}", "answer": "{label}"}
 
 
-def test_texts_from_a_run_file(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_causal_run_trains_and_evaluates(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
     run = train(tree(tiny_decoder, glosses, tmp_path / "run", "causal"), listener=lambda event: None)
     figure = run.manifest["metrics"]["test"]["perplexity"]
     assert evaluate(run, resamples=100)["metrics"]["perplexity"]["value"] == pytest.approx(figure["value"], rel=1e-5)
@@ -106,7 +106,9 @@ def test_texts_from_a_run_file(tiny_decoder: Path, glosses: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_instructions_from_a_run_file(packing: bool, tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_instruction_run_trains_evaluates_and_predicts(
+    packing: bool, tiny_decoder: Path, glosses: Path, tmp_path: Path
+) -> None:
     losses: list[float] = []
     run = train(
         tree(tiny_decoder, glosses, tmp_path / "run", INSTRUCTION, packing=packing),
@@ -123,7 +125,7 @@ def test_instructions_from_a_run_file(packing: bool, tiny_decoder: Path, glosses
         assert found["perplexity"]["value"] == pytest.approx(figures["perplexity"]["value"], rel=1e-5)
 
 
-def test_packed_training_takes_the_same_steps(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_packed_training_gives_equal_losses(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
     seen: dict[bool, list[float]] = {False: [], True: []}
     for packing, losses in seen.items():
         train(
@@ -135,7 +137,9 @@ def test_packed_training_takes_the_same_steps(tiny_decoder: Path, glosses: Path,
     assert seen[True] == pytest.approx(seen[False], abs=1e-4)
 
 
-def test_classes_with_a_causal_model_from_a_run_file(tiny_decoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_classification_run_on_causal_model_evaluates_and_predicts(
+    tiny_decoder: Path, glosses: Path, tmp_path: Path
+) -> None:
     run = train(tree(tiny_decoder, glosses, tmp_path / "run", "classification"), listener=lambda event: None)
     accuracy = run.manifest["metrics"]["test"]["accuracy"]["value"]
     assert evaluate(run, resamples=100)["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
@@ -146,9 +150,7 @@ def test_classes_with_a_causal_model_from_a_run_file(tiny_decoder: Path, glosses
 
 
 @pytest.mark.parametrize(("tokens", "lengths", "lost"), [(8, [4, 4], 0), (9, [4, 4], 1), (10, [4, 4, 2], 0)])
-def test_text_blocks_of_long_text_end_in_a_block_of_two_tokens_or_more(
-    tokens: int, lengths: list[int], lost: int
-) -> None:
+def test_text_blocks_last_block_has_two_tokens_or_more(tokens: int, lengths: list[int], lost: int) -> None:
     def tokenizer(texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(range(len(text))) for text in texts]}
 

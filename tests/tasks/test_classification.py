@@ -36,7 +36,7 @@ def codes(splits: Splits) -> list[str]:
     return [finding.code for finding in splits.issues]
 
 
-def test_the_catalog_names_the_nearest_task() -> None:
+def test_parse_task_unknown_name_suggests_nearest() -> None:
     assert isinstance(parse_task("classification"), Classification)
     with pytest.raises(ConfigError, match="no task `clasification`") as caught:
         parse_task("clasification")
@@ -46,7 +46,7 @@ def test_the_catalog_names_the_nearest_task() -> None:
 # reading
 
 
-def test_real_glosses_are_split_by_class_without_a_word(glosses: Path) -> None:
+def test_read_glosses_stratified_without_issues(glosses: Path) -> None:
     splits = TASK.read(DataSettings(train=str(glosses), validation=36, test=0.1))
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (180, 36, 24)
     assert splits.labels is not None
@@ -56,7 +56,7 @@ def test_real_glosses_are_split_by_class_without_a_word(glosses: Path) -> None:
     assert splits.origin["rows"] == {"train": 180, "validation": 36, "test": 24}
 
 
-def test_real_reviews_filtered_by_their_source(movies: str) -> None:
+def test_read_filtered_reviews_stratified_without_issues(movies: str) -> None:
     splits = TASK.read(
         DataSettings(train=movies, filter={"source": "rotten_tomatoes"}, validation=500, max_train_rows=2000)
     )
@@ -68,7 +68,7 @@ def test_real_reviews_filtered_by_their_source(movies: str) -> None:
     assert Counter(row["label"] for row in splits.train) == {"0": 1000, "1": 1000}
 
 
-def test_the_fingerprint_is_of_the_rows_and_not_of_their_place(glosses: Path, tmp_path: Path) -> None:
+def test_read_fingerprint_depends_on_rows_not_path(glosses: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"validation": 36, "test": 24}
     first = TASK.read(DataSettings(train=str(glosses), **settings))
     moved = tmp_path / "moved.jsonl"
@@ -80,7 +80,7 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_their_place(glosses: Path, tm
     assert TASK.read(DataSettings(train=str(moved), **settings)).fingerprint != first.fingerprint
 
 
-def test_numeric_and_text_labels_meet_across_formats(tmp_path: Path) -> None:
+def test_read_numeric_and_text_labels_match_across_formats(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [{"text": f"t{at}", "label": at % 2} for at in range(10)])
     (tmp_path / "b.csv").write_text("text,label\nx,1\ny,0\n")
     splits = TASK.read(DataSettings(train=train, validation=str(tmp_path / "b.csv")))
@@ -88,7 +88,7 @@ def test_numeric_and_text_labels_meet_across_formats(tmp_path: Path) -> None:
     assert [row["label"] for row in splits.validation] == ["1", "0"]
 
 
-def test_skipped_rows_are_counted_for_every_source(tmp_path: Path) -> None:
+def test_read_skipped_rows_are_counted_per_source(tmp_path: Path) -> None:
     train = write(tmp_path / "a.jsonl", [*rows_of("abc", "x"), *rows_of("def", "y"), {"text": "", "label": "x"}])
     test = write(tmp_path / "b.jsonl", [*rows_of("gh", "x"), *rows_of("i", "y"), {"text": "t"}])
     with pytest.raises(DataError, match="1 of 7 rows"):
@@ -99,7 +99,7 @@ def test_skipped_rows_are_counted_for_every_source(tmp_path: Path) -> None:
     assert splits.issues[1].example == f"{test}:4: `label` is missing"
 
 
-def test_faults_of_the_rows_stop_or_are_said(tmp_path: Path) -> None:
+def test_read_bad_data_raises_or_is_reported(tmp_path: Path) -> None:
     empty = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(DataError, match="no rows"):
         TASK.read(DataSettings(train=empty))
@@ -118,7 +118,7 @@ def test_faults_of_the_rows_stop_or_are_said(tmp_path: Path) -> None:
         TASK.read(DataSettings(train=train, validation=7))
 
 
-def test_an_adapters_labels_rule(tmp_path: Path) -> None:
+def test_read_labels_of_adapter_take_precedence(tmp_path: Path) -> None:
     rows = write(tmp_path / "a.jsonl", rows_of("abc", "y"))
     splits = TASK.read(DataSettings(train=rows, validation=None), labels=("y", "x"))
     assert splits.labels == ("y", "x")
@@ -126,14 +126,14 @@ def test_an_adapters_labels_rule(tmp_path: Path) -> None:
         TASK.read(DataSettings(train=rows, validation=None), labels=("n", "x"))
 
 
-def test_repeated_texts_never_stand_on_both_sides(tmp_path: Path) -> None:
+def test_read_repeated_texts_do_not_leak(tmp_path: Path) -> None:
     rows = [{"text": f"text {at // 2}" + " " * (at % 2), "label": at // 2 % 2} for at in range(200)]
     splits = TASK.read(DataSettings(train=write(tmp_path / "a.jsonl", rows), validation=40, test=40))
     assert "leakage" not in codes(splits)
     assert (len(splits.validation), len(splits.test)) == (40, 40)
 
 
-def test_rows_for_prediction_need_no_label(tmp_path: Path) -> None:
+def test_rows_for_prediction_without_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"review": "a"}, {"review": ""}, {"review": "b", "label": 3}])
     columns = {"text": "review", "label": "label"}
     with pytest.raises(DataError, match="1 of 3 rows"):
@@ -159,7 +159,7 @@ def tokenizer(tiny_encoder: Path) -> Any:
     return load_tokenizer(str(tiny_encoder))
 
 
-def test_encoding_gives_the_tokenizers_own_ids(tokenizer: Any, splits: Splits, gloss_texts: list[str]) -> None:
+def test_encode_ids_equal_tokenizer(tokenizer: Any, splits: Splits, gloss_texts: list[str]) -> None:
     rows = [{"text": text, "label": "maybe"} for text in gloss_texts[:20]]
     examples = TASK.encode(rows, tokenizer, splits, 512)
     assert [example.inputs["input_ids"] for example in examples] == [
@@ -169,7 +169,7 @@ def test_encoding_gives_the_tokenizers_own_ids(tokenizer: Any, splits: Splits, g
     assert {example.truncated for example in examples} == {0}
 
 
-def test_what_is_cut_off_is_counted_and_special_tokens_stay(
+def test_encode_truncation_is_counted_and_keeps_special_tokens(
     tokenizer: Any, splits: Splits, gloss_texts: list[str]
 ) -> None:
     whole = TASK.encode([{"text": text} for text in gloss_texts], tokenizer, splits, 512)
@@ -182,7 +182,7 @@ def test_what_is_cut_off_is_counted_and_special_tokens_stay(
         assert short.inputs["input_ids"][:-1] == full.inputs["input_ids"][: short.length - 1]
 
 
-def test_a_tokenizer_without_a_fast_core_gives_the_same(tokenizer: Any, splits: Splits, gloss_texts: list[str]) -> None:
+def test_encode_slow_tokenizer_equals_fast(tokenizer: Any, splits: Splits, gloss_texts: list[str]) -> None:
     class Slow:
         """The same tokenizer without the answers that only a fast one has."""
 
@@ -198,14 +198,14 @@ def test_a_tokenizer_without_a_fast_core_gives_the_same(tokenizer: Any, splits: 
     assert TASK.encode(rows, Slow(), splits, 12) == TASK.encode(rows, tokenizer, splits, 12)
 
 
-def test_labels_that_nobody_knows_are_refused(tokenizer: Any, splits: Splits) -> None:
+def test_encode_unknown_label_raises(tokenizer: Any, splits: Splits) -> None:
     with pytest.raises(DataError, match="'never', which is none of: no, yes, maybe"):
         TASK.encode([{"text": "a", "label": "never"}], tokenizer, splits, 12)
     assert TASK.encode([{"text": "a"}], tokenizer, splits, 12)[0].target is None
     assert TASK.encode([], tokenizer, splits, 12) == []
 
 
-def test_a_limit_without_room_for_text_is_refused(tokenizer: Any, splits: Splits) -> None:
+def test_encode_max_length_without_room_raises(tokenizer: Any, splits: Splits) -> None:
     with pytest.raises(ConfigError, match="no room"):
         TASK.encode([{"text": "a"}], tokenizer, splits, 2)
 
@@ -213,7 +213,7 @@ def test_a_limit_without_room_for_text_is_refused(tokenizer: Any, splits: Splits
 # batches
 
 
-def test_padding_is_masked_by_position_even_where_the_pad_token_is_the_end_token(splits: Splits) -> None:
+def test_collate_masks_padding_where_pad_token_is_eos(splits: Splits) -> None:
     tokenizer = SimpleNamespace(pad_token_id=2, pad_token_type_id=0)
     batch = TASK.collator.collate(
         [Example({"input_ids": [5, 2]}, 0), Example({"input_ids": [5, 6, 7, 2]}, 1)], tokenizer
@@ -224,7 +224,7 @@ def test_padding_is_masked_by_position_even_where_the_pad_token_is_the_end_token
     assert TASK.objective.num_targets(batch) == 2
 
 
-def test_a_batch_without_targets_has_no_labels() -> None:
+def test_collate_without_targets_has_no_labels() -> None:
     tokenizer = SimpleNamespace(pad_token_id=0, pad_token_type_id=0)
     inputs = {"input_ids": [5, 6], "token_type_ids": [0, 1]}
     batch = TASK.collator.collate(
@@ -234,7 +234,7 @@ def test_a_batch_without_targets_has_no_labels() -> None:
     assert batch["token_type_ids"].tolist() == [[0, 1], [0, 0]]
 
 
-def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
+def test_loss_is_mean_cross_entropy_in_float32() -> None:
     logits = torch.randn(6, 3, dtype=torch.bfloat16)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     loss = TASK.objective.loss(SimpleNamespace(logits=logits), {"labels": labels})
@@ -246,7 +246,7 @@ def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
     torch.testing.assert_close(smoothed, 0.7 * expected + 0.3 * uniform)
 
 
-def test_predictions_are_probabilities_in_the_order_of_the_rows() -> None:
+def test_predictions_are_probabilities_in_row_order() -> None:
     logits = [torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])]
     rows = [Example({"input_ids": [1]}, target) for target in (1, 0, 0)]
     result = TASK.decoder.predictions(logits, rows, 0.5, None)
@@ -262,7 +262,7 @@ def test_predictions_are_probabilities_in_the_order_of_the_rows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_decoder"])
-def test_a_row_gets_the_same_logits_alone_and_in_a_padded_batch(
+def test_forward_padded_batch_equals_rows_alone(
     kind: str, request: pytest.FixtureRequest, splits: Splits, gloss_texts: list[str]
 ) -> None:
     place = str(request.getfixturevalue(kind))
@@ -278,7 +278,7 @@ def test_a_row_gets_the_same_logits_alone_and_in_a_padded_batch(
 
 
 @pytest.mark.parametrize("kind", ["tiny_encoder", "tiny_decoder"])
-def test_the_whole_path_learns_on_real_glosses(kind: str, request: pytest.FixtureRequest, glosses: Path) -> None:
+def test_classification_learns_real_glosses(kind: str, request: pytest.FixtureRequest, glosses: Path) -> None:
     """Two classes, a few dozen steps of a model of random weights: better than chance on the rows it saw."""
     place = str(request.getfixturevalue(kind))
     splits = TASK.read(

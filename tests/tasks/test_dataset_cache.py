@@ -99,7 +99,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_second_start_has_the_very_same_rows_examples_and_findings(
+def test_prepare_from_cache_equals_uncached(
     name: str, tmp_path: Path, tiny_encoder: Path, text_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, task, rows = RUNS[name]
@@ -144,7 +144,7 @@ CHANGES: dict[str, Callable[[Path, dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_has_changed_is_read_again(what: str, tmp_path: Path, calls: list[str]) -> None:
+def test_read_changed_source_or_setting_misses_cache(what: str, tmp_path: Path, calls: list[str]) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     file, more = rows_file(folder), {}
@@ -157,7 +157,7 @@ def test_what_has_changed_is_read_again(what: str, tmp_path: Path, calls: list[s
     assert calls == ["read"] * 3
 
 
-def test_same_size_and_time_are_not_taken_for_the_same_content(tmp_path: Path) -> None:
+def test_read_changed_content_of_same_size_and_mtime_misses_cache(tmp_path: Path) -> None:
     file = rows_file(tmp_path)
     kept.read(Classification(), data(file))
     state = file.stat()
@@ -167,7 +167,7 @@ def test_same_size_and_time_are_not_taken_for_the_same_content(tmp_path: Path) -
     assert any("ROW NUMBER 4" in row["text"] for row in (*now.train, *now.validation))
 
 
-def test_another_tokenizer_task_or_length_encodes_again(tmp_path: Path, tiny_encoder: Path, calls: list[str]) -> None:
+def test_encode_other_tokenizer_or_length_misses_cache(tmp_path: Path, tiny_encoder: Path, calls: list[str]) -> None:
     from shutil import copytree
 
     from graftwerk.models.load import load_tokenizer
@@ -192,7 +192,9 @@ def test_another_tokenizer_task_or_length_encodes_again(tmp_path: Path, tiny_enc
     ],
     ids=["empty", "cut off", "altered", "another value", "noise"],
 )
-def test_a_damaged_file_is_made_again(damage: Callable[[bytes], bytes], tmp_path: Path, calls: list[str]) -> None:
+def test_read_damaged_cache_file_is_rewritten(
+    damage: Callable[[bytes], bytes], tmp_path: Path, calls: list[str]
+) -> None:
     settings = data(rows_file(tmp_path))
     whole = kept.read(Classification(), settings)
     (file,) = held()
@@ -203,7 +205,7 @@ def test_a_damaged_file_is_made_again(damage: Callable[[bytes], bytes], tmp_path
     assert calls == ["read", "read"]
 
 
-def test_a_file_that_says_something_else_under_a_right_digest_is_made_again(tmp_path: Path) -> None:
+def test_read_cache_file_of_wrong_type_is_rewritten(tmp_path: Path) -> None:
     import hashlib
 
     settings = data(rows_file(tmp_path))
@@ -214,7 +216,7 @@ def test_a_file_that_says_something_else_under_a_right_digest_is_made_again(tmp_
         assert everything(kept.read(Classification(), settings)) == everything(whole)
 
 
-def test_errors_are_not_kept_and_stay_the_same(tmp_path: Path) -> None:
+def test_read_errors_are_not_cached(tmp_path: Path) -> None:
     file = rows_file(tmp_path, [{"text": "one", "label": "a"}, {"text": "two"}])
     said = []
     for _ in range(2):
@@ -225,7 +227,7 @@ def test_errors_are_not_kept_and_stay_the_same(tmp_path: Path) -> None:
     assert not held()
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
+def test_read_unwritable_cache_folder_reads_uncached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -236,7 +238,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(
     assert calls == ["read", "read"]
 
 
-def test_what_json_would_change_is_not_kept(tmp_path: Path) -> None:
+def test_keep_values_that_json_would_change_are_not_cached(tmp_path: Path) -> None:
     splits = kept.read(Classification(), data(rows_file(tmp_path)))
     before = held()
     for value in (float("nan"), (1, 2), {1: 2}, b"x", object()):
@@ -245,7 +247,7 @@ def test_what_json_would_change_is_not_kept(tmp_path: Path) -> None:
     assert held() == before
 
 
-def test_the_folder_is_bounded_and_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_is_bounded_and_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = []
     for at in range(4):
         place = tmp_path / str(at)
@@ -267,7 +269,7 @@ def test_the_folder_is_bounded_and_its_owners_alone(tmp_path: Path, monkeypatch:
     assert kept.read(Classification(), data(files[0], split_seed=5)).cache_key is None
 
 
-def test_the_source_that_reads_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_key_includes_reading_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = data(rows_file(tmp_path))
     first = kept.read(Classification(), settings).cache_key
     monkeypatch.setattr(kept, "_code", lambda: ["another version"])

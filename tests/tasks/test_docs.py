@@ -19,12 +19,12 @@ SECTIONS = {
 }
 
 
-def test_there_is_a_section_for_every_task() -> None:
+def test_tasks_page_has_section_for_every_task() -> None:
     assert [name for name in SECTIONS if not name.startswith("#")] == list(TASKS)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_section_says_what_the_task_has(name: str) -> None:
+def test_tasks_page_section_names_settings_fields_and_metrics(name: str) -> None:
     section, task = SECTIONS[name], TASKS[name]
     for setting in task.model_fields:
         assert f"`{setting}`" in section, setting
@@ -40,7 +40,7 @@ def test_a_section_says_what_the_task_has(name: str) -> None:
     assert config.task.name == name
 
 
-def test_the_settings_of_generation_are_there() -> None:
+def test_tasks_page_lists_generation_settings() -> None:
     beginning = next(iter(SECTIONS.values()))
     quiet = {"confidence", "resamples", "latency_batches", "generation_batch_size"}
     for setting in set(EvaluationSettings.model_fields) - quiet:

@@ -31,7 +31,7 @@ TASKS: dict[str, tuple[str, Any, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_encode_special_token_in_text_is_noted(
+def test_check_examples_special_token_in_text_is_reported(
     name: str, tiny_encoder: Path, tiny_decoder: Path, text_model: Callable[[str], Path]
 ) -> None:
     family, task, row = TASKS[name]

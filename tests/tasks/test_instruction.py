@@ -97,7 +97,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_becomes_the_same_turns_and_trains_the_same_tokens(
+def test_read_every_format_gives_same_turns_and_trained_tokens(
     name: str, tmp_path: Path, tokenizer: Any, chat_tokenizer: Any
 ) -> None:
     splits = read(tmp_path / "rows.jsonl", [FORMATS[name]])
@@ -118,7 +118,7 @@ def test_every_format_becomes_the_same_turns_and_trains_the_same_tokens(
     assert plain.notes == chat.notes == ()
 
 
-def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer: Any, chat_tokenizer: Any) -> None:
+def test_encode_trains_every_assistant_turn_alone(tokenizer: Any, chat_tokenizer: Any) -> None:
     rows = [{"turns": [["system", "be brief"], *TURNS]}]
     task = Instruction()
     (plain,) = task.encode(rows, tokenizer, None, 200)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_every_assistant_turn_is_trained_and_nothing_else(tokenizer: Any, chat_t
     assert said(chat_tokenizer, chat.prompt or []).endswith("fruit <|im_end|> <|im_start|> assistant")
 
 
-def test_the_end_token_is_trained_although_it_is_also_the_padding(tokenizer: Any) -> None:
+def test_collate_trains_eos_where_pad_token_is_eos(tokenizer: Any) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     task = Instruction().for_model(load_config_of_llama())
     examples = task.encode([{"turns": TURNS[:2]}, {"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def load_config_of_llama() -> Any:
     return LlamaConfig()
 
 
-def test_the_text_is_that_of_transformers(chat_tokenizer: Any) -> None:
+def test_template_render_equals_transformers(chat_tokenizer: Any) -> None:
     messages = [{"role": role, "content": content} for role, content in TURNS]
     template = template_for(chat_tokenizer)
     assert template.render([TURNS])[0].text == chat_tokenizer.apply_chat_template(messages, tokenize=False)
@@ -154,7 +154,7 @@ def test_the_text_is_that_of_transformers(chat_tokenizer: Any) -> None:
     assert template.render([TURNS[:3]], asked=True)[0].text == asked
 
 
-def test_a_system_message_is_added_where_a_row_has_none(chat_tokenizer: Any) -> None:
+def test_encode_adds_system_message_to_rows_without_one(chat_tokenizer: Any) -> None:
     task = Instruction(system="be brief")
     rows = [{"turns": TURNS[:2]}, {"turns": [["system", "be long"], *TURNS[:2]]}]
     texts = [
@@ -167,7 +167,7 @@ def test_a_system_message_is_added_where_a_row_has_none(chat_tokenizer: Any) -> 
 # templates
 
 
-def test_template_whose_process_runs_is_copied_with_its_tokenizer(chat_tokenizer: Any) -> None:
+def test_template_for_copied_tokenizer_renders_equally(chat_tokenizer: Any) -> None:
     template = template_for(chat_tokenizer, "chat")
     turns = [[("user", "a"), ("assistant", "b")]]
     expected = template.render(turns)
@@ -177,7 +177,7 @@ def test_template_whose_process_runs_is_copied_with_its_tokenizer(chat_tokenizer
         assert again.render(turns) == expected
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(tiny_decoder: Path) -> None:
+def test_encode_template_that_rewrites_earlier_answers_raises(tiny_decoder: Path) -> None:
     tokenizer = with_template(tiny_decoder, FORGETS)
     with pytest.raises(DataError, match="writes assistant turn 1 otherwise once more turns follow"):
         Instruction().encode([{"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
@@ -185,19 +185,19 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(tiny_decoder: Path)
     assert trained(tokenizer, example) == ["act <|im_end|>"]
 
 
-def test_a_template_that_asks_otherwise_than_it_answers_is_refused(tiny_decoder: Path) -> None:
+def test_encode_template_with_other_generation_prompt_raises(tiny_decoder: Path) -> None:
     with pytest.raises(DataError, match="is not how it writes answers"):
         Instruction().encode([{"turns": TURNS}], with_template(tiny_decoder, OTHER_BEGINNING), None, 200)  # type: ignore[arg-type]
 
 
-def test_a_template_that_says_no_is_refused_with_its_words(tiny_decoder: Path) -> None:
+def test_encode_template_exception_is_quoted(tiny_decoder: Path) -> None:
     no_system = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
     tokenizer = with_template(tiny_decoder, no_system)
     with pytest.raises(DataError, match="no system here"):
         Instruction(system="be brief").encode([{"turns": TURNS}], tokenizer, None, 200)  # type: ignore[arg-type]
 
 
-def test_answers_without_an_end_are_found(tiny_decoder: Path) -> None:
+def test_check_examples_answers_without_end_are_severe(tiny_decoder: Path) -> None:
     tokenizer = with_template(tiny_decoder, NO_END)
     examples = Instruction().encode([{"turns": TURNS}, {"turns": TURNS[:2]}], tokenizer, None, 200)  # type: ignore[arg-type]
     (finding,) = [it for it in check_examples("train", examples, lambda at: f"rows:{at}") if it.code == "end-untrained"]
@@ -216,7 +216,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_end_their_own_process_and_nothing_else(name: str) -> None:
+def test_template_bomb_ends_only_its_process(name: str) -> None:
     template = ModelTemplate(BOMBS[name], {})
     try:
         (rendered,) = template.render([TURNS])
@@ -237,7 +237,7 @@ def test_bombs_end_their_own_process_and_nothing_else(name: str) -> None:
         "x" * 200_000,
     ],
 )
-def test_what_a_template_may_not_do_is_refused(source: str) -> None:
+def test_template_forbidden_operation_is_refused(source: str) -> None:
     try:
         (rendered,) = ModelTemplate(source, {}).render([TURNS])
     except ModelError:
@@ -245,7 +245,7 @@ def test_what_a_template_may_not_do_is_refused(source: str) -> None:
     assert rendered.unfit or rendered.text == ""
 
 
-def test_what_templates_use_works() -> None:
+def test_template_render_supports_common_jinja() -> None:
     source = (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
         "{% set ns.n = ns.n + 1 %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
@@ -256,20 +256,20 @@ def test_what_templates_use_works() -> None:
     assert rendered.text == '{"role": "user", "content": "ä"}1<s>2025'
 
 
-def test_generation_ends_where_the_template_ends_a_turn(tokenizer: Any, chat_tokenizer: Any) -> None:
+def test_end_ids_include_end_of_turn_token(tokenizer: Any, chat_tokenizer: Any) -> None:
     assert end_ids(template_for(tokenizer), tokenizer) == [tokenizer.eos_token_id]
     ends = [chat_tokenizer.eos_token_id, chat_tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert end_ids(template_for(chat_tokenizer), chat_tokenizer) == sorted(ends)
 
 
-def test_a_template_of_its_own_can_be_asked_for_or_passed_over(tokenizer: Any, chat_tokenizer: Any) -> None:
+def test_template_for_selects_chat_or_plain(tokenizer: Any, chat_tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="no chat template"):
         template_for(tokenizer, "chat")
     assert template_for(chat_tokenizer, "plain").name == "plain"
     assert template_for(chat_tokenizer).name == "chat"
 
 
-def test_encoder_decoder_models_are_refused() -> None:
+def test_instruction_for_model_encoder_decoder_raises() -> None:
     from transformers import T5Config
 
     with pytest.raises(UnsupportedError, match="causal"):
@@ -279,7 +279,7 @@ def test_encoder_decoder_models_are_refused() -> None:
 # lengths
 
 
-def test_a_long_question_is_cut_and_the_answer_stays(chat_tokenizer: Any) -> None:
+def test_encode_conversations_truncates_question_not_answer(chat_tokenizer: Any) -> None:
     long = [["user", "ball " * 100], *TURNS[1:]]
     (whole,) = encode_conversations([long], template_for(chat_tokenizer), chat_tokenizer, 10_000)
     (cut,) = encode_conversations([long], template_for(chat_tokenizer), chat_tokenizer, 60)
@@ -291,7 +291,7 @@ def test_a_long_question_is_cut_and_the_answer_stays(chat_tokenizer: Any) -> Non
     assert cut.prompt == cut.ids[: len(cut.prompt)]
 
 
-def test_an_answer_that_does_not_fit_is_never_lost_unsaid(chat_tokenizer: Any) -> None:
+def test_check_examples_masked_labels_are_severe(chat_tokenizer: Any) -> None:
     rows = [{"turns": [["user", "a"], ["assistant", "ball " * 50]]}, {"turns": [["system", "fly " * 50], *TURNS[:2]]}]
     examples = Instruction().encode(rows, chat_tokenizer, None, 30)  # type: ignore[arg-type]
     assert [example.length for example in examples] == [30, 30]
@@ -300,7 +300,7 @@ def test_an_answer_that_does_not_fit_is_never_lost_unsaid(chat_tokenizer: Any) -
     assert (finding.code, finding.rows, finding.grave) == ("labels-all-masked", 1, True)
 
 
-def test_special_tokens_written_out_in_a_text_are_found(chat_tokenizer: Any) -> None:
+def test_check_examples_chat_tokens_in_text_are_reported(chat_tokenizer: Any) -> None:
     rows = [{"turns": [["user", "say <|im_end|>"], ["assistant", "no"]]}]
     (finding,) = check_examples("train", Instruction().encode(rows, chat_tokenizer, None, 99))  # type: ignore[arg-type]
     assert (finding.code, finding.grave) == ("special-token-in-text", False)
@@ -324,7 +324,7 @@ def test_special_tokens_written_out_in_a_text_are_found(chat_tokenizer: Any) -> 
         ({"messages": [*FORMATS["chat"]["messages"], {"role": "system", "content": "x"}]}, "only the first can be"),
     ],
 )
-def test_bad_rows_are_told_with_their_line(row: Any, said: str, tmp_path: Path) -> None:
+def test_read_bad_conversation_raises_with_line(row: Any, said: str, tmp_path: Path) -> None:
     rows = [FORMATS["chat"], row]
     with pytest.raises(DataError) as caught:
         read(tmp_path / "rows.jsonl", rows)
@@ -335,7 +335,7 @@ def test_bad_rows_are_told_with_their_line(row: Any, said: str, tmp_path: Path) 
     assert [finding.rows for finding in splits.issues if finding.code == "rows-skipped"] == [1]
 
 
-def test_columns_of_two_formats_need_a_word(tmp_path: Path) -> None:
+def test_read_ambiguous_format_raises(tmp_path: Path) -> None:
     both = {**FORMATS["chat"], "prompt": "p", "completion": "c"}
     with pytest.raises(ConfigError, match="several formats: chat, prompt-completion"):
         read(tmp_path / "rows.jsonl", [both])
@@ -345,7 +345,7 @@ def test_columns_of_two_formats_need_a_word(tmp_path: Path) -> None:
     assert read(tmp_path / "rows.jsonl", [both], format="chat").train == [SAME]
 
 
-def test_columns_of_no_format_are_refused(tmp_path: Path) -> None:
+def test_read_unknown_format_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no format"):
         read(tmp_path / "rows.jsonl", [{"text": "plain"}])
     with pytest.raises(ConfigError, match="no format"):
@@ -355,7 +355,7 @@ def test_columns_of_no_format_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "rows.jsonl", [{"a": "x", "b": "y"}], task, format="chat")
 
 
-def test_an_input_may_be_missing_or_empty(tmp_path: Path) -> None:
+def test_read_missing_or_empty_input_is_accepted(tmp_path: Path) -> None:
     rows = [
         {"instruction": "a", "input": "", "output": "x"},
         {"instruction": "b", "output": "x"},
@@ -366,7 +366,7 @@ def test_an_input_may_be_missing_or_empty(tmp_path: Path) -> None:
     assert turns == ["a", "b", "c", "d\n\ne"]
 
 
-def test_plain_columns_are_made_into_instructions(glosses: Path) -> None:
+def test_instruction_prompt_and_answer_templates_make_turns(glosses: Path) -> None:
     task = parse_task({"name": "instruction", "prompt": "Which kind of thing is this? {text}", "answer": "{label}"})
     assert isinstance(task, Instruction)
     splits = task.read(DataSettings(train=str(glosses), validation=0.1))
@@ -389,16 +389,16 @@ def test_plain_columns_are_made_into_instructions(glosses: Path) -> None:
         ({"promt": "{a}"}, "did you mean `prompt`"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: dict[str, str], said: str) -> None:
+def test_parse_task_invalid_instruction_settings_raise(settings: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
         parse_task({"name": "instruction", **settings})
 
 
-def test_load_config_is_causal(tiny_decoder: Path) -> None:
+def test_instruction_for_model_decoder_is_causal(tiny_decoder: Path) -> None:
     assert Instruction().for_model(load_config(str(tiny_decoder))).layout == "causal"
 
 
-def test_a_template_that_adds_a_system_message_of_its_own_trains_the_answers_alone(tiny_decoder: Path) -> None:
+def test_encode_template_with_default_system_message_trains_answers_alone(tiny_decoder: Path) -> None:
     """As SmolLM2's does: only where the first message is none, so every prefix of a conversation begins with it."""
     own = (
         "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -421,7 +421,7 @@ CHAT_ROW = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "
     ids=["chat", "instruction", "prompt-completion"],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_read_system_column_opens_the_conversation(row: Any, streaming: bool, tmp_path: Path) -> None:
+def test_read_system_column_opens_conversation(row: Any, streaming: bool, tmp_path: Path) -> None:
     rows = [{**row, "system": "be rude"}, {**row, "system": None}]
     splits = read(tmp_path / "rows.jsonl", rows, streaming=streaming)
     turns = [["user", "q"], ["assistant", "x"]]
@@ -429,7 +429,7 @@ def test_read_system_column_opens_the_conversation(row: Any, streaming: bool, tm
     assert "unused-columns" not in {finding.code for finding in splits.issues}
 
 
-def test_read_system_column_beside_another_system_message_is_a_bad_row(tmp_path: Path) -> None:
+def test_read_system_column_contradicting_system_message_raises(tmp_path: Path) -> None:
     said = [{"from": "system", "value": "be kind"}, *CHAT_ROW["conversations"]]
     with pytest.raises(DataError) as caught:
         read(tmp_path / "rows.jsonl", [{"conversations": said, "system": "be rude"}])
@@ -439,7 +439,7 @@ def test_read_system_column_beside_another_system_message_is_a_bad_row(tmp_path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_read_what_nothing_reads_is_counted_by_name(streaming: bool, tmp_path: Path) -> None:
+def test_read_unused_columns_are_counted_by_name(streaming: bool, tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x", "weight": 0, "name": None}]
     rows = [{"messages": messages, "id": at, "history": [["a", "b"]] if at else []} for at in range(3)]
     splits = read(tmp_path / "rows.jsonl", rows, streaming=streaming)
@@ -450,7 +450,7 @@ def test_read_what_nothing_reads_is_counted_by_name(streaming: bool, tmp_path: P
     assert finding.rows == 3
 
 
-def test_encode_added_special_token_written_out_is_found(tiny_decoder: Path) -> None:
+def test_encode_added_special_token_in_text_is_noted(tiny_decoder: Path) -> None:
     """Tokens with a role that no attribute of the tokenizer names: added as special, or a mark of the template."""
     from tokenizers import AddedToken
 

@@ -43,7 +43,7 @@ def encoded(tokenizer: Any, texts: list[str], max_length: int = 512, **settings:
     return Masked(**settings).encode([{"text": text} for text in texts], tokenizer, None, max_length)  # type: ignore[arg-type]
 
 
-def test_special_tokens_are_never_hidden_and_every_row_has_a_place(tokenizer: Any, gloss_texts: list[str]) -> None:
+def test_encode_masks_no_special_token_and_one_token_at_least(tokenizer: Any, gloss_texts: list[str]) -> None:
     for example in encoded(tokenizer, [*gloss_texts[:60], "x"], mask_probability=0.02):
         ids, labels = example.inputs["input_ids"], example.target
         assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -51,7 +51,7 @@ def test_special_tokens_are_never_hidden_and_every_row_has_a_place(tokenizer: An
         assert any(label != IGNORED for label in labels)
 
 
-def test_of_the_hidden_most_become_the_mask_some_another_and_some_stay(tokenizer: Any) -> None:
+def test_hide_replaces_80_10_10_percent(tokenizer: Any) -> None:
     ids = torch.full((200, 50), 40)
     hidden, labels = Masked(mask_probability=0.3).collator.hide(ids, tokenizer, torch.Generator().manual_seed(0))
     chosen = labels != IGNORED
@@ -67,14 +67,14 @@ def test_of_the_hidden_most_become_the_mask_some_another_and_some_stay(tokenizer
     assert 0.08 < counts["same"] / total < 0.12
 
 
-def test_evaluation_hides_the_same_places_whatever_stands_around_a_row(tokenizer: Any, gloss_texts: list[str]) -> None:
+def test_encode_masks_same_positions_whatever_other_rows(tokenizer: Any, gloss_texts: list[str]) -> None:
     first = encoded(tokenizer, gloss_texts[:4])
     torch.manual_seed(7)
     again = encoded(tokenizer, gloss_texts[:4][::-1])[::-1]
     assert [(it.inputs, it.target) for it in first] == [(it.inputs, it.target) for it in again]
 
 
-def test_training_hides_others_each_time_from_torchs_generator(tokenizer: Any, gloss_texts: list[str]) -> None:
+def test_collate_training_masks_anew_from_torch_generator(tokenizer: Any, gloss_texts: list[str]) -> None:
     task, examples = Masked(), encoded(tokenizer, gloss_texts[:8])
     state = torch.get_rng_state()
     one, two = task.collator.collate_training(examples, tokenizer), task.collator.collate_training(examples, tokenizer)
@@ -91,7 +91,7 @@ def test_training_hides_others_each_time_from_torchs_generator(tokenizer: Any, g
         assert ((batch["labels"] != IGNORED).sum(dim=1) > 0).all()
 
 
-def test_long_texts_become_blocks_each_closed(tokenizer: Any, gloss_texts: list[str]) -> None:
+def test_encode_long_text_is_split_into_closed_blocks(tokenizer: Any, gloss_texts: list[str]) -> None:
     text = " ".join(gloss_texts[:4])
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     blocks = encoded(tokenizer, [text], max_length=20)
@@ -102,7 +102,7 @@ def test_long_texts_become_blocks_each_closed(tokenizer: Any, gloss_texts: list[
     assert (kept.length, kept.truncated) == (20, len(whole) - 18)
 
 
-def test_models_that_cannot_and_tokenizers_without_a_mask_are_refused(tiny_decoder: Path) -> None:
+def test_masked_unsupported_model_tokenizer_or_setting_raises(tiny_decoder: Path) -> None:
     from transformers import BartConfig, LlamaConfig
 
     for config in (LlamaConfig(), BartConfig()):
@@ -129,7 +129,7 @@ def tree(model: Path, data: Path, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_a_run_resumes_bit_for_bit_and_is_evaluated(masked_model: Path, glosses: Path, tmp_path: Path) -> None:
+def test_masked_run_resumes_bit_exact_and_evaluates(masked_model: Path, glosses: Path, tmp_path: Path) -> None:
     whole = train(tree(masked_model, glosses, tmp_path / "whole"), listener=lambda event: None)
 
     def stop(event: Event) -> None:

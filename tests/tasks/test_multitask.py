@@ -37,7 +37,7 @@ def config(sets: list[dict[str, Any]], **data: Any) -> RunConfig:
     return RunConfig.model_validate(tree)
 
 
-def test_the_sets_settings_reach_their_tasks_and_survive_the_run_folder() -> None:
+def test_multitask_settings_of_sets_roundtrip() -> None:
     run = config([DE, {**FR, "task": {"name": "summarization"}, "source_lang": None, "target_lang": None}])
     assert isinstance(run.task, Multitask)
     assert run.task.tasks["de-en"] == Translation(source_lang="de_DE", target_lang="en_XX")
@@ -47,7 +47,7 @@ def test_the_sets_settings_reach_their_tasks_and_survive_the_run_folder() -> Non
     assert parse_task(run.task.to_dict()) == run.task
 
 
-def test_tasks_that_cannot_be_mixed_are_refused() -> None:
+def test_multitask_incompatible_sets_raise() -> None:
     with pytest.raises(ConfigError, match="no task in which a model writes text"):
         config([DE, {"source": "a.csv", "task": "classification"}])
     with pytest.raises(ConfigError, match="source_lang"):
@@ -60,7 +60,7 @@ def read(run: RunConfig) -> Any:
     return run.task.read(run.data)
 
 
-def test_rows_know_their_set_and_both_directions_do_not_leak() -> None:
+def test_multitask_read_tags_rows_and_avoids_leakage() -> None:
     run = config([DE, BACK, {**FR, "max_rows": 5, "validation": 3, "test": None}], validation=0.2, test=4)
     splits = read(run)
     held = {
@@ -78,14 +78,14 @@ def test_rows_know_their_set_and_both_directions_do_not_leak() -> None:
     assert rows_of(GNOME["fr"])[line - 1]["source"] == splits.validation[at]["source"]
 
 
-def test_settings_without_a_meaning_for_several_sets_are_refused() -> None:
+def test_multitask_read_single_set_setting_raises() -> None:
     with pytest.raises(ConfigError, match="max_train_rows"):
         read(config([DE, FR], max_train_rows=3))
     with pytest.raises(ConfigError, match="which set's rows"):
         read(config([DE, FR], validation="a.jsonl"))
 
 
-def test_each_row_is_encoded_as_its_own_task_does(mbart: Path) -> None:
+def test_multitask_encode_equals_task_of_each_set(mbart: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     architecture, tokenizer = AutoConfig.from_pretrained(mbart), AutoTokenizer.from_pretrained(mbart)
@@ -103,7 +103,7 @@ def test_each_row_is_encoded_as_its_own_task_does(mbart: Path) -> None:
         task.encode([{**rows[0], "set": "x"}], tokenizer, splits, 64)
 
 
-def test_figures_are_set_by_set_and_their_mean() -> None:
+def test_multitask_metrics_average_over_sets() -> None:
     found = TextPredictions(
         None,
         np.ones(4),
@@ -123,7 +123,7 @@ def test_figures_are_set_by_set_and_their_mean() -> None:
 # a whole run
 
 
-def test_drawn_shares_match_the_asked_and_resume_is_bit_for_bit(
+def test_multitask_run_matches_shares_and_resumes_bit_exact(
     mbart: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from graftwerk.cli.output import Output

@@ -56,7 +56,7 @@ def made_generic(graft: Any) -> None:
 
 @pytest.mark.parametrize("method", ["full", "lora", "prefix", "ia3", "bottleneck"])
 @pytest.mark.parametrize("family", DECODERS)
-def test_loss_and_gradients_are_those_of_the_rows_alone(family: str, method: str) -> None:
+def test_pack_loss_and_gradients_equal_unpacked(family: str, method: str) -> None:
     model = FAMILIES[family].build()
     settings: dict[str, Any] = {"name": method} | ({"num_virtual_tokens": 3} if method == "prefix" else {})
     made_generic(attach(model, parse_method(settings)))
@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_those_of_the_rows_alone(family: str, method: str
 
 
 @pytest.mark.parametrize("family", DECODERS)
-def test_rows_that_see_each_other_are_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_packing_rows_that_attend_to_each_other_raise(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself: with positions that run on, transformers does not tell the rows apart."""
     from graftwerk.tasks import packing
 
@@ -91,7 +91,7 @@ def test_rows_that_see_each_other_are_noticed(family: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("method", ["prompt", "ptuning"])
-def test_prompts_cannot_stand_before_each_packed_row(family: str, method: str) -> None:
+def test_check_packing_virtual_tokens_raise(family: str, method: str) -> None:
     model = FAMILIES[family].build()
     chosen: Method = parse_method({"name": method, "num_virtual_tokens": 3})
     attach(model, chosen)
@@ -99,11 +99,11 @@ def test_prompts_cannot_stand_before_each_packed_row(family: str, method: str) -
         check_packing(model, Causal(), rows(), TOKENIZER)
 
 
-def test_a_single_row_is_tried_against_itself() -> None:
+def test_check_packing_accepts_single_row() -> None:
     check_packing(FAMILIES["llama"].build(), Causal(), rows((5,)), TOKENIZER)
 
 
-def test_packing_is_greedy_whole_and_within_bounds() -> None:
+def test_bins_are_greedy_and_within_max_length() -> None:
     assert bins([9, 3, 6, 12, 2], 16) == [[3, 1], [0, 2], [4]]
     assert bins([8, 8, 16], 16) == [[2], [0, 1]], "what fits exactly fits"
     lengths = [7, 7, 7, 2, 2, 20, 5]
@@ -113,7 +113,7 @@ def test_packing_is_greedy_whole_and_within_bounds() -> None:
     assert [5] in packed, "a row longer than the bound stands alone"
 
 
-def test_every_row_begins_anew_and_its_first_token_is_not_trained() -> None:
+def test_pack_restarts_positions_and_ignores_first_label() -> None:
     examples = rows((4, 3, 2))
     batch = pack(examples, TOKENIZER, 8)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]]
@@ -125,12 +125,12 @@ def test_every_row_begins_anew_and_its_first_token_is_not_trained() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "masked"])
-def test_tasks_without_rows_to_pack_say_so(task: str) -> None:
+def test_check_settings_packing_unsupported_task_raises(task: str) -> None:
     with pytest.raises(ConfigError, match=f"rows of {task} cannot be packed"):
         check_settings(TrainingSettings(packing=True), True, parse_task(task))
 
 
-def test_an_encoder_decoder_cannot_be_packed() -> None:
+def test_can_pack_is_false_for_encoder_decoder() -> None:
     from transformers import BartConfig
 
     task = parse_task("summarization").for_model(BartConfig())

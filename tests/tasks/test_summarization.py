@@ -18,7 +18,7 @@ from tests.tiny_text import SYNOPSES, rows_of
 ROWS = rows_of(SYNOPSES)[:6]
 
 
-def test_an_encoder_decoder_makes_no_use_of_a_chat_template(text_model: Callable[[str], Path]) -> None:
+def test_summarization_chat_on_encoder_decoder_raises(text_model: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match="encoder-decoder") as caught:
         Summarization(chat=False).for_model(AutoConfig.from_pretrained(text_model("bart")))
     assert caught.value.where == "task.chat"
@@ -36,7 +36,7 @@ def on(folder: Path, **settings: Any) -> tuple[Summarization, Any]:
         ("t5", {"prefix": ""}, ""), ("bart", {"prefix": "tl;dr "}, "tl;dr "),
     ],
 )  # fmt: skip
-def test_prefix_by_family_and_the_tokenizers_own_labels(
+def test_encode_prefix_and_labels_equal_tokenizer(
     family: str, settings: dict[str, str], prefix: str, text_model: Callable[[str], Path]
 ) -> None:
     task, tokenizer = on(text_model(family), **settings)
@@ -49,7 +49,7 @@ def test_prefix_by_family_and_the_tokenizers_own_labels(
     assert [task.decoder.source(example) for example in examples] == [row["document"] for row in ROWS]
 
 
-def test_a_chat_template_is_used_unless_told_not_to(text_model: Callable[[str], Path]) -> None:
+def test_encode_uses_chat_template_unless_disabled(text_model: Callable[[str], Path]) -> None:
     row = {"document": "It prints.", "summary": "A printer"}
     task, tokenizer = on(text_model("llama"), template="Sum: {document}")
     example = task.encode([row], tokenizer, None, 100)[0]
@@ -67,7 +67,7 @@ CHATML = (
 )
 
 
-def test_an_answer_ends_as_the_chat_template_ends_it(text_model: Callable[[str], Path]) -> None:
+def test_encode_answer_ends_with_end_token_of_chat_template(text_model: Callable[[str], Path]) -> None:
     """Its end token is not the tokenizer's: it is learnt, what follows it is not, and it ends what is generated."""
     task, tokenizer = on(text_model("llama"), template="Sum: {document}")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"]})
@@ -92,7 +92,7 @@ def test_an_answer_ends_as_the_chat_template_ends_it(text_model: Callable[[str],
         ("{% for", ModelError, "is not a template"),
     ],
 )
-def test_a_hostile_chat_template_harms_nothing(
+def test_encode_hostile_chat_template_raises_with_hint(
     template: str, error: type[GraftwerkError], said: str, text_model: Callable[[str], Path]
 ) -> None:
     """It is code from outside, so it runs in a process with limits; the error says how to do without it."""
@@ -112,9 +112,7 @@ def test_a_hostile_chat_template_harms_nothing(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_long_document_is_cut_and_never_the_template_or_the_answer(
-    family: str, text_model: Callable[[str], Path]
-) -> None:
+def test_encode_truncates_document_not_template_or_answer(family: str, text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model(family), template="<< {document} >>\n")
     for row in ROWS:
         whole = task.encode([row], tokenizer, None, 5000)[0]
@@ -130,7 +128,7 @@ def test_a_long_document_is_cut_and_never_the_template_or_the_answer(
         assert [t for t in cut.target if t != IGNORED] == [t for t in whole.target if t != IGNORED]
 
 
-def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(text_model: Callable[[str], Path]) -> None:
+def test_encode_long_answer_is_truncated_and_counted(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("gpt2"), template="{document}\n")
     row = {"document": "short", "summary": "word " * 100}
     example = task.encode([row], tokenizer, None, 60)[0]
@@ -140,20 +138,20 @@ def test_an_answer_longer_than_half_the_row_is_cut_too_and_counted(text_model: C
     assert tokenizer.decode(example.prompt) == "short\n"
 
 
-def test_room_is_left_for_an_answer_that_is_not_known(text_model: Callable[[str], Path]) -> None:
+def test_encode_without_summary_leaves_room_for_answer(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("gpt2"))
     example = task.encode([task.example_from_text(ROWS[0]["document"])], tokenizer, None, 100)[0]
     assert example.target is None
     assert 60 <= len(example.prompt) <= 75
 
 
-def test_a_template_that_leaves_no_room(text_model: Callable[[str], Path]) -> None:
+def test_encode_template_without_room_raises(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("gpt2"), template="very long " * 20 + "{document}")
     with pytest.raises(ConfigError, match="the template alone takes"):
         task.encode(ROWS, tokenizer, None, 64)
 
 
-def test_the_causal_loss_is_the_one_that_the_model_computes_itself(text_model: Callable[[str], Path]) -> None:
+def test_summarization_causal_loss_equals_model_loss(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("llama"))
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(text_model("llama")).eval()
@@ -162,6 +160,6 @@ def test_the_causal_loss_is_the_one_that_the_model_computes_itself(text_model: C
     assert own == pytest.approx(float(model(**batch).loss), rel=1e-5)
 
 
-def test_an_encoder_cannot_write() -> None:
+def test_summarization_for_model_encoder_raises() -> None:
     with pytest.raises(UnsupportedError, match="needs a causal or encoder-decoder model"):
         Summarization().for_model(FAMILIES["bert"].config())

@@ -46,7 +46,7 @@ def pairs(source: str, target: str, n: int = 6) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("family", [*CODES, "bart", "t5", "marian"])
-def test_inputs_and_labels_are_what_the_tokenizer_itself_makes(family: str, text_model: Callable[[str], Path]) -> None:
+def test_encode_inputs_and_labels_equal_tokenizer(family: str, text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model(family))
     source, target = CODES.get(family, ("de", "en"))
     examples = task.encode(pairs(source, target), tokenizer, None, 512)
@@ -63,7 +63,7 @@ def test_inputs_and_labels_are_what_the_tokenizer_itself_makes(family: str, text
 
 
 @pytest.mark.parametrize("family", CODES)
-def test_the_language_stands_where_the_family_wants_it(family: str, text_model: Callable[[str], Path]) -> None:
+def test_encode_language_code_position_follows_family(family: str, text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model(family))
     source, target = CODES[family]
     example = task.encode(pairs(source, target), tokenizer, None, 512)[0]
@@ -77,7 +77,7 @@ def test_the_language_stands_where_the_family_wants_it(family: str, text_model: 
     assert task.generation.options(None, tokenizer, example)[forced] == codes.ids[target]
 
 
-def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_as_it_was(
+def test_encode_mixed_languages_leaves_tokenizer_unchanged(
     text_model: Callable[[str], Path],
 ) -> None:
     task, tokenizer = on(text_model("mbart50"))
@@ -98,7 +98,7 @@ def test_rows_of_several_languages_each_get_their_own_and_the_tokenizer_is_left_
 
 
 @pytest.mark.parametrize("family", ["mbart", "mbart50", "m2m100", "nllb", "t5", "marian"])
-def test_the_loss_is_the_one_that_the_model_computes_itself(family: str, text_model: Callable[[str], Path]) -> None:
+def test_translation_loss_equals_model_loss(family: str, text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model(family))
     model = AutoModelForSeq2SeqLM.from_pretrained(text_model(family)).eval()
     batch = task.collator.collate(task.encode(pairs(*CODES.get(family, ("de", "en"))), tokenizer, None, 512), tokenizer)
@@ -108,7 +108,7 @@ def test_the_loss_is_the_one_that_the_model_computes_itself(family: str, text_mo
 
 
 @pytest.mark.skipif(not TRAINED.is_dir(), reason="GRAFTWERK_TRAINED_MBART names no folder of a trained mBART")
-def test_the_trained_translator_reads_and_writes_in_its_own_codes() -> None:
+def test_encode_trained_mbart_equals_tokenizer() -> None:
     task, tokenizer = on(TRAINED)
     examples = task.encode(ROWS, tokenizer, None, 512)
     golden = AutoTokenizer.from_pretrained(TRAINED, src_lang="de_DE", tgt_lang="en_XX")(
@@ -128,7 +128,7 @@ def test_the_trained_translator_reads_and_writes_in_its_own_codes() -> None:
         ("bart", {}, {}, None),
     ],
 )
-def test_metrics_are_told_the_language_of_each_answer(
+def test_predictions_carry_language_of_each_answer(
     family: str, settings: dict[str, str], row: dict[str, str], language: str | None, text_model: Callable[[str], Path]
 ) -> None:
     task, tokenizer = on(text_model(family), **settings)
@@ -137,7 +137,7 @@ def test_metrics_are_told_the_language_of_each_answer(
     assert found.languages == (None if language is None else (language,))
 
 
-def test_without_targets_there_is_a_prompt_and_nothing_to_learn(text_model: Callable[[str], Path]) -> None:
+def test_encode_without_target_has_prompt_and_no_labels(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("mbart50"), source_lang="de_DE", target_lang="en_XX")
     asked = task.encode([task.example_from_text(row["source"]) for row in ROWS], tokenizer, None, 512)
     known = task.encode(pairs("de_DE", "en_XX"), tokenizer, None, 512)
@@ -147,7 +147,7 @@ def test_without_targets_there_is_a_prompt_and_nothing_to_learn(text_model: Call
     assert [task.decoder.reference(example) for example in known] == [row["target"] for row in ROWS]
 
 
-def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(
+def test_encode_truncates_both_sides_and_keeps_eos(
     text_model: Callable[[str], Path],
 ) -> None:
     for family in ("mbart50", "marian"):  # a fast tokenizer and one in Python
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_counted_on_both_sides_and_the_end_token_is_kept(
 # -- who is told what, in words
 
 
-def test_marian_of_several_languages_is_told_by_a_token(tmp_path: Path, text_model: Callable[[str], Path]) -> None:
+def test_encode_multilingual_marian_prepends_language_token(tmp_path: Path, text_model: Callable[[str], Path]) -> None:
     task = Translation(target_lang="fra").for_model(AutoConfig.from_pretrained(text_model("marian")))
     tokenizer = marian_tokenizer(tmp_path, ["fra", "eng"])
     example = task.encode([{"source": "Drucken", "target": "Imprimer"}], tokenizer, None, 64)[0]
@@ -175,7 +175,7 @@ def test_marian_of_several_languages_is_told_by_a_token(tmp_path: Path, text_mod
     assert "fra, eng" in str(error.value.hint)
 
 
-def test_causal_models_read_a_template_and_learn_the_answer_alone(text_model: Callable[[str], Path]) -> None:
+def test_encode_causal_template_trains_answer_alone(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("gpt2"), template="{source_lang}: {source}\n{target_lang}:\n")
     row = {"source": "Drucker", "target": "Printer", "source_lang": "de", "target_lang": "en_XX"}
     example = task.encode([row], tokenizer, None, 64)[0]
@@ -187,7 +187,7 @@ def test_causal_models_read_a_template_and_learn_the_answer_alone(text_model: Ca
     assert example.inputs["input_ids"][len(example.prompt) :] == learnt
 
 
-def test_t5_may_have_another_prefix(text_model: Callable[[str], Path]) -> None:
+def test_encode_t5_custom_prefix(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("t5"), prefix="nach {target_lang}: ")
     example = task.encode([{"source": "Drucker", "target_lang": "deu_Latn"}], tokenizer, None, 64)[0]
     assert example.prompt == tokenizer("nach German: Drucker")["input_ids"]
@@ -202,7 +202,7 @@ def test_t5_may_have_another_prefix(text_model: Callable[[str], Path]) -> None:
         ("German", "German"), ("pt-BR", "Portuguese"), ("zho_Hans", "Chinese"), ("zh_CN", "Chinese"), ("qq", None),
     ],
 )  # fmt: skip
-def test_names_of_languages(code: str, name: str | None) -> None:
+def test_language_name_of_known_code_spellings(code: str, name: str | None) -> None:
     assert language_name(code) == name
 
 
@@ -215,7 +215,7 @@ def data(tmp_path: Path, rows: list[dict[str, str]], **settings: Any) -> DataSet
     return DataSettings(train=str(path), **settings)
 
 
-def test_both_directions_make_two_rows_of_every_pair_on_one_side_of_the_split(tmp_path: Path) -> None:
+def test_read_both_directions_doubles_pairs_within_a_split(tmp_path: Path) -> None:
     settings = data(tmp_path, rows_of(GNOME["de"])[:20], validation=4, test=4)
     one, both = (Translation(both_directions=both).read(settings) for both in (False, True))
     assert (len(one.train), len(both.train), len(both.test)) == (12, 24, 8)
@@ -232,7 +232,7 @@ def test_both_directions_make_two_rows_of_every_pair_on_one_side_of_the_split(tm
     assert (settled.source_lang, settled.target_lang) == ("de_DE", "en_XX")
 
 
-def test_the_languages_of_the_rows_become_those_of_the_task_where_all_have_the_same(tmp_path: Path) -> None:
+def test_resolved_takes_languages_that_all_rows_share(tmp_path: Path) -> None:
     german, french = rows_of(GNOME["de"])[:8], rows_of(GNOME["fr"])[:8]
     alike = Translation().read(data(tmp_path, german, validation=2))
     assert Translation().resolved(alike).to_dict()["source_lang"] == "de_DE"
@@ -243,7 +243,7 @@ def test_the_languages_of_the_rows_become_those_of_the_task_where_all_have_the_s
 # -- what is refused
 
 
-def test_an_unknown_code_is_an_error_that_lists_the_known_ones(text_model: Callable[[str], Path]) -> None:
+def test_encode_unknown_language_code_raises_with_known_ones(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("mbart50"), source_lang="de", target_lang="en_XX")
     with pytest.raises(ConfigError, match="no language `de`") as error:
         task.encode([{"source": "a", "target": "b"}], tokenizer, None, 64)
@@ -260,13 +260,13 @@ def test_an_unknown_code_is_an_error_that_lists_the_known_ones(text_model: Calla
     assert "German" in str(unknown.value.hint)
 
 
-def test_a_language_that_nothing_says(text_model: Callable[[str], Path]) -> None:
+def test_encode_missing_target_language_raises(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("mbart50"), source_lang="de_DE")
     with pytest.raises(ConfigError, match="nothing says the target language"):
         task.encode([{"source": "a", "target": "b"}], tokenizer, None, 64)
 
 
-def test_each_direction_has_figures_of_its_own(text_model: Callable[[str], Path]) -> None:
+def test_both_directions_give_metrics_by_direction(text_model: Callable[[str], Path]) -> None:
     rows = [row for pair in pairs("de_DE", "en_XX") for row in Translation(both_directions=True)._both([pair])]
     task, tokenizer = on(text_model("mbart50"), both_directions=True)
     examples = task.encode(rows, tokenizer, None, 64)
@@ -283,15 +283,13 @@ def test_each_direction_has_figures_of_its_own(text_model: Callable[[str], Path]
 
 
 @pytest.mark.parametrize("family", ["bart", "marian"])
-def test_both_directions_with_a_model_that_cannot_tell_them_apart(
-    family: str, text_model: Callable[[str], Path]
-) -> None:
+def test_encode_both_directions_indistinguishable_raises(family: str, text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model(family), both_directions=True)
     with pytest.raises(ConfigError, match="which direction"):
         task.encode(pairs("de", "en"), tokenizer, None, 64)
 
 
-def test_a_marian_model_of_another_pair(text_model: Callable[[str], Path]) -> None:
+def test_encode_marian_of_other_pair_raises(text_model: Callable[[str], Path]) -> None:
     task, tokenizer = on(text_model("marian"))
     with pytest.raises(DataError, match="German alone"):
         task.encode(pairs("fr", "en"), tokenizer, None, 64)
@@ -309,14 +307,16 @@ def test_a_marian_model_of_another_pair(text_model: Callable[[str], Path]) -> No
         ({"prefix": "{source}: "}, "{source} is not known here"),
     ],
 )
-def test_templates_are_checked_when_the_run_file_is_read(settings: dict[str, str], said: str) -> None:
+def test_parse_task_invalid_translation_template_raises(settings: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse_task({"name": "translation", **settings})
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize(("family", "setting"), [("t5", "template"), ("gpt2", "prefix")])
-def test_a_setting_without_effect_is_refused(family: str, setting: str, text_model: Callable[[str], Path]) -> None:
+def test_translation_for_model_setting_without_effect_raises(
+    family: str, setting: str, text_model: Callable[[str], Path]
+) -> None:
     text = "{source}" if setting == "template" else "to German: "
     with pytest.raises(ConfigError, match="reads a"):
         on(text_model(family), **{setting: text})
