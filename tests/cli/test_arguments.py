@@ -22,6 +22,6 @@ from graftwerk.errors import ConfigError
         (read_settings, ["methods=[{name: lora, r: 1, r: 2}]"]),
     ],
 )
-def test_argument_given_twice_is_refused(parse: Callable[[list[str]], Any], given: list[str]) -> None:
+def test_parse_argument_given_twice_raises(parse: Callable[[list[str]], Any], given: list[str]) -> None:
     with pytest.raises(ConfigError, match="twice"):
         parse(given)

@@ -19,7 +19,7 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_rows_of_a_file(graftwerk: Run, rows: Path, tmp_path: Path) -> None:
+def test_augment_data_file_writes_rows_and_resumes(graftwerk: Run, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "more.jsonl"
     command = ["augment", "--data", rows, "--by", "word-dropout", "probability=0.5", "n=2", "--out", out]
     said = graftwerk(*command, "--dry-run")
@@ -40,7 +40,9 @@ def test_rows_of_a_file(graftwerk: Run, rows: Path, tmp_path: Path) -> None:
     assert again.json["rows"] == len(made)
 
 
-def test_the_training_rows_of_a_run_file(graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
+def test_augment_run_file_uses_its_training_rows(
+    graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path
+) -> None:
     data: dict[str, Any] = {"train": str(glosses), "validation": 36, "test": 36, "augment": ["word_shuffle"]}
     path = run_file(tmp_path, tiny_encoder, glosses, data=data)
     said = graftwerk("augment", path, "--json")
@@ -63,18 +65,18 @@ def test_the_training_rows_of_a_run_file(graftwerk: Run, tmp_path: Path, tiny_en
         (["--data", "ROWS", "--by", "back-translation", "model=y", "model.x=1"], "no keys of its own"),
     ],
 )
-def test_mistakes_are_named(graftwerk: Run, rows: Path, words: list[str], said: str) -> None:
+def test_augment_invalid_arguments_exit_2(graftwerk: Run, rows: Path, words: list[str], said: str) -> None:
     answer = graftwerk("augment", *(str(rows) if word == "ROWS" else word for word in words))
     assert answer.code == 2
     assert said in answer.err
 
 
-def test_help_has_examples(graftwerk: Run) -> None:
+def test_augment_help_shows_examples(graftwerk: Run) -> None:
     said = graftwerk("augment", "--help")
     assert "--by back-translation" in " ".join(said.out.split())
 
 
-def test_dry_runs_count_the_augmented_rows(graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
+def test_dry_run_counts_augmented_rows(graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
     path = run_file(tmp_path, tiny_encoder, glosses, training={"num_train_epochs": 1})
     augment = "data.augment=[{name: word_shuffle, n: 3}]"
     made = 3 * (240 - 72)

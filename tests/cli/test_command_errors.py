@@ -39,7 +39,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
+def test_command_error_prints_all_fields_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch, graftwerk: Run, error: errors.GraftwerkError, code: int
 ) -> None:
     breaking(monkeypatch, error)
@@ -63,7 +63,9 @@ def test_each_kind_of_error_has_its_exit_code_and_says_all_it_knows(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_after_a_save(monkeypatch: pytest.MonkeyPatch, graftwerk: Run, signum: int, code: int) -> None:
+def test_command_interrupted_exits_with_signal_code(
+    monkeypatch: pytest.MonkeyPatch, graftwerk: Run, signum: int, code: int
+) -> None:
     breaking(monkeypatch, errors.RunInterrupted(signum, "stopped after step 3", recovered="runs/x"))
     said = graftwerk("methods", "--json")
     assert said.code == code
@@ -71,14 +73,14 @@ def test_interrupted_after_a_save(monkeypatch: pytest.MonkeyPatch, graftwerk: Ru
     assert said.json["recovered"] == "runs/x"
 
 
-def test_ctrl_c_anywhere_else(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+def test_command_keyboard_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
     breaking(monkeypatch, KeyboardInterrupt())
     said = graftwerk("methods")
     assert said.code == 130
     assert said.err == "graftwerk: stopped by Ctrl-C\n"
 
 
-def test_an_unexpected_exception_is_one_plain_line(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+def test_command_unexpected_exception_prints_one_line(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
     breaking(monkeypatch, KeyError("a\nb"))
     said = graftwerk("methods")
     assert said.code == 1
@@ -92,9 +94,7 @@ def test_an_unexpected_exception_is_one_plain_line(monkeypatch: pytest.MonkeyPat
     assert "in raises" in said.err
 
 
-def test_python_collects_seldom_inside_a_command_and_as_before_after_it(
-    monkeypatch: pytest.MonkeyPatch, graftwerk: Run
-) -> None:
+def test_command_raises_gc_threshold_and_restores_it(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
     before, inside = gc.get_threshold(), []
 
     def raises(*_: object, **__: object) -> None:
@@ -108,12 +108,12 @@ def test_python_collects_seldom_inside_a_command_and_as_before_after_it(
     assert gc.get_threshold() == before
 
 
-def test_debug_after_two_dashes_is_no_option(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+def test_command_debug_after_double_dash_is_an_argument(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
     breaking(monkeypatch, KeyError("x"))
     assert "Traceback" not in graftwerk("methods", "--", "--debug").err
 
 
-def test_memory_and_disk_are_the_environment(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
+def test_command_out_of_memory_or_disk_exits_5(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
     breaking(monkeypatch, MemoryError())
     said = graftwerk("methods")
     assert said.code == 5
@@ -135,7 +135,7 @@ def test_memory_and_disk_are_the_environment(monkeypatch: pytest.MonkeyPatch, gr
     ],
     ids=["no such command", "missing argument", "no such option", "no such file"],
 )
-def test_wrong_usage(graftwerk: Run, arguments: list[str], words: str) -> None:
+def test_command_wrong_usage_exits_2_with_hint(graftwerk: Run, arguments: list[str], words: str) -> None:
     said = graftwerk(*arguments)
     assert said.code == 2
     assert said.out == ""
@@ -147,7 +147,7 @@ def test_wrong_usage(graftwerk: Run, arguments: list[str], words: str) -> None:
     assert said.json["error"] == "config"
 
 
-def test_a_key_with_a_typing_error_is_named_with_the_right_one(graftwerk: Run, config: Path) -> None:
+def test_train_misspelled_key_suggests_right_one(graftwerk: Run, config: Path) -> None:
     said = graftwerk("train", config, "--json", "training.lerning_rate=1e-3")
     assert said.code == 2
     assert "did you mean `learning_rate`" in said.json["what"]
@@ -156,7 +156,7 @@ def test_a_key_with_a_typing_error_is_named_with_the_right_one(graftwerk: Run, c
     assert "rank" in said.err
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_command_closed_reader_exits_0() -> None:
     """`graftwerk schema | head -1`: no message, no traceback, nothing failed."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -169,7 +169,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["schema"], ["methods"], ["methods", "--json"]], ids=" ".join)
-def test_how_much_was_read_makes_no_difference(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_command_broken_pipe_on_output_exits_0(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     """A short result fits into the pipe before its reader goes, a long one does not."""
 
     class Gone(io.StringIO):
@@ -183,15 +183,13 @@ def test_how_much_was_read_makes_no_difference(monkeypatch: pytest.MonkeyPatch, 
     assert dropped
 
 
-def test_a_pipe_that_breaks_in_the_middle_of_the_work_is_not_success(
-    monkeypatch: pytest.MonkeyPatch, graftwerk: Run
-) -> None:
+def test_command_broken_pipe_during_work_exits_141(monkeypatch: pytest.MonkeyPatch, graftwerk: Run) -> None:
     breaking(monkeypatch, BrokenPipeError())
     monkeypatch.setattr(entry, "_drop_stdout", lambda: None)
     assert graftwerk("methods").code == entry.BROKEN_PIPE == 141
 
 
-def test_help_and_version(graftwerk: Run) -> None:
+def test_help_and_version_are_printed(graftwerk: Run) -> None:
     said = graftwerk("--help")
     assert said.code == 0
     for name in ("train", "evaluate", "predict", "compare", "inspect", "methods", "doctor", "schema", "report"):
@@ -205,7 +203,7 @@ def test_help_and_version(graftwerk: Run) -> None:
     assert graftwerk("--version").out.strip().count(".") == 2
 
 
-def test_json_of_any_command_is_alone_on_stdout_whatever_libraries_print(tmp_path: Path) -> None:
+def test_json_is_alone_on_stdout_despite_library_prints(tmp_path: Path) -> None:
     """Prints of Python and of C, and of child processes, go to stderr."""
     script = (
         "import os, sys\n"

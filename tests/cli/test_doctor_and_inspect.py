@@ -10,7 +10,7 @@ import pytest
 from tests.cli.commands import Run, run_file
 
 
-def test_the_machine(graftwerk: Run) -> None:
+def test_doctor_reports_machine(graftwerk: Run) -> None:
     said = graftwerk("doctor", "--json")
     assert said.code == 0
     machine = said.json["machine"]
@@ -21,7 +21,7 @@ def test_the_machine(graftwerk: Run) -> None:
     assert "compute type" in graftwerk("doctor").out
 
 
-def test_a_run_file_is_checked_and_nothing_is_written(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+def test_doctor_checks_run_file_without_writing(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     said = graftwerk("doctor", config, "method=ia3", "--json")
     assert said.code == 0
@@ -38,9 +38,7 @@ def test_a_run_file_is_checked_and_nothing_is_written(graftwerk: Run, config: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_leaking_rows_are_an_error_of_the_data(
-    graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path
-) -> None:
+def test_doctor_leaking_rows_exit_3(graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
     rows = glosses.read_text().splitlines()
     test = tmp_path / "test.jsonl"
     test.write_text("\n".join(rows[:30]) + "\n")
@@ -55,7 +53,7 @@ def test_leaking_rows_are_an_error_of_the_data(
     ("line", "words"),
     [('{"text": "no label"}', ":2"), ('{"text": "", "label": "noun.food"}', "empty"), ("{broken", ":2")],
 )
-def test_a_bad_row_is_named_with_its_line(
+def test_doctor_bad_row_exits_3_with_line(
     graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path, line: str, words: str
 ) -> None:
     rows = glosses.read_text().splitlines()
@@ -67,7 +65,7 @@ def test_a_bad_row_is_named_with_its_line(
     assert "rows.jsonl:2" in said.err
 
 
-def test_inspect(graftwerk: Run, tmp_path: Path) -> None:
+def test_inspect_describes_run_and_adapter_folder(graftwerk: Run, tmp_path: Path) -> None:
     from tests.inspection.test_adapter import stored
 
     stored(tmp_path / "run" / "adapter", "lora")
@@ -82,7 +80,7 @@ def test_inspect(graftwerk: Run, tmp_path: Path) -> None:
     assert "attention.self.query" in graftwerk("inspect", place, "--modules").out
 
 
-def test_inspect_goes_through_the_gate(graftwerk: Run, tmp_path: Path) -> None:
+def test_inspect_unsafe_files_exit_8(graftwerk: Run, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04not to be opened")
     assert graftwerk("inspect", tmp_path).code in (5, 8)
@@ -92,7 +90,7 @@ def test_inspect_goes_through_the_gate(graftwerk: Run, tmp_path: Path) -> None:
     assert said.json["error"] == "integrity"
 
 
-def test_inspect_without_an_adapter_says_what_is_there(graftwerk: Run, tmp_path: Path) -> None:
+def test_inspect_without_adapter_exits_2_with_hint(graftwerk: Run, tmp_path: Path) -> None:
     said = graftwerk("inspect", tmp_path / "nothing")
     assert said.code == 2
     assert f"there is no folder {tmp_path / 'nothing'}" in said.err

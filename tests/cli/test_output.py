@@ -16,19 +16,19 @@ from graftwerk.cli.output import Output, dump, printable, table
 from tests.cli.commands import Run
 
 
-def test_json_has_no_nan_and_no_foreign_types() -> None:
+def test_dump_converts_nan_numpy_and_paths() -> None:
     data = {"a": float("nan"), "b": [float("inf"), np.float32(0.5), np.arange(2)], "c": Path("x"), 3: (True, None)}
     assert json.loads(dump(data)) == {"a": None, "b": [None, 0.5, [0, 1]], "c": "x", "3": [True, None]}
 
 
-def test_text_from_files_cannot_drive_the_terminal() -> None:
+def test_printable_replaces_control_characters() -> None:
     hostile = "a\x1b[31mred\x07\u202egnp.exe\nb\ttab"
     shown = printable(hostile)
     assert shown == "a\ufffd[31mred\ufffd\ufffdgnp.exe b tab"
     assert printable("café – naïve 漢字") == "café – naïve 漢字"
 
 
-def test_a_table_that_is_not_for_a_terminal_has_no_trailing_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_table_without_terminal_has_no_trailing_spaces(capsys: pytest.CaptureFixture[str]) -> None:
     shown = table("name", "value", numbers=("value",))
     shown.add_row("[bold]x[/bold]", "1")
     Output().show(shown)
@@ -41,7 +41,7 @@ def test_a_table_that_is_not_for_a_terminal_has_no_trailing_spaces(capsys: pytes
     assert "value" in captured.err
 
 
-def test_quiet_keeps_results_and_errors(graftwerk: Run) -> None:
+def test_quiet_keeps_results(graftwerk: Run) -> None:
     assert graftwerk("methods", "-q").out == graftwerk("methods").out
 
 
@@ -54,7 +54,7 @@ def run_in_shell(command: str) -> tuple[int, str]:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("command", ["methods", "methods --json", "schema --json"])
-def test_result_that_cannot_be_written_is_an_environment_fault(command: str) -> None:
+def test_command_full_disk_on_stdout_exits_5(command: str) -> None:
     code, said = run_in_shell(f"{command} >/dev/full")
     assert code == 5
     assert "No space left" in said
@@ -62,7 +62,7 @@ def test_result_that_cannot_be_written_is_an_environment_fault(command: str) -> 
     assert run_in_shell(f"{command} >/dev/full 2>&1")[0] == 5
 
 
-def test_streams_that_are_closed_are_no_defect() -> None:
+def test_command_closed_streams_keep_exit_code() -> None:
     assert run_in_shell("methods --json >&- <&-")[0] == 0
     assert run_in_shell("methods --json >&- 2>&-")[0] == 0
     assert run_in_shell("train nothing.yaml --json >&- 2>&-")[0] == 2
@@ -80,7 +80,7 @@ def test_streams_that_are_closed_are_no_defect() -> None:
         (MemoryError(), 5),
     ],
 )
-def test_fault_of_the_system_is_no_defect(error: Exception, code: int) -> None:
+def test_as_fault_system_error_has_known_exit_code(error: Exception, code: int) -> None:
     import torch  # noqa: F401 - whose errors are known once it is there
 
     assert as_fault(error).exit_code == code

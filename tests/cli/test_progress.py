@@ -39,7 +39,7 @@ def told(*events: Event, stream: io.StringIO | None = None, quiet: bool = False)
     return stream.getvalue()
 
 
-def test_the_cost_is_said_before_the_first_step() -> None:
+def test_progress_start_prints_cost() -> None:
     said = told(Event("phase", 0, name="loading the model"), Event("start", 0, **PLAN))
     assert said.startswith("loading the model ...\n")
     for words in ("338,690 of 22.7 M parameters", "1.5 %", "375 steps of 16 rows", "125 an epoch", "0.001", "cpu"):
@@ -47,12 +47,12 @@ def test_the_cost_is_said_before_the_first_step() -> None:
     assert "leaves out" not in said
 
 
-def test_start_names_what_the_method_leaves_out() -> None:
+def test_progress_start_names_skipped_layers() -> None:
     text = "6 of 14 weight matrices, which are no linear layers to adapt: 2 x experts.down_proj"
     assert f"\nleaves out {text}\n" in told(Event("start", 0, **PLAN, left_out=[text]))
 
 
-def test_plain_lines_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_terminal_prints_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -69,7 +69,7 @@ def test_plain_lines_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_rows_are_told_after_two_seconds_with_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_prints_after_two_seconds_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
@@ -84,7 +84,7 @@ def test_rows_are_told_after_two_seconds_with_the_time_left(monkeypatch: pytest.
     ]
 
 
-def test_a_bar_on_a_terminal() -> None:
+def test_progress_on_terminal_draws_bar() -> None:
     said = told(
         Event("progress", 3, total=12, loss=0.25, left_seconds=125.0),
         Event("evaluation", 3, accuracy=0.75, loss=0.6, best=True, seconds=4.0),
@@ -96,7 +96,7 @@ def test_a_bar_on_a_terminal() -> None:
     assert "step 3: validation accuracy 0.750, loss 0.600 (the best so far)" in said
 
 
-def test_trouble_is_said_with_its_mend_even_when_quiet() -> None:
+def test_progress_quiet_still_prints_problems_with_hint() -> None:
     events = [
         Event("progress", 70, total=100, loss=0.7, left_seconds=1.0),
         Event("diagnosis", 70, code="no_learning", text="nothing is learnt", hint="training.learning_rate=auto"),
@@ -114,7 +114,7 @@ def test_trouble_is_said_with_its_mend_even_when_quiet() -> None:
     assert "step 70/100" in told(*events)
 
 
-def test_a_broken_pipe_silences_and_does_not_stop_the_training() -> None:
+def test_progress_broken_pipe_silences_output() -> None:
     class Broken(io.StringIO):
         writes = 0
 
@@ -129,5 +129,5 @@ def test_a_broken_pipe_silences_and_does_not_stop_the_training() -> None:
     assert stream.writes == 1
 
 
-def test_text_of_an_event_cannot_drive_the_terminal() -> None:
+def test_progress_escapes_control_characters() -> None:
     assert "\x1b" not in told(Event("finding", 0, message="class '\x1b[2J'", rows=1, example="\x07"))

@@ -38,29 +38,25 @@ def figures(said: Said) -> list[str]:
         ("data.columns.label=stars", "`data.columns: {label: ...}` names the right one"),
     ],
 )
-def test_a_wrong_setting_is_said_in_the_words_of_the_run_file(
-    graftwerk: Run, config: Path, given: str, said: str
-) -> None:
+def test_train_invalid_setting_exits_2_naming_its_key(graftwerk: Run, config: Path, given: str, said: str) -> None:
     found = graftwerk("train", config, given, "--dry-run")
     assert found.code == 2
     assert said in " ".join(found.err.split())
 
 
-def test_null_takes_a_filter_away(graftwerk: Run, config: Path) -> None:
+def test_train_null_override_removes_filter(graftwerk: Run, config: Path) -> None:
     found = graftwerk("train", config, "data.filter.nowhere=1", "data.filter=null", "--dry-run")
     assert found.code == 0, found.err
 
 
-def test_a_dry_run_of_a_comparison_checks_what_decides(graftwerk: Run, config: Path) -> None:
+def test_compare_dry_run_unknown_metric_or_cost_exits_2(graftwerk: Run, config: Path) -> None:
     for option, said in (("--metric", "there is no metric `foo`"), ("--prefer", "there is no cost `foo`")):
         found = graftwerk("compare", config, "methods=lora", option, "foo", "--dry-run")
         assert found.code == 2
         assert said in found.err
 
 
-def test_train_prints_what_it_will_cost_first_and_the_run_folder_last(
-    graftwerk: Run, config: Path, tmp_path: Path
-) -> None:
+def test_train_prints_cost_first_and_run_folder_last(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     said = graftwerk("train", config)
     assert said.code == 0, said.err
     assert said.last == str(tmp_path / "run")
@@ -71,7 +67,7 @@ def test_train_prints_what_it_will_cost_first_and_the_run_folder_last(
     assert "test: 36 rows" in said.out
 
 
-def test_train_as_json(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+def test_train_json_prints_result(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     said = graftwerk(
         "train", config, "--json", "method=ia3", "training.max_steps=2", f"output_dir={tmp_path / 'other'}"
     )
@@ -85,7 +81,7 @@ def test_train_as_json(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     assert "2 steps" in said.err
 
 
-def test_dry_run_writes_nothing(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+def test_train_dry_run_writes_nothing(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     said = graftwerk("train", config, "--dry-run", "--json")
     assert said.code == 0, said.err
     assert said.json["dry_run"] is True
@@ -94,7 +90,7 @@ def test_dry_run_writes_nothing(graftwerk: Run, config: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", [["train"], ["train", "--dry-run"], ["doctor"]], ids=" ".join)
-def test_what_fails_before_it_begins_leaves_no_folder(
+def test_command_failing_early_leaves_no_folder(
     graftwerk: Run, config: Path, tmp_path: Path, command: list[str]
 ) -> None:
     said = graftwerk(command[0], config, *command[1:], "data.train=nowhere.csv", f"output_dir={tmp_path / 'a' / 'b'}")
@@ -102,7 +98,7 @@ def test_what_fails_before_it_begins_leaves_no_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
-def test_a_finished_run_is_kept_unless_told_otherwise(graftwerk: Run, config: Path, run: Path) -> None:
+def test_train_finished_run_exits_7_without_overwrite(graftwerk: Run, config: Path, run: Path) -> None:
     weights = run / "adapter" / "adapter_model.safetensors"
     before = weights.stat().st_mtime_ns
     said = graftwerk("train", config, "--json")
@@ -117,7 +113,7 @@ def test_a_finished_run_is_kept_unless_told_otherwise(graftwerk: Run, config: Pa
     assert weights.stat().st_mtime_ns != before
 
 
-def test_evaluate_predict_and_report(graftwerk: Run, run: Path, glosses: Path, tmp_path: Path) -> None:
+def test_evaluate_predict_and_report_commands(graftwerk: Run, run: Path, glosses: Path, tmp_path: Path) -> None:
     said = graftwerk("evaluate", run, "--json")
     assert {"accuracy", "f1_macro", "f1_weighted", "roc_auc"} <= set(figures(said))
     assert said.json["rows"] == 36
@@ -153,13 +149,13 @@ def test_evaluate_predict_and_report(graftwerk: Run, run: Path, glosses: Path, t
 
 
 @pytest.mark.parametrize("arguments", [[], ["a text", "--data", "x.csv"]], ids=["neither", "both"])
-def test_predict_wants_texts_or_data(graftwerk: Run, arguments: list[str]) -> None:
+def test_predict_needs_either_texts_or_data(graftwerk: Run, arguments: list[str]) -> None:
     said = graftwerk("predict", "nowhere", *arguments)
     assert said.code == 2
     assert "--data" in said.err
 
 
-def test_compare_says_what_it_would_do(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+def test_compare_dry_run_prints_plan(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     said = graftwerk("compare", config, "methods=lora,[no]", "--dry-run")
     assert said.code == 2
     said = graftwerk(
@@ -173,7 +169,7 @@ def test_compare_says_what_it_would_do(graftwerk: Run, config: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_compare(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+def test_compare_writes_report_and_resumes(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     command = ["compare", config, "methods=[lora, {name: lora, r: 2, label: small}]", "seeds=0", "training.max_steps=2"]
     said = graftwerk(*command, "--json")
     assert said.code == 0, said.err
@@ -187,7 +183,7 @@ def test_compare(graftwerk: Run, config: Path, tmp_path: Path) -> None:
     assert "small" in shown.out
 
 
-def test_settings_of_a_comparison() -> None:
+def test_read_settings_splits_methods_seeds_and_overrides() -> None:
     assert read_settings(["methods=lora,full", "seeds=[1, 2]", "learning_rate=1e-3"]) == (
         "lora,full",
         "1, 2",
@@ -202,7 +198,7 @@ def test_settings_of_a_comparison() -> None:
         read_settings(["methods=lora", "seeds"])
 
 
-def test_one_process_of_a_launch_speaks_for_all(
+def test_train_launched_process_of_other_rank_prints_nothing(
     graftwerk: Run, config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Under `accelerate launch` every process runs the command; only the main one prints and writes the report."""

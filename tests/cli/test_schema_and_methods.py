@@ -83,7 +83,7 @@ RUN = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora"}
         ({"data": {"train": "x", "augment": [{"name": "word_dropout", "distance": 2}]}}, False),
     ],
 )
-def test_the_schema_takes_what_a_run_file_takes(change: dict[str, Any], right: bool) -> None:
+def test_run_schema_agrees_with_run_config(change: dict[str, Any], right: bool) -> None:
     tree = {**RUN, **change}
     schema = run_schema()
     assert accepts(schema, tree, schema) is right
@@ -96,7 +96,7 @@ def test_the_schema_takes_what_a_run_file_takes(change: dict[str, Any], right: b
             RunConfig.build(tree)
 
 
-def test_every_setting_of_every_method_is_in_the_schema() -> None:
+def test_run_schema_has_every_method_setting() -> None:
     schema = run_schema()
     names = set()
     for method in METHODS.values():
@@ -107,7 +107,7 @@ def test_every_setting_of_every_method_is_in_the_schema() -> None:
     assert names == {*METHODS, *SHORTHANDS}
 
 
-def test_every_key_has_a_meaning() -> None:
+def test_run_keys_all_have_a_meaning() -> None:
     keys = list(run_keys())
     assert len(keys) > 60
     assert [key["key"] for key in keys if not key["meaning"]] == []
@@ -121,7 +121,7 @@ def test_every_key_has_a_meaning() -> None:
     assert rate["default"] == "auto"
 
 
-def test_schema_as_a_command(graftwerk: Run) -> None:
+def test_schema_command_prints_keys(graftwerk: Run) -> None:
     said = graftwerk("schema", "--json")
     assert said.code == 0
     assert said.json["properties"]["model"]
@@ -131,7 +131,7 @@ def test_schema_as_a_command(graftwerk: Run) -> None:
     assert "method(lora).r" in said.out
 
 
-def test_methods_as_a_command(graftwerk: Run) -> None:
+def test_methods_command_prints_every_method(graftwerk: Run) -> None:
     said = graftwerk("methods", "--json")
     assert said.code == 0
     rows = {row["name"]: row for row in said.json["methods"]}
@@ -152,7 +152,7 @@ def test_methods_as_a_command(graftwerk: Run) -> None:
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_a_methods_file_opens_with_its_cost(name: str) -> None:
+def test_method_docstring_states_cost(name: str) -> None:
     for subject in ("Parameters", "Trade-off"):
         assert said_of(METHODS[name], subject).endswith("."), subject
     row = next(row for row in describe_methods() if row["name"] == name)

@@ -39,7 +39,7 @@ def secret(tmp_path: Path, tiny_encoder: Path, glosses: Path) -> tuple[Path, Pat
     return run_file(tmp_path, model, rows), tmp_path / "run"
 
 
-def test_run_with_secret_places_shows_none_and_works(graftwerk: Run, secret: tuple[Path, Path]) -> None:
+def test_run_with_secret_paths_redacts_and_works(graftwerk: Run, secret: tuple[Path, Path]) -> None:
     config, run = secret
     said = graftwerk("train", config, "max_steps=2", "eval_steps=1")
     assert said.code == 0, said.err
@@ -61,7 +61,7 @@ def test_run_with_secret_places_shows_none_and_works(graftwerk: Run, secret: tup
         gw.predict(run, ["a text"])
 
 
-def test_comparison_with_secret_places_shows_none(graftwerk: Run, secret: tuple[Path, Path]) -> None:
+def test_compare_with_secret_paths_redacts(graftwerk: Run, secret: tuple[Path, Path]) -> None:
     config, run = secret
     tree = yaml.safe_load(config.read_text())
     del tree["method"]
@@ -74,7 +74,7 @@ def test_comparison_with_secret_places_shows_none(graftwerk: Run, secret: tuple[
 
 
 @pytest.mark.parametrize("place", [f"https://me:{PASSWORD}@host.org/a.csv", f"https://h/a.csv?token={PASSWORD}", TOKEN])
-def test_error_about_a_secret_place_does_not_show_it(graftwerk: Run, config: Path, place: str) -> None:
+def test_train_error_about_secret_path_redacts_it(graftwerk: Run, config: Path, place: str) -> None:
     for key in ("data.train", "model", "training.warm_start", "data.validation"):
         for extra in ([], ["--json"], ["--debug"]):
             said = graftwerk("train", config, f"{key}={place}", *extra)
@@ -103,9 +103,7 @@ def hostile_inputs(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_hostile_names_do_not_reach_the_terminal(
-    graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path
-) -> None:
+def test_commands_escape_hostile_names(graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
     for name, changes in hostile_inputs(tmp_path).items():
         config = run_file(tmp_path, tiny_encoder, glosses)
         config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **changes}))

@@ -78,7 +78,7 @@ def wrong(found: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def test_signal_at_seeded_moments_ends_with_its_code(commands: dict[str, Any]) -> None:
+def test_command_signal_at_seeded_moments_exits_with_its_code(commands: dict[str, Any]) -> None:
     found = ends(commands, ["train", "evaluate"], each=3, seed=3)
     assert len(found) == 6
     assert not (faults := wrong(found)), "\n\n".join(faults)
@@ -86,7 +86,7 @@ def test_signal_at_seeded_moments_ends_with_its_code(commands: dict[str, Any]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train", "helpers", "evaluate", "predict", "augment", "doctor", "compare"])
-def test_signal_at_many_moments_ends_with_its_code(commands: dict[str, Any], name: str) -> None:
+def test_command_signal_at_many_moments_exits_with_its_code(commands: dict[str, Any], name: str) -> None:
     each = int(os.environ.get("GRAFTWERK_TEST_SIGNALS", "20"))
     found = ends(commands, [name], each, seed=5)
     assert len(found) == each
@@ -94,7 +94,7 @@ def test_signal_at_many_moments_ends_with_its_code(commands: dict[str, Any], nam
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_signal_while_the_command_line_is_imported_ends_with_its_code(signum: int) -> None:
+def test_signal_during_import_exits_with_its_code(signum: int) -> None:
     script = (
         "import builtins, os, sys, graftwerk.__main__ as entry\nown = builtins.__import__\n"
         "def importing(name, *rest):\n"
@@ -108,7 +108,7 @@ def test_signal_while_the_command_line_is_imported_ends_with_its_code(signum: in
     assert done.returncode == 128 + signum, done.stderr
 
 
-def test_interrupted_is_no_exception_and_tells_what_errors_tell() -> None:
+def test_run_interrupted_is_no_exception_and_has_error_fields() -> None:
     stopped = RunInterrupted(signal.SIGTERM, "stopped after step 3", recovered="runs/x")
     assert not isinstance(stopped, Exception | GraftwerkError)
     assert stopped.as_dict()["exit_code"] == stopped.exit_code == 143
@@ -116,7 +116,7 @@ def test_interrupted_is_no_exception_and_tells_what_errors_tell() -> None:
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_signal_lost_in_a_destructor_is_raised_at_the_end(monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
+def test_stop_signals_lost_in_destructor_is_raised_at_exit(monkeypatch: pytest.MonkeyPatch, signum: int) -> None:
     class Dying:
         def __del__(self) -> None:
             os.kill(os.getpid(), signum)

@@ -13,7 +13,7 @@ from tests.tiny_text import GNOME, SYNOPSES, build
 
 
 @pytest.mark.parametrize(("task", "family"), [("translation", "mbart50"), ("summarization", "llama")])
-def test_from_a_run_file_to_texts(task: str, family: str, graftwerk: Run, tmp_path: Path) -> None:
+def test_text_task_commands_with_baseline(task: str, family: str, graftwerk: Run, tmp_path: Path) -> None:
     config = {
         "model": str(build(family, tmp_path / "model")),
         "task": task,
@@ -83,7 +83,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_train_evaluate_predict(case: str, graftwerk: Run, tmp_path: Path) -> None:
+def test_text_task_train_evaluate_predict(case: str, graftwerk: Run, tmp_path: Path) -> None:
     family, task, data, main = CASES[case]
     config = {
         "model": str(build(family, tmp_path / "model")),
