@@ -15,7 +15,9 @@ from graftwerk.training.run_dir import read_manifest
 from tests.experiments.here import InThisProcess
 
 
-def test_with_and_without(tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_with_and_without_augmentation(
+    tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
@@ -42,7 +44,7 @@ def test_with_and_without(tiny_encoder: Path, glosses: Path, tmp_path: Path, mon
     assert rows["probe-augmented"] == rows["probe-plain"]
 
 
-def test_names_and_changes() -> None:
+def test_with_and_without_names_and_changes_specs() -> None:
     crossed = with_and_without(parse_method_specs("lora,ia3"), "with,without", True)
     assert [entry.name for entry in crossed] == ["lora-augmented", "lora-plain", "ia3-augmented", "ia3-plain"]
     tree = {"data": {"train": "x", "augment": ["word_dropout"]}}
@@ -52,11 +54,11 @@ def test_names_and_changes() -> None:
 
 
 @pytest.mark.parametrize("words", ["with,with", "both", "", ["without", "never"]])
-def test_what_is_not_understood(words: Any) -> None:
+def test_with_and_without_invalid_words_raise(words: Any) -> None:
     with pytest.raises(ConfigError, match="not understood"):
         with_and_without(parse_method_specs("lora"), words, True)
 
 
-def test_nothing_to_do_without() -> None:
+def test_with_and_without_no_augmenter_raises() -> None:
     with pytest.raises(ConfigError, match="nothing to do with and without"):
         with_and_without(parse_method_specs("lora"), "with,without", False)

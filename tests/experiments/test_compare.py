@@ -112,14 +112,14 @@ def story(settings: dict[str, Any]) -> Iterator[Story]:
         OneProcess.end()
 
 
-def test_a_signal_stops_it_after_a_save(story: Story) -> None:
+def test_compare_signal_stops_after_save(story: Story) -> None:
     assert story.interrupted.exit_code == 128 + signal.SIGTERM
     assert "1 of 4 runs" in str(story.interrupted.recovered)
     assert "to resume" in str(story.interrupted.hint)
     assert story.after_interrupt == ["full-seed0", "small-seed0"]
 
 
-def test_what_was_stopped_is_gone_on_with(story: Story) -> None:
+def test_compare_resumes(story: Story) -> None:
     """The run that got the signal continued from its checkpoint; the finished one was not trained again."""
     events = [json.loads(line) for line in (story.killed.folder / "small-seed0" / "metrics.jsonl").open()]
     assert any(event["kind"] == "resume" and event["step"] >= 4 for event in events)
@@ -127,7 +127,7 @@ def test_what_was_stopped_is_gone_on_with(story: Story) -> None:
     assert not any(event["kind"] == "resume" for event in events)
 
 
-def test_a_run_whose_process_dies_is_reported_and_the_others_go_on(story: Story) -> None:
+def test_compare_killed_run_is_reported_and_others_continue(story: Story) -> None:
     methods = {method["name"]: method for method in story.killed.result["methods"]}
     assert "SIGKILL" in methods["full"]["failed"]["1"]
     assert set(methods["full"]["runs"]) == {"0"}
@@ -135,7 +135,7 @@ def test_a_run_whose_process_dies_is_reported_and_the_others_go_on(story: Story)
     assert "full, seed 1, failed: the process of this run was killed" in story.killed.table()
 
 
-def test_the_same_call_again_does_what_is_left(story: Story) -> None:
+def test_compare_again_runs_only_what_is_left(story: Story) -> None:
     runs = {moment.run for moment in story.moments if moment.kind == "run"}
     assert runs == {"full, seed 1"}
     there = {m.run for m in story.moments if m.kind == "note" and m.text.startswith("already finished: accuracy ")}
@@ -145,7 +145,7 @@ def test_the_same_call_again_does_what_is_left(story: Story) -> None:
     assert all(method["failed"] == {} for method in story.finished.result["methods"])
 
 
-def test_figures_are_those_of_the_runs(story: Story, settings: dict[str, Any]) -> None:
+def test_compare_metrics_equal_those_of_runs(story: Story, settings: dict[str, Any]) -> None:
     result = story.finished.to_dict()
     assert result["status"] == "finished"
     assert (result["split"], result["rows"], result["metric"]) == ("test", 48, "accuracy")
@@ -176,7 +176,7 @@ def test_figures_are_those_of_the_runs(story: Story, settings: dict[str, Any]) -
     assert sizes["small"]["adapter_bytes"] < sizes["full"]["adapter_bytes"]
 
 
-def test_differences_fronts_and_recommendation(story: Story) -> None:
+def test_compare_result_has_differences_front_and_recommendation(story: Story) -> None:
     result = story.finished.result
     (pair,) = result["differences"]
     assert {pair["a"], pair["b"]} == {"full", "small"}
@@ -197,9 +197,7 @@ def test_differences_fronts_and_recommendation(story: Story) -> None:
     assert str(story.finished) == story.finished.table()
 
 
-def test_a_run_of_a_comparison_is_the_run_that_train_makes(
-    story: Story, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_compare_run_is_bit_equal_to_train(story: Story, settings: dict[str, Any], tmp_path: Path) -> None:
     """In a process forked from the warm one, and in this one, which has used its threads: the same bytes.
 
     For the run that was stopped and gone on with, too.
@@ -213,13 +211,13 @@ def test_a_run_of_a_comparison_is_the_run_that_train_makes(
             assert np.array_equal(here[key], there[key]), key
 
 
-def test_the_report_is_written(story: Story) -> None:
+def test_compare_writes_reports(story: Story) -> None:
     assert story.finished.report == story.finished.folder / "report.html"
     assert story.finished.report.stat().st_size > 1000
     assert (story.finished.folder / "small-seed0" / "report.html").is_file()
 
 
-def test_it_can_be_opened_again(story: Story, tmp_path: Path) -> None:
+def test_comparison_opens_its_folder_again(story: Story, tmp_path: Path) -> None:
     again = Comparison(story.finished.folder)
     assert again.result == story.finished.result
     assert repr(again) == f"<Comparison {again.folder}: 2 methods, 2 seeds>"
@@ -227,7 +225,7 @@ def test_it_can_be_opened_again(story: Story, tmp_path: Path) -> None:
         Comparison(tmp_path)
 
 
-def test_the_command_repeats_it(story: Story) -> None:
+def test_comparison_command_repeats_it(story: Story) -> None:
     """The resolved settings lie in the folder, and the command names them."""
     command = story.finished.result["command"]
     assert command.startswith("graftwerk compare ")
@@ -236,7 +234,7 @@ def test_the_command_repeats_it(story: Story) -> None:
     RunConfig.load(story.finished.folder / "config.yaml")
 
 
-def test_compared_runs_command_trains_into_another_folder(story: Story) -> None:
+def test_compared_run_command_trains_into_another_folder(story: Story) -> None:
     for name in ("small-seed0", "small-seed1"):
         run = story.finished.folder / name
         program, verb, config, *overrides = shlex.split(read_json(run / "manifest.json")["command"])
@@ -248,7 +246,7 @@ def test_compared_runs_command_trains_into_another_folder(story: Story) -> None:
         assert again.model_copy(update={"output_dir": first.output_dir}) == first
 
 
-def test_predictions_that_are_damaged_are_measured_again(story: Story, settings: dict[str, Any]) -> None:
+def test_load_evaluation_damaged_predictions_return_none(story: Story, settings: dict[str, Any]) -> None:
     run = story.finished.folder / "small-seed1"
     good = (run / PREDICTIONS).read_bytes()
     try:
@@ -274,14 +272,14 @@ def check(settings: dict[str, Any], method: Any = "lora", folder: Path | None = 
     return perform({"kind": "check", "configs": {"it": tree}, "runs": runs}, lambda message: None)
 
 
-def test_the_check_counts_what_each_method_would_train(settings: dict[str, Any]) -> None:
+def test_check_counts_parameters_of_each_method(settings: dict[str, Any]) -> None:
     checked = check(settings, {"name": "lora", "r": 2})
     assert checked["rows"] == {"train": 168, "validation": 24, "test": 48}
     assert checked["parameters"]["it"]["trained"] > 0
     assert checked["main_metric"] == "accuracy"
 
 
-def test_other_settings_than_those_of_a_run_that_is_there_are_refused(story: Story, settings: dict[str, Any]) -> None:
+def test_check_other_settings_than_existing_run_raise(story: Story, settings: dict[str, Any]) -> None:
     run = story.finished.folder / "small-seed0"
     lora = {"name": "lora", "r": 2}
     check(settings, lora, run)
@@ -291,7 +289,7 @@ def test_other_settings_than_those_of_a_run_that_is_there_are_refused(story: Sto
         check(settings, {"name": "lora", "r": 4}, run)
 
 
-def test_rows_that_changed_since_are_refused(story: Story, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_check_changed_rows_raise(story: Story, settings: dict[str, Any], tmp_path: Path) -> None:
     rows = Path(settings["data"]["train"]).read_text().splitlines()
     run = tmp_path / "run"
     run.mkdir()
@@ -305,7 +303,7 @@ def test_rows_that_changed_since_are_refused(story: Story, settings: dict[str, A
         check(settings, {"name": "lora", "r": 2}, run, data=data)
 
 
-def test_a_method_that_cannot_work_on_the_model_is_named(settings: dict[str, Any]) -> None:
+def test_check_unsuitable_method_is_named(settings: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, UnsupportedError)) as caught:
         check(settings, {"name": "lora", "target_modules": ["nowhere"]})
     assert "method `it`" in str(caught.value.where)
@@ -326,27 +324,27 @@ def test_a_method_that_cannot_work_on_the_model_is_named(settings: dict[str, Any
         ({"num_train_epoch": 3}, "unknown key `num_train_epoch`"),
     ],
 )
-def test_wrong_arguments_are_refused_at_once(settings: dict[str, Any], arguments: dict[str, Any], said: str) -> None:
+def test_compare_invalid_arguments_raise(settings: dict[str, Any], arguments: dict[str, Any], said: str) -> None:
     given = {"methods": ["lora", "full"], **arguments}
     with pytest.raises(ConfigError) as caught:
         compare(settings, quiet=True, **given)
     assert said in str(caught.value)
 
 
-def test_overrides_do_not_change_the_settings_that_were_given(settings: dict[str, Any]) -> None:
+def test_compare_overrides_leave_settings_of_caller(settings: dict[str, Any]) -> None:
     before = copy.deepcopy(settings)
     with pytest.raises(ConfigError, match="no cost"):
         compare(settings, ["lora"], quiet=True, prefer="money", **{"training.num_train_epochs": 7})
     assert settings == before
 
 
-def test_the_folder_of_a_run_is_no_place_for_a_comparison(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_compare_into_folder_of_run_raises(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ConflictError, match="folder of a run"):
         compare({**settings, "output_dir": str(tmp_path)}, ["lora"], quiet=True)
 
 
-def test_a_folder_in_use_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_compare_locked_folder_raises(settings: dict[str, Any], tmp_path: Path) -> None:
     from graftwerk.training.lock import RunLock
 
     with RunLock(tmp_path), pytest.raises(ConflictError, match="in use"):
@@ -371,7 +369,7 @@ def stand_in(script: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Jo
     return JobRunner(tmp_path / "log")
 
 
-def test_errors_of_a_worker_are_raised_as_what_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_job_runner_worker_error_keeps_its_class(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     messages: list[dict[str, Any]] = [
         {"started": 0},
         {"event": {"kind": "step"}},
@@ -386,7 +384,7 @@ def test_errors_of_a_worker_are_raised_as_what_they_are(monkeypatch: pytest.Monk
     assert events == [{"kind": "step"}]
 
 
-def test_a_worker_that_dies_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_job_runner_dead_worker_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = "import sys\nsys.stdin.readline()\nprint('the last words', file=sys.stderr)\nsys.exit(3)"
     with stand_in(script, monkeypatch, tmp_path) as workers, pytest.raises(Crashed) as caught:
         workers.run({"kind": "run"}, lambda event: None)
@@ -394,7 +392,7 @@ def test_a_worker_that_dies_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "the last words" in caught.value.what
 
 
-def test_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_job_runner_restores_signal_handlers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     script = (
         'import sys\nsys.stdin.readline()\nprint(\'{"done": {}}\\n{"ended": 0}\', flush=True)\nsys.stdin.readline()'

@@ -7,16 +7,16 @@ from graftwerk.experiments.eta import EtaEstimator
 PLAN = ["full", "lora", "full", "lora"]
 
 
-def test_nothing_is_said_before_anything_is_known() -> None:
+def test_eta_before_any_progress_is_none() -> None:
     assert EtaEstimator(PLAN).left() is None
 
 
-def test_the_first_run_tells_by_its_steps() -> None:
+def test_eta_of_first_run_extrapolates_its_steps() -> None:
     """10 s gone, 50 s of steps left: 60 s a run, three more runs."""
     assert EtaEstimator(PLAN).left(10, 50) == 50 + 3 * 60
 
 
-def test_a_methods_own_runs_count_most() -> None:
+def test_eta_prefers_runs_of_same_method() -> None:
     pace = EtaEstimator(PLAN)
     pace.finished("full", 100)
     assert pace.left() == 300  # lora is not known yet: as long as the others
@@ -30,7 +30,7 @@ def test_a_methods_own_runs_count_most() -> None:
     assert pace.left() == 0
 
 
-def test_runs_that_were_there_already_say_nothing_about_time() -> None:
+def test_eta_ignores_runs_finished_earlier() -> None:
     pace = EtaEstimator(PLAN)
     pace.finished("full", None)
     pace.finished("lora", None)

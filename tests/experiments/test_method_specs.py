@@ -11,7 +11,7 @@ from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, 
 from graftwerk.methods.lora import LoRA
 
 
-def test_names_shorthands_mappings_and_methods() -> None:
+def test_parse_method_specs_accepts_names_mappings_and_methods() -> None:
     entries = parse_method_specs(
         ["lora", "dora", {"name": "lora", "r": 16}, {"label": "tiny", "name": "lora", "r": 2}, LoRA(r=4)]
     )
@@ -22,16 +22,16 @@ def test_names_shorthands_mappings_and_methods() -> None:
     assert entries[3].method == LoRA(r=2)
 
 
-def test_text_is_split_at_commas() -> None:
+def test_parse_method_specs_splits_text_at_commas() -> None:
     assert [entry.name for entry in parse_method_specs(" full, lora ,houlsby,")] == ["full", "lora", "houlsby"]
 
 
-def test_names_are_fit_for_folders() -> None:
+def test_parse_method_specs_names_are_valid_folder_names() -> None:
     entry = parse_method_specs([{"name": "lora", "target_modules": ["query", "value"], "lora_alpha": 2.5}])[0]
     assert entry.name == "lora-target_modules-query-value-lora_alpha2.5"
 
 
-def test_a_bare_name_does_not_have_the_run_files_settings_and_that_is_said() -> None:
+def test_settings_not_used_by_bare_name_are_named() -> None:
     own = {"name": "lora", "r": 16, "target_modules": ["query"]}
     (said,) = settings_not_used(parse_method_specs("lora,ia3"), own)
     assert "without the run file's target_modules=['query'], r=16" in said
@@ -41,7 +41,7 @@ def test_a_bare_name_does_not_have_the_run_files_settings_and_that_is_said() -> 
         assert not settings_not_used(parse_method_specs(entries), method), (entries, method)
 
 
-def test_an_entry_may_have_rates_of_its_own() -> None:
+def test_parse_method_specs_own_learning_rates() -> None:
     entries = parse_method_specs(
         ["lora", {"name": "lora", "learning_rate": 5e-3}, {"name": "ia3", "head_learning_rate": 1}]
     )
@@ -73,17 +73,17 @@ def test_an_entry_may_have_rates_of_its_own() -> None:
         ([{"name": "lora", "learning_rate": 1}, {"name": "lora", "r": 8, "learning_rate": 1}], "same method"),
     ],
 )
-def test_what_is_refused(methods: Any, said: str) -> None:
+def test_parse_method_specs_invalid_value_raises(methods: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_method_specs(methods)
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("0,1, 2", [0, 1, 2]), ((3, 1), [3, 1]), (4, [4]), ("7", [7])])
-def test_seeds(given: Any, wanted: list[int]) -> None:
+def test_parse_seeds_accepts_numbers_lists_and_text(given: Any, wanted: list[int]) -> None:
     assert parse_seeds(given) == wanted
 
 
 @pytest.mark.parametrize("given", ["", [], "a", [-1], [0, 0], [True], [1.5], "1.5", [None]])
-def test_what_is_no_seed(given: Any) -> None:
+def test_parse_seeds_invalid_value_raises(given: Any) -> None:
     with pytest.raises(ConfigError, match="seed"):
         parse_seeds(given)

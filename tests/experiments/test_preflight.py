@@ -30,7 +30,7 @@ VARIANTS: list[Any] = [
 
 @pytest.mark.parametrize("method", VARIANTS, ids=str)
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
-def test_parameters_are_those_of_the_attached_method(method: Any, kind: str, request: pytest.FixtureRequest) -> None:
+def test_count_parameters_equals_attached_method(method: Any, kind: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"tiny_{kind}")
     task, settings = Classification(), parse_method(method)
     config = load_config(str(folder))
@@ -49,7 +49,9 @@ def test_parameters_are_those_of_the_attached_method(method: Any, kind: str, req
     assert counted["share"] == pytest.approx(counted["trained"] / counted["total"])
 
 
-def test_a_run_in_figures(tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_describes_run_without_loading_model(
+    tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
@@ -75,7 +77,7 @@ def test_a_run_in_figures(tmp_path: Path, tiny_encoder: Path, glosses: Path, mon
     assert not (tmp_path / "run").exists()
 
 
-def test_what_training_would_stop_at(tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
+def test_preflight_raises_what_training_would(tmp_path: Path, tiny_encoder: Path, glosses: Path) -> None:
     def with_data(**changes: Any) -> RunConfig:
         data = {"train": str(glosses), "validation": 36, **changes}
         return RunConfig.load(run_file(tmp_path, tiny_encoder, glosses, data=data))
@@ -92,7 +94,7 @@ def test_what_training_would_stop_at(tmp_path: Path, tiny_encoder: Path, glosses
         preflight(RunConfig.load(run_file(tmp_path, tiny_encoder, glosses, method=method)))
 
 
-def test_augmented_rows_are_counted_in_the_steps(tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
+def test_preflight_counts_augmented_rows_in_steps(tiny_encoder: Path, glosses: Path, tmp_path: Path) -> None:
     more = tmp_path / "more.jsonl"
     more.write_text("".join(glosses.read_text(encoding="utf-8").splitlines(keepends=True)[:10]))
     path = run_file(

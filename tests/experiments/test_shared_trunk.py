@@ -21,7 +21,7 @@ METHODS: list[Any] = [
 ]
 
 
-def test_runs_on_the_same_layers_compute_the_others_once(
+def test_compare_runs_share_activation_cache(
     tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)

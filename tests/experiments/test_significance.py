@@ -40,23 +40,23 @@ def pairs(methods: list[dict[str, Any]], half: float) -> list[Difference]:
     ]
 
 
-def test_words() -> None:
+def test_in_words_states_direction_and_interval() -> None:
     assert in_words(difference("a", "b", 0.012, 0.009)) == "better by 1.2 points [0.3, 2.1]"
     assert in_words(difference("a", "b", -0.012, 0.009)) == "worse by 1.2 points [0.3, 2.1]"
     assert in_words(difference("a", "b", 0.004, 0.012)) == "no difference shown: +0.4 points [−0.8, +1.6]"
     assert in_words(difference("a", "b", 0.0, 0.0)) == "no difference shown: 0.0 points [0.0, 0.0]"
 
 
-def test_an_interval_that_touches_zero_shows_nothing() -> None:
+def test_verdict_interval_touching_zero_is_no_difference() -> None:
     assert verdict({"a": "a", "b": "b", "value": 0.01, "low": 0.0, "high": 0.02, "p": None}) == "no difference shown"
     assert verdict({"a": "a", "b": "b", "value": 0.01, "low": 1e-9, "high": 0.02, "p": None}) == "better"
 
 
-def test_signs() -> None:
+def test_signed_uses_plus_and_minus_signs() -> None:
     assert [signed(x) for x in (1.25, -1.25, 0.01, -0.01, 0.0)] == ["+1.2", "−1.2", "0.0", "0.0", "0.0"]
 
 
-def test_a_difference_is_found_from_either_side() -> None:
+def test_between_returns_difference_in_either_order() -> None:
     one = difference("a", "b", 0.02, 0.01)
     assert between([one], "a", "b") == one
     assert between([one], "b", "a") == turned(one)
@@ -66,7 +66,7 @@ def test_a_difference_is_found_from_either_side() -> None:
         between([one], "a", "c")
 
 
-def test_front() -> None:
+def test_pareto_front_known_values() -> None:
     quality = {"full": 0.79, "lora": 0.79, "prefix": 0.77, "bitfit": 0.75, "prompt": 0.70, "probe": 0.64}
     cost = {"full": 100.0, "lora": 10.0, "prefix": 10.0, "bitfit": 5.0, "prompt": 6.0, "probe": 1.0}
     assert pareto_front(quality, cost) == ["probe", "bitfit", "lora"]
@@ -75,7 +75,7 @@ def test_front() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8))
-def test_nothing_on_the_front_is_beaten_and_everything_else_is(points: list[tuple[int, int]]) -> None:
+def test_pareto_front_holds_exactly_the_undominated(points: list[tuple[int, int]]) -> None:
     quality = {str(i): float(q) for i, (q, _) in enumerate(points)}
     cost = {str(i): float(c) for i, (_, c) in enumerate(points)}
     front = set(pareto_front(quality, cost))
@@ -91,7 +91,7 @@ def test_nothing_on_the_front_is_beaten_and_everything_else_is(points: list[tupl
         assert (name not in front) == bool(better)
 
 
-def test_the_cheapest_of_those_that_are_as_good_is_recommended() -> None:
+def test_recommend_takes_cheapest_of_equally_good() -> None:
     methods = [method("full", 0.792, 22e6), method("lora", 0.788, 3e5), method("bitfit", 0.754, 2e4)]
     found = recommend(methods, pairs(methods, 0.02), prefer="trained_parameters")
     assert found is not None
@@ -103,21 +103,21 @@ def test_the_cheapest_of_those_that_are_as_good_is_recommended() -> None:
 
 
 @pytest.mark.parametrize(("cost", "chosen"), [(1.09e5, "bottleneck"), (1.11e5, "lora")])
-def test_recommend_takes_the_faster_of_methods_whose_cost_is_within_a_tenth(cost: float, chosen: str) -> None:
+def test_recommend_cost_within_a_tenth_takes_faster(cost: float, chosen: str) -> None:
     methods = [method("full", 0.8, 22e6), method("lora", 0.799, 1e5, 20.0), method("bottleneck", 0.798, cost, 10.0)]
     found = recommend(methods, pairs(methods, 0.02), prefer="trained_parameters")
     assert found is not None
     assert found["method"] == chosen
 
 
-def test_the_same_answers_are_called_so() -> None:
+def test_recommend_equal_answers_are_named_in_reason() -> None:
     methods = [method("full", 0.5, 22e6), method("ia3", 0.5, 2.2e4)]
     found = recommend(methods, pairs(methods, 0.0), prefer="trained_parameters")
     assert found is not None
     assert found["reason"] == "the same answers as full on every row, with 0.1 % of its trained parameters"
 
 
-def test_a_wide_interval_is_no_argument_for_a_poor_method() -> None:
+def test_recommend_wide_interval_does_not_favour_poor_method() -> None:
     """Twenty rows show nothing; that does not make a method five points below a good choice."""
     methods = [method("full", 0.80, 22e6), method("probe", 0.75, 800)]
     found = recommend(methods, pairs(methods, 0.3), prefer="trained_parameters")
@@ -129,7 +129,7 @@ def test_a_wide_interval_is_no_argument_for_a_poor_method() -> None:
     )
 
 
-def test_recommend_takes_cheap_method_within_half_of_what_could_be_shown() -> None:
+def test_recommend_takes_cheap_method_within_half_of_resolution() -> None:
     """Two points below where differences under 5.5 are not to be seen: near; with 3.0, it is passed over and named."""
     methods = [
         method("lora", 0.766, 339e3),
@@ -153,7 +153,7 @@ def test_recommend_takes_cheap_method_within_half_of_what_could_be_shown() -> No
 
 
 @given(st.lists(st.integers(600, 800), min_size=2, max_size=6, unique=True), st.integers(1, 200), st.booleans())
-def test_reasons_agree_with_intervals(values: list[int], half: int, seeded: bool) -> None:
+def test_recommend_reason_agrees_with_intervals(values: list[int], half: int, seeded: bool) -> None:
     """Whoever is not shown to be worse and costs less than the choice is named; nobody who is shown to be worse is."""
     methods = [method(f"m{i}", value / 1000, 10.0 ** (i + 1)) for i, value in enumerate(values)]
     differences = pairs(methods, half / 1000)
@@ -174,7 +174,7 @@ def test_reasons_agree_with_intervals(values: list[int], half: int, seeded: bool
         assert "better" not in found["reason"]
 
 
-def test_one_seed_calls_no_method_better() -> None:
+def test_verdict_one_seed_is_no_difference() -> None:
     far: Difference = {**difference("a", "b", 0.05, 0.01), "over_seeds": False}
     assert verdict(far) == verdict(turned(far)) == "no difference shown"
     assert in_words(far) == "+5.0 points [+4.0, +6.0] with one seed each, and another may reverse it"
@@ -184,7 +184,7 @@ def test_one_seed_calls_no_method_better() -> None:
     assert found == {"method": "a", "reason": "the best mean, and ahead, with one seed, of all others"}
 
 
-def test_a_small_difference_that_is_shown_counts() -> None:
+def test_recommend_small_significant_difference_counts() -> None:
     methods = [method("full", 0.800, 22e6), method("lora", 0.795, 3e5)]
     found = recommend(methods, pairs(methods, 0.002), prefer="trained_parameters")
     assert found is not None
@@ -192,7 +192,7 @@ def test_a_small_difference_that_is_shown_counts() -> None:
     assert "shown to be better than all others" in found["reason"]
 
 
-def test_among_equally_cheap_ones_the_faster_is_recommended() -> None:
+def test_recommend_equally_cheap_takes_faster() -> None:
     methods = [
         method("dora", 0.79, 3.1e5, seconds=90),
         method("lora", 0.788, 3.0e5, seconds=60),
@@ -203,7 +203,7 @@ def test_among_equally_cheap_ones_the_faster_is_recommended() -> None:
     assert found["method"] == "lora"
 
 
-def test_a_cost_that_was_not_measured_decides_nothing() -> None:
+def test_recommend_unmeasured_cost_decides_nothing() -> None:
     methods = [method("full", 0.80, None), method("lora", 0.79, None)]
     found = recommend(methods, pairs(methods, 0.05), prefer="trained_parameters")
     assert found == {"method": "full", "reason": "the best mean; trained parameters could not be measured"}
@@ -212,7 +212,7 @@ def test_a_cost_that_was_not_measured_decides_nothing() -> None:
         recommend(methods, [], prefer="money")
 
 
-def test_nothing_is_recommended_where_the_best_may_know_nothing_but_the_most_frequent_label() -> None:
+def test_at_chance_best_not_above_majority_label() -> None:
     methods = [method("a", 0.55, 10.0), method("b", 0.53, 5.0)]  # intervals of 3 points on either side
     said = at_chance(methods, 0.53, 0.53, "accuracy")
     assert said is not None

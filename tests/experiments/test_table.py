@@ -59,7 +59,7 @@ def result() -> dict[str, Any]:
     }
 
 
-def test_plain_text(result: dict[str, Any]) -> None:
+def test_plain_lists_methods_and_notes(result: dict[str, Any]) -> None:
     text = plain(result)
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["full", "lora", "bitfit"]
@@ -89,7 +89,7 @@ def test_plain_text(result: dict[str, Any]) -> None:
     assert "\x1b" not in text
 
 
-def test_table_with_one_seed_calls_nothing_worse(result: dict[str, Any]) -> None:
+def test_plain_one_seed_calls_nothing_worse(result: dict[str, Any]) -> None:
     for one in (*result["methods"], *result["differences"]):
         one.update({"seed_spread": None} if "name" in one else {"over_seeds": False})
     text = plain({**result, "seeds": [0], "seed_spread": None})
@@ -98,7 +98,7 @@ def test_table_with_one_seed_calls_nothing_worse(result: dict[str, Any]) -> None
     assert "SD of seeds" not in text
 
 
-def test_terminal(result: dict[str, Any]) -> None:
+def test_rich_table_highlights_and_escapes_markup(result: dict[str, Any]) -> None:
     stream = io.StringIO()
     Console(file=stream, force_terminal=True, width=150).print(rich_table(result))
     text = stream.getvalue()
@@ -110,12 +110,12 @@ def test_terminal(result: dict[str, Any]) -> None:
     assert "[red]not markup[/red]" in plainly.getvalue()
 
 
-def test_a_comparison_without_results_is_still_said(result: dict[str, Any]) -> None:
+def test_plain_without_results_lists_failures(result: dict[str, Any]) -> None:
     empty = {**result, "methods": result["methods"][3:], "differences": [], "recommendation": None, "resolution": None}
     assert "failed: the loss is not finite" in plain(empty)
 
 
-def test_methods_that_answer_alike_are_not_said_to_be_measured_finely(result: dict[str, Any]) -> None:
+def test_plain_equal_answers_show_no_resolution(result: dict[str, Any]) -> None:
     assert "differences under about 2.4 points are not to be seen" in plain(result)
     alike = plain({**result, "resolution": 0.0})
     assert "under about" not in alike
@@ -150,7 +150,7 @@ def told(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     return stream.getvalue()
 
 
-def test_progress_in_a_pipe_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_display_in_pipe_prints_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(Pipe(), monkeypatch).splitlines() == [
         "[0/6] checking rows and methods",
         "[0/6] lora, seed 0: step 30/120, 7 min 12 s left",
@@ -160,7 +160,7 @@ def test_progress_in_a_pipe_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-def test_progress_on_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_display_on_terminal_updates_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     text = told(Terminal(), monkeypatch)
@@ -169,7 +169,7 @@ def test_progress_on_a_terminal_is_one_live_line(monkeypatch: pytest.MonkeyPatch
     assert "5 min 00 s left" in text
 
 
-def test_a_stream_that_is_closed_does_not_stop_the_comparison() -> None:
+def test_display_closed_stream_is_ignored() -> None:
     stream = Pipe()
     shown = Display(stream)
     stream.close()

@@ -50,7 +50,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
 
 
-def test_translations_by_bleu(tmp_path: Path) -> None:
+def test_compare_translation_by_bleu(tmp_path: Path) -> None:
     """With one seed: the two models are far apart, and neither method is called better."""
     comparison, page = made("translation", "bart", tmp_path, [0], max_new_tokens=18)
     result = comparison.result
@@ -80,7 +80,7 @@ def test_translations_by_bleu(tmp_path: Path) -> None:
     assert "chrF" in page
 
 
-def test_language_models_by_perplexity(tmp_path: Path) -> None:
+def test_compare_language_models_by_perplexity(tmp_path: Path) -> None:
     comparison, page = made("causal", "gpt2", tmp_path, [0, 1])
     result = comparison.result
     assert result["metric"] == "perplexity"
