@@ -23,7 +23,7 @@ POSITIVE = st.floats(1e-6, 1e12)
 
 
 @given(st.lists(REASONABLE, min_size=1, max_size=6))
-def test_linear_scales_keep_the_order_and_hold_all_values(values: list[float]) -> None:
+def test_around_is_monotonic_and_covers_all_values(values: list[float]) -> None:
     scale = around(values, 400, 20, least=0.01)
     heights = [scale(value) for value in sorted(values)]
     assert heights == sorted(heights, reverse=True)
@@ -34,7 +34,7 @@ def test_linear_scales_keep_the_order_and_hold_all_values(values: list[float]) -
 
 
 @given(st.lists(POSITIVE, min_size=1, max_size=6))
-def test_log_scales_keep_the_order_and_hold_all_values(values: list[float]) -> None:
+def test_decades_is_monotonic_and_covers_all_values(values: list[float]) -> None:
     scale = decades(values, 50, 750)
     places = [scale(value) for value in sorted(values)]
     assert places == sorted(places)
@@ -43,7 +43,7 @@ def test_log_scales_keep_the_order_and_hold_all_values(values: list[float]) -> N
     assert all(a < b for a, b in pairwise(scale.ticks()))
 
 
-def test_ticks_are_round() -> None:
+def test_ticks_are_round_numbers() -> None:
     assert Linear(0.68, 0.83, 0, 1).ticks() == pytest.approx([0.7, 0.75, 0.8])
     assert Linear(0.0, 10.0, 0, 1).ticks() == pytest.approx([0, 2, 4, 6, 8, 10])
     assert Log(300, 5e7, 0, 1).ticks() == pytest.approx([1e3, 1e4, 1e5, 1e6, 1e7])
@@ -57,7 +57,9 @@ boxes = st.tuples(st.floats(40, 740), st.floats(30, 370))
 
 
 @given(st.lists(boxes, min_size=1, max_size=12), st.data())
-def test_names_never_overlap_a_name_a_point_or_the_edge(points: list[tuple[float, float]], data: st.DataObject) -> None:
+def test_place_labels_never_overlap_labels_points_or_edge(
+    points: list[tuple[float, float]], data: st.DataObject
+) -> None:
     sizes = [(data.draw(st.floats(20, 120)), 16.0) for _ in points]
     dots = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in points]
     area = Box(30, 20, 750, 380)
@@ -74,7 +76,7 @@ def test_names_never_overlap_a_name_a_point_or_the_edge(points: list[tuple[float
             assert max(box.left - x, x - box.right, box.top - y, y - box.bottom) < 12
 
 
-def test_a_full_chart_leaves_names_out_and_says_so() -> None:
+def test_tradeoff_crowded_chart_notes_missing_labels() -> None:
     assert place([(50, 50)] * 3, [(90, 16)] * 3, [], Box(0, 0, 100, 33)).count(None) >= 1
     costs = {cost.key: 5.0 for cost in COSTS}
     crowd = [Point(f"method-{i}-{'x' * 20}", 0.5, 0.4, 0.6, costs, f"method {i}") for i in range(60)]
@@ -82,7 +84,7 @@ def test_a_full_chart_leaves_names_out_and_says_so() -> None:
     assert "No room for the name of" in page.elements[0].text
 
 
-def test_names_do_not_overlap_in_the_chart_itself() -> None:
+def test_tradeoff_labels_do_not_overlap() -> None:
     values = (770, 19_202, 43_010, 301_442, 338_690, 339_000, 22_713_986)
     points = [
         Point(name, 0.7 + place / 200, 0.68 + place / 200, 0.72 + place / 200, {"trained_parameters": value}, name)
@@ -102,13 +104,13 @@ def test_names_do_not_overlap_in_the_chart_itself() -> None:
         assert not [pair for pair in combinations(found, 2) if pair[0].overlaps(pair[1])]
 
 
-def test_a_method_without_interval_is_drawn_as_a_point() -> None:
+def test_tradeoff_without_interval_draws_a_point() -> None:
     page = Page(tradeoff([Point("a", 0.5, None, None, {"adapter_bytes": 0.0}, "a")], {}, "accuracy"))
     assert len(page.all("circle", "dot")) == 2
     assert not page.all("line", "bar")
 
 
-def test_long_curves_are_thinned_and_gaps_are_gaps() -> None:
+def test_charts_long_curve_is_thinned_and_keeps_gaps() -> None:
     points = [(float(step), None if 500 <= step < 600 else 1.0 / (step + 1)) for step in range(5000)]
     page = Page(*charts([Chart([Curve("loss", "train", points)], "Loss", numbers.plain)], steps=5000))
     wide, narrow = page.all("svg")
@@ -119,7 +121,7 @@ def test_long_curves_are_thinned_and_gaps_are_gaps() -> None:
     assert narrow.attributes["viewbox"] != wide.attributes["viewbox"]
 
 
-def test_a_chart_without_figures_says_so() -> None:
+def test_charts_without_values_states_it() -> None:
     empty = Chart([Curve("a", "train", [(1.0, None)])], "Loss", numbers.plain)
     full = Chart([Curve("b", "train", [(1.0, 0.5)])], "Loss", numbers.plain)
     (alone,) = charts([empty], steps=10)
@@ -128,7 +130,7 @@ def test_a_chart_without_figures_says_so() -> None:
     assert "no figures" in alone
 
 
-def test_a_step_is_at_the_same_place_in_all_charts() -> None:
+def test_charts_share_the_step_axis() -> None:
     """Whatever stands beside the data: long and short values on the axes, names at the ends of lines."""
     steps = [(float(step), 0.0001234 * (step + 1)) for step in range(0, 101, 10)]
     wanted = [
@@ -169,11 +171,11 @@ def test_a_step_is_at_the_same_place_in_all_charts() -> None:
         (numbers.listed(["a", "b", "c"]), "a, b and c"),
     ],
 )
-def test_numbers_in_words(said: str, expected: str) -> None:
+def test_numbers_format_values(said: str, expected: str) -> None:
     assert said.replace("\N{NARROW NO-BREAK SPACE}", " ") == expected
 
 
-def test_escaping_cannot_be_forgotten() -> None:
+def test_tag_escapes_text_and_rejects_invalid_names() -> None:
     assert tag("p", "<b>&", Markup("<i>"), title='"<') == '<p title="&quot;&lt;">&lt;b&gt;&amp;<i></p>'
     assert text("a\x00b\u202ec\ud800") == "a\ufffdb\ufffdc\ufffd"
     for name in ("p onclick", "p>", ""):
@@ -184,5 +186,5 @@ def test_escaping_cannot_be_forgotten() -> None:
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (2_000, "2,000 rows")])
-def test_plural_of_anything_but_one_is_many(count: int, words: str) -> None:
+def test_plural_adds_s_unless_one(count: int, words: str) -> None:
     assert numbers.plural(count, "row") == words

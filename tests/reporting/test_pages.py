@@ -42,7 +42,7 @@ def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 # -- what holds for every page --------------------------------------------------
 
 
-def test_policy_forbids_everything_but_the_page_s_own_style_and_script(html: str) -> None:
+def test_page_policy_allows_only_own_style_and_script(html: str) -> None:
     page = Page(html)
     (meta,) = [m for m in page.all("meta") if m.attributes.get("http-equiv") == "Content-Security-Policy"]
     policy = dict(part.split(" ", 1) for part in (meta.attributes["content"] or "").split("; "))
@@ -57,7 +57,7 @@ def test_policy_forbids_everything_but_the_page_s_own_style_and_script(html: str
     assert "<script" not in before
 
 
-def test_nothing_is_fetched_and_nothing_runs_from_an_attribute(html: str) -> None:
+def test_page_fetches_nothing_and_has_no_inline_handlers(html: str) -> None:
     page = Page(html)
     names = {element.name for element in page.elements}
     assert not names & {"img", "link", "iframe", "object", "embed", "form", "base", "video", "audio", "use", "image"}
@@ -72,7 +72,7 @@ def test_nothing_is_fetched_and_nothing_runs_from_an_attribute(html: str) -> Non
     )
 
 
-def test_page_is_well_formed_and_has_the_marks_of_a_good_one(html: str) -> None:
+def test_page_is_well_formed_and_accessible(html: str) -> None:
     page = Page(html)
     assert html.startswith("<!doctype html>")
     assert page.one("html").attributes["lang"] == "en"
@@ -87,7 +87,7 @@ def test_page_is_well_formed_and_has_the_marks_of_a_good_one(html: str) -> None:
         assert media in style
 
 
-def test_every_table_has_as_many_cells_as_headings(html: str) -> None:
+def test_page_tables_have_equal_row_lengths(html: str) -> None:
     for table in re.findall(r"<table.*?</table>", html, re.DOTALL):
         rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)
         assert len({len(re.findall(r"<t[hd][ >]", row)) for row in rows}) == 1
@@ -96,7 +96,7 @@ def test_every_table_has_as_many_cells_as_headings(html: str) -> None:
 # -- a comparison --------------------------------------------------
 
 
-def test_comparison_says_its_result_first(tmp_path: Path) -> None:
+def test_comparison_page_opens_with_result(tmp_path: Path) -> None:
     page = comparison(tmp_path)
     assert page.one("h1").text == (
         "Take lora: it is not shown to be worse than full, the best mean, "
@@ -117,7 +117,7 @@ def test_comparison_says_its_result_first(tmp_path: Path) -> None:
     assert page.all("pre")[-1].text == examples.comparison()["command"]
 
 
-def test_trade_off_has_a_switch_and_all_figures_of_every_method(tmp_path: Path) -> None:
+def test_comparison_page_tradeoff_switches_between_all_costs(tmp_path: Path) -> None:
     page = comparison(tmp_path)
     radios = [e for e in page.all("input") if e.attributes["type"] == "radio"]
     assert [e.attributes["value"] for e in radios] == [
@@ -141,7 +141,7 @@ def test_trade_off_has_a_switch_and_all_figures_of_every_method(tmp_path: Path) 
     assert len(page.all("path", "front")) == len(radios) * 2
 
 
-def test_every_seed_is_a_dot_and_every_pair_a_row(tmp_path: Path) -> None:
+def test_comparison_page_shows_every_seed_and_pair(tmp_path: Path) -> None:
     page = comparison(tmp_path)
     assert len(page.all("circle", "seed")) == 3 * len(examples.METHODS)
     pairs = [row for row in page.all("tr") if " against " in row.text and ("shown" in str(row.attributes))]
@@ -152,7 +152,7 @@ def test_every_seed_is_a_dot_and_every_pair_a_row(tmp_path: Path) -> None:
     assert not [text for text in verdicts if "worse" in text]
 
 
-def test_nothing_is_taken_where_none_is_better_than_the_most_frequent_label(tmp_path: Path) -> None:
+def test_comparison_page_at_chance_recommends_nothing(tmp_path: Path) -> None:
     said = "no method is shown to be better than always answering the most frequent label (50.0 % of the rows)"
     page = comparison(tmp_path, recommendation=None, at_chance=said, notes=[said])
     assert "none is shown to be better than always answering the most frequent label" in page.one("h1").text
@@ -160,7 +160,7 @@ def test_nothing_is_taken_where_none_is_better_than_the_most_frequent_label(tmp_
     assert "Why" not in page.one("header").text
 
 
-def test_one_seed_is_said(tmp_path: Path) -> None:
+def test_comparison_page_with_one_seed_states_it(tmp_path: Path) -> None:
     result = examples.comparison(seeds=(7,))
     page = page_of(examples.write_comparison(tmp_path, result))
     assert "one seed only" in page.one("header").text
@@ -188,7 +188,7 @@ def test_comparison_page_shows_spread_of_seeds(tmp_path: Path) -> None:
     assert any(cell.text == "4.6" for cell in page.all("td"))
 
 
-def test_failed_runs_are_said_with_their_reason(tmp_path: Path) -> None:
+def test_comparison_page_lists_failed_runs_with_reason(tmp_path: Path) -> None:
     result = examples.comparison()
     lora = next(method for method in result["methods"] if method["name"] == "lora")
     del lora["runs"]["1"]
@@ -208,7 +208,7 @@ def test_failed_runs_are_said_with_their_reason(tmp_path: Path) -> None:
     assert "prompt, seed 0: </script>" in page.text
 
 
-def test_comparison_of_one_or_no_method_or_unfinished(tmp_path: Path) -> None:
+def test_comparison_page_of_one_no_or_unfinished_methods(tmp_path: Path) -> None:
     page = page_of(examples.write_comparison(tmp_path / "one", examples.comparison(names=("bitfit",))))
     assert page.one("h1").text.startswith("bitfit reaches")
     nothing = {"methods": [], "differences": [], "front": {}}
@@ -219,7 +219,7 @@ def test_comparison_of_one_or_no_method_or_unfinished(tmp_path: Path) -> None:
     assert "resumes the comparison" in page.text
 
 
-def test_cost_that_was_not_measured_is_said_not_drawn(tmp_path: Path) -> None:
+def test_comparison_page_unmeasured_cost_is_noted(tmp_path: Path) -> None:
     result = examples.comparison()
     for method in result["methods"]:
         method["cost"]["peak_memory_bytes"] = None
@@ -229,7 +229,7 @@ def test_cost_that_was_not_measured_is_said_not_drawn(tmp_path: Path) -> None:
     assert "Not measured, so not drawn: lora." in page.text
 
 
-def test_runs_with_a_page_are_linked_and_names_do_not_lead_out(tmp_path: Path) -> None:
+def test_comparison_page_links_runs_inside_folder_only(tmp_path: Path) -> None:
     examples.write_run(tmp_path / "lora-seed0")
     write_report(tmp_path / "lora-seed0")
     (tmp_path.parent / "report.html").write_text("secret")
@@ -242,7 +242,7 @@ def test_runs_with_a_page_are_linked_and_names_do_not_lead_out(tmp_path: Path) -
 # -- a run --------------------------------------------------
 
 
-def test_run_says_how_good_how_it_learnt_and_what_it_cost(tmp_path: Path) -> None:
+def test_run_page_shows_metrics_curves_and_cost(tmp_path: Path) -> None:
     page = page_of(examples.write_run(tmp_path))
     assert page.one("h1").text == "lora reaches 78.1\N{NARROW NO-BREAK SPACE}% accuracy on test rows"
     assert "74.8 to 81.4 on 500 test rows" in page.one("header").text
@@ -261,7 +261,7 @@ def test_run_says_how_good_how_it_learnt_and_what_it_cost(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("processes", "said"), [(None, False), (1, False), (2, True)])
-def test_memory_of_several_processes_is_said_to_be_theirs(tmp_path: Path, processes: int | None, said: bool) -> None:
+def test_run_page_memory_names_number_of_processes(tmp_path: Path, processes: int | None, said: bool) -> None:
     manifest = examples.manifest()
     manifest["cost"]["processes"] = processes
     text = page_of(examples.write_run(tmp_path, manifest)).text
@@ -269,7 +269,7 @@ def test_memory_of_several_processes_is_said_to_be_theirs(tmp_path: Path, proces
     assert ("while training, 2 processes together" in text) == said
 
 
-def test_messages_beyond_forty_are_counted(tmp_path: Path) -> None:
+def test_run_page_more_than_forty_messages_are_counted(tmp_path: Path) -> None:
     events = [{"kind": "warning", "step": at, "text": f"warning number {at}."} for at in range(43)]
     text = page_of(examples.write_run(tmp_path, examples.manifest(), [*examples.events(), *events[:39]])).text
     assert "more are in metrics.jsonl" not in text
@@ -279,7 +279,7 @@ def test_messages_beyond_forty_are_counted(tmp_path: Path) -> None:
     assert "3 more are in metrics.jsonl." in text
 
 
-def test_run_without_held_out_rows_says_so(tmp_path: Path) -> None:
+def test_run_page_without_held_out_rows_states_it(tmp_path: Path) -> None:
     manifest = examples.manifest()
     manifest.update(metrics={}, best=None)
     events = [event for event in examples.events() if event["kind"] in ("start", "step")]
@@ -289,7 +289,7 @@ def test_run_without_held_out_rows_says_so(tmp_path: Path) -> None:
     assert "there is no validation curve" in page.text
 
 
-def test_run_without_test_rows_says_that_validation_rows_are_too_good(tmp_path: Path) -> None:
+def test_run_page_without_test_rows_warns_of_validation_bias(tmp_path: Path) -> None:
     manifest = examples.manifest()
     del manifest["metrics"]["test"]
     page = page_of(examples.write_run(tmp_path, manifest))
@@ -298,7 +298,7 @@ def test_run_without_test_rows_says_that_validation_rows_are_too_good(tmp_path: 
 
 
 @pytest.mark.parametrize("status", ["diverged", "interrupted", "running", "something new"])
-def test_run_that_did_not_end_well(tmp_path: Path, status: str) -> None:
+def test_run_page_of_failed_run_shows_error(tmp_path: Path, status: str) -> None:
     manifest = examples.manifest()
     manifest.update(status=status, metrics={}, best=None, cost={})
     manifest["error"] = {"what": "loss is nan at step 12", "hint": "a lower learning rate", "recovered": "step-000010"}
@@ -313,7 +313,7 @@ def test_run_that_did_not_end_well(tmp_path: Path, status: str) -> None:
         assert said in page.text
 
 
-def test_run_without_log_or_with_a_torn_one(tmp_path: Path) -> None:
+def test_run_page_missing_or_truncated_log_is_noted(tmp_path: Path) -> None:
     folder = examples.write_run(tmp_path)
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write('\n{"kind": "step", "st')
@@ -325,7 +325,7 @@ def test_run_without_log_or_with_a_torn_one(tmp_path: Path) -> None:
     assert "a: [b" in page.text
 
 
-def test_findings_and_what_to_change(tmp_path: Path) -> None:
+def test_run_page_shows_issues_with_hint(tmp_path: Path) -> None:
     manifest = examples.manifest()
     finding = {"code": "leakage", "message": "3 texts are in two splits", "rows": 3, "example": HOSTILE, "grave": True}
     manifest["data"]["findings"] = [{**finding, "hint": "remove them"}]
@@ -350,7 +350,7 @@ def poisoned(tree: Any, text: str) -> Any:
 
 @settings(max_examples=8)
 @given(st.one_of(st.just(HOSTILE), st.text(max_size=40)))
-def test_hostile_texts_stay_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_page_escapes_hostile_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("hostile")
     clean = examples.comparison(names=("full", "lora"))
     shape = [e.name for e in page_of(examples.write_comparison(folder / "clean", clean)).elements]
@@ -373,7 +373,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=12)
 @given(st.data())
-def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_page_is_written_whatever_the_files_hold(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("odd")
     result, manifest, events = examples.comparison(names=("full", "lora")), examples.manifest(), examples.events()
     for tree in (result, manifest, events):
@@ -396,7 +396,7 @@ def replace_somewhere(tree: Any, data: st.DataObject) -> None:
         tree = tree[key]
 
 
-def test_folders_that_hold_nothing_and_damaged_files(tmp_path: Path) -> None:
+def test_write_report_empty_folder_or_damaged_file_raises(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run nor a comparison"):
         write_report(tmp_path)
     with pytest.raises(ConfigError, match="there is no folder"):
@@ -408,7 +408,7 @@ def test_folders_that_hold_nothing_and_damaged_files(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_report_full_disk_keeps_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = examples.write_run(tmp_path)
     before = write_report(folder).read_bytes()
 
@@ -423,12 +423,12 @@ def test_page_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     assert not [path for path in folder.iterdir() if "partial" in path.name]
 
 
-def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
+def test_write_report_is_deterministic(tmp_path: Path) -> None:
     folder = examples.write_comparison(tmp_path, examples.comparison())
     assert write_report(folder).read_bytes() == write_report(str(folder)).read_bytes()
 
 
-def test_pairs_are_told_from_the_better_side(tmp_path: Path) -> None:
+def test_comparison_page_pair_is_shown_from_better_side(tmp_path: Path) -> None:
     result = examples.comparison(names=("full", "probe"))
     (pair,) = result["differences"]
     pair.update(a="probe", b="full", value=-0.06, low=-0.08, high=-0.04, verdict="worse")
@@ -438,7 +438,7 @@ def test_pairs_are_told_from_the_better_side(tmp_path: Path) -> None:
     assert "worse by 6.0 points (4.0 to 8.0)" in page.text
 
 
-def test_figures_too_large_to_be_any_are_missing_ones(tmp_path: Path) -> None:
+def test_comparison_page_absurd_values_count_as_missing(tmp_path: Path) -> None:
     result = examples.comparison()
     for method, value in zip(result["methods"], (1e308, -1e308, 1e-320, 0.0, 5.0, 1e31, 2.0), strict=True):
         method["cost"]["training_seconds"] = method["figure"]["high"] = value
