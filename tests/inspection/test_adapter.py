@@ -33,7 +33,7 @@ def entries(described: dict[str, Any], what: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("method", [{"name": "lora", "r": 3, "lora_alpha": 12}, {"name": "rslora", "r": 4}, "dora"])
-def test_a_low_rank_update_is_measured_as_the_product(tmp_path: Path, method: Any) -> None:
+def test_describe_adapter_lora_norm_equals_product(tmp_path: Path, method: Any) -> None:
     graft, described = stored(tmp_path, method)
     tensors = graft.state_dict()
     updates = entries(described, "update")
@@ -48,7 +48,7 @@ def test_a_low_rank_update_is_measured_as_the_product(tmp_path: Path, method: An
     assert (len(entries(described, "magnitudes")) > 0) == (method == "dora")
 
 
-def test_pissa_is_measured_from_its_start(tmp_path: Path) -> None:
+def test_describe_adapter_pissa_norm_is_relative_to_start(tmp_path: Path) -> None:
     graft, described = stored(tmp_path, "pissa")
     tensors = graft.state_dict()
     for path, one in entries(described, "update").items():
@@ -57,7 +57,7 @@ def test_pissa_is_measured_from_its_start(tmp_path: Path) -> None:
         assert one["norm"] == pytest.approx(float(graft.method.scale_at(path) * moved.norm()), rel=1e-3)
 
 
-def test_other_methods_are_measured_by_what_acts(tmp_path: Path) -> None:
+def test_describe_adapter_other_methods_measure_effective_change(tmp_path: Path) -> None:
     graft, described = stored(tmp_path / "ia3", "ia3")
     for path, one in entries(described, "scales, less one").items():
         assert one["norm"] == pytest.approx(float((graft.state_dict()[f"{path}.ia3_l"] - 1).norm()), rel=1e-4)
@@ -86,7 +86,7 @@ def test_other_methods_are_measured_by_what_acts(tmp_path: Path) -> None:
      "ia3", "bitfit", "probe", "full"],
     ids=str,
 )  # fmt: skip
-def test_everything_stored_is_told_once(tmp_path: Path, method: Any, family: str) -> None:
+def test_describe_adapter_counts_every_parameter_once(tmp_path: Path, method: Any, family: str) -> None:
     if (method, family) == ("bitfit", "llama"):
         pytest.skip("Llama has no biases")
     graft, described = stored(tmp_path, method, family)
@@ -103,7 +103,7 @@ def test_everything_stored_is_told_once(tmp_path: Path, method: Any, family: str
     assert described["parameters"] >= graft.num_head_parameters
 
 
-def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_describe_adapter_layers_are_in_numeric_order(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=12, num_attention_heads=2, intermediate_size=8)
@@ -112,7 +112,7 @@ def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [int(number) for number in numbers if number.isdecimal()] == list(range(12))
 
 
-def test_a_folder_of_peft(tmp_path: Path) -> None:
+def test_describe_adapter_without_graftwerk_json_gives_same_layers(tmp_path: Path) -> None:
     _, ours = stored(tmp_path, "lora")
     (tmp_path / "graftwerk.json").unlink()
     theirs = describe_adapter(tmp_path)
@@ -121,7 +121,7 @@ def test_a_folder_of_peft(tmp_path: Path) -> None:
     assert theirs["layers"] == ours["layers"]
 
 
-def test_a_folder_that_peft_made(tmp_path: Path) -> None:
+def test_describe_adapter_peft_folder_keeps_relevant_settings(tmp_path: Path) -> None:
     """Of PEFT's many keys those stay that decide what is computed."""
     from peft import LoraConfig, get_peft_model
 
@@ -137,7 +137,7 @@ def test_a_folder_that_peft_made(tmp_path: Path) -> None:
     assert all(layer["norm"] > 0 for layer in layers.values())
 
 
-def test_a_prefix_of_pefts_is_told_layer_by_layer(tmp_path: Path) -> None:
+def test_describe_adapter_peft_prefix_is_split_by_layer(tmp_path: Path) -> None:
     """PEFT keeps all layers in one tensor."""
     from peft import PrefixTuningConfig, get_peft_model
 
@@ -154,7 +154,7 @@ def test_a_prefix_of_pefts_is_told_layer_by_layer(tmp_path: Path) -> None:
     assert [one["parameters"] for one in described["learnt"]] == [vectors.numel() // 2] * 2
 
 
-def test_describe_adapter_takes_a_prefix_of_odd_width_for_one_tensor(tmp_path: Path) -> None:
+def test_describe_adapter_prefix_of_odd_width_is_one_tensor(tmp_path: Path) -> None:
     """Keys and values of every layer cannot be told apart in it: no layer is named."""
     from peft import PrefixTuningConfig, get_peft_model
     from safetensors.torch import save_file
@@ -167,7 +167,7 @@ def test_describe_adapter_takes_a_prefix_of_odd_width_for_one_tensor(tmp_path: P
     assert not any(one["module"].startswith("layer.") for one in learnt)
 
 
-def test_an_alpha_of_its_own_scales_what_a_module_learnt(tmp_path: Path) -> None:
+def test_describe_adapter_alpha_pattern_scales_norm(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = FAMILIES["bert"].build(classifier=True)
@@ -181,7 +181,7 @@ def test_an_alpha_of_its_own_scales_what_a_module_learnt(tmp_path: Path) -> None
         assert one["norm"] == pytest.approx(float((32 if "value" in path else 8) / 4 * (b @ a).norm()), rel=1e-4)
 
 
-def test_a_changed_file_and_a_folder_without_adapter_are_refused(tmp_path: Path) -> None:
+def test_describe_adapter_changed_file_or_empty_folder_raises(tmp_path: Path) -> None:
     stored(tmp_path / "good", "lora")
     weights = tmp_path / "good" / "adapter_model.safetensors"
     save_file({key: tensor + 1 for key, tensor in load_file(weights).items()}, weights)
