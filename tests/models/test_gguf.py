@@ -73,7 +73,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_is_unpacked_once_into_a_plain_folder(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_is_unpacked_once_into_plain_folder(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(str(tiny_gguf))
     assert (folder / "model.safetensors").is_file()
     assert not hasattr(load_config(str(tiny_gguf)), "quantization_config")
@@ -87,7 +87,7 @@ def test_it_is_unpacked_once_into_a_plain_folder(tiny_gguf: Path, monkeypatch: p
     assert [entry.name for entry in folder.parent.iterdir() if entry.name.startswith(".")] == []
 
 
-def test_it_classifies_and_can_be_saved(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_gguf_model_classifies_and_saves(tiny_gguf: Path, tmp_path: Path) -> None:
     import gguf
 
     task = Classification()
@@ -105,7 +105,7 @@ def test_it_classifies_and_can_be_saved(tiny_gguf: Path, tmp_path: Path) -> None
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_another_file_under_the_same_name_is_another_copy(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_gguf_changed_file_is_unpacked_anew(tiny_gguf: Path, tmp_path: Path) -> None:
     first = model_folder(str(tiny_gguf))
     other = tmp_path / "tiny.gguf"
     content = bytearray(tiny_gguf.read_bytes())
@@ -114,7 +114,7 @@ def test_another_file_under_the_same_name_is_another_copy(tiny_gguf: Path, tmp_p
     assert model_folder(str(other)) != first
 
 
-def test_what_is_no_gguf_file(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_gguf_invalid_or_truncated_file_raises(tmp_path: Path, tiny_gguf: Path) -> None:
     fake = tmp_path / "fake.gguf"
     fake.write_bytes(b"\x80\x04pickle")
     with pytest.raises(IntegrityError, match="not a GGUF file"):
@@ -125,7 +125,7 @@ def test_what_is_no_gguf_file(tmp_path: Path, tiny_gguf: Path) -> None:
         model_folder(str(cut))
 
 
-def test_a_cache_that_cannot_be_written_is_said_with_the_bytes(
+def test_gguf_unwritable_cache_raises_with_bytes_needed(
     tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocked = tmp_path / "file"
@@ -137,9 +137,7 @@ def test_a_cache_that_cannot_be_written_is_said_with_the_bytes(
     assert "GRAFTWERK_CACHE" in str(caught.value.hint)
 
 
-def test_an_interrupted_unpacking_leaves_nothing(
-    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gguf_failed_unpacking_leaves_nothing(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
 
     def full(temporary: Path, target: Path) -> None:
@@ -151,7 +149,7 @@ def test_an_interrupted_unpacking_leaves_nothing(
     assert list((tmp_path / "gguf").iterdir()) == []
 
 
-def test_of_two_processes_the_slower_takes_the_copy_that_is_there(tmp_path: Path) -> None:
+def test_put_existing_copy_is_not_replaced(tmp_path: Path) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "theirs"
     for folder in (mine, theirs):
         folder.mkdir()
@@ -164,7 +162,7 @@ def test_of_two_processes_the_slower_takes_the_copy_that_is_there(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_real_model_unpacks_and_reads_english(smollm: str) -> None:
+def test_gguf_real_model_answers_in_english(smollm: str) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(smollm)
@@ -175,7 +173,7 @@ def test_a_real_model_unpacks_and_reads_english(smollm: str) -> None:
     assert tokenizer.chat_template
 
 
-def test_unpacking_draws_no_bars_and_leaves_theirs_alone(
+def test_unpack_prints_no_progress_bar_and_restores_tqdm(
     tiny_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import modeling_gguf_pytorch_utils as theirs

@@ -53,7 +53,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
         ({"float32": 1.0, "bfloat16": math.inf, "float16": 0.2}, torch.float32, torch.float16),
     ],
 )
-def test_the_fastest_type_is_chosen_if_it_is_worth_it(
+def test_compute_type_auto_chooses_fastest_if_worthwhile(
     monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float], on_cpu: torch.dtype, on_gpu: torch.dtype
 ) -> None:
     """On a processor never float16, which training refuses there: `auto` must not choose what is an error."""
@@ -65,7 +65,7 @@ def test_the_fastest_type_is_chosen_if_it_is_worth_it(
         check_compute_type(found, torch.device(kind))
 
 
-def test_it_is_measured_once_for_a_process_and_once_for_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_type_is_probed_once_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = pretend(monkeypatch, float32=1.0, bfloat16=0.1, float16=math.inf)
     assert compute_type() == compute_type() == torch.bfloat16
     assert tried == ["float32", "bfloat16", "float16"]
@@ -78,7 +78,7 @@ def test_it_is_measured_once_for_a_process_and_once_for_a_machine(monkeypatch: p
     assert len(tried) == 6
 
 
-def test_damaged_or_foreign_memory_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_type_damaged_cache_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = pretend(monkeypatch, float32=1.0, bfloat16=0.1, float16=0.1)
     compute_type()
     path = cache_folder() / "compute-types.json"
@@ -91,14 +91,14 @@ def test_damaged_or_foreign_memory_is_measured_again(monkeypatch: pytest.MonkeyP
         assert len(tried) == before + 3
 
 
-def test_the_real_probe_gives_a_time_for_each_type() -> None:
+def test_probe_times_every_type() -> None:
     seconds = probe("cpu")
     assert set(seconds) == {"float32", "bfloat16", "float16"}
     assert 0 < seconds["float32"] < math.inf
     assert compute_type("auto") in hardware.TYPES.values()
 
 
-def test_the_environment_can_say_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_type_auto_follows_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTWERK_COMPUTE_TYPE", "bfloat16")
     assert compute_type("auto") == torch.bfloat16
     assert compute_type("float32") == torch.float32
@@ -108,20 +108,20 @@ def test_the_environment_can_say_what_auto_means(monkeypatch: pytest.MonkeyPatch
     assert error.value.where == "GRAFTWERK_COMPUTE_TYPE"
 
 
-def test_a_named_type_is_taken_and_others_are_refused() -> None:
+def test_compute_type_unknown_name_raises() -> None:
     assert compute_type("float32") == torch.float32
     assert compute_type("bfloat16") == torch.bfloat16
     with pytest.raises(ConfigError, match="no compute type `int3`"):
         compute_type("int3")
 
 
-def test_a_type_that_the_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compute_type_unsupported_by_device_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, float16=math.inf)
     with pytest.raises(ConfigError, match="cannot compute in float16"):
         compute_type("float16")
 
 
-def test_threads_follow_the_environment_and_else_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_threads_follows_environment_then_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -136,7 +136,7 @@ def test_threads_follow_the_environment_and_else_the_cores(monkeypatch: pytest.M
         torch.set_num_threads(before)
 
 
-def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_cores_respects_affinity_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     for quota, cores in (("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1), ("nonsense", 64)):
@@ -144,14 +144,14 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> Non
         assert usable_cores() == cores
 
 
-def test_facts_are_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hardware_facts_are_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, float32=1.0, bfloat16=2.0, float16=math.inf)
     facts = json.loads(json.dumps(hardware_facts(), allow_nan=False))
     assert facts["compute_type"] == "float32"
     assert facts["probe_seconds"] == {"float32": 1.0, "bfloat16": 2.0, "float16": None}
 
 
-def test_memory_is_kept_by_name_and_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remember_and_recall_by_name_and_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recall("notes", "a") is None
     remember("notes", "a", [1])
     remember("notes", "b", 2)
@@ -163,7 +163,7 @@ def test_memory_is_kept_by_name_and_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert recall("notes", "a") is None
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder_follows_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GRAFTWERK_CACHE", "~/mine")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "mine"
@@ -174,7 +174,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / ".cache" / "graftwerk"
 
 
-def test_in_a_forked_process_threads_may_compute_at_once_afterwards() -> None:
+def test_set_threads_in_forked_process_allows_threads() -> None:
     """As transformers does when it loads weights; without the call it fails in nine of ten forks."""
     torch.set_num_threads(torch.get_num_threads())  # the parent has a pool
     (torch.randn(400, 400) @ torch.randn(400, 400)).sum()

@@ -46,7 +46,7 @@ def snapshot(cache: Path, tiny_encoder: Path) -> Path:
     return folder
 
 
-def test_a_cached_model_needs_no_network(snapshot: Path) -> None:
+def test_hub_cached_model_needs_no_network(snapshot: Path) -> None:
     assert model_folder("owner/tiny") == snapshot
     assert model_folder("owner/tiny", "main") == snapshot
     assert model_folder("owner/tiny", COMMIT) == snapshot
@@ -56,7 +56,7 @@ def test_a_cached_model_needs_no_network(snapshot: Path) -> None:
 
 
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, model_folder])
-def test_offline_the_missing_file_is_named(cache: Path, load: Any) -> None:
+def test_hub_offline_names_missing_file(cache: Path, load: Any) -> None:
     with pytest.raises(ResourceError) as caught:
         load("owner/absent")
     assert caught.value.exit_code == 5
@@ -64,14 +64,14 @@ def test_offline_the_missing_file_is_named(cache: Path, load: Any) -> None:
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_an_incomplete_snapshot_names_its_missing_file(snapshot: Path, missing: str) -> None:
+def test_hub_incomplete_snapshot_names_missing_file(snapshot: Path, missing: str) -> None:
     (snapshot / missing).unlink()
     with pytest.raises(ResourceError) as caught:
         load_model("owner/tiny", None, None)
     assert str(snapshot / missing) in caught.value.what
 
 
-def test_a_damaged_blob_is_found_by_its_hash_and_named(snapshot: Path) -> None:
+def test_hub_damaged_blob_raises_with_its_path(snapshot: Path) -> None:
     load_model("owner/tiny", None, None)
     blob = (snapshot / "model.safetensors").resolve()
     content = bytearray(blob.read_bytes())
@@ -83,7 +83,7 @@ def test_a_damaged_blob_is_found_by_its_hash_and_named(snapshot: Path) -> None:
     assert caught.value.where == str(blob)
 
 
-def test_a_sound_blob_is_hashed_once(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_intact_blob_is_hashed_once(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Any] = []
     whole = hashlib.file_digest
     monkeypatch.setattr(hub.hashlib, "file_digest", lambda file, name: hashed.append(file.name) or whole(file, name))
@@ -92,9 +92,7 @@ def test_a_sound_blob_is_hashed_once(snapshot: Path, monkeypatch: pytest.MonkeyP
     assert len(hashed) == 1
 
 
-def test_foreign_code_is_refused_before_the_weights_are_fetched(
-    snapshot: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_remote_code_raises_before_weights_download(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
@@ -113,9 +111,7 @@ def test_foreign_code_is_refused_before_the_weights_are_fetched(
     assert len(asked) == 1
 
 
-def test_pickle_is_never_asked_for_and_a_model_of_it_alone_is_refused(
-    snapshot: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_pickle_is_never_requested(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fnmatch
 
     from huggingface_hub import HfApi
@@ -136,7 +132,7 @@ def test_pickle_is_never_asked_for_and_a_model_of_it_alone_is_refused(
         assert not any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
 
 
-def test_what_the_hub_does_not_have_is_a_config_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_unknown_model_raises_config_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
 
     def download(*args: Any, **kwargs: Any) -> str:
@@ -147,14 +143,14 @@ def test_what_the_hub_does_not_have_is_a_config_error(cache: Path, monkeypatch: 
         load_config("owner/absent", "v9")
 
 
-def test_ids_and_paths() -> None:
+def test_is_hub_id_tells_ids_from_paths() -> None:
     for name in ("owner/name", "bert-base-uncased", "a.b/c_d-e"):
         assert hub.is_hub_id(name)
     for name in ("a/b/c", "../x", "a/..", "/a", "~/a", "a b", "", "a\\b", "pkg://a/b", "ü/x"):
         assert not hub.is_hub_id(name)
 
 
-def test_a_folder_of_the_same_name_wins(
+def test_model_folder_prefers_local_folder(
     snapshot: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

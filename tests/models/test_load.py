@@ -35,7 +35,7 @@ def labels(*names: str) -> Splits:
     return Splits([], [], [], names, "none")
 
 
-def test_a_new_head_has_the_tasks_labels_and_is_known_as_new(tiny_encoder: Path) -> None:
+def test_load_model_new_head_has_labels_and_is_listed(tiny_encoder: Path) -> None:
     model = load_model(str(tiny_encoder), TASK, labels("a", "b", "c"))
     assert newly_initialised(model) == ("classifier.bias", "classifier.weight")
     assert model.classifier.out_features == 3
@@ -45,7 +45,7 @@ def test_a_new_head_has_the_tasks_labels_and_is_known_as_new(tiny_encoder: Path)
     assert model.config._name_or_path == str(tiny_encoder)
 
 
-def test_the_head_comes_from_torchs_seed_and_the_body_from_the_file(tiny_encoder: Path) -> None:
+def test_load_model_head_follows_seed_and_body_follows_file(tiny_encoder: Path) -> None:
     def load(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         return dict(load_model(str(tiny_encoder), TASK, labels("a", "b")).state_dict())
@@ -55,7 +55,7 @@ def test_the_head_comes_from_torchs_seed_and_the_body_from_the_file(tiny_encoder
     assert [key for key in first if not torch.equal(first[key], other[key])] == ["classifier.weight"]
 
 
-def test_a_bfloat16_checkpoint_is_float32_here_to_the_last_bit(tiny_decoder: Path) -> None:
+def test_load_model_bfloat16_checkpoint_is_exact_in_float32(tiny_decoder: Path) -> None:
     from safetensors.torch import load_file
 
     model = load_model(str(tiny_decoder), TASK, labels("a", "b"))
@@ -67,7 +67,7 @@ def test_a_bfloat16_checkpoint_is_float32_here_to_the_last_bit(tiny_decoder: Pat
             assert torch.equal(parameter, stored[name].float())
 
 
-def test_a_checkpoints_own_head_is_kept_where_it_fits_and_new_where_not(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_load_model_keeps_head_of_matching_size(tiny_encoder: Path, tmp_path: Path) -> None:
     trained = load_model(str(tiny_encoder), TASK, labels("a", "b", "c"))
     trained.save_pretrained(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -80,7 +80,7 @@ def test_a_checkpoints_own_head_is_kept_where_it_fits_and_new_where_not(tiny_enc
     assert other.classifier.out_features == 2
 
 
-def test_a_body_with_missing_or_misshapen_weights_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_load_model_missing_or_misshapen_weights_raise(tiny_encoder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_encoder, tmp_path / "model")
@@ -96,7 +96,7 @@ def test_a_body_with_missing_or_misshapen_weights_is_refused(tiny_encoder: Path,
         load_model(str(tmp_path / "model"), TASK, labels("a", "b"))
 
 
-def test_a_kind_of_model_without_such_a_head_is_refused_before_loading(tmp_path: Path) -> None:
+def test_load_model_architecture_without_head_raises(tmp_path: Path) -> None:
     config = MarianConfig(
         vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, max_position_embeddings=32,
@@ -108,7 +108,7 @@ def test_a_kind_of_model_without_such_a_head_is_refused_before_loading(tmp_path:
     assert newly_initialised(load_model(str(tmp_path), None, None)) == ()
 
 
-def test_a_pooler_that_the_checkpoint_lacks_is_the_same_whatever_the_seed(tmp_path: Path) -> None:
+def test_load_model_missing_pooler_is_independent_of_seed(tmp_path: Path) -> None:
     """Adapters do not store it: a base loaded again for an adapter must be the base that it was trained on."""
     FAMILIES["bert"].build().save_pretrained(tmp_path)  # a masked language model, which has no pooler
     poolers, heads = [], []
@@ -124,7 +124,7 @@ def test_a_pooler_that_the_checkpoint_lacks_is_the_same_whatever_the_seed(tmp_pa
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.classifier])
-def test_every_family_gets_a_head_and_its_rows_do_not_see_padding(name: str, tmp_path: Path) -> None:
+def test_load_model_every_family_ignores_padding(name: str, tmp_path: Path) -> None:
     FAMILIES[name].build().save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = load_model(str(tmp_path), TASK, labels("a", "b", "c"))
@@ -137,9 +137,7 @@ def test_every_family_gets_a_head_and_its_rows_do_not_see_padding(name: str, tmp
     torch.testing.assert_close(together[1:], alone, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_is_printed_and_the_librarys_settings_are_put_back(
-    tiny_encoder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_load_model_prints_nothing_and_restores_logging(tiny_encoder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_warning()
@@ -157,7 +155,7 @@ def test_nothing_is_printed_and_the_librarys_settings_are_put_back(
         logging.set_verbosity_error()
 
 
-def test_a_tokenizer_without_pad_token_gets_the_end_token(tiny_decoder: Path) -> None:
+def test_load_tokenizer_without_pad_token_uses_eos(tiny_decoder: Path) -> None:
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(tiny_decoder).pad_token is None
@@ -168,7 +166,7 @@ def test_a_tokenizer_without_pad_token_gets_the_end_token(tiny_decoder: Path) ->
     assert model.config.pad_token_id == tokenizer.eos_token_id
 
 
-def test_a_tokenizer_with_neither_is_refused(tiny_decoder: Path, tmp_path: Path) -> None:
+def test_load_tokenizer_without_pad_and_eos_raises(tiny_decoder: Path, tmp_path: Path) -> None:
     import json
 
     shutil.copytree(tiny_decoder, tmp_path / "model")
@@ -180,14 +178,14 @@ def test_a_tokenizer_with_neither_is_refused(tiny_decoder: Path, tmp_path: Path)
         load_tokenizer(str(tmp_path / "model"))
 
 
-def test_a_tokenizer_of_another_model_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_fix_padding_tokenizer_of_other_model_raises(tiny_encoder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_encoder))
     tokenizer.add_tokens(["surplus"])
     with pytest.raises(ModelError, match="301 tokens and the model 300 embeddings"):
         fix_padding(load_model(str(tiny_encoder), TASK, labels("a", "b")), tokenizer)
 
 
-def test_damaged_tokenizer_files_are_a_model_error(tiny_encoder: Path, tmp_path: Path) -> None:
+def test_load_tokenizer_damaged_file_raises_model_error(tiny_encoder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_encoder, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": "1.0", "model": 7}')
     with pytest.raises(ModelError, match="tokenizer of"):
@@ -204,12 +202,12 @@ def test_damaged_tokenizer_files_are_a_model_error(tiny_encoder: Path, tmp_path:
         (T5Config(), None),
     ],
 )
-def test_positions_of_a_model(config: Any, limit: int | None) -> None:
+def test_position_limit_known_configurations(config: Any, limit: int | None) -> None:
     assert position_limit(config) == limit
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert", "gpt2", "opt", "electra", "distilbert"])
-def test_a_row_of_the_longest_length_runs_and_a_longer_one_would_not(kind: str) -> None:
+def test_position_limit_is_longest_length_that_runs(kind: str) -> None:
     from transformers import AutoModel
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 30, "pad_token_id": 1}
@@ -222,7 +220,7 @@ def test_a_row_of_the_longest_length_runs_and_a_longer_one_would_not(kind: str) 
         model(input_ids=torch.full((1, limit + 1), 5))
 
 
-def test_length_wanted_and_length_there_is() -> None:
+def test_max_length_for_respects_limits() -> None:
     tokenizer = SimpleNamespace(model_max_length=int(1e30))
     assert max_length_for(BertConfig(max_position_embeddings=128), tokenizer) == 128
     assert max_length_for(LlamaConfig(max_position_embeddings=2048), tokenizer) == 512
@@ -233,7 +231,7 @@ def test_length_wanted_and_length_there_is() -> None:
         max_length_for(BertConfig(max_position_embeddings=128), tokenizer, 129)
 
 
-def test_a_real_model_from_an_installed_package(minilm: str) -> None:
+def test_load_model_from_installed_package(minilm: str) -> None:
     config = load_config(minilm)
     tokenizer = load_tokenizer(minilm)
     model = load_model(minilm, TASK, labels("0", "1"))

@@ -45,7 +45,7 @@ def canary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("load", LOADERS)
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_is_never_run(folder: Path, canary: Path, file: str, load: Any) -> None:
+def test_load_remote_code_raises_and_never_runs(folder: Path, canary: Path, file: str, load: Any) -> None:
     names = {"AutoConfig": "modeling_evil.EvilConfig", "AutoModel": "modeling_evil.Evil"}
     edit(folder / file, auto_map=names | {"AutoTokenizer": ["modeling_evil.Evil", None]})
     with pytest.raises(IntegrityError, match="auto_map") as caught:
@@ -67,14 +67,14 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path, canary: Path, f
         {"vision": [{"auto_map": {"AutoModel": "other/repository--modeling.Evil"}}]},
     ],
 )
-def test_foreign_code_is_found_at_any_depth(folder: Path, changes: dict[str, Any]) -> None:
+def test_load_model_nested_remote_code_raises(folder: Path, changes: dict[str, Any]) -> None:
     edit(folder / "config.json", **changes)
     with pytest.raises(IntegrityError) as caught:
         load_model(str(folder), None, None)
     assert "config.json" in str(caught.value.where)
 
 
-def test_harmless_fields_of_the_same_kind_pass(folder: Path) -> None:
+def test_model_folder_harmless_config_fields_pass(folder: Path) -> None:
     edit(
         folder / "config.json",
         auto_map={},
@@ -94,7 +94,7 @@ class Boom:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
-def test_pickled_weights_alone_are_refused_unopened(folder: Path, tmp_path: Path, name: str) -> None:
+def test_load_model_pickled_weights_raise_unopened(folder: Path, tmp_path: Path, name: str) -> None:
     mark = tmp_path / "opened"
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Boom(mark)))
@@ -105,7 +105,7 @@ def test_pickled_weights_alone_are_refused_unopened(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("start", [b"", (40).to_bytes(8, "little")], ids=["bare", "with a plausible length"])
-def test_pickle_under_the_name_of_safetensors_is_refused(folder: Path, tmp_path: Path, start: bytes) -> None:
+def test_load_model_pickle_named_safetensors_raises(folder: Path, tmp_path: Path, start: bytes) -> None:
     mark = tmp_path / "opened"
     (folder / "model.safetensors").write_bytes(start + pickle.dumps(Boom(mark)) * 10)
     with pytest.raises(IntegrityError, match="not a safetensors file"):
@@ -114,7 +114,7 @@ def test_pickle_under_the_name_of_safetensors_is_refused(folder: Path, tmp_path:
 
 
 @pytest.mark.parametrize("size", [0, 4, 20, 200, 20_000, -1])
-def test_a_cut_off_weight_file_is_named(folder: Path, size: int) -> None:
+def test_load_model_truncated_weights_raise(folder: Path, size: int) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(IntegrityError) as caught:
@@ -122,7 +122,7 @@ def test_a_cut_off_weight_file_is_named(folder: Path, size: int) -> None:
     assert str(folder) in str(caught.value)
 
 
-def test_a_pointer_file_is_told_from_weights(folder: Path) -> None:
+def test_load_model_lfs_pointer_raises(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(ResourceError, match="Git LFS pointer"):
         load_model(str(folder), None, None)
@@ -136,7 +136,7 @@ def test_a_pointer_file_is_told_from_weights(folder: Path) -> None:
         ("tokenizer.json", load_tokenizer),
     ],
 )
-def test_a_missing_file_is_named(folder: Path, missing: str, load: Any) -> None:
+def test_load_missing_file_raises_with_its_path(folder: Path, missing: str, load: Any) -> None:
     (folder / missing).unlink()
     with pytest.raises(ResourceError) as caught:
         load(str(folder))
@@ -144,7 +144,7 @@ def test_a_missing_file_is_named(folder: Path, missing: str, load: Any) -> None:
     assert caught.value.exit_code == 5
 
 
-def test_shards_are_files_beside_their_index(folder: Path) -> None:
+def test_load_model_sharded_reads_only_shards_beside_index(folder: Path) -> None:
     weights = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
     shard = folder / "model-00001-of-00001.safetensors"
@@ -168,7 +168,7 @@ def test_shards_are_files_beside_their_index(folder: Path) -> None:
             load_model(str(folder), None, None)
 
 
-def test_an_adapter_folder_is_no_base_model(folder: Path) -> None:
+def test_load_model_adapter_folder_raises(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/model"}')
     with pytest.raises(AdapterError, match="a base model and an adapter"):
         load_model(str(folder), None, None)
@@ -180,13 +180,13 @@ def test_an_adapter_folder_is_no_base_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff\xfe{}", b"[" * 200_000, b'{"model_type": 7}', b"[]", b'{"model_type": "nobody"}']
 )
-def test_a_configuration_that_is_none(folder: Path, content: bytes) -> None:
+def test_load_config_invalid_content_raises(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises((IntegrityError, ModelError)):
         load_config(str(folder))
 
 
-def test_a_configuration_of_absurd_size_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_config_oversized_file_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftwerk.models.safety_checks.MAX_CONFIG_BYTES", 100)
     with pytest.raises(IntegrityError, match="never so large"):
         load_config(str(folder))
@@ -195,25 +195,25 @@ def test_a_configuration_of_absurd_size_is_not_read(folder: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "name", ["", " ", "a\0b", "./nowhere", "/nowhere", "a/b/c", "pkg://x", "-x", "a/..", "owner/../name"]
 )
-def test_names_that_are_no_model(name: str) -> None:
+def test_load_config_invalid_name_raises(name: str) -> None:
     with pytest.raises(GraftwerkError) as caught:
         load_config(name)
     assert isinstance(caught.value, ConfigError | ResourceError)
 
 
-def test_a_file_is_no_model(tmp_path: Path) -> None:
+def test_load_config_file_raises_with_hint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(ConfigError, match="is no model") as caught:
         load_config(str(tmp_path / "model.safetensors"))
     assert "folder" in str(caught.value.hint)
 
 
-def test_a_revision_of_a_folder_is_refused(tiny_encoder: Path) -> None:
+def test_load_config_revision_of_folder_raises(tiny_encoder: Path) -> None:
     with pytest.raises(ConfigError, match="for hub models"):
         load_config(str(tiny_encoder), revision="main")
 
 
-def test_the_gate_needs_neither_torch_nor_transformers() -> None:
+def test_safety_checks_import_neither_torch_nor_transformers() -> None:
     import subprocess
 
     code = "import sys, graftwerk.models.safety_checks; print({'torch', 'transformers'} & set(sys.modules))"
@@ -248,7 +248,7 @@ def assert_refused(act: Callable[[], Any], most: int = 100 << 20) -> None:
     ids=lambda changes: next(iter(changes)),
 )
 @pytest.mark.parametrize("load", LOADERS)
-def test_configuration_with_impossible_sizes_is_refused_unread(folder: Path, changes: Any, load: Any) -> None:
+def test_load_impossible_sizes_raise_before_reading(folder: Path, changes: Any, load: Any) -> None:
     edit(folder / "config.json", **changes)
     assert_refused(lambda: load(str(folder)))
 
@@ -265,19 +265,19 @@ def test_configuration_with_impossible_sizes_is_refused_unread(folder: Path, cha
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_model_that_the_weights_cannot_fill_is_refused_before_it_is_built(folder: Path, changes: Any) -> None:
+def test_load_model_larger_than_its_weights_raises_before_building(folder: Path, changes: Any) -> None:
     edit(folder / "config.json", **changes)
     assert_refused(lambda: load_model(str(folder), None, None))
 
 
-def test_model_larger_than_the_memory_is_an_environment_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_model_larger_than_memory_raises_resource_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftwerk.models.load.available", lambda: 1000)
     with pytest.raises(ResourceError, match="does not fit into memory"):
         load_model(str(folder), None, None)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "vocab.txt"])
-def test_file_of_a_model_that_is_a_bomb_is_refused_unread(folder: Path, file: str) -> None:
+def test_load_tokenizer_bomb_raises_before_reading(folder: Path, file: str) -> None:
     line = b"[],\n" if file.endswith(".json") else b"a\n"
     with (folder / file).open("wb") as stream:
         stream.write(b'{"a": [')
@@ -287,7 +287,7 @@ def test_file_of_a_model_that_is_a_bomb_is_refused_unread(folder: Path, file: st
 
 
 @pytest.mark.parametrize("entry", [b'"%d":{},', b"[],", b"1,", b'"a":"b",'])
-def test_header_of_weights_that_is_a_bomb_is_refused_unread(folder: Path, entry: bytes) -> None:
+def test_model_folder_header_bomb_raises_before_reading(folder: Path, entry: bytes) -> None:
     for size in (60 << 20, 3 << 20):
         body = entry * (size // len(entry))
         content = b'{"x":[' + body + b"1]}" if entry in (b"[],", b"1,") else b"{" + body + b'"z":{}}'
@@ -296,7 +296,7 @@ def test_header_of_weights_that_is_a_bomb_is_refused_unread(folder: Path, entry:
         assert_refused(lambda: model_folder(str(folder)))
 
 
-def test_pipe_in_the_place_of_a_file_of_a_model_does_not_block(folder: Path) -> None:
+def test_model_folder_pipe_raises_without_blocking(folder: Path) -> None:
     for file in ("model.safetensors", "config.json"):
         (folder / file).unlink()
         os.mkfifo(folder / file)
