@@ -19,7 +19,7 @@ def row(what: str = "a case", **more: Any) -> Row:
     return Row(goal="P2", what=what, **figures)
 
 
-def test_sides_are_run_in_turn_and_the_warm_up_is_not_timed() -> None:
+def test_interleaved_alternates_sides_and_skips_warmup() -> None:
     order: list[str] = []
     timed = interleaved(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
@@ -32,7 +32,7 @@ def test_sides_are_run_in_turn_and_the_warm_up_is_not_timed() -> None:
     assert timed["a"].best <= timed["a"].median <= timed["a"].worst
 
 
-def test_a_process_is_measured_by_itself_whatever_this_one_holds() -> None:
+def test_spawn_measures_memory_of_child_alone() -> None:
     held = bytearray(300 << 20)
     held[::4096] = b"x" * len(held[::4096])
     end = spawn([sys.executable, "-c", "import os; print(os.environ['ASKED']); print('[1]')"], {"ASKED": "yes"})
@@ -43,7 +43,7 @@ def test_a_process_is_measured_by_itself_whatever_this_one_holds() -> None:
     assert large.peak_rss > 200 << 20
 
 
-def test_fresh_runs_every_side_and_a_failing_process_is_a_wrong_result() -> None:
+def test_fresh_runs_every_side_and_failure_raises() -> None:
     seen: list[str] = []
     timed = fresh(
         {"a": [sys.executable, "-c", "1"], "b": [sys.executable, "-c", "1"]},
@@ -57,7 +57,7 @@ def test_fresh_runs_every_side_and_a_failing_process_is_a_wrong_result() -> None
         spawn([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"])
 
 
-def test_results_stand_beside_the_machine_and_quick_ones_are_not_kept(tmp_path: Path) -> None:
+def test_write_stores_machine_and_skips_quick_results(tmp_path: Path) -> None:
     write("P2", [row()], quick=True, folder=tmp_path)
     assert not list(tmp_path.iterdir())
     write("P2", [row("one"), row("two")], folder=tmp_path)
@@ -76,7 +76,7 @@ def test_results_stand_beside_the_machine_and_quick_ones_are_not_kept(tmp_path: 
 
 
 @pytest.mark.parametrize(("right", "code", "said"), [(True, 0, "P2 a case: ours 1 s"), (False, 1, "gradients differ")])
-def test_quick_fails_on_wrong_results_and_never_on_time(
+def test_main_quick_fails_on_wrong_results_only(
     right: bool,
     code: int,
     said: str,
@@ -113,7 +113,7 @@ def test_main_without_repeats_runs_five_or_one_when_quick(
     assert (tmp_path / "results" / "P2.json").exists() is ("--quick" not in words)
 
 
-def test_arguments_of_p1_default_to_what_its_results_were_made_with() -> None:
+def test_p1_arguments_default_to_those_of_its_results() -> None:
     parser = argparse.ArgumentParser()
     p1_time_to_score.arguments(parser)
     given = vars(parser.parse_args([]))

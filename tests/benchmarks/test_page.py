@@ -26,13 +26,13 @@ def put(folder: Path, *rows: dict[str, Any], goal: str = "P2") -> None:
     (folder / f"{goal}.json").write_text(json.dumps({"goal": goal, "machine": MACHINE, "rows": rows}))
 
 
-def test_the_page_and_its_charts_are_what_the_committed_results_give() -> None:
+def test_page_is_up_to_date_with_committed_results() -> None:
     found = page.results()
     assert {result["goal"] for result in found} == {file.stem for file in RESULTS.glob("*.json")}
     assert page.stale(page.pages(found)) == [], "make bench-page"
 
 
-def test_every_committed_result_is_whole() -> None:
+def test_committed_results_are_complete() -> None:
     for result in page.results():
         names = [row["what"] for row in result["rows"]]
         assert len(set(names)) == len(names)
@@ -43,7 +43,7 @@ def test_every_committed_result_is_whole() -> None:
             assert row["ours"] > 0
 
 
-def test_a_changed_figure_makes_the_page_stale(tmp_path: Path) -> None:
+def test_stale_changed_value_is_detected(tmp_path: Path) -> None:
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
     (docs / "performance").mkdir(parents=True)
@@ -59,7 +59,7 @@ def test_a_changed_figure_makes_the_page_stale(tmp_path: Path) -> None:
     assert page.stale(page.pages(page.results(results)), docs) == ["performance/P9.svg"]
 
 
-def test_goals_are_in_the_order_of_their_numbers_and_misses_are_shown(tmp_path: Path) -> None:
+def test_pages_sort_goals_and_list_misses(tmp_path: Path) -> None:
     put(tmp_path, {**ROW, "goal": "P10", "peer": None, "ratio": None, "note": "not run whole"}, goal="P10")
     put(tmp_path, {**ROW, "reached": False}, {**ROW, "what": "a | b"})
     made = page.pages(page.results(tmp_path))
@@ -78,7 +78,7 @@ def test_goals_are_in_the_order_of_their_numbers_and_misses_are_shown(tmp_path: 
     ]
 
 
-def test_a_page_without_a_miss_says_so(tmp_path: Path) -> None:
+def test_pages_without_miss_states_it(tmp_path: Path) -> None:
     put(tmp_path, ROW)
     text = page.pages(page.results(tmp_path))["performance.md"]
     assert "## Missed" not in text
@@ -87,14 +87,14 @@ def test_a_page_without_a_miss_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"goal": "P3", "machine": {"cpu": "A"}, "rows": [1]}', '{"goal": "P2"}', "{"])
-def test_a_file_that_is_no_result_is_refused(content: str, tmp_path: Path) -> None:
+def test_results_invalid_file_raises(content: str, tmp_path: Path) -> None:
     (tmp_path / "P2.json").write_text(content)
     with pytest.raises((ValueError, AttributeError)):
         page.results(tmp_path)
 
 
 @pytest.mark.parametrize("ratios", [[1.0], [0.5, 1.2], [0.3, 4.8, 240.0]], ids=["one", "near", "a wide span"])
-def test_bars_are_as_long_as_their_ratios(ratios: list[float]) -> None:
+def test_bars_are_proportional_to_ratios(ratios: list[float]) -> None:
     tree = ElementTree.fromstring(page.bars([(f"case <{at}>", ratio, ratio < 1) for at, ratio in enumerate(ratios)]))
     rectangles = [each for each in tree.iter() if each.tag.endswith("rect")][1:]
     widths = [float(each.attrib["width"]) for each in rectangles]
@@ -111,7 +111,7 @@ def test_bars_are_as_long_as_their_ratios(ratios: list[float]) -> None:
     assert "case <0>" in texts
 
 
-def test_make_knows_a_target_for_every_benchmark() -> None:
+def test_makefile_has_target_for_every_benchmark() -> None:
     files = sorted(file.stem for file in (ROOT / "benchmarks").glob("p[0-9]*_*.py"))
     assert files
     for file in files:

@@ -34,7 +34,7 @@ def made(seeds: tuple[int, ...] = (0, 1, 2), **scores: dict[int, float]) -> list
     return lines
 
 
-def test_a_side_is_timed_by_its_smallest_budget_that_reaches_the_peers_score() -> None:
+def test_results_time_smallest_budget_that_reaches_peer_score() -> None:
     lengths, usual = results("movies", "float32", made(), MACHINE)
     assert (lengths.ours, lengths.peer) == (21.0, 66.0)
     assert lengths.ratio == pytest.approx(66 / 21)
@@ -46,12 +46,12 @@ def test_a_side_is_timed_by_its_smallest_budget_that_reaches_the_peers_score() -
     assert usual.reached
 
 
-def test_a_peer_that_is_there_earlier_has_its_earlier_time() -> None:
+def test_results_peer_that_reaches_score_earlier_has_that_time() -> None:
     lengths = results("movies", "float32", made(lengths={1: 0.6, 2: 0.8, 3: 0.8}), MACHINE)[0]
     assert lengths.peer == 46.0
 
 
-def test_a_score_that_is_never_reached_is_a_miss_however_short_the_time() -> None:
+def test_results_score_never_reached_is_a_miss() -> None:
     lengths, usual = results("movies", "float32", made(ours={1: 0.5, 2: 0.6, 3: 0.79}), MACHINE)
     assert lengths.ours == 31.0
     assert not lengths.reached
@@ -60,7 +60,7 @@ def test_a_score_that_is_never_reached_is_a_miss_however_short_the_time() -> Non
     assert "below the score" in usual.note
 
 
-def test_pieces_add_up_and_a_run_made_again_takes_the_place_of_the_former() -> None:
+def test_results_merge_pieces_and_repeated_run_replaces_former() -> None:
     pieces = [*made((0,)), *made((1,)), *made((2,))]
     assert results("movies", "float32", pieces, MACHINE)[0].ours == 21.0
     again = {**next(line for line in pieces if (line["side"], line["epochs"], line["seed"]) == ("ours", 2, 0))}
@@ -76,7 +76,7 @@ def test_pieces_add_up_and_a_run_made_again_takes_the_place_of_the_former() -> N
     assert results("movies", "float32", pieces, MACHINE)[0].note == ""
 
 
-def test_a_peer_without_all_of_its_budgets_gives_no_row_and_ours_says_what_was_not_run() -> None:
+def test_results_incomplete_peer_gives_no_row_and_ours_a_note() -> None:
     assert (
         results("movies", "float32", [r for r in made() if (r["side"], r["epochs"]) != ("lengths", 2)], MACHINE) == []
     )
@@ -85,12 +85,12 @@ def test_a_peer_without_all_of_its_budgets_gives_no_row_and_ours_says_what_was_n
 
 
 @pytest.mark.parametrize("change", [{"machine": {"cpu": "B"}}, {"settings": {}}, {"set": "imdb"}, {"sizes": [5, 5, 5]}])
-def test_runs_of_another_machine_or_with_other_settings_do_not_count(change: dict[str, Any]) -> None:
+def test_results_exclude_other_machines_and_settings(change: dict[str, Any]) -> None:
     assert results("movies", "float32", [{**line, **change} for line in made()], MACHINE) == []
     assert results("movies", "bfloat16", made(), MACHINE) == []
 
 
-def test_every_committed_run_is_whole_and_gives_the_committed_rows() -> None:
+def test_committed_runs_are_complete_and_give_committed_rows() -> None:
     lines = kept(RESULTS / RUNS)
     for line in lines:
         assert line["side"] in SETTINGS
@@ -107,7 +107,7 @@ def test_every_committed_run_is_whole_and_gives_the_committed_rows() -> None:
         assert (again.ours, again.peer, again.ratio) == pytest.approx((row["ours"], row["peer"], row["ratio"]))
 
 
-def test_a_piece_that_makes_no_row_leaves_the_results_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_without_rows_leaves_results_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["p1", "--rows-only"])
     monkeypatch.setattr(harness, "write", lambda *_, **__: pytest.fail("results without rows were written"))
@@ -117,7 +117,7 @@ def test_a_piece_that_makes_no_row_leaves_the_results_alone(tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_seed_is_of_one_machine_and_the_ratio_is_of_seeds() -> None:
+def test_results_pair_sides_by_seed_and_machine() -> None:
     of_one, other = made((0, 1)), [{**line, "machine": {**MACHINE, "system": "K2"}} for line in made((2,))]
     slow = [{**line, "seconds": 10 * line["seconds"]} for line in other]
     lengths, usual = results("movies", "float32", [*of_one, *slow], MACHINE)
@@ -130,7 +130,7 @@ def test_a_seed_is_of_one_machine_and_the_ratio_is_of_seeds() -> None:
     assert results("movies", "float32", [*of_one, *torn, *rest], MACHINE)[0].settings["seeds"] == [0, 1]
 
 
-def test_an_extrapolated_side_is_compared_with_ours_of_its_own_seeds() -> None:
+def test_results_extrapolated_side_uses_its_own_seeds() -> None:
     lines = [line for line in made() if line["side"] != "usual" or line["seed"] == 2]
     usual = results("movies", "float32", lines, MACHINE)[1]
     assert usual.settings["seeds"] == [2]
@@ -138,7 +138,7 @@ def test_an_extrapolated_side_is_compared_with_ours_of_its_own_seeds() -> None:
     assert usual.ratio == pytest.approx((11 + 710 * 0.5) / 22)
 
 
-def test_a_launched_peer_is_shown_beside_the_goal() -> None:
+def test_results_launched_peer_is_shown_for_comparison() -> None:
     launched = [
         {**line, "side": "launched", "settings": settings_of("launched", "movies", "float32"), "seconds": 50.0}
         for line in made()
@@ -150,7 +150,7 @@ def test_a_launched_peer_is_shown_beside_the_goal() -> None:
     assert row.reached
 
 
-def test_settings_of_a_side_are_its_own() -> None:
+def test_settings_of_differ_by_side() -> None:
     ours, lengths = (settings_of(side, "imdb", "bfloat16") for side in ("ours", "lengths"))
     assert "epochs" not in ours
     assert "library" in lengths
