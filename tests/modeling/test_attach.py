@@ -33,7 +33,7 @@ def scores(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("beside", [None, "active", "by row"])
 @pytest.mark.parametrize("method", ["lora", "parallel", "prefix", "prompt", "bitfit", "full", "lora tokens"])
-def test_attach_out_of_memory_leaves_the_model_as_before(
+def test_attach_out_of_memory_leaves_model_unchanged(
     method: str, beside: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert method in METHODS
@@ -57,7 +57,7 @@ def test_attach_out_of_memory_leaves_the_model_as_before(
     assert not torch.allclose(scores(model, batch), expected)
 
 
-def test_attach_full_to_offloaded_base_keeps_the_active_adapter(tmp_path: Path) -> None:
+def test_attach_full_to_offloaded_base_keeps_active_adapter(tmp_path: Path) -> None:
     model, batch = model_and_batch("lora", "bert")
     perturb(gw.attach(model, method_of("lora"), name="first").parameters(), 3)
     model = cpu_offload(model, execution_device=torch.device("cpu"))

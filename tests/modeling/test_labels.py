@@ -49,7 +49,7 @@ TOKENIZER = PreTrainedTokenizerFast(
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if (name, "bert") not in REFUSED])
-def test_load_on_a_base_with_labels_in_another_order_names_the_adapters(method: str, tmp_path: Path) -> None:
+def test_load_adapter_sets_its_label_order_on_config(method: str, tmp_path: Path) -> None:
     trained = saved(tmp_path, ["p", "n", "m"], METHODS[method])
     model = named(["m", "p", "n"])
     load_adapter(model, tmp_path)
@@ -60,7 +60,7 @@ def test_load_on_a_base_with_labels_in_another_order_names_the_adapters(method: 
 
 
 @pytest.mark.parametrize("names", [["p"], ["p", "n"], ["p", "n", "m", "o"]])
-def test_loss_and_pipeline_follow_the_number_of_the_adapters_labels(names: list[str], tmp_path: Path) -> None:
+def test_loss_and_pipeline_follow_number_of_adapter_labels(names: list[str], tmp_path: Path) -> None:
     saved(tmp_path, names)
     model = named(["x", "y", "z"])
     model(**BATCH, labels=torch.tensor([0, 1, 2]))  # which settles the base's kind of loss
@@ -83,7 +83,7 @@ def test_loss_and_pipeline_follow_the_number_of_the_adapters_labels(names: list[
     assert model(**BATCH, labels=torch.tensor([0, 1, 2])).loss.isfinite()
 
 
-def test_labels_follow_switching_disabling_rows_and_deleting(tmp_path: Path) -> None:
+def test_config_labels_follow_active_adapter(tmp_path: Path) -> None:
     saved(tmp_path / "two", ["p", "n"])
     saved(tmp_path / "four", ["a", "b", "c", "d"])
     model = named(["x", "y", "z"])
@@ -111,7 +111,7 @@ def test_labels_follow_switching_disabling_rows_and_deleting(tmp_path: Path) -> 
     assert shown(model) == ["x", "y", "z"]
 
 
-def test_each_adapter_saves_its_own_labels_whoever_is_active(tmp_path: Path) -> None:
+def test_save_writes_labels_of_saved_adapter_not_active_one(tmp_path: Path) -> None:
     saved(tmp_path / "two", ["p", "n"])
     model = named(["x", "y", "z"])
     own = gw.attach(model, method_of("lora"), name="own")
@@ -123,7 +123,7 @@ def test_each_adapter_saves_its_own_labels_whoever_is_active(tmp_path: Path) -> 
         assert json.loads((tmp_path / folder / "graftwerk.json").read_text())["labels"] == labels
 
 
-def test_adapter_without_names_has_the_bases_or_numbers(tmp_path: Path) -> None:
+def test_load_adapter_without_label_names_uses_base_or_numbered(tmp_path: Path) -> None:
     for classes, expected in ((3, ["x", "y", "z"]), (2, ["LABEL_0", "LABEL_1"])):
         model = FAMILIES["bert"].build(classifier=True, labels=classes)
         gw.attach(model, method_of("lora")).save(tmp_path / str(classes))
@@ -133,7 +133,7 @@ def test_adapter_without_names_has_the_bases_or_numbers(tmp_path: Path) -> None:
         assert shown(base) == expected
 
 
-def test_load_with_more_names_than_classes_raises_and_leaves_the_model(tmp_path: Path) -> None:
+def test_load_adapter_more_label_names_than_classes_raises(tmp_path: Path) -> None:
     gw.attach(named(["p", "n", "m"]), method_of("lora")).save(tmp_path, labels=["p", "n"])
     model = named(["x", "y", "z"])
     with pytest.raises(AdapterError, match="names 2 labels, and its head tells 3 apart"):
@@ -142,7 +142,7 @@ def test_load_with_more_names_than_classes_raises_and_leaves_the_model(tmp_path:
     assert shown(model) == ["x", "y", "z"]
 
 
-def test_a_saved_layer_that_is_no_classifier_keeps_its_width(tmp_path: Path) -> None:
+def test_load_adapter_misshapen_hidden_head_layer_raises(tmp_path: Path) -> None:
     small = FAMILIES["roberta"].build(classifier=True)
     gw.attach(small, method_of("lora")).save(tmp_path)
     from safetensors.torch import load_file, save_file

@@ -36,7 +36,7 @@ def phimoe() -> Any:
 
 
 @pytest.mark.parametrize("make", [llama4, phimoe])
-def test_router_returning_tuple_is_left_out_and_raises_by_name(make: Any) -> None:
+def test_attach_router_returning_tuple_is_skipped_and_raises_by_name(make: Any) -> None:
     model = make().float()
     graft = moved(model, LoRA(r=2))
     model.float()
@@ -80,7 +80,7 @@ READ = pytest.mark.parametrize("make", [mamba, falcon_mamba, siglip, wavlm])
 
 
 @READ
-def test_weight_that_is_read_and_never_called_is_left_out_by_default(make: Any) -> None:
+def test_attach_weight_only_layer_is_skipped_by_default(make: Any) -> None:
     model, _, target = make()
     ending = target.rpartition(".")[2]
     paths = [place.path for place in gw.attach(model, LoRA(r=2)).targets]
@@ -93,7 +93,7 @@ def test_weight_that_is_read_and_never_called_is_left_out_by_default(make: Any) 
 
 @READ
 @pytest.mark.parametrize("method", [LoRA, IA3], ids=["lora", "ia3"])
-def test_weight_that_is_read_and_never_called_is_right_when_named(make: Any, method: Any) -> None:
+def test_attach_named_weight_only_layer_equals_merged(make: Any, method: Any) -> None:
     model, batch, target = make()
     base = answer(model, **batch)
     graft = moved(model, method(target_modules=[target]))
@@ -114,7 +114,7 @@ def test_weight_that_is_read_and_never_called_is_right_when_named(make: Any, met
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["dora", "pissa"])
-def test_variants_of_lora_on_a_weight_that_is_read_merge_to_the_same(options: dict[str, Any]) -> None:
+def test_lora_variants_on_weight_only_layer_equal_merged(options: dict[str, Any]) -> None:
     model, batch, target = mamba()
     base = answer(model, **batch)
     graft = moved(model, LoRA(r=1, target_modules=[target], **options))
@@ -134,7 +134,7 @@ def test_dropout_on_weight_only_layer_raises() -> None:
         gw.attach(model, LoRA(target_modules=[target], lora_dropout=0.1))
 
 
-def test_cross_attention_without_encoder_is_left_out() -> None:
+def test_attach_cross_attention_without_encoder_is_skipped() -> None:
     config = tf.BartConfig(vocab_size=64, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=24)
     model = built("BartForCausalLM", config)
     graft = moved(model, LoRA(r=2))
@@ -242,7 +242,7 @@ def test_bitfit_trains_or_names_every_bias(make: Any, trained: int, missed: int)
     torch.testing.assert_close(answer(model, **batch), unmerged, atol=1e-9, rtol=1e-9)
 
 
-def test_bitfit_names_the_biases_it_does_not_reach_where_there_are_no_others() -> None:
+def test_bitfit_without_reachable_bias_names_the_others() -> None:
     config = tf.Mamba2Config(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, num_heads=4, head_dim=8, state_size=4, n_groups=1
     )

@@ -13,7 +13,7 @@ from tests.families import FAMILIES
 from tests.modeling.unusual import S, built
 
 
-def test_all_linear_names_fused_experts_and_the_share_it_reaches() -> None:
+def test_left_out_all_linear_names_fused_experts_and_share() -> None:
     model = built("MixtralForCausalLM", tf.MixtralConfig(**S, num_key_value_heads=2, num_local_experts=4))
     graft = gw.attach(model, LoRA(r=2))
     (text,) = graft.left_out()
@@ -26,14 +26,14 @@ def test_all_linear_names_fused_experts_and_the_share_it_reaches() -> None:
     assert text in str(graft)
 
 
-def test_all_linear_names_matrices_that_are_bare_parameters() -> None:
+def test_left_out_all_linear_names_bare_parameters() -> None:
     config = tf.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=4, d_inner=24)
     (text,) = gw.attach(built("XLNetForSequenceClassification", config), LoRA(r=2)).left_out()
     assert "2 x rel_attn.q" in text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_leaves_nothing_out_on_the_listed_families(family: str) -> None:
+def test_left_out_all_linear_is_empty_on_listed_families(family: str) -> None:
     graft = gw.attach(FAMILIES[family].build(), LoRA(r=2))
     assert graft.left_out() == []
     assert "leaves out" not in str(graft)

@@ -53,7 +53,7 @@ PAIRS = [(method, family) for method in METHODS for family in ("bert", "llama") 
 
 @pytest.mark.parametrize("offload", [to_memory, to_disk, in_parts])
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_offload_after_attach_answers_and_trains_as_the_plain_model(
+def test_offload_after_attach_outputs_and_gradients_equal_plain(
     method: str, family: str, offload: Callable[[Any, Path], Any], tmp_path: Path
 ) -> None:
     plain, batch = model_and_batch(method, family)
@@ -77,7 +77,7 @@ def test_offload_after_attach_answers_and_trains_as_the_plain_model(
 
 @pytest.mark.parametrize("offload", [to_memory, to_disk, in_parts])
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_attach_after_offload_answers_as_the_plain_model(
+def test_attach_after_offload_outputs_equal_plain(
     method: str, family: str, offload: Callable[[Any, Path], Any], tmp_path: Path
 ) -> None:
     plain, batch = model_and_batch(method, family)
@@ -96,7 +96,7 @@ def test_attach_after_offload_answers_as_the_plain_model(
     torch.testing.assert_close(answers(model, batch), bare)
 
 
-def test_saved_adapter_loads_on_an_offloaded_base(tmp_path: Path) -> None:
+def test_load_adapter_on_offloaded_base_equals_plain(tmp_path: Path) -> None:
     plain, batch = model_and_batch("dora", "roberta")
     adapted(plain, "dora").save(tmp_path / "a")
     model, _ = model_and_batch("dora", "roberta")
@@ -107,7 +107,7 @@ def test_saved_adapter_loads_on_an_offloaded_base(tmp_path: Path) -> None:
     graft.save(tmp_path / "b")
 
 
-def test_prompt_and_prefix_start_from_a_text_on_an_offloaded_base(tmp_path: Path) -> None:
+def test_init_from_text_on_offloaded_base_equals_plain(tmp_path: Path) -> None:
     for settings in ({"name": "prompt"}, {"name": "prefix"}):
         found = []
         for offload in (False, True):
@@ -134,7 +134,7 @@ def test_merge_on_offloaded_weights_raises(tmp_path: Path) -> None:
         graft.merge()
 
 
-def test_merged_adapter_offloaded_answers_and_is_not_unmerged_into_nothing(tmp_path: Path) -> None:
+def test_unmerge_after_offload_raises(tmp_path: Path) -> None:
     model, batch = model_and_batch("lora", "llama")
     graft = adapted(model, "lora")
     graft.merge()
@@ -145,7 +145,7 @@ def test_merged_adapter_offloaded_answers_and_is_not_unmerged_into_nothing(tmp_p
         graft.unmerge()
 
 
-def test_adapter_loaded_whole_by_a_hook_around_it_answers_and_is_not_saved_empty(tmp_path: Path) -> None:
+def test_save_while_adapter_is_offloaded_raises(tmp_path: Path) -> None:
     plain, batch = model_and_batch("lora", "llama")
     adapted(plain, "lora")
     model, _ = model_and_batch("lora", "llama")

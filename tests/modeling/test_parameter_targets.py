@@ -72,7 +72,7 @@ def with_weights(model: Any, adapter: gw.Adapter) -> Tensor:
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt_oss"])
-def test_experts_answer_with_the_sum_expert_by_expert(kind: str, implementation: str) -> None:
+def test_parameter_lora_outputs_equal_sum_per_expert(kind: str, implementation: str) -> None:
     model = moe(kind, implementation)
     base = logits(model)
     adapter = attached(model, rank_pattern={"down_proj": 3}, alpha_pattern={"gate_up_proj": 5})
@@ -92,7 +92,7 @@ def test_router_weight_of_two_dimensions_is_a_target() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_sum_is_computed_once_in_a_forward_pass(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameter_lora_sum_is_computed_once_per_forward(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moe(implementation=implementation)
     attached(model)
     counted = []
@@ -129,7 +129,7 @@ def test_gradients_reach_every_element_and_equal_those_of_weights(checkpointing:
     torch.testing.assert_close(found[f"{path}.lora_A.weight"].grad, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_switching_and_disabling_show_each_adapter_alone() -> None:
+def test_parameter_lora_switching_and_disabling_select_one_adapter() -> None:
     model = moe()
     base = logits(model)
     first = attached(model)
@@ -293,7 +293,7 @@ def test_saved_module_around_the_experts_is_not_adapted() -> None:
     assert gw.attach(model, method).hosts == ("model.layers.0.mlp.experts",)
 
 
-def test_copies_of_an_adapted_model_answer_the_same() -> None:
+def test_deepcopy_of_parameter_lora_gives_equal_outputs() -> None:
     model = moe()
     attached(model)
     expected = logits(model)
@@ -301,7 +301,7 @@ def test_copies_of_an_adapted_model_answer_the_same() -> None:
     assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
 
 
-def test_generation_answers_as_with_the_weights_merged() -> None:
+def test_generation_with_parameter_lora_equals_merged() -> None:
     model = moe()
     adapter = attached(model)
     options = {"max_new_tokens": 5, "do_sample": False}
@@ -312,7 +312,7 @@ def test_generation_answers_as_with_the_weights_merged() -> None:
 
 @pytest.mark.parametrize("first", [True, False], ids=["attached first", "offloaded first"])
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
-def test_offloaded_experts_answer_as_those_in_memory(offload: Any, first: bool, tmp_path: Path) -> None:
+def test_offloaded_experts_equal_in_memory(offload: Any, first: bool, tmp_path: Path) -> None:
     model = moe()
     adapter = attached(model)
     expected = logits(model)

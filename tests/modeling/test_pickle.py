@@ -49,7 +49,7 @@ PAIRS = [(method, family) for method in METHODS for family in ("bert", "llama") 
 
 
 @pytest.mark.parametrize(("method", "family"), PAIRS)
-def test_pickled_model_answers_switches_and_detaches_alone(method: str, family: str) -> None:
+def test_pickled_model_is_independent_and_equal(method: str, family: str) -> None:
     model, batch = with_two(method, family)
     bare, _ = model_and_batch(method, family)
     wanted = dict.fromkeys(("b", "a"), 0)
@@ -107,7 +107,7 @@ for number in range(int(sys.argv[2])):
 """
 
 
-def test_pickled_models_answer_in_a_process_that_never_imported_graftwerk(tmp_path: Path) -> None:
+def test_unpickled_model_works_without_importing_graftwerk(tmp_path: Path) -> None:
     pairs = [("lora", "bert"), ("dora", "llama"), ("prefix", "llama"), ("prompt", "bert"), ("parallel", "gpt2")]
     for number, pair in enumerate(pairs):
         model, batch = with_two(*pair)
@@ -121,7 +121,7 @@ def _answer(pipe: Any, model: Any, batch: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_model_handed_to_a_spawned_process_answers_there() -> None:
+def test_model_sent_to_spawned_process_gives_equal_outputs() -> None:
     model, batch = with_two("lora", "bert")
     context = torch.multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -46,7 +46,7 @@ MERGED = [
 
 
 @pytest.mark.parametrize(("method", "family"), MERGED)
-def test_merged_model_saves_one_model_with_the_adapters_head(method: str, family: str, tmp_path: Path) -> None:
+def test_save_pretrained_merged_model_has_adapter_head(method: str, family: str, tmp_path: Path) -> None:
     model, batch = model_and_batch(method, family)
     graft = gw.attach(model, method_of(method), name="a")
     perturb(graft.parameters(), 5)
@@ -59,7 +59,7 @@ def test_merged_model_saves_one_model_with_the_adapters_head(method: str, family
 
 
 @pytest.mark.parametrize("explicit", [False, True])
-def test_merged_model_saves_the_adapters_labels(explicit: bool, tmp_path: Path) -> None:
+def test_save_pretrained_merged_model_has_adapter_labels(explicit: bool, tmp_path: Path) -> None:
     trained = FAMILIES["bert"].build(classifier=True, labels=2)
     trained.config.id2label, trained.config.label2id = {0: "n", 1: "p"}, {"n": 0, "p": 1}
     perturb(gw.attach(trained, method_of("lora"), name="a").parameters(), 5)
@@ -72,7 +72,7 @@ def test_merged_model_saves_the_adapters_labels(explicit: bool, tmp_path: Path) 
     torch.testing.assert_close(answers(found, batch), answers(trained, batch))
 
 
-def test_model_trained_in_place_saves_its_trained_weights_while_they_are_active(tmp_path: Path) -> None:
+def test_save_pretrained_full_adapter_saves_active_weights(tmp_path: Path) -> None:
     model, batch = model_and_batch("full", "bert")
     bare = answers(model, batch)
     perturb(gw.attach(model, method_of("full"), name="a").parameters(), 5, scale=0.1)
@@ -84,7 +84,7 @@ def test_model_trained_in_place_saves_its_trained_weights_while_they_are_active(
     torch.testing.assert_close(answers(plain(model, tmp_path / "bare"), batch), bare)
 
 
-def test_active_probe_saves_one_model_with_its_head(tmp_path: Path) -> None:
+def test_save_pretrained_active_probe_has_its_head(tmp_path: Path) -> None:
     model, batch = model_and_batch("probe", "bert")
     perturb(gw.attach(model, method_of("probe"), name="a").parameters(), 5)
     model.save_pretrained(tmp_path)
@@ -92,7 +92,7 @@ def test_active_probe_saves_one_model_with_its_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("full", "probe")])
-def test_attached_model_saves_the_bare_base_and_each_adapter_beside_it(method: str, tmp_path: Path) -> None:
+def test_save_pretrained_saves_base_and_each_adapter(method: str, tmp_path: Path) -> None:
     family = "bert" if (method, "llama") in REFUSED else "llama"
     model, batch = model_and_batch(method, family)
     bare = answers(model, batch)
@@ -108,7 +108,7 @@ def test_attached_model_saves_the_bare_base_and_each_adapter_beside_it(method: s
     assert gw.detach(model).__class__ is type(FAMILIES[family].build(classifier=family == "bert"))
 
 
-def test_merged_model_beside_another_adapter_saves_both(tmp_path: Path) -> None:
+def test_save_pretrained_merged_beside_other_adapter_saves_both(tmp_path: Path) -> None:
     model, batch = model_and_batch("lora", "bert")
     for name in ("a", "b"):
         perturb(gw.attach(model, method_of("lora"), name=name).parameters(), ord(name))
@@ -120,7 +120,7 @@ def test_merged_model_beside_another_adapter_saves_both(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["b"]
 
 
-def test_merged_model_with_tied_embeddings_of_its_own_loads_with_equal_answers(tmp_path: Path) -> None:
+def test_save_pretrained_merged_tied_embeddings_equal_outputs(tmp_path: Path) -> None:
     model, batch = model_and_batch("lora", "gpt2")
     settings = {"name": "lora", "r": 2, "modules_to_save": ["transformer.wte"]}
     graft = gw.attach(model, parse_method(settings))
@@ -130,7 +130,7 @@ def test_merged_model_with_tied_embeddings_of_its_own_loads_with_equal_answers(t
     torch.testing.assert_close(answers(plain(model, tmp_path), batch), answers(model, batch))
 
 
-def test_checkpoint_of_the_trainer_holds_what_it_resumes_from(tmp_path: Path) -> None:
+def test_hf_trainer_checkpoint_resumes_adapter(tmp_path: Path) -> None:
     ends = {}
     for resumed in (False, True):
         model, batch = model_and_batch("lora", "bert")

@@ -38,7 +38,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("cls", "config", "shapes", "heads"), CASES, ids=[case[0] for case in CASES])
-def test_head_of_a_task_is_trained_and_stored(
+def test_task_head_is_trained_and_saved(
     cls: str, config: Any, shapes: dict[str, tuple[int, ...]], heads: tuple[str, ...], tmp_path: Path
 ) -> None:
     draw = torch.Generator().manual_seed(0)

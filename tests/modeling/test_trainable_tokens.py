@@ -51,7 +51,7 @@ def rows_alone(model: Any, rows: Any = ROWS) -> gw.Adapter:
 
 
 @pytest.mark.parametrize("family", ALL)
-def test_trained_rows_answer_as_a_base_with_these_rows(family: str) -> None:
+def test_trained_rows_equal_base_with_replaced_rows(family: str) -> None:
     model, batch = ALL[family].build(), batch_of(family)
     oracle = copy.deepcopy(model)
     graft = rows_alone(model)
@@ -64,7 +64,7 @@ def test_trained_rows_answer_as_a_base_with_these_rows(family: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_merge_writes_rows_into_the_table_and_unmerge_takes_them_out_bit_for_bit(tied: bool, tmp_path: Path) -> None:
+def test_merge_writes_token_rows_and_unmerge_is_bit_exact(tied: bool, tmp_path: Path) -> None:
     model, batch = llama(tied=tied), batch_of("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     graft = rows_alone(model)
