@@ -333,5 +333,5 @@ def test_select_suffix_matches_whole_names_only() -> None:
     assert places
 
 
-def test_bottleneck_without_a_size_is_a_sixteenth_of_the_width() -> None:
+def test_bottleneck_default_size_is_a_sixteenth_of_width() -> None:
     assert [Bottleneck().size(width) for width in (8, 64, 384)] == [1, 4, 24]

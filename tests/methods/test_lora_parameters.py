@@ -80,7 +80,7 @@ def test_num_parameters_of_experts_follows_formula() -> None:
     assert method.num_parameters([target()]) == E * 7 * (IN + OUT) == sum(p.numel() for p in built.parameters())
 
 
-def test_start_is_that_of_lora_with_a_rank_for_each_expert() -> None:
+def test_parameter_lora_init_equals_lora_per_expert() -> None:
     layer = nn.Linear(IN, OUT)
     torch.manual_seed(0)
     built: Any = LoRA(r=R, target_modules=[], target_parameters=["up"]).build(target(), nn.Module())
@@ -108,7 +108,7 @@ def test_variant_on_parameters_raises(settings: dict[str, Any], named: str) -> N
     LoRA(**settings)
 
 
-def test_no_targets_at_all_raises() -> None:
+def test_lora_without_any_target_raises() -> None:
     with pytest.raises(ValidationError, match="nothing would be adapted"):
         LoRA(target_modules=[], target_parameters=[])
 
@@ -150,6 +150,6 @@ def test_parameters_are_selected_alone_or_beside_modules() -> None:
         ({"target_parameters": ["up_proj"], "rank_pattern": {"up": 2}}, ConfigError, "`up` matches none"),
     ],
 )
-def test_target_parameters_that_do_not_fit_raise(settings: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_target_parameters_unsupported_raise(settings: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         LoRA(**settings).select_targets(AVAILABLE)

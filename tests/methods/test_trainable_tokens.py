@@ -53,7 +53,7 @@ def test_scored_rows_equal_a_head_with_these_rows(bias: bool) -> None:
     assert own is head.bias
 
 
-def test_rows_that_follow_another_module_are_its_rows_and_no_parameters_of_their_own() -> None:
+def test_rows_of_tied_module_share_its_parameter() -> None:
     leader = EmbeddedRows(nn.Embedding(6, 4), INDICES, nn.Parameter(torch.ones(3, 4)))
     follower = ScoredRows(nn.Linear(4, 6), INDICES, None)
     follower.follow(leader)
@@ -64,7 +64,7 @@ def test_rows_that_follow_another_module_are_its_rows_and_no_parameters_of_their
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rows_answer_in_the_dtype_of_the_base(dtype: torch.dtype) -> None:
+def test_rows_return_dtype_of_base(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     table, head = nn.Embedding(6, 4, dtype=dtype), nn.Linear(4, 6, dtype=dtype)
     rows = nn.Parameter(torch.randn(3, 4))
@@ -112,7 +112,7 @@ def test_setting_invalid_raises(value: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, [7, 5], {"wte": [7, 5], "lm_head": [1]}])
-def test_setting_survives_a_run_file(value: Any) -> None:
+def test_setting_roundtrips_through_run_file(value: Any) -> None:
     method = parse_method({"name": "lora", "trainable_token_indices": value})
     assert method.to_dict()["trainable_token_indices"] == value
     assert parse_method(method.to_dict()) == method
@@ -132,7 +132,7 @@ def test_num_parameters_counts_rows_of_a_shared_table_once() -> None:
     assert method.num_parameters([layer, *TABLES[:2]]) == 2 * (16 + 8) + 3 * 16
 
 
-def test_list_means_the_input_embedding_and_names_mean_theirs() -> None:
+def test_list_targets_input_embedding_and_mapping_named_tables() -> None:
     assert rows_by_table(TABLES, None) == {}
     assert rows_by_table(TABLES, (1, 2)) == {"model.embed_tokens": (1, 2)}
     assert rows_by_table(TABLES, {"types": (0,), "embed_tokens": (63,)}) == {
