@@ -49,7 +49,7 @@ def tree(model: Path, folder: Path, method: str, task: Any, rows: list[dict[str,
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_train_with_virtual_tokens_leaves_room_for_them(
+def test_train_max_length_leaves_room_for_virtual_tokens(
     method: str, packing: bool, learnt_positions: Path, tmp_path: Path
 ) -> None:
     if packing and method != "prefix":
@@ -62,7 +62,7 @@ def test_train_with_virtual_tokens_leaves_room_for_them(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_predict_with_virtual_tokens_leaves_room_for_them(method: str, learnt_positions: Path, tmp_path: Path) -> None:
+def test_predict_max_length_leaves_room_for_virtual_tokens(method: str, learnt_positions: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"open {at}", "completion": "yes"} for at in range(6)]
     task = {"name": "instruction", "template": "plain"}
     run = train(tree(learnt_positions, tmp_path, method, task, rows))

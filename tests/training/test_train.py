@@ -404,7 +404,7 @@ def test_finish_oversized_examples_are_left_out(run_file: Build, monkeypatch: py
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
 @pytest.mark.parametrize("place", ["step-000008", "latest", "adapter", "manifest.json"])
-def test_disk_fault_names_the_newest_whole_checkpoint(
+def test_train_disk_error_names_newest_complete_checkpoint(
     run_file: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, place: str
 ) -> None:
     """Whatever could not be written: what was saved before is named, and is whole."""
@@ -428,9 +428,7 @@ def test_disk_fault_names_the_newest_whole_checkpoint(
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "bitfit"])
-def test_train_on_a_base_with_nan_blames_the_base(
-    run_file: Build, tmp_path: Path, tiny_encoder: Path, method: str
-) -> None:
+def test_train_base_with_nan_names_the_base(run_file: Build, tmp_path: Path, tiny_encoder: Path, method: str) -> None:
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"
@@ -455,7 +453,7 @@ def test_train_on_a_base_with_nan_blames_the_base(
         ({"learning_rate": 1e-3}, "lr=0.5", "learning_rate", 0.5),
     ],
 )
-def test_override_by_another_spelling_replaces_what_the_file_says(
+def test_override_by_alias_replaces_value_of_file(
     run_file: Build, file: dict[str, Any], override: str, key: str, value: float
 ) -> None:
     tree = run_file()
@@ -466,7 +464,7 @@ def test_override_by_another_spelling_replaces_what_the_file_says(
     assert method.to_dict() | {"r": 4, "lora_alpha": 5} == method.to_dict()
 
 
-def test_two_spellings_of_one_key_in_a_file_are_named(run_file: Build) -> None:
+def test_run_file_with_key_and_its_alias_raises(run_file: Build) -> None:
     for changes in (
         {"training": {"num_train_epochs": 2, "epochs": 8}},
         {"method": {"name": "lora", "r": 2, "rank": 4}},
@@ -475,7 +473,7 @@ def test_two_spellings_of_one_key_in_a_file_are_named(run_file: Build) -> None:
             RunConfig.build(run_file() | changes)
 
 
-def test_names_that_yaml_reads_as_numbers_are_names(run_file: Build, tmp_path: Path) -> None:
+def test_names_that_yaml_reads_as_numbers_stay_text(run_file: Build, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     said = "model: x\nmethod: lora\ndata: {train: y, columns: {text: 0, label: 2019}, filter: {3: a}}\n"
     path.write_text(said + "training: {class_weights: {1: 2.0, 0: 1.0}}\n")

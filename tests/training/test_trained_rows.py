@@ -23,7 +23,7 @@ def stored(run: Any) -> dict[str, torch.Tensor]:
     return read_tensors(run.adapter / "adapter_model.safetensors")
 
 
-def test_run_trains_rows_and_resumes_bit_for_bit(run_file: Callable[..., Any], tmp_path: Any) -> None:
+def test_train_token_rows_resumes_bit_exact(run_file: Callable[..., Any], tmp_path: Any) -> None:
     whole = train(run_file(tmp_path / "whole", method=METHOD))
 
     def stop(event: Event) -> None:
@@ -45,11 +45,11 @@ def test_run_trains_rows_and_resumes_bit_for_bit(run_file: Callable[..., Any], t
     assert graft.method.trainable_token_indices == (101, 102)  # type: ignore[attr-defined]
 
 
-def test_run_with_a_row_that_the_vocabulary_lacks_raises(run_file: Callable[..., Any]) -> None:
+def test_train_token_row_outside_vocabulary_raises(run_file: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match="is out of range"):
         train(run_file(method={**METHOD, "trainable_token_indices": [10**6]}))
 
 
-def test_trunk_cache_with_trained_rows_raises(run_file: Callable[..., Any]) -> None:
+def test_activation_cache_with_token_rows_raises(run_file: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedError, match="rows of an embedding are trained"):
         train(run_file(method={**METHOD, "layers": "top-1"}, trunk_cache=True))
