@@ -20,7 +20,9 @@ SCRIPT = Path(__file__).parents[1] / ".ci" / "run"
     ],
     ids=["passed", "failed", "stopped before"],
 )
-def test_the_last_line_and_the_exit_code(tmp_path: Path, recipe: list[str], last: object, failed: bool) -> None:
+def test_ci_run_ends_with_last_line_and_exit_code(
+    tmp_path: Path, recipe: list[str], last: object, failed: bool
+) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(SCRIPT, tmp_path / ".ci" / "run")
     lines = [line[1:] if line.startswith("!") else f"@echo '{line}'" for line in recipe]

@@ -66,11 +66,11 @@ from graftwerk.formatting import (
         (duration, None, "–"),
     ],
 )
-def test_what_is_written(show: Any, value: float | None, text: str) -> None:
+def test_formatters_of_known_values(show: Any, value: float | None, text: str) -> None:
     assert show(value) == text
 
 
-def test_a_figure_and_its_interval() -> None:
+def test_figure_returns_value_and_interval() -> None:
     assert figure({"value": 0.5, "low": 0.4, "high": 0.6}) == ("0.500", "0.400 to 0.600")
     assert figure({"value": 0.5, "low": None, "high": None}) == ("0.500", "")
     assert figure(0.5) == ("0.500", "")

@@ -54,7 +54,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: str, movies: 
     return tmp_path
 
 
-def test_every_command(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_readme_commands_run(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     given = commands("graftwerk")
     assert len(given) >= 14
     shown = {shlex.split(command)[1] for command in given}
@@ -77,7 +77,7 @@ def test_every_command(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
             assert len(said.out.splitlines()) == 2
 
 
-def test_the_python_example(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python_example_runs(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = blocks("python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 11
     exec(compile(example, "README.md", "exec"), {})
@@ -86,7 +86,7 @@ def test_the_python_example(clone: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "topics: LoRA" in said
 
 
-def test_the_run_file() -> None:
+def test_readme_run_file_is_valid() -> None:
     (example,) = blocks("yaml")
     config = RunConfig.build(yaml.safe_load(example))
     assert config.method.name == "lora"
@@ -94,13 +94,13 @@ def test_the_run_file() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
-def test_example_run_files_are_whole(path: Path) -> None:
+def test_example_run_files_are_valid(path: Path) -> None:
     config = RunConfig.load(path)
     assert config.output_dir.parts[0] == "runs"
     assert path.name in path.read_text().split("\n")[1], "its second line says how it is run"
 
 
-def test_make_has_the_targets() -> None:
+def test_makefile_has_targets_of_readme() -> None:
     for command in commands("make"):
         done = subprocess.run(
             ["make", "-n", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -111,11 +111,11 @@ def test_make_has_the_targets() -> None:
         assert f"make {target} " in done.stdout
 
 
-def test_the_capability_table_is_that_of_the_contract_test() -> None:
+def test_readme_capability_table_equals_contract_test() -> None:
     assert between_markers() == table(), "run `make capabilities`"
 
 
-def test_install_comes_early_and_links_lead_somewhere() -> None:
+def test_readme_install_comes_early_and_links_exist() -> None:
     text = README.read_text(encoding="utf-8")
     lines = text.splitlines()
     assert any(line.startswith("make demo") for line in lines[:20])
@@ -128,7 +128,7 @@ def test_install_comes_early_and_links_lead_somewhere() -> None:
     assert rooms == {word.strip("/") for word in tree.split() if word.endswith("/") and word.strip("/") in rooms}
 
 
-def test_the_quickstart_script(
+def test_quickstart_script_runs(
     monkeypatch: pytest.MonkeyPatch, minilm: str, movies: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

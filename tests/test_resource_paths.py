@@ -23,26 +23,26 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root / "gw_sample"
 
 
-def test_a_file_inside_a_package_is_found_without_importing_it(package: Path) -> None:
+def test_locate_package_file_without_importing_it(package: Path) -> None:
     assert locate("pkg://gw_sample/data/rows.csv") == package / "data" / "rows.csv"
     assert "gw_sample" not in sys.modules
 
 
-def test_a_plain_path_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locate_plain_path_and_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.csv").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate(tmp_path / "a.csv") == tmp_path / "a.csv"
     assert locate("~/a.csv") == tmp_path / "a.csv"
 
 
-def test_a_missing_file_is_named_with_its_nearest_neighbour(package: Path) -> None:
+def test_locate_missing_file_suggests_nearest_name(package: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         locate("pkg://gw_sample/data/row.csv")
     assert str(package / "data" / "row.csv") in caught.value.what
     assert "rows.csv" in str(caught.value.hint)
 
 
-def test_a_missing_file_without_a_neighbour_lists_ten_visible_names(tmp_path: Path) -> None:
+def test_locate_missing_file_lists_ten_visible_names(tmp_path: Path) -> None:
     for name in [*"abcdefghij", ".hidden"]:
         (tmp_path / name).write_text("")
     with pytest.raises(ConfigError) as caught:
@@ -54,7 +54,7 @@ def test_a_missing_file_without_a_neighbour_lists_ten_visible_names(tmp_path: Pa
     assert caught.value.hint == f"{tmp_path} holds: a, b, c, d, e, f, g, h, i, j, ..."
 
 
-def test_a_missing_package_is_an_environment_fault_with_its_command() -> None:
+def test_locate_missing_package_raises_with_install_command() -> None:
     with pytest.raises(ResourceError) as caught:
         locate("pkg://gw_no_such_package/x.csv")
     assert caught.value.exit_code == 5
@@ -64,12 +64,12 @@ def test_a_missing_package_is_an_environment_fault_with_its_command() -> None:
 @pytest.mark.parametrize(
     "inner", ["../gw_sample_evil/data/rows.csv", "../../secret", "data/../../gw_sample_evil/__init__.py", "/etc/passwd"]
 )
-def test_nothing_outside_the_package_can_be_named(package: Path, inner: str) -> None:
+def test_locate_outside_package_raises(package: Path, inner: str) -> None:
     with pytest.raises(ConfigError, match="outside"):
         locate(f"pkg://gw_sample/{inner}")
 
 
-def test_a_link_out_of_the_package_is_refused(package: Path, tmp_path: Path) -> None:
+def test_locate_link_out_of_package_raises(package: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (package / "link").symlink_to(tmp_path / "secret")
     with pytest.raises(ConfigError, match="outside"):
@@ -77,6 +77,6 @@ def test_a_link_out_of_the_package_is_refused(package: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", ["pkg://", "pkg://../x", "pkg://a.b/c", "a\0b", "x" * 5000])
-def test_what_is_no_place_is_a_config_error(place: str) -> None:
+def test_locate_invalid_path_raises_config_error(place: str) -> None:
     with pytest.raises(ConfigError):
         locate(place)
