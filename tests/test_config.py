@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from graftwerk.config import RunConfig, parse_overrides, with_absolute_paths
+from graftwerk.absolute_paths import with_absolute_paths
+from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.data.sources import matching
 from graftwerk.errors import ConfigError
 
@@ -107,3 +108,25 @@ def test_quoted_override_stays_text() -> None:
     tree = {"model": "x", "method": "lora", "data": {"train": "y"}}
     assert RunConfig.build(tree, ["revision='85e2415'"]).revision == "85e2415"
     assert RunConfig.build(tree, ["learning_rate=1e-3"]).training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("1E3", 1000.0), ("-.5", -0.5), ("1.", 1.0), ("{alpha: 1e1, r: 4}", {"alpha": 10.0, "r": 4}),
+        ("nan", "nan"), ("infinity", "infinity"), ("'1e3'", "1e3"), ("[\"1e3\", 1e3]", ["1e3", 1000.0]),
+        ("85e2415", "85e2415"), ("1e3x", "1e3x"), ("1e", "1e"),
+    ],
+)  # fmt: skip
+def test_parse_overrides_reads_numbers_as_yaml_1_2(text: str, value: object) -> None:
+    assert parse_overrides([f"key={text}"]) == {"key": value}
+
+
+def test_load_run_file_reads_numbers_as_yaml_1_1(tmp_path: Path) -> None:
+    """Run folders of earlier versions hold texts like 1e3 unquoted."""
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE + "revision: 1e3\ntraining: {learning_rate: 1e-3}\n")
+    config = RunConfig.load(path)
+    assert (config.revision, config.training.learning_rate) == ("1e3", 1e-3)
+    path.write_text(config.dump())
+    assert RunConfig.load(path).revision == "1e3"

@@ -7,15 +7,14 @@ and deep nesting are refused.
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Mapping
-from glob import escape, glob
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from graftwerk.absolute_paths import with_absolute_paths
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.settings import EvaluationSettings
@@ -29,12 +28,8 @@ from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.multitask import Multitask
 from graftwerk.tasks.registry import TASKS, build_multitask, parse_task
 from graftwerk.training.settings import TrainingSettings
-from graftwerk.yaml_files import parse_yaml, read_yaml
+from graftwerk.yaml_files import parse_override_value, parse_yaml, read_yaml
 
-SOURCE_KEYS = ("source", "target", "validation", "test")
-"""Keys of a data set, or of two aligned files, that hold sources of rows."""
-PATH_KEYS = ("model", "base", "path")
-"""Keys of an augmenter that hold a model or a file."""
 SECRETS = "secrets"
 """The file of the cache that holds what run files must not; readable to its owner alone."""
 
@@ -124,7 +119,7 @@ class RunConfig(Settings):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise to_config_error(error, cls, where) from None
+            raise to_config_error(error, content, where) from None
 
     def anchored(self) -> RunConfig:
         """Return the run with absolute paths; `output_dir` stays as given."""
@@ -192,12 +187,9 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
         if not equals or not key:
             raise ConfigError(f"`{item}` is not of the form key=value", hint="for instance training.seed=1")
         try:
-            parsed_value = parse_yaml(value.encode(), key)
-        except (ConfigError, UnicodeEncodeError) as error:
-            why = error.what if isinstance(error, ConfigError) else "half a character"
-            raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({why[:200]})") from None
-        if value.strip()[:1] not in ("'", '"'):
-            parsed_value = _number(parsed_value)
+            parsed_value = parse_override_value(value, key)
+        except ConfigError as error:
+            raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({error.what[:200]})") from None
         full_key = tuple(_full_key(key.strip()))
         if full_key in seen:
             raise ConfigError(
@@ -208,21 +200,10 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
     return parsed
 
 
-def _number(value: Any) -> Any:
-    """Return a number for texts like `1e-3`, which YAML 1.1 does not read as a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
 def _apply_override(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    keys = _full_key(dotted)
+    *parents, last = _full_key(dotted)
     node = tree
-    model: type[Settings] | None = RunConfig
-    for key in keys[:-1]:
+    for key in parents:
         child = node.get(key)
         if key in ("method", "task") and isinstance(child, str):
             child = {"name": child}
@@ -232,22 +213,32 @@ def _apply_override(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"`{key}` has no keys of its own, so `{dotted}` cannot be set", where=dotted)
         node[key] = child
         node = child
-        model = _settings_at(model, key, child)
-    for spelling in spellings(model, keys[-1]) if model is not None else ():
+    model = _settings_at(parents, tree)
+    for spelling in spellings(model, last) if model is not None else ():
         node.pop(spelling, None)  # in place of what the file says, however it is spelled there
-    node[keys[-1]] = value
+    node[last] = value
 
 
-def _settings_at(model: type[Settings] | None, key: str, child: dict[str, Any]) -> type[Settings] | None:
-    """Return the settings that a key of a run file holds, those of a method or task by name, or None."""
-    name = child.get("name")
-    if model is RunConfig and key == "method":
-        return METHODS.get(str(SHORTHANDS.get(str(name), {"name": name})["name"]))
-    if model is RunConfig and key == "task":
-        return TASKS.get(str(name))
-    field = model.model_fields.get(key) if model is not None else None
-    annotation = field.annotation if field is not None else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Settings) else None
+def _settings_at(keys: Iterable[Any], tree: Any) -> type[Settings] | None:
+    """Return the settings class at some keys of a run file, or None if those keys hold no settings.
+
+    Args:
+        keys: The keys, outermost first.
+        tree: Content of the run file, whose `name` tells which method or task has the settings.
+    """
+    model: type[Settings] = RunConfig
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+        found: Any = None
+        if model is RunConfig and key in ("method", "task"):
+            name = str(tree.get("name")) if isinstance(tree, Mapping) else str(tree)
+            found = TASKS.get(name) if key == "task" else METHODS.get(str(SHORTHANDS.get(name, {"name": name})["name"]))
+        elif (field := model.model_fields.get(key)) is not None:
+            found = field.annotation
+        if not (isinstance(found, type) and issubclass(found, Settings)):
+            return None
+        model = found
+    return model
 
 
 def _full_key(dotted: str) -> list[str]:
@@ -261,76 +252,20 @@ def _full_key(dotted: str) -> list[str]:
     return keys
 
 
-def to_config_error(error: ValidationError, model: type[Settings], where: str | None) -> ConfigError:
-    """Convert a pydantic error: each key, what is wrong with it, and the nearest valid one."""
-    lines = describe_faults(error, lambda loc: _keys_at(model, loc))
+def to_config_error(error: ValidationError, tree: Mapping[str, Any], where: str | None) -> ConfigError:
+    """Convert a pydantic error: each key, what is wrong with it, and the nearest valid one.
+
+    Args:
+        error: The error.
+        tree: Content of the run file.
+        where: The run file, for the message.
+    """
+    lines = describe_faults(error, lambda keys: _keys_at(keys, tree))
     return ConfigError("; ".join(lines), where=where, hint="`graftwerk schema` lists every key with its meaning")
 
 
-def _keys_at(model: type[Settings], loc: tuple[Any, ...]) -> set[str]:
-    if not loc and model is RunConfig:  # where `learning_rate` is understood too
+def _keys_at(keys: tuple[Any, ...], tree: Mapping[str, Any]) -> set[str]:
+    if not keys:  # where `learning_rate` is understood too
         return known_keys(RunConfig) | known_keys(TrainingSettings) | known_keys(DataSettings)
-    current = model
-    for part in loc:
-        field = current.model_fields.get(part)
-        annotation = field.annotation if field is not None else None
-        if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
-            return set()
-        current = annotation
-    return known_keys(current)
-
-
-# -- absolute paths ----------------------------------------------------------------------------------------------------
-
-
-def with_absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a run file with every relative path to an existing file or folder made absolute.
-
-    Hub ids, files of packages and paths that do not exist stay as they are, and so does `output_dir`.
-
-    Args:
-        tree: As `RunConfig.model_dump(mode="json")` gives it.
-    """
-    tree = dict(tree)
-    for key in ("model", "data", "training"):
-        if tree.get(key) is not None:
-            tree[key] = _absolute(tree[key]) if key == "model" else dict(tree[key])
-    data, training = tree.get("data") or {}, tree.get("training") or {}
-    for key in ("train", "validation", "test"):
-        if key in data:
-            data[key] = _absolute_source(data[key])
-    if data.get("augment"):
-        data["augment"] = [_absolute_augmenter(each) for each in data["augment"]]
-    if training.get("warm_start") is not None:
-        training["warm_start"] = _absolute(training["warm_start"])
-    return tree
-
-
-def _absolute_source(source: Any) -> Any:
-    """Resolve a file, several, two aligned ones, or data sets with their own sources; not numbers of rows."""
-    if isinstance(source, list | tuple):
-        return [_absolute_source(each) for each in source]
-    if isinstance(source, Mapping):
-        return {key: _absolute_source(value) if key in SOURCE_KEYS else value for key, value in source.items()}
-    return _absolute(source)
-
-
-def _absolute_augmenter(augmenter: Any) -> Any:
-    if not isinstance(augmenter, Mapping):
-        return augmenter
-    changed = {key: _absolute(value) if key in PATH_KEYS else value for key, value in augmenter.items()}
-    return {**changed, **({"through": _absolute_augmenter(changed["through"])} if "through" in changed else {})}
-
-
-def _absolute(path: Any) -> Any:
-    if not isinstance(path, str) or not path.strip() or "\0" in path or "://" in path:
-        return path
-    resolved = Path(path).expanduser()
-    try:
-        if resolved.exists():
-            return str(resolved.absolute())
-        if any(mark in path for mark in "*?[") and not resolved.is_absolute() and glob(str(resolved), recursive=True):
-            return os.path.join(escape(str(Path.cwd())), str(resolved))
-    except OSError:  # longer than the file system takes: reported when it is opened
-        return path
-    return path
+    model = _settings_at(keys, tree)
+    return known_keys(model) if model is not None else set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,46 @@ class _UniqueKeys(_Loader):  # type: ignore[misc]
         return mapping
 
 
-def parse_yaml(raw: bytes, where: str) -> Any:
+class _OverrideValues(_UniqueKeys):
+    """Read `1e-3` as the number that it is in YAML 1.2; the loader's YAML 1.1 wants a dot and a sign."""
+
+
+def _float_or_text(loader: Any, node: yaml.ScalarNode) -> float | str:
+    """Construct a float; digits beyond its range (`85e2415`, a short commit) stay text."""
+    value: float = loader.construct_yaml_float(node)
+    return node.value if math.isinf(value) and any(sign.isdigit() for sign in node.value) else value
+
+
+_FLOAT = "tag:yaml.org,2002:float"
+_OverrideValues.add_constructor(_FLOAT, _float_or_text)
+_OverrideValues.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_override_value(text: str, key: str) -> Any:
+    """Parse the value of an override `key=value`: YAML with the floats of YAML 1.2.
+
+    Run files keep those of YAML 1.1: the ones in folders of earlier versions hold texts like `1e3` without quotes.
+
+    Raises:
+        ConfigError: As `parse_yaml`.
+    """
+    try:
+        return parse_yaml(text.encode(), key, loader=_OverrideValues)
+    except UnicodeEncodeError:
+        raise ConfigError("half a character (a lone surrogate)", where=key) from None
+
+
+def parse_yaml(raw: bytes, where: str, *, loader: type[_UniqueKeys] = _UniqueKeys) -> Any:
     """Parse YAML without tags, aliases, duplicate keys or deep nesting, in time bounded by its length.
 
     Args:
         raw: The text.
         where: The file or key, for messages.
+        loader: Loader class, which decides what text is a number.
 
     Raises:
         ConfigError: It is not valid YAML, or exceeds a limit.
@@ -72,7 +108,7 @@ def parse_yaml(raw: bytes, where: str) -> Any:
     try:
         text = raw.decode("utf-8")
         _check_events(text, where)
-        return yaml.load(text, Loader=_UniqueKeys)  # a child of SafeLoader
+        return yaml.load(text, Loader=loader)  # a child of SafeLoader
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text: byte {error.start}", where=where) from None
     except yaml.MarkedYAMLError as error:

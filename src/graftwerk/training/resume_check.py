@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graftwerk.config import with_absolute_paths
+from graftwerk.absolute_paths import with_absolute_paths
 from graftwerk.errors import ConflictError
 from graftwerk.sanitize import redacted
 
