@@ -35,7 +35,7 @@ def test_endings_are_shortest_unambiguous_suffixes() -> None:
     assert endings([f"m.{n}.out.dense" for n in range(3)], modules) == ["0.out.dense", "1.out.dense", "2.out.dense"]
 
 
-@given(paths, paths, st.sampled_from(["{}", "^{}", "{}$", ".*\\.{}", "^{}$"]), st.booleans())
+@given(paths, paths, st.sampled_from(["{}", "^{}", "{}$", ".*\\.{}", "^{}$", ".*.{}", "^.*\\.{}$"]), st.booleans())
 def test_named_by_matches_as_in_peft(name: str, path: str, form: str, escaped: bool) -> None:
     key = form.format(name.replace(".", "\\.") if escaped else name)
     assert named_by(key, path) == (
@@ -57,6 +57,9 @@ def test_named_by_known_patterns() -> None:
         assert named_by(key, path), key
     for key in ("proj", "^k_proj", "v_proj", "1.encoder_attn.k_proj", r"encoder_attn\.k\.proj"):
         assert not named_by(key, path), key
+    assert named_by(".*.a", "ba")
+    assert not named_by(".*.a", "a")
+    assert not named_by(r".*\.a", "a")
 
 
 @given(paths, st.sampled_from([None, ["h"], ["layers"], ["a.layers"], ["nope"]]), st.integers(0, 10))

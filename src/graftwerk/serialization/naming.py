@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from graftwerk.serialization.patterns import MAX_LENGTH, Expression, Steps
 
-_PLAIN = re.compile(r"\^?(?:\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
+_PLAIN = re.compile(r"(\^)?(\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
 
 def endings(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
@@ -58,14 +58,17 @@ def named_by(key: str, path: str, steps: Steps | None = None) -> bool:
     if plain is None:
         starts = {0, *(at + 1 for at, char in enumerate(path) if char == ".")}
         return _expression(key).matches(path, starts, steps)
+    anchor, prefix, name = plain.groups()
     # A dot that is not escaped stands for any character; all other characters for themselves.
-    text = re.sub(r"\\([.-])", lambda match: "\0" if match[1] == "." else match[1], plain[1])
-    if len(text) > len(path) or (key.startswith("^") and ".*" not in key and len(text) != len(path)):
+    text = re.sub(r"\\([.-])", lambda match: "\0" if match[1] == "." else match[1], name)
+    before = len(path) - len(text)
+    if before < 0 or not all(
+        b == "." if a == "\0" else (a in (".", b)) for a, b in zip(text, path[before:], strict=True)
+    ):
         return False
-    tail = path[len(path) - len(text) :]
-    if not all(b == "." if a == "\0" else (a in (".", b)) for a, b in zip(text, tail, strict=True)):
-        return False
-    return len(text) == len(path) or path[len(path) - len(text) - 1] == "."
+    if prefix:  # `.*\.` and `.*.` need a character in front of the name, so a path of the name alone has no match
+        return before > 0 and (prefix == ".*." or path[before - 1] == ".")
+    return before == 0 or (anchor is None and path[before - 1] == ".")
 
 
 @lru_cache(maxsize=1_024)
