@@ -1,4 +1,4 @@
-"""A real comparison on a tiny model: stopped, with a run killed, gone on with, and what comes out in the end."""
+"""A real comparison on a tiny model: stopped, with a run killed, resumed, and its result."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import AdapterError, ConfigError, ConflictError, RunInterrupted, UnsupportedError
+from graftwerk.errors import AdapterError, ConfigError, ConflictError, DivergedError, RunInterrupted, UnsupportedError
 from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS, load_evaluation
 from graftwerk.experiments import compare as compare_module
 from graftwerk.experiments.compare import Comparison, compare
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.jobs import perform
+from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.serialization.untrusted_files import read_json
 from graftwerk.training.train import train
@@ -125,6 +126,21 @@ def test_compare_resumes(story: Story) -> None:
     assert any(event["kind"] == "resume" and event["step"] >= 4 for event in events)
     events = [json.loads(line) for line in (story.killed.folder / "full-seed0" / "metrics.jsonl").open()]
     assert not any(event["kind"] == "resume" for event in events)
+
+
+def test_compare_interrupted_counts_failed_runs_apart(settings: dict[str, Any]) -> None:
+    class FailsThenStops:
+        errors: ClassVar[list[BaseException]] = [DivergedError("the loss is nan"), RunInterrupted(15, "stopped")]
+
+        def run(self, job: dict[str, Any], on_event: Any) -> dict[str, Any]:
+            raise self.errors.pop(0)
+
+    driver = compare_module._ComparisonDriver(
+        settings, parse_method_specs(["lora", "probe", "ia3"]), [0], {}, None, listener=lambda event: None
+    )
+    with pytest.raises(RunInterrupted) as caught:
+        driver._run_all(FailsThenStops(), "accuracy", overwrite=True)  # type: ignore[arg-type]
+    assert caught.value.recovered == f"0 of 3 runs (1 failed) in {settings['output_dir']}"
 
 
 def test_compare_killed_run_is_reported_and_others_continue(story: Story) -> None:

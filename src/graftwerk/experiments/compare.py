@@ -264,11 +264,11 @@ class _ComparisonDriver:
 
     def _checked(self, workers: JobRunner, overwrite: bool) -> dict[str, Any]:
         first = self.seeds[0]
-        runs = {} if overwrite else {str(self.folder_of(e, seed)): self.config_of(e, seed) for e, seed in self.plan}
+        existing = [] if overwrite else [planned for planned in self.plan if self.folder_of(*planned).is_dir()]
         job = {
             "kind": "check",
             "configs": {spec.name: self.config_of(spec, first) for spec in self.specs},
-            "runs": {folder: tree for folder, tree in runs.items() if Path(folder).is_dir()},
+            "runs": {str(self.folder_of(*planned)): self.config_of(*planned) for planned in existing},
         }
         return workers.run(job, lambda event: self._emit("phase", "", event.get("name", "")))
 
@@ -276,10 +276,12 @@ class _ComparisonDriver:
         try:
             for spec, seed in self.plan:
                 self._run_one(workers, spec, seed, metric, overwrite)
-        except Explained as stopped:
-            stopped.recovered = f"{self.eta.done} of {len(self.plan)} runs in {self.folder}"
-            if isinstance(stopped, RunInterrupted):
-                stopped.hint = "run the same command again to resume"
+        except Explained as error:
+            finished, failed = (sum(map(len, by_seed.values())) for by_seed in (self.runs, self.failed))
+            failures = f" ({failed} failed)" if failed else ""
+            error.recovered = f"{finished} of {len(self.plan)} runs{failures} in {self.folder}"
+            if isinstance(error, RunInterrupted):
+                error.hint = "run the same command again to resume"
             raise
 
     def _finish(self, header: Mapping[str, Any], prefer: str, margin: float | None) -> None:
@@ -314,7 +316,7 @@ class _ComparisonDriver:
                 self._emit("note", run_label, f"already finished: {result_line(found, metric)}")
                 return
             if manifest["status"] == "diverged":
-                self._failed(spec, seed, str((manifest.get("error") or {}).get("what", "diverged")))
+                self._record_failure(spec, seed, str((manifest.get("error") or {}).get("what", "diverged")))
                 return
         began = time.monotonic()
         progress = RunEvents()
@@ -330,7 +332,7 @@ class _ComparisonDriver:
             job = {"kind": "run", "config": self.config_of(spec, seed), "overwrite": overwrite}
             workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
         except (DivergedError, Crashed) as error:
-            self._failed(spec, seed, error.what)
+            self._record_failure(spec, seed, error.what)
             return
         found = measured_run(folder)
         if found is None:
@@ -339,10 +341,10 @@ class _ComparisonDriver:
         self.eta.finished(spec.name, time.monotonic() - began)
         self._emit("run", run_label, result_line(found, metric), left=self.eta.left())
 
-    def _failed(self, spec: MethodSpec, seed: int, why: str) -> None:
-        self.failed[spec.name][seed] = why
+    def _record_failure(self, spec: MethodSpec, seed: int, reason: str) -> None:
+        self.failed[spec.name][seed] = reason
         self.eta.finished(spec.name, None)
-        self._emit("note", f"{spec.name}, seed {seed}", f"failed: {why}", left=self.eta.left())
+        self._emit("note", f"{spec.name}, seed {seed}", f"failed: {reason}", left=self.eta.left())
 
     # -- output ------------------------------------------------------------------------------------------------------
 
