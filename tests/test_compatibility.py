@@ -93,4 +93,9 @@ def test_names_of_0_1_0_are_those_of_today() -> None:
     error = ResourceError("full", hint="clear it", recovered="step 4")
     said = error.as_dict()
     assert (said["mend"], said["kept"]) == (said["hint"], said["recovered"]) == ("clear it", "step 4")
-    assert (error.mend, error.kept) == (error.hint, error.recovered)
+    with pytest.warns(DeprecationWarning, match="hint"):
+        assert error.mend == error.hint
+    with pytest.warns(DeprecationWarning, match="recovered"):
+        assert error.kept == error.recovered
+    with pytest.warns(DeprecationWarning, match="ErrorReport"):
+        assert errors.Explained is errors.ErrorReport

@@ -19,14 +19,36 @@ from typing import Any, ClassVar
 
 from graftwerk.sanitize import clean
 
+_RENAMED = {
+    "EnvironmentFault": "ResourceError",
+    "Interrupted": "RunInterrupted",
+    "Explained": "ErrorReport",
+}
+"""Names of earlier versions that still work for one release, each with its name today."""
+_RENAMED_PARTS = {"mend": "hint", "kept": "recovered"}
+"""The same for attributes of an error and keys of its JSON."""
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """Return ``did you mean `right`? ``, with a trailing space, or "" if no known name is similar."""
+
+def did_you_mean(wrong: str, known: Iterable[str], then: str = "") -> str:
+    """Return the question for the most similar known name, if there is one, and a sentence after it.
+
+    Args:
+        wrong: The name as it was given.
+        known: Names that exist.
+        then: Sentence that follows.
+
+    Example:
+        >>> from graftwerk.errors import did_you_mean
+        >>> did_you_mean("lroa", ["lora", "ia3"], "There are: lora, ia3")
+        'did you mean `lora`? There are: lora, ia3'
+        >>> did_you_mean("full", ["lora", "ia3"])
+        ''
+    """
     near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
-    return f"did you mean `{near[0]}`? " if near else ""
+    return " ".join(filter(None, [f"did you mean `{near[0]}`?" if near else "", then]))
 
 
-class Explained(BaseException):
+class ErrorReport(BaseException):
     """Base of `GraftwerkError` and `RunInterrupted`: a message in four parts.
 
     ``str(error)`` is the whole message; ``error.as_dict()`` is the same for programs. Both are cleaned
@@ -50,13 +72,18 @@ class Explained(BaseException):
 
     @property
     def mend(self) -> str | None:
-        """Return `hint`, under its name of 0.1.0."""
-        return self.hint
+        """Return `hint` by its earlier name; deprecated."""
+        return self._renamed("mend")
 
     @property
     def kept(self) -> str | None:
-        """Return `recovered`, under its name of 0.1.0."""
-        return self.recovered
+        """Return `recovered` by its earlier name; deprecated."""
+        return self._renamed("kept")
+
+    def _renamed(self, name: str) -> str | None:
+        warnings.warn(f"`{name}` is now called `{_RENAMED_PARTS[name]}`", DeprecationWarning, stacklevel=3)
+        part: str | None = getattr(self, _RENAMED_PARTS[name])
+        return part
 
     def __str__(self) -> str:
         parts = [self.what]
@@ -69,25 +96,25 @@ class Explained(BaseException):
         return _rebuild, (type(self), self.args, vars(self))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return code, exit code and the four parts, under their names of 0.1.0 too."""
-        said = {"what": self.what, "where": self.where, "hint": self.hint, "recovered": self.recovered}
-        said |= {"mend": self.hint, "kept": self.recovered}  # the names of 0.1.0
+        """Return code, exit code and the four parts, under their names of earlier versions too."""
+        parts = {"what": self.what, "where": self.where, "hint": self.hint, "recovered": self.recovered}
+        parts |= {old: parts[new] for old, new in _RENAMED_PARTS.items()}
         return {
             "error": self.code,
             "exit_code": self.exit_code,
-            **{name: None if text is None else clean(text) for name, text in said.items()},
+            **{name: None if text is None else clean(text) for name, text in parts.items()},
         }
 
 
-def _rebuild(cls: type[Explained], args: tuple[Any, ...], values: dict[str, Any]) -> Explained:
+def _rebuild(cls: type[ErrorReport], args: tuple[Any, ...], values: dict[str, Any]) -> ErrorReport:
     """Return an error as it was pickled; its parts are no positional arguments."""
     error = cls.__new__(cls, *args)
     vars(error).update(values)
     return error
 
 
-class GraftwerkError(Explained, Exception):
-    """Root of the tree; raised itself for a defect."""
+class GraftwerkError(ErrorReport, Exception):
+    """Base class of every error that graftwerk raises on purpose; raised itself for a defect."""
 
 
 class ConfigError(GraftwerkError):
@@ -112,13 +139,13 @@ class ModelError(GraftwerkError):
 
 
 class UnsupportedError(ModelError):
-    """A method cannot do this on this model."""
+    """The model does not support the requested method, task or operation."""
 
     code = "unsupported"
 
 
 class AdapterError(ModelError):
-    """An adapter folder does not fit this model: missing, extra or mis-shaped weights, another base."""
+    """A stored adapter does not match the model: missing, unexpected or misshapen tensors, or another base."""
 
     code = "adapter"
 
@@ -151,7 +178,7 @@ class IntegrityError(GraftwerkError):
     exit_code = 8
 
 
-class RunInterrupted(Explained):
+class RunInterrupted(ErrorReport):
     """SIGINT or SIGTERM stopped the run; `recovered` names the newest checkpoint, if there is one.
 
     Derives from BaseException, as KeyboardInterrupt does, so that no ``except Exception`` swallows a stop or turns it
@@ -168,10 +195,6 @@ class RunInterrupted(Explained):
     def exit_code(self) -> int:  # type: ignore[override]
         """Return 128 plus the signal's number, as a shell does."""
         return 128 + self.signum
-
-
-_RENAMED = {"EnvironmentFault": "ResourceError", "Interrupted": "RunInterrupted"}
-"""Names of 0.1.0 that still work, each with its name today."""
 
 
 def __getattr__(name: str) -> Any:

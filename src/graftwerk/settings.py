@@ -102,8 +102,8 @@ def describe_faults(
             if str(fault["loc"][-1]) in known:
                 lines.append(f"`{key}`{named} is another spelling of a key that is given too; keep one of them")
                 continue
-            near = did_you_mean(str(fault["loc"][-1]), known)
-            lines.append((f"{of} has no setting `{key}`" if of else f"unknown key `{key}`") + f"; {near}".rstrip("; "))
+            unknown = f"{of} has no setting `{key}`" if of else f"unknown key `{key}`"
+            lines.append("; ".join(filter(None, [unknown, did_you_mean(str(fault["loc"][-1]), known)])))
         elif fault["type"] == "missing":
             lines.append(f"`{key}`{named} is missing")
         else:
@@ -161,8 +161,8 @@ def parse_choice(
         values = {**shorthands[name], **values}
         name = str(values.pop("name"))
     if name not in choices:
-        hint = did_you_mean(name, [*choices, *shorthands])
-        raise ConfigError(f"there is no {kind} `{name}`", where=where, hint=hint + listed)
+        hint = did_you_mean(name, [*choices, *shorthands], listed)
+        raise ConfigError(f"there is no {kind} `{name}`", where=where, hint=hint)
     return parse_settings(choices[name], values, what=f"{kind} `{name}`", where=where)
 
 

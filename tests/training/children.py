@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from graftwerk.errors import Explained
+from graftwerk.errors import ErrorReport
 
 
 class Child:
@@ -28,7 +28,7 @@ class Child:
             try:
                 function()
                 code = 0
-            except Explained as error:
+            except ErrorReport as error:
                 code = error.exit_code
                 print(f"child {os.getpid()}: {error}", file=sys.stderr, flush=True)
             except BaseException:

@@ -19,7 +19,7 @@ import typer
 
 from graftwerk.cli import augment, compare, doctor, evaluate, inspect, methods, predict, report, schema, train
 from graftwerk.cli.output import ReaderGone, dump, read
-from graftwerk.errors import ConfigError, Explained, GraftwerkError, ResourceError, RunInterrupted
+from graftwerk.errors import ConfigError, ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.sanitize import clean
 from graftwerk.training.signals import StopSignals
 
@@ -107,9 +107,9 @@ def _run(arguments: Sequence[str] | None) -> int:
         return fault.exit_code
 
 
-def as_fault(error: BaseException) -> Explained:
+def as_fault(error: BaseException) -> ErrorReport:
     """Return any error as one of graftwerk's."""
-    if isinstance(error, Explained):
+    if isinstance(error, ErrorReport):
         return error
     if isinstance(error, KeyboardInterrupt):
         return RunInterrupted(signal.SIGINT, "stopped by Ctrl-C")
@@ -153,7 +153,7 @@ def _writable() -> bool:
     return True
 
 
-def _say(fault: Explained, *, as_json: bool) -> None:
+def _say(fault: ErrorReport, *, as_json: bool) -> None:
     try:
         print(f"graftwerk: {fault}", file=sys.stderr, flush=True)
         if as_json:

@@ -202,11 +202,10 @@ def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
     known = list(known)
     for part in columns:
         if part not in known:
-            hint = did_you_mean(part, known)
             raise ConfigError(
                 f"this task has no part `{part}`",
                 where=f"data.columns.{part}",
-                hint=f"{hint}Its parts: {', '.join(known)}",
+                hint=did_you_mean(part, known, f"Its parts: {', '.join(known)}"),
             )
 
 
@@ -225,18 +224,15 @@ def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
         return  # an empty file, or bad rows only: said elsewhere
     for part, column in wanted.items():
         if column not in table.columns:
-            hint = did_you_mean(column, table.columns)
-            if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
-                hint = "the fields are not separated by commas; save it with commas, or as .tsv with tabs. "
-            listed = ", ".join(table.columns)
             other = "`data.filter=null` takes the filter away"
             if key == "columns":
                 other = f"`data.columns: {{{part}: ...}}` names the right one (`--column {part}=...` after a training)"
-            raise ConfigError(
-                f"{table.source} has no column `{column}`",
-                where=f"data.{key}",
-                hint=f"{hint}It has: {listed}; {other}",
-            )
+            listed = f"It has: {', '.join(table.columns)}; {other}"
+            if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
+                hint = f"the fields are not separated by commas; save it with commas, or as .tsv with tabs. {listed}"
+            else:
+                hint = did_you_mean(column, table.columns, listed)
+            raise ConfigError(f"{table.source} has no column `{column}`", where=f"data.{key}", hint=hint)
 
 
 def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]], met: set[tuple[str, int]]) -> bool:

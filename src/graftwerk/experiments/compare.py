@@ -20,7 +20,7 @@ from graftwerk.errors import (
     ConfigError,
     ConflictError,
     DivergedError,
-    Explained,
+    ErrorReport,
     IntegrityError,
     RunInterrupted,
 )
@@ -257,7 +257,7 @@ class _ComparisonDriver:
                 self.base, self.specs, self.seeds, self.augment, metric or checked["main_metric"], checked,
                 prefer=prefer, own=self.run_file_method,
             )  # fmt: skip
-        except Explained as error:
+        except ErrorReport as error:
             if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
                 (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
             raise
@@ -276,7 +276,7 @@ class _ComparisonDriver:
         try:
             for spec, seed in self.plan:
                 self._run_one(workers, spec, seed, metric, overwrite)
-        except Explained as error:
+        except ErrorReport as error:
             finished, failed = (sum(map(len, by_seed.values())) for by_seed in (self.runs, self.failed))
             failures = f" ({failed} failed)" if failed else ""
             error.recovered = f"{finished} of {len(self.plan)} runs{failures} in {self.folder}"

@@ -114,7 +114,7 @@ def _as_child(job: Mapping[str, Any], out: int) -> int:
 
 def _work(job: Mapping[str, Any], out: int) -> int:
     """Do one job and say how it went; 0 where it went well."""
-    from graftwerk.errors import Explained
+    from graftwerk.errors import ErrorReport
     from graftwerk.experiments.jobs import perform
 
     def send(message: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ def _work(job: Mapping[str, Any], out: int) -> int:
             result = perform(job, send)
         send({"done": result})
         return 0
-    except Explained as error:
+    except ErrorReport as error:
         send({"error": error.as_dict()})
         return error.exit_code
     except BaseException as error:  # a defect must reach whoever waits, too

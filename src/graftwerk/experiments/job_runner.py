@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from graftwerk import errors
-from graftwerk.errors import Explained, GraftwerkError, ResourceError, RunInterrupted
+from graftwerk.errors import ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.experiments.fork_server import CAN_FORK
 from graftwerk.own_files import open_own
 
@@ -80,7 +80,7 @@ class JobRunner:
     def _listen(self, process: subprocess.Popen[bytes], on_event: OnEvent) -> dict[str, Any]:
         assert process.stdout is not None
         result: dict[str, Any] | None = None
-        error: Explained | None = None
+        error: ErrorReport | None = None
         for line in process.stdout:
             message = json.loads(line)
             if "started" in message:
@@ -179,7 +179,7 @@ class JobRunner:
                 os.kill(self._job, signum)
 
 
-def _rebuilt(said: Mapping[str, Any]) -> Explained:
+def _rebuilt(said: Mapping[str, Any]) -> ErrorReport:
     """Return the error that a worker raised, with the same class."""
     what, where, hint, kept = (said.get(part) for part in ("what", "where", "hint", "recovered"))
     if said.get("error") == RunInterrupted.code:

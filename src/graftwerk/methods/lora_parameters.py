@@ -200,7 +200,7 @@ class ParameterSelection(LinearLayerMethod):
                 raise ConfigError(
                     f"{SETTING}: `{name}` matches no parameter of this model",
                     where=f"method.{SETTING}",
-                    hint=f"{did_you_mean(name, ends)}The parameters end in: {', '.join(ends[:30])}",
+                    hint=did_you_mean(name, ends, f"The parameters end in: {', '.join(ends[:30])}"),
                 )
         found = [target for target in parameters if not wanted.isdisjoint(endings(target.path))]
         hosts = {module.path for module in modules}

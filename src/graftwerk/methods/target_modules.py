@@ -60,11 +60,10 @@ def select(available: Sequence[TargetModule], targets: Sequence[str]) -> list[Ta
                         hint=f"leave `{target}` out",
                     )
             names = sorted({module.path.rpartition(".")[2] for module in modules})
-            hint = did_you_mean(target, names)
             raise ConfigError(
                 f"target_modules: `{target}` matches no layer of this model",
                 where="method.target_modules",
-                hint=f"{hint}The layers end in: {', '.join(names[:30])}",
+                hint=did_you_mean(target, names, f"The layers end in: {', '.join(names[:30])}"),
             )
     chosen = [module for module in modules if not wanted.isdisjoint(endings(module.path))]
     return chosen + [module for module in heads if not outside.isdisjoint(endings(module.path))]

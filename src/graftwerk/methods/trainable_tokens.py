@@ -258,11 +258,11 @@ def _named(tables: Sequence[TargetModule], wanted: Mapping[str, tuple[int, ...]]
         matched = [table for table in tables if name in endings(table.path)]
         if not matched:
             there = [table.path for table in tables]
-            near = did_you_mean(name, sorted({ending for path in there for ending in endings(path)}))
+            known = sorted({ending for path in there for ending in endings(path)})
             raise ConfigError(
                 f"{SETTING}: `{name}` is no embedding of this model",
                 where=WHERE,
-                hint=f"{near}The embeddings are: {', '.join(there[:20]) or 'none'}",
+                hint=did_you_mean(name, known, f"The embeddings are: {', '.join(there[:20]) or 'none'}"),
             )
         for table in matched:
             if found.setdefault(table.path, rows) != rows:

@@ -64,6 +64,6 @@ def _named(given: Mapping[str, float], labels: Sequence[str]) -> list[float]:
             raise ConfigError(
                 f"there is no class `{name}`",
                 where=f"{WHERE}.{name}",
-                hint=f"{did_you_mean(name, labels)}The classes are: {', '.join(labels)}",
+                hint=did_you_mean(name, labels, f"The classes are: {', '.join(labels)}"),
             )
     return [given.get(name, 1.0) for name in labels]

@@ -100,11 +100,11 @@ def check_allowed(allow: Sequence[str]) -> None:
     """
     for code in allow:
         if code not in (*GRAVE_CODES, ALL):
-            hint = did_you_mean(code, GRAVE_CODES)
+            listed = f"There are: {', '.join(GRAVE_CODES)}; {ALL} allows every one"
             raise ConfigError(
                 f"there is no severe issue `{code}`",
                 where="data.allow",
-                hint=f"{hint}There are: {', '.join(GRAVE_CODES)}; {ALL} allows every one",
+                hint=did_you_mean(code, GRAVE_CODES, listed),
             )
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from graftwerk.errors import ConflictError, Explained, ResourceError
+from graftwerk.errors import ConflictError, ErrorReport, ResourceError
 from graftwerk.own_files import open_own
 from graftwerk.serialization.atomic import FAULTS
 from graftwerk.training.process_info import is_running, start_ticks
@@ -103,7 +103,7 @@ class RunLock:
             try:
                 if self._take(descriptor, give_up=time.monotonic() > patience):
                     self._descriptor = descriptor
-            except Explained:
+            except ErrorReport:
                 self._leave_no_folder()
                 raise
             finally:
@@ -125,7 +125,7 @@ class RunLock:
         self._made += [folder for folder in self.path.parents if folder not in self._made and not folder.exists()]
         try:
             return _open(self.path)
-        except Explained:
+        except ErrorReport:
             self._leave_no_folder()
             raise
 

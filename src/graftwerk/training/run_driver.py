@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import DivergedError, Explained, GraftwerkError, ResourceError
+from graftwerk.errors import DivergedError, ErrorReport, GraftwerkError, ResourceError
 from graftwerk.sanitize import REDACTED, redacted
 from graftwerk.serialization.atomic import FAULTS
 from graftwerk.serialization.strict_json import dump_object
@@ -292,7 +292,7 @@ class RunDriver:
         except BaseException as error:
             if self.processes.is_main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
-                content = error.as_dict() if isinstance(error, Explained) else {"error": type(error).__name__}
+                content = error.as_dict() if isinstance(error, ErrorReport) else {"error": type(error).__name__}
                 # The first error is the one to report, not another one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": content})
