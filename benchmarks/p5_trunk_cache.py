@@ -144,7 +144,7 @@ class Sides:
 
         def emit(event: Any) -> None:
             if event.kind == "step":
-                losses.append(event.figures["loss"])
+                losses.append(event.values["loss"])
 
         return Trainer(
             graft, self.task, self.tokenizer, self.rows, [], self.settings,

@@ -85,7 +85,7 @@ def ours(given: dict[str, Any], folder: Path, seed: int, steps: int | None) -> d
 
     def listen(event: Any) -> None:
         if event.kind == "start":
-            plan.update(event.figures)
+            plan.update(event.values)
             plan["started"] = watch.seconds()
         if event.kind == "checkpoint":
             plan["step"], plan["last"] = event.step, watch.seconds()

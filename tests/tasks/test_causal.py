@@ -112,7 +112,7 @@ def test_instruction_run_trains_evaluates_and_predicts(
     losses: list[float] = []
     run = train(
         tree(tiny_decoder, glosses, tmp_path / "run", INSTRUCTION, packing=packing),
-        listener=lambda event: losses.append(event.figures["loss"]) if event.kind == "step" else None,
+        listener=lambda event: losses.append(event.values["loss"]) if event.kind == "step" else None,
     )
     figures = run.manifest["metrics"]["test"]
     assert {"exact_match", "rouge1", "rouge2", "rougeL", "perplexity", "length"} == figures.keys()
@@ -130,9 +130,7 @@ def test_packed_training_gives_equal_losses(tiny_decoder: Path, glosses: Path, t
     for packing, losses in seen.items():
         train(
             tree(tiny_decoder, glosses, tmp_path / str(packing), INSTRUCTION, packing=packing, compute_type="float32"),
-            listener=lambda event, losses=losses: (
-                losses.append(event.figures["loss"]) if event.kind == "step" else None
-            ),  # type: ignore[misc]
+            listener=lambda event, losses=losses: losses.append(event.values["loss"]) if event.kind == "step" else None,  # type: ignore[misc]
         )
     assert seen[True] == pytest.approx(seen[False], abs=1e-4)
 

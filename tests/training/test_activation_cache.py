@@ -93,7 +93,7 @@ def trainer(
 
 
 def losses_of(events: list[Event]) -> list[float]:
-    return [event.figures["loss"] for event in events if event.kind == "step"]
+    return [event.values["loss"] for event in events if event.kind == "step"]
 
 
 # -- equal ------------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_cache_fifty_steps_equal_training_without_it(
     assert figures["rows_computed"] == 0
     assert figures["rows_served"] == 5 * (40 + 9)
     scores = {
-        kept: [event.figures["loss"] for event in told[kept] if event.kind == "evaluation"] for kept in (True, False)
+        kept: [event.values["loss"] for event in told[kept] if event.kind == "evaluation"] for kept in (True, False)
     }
     torch.testing.assert_close(torch.tensor(scores[True]), torch.tensor(scores[False]), atol=1e-5, rtol=0)
     assert not made[False][0].activation_cache.metrics()["on"]
@@ -254,7 +254,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def test_cache_is_reported_in_log_and_manifest(run_file: Build, tmp_path: Path) -> None:
     events = events_of(run_file(method=TOP))
-    figures = told(events).figures
+    figures = told(events).values
     assert (figures["layers_skipped"], figures["layers"], figures["where"]) == (1, 2, "memory")
     assert figures["bytes"] == figures["tokens"] * 32 * 4
     assert "1 frozen layers of 2 are computed once" in figures["text"]
@@ -273,7 +273,7 @@ def test_plan_preflight_equals_training(run_file: Build) -> None:
     from graftwerk.experiments.preflight import preflight
 
     tree = run_file(method=TOP)
-    planned, done = preflight(RunConfig.build(tree))["trunk"], told(events_of(tree)).figures
+    planned, done = preflight(RunConfig.build(tree))["trunk"], told(events_of(tree)).values
     assert planned["on"]
     assert {key: done[key] for key in planned} == planned
     assert "lowest 1 of 2 layers are frozen" in describe_trunk(planned)
@@ -326,7 +326,7 @@ def test_cache_required_but_impossible_raises(run_file: Build) -> None:
 def test_cache_over_memory_budget_uses_temporary_file(run_file: Build, tmp_path: Path) -> None:
     in_memory = events_of(run_file(tmp_path / "a", method=TOP))
     in_file = events_of(run_file(tmp_path / "b", method=TOP, trunk_cache_gb=0))
-    assert told(in_file).figures["where"].endswith(".trunk")
+    assert told(in_file).values["where"].endswith(".trunk")
     assert losses_of(in_memory) == losses_of(in_file)
     assert not (tmp_path / "b" / "trunk").exists()
     manifest = read_manifest(tmp_path / "b")
@@ -361,8 +361,8 @@ def test_cache_without_space_computes_every_step(
         monkeypatch.setattr(FileStates, "__init__", refuse)
         words = "Permission denied"
     events = events_of(run_file(tmp_path / "b", method=TOP, **settings))
-    assert any(words in event.figures.get("text", "") for event in events if event.kind == "warning")
-    assert "computed at every step" in told(events).figures["text"]
+    assert any(words in event.values.get("text", "") for event in events if event.kind == "warning")
+    assert "computed at every step" in told(events).values["text"]
     assert not list((tmp_path / "b").glob("trunk/.*"))
     torch.testing.assert_close(torch.tensor(losses_of(events)), torch.tensor(losses_of(wanted)), atol=1e-5, rtol=0)
 
@@ -370,7 +370,7 @@ def test_cache_without_space_computes_every_step(
 def test_cache_shared_folder_is_read_by_other_runs(run_file: Build, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     first = events_of(run_file(tmp_path / "a", method=TOP, trunk_cache_dir=str(folder)))
-    assert told(first).figures["reused"] is False
+    assert told(first).values["reused"] is False
     (file,) = folder.iterdir()
     content = file.read_bytes()
     for name, method, seed in (
@@ -378,8 +378,8 @@ def test_cache_shared_folder_is_read_by_other_runs(run_file: Build, tmp_path: Pa
         ("e", {"name": "prefix", "layers": "1-1"}, 0),
     ):  # fmt: skip
         again = events_of(run_file(tmp_path / name, method=method, trunk_cache_dir=str(folder), seed=seed))
-        assert told(again).figures["reused"] is True, name
-        assert "read from a file" in told(again).figures["text"]
+        assert told(again).values["reused"] is True, name
+        assert "read from a file" in told(again).values["text"]
     assert [path.name for path in folder.iterdir()] == [file.name]
     assert file.read_bytes() == content
     alone = events_of(run_file(tmp_path / "f", method=TOP))
@@ -411,7 +411,7 @@ def test_cache_of_other_rows_or_weights_is_not_read(
             model.encoder.layer[0].output.dense.weight.mul_(1.5)
         model.save_pretrained(copied)
         other["model"] = str(copied)
-    assert told(events_of(other)).figures["reused"] is False
+    assert told(events_of(other)).values["reused"] is False
     assert len(list(folder.iterdir())) == 2
 
 
@@ -433,8 +433,8 @@ def test_cache_damaged_file_is_computed_again(damage: str, run_file: Build, tmp_
         broken.clear()
     file.write_bytes(broken)
     events = events_of(run_file(tmp_path / "b", method=TOP, trunk_cache_dir=str(folder)))
-    assert any("computed again" in event.figures["text"] for event in events if event.kind == "warning")
-    assert told(events).figures["reused"] is False
+    assert any("computed again" in event.values["text"] for event in events if event.kind == "warning")
+    assert told(events).values["reused"] is False
     assert file.read_bytes() == whole
 
 
@@ -443,8 +443,8 @@ def test_cache_with_wrong_logits_is_not_used(run_file: Build, tmp_path: Path, mo
     finished = MemoryStates.finished
     monkeypatch.setattr(MemoryStates, "finished", lambda self: finished(self).roll(1, 0))
     events = events_of(run_file(tmp_path / "b", method=TOP))
-    assert any("logits differ" in event.figures["text"] for event in events if event.kind == "warning")
-    assert told(events).figures["kept"] is False
+    assert any("logits differ" in event.values["text"] for event in events if event.kind == "warning")
+    assert told(events).values["kept"] is False
     torch.testing.assert_close(torch.tensor(losses_of(events)), torch.tensor(losses_of(wanted)), atol=1e-5, rtol=0)
 
 
@@ -472,14 +472,14 @@ def test_cache_interrupted_while_computing_resumes(
     monkeypatch.setattr(trunk_module, "ROWS", 8)
 
     def stop(event: Event) -> None:
-        if event.kind == "phase" and "frozen layers" in event.figures["name"]:
+        if event.kind == "phase" and "frozen layers" in event.values["name"]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     tree = run_file(method=TOP, trunk_cache_dir=str(tmp_path / "kept"))
     with pytest.raises(RunInterrupted):
         train(tree, listener=stop)
     assert list((tmp_path / "kept").iterdir()) == []
-    assert told(events_of(tree, resume=True)).figures["reused"] is False
+    assert told(events_of(tree, resume=True)).values["reused"] is False
 
 
 # -- the files --------------------------------------------------------------------------------------------------------

@@ -132,3 +132,13 @@ def test_to_logging_warns_of_problems(caplog: pytest.LogCaptureFixture) -> None:
         "step 60: nothing is learnt (a higher rate)",
         "step 0: leaked",
     ]
+
+
+def test_event_figures_is_alias_of_values() -> None:
+    event = Event("step", 3, loss=0.5)
+    assert event.values == {"loss": 0.5}
+    with pytest.warns(DeprecationWarning, match="values"):
+        assert event.figures is event.values
+    assert repr(event) == "Event('step', 3, loss=0.5)"
+    assert event == Event("step", 3, loss=0.5)
+    assert event != Event("step", 3, loss=0.6)

@@ -33,16 +33,16 @@ def noisy(levels: list[float], seed: int = 0) -> list[float]:
 
 def test_no_learning_low_rate_is_reported_early() -> None:
     events = said(watcher(2e-5), noisy([0.695] * 300))
-    assert [event.figures["code"] for event in events] == ["no_learning"]
+    assert [event.values["code"] for event in events] == ["no_learning"]
     (event,) = events
     assert event.step < 150, "said when it is too late"
-    assert "learning_rate=auto" in event.figures["hint"]
-    assert "50 times lower" in event.figures["hint"]
+    assert "learning_rate=auto" in event.values["hint"]
+    assert "50 times lower" in event.values["hint"]
 
 
 def test_no_learning_loss_at_prior_is_reported() -> None:
     falling = [max(0.69, 1.2 - 0.02 * step) for step in range(300)]
-    assert [event.figures["code"] for event in said(watcher(2e-5), noisy(falling))] == ["no_learning"]
+    assert [event.values["code"] for event in said(watcher(2e-5), noisy(falling))] == ["no_learning"]
 
 
 def test_no_learning_falling_loss_is_silent() -> None:
@@ -55,13 +55,13 @@ def test_no_learning_slow_start_is_silent_at_usual_rate() -> None:
     """At a rate that is usual for the method, longer than at one that explains why nothing is learnt."""
     levels = [0.69] * 130 + [max(0.3, 0.69 - 0.01 * step) for step in range(170)]
     assert said(watcher(), noisy(levels)) == []
-    assert [event.figures["code"] for event in said(watcher(2e-5), noisy(levels))] == ["no_learning"]
+    assert [event.values["code"] for event in said(watcher(2e-5), noisy(levels))] == ["no_learning"]
 
 
 def test_no_learning_usual_rate_is_reported() -> None:
     (event,) = said(watcher(), noisy([0.695] * 300))
-    assert event.figures["code"] == "no_learning"
-    assert "learning_rate=0.005" in event.figures["hint"]
+    assert event.values["code"] == "no_learning"
+    assert "learning_rate=0.005" in event.values["hint"]
 
 
 def test_no_learning_short_run_is_silent() -> None:
@@ -69,14 +69,14 @@ def test_no_learning_short_run_is_silent() -> None:
 
 
 def test_no_learning_without_prior_compares_with_start() -> None:
-    assert [event.figures["code"] for event in said(watcher(2e-5, prior=None), noisy([3.2] * 300))] == ["no_learning"]
+    assert [event.values["code"] for event in said(watcher(2e-5, prior=None), noisy([3.2] * 300))] == ["no_learning"]
     assert said(watcher(prior=None), noisy([3.2 * 0.995**step for step in range(300)])) == []
 
 
 def test_divergence_is_reported_with_lower_rate() -> None:
     events = said(watcher(0.5), noisy([0.7] * 20 + [0.7 + 0.1 * step for step in range(60)]))
-    assert [event.figures["code"] for event in events] == ["divergence"]
-    assert "learning_rate=0.001" in events[0].figures["hint"]
+    assert [event.values["code"] for event in events] == ["divergence"]
+    assert "learning_rate=0.001" in events[0].values["hint"]
 
 
 def test_health_checks_ignore_non_finite_losses() -> None:
@@ -95,7 +95,7 @@ def evaluated(train: list[float], validation: list[float]) -> list[Event]:
 
 def test_overfitting_is_reported() -> None:
     events = evaluated([0.6, 0.4, 0.2, 0.1], [0.55, 0.6, 0.7, 0.9])
-    assert [(event.figures["code"], event.step) for event in events] == [("overfitting", 30)]
+    assert [(event.values["code"], event.step) for event in events] == [("overfitting", 30)]
 
 
 def test_overfitting_noise_or_rise_of_both_is_silent() -> None:

@@ -344,7 +344,7 @@ def test_train_warns_of_unused_launcher_precision(run_file: Build, monkeypatch: 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     events: list[Event] = []
     train(run_file(max_steps=1, eval_steps=None, compute_type="float32"), listener=events.append)
-    assert ["bf16" in event.figures["text"] for event in events if event.kind == "warning"] == [True]
+    assert ["bf16" in event.values["text"] for event in events if event.kind == "warning"] == [True]
 
 
 def test_resume_with_log_off_keeps_log(run_file: Build, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_finish_oversized_examples_are_left_out(run_file: Build, monkeypatch: py
     events: list[Event] = []
     manifest = train(run_file(), listener=events.append).manifest
     assert (manifest["status"], manifest["examples"]) == ("finished", [])
-    assert any("sample outputs" in event.figures["text"] for event in events if event.kind == "warning")
+    assert any("sample outputs" in event.values["text"] for event in events if event.kind == "warning")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])

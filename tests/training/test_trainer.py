@@ -92,7 +92,7 @@ def losses(trainer: Trainer) -> list[float]:
     said: list[Event] = []
     before, trainer.emit = trainer.emit, lambda event: (before(event), said.append(event))
     trainer.fit()
-    return [event.figures["loss"] for event in said if event.kind == "step"]
+    return [event.values["loss"] for event in said if event.kind == "step"]
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def test_fit_evaluates_and_saves_when_due(bench: Bench, tmp_path: Path) -> None:
     bench.trainer(tmp_path / "d", logging_steps=3, emit=said.append).fit()
     steps = [event for event in said if event.kind == "step"]
     assert [event.step for event in steps] == [3, 6, 8]
-    assert steps[0].figures["loss"] == pytest.approx(sum(GOLDEN[:3]) / 3, abs=2e-4)
+    assert steps[0].values["loss"] == pytest.approx(sum(GOLDEN[:3]) / 3, abs=2e-4)
 
 
 def scripted(trainer: Trainer, values: list[float], metric: str = "accuracy") -> None:
@@ -396,7 +396,7 @@ def test_out_of_memory_halves_micro_batch_same_losses(bench: Bench, tmp_path: Pa
     trainer = bench.trainer(tmp_path, emit=said.append)
     trainer.gradients.task = too_many(3)
     assert losses(trainer) == pytest.approx(GOLDEN, abs=2e-4)
-    memory = [event.figures for event in said if event.kind == "memory"]
+    memory = [event.values for event in said if event.kind == "memory"]
     assert [(event["micro_batch"], event["accumulation"]) for event in memory] == [(4, 2), (2, 4)]
     assert "a step still has 8 rows" in memory[0]["text"]
     snapshot = trainer.checkpoints.load_latest()
@@ -534,7 +534,7 @@ def test_unreached_layers_warn_after_first_step(bench: Bench, tmp_path: Path) ->
         if skipped:
             trainer.adapter.model.bert.encoder.layer[1].forward = lambda hidden, *_, **__: hidden
         losses(trainer)
-        return [event.figures["text"] for event in events if event.kind == "warning"]
+        return [event.values["text"] for event in events if event.kind == "warning"]
 
     assert warnings(False, "all") == []
     (text,) = warnings(True, "skipped")

@@ -11,6 +11,7 @@ Seconds are of training, counted by a monotonic clock and carried over a resume;
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,26 +27,32 @@ class Event:
     Args:
         kind: Kind of the event.
         step: Steps done.
-        figures: Values of the event by name.
+        values: Values of the event by name.
     """
 
-    __slots__ = ("figures", "kind", "step")
+    __slots__ = ("kind", "step", "values")
 
-    def __init__(self, kind: str, step: int, /, **figures: Any) -> None:
-        self.kind, self.step, self.figures = kind, step, figures
+    def __init__(self, kind: str, step: int, /, **values: Any) -> None:
+        self.kind, self.step, self.values = kind, step, values
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Return `values` by their earlier name; deprecated."""
+        warnings.warn("`figures` is now called `values`", DeprecationWarning, stacklevel=2)
+        return self.values
 
     def as_dict(self) -> dict[str, Any]:
         """Return kind, step and values as the log has them."""
-        return {"kind": self.kind, "step": self.step, **self.figures}
+        return {"kind": self.kind, "step": self.step, **self.values}
 
     def __repr__(self) -> str:
-        figures = "".join(f", {name}={value!r}" for name, value in self.figures.items())
-        return f"Event({self.kind!r}, {self.step}{figures})"
+        values = "".join(f", {name}={value!r}" for name, value in self.values.items())
+        return f"Event({self.kind!r}, {self.step}{values})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Event) and self.as_dict() == other.as_dict()
 
-    __hash__ = None  # type: ignore[assignment]  # figures may be lists
+    __hash__ = None  # type: ignore[assignment]  # values may be lists
 
 
 Listener = Callable[[Event], None]
@@ -73,9 +80,9 @@ def to_logging(event: Event) -> None:
     Args:
         event: The event.
     """
-    figures = event.figures
-    if event.kind in WORTH_A_WARNING or (event.kind == "finding" and figures.get("grave")):
-        hint = f" ({figures['hint']})" if figures.get("hint") else ""
+    values = event.values
+    if event.kind in WORTH_A_WARNING or (event.kind == "finding" and values.get("grave")):
+        hint = f" ({values['hint']})" if values.get("hint") else ""
         logging.getLogger("graftwerk").warning(
-            "step %d: %s", event.step, clean(f"{figures.get('text') or figures.get('message')}{hint}")
+            "step %d: %s", event.step, clean(f"{values.get('text') or values.get('message')}{hint}")
         )

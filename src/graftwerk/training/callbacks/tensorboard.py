@@ -31,7 +31,7 @@ class TensorBoard:
         try:
             if self._writer is None:
                 self._writer = self._open()
-            for name, value in event.figures.items():
+            for name, value in event.values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
                     self._writer.add_scalar(f"{prefix}/{name}", value, event.step)
             if event.kind == "evaluation":
