@@ -1,4 +1,4 @@
-"""How a method's defaults were chosen: some settings of one method, on rows that no published figure uses.
+"""How a method's defaults were chosen: some settings of one method, on rows that no published result uses.
 
     python benchmarks/defaults.py lora learning_rate=5e-4,1e-3,2e-3 --seeds 0,1
     python benchmarks/defaults.py bottleneck learning_rate=1e-3,2e-3 method.layer_norm=true,false

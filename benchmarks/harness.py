@@ -72,7 +72,7 @@ class Row:
     Attributes:
         goal: ``P2`` and so on.
         what: Which case, in words; unique within the goal.
-        ours, peer: Figures in ``unit`` (medians, where they are times).
+        ours, peer: Results in ``unit`` (medians, where they are times).
         ratio: As the goal is worded: ours over peer, or peer over ours ("times faster").
         target: The goal in words: ``at most 1.05``.
         reached: Whether ``ratio`` (or ``ours``) meets it; the worst repeat does not count, but is shown.
@@ -234,7 +234,7 @@ def expect(right: bool, what: str) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """What the results depend on besides the code."""
     found: dict[str, Any] = {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "instructions": [name for name in INSTRUCTIONS if name in _cpuinfo("flags").split()],
@@ -277,7 +277,7 @@ def write(
     """Put the rows into ``results/<goal>.json``, with the machine, the date and the commit beside them.
 
     Args:
-        quick: Nothing is written: quick figures are no results.
+        quick: Nothing is written: quick measurements are no results.
         keep: Rows of an earlier sitting on this machine with the same versions stay, but for those measured anew.
         folder: Where results go; None for `RESULTS`, as it is when this is called.
     """

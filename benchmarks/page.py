@@ -29,7 +29,7 @@ TITLES = {
 }
 HEAD = """# Performance
 
-Drawn by `make bench-page` from [benchmarks/results](../benchmarks/results); how the figures are made is in
+Drawn by `make bench-page` from [benchmarks/results](../benchmarks/results); how they are measured is in
 [benchmarks/README.md](../benchmarks/README.md). Medians of sides that ran in turn on one machine; the worst repeat is
 in brackets. A ratio is worded as its goal is. Goals that are not reached are listed like the others; what was tried is
 in [decisions](decisions).

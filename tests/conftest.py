@@ -29,7 +29,7 @@ settings.register_profile(
 )
 settings.load_profile("graftwerk")
 
-# Figures are compared to five digits, also by processes that tests start: in float32, whatever is fast on this machine.
+# Results are compared to five digits, also by processes that tests start: in float32, whatever is fast on this machine.
 os.environ["GRAFTWERK_COMPUTE_TYPE"] = "float32"
 # What a shell, a launcher or a coloured terminal may have left, and what would make tests answer otherwise.
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GRAFTWERK_PROCESSES", "ACCELERATE_MIXED_PRECISION", "FORCE_COLOR"):

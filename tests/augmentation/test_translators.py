@@ -65,7 +65,7 @@ def test_ask_other_weights_than_in_journal_raises_conflict(text_model: Callable[
         found, identity = ask(making, 0, questions[:2], 1, journal, "leg")
     with Journal(tmp_path / "made.jsonl", {"rows": "x"}, keep=True) as journal:
         again, same = ask(making, 0, questions[:2], 1, journal, "leg")
-        assert (again, same) == (found, identity), "the same weights go on"
+        assert (again, same) == (found, identity), "the same weights resume"
     other = tmp_path / "other"
     shutil.copytree(text_model("t5"), other)
     tensors = load_file(other / "model.safetensors")

@@ -63,7 +63,7 @@ def test_sampler_draws_every_row_before_repeating_one() -> None:
         for members in sampler.members:
             times = [drawn[row] for row in members]
             assert max(times) - min(times) <= 1
-    assert sampler(0) != sampler(1)  # a large set goes on where it stopped
+    assert sampler(0) != sampler(1)  # a large set continues where it stopped
 
 
 def test_sampler_depends_on_seed_and_epoch_alone() -> None:

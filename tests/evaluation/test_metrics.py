@@ -1,4 +1,4 @@
-"""Figures against scikit-learn, intervals against a bootstrap that draws row by row, and what cannot be computed."""
+"""Metrics against scikit-learn, intervals against a bootstrap that draws row by row, and what cannot be computed."""
 
 from __future__ import annotations
 

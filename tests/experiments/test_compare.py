@@ -216,7 +216,7 @@ def test_compare_result_has_differences_front_and_recommendation(story: Story) -
 def test_compare_run_is_bit_equal_to_train(story: Story, settings: dict[str, Any], tmp_path: Path) -> None:
     """In a process forked from the warm one, and in this one, which has used its threads: the same bytes.
 
-    For the run that was stopped and gone on with, too.
+    For the run that was stopped and resumed, too.
     """
     for name, method in (("full", "full"), ("small", {"name": "lora", "r": 2})):
         run = train({**settings, "method": method, "output_dir": str(tmp_path / name)})

@@ -1,4 +1,4 @@
-"""Figures in words: what may be called better, what is on the front, what is recommended and why."""
+"""Differences in words: what may be called better, what is on the front, what is recommended and why."""
 
 from __future__ import annotations
 

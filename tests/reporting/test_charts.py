@@ -127,7 +127,7 @@ def test_charts_without_values_states_it() -> None:
     (alone,) = charts([empty], steps=10)
     beside, _ = charts([empty, full], steps=10)
     assert alone == beside
-    assert "no figures" in alone
+    assert "no values" in alone
 
 
 def test_charts_share_the_step_axis() -> None:

@@ -107,7 +107,7 @@ def test_comparison_page_opens_with_result(tmp_path: Path) -> None:
     headings = [h.text for h in page.all("h2")]
     assert headings == [
         "Quality against cost",
-        "The figures",
+        "All results",
         "What the differences are worth",
         "Every run",
         "The data",

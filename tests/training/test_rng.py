@@ -1,4 +1,4 @@
-"""Generators go on after a restore as if nothing had been."""
+"""Generators continue after a restore as if nothing had happened."""
 
 from __future__ import annotations
 

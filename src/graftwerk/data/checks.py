@@ -199,7 +199,7 @@ def _absent_classes(used: Mapping[str, Counter[str]], names: Sequence[str]) -> t
     for split, labels in used.items():
         absent = [name for name in names if name not in labels] if labels else []
         if absent:
-            message = f"the {split} rows have none of {_classes(absent)}: no figure will say anything about them"
+            message = f"the {split} rows have none of {_classes(absent)}: no metric will say anything about them"
             findings.append(Issue("absent-classes", message, 0, example=_listed(absent), hint=f"use more {split} rows"))
     return tuple(findings)
 
@@ -280,7 +280,7 @@ def _across(first: str, one: PlacedRows, second: str, other: PlacedRows) -> list
         f" ({exact:,} to the letter, the others but for white space or case)"
     )
     example = f"{one.where(known[other.folded[leaked[0]]])} and {other.show(leaked[0])}"
-    hint = f"remove them from one side; figures on the {second} rows are better than the truth"
+    hint = f"remove them from one side; metrics on the {second} rows are too good"
     return [Issue("leakage", message, len(leaked), example=example, hint=hint, grave=True)]
 
 

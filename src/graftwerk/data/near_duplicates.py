@@ -72,7 +72,7 @@ def _near(name: str, rows: PlacedRows, train: PlacedRows) -> list[Issue]:
             f"{len(found):,} of {len(rows.texts):,} {name} rows are nearly the same as a training row",
             len(found),
             example=f"{train.show(at)} and {rows.show(first)} ({alike:.0%} of their word triples)",
-            hint=f"remove them from one side, if they are the same thing twice; figures on the {name} rows may be "
+            hint=f"remove them from one side, if they are the same thing twice; metrics on the {name} rows may be "
             "better than the truth",
         )
     ]

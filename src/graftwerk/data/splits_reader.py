@@ -142,7 +142,7 @@ def held_out_elsewhere(
 def _refuse_same(wanted: Source, data: DataSettings, split: str) -> None:
     if wanted == data.source:
         raise ConfigError(
-            f"`{split}` is the same source as `train`: its figures would say nothing",
+            f"`{split}` is the same source as `train`: its metrics would say nothing",
             where=f"data.{split}",
             hint="give a number of rows or a share to hold out, or another source",
         )

@@ -38,7 +38,7 @@ def latency(
 
     A pass is what happens between encoded rows and logits: padding, transfer to the device, the model. Batches are
     rows of like length, spread evenly over the lengths there are, and the same for every model that is given the same
-    rows, so that figures can be compared. Tokenizing is not part of it: it costs the same with every adapter. With
+    rows, so that results can be compared. Tokenizing is not part of it: it costs the same with every adapter. With
     fewer rows than a batch takes, rows are repeated.
     """
     if not examples:

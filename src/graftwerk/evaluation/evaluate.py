@@ -167,7 +167,7 @@ def evaluate(
         result["examples"] = shown
     if split == "validation":
         result["notes"].append(
-            "these rows also chose the checkpoint, so the figures are a little too good; set data.test"
+            "these rows also chose the checkpoint, so the metrics are a little too good; set data.test"
         )
     if store and opened.run is not None:
         store_evaluation(opened.run, opened.info.folder, result, predictions)

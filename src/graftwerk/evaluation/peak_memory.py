@@ -197,7 +197,7 @@ def _code() -> int:
     try:
         with (SELF / "smaps").open(encoding="utf-8", errors="replace") as stream:
             for line in stream:
-                if line[0] in "0123456789abcdef":  # a mapping; its figures follow, and they begin with capitals
+                if line[0] in "0123456789abcdef":  # a mapping; its sizes follow, and they begin with capitals
                     fields = line.split(maxsplit=5)
                     path = fields[5].rstrip("\n") if len(fields) > 5 else ""
                     if "x" in fields[1]:

@@ -96,7 +96,7 @@ def check_baseline(task: Task) -> None:
     """
     if task.has_head:
         raise ConfigError(
-            f"the unadapted base has no head for {task.name}, so it has no figures",
+            f"the unadapted base has no head for {task.name}, so it has no metrics",
             where="evaluation.baseline",
             hint="leave it out; `methods=probe` in a comparison trains a head alone",
         )

@@ -24,7 +24,7 @@ HEADINGS = (
     "ms/row 32",
 )
 HOW = {"share": " in percent", "points": " in points", "tokens": "", "nats": " (less is better)"}
-"""How a metric's figures are to be read, by its unit."""
+"""How a metric's values are to be read, by its unit."""
 DASH = "\N{EN DASH}"
 LEFT = frozenset({0, 3})
 """Columns of words; the others are numbers, flush right."""

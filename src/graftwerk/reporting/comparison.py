@@ -1,4 +1,4 @@
-"""The page of a comparison: the result, the trade-off, every figure, what differences are worth, how to repeat it."""
+"""The page of a comparison: its result, the trade-off, metrics and costs, the differences, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _state(result: Mapping[str, Any]) -> Markup:
     if words(result, "status") == "running":
         text = "Some runs are still to do; the command at the end of this page resumes the comparison."
         said.insert(0, page.message("Not finished.", text, grave=True))
-    return page.section("Before you read the figures", page.messages(said)) if said else Markup()
+    return page.section("Before you read the results", page.messages(said)) if said else Markup()
 
 
 def _results(
@@ -76,14 +76,14 @@ def _results(
         tag("span", class_="key recommended"), "recommended  ",
         tag("span", class_="key on-front"), "on the front  ",
         tag("span", class_="key"), "beaten: another is no worse and no dearer. ",
-        "Point at a method, or reach it with the Tab key, for all its figures.",
+        "Point at a method, or reach it with the Tab key, for all its metrics and costs.",
     ]  # fmt: skip
     return [
         page.section(
             "Quality against cost", page.figure(tradeoff(points, fronts, words(result, "metric")), join(caption))
         ),
         page.section(
-            "The figures",
+            "All results",
             quality(methods, found, metric, chosen, result),
             tag("h3", "What each method costs"),
             costs(methods, chosen),

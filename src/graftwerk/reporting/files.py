@@ -23,7 +23,7 @@ COMPARISON, MANIFEST, CONFIG, LOG, REPORT = (
 )  # fmt: skip
 
 LARGEST = 1e30
-"""No figure of a run is larger, nor, unless it is zero, as small as one by this; so that a scale cannot overflow."""
+"""No value of a run is larger, nor, unless it is zero, as small as one by this; so that a scale cannot overflow."""
 
 
 def at(tree: Any, *keys: str) -> Any:

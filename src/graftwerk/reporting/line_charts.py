@@ -104,7 +104,7 @@ def charts(wanted: Sequence[Chart], *, steps: float) -> list[Markup]:
             for size in SIZES
         )
         if chart.values()
-        else tag("p", f"{chart.title}: no figures.", class_="missing")
+        else tag("p", f"{chart.title}: no values.", class_="missing")
         for chart in thinned
     ]
 

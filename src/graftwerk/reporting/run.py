@@ -144,7 +144,7 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
         said.append(page.message("Note:", text))
     if not events:
         said.append(page.message("Note:", "there is no metrics.jsonl, or it is empty: no curves can be drawn"))
-    return page.section("Before you read the figures", page.messages(said)) if said else Markup()
+    return page.section("Before you read the results", page.messages(said)) if said else Markup()
 
 
 def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
@@ -172,7 +172,7 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
         return Markup()
     level = f"{100 * confidence:g} % intervals" if confidence else "Intervals"
     text = (
-        "by bootstrap over rows: how far a figure would move with other rows of the same kind, not with another seed."
+        "by bootstrap over rows: how far a metric would move with other rows of the same kind, not with another seed."
     )
     return page.section("How good it is", *parts, page.paragraph(f"{level}, {text}", class_="note"))
 

@@ -1,4 +1,4 @@
-"""From figures to pixels: scales, and the round values that stand on an axis."""
+"""From values to pixels: scales, and the round values that stand on an axis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Linear:
     """Equal distances for equal differences.
 
     Attributes:
-        low, high: Of the figures; low < high.
+        low, high: Of the values; low < high.
         start, end: Pixels of the two; end may be the smaller one, as for heights.
     """
 

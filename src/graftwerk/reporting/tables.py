@@ -1,4 +1,4 @@
-"""Tables of figures: of a comparison quality, costs, other metrics and paired differences, of a run each data set."""
+"""Tables: quality, costs, other metrics and paired differences of a comparison; each data set of a run."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def by_set(sets: Mapping[str, Any]) -> Markup:
 def _figures(
     caption: str, first: str, names: Sequence[str], rows: Iterable[tuple[str, Any, Mapping[str, Any]]]
 ) -> Markup:
-    """A table of metrics with their intervals; each row has a class, a name, and figures by metric."""
+    """A table of metrics with their intervals; each row has a class, a name, and values by metric."""
     filled = []
     for class_, head, metrics in rows:
         cells: list[Any] = [head]

@@ -124,7 +124,7 @@ def _figures(own: Mapping[str, Any]) -> str:
                 rows.append(f"| {text(part)} | {text(metric)} | {_number(figure)} | |")
     if not rows:
         return ""
-    return "\n".join(["## Figures", "", "| rows | measure | value | interval |", "|---|---|---|---|", *rows])
+    return "\n".join(["## Metrics", "", "| rows | measure | value | interval |", "|---|---|---|---|", *rows])
 
 
 def _data(own: Mapping[str, Any]) -> str:
@@ -200,7 +200,7 @@ def _limits(own: Mapping[str, Any]) -> str:
     return (
         "## Limits and licence\n\n"
         "The adapter works only with the base whose fingerprint stands above. It inherits the base's limits; on texts"
-        " unlike those it was trained on, the figures above say nothing. "
+        " unlike those it was trained on, the metrics above say nothing. "
         + (
             f"Licence: {text(own['license'])}."
             if own.get("license")
