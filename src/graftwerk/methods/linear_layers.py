@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -26,12 +26,15 @@ class LinearLayerMethod(LayerSelection):
         "all-linear", description="attention, all-linear, or names or suffixes of linear layers"
     )
 
+    needs_target_modules: ClassVar[bool] = True
+    """True if an empty `target_modules` leaves the method nothing to adapt."""
+
     @field_validator("target_modules", mode="before")
     @classmethod
-    def _targets(cls, value: Any) -> Any:
+    def _target_modules(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in ("attention", "all-linear"):
             return (value,)
-        if isinstance(value, list | set | tuple) and not value:
+        if isinstance(value, list | set | tuple) and not value and cls.needs_target_modules:
             raise ValueError("target_modules is empty: nothing would be adapted")
         return tuple(value) if isinstance(value, list | set) else value
 

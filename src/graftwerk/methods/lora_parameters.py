@@ -139,6 +139,7 @@ class ParameterAdapters(AdapterModule):
 class ParameterSelection(LinearLayerMethod):
     """Abstract: a method for linear layers that can adapt bare parameters beside them."""
 
+    needs_target_modules = False
     target_parameters: tuple[str, ...] | None = Field(
         default=None,
         description="endings of the paths of parameters of two or three dimensions, such as the experts of a mixture "
@@ -151,13 +152,6 @@ class ParameterSelection(LinearLayerMethod):
         if isinstance(value, str):
             return (value,)
         return tuple(value) or None if isinstance(value, list | tuple | set) else value
-
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _targets(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in ("attention", "all-linear"):
-            return (value,)
-        return tuple(value) if isinstance(value, list | set) else value
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         modules = [target for target in available if target.role is not Role.PARAMETER]
