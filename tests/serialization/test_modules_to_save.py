@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from graftwerk.serialization.folder import load_adapter, save_adapter
 from graftwerk.serialization.peft_format import PREFIX, Stored
 from graftwerk.training.warm_start import warm_start
 from tests.families import FAMILIES
+from tests.serialization.peft_models import load_in_peft
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 METHODS: dict[str, dict[str, Any]] = {
@@ -55,9 +55,7 @@ def randomised(graft: gw.Graft) -> gw.Graft:
 
 
 def loaded_by_peft(family: str, folder: Path) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return run(peft.PeftModel.from_pretrained(build(family), str(folder)).eval(), family)
+    return run(load_in_peft(build(family), folder), family)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from graftwerk.inspection.adapter import describe_adapter
 from graftwerk.methods.lora import LoRA
 from graftwerk.serialization.folder import load_adapter, save_adapter
 from tests.families import FAMILIES
+from tests.serialization.peft_models import load_in_peft, save_peft_adapter
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 UP, DOWN, GATE = "mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"
@@ -62,15 +63,12 @@ def move(parameters: Any) -> None:
 
 
 def made_by_peft(kind: str, folder: Path, **settings: Any) -> Tensor:
-    config = peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "target_modules": [], **settings})
-    model = peft.get_peft_model(moe(kind), config).eval()
-    move(parameter for name, parameter in model.named_parameters() if ".lora_" in name)
-    model.save_pretrained(str(folder))
-    return run(model)
+    settings = {"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 5, "target_modules": [], **settings}
+    return run(save_peft_adapter(moe(kind), peft.LoraConfig(**settings), folder, scale=0.2))
 
 
 def read_by_peft(kind: str, folder: Path) -> Tensor:
-    return run(peft.PeftModel.from_pretrained(moe(kind), str(folder)).eval())
+    return run(load_in_peft(moe(kind), folder))
 
 
 def config_of(folder: Path) -> dict[str, Any]:

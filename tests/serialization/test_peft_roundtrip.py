@@ -7,7 +7,6 @@ by PEFT. And for methods as they are made here: saved, loaded by PEFT.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from graftwerk.errors import AdapterError, UnsupportedError
 from graftwerk.methods.registry import parse_method
 from graftwerk.serialization.folder import load_adapter, save_adapter
 from tests.families import FAMILIES
+from tests.serialization.peft_models import load_in_peft, save_peft_adapter
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 TASKS = {"encoder": "SEQ_CLS", "decoder": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -143,21 +143,12 @@ PAIRS = [(config, family) for config in CONFIGS for family in ATTENTION if (conf
 
 
 def made_by_peft(config: Any, family: str, folder: Path) -> Tensor:
-    """An adapter of PEFT with random weights in a folder; returns what the model says with it."""
-    torch.manual_seed(3)
-    model = peft.get_peft_model(model_of(family), config).eval()
-    with torch.no_grad():
-        for _, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(str(folder))
-    return run(model, family)
+    """Save an adapter of PEFT with random weights; return the model's outputs with it."""
+    return run(save_peft_adapter(model_of(family), config, folder), family)
 
 
 def loaded_by_peft(family: str, folder: Path) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return run(PeftModel.from_pretrained(model_of(family), str(folder)).eval(), family)
+    return run(load_in_peft(model_of(family), folder), family)
 
 
 @pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`", "ignore:Sparse invariant checks")

@@ -22,6 +22,7 @@ from graftwerk.methods.lora import LoRA
 from graftwerk.methods.trainable_tokens import ROWS
 from graftwerk.serialization.folder import load_adapter, save_adapter
 from tests.families import ALL, GATED
+from tests.serialization.peft_models import load_in_peft, save_peft_adapter
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 ROW = [40, 3, 17]
@@ -55,22 +56,7 @@ def peft_config(family: str, **settings: Any) -> peft.LoraConfig:
 
 
 def made_by_peft(model: Any, family: str, folder: Path, **settings: Any) -> Any:
-    torch.manual_seed(3)
-    theirs = peft.get_peft_model(model, peft_config(family, **settings)).eval()
-    with torch.no_grad():
-        for _, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.save_pretrained(str(folder))
-    return theirs
-
-
-def loaded_by_peft(model: Any, folder: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    return save_peft_adapter(model, peft_config(family, **settings), folder)
 
 
 def moved(graft: gw.Adapter) -> gw.Adapter:
@@ -105,7 +91,7 @@ def test_load_adapter_peft_token_rows_roundtrip(family: str, kind: dict[str, Any
     again = model_of(family, **kind)
     load_adapter(again, tmp_path / "ours")
     assert torch.equal(run(again, family), run(model, family))
-    back = loaded_by_peft(model_of(family, **kind), tmp_path / "ours")
+    back = load_in_peft(model_of(family, **kind), tmp_path / "ours")
     torch.testing.assert_close(run(back, family), expected, **CLOSE)
 
 
@@ -124,7 +110,7 @@ def test_save_adapter_token_rows_give_equal_outputs_in_peft(
         (3, model.get_input_embeddings().embedding_dim)
     ]
     torch.testing.assert_close(
-        run(loaded_by_peft(model_of(family, **kind), tmp_path / "a"), family), run(model, family), **CLOSE
+        run(load_in_peft(model_of(family, **kind), tmp_path / "a"), family), run(model, family), **CLOSE
     )
     again = model_of(family, **kind)
     load_adapter(again, tmp_path / "a", trainable=True)
@@ -139,7 +125,7 @@ def test_token_rows_of_two_tables_roundtrip_with_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(run(model, "llama"), run(theirs, "llama"), **CLOSE)
     assert graft.method.trainable_token_indices == {"model.embed_tokens": (5, 40), "lm_head": (3,)}  # type: ignore[attr-defined]
     save_adapter(graft, tmp_path / "o")
-    back = loaded_by_peft(model_of("llama", tied=False), tmp_path / "o")
+    back = load_in_peft(model_of("llama", tied=False), tmp_path / "o")
     torch.testing.assert_close(run(back, "llama"), run(theirs, "llama"), **CLOSE)
 
 
@@ -154,7 +140,7 @@ def test_save_adapter_tied_by_weight_alone_writes_both_tables(tmp_path: Path) ->
     ours = model()
     graft = moved(gw.attach(ours, LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=ROW)))
     save_adapter(graft, tmp_path)
-    torch.testing.assert_close(run(loaded_by_peft(model(), tmp_path), "llama"), run(ours, "llama"), **CLOSE)
+    torch.testing.assert_close(run(load_in_peft(model(), tmp_path), "llama"), run(ours, "llama"), **CLOSE)
     again = model()
     load_adapter(again, tmp_path)
     assert torch.equal(run(again, "llama"), run(ours, "llama"))
@@ -193,7 +179,7 @@ def test_load_adapter_trained_new_tokens_reproduce_outputs(family: str, tmp_path
     assert not torch.allclose(run(other, family, NEW), expected, atol=1e-3)
     load_adapter(other, tmp_path / "a")  # the rows that it replaces are no part of the base's fingerprint
     torch.testing.assert_close(run(other, family, NEW), expected, **CLOSE)
-    theirs = loaded_by_peft(resized(tmp_path / "base", 3), tmp_path / "a")
+    theirs = load_in_peft(resized(tmp_path / "base", 3), tmp_path / "a")
     torch.testing.assert_close(run(theirs, family, NEW), expected, **CLOSE)
 
 
@@ -231,7 +217,7 @@ def test_load_adapter_peft_resized_table_gives_equal_outputs(tied: bool, rows: l
     model_of("llama", tied=tied).save_pretrained(tmp_path / "base")
     made_by_peft(resized(tmp_path / "base", 1), "llama", tmp_path / "t", trainable_token_indices=rows)
     assert any("base_layer" in key for key in load_file(tmp_path / "t" / "adapter_model.safetensors"))
-    expected = run(loaded_by_peft(resized(tmp_path / "base", 2), tmp_path / "t"), "llama", NEW)
+    expected = run(load_in_peft(resized(tmp_path / "base", 2), tmp_path / "t"), "llama", NEW)
     model = resized(tmp_path / "base", 2)
     graft = load_adapter(model, tmp_path / "t")
     torch.testing.assert_close(run(model, "llama", NEW), expected, **CLOSE)

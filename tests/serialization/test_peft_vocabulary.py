@@ -18,6 +18,7 @@ from graftwerk.methods.lora import LoRA
 from graftwerk.methods.registry import parse_method
 from graftwerk.serialization.folder import load_adapter, save_adapter
 from tests.families import FAMILIES
+from tests.serialization.peft_models import load_in_peft, save_peft_adapter
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 HEAD = {"llama": "lm_head", "gpt2": "lm_head", "t5": "lm_head", "bert": "decoder"}
@@ -50,24 +51,13 @@ def run(model: Any, family: str) -> Tensor:
 
 
 def made_by_peft(base: Path, family: str, folder: Path, *, tokens: int = 64, **settings: Any) -> Tensor:
-    torch.manual_seed(3)
     settings = {"r": 4, "target_modules": [TARGET[family]], "fan_in_fan_out": family == "gpt2", **settings}
-    config = peft.LoraConfig(**settings)
-    model = peft.get_peft_model(opened(base, family, tokens=tokens), config).eval()
-    with torch.no_grad():
-        for _, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(str(folder))
-    return run(model, family)
+    model = opened(base, family, tokens=tokens)
+    return run(save_peft_adapter(model, peft.LoraConfig(**settings), folder, scale=0.1), family)
 
 
 def loaded_by_peft(model: Any, family: str, folder: Path) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys.*")
-        return run(peft.PeftModel.from_pretrained(model, str(folder)).eval(), family)
+    return run(load_in_peft(model, folder), family)
 
 
 CASES: dict[str, dict[str, Any]] = {
