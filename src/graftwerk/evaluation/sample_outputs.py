@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +16,7 @@ from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.text import TextTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def sample_rows(rows: int, wanted: int) -> list[int]:
@@ -26,7 +26,7 @@ def sample_rows(rows: int, wanted: int) -> list[int]:
 
 
 def before_and_after(
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -78,7 +78,7 @@ def before_and_after(
     ]
 
 
-def of_base(model: Any, measure: Callable[[], Predictions]) -> Predictions:
+def of_base(model: PreTrainedModel, measure: Callable[[], Predictions]) -> Predictions:
     """Return the predictions of ``measure`` with all adapters disabled.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graftwerk.tasks.text import TextTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEEDED = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 SAID_BY_US = frozenset(
@@ -40,7 +40,7 @@ SAID_BY_US = frozenset(
 
 
 @contextmanager
-def own_search(model: Any, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, ...]]:
+def own_search(model: PreTrainedModel, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, ...]]:
     """Make `model.generate` follow only the arguments of the call inside the block, not the base's own settings.
 
     Yields:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from graftwerk.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LONGEST = 512
 """Tokens of a row where neither the user nor the model asks for fewer."""
 
 
-def fix_padding(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def fix_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make model and tokenizer agree on the pad id, in place.
 
     A decoder's classification head needs it to find a row's last token.

@@ -12,7 +12,7 @@ from graftwerk.tasks.example import Example
 from graftwerk.tasks.tokenization import pad
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Layout = Literal["causal", "encoder-decoder"]
 """A causal model reads prompt and answer in one row; of an encoder-decoder, the decoder alone sees the answer."""
@@ -51,7 +51,7 @@ class Generation:
         """Return a key that rows of one batch share; rows with the same key have the same `options`."""
         return None
 
-    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
+    def options(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         """Return the arguments of ``model.generate`` that depend on the task and not on the search.
 
         Args:

@@ -23,7 +23,7 @@ from graftwerk.tasks.template import Choice, template_for
 from graftwerk.tasks.text import Layout, TextTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 READ = ("instruction", "chat", "prompt-completion")
 OUTPUT = "output"
@@ -190,7 +190,7 @@ class ConversationGeneration(Generation):
 
     template: Choice
 
-    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
+    def options(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         ends = end_ids(template_for(tokenizer, self.template), tokenizer)
         return {**super().options(model, tokenizer, example), "eos_token_id": ends}
 

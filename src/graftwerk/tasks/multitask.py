@@ -31,7 +31,7 @@ from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.token_objective import TokenObjective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SET = "set"
 """The part of a row that names its set."""
@@ -259,7 +259,7 @@ class MultitaskGeneration(Generation):
         name = set_of(example.row, self.generations)
         return name, self.generations[name].group(example)
 
-    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
+    def options(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         return self.generations[set_of(example.row, self.generations)].options(model, tokenizer, example)
 
 

@@ -29,7 +29,7 @@ from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.tokenization import encode_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Model types that are told in words what to do."""
@@ -214,7 +214,7 @@ class PairGeneration(Generation):
 
     chat: bool
 
-    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
+    def options(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         options = super().options(model, tokenizer, example)
         if self.layout == "causal":
             options["eos_token_id"] = PromptFormat(tokenizer, chat=self.chat).end_ids()

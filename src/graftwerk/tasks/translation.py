@@ -36,7 +36,7 @@ from graftwerk.tasks.seq2seq import PairDecoder, PairGeneration, Seq2SeqTask, ch
 from graftwerk.tasks.splits import Splits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SIDES = ("source_lang", "target_lang")
 
@@ -272,7 +272,7 @@ class TranslationGeneration(PairGeneration):
         """Return the language of the answer: rows of one batch are written in one."""
         return _code(example.row, "target_lang", self.target_lang)
 
-    def options(self, model: Any, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
+    def options(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
         options = super().options(model, tokenizer, example)
         codes = codes_of(tokenizer) if self.layout == "encoder-decoder" else None
         if codes is None or not codes.both:
