@@ -3,7 +3,8 @@
 Inside `fake_devices` a tensor is on the device that it was moved to or made on. Values are real, so that results can be
 compared with those of the plain model; tensors stay plain ones, so that fused kernels run. An operation on tensors of
 two devices raises `DevicesMixedError`, as a driver would: `Tensor.to` and `copy_` are the only crossings, forward and
-backward, and tensors without dimensions and indices may be the CPU's.
+backward, and tensors without dimensions and indices may be the CPU's. What torch's own code makes from nothing (zeros in
+a backward formula) has no device until it meets a tensor that has one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 CPU, META, FIRST, SECOND = (torch.device(name) for name in ("cpu", "meta", "cuda:0", "cuda:1"))
 
+ANY = torch.device("cpu", 99)
+"""In place of the device of a tensor that torch made from nothing."""
 _INDEXED = {"index.Tensor", "index_put_.default", "index_put.default", "_unsafe_index.Tensor"}
 _CROSSING = {"_to_copy.default", "copy_.default", "set_data.default"}
 
@@ -58,19 +61,20 @@ class _Check(TorchDispatchMode):
         kwargs = kwargs or {}
         name = str(func).removeprefix("aten.")
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if name in _INDEXED:
-            given = [args[0], *(leaf for leaf in tree_leaves(args[2:]) if isinstance(leaf, Tensor))]
-        devices = {self.marks.of(tensor) for tensor in given if tensor.dim()}
-        devices = devices or {self.marks.of(tensor) for tensor in given}
+        placed = [tensor for tensor in given if self.marks.of(tensor) is not ANY]
+        devices = {self.marks.of(tensor) for tensor in placed if tensor.dim()}
+        if name in _INDEXED and self.marks.of(args[0]) != CPU:  # indices may be the CPU's
+            devices -= {CPU}
+        devices = devices or {self.marks.of(tensor) for tensor in placed}
         if name in _CROSSING:
-            devices = {self.marks.of(args[0])}
+            devices = {self.marks.of(args[0])} - {ANY}
         if len(devices) > 1:
             raise DevicesMixedError(f"{name} on {', '.join(sorted(map(str, devices)))}")
         made = func(*args, **kwargs)
-        if devices and devices != {META}:
-            (device,) = devices
+        if devices != {META}:
+            device = next(iter(devices), ANY)
             for leaf in tree_leaves(made):
-                if isinstance(leaf, Tensor) and not any(leaf is tensor for tensor in given):
+                if isinstance(leaf, Tensor) and not any(leaf is tensor for tensor in placed):
                     self.marks.put(leaf, device)
         return made
 
@@ -102,7 +106,7 @@ class _Devices(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == Tensor.device.__get__:
-            return self.marks.of(args[0])
+            return CPU if (device := self.marks.of(args[0])) is ANY else device
         if func == Tensor.is_cuda.__get__:
             return self.marks.of(args[0]).type == "cuda"
         if func in (Tensor.to, Tensor.cpu, Tensor.cuda):
@@ -113,6 +117,8 @@ class _Devices(TorchFunctionMode):
         made = func(*args, **{**kwargs, "device": CPU} if asked else kwargs)
         if asked:
             self.marks.put(made, asked)
+        elif isinstance(made, Tensor) and self.marks.of(made) is ANY:
+            self.marks.put(made, CPU)
         return made
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> Tensor:
