@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftwerk.methods.placement import module_device
 from graftwerk.tasks.base import Example, Predictions, Task
 
 if TYPE_CHECKING:
@@ -82,15 +83,14 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
 
 
 def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Return the batch, tensors of any shape, on the device of the model's first parameter."""
+    """Return the batch, tensors of any shape, on the device that the model reads it on."""
     device = device_of(model)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def device_of(model: Any) -> torch.device:
-    """Return the device of a model's first parameter."""
-    device: torch.device = next(iter(model.parameters())).device
-    return device
+    """Return the device that a model's first layer computes on, whether its weights are there or offloaded."""
+    return module_device(model)
 
 
 def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graftwerk.kernels.recompute import ActivationTable, is_eager
-from graftwerk.methods.base import OFFLOAD_HOOK
+from graftwerk.methods.placement import OFFLOAD_HOOK
 
 if TYPE_CHECKING:
     _Module = nn.Module

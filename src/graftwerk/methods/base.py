@@ -13,8 +13,7 @@ tokens, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +24,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.placement import OFFLOAD_HOOK, onloaded
 from graftwerk.settings import Settings, parse_settings
 
 
@@ -361,38 +361,6 @@ def stored_weight(module: nn.Module) -> Tensor:
 def is_quantized(weight: Tensor) -> bool:
     """Return True if a weight, any shape, holds codes (bitsandbytes' 4 or 8 bits) and not numbers to compute with."""
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
-
-
-OFFLOAD_HOOK = "_hf_hook"
-"""Where accelerate keeps the hook of a module, which loads offloaded weights before its forward pass."""
-
-
-@contextmanager
-def onloaded(module: nn.Module) -> Iterator[None]:
-    """Load the weights of a module and its children that accelerate has offloaded, inside the block."""
-    parts = [part for part in module.modules() if OFFLOAD_HOOK in part.__dict__ and _is_offloaded(part)]
-    for part in parts:
-        part.__dict__[OFFLOAD_HOOK].pre_forward(part)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.__dict__[OFFLOAD_HOOK].post_forward(part, None)
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
-
-
-def module_device(module: nn.Module) -> torch.device:
-    """Return the device of a base module's own weights; the CPU if it has none or has not loaded them yet."""
-    for part in module.modules():
-        own = next((parameter for parameter in part._parameters.values() if parameter is not None), None)
-        if own is not None:
-            if not own.is_meta:
-                return own.device
-            return torch.device(getattr(part.__dict__.get(OFFLOAD_HOOK), "execution_device", None) or "cpu")
-    return torch.device("cpu")
 
 
 def is_transposed(module: nn.Module) -> bool:

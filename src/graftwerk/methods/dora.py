@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import base_weight, module_device
+from graftwerk.methods.base import base_weight
+from graftwerk.methods.placement import module_device
 from graftwerk.methods.low_rank import LowRankModule
 
 

@@ -189,5 +189,5 @@ class ProjectedPrefix(PrefixModule):
         return [*super().source_tensors(), *self._mlp[0].parameters()]
 
     def vectors(self) -> tuple[Tensor, Tensor]:
-        key, value = self.prefix_output(self._mlp[0]()).chunk(2, dim=-1)
+        key, value = self.prefix_output(self._mlp[0]().to(self.prefix_output.weight.device)).chunk(2, dim=-1)
         return key, value

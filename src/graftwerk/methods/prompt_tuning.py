@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from graftwerk.methods.base import module_device
+from graftwerk.methods.placement import module_device
 from graftwerk.methods.soft_prompt import FromText
 
 

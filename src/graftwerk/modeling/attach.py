@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
-from graftwerk.methods.base import OFFLOAD_HOOK, Method, module_device
+from graftwerk.methods.base import Method
+from graftwerk.methods.placement import module_device, placing_hooks
 from graftwerk.methods.lora_parameters import ParameterAdapters
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
@@ -125,6 +126,7 @@ def attach_from_tensors(
 def _check_attachable(model: PreTrainedModel, existing: ModelAdapters | None, name: str) -> None:
     """Raise if no further adapter, or none of this name, can be attached."""
     _refuse_foreign(model)
+    _refuse_block_offload(model)
     if existing is None:
         return
     if name in existing.adapters:
@@ -137,6 +139,18 @@ def _check_attachable(model: PreTrainedModel, existing: ModelAdapters | None, na
             "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
             hint="attach with Full(keep_base=True), or load the base again",
         )
+
+
+def _refuse_block_offload(model: PreTrainedModel) -> None:
+    """Raise UnsupportedError if accelerate loads whole blocks at once, and would look for an adapter in its files."""
+    for path, module in module_index(model).modules.items():
+        if any(getattr(hook, "offload", False) and hook.place_submodules for hook in placing_hooks(module)):
+            raise UnsupportedError(
+                f"the weights of this {type(module).__name__} are offloaded as one block (`preload_module_classes`), "
+                f"which would take an adapter inside along",
+                where=path,
+                hint="offload without preload_module_classes, or attach the adapter first",
+            )
 
 
 _FOREIGN = ("peft.", "loralib.", "adapters.methods.")
@@ -179,7 +193,7 @@ def _install(
     if method.kind == "weights":
         model_adapters.selection.choose(())
         model_adapters.sync()  # so that the saved weights are the base's, not another full adapter's
-        hooked = any(OFFLOAD_HOOK in module.__dict__ for module in base.modules.values())
+        hooked = any(placing_hooks(module) for module in base.modules.values())
         keep_base = getattr(method, "keep_base", True)
         weights = TrainedWeights(base.parameters, keep_base, model_adapters.flags, hooked=hooked)
         saved = ()

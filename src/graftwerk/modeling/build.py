@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
-from graftwerk.methods.base import AdapterModule, Method, TargetModule, module_device
+from graftwerk.methods.base import AdapterModule, Method, TargetModule
+from graftwerk.methods.placement import module_device
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.detach import HOOKED
 from graftwerk.modeling.drawn import drawn_modules, within

@@ -28,7 +28,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from graftwerk.errors import ConflictError, UnsupportedError
 from graftwerk.kernels import flags
 from graftwerk.kernels.versioned_cache import VersionedCache
-from graftwerk.methods.base import Method, module_device
+from graftwerk.methods.base import Method
+from graftwerk.methods.placement import module_device
 from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture, AttentionLayer, LayerStack

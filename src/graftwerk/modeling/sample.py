@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftwerk.methods.base import module_device
+from graftwerk.methods.placement import module_device
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Bound on the change of outputs by rounding, relative to the largest; 1e-2 for the 16-bit types."""

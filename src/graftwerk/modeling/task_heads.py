@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import AdapterError, ConfigError
-from graftwerk.methods.base import Method, TargetModule, onloaded
+from graftwerk.methods.base import Method, TargetModule
+from graftwerk.methods.placement import onloaded
 from graftwerk.modeling.accelerate_compat import unhook
 from graftwerk.modeling.adapted_module import restore, restore_modules
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots

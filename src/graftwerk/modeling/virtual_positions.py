@@ -95,15 +95,16 @@ class VirtualLayout:
     def _index(self, tokens: int, device: torch.device) -> Tensor:
         """Return for each position of the result its index in [virtual; real; nothing], (B, S)."""
         position = torch.arange(self.n + tokens, device=device)[None]
+        counts = self.counts.to(device)  # a part of the model may be on another device than its inputs
         if self.causal:
-            leads = 0 if self.leads is None else self.leads
-            which, token = position - (leads + self.n - self.counts), position - self.n
+            leads = 0 if self.leads is None else self.leads.to(device)
+            which, token = position - (leads + self.n - counts), position - self.n
             is_real = token >= leads
         else:
-            which, token = position, position - self.counts
+            which, token = position, position - counts
             is_real = (token >= 0) & (token < tokens)
-        is_virtual = (which >= 0) & (which < self.counts)
-        nothing = torch.full_like(which.expand(len(self.counts), -1), self.n + tokens)
+        is_virtual = (which >= 0) & (which < counts)
+        nothing = torch.full_like(which.expand(len(counts), -1), self.n + tokens)
         return torch.where(is_virtual, which, torch.where(is_real, self.n + token, nothing))
 
     def mask(self, real: Tensor) -> Tensor:
@@ -115,7 +116,7 @@ class VirtualLayout:
         if self.causal or self.even:
             return states[:, self.n :]
         tokens = states.shape[1] - self.n
-        index = self.counts + torch.arange(tokens, device=states.device)[None]
+        index = self.counts.to(states.device) + torch.arange(tokens, device=states.device)[None]
         return states.gather(1, index.view(*index.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:]))
 
 

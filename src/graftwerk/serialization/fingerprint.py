@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ModelError
-from graftwerk.methods.base import onloaded
+from graftwerk.methods.placement import onloaded
 from graftwerk.modeling.attach import disabled
 from graftwerk.modeling.drawn import drawn_modules, within
 from graftwerk.modeling.module_index import ModuleIndex, base_parameters, module_index

@@ -79,7 +79,7 @@ def write_prefix(adapter: Adapter, base_name: str | None) -> Stored:
         module = modules[attention.path]
         assert isinstance(module, PrefixModule)
         folded = module.merged_state()
-        rows += [folded["prefix_key"], folded["prefix_value"]]
+        rows += [folded["prefix_key"].cpu(), folded["prefix_value"].cpu()]  # a layer may be on another device
     width = attentions[0].kv_heads * attentions[0].head_dim
     config = {
         **common_config(adapter, "PREFIX_TUNING", base_name),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.placement import is_dispatched
 
 
 def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
@@ -23,6 +24,23 @@ def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
     """
     if dtype == torch.float16 and device.type == "cpu":
         raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", hint="auto, or bfloat16")
+
+
+def check_placement(model: Any, processes: int) -> None:
+    """Raise for a model that accelerate has spread over devices, if several processes would train it.
+
+    Args:
+        model: The model.
+        processes: Number of processes that train together.
+
+    Raises:
+        UnsupportedError: Each process needs a copy of the model on a device of its own.
+    """
+    if processes > 1 and is_dispatched(model):
+        raise UnsupportedError(
+            f"{processes} processes cannot share a model that is spread over devices (device_map)",
+            hint="train it in one process, or load a whole copy in each",
+        )
 
 
 def check_checkpointing(model: Any, wanted: bool) -> None:

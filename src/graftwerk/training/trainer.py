@@ -36,7 +36,7 @@ from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.distributed import Distributed, connect
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.gradients import Gradient, GradientAccumulator
-from graftwerk.training.mode import check_compute_type, training_mode
+from graftwerk.training.mode import check_compute_type, check_placement, training_mode
 from graftwerk.training.oom import halve_micro_batch, out_of_memory_error
 from graftwerk.training.run_dir import TRUNK
 from graftwerk.training.settings import TrainingSettings
@@ -114,6 +114,7 @@ class Trainer:
         self.distributed = distributed or connect()
         self.device = self.distributed.device
         check_compute_type(dtype, self.device)
+        check_placement(adapter.model, self.distributed.world_size)
         self.model = self.distributed.prepare(adapter.model)
         self.parameters = list(adapter.parameters())
         devices = 1 if self.distributed.shares_rows else self.distributed.world_size

@@ -37,7 +37,10 @@ class Distributed(Protocol):
         return self.rank == 0
 
     def prepare(self, model: Any) -> Any:
-        """Return the model on this process's device, ready for the forward passes of training."""
+        """Return the model on this process's device, ready for the forward passes of training.
+
+        One that accelerate has spread over devices stays where it is.
+        """
 
     def no_sync(self, model: Any) -> AbstractContextManager[Any]:
         """Return a context in which backward leaves gradients local: for every micro-batch of a step but the last."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftwerk.methods.placement import is_dispatched
 from graftwerk.training.distributed.protocol import Distributed
 
 
@@ -24,7 +25,7 @@ class SingleProcess(Distributed):
         self.shares_rows, self.grad_scale = False, 1
 
     def prepare(self, model: Any) -> Any:
-        return model.to(self.device)
+        return model if is_dispatched(model) else model.to(self.device)
 
     def no_sync(self, model: Any) -> AbstractContextManager[Any]:
         return nullcontext()
