@@ -47,8 +47,10 @@ class AccelerateProcesses(Distributed):
         return total
 
     def gather(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = self.accelerator.gather(tensor[None].to(self.device))  # (world_size, ...)
-        return gathered.cpu()
+        double = tensor.dtype == torch.float64  # travels as words: not every device has the type
+        words = tensor.view(torch.int64) if double else tensor
+        gathered: Tensor = self.accelerator.gather(words[None].to(self.device)).cpu()  # (world_size, ...)
+        return gathered.view(torch.float64) if double else gathered
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
