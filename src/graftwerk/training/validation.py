@@ -82,6 +82,7 @@ class Evaluator:
         else:
             shares = deal_batches(batches, self.processes.world_size)
             own = self._predict([examples[row] for row in shares[self.processes.rank]], generation)
+            self.processes.barrier()  # rows of one share may take much longer to generate than those of another
             predictions = gather_predictions(self.processes, own, shares)
         if not predictions.finite:
             refuse_broken_base(self.adapter.model)
