@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "graftwerk"
-BASE = {"errors", "settings", "resource_paths", "machine", "own_files", "sanitize", "yaml_files"}
+BASE = {"errors", "settings", "resource_paths", "devices", "machine", "own_files", "sanitize", "yaml_files"}
 SETTINGS = {"augmentation.settings", "data.settings", "training.settings", "evaluation.settings"}
 BELOW_TASKS = {*BASE, "data.settings", "data"}
 BELOW_TRAIN = {*BELOW_TASKS, *SETTINGS, "kernels", "tasks", "models", "methods", "modeling", "serialization", "config"}
@@ -24,11 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"errors"},
     "formatting": set(),
     "machine": set(),
+    "devices": set(),
     "yaml_files": {"errors", "resource_paths"},
     "absolute_paths": set(),
     "resource_paths": {"errors", "sanitize"},
     "own_files": {"errors"},
-    "kernels": {"errors", "methods"},
+    "kernels": {"devices", "errors", "methods"},
     "augmentation.settings": {"errors", "settings"},
     "data.settings": {"settings", "augmentation.settings"},
     "training.settings": {"settings"},

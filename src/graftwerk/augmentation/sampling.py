@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graftwerk.devices import sum_dtype
+
 
 class OwnDraws:
     """A logits processor for greedy search: it leaves a single token possible, the one drawn.
@@ -33,10 +35,11 @@ class OwnDraws:
         probabilities = (scores.float() / self.temperature).softmax(-1)
         # stable: equal logits must not be ordered by chance
         likely, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-        until = likely.cumsum(-1, dtype=torch.float64)
+        exact = sum_dtype(scores.device)
+        until = likely.cumsum(-1, dtype=exact)
         before = until - likely
         inside = before < self.top_p  # the first always is
         mass = torch.where(inside, until, 0.0).max(-1).values
-        drawn = torch.tensor([draws.random() for draws in self.draws], dtype=torch.float64, device=scores.device)
+        drawn = torch.tensor([draws.random() for draws in self.draws], dtype=exact, device=scores.device)
         place = (until <= (drawn * mass)[:, None]).sum(-1, keepdim=True).clamp(max=inside.sum(-1, keepdim=True) - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)

@@ -18,6 +18,7 @@ from graftwerk.augmentation.keyed_rng import chance, fingerprint
 from graftwerk.augmentation.progress_log import Journal
 from graftwerk.augmentation.sampling import OwnDraws
 from graftwerk.augmentation.settings import Generation, Translator
+from graftwerk.devices import best_device
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
 from graftwerk.evaluation.loading import MANIFEST, load_adapter_for
@@ -117,7 +118,7 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         tokenizer = load_tokenizer(settings.model)
         length = max_length_for(architecture, tokenizer, max_length)
         set_threads()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         dtype = compute_type("auto", device)
         model = load_model(settings.model, task, Splits((), (), (), None, "")).to(device)
         fix_padding(model, tokenizer)

@@ -32,6 +32,7 @@ def describe_machine() -> dict[str, Any]:
     """Return cores, memory in bytes, devices, compute type and package versions. Imports torch."""
     import torch
 
+    from graftwerk.devices import device_names
     from graftwerk.machine import available
     from graftwerk.models.hardware import compute_type, usable_cores
 
@@ -42,7 +43,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": memory(),
         "memory_available_bytes": available(),
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "devices": device_names(),
         "compute_type": str(compute_type("auto")).removeprefix("torch."),
         "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
         "versions": {name: _version(name) for name in ("graftwerk", *PACKAGES, *OPTIONAL)},

@@ -140,7 +140,7 @@ def _out_of_memory(error: BaseException) -> bool:
     """Return True if an error means out of memory, in Python or in torch; torch is not imported for the test."""
     if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
-    from graftwerk.evaluation.oom import is_out_of_memory
+    from graftwerk.devices import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode, to_device
+from graftwerk.devices import synchronize
+from graftwerk.evaluation.inference import autocast, evaluation_mode, to_device
 from graftwerk.evaluation.peak_memory import peak_memory as peak_memory
 from graftwerk.evaluation.peak_memory import resident as resident
 from graftwerk.tasks.base import Example, Task
@@ -45,12 +46,13 @@ def latency(
         return {}
     ordered = sorted(range(len(examples)), key=lambda row: (examples[row].length, row))
     timed: dict[int, float] = {}
+    devices = {parameter.device for parameter in model.parameters()}
     with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
         for size in batch_sizes:
             chosen = [_spread(ordered, size, place, batches) for place in range(batches)]
             for rows in [chosen[place % batches] for place in range(WARM_UP)]:
-                _pass(model, task, [examples[row] for row in rows], tokenizer)
-            seconds = [_pass(model, task, [examples[row] for row in rows], tokenizer) for rows in chosen]
+                _pass(model, task, [examples[row] for row in rows], tokenizer, devices)
+            seconds = [_pass(model, task, [examples[row] for row in rows], tokenizer, devices) for rows in chosen]
             timed[size] = 1000 * statistics.median(seconds) / size
     return timed
 
@@ -65,18 +67,18 @@ def _spread(ordered: Sequence[int], size: int, place: int, places: int) -> list[
     return [ordered[(first + row) % len(ordered)] for row in range(size)]
 
 
-def _pass(model: Any, task: Task, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> float:
-    device = device_of(model)
-    _wait(device)
+def _pass(
+    model: Any,
+    task: Task,
+    rows: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    devices: Collection[torch.device],
+) -> float:
+    synchronize(devices)
     started = time.perf_counter()
     task.objective.forward(model, to_device(task.collator.collate(rows, tokenizer), model))
-    _wait(device)
+    synchronize(devices)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def size_on_disk(path: Path | str) -> int:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftwerk.devices import is_out_of_memory, release
 from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
-from graftwerk.evaluation.oom import is_out_of_memory, release
 from graftwerk.evaluation.search import own_search
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.virtual_positions import positions_taken

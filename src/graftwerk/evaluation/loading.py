@@ -15,6 +15,7 @@ import torch
 
 from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
+from graftwerk.devices import best_device
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
 from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS
 from graftwerk.evaluation.settings import EvaluationSettings
@@ -192,7 +193,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
     set_threads()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
     base = load_model(name, task, splits, revision=revision)
     fix_padding(base, tokenizer)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from graftwerk.config import RunConfig
+from graftwerk.devices import best_device
 from graftwerk.errors import GraftwerkError
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix
@@ -114,7 +115,7 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
     fix_padding(model, prepared.tokenizer)
     wanted = config.training.compute_type
     if wanted != "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = best_device()
         check_compute_type(compute_type(wanted, device), device)
     check_checkpointing(model, config.training.gradient_checkpointing)
     with torch.device("meta"):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.devices import backend, is_out_of_memory
 from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
 
 LARGE = 100.0
@@ -93,7 +94,7 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
         with tap.on(module):
             outputs = model(**inputs)
     except (RuntimeError, ValueError, IndexError) as error:
-        if known is not None or "memory" in str(error):
+        if known is not None or is_out_of_memory(error):  # says nothing of the head
             raise
         outputs = None
     hidden = tap.hidden
@@ -203,11 +204,11 @@ class _RandomState:
     """The state of the random generators that a pass may draw from."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self.module = backend(device)
+        self.own = None if self.module is None else self.module.get_rng_state()
 
     def put_back(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+        if self.module is not None:
+            self.module.set_rng_state(self.own)

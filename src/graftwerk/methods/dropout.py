@@ -116,5 +116,5 @@ def draw_seed() -> int:
         from torch.utils._python_dispatch import _disable_current_modes
 
         with _disable_current_modes():
-            return int(torch.randint(2**62, ()))
-    return int(torch.randint(2**62, ()))
+            return int(torch.randint(2**62, (), device="cpu"))
+    return int(torch.randint(2**62, (), device="cpu"))

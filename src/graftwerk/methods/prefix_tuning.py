@@ -178,12 +178,13 @@ class ProjectedPrefix(PrefixModule):
     def _start_at(self, target: Tensor) -> None:
         """Apply the smallest change of the random weights after which the network gives ``target`` (n, 2·G·D)."""
         inputs = self._mlp[0]().cpu()
-        inputs = torch.cat((inputs, torch.ones(len(inputs), 1)), dim=1).double()
+        inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1).double()
         output = self.prefix_output
-        missing = target.cpu().double() - (inputs[:, :-1] @ output.weight.double().T + output.bias.double())
+        weight, bias = (each.cpu().double() for each in (output.weight, output.bias))
+        missing = target.cpu().double() - (inputs[:, :-1] @ weight.T + bias)
         change = torch.linalg.pinv(inputs) @ missing
-        output.weight.add_(change[:-1].T.float())
-        output.bias.add_(change[-1].float())
+        output.weight.add_(change[:-1].T.float().to(output.weight.device))
+        output.bias.add_(change[-1].float().to(output.bias.device))
 
     def source_tensors(self) -> list[Tensor]:
         return [*super().source_tensors(), *self._mlp[0].parameters()]

@@ -64,7 +64,8 @@ def random_indices(out_features: int, in_features: int, count: int, generator: t
 
     A generator with a seed gives the places that PEFT draws with it. None takes torch's own generator.
     """
-    flat = torch.randperm(out_features * in_features, generator=generator)[:count].sort().values  # (count,)
+    drawn = torch.randperm(out_features * in_features, generator=generator, device="cpu")
+    flat = drawn[:count].sort().values  # (count,)
     return torch.stack((flat // in_features, flat % in_features)).int()
 
 
@@ -103,7 +104,7 @@ class SHiRA(LinearLayerMethod):
                 where="method.r",
                 hint="choose a smaller r",
             )
-        generator = None if self.random_seed is None else torch.Generator().manual_seed(self.random_seed)
+        generator = None if self.random_seed is None else torch.Generator("cpu").manual_seed(self.random_seed)
         indices = random_indices(target.out_features, target.in_features, count, generator)
         return SHiRAModule(nn.Parameter(torch.zeros(count)), indices, target.out_features, target.in_features)
 

@@ -17,6 +17,8 @@ def activate(
 ) -> None:
     """Choose the active adapters: one, several in order, none, or one (or none) for each row of the next batches.
 
+    Parameters of the others require no gradient until their adapter is chosen again; an optimizer may hold them all.
+
     Args:
         model: A model with adapters.
         name: An adapter's name, a list of names that apply one after the other, or None for the bare base.
@@ -69,6 +71,7 @@ def activate(
         if set(model_adapters.selection.merged) - {one for one in chosen if one}:
             refuse_while_merged(model_adapters, "switch adapters")
         model_adapters.selection.choose(tuple(one for one in chosen if one is not None))
+    model_adapters.train_used()
     model_adapters.sync()
 
 

@@ -93,6 +93,9 @@ class AttachedAdapter(Protocol):
     def put_weights(self, *, live: bool) -> None:
         """Make the model hold the values that were trained in place, or the base's."""
 
+    def train_while(self, used: bool) -> None:
+        """Let its parameters require gradients only while it is used."""
+
     def save(self, folder: str | Path, **metadata: Any) -> Path:
         """Write the adapter folder, whole or not at all."""
 
@@ -144,6 +147,12 @@ class ModelAdapters:
         for adapter in fulls:
             if adapter.name in used:
                 adapter.put_weights(live=True)
+
+    def train_used(self) -> None:
+        """Let the chosen adapters alone require gradients: DDP waits for those of every parameter that does."""
+        used = self.selection.used()
+        for adapter in self.adapters.values():
+            adapter.train_while(adapter.name in used)
 
     def _answering_labels(self) -> tuple[str, ...] | None:
         """Return the label names of the adapter whose head answers, or None for the base's (also if rows differ)."""

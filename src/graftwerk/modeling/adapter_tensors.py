@@ -52,6 +52,9 @@ class AdapterTensors:
         self.classes: int | None = None
         """Their number, once a head was loaded."""
         self._model_adapters = model_adapters
+        self._frozen = False
+        self._untrained: frozenset[str] | None = None
+        """Raw keys of the parameters that do not train when it is used, while it is not; None while it is used."""
         self._task_heads = heads if weights is None else architecture.heads
 
     @property
@@ -79,7 +82,9 @@ class AdapterTensors:
             Raw key (``<module path>.<parameter>``) and parameter, any shape.
         """
         for key, parameter in self._own():
-            if self.weights is not None or parameter.requires_grad:  # inactive full weights require no gradient either
+            # No parameter of an inactive adapter requires a gradient.
+            idle = self._untrained is not None and key not in self._untrained
+            if self.weights is not None or idle or parameter.requires_grad:
                 yield key, parameter
 
     def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -181,7 +186,23 @@ class AdapterTensors:
         """True if nothing of it trains, as after `load` without ``trainable=True``."""
         if self.weights is not None:
             return not self.weights.trainable
-        return not any(parameter.requires_grad for _, parameter in self._own())
+        return next(self.named_parameters(), None) is None
+
+    def train_while(self, used: bool) -> None:
+        """Let its parameters require gradients while it is used, as they did before, and no others.
+
+        Args:
+            used: True if a row of the next batches uses this adapter.
+        """
+        if self.weights is not None or self._frozen or used == (self._untrained is None):
+            return
+        own, untrained = dict(self._own()), self._untrained
+        if untrained is None:
+            self._untrained = frozenset(key for key, parameter in own.items() if not parameter.requires_grad)
+        else:
+            self._untrained = None
+        for key, parameter in own.items():
+            parameter.requires_grad_(used and key not in (untrained or ()))
 
     def freeze(self, *, heads_alone: bool = False) -> None:
         """Stop training it for good, also after it was switched off and on again.
@@ -189,6 +210,7 @@ class AdapterTensors:
         Args:
             heads_alone: True if all parameters but those of the heads are frozen already; for `attach_from_tensors`.
         """
+        self._frozen, self._untrained = True, None
         if self.weights is not None:
             self.weights.trainable = False
         base = base_modules(self.model)

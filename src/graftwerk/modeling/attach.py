@@ -231,7 +231,7 @@ def _install(
 def _place(model_adapters: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
     """Put an adapter's module on the device of the weights it works with, in the host's mode."""
     device = module_device(host)
-    if any(parameter.device != device for parameter in module.parameters()):
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
         module.to(device)
     if module.training != host.training:
         module.train(host.training)

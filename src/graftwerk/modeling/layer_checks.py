@@ -58,8 +58,8 @@ def embedding_unfit(module: nn.Embedding) -> str | None:
     factor = getattr(module, "embed_scale", 1.0)
     if isinstance(factor, Tensor) and factor.is_meta:
         return None  # a dry run: the weights, and this factor, are loaded later
-    draw = torch.Generator().manual_seed(0)
-    ids, weight = torch.tensor([[0, 5, 3]]), torch.randn(6, 4, generator=draw)
+    draw = torch.Generator("cpu").manual_seed(0)
+    ids, weight = torch.tensor([[0, 5, 3]], device="cpu"), torch.randn(6, 4, generator=draw, device="cpu")
     buffers = {name: None if one is None else one.cpu() for name, one in module._buffers.items()}
     y = _try(module, ids, {"weight": weight}, _buffers=buffers, num_embeddings=6, embedding_dim=4, padding_idx=None)
     expected = weight[ids] * (factor.cpu() if isinstance(factor, Tensor) else factor)  # (1, 3, 4)
@@ -82,12 +82,15 @@ def adds_bias_last(module: nn.Module) -> bool:
     if bias is None or bias.dim() != 1 or not _is_leaf(module):
         return False
     d = bias.shape[0]
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     parameters = {
-        name: torch.randn(one.shape, generator=draw) for name, one in module._parameters.items() if one is not None
+        name: torch.randn(one.shape, generator=draw, device="cpu")
+        for name, one in module._parameters.items()
+        if one is not None
     }
     # (1, T, d) with T != d, so that a norm over another dimension fails or gives something else.
-    x, offset = torch.randn(1, 3 if d != 3 else 5, d, generator=draw), torch.randn(d, generator=draw)
+    x = torch.randn(1, 3 if d != 3 else 5, d, generator=draw, device="cpu")
+    offset = torch.randn(d, generator=draw, device="cpu")
     before = _try(module, x, parameters)
     after = _try(module, x, parameters | {"bias": parameters["bias"] + offset})
     if before is None or after is None or before.shape != x.shape or after.shape != x.shape:
@@ -99,9 +102,9 @@ def _is_linear(module: nn.Module) -> bool:
     """Try a linear layer's own forward on a small weight (6, 4) in place of its own."""
     if not _is_leaf(module):
         return False
-    draw = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 4, generator=draw), torch.randn(6, 4, generator=draw)
-    bias = None if module._parameters.get("bias") is None else torch.randn(6, generator=draw)
+    draw = torch.Generator("cpu").manual_seed(0)
+    x, weight = torch.randn(2, 4, generator=draw, device="cpu"), torch.randn(6, 4, generator=draw, device="cpu")
+    bias = None if module._parameters.get("bias") is None else torch.randn(6, generator=draw, device="cpu")
     y = _try(module, x, {"weight": weight, "bias": bias}, in_features=4, out_features=6)
     return y is not None and y.shape == (2, 6) and torch.allclose(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
 

@@ -17,6 +17,7 @@ from graftwerk.errors import ConflictError
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots
 
 _ATTRIBUTE = "_graftwerk_structure"
+_WRAPPED = "_fsdp_wrapped_module"
 Made = TypeVar("Made")
 
 
@@ -121,4 +122,6 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     for name, child in module._modules.items():
         if child is not None and name != CHILD:
-            yield from _walk(child, f"{path}.{name}" if path else name)
+            # What FSDP wraps in place keeps its path, and comes after its wrapper: the index holds what is wrapped.
+            inner = path if name == _WRAPPED else f"{path}.{name}" if path else name
+            yield from _walk(child, inner)

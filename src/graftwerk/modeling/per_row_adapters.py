@@ -206,7 +206,7 @@ class _RowIndex:
         self.where: Where = None
         if len(rows) < entries:
             together = rows[-1] - rows[0] + 1 == len(rows)
-            self.where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows)
+            self.where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device="cpu")
 
     def of(self, tensor: Tensor) -> Tensor:
         """(R, M, w) -> (S, M, w): a view where the rows stand together."""

@@ -64,8 +64,8 @@ def _inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         if isinstance(height, int) and isinstance(width, int):
-            draw = torch.Generator().manual_seed(0)
-            image = torch.rand(1, channels, height, width, generator=draw)
+            draw = torch.Generator("cpu").manual_seed(0)
+            image = torch.rand(1, channels, height, width, generator=draw, device="cpu")
             return {"pixel_values": image.to(device, model.dtype)}
     return None
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -166,18 +166,18 @@ def own_positions(stack: nn.Module, inputs: Mapping[str, Any], past: int) -> Ten
         (B, T), or (1, T) if all rows have the same.
     """
     if (given := inputs.get("position_ids")) is not None:
-        return torch.as_tensor(given)
+        return cast(Tensor, given)
     _, tokens, device = size_of(inputs)
     if numbers_from_ids(stack):
         embeddings: Any = stack.embeddings
         padding = embeddings.padding_idx
         if (ids := inputs.get("input_ids")) is not None:
-            return torch.as_tensor(embeddings.create_position_ids_from_input_ids(ids, padding, past))
+            return cast(Tensor, embeddings.create_position_ids_from_input_ids(ids, padding, past))
         return torch.arange(padding + 1, padding + 1 + tokens, device=device).unsqueeze(0)
     mask = inputs.get("attention_mask")
     if _counts_by_mask(stack) and mask is not None:
-        counted = mask.long().cumsum(dim=1)
-        return torch.as_tensor(counted * mask.long() - 1)[:, -tokens:]
+        counted: Tensor = mask.long().cumsum(dim=1) * mask.long()
+        return (counted - 1)[:, -tokens:]
     return torch.arange(past, past + tokens, device=device).unsqueeze(0)
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from graftwerk.devices import backend, best_device, synchronize
 from graftwerk.errors import ConfigError
 from graftwerk.models.cache import recall, remember
 
 TYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-SIDE = {"cpu": 256, "cuda": 4096, "mps": 2048}
+SIDE = {"cpu": 256, "cuda": 4096, "xpu": 4096, "mps": 2048}
 """Side of the square matrices of the probe: large enough to show the kernel, small enough to take milliseconds."""
 
 ENVIRONMENT = "GRAFTWERK_COMPUTE_TYPE"
@@ -96,10 +97,10 @@ def _seconds(dtype: torch.dtype, kind: str, *, limit: float, repeats: int = 5) -
         with torch.inference_mode():
             torch.mm(a, a)  # the first call sets kernels up
             for _ in range(repeats):
-                _wait(kind)
+                synchronize([a.device])
                 start = time.perf_counter()
                 torch.mm(a, a)
-                _wait(kind)
+                synchronize([a.device])
                 best = min(best, time.perf_counter() - start)
                 if best > limit:
                     break
@@ -108,17 +109,11 @@ def _seconds(dtype: torch.dtype, kind: str, *, limit: float, repeats: int = 5) -
     return best
 
 
-def _wait(kind: str) -> None:
-    if kind == "cuda":
-        torch.cuda.synchronize()
-    elif kind == "mps":
-        torch.mps.synchronize()
-
-
 def device_name(kind: str = "cpu") -> str:
     """Return the processor's or accelerator's name, as the system gives it."""
-    if kind == "cuda":
-        return torch.cuda.get_device_name()
+    module = backend(torch.device(kind))
+    if hasattr(module, "get_device_name"):
+        return str(module.get_device_name())  # type: ignore[union-attr]
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -173,7 +168,7 @@ def set_threads(threads: int | None = None) -> int:
 
 def hardware_facts() -> dict[str, Any]:
     """Return facts for `graftwerk doctor`: processor or accelerator, cores, threads, the probe, the compute type."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = best_device().type
     seconds = probe(kind)
     return {
         "device": kind,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from graftwerk.devices import is_out_of_memory
 from graftwerk.errors import ConfigError, GraftwerkError, IntegrityError, ModelError, ResourceError, UnsupportedError
 from graftwerk.machine import available
 from graftwerk.models import gguf, hub
@@ -318,10 +319,10 @@ def _fill_body(model: Any, keys: Sequence[str]) -> None:
     """
     scale = getattr(model.config, "initializer_range", 0.02)
     parameters = dict(model.named_parameters())
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with torch.no_grad():
         for key in sorted(keys):
-            drawn = torch.zeros(parameters[key].shape)
+            drawn = torch.zeros(parameters[key].shape, device="cpu")
             if key.endswith(".weight"):
                 drawn.normal_(0.0, scale, generator=generator)
             parameters[key].copy_(drawn)
@@ -333,7 +334,7 @@ def _load_error(error: Exception, name: str, folder: Path) -> GraftwerkError:
         return IntegrityError(
             f"a weight file of {name} is damaged: {text}", where=str(folder), hint="fetch the model again"
         )
-    if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
+    if is_out_of_memory(error):
         return ResourceError(f"{name} does not fit into memory: {text}", hint="use a smaller model")
     if isinstance(error, ImportError):
         return ResourceError(f"{name} needs a package that is not installed: {text}", where=str(folder))

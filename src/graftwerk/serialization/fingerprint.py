@@ -207,8 +207,8 @@ def _sample(parameter: Tensor) -> bytes:
 def _sample_without(parameter: Tensor, rows: Sequence[int]) -> bytes:
     """Return the sample of a table (V, d) with zeros in these rows."""
     values = parameter.detach().reshape(-1)[:: _step(parameter)]
-    row = torch.arange(0, parameter.numel(), _step(parameter)) // parameter.shape[1]
-    return _as_bytes(values.masked_fill(torch.isin(row, torch.tensor(rows)).to(values.device), 0))
+    row = torch.arange(0, parameter.numel(), _step(parameter), device="cpu") // parameter.shape[1]
+    return _as_bytes(values.masked_fill(torch.isin(row, torch.tensor(rows, device="cpu")).to(values.device), 0))
 
 
 def _step(parameter: Tensor) -> int:

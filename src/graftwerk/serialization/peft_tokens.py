@@ -196,7 +196,7 @@ def _check_stored_rows(
 def _same_but(stored: Tensor, own: Tensor | None, rows: tuple[int, ...]) -> bool:
     """Return True if two tables (V, d) agree in all rows but these."""
     assert own is not None
-    others = torch.ones(stored.shape[0], dtype=torch.bool)
+    others = torch.ones(stored.shape[0], dtype=torch.bool, device="cpu")
     others[list(rows)] = False
     return same_values(stored[others], own.detach().cpu()[others])
 

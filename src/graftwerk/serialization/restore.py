@@ -136,7 +136,7 @@ def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
     same = all(tensor.untyped_storage().data_ptr() == block.data_ptr() for tensor in tensors.values())
     if not same or block.nbytes() != sum(tensor.nbytes for tensor in tensors.values()):
         return False
-    whole = torch.empty(0).set_(block, 0, (block.nbytes() // 4,), (1,))
+    whole = torch.empty(0, device=block.device).set_(block, 0, (block.nbytes() // 4,), (1,))
     return math.isfinite(float(whole.sum()))
 
 

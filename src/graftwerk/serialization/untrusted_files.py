@@ -97,7 +97,7 @@ def read_tensors(
             if written is not None and checksum(path) != written:
                 refuse_changed(path)
             raise
-        block = torch.empty(max((info.end for info in header.values()), default=0), dtype=torch.uint8)
+        block = torch.empty(max((info.end for info in header.values()), default=0), dtype=torch.uint8, device="cpu")
         ordered = sorted(header.items(), key=lambda item: (item[1].begin, item[1].end))
         done = _read_into(stream, memoryview(block.numpy().data), crc if written is not None else None)
         if done < len(block):
@@ -116,7 +116,7 @@ def _tensor(block: Tensor, info: TensorInfo) -> Tensor:
     strides = [1]
     for length in reversed(info.shape[1:]):
         strides.append(strides[-1] * length)
-    shared = torch.empty(0, dtype=info.dtype)
+    shared = torch.empty(0, dtype=info.dtype, device="cpu")
     return shared.set_(block.untyped_storage(), begin, info.shape, strides[::-1] if info.shape else ())
 
 

@@ -143,7 +143,7 @@ class Classification(Task):
             weights: One per class, in the order of their ids.
         """
         bound = self.model_copy()
-        bound._class_weights = torch.tensor(weights, dtype=torch.float32)
+        bound._class_weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         return bound
 
 

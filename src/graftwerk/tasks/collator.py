@@ -60,7 +60,7 @@ class ClassCollator(Collator):
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long)
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long, device="cpu")
         return batch
 
 
@@ -72,7 +72,9 @@ class TextCollator(Collator):
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
             width = max(len(example.target) for example in examples)
-            batch["labels"] = torch.full((len(examples), width), IGNORED, dtype=torch.long)
+            batch["labels"] = torch.full((len(examples), width), IGNORED, dtype=torch.long, device="cpu")
             for row, example in enumerate(examples):
-                batch["labels"][row, : len(example.target)] = torch.tensor(example.target, dtype=torch.long)
+                batch["labels"][row, : len(example.target)] = torch.tensor(
+                    example.target, dtype=torch.long, device="cpu"
+                )
         return batch

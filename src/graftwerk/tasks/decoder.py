@@ -59,7 +59,7 @@ class ClassDecoder(Decoder):
         Returns:
             Scores (n, C), and targets (n,) if every row has one.
         """
-        logits = torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, 0)  # (n, C)
+        logits = torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, 0, device="cpu")  # (n, C)
         scores = logits.double().softmax(-1).numpy()
         targets = [example.target for example in examples]
         known = bool(targets) and all(target is not None for target in targets)

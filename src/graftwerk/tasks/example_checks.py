@@ -154,7 +154,7 @@ def _is_trained(target: Sequence[int], task: Task | None) -> bool:
         return True
     if task is None or not target:
         return any(label != IGNORED for label in target)
-    return bool(task.objective.num_targets({"labels": torch.tensor([target])}))
+    return bool(task.objective.num_targets({"labels": torch.tensor([target], device="cpu")}))
 
 
 def _finding(code: str, split: str, rows: int, first: int, count: int, where: Callable[[int], str] | None) -> Issue:

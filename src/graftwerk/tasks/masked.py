@@ -73,9 +73,9 @@ class Masked(LanguageModelingTask):
         self, ids: list[int], tokenizer: PreTrainedTokenizerBase, num_truncated: int, row: Row, notes: tuple[str, ...]
     ) -> Example:
         """Return a block with the places hidden that evaluation hides."""
-        digest = hashlib.blake2b(torch.tensor(ids).numpy().tobytes(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        hidden, labels = self.collator.hide(torch.tensor([ids]), tokenizer, generator)
+        digest = hashlib.blake2b(torch.tensor(ids, device="cpu").numpy().tobytes(), digest_size=7).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
+        hidden, labels = self.collator.hide(torch.tensor([ids], device="cpu"), tokenizer, generator)
         return Example({"input_ids": hidden[0].tolist()}, labels[0].tolist(), num_truncated, row=row, notes=notes)
 
     @property
@@ -140,15 +140,15 @@ class MaskingCollator(TextCollator):
         if tokenizer.mask_token_id is None:
             raise ModelError("the tokenizer has no mask token, so nothing can be hidden", where="model")
         special = [token for token in tokenizer.all_special_ids if token != tokenizer.unk_token_id]
-        eligible = ~torch.isin(ids, torch.tensor(special))  # (B, T)
+        eligible = ~torch.isin(ids, torch.tensor(special, device="cpu"))  # (B, T)
         if seen is not None:
             eligible &= seen.bool()
-        drawn = torch.rand(ids.shape, generator=generator).masked_fill(~eligible, 2.0)
+        drawn = torch.rand(ids.shape, generator=generator, device="cpu").masked_fill(~eligible, 2.0)
         least = drawn == drawn.min(dim=1, keepdim=True).values
         chosen = ((drawn < self.mask_probability) | least) & eligible
         labels = ids.masked_fill(~chosen, IGNORED)
-        action = torch.rand(ids.shape, generator=generator)
-        replaced = torch.randint(len(tokenizer), ids.shape, generator=generator)
+        action = torch.rand(ids.shape, generator=generator, device="cpu")
+        replaced = torch.randint(len(tokenizer), ids.shape, generator=generator, device="cpu")
         hidden = torch.where(chosen & (action < MASK), torch.full_like(ids, tokenizer.mask_token_id), ids)
         return torch.where(chosen & (action >= MASK) & (action < MASK + RANDOM), replaced, hidden), labels
 

@@ -53,21 +53,21 @@ def pack(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_le
     groups = bins([example.length for example in examples], max_length)
     width = max(sum(examples[row].length for row in group) for group in groups)
     batch = {
-        "input_ids": torch.full((len(groups), width), tokenizer.pad_token_id, dtype=torch.long),
-        "position_ids": torch.zeros(len(groups), width, dtype=torch.long),
-        "labels": torch.full((len(groups), width), IGNORED, dtype=torch.long),
+        "input_ids": torch.full((len(groups), width), tokenizer.pad_token_id, dtype=torch.long, device="cpu"),
+        "position_ids": torch.zeros(len(groups), width, dtype=torch.long, device="cpu"),
+        "labels": torch.full((len(groups), width), IGNORED, dtype=torch.long, device="cpu"),
     }
     for place, group in enumerate(groups):
         at = 0
         for row in group:
             ids, target = examples[row].inputs["input_ids"], examples[row].target
             here = slice(at, at + len(ids))
-            batch["input_ids"][place, here] = torch.tensor(ids)
-            batch["position_ids"][place, here] = torch.arange(len(ids))
+            batch["input_ids"][place, here] = torch.tensor(ids, device="cpu")
+            batch["position_ids"][place, here] = torch.arange(len(ids), device="cpu")
             # A row's first token is predicted by nothing, least of all by the row before it.
-            batch["labels"][place, here] = torch.tensor([IGNORED, *target[1:]])
+            batch["labels"][place, here] = torch.tensor([IGNORED, *target[1:]], device="cpu")
             at += len(ids)
-        batch["position_ids"][place, at:] = torch.arange(width - at)
+        batch["position_ids"][place, at:] = torch.arange(width - at, device="cpu")
     return batch
 
 

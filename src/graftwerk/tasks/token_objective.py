@@ -89,7 +89,8 @@ class TokenObjective(Objective):
         if isinstance(outputs, LabelledLogits):
             return outputs.loss(expected, label_smoothing)
         if not len(expected):
-            return torch.as_tensor(outputs.logits).float().sum()  # nothing, but connected to the parameters
+            logits: Tensor = outputs.logits
+            return logits.float().sum()  # nothing, but connected to the parameters
         return F.cross_entropy(outputs.logits.float(), expected, label_smoothing=label_smoothing)
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
@@ -100,15 +101,16 @@ class TokenObjective(Objective):
         """Return the summed negative log-likelihood of each row's labels in nats, and their number, (B, 2) float64."""
         rows = batch["input_ids"].shape[0]
         if "labels" not in batch:
-            return torch.zeros(rows, 2, dtype=torch.float64)
+            return torch.zeros(rows, 2, dtype=torch.float64, device="cpu")
         mask, expected = self.predicting(batch["labels"]), self.expected(batch["labels"])  # (B, T), (N,)
         if isinstance(outputs, LabelledLogits):
-            nll = outputs.nll(expected).double()
+            nll = outputs.nll(expected)
         else:
-            nll = F.cross_entropy(outputs.logits.float(), expected, reduction="none").double()  # (N,)
-        row = torch.arange(rows, device=mask.device)[:, None].expand_as(mask)[mask]  # (N,)
-        summed = torch.zeros(rows, dtype=torch.float64, device=mask.device).index_add_(0, row, nll)
-        return torch.stack([summed, mask.sum(dim=1).double()], dim=1).cpu()
+            nll = F.cross_entropy(outputs.logits.float(), expected, reduction="none")  # (N,)
+        mask, nll = mask.cpu(), nll.detach().cpu().double()  # float64 is not everywhere, and slow where it is
+        row = torch.arange(rows, device="cpu")[:, None].expand_as(mask)[mask]  # (N,)
+        summed = torch.zeros(rows, dtype=torch.float64, device="cpu").index_add_(0, row, nll)
+        return torch.stack([summed, mask.sum(dim=1).double()], dim=1)
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,12 @@ def pad(inputs: Sequence[dict[str, list[int]]], tokenizer: PreTrainedTokenizerBa
         )
     lengths = [len(row["input_ids"]) for row in inputs]
     shape = (len(inputs), max(lengths))
-    mask = torch.zeros(shape, dtype=torch.long)
-    batch = {name: torch.full(shape, _filler(name, tokenizer), dtype=torch.long) for name in inputs[0]}
+    mask = torch.zeros(shape, dtype=torch.long, device="cpu")
+    batch = {name: torch.full(shape, _filler(name, tokenizer), dtype=torch.long, device="cpu") for name in inputs[0]}
     for at, (row, length) in enumerate(zip(inputs, lengths, strict=True)):
         mask[at, :length] = 1
         for name, values in row.items():
-            batch[name][at, :length] = torch.tensor(values, dtype=torch.long)
+            batch[name][at, :length] = torch.tensor(values, dtype=torch.long, device="cpu")
     batch["attention_mask"] = mask
     return batch
 

@@ -102,6 +102,7 @@ def finish(
                 dtype=trainer.evaluate.dtype,
                 base=base,
             )
+        trainer.distributed.barrier()
     if (shares := drawn(trainer)) is not None:
         manifest["data"]["sets"] = shares
     if not trainer.distributed.is_main:

@@ -103,9 +103,9 @@ def _against() -> tuple[str, str] | None:
     """Return the reason why this process cannot be forked and a hint, or None if it can."""
     if not sys.platform.startswith("linux"):
         return "only Linux can fork a process that has imported torch", "accelerate launch, or auto"
-    import torch
+    from graftwerk.devices import best_device
 
-    if torch.cuda.is_available() or torch.xpu.is_available():
+    if best_device().type != "cpu":
         return "forked processes share a CPU, and this machine computes on an accelerator", "accelerate launch, or auto"
     from accelerate.state import PartialState
 

@@ -1,4 +1,4 @@
-"""Recovery from running out of memory in training, which `evaluation.oom` detects."""
+"""Recovery from running out of memory in training, which `devices.is_out_of_memory` detects."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 
 import torch
 
+from graftwerk.devices import backend, release
 from graftwerk.errors import ResourceError
-from graftwerk.evaluation.oom import release
 from graftwerk.machine import available, kilobytes
 from graftwerk.training import rng
 from graftwerk.training.callbacks.base import TrainingLoop
@@ -22,10 +22,13 @@ def describe_memory(device: torch.device) -> str:
     Args:
         device: Device whose memory is described; for a CPU, the machine's.
     """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        used = torch.cuda.memory_allocated(device) / GIB
-        return f"{used:.1f} GiB in use, {free / GIB:.1f} of {total / GIB:.1f} GiB free on {device}"
+    if (module := backend(device)) is not None:
+        if device.type == "mps":
+            used, total = module.current_allocated_memory(), module.recommended_max_memory()
+            free = max(total - module.driver_allocated_memory(), 0)
+        else:
+            used, (free, total) = module.memory_allocated(device), module.mem_get_info(device)
+        return f"{used / GIB:.1f} GiB in use, {free / GIB:.1f} of {total / GIB:.1f} GiB free on {device}"
     held = kilobytes("/proc/self/status", "VmRSS:")
     free_bytes = available()
     if held is None or free_bytes is None:

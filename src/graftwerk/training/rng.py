@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftwerk.devices import backend
 from graftwerk.errors import IntegrityError
 
 
@@ -26,15 +27,16 @@ def capture(device: torch.device) -> dict[str, Tensor]:
     """
     _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     version, words, python_gauss = random.getstate()
+    here: Any = {"device": "cpu"}  # whatever torch's default device is
     states = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*(int(key) for key in keys), int(position), int(has_gauss)], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(float(gauss) if has_gauss else 0.0, dtype=torch.float64),
-        "python": torch.tensor([version, *words, python_gauss is not None], dtype=torch.int64),
-        "python_gauss": torch.tensor(python_gauss or 0.0, dtype=torch.float64),
+        "numpy": torch.tensor([*(int(key) for key in keys), int(position), int(has_gauss)], dtype=torch.int64, **here),
+        "numpy_gauss": torch.tensor(float(gauss) if has_gauss else 0.0, dtype=torch.float64, **here),
+        "python": torch.tensor([version, *words, python_gauss is not None], dtype=torch.int64, **here),
+        "python_gauss": torch.tensor(python_gauss or 0.0, dtype=torch.float64, **here),
     }
-    if device.type != "cpu":
-        states["device"] = _backend(device).get_rng_state()
+    if (module := backend(device)) is not None:
+        states["device"] = module.get_rng_state()
     return states
 
 
@@ -57,8 +59,8 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
         )  # fmt: skip
         version, *words, has_gauss = states["python"].tolist()
         random.setstate((version, tuple(words), states["python_gauss"].item() if has_gauss else None))
-        if device.type != "cpu":
-            _backend(device).set_rng_state(states["device"].clone())
+        if (module := backend(device)) is not None:
+            module.set_rng_state(states["device"].clone())
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
         raise IntegrityError(f"the states of the random number generators cannot be restored: {error}") from error
 
@@ -84,16 +86,13 @@ def untouched(device: torch.device) -> Iterator[None]:
         device: Device whose own generator is restored too, unless it is a CPU.
     """
     ours, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = None if device.type == "cpu" else _backend(device).get_rng_state()
+    module = backend(device)
+    devices = None if module is None else module.get_rng_state()
     try:
         yield
     finally:
         random.setstate(ours)
         np.random.set_state(numpys)
         torch.set_rng_state(torchs)
-        if devices is not None:
-            _backend(device).set_rng_state(devices)
-
-
-def _backend(device: torch.device) -> Any:
-    return getattr(torch, device.type)
+        if module is not None:
+            module.set_rng_state(devices)

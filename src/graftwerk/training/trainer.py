@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graftwerk.data.mixture import Sampler
+from graftwerk.devices import is_out_of_memory
 from graftwerk.errors import RunInterrupted
-from graftwerk.evaluation.oom import is_out_of_memory
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.packing import check_packing

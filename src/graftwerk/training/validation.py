@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import ConfigError, DivergedError
 from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.evaluation.inference import Serve, batches_of
-from graftwerk.evaluation.oom import is_out_of_memory, release
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Predictions, Task
@@ -82,6 +82,7 @@ class Evaluator:
         else:
             shares = deal_batches(batches, self.processes.world_size)
             own = self._predict([examples[row] for row in shares[self.processes.rank]], generation)
+            self.processes.barrier()  # rows of one share may take much longer to generate than those of another
             predictions = gather_predictions(self.processes, own, shares)
         if not predictions.finite:
             refuse_broken_base(self.adapter.model)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import GraftwerkError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, evaluation_mode, to_device
-from graftwerk.evaluation.oom import is_out_of_memory, release
 from graftwerk.kernels import flags as fast
 from graftwerk.machine import available
 from graftwerk.modeling.architectures import Architecture, read_architecture
@@ -342,7 +342,8 @@ class ActivationCache:
         if rows != len(examples) or any(start is None for start in starts):
             return None
         device = self.processes.device
-        padded = torch.zeros(rows, tokens, states.shape[1], dtype=states.dtype, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        padded = torch.zeros(rows, tokens, states.shape[1], dtype=states.dtype, device="cpu", pin_memory=pinned)
         for row, (start, example) in enumerate(zip(starts, examples, strict=True)):
             assert start is not None
             padded[row, : example.length] = states[start : start + example.length]

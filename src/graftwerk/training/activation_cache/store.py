@@ -47,7 +47,7 @@ class MemoryStates:
     """
 
     def __init__(self, tokens: int, width: int, dtype: torch.dtype) -> None:
-        self.states = torch.empty(tokens, width, dtype=dtype)
+        self.states = torch.empty(tokens, width, dtype=dtype, device="cpu")
         self._filled = 0
 
     def add(self, states: Tensor) -> None:
@@ -62,7 +62,7 @@ class MemoryStates:
 
     def abandon(self) -> None:
         """Free the memory."""
-        self.states = torch.empty(0)
+        self.states = torch.empty(0, device="cpu")
 
 
 class FileStates:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from graftwerk.training.distributed.protocol import Distributed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+PATIENCE = timedelta(days=30)
+"""Longest wait of a barrier. The devices' own collectives give up after ten minutes, which is less than it may take
+one process alone to fill the trunk or to write texts; over gloo, a process that dies is noticed at once."""
 
 
 class AccelerateProcesses(Distributed):
@@ -30,6 +37,8 @@ class AccelerateProcesses(Distributed):
         self.world_size, self.rank = accelerator.num_processes, accelerator.process_index
         # DDP averages over ranks, but the loss is already divided by the targets of all ranks: undo the average.
         self.grad_scale = self.world_size
+        # The group of forked processes waits as long itself.
+        self._patient = None if self.shares_rows else torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def prepare(self, model: Any) -> Any:
         return self.accelerator.prepare_model(model)
@@ -47,8 +56,10 @@ class AccelerateProcesses(Distributed):
         return total
 
     def gather(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = self.accelerator.gather(tensor[None].to(self.device))  # (world_size, ...)
-        return gathered.cpu()
+        double = tensor.dtype == torch.float64  # travels as words: not every device has the type
+        words = tensor.view(torch.int64) if double else tensor
+        gathered: Tensor = self.accelerator.gather(words[None].to(self.device)).cpu()  # (world_size, ...)
+        return gathered.view(torch.float64) if double else gathered
 
     def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
+        torch.distributed.barrier(group=self._patient)

@@ -41,7 +41,7 @@ class ForkedProcesses(AccelerateProcesses):
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
         with torch.no_grad():
             for group in by_dtype.values():
-                present = torch.tensor([p.grad is not None for p in group], dtype=group[0].dtype)  # (P,)
+                present = group[0].new_tensor([p.grad is not None for p in group])  # (P,)
                 grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
                 flat = torch.cat([present, *(grad.reshape(-1) for grad in grads)])  # (P + elements,)
                 torch.distributed.all_reduce(flat)

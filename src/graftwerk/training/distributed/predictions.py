@@ -74,7 +74,7 @@ def _gather_texts(processes: Distributed, own: TextPredictions, shares: Sequence
 def gather_lists(processes: Distributed, own: list[Any]) -> list[list[Any]]:
     """Return every process's list of plain values; they travel as JSON, nothing is pickled."""
     text = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)  # (bytes,)
-    sizes = processes.gather(torch.tensor(len(text))).tolist()
+    sizes = processes.gather(torch.tensor(len(text), device="cpu")).tolist()
     padded = torch.nn.functional.pad(text, (0, max(sizes) - len(text)))
     return [json.loads(bytes(row[:size].tolist())) for row, size in zip(processes.gather(padded), sizes, strict=True)]
 

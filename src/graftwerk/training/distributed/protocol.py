@@ -75,4 +75,7 @@ class Distributed(Protocol):
         return own
 
     def barrier(self) -> None:
-        """Wait until every process has arrived here."""
+        """Wait until every process has arrived here, however long one of them works alone.
+
+        It goes before the first collective operation after such work: those give up after minutes.
+        """
