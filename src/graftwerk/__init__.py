@@ -5,7 +5,8 @@ The whole public API stands here and is imported when it is first used, so that 
 - methods: `LoRA`, `MiSS`, `HiRA`, `SHiRA`, `OFT`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`,
   `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
-- from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `compare`, `augment`
+- from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `predict_stream`, `predict_file`,
+  `compare`, `augment`
 - `errors`: one rooted tree
 """
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from graftwerk.config import RunConfig as RunConfig
     from graftwerk.evaluation.evaluate import evaluate as evaluate
     from graftwerk.evaluation.evaluate import predict as predict
+    from graftwerk.evaluation.predict_file import predict_file as predict_file
+    from graftwerk.evaluation.stream import predict_stream as predict_stream
     from graftwerk.experiments.compare import compare as compare
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
@@ -73,6 +76,8 @@ _HOMES = {
     "train": ("graftwerk.training.train", "train"),
     "evaluate": ("graftwerk.evaluation.evaluate", "evaluate"),
     "predict": ("graftwerk.evaluation.evaluate", "predict"),
+    "predict_stream": ("graftwerk.evaluation.stream", "predict_stream"),
+    "predict_file": ("graftwerk.evaluation.predict_file", "predict_file"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
     "compare": ("graftwerk.experiments.compare", "compare"),
 }
@@ -110,6 +115,8 @@ __all__ = [
     "evaluate",
     "load",
     "predict",
+    "predict_file",
+    "predict_stream",
     "save",
     "train",
 ]

@@ -74,13 +74,32 @@ def test_rows_prints_after_two_seconds_with_time_left(monkeypatch: pytest.Monkey
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
     with room.Rows(Output(), "predicting", stream=stream) as rows:
-        for done, at in ((1, 0.5), (2, 1.9), (10, 10.0), (11, 11.0), (20, 20.0), (40, 40.0)):
+        for done, at in ((0, 0.0), (1, 0.5), (2, 1.9), (10, 10.0), (11, 11.0), (20, 20.0), (40, 40.0)):
             now[0] = at
             rows(done, 40)
     assert stream.getvalue().splitlines() == [
         "predicting 10/40  30 s left",
         "predicting 20/40  20 s left",
         "predicting 40/40",
+    ]
+
+
+def test_rows_count_the_time_left_from_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with room.Rows(Output(), "predicting", stream=stream) as rows:
+        for done, at in ((500, 60.0), (510, 70.0), (1000, 560.0)):  # a model was loaded, and 500 rows were there
+            now[0] = at
+            rows(done, 1000)
+        rows(3, None)
+        now[0] += 6
+        rows(4, None)
+    assert stream.getvalue().splitlines() == [
+        "predicting 500/1000",
+        "predicting 510/1000  8 min 10 s left",
+        "predicting 1000/1000",
+        "predicting 4",
     ]
 
 

@@ -1,14 +1,21 @@
-"""`graftwerk predict`: what a trained adapter says about texts."""
+"""`graftwerk predict`: what a trained adapter says about texts, or about every row of a file."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of, evaluation_of
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable
+from graftwerk.errors import ConfigError
+
+Answer = dict[str, Any]
 
 
 def register(app: typer.Typer) -> None:
@@ -19,10 +26,28 @@ def register(app: typer.Typer) -> None:
         out: Output,
         target: RunOrAdapter,
         texts: Annotated[
-            list[str] | None, typer.Argument(metavar="[TEXT ...]", help="The texts.", show_default=False)
+            list[str] | None,
+            typer.Argument(metavar="[TEXT ...]", help="The texts; - for lines of standard input.", show_default=False),
         ] = None,
-        data: Annotated[str | None, typer.Option(help="A file of rows, in place of texts.", show_default=False)] = None,
+        data: Annotated[
+            str | None,
+            typer.Option(
+                help="Rows in place of texts: a txt, csv, tsv, jsonl or parquet file; - for lines of standard input.",
+                show_default=False,
+            ),
+        ] = None,
         column: Columns = None,
+        output: Annotated[
+            Path | None,
+            typer.Option(
+                "--output",
+                "-o",
+                help="A .csv, .tsv, .jsonl or .parquet file for the rows with their answers.",
+                show_default=False,
+            ),
+        ] = None,
+        resume: Annotated[bool, typer.Option("--resume", help="Go on where the file of --output stops.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
         model: Base = None,
         force: Force = False,
         settings: Annotated[
@@ -35,36 +60,100 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
     ) -> Result:
-        """Label texts with a trained adapter.
+        """Answer texts, or every row of a file, with a trained adapter.
 
-        One line each, separated by tabs: the label, its probability, the text; of a task that writes, the answer alone.
+        One line each, in order, separated by tabs: the label, its probability, the text; of a task that writes, the
+        answer alone. A row that cannot be answered (an empty cell, a broken line) has an empty answer, and is counted.
         """
-        from graftwerk.cli.progress import Rows
-        from graftwerk.errors import ConfigError
-        from graftwerk.evaluation.evaluate import predict
-
+        if texts == ["-"] and not data:
+            texts, data = None, "-"
         if bool(texts) == bool(data):
             raise ConfigError(
                 "give texts or --data, not both" if texts else "there is nothing to predict",
                 hint='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
             )
-        with Rows(out, "predicting") as rows:
-            result = predict(
-                target,
-                texts or None,
-                data,
-                columns=columns_of(column),
-                model=model,
-                force=force,
-                evaluation=evaluation_of(settings),
-                on_progress=rows,
-            )
-        for place, row in enumerate(result["predictions"]):
-            if "output" in row:
-                out.answer(printable(row["output"]))
-                continue
-            text = texts[place] if texts else row["text"]
-            out.answer(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}")
-        for note in result["notes"]:
-            out.warn(f"note: {note}")
-        return result
+        if (resume or overwrite) and output is None:
+            raise ConfigError("--resume and --overwrite are for the file of --output", hint="--output answers.csv")
+        options: dict[str, Any] = {
+            "columns": columns_of(column),
+            "model": model,
+            "force": force,
+            "evaluation": evaluation_of(settings),
+        }
+        if data == "-" and sys.stdin.isatty():
+            out.note("reading lines from the terminal; Ctrl-D ends them")
+        if output is not None:
+            return _to_file(out, target, data or texts, output, {**options, "resume": resume, "overwrite": overwrite})
+        if data is not None:
+            return _rows(out, target, data, options)
+        return _texts(out, target, texts or [], options)
+
+
+def _texts(out: Output, target: str, texts: list[str], options: Answer) -> Result:
+    from graftwerk.cli.progress import Rows
+    from graftwerk.evaluation.evaluate import predict
+
+    with Rows(out, "predicting") as rows:
+        result = predict(target, texts, on_progress=rows, **options)
+    for text, answer in zip(texts, result["predictions"], strict=True):
+        _show(out, answer, text)
+    _warn(out, result["notes"])
+    return result
+
+
+def _rows(out: Output, target: str, data: str, options: Answer) -> Result:
+    """Answer the rows of a source on stdout as they are read; with `--json` together at the end."""
+    from graftwerk.cli.progress import Rows
+    from graftwerk.evaluation.stream import predict_stream
+
+    # On a terminal the answers are the progress.
+    watched = out.as_json or not sys.stdout.isatty()
+    answers: list[Answer] = []
+    with Rows(out, "predicting") if watched else nullcontext() as rows:
+        stream = predict_stream(target, data=data, on_progress=_flushing(rows), **options)
+        for answer in stream:
+            own = answer.pop("row")
+            if out.as_json:
+                answers.append({key: value for key, value in answer.items() if key != "reason" or value is not None})
+            else:
+                _show(out, answer, answer.get("text", own.get("text")))
+    _warn(out, stream.notes)
+    return {"predictions": answers, "notes": stream.notes}
+
+
+def _flushing(rows: Callable[[int, int | None], None] | None) -> Callable[[int, int | None], None]:
+    """Hand on what is printed with every step of progress: a pipe would otherwise hold it back."""
+    from graftwerk.cli.output import read
+
+    def report(done: int, total: int | None) -> None:
+        with read():
+            sys.stdout.flush()
+        if rows is not None:
+            rows(done, total)
+
+    return report
+
+
+def _to_file(out: Output, target: str, data: str | list[str] | None, output: Path, options: Answer) -> Result:
+    from graftwerk.cli.progress import Rows
+    from graftwerk.evaluation.predict_file import predict_file
+
+    with Rows(out, "predicting") as rows:
+        result = predict_file(target, data or [], output, on_progress=rows, **options)
+    _warn(out, result["notes"])
+    out.line(result["output"])
+    return result
+
+
+def _show(out: Output, answer: Answer, text: str | None) -> None:
+    if "output" in answer:
+        out.answer(printable(answer["output"]))
+    elif "label" in answer:
+        out.answer(f"{printable(answer['label'])}\t{max(answer['scores'].values()):.3f}\t{printable(text or '')}")
+    else:
+        out.answer(f"\t\t{printable(str(text or ''))}".rstrip())
+
+
+def _warn(out: Output, notes: list[str]) -> None:
+    for note in notes:
+        out.warn(f"note: {note}")

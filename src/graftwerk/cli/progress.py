@@ -65,7 +65,7 @@ class Display:
             else:
                 print(text, file=self.stream, flush=True)
 
-    def move(self, what: str, done: int, total: int, *figures: str) -> None:
+    def move(self, what: str, done: int, total: int | None, *figures: str) -> None:
         """Update the progress bar; without a terminal, write a line every few seconds and one at the end."""
         if self.quiet or self.silent:
             return
@@ -75,15 +75,15 @@ class Display:
                 if self._bar is None:
                     self._open_bar(what, total)
                 self._bar.update(self._task, completed=done, total=total, figures=shown)
-                if done >= total:
+                if total is not None and done >= total:
                     self.close_bar()
             return
         now = time.monotonic()
-        if now - self._told >= EVERY_SECONDS or done >= total:
+        if now - self._told >= EVERY_SECONDS or (total is not None and done >= total):
             self._told = now
-            self.line(f"{what} {done}/{total}  {shown}".rstrip())
+            self.line(f"{what} {done}{'' if total is None else f'/{total}'}  {shown}".rstrip())
 
-    def _open_bar(self, what: str, total: int) -> None:
+    def _open_bar(self, what: str, total: int | None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as Bar
 
@@ -101,17 +101,23 @@ class Display:
 
 
 class Rows(Display):
-    """Rows done of all rows, for evaluation and prediction: called with both numbers."""
+    """Rows done of all rows, for evaluation and prediction: called with both numbers, the second None if not known.
+
+    The time left counts from the first call: what was done before it (loading a model, rows of an earlier run) says
+    nothing of the rows that are left.
+    """
 
     def __init__(self, out: Output, what: str, *, stream: TextIO | None = None) -> None:
         super().__init__(out, stream=stream)
         self.what, self._began = what, time.monotonic()
+        self._first: tuple[float, int] | None = None
 
-    def __call__(self, done: int, total: int) -> None:
-        took = time.monotonic() - self._began
-        if took < SHORT and self._bar is None:
+    def __call__(self, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        started, before = self._first = self._first or (now, done)
+        if now - self._began < SHORT and self._bar is None:
             return
-        left = took / done * (total - done) if done else 0
+        left = (now - started) / (done - before) * (total - done) if total is not None and done > before else 0
         self.move(self.what, done, total, f"{duration(left)} left" if left else "")
 
 

@@ -165,19 +165,33 @@ def read_unanswered(
         ConfigError, DataError, ResourceError: as for reading rows to learn from.
     """
     raw = read_source(source, split)
-    reading = recognise(_parts_of(raw, columns or {}))
+    asked, renamed = unanswered_format(raw, recognise, columns or {})
+    table = named(raw, asked, renamed, {})
+    findings = resolve_bad_rows(table, on_bad_row)
+    if not table.rows:
+        raise DataError(f"{source} has no rows", where=table.shown)
+    return table, findings
+
+
+def unanswered_format(raw: Table, recognise: Recognise, columns: Mapping[str, str]) -> tuple[RowFormat, dict[str, str]]:
+    """Return the format of rows that are to be answered, and the columns of its fields.
+
+    Args:
+        raw: The rows as they were read; only the names of their columns are looked at.
+        recognise: The task's function from column names to a format.
+        columns: Column of each field, as for training.
+
+    Raises:
+        ConfigError: The rows have no format of the task.
+    """
+    reading = recognise(_parts_of(raw, columns))
     asked = RowFormat(
         {part: read for part, read in reading.parts.items() if part not in reading.answers},
         reading.key,
         {part: read for part, read in reading.optional.items() if part not in reading.answers},
         shape=reading.ask or reading.shape,
     )
-    renamed = {part: column for part, column in (columns or {}).items() if part not in reading.answers}
-    table = named(raw, asked, renamed, {})
-    findings = resolve_bad_rows(table, on_bad_row)
-    if not table.rows:
-        raise DataError(f"{source} has no rows", where=table.shown)
-    return table, findings
+    return asked, {part: column for part, column in columns.items() if part not in reading.answers}
 
 
 def fingerprint_of(chosen: Mapping[str, Sequence[Mapping[str, Any]]], parts: Sequence[str], head: Any = ()) -> str:

@@ -11,6 +11,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -242,7 +243,7 @@ def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, R
     columns: dict[str, None] = {}
     reading: RowFormat | None = None
     for file in _files(data.source):
-        found = _rows_of(file, columns, data.text_rows)
+        found = rows_of(file, columns, data.text_rows)
         while chunk := list(islice(found, CHUNK)):
             table = Table(
                 shown(data.source),
@@ -290,20 +291,45 @@ def _not_streamed(what: str, hint: str) -> ConfigError:
     )
 
 
-def _rows_of(file: Path, columns: dict[str, None], text: TextRows) -> Found:
+def rows_of(file: Path, columns: dict[str, None], text: TextRows) -> Found:
+    """Yield the rows of a file that is made of lines, with the line of each; nothing that has passed is kept.
+
+    Args:
+        file: A file of one of `KINDS`.
+        columns: Filled with the names of the columns.
+        text: Unit of a .txt file that is one row.
+
+    Raises:
+        DataError: The file is UTF-16, or has no header.
+        ResourceError: It may not be read.
+    """
     kind = kind_of(file)
+    with opened_text(file, "" if kind in (".csv", ".tsv") else "\n") as lines:
+        if kind in (".csv", ".tsv"):
+            delimiter = "," if kind == ".csv" else "\t"
+            yield from delimited_rows(lines, delimiter, columns, fault=bad_characters, file=str(file))
+        elif kind == ".txt":
+            yield from text_rows(lines, columns, documents=text == "document", fault=bad_characters)
+        else:
+            yield from jsonl_rows(lines, columns, fault=bad_characters)
+
+
+@contextmanager
+def opened_text(file: Path, newline: str) -> Iterator[io.TextIOWrapper]:
+    """Open a file, expanded if it is compressed, to read its lines one after another.
+
+    Args:
+        file: The file; bytes that are not UTF-8 become lone surrogates.
+        newline: As for `io.TextIOWrapper`.
+
+    Raises:
+        DataError: It is UTF-16.
+        ResourceError: It may not be read.
+    """
     try:
         with io.BufferedReader(Expanded(file)) as raw:
             if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise DataError("the file is UTF-16, not UTF-8", where=f"{file}:1", hint="save it as UTF-8")
-            newline = "" if kind in (".csv", ".tsv") else "\n"
-            lines = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-            if kind in (".csv", ".tsv"):
-                delimiter = "," if kind == ".csv" else "\t"
-                yield from delimited_rows(lines, delimiter, columns, fault=bad_characters, file=str(file))
-            elif kind == ".txt":
-                yield from text_rows(lines, columns, documents=text == "document", fault=bad_characters)
-            else:
-                yield from jsonl_rows(lines, columns, fault=bad_characters)
+            yield io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     except PermissionError as error:
         raise ResourceError(f"{file} cannot be read: {error.strerror}", where=str(file)) from None

@@ -88,7 +88,7 @@ def evaluate(
     from graftwerk.evaluation.sample_outputs import before_and_after, check_baseline, of_base
 
     with peak_memory() as peak:
-        opened = _with_settings(load_adapter_for(target, model=model, force=force), evaluation)
+        opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
         if data is None:
             if columns is not None:
                 raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
@@ -234,7 +234,7 @@ def predict(
             raise ConfigError(f"text {place + 1} of {len(listed)} is {'empty' if isinstance(text, str) else 'no text'}")
     if data is None and not listed:
         return {"predictions": [], "notes": []}
-    opened = _with_settings(load_adapter_for(target, model=model, force=force), evaluation)
+    opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
     said: list[str] = []
     rows = [opened.task.example_from_text(text) for text in listed]
     if data is not None:
@@ -246,21 +246,15 @@ def predict(
         said = [finding.message for finding in findings]
     with said_of(None if data is None else str(data)):
         examples = opened.encode(rows)
-    found = run_model(
-        opened.model,
-        opened.task,
+    predictions = answer_examples(
+        opened,
         examples,
-        opened.tokenizer,
         batch_size=batch_size or opened.eval_batch_size,
-        dtype=opened.dtype,
         on_progress=on_progress,
-        texts=_texts(opened, examples, on_progress, said.append),
+        say=said.append,
     )
-    if not found.finite:
-        refuse_broken_base(opened.model, trained=True)
-    predictions = opened.task.decoder.format_predictions(found, opened.labels or None)
     if data is not None:
-        sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
+        sources = [shown_input(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
     return {"predictions": predictions, "notes": said + _notes(opened, examples)}
 
@@ -299,7 +293,7 @@ def _taken(hint: str, data: str | None) -> str:
     return f"correct these rows, or leave them out of {data}; the training has fixed how rows are read"
 
 
-def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
+def with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
     """With other settings of evaluation.
 
     Raises:
@@ -317,7 +311,43 @@ def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> 
     )
 
 
-def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
+def answer_examples(
+    opened: LoadedAdapter,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    on_progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Run the model on encoded rows, and return the answer to each as `predict` gives it.
+
+    Args:
+        opened: The loaded adapter.
+        examples: Encoded rows.
+        batch_size: Rows per forward pass.
+        on_progress: Called with (rows done, rows in all).
+        say: Called with each note on how answers were generated.
+
+    Raises:
+        ModelError: The base's weights are not finite.
+        UnsupportedError: The task gives no answers.
+    """
+    found = run_model(
+        opened.model,
+        opened.task,
+        examples,
+        opened.tokenizer,
+        batch_size=batch_size,
+        dtype=opened.dtype,
+        on_progress=on_progress,
+        texts=_texts(opened, examples, on_progress, say),
+    )
+    if not found.finite:
+        refuse_broken_base(opened.model, trained=True)
+    return opened.task.decoder.format_predictions(found, opened.labels or None)
+
+
+def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]:
     """Return the input that is shown beside the answer to a file's row: its source, or its text."""
     return {"source": task.decoder.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
 
