@@ -63,8 +63,9 @@ def register(app: typer.Typer) -> None:
             if "output" in row:
                 out.answer(printable(row["output"]))
                 continue
-            text = texts[place] if texts else row["text"]
-            out.answer(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{printable(text)}")
+            shown = texts[place].split("\t") if texts else [row[part] for part in ("text", "text_pair") if part in row]
+            text = "\t".join(map(printable, shown))
+            out.answer(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{text}")
         for note in result["notes"]:
             out.warn(f"note: {note}")
         return result

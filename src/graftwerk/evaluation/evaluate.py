@@ -319,7 +319,9 @@ def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> 
 
 def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
     """Return the input that is shown beside the answer to a file's row: its source, or its text."""
-    return {"source": task.decoder.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
+    if isinstance(task, TextTask):
+        return {"source": task.decoder.source(example)}
+    return {part: str(row[part]) for part in ("text", "text_pair") if part in row}
 
 
 def _texts(
