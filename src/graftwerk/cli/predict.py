@@ -96,7 +96,7 @@ def _texts(out: Output, target: str, texts: list[str], options: Answer) -> Resul
     with Rows(out, "predicting") as rows:
         result = predict(target, texts, on_progress=rows, **options)
     for text, answer in zip(texts, result["predictions"], strict=True):
-        _show(out, answer, text)
+        _show(out, answer, text.split("\t"))
     _warn(out, result["notes"])
     return result
 
@@ -116,7 +116,8 @@ def _rows(out: Output, target: str, data: str, options: Answer) -> Result:
             if out.as_json:
                 answers.append({key: value for key, value in answer.items() if key != "reason" or value is not None})
             else:
-                _show(out, answer, answer.get("text", own.get("text")))
+                parts = [answer.get(part, own.get(part)) for part in ("text", "text_pair")]
+                _show(out, answer, [str(part) for part in parts if part is not None])
     _warn(out, stream.notes)
     return {"predictions": answers, "notes": stream.notes}
 
@@ -145,13 +146,14 @@ def _to_file(out: Output, target: str, data: str | list[str] | None, output: Pat
     return result
 
 
-def _show(out: Output, answer: Answer, text: str | None) -> None:
+def _show(out: Output, answer: Answer, texts: list[str]) -> None:
+    text = "\t".join(map(printable, texts))
     if "output" in answer:
         out.answer(printable(answer["output"]))
     elif "label" in answer:
-        out.answer(f"{printable(answer['label'])}\t{max(answer['scores'].values()):.3f}\t{printable(text or '')}")
+        out.answer(f"{printable(answer['label'])}\t{max(answer['scores'].values()):.3f}\t{text}")
     else:
-        out.answer(f"\t\t{printable(str(text or ''))}".rstrip())
+        out.answer(f"\t\t{text}".rstrip())
 
 
 def _warn(out: Output, notes: list[str]) -> None:

@@ -42,6 +42,7 @@ class RowFormat:
             ValueError makes it a bad row, reported with its place.
         ask: As `shape`, for prediction; or None to use `shape` there too.
         format: Name of the format in `data.formats`, or None if this task has only one.
+        more_fields: Fields that rows of this format have beyond the task's own, and that count in the fingerprint.
     """
 
     parts: Mapping[str, Part]
@@ -52,6 +53,7 @@ class RowFormat:
     shape: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     ask: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     format: str | None = None
+    more_fields: tuple[str, ...] = ()
 
     def key_of(self, row: Mapping[str, Any]) -> str:
         """Return the text that identifies a row."""

@@ -99,6 +99,7 @@ class Streamed:
         classes: For each split, the number of rows of each class, or None if rows have no class.
         repeated: Text and place of each training row whose text is also held out, once each.
         digest: Hash of the training rows in order.
+        formats: For each split that has rows, their format.
     """
 
     rows: StreamedRows
@@ -107,6 +108,7 @@ class Streamed:
     classes: dict[str, Counter[str]] | None
     repeated: PlacedRows
     digest: str
+    formats: dict[str, RowFormat]
 
 
 def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) -> Streamed:
@@ -139,7 +141,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
             passed.unmatched = now if passed.unmatched is None else passed.unmatched & now
         for at in range(len(table) if limit is None else min(len(table), limit - passed.rows)):
             assert reading is not None
-            passed.add(table, at, reading, parts)
+            passed.add(table, at, reading, [*parts, *reading.more_fields])
         held_reading = reading or held_reading
         if passed.rows == limit:
             break
@@ -156,7 +158,10 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
         classes |= {split: Counter(part.placed().labels or ()) for split, part in held.items()}
     repeated = PlacedRows([text for text, _ in passed.met.values()], None, lambda at: list(passed.met.values())[at][1])
     rows = StreamedRows(data, recognise, passed.rows)
-    return Streamed(rows, held, findings, classes, repeated, passed.digest.hexdigest())
+    formats = {split: part.reading for split, part in held.items() if len(part.indices)}
+    if held_reading is not None:
+        formats["train"] = held_reading  # of the training rows, which were read last
+    return Streamed(rows, held, findings, classes, repeated, passed.digest.hexdigest(), formats)
 
 
 class _Passed:

@@ -349,7 +349,9 @@ def answer_examples(
 
 def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]:
     """Return the input that is shown beside the answer to a file's row: its source, or its text."""
-    return {"source": task.decoder.source(example)} if isinstance(task, TextTask) else {"text": str(row["text"])}
+    if isinstance(task, TextTask):
+        return {"source": task.decoder.source(example)}
+    return {part: str(row[part]) for part in ("text", "text_pair") if part in row}
 
 
 def _texts(

@@ -21,6 +21,7 @@ ENDLESS = "end-untrained"
 TORN = "prompt-torn"
 SPECIAL = "special-token-in-text"
 BLOCKS = "cut-into-blocks"
+UNSEPARATED = "pair-unseparated"
 
 
 Noted = tuple[int, int]
@@ -58,6 +59,11 @@ _MEANINGS: Mapping[str, _Meaning] = {
     BLOCKS: _Meaning(
         "are pieces of texts that are too long for one",
         "task.blocks=false keeps the beginning of such a text alone; a longer `data.max_length` cuts fewer",
+        False,
+    ),
+    UNSEPARATED: _Meaning(
+        "are pairs between whose texts this model's tokenizer puts nothing: where one ends is not to be seen",
+        "begin the second text with a word that says so (`Hypothesis: ...`), or use an encoder",
         False,
     ),
 }

@@ -79,7 +79,7 @@ def splits_of(
     return Splits(
         **rows,
         labels=labels,
-        fingerprint=fingerprint_of(rows, parts, labels or ()),
+        fingerprint=fingerprint_of(rows, _counted(parts, chosen), labels or ()),
         issues=(*findings, *repeated),
         origin=origin_of(data, {split: len(part) for split, part in rows.items()}),
         where={split: part.where for split, part in chosen.items()},
@@ -102,8 +102,12 @@ def splits_of_stream(
         train=streamed.rows,
         **held,
         labels=labels,
-        fingerprint=fingerprint_of(held, parts, [*(labels or ()), streamed.digest]),
+        fingerprint=fingerprint_of(held, _counted(parts, streamed.held), [*(labels or ()), streamed.digest]),
         issues=(*streamed.issues, *findings, *check_duplicates(placed)),
         origin=origin_of(data, counts),
         where={"train": streamed.rows.where, **{split: part.where for split, part in streamed.held.items()}},
     )
+
+
+def _counted(parts: Sequence[str], chosen: Mapping[str, SplitRows]) -> list[str]:
+    return list(dict.fromkeys([*parts, *(more for part in chosen.values() for more in part.reading.more_fields)]))

@@ -63,6 +63,54 @@ def encode_texts(
     return [(inputs, lost[text]) for text, (inputs, _) in enumerate(encoded)]
 
 
+def encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[dict[str, list[int]], int]]:
+    """Tokenize pairs of texts; of one that is too long, tokens are cut from the longer text first.
+
+    Args:
+        pairs: First and second text of each.
+        tokenizer: The model's tokenizer.
+        max_length: Tokens kept of a pair, its special tokens included.
+
+    Returns:
+        For each pair its inputs (lists of equal length), and the number of its tokens that did not fit.
+
+    Raises:
+        ConfigError: `max_length` leaves no room for both texts beside the special tokens.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length < special + 2:
+        raise ConfigError(
+            f"`max_length: {max_length}` leaves no room for two texts beside {special} special tokens",
+            where="data.max_length",
+        )
+    if not pairs:
+        return []
+    whole = _encode_pairs(pairs, tokenizer, {"verbose": False})
+    long = [at for at, inputs in enumerate(whole) if len(inputs["input_ids"]) > max_length]
+    options = {"truncation": "longest_first", "max_length": max_length}
+    cut = _encode_pairs([pairs[at] for at in long], tokenizer, options)
+    kept = {**dict(enumerate(whole)), **dict(zip(long, cut, strict=True))}
+    return [(kept[at], len(inputs["input_ids"]) - len(kept[at]["input_ids"])) for at, inputs in enumerate(whole)]
+
+
+def _encode_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> list[dict[str, list[int]]]:
+    if not pairs:
+        return []
+    first, second = (list(texts) for texts in zip(*pairs, strict=True))
+    answer = tokenizer(first, second, return_attention_mask=False, **options)
+    names = [name for name in MODEL_INPUTS if name in answer]
+    return [{name: list(answer[name][at]) for name in names} for at in range(len(pairs))]
+
+
+def separates_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the tokenizer puts more special tokens around a pair of texts than around one text."""
+    return bool(tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False))
+
+
 def _as(texts: str | list[str], as_target: bool) -> dict[str, Any]:
     return {"text_target" if as_target else "text": texts}
 
