@@ -5,7 +5,8 @@ The whole public API stands here and is imported when it is first used, so that 
 - methods: `LoRA`, `MiSS`, `HiRA`, `SHiRA`, `OFT`, `Bottleneck`, `Prefix`, `Prompt`, `PTuning`, `IA3`, `BitFit`,
   `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
-- from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `compare`, `augment`
+- from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `open`, `compare`, `augment`
+- to hand over: `merge`, `export`
 - `errors`: one rooted tree
 """
 
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from graftwerk.config import RunConfig as RunConfig
     from graftwerk.evaluation.evaluate import evaluate as evaluate
     from graftwerk.evaluation.evaluate import predict as predict
+    from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.experiments.compare import compare as compare
+    from graftwerk.export.export import export as export
+    from graftwerk.export.merge import merge as merge
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
@@ -73,6 +77,9 @@ _HOMES = {
     "train": ("graftwerk.training.train", "train"),
     "evaluate": ("graftwerk.evaluation.evaluate", "evaluate"),
     "predict": ("graftwerk.evaluation.evaluate", "predict"),
+    "merge": ("graftwerk.export.merge", "merge"),
+    "export": ("graftwerk.export.export", "export"),
+    "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
     "compare": ("graftwerk.experiments.compare", "compare"),
 }
@@ -108,7 +115,10 @@ __all__ = [
     "disabled",
     "errors",
     "evaluate",
+    "export",
     "load",
+    "merge",
+    "open",
     "predict",
     "save",
     "train",

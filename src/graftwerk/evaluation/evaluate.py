@@ -88,7 +88,7 @@ def evaluate(
     from graftwerk.evaluation.sample_outputs import before_and_after, check_baseline, of_base
 
     with peak_memory() as peak:
-        opened = _with_settings(load_adapter_for(target, model=model, force=force), evaluation)
+        opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
         if data is None:
             if columns is not None:
                 raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
@@ -234,7 +234,7 @@ def predict(
             raise ConfigError(f"text {place + 1} of {len(listed)} is {'empty' if isinstance(text, str) else 'no text'}")
     if data is None and not listed:
         return {"predictions": [], "notes": []}
-    opened = _with_settings(load_adapter_for(target, model=model, force=force), evaluation)
+    opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
     said: list[str] = []
     rows = [opened.task.example_from_text(text) for text in listed]
     if data is not None:
@@ -246,6 +246,32 @@ def predict(
         said = [finding.message for finding in findings]
     with said_of(None if data is None else str(data)):
         examples = opened.encode(rows)
+    predictions, notes = answer(opened, examples, batch_size=batch_size, on_progress=on_progress)
+    if data is not None:
+        sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
+        predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
+    return {"predictions": predictions, "notes": said + notes}
+
+
+def answer(
+    opened: LoadedAdapter,
+    examples: Sequence[Example],
+    *,
+    batch_size: int | None = None,
+    on_progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return a loaded adapter's answers to encoded rows, in their order, and notes on what was cut or left unused.
+
+    Args:
+        opened: The adapter.
+        examples: The rows, encoded by its `encode`.
+        batch_size: Rows per forward pass, or None for as many as in the run's own evaluation.
+        on_progress: Called with (rows done, rows in all).
+
+    Raises:
+        ModelError: A weight of the base is NaN or infinite.
+    """
+    said: list[str] = []
     found = run_model(
         opened.model,
         opened.task,
@@ -258,11 +284,8 @@ def predict(
     )
     if not found.finite:
         refuse_broken_base(opened.model, trained=True)
-    predictions = opened.task.decoder.format_predictions(found, opened.labels or None)
-    if data is not None:
-        sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
-        predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
-    return {"predictions": predictions, "notes": said + _notes(opened, examples)}
+    answers = opened.task.decoder.format_predictions(found, opened.labels or None)
+    return answers, said + _notes(opened, examples)
 
 
 _SETTLED = re.compile(r"\b(?:data|task|training|method|model)\.[a-z_]+")
@@ -299,8 +322,8 @@ def _taken(hint: str, data: str | None) -> str:
     return f"correct these rows, or leave them out of {data}; the training has fixed how rows are read"
 
 
-def _with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
-    """With other settings of evaluation.
+def with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
+    """Return a loaded adapter with other settings of evaluation.
 
     Raises:
         ConfigError: one that there is not, or that does nothing for this task.
