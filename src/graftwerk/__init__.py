@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.evaluate import predict as predict
     from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.experiments.compare import compare as compare
-    from graftwerk.export.export import export as export
-    from graftwerk.export.merge import merge as merge
+    from graftwerk.exports.export import export as export
+    from graftwerk.exports.merge import merge as merge
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
@@ -77,8 +77,8 @@ _HOMES = {
     "train": ("graftwerk.training.train", "train"),
     "evaluate": ("graftwerk.evaluation.evaluate", "evaluate"),
     "predict": ("graftwerk.evaluation.evaluate", "predict"),
-    "merge": ("graftwerk.export.merge", "merge"),
-    "export": ("graftwerk.export.export", "export"),
+    "merge": ("graftwerk.exports.merge", "merge"),
+    "export": ("graftwerk.exports.export", "export"),
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
     "compare": ("graftwerk.experiments.compare", "compare"),

@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
         The merged model is loaded again and compared with the adapter on real rows; one that answers otherwise is not
         written.
         """
-        from graftwerk.export.merge import merge
+        from graftwerk.exports.merge import merge
 
         out.note("loading the adapter, merging, and comparing ...")
         result = merge(
@@ -95,7 +95,7 @@ def register(app: typer.Typer) -> None:
         The export is loaded again and compared with the adapter on real rows; one that answers otherwise is not
         written.
         """
-        from graftwerk.export.export import export
+        from graftwerk.exports.export import export
 
         out.note("loading the adapter, exporting, and comparing ...")
         result = export(

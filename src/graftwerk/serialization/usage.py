@@ -1,4 +1,4 @@
-"""How an adapter is used: lines of code for its card, by task and by who loads it."""
+"""Lines of code that use an adapter, for its card: with graftwerk, with PEFT, merged."""
 
 from __future__ import annotations
 

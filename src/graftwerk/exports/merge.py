@@ -12,8 +12,8 @@ import torch
 from graftwerk.errors import ConfigError, GraftwerkError, IntegrityError, ModelError
 from graftwerk.evaluation.loading import LoadedAdapter
 from graftwerk.evaluation.search import own_search
-from graftwerk.export.parity import ROWS, Parity
-from graftwerk.export.source import Source, check_out, facts_of, free, read_source, tolerance_of, write_export
+from graftwerk.exports.parity import ROWS, Parity
+from graftwerk.exports.source import Source, check_out, facts_of, free, read_source, tolerance_of, write_export
 from graftwerk.models.hf_logging import quiet
 from graftwerk.models.load import load_config
 from graftwerk.serialization.card import merged_card

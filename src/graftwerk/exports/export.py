@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
-from graftwerk.export.gguf import ADAPTER_FILE, apply_gguf, check_gguf, write_gguf
-from graftwerk.export.lora_factors import Factors, lora_factors
-from graftwerk.export.merge import merge
-from graftwerk.export.parity import ROWS, Parity
-from graftwerk.export.source import Source, check_out, facts_of, read_source, tolerance_of, write_export
+from graftwerk.exports.gguf import ADAPTER_FILE, apply_gguf, check_gguf, write_gguf
+from graftwerk.exports.lora_factors import Factors, lora_factors
+from graftwerk.exports.merge import merge
+from graftwerk.exports.parity import ROWS, Parity
+from graftwerk.exports.source import Source, check_out, facts_of, read_source, tolerance_of, write_export
 from graftwerk.modeling.attach import detach
 from graftwerk.models.hf_logging import quiet
 from graftwerk.serialization.folder import load_adapter, save_adapter
@@ -35,7 +35,7 @@ _DERIVED = ("format", "name", "base", "files", "method", "parameters", "digest")
 
 @dataclass(frozen=True)
 class _Written:
-    """What an export says of itself once it is written."""
+    """Outcome of writing one kind of folder: the comparison, who loaded it, and the line that uses it."""
 
     parity: Parity
     checked_by: str

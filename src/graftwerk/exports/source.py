@@ -1,4 +1,4 @@
-"""What every export starts from: the adapter on its base, rows to compare on, and its answers to them."""
+"""The start of every export: the adapter on its base, rows to compare on, and its answers to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftwerk.errors import ConfigError, ConflictError
 from graftwerk.evaluation.loading import LoadedAdapter, held_out, labelled_rows, load_adapter_for
-from graftwerk.export.parity import ROWS, TOLERANCE, Parity, compare, probabilities, require
+from graftwerk.exports.parity import ROWS, TOLERANCE, Parity, compare, probabilities, require
 from graftwerk.serialization.atomic import write_folder
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.tasks.base import Example, Row

@@ -1,8 +1,8 @@
 """GGUF files of LoRA adapters, as llama.cpp reads them.
 
-The names of tensors are those of the `gguf` package. llama.cpp stores the query and key projections of Llama and Mistral
-with the rows of each head in another order (its rotary embedding turns neighbouring pairs, transformers' turns halves), so
-the rows of B follow. It scales an update by alpha / r, with one alpha for the whole file.
+The names of tensors are those of the `gguf` package. llama.cpp stores the query and key projections of Llama and
+Mistral with the rows of each head in another order (its rotary embedding turns neighbouring pairs, transformers' turns
+halves), so the rows of B follow. It scales an update by alpha / r, with one alpha for the whole file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from graftwerk.errors import ResourceError, UnsupportedError
-from graftwerk.export.lora_factors import Factors
+from graftwerk.exports.lora_factors import Factors
 
 ADAPTER_FILE = "adapter.gguf"
 ARCHITECTURES = {
@@ -41,7 +41,7 @@ def check_gguf(config: Any) -> None:
     if config.model_type not in ARCHITECTURES:
         raise UnsupportedError(
             f"adapters for `{config.model_type}` are not written as GGUF",
-            hint=f"there are: {', '.join(ARCHITECTURES)}; --to merged writes a model that llama.cpp's own converter reads",
+            hint=f"there are: {', '.join(ARCHITECTURES)}; --to merged writes a model for its converter",
         )
     try:
         import gguf  # noqa: F401
