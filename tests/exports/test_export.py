@@ -19,7 +19,7 @@ from tests.exports.conftest import Make
 from tests.tiny_text import SYNOPSES
 
 peft = pytest.importorskip("peft")
-IN_PEFT = ("lora", "dora", "pissa", "miss", "hira", "shira", "oft", "ia3", "prefix", "prompt", "ptuning")
+IN_PEFT = ("lora", "dora", "pissa", "miss", "hira", "shira", "oft", "ia3", "prompt", "ptuning")
 PATTERNS = {"r": 4, "rank_pattern": {"q_proj": 2, "down_proj": 6}, "alpha_pattern": {"k_proj": 3}}
 KINDS: list[dict[str, Any]] = [{"r": 4}, {"use_rslora": True}, {"init_lora_weights": "pissa"}, PATTERNS]
 
@@ -54,8 +54,10 @@ def test_peft_folder_is_checked_by_the_own_reader_without_peft(
     assert (result["out"] / "graftwerk.json").exists()
 
 
-@pytest.mark.parametrize("method", ["houlsby", "bitfit"])
-def test_method_that_peft_lacks_is_refused(method: str, tiny_encoder: Path, make_adapter: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["houlsby", "bitfit", "prefix"])
+def test_method_that_peft_lacks_here_is_refused(
+    method: str, tiny_encoder: Path, make_adapter: Make, tmp_path: Path
+) -> None:
     folder = make_adapter(tiny_encoder, method, "classification")
     with pytest.raises(UnsupportedError, match="PEFT has no"):
         gw.export(folder, tmp_path / "peft", to="peft")
@@ -150,3 +152,9 @@ def test_summarizer_goes_to_peft(text_model: Callable[[str], Path], make_adapter
     result = gw.export(folder, tmp_path / "peft", to="peft", data=str(SYNOPSES), rows=5)
     assert result["parity"]["max_abs_difference"] < 1e-5
     assert result["parity"]["rows"] == 5
+
+
+def test_prefix_of_a_decoder_goes_to_peft(tiny_decoder: Path, make_adapter: Make, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_decoder, "prefix", "instruction")
+    result = gw.export(folder, tmp_path / "peft", to="peft")
+    assert result["parity"]["max_abs_difference"] < 1e-5

@@ -81,7 +81,7 @@ def test_where_the_rows_came_from_is_a_list_of_facts() -> None:
 
 def test_with_next_to_nothing() -> None:
     card = model_card({}, {})
-    assert "Figures" not in card
+    assert "Metrics" not in card
     assert "Repeat" not in card
     assert front_matter(card)["tags"] == ["graftwerk", "adapter"]
     assert front_matter(model_card({**OWN, "license": "mit"}, {"peft_type": "GRAFTWERK_FULL"}))["license"] == "mit"
@@ -126,7 +126,7 @@ def test_hostile_text_breaks_out_nowhere(bad: str, nested: bool) -> None:
     assert front_matter(card).keys() <= {"base_model", "library_name", "license", "tags"}
     headings = [line for line in outside_fences(card).splitlines() if line.startswith("#")]
     assert [line for line in headings if line.startswith("## ")] == [
-        "## Figures", "## Data", "## Settings", "## Use", "## Repeat", "## Limits and licence",
+        "## Metrics", "## Data", "## Settings", "## Use it", "## Repeat", "## Limits and licence",
     ]  # fmt: skip
     assert len(headings) == 7
     rows = [line for line in card.splitlines() if line.startswith("| ")]

@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = {True: 4, False: 16}
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two models' answers to the same rows are apart.
+    """Difference between two models' answers to the same rows.
 
     Attributes:
         rows: Number of rows compared.

@@ -14,7 +14,7 @@ from typing import Any
 
 from graftwerk.methods.registry import METHODS
 from graftwerk.sanitize import redact
-from graftwerk.serialization.usage import graftwerk_lines, merged_lines, peft_lines
+from graftwerk.serialization.usage import WITHOUT_ANSWERS, graftwerk_lines, merged_lines, peft_lines
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#!|<>&~$:@])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -181,7 +181,8 @@ def _use(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     parts = ["## Use it", "Run in the folder of this file.", block(graftwerk_lines(own), "python")]
     if (lines := peft_lines(own, config, base)) is not None:
         parts += ["With PEFT:", block(lines, "python")]
-    parts += ["From the command line:", block('graftwerk predict . "An example text."', "sh")]
+    asks = "evaluate . --data texts.txt" if own.get("task") in WITHOUT_ANSWERS else 'predict . "An example text."'
+    parts += ["From the command line:", block(f"graftwerk {asks}", "sh")]
     if str(_method(own).get("name")) in MERGEABLE:
         parts += ["As a model of its own, which needs neither graftwerk nor PEFT:"]
         parts += [block("graftwerk merge . --out ../merged", "sh")]

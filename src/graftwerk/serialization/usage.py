@@ -17,13 +17,18 @@ _AUTO = (
 )
 """Ends of transformers' class names, and the auto class that loads such a model."""
 _SAMPLE = "An example text."
+WITHOUT_ANSWERS = ("causal", "masked")
+"""Tasks that model text, so that `predict` has nothing to answer."""
 
 
 def graftwerk_lines(own: Mapping[str, Any]) -> str:
     """Return lines that open an adapter's folder and answer a text."""
-    if own.get("task") == "masked":  # it fills in words, and predicts nothing by itself
-        return 'import graftwerk as gw\n\npredictor = gw.open(".")  # this folder\nprint(predictor.model)'
-    return f'import graftwerk as gw\n\npredictor = gw.open(".")  # this folder\nprint(predictor({json.dumps(_SAMPLE)}))'
+    lines = ["import graftwerk as gw", "", 'predictor = gw.open(".")  # this folder']
+    if own.get("task") not in WITHOUT_ANSWERS:
+        return "\n".join((*lines, f"print(predictor({json.dumps(_SAMPLE)}))"))
+    lines += ["model, tokenizer = predictor.model, predictor.tokenizer"]
+    auto = auto_class(str((own.get("base") or {}).get("architecture"))) or ""
+    return "\n".join((*lines, *_answer(auto, None, None)))
 
 
 def peft_lines(own: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str | None:
