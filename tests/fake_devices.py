@@ -3,7 +3,7 @@
 Inside `fake_devices` a tensor is on the device that it was moved to or made on. Values are real, so that results can be
 compared with those of the plain model; tensors stay plain ones, so that fused kernels run. An operation on tensors of
 two devices raises `DevicesMixedError`, as a driver would: `Tensor.to` and `copy_` are the only crossings, forward and
-backward, and tensors without dimensions and indices may be the CPU's. What torch's own code makes from nothing (zeros in
+backward, and tensors without dimensions and indices may be the CPU's. What torch itself makes from nothing (zeros in
 a backward formula) has no device until it meets a tensor that has one.
 """
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / ".ci" / "run"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / ".ci" / "run"
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,12 @@ def test_ci_run_ends_with_last_line_and_exit_code(
     expected = last if isinstance(last, str) else [line for line in recipe if not line.startswith("!")][-1]
     assert done.stdout.splitlines()[-1] == expected
     assert (done.returncode != 0) is failed
+
+
+def test_package_data_names_every_file_beside_the_code() -> None:
+    """What an installed package would lack, an editable one still finds."""
+    package = ROOT / "src" / "graftwerk"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["graftwerk"]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    beside = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert beside == shipped

@@ -6,7 +6,8 @@ The whole public API stands here and is imported when it is first used, so that 
   `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `predict_stream`, `predict_file`,
-  `compare`, `augment`
+  `open`, `compare`, `augment`
+- to hand over: `merge`, `export`
 - `errors`: one rooted tree
 """
 
@@ -31,8 +32,11 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.evaluate import evaluate as evaluate
     from graftwerk.evaluation.evaluate import predict as predict
     from graftwerk.evaluation.predict_file import predict_file as predict_file
+    from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.evaluation.stream import predict_stream as predict_stream
     from graftwerk.experiments.compare import compare as compare
+    from graftwerk.exports.export import export as export
+    from graftwerk.exports.merge import merge as merge
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
@@ -78,6 +82,9 @@ _HOMES = {
     "predict": ("graftwerk.evaluation.evaluate", "predict"),
     "predict_stream": ("graftwerk.evaluation.stream", "predict_stream"),
     "predict_file": ("graftwerk.evaluation.predict_file", "predict_file"),
+    "merge": ("graftwerk.exports.merge", "merge"),
+    "export": ("graftwerk.exports.export", "export"),
+    "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
     "compare": ("graftwerk.experiments.compare", "compare"),
 }
@@ -113,7 +120,10 @@ __all__ = [
     "disabled",
     "errors",
     "evaluate",
+    "export",
     "load",
+    "merge",
+    "open",
     "predict",
     "predict_file",
     "predict_stream",

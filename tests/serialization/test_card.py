@@ -126,7 +126,7 @@ def test_model_card_escapes_hostile_text(bad: str, nested: bool) -> None:
     assert front_matter(card).keys() <= {"base_model", "library_name", "license", "tags"}
     headings = [line for line in outside_fences(card).splitlines() if line.startswith("#")]
     assert [line for line in headings if line.startswith("## ")] == [
-        "## Metrics", "## Data", "## Settings", "## Use", "## Repeat", "## Limits and licence",
+        "## Metrics", "## Data", "## Settings", "## Use it", "## Repeat", "## Limits and licence",
     ]  # fmt: skip
     assert len(headings) == 7
     rows = [line for line in card.splitlines() if line.startswith("| ")]

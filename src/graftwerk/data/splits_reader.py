@@ -166,12 +166,25 @@ def read_unanswered(
     Raises:
         ConfigError, DataError, ResourceError: as for reading rows to learn from.
     """
-    raw = read_source(source, split)
+    return unanswered(read_source(source, split), recognise, columns, on_bad_row)
+
+
+def unanswered(
+    raw: Table,
+    recognise: Recognise,
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: Literal["fail", "skip"] = "fail",
+) -> tuple[Table, tuple[Issue, ...]]:
+    """Return rows for prediction from rows as they were read: the second half of `read_unanswered`.
+
+    Raises:
+        ConfigError, DataError: As for reading rows to learn from.
+    """
     asked, renamed = unanswered_format(raw, recognise, columns or {})
     table = named(raw, asked, renamed, {})
     findings = resolve_bad_rows(table, on_bad_row)
     if not table.rows:
-        raise DataError(f"{source} has no rows", where=table.shown)
+        raise DataError(f"{raw.source} has no rows", where=table.shown)
     return table, findings
 
 

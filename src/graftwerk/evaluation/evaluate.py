@@ -154,7 +154,7 @@ def evaluate(
             "adapter_bytes": size_on_disk(opened.info.folder),
             "peak_memory_bytes": peak.bytes,
         },
-        "notes": said + _notes(opened, examples),
+        "notes": said + truncation_notes(opened, examples),
     }
     if data is None:
         result["notes"] += _other_bits(opened, result["compute"])
@@ -256,7 +256,7 @@ def predict(
     if data is not None:
         sources = [shown_input(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
-    return {"predictions": predictions, "notes": said + _notes(opened, examples)}
+    return {"predictions": predictions, "notes": said + truncation_notes(opened, examples)}
 
 
 _SETTLED = re.compile(r"\b(?:data|task|training|method|model)\.[a-z_]+")
@@ -388,7 +388,8 @@ def _other_bits(opened: LoadedAdapter, compute: Mapping[str, Any]) -> list[str]:
     return [f"answers round otherwise than in training, and single rows may change: {', '.join(changed)}"]
 
 
-def _notes(opened: LoadedAdapter, examples: Sequence[Example]) -> list[str]:
+def truncation_notes(opened: LoadedAdapter, examples: Sequence[Example]) -> list[str]:
+    """Return a note on the rows that were cut to the longest input, or none."""
     cut = sum(example.truncated > 0 for example in examples)
     if not cut:
         return []

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.methods.base import base_weight
-from graftwerk.methods.placement import module_device
 from graftwerk.methods.low_rank import LowRankModule
+from graftwerk.methods.placement import module_device
 
 
 class DoRAModule(LowRankModule):

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
 from graftwerk.methods.base import AdapterModule, Role, TargetModule, base_weight
-from graftwerk.methods.placement import module_device
 from graftwerk.methods.layer_selection import LayerSelection
+from graftwerk.methods.placement import module_device
 from graftwerk.methods.target_modules import endings
 
 ROWS = "token_adapter.trainable_tokens_delta"

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
 from graftwerk.methods.base import Method
-from graftwerk.methods.placement import module_device, placing_hooks
 from graftwerk.methods.lora_parameters import ParameterAdapters
+from graftwerk.methods.placement import module_device, placing_hooks
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter

@@ -12,11 +12,15 @@ import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
+from graftwerk.methods.registry import METHODS
 from graftwerk.sanitize import redact
+from graftwerk.serialization.usage import WITHOUT_ANSWERS, graftwerk_lines, merged_lines, peft_lines
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#!|<>&~$:@])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 MOST_LABELS = 50
+MERGEABLE = tuple(name for name, method in METHODS.items() if method.mergeable or name in ("full", "probe"))
+"""Names of the methods that can be part of a plain model."""
 
 
 def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
@@ -30,10 +34,10 @@ def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     sections = [
         _front_matter(own, config),
         _opening(own, config),
-        _figures(own),
+        _metrics(own),
         _data(own),
         _settings(own),
-        _use(own),
+        _use(own, config),
         _repeat(own),
         _limits(own),
     ]
@@ -91,7 +95,7 @@ def _opening(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     assert isinstance(base, Mapping)
     kind, name = text(_method(own).get("name", "?")), text(_base_name(own) or "an unnamed base")
     lines = [
-        f"# {text(own.get('name', 'adapter'))}",
+        f"# {_title(own, own.get('task'))}",
         "",
         f"An adapter ({kind}, `{_code(config.get('peft_type', '?'))}`) for {name}.",
         "",
@@ -112,7 +116,7 @@ def _opening(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _figures(own: Mapping[str, Any]) -> str:
+def _metrics(own: Mapping[str, Any]) -> str:
     metrics = own.get("metrics")
     rows = []
     for part, values in metrics.items() if isinstance(metrics, Mapping) else ():
@@ -124,7 +128,7 @@ def _figures(own: Mapping[str, Any]) -> str:
                 rows.append(f"| {text(part)} | {text(metric)} | {_number(figure)} | |")
     if not rows:
         return ""
-    return "\n".join(["## Metrics", "", "| rows | measure | value | interval |", "|---|---|---|---|", *rows])
+    return "\n".join(["## Metrics", "", "| rows | metric | value | interval |", "|---|---|---|---|", *rows])
 
 
 def _data(own: Mapping[str, Any]) -> str:
@@ -171,16 +175,68 @@ def _settings(own: Mapping[str, Any]) -> str:
     return "## Settings\n\n" + block(json.dumps(method, indent=2, ensure_ascii=False), "json")
 
 
-def _use(own: Mapping[str, Any]) -> str:
-    base = json.dumps(_base_name(own) or "the base model")
-    return "## Use\n\n" + block(
-        "import graftwerk as gw\n"
-        "from graftwerk.models.load import load_model\n"
-        "\n"
-        f"model = load_model({base}, None, None)  # or any transformers model with the same weights\n"
-        'adapter = gw.load(model, "this folder")',
-        "python",
+def _use(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """Return the lines that use the adapter from its own folder: with graftwerk, with PEFT, and merged."""
+    base = _base_name(own)
+    parts = ["## Use it", "Run in the folder of this file.", block(graftwerk_lines(own), "python")]
+    if (lines := peft_lines(own, config, base)) is not None:
+        parts += ["With PEFT:", block(lines, "python")]
+    asks = "evaluate . --data texts.txt" if own.get("task") in WITHOUT_ANSWERS else 'predict . "An example text."'
+    parts += ["From the command line:", block(f"graftwerk {asks}", "sh")]
+    if str(_method(own).get("name")) in MERGEABLE:
+        parts += ["As a model of its own, which needs neither graftwerk nor PEFT:"]
+        parts += [block("graftwerk merge . --out ../merged", "sh")]
+    return "\n\n".join(parts)
+
+
+def merged_card(
+    own: Mapping[str, Any],
+    *,
+    task: str,
+    architecture: str,
+    parity: Mapping[str, Any],
+    prompt: str | None,
+) -> str:
+    """Return the text of a card for a merged model.
+
+    Args:
+        own: The content of the adapter's `graftwerk.json`, empty for a folder of PEFT.
+        task: The task's name.
+        architecture: The model's class.
+        parity: ``rows``, ``max_abs_difference`` and ``agreement`` of the comparison with the adapter.
+        prompt: A prompt as the model was trained on, for tasks that generate.
+    """
+    base, kind = _base_name(own) or "an unnamed base", str(_method(own).get("name", "an adapter"))
+    head = ["---"]
+    if _HUB_ID.fullmatch(base):
+        head.append(f"base_model: {json.dumps(base)}")
+    head += ['library_name: "transformers"', "tags:", '  - "graftwerk"', f"  - {json.dumps(kind[:40])}", "---"]
+    compared = (
+        f"The merged model answers as the adapter does: on {parity['rows']} rows, probabilities differ by at most "
+        f"{parity['max_abs_difference']:.2g}, and {100 * parity['agreement']:.1f} % of the likeliest answers agree."
     )
+    lines = merged_lines(task, architecture, prompt)
+    use = ["## Use it", "Run in the folder of this file.", block(lines, "python")] if lines else []
+    sections = [
+        "\n".join(head),
+        f"# {_title(own, task)}, merged",
+        f"{text(base)} with an adapter ({text(kind, 40)}) merged into its weights, for {text(task, 40)}.",
+        compared,
+        _metrics(own),
+        _data(own),
+        *use,
+        _repeat(own),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _title(own: Mapping[str, Any], task: str | None) -> str:
+    """Return what the adapter is, by task and base: ``Classification with lora on org/model``."""
+    base = _base_name(own).rstrip("/").rpartition("/")[2] or "an unnamed base"
+    name = str(own.get("name") or "adapter")
+    named = "" if name in ("adapter", "default") else f"{text(name)}: "
+    what = text(str(task or "Adapter").capitalize(), 60)
+    return f"{named}{what} with {text(_method(own).get('name', '?'), 40)} on {text(base, 100)}"
 
 
 def _repeat(own: Mapping[str, Any]) -> str:

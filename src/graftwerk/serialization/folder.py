@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from graftwerk.errors import (
     AdapterError,
@@ -63,6 +62,7 @@ from graftwerk.serialization.restore import START, check_size, restored
 from graftwerk.serialization.safetensors_header import check_writable, uncollected
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import checksum
+from graftwerk.serialization.weight_files import write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,9 +128,9 @@ def save_adapter(
     def fill(partial: Path) -> None:
         _keep_others(target, partial)
         (partial / CONFIG_FILE).write_bytes(_json(_finite(stored.config), CONFIG_FILE))
-        _write_tensors(stored.tensors, partial / WEIGHTS_FILE)
+        write_tensors(stored.tensors, partial / WEIGHTS_FILE)
         if stored.training:
-            _write_tensors(stored.training, partial / TRAINING_FILE)
+            write_tensors(stored.training, partial / TRAINING_FILE)
         written = (CONFIG_FILE, WEIGHTS_FILE, *((TRAINING_FILE,) if stored.training else ()))
         own["files"] = {name: checksum(partial / name) for name in written}
         (partial / OWN_FILE).write_bytes(_json(_finite(own), OWN_FILE, seal=True))
@@ -276,17 +276,6 @@ def _finite(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [_finite(value) for value in values]
     return values
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    # Views of one storage (a tied head) would be refused; copies on the CPU are what is meant.
-    save_file(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, {"format": "pt"}
-    )
-    # The library makes files for their owner alone. The folder was made under the user's umask, as all other files.
-    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _size(stored: Stored) -> int:

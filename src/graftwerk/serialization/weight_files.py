@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -85,3 +86,15 @@ def _check_index(index: Path, keys: dict[Path, list[str]]) -> None:
     have = {key for found in keys.values() for key in found}
     if missing := [key for key in placed if key not in have]:
         raise AdapterError(f"missing: {', '.join(key[:200] for key in missing[:8])} ({len(missing)} in all)")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of any shape to a safetensors file, readable as other files are under the user's umask."""
+    from safetensors.torch import save_file
+
+    # Views of one storage (a tied head) would be refused; copies on the CPU are what is meant.
+    save_file(
+        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, {"format": "pt"}
+    )
+    # The library makes files for their owner alone. The folder was made under the user's umask, as all other files.
+    path.chmod(path.parent.stat().st_mode & 0o666)

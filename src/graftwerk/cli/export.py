@@ -1,0 +1,127 @@
+"""`graftwerk merge` and `graftwerk export`: an adapter handed over, compared with its export first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.output import Output
+from graftwerk.formatting import byte_size
+
+Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write: new or empty.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Rows to compare on; default: the run's own held-out rows.", show_default=False),
+]
+Rows = Annotated[int, typer.Option(help="Number of rows to compare.")]
+Difference = Annotated[
+    float | None,
+    typer.Option(
+        "--max-difference",
+        help="Largest difference of probabilities that is accepted; default: what rounding explains, 1e-4 in float32.",
+        show_default=False,
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands `merge` and `export` to the app."""
+
+    @command(app, "merge")
+    def merge(
+        out: Output,
+        target: RunOrAdapter,
+        folder: Out,
+        dtype: Annotated[
+            str, typer.Option(help="Type of the weights: auto (the base's), float32, bfloat16, float16.")
+        ] = "auto",
+        data: Data = None,
+        column: Columns = None,
+        rows: Rows = 32,
+        model: Base = None,
+        force: Force = False,
+        max_difference: Difference = None,
+        overwrite: Overwrite = False,
+    ) -> Result:
+        """Merge an adapter into its base: a folder that plain transformers loads.
+
+        The merged model is loaded again and compared with the adapter on real rows; one that answers otherwise is not
+        written.
+        """
+        from graftwerk.exports.merge import merge
+
+        out.note("loading the adapter, merging, and comparing ...")
+        result = merge(
+            target,
+            folder,
+            dtype=dtype,  # type: ignore[arg-type]  # checked there
+            data=data,
+            columns=columns_of(column),
+            rows=rows,
+            model=model,
+            force=force,
+            max_difference=max_difference,
+            overwrite=overwrite,
+        )
+        _show(out, result, f"{byte_size(result['bytes'])} in {result['dtype']}")
+        out.note(f'use it: AutoModel...from_pretrained("{result["out"]}"); README.md there has the lines')
+        return result
+
+    @command(app, "export")
+    def export(
+        out: Output,
+        target: RunOrAdapter,
+        folder: Out,
+        to: Annotated[str, typer.Option(help="peft, vllm, gguf (llama.cpp and Ollama) or merged.", show_default=False)],
+        base_name: Annotated[
+            str | None,
+            typer.Option(help="Name of the base in the folder, such as its hub id: org/model.", show_default=False),
+        ] = None,
+        data: Data = None,
+        column: Columns = None,
+        rows: Rows = 32,
+        model: Base = None,
+        force: Force = False,
+        max_difference: Difference = None,
+        overwrite: Overwrite = False,
+    ) -> Result:
+        """Write an adapter for another program: PEFT, vLLM, or llama.cpp and Ollama.
+
+        The export is loaded again and compared with the adapter on real rows; one that answers otherwise is not
+        written.
+        """
+        from graftwerk.exports.export import export
+
+        out.note("loading the adapter, exporting, and comparing ...")
+        result = export(
+            target,
+            folder,
+            to=to,  # type: ignore[arg-type]  # checked there
+            base_name=base_name,
+            data=data,
+            columns=columns_of(column),
+            rows=rows,
+            model=model,
+            force=force,
+            max_difference=max_difference,
+            overwrite=overwrite,
+        )
+        _show(out, result, byte_size(result["bytes"]))
+        out.note(f"use it: {result['command']}")
+        return result
+
+
+def _show(out: Output, result: dict[str, Any], size: str) -> None:
+    parity = result["parity"]
+    for note in result["notes"]:
+        out.note(note)
+    out.note(
+        f"largest difference of probabilities {parity['max_abs_difference']:.2g}, "
+        f"{100 * parity['agreement']:.1f} % of the likeliest answers agree; {size}"
+    )
+    out.line(str(result["out"]))

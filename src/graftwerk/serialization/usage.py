@@ -1,0 +1,116 @@
+"""Lines of code that use an adapter, for its card: with graftwerk, with PEFT, merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_AUTO = (
+    ("ForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("ForTokenClassification", "AutoModelForTokenClassification"),
+    ("ForMaskedLM", "AutoModelForMaskedLM"),
+    ("ForCausalLM", "AutoModelForCausalLM"),
+    ("LMHeadModel", "AutoModelForCausalLM"),
+    ("ForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    ("MTModel", "AutoModelForSeq2SeqLM"),
+)
+"""Ends of transformers' class names, and the auto class that loads such a model."""
+_SAMPLE = "An example text."
+WITHOUT_ANSWERS = ("causal", "masked")
+"""Tasks that model text, so that `predict` has nothing to answer."""
+
+
+def graftwerk_lines(own: Mapping[str, Any]) -> str:
+    """Return lines that open an adapter's folder and answer a text."""
+    lines = ["import graftwerk as gw", "", 'predictor = gw.open(".")  # this folder']
+    if own.get("task") not in WITHOUT_ANSWERS:
+        return "\n".join((*lines, f"print(predictor({json.dumps(_SAMPLE)}))"))
+    lines += ["model, tokenizer = predictor.model, predictor.tokenizer"]
+    auto = auto_class(str((own.get("base") or {}).get("architecture"))) or ""
+    return "\n".join((*lines, *_answer(auto, None, None)))
+
+
+def peft_lines(own: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str | None:
+    """Return lines that load an adapter's folder with PEFT, or None if PEFT cannot.
+
+    Args:
+        own: Contents of `graftwerk.json`.
+        config: Contents of `adapter_config.json`.
+        base: Name of the base; None is returned for one that transformers cannot load by its name.
+    """
+    architecture = (own.get("base") or {}).get("architecture") or ""
+    auto = auto_class(str(architecture))
+    if auto is None or str(config.get("peft_type", "")).startswith("GRAFTWERK") or not loadable(base):
+        return None
+    labels = own.get("labels")
+    heads = f", num_labels={len(labels)}" if labels and auto == "AutoModelForSequenceClassification" else ""
+    return "\n".join(
+        (
+            "from peft import PeftModel",
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f"base = {json.dumps(base)}",
+            f"model = {auto}.from_pretrained(base{heads})",
+            'model = PeftModel.from_pretrained(model, ".").eval()  # this folder',
+            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            *_answer(auto, labels, None),
+        )
+    )
+
+
+def merged_lines(task: str, architecture: str, prompt: str | None) -> str | None:
+    """Return lines that load a merged folder with plain transformers, or None if its class has no auto class.
+
+    Args:
+        task: The task's name.
+        architecture: The model's class.
+        prompt: A prompt as the model was trained on, special tokens included, for tasks that generate.
+    """
+    auto = auto_class(architecture)
+    if task == "classification":
+        return (
+            f'from transformers import pipeline\n\nprint(pipeline("text-classification", ".")({json.dumps(_SAMPLE)}))'
+        )
+    if task == "masked":
+        lines = ("from transformers import pipeline", "", 'fill = pipeline("fill-mask", ".")')
+        return "\n".join((*lines, 'print(fill(f"An example {fill.tokenizer.mask_token}."))'))
+    if auto is None:
+        return None
+    return "\n".join(
+        (
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
+            *_answer(auto, None, prompt),
+        )
+    )
+
+
+def auto_class(architecture: str) -> str | None:
+    """Return the name of the auto class of transformers for a model's class, or None if there is none."""
+    return next((auto for ending, auto in _AUTO if architecture.endswith(ending)), None)
+
+
+def loadable(base: str) -> bool:
+    """Return True if transformers can load a base by its name: a hub id or a folder, no part of a package or GGUF."""
+    return bool(base) and "://" not in base and not base.endswith(".gguf")
+
+
+def _answer(auto: str, labels: Any, prompt: str | None) -> tuple[str, ...]:
+    """Return the lines that answer a text with ``model`` and ``tokenizer``."""
+    if prompt is None:
+        inputs = f'inputs = tokenizer({json.dumps(_SAMPLE)}, return_tensors="pt")'
+    else:  # it holds its special tokens
+        inputs = f'inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt", add_special_tokens=False)'
+    if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        skip = '[inputs["input_ids"].shape[1] :]' if auto == "AutoModelForCausalLM" else ""
+        return (
+            inputs,
+            "written = model.generate(**inputs, max_new_tokens=40)[0]",
+            f"print(tokenizer.decode(written{skip}, skip_special_tokens=True))",
+        )
+    if auto == "AutoModelForSequenceClassification" and labels:
+        names = json.dumps([str(label) for label in labels], ensure_ascii=False)
+        return (inputs, f"labels = {names}", "print(labels[int(model(**inputs).logits.argmax(-1))])")
+    return (inputs, "print(model(**inputs).logits)")

@@ -1,0 +1,72 @@
+"""The lines of an adapter's card are run as they stand, in its folder: with graftwerk, and with PEFT where it can."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.exports.conftest import LABELS, Make
+
+TRANSLATION = {"name": "translation", "source_lang": "de_DE", "target_lang": "en_XX"}
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "title"),
+    [
+        ("encoder", "classification", "lora", "Classification with lora on tiny-encoder"),
+        ("encoder", "classification", "houlsby", "Classification with bottleneck on tiny-encoder"),
+        ("decoder", "classification", "ia3", "Classification with ia3 on tiny-decoder"),
+        ("decoder", "instruction", "lora", "Instruction with lora on tiny-decoder"),
+        ("decoder", "causal", "prompt", "Causal with prompt on tiny-decoder"),
+        ("t5", "summarization", "lora", "Summarization with lora on t5"),
+        ("mbart50", TRANSLATION, "lora", "Translation with lora on mbart50"),
+    ],
+    ids=["encoder", "bottleneck", "decoder-classifier", "instruction", "causal", "summarization", "translation"],
+)
+def test_lines_of_the_card_run(
+    family: str,
+    task: Any,
+    method: str,
+    title: str,
+    tiny_encoder: Path,
+    tiny_decoder: Path,
+    text_model: Callable[[str], Path],
+    make_adapter: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = {"encoder": tiny_encoder, "decoder": tiny_decoder}.get(family) or text_model(family)
+    folder = make_adapter(base, method, task)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"# {title}\n" in card.replace("\\", "")
+    blocks = re.findall(r"```python\n(.*?)\n```", card, re.DOTALL)
+    assert len(blocks) == (1 if method == "houlsby" else 2)
+    monkeypatch.chdir(folder)
+    for code in blocks:
+        capsys.readouterr()
+        exec(compile(code, "card", "exec"), {})
+        said = capsys.readouterr().out
+        assert said
+        assert any(label in said for label in LABELS) or task != "classification"
+
+
+def test_card_offers_merging_only_where_it_can(tiny_encoder: Path, make_adapter: Make) -> None:
+    lines = {
+        method: (make_adapter(tiny_encoder, method, "classification") / "README.md").read_text(encoding="utf-8")
+        for method in ("lora", "prefix", "full")
+    }
+    offered = {method: "graftwerk merge . --out ../merged" in card for method, card in lines.items()}
+    assert offered == {"lora": True, "prefix": False, "full": True}
+
+
+def test_base_inside_of_a_package_gets_no_lines_of_peft(tiny_encoder: Path, make_adapter: Make) -> None:
+    from graftwerk.serialization.usage import loadable, peft_lines
+
+    own = {"base": {"architecture": "BertForSequenceClassification"}, "labels": list(LABELS)}
+    assert peft_lines(own, {"peft_type": "LORA"}, "org/model") is not None
+    assert peft_lines(own, {"peft_type": "LORA"}, "pkg://package/model") is None
+    assert not loadable("models/base.gguf")
