@@ -1,4 +1,4 @@
-"""Where the weights of a base module are: on one device, or offloaded by accelerate until the module is called."""
+"""Place of the weights of a base module: on one device, or offloaded by accelerate until the module is called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 OFFLOAD_HOOK = "_hf_hook"
-"""Where accelerate keeps the hook of a module, which loads offloaded weights before its forward pass."""
+"""Attribute under which accelerate keeps the hook of a module, which loads offloaded weights before its forward pass."""
 
 
 @contextmanager
