@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 OFFLOAD_HOOK = "_hf_hook"
-"""Attribute under which accelerate keeps the hook of a module, which loads offloaded weights before its forward pass."""
+"""Attribute with accelerate's hook of a module, which loads offloaded weights before its forward pass."""
 
 
 @contextmanager
