@@ -1,4 +1,4 @@
-"""Dropout off the CPU, where the device's generator draws the mask in bytes, tried on the CPU: the seam is one function.
+"""Dropout off the CPU, where the device draws the mask in bytes, tried on the CPU: the seam is one function.
 
 The hashed mask's own distribution is tested in `test_fused_lora.py`.
 """
