@@ -326,14 +326,18 @@ def apply_mask(x: Tensor, bits: Tensor) -> Tensor:
 
     Args:
         x: (N, i), of any floating type.
-        bits: (N, i), int32.
+        bits: (N, i), int32 or bool.
     """
+    if bits.dtype == torch.bool:
+        return x * bits
     word = _WORDS[x.element_size()]
     return (x.view(word) & bits.to(word)).view(x.dtype)
 
 
 def apply_mask_(x: Tensor, bits: Tensor) -> Tensor:
     """Mask as `apply_mask` does, in place: x (N, i), bits (N, i)."""
+    if bits.dtype == torch.bool:
+        return x.mul_(bits)
     word = _WORDS[x.element_size()]
     x.view(word).bitwise_and_(bits.to(word))
     return x

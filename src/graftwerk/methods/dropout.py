@@ -1,12 +1,19 @@
 """Dropout whose mask is a function of a seed, so that it can be drawn again instead of being stored.
 
-    dropout(x)[n, i] = x[n, i] * keep[n, i] / (1 - p)        keep[n, i] = [hash(a[n] * b[i]) < (1 - p) 2^32]
+    dropout(x)[n, i] = x[n, i] * keep[n, i] / (1 - p)
+
+On a CPU        keep[n, i] = [hash(a[n] * b[i]) < (1 - p) 2^32]
 
 a (rows) and b (columns) are random odd 32-bit numbers from a generator on the tensor's device, seeded anew for each
 mask; the hash is the xorshift and multiplication of the usual integer finalizers. A mask therefore costs as many random
 numbers as it has rows and columns, and seven passes of 32-bit integer arithmetic: on a CPU a tenth of
 `torch.bernoulli`. P(drop) is p to 2^-31; rows and columns are no more alike than those of independent draws, nor do the
-corners of a rectangle determine each other (measured in tests/methods/test_dropout.py).
+corners of a rectangle determine each other (measured in tests/kernels/test_fused_lora.py).
+
+Elsewhere       keep[n, i] ~ Bernoulli(1 - p)
+
+from a generator on the device, seeded for this mask, in one kernel that writes a byte an element: an accelerator's
+counter-based generators are as fast as its memory, which the seven passes would wait for.
 
 Legend: N rows times tokens, i width.
 """
@@ -22,8 +29,13 @@ from torch import Tensor
 _HASH = -2048144789
 
 
+def is_hashed(device: torch.device) -> bool:
+    """Return True if masks on this device are hashed, and False if its own generator draws them."""
+    return device.type == "cpu"
+
+
 def mask_bits(seed: int, p: float, rows: int, width: int, device: torch.device) -> Tensor:
-    """Draw a mask as integers: all bits set where an entry is kept, none where it is dropped.
+    """Draw a mask: all bits set where an entry is kept, none where it is dropped; as bytes if it is not hashed.
 
     Args:
         seed: Seed of the mask.
@@ -33,13 +45,15 @@ def mask_bits(seed: int, p: float, rows: int, width: int, device: torch.device) 
         device: Where the mask is drawn.
 
     Returns:
-        (N, i), int32.
+        (N, i), int32, or bool if it is not hashed.
 
     Example:
         >>> mask_bits(0, 0.5, 2, 3, torch.device("cpu")).shape
         torch.Size([2, 3])
     """
     generator = torch.Generator(device=device).manual_seed(seed)
+    if not is_hashed(device):
+        return torch.empty(rows, width, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
     words = torch.empty(rows + width, dtype=torch.int32, device=device)
     words.random_(-(2**31), 2**31 - 1, generator=generator).bitwise_or_(1)  # (N + i,)
     bits = words[:rows, None] * words[None, rows:]  # (N, i)
@@ -65,7 +79,9 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
         True
     """
     keep = mask_bits(seed, p, x.numel() // x.shape[-1], x.shape[-1], x.device).view(x.shape)  # (..., i)
-    return x * (keep != 0).to(x.dtype) * (1 / (1 - p))
+    if keep.dtype != torch.bool:
+        keep = (keep != 0).to(x.dtype)
+    return x * keep * (1 / (1 - p))
 
 
 class DropoutGroup:
