@@ -97,6 +97,9 @@ CASES: dict[str, Case] = {
     "end-untrained": Case({"rows.jsonl": turns()}, CHATTING, True, NO_END),
     "prompt-torn": Case({"rows.jsonl": turns(answered="not")}, CHATTING, template=TORN),
     "special-token-in-text": Case({"rows.jsonl": turns(asked="is </s> the end ?")}, INSTRUCTION),
+    "pair-unseparated": Case(
+        {"rows.jsonl": [{**row, "text_pair": "so it is"} for row in rows()]}, {"model": "decoder"}
+    ),
     "answer-limit": Case(
         {"rows.jsonl": turns(), "test.jsonl": turns(answered="a very long answer", asked="who ?")},
         {**INSTRUCTION, **TEST, "evaluation.max_new_tokens": 2, "data.max_truncated": 0.5},

@@ -137,4 +137,4 @@ def _heads(layer: str, config: Any) -> int | None:
 
 def _llama_order(rows: int, heads: int) -> Tensor:
     """Return the row of transformers' projection that stands at each row of llama.cpp's, (rows,)."""
-    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+    return torch.arange(rows, device="cpu").view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)

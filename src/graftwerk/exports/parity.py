@@ -76,7 +76,7 @@ def probabilities(
         tokenizer: The model's tokenizer.
         dtype: Compute type; anything but float32 means autocast.
     """
-    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    found: list[Tensor] = [torch.empty(0, device="cpu")] * len(examples)
     textual = isinstance(task.objective, TokenObjective)
     with evaluation_mode(model), autocast(model, dtype):
         for rows in batches_of(examples, _ROWS_AT_ONCE[textual]):
@@ -158,7 +158,7 @@ def _positions(task: Task, batch: dict[str, Tensor], logits: Tensor) -> Tensor |
         return objective.predicting(labels).cpu()
     if logits.shape[1] == batch["input_ids"].shape[1] and "attention_mask" in batch:
         return batch["attention_mask"].bool().cpu()
-    return torch.ones(logits.shape[:2], dtype=torch.bool)
+    return torch.ones(logits.shape[:2], dtype=torch.bool, device="cpu")
 
 
 def _spread(mask: Tensor) -> Tensor:
@@ -166,4 +166,4 @@ def _spread(mask: Tensor) -> Tensor:
     places = mask.nonzero().flatten()
     if len(places) <= POSITIONS:
         return places
-    return places[torch.linspace(0, len(places) - 1, POSITIONS).long()]
+    return places[torch.linspace(0, len(places) - 1, POSITIONS, device="cpu").long()]

@@ -93,6 +93,9 @@ class AttachedAdapter(Protocol):
     def put_weights(self, *, live: bool) -> None:
         """Make the model hold the values that were trained in place, or the base's."""
 
+    in_use: bool
+    """Whether a row of the next batches uses it, as `train_while` was last told."""
+
     def train_while(self, used: bool) -> None:
         """Let its parameters require gradients only while it is used."""
 
@@ -151,8 +154,9 @@ class ModelAdapters:
     def train_used(self) -> None:
         """Let the chosen adapters alone require gradients: DDP waits for those of every parameter that does."""
         used = self.selection.used()
-        for adapter in self.adapters.values():
-            adapter.train_while(adapter.name in used)
+        for name, adapter in self.adapters.items():
+            if adapter.in_use != (name in used):
+                adapter.train_while(name in used)
 
     def _answering_labels(self) -> tuple[str, ...] | None:
         """Return the label names of the adapter whose head answers, or None for the base's (also if rows differ)."""

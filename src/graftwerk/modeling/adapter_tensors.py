@@ -53,6 +53,7 @@ class AdapterTensors:
         """Their number, once a head was loaded."""
         self._model_adapters = model_adapters
         self._frozen = False
+        self.in_use = True
         self._untrained: frozenset[str] | None = None
         """Raw keys of the parameters that do not train when it is used, while it is not; None while it is used."""
         self._task_heads = heads if weights is None else architecture.heads
@@ -194,6 +195,7 @@ class AdapterTensors:
         Args:
             used: True if a row of the next batches uses this adapter.
         """
+        self.in_use = used
         if self.weights is not None or self._frozen or used == (self._untrained is None):
             return
         own, untrained = dict(self._own()), self._untrained
