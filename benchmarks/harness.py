@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,10 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """What tells processors apart that a virtual machine calls by one name."""
+
+
+WAIT: ContextVar[Callable[[], object]] = ContextVar("WAIT", default=lambda: None)
+"""Waits for the device on which sides compute; `material.on` sets it."""
 
 
 class WrongResultError(Exception):
@@ -117,20 +122,23 @@ def interleaved(
     """Run each side in turn, ``warmup + repeats`` times, in this process.
 
     Args:
-        sides: What to time. A side waits for its device itself (`torch.cuda.synchronize`), where it has one.
+        sides: What to time. Inside `material.on` the device is waited for before and after each.
         warmup: Rounds before the timed ones.
         before: Called before every single run, outside the clock (to zero gradients, for instance).
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
+    wait = WAIT.get()
     for round_ in range(warmup + repeats):
         for name, side in sides.items():
             if before is not None:
                 before()
             gc.collect()
+            wait()
             gc.disable()  # a collection in the middle would fall on whoever happens to be running
             try:
                 start = time.perf_counter()
                 kept = side()
+                wait()
                 seconds = time.perf_counter() - start
             finally:
                 gc.enable()

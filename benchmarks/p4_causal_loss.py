@@ -40,8 +40,8 @@ def measure(options: Options) -> list[Row]:
         def in_float64(batch: dict[str, Any] = batch) -> torch.Tensor:
             """What both sides round: the same hidden states, head and loss in float64."""
             labelled, wanted = task.objective.forward(model, batch), batch["labels"][:, 1:]
-            logits = labelled.hidden.double() @ labelled.head.weight.detach().double().T
-            return torch.nn.functional.cross_entropy(logits, wanted[wanted != -100])
+            hidden, weight = labelled.hidden.cpu().double(), labelled.head.weight.detach().cpu().double()
+            return torch.nn.functional.cross_entropy(hidden @ weight.T, wanted[wanted != -100].cpu())
 
         losses, gradients = {}, {}
         for name, side in {"ours": ours, "peer": theirs, "exact": in_float64}.items():
@@ -125,7 +125,7 @@ def _held_by_loss(model: Any, batch: dict[str, Any], ours: bool) -> int:
     from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
 
     labels, width = batch["labels"], model.config.hidden_size
-    hidden = torch.randn(*labels.shape, width, requires_grad=True)
+    hidden = torch.randn(*labels.shape, width, device=labels.device, requires_grad=True)
     mask = torch.zeros_like(labels, dtype=torch.bool)
     mask[:, :-1] = labels[:, 1:] != -100
     weight = model.get_output_embeddings().weight
@@ -136,6 +136,8 @@ def _held_by_loss(model: Any, batch: dict[str, Any], ours: bool) -> int:
         else:
             ForCausalLMLoss(torch.nn.functional.linear(hidden, weight), labels, len(weight)).backward()
 
+    if labels.device.type != "cpu":
+        return material.peak_above_weights(run)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     held = most = 0
