@@ -48,7 +48,7 @@ class AccelerateProcesses(Distributed):
 
     def gather(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(tensor[None].to(self.device))  # (world_size, ...)
-        return gathered.cpu()
+        return gathered
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
