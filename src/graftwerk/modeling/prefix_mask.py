@@ -101,7 +101,7 @@ def aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: dtype of the scores.
 
     Returns:
-        The same shape, a view of a wider tensor.
+        (B or 1, H or 1, Q, S), a view of a wider tensor.
     """
     width = mask.shape[-1]
     buffer = torch.zeros(*mask.shape[:-1], -(-width // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
