@@ -229,3 +229,19 @@ def test_loss_never_allocates_logits(smoothing: float) -> None:
     with Largest() as whole:
         F.cross_entropy(hidden @ head.weight.T, labels)
     assert whole.elements == tokens * words
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens", "kind", "tile"),
+    [
+        (128_000, 4096, "cpu", 4000),  # V / 32
+        (128_000, 16, "cpu", 4000),
+        (500, 16, "cpu", module.LEAST_WORDS),
+        (128_000, 4096, "cuda", 4000),  # 16 million logits are worth a kernel
+        (128_000, 512, "cuda", 16_384),
+        (128_000, 16, "cuda", 128_000),  # few tokens: all words at once
+        (128_000, 0, "xpu", 128_000),
+    ],
+)
+def test_tiles_off_the_cpu_are_worth_a_launch(words: int, tokens: int, kind: str, tile: int) -> None:
+    assert module.tile_words(words, tokens, torch.device(kind)) == tile

@@ -242,7 +242,10 @@ def test_hook_is_removed_after_forward() -> None:
     assert torch.allclose(outputs.logits, plain.logits, atol=1e-6)
     mask = torch.ones_like(batch["labels"], dtype=torch.bool)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    assert labelled_tokens(model, inputs, mask).hidden.shape == (batch["labels"].numel(), 16)  # type: ignore[union-attr]
+    places = mask.flatten().nonzero()[:, 0]
+    labelled = labelled_tokens(model, inputs, mask.shape, places)
+    assert labelled is not None
+    assert labelled.hidden.shape == (batch["labels"].numel(), 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

@@ -288,7 +288,7 @@ def test_cached_batch_is_built_once_per_choice_of_rows(monkeypatch: pytest.Monke
     model, batch = mixed("lora", "llama", ["a", "b", "c"])
     made = []
     init = BatchedLoRA.__init__
-    monkeypatch.setattr(BatchedLoRA, "__init__", lambda self, loras: (made.append(len(loras)), init(self, loras))[1])
+    monkeypatch.setattr(BatchedLoRA, "__init__", lambda self, *of: (made.append(len(of[0])), init(self, *of))[1])
     for _ in range(3):
         logits(model, batch)
     layers = len(gw.adapters(model)["a"].hosts)

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import AdapterError, IntegrityError
 from graftwerk.modeling import architectures as targets
 from graftwerk.modeling import module_index as structure_module
+from graftwerk.modeling.build import build_from_tensors
 from graftwerk.serialization import fingerprint as fingerprint_module
 from graftwerk.serialization import untrusted_files as safety
 from graftwerk.serialization.folder import load_adapter, save_adapter
@@ -144,7 +147,6 @@ def test_load_adapter_changed_byte_of_weights_raises(where: int, tmp_path: Path)
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_load_adapter_nan_or_infinity_raises(bad: float, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     folder = saved(tmp_path)
     weights = folder / "adapter_model.safetensors"
@@ -157,7 +159,6 @@ def test_load_adapter_nan_or_infinity_raises(bad: float, tmp_path: Path) -> None
 
 
 def test_load_adapter_large_finite_values_are_accepted(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     folder = saved(tmp_path)
     weights = folder / "adapter_model.safetensors"
@@ -217,7 +218,6 @@ def test_detach_after_load_leaves_no_attributes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby"])
 def test_load_adapter_mismatched_file_keeps_model_and_active_adapters(method: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
 
     folder = saved(tmp_path, method)
     model = FAMILIES["llama"].build()
@@ -251,3 +251,38 @@ def test_load_adapter_follows_training_mode_of_model(tmp_path: Path) -> None:
     graft.activate()  # parameters of an inactive adapter require no gradient
     assert all(parameter.requires_grad for parameter in graft.parameters())
     assert METHODS["lora"]["r"] == second.method.r  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_stored_tensors_are_moved_as_one_block_and_then_viewed(trainable: bool) -> None:
+    """Tensors of another type take the way of those for another device: their values have to be copied."""
+    graft = gw.attach(FAMILIES["llama"].build(), method_of("lora"))
+    perturb(graft.parameters(), 7)
+    targets = graft._model_adapters.adapters["default"].targets
+    hosts = [graft.model.get_submodule(target.path) for target in targets]
+    stored = graft.state_dict()
+    block = torch.cat([tensor.reshape(-1).double() for tensor in stored.values()])
+    parts = block.split([tensor.numel() for tensor in stored.values()])
+    tensors = {key: part.view_as(stored[key]) for key, part in zip(stored, parts, strict=True)}
+    copies: list[int] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default:
+                copies.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        built = build_from_tensors(graft.method, targets, hosts, tensors, trainable)
+    assert built is not None
+    assert copies == [block.numel()]
+    own = {f"{path}.{key}": value for path, module in built.items() for key, value in module.named_parameters()}
+    assert own.keys() == stored.keys()
+    assert all(torch.equal(parameter, stored[key]) for key, parameter in own.items())
+    assert len({parameter.untyped_storage().data_ptr() for parameter in own.values()}) == 1
+    assert all(parameter.requires_grad is trainable for parameter in own.values())
+    first, *others = own.values()
+    with torch.no_grad():
+        first.add_(1)
+    assert all((parameter._version != first._version) is trainable for parameter in others)
+    assert all((module.block is None) is trainable for module in built.values())

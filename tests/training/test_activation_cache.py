@@ -26,6 +26,7 @@ from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
 from graftwerk.training.activation_cache import cache as trunk_module
 from graftwerk.training.activation_cache import store as trunkstore
+from graftwerk.training.activation_cache.device import DeviceStates
 from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, open_file
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.events import Event
@@ -526,3 +527,57 @@ def test_chunks_cover_every_row_once_within_limits() -> None:
     assert all(len(places) <= 4 for places in found)
     assert all(len(places) * lengths[places[0]] <= 80 for places in found)
     assert list(chunks([500], 4, 80)) == [range(1)]
+
+
+# -- on the device ----------------------------------------------------------------------------------------------------
+
+
+def trained_on_device(folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, *, out_of_memory: bool = False) -> Any:
+    """A training whose device is said to have so much free memory."""
+    monkeypatch.setattr("graftwerk.training.activation_cache.device.free_memory", lambda device: free)
+    work = trainer(FAMILIES["bert"].build(classifier=True), METHODS["lora"], folder, validation=rows(9, seed=1))
+    gradients, failed = work.gradients.__class__.__call__, []
+
+    def failing(self: Any, *args: Any) -> Any:
+        if out_of_memory and work.state.step == 7 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+        return gradients(self, *args)
+
+    monkeypatch.setattr(work.gradients.__class__, "__call__", failing)
+    work.fit()
+    return work, [value.clone() for value in work.adapter.state_dict().values()]
+
+
+def test_states_on_device_serve_every_batch_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        host, expected = trained_on_device(tmp_path / "host", patch, 0)
+    assert not host.activation_cache.metrics()["on_device"]
+    size = host.activation_cache.plan.bytes
+    with monkeypatch.context() as patch:
+        small, _ = trained_on_device(tmp_path / "small", patch, 4 * size - 1)
+    assert not small.activation_cache.metrics()["on_device"]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", lambda *_: pytest.fail("a batch of states crossed from the host"))
+        work, weights = trained_on_device(tmp_path / "device", patch, 4 * size)
+    assert work.activation_cache.metrics()["on_device"]
+    assert work.activation_cache.metrics()["rows_computed"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_states_leave_the_device_before_micro_batches_are_halved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, _ = trained_on_device(tmp_path, monkeypatch, 2**40, out_of_memory=True)
+    assert work.state.micro_batch == 4
+    assert not work.activation_cache.leave_device()
+    assert work.activation_cache.metrics()["rows_computed"] == 0
+
+
+def test_device_states_of_a_batch_equal_its_rows() -> None:
+    states = torch.randn(20, 4)
+    batch = DeviceStates(states, torch.device("cpu")).batch([5, 0, 19], [3, 5, 1], 6)
+    assert batch.shape == (3, 6, 4)
+    for row, (start, length) in enumerate([(5, 3), (0, 5), (19, 1)]):
+        assert torch.equal(batch[row, :length], states[start : start + length])
+        assert not batch[row, length:].any()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import RunInterrupted
@@ -65,7 +66,7 @@ def test_stream_small_buffer_takes_every_row_once(tree: Tree, monkeypatch: pytes
         held.append(len(self.rows_of.part(rows[0] // 12 * 12)))
         seen.append(tuple(rows))
         assert [self.rows_of.examples[row].inputs for row in rows]
-        return Gradient(1.0, 1.0, 0.0, 0)
+        return Gradient(0.0, torch.tensor([1.0, 1.0, 0.0]))
 
     monkeypatch.setattr(GradientAccumulator, "__call__", gradients)
     train(tree)
@@ -102,7 +103,7 @@ def test_stream_dry_run_counts_steps_and_shows_first_batch(tree: Tree, monkeypat
 
     def gradients(self: GradientAccumulator, rows: Any, micro_batch: int) -> Gradient:
         first.append({len(self.rows_of.examples[row].inputs["input_ids"]) for row in rows})
-        return Gradient(1.0, 1.0, 0.0, 0)
+        return Gradient(0.0, torch.tensor([1.0, 1.0, 0.0]))
 
     monkeypatch.setattr(GradientAccumulator, "__call__", gradients)
     train(tree)

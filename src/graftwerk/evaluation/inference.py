@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +57,13 @@ def run_model(
     with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
         for rows in batches_of(examples, batch_size):
             chosen = [examples[row] for row in rows]
-            batch = to_device(task.collator.collate(chosen, tokenizer), model)
+            prepared = task.objective.prepare(task.collator.collate(chosen, tokenizer), model)
+            batch = to_device(prepared, model)
             with nullcontext() if serve is None else serve(chosen, batch):
                 outputs = task.objective.forward(model, batch)
             if "labels" in batch:
                 losses.append(float(task.objective.loss(outputs, batch)))
-                weights.append(task.objective.num_targets(batch))
+                weights.append(task.objective.num_targets(prepared))
             answered = task.objective.per_row_outputs(outputs, batch)
             for place, row in enumerate(rows):
                 answers[row] = answered[place : place + 1]
@@ -82,9 +83,18 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def to_device(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def to_device(batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Return the batch, tensors of any shape, on the device that the model reads it on."""
-    device = device_of(model)
+    return moved(batch, device_of(model))
+
+
+def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the batch, tensors of any shape, on a device; the host goes on while they are copied.
+
+    CUDA copies at the same time as it computes only from pinned memory.
+    """
+    if device.type == "cuda":
+        batch = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 

@@ -35,11 +35,16 @@ class BatchedAdapter:
 
     Outside autograd ``post_forward`` may change ``y`` in place: it is the layer's fresh output. The class methods say
     which single modules can be batched together; ``__init__`` takes those, one for each entry, perhaps the same one
-    several times.
+    several times, and their scales if this kind has any.
     """
 
-    def __init__(self, modules: Sequence[Any]) -> None:
-        """Stack the tensors of ``modules``."""
+    def __init__(self, modules: Sequence[Any], scales: Tensor) -> None:
+        """Stack the tensors of ``modules``; ``scales`` (S, 1, 1)."""
+
+    @classmethod
+    def scale_of(cls, module: Any) -> float | None:
+        """Return the number that a module's tensors are scaled by, or None for a kind without scales."""
+        return None
 
     @classmethod
     def batch_key(cls, module: Any) -> Hashable | None:
@@ -106,7 +111,7 @@ def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 def per_entry(values: Sequence[float], like: Tensor) -> Tensor:
     """Return (S, 1, 1), one number for each entry, in dtype and device of ``like`` (any shape)."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    return torch.tensor(values, dtype=like.dtype, device="cpu").view(-1, 1, 1).to(like.device, non_blocking=True)
 
 
 def add_bmm(y: Tensor, low: Tensor, b: Tensor) -> Tensor:
@@ -132,7 +137,7 @@ class BatchedLoRA(BatchedAdapter):
     PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0].
     """
 
-    def __init__(self, modules: Sequence[LowRankModule]) -> None:
+    def __init__(self, modules: Sequence[LowRankModule], scales: Tensor) -> None:
         def a_of(lora: LowRankModule) -> Tensor:
             a = lora.lora_A.weight
             return torch.cat((a, lora.start_A)) if isinstance(lora, PiSSAModule) else a
@@ -142,9 +147,12 @@ class BatchedLoRA(BatchedAdapter):
             return torch.cat((b, -lora.start_B), dim=1) if isinstance(lora, PiSSAModule) else b
 
         a = stack_padded(modules, a_of)
-        scales = per_entry([lora.scale for lora in modules], a)
         self.a = a * scales if torch.is_grad_enabled() else a.mul_(scales)
         self.b = stack_padded(modules, b_of).mT
+
+    @classmethod
+    def scale_of(cls, module: LowRankModule) -> float:
+        return module.scale
 
     @classmethod
     def batch_key(cls, module: LowRankModule) -> Hashable | None:
@@ -162,12 +170,16 @@ class BatchedLoRA(BatchedAdapter):
 class BatchedDoRA(BatchedAdapter):
     """DoRA of S entries: A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
 
-    def __init__(self, modules: Sequence[DoRAModule]) -> None:
+    def __init__(self, modules: Sequence[DoRAModule], scales: Tensor) -> None:
         a = stack_padded(modules, lambda dora: dora.lora_A.weight)
-        self.a = a * per_entry([dora.scale for dora in modules], a)
+        self.a = a * scales
         self.b = stack_padded(modules, lambda dora: dora.lora_B.weight).mT
         self.ratio = stack_padded(modules, DoRAModule.magnitude_ratio)[:, None]
         self.base = modules[0].base
+
+    @classmethod
+    def scale_of(cls, module: LowRankModule) -> float:
+        return module.scale
 
     @classmethod
     def batch_key(cls, module: LowRankModule) -> Hashable | None:
@@ -194,7 +206,7 @@ class BatchedDoRA(BatchedAdapter):
 class BatchedIA3(BatchedAdapter):
     """IA3 of S entries: the vectors (S, 1, width)."""
 
-    def __init__(self, modules: Sequence[IA3Module]) -> None:
+    def __init__(self, modules: Sequence[IA3Module], scales: Tensor) -> None:
         self.scales_input = modules[0].scales_input
         self.vectors = stack_padded(modules, lambda ia3: ia3.ia3_l.flatten())[:, None]
 
@@ -216,7 +228,7 @@ class BatchedIA3(BatchedAdapter):
 class BatchedBitFit(BatchedAdapter):
     """BitFit of S entries: the offsets (S, 1, o)."""
 
-    def __init__(self, modules: Sequence[BitFitModule]) -> None:
+    def __init__(self, modules: Sequence[BitFitModule], scales: Tensor) -> None:
         self.offsets = stack_padded(modules, lambda bitfit: bitfit.bitfit_b)[:, None]
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -230,7 +242,7 @@ class BatchedNetworks:
     Where a bottleneck was padded, its activation is f(0), which is zero, and so are the columns behind it.
     """
 
-    def __init__(self, networks: Sequence[BottleneckNetwork]) -> None:
+    def __init__(self, networks: Sequence[BottleneckNetwork], scales: Tensor) -> None:
         self.activation = networks[0].activation
         norms = [network.norm for network in networks if network.norm is not None]  # all have one, or none has
         self.eps = norms[0].eps if norms else None
@@ -239,7 +251,6 @@ class BatchedNetworks:
             self.shift = stack_padded(norms, lambda norm: norm.bias)[:, None]
         self.down = stack_padded(networks, lambda network: network.down.weight)
         self.down_bias = stack_padded(networks, lambda network: network.down.bias)[:, None]
-        scales = per_entry([network.scaling for network in networks], self.down)
         self.up = (stack_padded(networks, lambda network: network.up.weight) * scales).mT
         self.up_bias = stack_padded(networks, lambda network: network.up.bias)[:, None] * scales
 
@@ -263,6 +274,10 @@ class _BatchedBottleneck(BatchedAdapter):
         return network
 
     @classmethod
+    def scale_of(cls, module: Any) -> float:
+        return float(cls.network(module).scaling)
+
+    @classmethod
     def batch_key(cls, module: Any) -> Hashable | None:
         network = cls.network(module)
         return cls.__name__, network.activation, None if network.norm is None else network.norm.eps
@@ -275,8 +290,8 @@ class _BatchedBottleneck(BatchedAdapter):
 class BatchedSequential(_BatchedBottleneck):
     """Bottlenecks behind a block, of S entries."""
 
-    def __init__(self, modules: Sequence[SequentialAdapter]) -> None:
-        self.networks = BatchedNetworks([module.bottleneck for module in modules])
+    def __init__(self, modules: Sequence[SequentialAdapter], scales: Tensor) -> None:
+        self.networks = BatchedNetworks([module.bottleneck for module in modules], scales)
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         # The networks read y before it is added to in place.
@@ -286,7 +301,7 @@ class BatchedSequential(_BatchedBottleneck):
 class BatchedInputTap(_BatchedBottleneck):
     """Input taps of S entries: the first stores the input of all; the block ends with the same entries in order."""
 
-    def __init__(self, modules: Sequence[InputTap]) -> None:
+    def __init__(self, modules: Sequence[InputTap], scales: Tensor) -> None:
         self.first = modules[0]
 
     @staticmethod
@@ -301,9 +316,9 @@ class BatchedInputTap(_BatchedBottleneck):
 class BatchedParallel(_BatchedBottleneck):
     """Bottlenecks beside a block, of S entries."""
 
-    def __init__(self, modules: Sequence[ParallelAdapter]) -> None:
+    def __init__(self, modules: Sequence[ParallelAdapter], scales: Tensor) -> None:
         self.first = modules[0]
-        self.networks = BatchedNetworks([module.bottleneck for module in modules])
+        self.networks = BatchedNetworks([module.bottleneck for module in modules], scales)
 
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.networks.add_to(y, self.first.pop_input())

@@ -31,6 +31,8 @@ TILES = 32
 """Number of tiles of the vocabulary: memory is that of the logits divided by it. Fewer tiles are no faster."""
 LEAST_WORDS = 256
 """Smallest number of words in a tile; with fewer the products are too thin."""
+DEVICE_ELEMENTS = 2**23
+"""Smallest number of logits in a tile off the CPU, where launching a kernel takes as long as computing so many."""
 MOST_ELEMENTS = 2**26
 """Largest number of logits in a tile, over all tokens: more tokens are processed in parts."""
 ROOM = 2.0**14
@@ -104,6 +106,7 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     weights: Tensor | None = None,
     tile: int | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of ``hidden`` against ``labels``, as `F.cross_entropy` of the logits does.
 
@@ -115,7 +118,8 @@ def chunked_cross_entropy(
         labels: (N,) int64, each of the V words.
         label_smoothing: Share of each target that is spread evenly over all words.
         weights: (N,), the weight of each token, or None for 1 / N, which makes the sum a mean.
-        tile: Words of a tile, or None for V / `TILES`.
+        tile: Words of a tile, or None for `tile_words`.
+        checked: True if `check_labels` has passed the labels already, on the host and without a wait for the device.
 
     Returns:
         The weighted sum, a scalar with gradients for hidden states, weight and bias (0 if no token is labelled);
@@ -125,8 +129,9 @@ def chunked_cross_entropy(
         ModelError: a label is none of the V words; -100 is not one either, callers leave such tokens out.
     """
     words = head.weight.shape[0]
-    _check_labels(labels, words)
-    tile = tile or max(LEAST_WORDS, -(-words // TILES))
+    if not checked:
+        check_labels(labels, words)
+    tile = tile or tile_words(words, len(labels), hidden.device)
     if weights is None:
         weights = hidden.new_full((len(labels),), 1.0 / max(len(labels), 1), dtype=_sums_in(hidden))
     kind = hidden.device.type
@@ -138,10 +143,29 @@ def chunked_cross_entropy(
     return loss, nll
 
 
-def _check_labels(labels: Tensor, words: int) -> None:
+def tile_words(words: int, tokens: int, device: torch.device) -> int:
+    """Return the words of a tile: V / `TILES`, or off the CPU as many as are worth the launch of a kernel.
+
+    Args:
+        words: V.
+        tokens: N.
+        device: Where the logits are computed.
+    """
+    tile = max(LEAST_WORDS, -(-words // TILES))
+    return tile if device.type == "cpu" else min(words, max(tile, DEVICE_ELEMENTS // max(tokens, 1)))
+
+
+def check_labels(labels: Tensor, words: int) -> None:
     """Raise ModelError for a label outside the vocabulary.
 
     No tile would contain it, and its logit would silently count as 0. The device is synchronised once for all labels.
+
+    Args:
+        labels: (N,) int64.
+        words: V.
+
+    Raises:
+        ModelError: a label is none of the V words.
     """
     if not len(labels):
         return

@@ -10,7 +10,7 @@ Legend: B rows, T tokens, N labelled tokens, d width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,27 +53,32 @@ class LabelledLogits:
         made = F.linear(self.hidden.to(weight.dtype), weight)
         return _finished(made, self.head)
 
-    def loss(self, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean cross-entropy over the N tokens, a scalar in float32; labels (N,)."""
-        loss, nll = chunked_cross_entropy(self.hidden, self.head, labels, label_smoothing=label_smoothing)
+    def loss(self, labels: Tensor, label_smoothing: float = 0.0, *, checked: bool = False) -> Tensor:
+        """Return the mean cross-entropy over the N tokens, a scalar in float32; labels (N,), perhaps checked before."""
+        loss, nll = chunked_cross_entropy(
+            self.hidden, self.head, labels, label_smoothing=label_smoothing, checked=checked
+        )
         self._nll = nll
         return loss
 
-    def nll(self, labels: Tensor) -> Tensor:
-        """Return the negative log-likelihood of each label in nats, (N,), without gradient; labels (N,)."""
+    def nll(self, labels: Tensor, *, checked: bool = False) -> Tensor:
+        """Return the negative log-likelihood of each label in nats, (N,), without gradient; labels as in `loss`."""
         if self._nll is None:
             with torch.no_grad():
-                self._nll = chunked_cross_entropy(self.hidden.detach(), self.head, labels)[1]
+                self._nll = chunked_cross_entropy(self.hidden.detach(), self.head, labels, checked=checked)[1]
         return self._nll
 
 
-def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> LabelledLogits | None:
+def labelled_tokens(
+    model: Any, inputs: Mapping[str, Any], shape: Sequence[int], positions: Tensor
+) -> LabelledLogits | None:
     """Run ``model`` up to its head.
 
     Args:
         model: A language model, or its wrapper for several processes.
         inputs: Its keyword arguments.
-        mask: (B, T) bool, the positions whose logits would be compared with a label.
+        shape: (B, T) of the labels.
+        positions: (N,), the places among B T whose logits would be compared with a label.
 
     Returns:
         The head's inputs, or None if the model's logits cannot be had that way; the caller then runs the plain path,
@@ -88,7 +93,7 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
     known: Shape | None = vars(module).get(_FOUND)
     if known is None and _FOUND in vars(module):
         return None
-    drawn = None if known is not None else _RandomState(mask.device)
+    drawn = None if known is not None else _RandomState(positions.device)
     tap = _Tap(probing=known is None)
     try:
         with tap.on(module):
@@ -98,7 +103,7 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
             raise
         outputs = None
     hidden = tap.hidden
-    if outputs is None or hidden is None or tap.calls != 1 or hidden.shape[:-1] != mask.shape:
+    if outputs is None or hidden is None or tap.calls != 1 or hidden.shape[:-1] != shape:
         if known is None:
             vars(module)[_FOUND] = None
         found = None
@@ -108,7 +113,7 @@ def labelled_tokens(model: Any, inputs: Mapping[str, Any], mask: Tensor) -> Labe
         if drawn is not None:
             drawn.put_back()
         return None
-    return LabelledLogits(hidden[mask], _head(plain, module, found))
+    return LabelledLogits(hidden.flatten(0, 1)[positions], _head(plain, module, found))
 
 
 class _Tap:

@@ -95,6 +95,10 @@ class ActiveAdapters:
             )
         return size // len(self.rows)
 
+    def row_numbers(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return row numbers (S,) on a device, the same tensor for all layers until other adapters are chosen."""
+        return self.cached((rows, device), lambda _: torch.tensor(rows, device="cpu").to(device, non_blocking=True))
+
     def groups(self, size: int, device: torch.device) -> tuple[RowGroup, ...]:
         """Return the rows of a batch of ``size``, grouped by adapter, the bare base included."""
         key = (size, str(device))
@@ -105,7 +109,7 @@ class ActiveAdapters:
                 members.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
             with torch.inference_mode(False):  # as above
                 self._groups[key] = tuple(
-                    RowGroup(name, torch.tensor(index, dtype=torch.long, device=device))
+                    RowGroup(name, torch.tensor(index, dtype=torch.long, device="cpu").to(device, non_blocking=True))
                     for name, index in members.items()
                 )
         return self._groups[key]

@@ -159,14 +159,22 @@ def build_from_tensors(
         if path not in by_path:
             return None
         by_path[path][key[len(path) + 1 :]] = tensor
-    # Values that are not of the default dtype are copied below, and so leave the block.
-    block, dtype = None if trainable else shared_block(tensors.values()), torch.get_default_dtype()
+    dtype, devices = torch.get_default_dtype(), {module_device(module) for module in modules}
+    # Moved and converted as a whole, and then viewed: one copy, and not one for each parameter.
+    stored = shared_block(tensors.values()) if len(devices) == 1 else None
+    whole = None if stored is None else stored.to(next(iter(devices)), dtype)
+    block = None if trainable else whole  # parameters that train have versions of their own
+
+    def placed(tensor: Tensor, device: torch.device) -> Tensor:
+        if whole is None or (trainable and whole is stored):
+            return tensor.to(device, dtype)
+        return view_in(whole.data if trainable else whole, tensor)
+
     built: dict[str, AdapterModule] = {}
     for target, module in zip(targets, modules, strict=True):
         device = module_device(module)
         parameters = {
-            name: nn.Parameter((tensor if block is None else view_in(block, tensor)).to(device, dtype), trainable)
-            for name, tensor in by_path[target.path].items()
+            name: nn.Parameter(placed(tensor, device), trainable) for name, tensor in by_path[target.path].items()
         }
         if (adapter := method.build_from(target, module, parameters)) is None:
             return None

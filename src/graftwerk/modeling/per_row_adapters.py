@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from graftwerk.kernels import flags as fast
-from graftwerk.kernels.batched_adapters import BatchedAdapter, changes_input, changes_output
+from graftwerk.kernels.batched_adapters import BatchedAdapter, changes_input, changes_output, per_entry
 from graftwerk.kernels.dispatch import BATCHED
 from graftwerk.kernels.versioned_cache import VersionedCache
 from graftwerk.methods.base import AdapterModule
+from graftwerk.modeling.active_adapters import ActiveAdapters
 from graftwerk.modeling.adapter_slots import AdapterSlots
 
 Made = TypeVar("Made")
@@ -88,11 +89,11 @@ def row_groups(key: tuple[AdapterSlots, bool, bool]) -> tuple[Group, ...]:
     groups: list[Group] = []
     for members in kinds.values():
         if len(members) < SEQUENTIAL_ROWS * len({id(module) for module in members.values()}):
-            groups.extend(BatchedGroup(alike, len(rows)) for alike in _by_padded_dim(members))
+            groups.extend(BatchedGroup(alike, slots.selection) for alike in _by_padded_dim(members))
         else:
             alone.update(members)
     if alone:
-        groups.append(SequentialGroups(alone, len(rows)))
+        groups.append(SequentialGroups(alone, slots.selection))
     return tuple(groups)
 
 
@@ -109,7 +110,7 @@ def _by_padded_dim(members: dict[int, AdapterModule]) -> list[dict[int, AdapterM
     return [dict(sorted(alike.items())) for alike in found]
 
 
-_ALONE = BatchedAdapter(())
+_ALONE = BatchedAdapter((), torch.empty(0, device="cpu"))
 
 
 class SequentialGroups:
@@ -117,15 +118,15 @@ class SequentialGroups:
 
     Args:
         members: The adapter module of each row served here.
-        entries: R.
+        selection: The active adapters, of R rows.
     """
 
-    def __init__(self, members: dict[int, AdapterModule], entries: int) -> None:
-        self.entries = entries
+    def __init__(self, members: dict[int, AdapterModule], selection: ActiveAdapters) -> None:
+        self.entries = len(selection.rows or ())
         by_module: dict[AdapterModule, list[int]] = {}
         for row, module in sorted(members.items()):
             by_module.setdefault(module, []).append(row)
-        self.groups = [(_RowIndex(rows, entries), module) for module, rows in by_module.items()]
+        self.groups = [(_RowIndex(rows, selection), module) for module, rows in by_module.items()]
 
     def adapters(self) -> BatchedAdapter:
         """Return a batched adapter that does nothing: the modules run one by one."""
@@ -155,14 +156,15 @@ class BatchedGroup:
 
     Args:
         members: The adapter module of each row served here.
-        entries: R.
+        selection: The active adapters, of R rows.
     """
 
-    def __init__(self, members: dict[int, AdapterModule], entries: int) -> None:
-        self.entries, self.modules = entries, list(members.values())
-        self.row_index = _RowIndex(list(members), entries)
+    def __init__(self, members: dict[int, AdapterModule], selection: ActiveAdapters) -> None:
+        self.entries, self.modules = len(selection.rows or ()), list(members.values())
+        self.row_index = _RowIndex(list(members), selection)
         self.kernel = BATCHED[type(self.modules[0])]
         distinct = list(dict.fromkeys(self.modules))
+        self._scales: Tensor | None = None
         self.cache: VersionedCache[BatchedAdapter] = VersionedCache(
             [tensor for module in distinct for tensor in self.kernel.source_tensors(module)],
             [parameter for module in distinct for parameter in module.parameters()],
@@ -170,13 +172,22 @@ class BatchedGroup:
 
     def adapters(self) -> BatchedAdapter:
         """Return the batched adapter, cached while its tensors do not change."""
-        return self.cache.get(lambda: self.kernel(self.modules))
+        return self.cache.get(lambda: self.kernel(self.modules, self._scales_on_device()))
+
+    def _scales_on_device(self) -> Tensor:
+        """Return the scales (S, 1, 1), moved once, though training builds the batched adapter in every pass."""
+        scales = [scale for module in self.modules if (scale := self.kernel.scale_of(module)) is not None]
+        like = next(self.modules[0].parameters(), None)
+        if self._scales is None or (like is not None and self._scales.device != like.device):
+            with torch.inference_mode(False):
+                self._scales = torch.empty(0, device="cpu") if like is None else per_entry(scales, like)
+        return self._scales
 
     def pre_forward(self, batched: BatchedAdapter, x: Tensor) -> Tensor:
         """Return x (R·k, ..., i) with the served rows changed."""
         if not changes_input(self.kernel):
             return x
-        if self.row_index.where is None:
+        if self.row_index.all_rows:
             return _as(batched.pre_forward(_by_entry(x, self.entries)), x)
         rows = _by_entry(x, self.entries)
         own = self.row_index.of(rows)
@@ -186,7 +197,7 @@ class BatchedGroup:
         """Return y (R·k, ..., o) with the served rows changed; x (R·k, ..., i) is the input."""
         if not changes_output(self.kernel):
             return y
-        if self.row_index.where is None:
+        if self.row_index.all_rows:
             return _as(batched.post_forward(_by_entry(x, self.entries), _by_entry(y, self.entries)), y)
         given, made = _by_entry(x, self.entries), _by_entry(y, self.entries)
         own = self.row_index.of(made)
@@ -201,16 +212,22 @@ Group = SequentialGroups | BatchedGroup
 class _RowIndex:
     """Rows of a batch among its R entries: how they are gathered and put back."""
 
-    def __init__(self, rows: Sequence[int], entries: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: Sequence[int], selection: ActiveAdapters) -> None:
+        self.rows, self.selection = tuple(rows), selection
         self.where: Where = None
-        if len(rows) < entries:
-            together = rows[-1] - rows[0] + 1 == len(rows)
-            self.where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device="cpu")
+        self._apart = len(rows) < rows[-1] - rows[0] + 1
+        if not self._apart and len(rows) < len(selection.rows or ()):
+            self.where = slice(rows[0], rows[-1] + 1)
+
+    @property
+    def all_rows(self) -> bool:
+        """True if every row of the batch is served."""
+        return self.where is None and not self._apart
 
     def of(self, tensor: Tensor) -> Tensor:
         """(R, M, w) -> (S, M, w): a view where the rows stand together."""
-        return tensor if self.where is None else tensor[self._on(tensor.device)]
+        where = self._on(tensor.device)
+        return tensor if where is None else tensor[where]
 
     def put(self, tensor: Tensor, own: Tensor, new: Tensor, *, fresh: bool) -> Tensor:
         """Return ``tensor`` (R, M, w) with ``new`` in place of ``own``, which was taken from it.
@@ -234,9 +251,8 @@ class _RowIndex:
         return tensor.index_copy(0, where, new)
 
     def _on(self, device: torch.device) -> Where:
-        if isinstance(self.where, Tensor) and self.where.device != device:
-            with torch.inference_mode(False):
-                self.where = self.where.to(device)
+        if self._apart and (self.where is None or self.where.device != device):  # type: ignore[union-attr]
+            self.where = self.selection.row_numbers(self.rows, device)
         return self.where
 
 

@@ -33,9 +33,11 @@ from graftwerk.methods.placement import module_device
 from graftwerk.methods.prefix_tuning import Prefix, PrefixMLP, PrefixModule, PrefixVectors, ProjectedPrefix
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture, AttentionLayer, LayerStack
+from graftwerk.modeling.prefix_mask import PrefixMasks
 from graftwerk.modeling.virtual_positions import (
     cached_tokens,
     check_positions,
+    counts_of,
     drop_hooks,
     gathered,
     inputs_of,
@@ -81,14 +83,12 @@ def prefix_attention_forward(
         recorder[id(module)] = (key, value)
     slots = slots_of(module)
     prefix = None if slots is None else _active_prefix_kv(slots, key)
-    if prefix is not None:
+    if slots is not None and prefix is not None:
         prefix_key, prefix_value, seen = prefix
         n = prefix_key.shape[2]
-        if attention_mask is None and implementation == "sdpa" and _sdpa_is_causal(module, query, kwargs):
-            square = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-            attention_mask = square.tril()[None, None]
-        if attention_mask is not None or seen is not None:
-            attention_mask = _extend_mask(attention_mask, seen, n, query, key)
+        attention_mask = _masks_of(slots).widened(
+            module, query, key, attention_mask, seen, n, kwargs, sdpa=implementation == "sdpa"
+        )
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))
         key = torch.cat((prefix_key, key), dim=2)
@@ -96,24 +96,8 @@ def prefix_attention_forward(
     return original(module, query, key, value, attention_mask, **kwargs)
 
 
-def _sdpa_is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Return True if sdpa, given no mask, would let each query see only the keys up to its own."""
-    causal = kwargs.get("is_causal")
-    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
-
-
-def _extend_mask(mask: Tensor | None, seen: Tensor | None, n: int, query: Tensor, key: Tensor) -> Tensor:
-    """Return a mask with n columns in front; ``seen`` (B, n) marks those a row sees, None all of them."""
-    if mask is None:
-        mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-    columns = torch.ones(1, n, dtype=torch.bool, device=key.device) if seen is None else seen
-    columns = columns[:, None, None, :]
-    if mask.dtype != torch.bool:
-        hidden = torch.finfo(mask.dtype).min
-        columns = torch.zeros(columns.shape, dtype=mask.dtype, device=mask.device).masked_fill(~columns, hidden)
-    size = max(mask.shape[0], columns.shape[0])
-    columns = columns.expand(size, mask.shape[1], mask.shape[2], n)
-    return torch.cat((columns, mask.expand(size, -1, -1, -1)), dim=-1)
+def _masks_of(slots: AdapterSlots) -> PrefixMasks:
+    return slots.selection.cached(PrefixMasks, lambda kind: kind())
 
 
 def _active_prefix_kv(slots: AdapterSlots, key: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -155,8 +139,8 @@ class _PerRowPrefix:
         counts = lengths(rows)
         self.distinct, self.index = gathered(rows, repeats, device)
         self.seen: Tensor | None = None
-        if min(counts) < max(counts):
-            self.seen = torch.arange(max(counts), device=device)[None] < per_row(counts, repeats, device)
+        if min(counts) < max(counts):  # one tensor for all attentions, so that they share the mask made from it
+            self.seen = slots.selection.cached((*counts, repeats, device), lambda _: _columns(counts, repeats, device))
         sources = list(dict.fromkeys(tensor for module in self.distinct for tensor in module.source_tensors()))
         self.cache: VersionedCache[_KeysAndValues] = VersionedCache(sources, sources)
 
@@ -169,6 +153,11 @@ class _PerRowPrefix:
         pairs = [module.vectors() for module in self.distinct]
         keys, values = (torch.cat([pair[side] for pair in pairs]).to(self.dtype)[self.index] for side in (0, 1))
         return keys, values
+
+
+def _columns(counts: Sequence[int], repeats: int, device: torch.device) -> Tensor:
+    """Return the columns of a prefix that each row sees, (B, n) bool."""
+    return torch.arange(max(counts), device=device)[None] < per_row(counts, repeats, device)
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:
@@ -245,6 +234,7 @@ class _ShiftPositionsHook:
         all_slots = [slots for attention in self.attentions if (slots := slots_of(attention)) is not None]
         if not all_slots:
             return None
+        _masks_of(all_slots[0]).begin_pass()
         inputs = inputs_of(stack, args, kwargs)
         size, tokens, device = size_of(inputs)
         counts, repeats = _virtual_tokens(all_slots, size)
@@ -260,8 +250,7 @@ class _ShiftPositionsHook:
             return None
         past = cached_tokens(inputs)
         check_positions(stack, max(counts), past + tokens)
-        shift = counts[0] if len(set(counts)) == 1 else per_row(counts, repeats, device)
-        inputs["position_ids"] = own_positions(stack, inputs, past) + shift
+        inputs["position_ids"] = own_positions(stack, inputs, past) + counts_of(counts, repeats, device)
         return (), inputs
 
 

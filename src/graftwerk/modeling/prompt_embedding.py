@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
@@ -35,6 +34,7 @@ from graftwerk.modeling.virtual_positions import (
     accepts,
     cached_tokens,
     check_positions,
+    counts_of,
     drop_hooks,
     first_position,
     gathered,
@@ -42,7 +42,6 @@ from graftwerk.modeling.virtual_positions import (
     lengths,
     numbers_from_ids,
     own_positions,
-    per_row,
     size_of,
     users,
 )
@@ -79,10 +78,9 @@ class _Insert:
         past = max(cached - n, 0)
         mask = _checked(inputs, cached, past, n, self.causal)
         check_positions(stack, n, past + tokens)
-        even = min(counts) == n
         leads = _leads(mask) if self.causal else None
-        layout = VirtualLayout(n, per_row(counts, repeats, device), leads, self.causal, even)
-        if mask is None and not even:
+        layout = VirtualLayout(n, counts_of(counts, repeats, device), leads, self.causal)
+        if mask is None and not layout.even:
             mask = torch.ones(size, past + tokens, dtype=torch.long, device=device)
         if cached:
             inputs["position_ids"] = own_positions(stack, inputs, past) + layout.counts
@@ -198,7 +196,7 @@ def _wide_mask(encoder: nn.Module, mask: Tensor | None, size: int, length: int, 
         return mask
     if mask is None:
         mask = torch.ones(size, length - n, dtype=torch.long, device=device)
-    return VirtualLayout(n, per_row(counts, repeats, device), None, False, even).mask(mask)
+    return VirtualLayout(n, counts_of(counts, repeats, device), None, False).mask(mask)
 
 
 def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> Tensor:
@@ -211,10 +209,11 @@ def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> T
 
 
 def _leads(mask: Tensor | None) -> Tensor | None:
-    """Return the number of padding tokens in front of each row's text, (B, 1), or None if no row has any."""
-    if mask is None or isinstance(mask, FakeTensor) or bool((mask[:, 0] != 0).all()):  # fake tensors have no values
-        return None
-    return (mask != 0).long().cumsum(dim=1).eq(0).sum(dim=1, keepdim=True)
+    """Return the number of padding tokens in front of each row's text, (B, 1), or None without a mask.
+
+    Whether there are any is not asked: the answer would be a wait for the device in every pass.
+    """
+    return None if mask is None else (mask != 0).long().cumsum(dim=1).eq(0).sum(dim=1, keepdim=True)
 
 
 def _checked(inputs: dict[str, Any], cached: int, past: int, n: int, causal: bool) -> Tensor | None:

@@ -56,13 +56,18 @@ def gathered(rows: Sequence[Sequence[Virtual]], repeats: int, device: torch.devi
     starts = dict(zip(distinct, accumulate(lengths([[module] for module in distinct]), initial=0), strict=False))
     most = max(lengths(rows))
     index = [[starts[module] + i for module in row for i in range(int(module.n))] for row in rows]  # type: ignore[arg-type]
-    filled = torch.tensor([row + [0] * (most - len(row)) for row in index], device=device)
-    return distinct, filled.repeat_interleave(repeats, dim=0)
+    filled = torch.tensor([row + [0] * (most - len(row)) for row in index], device="cpu")
+    return distinct, filled.repeat_interleave(repeats, dim=0).to(device, non_blocking=True)
 
 
 def per_row(values: Sequence[int], repeats: int, device: torch.device) -> Tensor:
     """Return (B, 1) from one value for each named row."""
-    return torch.tensor(values, device=device).repeat_interleave(repeats).unsqueeze(1)
+    return torch.tensor(values, device="cpu").repeat_interleave(repeats).unsqueeze(1).to(device, non_blocking=True)
+
+
+def counts_of(values: Sequence[int], repeats: int, device: torch.device) -> Tensor | int:
+    """Return (B, 1) from one number for each named row, or the number itself if all are equal."""
+    return values[0] if len(set(values)) == 1 else per_row(values, repeats, device)
 
 
 @dataclass(frozen=True)
@@ -71,31 +76,34 @@ class VirtualLayout:
 
     Attributes:
         n: Virtual tokens of the row that has most.
-        counts: (B, 1), virtual tokens of each row.
-        leads: (B, 1), padding in front of each row's text, or None if there is none.
+        counts: (B, 1), virtual tokens of each row, or n if all have as many.
+        leads: (B, 1), padding in front of each row's text, or None if there is certainly none.
         causal: True if rows end, and not begin, at the same position.
-        even: True if all rows have n virtual tokens.
     """
 
     n: int
-    counts: Tensor
+    counts: Tensor | int
     leads: Tensor | None
     causal: bool
-    even: bool
+
+    @property
+    def even(self) -> bool:
+        """True if all rows have n virtual tokens."""
+        return isinstance(self.counts, int)
 
     def merge(self, virtual: Tensor, real: Tensor) -> Tensor:
         """Merge virtual (B, n, ...) and real (B, T, ...) to (B, S, ...), zeros where a row has neither."""
         if self.even and self.leads is None:
             return torch.cat((virtual, real), dim=1)
         nothing = torch.zeros_like(real[:, :1])
-        index = self._index(real.shape[1], real.device)
-        index = index.view(*index.shape, *[1] * (real.dim() - 2)).expand(-1, -1, *real.shape[2:])
-        return torch.cat((virtual, real, nothing), dim=1).gather(1, index)
+        index = self._index(real.shape[0], real.shape[1], real.device)
+        row = torch.arange(len(real), device=real.device)[:, None]
+        return torch.cat((virtual, real, nothing), dim=1)[row, index]
 
-    def _index(self, tokens: int, device: torch.device) -> Tensor:
+    def _index(self, rows: int, tokens: int, device: torch.device) -> Tensor:
         """Return for each position of the result its index in [virtual; real; nothing], (B, S)."""
         position = torch.arange(self.n + tokens, device=device)[None]
-        counts = self.counts.to(device)  # a part of the model may be on another device than its inputs
+        counts = self._counts_on(device)
         if self.causal:
             leads = 0 if self.leads is None else self.leads.to(device)
             which, token = position - (leads + self.n - counts), position - self.n
@@ -104,8 +112,12 @@ class VirtualLayout:
             which, token = position, position - counts
             is_real = (token >= 0) & (token < tokens)
         is_virtual = (which >= 0) & (which < counts)
-        nothing = torch.full_like(which.expand(len(counts), -1), self.n + tokens)
+        nothing = torch.full_like(which.expand(rows, -1), self.n + tokens)
         return torch.where(is_virtual, which, torch.where(is_real, self.n + token, nothing))
+
+    def _counts_on(self, device: torch.device) -> Tensor | int:
+        """Return `counts` on a device: a part of the model may be on another one than its inputs."""
+        return self.counts if isinstance(self.counts, int) else self.counts.to(device)
 
     def mask(self, real: Tensor) -> Tensor:
         """Widen a mask (B, T) to (B, S); virtual tokens are seen."""
@@ -116,7 +128,7 @@ class VirtualLayout:
         if self.causal or self.even:
             return states[:, self.n :]
         tokens = states.shape[1] - self.n
-        index = self.counts.to(states.device) + torch.arange(tokens, device=states.device)[None]
+        index = self._counts_on(states.device) + torch.arange(tokens, device=states.device)[None]
         return states.gather(1, index.view(*index.shape, *[1] * (states.dim() - 2)).expand(-1, -1, *states.shape[2:]))
 
 

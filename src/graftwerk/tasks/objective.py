@@ -15,9 +15,29 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
+CLASS_WEIGHTS, POSITIONS, WORDS = "class_weights", "label_positions", "label_words"
+"""Entries that `Objective.prepare` adds to a batch."""
+OF_LOSS = frozenset(("labels", CLASS_WEIGHTS, POSITIONS, WORDS))
+"""Entries of a batch that are not passed to the model."""
+
 
 class Objective(ABC):
     """Forward pass and loss of a batch, and the part of the outputs that predictions are made from."""
+
+    def prepare(self, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Return a collated batch with what the loss has to know of its labels.
+
+        Found on the host, before the batch moves: read from the device's labels, each fact would be a wait for the
+        device in every step. A batch that was not prepared is as good, and slower there.
+
+        Args:
+            batch: As the collator made it, ``labels`` of any shape.
+            model: The model, perhaps wrapped for several processes.
+
+        Raises:
+            ModelError: A label is none of the model's words.
+        """
+        return dict(batch)
 
     def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
         """Return the model's outputs for a batch.
@@ -26,7 +46,7 @@ class Objective(ABC):
             model: The model, perhaps wrapped for several processes.
             batch: ``input_ids`` and the like, each (B, T); ``labels`` are not passed to the model.
         """
-        return model(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+        return model(**{name: tensor for name, tensor in batch.items() if name not in OF_LOSS})
 
     @abstractmethod
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
@@ -69,6 +89,10 @@ class ClassObjective(Objective):
 
     class_weights: Tensor | None = None
 
+    def prepare(self, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Return the batch, ``labels`` (B,), with the class weights (C,), so that they move with it."""
+        return dict(batch) if self.class_weights is None else {**batch, CLASS_WEIGHTS: self.class_weights}
+
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Return the mean over the rows, or with class weights torch's weighted mean.
 
@@ -80,7 +104,8 @@ class ClassObjective(Objective):
         Returns:
             A float32 scalar in nats.
         """
-        weights = None if self.class_weights is None else self.class_weights.to(outputs.logits.device)
+        weights = batch.get(CLASS_WEIGHTS, self.class_weights)
+        weights = None if weights is None else weights.to(outputs.logits.device)
         return F.cross_entropy(outputs.logits.float(), batch["labels"], weight=weights, label_smoothing=label_smoothing)
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> float:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graftwerk.kernels import flags as fast
+from graftwerk.kernels.chunked_cross_entropy import check_labels
 from graftwerk.kernels.lm_head import LabelledLogits, labelled_tokens
 from graftwerk.tasks.example import IGNORED
-from graftwerk.tasks.objective import Objective
+from graftwerk.tasks.objective import OF_LOSS, POSITIONS, WORDS, Objective
 
 
 class TokenObjective(Objective):
@@ -40,6 +41,24 @@ class TokenObjective(Objective):
         """Return the labels in the order of the logits, (N,)."""
         return labels[labels != IGNORED]
 
+    def prepare(self, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Return the batch, ``labels`` (B, T), with the places (N,) of the labelled tokens and their labels (N,)."""
+        if "labels" not in batch:
+            return dict(batch)
+        positions, expected = self._labelled(batch)
+        plain = getattr(model, "module", model)
+        head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+        if isinstance(words := getattr(head, "out_features", None), int):
+            check_labels(expected, words)
+        return {**batch, POSITIONS: positions, WORDS: expected}
+
+    def _labelled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the places of the outputs that are compared, among B T, and the labels in their order; (N,) each."""
+        if WORDS in batch:
+            return batch[POSITIONS], batch[WORDS]
+        labels = batch["labels"]
+        return self.predicting(labels).flatten().nonzero()[:, 0], self.expected(labels)
+
     def decoder_inputs(self, model: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
         """Return inputs that the model needs beside those of the batch; most need none.
 
@@ -55,7 +74,7 @@ class TokenObjective(Objective):
 
         Without labels no logits are compared, and the model makes as few as it can.
         """
-        inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in OF_LOSS}
         labels = batch.get("labels")
         plain = getattr(model, "module", model)
         keeps_logits = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
@@ -65,13 +84,15 @@ class TokenObjective(Objective):
             return model(**inputs, **fewest)
         if "position_ids" in inputs and "attention_mask" not in inputs:
             inputs["use_cache"] = False  # rows packed into one: with a cache, transformers does not look for them
-        mask = self.predicting(labels)  # (B, T)
-        if fast.enabled("loss") and (labelled := labelled_tokens(model, inputs, mask)) is not None:
-            return labelled
+        positions, _ = self._labelled(batch)  # (N,)
+        if fast.enabled("loss"):
+            labelled = labelled_tokens(model, inputs, labels.shape, positions)
+            if labelled is not None:
+                return labelled
         if keeps_logits:
-            return model(**inputs, logits_to_keep=mask)
+            return model(**inputs, logits_to_keep=self.predicting(labels))
         outputs = model(**inputs)
-        outputs.logits = outputs.logits[mask]  # (N, V)
+        outputs.logits = outputs.logits.flatten(0, 1)[positions]  # (N, V)
         return outputs
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
@@ -85,9 +106,9 @@ class TokenObjective(Objective):
         Returns:
             A float32 scalar in nats.
         """
-        expected = self.expected(batch["labels"])  # (N,)
+        _, expected = self._labelled(batch)  # (N,)
         if isinstance(outputs, LabelledLogits):
-            return outputs.loss(expected, label_smoothing)
+            return outputs.loss(expected, label_smoothing, checked=WORDS in batch)
         if not len(expected):
             logits: Tensor = outputs.logits
             return logits.float().sum()  # nothing, but connected to the parameters
@@ -95,20 +116,21 @@ class TokenObjective(Objective):
 
     def num_targets(self, batch: Mapping[str, Tensor]) -> int:
         """Return the number of labels in ``labels`` (B, T) that some position predicts."""
-        return int(self.predicting(batch["labels"]).sum())
+        return len(batch[WORDS]) if WORDS in batch else int(self.predicting(batch["labels"]).sum())
 
     def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed negative log-likelihood of each row's labels in nats, and their number, (B, 2) float64."""
         rows = batch["input_ids"].shape[0]
         if "labels" not in batch:
             return torch.zeros(rows, 2, dtype=torch.float64, device="cpu")
-        mask, expected = self.predicting(batch["labels"]), self.expected(batch["labels"])  # (B, T), (N,)
+        mask = self.predicting(batch["labels"])  # (B, T)
+        positions, expected = self._labelled(batch)  # (N,), (N,)
         if isinstance(outputs, LabelledLogits):
-            nll = outputs.nll(expected)
+            nll = outputs.nll(expected, checked=WORDS in batch)
         else:
             nll = F.cross_entropy(outputs.logits.float(), expected, reduction="none")  # (N,)
         mask, nll = mask.cpu(), nll.detach().cpu().double()  # float64 is not everywhere, and slow where it is
-        row = torch.arange(rows, device="cpu")[:, None].expand_as(mask)[mask]  # (N,)
+        row = positions.cpu() // mask.shape[1]  # (N,)
         summed = torch.zeros(rows, dtype=torch.float64, device="cpu").index_add_(0, row, nll)
         return torch.stack([summed, mask.sum(dim=1).double()], dim=1)
 
@@ -140,7 +162,7 @@ class Seq2SeqObjective(SameTokenObjective):
 
     def decoder_inputs(self, model: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
         if labels is not None:
-            return {"decoder_input_ids": _shifted(model, labels)}
+            return {"decoder_input_ids": _shifted(model, labels), "use_cache": False}  # nothing comes after
         start = getattr(model.config, "decoder_start_token_id", None)
         first = inputs["input_ids"][:, :1]
         return {"decoder_input_ids": first if start is None else torch.full_like(first, start)}

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from graftwerk.tasks.base import Task
+from graftwerk.evaluation.inference import moved
+from graftwerk.devices import is_out_of_memory
+from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.packing import pack
 from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.batch_sampler import BatchSampler, micro_batches
@@ -25,20 +28,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class Gradient(NamedTuple):
-    """Summary of the gradient of one step, the same on every process.
+@dataclass(frozen=True)
+class Gradient:
+    """Summary of the gradient of one step, the same on every process; its values are still on the device.
 
     Attributes:
-        loss: Mean loss over the targets of the step.
-        norm: Norm of the gradient before clipping.
-        num_targets: Number of targets, as `Task.num_targets` counts them.
-        signum: Signal that asks to stop, 0 if no process has received one.
+        num_targets: Number of targets, as `Objective.num_targets` counts them.
+        values: (3,): mean loss over the targets of the step, norm of the gradient before clipping, and the number of a
+            signal that asks to stop, 0 if no process has received one.
     """
 
-    loss: float
-    norm: float
     num_targets: float
-    signum: int
+    values: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """True if loss and norm are finite, a scalar on the device."""
+        return self.values[:2].isfinite().all()
+
+    def read(self) -> tuple[float, float, int]:
+        """Return loss, norm and signal: the one wait for the device in a step."""
+        loss, norm, signum = self.values.tolist()
+        return loss, norm, int(signum)
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """The batches of a step, collated and on their way to the device.
+
+    Attributes:
+        rows: Rows of the step, of all processes.
+        micro_batch: Rows of a micro-batch.
+        examples: Examples of each micro-batch of this process.
+        batches: Their tensors, (B, T) each.
+        weights: Number of targets of each micro-batch.
+        drawn: States of torch's generator before and after collating, (n,) uint8 each.
+    """
+
+    rows: Sequence[int]
+    micro_batch: int
+    examples: list[list[Example]]
+    batches: list[dict[str, Tensor]]
+    weights: list[float]
+    drawn: tuple[Tensor, Tensor]
 
 
 class GradientAccumulator:
@@ -81,6 +113,7 @@ class GradientAccumulator:
         self.rows_of, self.settings, self.optimizer, self.scaler = rows_of, settings, optimizer, scaler
         self.processes, self.activation_cache, self.dtype = processes, activation_cache, dtype
         self.max_length, self.stop = max_length, stop
+        self._next: PreparedStep | None = None
 
     def initial_micro_batch(self) -> int:
         """Return the rows of a micro-batch that the settings ask for."""
@@ -102,24 +135,13 @@ class GradientAccumulator:
             The loss, the norm before clipping and the number of targets; all 0 in a step without a target.
         """
         processes, device = self.processes, self.processes.device
-        pieces = micro_batches(
-            rows,
-            self.rows_of.lengths,
-            micro_batch,
-            tokens=self.settings.per_device_train_tokens,
-            processes=processes.world_size,
-            process=processes.rank,
-        )
-        # A process without rows left takes part with weight zero: the others wait for its gradients.
-        batches = [self._batch(piece or rows[:1]) for piece in pieces]
-        objective = self.task.objective
-        weights = [objective.num_targets(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
-        total = processes.sum_scalar(float(sum(weights)))
+        step, objective = self._prepared(rows, micro_batch), self.task.objective
+        total = processes.sum_scalar(float(sum(step.weights)))
         loss_sum = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (batch, weight, piece) in enumerate(zip(batches, weights, pieces, strict=True), start=1):
-            with nullcontext() if number == len(batches) else processes.no_sync(self.model):
-                examples = [self.rows_of.examples[row] for row in piece or rows[:1]]
+        pieces = zip(step.batches, step.weights, step.examples, strict=True)
+        for number, (batch, weight, examples) in enumerate(pieces, start=1):
+            with nullcontext() if number == len(step.batches) else processes.no_sync(self.model):
                 with self.activation_cache.serving(examples, batch), self._autocast():
                     outputs = objective.forward(self.model, batch)
                     mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
@@ -132,18 +154,64 @@ class GradientAccumulator:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        signum = torch.tensor(float(self.stop.signum or 0), device=device)  # a signal may reach only one process
-        each = processes.gather(torch.stack([loss_sum, norm, signum]))  # (P, 3), the one wait for the device in a step
-        return Gradient(each[:, 0].sum().item(), each[processes.rank, 1].item(), total, int(each[:, 2].max()))
+        signum = torch.full((), float(self.stop.signum or 0), device=device)  # a signal may reach only one process
+        each = processes.gather(torch.stack([loss_sum, norm, signum]))  # (P, 3)
+        return Gradient(total, torch.stack([each[:, 0].sum(), each[processes.rank, 1], each[:, 2].max()]))
 
-    def _batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Collate rows into tensors (B, T) on the device."""
-        examples = [self.rows_of.examples[row] for row in rows]
+    def prefetch(self, rows: Sequence[int], micro_batch: int) -> None:
+        """Prepare the next step while the device works on this one.
+
+        What collating draws belongs to that step: the generator is afterwards as it was, so that a checkpoint between
+        the two has the state of the step that was taken.
+
+        Args:
+            rows: Rows of the next step, of all processes.
+            micro_batch: Rows of a micro-batch.
+        """
+        before = torch.get_rng_state()
+        try:
+            self._next = self._prepare(rows, micro_batch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._next = None  # prepared in its own step then, which can do with less
+        finally:
+            torch.set_rng_state(before)
+
+    def _prepared(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
+        step, self._next = self._next, None
+        if step is None or (step.rows, step.micro_batch) != (rows, micro_batch):
+            return self._prepare(rows, micro_batch)
+        before, after = step.drawn
+        if not torch.equal(before, torch.get_rng_state()):  # a checkpoint was loaded, or somebody has seeded
+            return self._prepare(rows, micro_batch)
+        torch.set_rng_state(after)
+        return step
+
+    def _prepare(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
+        """Collate this process's share of a step and send it to the device."""
+        processes, objective = self.processes, self.task.objective
+        pieces = micro_batches(
+            rows,
+            self.rows_of.lengths,
+            micro_batch,
+            tokens=self.settings.per_device_train_tokens,
+            processes=processes.world_size,
+            process=processes.rank,
+        )
+        before = torch.get_rng_state()
+        # A process without rows left takes part with weight zero: the others wait for its gradients.
+        examples = [[self.rows_of.examples[row] for row in piece or rows[:1]] for piece in pieces]
+        batches = [objective.prepare(self._collated(some), self.model) for some in examples]
+        weights = [objective.num_targets(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
+        sent = [moved(batch, processes.device) for batch in batches]
+        return PreparedStep(rows, micro_batch, examples, sent, weights, (before, torch.get_rng_state()))
+
+    def _collated(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Collate examples into tensors (B, T) on the host."""
         if self.settings.packing:
-            batch = pack(examples, self.tokenizer, self.max_length)
-        else:
-            batch = self.task.collator.collate_training(examples, self.tokenizer)
-        return {name: tensor.to(self.processes.device, non_blocking=True) for name, tensor in batch.items()}
+            return pack(examples, self.tokenizer, self.max_length)
+        return self.task.collator.collate_training(examples, self.tokenizer)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.processes.device.type, self.dtype)

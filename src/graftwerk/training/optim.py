@@ -101,6 +101,26 @@ def build_optimizer(adapter: Adapter, settings: TrainingSettings) -> torch.optim
     return optimizer
 
 
+def step_if(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
+    """Update the parameters if the gradient is finite, and else change nothing.
+
+    Fused kernels read the flag on the device, so that the host does not wait for it.
+
+    Args:
+        optimizer: Optimizer that `build_optimizer` made.
+        finite: Scalar, bool.
+    """
+    if not all(group["fused"] for group in optimizer.param_groups):
+        if bool(finite):
+            optimizer.step()
+        return
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by name.
 

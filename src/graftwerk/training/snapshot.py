@@ -22,7 +22,7 @@ def state_dict(trainer: TrainingLoop) -> Snapshot:
         trainer: Training between two steps.
     """
     count, settings = trainer.distributed.world_size, trainer.settings
-    gathered = {name: trainer.distributed.gather(tensor) for name, tensor in rng.capture(trainer.device).items()}
+    gathered = {name: trainer.distributed.gather(tensor).cpu() for name, tensor in rng.capture(trainer.device).items()}
     schedule = {
         "kind": settings.lr_scheduler_type,
         "total_steps": trainer.total_steps,

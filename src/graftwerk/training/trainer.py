@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graftwerk.data.mixture import Sampler
-from graftwerk.devices import is_out_of_memory
+from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import RunInterrupted
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Task
@@ -35,7 +35,7 @@ from graftwerk.training.checkpoint import Checkpoints, Snapshot
 from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.distributed import Distributed, connect
 from graftwerk.training.events import Event, Listener
-from graftwerk.training.gradients import Gradient, GradientAccumulator
+from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.mode import check_compute_type, check_placement, training_mode
 from graftwerk.training.oom import halve_micro_batch, out_of_memory_error
 from graftwerk.training.run_dir import TRUNK
@@ -235,24 +235,29 @@ class Trainer:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
+            if self.distributed.world_size == 1 and self.activation_cache.leave_device():
+                release()  # the states are read from the host from now on
+                continue
             halve_micro_batch(self)  # outside of the handler, whose traceback holds the failed tensors
         factor = optim.schedule(settings.lr_scheduler_type, state.step, self.total_steps, self.warmup_steps)
         optim.set_rates(self.optimizer, factor)
         state.step += 1
-        self._stop_signal = gradient.signum
-        outcome = self._outcome(gradient)
-        if outcome is Outcome.APPLIED:
-            self.scaler.step(self.optimizer)
+        if gradient.num_targets:  # without any, AdamW would still move the weights by momentum
+            optim.step_if(self.optimizer, gradient.finite)
+        if not self.all_steps_done and self.batch_sampler.has_in_memory(state.step):
+            self.gradients.prefetch(self.batch_sampler(state.step), state.micro_batch)
+        loss, norm, self._stop_signal = gradient.read()  # all that the device can do is launched
+        outcome = self._outcome(gradient.num_targets, loss, norm)
         self.scaler.update()
         self.clock.step()
-        return StepResult(gradient.loss, gradient.norm, outcome)
+        return StepResult(loss, norm, outcome)
 
-    def _outcome(self, gradient: Gradient) -> Outcome:
-        if not gradient.num_targets:  # AdamW would still move the weights by momentum
+    def _outcome(self, num_targets: float, loss: float, norm: float) -> Outcome:
+        if not num_targets:
             return Outcome.UNTRAINED
-        if math.isfinite(gradient.loss) and math.isfinite(gradient.norm):
+        if math.isfinite(loss) and math.isfinite(norm):
             return Outcome.APPLIED
-        if self.scaler.is_enabled() and math.isfinite(gradient.loss) and self.scaler.get_scale() > 1:
+        if self.scaler.is_enabled() and math.isfinite(loss) and self.scaler.get_scale() > 1:
             return Outcome.OVERFLOW
         return Outcome.NOT_FINITE
 

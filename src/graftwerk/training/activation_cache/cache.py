@@ -33,6 +33,7 @@ from graftwerk.modeling.frozen_layers import below, draws_at_random, extras_of, 
 from graftwerk.models.cache import make_room
 from graftwerk.tasks.base import Example, Task
 from graftwerk.training import rng
+from graftwerk.training.activation_cache.device import DeviceStates, on_device
 from graftwerk.training.activation_cache.plan import Plan, cache_dtype, check_cache_required, plan, shared_folder
 from graftwerk.training.activation_cache.rows import Slots, key_of
 from graftwerk.training.activation_cache.store import ENDING, FileStates, MemoryStates, chunks, open_file
@@ -94,6 +95,7 @@ class ActivationCache:
         """True if the frozen layers are in evaluation mode while the rest trains."""
         self._modules: list[Any] = []
         self._states: Tensor | None = None
+        self._on_device: DeviceStates | None = None
         self._served_dtype, self._extras = torch.float32, -1
         self._facts: dict[str, Any] = {}
         self._rows_served = self._tokens_served = self._rows_computed = 0
@@ -165,6 +167,8 @@ class ActivationCache:
             self._load_or_compute(slots, step)
             if self._states is not None:
                 self._slots = slots
+                self._on_device = on_device(self._states, self.processes.device)
+                self._facts["on_device"] = self._on_device is not None
                 self._verify(slots, step)
 
     # -- computing the states --------------------------------------------------------------------------------------
@@ -295,7 +299,7 @@ class ActivationCache:
         self._facts["difference"] = apart
         wrong = self.processes.any(not apart <= allowed)
         if wrong:
-            self._states = None
+            self._states = self._on_device = None
             self._facts["why_not_used"] = f"its logits differ from those of the plain path by {apart:.2g}"
             self._warn(
                 step,
@@ -315,6 +319,11 @@ class ActivationCache:
         if not self.evaluating:
             return nullcontext()
         return self._serving(examples, batch)
+
+    def leave_device(self) -> bool:
+        """Return True if the states were on the device and have left it, whose memory did not suffice."""
+        had, self._on_device = self._on_device is not None, None
+        return had
 
     @contextmanager
     def _serving(self, examples: Sequence[Example], batch: Any) -> Iterator[None]:
@@ -341,6 +350,9 @@ class ActivationCache:
         starts = [self._slots.start(example) for example in examples]
         if rows != len(examples) or any(start is None for start in starts):
             return None
+        if self._on_device is not None:
+            lengths = [example.length for example in examples]
+            return self._on_device.batch([start or 0 for start in starts], lengths, tokens).to(self._served_dtype)
         device = self.processes.device
         pinned = device.type == "cuda"
         padded = torch.zeros(rows, tokens, states.shape[1], dtype=states.dtype, device="cpu", pin_memory=pinned)

@@ -58,8 +58,8 @@ class AccelerateProcesses(Distributed):
     def gather(self, tensor: Tensor) -> Tensor:
         double = tensor.dtype == torch.float64  # travels as words: not every device has the type
         words = tensor.view(torch.int64) if double else tensor
-        gathered: Tensor = self.accelerator.gather(words[None].to(self.device)).cpu()  # (world_size, ...)
-        return gathered.view(torch.float64) if double else gathered
+        gathered: Tensor = self.accelerator.gather(words[None].to(self.device))  # (world_size, ...)
+        return gathered.cpu().view(torch.float64) if double else gathered
 
     def barrier(self) -> None:
         torch.distributed.barrier(group=self._patient)

@@ -83,7 +83,7 @@ def _gather_array(processes: Distributed, own: np.ndarray, shares: Sequence[Sequ
     """Return each process's values (n, ...) in the places of its rows, (N, ...) on every process."""
     missing = max(map(len, shares)) - len(own)  # gathering needs equal shapes
     padded = np.pad(own, [(0, missing), *[(0, 0)] * (own.ndim - 1)])
-    gathered = processes.gather(torch.from_numpy(padded)).numpy()  # (P, n, ...)
+    gathered = processes.gather(torch.from_numpy(padded)).cpu().numpy()  # (P, n, ...)
     placed = np.empty((sum(map(len, shares)), *own.shape[1:]), dtype=own.dtype)
     for rows, part in zip(shares, gathered, strict=True):
         placed[list(rows)] = part[: len(rows)]

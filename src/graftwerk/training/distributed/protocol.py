@@ -60,7 +60,7 @@ class Distributed(Protocol):
         return float(self.sum(torch.tensor(value, device=self.device)).item())
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return ``tensor`` (...) of every process as (world_size, ...) on the CPU; shapes must be equal."""
+        """Return ``tensor`` (...) of every process as (world_size, ...) on the device; shapes must be equal."""
 
     def any(self, flag: bool) -> bool:
         """Return True on every process if ``flag`` is true on one of them."""
