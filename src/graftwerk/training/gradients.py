@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftwerk.evaluation.inference import moved
 from graftwerk.devices import is_out_of_memory
+from graftwerk.evaluation.inference import moved
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.packing import pack
 from graftwerk.training.activation_cache.cache import ActivationCache
