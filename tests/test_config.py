@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,3 +108,18 @@ def test_quoted_override_stays_text() -> None:
     tree = {"model": "x", "method": "lora", "data": {"train": "y"}}
     assert RunConfig.build(tree, ["revision='85e2415'"]).revision == "85e2415"
     assert RunConfig.build(tree, ["learning_rate=1e-3"]).training.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 0.5}, "`evaluation.temperature` does nothing for classification"),
+        ({"stop": "a"}, "`evaluation.stop` does nothing for classification"),
+        ({"temperature": 1.0, "num_return_sequences": 2, "task": "summarization"}, "measures one answer to a row"),
+    ],
+)
+def test_config_refuses_sampling_that_a_run_does_not_use(given: dict[str, Any], said: str) -> None:
+    task = given.pop("task", "classification")
+    tree = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora", "task": task, "evaluation": given}
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.build(tree)
