@@ -134,7 +134,7 @@ class Answerer:
 
     def notes(self) -> list[str]:
         """Return what is to be said about all rows so far."""
-        said = list(self._said)[:NOTES]
+        said = [*self.source.notes, *list(self._said)[:NOTES]]
         if len(self._said) > NOTES:
             said.append(f"and {len(self._said) - NOTES:,} more notes of this kind")
         if self.truncated:
