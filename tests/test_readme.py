@@ -59,7 +59,7 @@ def test_every_command(clone: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(given) >= 14
     shown = {shlex.split(command)[1] for command in given}
     assert shown == {
-        "doctor", "train", "evaluate", "predict", "inspect", "report", "compare", "methods", "schema",
+        "init", "doctor", "train", "evaluate", "predict", "inspect", "report", "compare", "methods", "schema",
     }  # fmt: skip
     for command in given:
         arguments = shlex.split(command)[1:]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 import typer
 
-from graftwerk.cli import augment, compare, doctor, evaluate, inspect, methods, predict, report, schema, train
+from graftwerk.cli import augment, compare, doctor, evaluate, init, inspect, methods, predict, report, schema, train
 from graftwerk.cli.output import ReaderGone, dump, read
 from graftwerk.errors import ConfigError, Explained, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.sanitize import clean
@@ -49,7 +49,7 @@ def root(
         raise typer.Exit
 
 
-for module in (train, evaluate, predict, augment, compare, inspect, methods, doctor, schema, report):
+for module in (init, train, evaluate, predict, augment, compare, inspect, methods, doctor, schema, report):
     module.register(app)
 
 

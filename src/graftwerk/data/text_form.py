@@ -40,7 +40,7 @@ _WESTERN = re.compile(
 
 @dataclass(frozen=True)
 class TextForm:
-    """What the settings say of files of text.
+    """Settings of files of text.
 
     Attributes:
         rows: Unit of a .txt file that is one row: a line, or a document between blank lines.
