@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,3 +131,18 @@ def test_load_run_file_reads_numbers_as_yaml_1_1(tmp_path: Path) -> None:
     assert (config.revision, config.training.learning_rate) == ("1e3", 1e-3)
     path.write_text(config.dump())
     assert RunConfig.load(path).revision == "1e3"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperature": 0.5}, "`evaluation.temperature` does nothing for classification"),
+        ({"stop": "a"}, "`evaluation.stop` does nothing for classification"),
+        ({"temperature": 1.0, "num_return_sequences": 2, "task": "summarization"}, "measures one answer to a row"),
+    ],
+)
+def test_config_refuses_sampling_that_a_run_does_not_use(given: dict[str, Any], said: str) -> None:
+    task = given.pop("task", "classification")
+    tree = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora", "task": task, "evaluation": given}
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.build(tree)

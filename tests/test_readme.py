@@ -59,7 +59,7 @@ def test_readme_commands_run(clone: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert len(given) >= 14
     shown = {shlex.split(command)[1] for command in given}
     assert shown == {
-        "doctor", "train", "evaluate", "predict", "inspect", "report", "compare", "methods", "schema",
+        "init", "doctor", "train", "evaluate", "predict", "inspect", "report", "compare", "methods", "schema",
         "merge", "export",
     }  # fmt: skip
     for command in given:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_serializer, field_validator, 
 from graftwerk.absolute_paths import with_absolute_paths
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError
-from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.evaluation.settings import SAMPLING, EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.models.cache import recall, remember
@@ -83,6 +83,23 @@ class RunConfig(Settings):
         """Compose the task from those of several data sets, unless a resolved run file has it already."""
         if self.data.sets and not isinstance(self.task, Multitask):
             object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        """Refuse settings of sampling that would do nothing in a run."""
+        changed = self.evaluation.model_fields_set & set(SAMPLING)
+        default = EvaluationSettings()
+        named = sorted(name for name in changed if getattr(self.evaluation, name) != getattr(default, name))
+        if named and not self.task.generates:
+            raise ValueError(
+                f"`evaluation.{named[0]}` does nothing for {self.task.name}: nothing is written; leave it out"
+            )
+        if self.evaluation.num_return_sequences > 1:
+            raise ValueError(
+                "`evaluation.num_return_sequences`: a run measures one answer to a row; `graftwerk predict RUN"
+                " --set num_return_sequences=3` gives several"
+            )
         return self
 
     @classmethod

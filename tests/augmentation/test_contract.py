@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwerk.augmentation.filters import REASONS
-from graftwerk.augmentation.keyed_rng import fingerprint
 from graftwerk.augmentation.pipeline import Augmented, about_of, make
 from graftwerk.augmentation.progress_log import journal_of
 from graftwerk.augmentation.settings import AUGMENTERS, FromFile, parse_augmenter
+from graftwerk.data.keyed_rng import fingerprint
 
 Rows = list[dict[str, Any]]
 TASK = {"name": "translation"}

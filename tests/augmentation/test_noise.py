@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwerk.augmentation.keyed_rng import chance, fingerprint
 from graftwerk.augmentation.noise import Vocabulary, distort, drop_words, insert_words, same_words, shuffle_words
 from graftwerk.augmentation.settings import Noise, WordDropout, WordInsertion, WordShuffle
+from graftwerk.data.keyed_rng import chance, fingerprint
 
 WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=40)
 SEEDS = st.integers(0, 2**32)

@@ -105,6 +105,14 @@ def test_predict_refuses_with_a_hint(
     assert "hint:" in said.err
 
 
+@pytest.mark.parametrize("setting", ["temperature=0.5", "stop=a", "num_return_sequences=2", "seed=1"])
+def test_predict_refuses_settings_of_writing_for_a_task_that_labels(graftwerk: Run, run: Path, setting: str) -> None:
+    said = graftwerk("predict", run, "a bird", "--set", setting)
+    assert said.code == 2
+    assert f"`{setting.partition('=')[0]}` does nothing for classification" in said.err
+    assert "hint:" in said.err
+
+
 def test_predict_in_a_pipe_ends_well_when_the_reader_leaves(run: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.txt"
     rows.write_text("".join(f"bird {n}\n" for n in range(3000)))

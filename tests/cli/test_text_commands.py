@@ -60,6 +60,13 @@ def test_text_task_commands_with_baseline(task: str, family: str, graftwerk: Run
     assert json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8")) == manifest
     written = graftwerk("predict", tmp_path / "run", "Drucken Sie.", "--set", "max_new_tokens=9", "--json").json
     assert len(written["predictions"][0]["output"]) > len(said.json["predictions"][0]["output"])
+    several = ("--set", "temperature=2", "--set", "num_return_sequences=3", "--set", "seed=1")
+    asked = ("predict", tmp_path / "run", "Drucken Sie.", *several, "--set", "stop=[xyz]")
+    sampled = graftwerk(*asked, "--json").json["predictions"][0]["output"]
+    assert len(sampled) == len(set(sampled)) == 3
+    assert graftwerk(*asked).out.splitlines() == [" ".join(text.split()) for text in sampled]
+    refused = graftwerk("evaluate", tmp_path / "run", "temperature=2", "num_return_sequences=2")
+    assert (refused.code, "`predict` gives several" in refused.err) == (2, True)
     assert "did you mean `num_beams`" in graftwerk("evaluate", tmp_path / "run", "num_beam=2").err
     assert "settled by the training" in graftwerk("evaluate", tmp_path / "run", "training.seed=2").err
 

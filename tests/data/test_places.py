@@ -17,6 +17,7 @@ from graftwerk.data.fields import text_part
 from graftwerk.data.rows import resolve_bad_rows
 from graftwerk.data.settings import DataSettings, Pair
 from graftwerk.data.sources import read_rows, read_source
+from graftwerk.data.text_form import TextForm
 from graftwerk.errors import ConfigError, DataError, IntegrityError
 
 CSV = b"text,label\ngood,1\nbad,0\n"
@@ -35,7 +36,7 @@ def test_read_source_text_by_line_or_document(tmp_path: Path) -> None:
     table = read_source(str(path))
     assert [row["text"] for row in table.rows] == ["one", "two\u2028still two", "three"]
     assert table.where(2) == f"{path}:5"
-    documents = read_source(str(path), text_rows="document")
+    documents = read_source(str(path), form=TextForm("document"))
     assert [row["text"] for row in documents.rows] == ["one\ntwo\u2028still two", "three"]
     assert documents.lines == [1, 5]
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from graftwerk.data.fields import label_part, text_part
 from graftwerk.data.rows import Table, resolve_bad_rows
-from graftwerk.data.sources import is_hub_id, read_rows
+from graftwerk.data.sources import is_hub_id, name_parts, read_rows, read_source
+from graftwerk.data.text_form import TextForm
 from graftwerk.errors import ConfigError, DataError, ResourceError
 
 PARTS = {"text": text_part, "label": label_part}
@@ -42,11 +43,12 @@ def test_read_rows_missing_column_raises_with_suggestion(tmp_path: Path) -> None
     assert "txet, label" in str(caught.value.hint)
 
 
-def test_read_rows_semicolon_csv_raises_with_hint(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text;label\ngood;1\n")
+def test_name_parts_unseparated_fields_raises_with_delimiter_hint(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text;label\ngood, bad;1\n")
+    table = read_source(str(tmp_path / "a.csv"), form=TextForm(delimiter=","))
     with pytest.raises(ConfigError) as caught:
-        read_rows(str(tmp_path / "a.csv"), parts=PARTS)
-    assert "not separated by commas" in str(caught.value.hint)
+        name_parts(table, parts=PARTS)
+    assert "`data.delimiter` names it" in str(caught.value.hint)
 
 
 def test_read_rows_unknown_field_raises_with_suggestion(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig
 
 import graftwerk as gw
@@ -188,6 +189,79 @@ def test_generate_max_new_tokens_is_capped_by_positions(
     assert sorted({options["max_new_tokens"] for options in asked}) == sorted({min(550, each) for each in rooms})
     assert {options["length_penalty"] for options in asked} == {1.5}
     assert told[-1] == (2, 2)
+
+
+# -- sampled, stopped, several
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_sampled_answers_follow_from_seed_and_row_alone(family: str, text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model(family), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
+    ask = settings(temperature=1.5, top_p=0.95, top_k=50, seed=3, num_return_sequences=3)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    together = generation.generate_all(model, task, examples, tokenizer, ask)
+    assert torch.equal(torch.get_rng_state(), before)
+    alone = [generation.generate_all(model, task, [one], tokenizer, ask)[0] for one in reversed(examples)]
+    assert together == alone[::-1]
+    assert [len(answers) for answers in together] == [3] * len(ROWS)
+    assert sum(len(set(answers)) for answers in together) > 2 * len(ROWS)
+    assert generate(model, task, examples, tokenizer, ask) == [answers[0] for answers in together]
+    other = generation.generate_all(model, task, examples, tokenizer, ask.model_copy(update={"seed": 4}))
+    assert other != together
+    greedy = generate(model, task, examples, tokenizer, settings())
+    assert generate(model, task, examples, tokenizer, settings(temperature=1.0, top_k=1)) == greedy
+    assert generate(model, task, examples, tokenizer, settings(temperature=0)) == greedy
+
+
+def test_several_beams_are_the_best_and_the_first_is_the_one_of_a_search(text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model("gpt2"), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
+    several = generation.generate_all(model, task, examples, tokenizer, settings(num_beams=3, num_return_sequences=2))
+    assert [answers[0] for answers in several] == generate(model, task, examples, tokenizer, settings(num_beams=3))
+    assert all(len(set(answers)) == 2 for answers in several)
+
+
+def test_an_answer_ends_at_a_stop_text_which_is_left_out(text_model: Callable[[str], Path]) -> None:
+    model, task, tokenizer = loaded(text_model("gpt2"), Summarization())
+    examples = task.encode([{"document": row["source"]} for row in ROWS], tokenizer, None, 256)
+    whole = generate(model, task, examples, tokenizer, settings())
+    at = next(place for place, answer in enumerate(whole) if len(answer.split()) > 3)
+    stop = whole[at].split()[2]
+    made: list[int] = []
+    usual = model.generate
+
+    def watched(**options: Any) -> Any:
+        written = usual(**options)
+        made.append(written.shape[1])
+        return written
+
+    model.generate = watched
+    cut = generate(model, task, [examples[at]], tokenizer, settings(stop=["never there", stop]))
+    assert cut == [whole[at][: whole[at].find(stop)].rstrip()]
+    generate(model, task, [examples[at]], tokenizer, settings())
+    assert made[0] < made[1]  # and no tokens were spent beyond it
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"top_p": 0.5, "num_beams": 2}, "`top_p` is for sampling"),
+        ({"temperature": 0.0, "num_beams": 2}, "`temperature` is for sampling"),
+        ({"temperature": 0.0, "top_k": 2}, "`top_k` does nothing at `temperature: 0`"),
+        ({"seed": 1}, "`seed` does nothing without sampling"),
+        ({"num_return_sequences": 2}, "give a `temperature`"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "2 beams cannot give 3 answers"),
+        ({"temperature": -1}, "greater than or equal to 0"),
+        ({"stop": [""]}, "at least 1 character"),
+    ],
+    ids=str,
+)
+def test_settings_of_sampling_that_do_nothing_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        EvaluationSettings(**values)
+    assert EvaluationSettings(stop="\n").stop == ("\n",)
 
 
 def test_before_and_after_compares_base_and_adapter_outputs(text_model: Callable[[str], Path]) -> None:

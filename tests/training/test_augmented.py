@@ -47,7 +47,7 @@ def test_augmented_rows_are_made_counted_and_reused(with_augment: Callable[..., 
     assert f"augmented: {dropped['made']:,} rows by word\\_dropout" in card
     held = {row["text"] for split in ("validation", "test") for row in held_out(tree, split)}
     originals = {json.loads(line)["origin"]["row"] for line in (folder / "augmented.jsonl").read_text().splitlines()}
-    from graftwerk.augmentation.keyed_rng import fingerprint
+    from graftwerk.data.keyed_rng import fingerprint
 
     assert not originals & {fingerprint(text) for text in held}
     assert evaluate(run)["rows"] == 12, "the held-out rows are still those of the run"

@@ -15,7 +15,7 @@ from graftwerk.config import RunConfig
 from graftwerk.data.files import read_file
 from graftwerk.data.rows import resolve_bad_rows
 from graftwerk.errors import ConfigError, DataError, RunInterrupted
-from graftwerk.evaluation.evaluate import said_of
+from graftwerk.evaluation.row_errors import said_of
 from graftwerk.own_files import refuse_link
 from graftwerk.resource_paths import locate
 

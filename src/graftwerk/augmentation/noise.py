@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from graftwerk.augmentation.keyed_rng import chance, fingerprint
 from graftwerk.augmentation.settings import Noise, WordDropout, WordInsertion, WordShuffle
+from graftwerk.data.keyed_rng import chance, fingerprint
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.augmentation.filters import REASONS
-from graftwerk.augmentation.keyed_rng import chance
 from graftwerk.augmentation.progress_log import FORMAT, Journal, journal_of
 from graftwerk.augmentation.rows import ORIGIN, Made, Row, make_noise, make_translations
 from graftwerk.augmentation.settings import Augmenter, Generation, Noise
+from graftwerk.data.keyed_rng import chance
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
 from graftwerk.own_files import refuse_link
 from graftwerk.sanitize import redacted

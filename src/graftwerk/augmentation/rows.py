@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graftwerk.augmentation.filters import fault, normal
-from graftwerk.augmentation.keyed_rng import fingerprint
 from graftwerk.augmentation.noise import Vocabulary, distort, same_words
 from graftwerk.augmentation.progress_log import Journal
 from graftwerk.augmentation.settings import BackTranslation, Generation, Noise, WordInsertion
+from graftwerk.data.keyed_rng import fingerprint
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.sanitize import redacted
 

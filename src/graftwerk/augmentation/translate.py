@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftwerk.augmentation.keyed_rng import chance, fingerprint
 from graftwerk.augmentation.progress_log import Journal
-from graftwerk.augmentation.sampling import OwnDraws
 from graftwerk.augmentation.settings import Generation, Translator
+from graftwerk.data.keyed_rng import chance, fingerprint
 from graftwerk.devices import best_device
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
 from graftwerk.evaluation.loading import MANIFEST, load_adapter_for
+from graftwerk.evaluation.sampling import OwnDraws
 from graftwerk.evaluation.search import own_search
 from graftwerk.modeling.virtual_positions import positions_taken
 from graftwerk.sanitize import redacted

@@ -17,7 +17,20 @@ from contextlib import contextmanager
 
 import typer
 
-from graftwerk.cli import augment, compare, doctor, evaluate, export, inspect, methods, predict, report, schema, train
+from graftwerk.cli import (
+    augment,
+    compare,
+    doctor,
+    evaluate,
+    export,
+    init,
+    inspect,
+    methods,
+    predict,
+    report,
+    schema,
+    train,
+)
 from graftwerk.cli.output import ReaderGone, dump, read
 from graftwerk.errors import ConfigError, ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.sanitize import clean
@@ -49,7 +62,7 @@ def root(
         raise typer.Exit
 
 
-for module in (train, evaluate, predict, augment, compare, export, inspect, methods, doctor, schema, report):
+for module in (init, train, evaluate, predict, augment, compare, export, inspect, methods, doctor, schema, report):
     module.register(app)
 
 

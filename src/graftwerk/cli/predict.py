@@ -63,7 +63,8 @@ def register(app: typer.Typer) -> None:
         """Answer texts, or every row of a file, with a trained adapter.
 
         One line each, in order, separated by tabs: the label, its probability, the text; of a task that writes, the
-        answer alone. A row that cannot be answered (an empty cell, a broken line) has an empty answer, and is counted.
+        answer alone (a line for each of several). A row that cannot be answered (an empty cell, a broken line) has an
+        empty answer, and is counted.
         """
         if texts == ["-"] and not data:
             texts, data = None, "-"
@@ -149,7 +150,9 @@ def _to_file(out: Output, target: str, data: str | list[str] | None, output: Pat
 def _show(out: Output, answer: Answer, texts: list[str]) -> None:
     text = "\t".join(map(printable, texts))
     if "output" in answer:
-        out.answer(printable(answer["output"]))
+        several = answer["output"] if isinstance(answer["output"], list) else [answer["output"]]
+        for one in several:
+            out.answer(printable(one))
     elif "label" in answer:
         out.answer(f"{printable(answer['label'])}\t{max(answer['scores'].values()):.3f}\t{text}")
     else:

@@ -2,8 +2,8 @@
 
 Every row keeps its line; what cannot be read is kept as a bad row.
 
-Text is UTF-8, with or without a byte order mark. A file with a few wrong bytes is still read: the rows that hold them
-are bad rows, the others are good.
+Encoding and delimiter are recognised or given (`data.text_form`). A file with a few wrong bytes is still read: the rows
+that hold them are bad rows, the others are good.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from graftwerk.data.parsers import (
     text_rows as rows_of_text,
 )
 from graftwerk.data.rows import BadRow, Table, joined
-from graftwerk.data.textfiles import TextRows, pair_lines
+from graftwerk.data.text_form import RECOGNISE, Recognised, TextForm, recognise_form
+from graftwerk.data.textfiles import pair_lines
 from graftwerk.errors import ConfigError, DataError, IntegrityError, ResourceError
 
 PARQUET_BATCH = 128
 """Rows of a parquet file that are expanded at once: a row may repeat a long text that the file holds once."""
 
 
-def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
+def read_file(path: Path, source: str, form: TextForm = RECOGNISE) -> Table:
     """Read all rows of a file, by its suffix, or of the files of a folder.
 
     Args:
         path: The file or folder.
         source: Name of the source for messages, as the run file has it.
-        text_rows: Unit of a .txt file that is one row: a line, or a document between blank lines.
+        form: Settings of files of text.
 
     Raises:
         ConfigError: an ending that is not read here; a folder with files of several kinds, or of none.
@@ -51,7 +52,7 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
         IntegrityError: a compressed file that is damaged, or expands beyond all proportion.
     """
     if path.is_dir():
-        return _read_folder(path, source, text_rows)
+        return _read_folder(path, source, form)
     table = Table(source, str(path), [], [])
     try:
         ending = kind_of(path)
@@ -62,15 +63,21 @@ def read_file(path: Path, source: str, text_rows: TextRows = "line") -> Table:
                 hint=f"rows are read from {', '.join(READERS)}, also with {', '.join(OPENERS)} behind it",
                 where=source,
             )
-        (_read_documents if reader is _read_text and text_rows == "document" else reader)(path, table)
+        reader(path, table, form)
     except OSError as error:
         raise ResourceError(f"{path} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows) + len(table.bad)
     return table
 
 
-def read_pair(first: Path, second: Path, source: str) -> Table:
+def read_pair(first: Path, second: Path, source: str, form: TextForm = RECOGNISE) -> Table:
     """Read rows with `source` and `target` from two text files (whatever their suffixes), line by line.
+
+    Args:
+        first: The file of the sources.
+        second: The file of the targets.
+        source: Name of the source for messages.
+        form: Settings of files of text.
 
     Raises:
         DataError: They do not have the same number of lines.
@@ -78,7 +85,8 @@ def read_pair(first: Path, second: Path, source: str) -> Table:
     """
     table = Table(source, str(first), [], [])
     try:
-        pair_lines((first, _text(first)[0]), (second, _text(second)[0]), table)
+        texts = [(file, _text(file, table, form, kind=".txt")[0]) for file in (first, second)]
+        pair_lines(texts[0], texts[1], table)
     except OSError as error:
         raise ResourceError(f"{error.filename} cannot be read: {error.strerror}", where=source) from None
     table.read = len(table.rows)
@@ -90,9 +98,9 @@ def kind_of(path: Path) -> str:
     return Path(plain_name(path)).suffix.lower()
 
 
-def _read_folder(path: Path, source: str, text_rows: TextRows) -> Table:
+def _read_folder(path: Path, source: str, form: TextForm) -> Table:
     of_kind, passed_over = files_in(path, source)
-    table = joined([read_file(file, source, text_rows) for file in of_kind], source, str(path))
+    table = joined([read_file(file, source, form) for file in of_kind], source, str(path))
     table.passed_over = passed_over
     return table
 
@@ -121,32 +129,70 @@ def files_in(path: Path, source: str) -> tuple[list[Path], tuple[str, ...]]:
     return of_kind, tuple(file.name for file in files if file not in of_kind)
 
 
-def _text(path: Path) -> tuple[str, bool]:
-    """The file as text, and whether some of it is not UTF-8 (those bytes become lone surrogates, U+DC80 and up)."""
+def _text(path: Path, table: Table, form: TextForm, kind: str | None = None) -> tuple[str, bool, Recognised]:
+    """Return the file as text, whether some of it is not in its encoding, and its form, whose notes the table gets.
+
+    Wrong bytes become lone surrogates, U+DC80 and up.
+    """
     raw = read_bytes(path)
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError("the file is UTF-16, not UTF-8", where=f"{path}:1", hint="save it as UTF-8")
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    found = recognise_form(str(path), kind or kind_of(path), form, lambda: (raw,))
+    table.notes += found.notes
     try:
-        return raw.decode("utf-8"), False
+        return raw.decode(found.encoding), False, found
     except UnicodeDecodeError:
-        return raw.decode("utf-8", errors="surrogateescape"), True
+        return decoded(raw, found, path), True, found
+
+
+def decoded(raw: bytes, found: Recognised, path: Path) -> str:
+    """Return bytes as text, wrong ones as lone surrogates.
+
+    Raises:
+        DataError: The encoding has no way to go on after a wrong byte.
+    """
+    try:
+        return raw.decode(found.encoding, errors="surrogateescape")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the file is not {found.label}: {error.reason} at byte {error.start:,}",
+            where=str(path),
+            hint="leave `data.encoding` out, or name the right one",
+        ) from None
+
+
+def fault_in(found: Recognised) -> Fault:
+    """Return the check of characters, whose messages name the encoding of the file."""
+    if found.label == "UTF-8":
+        return bad_characters
+    return lambda text: (reason := bad_characters(text)) and reason.replace("UTF-8", found.label)
+
+
+def refuse_form(form: TextForm, path: Path) -> None:
+    """Refuse settings of files of text for a file of another kind.
+
+    Raises:
+        ConfigError: There are such settings.
+    """
+    for name in ("delimiter", "encoding"):
+        if getattr(form, name) is not None:
+            raise ConfigError(
+                f"`data.{name}` is for files of text, and {path.name} is none", where=str(path), hint="leave it out"
+            )
 
 
 # csv and tsv
 
 
-def _read_delimited(path: Path, table: Table, delimiter: str) -> None:
-    text, fault = _text_and_fault(path)
+def _read_delimited(path: Path, table: Table, form: TextForm) -> None:
+    text, fault, found = _text_and_fault(path, table, form)
     columns: dict[str, None] = {}
     lines = io.StringIO(text, newline="")
-    _fill(table, columns, delimited_rows(lines, delimiter, columns, fault=fault, file=str(path)))
+    _fill(table, columns, delimited_rows(lines, found.delimiter, columns, fault=fault, file=str(path)))
 
 
-def _text_and_fault(path: Path) -> tuple[str, Fault]:
+def _text_and_fault(path: Path, table: Table, form: TextForm) -> tuple[str, Fault, Recognised]:
     """Characters are only looked at one by one where some of the file are wrong."""
-    text, damaged = _text(path)
-    return text, bad_characters if damaged or "\0" in text else no_fault
+    text, damaged, found = _text(path, table, form)
+    return text, fault_in(found) if damaged or "\0" in text else no_fault, found
 
 
 def _fill(table: Table, columns: dict[str, None], found: Found) -> None:
@@ -159,19 +205,11 @@ def _fill(table: Table, columns: dict[str, None], found: Found) -> None:
     table.columns = tuple(columns)
 
 
-def _read_csv(path: Path, table: Table) -> None:
-    _read_delimited(path, table, ",")
-
-
-def _read_tsv(path: Path, table: Table) -> None:
-    _read_delimited(path, table, "\t")
-
-
 # json
 
 
-def _read_jsonl(path: Path, table: Table) -> None:
-    text, fault = _text_and_fault(path)
+def _read_jsonl(path: Path, table: Table, form: TextForm) -> None:
+    text, fault, _ = _text_and_fault(path, table, form)
     columns: dict[str, None] = {}
     _fill(table, columns, jsonl_rows(io.StringIO(text, newline="\n"), columns, fault=fault))
 
@@ -179,9 +217,9 @@ def _read_jsonl(path: Path, table: Table) -> None:
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _read_json(path: Path, table: Table) -> None:
+def _read_json(path: Path, table: Table, form: TextForm) -> None:
     """Read a JSON list of objects item by item, so that each keeps its line."""
-    text, fault = _text_and_fault(path)
+    text, fault, _ = _text_and_fault(path, table, form)
     columns: dict[str, None] = {}
     position, line, counted = _skip_space(text, 0), 1, 0
     if text[position : position + 1] != "[":
@@ -226,7 +264,8 @@ def _skip_space(text: str, position: int) -> int:
 # parquet
 
 
-def _read_parquet(path: Path, table: Table) -> None:
+def _read_parquet(path: Path, table: Table, form: TextForm) -> None:
+    refuse_form(form, path)
     try:
         import pyarrow
         import pyarrow.parquet
@@ -284,20 +323,16 @@ def _bounded(file: Any, path: Path) -> Any:
 # text
 
 
-def _read_text(path: Path, table: Table, rows: TextRows = "line") -> None:
-    text, fault = _text_and_fault(path)
+def _read_text(path: Path, table: Table, form: TextForm) -> None:
+    text, fault, _ = _text_and_fault(path, table, form)
     columns: dict[str, None] = {}
     lines = io.StringIO(text, newline="\n")
-    _fill(table, columns, rows_of_text(lines, columns, documents=rows == "document", fault=fault))
+    _fill(table, columns, rows_of_text(lines, columns, documents=form.rows == "document", fault=fault))
 
 
-def _read_documents(path: Path, table: Table) -> None:
-    _read_text(path, table, "document")
-
-
-READERS: dict[str, Callable[[Path, Table], None]] = {
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+READERS: dict[str, Callable[[Path, Table, TextForm], None]] = {
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -58,7 +58,7 @@ def delimited_rows(lines: Iterable[str], delimiter: str, columns: dict[str, None
         if isinstance(cells, str):
             yield line, cells
             continue
-        if not cells:  # an empty line
+        if not cells or (header is None and cells == ["sep=", ""]):  # an empty line, or Excel's note of the delimiter
             continue
         reason = next(filter(None, map(fault, cells)), None)
         if header is None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from graftwerk.data.compressed import OPENERS, opened, read_bytes
-from graftwerk.data.files import PARQUET_BATCH, files_in, kind_of, read_file
-from graftwerk.data.parsers import MAX_FIELD_CHARACTERS, bad_characters, bare
+from graftwerk.data.files import PARQUET_BATCH, fault_in, files_in, kind_of, read_file, refuse_form
+from graftwerk.data.parsers import MAX_FIELD_CHARACTERS, Fault, bare
 from graftwerk.data.rows import Table
 from graftwerk.data.sources import HUB_SCHEME, is_hub_id, matching, read_source
 from graftwerk.data.stream import KINDS, opened_text, rows_of
+from graftwerk.data.text_form import RECOGNISE, Recognised, TextForm
 from graftwerk.errors import ConfigError, DataError, ResourceError
 from graftwerk.resource_paths import locate
 
@@ -61,6 +62,7 @@ class RowSource:
         kinds: Kind of value of each column, for formats with types.
         lines: True for lines of text, whose one column is `TEXT`.
         schema: Arrow schema of the columns of parquet files, or None.
+        notes: Sentences on how files were read, if otherwise than usual.
     """
 
     name: str
@@ -70,17 +72,19 @@ class RowSource:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     lines: bool = False
     schema: Any = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[SourceRow | None]:
         found: Iterator[SourceRow | None] = self._found()
         return found
 
 
-def open_source(source: str | Path) -> RowSource:
+def open_source(source: str | Path, form: TextForm = RECOGNISE) -> RowSource:
     """Open a source of rows for prediction; files are gone through once for the number of their rows and columns.
 
     Args:
         source: A file, folder, pattern, ``pkg://...`` or hub id as for training, or ``-`` for lines of standard input.
+        form: Settings of files of text.
 
     Raises:
         ConfigError: There is no such source.
@@ -88,19 +92,22 @@ def open_source(source: str | Path) -> RowSource:
     """
     name = str(source)
     if name == STDIN:
-        return RowSource("standard input", lambda: _standard_input(sys.stdin), lines=True)
+        return RowSource("standard input", lambda: _standard_input(sys.stdin, form), lines=True)
     if name.startswith(HUB_SCHEME) or is_hub_id(name):
-        table = read_source(name)
+        table = read_source(name, form=form)
         return _surveyed(name, lambda columns: _table_rows(table, columns))
     listed = matching(name)
     path = locate(name) if listed is None else None
     if path is not None:
         listed = files_in(path, name)[0] if path.is_dir() else [path]
     files = listed or []
+    notes: dict[str, None] = {}
     kinds = {kind_of(file) for file in files}
     if kinds == {".txt"}:
-        return RowSource(name, lambda: _all_lines(files), total=sum(1 for _ in _all_lines(files)), lines=True)
-    opened_source = _surveyed(name, lambda columns: _rows_of_files(files, name, columns))
+        total = sum(1 for _ in _all_lines(files, form, notes))
+        return RowSource(name, lambda: _all_lines(files, form, {}), total=total, lines=True, notes=tuple(notes))
+    opened_source = _surveyed(name, lambda columns: _rows_of_files(files, name, columns, form, notes))
+    opened_source.notes = tuple(notes)
     if kinds == {".parquet"}:
         opened_source.schema = _parquet(files[0]).schema_arrow
     return opened_source
@@ -176,17 +183,20 @@ def _joint(one: Kind, other: Kind) -> Kind:
     return "number" if {one, other} == {"whole number", "number"} else "JSON"
 
 
-def _rows_of_files(files: Sequence[Path], name: str, columns: dict[str, None]) -> Iterator[SourceRow]:
+def _rows_of_files(
+    files: Sequence[Path], name: str, columns: dict[str, None], form: TextForm, notes: dict[str, None]
+) -> Iterator[SourceRow]:
     for file in files:
         kind = kind_of(file)
         if kind in KINDS:
-            for line, row in rows_of(file, columns, "line"):
+            for line, row in rows_of(file, columns, form, lambda text: notes.setdefault(text)):
                 place = f"{file}:{line}"
                 yield SourceRow(place, {}, row) if isinstance(row, str) else SourceRow(place, row)
         elif kind == ".parquet" and file.suffix.lower() not in OPENERS:
+            refuse_form(form, file)
             yield from _parquet_rows(file, columns)
         else:
-            yield from _table_rows(read_file(file, name), columns)
+            yield from _table_rows(read_file(file, name, form), columns)
 
 
 def _table_rows(table: Table, columns: dict[str, None]) -> Iterator[SourceRow]:
@@ -233,40 +243,43 @@ def _parquet_rows(file: Path, columns: dict[str, None]) -> Iterator[SourceRow]:
 # -- lines of text -----------------------------------------------------------------------------------------------------
 
 
-def _all_lines(files: Sequence[Path]) -> Iterator[SourceRow]:
+def _all_lines(files: Sequence[Path], form: TextForm, notes: dict[str, None]) -> Iterator[SourceRow]:
     """Yield every line of text files, blank ones as well: answer n belongs to line n."""
     for file in files:
-        with opened_text(file, "\n") as lines:
+        with opened_text(file, form, "\n") as (lines, found):
+            notes |= dict.fromkeys(found.notes)
+            fault = fault_in(found)
             for number, line in enumerate(lines, start=1):
-                yield _line(f"{file}:{number}", bare(line))
+                yield _line(f"{file}:{number}", bare(line), fault)
 
 
-def _line(place: str, text: str) -> SourceRow:
-    fault = bad_characters(text)
-    return SourceRow(place, {TEXT: text if fault is None else text.encode("utf-8", "replace").decode()}, fault)
+def _line(place: str, text: str, fault: Fault) -> SourceRow:
+    reason = fault(text)
+    return SourceRow(place, {TEXT: text if reason is None else text.encode("utf-8", "replace").decode()}, reason)
 
 
-def _standard_input(stream: Any) -> Iterator[SourceRow | None]:
+def _standard_input(stream: Any, form: TextForm) -> Iterator[SourceRow | None]:
     """Yield the lines of standard input, and None when the next one keeps us waiting."""
     raw: BinaryIO = stream.buffer
+    found = Recognised(form.encoding or "utf-8-sig", ",")
+    fault = fault_in(found)
     rest, number = b"", 0
     while piece := raw.read1(1 << 16):  # type: ignore[attr-defined]
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             number += 1
-            yield _line(f"line {number}", _decoded(line, number))
+            yield _line(f"line {number}", _decoded(line, number, found), fault)
         if len(rest) > MAX_FIELD_CHARACTERS:
             raise DataError("a line of standard input does not end", where=f"line {number + 1}")
         if not _ready(raw):
             yield None
     if rest:
-        yield _line(f"line {number + 1}", _decoded(rest, number + 1))
+        yield _line(f"line {number + 1}", _decoded(rest, number + 1, found), fault)
 
 
-def _decoded(line: bytes, number: int) -> str:
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    return bare(line.decode("utf-8", errors="surrogateescape"))
+def _decoded(line: bytes, number: int, found: Recognised) -> str:
+    encoding = "utf-8" if found.label == "UTF-8" and number > 1 else found.encoding
+    return bare(line.decode(encoding, errors="surrogateescape"))
 
 
 def _ready(stream: BinaryIO) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class Table:
         read: Rows seen, the bad and the filtered ones included.
         unmatched: `column: value` of the filter that no row has, where others of its values have rows.
         passed_over: Files of a folder that are of no kind that rows are read from.
+        notes: Sentences on how the files were read, if otherwise than usual.
         unused: Columns, and keys of messages, that nothing reads, each with how many rows say something there.
         pieces: For rows of several files, each file's table without its rows, and what its lines are counted from:
             line n of the file is line ``offset + n`` of this table.
@@ -53,6 +54,7 @@ class Table:
     read: int = 0
     unmatched: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     unused: Counter[str] = field(default_factory=Counter)
     pieces: tuple[tuple[int, Table], ...] = ()
 
@@ -95,6 +97,7 @@ def joined(tables: Sequence[Table], source: str, shown: str) -> Table:
         whole.read += table.read
         offset += max([0, *table.lines, *(bad.line for bad in table.bad)])
         whole.passed_over += table.passed_over
+        whole.notes += table.notes
     whole.pieces = tuple(pieces)
     return whole
 
@@ -108,6 +111,11 @@ def unused_columns(unused: Counter[str], source: str) -> tuple[Issue, ...]:
     message = f"{len(unused):,} columns or keys of {source} are not used: {listed}{more}"
     hint = "`data.columns` says which column plays which part; nothing, if they are not needed"
     return (Issue("unused-columns", message, max(unused.values()), hint=hint),)
+
+
+def form_notes(notes: Iterable[str]) -> tuple[Issue, ...]:
+    """Return what is to be said of how files were read: an encoding or a delimiter that was recognised."""
+    return tuple(Issue("text-form", note, 0) for note in notes)
 
 
 def resolve_bad_rows(table: Table, on_bad_row: Literal["fail", "skip"]) -> tuple[Issue, ...]:

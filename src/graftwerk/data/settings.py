@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -89,6 +90,14 @@ class DataSettings(Settings):
     text_rows: Literal["line", "document"] = Field(
         default="line", description="in a .txt file a row is a line, or what stands between blank lines"
     )
+    delimiter: str | None = Field(
+        default=None,
+        description="the character between the fields of csv and tsv files, `tab` for a tab; none: recognised"
+        " (commas, semicolons, tabs, vertical bars)",
+    )
+    encoding: str | None = Field(
+        default=None, description="of files of text; none: UTF-8, or Windows-1252 (Latin-1) where that is recognised"
+    )
     columns: dict[str, Name] = Field(
         default_factory=dict,
         description="which column plays which part: {text: review, label: stars}; a part not named is its own column",
@@ -139,6 +148,30 @@ class DataSettings(Settings):
     def _none(cls, value: Any) -> Any:
         """`data.filter=null` takes a run file's filter away."""
         return {} if value is None else value
+
+    @field_validator("delimiter", mode="before")
+    @classmethod
+    def _delimiter(cls, value: Any) -> Any:
+        """Take names and escapes, since a shell makes it hard to type a tab."""
+        if value is None or not isinstance(value, str):
+            return value
+        character = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";", "pipe": "|"}.get(value.lower(), value)
+        if len(character) != 1 or character.isalnum() or character in "\"'\r\n\0":
+            raise ValueError(f"{value!r} is no character that separates fields; for instance ';' or 'tab'")
+        return character
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            codec = codecs.lookup(value)
+        except (LookupError, ValueError):
+            raise ValueError(f"there is no encoding {value!r}; for instance utf-8, cp1252, utf-16") from None
+        if not codec._is_text_encoding:  # base64, zip, ...
+            raise ValueError(f"{value!r} is no encoding of text; for instance utf-8, cp1252, utf-16")
+        return value
 
     @field_validator("augment", mode="before")
     @classmethod

@@ -12,10 +12,10 @@ from typing import Any
 
 from graftwerk.data.compressed import OPENERS
 from graftwerk.data.fields import Part
-from graftwerk.data.files import READERS, read_file, read_pair
+from graftwerk.data.files import READERS, read_file, read_pair, refuse_form
 from graftwerk.data.rows import BadRow, Table, joined
 from graftwerk.data.settings import Pair, Source, shown
-from graftwerk.data.textfiles import TextRows
+from graftwerk.data.text_form import RECOGNISE, TextForm
 from graftwerk.errors import ConfigError, DataError, did_you_mean
 from graftwerk.resource_paths import PACKAGE_SCHEME, locate
 
@@ -115,33 +115,35 @@ def name_parts(
     return result
 
 
-def read_source(source: Source, split: str = "train", text_rows: TextRows = "line") -> Table:
+def read_source(source: Source, split: str = "train", form: TextForm = RECOGNISE) -> Table:
     """Read all rows of a source under the names of their columns, without filter.
 
     Args:
         source: As for `read_rows`; also a list of sources, or a pair of files whose lines belong together.
         split: As for `read_rows`.
-        text_rows: Unit of a .txt file that is one row: a line, or a document between blank lines.
+        form: Settings of files of text.
 
     Raises:
         ConfigError: There is no such source, or a list of sources is empty.
         DataError, ResourceError: As for `read_rows`.
     """
     if isinstance(source, Pair):
-        return read_pair(locate(source.source), locate(source.target), shown(source))
+        return read_pair(locate(source.source), locate(source.target), shown(source), form)
     if isinstance(source, list):
         if not source:
             raise ConfigError("a list of sources names none", where="data.train")
-        return joined([read_source(each, split, text_rows) for each in source], shown(source), shown(source))
+        return joined([read_source(each, split, form) for each in source], shown(source), shown(source))
     if source.startswith(HUB_SCHEME) or is_hub_id(source):
         from graftwerk.data.hub import read_hub
+
+        refuse_form(form, Path(source))
 
         name, _, own_split = source.removeprefix(HUB_SCHEME).partition(":")
         return read_hub(name, own_split or split, source)
     files = matching(source)
     if files is not None:
-        return joined([read_file(file, source, text_rows) for file in files], source, source)
-    return read_file(locate(source), source, text_rows)
+        return joined([read_file(file, source, form) for file in files], source, source)
+    return read_file(locate(source), source, form)
 
 
 def files_of(source: Source) -> list[Path] | None:
@@ -229,7 +231,7 @@ def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
                 other = f"`data.columns: {{{part}: ...}}` names the right one (`--column {part}=...` after a training)"
             listed = f"It has: {', '.join(table.columns)}; {other}"
             if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
-                hint = f"the fields are not separated by commas; save it with commas, or as .tsv with tabs. {listed}"
+                hint = f"the fields are not separated by what stands between them: `data.delimiter` names it. {listed}"
             else:
                 hint = did_you_mean(column, table.columns, listed)
             raise ConfigError(f"{table.source} has no column `{column}`", where=f"data.{key}", hint=hint)

@@ -17,10 +17,11 @@ from graftwerk.data.checks import PlacedRows
 from graftwerk.data.fields import Part
 from graftwerk.data.findings import Issue
 from graftwerk.data.formats import columns_of_format, messages_part, says, unused_keys
-from graftwerk.data.rows import BadRow, Table, resolve_bad_rows, unused_columns
+from graftwerk.data.rows import BadRow, Table, form_notes, resolve_bad_rows, unused_columns
 from graftwerk.data.settings import DataSettings, Source, plain, shown
 from graftwerk.data.sources import name_parts, read_source
 from graftwerk.data.split import held_out, split_rows
+from graftwerk.data.text_form import TextForm
 from graftwerk.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation", "test")
@@ -182,7 +183,7 @@ def unanswered(
     """
     asked, renamed = unanswered_format(raw, recognise, columns or {})
     table = named(raw, asked, renamed, {})
-    findings = resolve_bad_rows(table, on_bad_row)
+    findings = form_notes(table.notes) + resolve_bad_rows(table, on_bad_row)
     if not table.rows:
         raise DataError(f"{raw.source} has no rows", where=table.shown)
     return table, findings
@@ -243,9 +244,10 @@ def origin_of(data: DataSettings, counts: Mapping[str, int]) -> dict[str, Any]:
 def _table(
     source: Source, data: DataSettings, split: str, recognise: Recognise, findings: list[Issue]
 ) -> tuple[Table, RowFormat]:
-    raw = read_source(source, split, data.text_rows)
+    raw = read_source(source, split, form_of(data))
     reading = reading_of(raw, data, recognise)
     table = named(raw, reading, data.columns, data.filter)
+    findings += form_notes(table.notes)
     findings += resolve_bad_rows(table, data.on_bad_row)
     findings += unused_columns(table.unused, shown(source))
     if table.passed_over:
@@ -262,6 +264,11 @@ def _table(
             hint="give a file with at least two rows",
         )
     return table, reading
+
+
+def form_of(data: DataSettings) -> TextForm:
+    """Return the settings of files of text."""
+    return TextForm(data.text_rows, data.delimiter, data.encoding)
 
 
 def reading_of(raw: Table, data: DataSettings, recognise: Recognise) -> RowFormat:

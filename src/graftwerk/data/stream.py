@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, overload
 
 from graftwerk.data.checks import PlacedRows, missing_in, missing_texts
-from graftwerk.data.compressed import Expanded
-from graftwerk.data.files import files_in, kind_of
+from graftwerk.data.compressed import Expanded, pieces
+from graftwerk.data.files import fault_in, files_in, kind_of
 from graftwerk.data.findings import Issue
-from graftwerk.data.parsers import Found, bad_characters, delimited_rows, jsonl_rows, text_rows
-from graftwerk.data.rows import SHOWN, BadRow, Table, apply_bad_row_policy, unused_columns
+from graftwerk.data.parsers import Found, delimited_rows, jsonl_rows, text_rows
+from graftwerk.data.rows import SHOWN, BadRow, Table, apply_bad_row_policy, form_notes, unused_columns
 from graftwerk.data.settings import DataSettings, Pair, Source, shown
 from graftwerk.data.sources import HUB_SCHEME, is_hub_id, matching
 from graftwerk.data.split import fold
-from graftwerk.data.splits_reader import Recognise, RowFormat, SplitRows, held_out_elsewhere, named, reading_of
-from graftwerk.data.textfiles import TextRows
+from graftwerk.data.splits_reader import Recognise, RowFormat, SplitRows, form_of, held_out_elsewhere, named, reading_of
+from graftwerk.data.text_form import USUAL, Recognised, TextForm, recognise_form
 from graftwerk.errors import ConfigError, DataError, ResourceError
 from graftwerk.resource_paths import locate
 
@@ -135,6 +135,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
             if len(passed.places) < SHOWN:
                 passed.places.append(f"{table.at(bad.line)}: {bad.reason}")
         passed.read += table.read
+        passed.notes.update(dict.fromkeys(table.notes))
         passed.unused.update(table.unused)
         if table.read > len(table.bad):  # nothing can be said of a filter by rows that cannot be read
             now = set(table.unmatched)
@@ -146,6 +147,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
         if passed.rows == limit:
             break
     source = shown(data.source)
+    findings += form_notes(passed.notes)
     findings += apply_bad_row_policy(passed.bad, passed.places, passed.read, source, data.on_bad_row)
     if not passed.rows:
         raise DataError(
@@ -171,6 +173,7 @@ class _Passed:
         self.held = held
         self.rows = self.bad = self.read = self.repeats = self.torn = 0
         self.places: list[str] = []
+        self.notes: dict[str, None] = {}
         self.repeat: tuple[str, str] | None = None
         self.conflict: str | None = None
         self.unmatched: set[str] | None = None
@@ -248,7 +251,8 @@ def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, R
     columns: dict[str, None] = {}
     reading: RowFormat | None = None
     for file in _files(data.source):
-        found = rows_of(file, columns, data.text_rows)
+        form, notes = form_of(data), list[str]()
+        found = rows_of(file, columns, form, notes.append)
         while chunk := list(islice(found, CHUNK)):
             table = Table(
                 shown(data.source),
@@ -262,7 +266,7 @@ def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, R
                 reading = reading_of(table, data, recognise)
             if reading is not None:
                 table = named(table, reading, data.columns, data.filter, whole=False)
-            yield replace(table, read=len(chunk)), reading
+            yield replace(table, read=len(chunk), notes=tuple(notes)), reading
 
 
 def _files(source: Source) -> Iterator[Path]:
@@ -296,45 +300,56 @@ def _not_streamed(what: str, hint: str) -> ConfigError:
     )
 
 
-def rows_of(file: Path, columns: dict[str, None], text: TextRows) -> Found:
+def rows_of(
+    file: Path, columns: dict[str, None], form: TextForm, note: Callable[[str], None] = lambda text: None
+) -> Found:
     """Yield the rows of a file that is made of lines, with the line of each; nothing that has passed is kept.
 
     Args:
         file: A file of one of `KINDS`.
         columns: Filled with the names of the columns.
-        text: Unit of a .txt file that is one row.
+        form: Settings of files of text.
+        note: Told how the file is read, if otherwise than usual, before the first row.
 
     Raises:
         DataError: The file is UTF-16, or has no header.
         ResourceError: It may not be read.
     """
     kind = kind_of(file)
-    with opened_text(file, "" if kind in (".csv", ".tsv") else "\n") as lines:
-        if kind in (".csv", ".tsv"):
-            delimiter = "," if kind == ".csv" else "\t"
-            yield from delimited_rows(lines, delimiter, columns, fault=bad_characters, file=str(file))
+    with opened_text(file, form, "" if kind in USUAL else "\n") as (lines, found):
+        for said in found.notes:
+            note(said)
+        fault = fault_in(found)
+        if kind in USUAL:
+            yield from delimited_rows(lines, found.delimiter, columns, fault=fault, file=str(file))
         elif kind == ".txt":
-            yield from text_rows(lines, columns, documents=text == "document", fault=bad_characters)
+            yield from text_rows(lines, columns, documents=form.rows == "document", fault=fault)
         else:
-            yield from jsonl_rows(lines, columns, fault=bad_characters)
+            yield from jsonl_rows(lines, columns, fault=fault)
 
 
 @contextmanager
-def opened_text(file: Path, newline: str) -> Iterator[io.TextIOWrapper]:
+def opened_text(file: Path, form: TextForm, newline: str) -> Iterator[tuple[io.TextIOWrapper, Recognised]]:
     """Open a file, expanded if it is compressed, to read its lines one after another.
 
     Args:
-        file: The file; bytes that are not UTF-8 become lone surrogates.
+        file: The file; wrong bytes become lone surrogates.
+        form: Settings of files of text.
         newline: As for `io.TextIOWrapper`.
 
     Raises:
-        DataError: It is UTF-16.
+        DataError: It is UTF-16, or not of the encoding that the settings name.
         ResourceError: It may not be read.
     """
     try:
+        found = recognise_form(str(file), kind_of(file), form, lambda: pieces(file))
         with io.BufferedReader(Expanded(file)) as raw:
-            if raw.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise DataError("the file is UTF-16, not UTF-8", where=f"{file}:1", hint="save it as UTF-8")
-            yield io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+            yield io.TextIOWrapper(raw, encoding=found.encoding, errors="surrogateescape", newline=newline), found
     except PermissionError as error:
         raise ResourceError(f"{file} cannot be read: {error.strerror}", where=str(file)) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the file is not {error.encoding}: {error.reason}",
+            where=str(file),
+            hint="leave `data.encoding` out, or name the right one",
+        ) from None

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from graftwerk.data.parsers import bare
 from graftwerk.data.rows import Table
 from graftwerk.errors import DataError
-
-TextRows = Literal["line", "document"]
 
 
 def split_lines(text: str) -> list[str]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from graftwerk.data.splits_reader import read_unanswered
-from graftwerk.errors import ConfigError, DataError, ModelError
+from graftwerk.errors import ConfigError
 from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.evaluation.inference import Progress
 from graftwerk.evaluation.inference import run_model as run_model
 from graftwerk.evaluation.loading import LoadedAdapter, held_out, labelled_rows, load_adapter_for
-from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.evaluation.row_errors import said_of
+from graftwerk.evaluation.settings import WRITTEN, EvaluationSettings
 from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
 from graftwerk.tasks.text import TextTask
@@ -101,6 +100,7 @@ def evaluate(
                 "only what a run measured on its own held-out rows, with its own settings, can be stored with it"
             )
         settings = opened.evaluation
+        _check_one_answer(settings)
         wants_base = settings.baseline if baseline is None else baseline
         if settings.generate:
             require_packages(opened.task.metrics)
@@ -112,6 +112,7 @@ def evaluate(
         said: list[str] = []
 
         def measured() -> Predictions:
+            written = _texts(opened, examples, on_progress, said.append) if settings.generate else None
             return run_model(
                 opened.model,
                 opened.task,
@@ -120,7 +121,7 @@ def evaluate(
                 batch_size=rows_a_pass,
                 dtype=opened.dtype,
                 on_progress=on_progress,
-                texts=_texts(opened, examples, on_progress, said.append) if settings.generate else None,
+                texts=None if written is None else [texts[0] for texts in written],
             )
 
         predictions = measured()
@@ -201,8 +202,8 @@ def predict(
 
     Returns:
         ``predictions``, one per row in order: ``label`` and ``scores`` by label, which add up to one, or ``output``
-        for tasks that generate text; with `data` also the ``text`` or ``source``. And ``notes`` with the numbers of
-        truncated and skipped rows.
+        for tasks that generate text (a list, for several `num_return_sequences`); with `data` also the ``text`` or
+        ``source``. And ``notes`` with the numbers of truncated and skipped rows.
 
     Raises:
         ConfigError: Neither texts nor data, or both; or a text is empty.
@@ -259,38 +260,13 @@ def predict(
     return {"predictions": predictions, "notes": said + truncation_notes(opened, examples)}
 
 
-_SETTLED = re.compile(r"\b(?:data|task|training|method|model)\.[a-z_]+")
-"""Keys of a run file that neither command takes."""
-
-
-@contextmanager
-def said_of(data: str | None) -> Iterator[None]:
-    """Let errors about rows that were given speak of them, and advise nothing that these commands cannot take.
-
-    Reading speaks of a run file, for which it was made: of its train rows and of its keys.
-
-    Args:
-        data: Where the rows come from, or None for texts or the run's own rows.
-    """
-    try:
-        yield
-    except (ConfigError, DataError, ModelError) as error:
-        if data is not None:
-            error.what = error.what.replace("the train rows", f"the rows of {data}")
-            if error.where and _SETTLED.fullmatch(error.where):
-                error.where = data
-        if error.hint and _SETTLED.search(error.hint):
-            error.hint = _taken(error.hint, data)
-        raise
-
-
-def _taken(hint: str, data: str | None) -> str:
-    if data is None:
-        return "shorten or leave out what does not fit; how rows are read was settled by the training"
-    if "data.columns" in hint:
-        near = hint.partition("? ")[0] + "? " if hint.startswith("did you mean") else ""
-        return f"{near}`--column PART=NAME` (columns={{part: name}}) says which column plays which part"
-    return f"correct these rows, or leave them out of {data}; the training has fixed how rows are read"
+def _check_one_answer(settings: EvaluationSettings) -> None:
+    if settings.num_return_sequences > 1:
+        raise ConfigError(
+            "one answer to a row is measured, not several",
+            where="num_return_sequences",
+            hint="`predict` gives several: --set num_return_sequences=3",
+        )
 
 
 def with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
@@ -302,9 +278,13 @@ def with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> L
     if not changes:
         return opened
     if not opened.task.generates:
-        for name in ("generate", "max_new_tokens", "num_beams", "length_penalty", "generation_batch_size"):
+        for name in WRITTEN:
             if name in changes:
-                raise ConfigError(f"`{name}` does nothing for {opened.task.name}: nothing is written", where=name)
+                raise ConfigError(
+                    f"`{name}` does nothing for {opened.task.name}: nothing is written",
+                    where=name,
+                    hint="leave it out; it acts on the answers of tasks in which a model writes",
+                )
     settings = {**opened.evaluation.model_dump(), **changes}
     return replace(
         opened, evaluation=parse_settings(EvaluationSettings, settings, what="an evaluation", where="evaluation")
@@ -332,6 +312,7 @@ def answer_examples(
         ModelError: The base's weights are not finite.
         UnsupportedError: The task gives no answers.
     """
+    written = _texts(opened, examples, on_progress, say)
     found = run_model(
         opened.model,
         opened.task,
@@ -340,11 +321,14 @@ def answer_examples(
         batch_size=batch_size,
         dtype=opened.dtype,
         on_progress=on_progress,
-        texts=_texts(opened, examples, on_progress, say),
+        texts=None if written is None else [texts[0] for texts in written],
     )
     if not found.finite:
         refuse_broken_base(opened.model, trained=True)
-    return opened.task.decoder.format_predictions(found, opened.labels or None)
+    answers = opened.task.decoder.format_predictions(found, opened.labels or None)
+    if written is not None and opened.evaluation.num_return_sequences > 1:
+        answers = [{**answer, "output": texts} for answer, texts in zip(answers, written, strict=True)]
+    return answers
 
 
 def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]:
@@ -356,14 +340,14 @@ def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]
 
 def _texts(
     opened: LoadedAdapter, examples: Sequence[Example], on_progress: Progress | None, say: Callable[[str], None]
-) -> list[str] | None:
-    """Generate the model's answers, for tasks that generate text."""
-    from graftwerk.evaluation.generation import generate
+) -> list[list[str]] | None:
+    """Generate the model's answers to each row, for tasks that generate text."""
+    from graftwerk.evaluation.generation import generate_all
 
     task = opened.task
     if not isinstance(task, TextTask) or not task.generates:
         return None
-    return generate(
+    return generate_all(
         opened.model,
         task,
         examples,

@@ -1,4 +1,4 @@
-"""Answers that the model writes itself: in batches of prompts of like length, in the order of the rows.
+"""Answers that the model writes itself, in batches of prompts of like length, in the order of the rows.
 
 A row's answer is the one that it would get alone: rows share a batch only where they share what `generate` is told (the
 language to write) and how long their answers may be, and padding is masked.
@@ -6,13 +6,16 @@ language to write) and how long their answers may be, and padding is masked.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftwerk.data.keyed_rng import chance
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
+from graftwerk.evaluation.sampling import OwnDraws
 from graftwerk.evaluation.search import own_search
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.virtual_positions import positions_taken
@@ -41,7 +44,9 @@ def generate(
     on_progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Generate an answer to each prompt, by greedy or beam search.
+    """Generate an answer to each prompt: the likeliest, by greedy or beam search, or a sampled one.
+
+    The first of several, if ``settings`` asks for more (`generate_all` gives all of them).
 
     Longest prompts first: memory runs out, if it does, in the first batch. Then the batch is halved.
 
@@ -56,13 +61,29 @@ def generate(
         say: Told in words when a batch is halved, how many rows had less room for an answer than the others, and which
             generation settings of the base are not used.
     """
+    found = generate_all(model, task, examples, tokenizer, settings, dtype=dtype, on_progress=on_progress, say=say)
+    return [answers[0] for answers in found]
+
+
+def generate_all(
+    model: Any,
+    task: TextTask,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EvaluationSettings,
+    *,
+    dtype: torch.dtype = torch.float32,
+    on_progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[list[str]]:
+    """Generate `num_return_sequences` answers to each prompt; the arguments are those of `generate`."""
     limit = settings.max_new_tokens or answer_limit(examples)
     rooms = [min(limit, room) for room in _rooms(model, task, examples, limit)]
     short = sum(room < limit for room in rooms)
     if short:
         said = f"{short:,} of {len(examples):,} prompts leave room for fewer than {limit} tokens of an answer"
         say(f"{said} in the positions of the model")
-    answers: list[str] = [""] * len(examples)
+    answers: list[list[str]] = [[""] * settings.num_return_sequences for _ in examples]
     done = sum(room < 1 for room in rooms)
     size = settings.generation_batch_size
     with (
@@ -73,7 +94,8 @@ def generate(
         own_search(model, task, tokenizer) as unused,
     ):
         if unused:
-            say(f"generation settings of the base are not used, so that answers are the likeliest: {', '.join(unused)}")
+            so_that = "" if settings.sampled else ", so that answers are the likeliest"
+            say(f"generation settings of the base are not used{so_that}: {', '.join(unused)}")
         for rows in _alike(task, examples, rooms):
             start = 0
             while start < len(rows):
@@ -87,8 +109,8 @@ def generate(
                     say(f"out of memory while generating: continuing with {size} rows a batch")
                     release()
                     continue
-                for row, text in zip(some, written, strict=True):
-                    answers[row] = text
+                for row, texts in zip(some, written, strict=True):
+                    answers[row] = texts
                 start += len(some)
                 done += len(some)
                 if on_progress is not None:
@@ -103,15 +125,38 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSettings,
     most: int,
-) -> list[str]:
-    batch = task.generation.collate_prompts([example.prompt or [] for example in examples], tokenizer)
-    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+) -> list[list[str]]:
+    number = settings.num_return_sequences
+    prompts = [example.prompt or [] for example in examples]
     options: dict[str, Any] = {"max_new_tokens": most, "num_beams": settings.num_beams, "do_sample": False}
     options["max_length"] = None  # its default is not to count beside `max_new_tokens`
+    if settings.sampled:
+        from transformers import LogitsProcessorList
+
+        # a row and its number have random numbers of their own, whatever stands beside it in the batch
+        keys = [(json.dumps(prompt), copy) for prompt in prompts for copy in range(number)]
+        draws = [chance(settings.seed or 0, "answer", prompt, copy) for prompt, copy in keys]
+        own = OwnDraws(draws, settings.temperature or 1.0, settings.top_p or 1.0, settings.top_k)
+        options["logits_processor"] = LogitsProcessorList([own])
+        prompts = [prompt for prompt in prompts for _ in range(number)]
+    elif number > 1:
+        options["num_return_sequences"] = number
     if settings.num_beams > 1:
         options["length_penalty"] = settings.length_penalty
+    if settings.stop:
+        options |= {"stop_strings": list(settings.stop), "tokenizer": tokenizer}
+    batch = task.generation.collate_prompts(prompts, tokenizer)
+    batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
     written = model.generate(**batch, **options, **task.generation.options(model, tokenizer, examples[0]))
-    return [task.generation.decode(tokens, tokenizer) for tokens in task.generation.new_tokens(written, batch).tolist()]
+    tokens = task.generation.new_tokens(written, batch).tolist()
+    texts = [_until(task.generation.decode(row, tokenizer), settings.stop) for row in tokens]
+    return [texts[start : start + number] for start in range(0, len(texts), number)]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """Return an answer up to the first of the texts that end it."""
+    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
+    return text[: min(ends)].rstrip() if ends else text
 
 
 def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) -> list[list[int]]:

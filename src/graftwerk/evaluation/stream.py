@@ -17,8 +17,9 @@ from graftwerk.data.row_source import TEXT, RowSource, SourceRow, open_source, s
 from graftwerk.data.rows import Table
 from graftwerk.data.splits_reader import RowFormat, named, unanswered_format
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.evaluation.evaluate import answer_examples, said_of, shown_input, with_settings
+from graftwerk.evaluation.evaluate import answer_examples, shown_input, with_settings
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
+from graftwerk.evaluation.row_errors import said_of
 from graftwerk.tasks.base import Example, Row
 
 GROWTH = 16
@@ -133,7 +134,7 @@ class Answerer:
 
     def notes(self) -> list[str]:
         """Return what is to be said about all rows so far."""
-        said = list(self._said)[:NOTES]
+        said = [*self.source.notes, *list(self._said)[:NOTES]]
         if len(self._said) > NOTES:
             said.append(f"and {len(self._said) - NOTES:,} more notes of this kind")
         if self.truncated:

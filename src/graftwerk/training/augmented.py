@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.augmentation.augment import AUGMENTED, plan
-from graftwerk.augmentation.keyed_rng import fingerprint
 from graftwerk.augmentation.pipeline import Augmented, make, weighted
 from graftwerk.augmentation.rows import ORIGIN
 from graftwerk.augmentation.settings import FromFile
 from graftwerk.config import RunConfig
 from graftwerk.data.checks import check_truncation
 from graftwerk.data.files import read_file
+from graftwerk.data.keyed_rng import fingerprint
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConflictError, DataError
 from graftwerk.resource_paths import locate

@@ -25,16 +25,22 @@ class OwnDraws:
         draws: A stream for each row of the batch.
         temperature: Logits are divided by it; above 0.
         top_p: Only the likeliest tokens that together have this probability can be drawn (always at least one).
+        top_k: Only so many of the likeliest tokens can be drawn, `top_p` counted among them; or None for all.
     """
 
-    def __init__(self, draws: Sequence[random.Random], temperature: float = 1.0, top_p: float = 1.0) -> None:
-        self.draws, self.temperature, self.top_p = draws, temperature, top_p
+    def __init__(
+        self, draws: Sequence[random.Random], temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None
+    ) -> None:
+        self.draws, self.temperature, self.top_p, self.top_k = draws, temperature, top_p, top_k
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, T) ids so far, (B, V) logits -> (B, V): 0 for the token drawn, -inf for the others."""
         probabilities = (scores.float() / self.temperature).softmax(-1)
         # stable: equal logits must not be ordered by chance
         likely, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+        if self.top_k is not None:
+            likely, tokens = likely[:, : self.top_k], tokens[:, : self.top_k]
+            likely = likely / likely.sum(-1, keepdim=True)
         exact = sum_dtype(scores.device)
         until = likely.cumsum(-1, dtype=exact)
         before = until - likely

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from graftwerk.augmentation.keyed_rng import chance
-from graftwerk.augmentation.sampling import OwnDraws
+from graftwerk.data.keyed_rng import chance
+from graftwerk.evaluation.sampling import OwnDraws
 
 LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
 
 
-def drawn(rows: int, **options: float) -> torch.Tensor:
+def drawn(rows: int, **options: Any) -> torch.Tensor:
     own = OwnDraws([chance(row) for row in range(rows)], **options)
     scores = own(torch.zeros(rows, 1, dtype=torch.long), LOGITS.expand(rows, -1))
     assert (scores == 0).sum(-1).eq(1).all()
@@ -38,6 +40,12 @@ def test_own_draws_temperature_sharpens_distribution() -> None:
 def test_own_draws_top_p_keeps_smallest_nucleus() -> None:
     assert near(shares(drawn(5_000, top_p=0.75)), [0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0])
     assert set(drawn(500, top_p=0.01).tolist()) == {1}
+
+
+def test_top_k_leaves_the_likeliest_and_top_p_counts_among_them() -> None:
+    assert near(shares(drawn(5_000, top_k=2)), [0, 0.5 / 0.7, 0.2 / 0.7, 0, 0])
+    assert set(drawn(500, top_k=2, top_p=0.7).tolist()) == {1}  # 0.5 of 0.7
+    assert drawn(100, top_k=9).tolist() == drawn(100).tolist()
 
 
 def test_own_draws_row_is_independent_of_batch() -> None:
