@@ -120,7 +120,7 @@ class _Calls(TorchFunctionMode):
         if func is Tensor.new_tensor and waits.marked(args[0]):
             waits.wait("copy")
             waits.mark([result])
-        elif kwargs.get("device") is not None and isinstance(result, Tensor):
+        elif kwargs.get("device") not in (None, "cpu") and isinstance(result, Tensor):
             if func in _MADE and not waits.marked(args[0]):
                 waits.wait("copy")
                 result = waits.moved(result, to_host=False)

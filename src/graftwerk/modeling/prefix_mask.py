@@ -97,11 +97,11 @@ def aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask as numbers to add to the scores, its rows at multiples of `ALIGNED` elements.
 
     Args:
-        mask: (B or 1, H or 1, Q, S); booleans are True where a key is seen.
+        mask: (B, H, Q, S), or 1 in place of B or H; booleans are True where a key is seen.
         dtype: dtype of the scores.
 
     Returns:
-        (B or 1, H or 1, Q, S), a view of a wider tensor.
+        The mask, (B, H, Q, S) as before, a view of a wider tensor.
     """
     width = mask.shape[-1]
     buffer = torch.zeros(*mask.shape[:-1], -(-width // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)

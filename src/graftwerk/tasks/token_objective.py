@@ -124,13 +124,13 @@ class TokenObjective(Objective):
         if "labels" not in batch:
             return torch.zeros(rows, 2, dtype=torch.float64, device="cpu")
         mask = self.predicting(batch["labels"])  # (B, T)
-        positions, expected = self._labelled(batch)  # (N,), (N,)
+        _, expected = self._labelled(batch)  # (N,)
         if isinstance(outputs, LabelledLogits):
             nll = outputs.nll(expected, checked=WORDS in batch)
         else:
             nll = F.cross_entropy(outputs.logits.float(), expected, reduction="none")  # (N,)
         mask, nll = mask.cpu(), nll.detach().cpu().double()  # float64 is not everywhere, and slow where it is
-        row = positions.cpu() // mask.shape[1]  # (N,)
+        row = torch.arange(rows, device="cpu")[:, None].expand_as(mask)[mask]  # (N,)
         summed = torch.zeros(rows, dtype=torch.float64, device="cpu").index_add_(0, row, nll)
         return torch.stack([summed, mask.sum(dim=1).double()], dim=1)
 
