@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from graftwerk import devices
-from graftwerk.augmentation.sampling import OwnDraws
 from graftwerk.evaluation.peak_memory import peak_memory, resident
+from graftwerk.evaluation.sampling import OwnDraws
 from graftwerk.kernels.lm_head import LabelledLogits
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling.attach import attach
@@ -251,7 +251,7 @@ def test_sum_dtype_is_what_the_device_has(
 
 
 def test_own_draws_without_float64_draws_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graftwerk.augmentation import sampling
+    from graftwerk.evaluation import sampling
 
     scores = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
 
