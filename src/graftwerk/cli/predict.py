@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,7 +37,8 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Label texts with a trained adapter.
 
-        One line each, separated by tabs: the label, its probability, the text; of a task that writes, the answer alone.
+        One line each, separated by tabs: the label and its probability, the labels or the score, then the text; of a
+        task that writes, the answer alone.
         """
         from graftwerk.cli.progress import Rows
         from graftwerk.errors import ConfigError
@@ -64,8 +65,16 @@ def register(app: typer.Typer) -> None:
                 out.answer(printable(row["output"]))
                 continue
             shown = texts[place].split("\t") if texts else [row[part] for part in ("text", "text_pair") if part in row]
-            text = "\t".join(map(printable, shown))
-            out.answer(f"{printable(row['label'])}\t{max(row['scores'].values()):.3f}\t{text}")
+            out.answer("\t".join([*_cells(row), *map(printable, shown)]))
         for note in result["notes"]:
             out.warn(f"note: {note}")
         return result
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return an answer as the first columns of its line."""
+    if "label" in row:
+        return [printable(row["label"]), f"{max(row['scores'].values()):.3f}"]
+    if "labels" in row:
+        return [printable(", ".join(row["labels"])) or "-"]
+    return [f"{row['score']:.4g}"]

@@ -26,6 +26,7 @@ from graftwerk.serialization.untrusted_files import read_sealed
 from graftwerk.serialization.weight_files import read_headers
 from graftwerk.tasks import dataset_cache as kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
+from graftwerk.tasks.regression import Regression
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -194,6 +195,8 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
+    if isinstance(task, Regression):  # answers in the units of the rows: other types would round them
+        dtype = torch.float32
     base = load_model(name, task, splits, revision=revision)
     fix_padding(base, tokenizer)
     load_adapter(base, info.folder, force=force, filled=newly_initialised(base) if found.manifest else ())

@@ -76,3 +76,26 @@ class TextCollator(Collator):
             for row, example in enumerate(examples):
                 batch["labels"][row, : len(example.target)] = torch.tensor(example.target, dtype=torch.long)
         return batch
+
+
+@dataclass(frozen=True)
+class ScoreCollator(Collator):
+    """Texts with one number each: ``labels`` (B,)."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            # Doubles: a large number would be rounded before the mean is taken away.
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float64)
+        return batch
+
+
+@dataclass(frozen=True)
+class LabelCollator(Collator):
+    """Texts with several labels each: ``labels`` (B, L) of 0 and 1."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float32)
+        return batch

@@ -105,7 +105,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     for finding in found:
         emit(Event("finding", 0, **finding))
     prior_loss = None
-    if splits.labels is not None:
+    if splits.labels is not None and isinstance(task, Classification):
         train = examples["train"]
         targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
         learnt = weighted_task(settings.training, task, splits.labels, train)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from graftwerk.tasks.base import Predictions
-from graftwerk.tasks.predictions import ClassPredictions, TextPredictions
+from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.training.distributed.protocol import Distributed
 
 
@@ -43,14 +44,16 @@ def gather_predictions(processes: Distributed, own: Predictions, shares: Sequenc
     """
     if isinstance(own, TextPredictions):
         return _gather_texts(processes, own, shares)
-    assert isinstance(own, ClassPredictions)
-    scores = _gather_array(processes, own.scores, shares)
-    targets = None if own.targets is None else _gather_array(processes, own.targets, shares)
+    gathered: dict[str, Any] = {
+        name: _gather_array(processes, value, shares)
+        for name in own.arrays
+        if name not in own.whole and (value := getattr(own, name)) is not None
+    }
     if own.loss is None:
-        return ClassPredictions(None, scores, targets)
-    sums = torch.tensor([own.loss * own.rows, own.rows], device=processes.device)  # (2,)
+        return replace(own, **gathered)
+    sums = torch.tensor([own.loss * own.num_targets, own.num_targets], device=processes.device)  # (2,)
     total, count = processes.sum(sums).tolist()
-    return ClassPredictions(total / count, scores, targets)
+    return replace(own, loss=total / count, **gathered)
 
 
 def _gather_texts(processes: Distributed, own: TextPredictions, shares: Sequence[Sequence[int]]) -> TextPredictions:
