@@ -17,6 +17,13 @@ from tests.contract.cases import METHODS, method_of, perturb
 ROWS: dict[str, tuple[tuple[str, ...], list[dict[str, Any]]]] = {
     "regression": (("score",), [{"text": "a plant", "score": 1.5}, {"text": "to move about", "score": -2.0}]),
     "multilabel": (("a", "b", "c"), [{"text": "a plant", "labels": ["a"]}, {"text": "to move", "labels": ["b", "c"]}]),
+    "token-classification": (
+        ("B-X", "I-X", "O"),
+        [
+            {"tokens": ["a", "plant"], "tags": ["O", "B-X"]},
+            {"tokens": ["to", "move", "on"], "tags": ["O", "B-X", "I-X"]},
+        ],
+    ),
 }
 """Of each task its labels and some rows."""
 
@@ -33,7 +40,7 @@ def test_method_on_a_task_has_gradients_mixes_rows_and_is_stored(
     tiny_encoder: Path, tmp_path: Path, method: str, name: str
 ) -> None:
     labels, rows = ROWS[name]
-    task = parse_task(name)
+    task = parse_task(name).with_labels(labels)
     model, splits = made(task, tiny_encoder, labels)
     tokenizer = load_tokenizer(str(tiny_encoder))
     examples = task.encode(rows, tokenizer, splits, 32)

@@ -55,6 +55,15 @@ LIVES: dict[str, Life] = {
         },
         {"labels", "scores"},
     ),
+    "token-classification": Life(
+        "token-classification",
+        lambda text: {
+            "tokens": text.split(),
+            "tags": ["B-LONG" if len(word) > 6 else "I-LONG" if word == "of" else "O" for word in text.split()],
+        },
+        {"tags", "entities"},
+        ("tokens",),
+    ),
 }
 
 

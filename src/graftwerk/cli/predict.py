@@ -37,7 +37,8 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Label texts with a trained adapter.
 
-        One line each, separated by tabs: the label and its probability, the labels or the score, then the text; of a
+        One line each, separated by tabs: the label and its probability, the labels, the score or the entities, then the
+        text; of a
         task that writes, the answer alone.
         """
         from graftwerk.cli.progress import Rows
@@ -65,6 +66,7 @@ def register(app: typer.Typer) -> None:
                 out.answer(printable(row["output"]))
                 continue
             shown = texts[place].split("\t") if texts else [row[part] for part in ("text", "text_pair") if part in row]
+            shown = shown or [" ".join(row["tokens"])]
             out.answer("\t".join([*_cells(row), *map(printable, shown)]))
         for note in result["notes"]:
             out.warn(f"note: {note}")
@@ -75,6 +77,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     """Return an answer as the first columns of its line."""
     if "label" in row:
         return [printable(row["label"]), f"{max(row['scores'].values()):.3f}"]
+    if "entities" in row:
+        return [printable("; ".join(f"{each['label']}: {each['text']}" for each in row["entities"])) or "-"]
     if "labels" in row:
         return [printable(", ".join(row["labels"])) or "-"]
     return [f"{row['score']:.4g}"]

@@ -81,19 +81,61 @@ def labels_part(value: Any, separator: str = ",") -> list[str]:
     """
     if isinstance(value, str):
         text = value.strip()
-        if text.startswith("["):
-            try:
-                value = json.loads(text)
-            except ValueError:
-                raise ValueError("begins like a JSON list and is none") from None
-        else:
-            value = [part for part in text.split(separator) if part.strip()]
+        value = _json_list(text) if text.startswith("[") else [part for part in text.split(separator) if part.strip()]
     if not isinstance(value, list | tuple):
         raise ValueError("is missing" if _absent(value) else f"is {_kind(value)}, not a list of labels")
     try:
         return list(dict.fromkeys(label_part(each) for each in value))
     except ValueError as error:
         raise ValueError(f"holds a label that {error}") from None
+
+
+def words_part(value: Any) -> list[str]:
+    """Return words or tags: those of a list, of a JSON list in a text, or between the blanks of a text.
+
+    Raises:
+        ValueError: It is missing, empty, or one is empty or no text.
+    """
+    if isinstance(value, str):
+        value = _json_list(value) if value.lstrip().startswith("[") else value.split()
+    if not isinstance(value, list | tuple):
+        raise ValueError("is missing" if _absent(value) else f"is {_kind(value)}, not a list of words")
+    if not value:
+        raise ValueError("is empty")
+    try:
+        return [text_part(each) for each in value]
+    except ValueError as error:
+        raise ValueError(f"holds a word that {error}") from None
+
+
+def spans_part(value: Any) -> list[tuple[int, int, str]]:
+    """Return spans of characters as (start, end, label), in order; also from a JSON list in a text.
+
+    Args:
+        value: A list of ``{"start", "end", "label"}`` or ``[start, end, label]``; an empty one means no spans.
+
+    Raises:
+        ValueError: It is missing, or a span is none.
+    """
+    if isinstance(value, str):
+        value = _json_list(value) if value.strip() else []
+    if not isinstance(value, list | tuple):
+        raise ValueError("is missing" if _absent(value) else f"is {_kind(value)}, not a list of spans")
+    spans = []
+    for span in value:
+        if isinstance(span, dict):
+            span = [span.get(key) for key in ("start", "end", "label")]
+        if not isinstance(span, list | tuple) or len(span) != 3 or not all(type(edge) is int for edge in span[:2]):
+            raise ValueError(f"holds {span!r:.60}, which is no span: [start, end, label], in characters")
+        spans.append((span[0], span[1], label_part(span[2])))
+    return sorted(spans)
+
+
+def _json_list(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ValueError("begins like a JSON list and is none") from None
 
 
 def _check_characters(text: str) -> None:

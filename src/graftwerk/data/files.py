@@ -20,6 +20,7 @@ from graftwerk.data.parsers import (
     Fault,
     Found,
     bad_characters,
+    conll_rows,
     delimited_rows,
     json_kind,
     jsonl_rows,
@@ -295,6 +296,15 @@ def _read_documents(path: Path, table: Table) -> None:
     _read_text(path, table, "document")
 
 
+# words and tags
+
+
+def _read_conll(path: Path, table: Table) -> None:
+    text, fault = _text_and_fault(path)
+    columns: dict[str, None] = {}
+    _fill(table, columns, conll_rows(io.StringIO(text, newline="\n"), columns, fault=fault))
+
+
 READERS: dict[str, Callable[[Path, Table], None]] = {
     ".csv": _read_csv,
     ".tsv": _read_tsv,
@@ -303,5 +313,8 @@ READERS: dict[str, Callable[[Path, Table], None]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".txt": _read_text,
+    ".conll": _read_conll,
+    ".bio": _read_conll,
+    ".iob": _read_conll,
 }
 """What each ending is read by: the only list of formats."""

@@ -144,7 +144,7 @@ def evaluate(
     result: dict[str, Any] = {
         "metrics": metrics,
         "metrics_by_set": metrics_by_set(predictions, **options),
-        "rows": len(examples),
+        "rows": predictions.rows,
         "split": split,
         "loss": predictions.loss,
         "labels": list(opened.labels),
@@ -258,8 +258,9 @@ def predict(
     )
     if not found.finite:
         refuse_broken_base(opened.model, trained=True)
-    predictions = opened.task.decoder.format_predictions(found, opened.labels or None)
-    if data is not None:
+    answers = opened.task.decoder.format_predictions(found, opened.labels or None)
+    predictions = [opened.task.completed(answer, row) for answer, row in zip(answers, rows, strict=True)]
+    if data is not None and len(examples) == len(rows):
         sources = [_shown_of(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
     return {"predictions": predictions, "notes": said + _notes(opened, examples)}

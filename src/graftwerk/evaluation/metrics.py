@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError, ResourceError
-from graftwerk.evaluation import class_metrics, label_metrics, score_metrics, text_metrics
+from graftwerk.evaluation import class_metrics, label_metrics, score_metrics, tag_metrics, text_metrics
 from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
 from graftwerk.evaluation.metric import Metric, over_sets
 from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
@@ -23,6 +23,7 @@ from graftwerk.tasks.predictions import (
     LabelPredictions,
     Predictions,
     ScorePredictions,
+    TagPredictions,
     TextPredictions,
 )
 
@@ -37,6 +38,10 @@ def _of_scores(predictions: Predictions) -> bool:
 
 def _of_labels(predictions: Predictions) -> bool:
     return isinstance(predictions, LabelPredictions)
+
+
+def _of_tags(predictions: Predictions) -> bool:
+    return isinstance(predictions, TagPredictions)
 
 
 def _of_likelihoods(predictions: Predictions) -> bool:
@@ -182,6 +187,17 @@ METRICS: dict[str, Metric] = {
         label_metrics.average_precision,
         label_metrics.average_precision_statistic,
         _of_labels,
+    ),
+    "entity_f1": Metric("entity F1", "share", True, tag_metrics.entity_f1, tag_metrics.entity_f1_statistic, _of_tags),
+    "entity_precision": Metric(
+        "entity precision", "share", True, tag_metrics.precision, tag_metrics.precision_statistic, _of_tags
+    ),
+    "entity_recall": Metric("entity recall", "share", True, tag_metrics.recall, tag_metrics.recall_statistic, _of_tags),
+    "entity_f1_macro": Metric(
+        "macro entity F1", "share", True, tag_metrics.macro_f1, tag_metrics.macro_f1_statistic, _of_tags
+    ),
+    "word_accuracy": Metric(
+        "word accuracy", "share", True, tag_metrics.word_accuracy, tag_metrics.word_accuracy_statistic, _of_tags
     ),
 }
 METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})

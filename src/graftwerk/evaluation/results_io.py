@@ -21,13 +21,14 @@ from graftwerk.tasks.predictions import (
     LabelPredictions,
     Predictions,
     ScorePredictions,
+    TagPredictions,
     TextPredictions,
 )
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
 TEXTS = ("texts", "references", "sources", "sets", "languages")
 FORMAT = 1
-KINDS: tuple[type[Predictions], ...] = (ClassPredictions, ScorePredictions, LabelPredictions)
+KINDS: tuple[type[Predictions], ...] = (ClassPredictions, ScorePredictions, LabelPredictions, TagPredictions)
 """Kinds of predictions that tensors alone hold."""
 
 

@@ -81,6 +81,10 @@ class Task(Settings):
         """Return the task with the settings that a run's rows determine, such as the languages of a translation."""
         return self
 
+    def with_labels(self, labels: Sequence[str]) -> Self:
+        """Return the task bound to the label names of a run or an adapter; most tasks need none."""
+        return self
+
     @abstractmethod
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
         """Return the keyword arguments of ``from_pretrained``: ``num_labels``, ``id2label``, ``label2id``."""
@@ -143,6 +147,10 @@ class Task(Settings):
         if not isinstance(target, int):
             return None
         return labels[target] if labels else str(target)
+
+    def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
+        """Return an answer of the decoder with what only the row tells."""
+        return answer
 
     # -- training --------------------------------------------------------------------------------------------------
 

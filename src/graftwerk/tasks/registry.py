@@ -17,6 +17,7 @@ from graftwerk.tasks.multilabel import Multilabel
 from graftwerk.tasks.multitask import Multitask, names_of
 from graftwerk.tasks.regression import Regression
 from graftwerk.tasks.summarization import Summarization
+from graftwerk.tasks.token_classification import TokenClassification
 from graftwerk.tasks.translation import Translation
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
@@ -26,6 +27,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
             Classification,
             Regression,
             Multilabel,
+            TokenClassification,
             Summarization,
             Translation,
             Instruction,
@@ -47,6 +49,8 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("mlm", "masked-lm", "fill-mask"), "masked"),
         **dict.fromkeys(("summary", "summarisation"), "summarization"),
         **dict.fromkeys(("mt", "translate"), "translation"),
+        **dict.fromkeys(("ner", "tagging", "tagger", "pos", "named-entity-recognition", "token_classification",
+                         "spans", "chunking", "conll", "iob", "bio"), "token-classification"),
         "multitask": "mixture",
     }
 )  # fmt: skip

@@ -36,14 +36,14 @@ class OutputLayer:
 
     @torch.no_grad()
     def standardise(self, mean: float, deviation: float) -> None:
-        """Change the output from y to (y - mean) / deviation; without a bias the mean has to be 0."""
+        """Change the output, (B, C), from y to (y - mean) / deviation; without a bias the mean has to be 0."""
         self.weight.div_(deviation)
         if self.bias is not None:
             self.bias.copy_((self.bias.double() - mean) / deviation)
 
     @torch.no_grad()
     def restore_units(self, mean: float, deviation: float) -> None:
-        """Change the output from z to z * deviation + mean; without a bias the mean has to be 0."""
+        """Change the output, (B, C), from z to z * deviation + mean; without a bias the mean has to be 0."""
         self.weight.mul_(deviation)
         if self.bias is not None:
             self.bias.copy_(self.bias.double() * deviation + mean)

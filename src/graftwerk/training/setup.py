@@ -83,7 +83,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     _check_evaluation(settings)
     splits = dataset_cache.read(settings.task, settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
-    task = settings.task.for_model(architecture).resolved(splits)
+    task = settings.task.for_model(architecture).resolved(splits).with_labels(splits.labels or ())
     tokenizer = load_tokenizer(settings.model, settings.revision)
     max_length = max_length_of(settings, architecture, tokenizer)
     folder = model_folder(settings.model, settings.revision, weights=False)

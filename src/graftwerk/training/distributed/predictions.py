@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from graftwerk.tasks.base import Predictions
-from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.predictions import NOBODY, TextPredictions
 from graftwerk.training.distributed.protocol import Distributed
 
 
@@ -45,7 +45,7 @@ def gather_predictions(processes: Distributed, own: Predictions, shares: Sequenc
     if isinstance(own, TextPredictions):
         return _gather_texts(processes, own, shares)
     gathered: dict[str, Any] = {
-        name: _gather_array(processes, value, shares)
+        name: _gather_array(processes, _widened(processes, value), shares)
         for name in own.arrays
         if name not in own.whole and (value := getattr(own, name)) is not None
     }
@@ -72,6 +72,14 @@ def _gather_texts(processes: Distributed, own: TextPredictions, shares: Sequence
         columns[name] = tuple(placed[row] for row in range(len(placed)))
     loss = None if own.loss is None else float(nll.sum() / max(int(tokens.sum()), 1))
     return TextPredictions(loss, nll, tokens, **columns)
+
+
+def _widened(processes: Distributed, own: np.ndarray) -> np.ndarray:
+    """Return rows of words, (n, W), as wide as the widest of any process; other arrays have one width already."""
+    if own.ndim != 2:
+        return own
+    widest = int(processes.gather(torch.tensor(own.shape[1])).max())
+    return np.pad(own, [(0, 0), (0, widest - own.shape[1])], constant_values=NOBODY)
 
 
 def gather_lists(processes: Distributed, own: list[Any]) -> list[list[Any]]:
