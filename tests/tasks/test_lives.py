@@ -64,6 +64,12 @@ LIVES: dict[str, Life] = {
         {"tags", "entities"},
         ("tokens",),
     ),
+    "similarity": Life(
+        "similarity",
+        lambda text: {"text": text, "text_pair": text[::-1], "score": len(text) / 10},
+        {"similarity"},
+        ("text", "text_pair"),
+    ),
 }
 
 

@@ -16,9 +16,9 @@ from graftwerk.errors import AdapterError, ConfigError, DataError
 from graftwerk.evaluation.evaluate import evaluate, predict
 from graftwerk.evaluation.metrics import metrics_of
 from graftwerk.models.load import load_config, load_model, load_tokenizer
-from graftwerk.tasks.predictions import NOBODY, UNREAD, TagPredictions
 from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.spans import spans_of, tags_of_spans, words_of
+from graftwerk.tasks.tag_predictions import NOBODY, UNREAD, TagPredictions
 from graftwerk.tasks.token_classification import TokenClassification
 from graftwerk.tasks.windows import NOWHERE, windows_of
 from graftwerk.training.train import train

@@ -10,6 +10,9 @@ from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable
 
+TEXTS = ("text", "text_pair", "anchor", "positive")
+"""Fields of an answer that show what was asked."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command `predict` to the app."""
@@ -65,7 +68,7 @@ def register(app: typer.Typer) -> None:
             if "output" in row:
                 out.answer(printable(row["output"]))
                 continue
-            shown = texts[place].split("\t") if texts else [row[part] for part in ("text", "text_pair") if part in row]
+            shown = texts[place].split("\t") if texts else [row[part] for part in TEXTS if part in row]
             shown = shown or [" ".join(row["tokens"])]
             out.answer("\t".join([*_cells(row), *map(printable, shown)]))
         for note in result["notes"]:
@@ -81,4 +84,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         return [printable("; ".join(f"{each['label']}: {each['text']}" for each in row["entities"])) or "-"]
     if "labels" in row:
         return [printable(", ".join(row["labels"])) or "-"]
-    return [f"{row['score']:.4g}"]
+    if "embedding" in row:
+        return [" ".join(f"{value:.6g}" for value in row["embedding"])]
+    return [f"{row['score']:.4g}" if "score" in row else f"{row['similarity']:.4f}"]

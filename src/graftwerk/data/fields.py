@@ -108,6 +108,20 @@ def words_part(value: Any) -> list[str]:
         raise ValueError(f"holds a word that {error}") from None
 
 
+def texts_part(value: Any) -> list[str]:
+    """Return the texts of a list, or one text as a list; nothing is an empty list.
+
+    Raises:
+        ValueError: A text is empty or none.
+    """
+    if _absent(value) or value == "":
+        return []
+    try:
+        return [text_part(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    except ValueError as error:
+        raise ValueError(f"holds a text that {error}") from None
+
+
 def spans_part(value: Any) -> list[tuple[int, int, str]]:
     """Return spans of characters as (start, end, label), in order; also from a JSON list in a text.
 

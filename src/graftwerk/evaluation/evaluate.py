@@ -322,7 +322,7 @@ def _shown_of(task: Task, row: Row, example: Example) -> dict[str, str | None]:
     """Return the input that is shown beside the answer to a file's row: its source, or its text."""
     if isinstance(task, TextTask):
         return {"source": task.decoder.source(example)}
-    return {part: str(row[part]) for part in ("text", "text_pair") if part in row}
+    return {part: str(row[part]) for part in ("text", "text_pair", "anchor", "positive") if part in row}
 
 
 def _texts(

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError, ResourceError
-from graftwerk.evaluation import class_metrics, label_metrics, score_metrics, tag_metrics, text_metrics
+from graftwerk.evaluation import class_metrics, label_metrics, rank_metrics, score_metrics, tag_metrics, text_metrics
 from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
 from graftwerk.evaluation.metric import Metric, over_sets
 from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
@@ -23,9 +23,10 @@ from graftwerk.tasks.predictions import (
     LabelPredictions,
     Predictions,
     ScorePredictions,
-    TagPredictions,
     TextPredictions,
 )
+from graftwerk.tasks.tag_predictions import TagPredictions
+from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
 
 def _of_classes(predictions: Predictions) -> bool:
@@ -33,7 +34,12 @@ def _of_classes(predictions: Predictions) -> bool:
 
 
 def _of_scores(predictions: Predictions) -> bool:
-    return isinstance(predictions, ScorePredictions)
+    of_pairs = isinstance(predictions, SimilarityPredictions) and predictions.targets is not None
+    return of_pairs or isinstance(predictions, ScorePredictions)
+
+
+def _of_ranks(predictions: Predictions) -> bool:
+    return isinstance(predictions, SimilarityPredictions) and predictions.targets is None
 
 
 def _of_labels(predictions: Predictions) -> bool:
@@ -198,6 +204,16 @@ METRICS: dict[str, Metric] = {
     ),
     "word_accuracy": Metric(
         "word accuracy", "share", True, tag_metrics.word_accuracy, tag_metrics.word_accuracy_statistic, _of_tags
+    ),
+    "recall_at_1": Metric("recall at 1", "share", True, *rank_metrics.recall(1), _of_ranks),
+    "recall_at_10": Metric("recall at 10", "share", True, *rank_metrics.recall(10), _of_ranks),
+    "reciprocal_rank": Metric(
+        "mean reciprocal rank",
+        "share",
+        True,
+        rank_metrics.reciprocal_rank,
+        rank_metrics.reciprocal_rank_statistic,
+        _of_ranks,
     ),
 }
 METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})

@@ -21,14 +21,21 @@ from graftwerk.tasks.predictions import (
     LabelPredictions,
     Predictions,
     ScorePredictions,
-    TagPredictions,
     TextPredictions,
 )
+from graftwerk.tasks.tag_predictions import TagPredictions
+from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
 TEXTS = ("texts", "references", "sources", "sets", "languages")
 FORMAT = 1
-KINDS: tuple[type[Predictions], ...] = (ClassPredictions, ScorePredictions, LabelPredictions, TagPredictions)
+KINDS: tuple[type[Predictions], ...] = (
+    ClassPredictions,
+    ScorePredictions,
+    LabelPredictions,
+    TagPredictions,
+    SimilarityPredictions,
+)
 """Kinds of predictions that tensors alone hold."""
 
 

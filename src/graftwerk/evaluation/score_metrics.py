@@ -11,59 +11,63 @@ import numpy as np
 
 from graftwerk.evaluation.bootstrap import Floats, Statistic
 from graftwerk.tasks.predictions import ScorePredictions
+from graftwerk.tasks.vector_predictions import SimilarityPredictions
+
+Scored = ScorePredictions | SimilarityPredictions
+"""Anything with a number for each row: also the cosines of pairs."""
 
 
-def targets_of(predictions: ScorePredictions) -> Floats:
+def targets_of(predictions: Scored) -> Floats:
     """Return the right numbers (n,) of rows that all have one."""
     assert predictions.targets is not None  # `metrics.check` has refused rows without them
     return np.asarray(predictions.targets, dtype=np.float64)
 
 
-def pearson(predictions: ScorePredictions) -> float | None:
+def pearson(predictions: Scored) -> float | None:
     """Return the linear correlation, -1 to 1, or None if all values or all targets are alike."""
     return _over_all(pearson_statistic(predictions), predictions)
 
 
-def spearman(predictions: ScorePredictions) -> float | None:
+def spearman(predictions: Scored) -> float | None:
     """Return the correlation of the ranks, tied ones at their mean rank, or None as for `pearson`."""
     return _over_all(spearman_statistic(predictions), predictions)
 
 
-def rmse(predictions: ScorePredictions) -> float | None:
+def rmse(predictions: Scored) -> float | None:
     """Return the root of the mean squared error, in the unit of the targets."""
     return _over_all(rmse_statistic(predictions), predictions)
 
 
-def mae(predictions: ScorePredictions) -> float | None:
+def mae(predictions: Scored) -> float | None:
     """Return the mean absolute error, in the unit of the targets."""
     return _over_all(mae_statistic(predictions), predictions)
 
 
-def _over_all(statistic: Statistic, predictions: ScorePredictions) -> float | None:
+def _over_all(statistic: Statistic, predictions: Scored) -> float | None:
     value = float(statistic(np.ones((1, predictions.rows)))[0])
     return value if math.isfinite(value) else None
 
 
-def pearson_statistic(predictions: ScorePredictions) -> Statistic:
+def pearson_statistic(predictions: Scored) -> Statistic:
     """Return the linear correlation as a function of bootstrap weights (R, n)."""
     # Moved to a mean of zero: sums of squares of large numbers would lose their digits.
     x, y = (values - values.mean() for values in (predictions.values, targets_of(predictions)))  # (n,)
     return lambda weights: _correlation(weights, x[None], y[None])
 
 
-def spearman_statistic(predictions: ScorePredictions) -> Statistic:
+def spearman_statistic(predictions: Scored) -> Statistic:
     """Return the correlation of the ranks within each draw as a function of bootstrap weights (R, n)."""
     of_values, of_targets = _Ranks(predictions.values), _Ranks(targets_of(predictions))
     return lambda weights: _correlation(weights, of_values(weights), of_targets(weights))
 
 
-def rmse_statistic(predictions: ScorePredictions) -> Statistic:
+def rmse_statistic(predictions: Scored) -> Statistic:
     """Return the root of the mean squared error as a function of bootstrap weights (R, n)."""
     squared = (predictions.values - targets_of(predictions)) ** 2  # (n,)
     return lambda weights: np.sqrt(weights @ squared / weights.sum(axis=1))
 
 
-def mae_statistic(predictions: ScorePredictions) -> Statistic:
+def mae_statistic(predictions: Scored) -> Statistic:
     """Return the mean absolute error as a function of bootstrap weights (R, n)."""
     apart = np.abs(predictions.values - targets_of(predictions))  # (n,)
     return lambda weights: weights @ apart / weights.sum(axis=1)

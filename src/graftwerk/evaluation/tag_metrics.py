@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 
 from graftwerk.evaluation.bootstrap import Floats, Statistic
-from graftwerk.tasks.predictions import TagPredictions
 from graftwerk.tasks.spans import spans_of
+from graftwerk.tasks.tag_predictions import TagPredictions
 
 
 def entity_f1(predictions: TagPredictions) -> float:

@@ -26,6 +26,9 @@ class Collator(ABC):
     redraws: ClassVar[bool] = False
     """True if the training batch of the same examples differs from call to call."""
 
+    several: ClassVar[bool] = False
+    """True if an example is several rows of the batch."""
+
     @abstractmethod
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples for evaluation.

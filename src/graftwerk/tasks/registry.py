@@ -16,6 +16,7 @@ from graftwerk.tasks.masked import Masked
 from graftwerk.tasks.multilabel import Multilabel
 from graftwerk.tasks.multitask import Multitask, names_of
 from graftwerk.tasks.regression import Regression
+from graftwerk.tasks.similarity import Similarity
 from graftwerk.tasks.summarization import Summarization
 from graftwerk.tasks.token_classification import TokenClassification
 from graftwerk.tasks.translation import Translation
@@ -28,6 +29,7 @@ TASKS: Mapping[str, type[Task]] = MappingProxyType(
             Regression,
             Multilabel,
             TokenClassification,
+            Similarity,
             Summarization,
             Translation,
             Instruction,
@@ -51,6 +53,8 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("mt", "translate"), "translation"),
         **dict.fromkeys(("ner", "tagging", "tagger", "pos", "named-entity-recognition", "token_classification",
                          "spans", "chunking", "conll", "iob", "bio"), "token-classification"),
+        **dict.fromkeys(("embedding", "embeddings", "sts", "retrieval", "sentence-similarity", "contrastive", "triplet",
+                         "semantic-search", "feature-extraction"), "similarity"),
         "multitask": "mixture",
     }
 )  # fmt: skip

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from graftwerk.tasks.decoder import Decoder
 from graftwerk.tasks.example import IGNORED, Example
 from graftwerk.tasks.objective import Objective
-from graftwerk.tasks.predictions import NOBODY, UNREAD, Predictions, TagPredictions
+from graftwerk.tasks.predictions import Predictions
+from graftwerk.tasks.tag_predictions import NOBODY, UNREAD, TagPredictions
 from graftwerk.tasks.windows import NOWHERE
 
 

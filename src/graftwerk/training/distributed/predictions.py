@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from graftwerk.tasks.base import Predictions
-from graftwerk.tasks.predictions import NOBODY, TextPredictions
+from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.tag_predictions import NOBODY
 from graftwerk.training.distributed.protocol import Distributed
 
 
