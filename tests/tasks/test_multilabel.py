@@ -151,3 +151,28 @@ def test_parse_task_other_names_lead_to_the_task() -> None:
         with pytest.raises(ConfigError, match=f"no task `{name}`") as caught:
             parse_task(name)
         assert f"did you mean `{known}`?" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "other"),
+    [
+        ("classification", {"text": "a", "score": 1}, "regression"),
+        ("classification", {"text": "a", "labels": ["b"]}, "multilabel"),
+        ("classification", {"tokens": ["a"], "tags": ["O"]}, "token-classification"),
+        ("multilabel", {"text": "a", "label": "b"}, "classification"),
+        ("regression", {"anchor": "a", "positive": "b"}, "similarity"),
+        ("similarity", {"text": "a", "label": "b"}, "classification"),
+    ],
+)
+def test_columns_of_another_task_lead_to_it(tmp_path: Path, task: str, columns: dict[str, Any], other: str) -> None:
+    with pytest.raises(ConfigError, match="has no column") as caught:
+        parse_task(task).read(DataSettings(train=write(tmp_path / "rows.jsonl", [columns])))
+    assert f"another task: task={other}." in str(caught.value.hint)
+
+
+def test_columns_of_the_same_task_under_a_wrong_name_are_no_other_task(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"text": "a", "label": "b"}])
+    with pytest.raises(ConfigError) as caught:
+        Classification().read(DataSettings(train=source, columns={"label": "labl"}))
+    assert "another task" not in str(caught.value.hint)
+    assert "did you mean `label`?" in str(caught.value.hint)

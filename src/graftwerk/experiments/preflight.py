@@ -194,6 +194,8 @@ def _labels(splits: Splits, task: Task) -> dict[str, dict[str, int]]:
         for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
         if rows
     }
+    if not any(counted.values()):  # numbers have a name, and no kinds to be counted
+        return {}
     return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels}
 
 
