@@ -131,6 +131,7 @@ def parse_choice(
     what: str,
     where: str,
     shorthands: Mapping[str, Mapping[str, Any]] | None = None,
+    also_called: Mapping[str, str] | None = None,
 ) -> Model:
     """Parse a value of a run file that is a name, or settings with `name`: a method, a task, an augmenter.
 
@@ -141,6 +142,7 @@ def parse_choice(
         what: Name for messages, with its article: "a method".
         where: The key of the run file.
         shorthands: Common names of a choice with some setting (DoRA): its `name` and that setting.
+        also_called: Choices by other names that people use; a message leads from these to the choice.
 
     Raises:
         ConfigError: There is no such choice or setting; the message names the nearest.
@@ -161,7 +163,8 @@ def parse_choice(
         values = {**shorthands[name], **values}
         name = str(values.pop("name"))
     if name not in choices:
-        hint = did_you_mean(name, [*choices, *shorthands], listed)
+        known = (also_called or {}).get(name.casefold().replace(" ", "-"))
+        hint = f"did you mean `{known}`? {listed}" if known else did_you_mean(name, [*choices, *shorthands], listed)
         raise ConfigError(f"there is no {kind} `{name}`", where=where, hint=hint)
     return parse_settings(choices[name], values, what=f"{kind} `{name}`", where=where)
 

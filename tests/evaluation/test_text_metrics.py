@@ -16,7 +16,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from graftwerk.errors import ResourceError
 from graftwerk.evaluation import metrics, text_metrics
-from graftwerk.evaluation.metrics import METRICS, metrics_of, packages_of, require_packages, same_rows, statistic_of
+from graftwerk.evaluation.metrics import METRICS, metrics_of, packages_of, require_packages, statistic_of
 from graftwerk.evaluation.results_io import load_evaluation, store_evaluation
 from graftwerk.evaluation.text_metrics import UnicodeWords
 from graftwerk.experiments.significance import in_words, margin_of, recommend, verdict
@@ -296,18 +296,18 @@ def test_shown_keeps_points_and_scales_shares_to_percent() -> None:
 def test_same_rows_compares_references_and_token_counts() -> None:
     one, other = made(), made()
     assert one.references is not other.references
-    assert same_rows(one, replace(other, texts=None)), "read from two files, answered differently"
-    assert not same_rows(one, replace(other, tokens=other.tokens + 1))
+    assert one.same_rows(replace(other, texts=None)), "read from two files, answered differently"
+    assert not one.same_rows(replace(other, tokens=other.tokens + 1))
     assert other.references is not None
-    assert not same_rows(one, replace(other, references=("another", *other.references[1:])))
-    assert not same_rows(one, ClassPredictions(None, np.ones((24, 2)), None))
+    assert not one.same_rows(replace(other, references=("another", *other.references[1:])))
+    assert not one.same_rows(ClassPredictions(None, np.ones((24, 2)), None))
     few, many = (
         ClassPredictions(None, np.ones((3, 2)), np.array([0, 1, 1])),
         ClassPredictions(None, np.ones((3, 4)), None),
     )
-    assert same_rows(few, replace(few, targets=np.array([0, 1, 1])))
-    assert not same_rows(few, replace(few, targets=np.array([0, 1, 0])))
-    assert not same_rows(few, replace(many, targets=few.targets))
+    assert few.same_rows(replace(few, targets=np.array([0, 1, 1])))
+    assert not few.same_rows(replace(few, targets=np.array([0, 1, 0])))
+    assert not few.same_rows(replace(many, targets=few.targets))
 
 
 def test_verdict_lower_perplexity_is_better() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftwerk.errors import ConfigError
+from graftwerk.evaluation.metrics import METRICS
 from graftwerk.evaluation.paired_bootstrap import Difference
 from graftwerk.experiments.significance import (
     apart,
@@ -17,7 +18,6 @@ from graftwerk.experiments.significance import (
     in_words,
     pareto_front,
     recommend,
-    signed,
     turned,
     verdict,
 )
@@ -53,7 +53,8 @@ def test_verdict_interval_touching_zero_is_no_difference() -> None:
 
 
 def test_signed_uses_plus_and_minus_signs() -> None:
-    assert [signed(x) for x in (1.25, -1.25, 0.01, -0.01, 0.0)] == ["+1.2", "−1.2", "0.0", "0.0", "0.0"]
+    shown = [METRICS["bleu"].text(x, signed=True) for x in (1.25, -1.25, 0.01, -0.01, 0.0)]
+    assert shown == ["+1.2", "−1.2", "0.0", "0.0", "0.0"]
 
 
 def test_between_returns_difference_in_either_order() -> None:

@@ -98,12 +98,17 @@ def _figure(name: str, measured: Any) -> tuple[str, str]:
     from graftwerk.evaluation.metrics import METRICS
 
     known = METRICS.get(name)
-    if known is None or known.cells or name == "roc_auc" or not isinstance(measured, dict):
+    if (
+        known is None
+        or known.cells
+        or name == "roc_auc"
+        or known.unit == "correlation"
+        or not isinstance(measured, dict)
+    ):
         return figure(measured)
     ending = " %" if known.unit == "share" else ""
     value, low, high = (
-        None if measured.get(part) is None else f"{known.scale * measured[part]:.1f}"
-        for part in ("value", "low", "high")
+        None if measured.get(part) is None else known.text(measured[part]) for part in ("value", "low", "high")
     )
     return DASH if value is None else value + ending, "" if low is None or high is None else f"{low} to {high}{ending}"
 

@@ -17,6 +17,9 @@ from graftwerk.errors import ConfigError
 
 Answer = dict[str, Any]
 
+TEXTS = ("text", "text_pair", "anchor", "positive")
+"""Fields of an answer that show what was asked."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command `predict` to the app."""
@@ -62,9 +65,9 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Answer texts, or every row of a file, with a trained adapter.
 
-        One line each, in order, separated by tabs: the label, its probability, the text; of a task that writes, the
-        answer alone (a line for each of several). A row that cannot be answered (an empty cell, a broken line) has an
-        empty answer, and is counted.
+        One line each, in order, separated by tabs: the label and its probability, the labels, the score or the
+        entities, then the text; of a task that writes, the answer alone (a line for each of several). A row that cannot
+        be answered (an empty cell, a broken line) has an empty answer, and is counted.
         """
         if texts == ["-"] and not data:
             texts, data = None, "-"
@@ -117,8 +120,9 @@ def _rows(out: Output, target: str, data: str, options: Answer) -> Result:
             if out.as_json:
                 answers.append({key: value for key, value in answer.items() if key != "reason" or value is not None})
             else:
-                parts = [answer.get(part, own.get(part)) for part in ("text", "text_pair")]
-                _show(out, answer, [str(part) for part in parts if part is not None])
+                parts = [answer.get(part, own.get(part)) for part in TEXTS]
+                shown = [str(part) for part in parts if part is not None]
+                _show(out, answer, shown or [" ".join(answer.get("tokens", ()))])
     _warn(out, stream.notes)
     return {"predictions": answers, "notes": stream.notes}
 
@@ -153,12 +157,25 @@ def _show(out: Output, answer: Answer, texts: list[str]) -> None:
         several = answer["output"] if isinstance(answer["output"], list) else [answer["output"]]
         for one in several:
             out.answer(printable(one))
-    elif "label" in answer:
-        out.answer(f"{printable(answer['label'])}\t{max(answer['scores'].values()):.3f}\t{text}")
-    else:
+    elif answer.get("reason") is not None:
         out.answer(f"\t\t{text}".rstrip())
+    else:
+        out.answer("\t".join([*_cells(answer), text]))
 
 
 def _warn(out: Output, notes: list[str]) -> None:
     for note in notes:
         out.warn(f"note: {note}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return an answer as the first columns of its line."""
+    if "label" in row:
+        return [printable(row["label"]), f"{max(row['scores'].values()):.3f}"]
+    if "entities" in row:
+        return [printable("; ".join(f"{each['label']}: {each['text']}" for each in row["entities"])) or "-"]
+    if "labels" in row:
+        return [printable(", ".join(row["labels"])) or "-"]
+    if "embedding" in row:
+        return [" ".join(f"{value:.6g}" for value in row["embedding"])]
+    return [f"{row['score']:.4g}" if "score" in row else f"{row['similarity']:.4f}"]

@@ -61,7 +61,7 @@ def check_labels(
             if extra:
                 raise AdapterError(
                     f"the {split} rows have {_classes(extra)} that the adapter was not trained for",
-                    where=f"rows: {_listed(label_names(list(labels)))}; adapter: {_listed(known)}",
+                    where=f"rows: {listed(label_names(list(labels)))}; adapter: {listed(known)}",
                     hint="use rows with the adapter's classes, or train a new adapter",
                 )
         return tuple(known), _absent_classes(counts, known)
@@ -78,10 +78,10 @@ def check_labels(
         if extra:
             raise DataError(
                 f"the {split} rows have {_classes(extra)} that no training row has",
-                where=f"train: {_listed(names)}; {split}: {_listed(label_names(list(labels)))}",
-                hint="give both the same classes (spelling and case count), or remove those rows",
+                where=f"train: {listed(names)}; {split}: {listed(label_names(list(labels)))}",
+                hint=other_task(train) or "give both the same classes (spelling and case count), or remove those rows",
             )
-    said = _spellings(names) + _missing(train) + _many(train) + _single_rows(train) + _skew(train)
+    said = spellings(names) + _missing(train) + _many(train) + _single_rows(train) + _skew(train)
     return names, said + _absent_classes(counts, names)
 
 
@@ -120,20 +120,36 @@ def missing_texts(split: str, found: Counter[str], rows: int) -> tuple[Issue, ..
     return (Issue("missing-values", message, found.total(), hint="leave these rows out, or give their text"),)
 
 
+def other_task(labels: Counter[str]) -> str | None:
+    """Return what leads to the task that the answers look to be of, or None if they look like classes."""
+    lists = [name for name in labels if name.startswith("[") and name.endswith("]")]
+    if 2 * len(lists) > len(labels):
+        return "this looks like several labels a row: task=multilabel, columns: {labels: ...}"
+    if len(labels) <= MOST_SCORES or not all(_NUMBER.fullmatch(name) for name in labels):
+        return None
+    if len(labels) < MANY_CLASSES and all(_INTEGER.fullmatch(_spelt(name)) for name in labels):
+        return None  # numbered classes are nothing rare
+    return "this looks like regression: task=regression, columns: {score: ...}"
+
+
 def _many(labels: Counter[str]) -> tuple[Issue, ...]:
-    """Return issues of labels that look like scores, or of more classes than the rows can teach."""
+    """Return issues of labels that look like scores or lists, or of more classes than the rows can teach."""
+    rows, other = labels.total(), other_task(labels)
+    if other is not None and "multilabel" in other:
+        said = f"{next(name for name in labels if name.startswith('['))!r:.60} is a list, and is learnt"
+        return (Issue("many-classes", f"{said} as a class of its own", rows, hint=other, grave=True),)
     fractions = [name for name in labels if _NUMBER.fullmatch(name) and not _INTEGER.fullmatch(_spelt(name))]
-    rows = labels.total()
     if fractions and all(_NUMBER.fullmatch(name) for name in labels):
         said = f"all {len(labels):,} classes are numbers, {fractions[0]} among them, as scores are: each is learnt"
-        hint = "round them to a few classes; there is no task here that learns numbers"
+        hint = f"{other or 'if they are amounts: task=regression'}; or round them to a few classes"
         return (
             Issue("many-classes", f"{said} as a class of its own", rows, hint=hint, grave=len(labels) > MOST_SCORES),
         )
     if len(labels) < MANY_CLASSES or rows >= FEW_ROWS * len(labels):
         return ()
     message = f"there are {len(labels):,} classes and {rows:,} training rows: {rows / len(labels):.1f} for each"
-    return (Issue("many-classes", message, rows, hint="give more rows, or put classes together"),)
+    hint = "; or ".join(filter(None, [other, "give more rows, or put classes together"]))
+    return (Issue("many-classes", message, rows, hint=hint),)
 
 
 def _skew(labels: Counter[str]) -> tuple[Issue, ...]:
@@ -156,7 +172,8 @@ def _skew(labels: Counter[str]) -> tuple[Issue, ...]:
     )
 
 
-def _spellings(names: Sequence[str]) -> tuple[Issue, ...]:
+def spellings(names: Sequence[str]) -> tuple[Issue, ...]:
+    """Return an issue if some names differ only in how they are written."""
     folded: dict[str, list[str]] = defaultdict(list)
     for name in names:
         folded[_spelt(name)].append(name)
@@ -185,7 +202,7 @@ def _single_rows(labels: Counter[str]) -> tuple[Issue, ...]:
             "rare-classes",
             f"{len(rare):,} of {len(labels):,} classes have a single training row",
             len(rare),
-            example=_listed(rare),
+            example=listed(rare),
             hint="is `data.columns.label` the right column?"
             if every
             else "add rows of these classes, or leave them out",
@@ -200,7 +217,7 @@ def _absent_classes(used: Mapping[str, Counter[str]], names: Sequence[str]) -> t
         absent = [name for name in names if name not in labels] if labels else []
         if absent:
             message = f"the {split} rows have none of {_classes(absent)}: no metric will say anything about them"
-            findings.append(Issue("absent-classes", message, 0, example=_listed(absent), hint=f"use more {split} rows"))
+            findings.append(Issue("absent-classes", message, 0, example=listed(absent), hint=f"use more {split} rows"))
     return tuple(findings)
 
 
@@ -334,10 +351,11 @@ def check_cut(
 
 
 def _classes(names: Sequence[str]) -> str:
-    return f"the class {names[0]!r}" if len(names) == 1 else f"{len(names)} classes ({_listed(names)})"
+    return f"the class {names[0]!r}" if len(names) == 1 else f"{len(names)} classes ({listed(names)})"
 
 
-def _listed(names: Sequence[str], shown: int = 20) -> str:
+def listed(names: Sequence[str], shown: int = 20) -> str:
+    """Return names for a message, the first ones if there are many."""
     return ", ".join(names[:shown]) + (f", and {len(names) - shown:,} more" if len(names) > shown else "")
 
 

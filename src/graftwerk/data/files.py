@@ -20,6 +20,7 @@ from graftwerk.data.parsers import (
     Fault,
     Found,
     bad_characters,
+    conll_rows,
     delimited_rows,
     json_kind,
     jsonl_rows,
@@ -330,6 +331,15 @@ def _read_text(path: Path, table: Table, form: TextForm) -> None:
     _fill(table, columns, rows_of_text(lines, columns, documents=form.rows == "document", fault=fault))
 
 
+# words and tags
+
+
+def _read_conll(path: Path, table: Table, form: TextForm) -> None:
+    text, fault, _ = _text_and_fault(path, table, form)
+    columns: dict[str, None] = {}
+    _fill(table, columns, conll_rows(io.StringIO(text, newline="\n"), columns, fault=fault))
+
+
 READERS: dict[str, Callable[[Path, Table, TextForm], None]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
@@ -338,5 +348,8 @@ READERS: dict[str, Callable[[Path, Table, TextForm], None]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".txt": _read_text,
+    ".conll": _read_conll,
+    ".bio": _read_conll,
+    ".iob": _read_conll,
 }
 """What each ending is read by: the only list of formats."""

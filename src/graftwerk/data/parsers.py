@@ -217,3 +217,32 @@ def bare(line: str) -> str:
     feeds, U+2028) would shift one side of a pair against the other.
     """
     return line.removesuffix("\n").removesuffix("\r")
+
+
+# words and tags, one word a line
+
+
+def conll_rows(lines: Iterable[str], columns: dict[str, None], *, fault: Fault) -> Found:
+    """Yield the sentences of a CoNLL file: a word a line, its tag in the last field, a blank line between sentences.
+
+    Args:
+        lines: Ended by line feeds alone, with them or without. Fields are separated by tabs or blanks; lines that begin
+            with `-DOCSTART-` are left out.
+        columns: Filled with ``tokens``, and ``tags`` if any word has one.
+        fault: Function from a text to what is wrong with its characters, or to None.
+    """
+    columns["tokens"] = None
+    for first, sentence in _documents(line for line in lines):
+        rows = [line.split("\t") if "\t" in line else line.split() for line in sentence.split("\n")]
+        rows = [fields for fields in rows if not fields[0].startswith("-DOCSTART-")]
+        if not rows:
+            continue
+        reason = fault(sentence)
+        widths = {len(fields) for fields in rows}
+        if reason is None and len(widths) > 1:
+            reason = f"has a sentence with {' and '.join(map(str, sorted(widths)))} fields a line"
+        row = {"tokens": [fields[0].strip() for fields in rows]}
+        if widths != {1}:
+            columns["tags"] = None
+            row["tags"] = [fields[-1].strip() for fields in rows]
+        yield first, row if reason is None else reason

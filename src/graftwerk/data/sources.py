@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -24,6 +24,25 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
 
 Scalar = str | int | float | bool
 Filter = Mapping[str, Scalar | list[Scalar]]
+
+
+TASKS_BY_COLUMNS: tuple[tuple[frozenset[str], str], ...] = tuple(
+    (frozenset(parts.split()), task)
+    for parts, task in (
+        ("tokens tags", "token-classification"),
+        ("text spans", "token-classification"),
+        ("anchor positive", "similarity"),
+        ("text text_pair score", "similarity, or regression"),
+        ("text labels", "multilabel"),
+        ("text score", "regression"),
+        ("text label", "classification"),
+        ("document summary", "summarization"),
+        ("source target", "translation"),
+        ("messages", "instruction"),
+        ("instruction output", "instruction"),
+    )
+)
+"""The columns that only one task has, for messages to somebody who named another."""
 
 
 def read_rows(
@@ -232,9 +251,17 @@ def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
             listed = f"It has: {', '.join(table.columns)}; {other}"
             if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
                 hint = f"the fields are not separated by what stands between them: `data.delimiter` names it. {listed}"
+            elif key == "columns" and (task := task_of(table.columns, wanted)) is not None:
+                hint = f"these columns are those of another task: task={task}. {listed}"
             else:
                 hint = did_you_mean(column, table.columns, listed)
             raise ConfigError(f"{table.source} has no column `{column}`", where=f"data.{key}", hint=hint)
+
+
+def task_of(columns: Collection[str], wanted: Collection[str]) -> str | None:
+    """Return the task whose rows have these columns, or None if none is sure or it is the one with the wanted parts."""
+    found = next(((parts, task) for parts, task in TASKS_BY_COLUMNS if parts <= set(columns)), None)
+    return None if found is None or found[0] <= set(wanted) else found[1]
 
 
 def _passes(row: Mapping[str, Any], wanted: Mapping[str, list[Scalar]], met: set[tuple[str, int]]) -> bool:

@@ -145,7 +145,7 @@ def evaluate(
     result: dict[str, Any] = {
         "metrics": metrics,
         "metrics_by_set": metrics_by_set(predictions, **options),
-        "rows": len(examples),
+        "rows": predictions.rows,
         "split": split,
         "loss": predictions.loss,
         "labels": list(opened.labels),
@@ -250,11 +250,12 @@ def predict(
     predictions = answer_examples(
         opened,
         examples,
+        rows,
         batch_size=batch_size or opened.eval_batch_size,
         on_progress=on_progress,
         say=said.append,
     )
-    if data is not None:
+    if data is not None and len(examples) == len(rows):
         sources = [shown_input(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
     return {"predictions": predictions, "notes": said + truncation_notes(opened, examples)}
@@ -294,6 +295,7 @@ def with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> L
 def answer_examples(
     opened: LoadedAdapter,
     examples: Sequence[Example],
+    rows: Sequence[Row],
     *,
     batch_size: int,
     on_progress: Progress | None = None,
@@ -303,7 +305,8 @@ def answer_examples(
 
     Args:
         opened: The loaded adapter.
-        examples: Encoded rows.
+        examples: Encoded rows, perhaps several of a row.
+        rows: The rows.
         batch_size: Rows per forward pass.
         on_progress: Called with (rows done, rows in all).
         say: Called with each note on how answers were generated.
@@ -328,14 +331,14 @@ def answer_examples(
     answers = opened.task.decoder.format_predictions(found, opened.labels or None)
     if written is not None and opened.evaluation.num_return_sequences > 1:
         answers = [{**answer, "output": texts} for answer, texts in zip(answers, written, strict=True)]
-    return answers
+    return [opened.task.completed(answer, row) for answer, row in zip(answers, rows, strict=True)]
 
 
 def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]:
     """Return the input that is shown beside the answer to a file's row: its source, or its text."""
     if isinstance(task, TextTask):
         return {"source": task.decoder.source(example)}
-    return {part: str(row[part]) for part in ("text", "text_pair") if part in row}
+    return {part: str(row[part]) for part in ("text", "text_pair", "anchor", "positive") if part in row}
 
 
 def _texts(

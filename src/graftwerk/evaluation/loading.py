@@ -27,6 +27,7 @@ from graftwerk.serialization.untrusted_files import read_sealed
 from graftwerk.serialization.weight_files import read_headers
 from graftwerk.tasks import dataset_cache as kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
+from graftwerk.tasks.regression import Regression
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 BATCH, MOST_ROWS = 64, 1024
 """Rows of a forward pass: if nobody says how many, and the most that a foreign folder may ask for."""
 MANIFEST, CONFIG, ADAPTER = "manifest.json", "config.yaml", "adapter"
+PEFT_TASKS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification"}
+"""Tasks of adapters that nothing but PEFT's `task_type` speaks of."""
 HEADS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
 
@@ -192,9 +195,12 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     task = _task(info, own).for_model(architecture)
     tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
+    task = task.with_labels(splits.labels or ())
     set_threads()
     device = best_device()
     dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
+    if isinstance(task, Regression):  # answers in the units of the rows: other types would round them
+        dtype = torch.float32
     base = load_model(name, task, splits, revision=revision)
     fix_padding(base, tokenizer)
     load_adapter(base, info.folder, force=force, filled=newly_initialised(base) if found.manifest else ())
@@ -252,12 +258,12 @@ def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:
         return parse_task(own["task_settings"])
     if isinstance(own.get("task"), str):
         return parse_task(own["task"])
-    if info.config.get("task_type") == "SEQ_CLS":
-        return parse_task("classification")
+    if (kind := str(info.config.get("task_type"))) in PEFT_TASKS:
+        return parse_task(PEFT_TASKS[kind])
     raise UnsupportedError(
         f"the adapter does not say what task it is for (task_type: {json.dumps(info.config.get('task_type'))})",
         where=str(info.folder / CONFIG_FILE),
-        hint="adapters for classification (SEQ_CLS) can be evaluated",
+        hint=f"adapters of {', '.join(f'{kind} ({name})' for kind, name in PEFT_TASKS.items())} can be evaluated",
     )
 
 

@@ -19,7 +19,8 @@ class Metric:
 
     Attributes:
         title: Name for display.
-        unit: ``share`` (0 to 1), ``points`` (0 to 100), ``tokens``, or ``nats`` (perplexity: their exponential).
+        unit: ``share`` (0 to 1), ``points`` (0 to 100), ``correlation`` (-1 to 1), ``score`` (the unit of the rows'
+            numbers), ``tokens``, or ``nats`` (perplexity: their exponential).
         higher: True if higher is better, False if lower is better, or None if neither is.
         value: Function from predictions to the value over all rows, or to None if it is undefined on them.
         statistic: Function from predictions to the metric as a function of row weights (R, n).
@@ -32,7 +33,7 @@ class Metric:
     """
 
     title: str
-    unit: Literal["share", "points", "tokens", "nats"]
+    unit: Literal["share", "points", "correlation", "score", "tokens", "nats"]
     higher: bool | None
     value: Callable[[Any], float | None]
     statistic: Callable[[Any], Statistic]
@@ -45,13 +46,30 @@ class Metric:
 
     @property
     def scale(self) -> float:
-        """Return the factor for display: 100 for shares, which are shown in percent, 1 for all else."""
-        return 100.0 if self.unit == "share" else 1.0
+        """Return the factor for display: 100 for shares, which are shown in percent, and correlations, else 1."""
+        return 100.0 if self.unit in ("share", "correlation") else 1.0
 
     @property
     def words(self) -> str:
         """Return the unit of a difference for display, with a leading space, or "" if it has none."""
-        return {"share": " points", "points": " points", "tokens": " words", "nats": ""}[self.unit]
+        return {"share": " points", "points": " points", "correlation": " points", "tokens": " words"}.get(
+            self.unit, ""
+        )
+
+    def text(self, value: float, *, signed: bool = False) -> str:
+        """Format a value or a difference for display, at the metric's scale.
+
+        Args:
+            value: The value.
+            signed: True for a difference: with its sign, a true minus, and no -0.0.
+        """
+        shown = abs(value) if signed else value
+        text = f"{self.scale * shown:.1f}"
+        if self.unit == "score":
+            text = f"{shown:,.0f}" if abs(shown) >= 1000 else f"{shown:.3g}"
+        if not signed or not text.strip("0."):
+            return text
+        return f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"
 
     def better(self, value: float, other: float) -> float:
         """Return by how much a value is better than another; negative if it is worse."""
@@ -60,7 +78,8 @@ class Metric:
     @property
     def bounds(self) -> tuple[float, float]:
         """Return the least and the greatest value that the metric can have."""
-        return {"share": (0.0, 1.0), "points": (0.0, 100.0)}.get(self.unit, (0.0, math.inf))
+        known = {"share": (0.0, 1.0), "points": (0.0, 100.0), "correlation": (-1.0, 1.0)}
+        return known.get(self.unit, (0.0, math.inf))
 
 
 def names_in(predictions: Predictions) -> list[str]:

@@ -10,20 +10,44 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError, ResourceError
-from graftwerk.evaluation import class_metrics, text_metrics
+from graftwerk.evaluation import class_metrics, label_metrics, rank_metrics, score_metrics, tag_metrics, text_metrics
 from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
 from graftwerk.evaluation.metric import Metric, over_sets
 from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
-from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+from graftwerk.tasks.predictions import (
+    ClassPredictions,
+    LabelPredictions,
+    Predictions,
+    ScorePredictions,
+    TextPredictions,
+)
+from graftwerk.tasks.tag_predictions import TagPredictions
+from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
 
 def _of_classes(predictions: Predictions) -> bool:
     return isinstance(predictions, ClassPredictions)
+
+
+def _of_scores(predictions: Predictions) -> bool:
+    of_pairs = isinstance(predictions, SimilarityPredictions) and predictions.targets is not None
+    return of_pairs or isinstance(predictions, ScorePredictions)
+
+
+def _of_ranks(predictions: Predictions) -> bool:
+    return isinstance(predictions, SimilarityPredictions) and predictions.targets is None
+
+
+def _of_labels(predictions: Predictions) -> bool:
+    return isinstance(predictions, LabelPredictions)
+
+
+def _of_tags(predictions: Predictions) -> bool:
+    return isinstance(predictions, TagPredictions)
 
 
 def _of_likelihoods(predictions: Predictions) -> bool:
@@ -150,6 +174,47 @@ METRICS: dict[str, Metric] = {
         text_metrics.length_statistic,
         _of_texts,
     ),
+    "pearson": Metric(
+        "Pearson", "correlation", True, score_metrics.pearson, score_metrics.pearson_statistic, _of_scores
+    ),
+    "spearman": Metric(
+        "Spearman", "correlation", True, score_metrics.spearman, score_metrics.spearman_statistic, _of_scores
+    ),
+    "rmse": Metric("RMSE", "score", False, score_metrics.rmse, score_metrics.rmse_statistic, _of_scores),
+    "mae": Metric("MAE", "score", False, score_metrics.mae, score_metrics.mae_statistic, _of_scores),
+    "f1_micro": Metric("micro F1", "share", True, label_metrics.f1_micro, label_metrics.f1_micro_statistic, _of_labels),
+    "f1_labels": Metric(
+        "macro F1 over labels", "share", True, label_metrics.f1_labels, label_metrics.f1_labels_statistic, _of_labels
+    ),
+    "average_precision": Metric(
+        "average precision",
+        "share",
+        True,
+        label_metrics.average_precision,
+        label_metrics.average_precision_statistic,
+        _of_labels,
+    ),
+    "entity_f1": Metric("entity F1", "share", True, tag_metrics.entity_f1, tag_metrics.entity_f1_statistic, _of_tags),
+    "entity_precision": Metric(
+        "entity precision", "share", True, tag_metrics.precision, tag_metrics.precision_statistic, _of_tags
+    ),
+    "entity_recall": Metric("entity recall", "share", True, tag_metrics.recall, tag_metrics.recall_statistic, _of_tags),
+    "entity_f1_macro": Metric(
+        "macro entity F1", "share", True, tag_metrics.macro_f1, tag_metrics.macro_f1_statistic, _of_tags
+    ),
+    "word_accuracy": Metric(
+        "word accuracy", "share", True, tag_metrics.word_accuracy, tag_metrics.word_accuracy_statistic, _of_tags
+    ),
+    "recall_at_1": Metric("recall at 1", "share", True, *rank_metrics.recall(1), _of_ranks),
+    "recall_at_10": Metric("recall at 10", "share", True, *rank_metrics.recall(10), _of_ranks),
+    "reciprocal_rank": Metric(
+        "mean reciprocal rank",
+        "share",
+        True,
+        rank_metrics.reciprocal_rank,
+        rank_metrics.reciprocal_rank_statistic,
+        _of_ranks,
+    ),
 }
 METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
 
@@ -241,24 +306,22 @@ def check(predictions: Predictions, labels: Sequence[str] | None = None) -> None
     """
     if predictions.rows == 0:
         raise DataError("there are no rows to measure on", hint="hold out rows with data.validation or data.test")
+    if not predictions.measurable:
+        raise DataError(
+            "the rows have no labels, so nothing can be measured on them", hint="give rows with a label column"
+        )
     if isinstance(predictions, ClassPredictions):
-        if predictions.targets is None:
-            raise DataError(
-                "the rows have no labels, so nothing can be measured on them", hint="give rows with a label column"
-            )
+        assert predictions.targets is not None
         shape, rows = predictions.scores.shape, len(predictions.targets)
         if len(shape) != 2 or shape[0] != rows or (labels is not None and shape[1] != len(labels)):
             raise ModelError(
                 f"scores of shape {shape} do not fit {rows} rows"
                 + (f" and {len(labels)} labels" if labels is not None else "")
             )
-        bad = int((~np.isfinite(predictions.scores)).any(axis=1).sum())
-    else:
-        assert isinstance(predictions, TextPredictions)
-        rows, bad = predictions.rows, int((~np.isfinite(predictions.nll)).sum())
-    if bad:
+    if bad := predictions.bad_rows:
         raise ModelError(
-            f"the model's scores are not finite on {bad} of {rows} rows", hint="the run has diverged; train again"
+            f"the model's scores are not finite on {bad} of {predictions.rows} rows",
+            hint="the run has diverged; train again",
         )
 
 
@@ -276,19 +339,6 @@ def statistic_of(metric: str, predictions: Predictions) -> Statistic:
     if metric not in METRICS:
         raise ModelError(f"there is no metric `{metric}`", hint=f"there are: {', '.join(METRICS)}")
     return METRICS[metric].statistic(predictions)
-
-
-def same_rows(a: Predictions, b: Predictions) -> bool:
-    """Return True if two sets of predictions are of the same rows, as far as their targets tell."""
-    if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
-        return np.array_equal(_ids(a.targets), _ids(b.targets)) and a.scores.shape == b.scores.shape
-    if isinstance(a, TextPredictions) and isinstance(b, TextPredictions):
-        return a.references == b.references and np.array_equal(a.tokens, b.tokens)
-    return False
-
-
-def _ids(targets: Any) -> Ints:
-    return np.asarray([] if targets is None else targets).astype(np.int64)
 
 
 def _undefined(predictions: Predictions, labels: Sequence[str] | None) -> str:
@@ -309,7 +359,7 @@ def row_effect(metric: str, predictions: Predictions) -> float:
     """
     known = METRICS[metric]
     least, most = known.bounds
-    if math.isinf(most):
+    if math.isinf(most) or known.unit == "correlation":
         return 0.0
     groups: Ints = np.array([predictions.rows], dtype=np.int64)
     if known.by_class and isinstance(predictions, ClassPredictions):

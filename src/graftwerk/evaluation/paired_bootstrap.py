@@ -23,10 +23,10 @@ import numpy as np
 
 from graftwerk.errors import DataError
 from graftwerk.evaluation.bootstrap import Floats, Ints, draw_counts
-from graftwerk.evaluation.metrics import METRICS, check, point, row_effect, same_rows, statistic_of
+from graftwerk.evaluation.metrics import METRICS, check, point, row_effect, statistic_of
 from graftwerk.evaluation.row_interval import MetricValue, enough_draws, interval_over_rows
 from graftwerk.evaluation.simultaneous import Components, Pairs, components, student
-from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+from graftwerk.tasks.predictions import Predictions
 
 Runs = Mapping[int, Predictions]
 """A method's predictions by training seed, all on the same rows."""
@@ -189,7 +189,7 @@ def joint_bootstrap(
     statistics, values = [], dict[str, dict[int, float]]()
     for name, seed_, own in runs:
         check(own)
-        if not same_rows(own, first):
+        if not own.same_rows(first):
             raise DataError(
                 f"`{name}` with seed {seed_} was measured on other rows than `{first_name}`",
                 hint="run the comparison again in an empty folder, so that all runs share their held-out rows",
@@ -204,20 +204,14 @@ def joint_bootstrap(
         np.stack([statistic(weights) for statistic in statistics], axis=1)
         for weights in draw_counts(np.ones(first.rows, dtype=np.int64), resamples, rng)
     ]
-    answers = [Counter(_answers(metric, own) for own in by_seed.values()) for by_seed in methods.values()]
+    answers = [
+        Counter(own.answers(metric, cells=METRICS[metric].cells) for own in by_seed.values())
+        for by_seed in methods.values()
+    ]
     alike = frozenset(pair for pair in combinations(range(len(answers)), 2) if answers[pair[0]] == answers[pair[1]])
     return JointBootstrap(
         tuple(methods), values, np.concatenate(blocks), row_effect(metric, first), alike, metric, seed
     )
-
-
-def _answers(metric: str, predictions: Predictions) -> object:
-    """Return the part of the predictions that a metric depends on, to compare with another run's for equality."""
-    if isinstance(predictions, ClassPredictions):
-        seen = predictions.scores.argmax(axis=1) if METRICS[metric].cells else predictions.scores
-        return seen.tobytes()
-    assert isinstance(predictions, TextPredictions)
-    return predictions.nll.tobytes() if predictions.texts is None or metric == "perplexity" else predictions.texts
 
 
 def paired_difference(

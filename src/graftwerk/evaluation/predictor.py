@@ -71,7 +71,7 @@ class Predictor:
         examples = self._loaded.encode(rows)
         self.notes = truncation_notes(self._loaded, examples)
         answers = answer_examples(
-            self._loaded, examples, batch_size=batch_size or self._loaded.eval_batch_size, say=self.notes.append
+            self._loaded, examples, rows, batch_size=batch_size or self._loaded.eval_batch_size, say=self.notes.append
         )
         return answers[0] if one else answers
 

@@ -10,20 +10,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from graftwerk.errors import IntegrityError
 from graftwerk.sanitize import dump_json, redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import checksum, read_sealed, read_tensors
-from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+from graftwerk.tasks.predictions import (
+    ClassPredictions,
+    LabelPredictions,
+    Predictions,
+    ScorePredictions,
+    TextPredictions,
+)
+from graftwerk.tasks.tag_predictions import TagPredictions
+from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
 TEXTS = ("texts", "references", "sources", "sets", "languages")
 FORMAT = 1
+KINDS: tuple[type[Predictions], ...] = (
+    ClassPredictions,
+    ScorePredictions,
+    LabelPredictions,
+    TagPredictions,
+    SimilarityPredictions,
+)
+"""Kinds of predictions that tensors alone hold."""
 
 
 def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictions: Predictions) -> None:
@@ -34,7 +47,7 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
     """
     from safetensors.numpy import save
 
-    write_file(run / PREDICTIONS, save(_tensors(predictions), {"format": "np"}), own=True)
+    write_file(run / PREDICTIONS, save(predictions.tensors(), {"format": "np"}), own=True)
     if isinstance(predictions, TextPredictions):
         columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
         lines = [dump_json(dict(zip(columns, row, strict=True))) for row in _rows(columns)]
@@ -73,8 +86,12 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
     if not (run / PREDICTIONS).is_file() or kept.get("predictions") != checksum(run / PREDICTIONS):
         return None
     tensors = {name: tensor.numpy() for name, tensor in read_tensors(run / PREDICTIONS).items()}
-    if "scores" in tensors:
-        return kept, ClassPredictions(kept.get("loss"), tensors["scores"], tensors.get("targets"))
+    kind = next((kind for kind in KINDS if kind.key in tensors), None)
+    try:
+        if kind is not None:
+            return kept, kind.from_tensors(kept.get("loss"), tensors, kept.get("labels") or ())
+    except (KeyError, TypeError, ValueError):
+        kind = None
     if not {"nll", "tokens"} <= tensors.keys():
         raise IntegrityError(f"{PREDICTIONS} holds no scores", where=str(run))
     if not (run / ANSWERS).is_file() or kept.get("answers") != checksum(run / ANSWERS):
@@ -85,19 +102,6 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
     except (ValueError, TypeError, KeyError):
         raise IntegrityError(f"{ANSWERS} holds no answers", where=str(run)) from None
     return kept, TextPredictions(kept.get("loss"), tensors["nll"], tensors["tokens"], **columns)
-
-
-def _tensors(predictions: Predictions) -> dict[str, NDArray[Any]]:
-    if isinstance(predictions, TextPredictions):
-        return {
-            "nll": np.ascontiguousarray(predictions.nll, dtype=np.float64),
-            "tokens": np.ascontiguousarray(predictions.tokens, dtype=np.int64),
-        }
-    assert isinstance(predictions, ClassPredictions)
-    tensors: dict[str, NDArray[Any]] = {"scores": np.ascontiguousarray(predictions.scores, dtype=np.float64)}
-    if predictions.targets is not None:
-        tensors["targets"] = np.ascontiguousarray(predictions.targets, dtype=np.int64)
-    return tensors
 
 
 def _rows(columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:

@@ -28,7 +28,7 @@ def said_of(data: str | None) -> Iterator[None]:
             error.what = error.what.replace("the train rows", f"the rows of {data}")
             if error.where and _SETTLED.fullmatch(error.where):
                 error.where = data
-        if error.hint and _SETTLED.search(error.hint):
+        if error.hint and (_SETTLED.search(error.hint) or "another task: task=" in error.hint):
             error.hint = _taken(error.hint, data)
         raise
 

@@ -105,6 +105,7 @@ class Answerer:
         answers = answer_examples(
             self.opened,
             examples,
+            [usable[at] for at in asked],
             batch_size=self.batch_size,
             on_progress=None if on_progress is None else lambda done, _: on_progress(done),
             say=lambda text: self._said.setdefault(text),
@@ -168,14 +169,13 @@ class Answerer:
         try:
             return self.opened.encode(list(usable.values())), {}
         except DataError:
-            examples: list[Example] = []
             unfit: dict[int, str] = {}
             for at, row in usable.items():
                 try:
-                    examples += self.opened.encode([row])
+                    self.opened.encode([row])
                 except DataError as error:
                     unfit[at] = error.what
-            return examples, unfit
+            return self.opened.encode([row for at, row in usable.items() if at not in unfit]), unfit
 
 
 def chunks_of(source: Iterable[SourceRow | None], unit: int, *, eager: bool = False) -> Iterator[list[SourceRow]]:

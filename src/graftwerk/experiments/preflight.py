@@ -26,6 +26,7 @@ from graftwerk.training.augmented import planned
 from graftwerk.training.data_checks import first_batch
 from graftwerk.training.mode import check_checkpointing, check_compute_type
 from graftwerk.training.num_processes import check_processes
+from graftwerk.training.optim import default_rates
 from graftwerk.training.run_dir import read_manifest
 from graftwerk.training.setup import Prepared, prepare
 from graftwerk.training.stream import EncodedStream
@@ -63,7 +64,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     trunk = _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1))
     parameters = _counted(config.method, model)
     _check_model(config, prepared, model)
-    rate = config.method.default_learning_rate if training.learning_rate == "auto" else training.learning_rate
+    auto, _ = default_rates(config.method, prepared.task)
+    rate = auto if training.learning_rate == "auto" else training.learning_rate
     return {
         "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
         "task": config.task.name,
@@ -72,7 +74,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "fingerprint": splits.fingerprint,
             "rows": {name: len(examples) for name, examples in encoded.items()},
             "augmented_at_most": made,
-            "labels": _labels(splits),
+            "labels": _labels(splits, prepared.task),
             "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
             "truncated": {name: _truncated(rows) for name, rows in encoded.items()},
         },
@@ -184,15 +186,17 @@ def _counted(method: Method, model: Any) -> dict[str, Any]:
     return {"trained": own + head, "head": head, "total": total, "share": (own + head) / total}
 
 
-def _labels(splits: Splits) -> dict[str, dict[str, int]]:
+def _labels(splits: Splits, task: Task) -> dict[str, dict[str, int]]:
     """Return the number of rows of each label in each split, in the order of the label ids."""
     if splits.labels is None:
         return {}
     counted = {
-        name: Counter(row["label"] for row in rows)
+        name: Counter(label for row in rows for label in task.labels_in(row))
         for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
         if rows
     }
+    if not any(counted.values()):  # numbers have a name, and no kinds to be counted
+        return {}
     return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels}
 
 

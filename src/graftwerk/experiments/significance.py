@@ -37,7 +37,7 @@ Verdict = Literal["better", "worse", "no difference shown"]
 def margin_of(metric: str, best: float) -> float:
     """Return how far below the best a method always is near it, in the metric's own unit."""
     known = METRICS[metric]
-    return MARGIN / known.scale if known.unit in ("share", "points") else RELATIVE_MARGIN * abs(best)
+    return MARGIN / known.scale if known.words == " points" else RELATIVE_MARGIN * abs(best)
 
 
 def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
@@ -71,24 +71,13 @@ def in_words(difference: Difference, metric: str = "accuracy") -> str:
     """
     known = METRICS[metric]
     found = verdict(difference, metric)
-    if found == "no difference shown" and apart(difference):
-        value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
-        span = f"{signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
-        return f"{span} with one seed each, and another may reverse it"
     if found == "no difference shown":
-        value, low, high = (known.scale * difference[part] for part in ("value", "low", "high"))
-        return f"{found}: {signed(value)}{known.words} [{signed(low)}, {signed(high)}]"
+        value, low, high = (known.text(difference[part], signed=True) for part in ("value", "low", "high"))
+        span = f"{value}{known.words} [{low}, {high}]"
+        return f"{span} with one seed each, and another may reverse it" if apart(difference) else f"{found}: {span}"
     larger = difference if difference["low"] > 0 else turned(difference)
-    value, low, high = (known.scale * larger[part] for part in ("value", "low", "high"))
-    return f"{found} by {value:.1f}{known.words} [{low:.1f}, {high:.1f}]"
-
-
-def signed(value: float) -> str:
-    """Format a number with its sign, a true minus, and no -0.0."""
-    text = f"{abs(value):.1f}"
-    if float(text) == 0:
-        return text
-    return f"+{text}" if value > 0 else f"\N{MINUS SIGN}{text}"
+    value, low, high = (known.text(larger[part]) for part in ("value", "low", "high"))
+    return f"{found} by {value}{known.words} [{low}, {high}]"
 
 
 def turned(difference: Difference) -> Difference:
@@ -189,8 +178,10 @@ def recommend(
     reason = _reason(chosen, best, measured, candidates, differences, prefer, metric)
     cheaper = [m for m in level if m not in candidates and (m["cost"].get(prefer) or math.inf) < chosen["cost"][prefer]]
     if cheaper:
-        gaps = [known.scale * (method["figure"]["value"] - best["figure"]["value"]) for method in cheaper]
-        named = ", ".join(f"{method['name']} ({signed(gap)})" for method, gap in zip(cheaper, gaps, strict=True))
+        gaps = [method["figure"]["value"] - best["figure"]["value"] for method in cheaper]
+        named = ", ".join(
+            f"{method['name']} ({known.text(gap, signed=True)})" for method, gap in zip(cheaper, gaps, strict=True)
+        )
         reason += f"; cheaper in {COSTS[prefer]} and not shown to be worse, but not near the best mean: {named}"
     return {"method": chosen["name"], "reason": reason}
 
@@ -245,14 +236,13 @@ def _reason(
         return "the best mean; no difference to the others is shown"
     difference = between(differences, chosen["name"], best["name"])
     worst = difference["high"] if known.higher is False else -difference["low"]
-    value, worst = known.scale * difference["value"], known.scale * worst
     ratio = chosen["cost"][prefer] / best["cost"][prefer] if best["cost"].get(prefer) else None
     saving = f" with {_share(ratio)} of its {COSTS[prefer]}" if ratio is not None and ratio < 1 else ""
     if difference["low"] == difference["high"] == 0:
         return f"the same answers as {best['name']} on every row,{saving}"
     return (
-        f"{signed(value)}{known.words} against {best['name']}, the best mean, no difference shown{saving}; "
-        f"the interval allows it to be up to {worst:.1f}{known.words} worse"
+        f"{known.text(difference['value'], signed=True)}{known.words} against {best['name']}, the best mean, no "
+        f"difference shown{saving}; the interval allows it to be up to {known.text(worst)}{known.words} worse"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.significance import apart, between, one_seed, signed, turned, verdict
+from graftwerk.experiments.significance import apart, between, one_seed, turned, verdict
 from graftwerk.formatting import byte_size, duration, milliseconds, short_count
 from graftwerk.sanitize import clean
 
@@ -23,7 +23,10 @@ HEADINGS = (
     "ms/row 1",
     "ms/row 32",
 )
-HOW = {"share": " in percent", "points": " in points", "tokens": "", "nats": " (less is better)"}
+HOW = {
+    "share": " in percent", "points": " in points", "correlation": ", times 100,", "score": " (less is better)",
+    "tokens": "", "nats": " (less is better)",
+}  # fmt: skip
 """How a metric's values are to be read, by its unit."""
 DASH = "\N{EN DASH}"
 LEFT = frozenset({0, 3})
@@ -66,7 +69,7 @@ def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def shown(value: float | None, metric: str) -> str:
     """Format a value: a share in percent, BLEU and the like in points, perplexity unchanged; a dash for None."""
-    return DASH if value is None else f"{METRICS[metric].scale * value:.1f}"
+    return DASH if value is None else METRICS[metric].text(value)
 
 
 def against(differences: Sequence[Any], name: str, best: str, metric: str = "accuracy") -> str:
@@ -77,13 +80,13 @@ def against(differences: Sequence[Any], name: str, best: str, metric: str = "acc
     known, better = METRICS[metric], verdict(difference, metric) == "better"
     if apart(difference) and known.higher is False:
         difference = turned(difference)
-    low, value, high = (known.scale * difference[part] for part in ("low", "value", "high"))
-    span = f"{value:.1f} [{low:.1f}, {high:.1f}]"
+    low, value, high = (known.text(difference[part]) for part in ("low", "value", "high"))
+    span = f"{value} [{low}, {high}]"
     if better:
         return f"worse by {span}"
     if one_seed(difference) and apart(difference):
         return f"{'higher' if known.higher is False else 'lower'} by {span}, one seed"
-    return f"no difference shown ({signed(-value)})"
+    return f"no difference shown ({known.text(-difference['value'], signed=True)})"
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -97,14 +100,14 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     if result.get("resolution"):
         said.append(
             "With these rows and seeds, differences under about "
-            f"{known.scale * result['resolution']:.1f}{known.words} are not to be seen."
+            f"{known.text(result['resolution'])}{known.words} are not to be seen."
         )
     elif result.get("resolution") == 0:
         said.append(
             "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
         )
     if result.get("seed_spread") is not None:
-        spread = f"{known.scale * result['seed_spread']:.1f}{known.words}"
+        spread = f"{known.text(result['seed_spread'])}{known.words}"
         said.append(
             f"Seeds of one method differ with a standard deviation of {spread}, pooled; the intervals take it to be "
             "the same for every method, and are too narrow between methods whose own is far above it."

@@ -14,11 +14,22 @@ METRICS = {
     "accuracy": "accuracy", "f1_macro": "macro F1", "f1_weighted": "weighted F1", "roc_auc": "ROC-AUC",
     "exact_match": "exact match", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L",
     "rougeL_stemmed": "ROUGE-L, stemmed", "bleu": "BLEU", "chrf": "chrF", "perplexity": "perplexity",
-    "length": "words an answer",
+    "length": "words an answer", "pearson": "Pearson", "spearman": "Spearman", "rmse": "RMSE", "mae": "MAE",
+    "f1_micro": "micro F1", "f1_labels": "macro F1 over labels", "average_precision": "average precision",
+    "entity_f1": "entity F1", "entity_precision": "entity precision", "entity_recall": "entity recall",
+    "entity_f1_macro": "macro entity F1", "word_accuracy": "word accuracy", "recall_at_1": "recall at 1",
+    "recall_at_10": "recall at 10", "reciprocal_rank": "mean reciprocal rank",
 }  # fmt: skip
-NO_SHARES = {"bleu": " points", "chrf": " points", "perplexity": "", "length": " words"}
+NO_SHARES = {
+    "bleu": " points", "chrf": " points", "perplexity": "", "length": " words", "pearson": " points",
+    "spearman": " points", "rmse": "", "mae": "",
+}  # fmt: skip
 """Metrics that are not shares of one, and what their differences are counted in."""
-LESS_IS_BETTER = frozenset({"perplexity", "loss"})
+TIMES_100 = frozenset({"pearson", "spearman"})
+"""No shares, but shown times 100 like them."""
+OWN_UNIT = frozenset({"rmse", "mae"})
+"""In the unit of the rows' numbers, which may be of any size."""
+LESS_IS_BETTER = frozenset({"perplexity", "loss", "rmse", "mae"})
 
 
 def metric_name(metric: str) -> str:
@@ -44,7 +55,7 @@ def bare_percent(value: float | None) -> str:
 
 def scale(metric: str) -> float:
     """Return the factor for display of a metric: 100 for shares, which are shown in percent, else 1."""
-    return 1.0 if metric in NO_SHARES else 100.0
+    return 1.0 if metric in NO_SHARES and metric not in TIMES_100 else 100.0
 
 
 def unit(metric: str) -> str:
@@ -54,7 +65,13 @@ def unit(metric: str) -> str:
 
 def heading(metric: str) -> str:
     """Return a metric's name with its unit, for a column or an axis: `Accuracy, %`, `BLEU`."""
-    return title(metric_name(metric)) + ("" if metric in NO_SHARES else ", %")
+    ending = ", \N{MULTIPLICATION SIGN} 100" if metric in TIMES_100 else "" if metric in NO_SHARES else ", %"
+    return title(metric_name(metric)) + ending
+
+
+def least_span(metric: str) -> float:
+    """Return the least span of an axis: two points, or nothing for metrics in the unit of the rows' numbers."""
+    return 0.0 if metric in OWN_UNIT else 2 / scale(metric)
 
 
 def value_of(metric: str, value: float | None) -> str:
@@ -64,6 +81,8 @@ def value_of(metric: str, value: float | None) -> str:
 
 def bare(metric: str, value: float | None) -> str:
     """Format a value without the percent sign."""
+    if value is not None and metric in OWN_UNIT:
+        return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}").replace("-", MINUS)
     return DASH if value is None else _fixed(scale(metric) * value)
 
 
@@ -74,6 +93,8 @@ def interval_of(metric: str, figure: Any) -> str:
 
 def signed(metric: str, value: float | None) -> str:
     """Format a difference in the metric's own unit: +1.2, −0.4, 0.0."""
+    if value is not None and metric in OWN_UNIT:
+        return bare(metric, value) if value <= 0 else f"+{bare(metric, value)}"
     return signed_points(None if value is None else value * scale(metric) / 100)
 
 

@@ -109,10 +109,10 @@ def _chart(
     """The chart, and the methods whose names did not fit."""
     width, height, longest = SIZES[size]
     bounds = [bound for point in points for bound in (point.low, point.value, point.high) if bound is not None]
-    y = around(bounds, 0, 1, least=2 / numbers.scale(metric))
+    y = around(bounds, 0, 1, least=numbers.least_span(metric))
     frame = Frame.around(width, height, [_tick(tick, y, metric) for tick in y.ticks(6)])
     inner = frame.inner
-    y = around(bounds, inner.bottom, inner.top, least=2 / numbers.scale(metric))
+    y = around(bounds, inner.bottom, inner.top, least=numbers.least_span(metric))
     x = _scale(points, cost, inner)
     middles = dict(zip([p.name for p in points], _apart([x(_cost(p, cost)) for p in points], inner), strict=True))
     where = [(middles[point.name], y(point.value)) for point in points]
@@ -207,6 +207,8 @@ def _apart(xs: Sequence[float], inner: Box) -> list[float]:
 
 
 def _tick(value: float, scale: Linear, metric: str) -> str:
+    if metric in numbers.OWN_UNIT:
+        return numbers.bare(metric, value)
     shown = numbers.scale(metric)
     return f"{shown * value:.{0 if shown * (scale.high - scale.low) > 5 else 1}f}"
 

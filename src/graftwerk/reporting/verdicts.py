@@ -135,7 +135,7 @@ def resolution(result: Mapping[str, Any]) -> str:
             "At least half of the pairs of methods gave the same answers on every row: nothing here tells those apart."
         )
     metric = words(result, "metric")
-    least = f"{numbers.scale(metric) * value:.1f}{numbers.unit(metric)}"
+    least = f"{numbers.bare(metric, value)}{numbers.unit(metric)}"
     return f"With these rows and seeds, differences under about {least} cannot be shown."
 
 
@@ -144,7 +144,7 @@ def seed_spread(result: Mapping[str, Any]) -> str:
     spread, metric = number(result, "seed_spread"), words(result, "metric")
     if spread is None:
         return ""
-    size = f"{numbers.scale(metric) * spread:.1f}{numbers.unit(metric)}"
+    size = f"{numbers.bare(metric, spread)}{numbers.unit(metric)}"
     return (
         f"Seeds of one method differ with a standard deviation of {size}, pooled over the methods. The intervals take "
         "it to be the same for every method, and are too narrow between methods whose own is far above it."

@@ -9,7 +9,7 @@ that ask for the kind of task. One file per task.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from graftwerk.data.findings import Issue as Issue
@@ -43,6 +43,12 @@ class Task(Settings):
     """True if the task puts a head of its own on the model."""
     generates: ClassVar[bool] = False
     """True if the model generates text as its answer."""
+    label_smoothing: ClassVar[bool] = True
+    """True if `training.label_smoothing` has a meaning for its loss."""
+    learning_rates: ClassVar[Mapping[str, float]] = {}
+    """By method's name, the default learning rate of this task where the method's own does not suit it."""
+    head_learning_rates: ClassVar[Mapping[str, float]] = {}
+    """Likewise for the task head."""
 
     @property
     def main_metric(self) -> str:
@@ -73,6 +79,10 @@ class Task(Settings):
 
     def resolved(self, splits: Splits) -> Self:
         """Return the task with the settings that a run's rows determine, such as the languages of a translation."""
+        return self
+
+    def with_labels(self, labels: Sequence[str]) -> Self:
+        """Return the task bound to the label names of a run or an adapter; most tasks need none."""
         return self
 
     @abstractmethod
@@ -127,6 +137,39 @@ class Task(Settings):
         Raises:
             DataError: A row has an unknown label, or does not fit the model's chat template.
         """
+
+    def labels_in(self, row: Row) -> Sequence[str]:
+        """Return the names of the labels of a labelled row, to count them."""
+        return (str(row["label"]),) if "label" in row else ()
+
+    def target_text(self, target: Any, labels: Sequence[str] | None) -> str | None:
+        """Return an example's target in words, or None if it is text itself, or unknown."""
+        if not isinstance(target, int):
+            return None
+        return labels[target] if labels else str(target)
+
+    def completed(self, answer: dict[str, Any], row: Row) -> dict[str, Any]:
+        """Return an answer of the decoder with what only the row tells."""
+        return answer
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def head_bias(self, examples: Sequence[Example], labels: Sequence[str]) -> list[float] | None:
+        """Return the bias that the head's last layer starts from, or None for zeros.
+
+        Args:
+            examples: Encoded training rows.
+            labels: The label names.
+        """
+        return None
+
+    def tuned(self, predictions: Predictions) -> tuple[Self, Predictions]:
+        """Return the task with what the validation rows decide after training (thresholds), and their predictions so.
+
+        Args:
+            predictions: Those of the validation rows, by the best state.
+        """
+        return self, predictions
 
     # -- components ------------------------------------------------------------------------------------------------
 

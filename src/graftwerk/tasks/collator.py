@@ -26,6 +26,9 @@ class Collator(ABC):
     redraws: ClassVar[bool] = False
     """True if the training batch of the same examples differs from call to call."""
 
+    several: ClassVar[bool] = False
+    """True if an example is several rows of the batch."""
+
     @abstractmethod
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples for evaluation.
@@ -77,4 +80,27 @@ class TextCollator(Collator):
                 batch["labels"][row, : len(example.target)] = torch.tensor(
                     example.target, dtype=torch.long, device="cpu"
                 )
+        return batch
+
+
+@dataclass(frozen=True)
+class ScoreCollator(Collator):
+    """Texts with one number each: ``labels`` (B,)."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            # Doubles: a large number would be rounded before the mean is taken away.
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float64)
+        return batch
+
+
+@dataclass(frozen=True)
+class LabelCollator(Collator):
+    """Texts with several labels each: ``labels`` (B, L) of 0 and 1."""
+
+    def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        batch = pad([example.inputs for example in examples], tokenizer)
+        if all(example.target is not None for example in examples):
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float32)
         return batch

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from graftwerk.tasks.example import Example
-from graftwerk.tasks.predictions import ClassPredictions, Predictions, TextPredictions
+from graftwerk.tasks.predictions import (
+    ClassPredictions,
+    LabelPredictions,
+    Predictions,
+    ScorePredictions,
+    TextPredictions,
+)
 
 
 class Decoder(ABC):
@@ -61,9 +67,7 @@ class ClassDecoder(Decoder):
         """
         logits = torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, 0, device="cpu")  # (n, C)
         scores = logits.double().softmax(-1).numpy()
-        targets = [example.target for example in examples]
-        known = bool(targets) and all(target is not None for target in targets)
-        return ClassPredictions(loss, scores, np.asarray(targets, dtype=np.int64) if known else None)
+        return ClassPredictions(loss, scores, known_targets(examples, np.int64))
 
     def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
         assert isinstance(predictions, ClassPredictions)
@@ -75,6 +79,58 @@ class ClassDecoder(Decoder):
             }
             for scores in predictions.scores
         ]
+
+
+@dataclass(frozen=True)
+class ScoreDecoder(Decoder):
+    """Numbers from numbers."""
+
+    def predictions(
+        self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> ScorePredictions:
+        values = torch.cat(list(outputs))[:, 0].double().numpy() if len(outputs) else np.zeros(0)  # (n,)
+        return ScorePredictions(loss, values, known_targets(examples, np.float64))
+
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        assert isinstance(predictions, ScorePredictions)
+        return [{"score": float(value)} for value in predictions.values]
+
+
+@dataclass(frozen=True)
+class LabelDecoder(Decoder):
+    """Probabilities of labels from logits, and the labels that are given.
+
+    Attributes:
+        thresholds: A label is given from this probability on: one for each label, or one for all.
+    """
+
+    thresholds: tuple[float, ...]
+
+    def predictions(
+        self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
+    ) -> LabelPredictions:
+        """Return the logistic function of the logits, each (1, L), in float64."""
+        logits = torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, len(self.thresholds))  # (n, L)
+        scores = logits.double().sigmoid().numpy()
+        thresholds = np.broadcast_to(np.array(self.thresholds), scores.shape[1:]).copy()
+        return LabelPredictions(loss, scores, known_targets(examples, np.int64), thresholds)
+
+    def format_predictions(self, predictions: Predictions, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+        assert isinstance(predictions, LabelPredictions)
+        names = labels or [str(index) for index in range(predictions.scores.shape[1])]
+        return [
+            {
+                "labels": [name for name, chosen in zip(names, row, strict=True) if chosen],
+                "scores": {name: float(score) for name, score in zip(names, scores, strict=True)},
+            }
+            for row, scores in zip(predictions.given, predictions.scores, strict=True)
+        ]
+
+
+def known_targets(examples: Sequence[Example], dtype: type[Any]) -> np.ndarray | None:
+    """Return the targets of the examples, (n, ...), or None if there are none, or one is unknown."""
+    targets = [example.target for example in examples]
+    return np.asarray(targets, dtype=dtype) if targets and all(target is not None for target in targets) else None
 
 
 class TextDecoder(Decoder):

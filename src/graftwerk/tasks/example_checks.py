@@ -22,6 +22,8 @@ TORN = "prompt-torn"
 SPECIAL = "special-token-in-text"
 BLOCKS = "cut-into-blocks"
 UNSEPARATED = "pair-unseparated"
+WINDOWS = "windows"
+INSIDE_WORD = "span-inside-word"
 
 
 Noted = tuple[int, int]
@@ -64,6 +66,16 @@ _MEANINGS: Mapping[str, _Meaning] = {
     UNSEPARATED: _Meaning(
         "are pairs between whose texts this model's tokenizer puts nothing: where one ends is not to be seen",
         "begin the second text with a word that says so (`Hypothesis: ...`), or use an encoder",
+        False,
+    ),
+    WINDOWS: _Meaning(
+        "are overlapping pieces of rows that are too long for one",
+        "a longer `data.max_length`, as far as the model allows, cuts fewer",
+        False,
+    ),
+    INSIDE_WORD: _Meaning(
+        "have a span that begins or ends inside a word: answers end where words do, and cannot be right there",
+        "correct the spans, or give tokens and tags",
         False,
     ),
 }

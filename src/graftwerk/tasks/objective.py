@@ -2,7 +2,7 @@
 
 The loss is computed here and not by the model, whose outputs are therefore asked for without labels.
 
-Legend: B rows, C classes.
+Legend: B rows, C classes, L labels.
 """
 
 from __future__ import annotations
@@ -115,5 +115,68 @@ class ClassObjective(Objective):
 
     def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the logits, (B, C)."""
+        logits: Tensor = outputs.logits.detach().float().cpu()
+        return logits
+
+
+@dataclass(frozen=True)
+class ScoreObjective(Objective):
+    """Mean squared error of standardised numbers.
+
+    Attributes:
+        mean: Number that the model's output 0 stands for.
+        deviation: Difference that one unit of the model's output stands for.
+    """
+
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean over the rows of ``(output - (y - mean) / deviation) ** 2``.
+
+        Args:
+            outputs: Outputs with ``logits`` (B, 1).
+            batch: The batch with ``labels`` (B,).
+            label_smoothing: Not used; `check_settings` refuses it.
+
+        Returns:
+            A float32 scalar.
+        """
+        targets = ((batch["labels"] - self.mean) / self.deviation).float()  # (B,)
+        return F.mse_loss(outputs.logits.float().squeeze(-1), targets)
+
+    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
+        """Return the number of rows of ``labels`` (B,)."""
+        return batch["labels"].numel()
+
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the numbers in the units of the rows, (B, 1)."""
+        logits: Tensor = outputs.logits.detach().cpu().double()
+        return logits * self.deviation + self.mean
+
+
+@dataclass(frozen=True)
+class LabelObjective(Objective):
+    """Binary cross-entropy of each label."""
+
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
+        """Return the mean over rows and labels.
+
+        Args:
+            outputs: Outputs with ``logits`` (B, L).
+            batch: The batch with ``labels`` (B, L) of 0 and 1.
+            label_smoothing: Not used; `check_settings` refuses it.
+
+        Returns:
+            A float32 scalar in nats.
+        """
+        return F.binary_cross_entropy_with_logits(outputs.logits.float(), batch["labels"])
+
+    def num_targets(self, batch: Mapping[str, Tensor]) -> float:
+        """Return the number of rows of ``labels`` (B, L)."""
+        return batch["labels"].shape[0]
+
+    def per_row_outputs(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, (B, L)."""
         logits: Tensor = outputs.logits.detach().float().cpu()
         return logits

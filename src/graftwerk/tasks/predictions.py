@@ -1,21 +1,40 @@
-"""Predictions of a model in the order of the rows: class scores, or likelihoods and generated texts."""
+"""Predictions of a model in the order of the rows: one class for each kind of answer that tasks give.
+
+Metrics, files and comparisons ask a class for what they need (`tensors`, `same_rows`, `answers`), so that a new kind of
+answer is one class here and its metrics. Legend: n rows, C classes, L labels, W words, D width of an embedding.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Predictions(ABC):
-    """Predictions for rows. The subclasses are `ClassPredictions` and `TextPredictions`.
+    """Predictions for rows; subclasses hold the answers.
 
     Attributes:
-        loss: Mean over all targets in nats, or None if a row has no target.
+        loss: Mean over all targets, in nats where it is a likelihood, or None if a row has no target.
     """
+
+    arrays: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes that are arrays, each with a row for each row, or piece of one, of the answers."""
+    optional: ClassVar[tuple[str, ...]] = ("targets", "others")
+    """Those of them that may be None."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Those of them that have no row for each row."""
+    key: ClassVar[str]
+    """Name of the stored tensor that tells this kind from the others."""
 
     loss: float | None
 
@@ -26,8 +45,68 @@ class Predictions(ABC):
 
     @property
     @abstractmethod
+    def bad_rows(self) -> int:
+        """Return the number of rows with a score or likelihood that is NaN or infinite."""
+
+    @property
     def finite(self) -> bool:
         """Return True if no score or likelihood is NaN or infinite."""
+        return self.bad_rows == 0
+
+    @property
+    @abstractmethod
+    def measurable(self) -> bool:
+        """Return True if all rows have what answers are compared with."""
+
+    @property
+    def num_targets(self) -> float:
+        """Return the number of targets that the loss is the mean of."""
+        return self.rows
+
+    @abstractmethod
+    def same_rows(self, other: Predictions) -> bool:
+        """Return True if these are predictions of the same rows, as far as their targets tell."""
+
+    @abstractmethod
+    def answers(self, metric: str, *, cells: bool) -> object:
+        """Return what a metric sees of the answers, to compare with another run's for equality.
+
+        Args:
+            metric: Name of the metric.
+            cells: True if it depends on the confusion matrix only.
+        """
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays by the names under which they are stored."""
+        values = {name: getattr(self, name) for name in self.arrays}
+        return {_stored(self, name): np.ascontiguousarray(value) for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_tensors(cls, loss: float | None, tensors: Mapping[str, NDArray[Any]], labels: Sequence[str]) -> Self:
+        """Return the predictions that `tensors` gave.
+
+        Args:
+            loss: Their loss.
+            tensors: By the names under which they are stored.
+            labels: Label names of the run.
+
+        Raises:
+            KeyError: A tensor is missing.
+        """
+        stored = {name: _stored(cls, name) for name in cls.arrays}
+        return cls(
+            loss, **{name: tensors.get(key) if name in cls.optional else tensors[key] for name, key in stored.items()}
+        )
+
+
+def _stored(kind: Predictions | type[Predictions], name: str) -> str:
+    """Return the name of a stored array: the first of a kind names the kind."""
+    return kind.key if name == kind.arrays[0] else name
+
+
+def alike(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
+    """Return True if two arrays, or None, have the same values."""
+    return np.array_equal(np.asarray([] if a is None else a), np.asarray([] if b is None else b))
 
 
 @dataclass(frozen=True)
@@ -39,16 +118,37 @@ class ClassPredictions(Predictions):
         targets: (n,) class ids, or None if a row has no target.
     """
 
-    scores: NDArray[np.float64]
-    targets: NDArray[np.int64] | None
+    arrays: ClassVar[tuple[str, ...]] = ("scores", "targets")
+    key: ClassVar[str] = "scores"
+
+    scores: Floats
+    targets: Ints | None
 
     @property
     def rows(self) -> int:
         return len(self.scores)
 
     @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.scores).all())
+    def bad_rows(self) -> int:
+        return int((~np.isfinite(self.scores)).any(axis=1).sum()) if self.scores.ndim == 2 else 0
+
+    @property
+    def measurable(self) -> bool:
+        return self.targets is not None
+
+    def same_rows(self, other: Predictions) -> bool:
+        if not isinstance(other, ClassPredictions) or self.scores.shape != other.scores.shape:
+            return False
+        return alike(self.targets, other.targets)
+
+    def answers(self, metric: str, *, cells: bool) -> object:
+        return (self.scores.argmax(axis=1) if cells else self.scores).tobytes()
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        tensors: dict[str, NDArray[Any]] = {"scores": np.ascontiguousarray(self.scores, dtype=np.float64)}
+        if self.targets is not None:
+            tensors["targets"] = np.ascontiguousarray(self.targets, dtype=np.int64)
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -65,8 +165,11 @@ class TextPredictions(Predictions):
         languages: Expected language of each row's answer (ISO code, or "" if unknown), or None if all are unknown.
     """
 
-    nll: NDArray[np.float64]
-    tokens: NDArray[np.int64]
+    arrays: ClassVar[tuple[str, ...]] = ("nll", "tokens")
+    key: ClassVar[str] = "nll"
+
+    nll: Floats
+    tokens: Ints
     texts: tuple[str, ...] | None = None
     references: tuple[str, ...] | None = None
     sources: tuple[str, ...] | None = None
@@ -90,5 +193,100 @@ class TextPredictions(Predictions):
         return len(self.nll)
 
     @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.nll).all())
+    def bad_rows(self) -> int:
+        return int((~np.isfinite(self.nll)).sum())
+
+    @property
+    def measurable(self) -> bool:
+        return True
+
+    def same_rows(self, other: Predictions) -> bool:
+        if not isinstance(other, TextPredictions):
+            return False
+        return self.references == other.references and np.array_equal(self.tokens, other.tokens)
+
+    def answers(self, metric: str, *, cells: bool) -> object:
+        return self.nll.tobytes() if self.texts is None or metric == "perplexity" else self.texts
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        return {
+            "nll": np.ascontiguousarray(self.nll, dtype=np.float64),
+            "tokens": np.ascontiguousarray(self.tokens, dtype=np.int64),
+        }
+
+
+@dataclass(frozen=True)
+class ScorePredictions(Predictions):
+    """Predictions of a number.
+
+    Attributes:
+        values: (n,), in the units of the rows.
+        targets: (n,) right numbers, or None if a row has none.
+    """
+
+    arrays: ClassVar[tuple[str, ...]] = ("values", "targets")
+    key: ClassVar[str] = "values"
+
+    values: Floats
+    targets: Floats | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.values)
+
+    @property
+    def bad_rows(self) -> int:
+        return int((~np.isfinite(self.values)).sum())
+
+    @property
+    def measurable(self) -> bool:
+        return self.targets is not None
+
+    def same_rows(self, other: Predictions) -> bool:
+        return isinstance(other, ScorePredictions) and alike(self.targets, other.targets)
+
+    def answers(self, metric: str, *, cells: bool) -> object:
+        return self.values.tobytes()
+
+
+@dataclass(frozen=True)
+class LabelPredictions(Predictions):
+    """Predictions of several labels, any number of which may be right.
+
+    Attributes:
+        scores: (n, L) probability of each label.
+        targets: (n, L) of 0 and 1, or None if a row has no labels.
+        thresholds: (L,) a label is given from this probability on.
+    """
+
+    arrays: ClassVar[tuple[str, ...]] = ("scores", "targets", "thresholds")
+    whole: ClassVar[tuple[str, ...]] = ("thresholds",)
+    key: ClassVar[str] = "label_scores"
+
+    scores: Floats
+    targets: Ints | None
+    thresholds: Floats
+
+    @property
+    def rows(self) -> int:
+        return len(self.scores)
+
+    @property
+    def bad_rows(self) -> int:
+        return int((~np.isfinite(self.scores)).any(axis=1).sum())
+
+    @property
+    def measurable(self) -> bool:
+        return self.targets is not None
+
+    @cached_property
+    def given(self) -> NDArray[np.bool_]:
+        """Return which labels are given, (n, L)."""
+        chosen: NDArray[np.bool_] = self.scores >= self.thresholds
+        return chosen
+
+    def same_rows(self, other: Predictions) -> bool:
+        return isinstance(other, LabelPredictions) and alike(self.targets, other.targets)
+
+    def answers(self, metric: str, *, cells: bool) -> object:
+        return (self.scores if metric == "average_precision" else self.given).tobytes()

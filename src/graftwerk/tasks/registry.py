@@ -13,13 +13,52 @@ from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.instruction import Instruction
 from graftwerk.tasks.masked import Masked
+from graftwerk.tasks.multilabel import Multilabel
 from graftwerk.tasks.multitask import Multitask, names_of
+from graftwerk.tasks.regression import Regression
+from graftwerk.tasks.similarity import Similarity
 from graftwerk.tasks.summarization import Summarization
+from graftwerk.tasks.token_classification import TokenClassification
 from graftwerk.tasks.translation import Translation
 
 TASKS: Mapping[str, type[Task]] = MappingProxyType(
-    {task.name: task for task in (Classification, Summarization, Translation, Instruction, Causal, Masked, Multitask)}
+    {
+        task.name: task
+        for task in (
+            Classification,
+            Regression,
+            Multilabel,
+            TokenClassification,
+            Similarity,
+            Summarization,
+            Translation,
+            Instruction,
+            Causal,
+            Masked,
+            Multitask,
+        )
+    }
 )
+OTHER_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("sentiment", "text-classification", "sequence-classification", "nli", "pairs", "multiclass",
+                         "text-pair-classification", "paraphrase"), "classification"),
+        **dict.fromkeys(("score", "scores", "rating", "ratings", "regressor"), "regression"),
+        **dict.fromkeys(("multi-label", "multi_label", "tags", "multilabel-classification",
+                         "multi-label-classification", "multi_label_classification"), "multilabel"),
+        **dict.fromkeys(("chat", "sft", "instruct", "instructions", "conversation"), "instruction"),
+        **dict.fromkeys(("causal-lm", "clm", "language-modeling", "text-generation", "pretraining"), "causal"),
+        **dict.fromkeys(("mlm", "masked-lm", "fill-mask"), "masked"),
+        **dict.fromkeys(("summary", "summarisation"), "summarization"),
+        **dict.fromkeys(("mt", "translate"), "translation"),
+        **dict.fromkeys(("ner", "tagging", "tagger", "pos", "named-entity-recognition", "token_classification",
+                         "spans", "chunking", "conll", "iob", "bio"), "token-classification"),
+        **dict.fromkeys(("embedding", "embeddings", "sts", "retrieval", "sentence-similarity", "contrastive", "triplet",
+                         "semantic-search", "feature-extraction"), "similarity"),
+        "multitask": "mixture",
+    }
+)  # fmt: skip
+"""What people call these tasks elsewhere, by our names: only messages use it."""
 
 
 def parse_task(value: Any) -> Task:
@@ -37,7 +76,7 @@ def parse_task(value: Any) -> Task:
     """
     if isinstance(value, Mapping) and value.get("name") == Multitask.name and isinstance(value.get("tasks"), Mapping):
         value = {**value, "tasks": {str(name): parse_task(each) for name, each in value["tasks"].items()}}
-    return parse_choice(value, Task, TASKS, what="a task", where="task")
+    return parse_choice(value, Task, TASKS, what="a task", where="task", also_called=OTHER_NAMES)
 
 
 def build_multitask(task: Task, sets: Sequence[SetSettings]) -> Multitask:

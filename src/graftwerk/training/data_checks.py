@@ -176,8 +176,8 @@ def first_batch(
             "label": None,
             "answer": None,
         }
-        if isinstance(target, int):
-            row["label"] = splits.labels[target] if splits.labels else str(target)
+        if (said := task.target_text(example.target, splits.labels)) is not None:
+            row["label"] = said
         elif target is not None and len(target) == len(ids) and (causal or not isinstance(task, TextTask)):
             row["trained"] = [label != IGNORED for label in target[:length]]
         elif target is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.own_files import refuse_link
 from graftwerk.tasks.base import Predictions
 from graftwerk.training.events import Event
+from graftwerk.training.head_start import finish_head
 from graftwerk.training.manifest import compute_of
 from graftwerk.training.multitask_sampling import drawn
 from graftwerk.training.run_dir import RunDir
@@ -73,11 +75,15 @@ def finish(
 
     trainer.emit(Event("phase", trainer.state.step, name="evaluating"))
     step = load_best_state(trainer)
+    prepared = finish_head(trainer, prepared)
     model = trainer.adapter.model
     for split in ("validation", "test"):
         if not prepared.examples[split]:
             continue
         predictions = _predictions(trainer, prepared, split, step, settings.evaluation)
+        if split == "validation":
+            task, predictions = prepared.task.tuned(predictions)
+            prepared, trainer.evaluate.task = replace(prepared, task=task), task
         options: dict[str, Any] = {
             "labels": prepared.splits.labels,
             "names": prepared.task.metrics,
@@ -107,6 +113,7 @@ def finish(
         manifest["data"]["sets"] = shares
     if not trainer.distributed.is_main:
         return
+    manifest["task_settings"] = prepared.task.to_dict()
     manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best
     manifest["trunk"] = trainer.activation_cache.metrics()

@@ -109,7 +109,7 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
     Args:
         trainer: The trainer.
     """
-    rates = peak_rates(trainer.adapter, trainer.settings)
+    rates = peak_rates(trainer.adapter, trainer.settings, trainer.task)
     return {
         "total_steps": trainer.total_steps,
         "steps_per_epoch": trainer.steps_per_epoch,
@@ -134,7 +134,7 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
     import torch
 
     return {
-        "type": str(trainer.dtype).removeprefix("torch."),
+        "type": str(trainer.evaluate.dtype).removeprefix("torch."),
         "device": trainer.device.type,
         "eval_batch_size": trainer.evaluate.batch_size,
         "processes": trainer.distributed.world_size,

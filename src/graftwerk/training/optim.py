@@ -18,7 +18,9 @@ from graftwerk.errors import IntegrityError
 from graftwerk.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from graftwerk.methods.base import Method
     from graftwerk.modeling.attach import Adapter
+    from graftwerk.tasks.base import Task
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -38,34 +40,48 @@ class Rates:
     auto: bool
 
 
-def peak_rates(adapter: Adapter, settings: TrainingSettings) -> Rates:
-    """Resolve `auto`: the method's default, and for heads its default for heads or else its own rate.
+def default_rates(method: Method, task: Task | None) -> tuple[float, float | None]:
+    """Return the default rates of a method and of a task head, None for a head that takes the method's rate.
+
+    Args:
+        method: The method.
+        task: The task, which may name rates of its own for this method, or None for the method's.
+    """
+    rates = {} if task is None else task.learning_rates
+    heads = {} if task is None else task.head_learning_rates
+    return (
+        rates.get(method.name, method.default_learning_rate),
+        heads.get(method.name, method.default_head_learning_rate),
+    )
+
+
+def peak_rates(adapter: Adapter, settings: TrainingSettings, task: Task | None = None) -> Rates:
+    """Resolve `auto`: the default of method and task, and for heads their default for heads or else the method's rate.
 
     Args:
         adapter: Adapter to train.
         settings: Training settings.
+        task: Task that is trained, or None if the method alone decides.
     """
-    own = adapter.method.default_learning_rate
+    own, of_head = default_rates(adapter.method, task)
     rate = own if settings.learning_rate == "auto" else settings.learning_rate
-    if settings.head_learning_rate != "auto":
-        head = settings.head_learning_rate
-    else:
-        head = adapter.method.default_head_learning_rate or rate
+    head = settings.head_learning_rate if settings.head_learning_rate != "auto" else of_head or rate
     return Rates(rate, head, settings.learning_rate == "auto")
 
 
-def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[str, Any]]:
+def parameter_groups(adapter: Adapter, settings: TrainingSettings, task: Task | None = None) -> list[dict[str, Any]]:
     """Return groups of equal rate and decay, in the order in which the adapter names its parameters.
 
     Args:
         adapter: Adapter to train.
         settings: Training settings.
+        task: As for `peak_rates`.
 
     Returns:
         Groups for an optimizer. Each has ``keys`` (raw names) beside ``params``, and ``initial_lr``, the peak that the
         schedule multiplies.
     """
-    rates = peak_rates(adapter, settings)
+    rates = peak_rates(adapter, settings, task)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for key, parameter in adapter.named_parameters():
         head = adapter.is_head(key)
@@ -79,14 +95,15 @@ def parameter_groups(adapter: Adapter, settings: TrainingSettings) -> list[dict[
     return list(groups.values())
 
 
-def build_optimizer(adapter: Adapter, settings: TrainingSettings) -> torch.optim.AdamW:
+def build_optimizer(adapter: Adapter, settings: TrainingSettings, task: Task | None = None) -> torch.optim.AdamW:
     """Return AdamW with its moments allocated, so that no step runs out of memory half way through an update.
 
     Args:
         adapter: Adapter to train.
         settings: Training settings.
+        task: As for `peak_rates`.
     """
-    groups = parameter_groups(adapter, settings)
+    groups = parameter_groups(adapter, settings, task)
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
     optimizer = torch.optim.AdamW(

@@ -122,6 +122,7 @@ class RunDriver:
         from graftwerk.training.augmented import add_augmented
         from graftwerk.training.data_checks import first_batch, raise_on_severe
         from graftwerk.training.finalize import finish
+        from graftwerk.training.head_start import refuse_checkpoint, start_head
         from graftwerk.training.manifest import compute_of, data_identity, environment, opening, run_plan
         from graftwerk.training.mode import check_compute_type
         from graftwerk.training.multitask_sampling import sampler_of
@@ -158,8 +159,9 @@ class RunDriver:
         baseline = resident(self.processes.device)
         adapter, identity["base"] = load_base_and_attach(settings, prepared)
         self._same_run(snapshot, identity, "base")
-        if settings.training.warm_start is not None:
-            warm_start(adapter, settings.training.warm_start)
+        if settings.training.warm_start is not None and warm_start(adapter, settings.training.warm_start):
+            refuse_checkpoint(prepared)
+        prepared = start_head(adapter, prepared, warm=settings.training.warm_start is not None)
         trainer = Trainer(
             adapter,
             prepared.task,

@@ -83,7 +83,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     _check_evaluation(settings)
     splits = dataset_cache.read(settings.task, settings.data, labels)
     architecture = load_config(settings.model, settings.revision)
-    task = settings.task.for_model(architecture).resolved(splits)
+    task = settings.task.for_model(architecture).resolved(splits).with_labels(splits.labels or ())
     tokenizer = load_tokenizer(settings.model, settings.revision)
     max_length = max_length_of(settings, architecture, tokenizer)
     folder = model_folder(settings.model, settings.revision, weights=False)
@@ -105,7 +105,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
     for finding in found:
         emit(Event("finding", 0, **finding))
     prior_loss = None
-    if splits.labels is not None:
+    if splits.labels is not None and isinstance(task, Classification):
         train = examples["train"]
         targets = train.classes if isinstance(train, EncodedStream) else Counter(example.target for example in train)
         learnt = weighted_task(settings.training, task, splits.labels, train)

@@ -123,7 +123,7 @@ class Trainer:
             train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=draw
         )
         try:
-            self.optimizer = optim.build_optimizer(adapter, settings)
+            self.optimizer = optim.build_optimizer(adapter, settings, task)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -181,8 +181,8 @@ class Trainer:
         health = HealthChecks(
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
-            learning_rate=optim.peak_rates(adapter, settings).method,
-            default_learning_rate=adapter.method.default_learning_rate,
+            learning_rate=optim.peak_rates(adapter, settings, task).method,
+            default_learning_rate=optim.default_rates(adapter.method, task)[0],
             method=adapter.method.name,
             prior_loss=prior_loss,
         )

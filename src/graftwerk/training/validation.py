@@ -193,6 +193,10 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
             hint="leave it out",
         )
     check_class_weights(settings, task)
+    if settings.label_smoothing and not task.label_smoothing:
+        raise ConfigError(
+            f"`label_smoothing` has no meaning for {task.name}", where="training.label_smoothing", hint="leave it out"
+        )
     known = ("loss", *task.metrics)
     if settings.metric_for_best is not None and settings.metric_for_best not in known:
         raise ConfigError(

@@ -33,12 +33,15 @@ def warm_labels(source: str | None) -> list[str] | None:
     return None if labels is None else [str(label) for label in labels]
 
 
-def warm_start(adapter: Adapter, source: str) -> None:
+def warm_start(adapter: Adapter, source: str) -> bool:
     """Load the weights of a run, a checkpoint or an adapter folder into an adapter of the same method.
 
     Args:
         adapter: Adapter to load into.
         source: Value of `training.warm_start`.
+
+    Returns:
+        True if they are those of a checkpoint, and not of a finished adapter.
 
     Raises:
         ConfigError: There is nothing at ``source``.
@@ -46,7 +49,7 @@ def warm_start(adapter: Adapter, source: str) -> None:
         IntegrityError: The weights are damaged.
     """
     folder = _existing(source)
-    tensors = _checkpoint_weights(folder)
+    of_checkpoint = tensors = _checkpoint_weights(folder)
     if tensors is None:
         tensors = _adapter_weights(adapter, folder / ADAPTER if (folder / ADAPTER).is_dir() else folder)
     own = adapter.state_dict()
@@ -57,6 +60,7 @@ def warm_start(adapter: Adapter, source: str) -> None:
             hint="start from weights of the same method with the same settings and labels",
         )
     adapter.load_state_dict(tensors)
+    return of_checkpoint is not None
 
 
 def _checkpoint_weights(folder: Path) -> dict[str, Tensor] | None:

@@ -102,6 +102,8 @@ def plan(
         reason = "the rows are streamed, and not all in memory"
     elif task.collator.redraws:
         reason = "the task draws its rows anew in each epoch"
+    elif task.collator.several:
+        reason = "a row of the task is several texts"
     elif settings.packing:
         reason = "rows are packed into one, with other rows each time"
     try:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from graftwerk.tasks.base import Predictions
-from graftwerk.tasks.predictions import ClassPredictions, TextPredictions
+from graftwerk.tasks.predictions import TextPredictions
+from graftwerk.tasks.tag_predictions import NOBODY
 from graftwerk.training.distributed.protocol import Distributed
 
 
@@ -43,14 +45,16 @@ def gather_predictions(processes: Distributed, own: Predictions, shares: Sequenc
     """
     if isinstance(own, TextPredictions):
         return _gather_texts(processes, own, shares)
-    assert isinstance(own, ClassPredictions)
-    scores = _gather_array(processes, own.scores, shares)
-    targets = None if own.targets is None else _gather_array(processes, own.targets, shares)
+    gathered: dict[str, Any] = {
+        name: _gather_array(processes, _widened(processes, value), shares)
+        for name in own.arrays
+        if name not in own.whole and (value := getattr(own, name)) is not None
+    }
     if own.loss is None:
-        return ClassPredictions(None, scores, targets)
-    sums = torch.tensor([own.loss * own.rows, own.rows], device=processes.device)  # (2,)
+        return replace(own, **gathered)
+    sums = torch.tensor([own.loss * own.num_targets, own.num_targets], device=processes.device)  # (2,)
     total, count = processes.sum(sums).tolist()
-    return ClassPredictions(total / count, scores, targets)
+    return replace(own, loss=total / count, **gathered)
 
 
 def _gather_texts(processes: Distributed, own: TextPredictions, shares: Sequence[Sequence[int]]) -> TextPredictions:
@@ -69,6 +73,14 @@ def _gather_texts(processes: Distributed, own: TextPredictions, shares: Sequence
         columns[name] = tuple(placed[row] for row in range(len(placed)))
     loss = None if own.loss is None else float(nll.sum() / max(int(tokens.sum()), 1))
     return TextPredictions(loss, nll, tokens, **columns)
+
+
+def _widened(processes: Distributed, own: np.ndarray) -> np.ndarray:
+    """Return rows of words, (n, W), as wide as the widest of any process; other arrays have one width already."""
+    if own.ndim != 2:
+        return own
+    widest = int(processes.gather(torch.tensor(own.shape[1])).max())
+    return np.pad(own, [(0, 0), (0, widest - own.shape[1])], constant_values=NOBODY)
 
 
 def gather_lists(processes: Distributed, own: list[Any]) -> list[list[Any]]:

@@ -1,0 +1,108 @@
+"""Correlations and errors of predicted numbers. What is undefined (a correlation with a constant) is None.
+
+Legend: R draws, n rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from graftwerk.evaluation.bootstrap import Floats, Statistic
+from graftwerk.tasks.predictions import ScorePredictions
+from graftwerk.tasks.vector_predictions import SimilarityPredictions
+
+Scored = ScorePredictions | SimilarityPredictions
+"""Anything with a number for each row: also the cosines of pairs."""
+
+
+def targets_of(predictions: Scored) -> Floats:
+    """Return the right numbers (n,) of rows that all have one."""
+    assert predictions.targets is not None  # `metrics.check` has refused rows without them
+    return np.asarray(predictions.targets, dtype=np.float64)
+
+
+def pearson(predictions: Scored) -> float | None:
+    """Return the linear correlation, -1 to 1, or None if all values or all targets are alike."""
+    return _over_all(pearson_statistic(predictions), predictions)
+
+
+def spearman(predictions: Scored) -> float | None:
+    """Return the correlation of the ranks, tied ones at their mean rank, or None as for `pearson`."""
+    return _over_all(spearman_statistic(predictions), predictions)
+
+
+def rmse(predictions: Scored) -> float | None:
+    """Return the root of the mean squared error, in the unit of the targets."""
+    return _over_all(rmse_statistic(predictions), predictions)
+
+
+def mae(predictions: Scored) -> float | None:
+    """Return the mean absolute error, in the unit of the targets."""
+    return _over_all(mae_statistic(predictions), predictions)
+
+
+def _over_all(statistic: Statistic, predictions: Scored) -> float | None:
+    value = float(statistic(np.ones((1, predictions.rows)))[0])
+    return value if math.isfinite(value) else None
+
+
+def pearson_statistic(predictions: Scored) -> Statistic:
+    """Return the linear correlation as a function of bootstrap weights (R, n)."""
+    # Moved to a mean of zero: sums of squares of large numbers would lose their digits.
+    x, y = (values - values.mean() for values in (predictions.values, targets_of(predictions)))  # (n,)
+    return lambda weights: _correlation(weights, x[None], y[None])
+
+
+def spearman_statistic(predictions: Scored) -> Statistic:
+    """Return the correlation of the ranks within each draw as a function of bootstrap weights (R, n)."""
+    of_values, of_targets = _Ranks(predictions.values), _Ranks(targets_of(predictions))
+    return lambda weights: _correlation(weights, of_values(weights), of_targets(weights))
+
+
+def rmse_statistic(predictions: Scored) -> Statistic:
+    """Return the root of the mean squared error as a function of bootstrap weights (R, n)."""
+    squared = (predictions.values - targets_of(predictions)) ** 2  # (n,)
+    return lambda weights: np.sqrt(weights @ squared / weights.sum(axis=1))
+
+
+def mae_statistic(predictions: Scored) -> Statistic:
+    """Return the mean absolute error as a function of bootstrap weights (R, n)."""
+    apart = np.abs(predictions.values - targets_of(predictions))  # (n,)
+    return lambda weights: weights @ apart / weights.sum(axis=1)
+
+
+def _correlation(weights: Floats, x: Floats, y: Floats) -> Floats:
+    """Return the weighted correlations (R,) of ``x`` and ``y``, (R, n) or (1, n); nan where one of them is constant."""
+    total = weights.sum(axis=1, keepdims=True)  # (R, 1)
+    x = x - (weights * x).sum(axis=1, keepdims=True) / total
+    y = y - (weights * y).sum(axis=1, keepdims=True) / total
+    both, xx, yy = ((weights * product).sum(axis=1) for product in (x * y, x * x, y * y))  # (R,)
+    spread = np.sqrt(xx * yy)
+    # What rounding leaves of equal numbers is no spread.
+    known = np.minimum(xx, yy) > 1e-24 * total[:, 0] * max(1.0, float(np.abs(x).max(initial=0.0)))
+    result: Floats = np.divide(both, spread, out=np.full_like(both, np.nan), where=known & (spread > 0))
+    return np.clip(result, -1.0, 1.0)
+
+
+class _Ranks:
+    """Mean ranks of values in weighted draws; the values are sorted once.
+
+    Args:
+        values: (n,) numbers.
+    """
+
+    def __init__(self, values: Floats) -> None:
+        self.order = np.argsort(values, kind="stable")
+        ordered = values[self.order]
+        new = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+        self.starts = np.flatnonzero(new)
+        self.group = np.empty(len(values), dtype=np.int64)
+        self.group[self.order] = np.cumsum(new) - 1  # of each row, in its own place
+
+    def __call__(self, weights: Floats) -> Floats:
+        """Return the rank (R, n) of each row in each draw: rows below it, and half of those that tie with it."""
+        tied = np.add.reduceat(weights[:, self.order], self.starts, axis=1)  # (R, groups)
+        ranks: Floats = (np.cumsum(tied, axis=1) - tied + (tied + 1) / 2)[:, self.group]
+        return ranks

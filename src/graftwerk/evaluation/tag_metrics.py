@@ -1,0 +1,104 @@
+"""F1 of entities as seqeval counts them, and accuracy of words.
+
+An entity is right if its words and its kind are. Micro figures count entities of all kinds together; macro F1 is the
+mean over the kinds that are there or were found. Legend: R draws, n rows, K kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from graftwerk.evaluation.bootstrap import Floats, Statistic
+from graftwerk.tasks.spans import spans_of
+from graftwerk.tasks.tag_predictions import TagPredictions
+
+
+def entity_f1(predictions: TagPredictions) -> float:
+    """Return F1 over the entities of all rows, 0 to 1."""
+    return _over_all(entity_f1_statistic(predictions), predictions)
+
+
+def precision(predictions: TagPredictions) -> float:
+    """Return the share of found entities that are right; 0 if none was found."""
+    return _over_all(precision_statistic(predictions), predictions)
+
+
+def recall(predictions: TagPredictions) -> float:
+    """Return the share of entities that were found; 0 if there is none."""
+    return _over_all(recall_statistic(predictions), predictions)
+
+
+def macro_f1(predictions: TagPredictions) -> float:
+    """Return the mean F1 over the kinds of entities."""
+    return _over_all(macro_f1_statistic(predictions), predictions)
+
+
+def word_accuracy(predictions: TagPredictions) -> float:
+    """Return the share of words with the right tag."""
+    return _over_all(word_accuracy_statistic(predictions), predictions)
+
+
+def _over_all(statistic: Statistic, predictions: TagPredictions) -> float:
+    return float(statistic(np.ones((1, predictions.rows)))[0])
+
+
+def entity_f1_statistic(predictions: TagPredictions) -> Statistic:
+    """Return entity F1 as a function of bootstrap weights (R, n)."""
+    return _micro(predictions, lambda right, found, there: _share(2 * right, found + there))
+
+
+def precision_statistic(predictions: TagPredictions) -> Statistic:
+    """Return precision as a function of bootstrap weights (R, n)."""
+    return _micro(predictions, lambda right, found, there: _share(right, found))
+
+
+def recall_statistic(predictions: TagPredictions) -> Statistic:
+    """Return recall as a function of bootstrap weights (R, n)."""
+    return _micro(predictions, lambda right, found, there: _share(right, there))
+
+
+def macro_f1_statistic(predictions: TagPredictions) -> Statistic:
+    """Return the mean F1 over kinds as a function of bootstrap weights (R, n)."""
+    right, found, there = _counts(predictions)  # (n, K)
+
+    def statistic(weights: Floats) -> Floats:
+        seen = weights @ found + weights @ there  # (R, K)
+        f1, kinds = _share(2 * (weights @ right), seen), (seen > 0).sum(axis=1)
+        return _share(f1.sum(axis=1), kinds)
+
+    return statistic
+
+
+def word_accuracy_statistic(predictions: TagPredictions) -> Statistic:
+    """Return the share of right words as a function of bootstrap weights (R, n)."""
+    pairs = list(zip(predictions.tag_names, predictions.target_names, strict=True))
+    right = np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in pairs], dtype=np.float64)  # (n,)
+    words = np.array([len(tags) for tags, _ in pairs], dtype=np.float64)
+    return lambda weights: _share(weights @ right, weights @ words)
+
+
+def _micro(predictions: TagPredictions, figure: Callable[[Floats, Floats, Floats], Floats]) -> Statistic:
+    right, found, there = (counts.sum(axis=1) for counts in _counts(predictions))  # (n,)
+    return lambda weights: figure(weights @ right, weights @ found, weights @ there)
+
+
+def _counts(predictions: TagPredictions) -> tuple[Floats, Floats, Floats]:
+    """Return the number of right, found and true entities of each row and kind, each (n, K)."""
+    plain = predictions.plain
+    kinds = {tag if plain else tag[2:] for tag in predictions.labels}
+    columns = {kind: at for at, kind in enumerate(sorted(kinds))}
+    counts = np.zeros((3, predictions.rows, len(columns)))
+    for row, (tags, targets) in enumerate(zip(predictions.tag_names, predictions.target_names, strict=True)):
+        found, there = set(spans_of(tags, plain=plain)), set(spans_of(targets, plain=plain))
+        for number, spans in enumerate((found & there, found, there)):
+            for _, _, kind in spans:
+                counts[number, row, columns[kind]] += 1
+    return counts[0], counts[1], counts[2]
+
+
+def _share(part: Floats, whole: Floats) -> Floats:
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    result: Floats = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    return result
