@@ -35,7 +35,8 @@ def make_adapter(tmp_path: Path) -> Make:
     def make(base: Path, method: Any, task: Any, name: str = "default", scale: float = 0.1) -> Path:
         torch.manual_seed(0)
         bound = parse_task(task).for_model(load_config(str(base)))
-        splits = Splits((), (), (), LABELS if bound.has_head else None, "")
+        labels = ("score",) if bound.name == "regression" else LABELS if bound.has_head else None
+        splits = Splits((), (), (), labels, "")
         model = load_model(str(base), bound, splits)
         fix_padding(model, load_tokenizer(str(base)))
         adapter = gw.attach(model, parse_method(method), name)
@@ -44,7 +45,7 @@ def make_adapter(tmp_path: Path) -> Make:
             "model": str(base),
             "task": bound.name,
             "task_settings": {"name": bound.name, **json.loads(bound.model_dump_json())},
-            "labels": list(LABELS) if bound.has_head else None,
+            "labels": labels and list(labels),
             "max_length": 48,
         }
         return gw.save(adapter, tmp_path / f"adapter-{len(list(tmp_path.iterdir()))}", metadata=metadata)

@@ -56,6 +56,22 @@ def test_merged_classifier_is_a_pipeline_with_the_adapters_scores(
         assert [scores[label] for label in LABELS] == pytest.approx(list(one["scores"].values()), abs=1e-5)
 
 
+@pytest.mark.parametrize("task", ["regression", "multilabel", "token-classification", "similarity"])
+def test_merged_model_of_other_tasks_answers_as_the_adapter_and_its_card_runs(
+    task: str, tiny_encoder: Path, make_adapter: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tiny_encoder, METHODS["lora"], task)
+    result = gw.merge(folder, tmp_path / "merged")
+    assert 0 < result["parity"]["max_abs_difference"] < 1e-5
+    assert result["parity"]["agreement"] == 1.0
+    blocks = (result["out"] / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    assert len(blocks) == (task != "similarity")
+    monkeypatch.chdir(result["out"])
+    for block in blocks:
+        exec(compile(block.partition("\n```")[0], "card", "exec"), {})
+    assert gw.export(folder, tmp_path / "peft", to="peft")["parity"]["max_abs_difference"] < 1e-5
+
+
 @pytest.mark.parametrize("family", ["llama", "t5", "bart"])
 @pytest.mark.parametrize("method", IN_TEXT_MODELS)
 def test_merged_text_model_has_the_adapters_probabilities(

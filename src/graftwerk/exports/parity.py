@@ -1,4 +1,4 @@
-"""Comparison of an exported model with the adapter: probabilities of the same real rows.
+"""Comparison of an exported model with the adapter: probabilities (or scores, or vectors) of the same real rows.
 
 Legend: B rows, T tokens, C classes or entries of the vocabulary, P compared positions of a row.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 from graftwerk.errors import IntegrityError
 from graftwerk.evaluation.inference import autocast, batches_of, evaluation_mode, to_device
 from graftwerk.tasks.base import Example, Task
+from graftwerk.tasks.objective import LabelObjective, ScoreObjective
+from graftwerk.tasks.similarity import SimilarityObjective
 from graftwerk.tasks.token_objective import TokenObjective
 
 if TYPE_CHECKING:
@@ -36,9 +38,10 @@ class Parity:
 
     Attributes:
         rows: Number of rows compared.
-        positions: Number of probability distributions compared: one a row for classes, several for text.
-        max_abs_difference: Largest difference of two probabilities.
-        agreement: Share of the distributions with the same most likely entry, 0 to 1.
+        positions: Number of answers compared: one a row for classes and scores, several for text and tags.
+        max_abs_difference: Largest difference of two probabilities; of numbers beyond 1, relative to the largest.
+        agreement: Share of the answers with the same most likely entry, 0 to 1; of numbers, of those that are as near
+            as the tolerance.
         tolerance: Largest difference that is accepted.
     """
 
@@ -67,7 +70,7 @@ def probabilities(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return a model's probabilities for each row, (P, C) float32 on the CPU.
+    """Return a model's probabilities for each row, (P, C) float32 on the CPU; of other tasks its scores or vector.
 
     Args:
         model: A model of transformers, with or without adapters, or PEFT's around one.
@@ -81,12 +84,27 @@ def probabilities(
     with evaluation_mode(model), autocast(model, dtype):
         for rows in batches_of(examples, _ROWS_AT_ONCE[textual]):
             batch = to_device(task.collator.collate([examples[row] for row in rows], tokenizer), model)
+            answers = _values(model, task, batch)  # (B, width)
+            if answers is not None:
+                for place, row in enumerate(rows):
+                    found[row] = answers[place][None].float().cpu()
+                continue
             logits = _logits(model, task, batch)  # (B, C), or (B, T, C)
             wanted = _positions(task, batch, logits)  # (B, T)
             for place, row in enumerate(rows):
                 chosen = logits[place][None] if wanted is None else logits[place][_spread(wanted[place])]
                 found[row] = chosen.float().softmax(-1).cpu()  # (P, C)
     return found
+
+
+def _values(model: Any, task: Task, batch: dict[str, Tensor]) -> Tensor | None:
+    """Return a row's answer where it is no distribution: probabilities of labels, a score, a vector; else None."""
+    objective = task.objective
+    if isinstance(objective, LabelObjective):
+        return objective.per_row_outputs(objective.forward(model, batch), batch).sigmoid()
+    if isinstance(objective, ScoreObjective | SimilarityObjective):
+        return objective.per_row_outputs(objective.forward(model, batch), batch)
+    return None
 
 
 def compare(reference: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> Parity:
@@ -107,11 +125,13 @@ def compare(reference: Sequence[Tensor], other: Sequence[Tensor], tolerance: flo
                 f"the adapter with {tuple(one.shape)}"
             )
     one, two = torch.cat(list(reference)), torch.cat(list(other))
+    apart = (one - two).abs() / max(1.0, float(one.abs().max()))  # (n, C)
+    alike = one.argmax(-1) == two.argmax(-1) if one.shape[-1] > 1 else apart[:, 0] <= tolerance
     return Parity(
         rows=len(reference),
         positions=len(one),
-        max_abs_difference=float((one - two).abs().max()),
-        agreement=float((one.argmax(-1) == two.argmax(-1)).double().mean()),
+        max_abs_difference=float(apart.max()),
+        agreement=float(alike.double().mean()),
         tolerance=tolerance,
     )
 

@@ -72,6 +72,15 @@ def merged_lines(task: str, architecture: str, prompt: str | None) -> str | None
         return (
             f'from transformers import pipeline\n\nprint(pipeline("text-classification", ".")({json.dumps(_SAMPLE)}))'
         )
+    if task == "multilabel":
+        lines = ("from transformers import pipeline", "", 'label = pipeline("text-classification", ".", top_k=None)')
+        return "\n".join((*lines, f"print(label({json.dumps(_SAMPLE)}))"))
+    if task == "regression":
+        lines = ("from transformers import pipeline", "", 'score = pipeline("text-classification", ".")')
+        return "\n".join((*lines, f'print(score({json.dumps(_SAMPLE)}, function_to_apply="none"))'))
+    if task == "token-classification":
+        lines = ("from transformers import pipeline", "", 'tag = pipeline("token-classification", ".")')
+        return "\n".join((*lines, f"print(tag({json.dumps(_SAMPLE)}))"))
     if task == "masked":
         lines = ("from transformers import pipeline", "", 'fill = pipeline("fill-mask", ".")')
         return "\n".join((*lines, 'print(fill(f"An example {fill.tokenizer.mask_token}."))'))

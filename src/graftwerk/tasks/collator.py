@@ -91,7 +91,7 @@ class ScoreCollator(Collator):
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
             # Doubles: a large number would be rounded before the mean is taken away.
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float64)
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float64, device="cpu")
         return batch
 
 
@@ -102,5 +102,5 @@ class LabelCollator(Collator):
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         batch = pad([example.inputs for example in examples], tokenizer)
         if all(example.target is not None for example in examples):
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float32)
+            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float32, device="cpu")
         return batch

@@ -110,7 +110,9 @@ class LabelDecoder(Decoder):
         self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
     ) -> LabelPredictions:
         """Return the logistic function of the logits, each (1, L), in float64."""
-        logits = torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, len(self.thresholds))  # (n, L)
+        logits = (
+            torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, len(self.thresholds), device="cpu")
+        )  # (n, L)
         scores = logits.double().sigmoid().numpy()
         thresholds = np.broadcast_to(np.array(self.thresholds), scores.shape[1:]).copy()
         return LabelPredictions(loss, scores, known_targets(examples, np.int64), thresholds)

@@ -202,11 +202,11 @@ class PairCollator(Collator):
             [*(example.inputs for example in examples), *second, *(text for each in others for text in each[1:])],
             tokenizer,
         )
-        batch["rows"] = torch.tensor(len(examples))
+        batch["rows"] = torch.tensor(len(examples), device="cpu")
         targets = [example.target for example in examples]
         if second and all(target is not None for target in targets):
             kind = torch.long if isinstance(targets[0], int) else torch.float64
-            batch["labels"] = torch.tensor(targets, dtype=kind)
+            batch["labels"] = torch.tensor(targets, dtype=kind, device="cpu")
         return batch
 
 

@@ -93,7 +93,7 @@ def start_head(adapter: Adapter, prepared: Prepared, *, warm: bool) -> Prepared:
     layer = None if bias is None else output_layer(adapter, len(bias))
     if layer is not None and layer.bias is not None:
         with torch.no_grad():
-            layer.bias.copy_(torch.tensor(bias))
+            layer.bias.copy_(torch.tensor(bias, device="cpu"))
     return prepared
 
 

@@ -79,7 +79,7 @@ def _widened(processes: Distributed, own: np.ndarray) -> np.ndarray:
     """Return rows of words, (n, W), as wide as the widest of any process; other arrays have one width already."""
     if own.ndim != 2:
         return own
-    widest = int(processes.gather(torch.tensor(own.shape[1])).max())
+    widest = int(processes.gather(torch.tensor(own.shape[1], device="cpu")).max())
     return np.pad(own, [(0, 0), (0, widest - own.shape[1])], constant_values=NOBODY)
 
 
