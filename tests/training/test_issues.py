@@ -97,6 +97,10 @@ CASES: dict[str, Case] = {
     "end-untrained": Case({"rows.jsonl": turns()}, CHATTING, True, NO_END),
     "prompt-torn": Case({"rows.jsonl": turns(answered="not")}, CHATTING, template=TORN),
     "special-token-in-text": Case({"rows.jsonl": turns(asked="is </s> the end ?")}, INSTRUCTION),
+    "text-form": Case(
+        {"rows.csv": "text;label\n" + "".join(f"{row['text']};{row['label']}\n" for row in rows())},
+        {"data.train": "rows.csv"},
+    ),
     "pair-unseparated": Case(
         {"rows.jsonl": [{**row, "text_pair": "so it is"} for row in rows()]}, {"model": "decoder"}
     ),
