@@ -55,6 +55,13 @@ INSTRUCTION = {"model": "decoder", "task": {"name": "instruction", "template": "
 CHATTING = {"model": "decoder", "task": "instruction"}
 
 
+TAGS = {"task": "token-classification"}
+
+
+def tagged(count: int = 20) -> list[Any]:
+    return [{"tokens": text(at).split(), "tags": ["B-A", *["O"] * 11]} for at in range(count)]
+
+
 @dataclass(frozen=True)
 class Case:
     """Files by name (rows, or bytes of another kind), and what the run file says beside `data.train: rows.jsonl`."""
@@ -97,6 +104,21 @@ CASES: dict[str, Case] = {
     "end-untrained": Case({"rows.jsonl": turns()}, CHATTING, True, NO_END),
     "prompt-torn": Case({"rows.jsonl": turns(answered="not")}, CHATTING, template=TORN),
     "special-token-in-text": Case({"rows.jsonl": turns(asked="is </s> the end ?")}, INSTRUCTION),
+    "few-scores": Case(
+        {"rows.jsonl": [{"text": text(at), "score": at % 2} for at in range(20)]}, {"task": "regression"}
+    ),
+    "rare-labels": Case(
+        {"rows.jsonl": [{"text": text(at), "labels": ["a"] if at else ["b"]} for at in range(20)]},
+        {"task": "multilabel"},
+    ),
+    "constant-labels": Case(
+        {"rows.jsonl": [{"text": text(at), "labels": ["a", "bc"[at % 2]]} for at in range(20)]}, {"task": "multilabel"}
+    ),
+    "rare-tags": Case({"rows.jsonl": [*tagged(), {"tokens": ["gold"], "tags": ["B-X"]}]}, TAGS),
+    "windows": Case({"rows.jsonl": tagged()}, {**TAGS, "data.max_length": 8}),
+    "span-inside-word": Case(
+        {"rows.jsonl": [{"text": text(at), "spans": [{"start": 0, "end": 2, "label": "X"}]} for at in range(20)]}, TAGS
+    ),
     "text-form": Case(
         {"rows.csv": "text;label\n" + "".join(f"{row['text']};{row['label']}\n" for row in rows())},
         {"data.train": "rows.csv"},
