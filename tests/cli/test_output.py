@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graftwerk.cli.batch import show_batch
 from graftwerk.cli.main import as_fault
 from graftwerk.cli.output import Output, dump, printable, table
 from tests.cli.commands import Run
@@ -84,3 +86,13 @@ def test_as_fault_system_error_has_known_exit_code(error: Exception, code: int) 
     import torch  # noqa: F401 - whose errors are known once it is there
 
     assert as_fault(error).exit_code == code
+
+
+@pytest.mark.parametrize(("rows", "last"), [(2, "  2. a «b»"), (3, "  3. a «b»"), (5, "  and 2 more")])
+def test_show_batch_prints_three_rows_and_counts_the_rest(rows: int, last: str) -> None:
+    stream = io.StringIO()
+    row = {"tokens": ["a", "b"], "trained": [False, True], "padding": 0, "answer": None, "label": None}
+    show_batch({"shape": (rows, 2), "rows": [row] * rows}, stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[-1] == last
+    assert sum(line[2:4] in ("1.", "2.", "3.", "4.") for line in lines) == min(rows, 3)

@@ -107,6 +107,16 @@ def test_stream_bad_row_raises_with_line(tmp_path: Path) -> None:
     assert f"{source}:25: broken JSON" in str(caught.value.where)
 
 
+def test_stream_bad_rows_beyond_five_are_counted_in_the_message(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", JSONL + "{broken\n" * 7)
+    with pytest.raises(DataError) as caught:
+        read(source, streaming=True, on_bad_row="fail")
+    assert str(caught.value.where).count("a.jsonl:") == 5
+    with pytest.raises(DataError) as in_memory:
+        read(source, streaming=False, on_bad_row="fail")
+    assert str(caught.value) == str(in_memory.value)
+
+
 def test_stream_issues_equal_in_memory(tmp_path: Path) -> None:
     rows = [{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(40)]
     rows += [{"text": "Text  3", "label": "b"}, {"text": "text 4", "label": "b"}, {"text": "alone", "label": "c"}]

@@ -66,3 +66,13 @@ def test_attach_full_to_offloaded_base_keeps_active_adapter(tmp_path: Path) -> N
         gw.attach(model, method_of("full"), name="second")
     assert gw.adapters(model)["first"].active
     assert torch.equal(scores(model, batch), expected)
+
+
+def test_adapter_text_counts_trained_parameters_share_and_bytes() -> None:
+    model, _ = model_and_batch("lora", "bert", rows=2)
+    base = sum(parameter.numel() for parameter in model.parameters())
+    adapter = gw.attach(model, method_of("lora"))
+    trained = sum(parameter.numel() for parameter in adapter.parameters())
+    said = str(adapter)
+    assert f"trains   {trained:,} parameters, {round(100 * trained / base, 2):.2f} % of the base's {base:,}" in said
+    assert f"on disk  {4 * trained / 1e6:.2f} MB" in said
