@@ -30,6 +30,16 @@ def test_printable_replaces_control_characters() -> None:
     assert printable("café – naïve 漢字") == "café – naïve 漢字"
 
 
+def test_show_table_without_terminal_keeps_140_columns_on_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shown = table("name", "value")
+    shown.add_row("word " * 24, "1")
+    Output().show(shown)
+    assert "word " * 23 + "word" in capsys.readouterr().out
+
+
 def test_show_table_without_terminal_has_no_trailing_spaces(capsys: pytest.CaptureFixture[str]) -> None:
     shown = table("name", "value", numbers=("value",))
     shown.add_row("[bold]x[/bold]", "1")

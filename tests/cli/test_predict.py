@@ -45,6 +45,7 @@ def test_predict_answers_each_line_of_standard_input(
     said = graftwerk("predict", run, *arguments)
     assert said.code == 0, said.err
     cells = [line.split("\t") for line in said.out.splitlines()]
+    assert all(1 / 12 < float(cell[1]) < 1 for cell in cells if cell[-1])  # the score of the best of twelve classes
     assert [cell[-1] for cell in cells] == ["ein großer Vogel", "", "a b\N{REPLACEMENT CHARACTER}c", "last"]
     assert "note: 1 of 4 rows have no answer: the text is empty (1); the first is line 2" in said.err
 

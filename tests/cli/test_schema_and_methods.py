@@ -119,6 +119,9 @@ def test_run_keys_all_have_a_meaning() -> None:
     rate = next(key for key in keys if key["key"] == "training.learning_rate")
     assert rate["kind"] == "number > 0 | auto"
     assert rate["default"] == "auto"
+    kinds = {key["key"]: key["kind"] for key in keys}
+    assert kinds["data.allow"] == "list of text"
+    assert kinds["method(lora).modules_to_save"] == "list of text | auto"
 
 
 def test_schema_command_prints_keys(graftwerk: Run) -> None:

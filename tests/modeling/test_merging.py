@@ -11,7 +11,7 @@ from transformers import BertConfig, BertPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 import graftwerk.modeling.attach as gw
-from graftwerk.errors import AdapterError, ResourceError, UnsupportedError
+from graftwerk.errors import AdapterError, ConflictError, ResourceError, UnsupportedError
 from graftwerk.kernels import dispatch
 from graftwerk.methods.lora import LoRA, LoRAModule
 from graftwerk.methods.registry import parse_method
@@ -291,3 +291,14 @@ def test_load_state_dict_with_missing_tensors_names_five_and_counts_the_rest() -
         del state[key]
     with pytest.raises(AdapterError, match=r"^7 missing: (\S+, ){4}\S+ and 2 more\n"):
         graft.load_state_dict(state)
+
+
+def test_merge_while_rows_have_adapters_raises() -> None:
+    model, _ = model_and_batch("lora", "bert", rows=2)
+    adapter = gw.attach(model, method_of("lora"), name="a")
+    gw.activate(model, rows=["a", None])
+    with pytest.raises(ConflictError, match="not the one active adapter"):
+        adapter.merge()
+    gw.activate(model, "a")
+    adapter.merge()
+    assert adapter.merged

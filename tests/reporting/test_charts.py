@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftwerk.reporting import numbers
+from graftwerk.reporting import numbers, verdicts
 from graftwerk.reporting.escape import Markup, tag, text
 from graftwerk.reporting.labels import Box, place, text_width
 from graftwerk.reporting.line_charts import MOST_POINTS, Chart, Curve, charts
 from graftwerk.reporting.scales import Linear, Log, around, clock_ticks, decades, from_zero
+from graftwerk.reporting.tables import differences
 from graftwerk.reporting.tradeoff import COSTS, Point, tradeoff
 from tests.reporting.reading import Page
 
@@ -188,3 +189,14 @@ def test_tag_escapes_text_and_rejects_invalid_names() -> None:
 @pytest.mark.parametrize(("count", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (2_000, "2,000 rows")])
 def test_plural_adds_s_unless_one(count: int, words: str) -> None:
     assert numbers.plural(count, "row") == words
+
+
+def test_from_zero_leaves_room_above_the_highest_value() -> None:
+    assert from_zero([2.0, 50.0], 0, 100).high == pytest.approx(54.0)
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.0004, "&lt; 0.001"), (0.004, "0.004"), (None, "–")])
+def test_differences_table_prints_small_p_values(p: float | None, said: str) -> None:
+    entry = {"a": "lora", "b": "ia3", "value": 0.02, "low": 0.01, "high": 0.03, "p": p, "verdict": "better"}
+    result = {"metric": "accuracy", "differences": [entry]}
+    assert f">{said}<" in str(differences(verdicts.differences(result), result, "accuracy"))

@@ -471,3 +471,11 @@ def test_fitting_keeps_one_token_of_each_user_turn() -> None:
     assert _fitting(turns, rendered, offsets, 3) == ([0, 1, 6], 4)
     assert _fitting(turns, rendered, offsets, 2) == ([0, 6], 5)
     assert _fitting(turns, rendered, offsets, 1) == ([0], 6)  # the answer's end is lost before the question is
+
+
+def test_template_longer_than_the_limit_is_refused() -> None:
+    from graftwerk.tasks.template_worker import MAX_TEMPLATE, Refused, compile_template
+
+    assert compile_template("x" * MAX_TEMPLATE).render() == "x" * MAX_TEMPLATE
+    with pytest.raises(Refused, match="131,073 characters"):
+        compile_template("x" * (MAX_TEMPLATE + 1))

@@ -77,3 +77,11 @@ def test_class_weights_unknown_name_or_task_without_classes_raises(bench: Bench)
     for task in ("causal", "masked", "summarization"):
         with pytest.raises(ConfigError, match="has no classes"):
             check_settings(TrainingSettings(class_weights="balanced"), True, parse_task(task))
+
+
+def test_class_weights_balanced_divide_by_every_class_though_one_has_no_row(bench: Bench) -> None:
+    rows = [row for row in bench.examples["train"] if row.target != 2]
+    task = weighted_task(TrainingSettings(class_weights="balanced"), Classification(), NAMES, rows)
+    assert isinstance(task, Classification)
+    counts = [sum(row.target == label for row in rows) for label in range(2)]
+    assert [task.weight_of(label) for label in range(2)] == pytest.approx([len(rows) / (3 * n) for n in counts])

@@ -115,3 +115,9 @@ def test_health_checks_resumed_report_the_same() -> None:
     third = watcher(2e-5)
     third.load_state_dict(json.loads(json.dumps(second.state_dict())))
     assert said(third, losses) == [], "said twice"
+
+
+def test_no_learning_fall_below_one_and_a_half_percent_is_reported() -> None:
+    for level, codes in ((0.684, ["no_learning"]), (0.675, [])):  # of a known 0.69
+        events = said(watcher(), [0.7] * 20 + [level] * 280)
+        assert [event.values["code"] for event in events] == codes
