@@ -35,6 +35,8 @@ def test_doctor_checks_run_file_without_writing(graftwerk: Run, config: Path, tm
         "longer than 64 tokens",
     ):
         assert words in shown
+    assert "note: " in shown
+    assert "no problems found" not in shown
     assert sorted(tmp_path.rglob("*")) == before
 
 
