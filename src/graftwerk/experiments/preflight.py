@@ -120,6 +120,10 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
         device = best_device()
         check_compute_type(compute_type(wanted, device), device)
     check_checkpointing(model, config.training.gradient_checkpointing)
+    if config.training.compile:
+        from graftwerk.training.compilation import check_compile  # loads the compiler
+
+        check_compile(model, best_device())
     with torch.device("meta"):
         try:
             attach(model, prepared.method)

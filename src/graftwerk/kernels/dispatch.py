@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from graftwerk.kernels.batched_adapters import (
@@ -97,7 +98,7 @@ def fused_forward(
     Returns:
         (..., out), or None if no kernel supports them: take the plain path.
     """
-    kernel = FUSED.get(type(adapters[0]))
+    kernel = None if torch.compiler.is_compiling() else FUSED.get(type(adapters[0]))
     if kernel is None or not kernel.supports(layer, adapters, x):
         return None
     return kernel(layer, adapters, x, activations)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from graftwerk.kernels import flags
-from graftwerk.kernels.recompute import ActivationTable, Recompute, SharedInput, is_plain
+from graftwerk.kernels.recompute import ActivationTable, Recompute, SharedInput
 from graftwerk.methods.base import AdapterModule, base_weight, is_transposed
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.dropout import mask_bits
@@ -127,7 +127,7 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     base: type = getattr(type(layer), "_graftwerk_base", type(layer))
     weight, vector = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    if not flags.enabled("fused") or torch.compiler.is_compiling() or not is_plain(x):
+    if not flags.enabled("fused") or type(x) is not Tensor:
         return False
     if not x.is_floating_point() or weight.device != x.device:
         return False

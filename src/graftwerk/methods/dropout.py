@@ -15,6 +15,8 @@ Elsewhere       keep[n, i] ~ Bernoulli(1 - p)
 from a generator on the device, seeded for this mask, in one kernel that writes a byte an element: an accelerator's
 counter-based generators are as fast as its memory, which the seven passes would wait for.
 
+A graph of torch.compile draws torch's own masks, from the same generators' states.
+
 Legend: N rows times tokens, i width.
 """
 

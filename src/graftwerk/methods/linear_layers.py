@@ -74,6 +74,8 @@ class InputDropout(AdapterModule):
     def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x (..., in) as the update reads it: in the dtype of the parameters, entries dropped while training."""
         h = x.to(dtype)
+        if self.p and torch.compiler.is_compiling():
+            return F.dropout(h, self.p)  # no seed can be read inside a graph, whose compiler fuses torch's own mask
         return dropout(h, self.p, self.seed(x)) if self.p else h
 
 

@@ -64,10 +64,12 @@ class AdapterSlots(nn.Module):
 
     def active(self) -> list[Any]:
         """Return the modules of the active adapters here, in order; only if all rows use the same ones."""
-        modules, merged = self._modules, self.selection.merged
-        return [
-            module for name in self.selection.names if name not in merged and (module := modules.get(name)) is not None
-        ]
+        active = []
+        for name in self.selection.names:  # no comprehension: torch.compile cannot trace one that assigns a name
+            module = None if name in self.selection.merged else self._modules.get(name)
+            if module is not None:
+                active.append(module)
+        return active
 
     @property
     def empty(self) -> bool:

@@ -79,7 +79,8 @@ def prefix_attention_forward(
         **kwargs: As transformers passes them.
     """
     original = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
-    if (recorder := _recorder.get()) is not None:
+    recorder = None if torch.compiler.is_compiling() else _recorder.get()
+    if recorder is not None:
         recorder[id(module)] = (key, value)
     slots = slots_of(module)
     prefix = None if slots is None else _active_prefix_kv(slots, key)
@@ -97,6 +98,8 @@ def prefix_attention_forward(
 
 
 def _masks_of(slots: AdapterSlots) -> PrefixMasks:
+    if torch.compiler.is_compiling():
+        return PrefixMasks()  # a graph makes each mask once by itself, and has no place to look one up
     return slots.selection.cached(PrefixMasks, lambda kind: kind())
 
 
@@ -231,7 +234,8 @@ class _ShiftPositionsHook:
         self.attentions, self.shifts = tuple(attentions), shifts
 
     def __call__(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        all_slots = [slots for attention in self.attentions if (slots := slots_of(attention)) is not None]
+        every = [slots_of(attention) for attention in self.attentions]
+        all_slots = [slots for slots in every if slots is not None]
         if not all_slots:
             return None
         _masks_of(all_slots[0]).begin_pass()
@@ -261,7 +265,8 @@ def _virtual_tokens(all_slots: Sequence[AdapterSlots], size: int) -> tuple[list[
     """
 
     def tokens(name: str | None) -> int:
-        return next((module.n for slots in all_slots if isinstance(module := slots.get(name), PrefixModule)), 0)
+        modules = [slots.get(name) for slots in all_slots]
+        return next((module.n for module in modules if isinstance(module, PrefixModule)), 0)
 
     selection = all_slots[0].selection
     if selection.rows is None:

@@ -21,12 +21,12 @@ class PrefixMasks:
     """The widened masks of a pass, by the masks that they were made from; they live no longer than those."""
 
     def __init__(self) -> None:
-        self._made: Any = WeakIdKeyDictionary()
+        self._made: Any = None  # made when it is needed: a graph of torch.compile cannot
         self._causal: tuple[Hashable, Tensor] | None = None
 
     def begin_pass(self) -> None:
         """Forget the masks of earlier passes, whose values may have changed."""
-        self._made.clear()
+        self._made = None
 
     def widened(
         self,
@@ -82,6 +82,8 @@ class PrefixMasks:
             if self._causal is None or self._causal[0] != (facts, shape):
                 self._causal = ((facts, shape), make())
             return self._causal[1]
+        if self._made is None:
+            self._made = WeakIdKeyDictionary()
         made: dict[Hashable, Tensor] = self._made.setdefault(mask, {})
         if facts not in made:
             made[facts] = make()

@@ -27,6 +27,8 @@ from graftwerk.training.signals import StopSignals
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from graftwerk.training.compilation import CompiledStacks
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -87,6 +89,7 @@ class GradientAccumulator:
         scaler: Scaler of float16 losses.
         processes: Processes that train together.
         activation_cache: Cache that serves the frozen layers' hidden states.
+        compiled: The model's layers as they are compiled, or None if they run eagerly.
         dtype: Type that forward passes compute in.
         max_length: Tokens of a packed row.
         stop: Stop signals of this process.
@@ -105,6 +108,7 @@ class GradientAccumulator:
         scaler: torch.amp.GradScaler,
         processes: Distributed,
         activation_cache: ActivationCache,
+        compiled: CompiledStacks | None,
         dtype: torch.dtype,
         max_length: int,
         stop: StopSignals,
@@ -112,6 +116,7 @@ class GradientAccumulator:
         self.model, self.parameters, self.task, self.tokenizer = model, parameters, task, tokenizer
         self.rows_of, self.settings, self.optimizer, self.scaler = rows_of, settings, optimizer, scaler
         self.processes, self.activation_cache, self.dtype = processes, activation_cache, dtype
+        self.compiled = compiled
         self.max_length, self.stop = max_length, stop
         self._next: PreparedStep | None = None
 
@@ -144,7 +149,8 @@ class GradientAccumulator:
         self.optimizer.zero_grad(set_to_none=True)
         pieces = zip(step.batches, step.weights, step.examples, strict=True)
         for number, (batch, weight, examples) in enumerate(pieces, start=1):
-            with nullcontext() if number == len(step.batches) else processes.no_sync(self.model):
+            last = number == len(step.batches)
+            with self._compiled(), nullcontext() if last else processes.no_sync(self.model):
                 with self.activation_cache.serving(examples, batch), self._autocast():
                     outputs = objective.forward(self.model, batch)
                     mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
@@ -215,6 +221,9 @@ class GradientAccumulator:
         if self.settings.packing:
             return pack(examples, self.tokenizer, self.max_length)
         return self.task.collator.collate_training(examples, self.tokenizer)
+
+    def _compiled(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.compiled is None else self.compiled.active()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.processes.device.type, self.dtype)

@@ -50,7 +50,8 @@ def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume:
         resume: The run is resumed.
 
     Raises:
-        ConfigError: The settings give a number, and the launcher's is another, or a step has fewer rows.
+        ConfigError: The settings give a number, and the launcher's is another, or a step has fewer rows, or the layers
+            are to be compiled.
         UnsupportedError: The settings give several, and this process cannot be forked; the message gives the reason.
     """
     asked = settings.training.processes
@@ -62,6 +63,8 @@ def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume:
             )
         return 1
     rows = check_processes(settings)
+    if settings.training.compile:
+        return 1
     if asked == "auto":
         count = (
             (_num_processes_of_run(checkpoints) if resume else None)
@@ -81,10 +84,16 @@ def check_processes(settings: RunConfig) -> int:
         settings: Settings of the run.
 
     Raises:
-        ConfigError: The settings ask for more processes than a step has rows.
+        ConfigError: The settings ask for more processes than a step has rows, or to compile in several.
     """
     asked = settings.training.processes
     rows = settings.training.per_device_train_batch_size * settings.training.gradient_accumulation_steps
+    if settings.training.compile and asked not in ("auto", 1) and "RANK" not in os.environ:
+        raise ConfigError(
+            "each forked process would compile the layers for itself, in turn with the others",
+            where=KEY,
+            hint="training.processes=1, or training.compile=false",
+        )
     if asked != "auto" and asked > rows and "RANK" not in os.environ:
         raise ConfigError(f"{asked} processes cannot share a step's {rows} rows", where=KEY, hint=f"at most {rows}")
     return rows

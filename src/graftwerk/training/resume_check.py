@@ -38,7 +38,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE)
-        and (key not in new or (new[key] is not None if key not in old else old[key] != new[key]))
+        and (key not in new or (new[key] not in (None, False) if key not in old else old[key] != new[key]))
     ]
 
 

@@ -75,6 +75,11 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in backward: less memory, more time"
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile: the layers run as compiled graphs in training; the first step takes a minute or "
+        "more, and hidden states of frozen layers are not cached",
+    )
     trunk_cache: Literal["auto"] | bool = Field(
         default="auto",
         description="compute the frozen layers below the lowest adapted one once, and reuse their hidden states in "

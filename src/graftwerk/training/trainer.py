@@ -49,6 +49,8 @@ from graftwerk.training.validation import Evaluator, check_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from graftwerk.training.compilation import CompiledStacks
+
 SEED_STRIDE = 1_000_003
 """Training draws from other seeds than initialisation, and each process from its own."""
 
@@ -160,6 +162,7 @@ class Trainer:
             scaler=self.scaler,
             processes=self.distributed,
             activation_cache=self.activation_cache,
+            compiled=self._compiled(),
             dtype=dtype,
             max_length=max_length or self.batch_sampler.longest,
             stop=self.stop,
@@ -187,6 +190,13 @@ class Trainer:
             prior_loss=prior_loss,
         )
         self.callbacks = default_callbacks(settings, health, self.evaluations, self.early_stopping)
+
+    def _compiled(self) -> CompiledStacks | None:
+        if not self.settings.compile:
+            return None
+        from graftwerk.training.compilation import CompiledStacks  # loads the compiler
+
+        return CompiledStacks(self.adapter.model, self.device, lambda event: self.emit(event))
 
     # -- training loop ---------------------------------------------------------------------------------------------
 

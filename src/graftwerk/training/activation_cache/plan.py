@@ -98,7 +98,9 @@ def plan(
     if settings.trunk_cache is False:
         return Plan("training.trunk_cache is false")
     reason: str | None = None
-    if isinstance(splits[0], EncodedStream | StreamedRows):
+    if settings.compile:
+        reason = "training.compile runs all layers as one graph"
+    elif isinstance(splits[0], EncodedStream | StreamedRows):
         reason = "the rows are streamed, and not all in memory"
     elif task.collator.redraws:
         reason = "the task draws its rows anew in each epoch"
