@@ -21,8 +21,7 @@ from typing import Any, TypeVar
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 
 from graftwerk.kernels import flags
 
@@ -157,12 +156,4 @@ def _region() -> ref[Any] | None:
 
 def is_eager(x: Tensor) -> bool:
     """Return True if kernels with an own backward may run on ``x`` (any shape): plain, eager, with gradients."""
-    return flags.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and is_plain(x)
-
-
-def is_plain(x: Tensor) -> bool:
-    """Return True for a tensor whose numbers are its own, any shape: no subclass with scales, shards or hooks.
-
-    A fake tensor stands for a plain one: what is planned with fake tensors is what runs with real ones.
-    """
-    return type(x) in (Tensor, nn.Parameter) or isinstance(x, FakeTensor)
+    return flags.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and type(x) is Tensor

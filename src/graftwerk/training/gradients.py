@@ -139,11 +139,8 @@ class GradientAccumulator:
         Returns:
             The loss, the norm before clipping and the number of targets; all 0 in a step without a target.
         """
-        return self.of(self._prepared(rows, micro_batch))
-
-    def of(self, step: PreparedStep) -> Gradient:
-        """Set the parameters' gradients to those of batches that are collated already."""
-        processes, device, objective = self.processes, self.processes.device, self.task.objective
+        processes, device = self.processes, self.processes.device
+        step, objective = self._prepared(rows, micro_batch), self.task.objective
         total = processes.sum_scalar(float(sum(step.weights)))
         loss_sum = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
