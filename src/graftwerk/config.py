@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
@@ -51,6 +51,11 @@ class RunConfig(Settings):
 
     model: str = Field(description="hub id, folder, .gguf file, or pkg://package/folder")
     revision: str | None = Field(default=None, description="for a hub id: branch, tag or commit")
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="type that the base's weights are loaded in; what is trained is float32. auto: the compute type on "
+        "an accelerator; float32 on a CPU, and wherever the base itself is trained or numbers are learnt",
+    )
     task: Task = Field(
         default_factory=Classification, description="what is learnt: a task's name, or its settings with `name`"
     )
@@ -101,6 +106,12 @@ class RunConfig(Settings):
                 " --set num_return_sequences=3` gives several"
             )
         return self
+
+    @property
+    def compute_type(self) -> str:
+        """The compute type that is asked for: weights of 16 bits are multiplied in their own type."""
+        own = self.training.compute_type
+        return self.model_dtype if own == "auto" and self.model_dtype not in ("auto", "float32") else own
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:

@@ -26,6 +26,7 @@ PLAN: dict[str, Any] = {
     "learning_rate": 1e-3,
     "device": "cpu",
     "compute_type": "float32",
+    "model_dtype": "float32",
     "processes": 1,
     "parameters": {"trained": 338_690, "head": 770, "total": 22_713_986, "share": 0.0149},
 }

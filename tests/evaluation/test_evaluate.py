@@ -142,6 +142,7 @@ def test_evaluate_run_gives_bit_equal_scores_to_training(
     in_training = seen[1]
     assert run.manifest["compute"] == {
         "type": "bfloat16",
+        "model_dtype": "float32",
         "device": "cpu",
         "eval_batch_size": 5,
         "processes": 1,

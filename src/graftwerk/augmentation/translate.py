@@ -92,7 +92,7 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         UnsupportedError: The task does not generate text.
         ModelError, AdapterError, ResourceError, IntegrityError: As for loading models and adapters.
     """
-    from graftwerk.models.hardware import compute_type, set_threads
+    from graftwerk.models.hardware import compute_type, frozen_dtype, set_threads
     from graftwerk.models.load import load_config, load_model, load_tokenizer
     from graftwerk.models.positions import fix_padding, max_length_for
 
@@ -120,7 +120,8 @@ def load(settings: Translator, max_length: int | None = None) -> Loaded:
         set_threads()
         device = best_device()
         dtype = compute_type("auto", device)
-        model = load_model(settings.model, task, Splits((), (), (), None, "")).to(device)
+        model = load_model(settings.model, task, Splits((), (), (), None, ""), dtype=frozen_dtype(dtype, device))
+        model = model.to(device)
         fix_padding(model, tokenizer)
         name, adapter = settings.model, None
     if not isinstance(task, TextTask) or not task.generates:

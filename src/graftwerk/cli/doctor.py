@@ -84,7 +84,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     """Show model, method, steps, rows and findings of a run file, as `preflight` returns them."""
     data, parameters, model = checked["data"], checked["parameters"], checked["model"]
     out.line(
-        f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters, "
+        f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters in {model['dtype']}, "
         f"rows of up to {model['max_length']} tokens"
     )
     out.line(

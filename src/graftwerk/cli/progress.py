@@ -182,6 +182,8 @@ def describe_start(values: dict[str, Any]) -> str:
     """Return a summary of a run before its first step: parameters, steps, learning rate, device."""
     parameters = values["parameters"]
     where = f"{values['device']}, {values['compute_type']}"
+    if (base := values["model_dtype"]) != "float32" or values["compute_type"] != base:
+        where += f", base in {base}"
     if values["processes"] > 1:
         where += f", {values['processes']} processes"
     steps = f"{values['total_steps']:,} steps of {values['rows_per_step']} rows"

@@ -86,6 +86,7 @@ class LoadedAdapter:
         """Return what the last bits of answers depend on: as the manifest's ``compute``."""
         return {
             "type": str(self.dtype).removeprefix("torch."),
+            "model_dtype": str(self.model.dtype).removeprefix("torch."),
             "device": next(self.model.parameters()).device.type,
             "eval_batch_size": batch_size,
             "threads": torch.get_num_threads(),
@@ -198,12 +199,15 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     task = task.with_labels(splits.labels or ())
     set_threads()
     device = best_device()
-    dtype = _compute_type(own, settings.training.compute_type if settings else "auto", device)
+    dtype = _compute_type(own, settings.compute_type if settings else "auto", device)
     if isinstance(task, Regression):  # answers in the units of the rows: other types would round them
         dtype = torch.float32
-    base = load_model(name, task, splits, revision=revision)
+    weights = _base_dtype(own, info, dtype, device)
+    base = load_model(name, task, splits, dtype=weights, revision=revision)
     fix_padding(base, tokenizer)
     load_adapter(base, info.folder, force=force, filled=newly_initialised(base) if found.manifest else ())
+    if weights not in (torch.float32, dtype):  # the values that it was trained on, where they cannot be multiplied so
+        base.float()
     max_length = max_length_for(architecture, tokenizer, virtual=positions_taken(base))
     if isinstance(own_limit := own.get("max_length"), int):  # trained before virtual tokens counted, it may be too long
         longest = position_limit(architecture)
@@ -249,6 +253,20 @@ def _compute_type(own: Mapping[str, Any], asked: str, device: torch.device) -> t
         with contextlib.suppress(ConfigError):
             return compute_type(run["type"], device)
     return compute_type(asked, device)
+
+
+def _base_dtype(own: Mapping[str, Any], info: AdapterInfo, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type that the adapter's base was loaded in; where nobody says, bfloat16 if it is fast here.
+
+    Another type would round the base to other values, and in float16 to another fingerprint.
+    """
+    from graftwerk.models.hardware import TYPES, frozen_dtype
+
+    if run := _trained_with(own):
+        return TYPES.get(run.get("model_dtype", ""), torch.float32)
+    trained_whole = info.method is not None and info.method.kind == "weights"
+    dtype = frozen_dtype(compute, device)
+    return dtype if dtype == torch.bfloat16 and not trained_whole else torch.float32
 
 
 def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:

@@ -24,7 +24,7 @@ from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.training.augmented import planned
 from graftwerk.training.data_checks import first_batch
-from graftwerk.training.mode import check_checkpointing, check_compute_type
+from graftwerk.training.mode import base_dtype, check_checkpointing, check_compute_type
 from graftwerk.training.num_processes import check_processes
 from graftwerk.training.optim import default_rates
 from graftwerk.training.run_dir import read_manifest
@@ -49,6 +49,8 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, ModelError, ResourceError: Training would raise it before its first step.
     """
+    from graftwerk.models.hardware import compute_type
+
     config = config.anchored()  # so that everything is called as training calls it
     check_processes(config)
     prepared = prepare(config, lambda event: None, warm_labels(config.training.warm_start))
@@ -60,6 +62,10 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     made = planned(prepared, config)
     steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
     steps = training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch)
+    device = best_device()
+    compute = compute_type(config.compute_type, device)
+    check_compute_type(compute, device)
+    dtype = base_dtype(config, compute, device)
     model = _without_storage(prepared.task, architecture, splits)
     trunk = _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1))
     parameters = _counted(config.method, model)
@@ -67,7 +73,12 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     auto, _ = default_rates(config.method, prepared.task)
     rate = auto if training.learning_rate == "auto" else training.learning_rate
     return {
-        "model": {"name": config.model, "kind": architecture.model_type, "max_length": prepared.max_length},
+        "model": {
+            "name": config.model,
+            "kind": architecture.model_type,
+            "max_length": prepared.max_length,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
         "task": config.task.name,
         "data": {
             "origin": splits.origin,
@@ -109,16 +120,11 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
     """
     import torch
 
-    from graftwerk.models.hardware import compute_type
     from graftwerk.models.safety_checks import check_weights
 
     if is_local(config.model):  # the weights of a hub model may not be here yet
         check_weights(model_folder(config.model, weights=False), config.model)
     fix_padding(model, prepared.tokenizer)
-    wanted = config.training.compute_type
-    if wanted != "auto":
-        device = best_device()
-        check_compute_type(compute_type(wanted, device), device)
     check_checkpointing(model, config.training.gradient_checkpointing)
     if config.training.compile:
         from graftwerk.training.compilation import check_compile  # loads the compiler

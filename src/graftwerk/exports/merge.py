@@ -92,6 +92,9 @@ def merge(
         raise ConfigError(f"`{dtype}` is no type that weights are stored in", where="dtype", hint=", ".join(TYPES))
     source = read_source(target, model=model, force=force, data=data, columns=columns, rows=rows)
     stored = TYPES[dtype] if dtype != "auto" else _stored_type(source, model)
+    own = source.loaded.model.dtype
+    if (finer := torch.promote_types(stored, own)) != own:  # merged in the type that is stored, and rounded there alone
+        source.loaded.model.to(finer)
     if source.adapter.hosts:
         source.adapter.merge(keep_base=False)
     found: list[Parity] = []

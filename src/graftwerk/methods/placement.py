@@ -30,6 +30,11 @@ def _is_offloaded(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
+def is_unloaded(module: nn.Module) -> bool:
+    """Return True if a module has weights without values that nothing will load: a model on `meta`, for a dry run."""
+    return _is_offloaded(module) and OFFLOAD_HOOK not in module.__dict__
+
+
 def module_device(module: nn.Module) -> torch.device:
     """Return the device that a base module computes on.
 

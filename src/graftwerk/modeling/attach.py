@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
 from graftwerk.methods.base import Method
 from graftwerk.methods.lora_parameters import ParameterAdapters
-from graftwerk.methods.placement import module_device, placing_hooks
+from graftwerk.methods.placement import is_unloaded, module_device, placing_hooks
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
@@ -231,7 +231,7 @@ def _install(
 def _place(model_adapters: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
     """Put an adapter's module on the device of the weights it works with, in the host's mode."""
     device = module_device(host)
-    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+    if not is_unloaded(host) and any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
         module.to(device)
     if module.training != host.training:
         module.train(host.training)

@@ -161,7 +161,11 @@ def check_said(values: Mapping[str, Any], path: Path) -> None:
     length, metrics, compute = values.get("max_length"), values.get("metrics"), values.get("compute")
     said = {
         "compute": compute is None
-        or (isinstance(compute, dict) and all(isinstance(compute.get(key), str) for key in ("type", "device"))),
+        or (
+            isinstance(compute, dict)
+            and all(isinstance(compute.get(key), str) for key in ("type", "device"))
+            and isinstance(compute.get("model_dtype"), str | None)
+        ),
         "labels": _none_or_texts(values.get("labels")),
         "max_length": length is None or (type(length) is int and 1 <= length < 2**31),
         "task": isinstance(values.get("task"), str | None),

@@ -20,6 +20,8 @@ from graftwerk.training.setup import SPLITS, Prepared
 from graftwerk.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
+    import torch
+
     from graftwerk.training.trainer import Trainer
 
 FORMAT = 1
@@ -120,6 +122,7 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
         "head_learning_rate": rates.head,
         "device": str(trainer.device),
         "compute_type": str(trainer.dtype).removeprefix("torch."),
+        "model_dtype": str(trainer.adapter.model.dtype).removeprefix("torch."),
         "processes": trainer.distributed.world_size,
         "left_out": trainer.adapter.left_out(),
     }
@@ -135,6 +138,7 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
 
     return {
         "type": str(trainer.evaluate.dtype).removeprefix("torch."),
+        "model_dtype": str(trainer.adapter.model.dtype).removeprefix("torch."),
         "device": trainer.device.type,
         "eval_batch_size": trainer.evaluate.batch_size,
         "processes": trainer.distributed.world_size,
@@ -142,11 +146,16 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Return the facts that the last bits of sums depend on beside the settings."""
+def environment(dtype: torch.dtype) -> dict[str, Any]:
+    """Return the facts that the last bits of sums depend on beside the settings.
+
+    Args:
+        dtype: Type of the base's weights; float32, which older runs had, is left out.
+    """
     import torch
 
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    own = {} if dtype == torch.float32 else {"model_dtype": str(dtype).removeprefix("torch.")}
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), **own}
 
 
 def command(settings: RunConfig) -> str:

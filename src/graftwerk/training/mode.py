@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
-from graftwerk.errors import UnsupportedError
+from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.placement import is_dispatched
+from graftwerk.models.hardware import TYPES, frozen_dtype
+from graftwerk.tasks.regression import Regression
 
 
 def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
@@ -24,6 +27,38 @@ def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
     """
     if dtype == torch.float16 and device.type == "cpu":
         raise UnsupportedError("float16 needs an accelerator", where="training.compute_type", hint="auto, or bfloat16")
+
+
+def base_dtype(settings: RunConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type that the base's weights are loaded in.
+
+    Args:
+        settings: Settings of the run.
+        compute: Type that forward passes compute in.
+        device: Device to train on.
+
+    Raises:
+        ConfigError: Weights of 16 bits would be multiplied in another type.
+        UnsupportedError: The run needs weights of 32 bits.
+    """
+    wide = None
+    if settings.method.kind == "weights":
+        wide = f"{settings.method.title} trains the base's own weights, and small steps are lost in the rounding of"
+    elif isinstance(settings.task, Regression):
+        wide = "the numbers that a regression answers would be rounded to the two or three digits of"
+    if settings.model_dtype == "auto":
+        return frozen_dtype(compute, device) if wide is None else torch.float32
+    dtype = TYPES[settings.model_dtype]
+    if dtype != torch.float32 and wide is not None:
+        raise UnsupportedError(f"{wide} {settings.model_dtype}", where="model_dtype", hint="auto, or float32")
+    if dtype not in (torch.float32, compute):
+        raise ConfigError(
+            f"weights in {settings.model_dtype} are multiplied in that type, and `training.compute_type` is "
+            f"{str(compute).removeprefix('torch.')}",
+            where="model_dtype",
+            hint="leave training.compute_type out, or model_dtype: auto",
+        )
+    return dtype
 
 
 def check_placement(model: Any, processes: int) -> None:

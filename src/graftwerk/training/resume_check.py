@@ -27,7 +27,7 @@ FREE = (
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each difference of two identities that matters, as ``key: old -> new``.
 
-    A setting that an older version did not have, and that is off, is none.
+    A setting that an older version did not have, and that is off or left to the machine, is none.
 
     Args:
         before: Identity in the checkpoint.
@@ -38,7 +38,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE)
-        and (key not in new or (new[key] not in (None, False) if key not in old else old[key] != new[key]))
+        and (key not in new or (new[key] not in (None, False, "auto") if key not in old else old[key] != new[key]))
     ]
 
 

@@ -124,7 +124,7 @@ class RunDriver:
         from graftwerk.training.finalize import finish
         from graftwerk.training.head_start import refuse_checkpoint, start_head
         from graftwerk.training.manifest import compute_of, data_identity, environment, opening, run_plan
-        from graftwerk.training.mode import check_compute_type
+        from graftwerk.training.mode import base_dtype, check_compute_type
         from graftwerk.training.multitask_sampling import sampler_of
         from graftwerk.training.setup import load_base_and_attach, prepare
         from graftwerk.training.trainer import Trainer
@@ -132,14 +132,15 @@ class RunDriver:
 
         settings, bus = self.settings, self.bus
         set_threads()
-        dtype = compute_type(settings.training.compute_type, self.processes.device)
+        dtype = compute_type(settings.compute_type, self.processes.device)
         types = list(TYPES.values())  # each process has tried for itself what is fast
         dtype = types[self.processes.broadcast(types.index(dtype))]
         check_compute_type(dtype, self.processes.device)
+        weights = base_dtype(settings, dtype, self.processes.device)
         snapshot = self.checkpoints.load_latest() if resume else None
         identity: dict[str, Any] = {
             "config": redacted(settings.model_dump(mode="json")),
-            "environment": environment(),
+            "environment": environment(weights),
         }
         self._same_run(snapshot, identity, "config")
         early: list[Event] = []
@@ -157,7 +158,7 @@ class RunDriver:
         self._same_run(snapshot, identity, "data")
         bus(Event("phase", 0, name="loading the model"))
         baseline = resident(self.processes.device)
-        adapter, identity["base"] = load_base_and_attach(settings, prepared)
+        adapter, identity["base"] = load_base_and_attach(settings, prepared, weights)
         self._same_run(snapshot, identity, "base")
         if settings.training.warm_start is not None and warm_start(adapter, settings.training.warm_start):
             refuse_checkpoint(prepared)

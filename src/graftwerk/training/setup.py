@@ -22,6 +22,7 @@ from graftwerk.training.stream import EncodedStream
 from graftwerk.training.validation import check_settings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "validation", "test")
@@ -133,24 +134,23 @@ def _check_evaluation(settings: RunConfig) -> None:
         check_baseline(settings.task)
 
 
-def load_base_and_attach(settings: RunConfig, prepared: Prepared) -> tuple[Adapter, str]:
+def load_base_and_attach(settings: RunConfig, prepared: Prepared, dtype: torch.dtype) -> tuple[Adapter, str]:
     """Load the base model and attach a new adapter, drawing all random values from the seed.
 
     Args:
         settings: Settings of the run.
         prepared: Rows, task and method.
+        dtype: Type of the base's weights.
 
     Returns:
         The adapter, and the fingerprint of the base model.
     """
-    import torch
-
     from graftwerk.models.load import load_model
     from graftwerk.models.positions import fix_padding
     from graftwerk.serialization.fingerprint import fingerprint
 
     rng.seed(settings.training.seed)
-    model = load_model(settings.model, prepared.task, prepared.splits, dtype=torch.float32, revision=settings.revision)
+    model = load_model(settings.model, prepared.task, prepared.splits, dtype=dtype, revision=settings.revision)
     fix_padding(model, prepared.tokenizer)
     base = fingerprint(model)
     return attach(model, prepared.method), base
