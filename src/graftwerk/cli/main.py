@@ -21,6 +21,7 @@ from graftwerk.cli import (
     augment,
     compare,
     doctor,
+    errors,
     evaluate,
     export,
     init,
@@ -62,7 +63,21 @@ def root(
         raise typer.Exit
 
 
-for module in (init, train, evaluate, predict, augment, compare, export, inspect, methods, doctor, schema, report):
+for module in (
+    init,
+    train,
+    evaluate,
+    predict,
+    augment,
+    compare,
+    export,
+    inspect,
+    methods,
+    doctor,
+    schema,
+    report,
+    errors,
+):
     module.register(app)
 
 

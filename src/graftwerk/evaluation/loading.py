@@ -17,7 +17,7 @@ from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.devices import best_device
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
-from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS
+from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS, ROWS
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.own_files import refuse_links
 from graftwerk.serialization.adapter_config import CONFIG_FILE
@@ -141,7 +141,7 @@ def find(target: Any) -> Target:
         if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
             return Target(read_adapter_config(path), None, None, {})
         path = path.parent
-    refuse_links(path, (MANIFEST, CONFIG, ADAPTER, EVALUATION, PREDICTIONS, ANSWERS))
+    refuse_links(path, (MANIFEST, CONFIG, ADAPTER, EVALUATION, PREDICTIONS, ANSWERS, ROWS))
     manifest = read_sealed(path / MANIFEST)
     check_said(manifest, path / MANIFEST)
     adapter = recover(path / ADAPTER)
