@@ -97,14 +97,16 @@ def against_chance(
     }
     if low > 0:
         return found
-    shown = {part: known.text(bound, signed=True) for part, bound in difference.items()}
+    ending = " %" if known.unit == "share" else ""
+    apart_by = [known.text(bound, signed=True) for bound in (difference["value"], low, high)]
     text = (
-        f"{known.title} {known.text(value)} is not shown to be better than {guess.what} ({known.text(guess.value)}): "
-        f"{shown['value']}{known.words}, {shown['low']} to {shown['high']}"
+        f"{known.title} {known.text(value)}{ending} is not shown to be better than {guess.what} "
+        f"({known.text(guess.value)}{ending}): {apart_by[0]}{known.words}, {100 * confidence:g} % interval "
+        f"{apart_by[1]} to {apart_by[2]}"
     )
     area = metrics.get("roc_auc") or {}
     if (area.get("low") or 0.0) > 0.5:
-        text += f"; but its scores rank rows better than chance (ROC-AUC {METRICS['roc_auc'].text(area['value'])})"
+        text += f"; but its scores rank rows better than chance (ROC-AUC {METRICS['roc_auc'].text(area['value'])} %)"
         return {**found, "at_chance": False, "text": text}
     return {**found, "text": text, "hint": HINT}
 
