@@ -16,6 +16,10 @@ from graftwerk.reporting.labels import cut
 SHADES = 5
 LONGEST_NAME = 24
 TEXTS = ("text", "text_pair", "anchor", "positive", "source")
+UPRIGHT = 5
+"""With more classes their names stand upright above the columns."""
+FIRST = 5
+"""So many of the worst rows are seen at once."""
 CONFUSABLE = 25
 """A matrix with more classes is not drawn; our files have at most twelve."""
 
@@ -58,7 +62,7 @@ def _confusion(confusion: Mapping[str, Any]) -> Markup:
         values = [number({"at": value}, "at") or 0.0 for value in row]
         total = sum(values)
         cells = [_shaded(value, total, wrong=true != column) for column, value in enumerate(values)]
-        rows.append(("", [cut(name, LONGEST_NAME), *cells]))
+        rows.append(("", [page.breakable(cut(name, LONGEST_NAME)), *cells]))
     headings = [
         ("Right \N{DOWNWARDS ARROW}, predicted \N{RIGHTWARDS ARROW}", ""),
         *((cut(n, LONGEST_NAME), "number") for n in names),
@@ -66,7 +70,9 @@ def _confusion(confusion: Mapping[str, Any]) -> Markup:
     return join(
         [
             tag("h3", "Confusion matrix"),
-            page.table("Confusion matrix", headings, rows, class_="confusion"),
+            page.table(
+                "Confusion matrix", headings, rows, class_="confusion many" if len(names) > UPRIGHT else "confusion"
+            ),
             page.paragraph(
                 "Rows of each label by the answer; the darker, the larger its share of the label.", class_="note"
             ),
@@ -84,7 +90,17 @@ def _confusions(known: Mapping[str, Any]) -> Markup:
     found = mappings(known, "confusions")
     if not found:
         return Markup()
-    rows = [("", [words(one, "true"), words(one, "predicted"), numbers.exact(number(one, "rows"))]) for one in found]
+    rows = [
+        (
+            "",
+            [
+                page.breakable(words(one, "true")),
+                page.breakable(words(one, "predicted")),
+                numbers.exact(number(one, "rows")),
+            ],
+        )
+        for one in found
+    ]
     all_pairs = number(known, "confused_pairs") or len(found)
     note = (
         f"The {len(found):,} most frequent of {numbers.exact(all_pairs)} pairs of labels."
@@ -111,7 +127,7 @@ def _by_label(found: Sequence[Mapping[str, Any]], task: str) -> Markup:
         shares = [numbers.bare_percent(number(one, part)) for part in ("f1", "precision", "recall")]
         counts = [numbers.exact(number(one, part)) for part in ("rows", "predicted")]
         threshold = [numbers.plain(number(one, "threshold"))] if with_threshold else []
-        rows.append(("", [words(one, "label"), *shares, *counts, *threshold]))
+        rows.append(("", [page.breakable(words(one, "label")), *shares, *counts, *threshold]))
     headings = [
         (numbers.title(what), ""), ("F1, %", "number"), ("Precision, %", "number"), ("Recall, %", "number"),
         (counted, "number"), ("Predicted", "number"), *([("Threshold", "number")] if with_threshold else []),
@@ -143,18 +159,20 @@ def _residuals(residuals: Mapping[str, Any]) -> Markup:
     if not drawing:
         return Markup()
     quantiles = mapping(residuals, "quantiles")
+    mean, deviation = _short(number(residuals, "mean")), _short(number(residuals, "deviation"))
     shown = [
-        ("Mean", numbers.plain(number(residuals, "mean")), "above zero: answers are too high"),
-        ("Standard deviation", numbers.plain(number(residuals, "deviation")), ""),
-        ("Median", numbers.plain(number(quantiles, "50")), ""),
-        (
-            "Nine of ten rows",
-            f"{numbers.plain(number(quantiles, '5'))} to {numbers.plain(number(quantiles, '95'))}",
-            "",
-        ),
+        ("Mean", mean, "above zero: answers are too high"),
+        ("Standard deviation", deviation, ""),
+        ("Median", _short(number(quantiles, "50")), ""),
+        ("Nine of ten rows", f"{_short(number(quantiles, '5'))} to {_short(number(quantiles, '95'))}", ""),
     ]
     caption = f"Predicted less right number, {numbers.plural(len(items(residuals, 'points')), 'row')}."
     return join([tag("h3", "Residuals"), page.big_figures(shown), page.figure(drawing, caption)])
+
+
+def _short(value: float | None) -> str:
+    """Format a number of any size with three significant digits."""
+    return numbers.bare("rmse", value)
 
 
 def _worst(known: Mapping[str, Any]) -> Markup:
@@ -173,13 +191,11 @@ def _worst(known: Mapping[str, Any]) -> Markup:
         ]
         entries.append(tag("li", page.facts(facts)))
     text = "The largest errors first; texts are cut. `graftwerk errors` filters all of them."
-    return join(
-        [
-            tag("h3", "The worst rows"),
-            page.paragraph(text, class_="note"),
-            tag("details", tag("summary", numbers.plural(len(entries), "row")), tag("ol", *entries, class_="worst")),
-        ]
-    )
+    parts = [tag("h3", "The worst rows"), page.paragraph(page.prose(text), class_="note")]
+    parts.append(tag("ul", *entries[:FIRST], class_="worst"))
+    if more := entries[FIRST:]:
+        parts.append(tag("details", tag("summary", f"{len(more)} more"), tag("ul", *more, class_="worst")))
+    return join(parts)
 
 
 def _sure(one: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def run_page(
     return page.document(
         title=f"Run: {folder.name}",
         kicker=f"{words(manifest, 'method', 'name') or 'A run'} on {words(manifest, 'model') or 'a model'}",
-        headline=_headline(manifest, split, figures),
+        headline=page.prose(_headline(manifest, split, figures)),
         deck=[_deck(manifest, figures, rows, split, confidence)],
         sections=[part for part in sections if part],
         footer=footer,
@@ -200,7 +200,7 @@ def _against_guess(chance: Mapping[str, Any]) -> list[Markup]:
     apart = f"{numbers.bare(metric, value)}{numbers.unit(metric)}"
     text = f"{numbers.title(numbers.metric_name(metric))}: better than {guess} by {apart}"
     limits = f"{numbers.bare(metric, low)} to {numbers.bare(metric, high)}"
-    return [page.paragraph(f"{text} ({limits}).", class_="note")]
+    return [page.paragraph(page.prose(f"{text} ({limits})."), class_="note")]
 
 
 def _examples(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
