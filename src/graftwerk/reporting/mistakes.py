@@ -18,6 +18,8 @@ LONGEST_NAME = 24
 TEXTS = ("text", "text_pair", "anchor", "positive", "source")
 UPRIGHT = 5
 """With more classes their names stand upright above the columns."""
+OPEN = 30
+"""Tables with more rows are folded."""
 FIRST = 5
 """So many of the worst rows are seen at once."""
 CONFUSABLE = 25
@@ -136,7 +138,7 @@ def _by_label(found: Sequence[Mapping[str, Any]], task: str) -> Markup:
     return join(
         [
             tag("h3", f"Each {what}"),
-            table if len(rows) <= 15 else tag("details", tag("summary", numbers.plural(len(rows), what)), table),
+            table if len(rows) <= OPEN else tag("details", tag("summary", numbers.plural(len(rows), what)), table),
         ]
     )
 
@@ -200,7 +202,10 @@ def _worst(known: Mapping[str, Any]) -> Markup:
 
 def _sure(one: Mapping[str, Any]) -> str:
     confidence = number(one, "confidence")
-    return "" if confidence is None else f" ({numbers.percent(confidence)})"
+    if confidence is None:
+        return ""
+    lead = "its surest mistake " if isinstance(one.get("predicted"), list) else ""
+    return f" ({lead}{numbers.percent(confidence)})"
 
 
 def _answer(one: Mapping[str, Any], side: str) -> str:
