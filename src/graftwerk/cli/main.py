@@ -19,6 +19,7 @@ import typer
 
 from graftwerk.cli import (
     augment,
+    chat,
     compare,
     doctor,
     errors,
@@ -68,6 +69,7 @@ for module in (
     train,
     evaluate,
     predict,
+    chat,
     augment,
     compare,
     export,

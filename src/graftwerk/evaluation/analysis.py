@@ -1,4 +1,4 @@
-"""What the predictions of a split say together: confusions, metrics of each label, calibration, residuals, worst rows.
+"""Summarise the predictions of a split: confusions, metrics of each label, calibration, residuals, worst rows.
 
 Everything is plain JSON, drawn by the report without any of this. Legend: n rows, C classes, L labels, K kinds.
 """
@@ -121,7 +121,7 @@ def _of_tags(predictions: TagPredictions) -> dict[str, Any]:
 def by_label(
     names: Sequence[str], right: NDArray[np.int64], found: NDArray[np.int64], there: NDArray[np.int64]
 ) -> list[dict[str, Any]]:
-    """Return precision, recall and F1 of each label, the most frequent first; None where nothing was found or is there.
+    """Return precision, recall and F1 of each label, the most frequent first; what is undefined is None.
 
     Args:
         names: Names of the K labels.

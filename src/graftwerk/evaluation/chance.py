@@ -34,7 +34,7 @@ class Guess:
     Attributes:
         metric: The metric that it is compared in.
         what: It in words: ``always answering `a```.
-        rows: What it answers, or None where only its expected value is known.
+        rows: What it answers, or None if only its expected value is known.
         value: Its value of the metric.
     """
 

@@ -192,7 +192,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
         )
     revision = settings.revision if settings and model is None else None
     architecture = load_config(name, revision)
-    task = _task(info, own).for_model(architecture)
+    task = task_of(info, own).for_model(architecture)
     tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
     task = task.with_labels(splits.labels or ())
@@ -251,7 +251,16 @@ def _compute_type(own: Mapping[str, Any], asked: str, device: torch.device) -> t
     return compute_type(asked, device)
 
 
-def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:
+def task_of(info: AdapterInfo, own: Mapping[str, Any]) -> Task:
+    """Return the task of an adapter, not yet bound to a model.
+
+    Args:
+        info: Contents of the adapter folder.
+        own: The run's manifest, or what the adapter says of itself.
+
+    Raises:
+        UnsupportedError: Neither says it.
+    """
     from graftwerk.tasks.registry import parse_task
 
     if isinstance(own.get("task_settings"), dict):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from graftwerk.evaluation.evaluate import shown_input
 from graftwerk.evaluation.results_io import ROWS
-from graftwerk.sanitize import dump_json
+from graftwerk.sanitize import dump_json, redact
 from graftwerk.serialization.atomic import write_file
 from graftwerk.tasks.base import Example, Row, Task
 from graftwerk.tasks.predictions import (
@@ -97,7 +97,7 @@ def records_of(
     for at in range(predictions.rows):
         record: dict[str, Any] = {"row": at + 1}
         if where is not None and whole:
-            record["where"] = where(at)
+            record["where"] = redact(where(at))
         row = rows[at] if whole else examples[at].row or {}
         record |= shown_input(task, row, examples[at if len(examples) == predictions.rows else 0])
         if "tokens" in row and "text" not in row:
