@@ -221,6 +221,49 @@ def events() -> list[dict[str, Any]]:
     return found
 
 
+def analysis() -> dict[str, Any]:
+    """`predictions/analysis.json` of a run with everything that some task has."""
+    bins = [
+        {"rows": 40, "confidence": 0.55, "right": 0.5, "low": 0.35, "high": 0.65},
+        {"rows": 460, "confidence": 0.92, "right": 0.81, "low": 0.77, "high": 0.84},
+    ]
+    worst = [
+        {
+            "row": at + 1, "where": f"movies.csv:{at + 2}", "text": f"a film of {at} stars", "true": "negative",
+            "predicted": "positive", "wrong": True, "error": 4.0 - at / 10, "confidence": 0.98 - at / 100,
+            "scores": {"positive": 0.98, "negative": 0.02},
+        }
+        for at in range(7)
+    ]  # fmt: skip
+    entity = {"label": "PER", "start": 0, "end": 2, "text": "Ann Lee"}
+    worst.append({"row": 9, "text": "Ann Lee met", "true": [entity], "predicted": [], "error": 1.0, "confidence": None})
+    label = {
+        "label": "negative",
+        "rows": 250,
+        "predicted": 240,
+        "right": 190,
+        "precision": 0.79,
+        "recall": 0.76,
+        "f1": 0.775,
+    }
+    known = {
+        "rows": 500,
+        "wrong": 109,
+        "error": "nats",
+        "confusion": {"labels": ["negative", "positive"], "counts": [[190, 60], [50, 200]]},
+        "confusions": [{"true": "noun.act", "predicted": "noun.animal", "rows": 7}],
+        "confused_pairs": 90,
+        "by_label": [label, {**label, "label": "positive", "precision": None, "threshold": 0.4}],
+        "calibration": {"answers": 500, "bins": bins, "expected_calibration_error": 0.105},
+        "residuals": {
+            "mean": 0.02, "deviation": 1.05, "quantiles": {"5": -1.8, "50": 0.03, "95": 1.8},
+            "points": [[1.0, 0.5], [2.0, -0.7], [4.5, 0.0]],
+        },
+        "worst": worst,
+    }  # fmt: skip
+    return {"format": 1, "splits": {"test": known}}
+
+
 def write_comparison(folder: Path, result: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(result), encoding="utf-8")
@@ -228,9 +271,15 @@ def write_comparison(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def write_run(
-    folder: Path, manifest_: dict[str, Any] | None = None, events_: list[dict[str, Any]] | None = None
+    folder: Path,
+    manifest_: dict[str, Any] | None = None,
+    events_: list[dict[str, Any]] | None = None,
+    analysis_: dict[str, Any] | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    if analysis_ is not None:
+        (folder / "predictions").mkdir(exist_ok=True)
+        (folder / "predictions" / "analysis.json").write_text(json.dumps(analysis_), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest_ or manifest()), encoding="utf-8")
     lines = [json.dumps(event) for event in (events() if events_ is None else events_)]
     (folder / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")

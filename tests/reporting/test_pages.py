@@ -33,7 +33,7 @@ def comparison(folder: Path, **changes: Any) -> Page:
 def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     folder = tmp_path / "folder"
     if request.param == "run":
-        examples.write_run(folder)
+        examples.write_run(folder, analysis_=examples.analysis())
     else:
         examples.write_comparison(folder, examples.comparison())
     return write_report(folder).read_text(encoding="utf-8")
@@ -279,6 +279,60 @@ def test_run_page_more_than_forty_messages_are_counted(tmp_path: Path) -> None:
     assert "3 more are in metrics.jsonl." in text
 
 
+def at_chance(at_chance: bool = True, **more: Any) -> dict[str, Any]:
+    """`chance` of a manifest."""
+    difference = {"value": 0.281, "low": 0.22, "high": 0.34}
+    known = {"metric": "accuracy", "guess": "always answering `positive`", "guess_value": 0.5, "difference": difference}
+    return {"test": {**known, "at_chance": at_chance, **more}}
+
+
+def test_run_page_at_chance_says_so_first(tmp_path: Path) -> None:
+    text = "accuracy 51.0 % is not shown to be better than always answering `positive` (50.0 %)"
+    chance = at_chance(text=text, hint="more epochs; `graftwerk errors`")
+    event = {"kind": "diagnosis", "step": 375, "code": "at_chance", "text": f"test rows: {text}"}
+    page = page_of(examples.write_run(tmp_path, {**examples.manifest(), "chance": chance}, [*examples.events(), event]))
+    assert page.one("h1").text == "lora is not shown to be better than always answering positive"
+    assert [code.text for code in page.all("code") if "h1" in code.inside] == ["positive"]
+    (message,) = [each for each in page.all("li") if "At chance level" in each.text]
+    assert message.attributes["class"] == "grave"
+    assert "51.0 %" in message.text
+    assert page.text.count("51.0 %") == 1  # not told again among the messages of the run
+
+
+def test_run_page_above_chance_says_by_how_much(tmp_path: Path) -> None:
+    page = page_of(examples.write_run(tmp_path, {**examples.manifest(), "chance": at_chance(False)}))
+    assert "lora reaches" in page.one("h1").text
+    said = "Accuracy: better than always answering positive (50.0\u202f%) by 28.1 points (22.0 to 34.0)."
+    assert said in page.text
+
+
+def test_run_page_shows_mistakes(tmp_path: Path) -> None:
+    page = page_of(examples.write_run(tmp_path, analysis_=examples.analysis()))
+    assert "109 of 500 test rows are answered wrongly." in page.text
+    cells = page.all("span", "heat")
+    assert [cell.text for cell in cells] == ["190", "60", "50", "200"]
+    assert [cell.attributes["class"] for cell in cells] == [
+        "heat right heat-4", "heat wrong heat-2", "heat wrong heat-2", "heat right heat-5"
+    ]  # fmt: skip
+    assert "The 1 most frequent of 90 pairs of labels." in page.text
+    assert "Expected calibration error 10.5\u202f%" in page.text
+    dots = [group for group in page.all("g", "point") if "Sure to" in (group.attributes.get("data-tip") or "")]
+    assert len(dots) == 4  # two bins in two widths
+    assert len(page.all("circle", "spot")) == 6
+    worst = [each.text for each in page.all("li") if "facts" not in each.inside and "a film of" in each.text]
+    assert len(worst) == 7
+    assert "negative" in worst[0]
+    assert "positive (98.0\u202f%)" in worst[0]
+    assert "movies.csv:2" in worst[0]
+    assert "3 more" in page.text  # five are open
+    assert "PER: Ann Lee" in page.text
+    assert "Threshold" in page.text
+
+
+def test_run_page_without_predictions_has_no_section_of_mistakes(tmp_path: Path) -> None:
+    assert "What it gets wrong" not in page_of(examples.write_run(tmp_path)).text
+
+
 def test_run_page_without_held_out_rows_states_it(tmp_path: Path) -> None:
     manifest = examples.manifest()
     manifest.update(metrics={}, best=None)
@@ -357,7 +411,8 @@ def test_page_escapes_hostile_text(tmp_path_factory: pytest.TempPathFactory, tex
     page = page_of(examples.write_comparison(folder / "comparison", poisoned(clean, text)))
     assert {e.name for e in page.elements} == set(shape)
     assert len(page.all("script")) == 1
-    run = examples.write_run(folder / "run", poisoned(examples.manifest(), text), poisoned(examples.events(), text))
+    files = (poisoned(tree, text) for tree in (examples.manifest(), examples.events(), examples.analysis()))
+    run = examples.write_run(folder / "run", *files)
     (run / "config.yaml").write_text(text, encoding="utf-8", errors="replace")
     page = page_of(run)
     assert len(page.all("script")) == len(page.all("style")) == 1
@@ -376,11 +431,13 @@ ANYTHING = st.recursive(
 def test_page_is_written_whatever_the_files_hold(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("odd")
     result, manifest, events = examples.comparison(names=("full", "lora")), examples.manifest(), examples.events()
-    for tree in (result, manifest, events):
+    analysis = examples.analysis()
+    manifest["chance"] = at_chance()
+    for tree in (result, manifest, events, analysis):
         for _ in range(3):
             replace_somewhere(tree, data)
     page_of(examples.write_comparison(folder / "comparison", result))
-    page_of(examples.write_run(folder / "run", manifest, events))
+    page_of(examples.write_run(folder / "run", manifest, events, analysis))
 
 
 def replace_somewhere(tree: Any, data: st.DataObject) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.config import RunConfig
+from graftwerk.evaluation.error_rows import read_errors
 from graftwerk.evaluation.evaluate import evaluate, predict
 from graftwerk.evaluation.inference import run_model
 from graftwerk.evaluation.loading import load_adapter_for
@@ -103,7 +104,25 @@ def test_evaluate_a_run_gives_its_own_metrics_and_keeps_predictions(lived: tuple
     found = load_evaluation(Path(run.folder), Path(run.folder) / "adapter")
     assert found is not None
     assert found[1].rows == result["rows"] == 40
-    assert write_report(run.folder).is_file()
+    assert "What it gets wrong" in write_report(run.folder).read_text(encoding="utf-8")
+
+
+def test_run_keeps_predictions_of_test_and_validation_rows(lived: tuple[Life, Run, list[Row]]) -> None:
+    life, run, rows = lived
+    for split in ("test", "validation"):
+        found = read_errors(run.folder, split=split, everything=life.task == "token-classification")
+        assert found["rows"] == 40
+        assert found["error"]
+        first = found["predictions"][0]
+        assert first["where"].startswith(str(run.folder.parent / "rows.jsonl"))
+        row = rows[int(first["where"].rpartition(":")[2]) - 1]
+        texts = [row[name] for name in life.inputs]
+        own = [first["text"].split()] if life.inputs == ("tokens",) else [first[name] for name in life.inputs]
+        assert own == texts
+        assert [each["error"] for each in found["predictions"]] == sorted(
+            (each["error"] for each in found["predictions"]), reverse=True
+        )
+    assert set(run.manifest["chance"]) == {"test", "validation"}
 
 
 def test_predict_rows_and_texts_gives_the_answers_of_the_task(

@@ -19,8 +19,10 @@ import typer
 
 from graftwerk.cli import (
     augment,
+    chat,
     compare,
     doctor,
+    errors,
     evaluate,
     export,
     init,
@@ -62,7 +64,22 @@ def root(
         raise typer.Exit
 
 
-for module in (init, train, evaluate, predict, augment, compare, export, inspect, methods, doctor, schema, report):
+for module in (
+    init,
+    train,
+    evaluate,
+    predict,
+    chat,
+    augment,
+    compare,
+    export,
+    inspect,
+    methods,
+    doctor,
+    schema,
+    report,
+    errors,
+):
     module.register(app)
 
 

@@ -64,7 +64,7 @@ class Columns:
             taken.add(name)
             return name
 
-        parts = _flat(answer) if flat else answer
+        parts = flattened(answer) if flat else answer
         return cls(tuple(own), {part: free(part) for part in parts}, free(REASON), flat)
 
     @property
@@ -84,7 +84,7 @@ class Columns:
 
     def row(self, one: Answered) -> dict[str, Any]:
         """Return a row as it is written: own columns, the parts of its answer or None, and the reason or None."""
-        parts = {} if one.answer is None else _flat(one.answer) if self.flat else one.answer
+        parts = {} if one.answer is None else flattened(one.answer) if self.flat else one.answer
         return {
             **{name: one.row.cells.get(name) for name in self.own},
             **{name: parts.get(part) for part, name in self.answer.items()},
@@ -92,7 +92,7 @@ class Columns:
         }
 
 
-def _flat(answer: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(answer: Mapping[str, Any]) -> dict[str, Any]:
     """Return an answer with the parts of a mapping as parts of their own: ``scores`` of a, b as score_a, score_b."""
     parts: dict[str, Any] = {}
     for name, value in answer.items():
@@ -184,7 +184,7 @@ class ParquetFile(AnswerFile):
             for name, kind in named.items()
         ]
         self._as_text = {name for name, kind in named.items() if kind == "JSON"} if own is None else set()
-        for part, value in _flat(answer).items():
+        for part, value in flattened(answer).items():
             number = isinstance(value, float)
             fields.append((columns.answer[part], pyarrow.float64() if number else pyarrow.string()))
             self._as_text |= set() if number or isinstance(value, str) else {columns.answer[part]}

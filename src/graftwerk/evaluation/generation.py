@@ -75,8 +75,12 @@ def generate_all(
     dtype: torch.dtype = torch.float32,
     on_progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    streamer: Any = None,
 ) -> list[list[str]]:
-    """Generate `num_return_sequences` answers to each prompt; the arguments are those of `generate`."""
+    """Generate `num_return_sequences` answers to each prompt; the arguments are those of `generate`.
+
+    A ``streamer`` (`transformers.generation.BaseStreamer`) is given the tokens of a single greedy or sampled answer.
+    """
     limit = settings.max_new_tokens or answer_limit(examples)
     rooms = [min(limit, room) for room in _rooms(model, task, examples, limit)]
     short = sum(room < limit for room in rooms)
@@ -101,7 +105,8 @@ def generate_all(
             while start < len(rows):
                 some = rows[start : start + size]
                 try:
-                    written = _write(model, task, [examples[row] for row in some], tokenizer, settings, rooms[some[0]])
+                    asked = [examples[row] for row in some]
+                    written = _write(model, task, asked, tokenizer, settings, rooms[some[0]], streamer)
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error) or len(some) == 1:
                         raise
@@ -125,6 +130,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     settings: EvaluationSettings,
     most: int,
+    streamer: Any = None,
 ) -> list[list[str]]:
     number = settings.num_return_sequences
     prompts = [example.prompt or [] for example in examples]
@@ -141,6 +147,8 @@ def _write(
         prompts = [prompt for prompt in prompts for _ in range(number)]
     elif number > 1:
         options["num_return_sequences"] = number
+    if streamer is not None:
+        options["streamer"] = streamer
     if settings.num_beams > 1:
         options["length_penalty"] = settings.length_penalty
     if settings.stop:

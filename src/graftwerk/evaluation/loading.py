@@ -17,7 +17,7 @@ from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.devices import best_device
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
-from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS
+from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS, ROWS
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.own_files import refuse_links
 from graftwerk.serialization.adapter_config import CONFIG_FILE
@@ -142,7 +142,7 @@ def find(target: Any) -> Target:
         if path.name != ADAPTER or not (path.parent / MANIFEST).is_file():
             return Target(read_adapter_config(path), None, None, {})
         path = path.parent
-    refuse_links(path, (MANIFEST, CONFIG, ADAPTER, EVALUATION, PREDICTIONS, ANSWERS))
+    refuse_links(path, (MANIFEST, CONFIG, ADAPTER, EVALUATION, PREDICTIONS, ANSWERS, ROWS))
     manifest = read_sealed(path / MANIFEST)
     check_said(manifest, path / MANIFEST)
     adapter = recover(path / ADAPTER)
@@ -193,7 +193,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
         )
     revision = settings.revision if settings and model is None else None
     architecture = load_config(name, revision)
-    task = _task(info, own).for_model(architecture)
+    task = task_of(info, own).for_model(architecture)
     tokenizer = load_tokenizer(name, revision)
     splits = Splits((), (), (), _labels(info, own, architecture), "")
     task = task.with_labels(splits.labels or ())
@@ -269,7 +269,16 @@ def _base_dtype(own: Mapping[str, Any], info: AdapterInfo, compute: torch.dtype,
     return dtype if dtype == torch.bfloat16 and not trained_whole else torch.float32
 
 
-def _task(info: AdapterInfo, own: dict[str, Any]) -> Task:
+def task_of(info: AdapterInfo, own: Mapping[str, Any]) -> Task:
+    """Return the task of an adapter, not yet bound to a model.
+
+    Args:
+        info: Contents of the adapter folder.
+        own: The run's manifest, or what the adapter says of itself.
+
+    Raises:
+        UnsupportedError: Neither says it.
+    """
     from graftwerk.tasks.registry import parse_task
 
     if isinstance(own.get("task_settings"), dict):

@@ -61,7 +61,7 @@ def recall_statistic(predictions: TagPredictions) -> Statistic:
 
 def macro_f1_statistic(predictions: TagPredictions) -> Statistic:
     """Return the mean F1 over kinds as a function of bootstrap weights (R, n)."""
-    right, found, there = _counts(predictions)  # (n, K)
+    _, (right, found, there) = counts_by_kind(predictions)  # (n, K)
 
     def statistic(weights: Floats) -> Floats:
         seen = weights @ found + weights @ there  # (R, K)
@@ -80,22 +80,22 @@ def word_accuracy_statistic(predictions: TagPredictions) -> Statistic:
 
 
 def _micro(predictions: TagPredictions, figure: Callable[[Floats, Floats, Floats], Floats]) -> Statistic:
-    right, found, there = (counts.sum(axis=1) for counts in _counts(predictions))  # (n,)
+    right, found, there = (counts.sum(axis=1) for counts in counts_by_kind(predictions)[1])  # (n,)
     return lambda weights: figure(weights @ right, weights @ found, weights @ there)
 
 
-def _counts(predictions: TagPredictions) -> tuple[Floats, Floats, Floats]:
-    """Return the number of right, found and true entities of each row and kind, each (n, K)."""
+def counts_by_kind(predictions: TagPredictions) -> tuple[list[str], tuple[Floats, Floats, Floats]]:
+    """Return the K kinds, and the number of right, found and true entities of each row and kind, each (n, K)."""
     plain = predictions.plain
-    kinds = {tag if plain else tag[2:] for tag in predictions.labels}
-    columns = {kind: at for at, kind in enumerate(sorted(kinds))}
+    kinds = sorted({tag if plain else tag[2:] for tag in predictions.labels})
+    columns = {kind: at for at, kind in enumerate(kinds)}
     counts = np.zeros((3, predictions.rows, len(columns)))
     for row, (tags, targets) in enumerate(zip(predictions.tag_names, predictions.target_names, strict=True)):
         found, there = set(spans_of(tags, plain=plain)), set(spans_of(targets, plain=plain))
         for number, spans in enumerate((found & there, found, there)):
             for _, _, kind in spans:
                 counts[number, row, columns[kind]] += 1
-    return counts[0], counts[1], counts[2]
+    return kinds, (counts[0], counts[1], counts[2])
 
 
 def _share(part: Floats, whole: Floats) -> Floats:

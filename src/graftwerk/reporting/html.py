@@ -21,7 +21,7 @@ from graftwerk.reporting.files import (
 )
 from graftwerk.reporting.run import run_page
 
-EVALUATION = "evaluation.json"
+EVALUATION, PREDICTIONS, ANALYSIS = "evaluation.json", "predictions", "analysis.json"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -38,7 +38,7 @@ def write_report(folder: str | Path) -> Path:
         ResourceError: a file cannot be read, or the page not written.
     """
     folder = Path(folder)
-    refuse_links(folder, (COMPARISON, MANIFEST, EVALUATION, LOG, CONFIG, REPORT))
+    refuse_links(folder, (COMPARISON, MANIFEST, EVALUATION, PREDICTIONS, LOG, CONFIG, REPORT))
     if (folder / COMPARISON).is_file():
         return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
     if not (folder / MANIFEST).is_file():
@@ -46,11 +46,13 @@ def write_report(folder: str | Path) -> Path:
         raise ConfigError(what, hint=f"a folder with {MANIFEST} (a run) or {COMPARISON} (a comparison)")
     manifest = read_json(folder / MANIFEST)
     evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
+    analysed = folder / PREDICTIONS / ANALYSIS
+    analysis = read_json(analysed) if analysed.is_file() else {}
     events, broken = read_log(folder / LOG)
     config = read_text(folder / CONFIG) if (folder / CONFIG).is_file() else ""
     return write_page(
         folder,
-        run_page(folder.resolve(), manifest, evaluation, events, broken, config, _confidence(config)),
+        run_page(folder.resolve(), manifest, evaluation, analysis, events, broken, config, _confidence(config)),
     )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from graftwerk.reporting.escape import Markup, join, tag, text
+from graftwerk.sanitize import clean
+
+_CODE, _BREAKS = re.compile(r"`([^`\n]+)`"), re.compile(r"(?<=[._/-])(?=\w)")
 
 
 def document(
@@ -70,6 +74,20 @@ def section(heading: str, *content: Any) -> Markup:
     return tag("section", tag("h2", heading), *content)
 
 
+def prose(said: Any) -> Markup:
+    """Return a text in which what stands between backticks is code."""
+    if isinstance(said, Markup):
+        return said
+    parts = _CODE.split(clean(str(said)))
+    return join(tag("code", part) if at % 2 else part for at, part in enumerate(parts))
+
+
+def breakable(name: str) -> Markup:
+    """Return a name that may be broken after its dots, hyphens and underscores."""
+    parts = _BREAKS.split(name)
+    return join(parts, Markup("<wbr/>"))
+
+
 def paragraph(*content: Any, class_: str | None = None) -> Markup:
     """Return a paragraph."""
     return tag("p", *content, class_=class_)
@@ -107,8 +125,8 @@ def message(lead: str, said: Any, hint: Any = None, *, grave: bool = False) -> M
         "li",
         tag("b", lead) if lead else None,
         " " if lead else None,
-        said,
-        tag("span", hint, class_="hint") if hint else None,
+        prose(said),
+        tag("span", prose(hint), class_="hint") if hint else None,
         class_="grave" if grave else None,
     )
 

@@ -9,8 +9,9 @@ from typing import Any
 from graftwerk.reporting import numbers, page, tables
 from graftwerk.reporting.data import findings_section, measured_on, origin_facts
 from graftwerk.reporting.escape import Markup, tag
-from graftwerk.reporting.files import hint_of, mapping, mappings, number, words
+from graftwerk.reporting.files import at, hint_of, mapping, mappings, number, words
 from graftwerk.reporting.line_charts import Chart, Curve, Mark, charts
+from graftwerk.reporting.mistakes import mistakes_section
 
 SAID = {
     "diagnosis": "Diagnosis",
@@ -29,6 +30,7 @@ def run_page(
     folder: Path,
     manifest: Mapping[str, Any],
     evaluation: Mapping[str, Any],
+    analysis: Mapping[str, Any],
     events: Sequence[Mapping[str, Any]],
     broken: int,
     config: str,
@@ -40,6 +42,7 @@ def run_page(
         folder: The run folder.
         manifest: Contents of `manifest.json`.
         evaluation: Contents of `evaluation.json`, or empty.
+        analysis: Contents of `predictions/analysis.json`, or empty.
         events: The events of `metrics.jsonl`.
         broken: Number of its lines that could not be read.
         config: Text of `config.yaml`.
@@ -50,6 +53,7 @@ def run_page(
         _state(manifest, events, broken),
         _metrics(manifest, confidence),
         _examples(manifest, evaluation),
+        mistakes_section(manifest, analysis),
         _learning(manifest, events),
         _messages(events),
         findings_section(mapping(manifest, "data")),
@@ -65,7 +69,7 @@ def run_page(
     return page.document(
         title=f"Run: {folder.name}",
         kicker=f"{words(manifest, 'method', 'name') or 'A run'} on {words(manifest, 'model') or 'a model'}",
-        headline=_headline(manifest, split, figures),
+        headline=page.prose(_headline(manifest, split, figures)),
         deck=[_deck(manifest, figures, rows, split, confidence)],
         sections=[part for part in sections if part],
         footer=footer,
@@ -90,6 +94,9 @@ def _headline(manifest: Mapping[str, Any], split: str, figures: Mapping[str, Any
     status = words(manifest, "status")
     metric = _main_metric(manifest, figures)
     value = number(figures, metric, "value") if metric else None
+    chance = mapping(manifest, "chance", split)
+    if chance.get("at_chance") is True:
+        return f"{method} is not shown to be better than {words(chance, 'guess')}"
     if value is not None:
         return f"{method} reaches {numbers.value_of(metric, value)} {numbers.metric_name(metric)} on {split} rows"
     return {
@@ -129,6 +136,11 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
         text = what + (f" ({where})" if where else "") + (f" Recovered: {kept}." if kept else "")
         said.append(page.message(f"{numbers.title(status or 'unknown status')}:", text, hint_of(error), grave=True))
     metrics = mapping(manifest, "metrics")
+    for split in ("test", "validation"):
+        if text := words(manifest, "chance", split, "text"):
+            at_chance = at(manifest, "chance", split, "at_chance") is True
+            lead = f"{'At chance level' if at_chance else 'Note'}, {split} rows:"
+            said.append(page.message(lead, text, hint_of(mapping(manifest, "chance", split)), grave=at_chance))
     if status == "finished" and "test" not in metrics:
         if "validation" in metrics:
             text = "the validation rows that chose the checkpoint also make these metrics, which are a little too good"
@@ -166,6 +178,7 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
                 notes.append(page.paragraph(f"{numbers.title(numbers.metric_name(name))}: {note}.", class_="note"))
         rows = number(manifest, "data", "rows", split)
         parts += [tag("h3", f"On {measured_on({'rows': rows, 'split': split})}"), page.big_figures(shown), *notes]
+        parts += _against_guess(mapping(manifest, "chance", split))
         if sets := mapping(manifest, "metrics_by_set", split):
             parts.append(tables.by_set(sets))
     if not parts:
@@ -175,6 +188,19 @@ def _metrics(manifest: Mapping[str, Any], confidence: float | None) -> Markup:
         "by bootstrap over rows: how far a metric would move with other rows of the same kind, not with another seed."
     )
     return page.section("How good it is", *parts, page.paragraph(f"{level}, {text}", class_="note"))
+
+
+def _against_guess(chance: Mapping[str, Any]) -> list[Markup]:
+    """Return a sentence on how much better the run is than a guess, if it is shown to be."""
+    metric, difference = words(chance, "metric"), mapping(chance, "difference")
+    value, low, high = (number(difference, part) for part in ("value", "low", "high"))
+    if value is None or low is None or high is None or chance.get("at_chance") is not False or "text" in chance:
+        return []
+    guess = f"{words(chance, 'guess')} ({numbers.value_of(metric, number(chance, 'guess_value'))})"
+    apart = f"{numbers.bare(metric, value)}{numbers.unit(metric)}"
+    text = f"{numbers.title(numbers.metric_name(metric))}: better than {guess} by {apart}"
+    limits = f"{numbers.bare(metric, low)} to {numbers.bare(metric, high)}"
+    return [page.paragraph(page.prose(f"{text} ({limits})."), class_="note")]
 
 
 def _examples(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
@@ -270,7 +296,7 @@ def _messages(events: Sequence[Mapping[str, Any]]) -> Markup:
     more = 0
     for event in events:
         kind = words(event, "kind")
-        if kind not in SAID:
+        if kind not in SAID or event.get("code") == "at_chance":  # that one opens the page
             continue
         if len(said) == MOST_MESSAGES:
             more += 1

@@ -15,6 +15,7 @@ from graftwerk.training.events import Event
 from graftwerk.training.head_start import finish_head
 from graftwerk.training.manifest import compute_of
 from graftwerk.training.multitask_sampling import drawn
+from graftwerk.training.row_analysis import RowAnalysis
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared
 from graftwerk.training.snapshot import load_best_state
@@ -76,7 +77,7 @@ def finish(
     trainer.emit(Event("phase", trainer.state.step, name="evaluating"))
     step = load_best_state(trainer)
     prepared = finish_head(trainer, prepared)
-    model = trainer.adapter.model
+    model, analysis = trainer.adapter.model, RowAnalysis(folder, manifest, settings.evaluation)
     for split in ("validation", "test"):
         if not prepared.examples[split]:
             continue
@@ -98,6 +99,7 @@ def finish(
             base = of_base(model, partial(_predict, trainer, prepared, split, settings.evaluation))
             manifest.setdefault("baseline", {})[split] = metrics_of(base, **options)
         if trainer.distributed.is_main:  # of test rows if there are any: they come last
+            analysis.add(split, prepared.task, predictions, prepared.examples[split], prepared.splits)
             manifest["examples"] = before_and_after(
                 model,
                 prepared.task,
@@ -113,6 +115,7 @@ def finish(
         manifest["data"]["sets"] = shares
     if not trainer.distributed.is_main:
         return
+    analysis.finish(trainer.emit, trainer.state.step)
     manifest["task_settings"] = prepared.task.to_dict()
     manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
-from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS
+from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS, ROWS
 from graftwerk.own_files import refuse_links
 from graftwerk.serialization.atomic import recover, write_file
 from graftwerk.serialization.strict_json import dump_object
@@ -25,7 +25,20 @@ LATEST, BEST = "latest", "best"
 """Text files in `CHECKPOINTS` that name the newest and the best checkpoint."""
 MADE_BEFORE = ("augmented.jsonl", "augmented.about.json", "augmented.jsonl.unfinished")
 """Augmented rows, which are made before a run starts, by it or by `graftwerk augment`, and checked when it starts."""
-RUN_FILES = (MANIFEST, CONFIG, LOG, CHECKPOINTS, ADAPTER, TENSORBOARD, TRUNK, REPORT, EVALUATION, PREDICTIONS, ANSWERS)
+RUN_FILES = (
+    MANIFEST,
+    CONFIG,
+    LOG,
+    CHECKPOINTS,
+    ADAPTER,
+    TENSORBOARD,
+    TRUNK,
+    REPORT,
+    EVALUATION,
+    PREDICTIONS,
+    ANSWERS,
+    ROWS,
+)
 """All that a run, or its evaluation, writes; nothing else in its folder is ever touched."""
 
 
