@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Overrides
-from graftwerk.cli.batch import show_batch
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import byte_size, count, share
+from graftwerk.training.batch_display import show_batch
 
 
 def register(app: typer.Typer) -> None:

@@ -29,7 +29,7 @@ from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.header import CONFIG, FORMAT, comparison_header
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, parse_method_specs, parse_seeds, with_and_without
-from graftwerk.experiments.progress import Display, ProgressEvent
+from graftwerk.experiments.progress import ComparisonDisplay, ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.table import plain, rich_table
@@ -149,7 +149,7 @@ def compare(
         graftwerk.errors.ConfigError: there is no method `lroa`
         ...
     """
-    display = None if quiet or listener is not None else Display()
+    display = None if quiet or listener is not None else ComparisonDisplay()
     driver = _ComparisonDriver(
         config,
         parse_method_specs(methods),
@@ -163,7 +163,7 @@ def compare(
         driver.run(overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
     finally:
         if display is not None:
-            display.close()
+            display.close_bar()
     report_path = None
     if report:
         from graftwerk.reporting.html import write_report
