@@ -120,7 +120,7 @@ def show_plan(
     prefer: str | None = None,
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
-    from graftwerk.cli.doctor import with_augmented
+    from graftwerk.cli.doctor import describe_cost, with_augmented
     from graftwerk.config import RunConfig
     from graftwerk.experiments.compare import check_choices, tree_of
     from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
@@ -145,6 +145,7 @@ def show_plan(
                 "parameters": parameters,
                 "steps": checked["steps"],
                 "augmented_at_most": checked["data"]["augmented_at_most"],
+                "rough_cost": checked["rough_cost"],
             }
         )
         shown.add_row(
@@ -160,6 +161,8 @@ def show_plan(
     out.line(
         f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}{note}"
     )
+    seconds = len(numbers) * sum(one["rough_cost"]["seconds"] for one in planned)
+    out.line(describe_cost(seconds, max(one["rough_cost"]["memory_bytes"] for one in planned)))
     for text in settings_not_used(entries, tree_of(config).get("method")):
         out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:
