@@ -163,9 +163,8 @@ def show_plan(
     steps = sum(one["steps"] for one in planned) * len(numbers)
     note = with_augmented(max((one["augmented_at_most"] for one in planned if one["augmented_at_most"]), default=None))
     rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
-    out.line(
-        f"\n{planned_runs(given, axes, numbers)}, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}{note}"
-    )
+    each = checked["rows_per_step"]
+    out.line(f"\n{planned_runs(given, axes, numbers)}, {steps:,} steps of {each} rows; rows: {rows}{note}")
     seconds = len(numbers) * sum(one["rough_cost"]["seconds"] for one in planned)
     out.line(describe_cost(seconds, max(one["rough_cost"]["memory_bytes"] for one in planned)))
     for text in settings_not_used(given, tree_of(config).get("method")):
