@@ -21,6 +21,13 @@ def commands(program: str) -> list[str]:
     return [line.partition("  #")[0].strip() for line in lines if line.startswith(f"{program} ")]
 
 
+def session() -> list[tuple[str, str]]:
+    """The commands of the console block, each with what it prints on stdout."""
+    (block,) = blocks("console")
+    parts = re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
+    return [(command, printed) for command, _, printed in (part.partition("\n") for part in parts)]
+
+
 def between_markers() -> str:
     text = README.read_text(encoding="utf-8")
     return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip()

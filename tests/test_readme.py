@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,10 +20,12 @@ import yaml
 
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
+from graftwerk.evaluation.paired_bootstrap import ONE_SEED
+from graftwerk.experiments.table import HEADINGS
 from graftwerk.resource_paths import locate
 from graftwerk.yaml_files import read_yaml
 from tests.contract.cases import table
-from tests.readme import README, between_markers, blocks, commands
+from tests.readme import README, between_markers, blocks, commands, session
 
 ROOT = README.parent
 SHORT = {
@@ -76,6 +79,55 @@ def test_readme_commands_run(clone: Path, capfd: pytest.CaptureFixture[str]) -> 
             assert isinstance(json.loads(said.out), dict), command
         if arguments[0] == "predict":
             assert len(said.out.splitlines()) == 2
+
+
+@pytest.fixture
+def reviews(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minilm: str, movies: str) -> Path:
+    """`reviews.csv` of the README's first example, in the working folder."""
+    with locate(movies).open(newline="", encoding="utf-8") as whole:
+        rows = [row for row in csv.DictReader(whole) if row["source"] == "rotten_tomatoes"]
+    with (tmp_path / "reviews.csv").open("w", newline="", encoding="latin-1", errors="replace") as file:
+        writer = csv.writer(file, delimiter=";", lineterminator="\r\n")
+        writer.writerow(["No", "Review", "Verdict"])
+        for number, row in enumerate(rows[:: len(rows) // 600][:600], start=1):
+            verdict = "" if number in (77, 301) else {"1": "good", "0": "bad"}[row["label"]]
+            writer.writerow([number, row["text"], verdict])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def shape(printed: str) -> str:
+    """What was printed without its numbers and rules, which differ from machine to machine."""
+    return " ".join(re.sub(r"\d[\d.,]*( ?(?:min|s|ms|MB|GB|kB))*|─+", "#", printed).split())
+
+
+def test_readme_first_example_begins_as_it_says(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is looked at in the same words, and what is written can be trained: three commands in all."""
+    (looked, printed), trained, predicted = session()
+    assert main(shlex.split(looked)[1:]) == 0
+    assert capsys.readouterr().out == printed
+    assert shlex.split(trained[0])[1:] == ["train", "run.yaml"]
+    assert main([*shlex.split(trained[0])[1:], "--dry-run"]) == 0
+    assert shlex.split(predicted[0])[2] == RunConfig.load("run.yaml").output_dir.as_posix()
+
+
+@pytest.mark.slow
+def test_readme_first_example_prints_what_it_says(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, printed in session():
+        assert main(shlex.split(command)[1:]) == 0
+        said = capsys.readouterr().out
+        assert shape(said) == shape(printed), command
+
+
+def test_readme_demo_table_has_todays_form() -> None:
+    """Its headings, and sentences below it, are those that a comparison prints."""
+    (demo,) = (block for block in blocks("text") if "against the best" in block)
+    headings = [*HEADINGS[:1], "accuracy", *(name for name in HEADINGS[2:] if name != "SD of seeds")]
+    assert re.split(r"\s{2,}", demo.splitlines()[0]) == headings
+    assert f"one seed: {ONE_SEED}, so no method is called better" in demo
+    makefile = (ROOT / "Makefile").read_text()
+    (methods,) = re.findall(r"^DEMO_METHODS \?= (.*)$", makefile, re.MULTILINE)
+    assert sorted(line.split()[0] for line in demo.splitlines()[2:9]) == sorted(methods.split(","))
 
 
 def test_readme_python_example_runs(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:

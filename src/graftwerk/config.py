@@ -288,7 +288,9 @@ def to_config_error(error: ValidationError, tree: Mapping[str, Any], where: str 
         tree: Content of the run file.
         where: The run file, for the message.
     """
-    lines = describe_faults(error, lambda keys: _keys_at(keys, tree))
+    parts = (("evaluation", EvaluationSettings), ("data", DataSettings), ("training", TrainingSettings))
+    homes = {key: f"{part}.{key}" for part, model in parts for key in known_keys(model)}
+    lines = describe_faults(error, lambda keys: _keys_at(keys, tree), homes=homes)
     return ConfigError("; ".join(lines), where=where, hint="`graftwerk schema` lists every key with its meaning")
 
 

@@ -55,6 +55,12 @@ def clean(text: str) -> str:
     return redact(visible(text))
 
 
+def printable(text: str) -> str:
+    """Return a text without characters that move the cursor, colour the terminal or reverse the line."""
+    line = " ".join(visible(text).split())
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+
+
 def strings_in(tree: Any) -> Iterator[str]:
     """Yield every text in a tree of mappings and lists; keys of mappings are left out."""
     if isinstance(tree, str):

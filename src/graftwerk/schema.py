@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ from pydantic import BaseModel
 
 from graftwerk.augmentation.settings import AUGMENTERS, Translator
 from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS
+from graftwerk.other_names import lead
 from graftwerk.settings import Settings, known_keys
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.registry import TASKS
@@ -62,6 +65,34 @@ def run_keys() -> Iterator[dict[str, Any]]:
             yield from _keys(model, f"{key}({name}).")
     for name, augmenter in AUGMENTERS.items():
         yield from _keys(augmenter, f"{AUGMENT}({name}).")
+
+
+def keys_below(prefix: str) -> list[dict[str, Any]]:
+    """Return the keys below a key, or that begin like it.
+
+    Args:
+        prefix: ``data``, ``training.save``, ``method.lora``, ``lora``, ``lora.r``, or ``method.r`` for every method's.
+
+    Raises:
+        ConfigError: There are none.
+
+    Example:
+        >>> [key["key"] for key in keys_below("training.adam_b")]
+        ['training.adam_beta1', 'training.adam_beta2']
+    """
+    wanted = prefix.strip().strip(".").replace("(", ".").replace(")", "")
+    keys = list(run_keys())
+    forms = ((r"\((.*?)\)", r".\1"), (r"\(.*?\)", ""), (r".*\((.*?)\)", r"\1"))
+    spelled = [(key, [re.sub(form, written, key["key"]) for form, written in forms]) for key in keys]
+    below = [key for key, names in spelled if any(f"{name}.".startswith(f"{wanted}.") for name in names)]
+    found = below or [key for key, names in spelled if any(name.startswith(wanted) for name in names)]
+    if not found or not wanted:
+        parent, _, last = wanted.rpartition(".")
+        known = {part for _, names in spelled for name in names for part in (name, *name.split("."))}
+        tops = ", ".join(f"`{name}`" for name in RunConfig.model_fields)
+        hint = lead(last, parent, ()) or did_you_mean(wanted, sorted(known))
+        raise ConfigError(f"no key begins with `{prefix}`", hint="; ".join(filter(None, [hint, f"there are: {tops}"])))
+    return found
 
 
 def _choice_schema(

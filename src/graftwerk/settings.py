@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from graftwerk.errors import ConfigError, did_you_mean
+from graftwerk.other_names import lead
 
 
 class Settings(BaseModel):
@@ -70,7 +71,7 @@ def parse_settings(model: type[Model], values: Mapping[str, Any], *, what: str, 
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        lines = describe_faults(error, lambda place: known_keys(model) if not place else set(), of=what)
+        lines = describe_faults(error, lambda place: known_keys(model) if not place else set(), of=what, within=where)
         has = f"it has: {', '.join(model.model_fields)}" if model.model_fields else "it has no settings"
         raise ConfigError("; ".join(lines), where=where, hint=has) from None
 
@@ -80,7 +81,12 @@ _KINDS = frozenset({"int", "float", "str", "bool", "none", "nullable"})
 
 
 def describe_faults(
-    error: ValidationError, keys_at: Callable[[tuple[int | str, ...]], set[str]], *, of: str = ""
+    error: ValidationError,
+    keys_at: Callable[[tuple[int | str, ...]], set[str]],
+    *,
+    of: str = "",
+    within: str = "",
+    homes: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Return what is wrong with each key, in the user's words.
 
@@ -88,6 +94,8 @@ def describe_faults(
         error: pydantic's error.
         keys_at: Function from the place of some settings to the keys they have, for the nearest right one.
         of: Name of what the settings belong to, for instance a method; nothing for a run file.
+        within: Dotted key of these settings in a run file, if they are a part of one.
+        homes: Dotted key of each key that may have been given in the wrong place.
 
     Returns:
         Parts of a message.
@@ -98,12 +106,15 @@ def describe_faults(
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"] if not _is_tag(part))
         if fault["type"] == "extra_forbidden":
+            *parents, last = map(str, fault["loc"])
+            key = ".".join([*(part for part in parents if not _is_tag(part)), last])
             known = sorted(keys_at(fault["loc"][:-1]))
-            if str(fault["loc"][-1]) in known:
+            if last in known and (of or parents):
                 lines.append(f"`{key}`{named} is another spelling of a key that is given too; keep one of them")
                 continue
             unknown = f"{of} has no setting `{key}`" if of else f"unknown key `{key}`"
-            lines.append("; ".join(filter(None, [unknown, did_you_mean(str(fault["loc"][-1]), known)])))
+            home = lead(last, ".".join(filter(None, [within, *parents])), known, homes or {})
+            lines.append("; ".join(filter(None, [unknown, home or did_you_mean(last, known)])))
         elif fault["type"] == "missing":
             lines.append(f"`{key}`{named} is missing")
         else:
@@ -142,7 +153,8 @@ def parse_choice(
         what: Name for messages, with its article: "a method".
         where: The key of the run file.
         shorthands: Common names of a choice with some setting (DoRA): its `name` and that setting.
-        also_called: Choices by other names that people use; a message leads from these to the choice.
+        also_called: Choices by other names that people use, perhaps with `: ` and words to add; a message leads from
+            these names to the choice.
 
     Raises:
         ConfigError: There is no such choice or setting; the message names the nearest.
@@ -163,8 +175,9 @@ def parse_choice(
         values = {**shorthands[name], **values}
         name = str(values.pop("name"))
     if name not in choices:
-        known = (also_called or {}).get(name.casefold().replace(" ", "-"))
-        hint = f"did you mean `{known}`? {listed}" if known else did_you_mean(name, [*choices, *shorthands], listed)
+        known, _, words = (also_called or {}).get(name.casefold().replace(" ", "-"), "").partition(": ")
+        meant = f"did you mean `{known}`? {words}{'. ' if words else ''}{listed}"
+        hint = meant if known else did_you_mean(name, [*choices, *shorthands], listed)
         raise ConfigError(f"there is no {kind} `{name}`", where=where, hint=hint)
     return parse_settings(choices[name], values, what=f"{kind} `{name}`", where=where)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from graftwerk.cli.methods import describe_methods, said_of
+from graftwerk.cli.schema import describe
 from graftwerk.config import RunConfig, known_keys
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.schema import run_keys, run_schema
@@ -161,3 +162,45 @@ def test_method_docstring_states_cost(name: str) -> None:
     row = next(row for row in describe_methods() if row["name"] == name)
     parse_method({"name": name})
     assert row["settings"] == list(METHODS[name].model_fields)
+
+
+def keys_shown(text: str) -> list[str]:
+    return [line.partition(": ")[0] for line in text.splitlines() if not line.startswith(" ")]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "shown"),
+    [
+        ("training.adam_", {"training.adam_beta1", "training.adam_beta2", "training.adam_epsilon"}),
+        ("data.delimiter", {"data.delimiter"}),
+        ("method.lora.r", {"method(lora).r"}),
+        ("lora.r", {"method(lora).r"}),
+        ("method(lora).use_", {"method(lora).use_dora", "method(lora).use_rslora"}),
+        ("method.mini_r", {"method(miss).mini_r"}),
+    ],
+)
+def test_schema_prefix_shows_a_part(graftwerk: Run, prefix: str, shown: set[str]) -> None:
+    said = graftwerk("schema", prefix)
+    assert said.code == 0
+    assert set(keys_shown(said.out)) == shown
+    assert {key["key"] for key in graftwerk("schema", prefix, "--json").json["keys"]} == shown
+
+
+def test_schema_lines_hold_whole_words(graftwerk: Run) -> None:
+    said = graftwerk("schema").out
+    assert keys_shown(said) == [key["key"] for key in run_keys()]
+    words = {word for key in run_keys() for word in f"{key['key']}: ({key['kind']}) {key['meaning']}".split()}
+    assert words <= set(said.split())
+    assert describe(next(key for key in run_keys() if key["key"] == "data.delimiter"), 30).splitlines()[:3] == [
+        "data.delimiter: null  (text |", "        null)", "    the character between the",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prefix", "hint"),
+    [("epochs", "`training.num_train_epochs`"), ("lroa", "did you mean `lora`?"), ("", "`output_dir`")],
+)
+def test_schema_unknown_prefix_leads_to_keys(graftwerk: Run, prefix: str, hint: str) -> None:
+    said = graftwerk("schema", prefix)
+    assert (said.code, said.out) == (2, "")
+    assert hint in said.err

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from graftwerk.experiments.progress import Display, ProgressEvent
+from graftwerk.experiments.progress import ComparisonDisplay, ProgressEvent
 from graftwerk.experiments.table import plain, rich_table
 
 
@@ -133,10 +133,10 @@ class Terminal(io.StringIO):
 
 
 def told(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
-    from graftwerk.experiments import progress as display
+    from graftwerk import display
 
     monkeypatch.setattr(display, "EVERY_SECONDS", 0.0)
-    shown = Display(stream)
+    shown = ComparisonDisplay(stream=stream)
     for moment in (
         ProgressEvent("phase", 0, 6, text="checking rows and methods"),
         ProgressEvent("phase", 0, 6, "lora, seed 0", "loading the model"),
@@ -146,7 +146,7 @@ def told(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
         ProgressEvent("end", 6, 6, text="done"),
     ):
         shown(moment)
-    shown.close()
+    shown.close_bar()
     return stream.getvalue()
 
 
@@ -171,7 +171,7 @@ def test_display_on_terminal_updates_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_display_closed_stream_is_ignored() -> None:
     stream = Pipe()
-    shown = Display(stream)
+    shown = ComparisonDisplay(stream=stream)
     stream.close()
     shown(ProgressEvent("run", 1, 6, "lora, seed 0", "accuracy"))
     shown(ProgressEvent("end", 6, 6, text="done"))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from graftwerk.cli.batch import show_batch
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.experiments.preflight import preflight
+from graftwerk.training.batch_display import show_batch
 from graftwerk.training.data_checks import raise_on_severe
 from graftwerk.training.train import train
 from tests.tiny_text import GNOME

@@ -61,9 +61,9 @@ def register(app: typer.Typer) -> None:
         graftwerk augment --data rows.jsonl --by back-translation model=runs/de-en tag='<BT>' --out rows.bt.jsonl
         """
         from graftwerk.augmentation.augment import augment
-        from graftwerk.cli.progress import Rows
+        from graftwerk.display import Rows
 
-        with Rows(out, "texts written") as rows:
+        with Rows("texts written", quiet=out.quiet) as rows:
             made: Any = augment(
                 **read_given(given or [], data, by),
                 out=to,

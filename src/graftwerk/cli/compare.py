@@ -15,10 +15,11 @@ from graftwerk.formatting import count, share
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="methods=A,B,... [seeds=0,1,2] [augment=with,without] [key=value ...]",
+        metavar="methods=A,B,... [seeds=0,1,2] [augment=with,without] [learning_rate=1e-3,3e-3] [key=value ...]",
         help="What to compare: names, or a YAML list as in "
         "methods='[lora, {name: lora, r: 16, learning_rate: 5.0e-4}]'; then the seeds; "
-        "whether with and without the rows of data.augment; and settings in place of those in the file.",
+        "whether with and without the rows of data.augment; and settings in place of those in the file. Several values "
+        "of a setting of the training are tried for each method, and chosen among on the validation rows.",
         show_default=False,
     ),
 ]
@@ -120,18 +121,21 @@ def show_plan(
     prefer: str | None = None,
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
-    from graftwerk.cli.doctor import with_augmented
+    from graftwerk.cli.doctor import describe_cost, with_augmented
     from graftwerk.config import RunConfig
     from graftwerk.experiments.compare import check_choices, tree_of
     from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
     from graftwerk.experiments.preflight import preflight
+    from graftwerk.experiments.tuning import planned_runs, read_axes, require_validation, tuned
     from graftwerk.training.data_checks import raise_on_severe
 
     entries, numbers = parse_method_specs(methods), parse_seeds(seeds)
+    axes, overrides = read_axes(overrides)
     base = RunConfig.load(config, {"method": entries[0].method, **overrides})
     check_choices(base, metric, prefer)
     augmented = base.data.augment
-    entries = with_and_without(entries, augment, bool(augmented))
+    given = with_and_without(entries, augment, bool(augmented))
+    entries = tuned(given, axes)
     shown = table("method", "trained", "share", "learning rate", numbers=("trained", "share", "learning rate"))
     planned: list[dict[str, Any]] = []
     checked: dict[str, Any] = {}
@@ -145,6 +149,7 @@ def show_plan(
                 "parameters": parameters,
                 "steps": checked["steps"],
                 "augmented_at_most": checked["data"]["augmented_at_most"],
+                "rough_cost": checked["rough_cost"],
             }
         )
         shown.add_row(
@@ -153,14 +158,16 @@ def show_plan(
             share(parameters["share"]),
             f"{checked['learning_rate']:g}",
         )
+    require_validation(axes, checked["data"]["rows"])
     out.show(shown)
     steps = sum(one["steps"] for one in planned) * len(numbers)
     note = with_augmented(max((one["augmented_at_most"] for one in planned if one["augmented_at_most"]), default=None))
     rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
-    out.line(
-        f"\n{len(entries) * len(numbers)} runs, {steps:,} steps of {checked['rows_per_step']} rows; rows: {rows}{note}"
-    )
-    for text in settings_not_used(entries, tree_of(config).get("method")):
+    each = checked["rows_per_step"]
+    out.line(f"\n{planned_runs(given, axes, numbers)}, {steps:,} steps of {each} rows; rows: {rows}{note}")
+    seconds = len(numbers) * sum(one["rough_cost"]["seconds"] for one in planned)
+    out.line(describe_cost(seconds, max(one["rough_cost"]["memory_bytes"] for one in planned)))
+    for text in settings_not_used(given, tree_of(config).get("method")):
         out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:
         out.warn(f"{'SEVERE' if finding['grave'] else 'note'}: {printable(finding['message'])}")

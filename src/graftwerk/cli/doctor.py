@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Overrides
-from graftwerk.cli.batch import show_batch
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
-from graftwerk.formatting import byte_size, count, share
+from graftwerk.formatting import byte_size, count, duration, share
+from graftwerk.training.batch_display import show_batch
 
 
 def register(app: typer.Typer) -> None:
@@ -80,6 +80,14 @@ def describe_trunk(trunk: dict[str, Any]) -> str:
     )
 
 
+def describe_cost(seconds: float, memory_bytes: float) -> str:
+    """Return the rough time and memory of a training, and that they are rough."""
+    return (
+        f"about {duration(seconds)} and {byte_size(memory_bytes)} of memory: a rough figure, from counts and a short "
+        "probe of this machine; it may be off by a factor of two or more"
+    )
+
+
 def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     """Show model, method, steps, rows and findings of a run file, as `preflight` returns them."""
     data, parameters, model = checked["data"], checked["parameters"], checked["model"]
@@ -97,6 +105,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
         + with_augmented(data["augmented_at_most"])
     )
     out.line(f"trunk   {describe_trunk(checked['trunk'])}")
+    out.line(f"cost    {describe_cost(**checked['rough_cost'])}")
     place = checked["output_dir"]
     out.line(
         f"output  {place['path']}"

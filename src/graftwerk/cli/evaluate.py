@@ -36,20 +36,18 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Result:
         """Measure a trained adapter: metrics with intervals, latency, memory, size."""
-        from graftwerk.cli.progress import Rows
         from graftwerk.evaluation.evaluate import evaluate
 
-        with Rows(out, "evaluating") as rows:
-            result = evaluate(
-                target,
-                data,
-                columns=columns_of(column),
-                model=model,
-                force=force,
-                baseline=baseline,
-                evaluation=evaluation_of(settings),
-                on_progress=rows,
-            )
+        result = evaluate(
+            target,
+            data,
+            columns=columns_of(column),
+            model=model,
+            force=force,
+            baseline=baseline,
+            evaluation=evaluation_of(settings),
+            quiet=out.quiet,
+        )
         before = (result.get("baseline") or {}).get("metrics")
         show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows", before=before)
         show_sets(out, result["metrics_by_set"])

@@ -15,14 +15,13 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from graftwerk.display import console
 from graftwerk.sanitize import clean, dump_json, redacted, visible
+from graftwerk.sanitize import printable as printable
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
-
-PLAIN_WIDTH = 140
-"""Columns of a table that goes to a file or a pipe, where no terminal says how wide it is."""
 
 
 class ReaderGone(Exception):  # noqa: N818 - no error
@@ -87,14 +86,6 @@ class Output:
         print(clean(text), file=sys.stderr, flush=True)
 
 
-def console(stream: TextIO) -> Console:
-    """Return a console without markup; its width is that of the terminal, or fixed if there is no terminal."""
-    from rich.console import Console
-
-    width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
-    return Console(file=stream, width=width, highlight=False, emoji=False, markup=False)
-
-
 def table(*headings: str, title: str | None = None, numbers: Sequence[str] = ()) -> Table:
     """Return an empty plain table; columns named in `numbers` are right-aligned."""
     from rich import box
@@ -131,12 +122,6 @@ def stdout_to_stderr() -> Iterator[TextIO]:
         finally:
             os.dup2(saved, descriptor)
             os.close(saved)
-
-
-def printable(text: str) -> str:
-    """Return a text without characters that move the cursor, colour the terminal or reverse the line."""
-    line = " ".join(visible(text).split())
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
 
 
 def dump(data: Mapping[str, Any]) -> str:

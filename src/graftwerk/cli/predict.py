@@ -94,11 +94,9 @@ def register(app: typer.Typer) -> None:
 
 
 def _texts(out: Output, target: str, texts: list[str], options: Answer) -> Result:
-    from graftwerk.cli.progress import Rows
     from graftwerk.evaluation.evaluate import predict
 
-    with Rows(out, "predicting") as rows:
-        result = predict(target, texts, on_progress=rows, **options)
+    result = predict(target, texts, quiet=out.quiet, **options)
     for text, answer in zip(texts, result["predictions"], strict=True):
         _show(out, answer, text.split("\t"))
     _warn(out, result["notes"])
@@ -107,13 +105,13 @@ def _texts(out: Output, target: str, texts: list[str], options: Answer) -> Resul
 
 def _rows(out: Output, target: str, data: str, options: Answer) -> Result:
     """Answer the rows of a source on stdout as they are read; with `--json` together at the end."""
-    from graftwerk.cli.progress import Rows
+    from graftwerk.display import Rows
     from graftwerk.evaluation.stream import predict_stream
 
     # On a terminal the answers are the progress.
     watched = out.as_json or not sys.stdout.isatty()
     answers: list[Answer] = []
-    with Rows(out, "predicting") if watched else nullcontext() as rows:
+    with Rows("predicting", quiet=out.quiet) if watched else nullcontext() as rows:
         stream = predict_stream(target, data=data, on_progress=_flushing(rows), **options)
         for answer in stream:
             own = answer.pop("row")
@@ -141,11 +139,9 @@ def _flushing(rows: Callable[[int, int | None], None] | None) -> Callable[[int, 
 
 
 def _to_file(out: Output, target: str, data: str | list[str] | None, output: Path, options: Answer) -> Result:
-    from graftwerk.cli.progress import Rows
     from graftwerk.evaluation.predict_file import predict_file
 
-    with Rows(out, "predicting") as rows:
-        result = predict_file(target, data or [], output, on_progress=rows, **options)
+    result = predict_file(target, data or [], output, quiet=out.quiet, **options)
     _warn(out, result["notes"])
     out.line(result["output"])
     return result

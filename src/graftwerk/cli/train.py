@@ -42,12 +42,12 @@ def register(app: typer.Typer) -> None:
             show_preflight(out, checked)
             raise_on_severe(checked["findings"], checked["allowed"])
             return {"dry_run": True, **checked}
-        from graftwerk.cli.progress import Progress
         from graftwerk.training.distributed import is_main_process
         from graftwerk.training.process_info import process_start
+        from graftwerk.training.progress_display import Progress
         from graftwerk.training.train import run_training
 
-        with Progress(out) as progress:
+        with Progress(quiet=out.quiet) as progress:
             run = run_training(
                 settings, resume=resume, overwrite=overwrite, listener=progress, started_at=process_start()
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.data.splits_reader import read_unanswered
+from graftwerk.display import RowsDone, shown_rows
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.evaluation.inference import Progress
@@ -33,7 +34,8 @@ def evaluate(
     store: bool = False,
     baseline: bool | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: RowsDone | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     r"""Evaluate a trained adapter on labelled rows.
 
@@ -50,7 +52,8 @@ def evaluate(
         store: Write `evaluation.json` and the predictions of each row into the run folder.
         baseline: Evaluate the base without adapter on the same rows too. Default: as in the run file.
         evaluation: Settings in place of the run file's: ``{"num_beams": 4}``.
-        on_progress: Called with (rows done, rows in all).
+        on_progress: Called with (rows done, rows in all), in place of the progress display.
+        quiet: Show no progress.
 
     Returns:
         A mapping with ``metrics`` (each with ``value``, ``low``, ``high``, and a ``note`` if needed; macro means for
@@ -75,7 +78,7 @@ def evaluate(
         >>> BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(base)
         >>> _ = rows.write_text("text,label\n" + "".join(f"good {n},1\nbad {n},0\n" for n in range(10)))
         >>> config = {"model": str(base), "data": {"train": str(rows), "test": 0.2}, "method": "lora"}
-        >>> run = train(config, output_dir=mkdtemp(), **{"training.max_steps": 2})
+        >>> run = train(config, output_dir=mkdtemp(), quiet=True, **{"training.max_steps": 2})
         >>> results = evaluate(run)
         >>> results["split"], results["rows"], list(results["metrics"]["accuracy"])
         ('test', 4, ['value', 'low', 'high'])
@@ -86,7 +89,7 @@ def evaluate(
     from graftwerk.evaluation.results_io import store_evaluation
     from graftwerk.evaluation.sample_outputs import before_and_after, check_baseline, of_base
 
-    with peak_memory() as peak:
+    with shown_rows("evaluating", on_progress, quiet) as on_progress, peak_memory() as peak:
         opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
         if data is None:
             if columns is not None:
@@ -185,7 +188,8 @@ def predict(
     force: bool = False,
     batch_size: int | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    on_progress: Progress | None = None,
+    on_progress: RowsDone | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Predict labels or generate answers for texts, or for the rows of a file, with a trained adapter.
 
@@ -199,6 +203,7 @@ def predict(
         batch_size: As for `evaluate`.
         evaluation: As for `evaluate`.
         on_progress: As for `evaluate`.
+        quiet: As for `evaluate`.
 
     Returns:
         ``predictions``, one per row in order: ``label`` and ``scores`` by label, which add up to one, or ``output``
@@ -247,14 +252,9 @@ def predict(
         said = [finding.message for finding in findings]
     with said_of(None if data is None else str(data)):
         examples = opened.encode(rows)
-    predictions = answer_examples(
-        opened,
-        examples,
-        rows,
-        batch_size=batch_size or opened.eval_batch_size,
-        on_progress=on_progress,
-        say=said.append,
-    )
+    size = batch_size or opened.eval_batch_size
+    with shown_rows("predicting", on_progress, quiet) as rows_done:
+        predictions = answer_examples(opened, examples, rows, batch_size=size, on_progress=rows_done, say=said.append)
     if data is not None and len(examples) == len(rows):
         sources = [shown_input(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]

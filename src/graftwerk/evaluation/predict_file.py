@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.data.row_source import SourceRow, open_source, source_of
+from graftwerk.display import shown_rows
 from graftwerk.errors import ConfigError, ConflictError, Explained, ResourceError
 from graftwerk.evaluation.answer_files import (
     AnswerFile,
@@ -41,6 +42,7 @@ def predict_file(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: StreamProgress | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     r"""Predict for all rows of a source, and write each row with its answer to a file.
 
@@ -59,7 +61,8 @@ def predict_file(
         evaluation: As for `evaluate`.
         resume: Go on where the file stops, after checking that it has these rows and answers of this adapter.
         overwrite: Replace an existing file.
-        on_progress: As for `predict_stream`.
+        on_progress: As for `predict_stream`, in place of the progress display.
+        quiet: Show no progress.
 
     Returns:
         ``output`` (the path), ``rows``, ``answered``, ``unanswered``, ``resumed_at`` (rows that were there already),
@@ -92,10 +95,11 @@ def predict_file(
     _check_free(path, data, resume=resume, overwrite=overwrite)
     source = open_source(data) if isinstance(data, str | Path) else source_of(data)
     opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
-    work = _Work(Answerer(opened, source, columns, batch_size), path, on_progress)
+    work = _Work(Answerer(opened, source, columns, batch_size), path)
     written = written_rows(path) if resume and path.exists() else None
     try:
-        work.run(written)
+        with shown_rows("predicting", on_progress, quiet) as work.on_progress:
+            work.run(written)
     except Explained as error:
         if work.in_file and error.recovered is None:
             _say_how_to_resume(error, work)
@@ -148,8 +152,9 @@ def _say_how_to_resume(error: Explained, work: _Work) -> None:
 class _Work:
     """The chunks of a source, answered and written; those that the file has already are compared with it."""
 
-    def __init__(self, answerer: Answerer, path: Path, on_progress: StreamProgress | None) -> None:
-        self.answerer, self.path, self.on_progress = answerer, path, on_progress
+    def __init__(self, answerer: Answerer, path: Path) -> None:
+        self.answerer, self.path = answerer, path
+        self.on_progress: StreamProgress | None = None
         self.flat = path.suffix.lower() != ".jsonl"
         self.columns: Columns | None = None
         self.file: AnswerFile | None = None

@@ -29,10 +29,11 @@ from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.header import CONFIG, FORMAT, comparison_header
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, parse_method_specs, parse_seeds, with_and_without
-from graftwerk.experiments.progress import Display, ProgressEvent
+from graftwerk.experiments.progress import ComparisonDisplay, ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.table import plain, rich_table
+from graftwerk.experiments.tuning import chosen, planned_runs, read_axes, sentences, tuned
 from graftwerk.own_files import refuse_links
 from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
@@ -128,7 +129,8 @@ def compare(
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
-        **overrides: Settings of the run file by name, as for `train`.
+        **overrides: Settings of the run file by name, as for `train`. Several values of a setting of the training
+            (``learning_rate=[1e-3, 3e-3]``) are tried for each method; what stands for it is chosen on validation rows.
 
     Returns:
         The comparison, whose `table` is the result as text.
@@ -149,7 +151,7 @@ def compare(
         graftwerk.errors.ConfigError: there is no method `lroa`
         ...
     """
-    display = None if quiet or listener is not None else Display()
+    display = None if quiet or listener is not None else ComparisonDisplay()
     driver = _ComparisonDriver(
         config,
         parse_method_specs(methods),
@@ -163,7 +165,7 @@ def compare(
         driver.run(overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
     finally:
         if display is not None:
-            display.close()
+            display.close_bar()
     report_path = None
     if report:
         from graftwerk.reporting.html import write_report
@@ -209,14 +211,17 @@ class _ComparisonDriver:
     ) -> None:
         tree = tree_of(config)
         _refuse_overrides(overrides)
+        self.axes, others = read_axes(overrides)
         base = RunConfig.build(
             {**tree, "method": specs[0].method},
-            dict(overrides),
+            others,
             where=str(config) if isinstance(config, str | Path) else None,
         ).anchored()
         self.run_file_method = tree.get("method")
         specs = with_and_without(specs, augment, bool(base.data.augment))
-        self.base, self.specs, self.seeds, self.augment = base, specs, seeds, augment
+        self.base, self.seeds, self.augment = base, seeds, augment
+        self.methods, self.specs = specs, tuned(specs, self.axes)
+        specs = self.specs
         self.folder = base.output_dir
         self.listener = listener
         self.plan = [(spec, seed) for seed in seeds for spec in specs]
@@ -243,6 +248,7 @@ class _ComparisonDriver:
         runs = [self.folder_of(spec, seed).name for spec, seed in self.plan]
         refuse_links(self.folder, (LOCK, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
         with RunLock(self.folder), JobRunner(self.folder / LOG) as workers:
+            self._emit("note", text=planned_runs(self.methods, self.axes, self.seeds))
             header = self._check(workers, overwrite, metric, prefer)
             self._write({**header, "status": "running", "methods": [], "differences": [], "seconds": None})
             write_file(self.folder / CONFIG, self.base.dump(), own=True)
@@ -254,8 +260,8 @@ class _ComparisonDriver:
         try:
             checked = self._checked(workers, overwrite)
             return comparison_header(
-                self.base, self.specs, self.seeds, self.augment, metric or checked["main_metric"], checked,
-                prefer=prefer, own=self.run_file_method,
+                self.base, self.methods, self.seeds, self.augment, metric or checked["main_metric"], checked,
+                prefer=prefer, own=self.run_file_method, axes=self.axes,
             )  # fmt: skip
         except ErrorReport as error:
             if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():
@@ -286,8 +292,9 @@ class _ComparisonDriver:
 
     def _finish(self, header: Mapping[str, Any], prefer: str, margin: float | None) -> None:
         """Aggregate the results and write them below the header."""
+        ranked, tuning = chosen(self.specs, self.runs, self.failed, header["metric"])
         result = aggregate(
-            self.specs,
+            ranked,
             self.runs,
             self.failed,
             metric=header["metric"],
@@ -298,7 +305,9 @@ class _ComparisonDriver:
         )
         all_results = [run for runs in self.runs.values() for run in runs.values()]
         seconds = sum(run.manifest["cost"].get("training_seconds") or 0.0 for run in all_results)
-        notes = [result["at_chance"], *header["notes"]] if result.get("at_chance") else header["notes"]
+        notes = [*filter(None, [result.get("at_chance")]), *sentences(tuning), *header["notes"]]
+        if tuning:
+            result["tuning"] = tuning
         shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # hidden states shared by runs on the same layers
         self._write({**header, "notes": notes, **result, "status": "finished", "seconds": seconds})
         self._emit("end", text="done")
@@ -313,7 +322,9 @@ class _ComparisonDriver:
             if (found := measured_run(folder)) is not None:
                 self.runs[spec.name][seed] = found
                 self.eta.finished(spec.name, None)
-                self._emit("note", run_label, f"already finished: {result_line(found, metric)}")
+                self._emit(
+                    "note", run_label, f"already finished: {result_line(found, metric, tuning=bool(spec.tried_for))}"
+                )
                 return
             if manifest["status"] == "diverged":
                 self._record_failure(spec, seed, str((manifest.get("error") or {}).get("what", "diverged")))
@@ -339,7 +350,7 @@ class _ComparisonDriver:
             raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
         self.runs[spec.name][seed] = found
         self.eta.finished(spec.name, time.monotonic() - began)
-        self._emit("run", run_label, result_line(found, metric), left=self.eta.left())
+        self._emit("run", run_label, result_line(found, metric, tuning=bool(spec.tried_for)), left=self.eta.left())
 
     def _record_failure(self, spec: MethodSpec, seed: int, reason: str) -> None:
         self.failed[spec.name][seed] = reason

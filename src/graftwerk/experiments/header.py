@@ -13,6 +13,7 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.paired_bootstrap import ONE_SEED
 from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
+from graftwerk.experiments.tuning import Axes, require_validation
 
 FORMAT = 1
 CONFIG = "config.yaml"
@@ -28,6 +29,7 @@ def comparison_header(
     *,
     prefer: str,
     own: Any,
+    axes: Axes,
 ) -> dict[str, Any]:
     """Return the part of `comparison.json` that is known before training.
 
@@ -40,14 +42,15 @@ def comparison_header(
         checked: Facts about rows and methods from `jobs`.
         prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
         own: The run file's own method, as it is written there.
+        axes: Values that are tried for each method, by setting of the training.
 
     Raises:
-        ConfigError: No rows are held out to compare on.
+        ConfigError: No rows are held out to compare on, or none to choose among those values.
     """
     return {
         "format": FORMAT,
         "graftwerk": _version(),
-        "command": _command(base, entries, seeds, augment),
+        "command": _command(base, entries, seeds, augment, axes),
         "model": base.model,
         "task": base.task.name,
         "metric": metric,
@@ -57,12 +60,16 @@ def comparison_header(
         "machine": checked["machine"],
         "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
         "training": base.training.model_dump(mode="json"),
-        "notes": [*settings_not_used(entries, own), *_notes(base, seeds, checked)],
+        "notes": [*settings_not_used(entries, own), *_notes(base, seeds, checked, axes)],
     }
 
 
 def _command(
-    base: RunConfig, entries: Sequence[MethodSpec], seeds: Sequence[int], augment: Sequence[str] | str | None
+    base: RunConfig,
+    entries: Sequence[MethodSpec],
+    seeds: Sequence[int],
+    augment: Sequence[str] | str | None,
+    axes: Axes,
 ) -> str:
     # a method that is compared with and without augmented rows is two entries and was named once
     given = list({id(entry.given): entry.given for entry in entries}.values())
@@ -75,17 +82,19 @@ def _command(
     words.append(f"seeds={','.join(map(str, seeds))}")
     if augment is not None:
         words.append(f"augment={augment if isinstance(augment, str) else ','.join(augment)}")
+    words += [f"{name}={','.join(map(str, values))}" for name, values in axes.items()]
     return shlex.join(words)
 
 
-def _notes(base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any]) -> list[str]:
+def _notes(base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any], axes: Axes) -> list[str]:
     notes = []
+    require_validation(axes, checked["rows"])
     if not checked["rows"].get("test"):
         if not checked["rows"].get("validation"):
             raise ConfigError("nothing is held out to compare on", where="data.test", hint="data.test: 500")
         notes.append(
-            "the validation rows that chose the checkpoints also make these metrics, which are a little too good "
-            "for all methods; data.test holds out rows of their own"
+            f"the validation rows that chose the checkpoints{' and the settings' if axes else ''} also make these "
+            "metrics, which are a little too good for all methods; data.test holds out rows of their own"
         )
     if len(seeds) == 1:
         notes.append(f"one seed: {ONE_SEED}, so no method is called better; seeds=0,1,2")

@@ -122,6 +122,6 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     )
     if load_evaluation(run.folder, run.adapter) is None:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
-        evaluate(run, store=True)
+        evaluate(run, store=True, quiet=True)
     write_report(run.folder)
     return {"seconds": time.monotonic() - began}

@@ -31,12 +31,14 @@ class MethodSpec:
         method: Its settings.
         given: As it was named, for the command that repeats the comparison.
         changes: Settings of the run file that are others for this entry alone, by dotted key.
+        tried_for: Name of the method that this entry is one of several trials for, or "" if it stands for itself.
     """
 
     name: str
     method: Method
     given: Any
     changes: Mapping[str, Any] = field(default_factory=dict)
+    tried_for: str = ""
 
     def changed(self, tree: dict[str, Any]) -> dict[str, Any]:
         """Return a run file's content with this method and its changes."""
@@ -154,9 +156,9 @@ AUGMENT: dict[str, tuple[str, dict[str, Any]]] = {
 def _entry(given: Any) -> MethodSpec:
     if isinstance(given, Method):
         changed = given.model_dump(mode="json", exclude_defaults=True)
-        return MethodSpec(_slug(given.name, changed), given, {"name": given.name, **changed})
+        return MethodSpec(slug(given.name, changed), given, {"name": given.name, **changed})
     if not isinstance(given, Mapping):
-        return MethodSpec(_slug(str(given), {}), parse_method(given), given)
+        return MethodSpec(slug(str(given), {}), parse_method(given), given)
     values = dict(given)
     label = values.pop(LABEL, None)
     method = parse_method({key: value for key, value in values.items() if key not in RATES})
@@ -165,7 +167,7 @@ def _entry(given: Any) -> MethodSpec:
         TrainingSettings, {key: values[key] for key in RATES if key in values}, what="an entry", where="methods"
     )
     if label is None:
-        name = _slug(str(values["name"]), {key: value for key, value in values.items() if key != "name"})
+        name = slug(str(values["name"]), {key: value for key, value in values.items() if key != "name"})
     elif isinstance(label, str) and _NAME.fullmatch(label):
         name = label
     else:
@@ -175,8 +177,13 @@ def _entry(given: Any) -> MethodSpec:
     return MethodSpec(name, method, dict(given), changes)
 
 
-def _slug(name: str, settings: Mapping[str, Any]) -> str:
-    """`lora` and ``{r: 16, target_modules: all-linear}`` -> ``lora-r16-target_modules-all-linear``."""
+def slug(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a name for a method with settings.
+
+    Example:
+        >>> slug("lora", {"r": 16, "target_modules": "all-linear"})
+        'lora-r16-target_modules-all-linear'
+    """
     parts = [name]
     for key, value in settings.items():
         text = re.sub(r"[^A-Za-z0-9._+]+", "-", str(value)).strip("-") or "none"

@@ -16,6 +16,7 @@ import numpy as np
 from graftwerk.config import RunConfig
 from graftwerk.devices import best_device
 from graftwerk.errors import GraftwerkError
+from graftwerk.experiments.rough_cost import rough_cost
 from graftwerk.methods.base import Method
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.attach import attach
@@ -44,7 +45,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ``augmented_at_most``, the rows that augmentation would add, which count for ``steps`` too, or None without
         augmentation), ``findings``, ``first_batch`` (as the model sees it, of `training.data_checks`), ``parameters``
         (trained, head, total, share), ``steps``, ``trunk`` (`training.activation_cache.plan.Plan`), ``learning_rate``,
-        ``output_dir``.
+        ``output_dir``, ``rough_cost`` (``seconds``, ``memory_bytes``).
 
     Raises:
         ConfigError, DataError, ModelError, ResourceError: Training would raise it before its first step.
@@ -72,7 +73,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     _check_model(config, prepared, model)
     auto, _ = default_rates(config.method, prepared.task)
     rate = auto if training.learning_rate == "auto" else training.learning_rate
-    return {
+    said = {
         "model": {
             "name": config.model,
             "kind": architecture.model_type,
@@ -105,6 +106,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "holds_a_run": read_manifest(config.output_dir) is not None,
         },
     }
+    return {**said, "rough_cost": rough_cost(config, model, said)}
 
 
 def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TextIO
+from dataclasses import dataclass
+from typing import Literal
 
+from graftwerk.display import Display
 from graftwerk.formatting import duration
-from graftwerk.sanitize import clean
-
-EVERY_SECONDS = 5.0
-"""Between two plain lines about steps."""
 
 
 @dataclass(frozen=True)
@@ -40,86 +35,40 @@ class ProgressEvent:
     left_seconds: float | None = None
 
 
-class Display:
-    """A listener that writes progress to a stream (stderr).
-
-    If the stream can no longer be written to, the display falls silent and the comparison continues.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self._bar: Any = None
-        self._task: Any = None
-        self._told = 0.0
-        self._silent = False
+class ComparisonDisplay(Display):
+    """A comparison, told by its events; once the stream cannot be written to, nothing more is."""
 
     def __call__(self, event: ProgressEvent) -> None:
-        if self._silent:
+        if self.silent:
             return
-        event = replace(event, run=clean(event.run), text=clean(event.text))
-        try:
-            if self.stream.isatty():
+        with self.written():
+            if self.draws:
                 self._live(event)
             else:
                 self._plain(event)
-        except (OSError, ValueError):
-            self._silent = True
-
-    def close(self) -> None:
-        """Remove the progress bar, if there is one."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
     def _plain(self, event: ProgressEvent) -> None:
         if event.kind == "phase" and event.run:
             return  # reading, loading, saving of every run: too much for a log
+        text = event.text
         if event.kind == "step":
-            now = time.monotonic()
-            if not (event.step and event.steps) or now - self._told < EVERY_SECONDS:
+            if not (event.step and event.steps) or not self.due():
                 return
-            self._told = now
             text = f"step {event.step}/{event.steps}"
-        else:
-            text = event.text
         if text:
             position = f"[{event.done}/{event.total}] " if event.total else ""
             run_label = f"{event.run}: " if event.run else ""
-            print(f"{position}{run_label}{text}{_remaining(event)}", file=self.stream, flush=True)
+            self.line(f"{position}{run_label}{text}{_remaining(event)}")
 
     def _live(self, event: ProgressEvent) -> None:
-        if self._bar is None:
-            self._open()
         if event.kind in ("run", "note") and event.text:
-            self._bar.console.print(f"{event.run}: {event.text}" if event.run else event.text, markup=False)
+            self.line(f"{event.run}: {event.text}" if event.run else event.text)
         part = event.step / event.steps if event.steps else 0.0
         what = event.run if event.kind != "phase" else f"{event.run}: {event.text}" if event.run else event.text
-        self._bar.update(
-            self._task,
-            completed=event.done + min(part, 0.99),
-            total=max(event.total, 1),
-            what=what,
-            runs=f"{event.done}/{event.total} runs",
-            left=_remaining(event).strip(" ,"),
-            refresh=True,
-        )
+        words = (f"{event.done}/{event.total} runs", _remaining(event).strip(" ,"), what)
+        self.draw((event.done + min(part, 0.99)) / max(event.total, 1), "  ".join(filter(None, words)))
         if event.kind == "end":
-            self.close()
-
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[runs]}", markup=False),
-            TextColumn("{task.fields[left]}", markup=False),
-            TextColumn("{task.fields[what]}", markup=False, style="dim"),
-            console=Console(file=self.stream, highlight=False, emoji=False),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=1, what="", runs="", left="")
-        self._bar.start()
+            self.close_bar()
 
 
 def _remaining(event: ProgressEvent) -> str:

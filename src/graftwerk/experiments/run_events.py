@@ -42,9 +42,16 @@ class RunEvents:
         return ""
 
 
-def result_line(run: RunResult, metric: str) -> str:
-    """`accuracy 78.6 (75.0 to 82.2), 61 s of training`."""
-    figure, title = run.evaluation["metrics"][metric], METRICS[metric].title
+def result_line(run: RunResult, metric: str, *, tuning: bool = False) -> str:
+    """Return the line of a finished run: `accuracy 78.6 (75.0 to 82.2), 61 s of training`.
+
+    Args:
+        run: The run.
+        metric: Name of the metric that decides.
+        tuning: The run is one of several trials for a method: its metric on the validation rows, which settle that.
+    """
+    measured = run.manifest["metrics"]["validation"] if tuning else run.evaluation["metrics"]
+    figure, title = measured[metric], ("validation " if tuning else "") + METRICS[metric].title
     time_taken = duration(run.manifest["cost"]["training_seconds"])
     if figure["value"] is None:
         return f"{title} {figure.get('note', 'is undefined')}, {time_taken} of training"

@@ -18,6 +18,7 @@ from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
 from graftwerk.methods.shira import SHiRA
+from graftwerk.other_names import OTHER_METHODS
 from graftwerk.settings import parse_choice
 
 METHODS: dict[str, type[Method]] = {
@@ -48,4 +49,6 @@ def parse_method(value: Any) -> Method:
         >>> parse_method({"name": "lora", "r": 4}).r
         4
     """
-    return parse_choice(value, Method, METHODS, what="a method", where="method", shorthands=SHORTHANDS)
+    return parse_choice(
+        value, Method, METHODS, what="a method", where="method", shorthands=SHORTHANDS, also_called=OTHER_METHODS
+    )

@@ -12,14 +12,16 @@ class Clock:
     """Measure the time of a training.
 
     Attributes:
-        step_seconds: Running mean of the seconds of a step.
-        evaluation_seconds: Seconds of the last evaluation.
+        step_seconds: Running mean of the seconds of a step; 0 until two steps are done, since the first one does much
+            that is done once.
+        evaluation_seconds: Seconds of the last evaluation, 0 before there was one.
         first_step_at: Value of `time.monotonic()` after the first step of this process; None before.
     """
 
     def __init__(self) -> None:
         self.step_seconds = self.evaluation_seconds = 0.0
         self._carried = self._told = 0.0
+        self._steps = 0
         self._started = self._last = time.monotonic()
         self.first_step_at: float | None = None
 
@@ -41,7 +43,9 @@ class Clock:
         now = time.monotonic()
         self.first_step_at = self.first_step_at or now
         took, self._last = now - self._last, now
-        self.step_seconds = took if not self.step_seconds else 0.9 * self.step_seconds + 0.1 * took
+        if self._steps:
+            self.step_seconds += max(0.1, 1 / self._steps) * (took - self.step_seconds)
+        self._steps += 1
 
     def pause(self) -> float:
         """Leave the time since the last step out of the pace, and return its seconds."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from graftwerk.config import RunConfig
 from graftwerk.own_files import refuse_links
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.events import Event, EventBus, Listener, to_logging
+from graftwerk.training.progress_display import Progress
 from graftwerk.training.run_dir import (
     LOCK,
     MADE_BEFORE,
@@ -32,16 +34,18 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     listener: Listener | None = None,
+    quiet: bool = False,
     **overrides: Any,
 ) -> Run:
-    """Train an adapter as a run file says, and leave a run folder.
+    """Train an adapter as a run file says, show its progress, and leave a run folder.
 
     Args:
         config: A run file, its content as a mapping, or a `RunConfig`.
         resume: Resume the run in `output_dir`, bit for bit as if it had never stopped; start it if there is none. A
             finished run is returned as it is.
         overwrite: Replace the run in `output_dir`.
-        listener: Called with every event as it happens (`training.events`); without one, problems go to `logging`.
+        listener: Called with every event as it happens (`training.events`), in place of the progress display.
+        quiet: Show no progress; problems go to `logging`.
         overrides: Settings by name, over those of the run file: ``learning_rate=1e-3``, ``method="prefix"``; dotted
             keys as ``**{"data.max_train_rows": 100}``.
 
@@ -67,7 +71,11 @@ def train(
     """
     started_at = time.monotonic()
     settings = _read_config(config, overrides)
-    return run_training(settings, resume=resume, overwrite=overwrite, listener=listener, started_at=started_at)
+    display = None if quiet or listener is not None else Progress()
+    with display or nullcontext():
+        return run_training(
+            settings, resume=resume, overwrite=overwrite, listener=listener or display, started_at=started_at
+        )
 
 
 def run_training(
@@ -85,7 +93,7 @@ def run_training(
         settings: All settings of the run.
         resume: As for `train`.
         overwrite: As for `train`.
-        listener: As for `train`.
+        listener: Called with every event as it happens. Default: problems go to `logging`.
         started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
         shared_cache: Folder in which this run and others share the hidden states of frozen layers, unless the settings
             name one.

@@ -324,8 +324,14 @@ class Trainer:
         load_state_dict(self, snapshot)
         self.saved_step = self.state.step
 
-    def seconds_left(self) -> float:
-        """Return the estimated seconds to the end of training, from the mean time of the last steps."""
-        steps = self.total_steps - self.state.step
+    def seconds_left(self) -> float | None:
+        """Return the estimated seconds to the end of training, or None until steps tell how long they take.
+
+        Before the first evaluation, a row of it counts as the forward pass of a step: a third of its time.
+        """
+        steps, pace = self.total_steps - self.state.step, self.clock.step_seconds
+        if steps and not pace:
+            return None
         evaluations = math.ceil(steps / (self.settings.eval_steps or self.steps_per_epoch))
-        return steps * self.clock.step_seconds + evaluations * self.clock.evaluation_seconds
+        guess = pace / 3 * len(self.validation) / self.rows_per_step
+        return steps * pace + evaluations * (self.clock.evaluation_seconds or guess)

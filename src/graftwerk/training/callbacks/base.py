@@ -58,7 +58,7 @@ class TrainingLoop(Protocol):
     def all_steps_done(self) -> bool:
         """True once all steps are done."""
 
-    def seconds_left(self) -> float:
+    def seconds_left(self) -> float | None:
         """Estimate the seconds to the end of the training."""
 
 

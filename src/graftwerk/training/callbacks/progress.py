@@ -7,10 +7,10 @@ from graftwerk.training.events import Event
 
 
 class Progress(Callback):
-    """Emit a `progress` event after a step, at most every `timing.PROGRESS_SECONDS`."""
+    """Emit a `progress` event after a step, at most every `timing.PROGRESS_SECONDS`, and after the last one."""
 
     def on_step_end(self, trainer: TrainingLoop, result: StepResult) -> None:
-        if trainer.clock.progress_due():
+        if trainer.clock.progress_due() or trainer.all_steps_done:
             step, left = trainer.state.step, trainer.seconds_left()
             trainer.emit(Event("progress", step, total=trainer.total_steps, loss=result.loss, left_seconds=left))
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from graftwerk.cli import progress as room
-from graftwerk.cli.output import Output
-from graftwerk.cli.progress import Progress
+from graftwerk import display as room
 from graftwerk.training.events import Event
+from graftwerk.training.progress_display import Progress
 
 
 class Terminal(io.StringIO):
@@ -34,7 +33,7 @@ PLAN: dict[str, Any] = {
 
 def told(*events: Event, stream: io.StringIO | None = None, quiet: bool = False) -> str:
     stream = stream or io.StringIO()
-    with Progress(Output(quiet=quiet), stream=stream) as progress:
+    with Progress(quiet=quiet, stream=stream) as progress:
         for event in events:
             progress(event)
     return stream.getvalue()
@@ -57,7 +56,7 @@ def test_progress_without_terminal_prints_line_every_few_seconds(monkeypatch: py
     now = [100.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    with Progress(Output(), stream=stream) as progress:
+    with Progress(stream=stream) as progress:
         for step in range(1, 13):
             progress(Event("progress", step, total=12, loss=0.5, left_seconds=12.0 - step))
             now[0] += 1
@@ -74,7 +73,7 @@ def test_rows_prints_after_two_seconds_with_time_left(monkeypatch: pytest.Monkey
     now = [0.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    with room.Rows(Output(), "predicting", stream=stream) as rows:
+    with room.Rows("predicting", stream=stream) as rows:
         for done, at in ((0, 0.0), (1, 0.5), (2, 1.9), (10, 10.0), (11, 11.0), (20, 20.0), (40, 40.0)):
             now[0] = at
             rows(done, 40)
@@ -89,7 +88,7 @@ def test_rows_count_the_time_left_from_their_first_call(monkeypatch: pytest.Monk
     now = [0.0]
     monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
     stream = io.StringIO()
-    with room.Rows(Output(), "predicting", stream=stream) as rows:
+    with room.Rows("predicting", stream=stream) as rows:
         for done, at in ((500, 60.0), (510, 70.0), (1000, 560.0)):  # a model was loaded, and 500 rows were there
             now[0] = at
             rows(done, 1000)
@@ -143,7 +142,7 @@ def test_progress_broken_pipe_silences_output() -> None:
             raise BrokenPipeError
 
     stream = Broken()
-    with Progress(Output(), stream=stream) as progress:
+    with Progress(stream=stream) as progress:
         for step in range(1, 5):
             progress(Event("evaluation", step, accuracy=0.5))
     assert stream.writes == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from graftwerk.cli.output import printable
+from graftwerk.sanitize import printable
 
 ROWS = 3
 """Rows of the batch that are shown."""

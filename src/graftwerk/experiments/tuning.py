@@ -1,0 +1,170 @@
+"""Settings of the training that a comparison tries for each method: chosen on validation rows.
+
+`learning_rate=1e-3,3e-3` trains every method at both. Which of them stands for the method is settled by the mean of the
+metric on the validation rows; only that one goes into the ranking, which is made on the test rows. To choose by test
+rows and report the same rows would favour whoever tries more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from math import prod
+from statistics import fmean
+from typing import Any
+
+from graftwerk.errors import ConfigError
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.aggregation import RunResult
+from graftwerk.experiments.method_specs import MethodSpec, slug
+from graftwerk.experiments.table import shown
+from graftwerk.settings import parse_settings, spellings
+from graftwerk.training.settings import TrainingSettings
+from graftwerk.yaml_files import parse_override_value
+
+NO_AXES = frozenset({"seed", "report_to", "class_weights", "warm_start", "trunk_cache_dir"})
+"""Settings whose value may be a list or hold a comma, and the one that has an argument of its own."""
+
+Axes = dict[str, tuple[Any, ...]]
+
+
+def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
+    """Separate settings of the training with several values from the other overrides.
+
+    Args:
+        overrides: Settings by key, as for `RunConfig.build`: ``learning_rate="1e-3,3e-3"``, or a list of values.
+
+    Returns:
+        Values to try by field of `TrainingSettings`; the other overrides.
+
+    Raises:
+        ConfigError: A value is wrong, or there twice.
+    """
+    axes: Axes = {}
+    others = {}
+    for key, given in overrides.items():
+        field = next(
+            iter(spellings(TrainingSettings, key.removeprefix("training.")) & {*TrainingSettings.model_fields}), ""
+        )
+        values = given.split(",") if isinstance(given, str) and "," in given else given
+        if not field or field in NO_AXES or not isinstance(values, list | tuple):
+            others[key] = given
+            continue
+        if not values or any(isinstance(each, str) and not each.strip() for each in values):
+            raise ConfigError(f"`{key}` has an empty value among those to try", where=key, hint=f"{field}=1,2")
+        read = [parse_override_value(each, key) if isinstance(each, str) else each for each in values]
+        parsed = [
+            getattr(parse_settings(TrainingSettings, {field: each}, what="a training", where="training"), field)
+            for each in read
+        ]
+        if len({*parsed}) < len(parsed):
+            raise ConfigError(f"`{key}` has a value twice", where=key, hint="give each value once")
+        axes[field] = tuple(parsed)
+    return axes, others
+
+
+def require_validation(axes: Axes, rows: Mapping[str, int]) -> None:
+    """Raise ConfigError if something is to be tuned and there are no validation rows."""
+    if axes and not rows.get("validation"):
+        raise ConfigError(
+            f"`{next(iter(axes))}` is tuned on validation rows, and there are none",
+            where="data.validation",
+            hint="data.validation=0.1; test rows are for the last word",
+        )
+
+
+def planned_runs(methods: Sequence[MethodSpec], axes: Axes, seeds: Sequence[int]) -> str:
+    """Return how many runs a comparison makes, and of what: 2 methods, 3 seeds (seeds=0,1,2): 6 runs."""
+    parts = [f"{len(methods)} method{'s' if len(methods) > 1 else ''}"]
+    parts += [f"{len(values)} values of {name}" for name, values in axes.items()]
+    parts.append(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} (seeds={','.join(map(str, seeds))})")
+    runs = prod(map(len, (methods, *axes.values(), seeds)))
+    return f"{', '.join(parts)}: {runs:,} run{'s' if runs > 1 else ''}"
+
+
+def tuned(specs: Sequence[MethodSpec], axes: Axes) -> list[MethodSpec]:
+    """Cross methods with the values to try; each of the results knows for which method it is tried.
+
+    Raises:
+        ConfigError: A method has a value of its own for what is tried.
+    """
+    if not axes:
+        return list(specs)
+    crossed = []
+    for spec in specs:
+        for values in product(*axes.values()):
+            tried = dict(zip(axes, values, strict=True))
+            if own := {f"training.{name}" for name in tried} & set(spec.changes):
+                raise ConfigError(
+                    f"`{spec.name}` has `{own.pop()}` of its own, and several are to be tried",
+                    where="methods",
+                    hint="give it in one place",
+                )
+            changes = {f"training.{name}": value for name, value in tried.items()}
+            name = slug(spec.name, tried)
+            crossed.append(replace(spec, name=name, changes={**spec.changes, **changes}, tried_for=spec.name))
+    return crossed
+
+
+def chosen(
+    specs: Sequence[MethodSpec],
+    runs: Mapping[str, Mapping[int, RunResult]],
+    failed: Mapping[str, Mapping[int, str]],
+    metric: str,
+) -> tuple[list[MethodSpec], list[dict[str, Any]]]:
+    """Choose by the validation rows what stands for each method.
+
+    That is the best mean of the values whose runs all came to an end, or else of those with the most runs that did.
+
+    Args:
+        specs: What was trained.
+        runs: Results by name and seed.
+        failed: Why runs failed, likewise.
+        metric: Name of the metric that decides.
+
+    Returns:
+        The specs that go into the ranking; and, for each method that was tuned, ``method``, ``metric``, ``rows``,
+        ``chosen`` and what was ``tried``: ``name``, ``changes``, ``value`` (the mean over seeds) and ``failed``.
+    """
+    ranked, told = [], []
+    for method in dict.fromkeys(spec.tried_for or spec.name for spec in specs):
+        group = [spec for spec in specs if (spec.tried_for or spec.name) == method]
+        if not group[0].tried_for:
+            ranked.append(group[0])
+            continue
+        tried = [_tried(spec, runs.get(spec.name, {}), failed.get(spec.name, {}), metric) for spec in group]
+        best = max(tried, key=lambda one: (one["runs"], METRICS[metric].better(one["value"] or 0.0, 0.0)))
+        ranked.append(group[tried.index(best)])
+        told.append({"method": method, "metric": metric, "rows": "validation", "chosen": best["name"], "tried": tried})
+    return ranked, told
+
+
+def _tried(spec: MethodSpec, runs: Mapping[int, RunResult], failed: Mapping[int, str], metric: str) -> dict[str, Any]:
+    values = [run.manifest["metrics"]["validation"][metric]["value"] for run in runs.values()]
+    known = [value for value in values if value is not None]
+    why = {str(seed): text for seed, text in sorted(failed.items())}
+    value = fmean(known) if known else None
+    return {"name": spec.name, "changes": dict(spec.changes), "runs": len(known), "value": value, "failed": why}
+
+
+def sentences(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note for each method that was tuned: what was tried, with its validation score, and what was chosen."""
+    said = []
+    for each in tuning:
+        metric, best = each["metric"], each["chosen"]
+        scores = ", ".join(
+            f"{_words(one['changes'])}: {shown(one['value'], metric)}"
+            + (f" ({len(one['failed'])} failed)" if one["failed"] else "")
+            for one in each["tried"]
+        )
+        settings = next(_words(one["changes"]) for one in each["tried"] if one["name"] == best)
+        said.append(
+            f"{each['method']} is ranked with {settings}, chosen by {METRICS[metric].title} on the validation rows "
+            f"({scores}); the others are not ranked"
+        )
+    return said
+
+
+def _words(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.removeprefix('training.')} {value}" for key, value in changes.items() if "training." in key)
