@@ -9,8 +9,10 @@ import pytest
 from graftwerk.augmentation.settings import AUGMENTERS
 from graftwerk.data.settings import DataSettings
 from graftwerk.evaluation.settings import EvaluationSettings
-from graftwerk.methods.registry import METHODS
+from graftwerk.methods.learning_rates import LEARNING_RATES, default_learning_rates
+from graftwerk.methods.registry import METHODS, parse_method
 from graftwerk.tasks.masked import Masked
+from graftwerk.tasks.registry import TASKS
 from graftwerk.training.settings import TrainingSettings
 
 RATES = {
@@ -58,3 +60,17 @@ def test_settings_left_out_have_the_documented_defaults(model: Any) -> None:
 
 def test_methods_have_their_own_learning_rates() -> None:
     assert {name: method.default_learning_rate for name, method in METHODS.items() if name in RATES} == RATES
+
+
+@pytest.mark.parametrize(
+    "task", ["classification", "summarization", "translation", "instruction", "causal", "masked", "mixture", None]
+)
+def test_default_learning_rates_of_earlier_tasks_are_the_methods_own(task: str | None) -> None:
+    for name, method in METHODS.items():
+        own = (method.default_learning_rate, method.default_head_learning_rate)
+        assert default_learning_rates(parse_method(name), task) == own
+
+
+def test_learning_rates_by_task_name_tasks_and_methods_that_exist() -> None:
+    assert set(LEARNING_RATES) <= set(TASKS)
+    assert {name for rates in LEARNING_RATES.values() for name in rates} <= set(METHODS)

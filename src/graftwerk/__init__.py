@@ -7,7 +7,7 @@ The whole public API stands here and is imported when it is first used, so that 
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `predict_stream`, `predict_file`,
   `open`, `compare`, `augment`
-- to hand over: `merge`, `export`
+- to hand over: `merge`, `export`, `push`
 - `errors`: one rooted tree
 """
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from graftwerk.experiments.compare import compare as compare
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
+    from graftwerk.exports.push import push as push
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
@@ -83,6 +84,7 @@ _HOMES = {
     "predict_stream": ("graftwerk.evaluation.stream", "predict_stream"),
     "predict_file": ("graftwerk.evaluation.predict_file", "predict_file"),
     "merge": ("graftwerk.exports.merge", "merge"),
+    "push": ("graftwerk.exports.push", "push"),
     "export": ("graftwerk.exports.export", "export"),
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
@@ -127,6 +129,7 @@ __all__ = [
     "predict",
     "predict_file",
     "predict_stream",
+    "push",
     "save",
     "train",
 ]

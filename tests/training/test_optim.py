@@ -11,9 +11,11 @@ from transformers import BertForSequenceClassification
 
 from graftwerk.errors import IntegrityError
 from graftwerk.methods.base import Method
+from graftwerk.methods.learning_rates import LEARNING_RATES
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling.attach import Adapter, attach
+from graftwerk.tasks.token_classification import TokenClassification
 from graftwerk.training.optim import (
     build_optimizer,
     load_optimizer_tensors,
@@ -60,6 +62,13 @@ def test_peak_rates_auto_are_method_defaults(tiny_encoder: Path) -> None:
     assert peak_rates(graft, TrainingSettings()).method == own
     assert peak_rates(graft, TrainingSettings(learning_rate=7e-4)).method == 7e-4
     assert peak_rates(graft, TrainingSettings(head_learning_rate=5e-5)).head == 5e-5
+
+
+def test_peak_rates_auto_are_those_of_the_task(tiny_encoder: Path) -> None:
+    graft = grafted(tiny_encoder)
+    rates = peak_rates(graft, TrainingSettings(), TokenClassification())
+    assert rates.method == rates.head == LEARNING_RATES["token-classification"]["lora"] != LoRA.default_learning_rate
+    assert peak_rates(graft, TrainingSettings(learning_rate=7e-4), TokenClassification()).method == 7e-4
 
 
 def test_peak_rates_head_follows_method_or_its_default(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

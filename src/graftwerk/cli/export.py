@@ -1,4 +1,4 @@
-"""`graftwerk merge` and `graftwerk export`: an adapter handed over, compared with its export first."""
+"""`graftwerk merge`, `export` and `push`: an adapter handed over, compared with its export first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands `merge` and `export` to the app."""
+    """Add the commands `merge`, `export` and `push` to the app."""
 
     @command(app, "merge")
     def merge(
@@ -113,6 +113,38 @@ def register(app: typer.Typer) -> None:
         )
         _show(out, result, byte_size(result["bytes"]))
         out.note(f"use it: {result['command']}")
+        return result
+
+    @command(app, "push")
+    def push(
+        out: Output,
+        target: Annotated[
+            Path, typer.Argument(metavar="FOLDER", help="A run or adapter, or a folder that merge or export wrote.")
+        ],
+        repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository of the hub: owner/name.")],
+        public: Annotated[
+            bool, typer.Option("--public", help="Make a new repository public, and write to one that is.")
+        ] = False,
+        message: Annotated[
+            str | None, typer.Option("--message", "-m", help="Title of the commit.", show_default=False)
+        ] = None,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; send nothing.")] = False,
+    ) -> Result:
+        """Upload a finished folder to the hub, in one commit; a new repository is private.
+
+        The token is that of HF_TOKEN or of `hf auth login`.
+        """
+        from graftwerk.exports.push import push
+
+        if not dry_run:
+            out.note(f"checking the files, and sending them to {repo} ...")
+        result = push(target, repo, private=not public, message=message, dry_run=dry_run)
+        for file in result["files"]:
+            out.note(f"{byte_size(file['bytes']):>10}  {file['name']}")
+        for note in result["notes"]:
+            out.note(note)
+        total = f"{result['kind']}, {len(result['files'])} files, {byte_size(result['bytes'])}"
+        out.line(f"{total}: nothing was sent" if dry_run else str(result["url"]))
         return result
 
 

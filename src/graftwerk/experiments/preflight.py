@@ -18,6 +18,7 @@ from graftwerk.devices import best_device
 from graftwerk.errors import GraftwerkError
 from graftwerk.experiments.rough_cost import rough_cost
 from graftwerk.methods.base import Method
+from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.attach import attach
 from graftwerk.models.load import is_local, load_config, model_folder
@@ -27,7 +28,6 @@ from graftwerk.training.augmented import planned
 from graftwerk.training.data_checks import first_batch
 from graftwerk.training.mode import base_dtype, check_checkpointing, check_compute_type
 from graftwerk.training.num_processes import check_processes
-from graftwerk.training.optim import default_rates
 from graftwerk.training.run_dir import read_manifest
 from graftwerk.training.setup import Prepared, prepare
 from graftwerk.training.stream import EncodedStream
@@ -71,7 +71,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
     trunk = _trunk(config, prepared, model, steps * rows_per_step / max(len(encoded["train"]) + (made or 0), 1))
     parameters = _counted(config.method, model)
     _check_model(config, prepared, model)
-    auto, _ = default_rates(config.method, prepared.task)
+    auto, _ = default_learning_rates(config.method, prepared.task.name)
     rate = auto if training.learning_rate == "auto" else training.learning_rate
     said = {
         "model": {

@@ -9,7 +9,7 @@ that ask for the kind of task. One file per task.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from graftwerk.data.findings import Issue as Issue
@@ -45,10 +45,6 @@ class Task(Settings):
     """True if the model generates text as its answer."""
     label_smoothing: ClassVar[bool] = True
     """True if `training.label_smoothing` has a meaning for its loss."""
-    learning_rates: ClassVar[Mapping[str, float]] = {}
-    """By method's name, the default learning rate of this task where the method's own does not suit it."""
-    head_learning_rates: ClassVar[Mapping[str, float]] = {}
-    """Likewise for the task head."""
 
     @property
     def main_metric(self) -> str:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import IntegrityError
+from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from graftwerk.methods.base import Method
     from graftwerk.modeling.attach import Adapter
     from graftwerk.tasks.base import Task
 
@@ -40,21 +40,6 @@ class Rates:
     auto: bool
 
 
-def default_rates(method: Method, task: Task | None) -> tuple[float, float | None]:
-    """Return the default rates of a method and of a task head, None for a head that takes the method's rate.
-
-    Args:
-        method: The method.
-        task: The task, which may name rates of its own for this method, or None for the method's.
-    """
-    rates = {} if task is None else task.learning_rates
-    heads = {} if task is None else task.head_learning_rates
-    return (
-        rates.get(method.name, method.default_learning_rate),
-        heads.get(method.name, method.default_head_learning_rate),
-    )
-
-
 def peak_rates(adapter: Adapter, settings: TrainingSettings, task: Task | None = None) -> Rates:
     """Resolve `auto`: the default of method and task, and for heads their default for heads or else the method's rate.
 
@@ -63,7 +48,7 @@ def peak_rates(adapter: Adapter, settings: TrainingSettings, task: Task | None =
         settings: Training settings.
         task: Task that is trained, or None if the method alone decides.
     """
-    own, of_head = default_rates(adapter.method, task)
+    own, of_head = default_learning_rates(adapter.method, None if task is None else task.name)
     rate = own if settings.learning_rate == "auto" else settings.learning_rate
     head = settings.head_learning_rate if settings.head_learning_rate != "auto" else of_head or rate
     return Rates(rate, head, settings.learning_rate == "auto")

@@ -20,6 +20,7 @@ import torch
 from graftwerk.data.mixture import Sampler
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import RunInterrupted
+from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.packing import check_packing
@@ -185,7 +186,7 @@ class Trainer:
             total_steps=self.total_steps,
             warmup_steps=self.warmup_steps,
             learning_rate=optim.peak_rates(adapter, settings, task).method,
-            default_learning_rate=optim.default_rates(adapter.method, task)[0],
+            default_learning_rate=default_learning_rates(adapter.method, task.name)[0],
             method=adapter.method.name,
             prior_loss=prior_loss,
         )
