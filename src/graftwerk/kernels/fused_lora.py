@@ -127,7 +127,7 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     base: type = getattr(type(layer), "_graftwerk_base", type(layer))
     weight, vector = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    if not flags.enabled("fused") or type(x) is not Tensor:
+    if not flags.enabled("fused") or not is_plain(x):
         return False
     if not x.is_floating_point() or weight.device != x.device:
         return False

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from graftwerk.devices import backend, is_out_of_memory
@@ -90,6 +91,8 @@ def labelled_tokens(
     module: nn.Module | None = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
     if module is None or not _is_plain(module):
         return None
+    if isinstance(module.weight, FakeTensor):  # nothing to compare: what the configuration names takes the most memory
+        vars(module)[_FOUND] = _possible(plain)[-1]
     known: Shape | None = vars(module).get(_FOUND)
     if known is None and _FOUND in vars(module):
         return None
@@ -150,7 +153,7 @@ def _is_plain(head: nn.Module) -> bool:
     """Return True for a linear layer that nothing is attached to: no adapter, no hook, no other forward."""
     return (
         type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
+        and (type(head.weight) is nn.Parameter or isinstance(head.weight, FakeTensor))
         and not head._forward_hooks
         and not head._forward_pre_hooks
         and not head._backward_hooks
@@ -169,15 +172,7 @@ def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape 
     plain = F.linear(tap.probe, module.weight, module.bias)  # type: ignore[arg-type]
     if not float(plain.float().abs().amax()) > 1.0:
         return None  # a head of zeros says nothing: asked again next time
-    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
-    scales = [1.0]
-    for name, factor in (("logit_scale", float), ("logits_scaling", lambda value: 1.0 / value)):
-        value = getattr(model, name, None) or getattr(config, name, None)
-        if isinstance(value, int | float) and value:
-            scales.append(factor(value))
-    caps = [None, getattr(config, "final_logit_softcapping", None)]
-    added = [False, True] if isinstance(getattr(model, "final_logits_bias", None), Tensor) else [False]
-    for shape in ((scale, cap, second) for second in added for scale in scales for cap in caps):
+    for shape in _possible(model):
         made = _finished(plain, _head(model, module, shape), biased=True)
         close = CLOSE.get(logits.dtype, CLOSE_HALF)
         # each of the two tokens against its own largest logit
@@ -187,6 +182,20 @@ def _recognised(model: Any, module: nn.Module, tap: _Tap, logits: Any) -> Shape 
             return shape
     vars(module)[_FOUND] = None
     return None
+
+
+def _possible(model: Any) -> list[Shape]:
+    """Return the ways in which a model may make logits, by its configuration; the last uses all that it names."""
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    scales = [1.0]
+    for name, factor in (("logit_scale", float), ("logits_scaling", lambda value: 1.0 / value)):
+        value = getattr(model, name, None) or getattr(config, name, None)
+        if isinstance(value, int | float) and value:
+            scales.append(factor(value))
+    cap = getattr(config, "final_logit_softcapping", None)
+    caps = [None, cap] if cap is not None else [None]
+    added = [False, True] if isinstance(getattr(model, "final_logits_bias", None), Tensor) else [False]
+    return [(scale, cap, second) for second in added for scale in scales for cap in caps]
 
 
 def _finished(made: Tensor, head: Head, *, biased: bool = False) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.kernels import flags
+from graftwerk.methods.base import is_plain
 
 RECENT = 4
 """Number of recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's
@@ -156,4 +157,4 @@ def _region() -> ref[Any] | None:
 
 def is_eager(x: Tensor) -> bool:
     """Return True if kernels with an own backward may run on ``x`` (any shape): plain, eager, with gradients."""
-    return flags.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and type(x) is Tensor
+    return flags.enabled("lean") and not torch.compiler.is_compiling() and torch.is_grad_enabled() and is_plain(x)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graftwerk.errors import UnsupportedError
@@ -371,9 +372,10 @@ PLAIN_TYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.flo
 def is_plain(weight: Tensor) -> bool:
     """Return True if a weight, any shape, is one of torch's own tensors, dense and of a type in `PLAIN_TYPES`.
 
-    Subclasses (DTensor, torchao's) may hold a part, or codes, and answer for the whole.
+    Subclasses (DTensor, torchao's) may hold a part, or codes, and answer for the whole. A fake tensor stands for a
+    plain one: what is planned without values is what runs with them.
     """
-    exact = type(weight) is nn.Parameter or type(weight) is Tensor
+    exact = type(weight) in (nn.Parameter, Tensor, FakeTensor)
     return exact and weight.dtype in PLAIN_TYPES and weight.layout is torch.strided
 
 

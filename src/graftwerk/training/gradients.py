@@ -139,8 +139,11 @@ class GradientAccumulator:
         Returns:
             The loss, the norm before clipping and the number of targets; all 0 in a step without a target.
         """
-        processes, device = self.processes, self.processes.device
-        step, objective = self._prepared(rows, micro_batch), self.task.objective
+        return self.of(self._prepared(rows, micro_batch))
+
+    def of(self, step: PreparedStep) -> Gradient:
+        """Set the parameters' gradients to those of batches that are collated already."""
+        processes, device, objective = self.processes, self.processes.device, self.task.objective
         total = processes.sum_scalar(float(sum(step.weights)))
         loss_sum = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -176,7 +179,7 @@ class GradientAccumulator:
         """
         before = torch.get_rng_state()
         try:
-            self._next = self._prepare(rows, micro_batch)
+            self._next = self.prepare(rows, micro_batch)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -187,15 +190,20 @@ class GradientAccumulator:
     def _prepared(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
         step, self._next = self._next, None
         if step is None or (step.rows, step.micro_batch) != (rows, micro_batch):
-            return self._prepare(rows, micro_batch)
+            return self.prepare(rows, micro_batch)
         before, after = step.drawn
         if not torch.equal(before, torch.get_rng_state()):  # a checkpoint was loaded, or somebody has seeded
-            return self._prepare(rows, micro_batch)
+            return self.prepare(rows, micro_batch)
         torch.set_rng_state(after)
         return step
 
-    def _prepare(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
-        """Collate this process's share of a step and send it to the device."""
+    def prepare(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
+        """Collate this process's share of a step and send it to the device.
+
+        Args:
+            rows: Rows of the step, of all processes.
+            micro_batch: Rows of a micro-batch.
+        """
         processes, objective = self.processes, self.task.objective
         pieces = micro_batches(
             rows,

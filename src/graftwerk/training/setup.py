@@ -114,7 +114,7 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         if isinstance(learnt, Classification):  # the loss that it is compared with is weighted too
             counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
         prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
-    method = _with_text(settings.method, tokenizer)
+    method = with_initial_text(settings.method, tokenizer)
     return Prepared(task, method, splits, tokenizer, examples, max_length, found, prior_loss)
 
 
@@ -173,7 +173,7 @@ def max_length_of(settings: RunConfig, config: Any, tokenizer: PreTrainedTokeniz
     return max_length_for(config, tokenizer, settings.data.max_length, settings.method.positions(is_causal(config)))
 
 
-def _with_text(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:
+def with_initial_text(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:
     """Return the method with the token ids of its initial text."""
     text = getattr(method, "init_text", None)
     if text is None or getattr(method, "init_token_ids", None) is not None:

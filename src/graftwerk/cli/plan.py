@@ -1,0 +1,121 @@
+"""`graftwerk plan`: memory, time and size of a run before any weight is loaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from graftwerk.cli.arguments import ConfigFile, Overrides
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.output import Output, table
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `plan` to the app."""
+
+    @command(app, "plan")
+    def plan(
+        out: Output,
+        config: ConfigFile,
+        overrides: Overrides = None,
+        every: Annotated[bool, typer.Option("--table", help="Compare all methods at their defaults.")] = False,
+        fit: Annotated[str | None, typer.Option("--fit", help="Say what to change for this memory, as 24GB.")] = None,
+    ) -> Result:
+        """Plan a run: the memory of training and evaluation, the time of a step, the size of the adapter.
+
+        From the model's configuration and the rows alone, by one step on tensors without values. Nothing is trained
+        and no weight is loaded.
+        """
+        from graftwerk.config import RunConfig
+        from graftwerk.formatting import byte_size, duration
+        from graftwerk.training.planning.plan import Planner
+
+        limit = None if fit is None else bytes_of(fit)
+        settings = RunConfig.load(config, overrides or [])
+        out.note("reading the rows ...")
+        planner = Planner(settings)
+        out.note("tracing a step ...")
+        found = planner.plan()
+        memory, time = found["memory"], found["time"]
+        shown = table("memory", "bytes", numbers=("bytes",))
+        for key, value in memory.items():
+            shown.add_row(key.removesuffix("_bytes").replace("_", " "), byte_size(value))
+        out.show(shown)
+        out.line(f"adapter  {byte_size(found['adapter_bytes'])}")
+        out.line(f"time     {duration(time['step_seconds'])} a step, {duration(time['epoch_seconds'])} an epoch")
+        traced = found["traced"]
+        out.line(f"         for {traced['rows']} rows of {traced['tokens']} tokens, the longest there are")
+        if found["fits"] is not None:
+            said = "fits into" if found["fits"] else "does not fit into"
+            out.line(
+                f"{said} the {byte_size(found['available_bytes'])} available; up to {found['largest_batch']:,} rows"
+            )
+        if every:
+            found["methods"] = _every_method(out, planner)
+        if limit is not None:
+            found["fit"] = _fit(out, planner, limit)
+        return found
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes that a size such as `24GB`, `800 MB` or `1.5e9` means.
+
+    Raises:
+        ConfigError: It is no size above 0.
+
+    Example:
+        >>> bytes_of("1.5GB")
+        1500000000
+    """
+    from graftwerk.errors import ConfigError
+
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    if size <= 0:
+        raise ConfigError(f"`{text}` is no size of a memory", where="--fit", hint="--fit 24GB, or --fit 800MB")
+    return size
+
+
+def _every_method(out: Output, planner: Any) -> list[dict[str, Any]]:
+    """Show and return the plan of each method at its defaults; one that does not suit the model has its reason."""
+    from graftwerk.config import RunConfig
+    from graftwerk.errors import GraftwerkError
+    from graftwerk.formatting import byte_size, count, seconds
+    from graftwerk.methods.registry import METHODS
+
+    rows: list[dict[str, Any]] = []
+    shown = table("method", "peak", "adapter", "step", numbers=("peak", "adapter", "step"))
+    for place, name in enumerate(METHODS, start=1):
+        out.note(f"tracing {name} ({place} of {count(len(METHODS))}) ...")
+        try:
+            tree = planner.config.model_dump(mode="json") | {"method": name}
+            found = planner.plan(RunConfig.build(tree, {}))
+        except GraftwerkError as error:
+            rows.append({"method": name, "reason": str(error)})
+            shown.add_row(name, "-", "-", str(error).splitlines()[0][:60])
+            continue
+        rows.append({"method": name, **found})
+        peak, size = found["memory"]["train_peak_bytes"], found["adapter_bytes"]
+        shown.add_row(name, byte_size(peak), byte_size(size), seconds(found["time"]["step_seconds"]))
+    out.show(shown)
+    return rows
+
+
+def _fit(out: Output, planner: Any, limit: int) -> dict[str, Any] | None:
+    """Show and return what to change for training to fit into ``limit`` bytes, or None if nothing suffices."""
+    from graftwerk.formatting import byte_size
+
+    out.note("trying smaller micro-batches ...")
+    found: dict[str, Any] | None = planner.fit(limit)
+    if found is None:
+        out.line(f"nothing makes it fit into {byte_size(limit)}: a smaller model, shorter rows (data.max_length)")
+    elif found["overrides"]:
+        peak = byte_size(found["plan"]["memory"]["train_peak_bytes"])
+        out.line(f"fits into {byte_size(limit)} with: {' '.join(found['overrides'])} (peak {peak})")
+    else:
+        out.line(f"fits into {byte_size(limit)} as it is")
+    return found

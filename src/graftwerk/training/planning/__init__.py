@@ -1,0 +1,1 @@
+"""Planning of a run before anything is loaded: memory, time, size."""

@@ -1,0 +1,152 @@
+"""Memory that an allocator holds for a series of allocations: freed blocks are kept, split and rounded.
+
+On a CPU the series is replayed through the C library's own allocator in a process of its own; nothing is written into
+the blocks, so that planning a large model takes no memory. On CUDA torch's caching allocator is modelled: requests
+rounded to 512 bytes, small ones (at most 1 MiB) cut from segments of 2 MiB, larger ones below 10 MiB from segments of
+20 MiB, the others given segments of their own, rounded to 2 MiB; a free block is split, and joined with its free
+neighbours when it is freed (c10/cuda/CUDACachingAllocator.cpp).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from array import array
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+MIB = 1 << 20
+ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
+
+_REPLAY = """
+import ctypes, sys
+from array import array
+libc = ctypes.CDLL(None)
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+libc.mallinfo2.restype = Info
+libc.free.argtypes = [ctypes.c_void_p]
+libc.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+events = array("q")
+events.frombytes(sys.stdin.buffer.read())
+def held():
+    now = libc.mallinfo2()
+    return now.arena + now.hblkhd
+blocks, start, most = [None], held(), 0
+for event in events:
+    if event >= 0:
+        pointer = ctypes.c_void_p()
+        if libc.posix_memalign(ctypes.byref(pointer), 64, event):
+            sys.exit(3)
+        blocks.append(pointer)
+        most = max(most, held())
+    else:
+        libc.free(blocks[-event])
+print(max(most - start, 0))
+"""
+
+
+def held_by_libc(events: array[int]) -> int | None:
+    """Return the most bytes that the C library's allocator holds, or None if it does not say (it is not glibc 2.33 on).
+
+    Args:
+        events: Allocations as `step_trace.StepTrace.events`.
+    """
+    if sys.platform != "linux":
+        return None
+    done = subprocess.run([sys.executable, "-S", "-c", _REPLAY], input=events.tobytes(), capture_output=True)
+    return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None
+
+
+@dataclass(eq=False)
+class _Block:
+    """A piece of a segment, with its neighbours."""
+
+    size: int
+    free: bool = False
+    before: _Block | None = None
+    after: _Block | None = None
+
+
+class _Pool:
+    """The free blocks of small or of large requests, by size."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._blocks: dict[int, list[_Block]] = {}
+
+    def take(self, size: int) -> _Block | None:
+        """Return the smallest block that is large enough, no longer free, or None."""
+        place = bisect_left(self._sizes, size)
+        if place == len(self._sizes):
+            return None
+        block = self._blocks[self._sizes[place]][-1]
+        self.remove(block)
+        return block
+
+    def put(self, block: _Block) -> None:
+        """Add a free block."""
+        block.free = True
+        insort(self._sizes, block.size)
+        self._blocks.setdefault(block.size, []).append(block)
+
+    def remove(self, block: _Block) -> None:
+        """Take a block out."""
+        block.free = False
+        del self._sizes[bisect_left(self._sizes, block.size)]
+        self._blocks[block.size].remove(block)
+
+
+def held_by_cuda(events: array[int]) -> int:
+    """Return the most bytes that torch's caching allocator reserves on a CUDA device.
+
+    Args:
+        events: Allocations as `step_trace.StepTrace.events`.
+
+    Example:
+        >>> held_by_cuda(array("q", [100, 600, -1, 400, 30 << 20])) >> 20  # a small segment and one of 30 MiB
+        32
+    """
+    pools = {True: _Pool(), False: _Pool()}
+    reserved = 0
+    blocks: list[tuple[_Block, bool]] = []
+    for event in events:
+        if event < 0:
+            block, small = blocks[-event - 1]
+            _release(block, pools[small])
+            continue
+        size = max(ROUND, -(-event // ROUND) * ROUND)
+        small = size <= SMALL
+        found = pools[small].take(size)
+        if found is None:
+            segment = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE_BELOW else _rounded(size)
+            reserved += segment
+            found = _Block(segment)
+        if found.size - size >= (ROUND if small else MIB + 1):
+            rest = _Block(found.size - size, before=found, after=found.after)
+            if found.after is not None:
+                found.after.before = rest
+            found.after, found.size = rest, size
+            pools[small].put(rest)
+        blocks.append((found, small))
+    return reserved
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+
+def _release(block: _Block, pool: _Pool) -> None:
+    """Free a block, joined with its free neighbours."""
+    if (left := block.before) is not None and left.free:
+        pool.remove(left)
+        block.size, block.before = block.size + left.size, left.before
+        if left.before is not None:
+            left.before.after = block
+    if (right := block.after) is not None and right.free:
+        pool.remove(right)
+        block.size, block.after = block.size + right.size, right.after
+        if right.after is not None:
+            right.after.before = block
+    pool.put(block)
