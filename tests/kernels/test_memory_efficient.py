@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from graftwerk.kernels import flags as fast
 from graftwerk.kernels.memory_efficient import OWN
+from graftwerk.kernels.recompute import ActivationTable
 from graftwerk.methods.lora import LoRA
+from graftwerk.modeling.adapted_module import make_memory_efficient
 from graftwerk.modeling.attach import activate, attach, detach, disabled
 from tests.families import FAMILIES, Family
 
@@ -269,3 +271,31 @@ def test_dropout_group_joins_query_key_value_only() -> None:
     assert group_of(model.model.layers[1].mlp.up_proj) is not group_of(mlp.up_proj)
     assert group_of(mlp.down_proj) is not group_of(mlp.up_proj)
     assert group_of(attention.o_proj) is not group_of(attention.q_proj)
+
+
+class NewGELUActivation(nn.Module):
+    """Has the name of a known activation, and a product that autocast computes in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x @ torch.eye(x.shape[-1]) / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_activation_is_recomputed_in_types_of_its_forward(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    act, x, grad = NewGELUActivation(), torch.randn(5, 8), torch.randn(5, 8)
+    results = []
+    for efficient in (False, True):
+        table = ActivationTable()
+        if efficient:
+            make_memory_efficient([act], table)
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = act(given)
+        recipe = table.recipe(y)
+        assert (recipe is not None) == efficient
+        if recipe is not None:
+            assert torch.equal(recipe.compute(*recipe.inputs), y)
+        y.backward(grad)
+        results.append((y.detach(), given.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from graftwerk.kernels import flags
 from graftwerk.kernels.recompute import ActivationTable, Recompute, SharedInput
-from graftwerk.methods.base import AdapterModule, base_weight, is_transposed
+from graftwerk.methods.base import AdapterModule, base_weight, is_plain, is_transposed
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.dropout import mask_bits
 from graftwerk.methods.lora import LoRAModule
@@ -116,8 +116,8 @@ def merge_lora_(lora: LoRAModule, weight: Tensor) -> bool:
 def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     """Return True if `fused_linear` may run.
 
-    It may on a frozen `nn.Linear`, transformers' `Conv1D` or bitsandbytes' `Linear4bit`, run eagerly on a plain tensor
-    on the same device.
+    It may on a frozen `nn.Linear` or transformers' `Conv1D` with plain weights, or bitsandbytes' `Linear4bit`, run
+    eagerly on a plain tensor on the same device.
 
     Args:
         layer: An adapted layer.
@@ -136,6 +136,8 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     autocast = torch.is_autocast_enabled(x.device.type)
     if hasattr(weight, "quant_state"):  # its own kernel chooses dtypes under autocast and adds the bias
         return base.__name__ == "Linear4bit" and weight.quant_state is not None and bias and not autocast
+    if not is_plain(weight) or (isinstance(vector, Tensor) and not is_plain(vector)):
+        return False
     return (base is nn.Linear or base.__name__ == "Conv1D") and (autocast or weight.dtype == x.dtype)
 
 

@@ -137,7 +137,11 @@ def _eps(norm: nn.Module) -> float:
 
 def _remember_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run the module's own forward and note that it is recomputed under the same autocast."""
-    y = forward(x)
+    return _activations(module).remember(forward(x), _under_this_autocast(forward, x), x)
+
+
+def _under_this_autocast(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that backward, where autocast is off, computes as ``forward`` of x (...) is computed now."""
     device, enabled = x.device.type, torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(device) if enabled else None
 
@@ -145,7 +149,7 @@ def _remember_call(module: nn.Module, forward: Callable[[Tensor], Tensor], x: Te
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             return forward(x_again)
 
-    return _activations(module).remember(y, again, x)
+    return again
 
 
 # -- activation functions and gated blocks ---------------------------------------------------------------------------
@@ -155,22 +159,22 @@ class ActivationFunction(torch.autograd.Function):
     """An elementwise function written in several steps: stores its input, and repeats the steps in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return function(x), (...), for x (...)."""
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], again: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return function(x), (...), for x (...); ``again`` is the same function as backward calls it."""
         ctx.save_for_backward(x)
-        ctx.function = function
+        ctx.function = again
         return function(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient for x (...) from that for the output (...)."""
         (x,) = ctx.saved_tensors
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             y = ctx.function(x)
         (grad_x,) = torch.autograd.grad(y, x, grad)
-        return grad_x, None
+        return grad_x, None, None
 
 
 class MemoryEfficientActivation(_Module):
@@ -183,8 +187,9 @@ class MemoryEfficientActivation(_Module):
         if not x.requires_grad or not is_eager(x):
             return own(x)  # type: ignore[no-any-return]
         if getattr(type(self), OWN).__name__ in LONG_ACTIVATIONS:
-            y = ActivationFunction.apply(x, own)  # type: ignore[no-untyped-call]
-            return _activations(self).remember(y, own, x)
+            again = _under_this_autocast(own, x)
+            y = ActivationFunction.apply(x, own, again)  # type: ignore[no-untyped-call]
+            return _activations(self).remember(y, again, x)
         return _remember_call(self, own, x)
 
 

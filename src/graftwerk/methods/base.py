@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.placement import OFFLOAD_HOOK, onloaded
@@ -329,7 +330,7 @@ def base_weight(module: nn.Module) -> Tensor:
         (out, in).
 
     Raises:
-        UnsupportedError: it is quantized in a format that is not known here.
+        UnsupportedError: it is quantized in a format that is not known here, or spread over processes.
     """
     weight = stored_weight(module)
     if weight.is_meta and OFFLOAD_HOOK in module.__dict__:
@@ -346,6 +347,11 @@ def base_weight(module: nn.Module) -> Tensor:
         if weight.dtype != torch.int8 or not isinstance(scale, Tensor):
             raise UnsupportedError(f"the weights of this {type(module).__name__} are codes that cannot be read here")
         return weight.detach().float() * (scale.to(weight.device)[:, None] / 127)
+    if weight.dtype not in PLAIN_TYPES or is_traceable_wrapper_subclass(weight):
+        raise UnsupportedError(
+            f"the weights of this {type(module).__name__} are {described(weight)}, which cannot be read here",
+            hint="use a method that does not read them (plain lora, ia3, bottleneck), or load the base in bfloat16",
+        )
     return weight.detach().T if is_transposed(module) else weight.detach()
 
 
@@ -356,6 +362,24 @@ def stored_weight(module: nn.Module) -> Tensor:
         weight = module.weight  # type: ignore[assignment]
     assert isinstance(weight, Tensor)
     return weight
+
+
+PLAIN_TYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+"""Types whose numbers mean what they say. An 8-bit one is scaled by numbers that are stored elsewhere."""
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Return True if a weight, any shape, is one of torch's own tensors, dense and of a type in `PLAIN_TYPES`.
+
+    Subclasses (DTensor, torchao's) may hold a part, or codes, and answer for the whole.
+    """
+    exact = type(weight) is nn.Parameter or type(weight) is Tensor
+    return exact and weight.dtype in PLAIN_TYPES and weight.layout is torch.strided
+
+
+def described(weight: Tensor) -> str:
+    """Return the class and type of a weight, any shape, for messages."""
+    return f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
 
 
 def is_quantized(weight: Tensor) -> bool:

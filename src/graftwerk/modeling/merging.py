@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graftwerk.errors import ResourceError, UnsupportedError
 from graftwerk.kernels.dispatch import merge_in_place
-from graftwerk.methods.base import AdapterModule, base_weight, is_quantized, is_transposed
+from graftwerk.methods.base import AdapterModule, base_weight, described, is_plain, is_quantized, is_transposed
 from graftwerk.methods.lora_parameters import ParameterAdapters
 
 SavedWeights = list[tuple[nn.Parameter, Tensor]]
@@ -32,7 +32,8 @@ def merge_weights(layers: Iterable[tuple[str, nn.Module, AdapterModule]]) -> Sav
         The tensors from before, for `unmerge_weights`.
 
     Raises:
-        UnsupportedError: the base is quantized, so that merging would round the adapter away; or it is offloaded.
+        UnsupportedError: the base is quantized, so that merging would round the adapter away; it is offloaded, or its
+            weights are no plain tensors.
     """
     merged: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     for path, module, adapter in layers:
@@ -141,6 +142,13 @@ def _refuse_unmergeable(path: str, module: nn.Module, adapter: AdapterModule) ->
             where=path,
             hint="load the base unquantized and merge there",
         )
+    for value in (module._parameters[name] for name in names):
+        if value is not None and not is_plain(value):
+            raise UnsupportedError(
+                f"an adapter cannot be merged into {described(value)}: it stores codes, or a part of the whole",
+                where=path,
+                hint="load the base in bfloat16 or float32, in one process, and merge there",
+            )
 
 
 @torch.no_grad()
