@@ -52,7 +52,11 @@ def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
             others[key] = given
             continue
         if not values or any(isinstance(each, str) and not each.strip() for each in values):
-            raise ConfigError(f"`{key}` has an empty value among those to try", where=key, hint=f"{field}=1,2")
+            raise ConfigError(
+                f"`{key}` has an empty value among those to try",
+                where=key,
+                hint="commas stand between values, and none at the end",
+            )
         read = [parse_override_value(each, key) if isinstance(each, str) else each for each in values]
         parsed = [
             getattr(parse_settings(TrainingSettings, {field: each}, what="a training", where="training"), field)
