@@ -69,7 +69,11 @@ def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
 
 
 def require_validation(axes: Axes, rows: Mapping[str, int]) -> None:
-    """Raise ConfigError if something is to be tuned and there are no validation rows."""
+    """Refuse to tune without validation rows.
+
+    Raises:
+        ConfigError: Something is to be tuned, and there are none.
+    """
     if axes and not rows.get("validation"):
         raise ConfigError(
             f"`{next(iter(axes))}` is tuned on validation rows, and there are none",
