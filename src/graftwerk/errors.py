@@ -44,8 +44,9 @@ def did_you_mean(wrong: str, known: Iterable[str], then: str = "") -> str:
         >>> did_you_mean("full", ["lora", "ia3"])
         ''
     """
-    near = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
-    return " ".join(filter(None, [f"did you mean `{near[0]}`?" if near else "", then]))
+    named = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(wrong.casefold(), list(named), n=1, cutoff=0.6)
+    return " ".join(filter(None, [f"did you mean `{named[near[0]]}`?" if near else "", then]))
 
 
 class ErrorReport(BaseException):

@@ -23,7 +23,7 @@ _NAMES = {
     "data.encoding": "charset file_encoding",
     "data.format": "dataset_format",
     "data.max_length": "max_seq_length max_seq_len max_len cutoff_len sequence_len seq_length model_max_length "
-    "block_size max_source_length max_tokens context_length",
+    "block_size max_source_length context_length",
     "data.max_train_rows": "max_samples max_train_samples max_rows",
     "data.split_seed": "data_seed shuffle_seed",
     "data.on_bad_row": "on_bad_rows on_bad_lines",
@@ -55,7 +55,7 @@ _NAMES = {
     "training.report_to": "wandb_project wandb use_wandb tensorboard",
     "training.processes": "num_processes n_jobs nproc_per_node",
     "training.logging_steps": "log_steps log_every",
-    "evaluation.max_new_tokens": "max_target_length generation_max_length max_generate_length",
+    "evaluation.max_new_tokens": "max_tokens max_target_length generation_max_length max_generate_length",
     "evaluation.num_beams": "generation_num_beams beams",
     "evaluation.generate": "predict_with_generate do_predict",
     "evaluation.temperature": "sampling_temperature do_sample",

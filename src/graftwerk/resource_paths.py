@@ -48,6 +48,8 @@ def locate(place: str | Path) -> Path:
             where=text if text != str(path) else None,
             hint="write its content into a file first",
         )
+    if not exists and "://" in text and not text.startswith(PACKAGE_SCHEME):
+        raise ConfigError(f"{text} is not read over the network", hint="download it first, and name the file")
     if not exists:
         raise ConfigError(
             f"there is no file or folder {path}", where=text if text != str(path) else None, hint=_near(path)

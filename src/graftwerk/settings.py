@@ -124,7 +124,10 @@ def describe_faults(
             said = choices.setdefault((key, got), [])
             if message not in said:
                 said.append(message)
-    lines += [f"`{key}`{named}: {', or: '.join(said)} (got {got})" for (key, got), said in choices.items()]
+    lines += [
+        f"`{key}`{named}: {', or: '.join(said)} (got {got})" if key else "; ".join(said)
+        for (key, got), said in choices.items()
+    ]
     return list(dict.fromkeys(lines))
 
 

@@ -23,22 +23,35 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """Ten times as fast where PyYAML was built with its C parser."""
 
 
+_ROWS = frozenset({".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".txt"})
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping without tags, aliases or deep nesting.
 
     Raises:
         ConfigError: The file is missing, cannot be read, is no such YAML, or is not a mapping with text keys.
     """
+    if path.suffix.lower() in _ROWS and path.is_file():
+        raise ConfigError(
+            f"{path} is a file of rows, not a run file", hint=f"`graftwerk init {path}` writes one for it"
+        )
     try:
         with open_regular(path) as stream:
             raw = stream.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         raise ConfigError(f"there is no run file {path}", hint="give the path of a .yaml file") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}", hint="give the path of a .yaml file"
+        ) from None
     tree = parse_yaml(raw, str(path))
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError("a run file is a mapping with `model`, `data` and `method`", where=str(path))
+        raise ConfigError(
+            "a run file is a mapping with `model`, `data` and `method`",
+            where=str(path),
+            hint="`graftwerk init DATA` writes one for a file of rows",
+        )
     return tree
 
 
@@ -69,6 +82,8 @@ def _float_or_text(loader: Any, node: yaml.ScalarNode) -> float | str:
     return node.value if math.isinf(value) and any(sign.isdigit() for sign in node.value) else value
 
 
+_NO_YAML = frozenset(",|\t&*!%@`")
+"""Characters that alone are no value of YAML, or an empty one: a delimiter."""
 _FLOAT = "tag:yaml.org,2002:float"
 _OverrideValues.add_constructor(_FLOAT, _float_or_text)
 _OverrideValues.add_implicit_resolver(
@@ -86,6 +101,8 @@ def parse_override_value(text: str, key: str) -> Any:
     Raises:
         ConfigError: As `parse_yaml`.
     """
+    if text in _NO_YAML:
+        return text
     try:
         return parse_yaml(text.encode(), key, loader=_OverrideValues)
     except UnicodeEncodeError:

@@ -73,3 +73,8 @@ def test_back_translation_through_has_two_legs() -> None:
     settings = parse_augmenter({**BT, "through": {"model": "out"}})
     assert isinstance(settings, BackTranslation)
     assert [leg.model for leg in settings.legs] == ["out", "m"]
+
+
+def test_noise_has_the_defaults_of_its_papers() -> None:
+    assert AUGMENTERS["word_shuffle"]().distance == 3  # type: ignore[attr-defined]
+    assert WordDropout().probability == 0.1

@@ -79,6 +79,7 @@ def test_inspect_describes_run_and_adapter_folder(graftwerk: Run, tmp_path: Path
     shown = graftwerk("inspect", place).out
     assert "bert.encoder.layer.1" in shown
     assert said.json["base"]["fingerprint"] in shown
+    assert not {"False", "None", "[]"} & set(shown.replace(",", " ").split())  # disabled settings are left out
     assert "attention.self.query" in graftwerk("inspect", place, "--modules").out
 
 

@@ -83,6 +83,8 @@ def test_predict_writes_a_file_and_says_where(graftwerk: Run, run: Path, tmp_pat
     ("arguments", "why"),
     [
         (["-", "--resume"], "--output"),
+        (["a text", "--data", "rows.csv"], "not both"),
+        ([], "nothing to predict"),
         (["-", "a text"], "empty"),
         (["--data", "rows.xlsx"], "rows.xlsx"),
         (["--data", "rows.csv", "--output", "out.xlsx"], ".parquet"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -90,7 +91,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_text_task_train_evaluate_predict(case: str, graftwerk: Run, tmp_path: Path) -> None:
+def test_text_task_train_evaluate_predict(
+    case: str, graftwerk: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family, task, data, main = CASES[case]
     config = {
         "model": str(build(family, tmp_path / "model")),
@@ -123,3 +126,10 @@ def test_text_task_train_evaluate_predict(case: str, graftwerk: Run, tmp_path: P
     assert of_text.code == 0, of_text.err
     assert of_text.json["predictions"] == [{"output": of_file.json["predictions"][0]["output"]}]
     assert of_file.json["predictions"][0]["source"] == text
+
+    kept = graftwerk("errors", tmp_path / "run", "--all", "--json").json
+    assert kept["rows"] == 2
+    assert all({"source", "true", "predicted", "wrong", "error"} <= set(row) for row in kept["predictions"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{text}\n"))
+    (turn,) = graftwerk("chat", tmp_path / "run", "--json").json["predictions"]
+    assert turn == {"text": text, "output": of_text.json["predictions"][0]["output"]}

@@ -64,3 +64,11 @@ def test_check_labels_skew_is_reported_and_extreme_skew_is_severe() -> None:
     assert said(17) == []
     assert said(18) == [("label-skew", False)]
     assert said(198) == [("label-skew", True)]
+
+
+def test_check_near_leakage_finds_a_pair_that_shares_just_enough_of_its_last_shingles() -> None:
+    words = [f"b{number:02}" for number in range(12)]  # ten shingles; the last seven are all that the other text has
+    held = rows([" ".join(words)])
+    (found,) = check_near_leakage({"train": rows([" ".join(words[3:])]), "test": held})
+    assert found.rows == 1
+    assert check_near_leakage({"train": rows([" ".join(words[4:])]), "test": held}) == ()

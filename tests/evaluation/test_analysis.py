@@ -70,6 +70,8 @@ def test_analysis_worst_rows_are_wrong_ones_by_error_and_cut() -> None:
     errors = sorted((record["error"] for record in records if record["wrong"]), reverse=True)
     assert [row["error"] for row in worst] == errors[:MOST_WORST]
     assert all(len(row["text"]) < 310 and row["text"].endswith("…") for row in worst)
+    unsure = ClassPredictions(0.5, np.array([[0.34, 0.33, 0.33], [0.45, 0.55, 0.0]]), np.array([0, 0]))
+    assert [row["row"] for row in analysed(Classification(), unsure, [])[0]["worst"]] == [2]  # though its error is less
 
 
 def test_analysis_many_classes_lists_the_most_frequent_confusions() -> None:

@@ -153,7 +153,11 @@ def test_generate_prompt_near_position_limit_gets_remaining_tokens(
     examples[3] = type(examples[3])({"input_ids": full}, None, prompt=full)  # room for four tokens
     examples[4] = type(examples[4])({"input_ids": full * 2}, None, prompt=full * 2)  # for none
     said: list[str] = []
-    answers = generate(model, task, examples, tokenizer, settings(), say=said.append)
+    told: list[tuple[int, int]] = []
+    answers = generate(
+        model, task, examples, tokenizer, settings(), say=said.append, on_progress=lambda *at: told.append(at)
+    )
+    assert told[-1] == (8, 8)  # the row without room is done from the start
     assert said == ["2 of 8 prompts leave room for fewer than 12 tokens of an answer in the positions of the model"]
     assert answers[4] == ""
     others = [example for place, example in enumerate(examples) if place not in (3, 4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,10 +12,12 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
 from benchmarks.interval_coverage import single_coverage
 from graftwerk.errors import DataError, ModelError
+from graftwerk.evaluation import metrics
 from graftwerk.evaluation.bootstrap import draw_counts, kinds, percentile_interval, rank_auc, resample
+from graftwerk.evaluation.metric import over_sets
 from graftwerk.evaluation.metrics import metrics_of, point, row_effect, statistic_of
 from graftwerk.tasks.classification import Classification
-from graftwerk.tasks.predictions import ClassPredictions
+from graftwerk.tasks.predictions import ClassPredictions, TextPredictions
 
 METRICS = Classification.metrics
 
@@ -231,3 +235,11 @@ def test_draw_counts_many_rows_are_drawn_in_bounded_blocks(monkeypatch: pytest.M
     blocks = list(draw_counts(np.ones(300, dtype=np.int64), 10, np.random.default_rng(0)))
     assert [len(block) for block in blocks] == [3, 3, 3, 1]
     assert all((block.sum(axis=1) == 300).all() for block in blocks)
+
+
+def test_over_sets_is_the_mean_of_the_sets_and_none_if_one_has_no_value() -> None:
+    rows = TextPredictions(None, np.array([0.5, 1.0]), np.array([1, 1]), sets=("a", "b"))
+    defined = replace(metrics.METRICS["accuracy"], value=lambda some: float(some.nll.sum()))
+    assert over_sets(defined).value(rows) == 0.75
+    partly = replace(defined, value=lambda some: None if some.nll[0] == 1.0 else 0.5)
+    assert over_sets(partly).value(rows) is None

@@ -32,6 +32,8 @@ PAIRS = [
     if name != "probe" and (name, family) not in REFUSED
 ]
 MATRIX = [pytest.param(name, family, marks=pytest.mark.slow) for name, family in PAIRS]
+BROKEN = ("ptuning lstm",)
+"""Methods whose graphs are cut: torch leaves LSTMs out of graphs."""
 P = 0.2
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -93,7 +95,7 @@ def native_dropout(self: InputDropout, x: Tensor, dtype: torch.dtype) -> Tensor:
 def compare_steps(name: str, family: str, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare a compiled training step with dropout with an eager one that draws its masks as graphs do."""
     model, adapter, batch = adapted(name, family, P)
-    loss, gradients = step(torch.compile(model, backend=backend, fullgraph=True), adapter, batch)
+    loss, gradients = step(torch.compile(model, backend=backend, fullgraph=name not in BROKEN), adapter, batch)
     monkeypatch.setattr(InputDropout, "dropped", native_dropout)
     with flags.plain():
         expected, plain = step(model, adapter, batch)
@@ -104,7 +106,7 @@ def compare_steps(name: str, family: str, backend: Any, monkeypatch: pytest.Monk
 def compare_evaluations(name: str, family: str, backend: Any) -> None:
     model, _, batch = adapted(name, family, 0.0)
     with torch.no_grad():
-        logits = torch.compile(model, backend=backend, fullgraph=True)(**batch).logits
+        logits = torch.compile(model, backend=backend, fullgraph=name not in BROKEN)(**batch).logits
         expected = model(**batch).logits
     torch.testing.assert_close(logits, expected, **CLOSE)
 

@@ -11,6 +11,7 @@ import torch
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.evaluation.error_rows import read_errors
 from graftwerk.evaluation.evaluate import evaluate, predict
 from graftwerk.models.load import load_tokenizer
 from graftwerk.tasks.causal import Causal
@@ -103,6 +104,9 @@ def test_causal_run_trains_and_evaluates(tiny_decoder: Path, glosses: Path, tmp_
     assert evaluate(run, resamples=100)["metrics"]["perplexity"]["value"] == pytest.approx(figure["value"], rel=1e-5)
     with pytest.raises(UnsupportedError, match="gives no answers"):
         predict(run, "a ball")
+    worst = read_errors(run.folder)["predictions"]
+    assert worst[0]["source"]
+    assert worst[0]["error"] >= worst[-1]["error"] > 0
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -141,6 +145,10 @@ def test_classification_run_on_causal_model_evaluates_and_predicts(
     run = train(tree(tiny_decoder, glosses, tmp_path / "run", "classification"), listener=lambda event: None)
     accuracy = run.manifest["metrics"]["test"]["accuracy"]["value"]
     assert evaluate(run, resamples=100)["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
+    for split in ("test", "validation"):
+        kept = read_errors(run.folder, split=split, everything=True)
+        right = sum(row["true"] == row["predicted"] for row in kept["predictions"])
+        assert (kept["rows"], right / 12) == (12, run.manifest["metrics"][split]["accuracy"]["value"])
     (answer,) = predict(run, "a short high fly ball")["predictions"]
     labels = {json.loads(line)["label"] for line in glosses.read_text(encoding="utf-8").splitlines()}
     assert answer["label"] in labels

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from graftwerk.errors import ConfigError, ModelError, RunInterrupted, UnsupportedError
+from graftwerk.evaluation.error_rows import read_errors
 from graftwerk.evaluation.evaluate import evaluate
 from graftwerk.models.load import load_tokenizer
 from graftwerk.serialization.untrusted_files import read_tensors
@@ -145,5 +146,6 @@ def test_masked_run_resumes_bit_exact_and_evaluates(masked_model: Path, glosses:
     assert all(torch.equal(one[name], two[name]) for name in one)
     figure = whole.manifest["metrics"]["test"]["perplexity"]
     assert figure["low"] < figure["value"] < figure["high"]
+    assert read_errors(whole.folder)["predictions"][0]["error"] > 0
     again = evaluate(whole, resamples=100)
     assert again["metrics"]["perplexity"]["value"] == pytest.approx(figure["value"], rel=1e-5)

@@ -171,6 +171,18 @@ def test_merge_and_export_agree_with_a_bfloat16_base(
     assert parity["max_abs_difference"] < (1e-5 if environment == "float32" else 5e-2)
 
 
+def test_cached_hidden_states_of_a_bfloat16_base_are_near_those_of_float32(run_file: Build, tmp_path: Path) -> None:
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        events: list[Event] = []
+        method = {"name": "lora", "r": 2, "layers_to_transform": [1]}
+        tree = run_file(tmp_path / dtype, method=method, trunk_cache=True, max_steps=8, report_to=[])
+        train({**tree, "model_dtype": dtype}, listener=events.append)
+        losses[dtype] = [event.values["loss"] for event in events if event.kind == "step"]
+    assert len(losses["bfloat16"]) == 8
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+
+
 def _adapters(model: Any) -> Any:
     from graftwerk.modeling.attach import adapters
 

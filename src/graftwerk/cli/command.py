@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.output import Output, dump, read, stdout_to_stderr
-from graftwerk.errors import RunInterrupted
+from graftwerk.errors import ConfigError, RunInterrupted
 
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object as the last line of stdout; everything else on stderr.")
@@ -38,6 +38,10 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
         def run(**values: Any) -> None:
             as_json, quiet, _ = values.pop("json"), values.pop("quiet"), values.pop("debug")  # `main` reads --debug
             out = Output(as_json=as_json, quiet=quiet)
+            for key, value in values.items():
+                if value == "":
+                    name = key.replace("_", "-")
+                    raise ConfigError(f"the value of `{name}` is empty", hint="give one, or leave it out")
             # typer would make exit codes of its own of these two
             try:
                 if not as_json:

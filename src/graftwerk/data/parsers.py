@@ -71,16 +71,24 @@ def delimited_rows(lines: Iterable[str], delimiter: str, columns: dict[str, None
         else:
             yield line, dict(zip(header, cells, strict=True))
     if header is None:
-        raise DataError("the file is empty: not even a header", where=file)
+        raise DataError(
+            "the file is empty: not even a header", where=file, hint="its first line names the columns: text,label"
+        )
 
 
 def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
     if reason is not None:
-        raise DataError(f"the header {reason}", where=where)
+        raise DataError(
+            f"the header {reason}",
+            where=where,
+            hint="is it text? `data.encoding` names its encoding; a spreadsheet saves one as CSV (UTF-8)",
+        )
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"the header has the column `{twice[0]}` more than once", where=where)
+        raise DataError(
+            f"the header has the column `{twice[0]}` more than once", where=where, hint="rename one of them in the file"
+        )
     return names
 
 

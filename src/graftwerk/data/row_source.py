@@ -167,7 +167,7 @@ def _surveyed(name: str, found: Any) -> RowSource:
                 now = _kind(value)
                 kinds[column] = now if kinds.setdefault(column, now) == now else _joint(kinds[column], now)
     if not total:
-        raise DataError(f"{name} has no rows", where=name)
+        raise DataError(f"{name} has no rows", where=name, hint="below a header, each line is a row")
     return RowSource(name, lambda: found({}), columns=tuple(columns), total=total, kinds=kinds)
 
 

@@ -249,7 +249,7 @@ def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
             if key == "columns":
                 other = f"`data.columns: {{{part}: ...}}` names the right one (`--column {part}=...` after a training)"
             listed = f"It has: {', '.join(table.columns)}; {other}"
-            if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
+            if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ",;\t|"):
                 hint = f"the fields are not separated by what stands between them: `data.delimiter` names it. {listed}"
             elif key == "columns" and (task := task_of(table.columns, wanted)) is not None:
                 hint = f"these columns are those of another task: task={task}. {listed}"

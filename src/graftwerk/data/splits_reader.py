@@ -185,7 +185,7 @@ def unanswered(
     table = named(raw, asked, renamed, {})
     findings = form_notes(table.notes) + resolve_bad_rows(table, on_bad_row)
     if not table.rows:
-        raise DataError(f"{raw.source} has no rows", where=table.shown)
+        raise DataError(f"{raw.source} has no rows", where=table.shown, hint="below a header, each line is a row")
     return table, findings
 
 

@@ -20,6 +20,8 @@ from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
 from graftwerk.tasks.text import TextTask
 
+NO_DATA = "add --data rows.csv (data=), or leave --column (columns=) out"
+
 
 def evaluate(
     target: Any,
@@ -93,7 +95,9 @@ def evaluate(
         opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
         if data is None:
             if columns is not None:
-                raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+                raise ConfigError(
+                    "`columns` says how the columns of `data` are called, and no data is given", hint=NO_DATA
+                )
             split, rows = held_out(opened)
         else:
             with said_of(str(data)):
@@ -233,11 +237,14 @@ def predict(
     if (texts is None) == (data is None):
         raise ConfigError("give texts or data" + ("" if texts is None else ", not both"))
     if data is None and columns is not None:
-        raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+        raise ConfigError("`columns` says how the columns of `data` are called, and no data is given", hint=NO_DATA)
     listed = [texts] if isinstance(texts, str) else list(texts or ())
     for place, text in enumerate(listed):
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"text {place + 1} of {len(listed)} is {'empty' if isinstance(text, str) else 'no text'}")
+            raise ConfigError(
+                f"text {place + 1} of {len(listed)} is {'empty' if isinstance(text, str) else 'no text'}",
+                hint="leave it out; rows of a file (--data, data=) may be empty, and are counted",
+            )
     if data is None and not listed:
         return {"predictions": [], "notes": []}
     opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)

@@ -132,7 +132,8 @@ def find(target: Any) -> Target:
     """
     path = Path(getattr(target, "folder", target))
     if not path.is_dir():
-        raise ConfigError(f"there is no folder {path}", hint="give a run folder or an adapter folder")
+        what = f"{path} is a file, not a folder" if path.is_file() else f"there is no folder {path}"
+        raise ConfigError(what, hint="give a run folder (`output_dir` of a run file) or an adapter folder")
     if not (path / MANIFEST).is_file():
         if not recover(path / CONFIG_FILE).is_file():
             raise ConfigError(

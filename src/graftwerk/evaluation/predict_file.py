@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwerk.data.row_source import SourceRow, open_source, source_of
 from graftwerk.display import shown_rows
-from graftwerk.errors import ConfigError, ConflictError, Explained, ResourceError
+from graftwerk.errors import ConfigError, ConflictError, ErrorReport, ResourceError
 from graftwerk.evaluation.answer_files import (
     AnswerFile,
     Columns,
@@ -100,8 +100,8 @@ def predict_file(
     try:
         with shown_rows("predicting", on_progress, quiet) as work.on_progress:
             work.run(written)
-    except Explained as error:
-        if work.in_file and error.recovered is None:
+    except ErrorReport as error:
+        if work.in_file and error.recovered is None and not isinstance(error, ConfigError):
             _say_how_to_resume(error, work)
         raise
     finally:
@@ -141,7 +141,7 @@ def _check_free(path: Path, data: Any, *, resume: bool, overwrite: bool) -> None
         )
 
 
-def _say_how_to_resume(error: Explained, work: _Work) -> None:
+def _say_how_to_resume(error: ErrorReport, work: _Work) -> None:
     of = "" if work.answerer.source.total is None else f" of {work.answerer.source.total:,}"
     error.recovered = f"{work.in_file:,}{of} rows are in {work.path}"
     if work.path.suffix.lower() != ".parquet":

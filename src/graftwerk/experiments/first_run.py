@@ -19,9 +19,9 @@ import yaml
 from graftwerk.config import RunConfig
 from graftwerk.data.compressed import pieces
 from graftwerk.data.files import kind_of
-from graftwerk.data.row_source import RowSource, open_source
-from graftwerk.data.text_form import RECOGNISE, USUAL, WESTERN, recognise_form
-from graftwerk.errors import ConfigError
+from graftwerk.data.row_source import STDIN, RowSource, SourceRow, open_source
+from graftwerk.data.text_form import CANDIDATES, RECOGNISE, USUAL, WESTERN, TextForm, recognise_form
+from graftwerk.errors import ConfigError, DataError
 from graftwerk.resource_paths import locate
 from graftwerk.tasks.registry import TASKS
 from graftwerk.yaml_files import parse_yaml
@@ -140,17 +140,23 @@ def first_run(data: str, *, model: str | None = None) -> dict[str, Any]:
 
     Raises:
         ConfigError: No column holds text, or nothing could be learnt from the columns.
-        DataError, IntegrityError, ResourceError: The file cannot be read.
+        DataError, IntegrityError, ResourceError: The file, or no row of it, can be read.
     """
-    source = open_source(data)
-    looked, examples = _look(source)
+    if data == STDIN:
+        raise ConfigError("a run reads its rows more than once, and standard input only once", hint="name a file")
     guesses: list[Guess] = []
     config: dict[str, Any] = {"train": data}
+    source = open_source(data)
     _guess_form(data, config, guesses)
+    if mark := _mark_in(source.columns):
+        source = open_source(data, TextForm(delimiter=mark))
+        config["delimiter"] = "tab" if mark == "\t" else mark
+        guesses.append(Guess("data.delimiter", config["delimiter"], "the header has it, though not all lines fit"))
+    looked, examples, faults = _look(source)
     task, columns = _guess_task(source, looked, guesses)
     if columns:
         config["columns"] = columns
-    _guess_splits(source, looked, columns, task, config, guesses)
+    _guess_splits(source, looked, columns, task, config, guesses, faults)
     name = model or _model(task)
     why = "given" if model else "small, and trains on a CPU; --model names another"
     guesses.append(Guess("model", name, why))
@@ -177,17 +183,33 @@ def first_run(data: str, *, model: str | None = None) -> dict[str, Any]:
     }
 
 
-def _look(source: RowSource) -> tuple[dict[str, Column], dict[str, str]]:
+def _mark_in(columns: Sequence[str]) -> str | None:
+    """Return the delimiter in the name of a column that is alone: its file was split by none that fits all lines."""
+    return next((mark for mark in CANDIDATES if mark in columns[0]), None) if len(columns) == 1 else None
+
+
+def _look(source: RowSource) -> tuple[dict[str, Column], dict[str, str], list[SourceRow]]:
+    """Return the columns, an example of each, and the rows that cannot be read.
+
+    Raises:
+        DataError: That is all of them.
+    """
     looked = {name: Column() for name in source.columns}
     examples: dict[str, str] = {}
+    faults: list[SourceRow] = []
+    good = 0
     for row in islice(source, LOOKED_AT):
         if row is None or row.fault is not None:
+            faults += [] if row is None else [row]
             continue
+        good += 1
         for name, column in looked.items():
             column.add(row.cells.get(name))
             if name not in examples and row.cells.get(name) not in (None, "", []):
                 examples[name] = str(row.cells[name])[:80]
-    return looked, examples
+    if faults and not good:
+        raise DataError(f"no row can be read: the first {faults[0].fault}", where=faults[0].place, hint="correct them")
+    return looked, examples, faults
 
 
 def _guess_form(data: str, config: dict[str, Any], guesses: list[Guess]) -> None:
@@ -289,6 +311,7 @@ def _guess_splits(
     task: str,
     config: dict[str, Any],
     guesses: list[Guess],
+    faults: Sequence[SourceRow],
 ) -> None:
     total = source.total or 0
     config |= {"validation": 0.1, "test": 0.1}
@@ -298,9 +321,10 @@ def _guess_splits(
     guesses.append(Guess("data.validation, data.test", 0.1, why))
     used = set(columns.values()) | {part for part in TASKS[task].fields if isinstance(part, str) and part in looked}
     empty = {name: looked[name].empty for name in looked if name in used and looked[name].empty}
-    if empty:
+    if empty or faults:
         config["on_bad_row"] = "skip"
-        said = ", ".join(f"{count:,} rows have no `{name}`" for name, count in empty.items())
+        unread = [f"{len(faults):,} rows cannot be read ({faults[0].place} {faults[0].fault})"] if faults else []
+        said = ", ".join([*unread, *(f"{count:,} rows have no `{name}`" for name, count in empty.items())])
         guesses.append(Guess("data.on_bad_row", "skip", f"{said}; they are left out and counted"))
 
 

@@ -180,6 +180,9 @@ def _entry(given: Any) -> MethodSpec:
 def slug(name: str, settings: Mapping[str, Any]) -> str:
     """Return a name for a method with settings.
 
+    Raises:
+        ConfigError: It is too long for a folder.
+
     Example:
         >>> slug("lora", {"r": 16, "target_modules": "all-linear"})
         'lora-r16-target_modules-all-linear'

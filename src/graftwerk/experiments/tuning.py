@@ -52,7 +52,11 @@ def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
             others[key] = given
             continue
         if not values or any(isinstance(each, str) and not each.strip() for each in values):
-            raise ConfigError(f"`{key}` has an empty value among those to try", where=key, hint=f"{field}=1,2")
+            raise ConfigError(
+                f"`{key}` has an empty value among those to try",
+                where=key,
+                hint="commas stand between values, and none at the end",
+            )
         read = [parse_override_value(each, key) if isinstance(each, str) else each for each in values]
         parsed = [
             getattr(parse_settings(TrainingSettings, {field: each}, what="a training", where="training"), field)
@@ -65,7 +69,11 @@ def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
 
 
 def require_validation(axes: Axes, rows: Mapping[str, int]) -> None:
-    """Raise ConfigError if something is to be tuned and there are no validation rows."""
+    """Refuse to tune without validation rows.
+
+    Raises:
+        ConfigError: Something is to be tuned, and there are none.
+    """
     if axes and not rows.get("validation"):
         raise ConfigError(
             f"`{next(iter(axes))}` is tuned on validation rows, and there are none",

@@ -98,16 +98,18 @@ def export(
         >>> result["parity"]["max_abs_difference"] < 1e-5
         True
     """
+    if base_name is not None and base_name.split() != [base_name]:
+        raise ConfigError(f"{base_name!r} is no name of a model", where="base_name", hint="its hub id: org/model")
     given = {"model": model, "force": force, "data": data, "columns": columns, "rows": rows}
     if to == "merged":
         if base_name is not None:
-            raise ConfigError("a merged model has no base to name", where="base_name")
+            raise ConfigError("a merged model has no base to name", where="base_name", hint="leave --base-name out")
         result = merge(target, out, max_difference=max_difference, overwrite=overwrite, **given)  # type: ignore[arg-type]
         return {**result, "to": to, "command": f"from_pretrained({str(result['out'])!r})"}
     if to not in _WRITERS:
         known = (*_WRITERS, "merged")
         raise ConfigError(
-            f"there is no export to `{to}`", where="to", hint=f"{did_you_mean(to, known)}There are: {', '.join(known)}"
+            f"there is no export to `{to}`", where="to", hint=did_you_mean(to, known, f"There are: {', '.join(known)}")
         )
     check_out(out, overwrite=overwrite)
     source = read_source(target, **given)  # type: ignore[arg-type]
