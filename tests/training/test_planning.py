@@ -1,0 +1,176 @@
+"""The plan of a run: bytes of a traced step against a real one, allocators, and what `graftwerk plan` says."""
+
+from __future__ import annotations
+
+from array import array
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graftwerk.config import RunConfig
+from graftwerk.methods.registry import METHODS
+from graftwerk.models.load import load_config
+from graftwerk.training.planning import step_trace
+from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc
+from graftwerk.training.planning.plan import Planner
+from graftwerk.training.setup import prepare
+from tests.cli.commands import Run, run_file
+
+SIZES = st.lists(st.integers(1, 40 << 20), min_size=1, max_size=12)
+
+
+class _Real(nullcontext[None]):
+    """In place of torch's `FakeTensorMode`: tensors keep their values."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def from_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def traced(config: RunConfig, folder: Path) -> step_trace.StepTrace:
+    config = config.anchored()
+    prepared = prepare(config, lambda event: None)
+    architecture = load_config(config.model)
+    for key, value in prepared.task.model_kwargs(prepared.splits).items():
+        setattr(architecture, key, value)
+    return step_trace.trace_step(config, prepared, architecture, torch.float32, folder / "none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "method", "training"),
+    [
+        ("encoder", "classification", "lora", {}),
+        ("encoder", "classification", "full", {"gradient_accumulation_steps": 2}),
+        ("encoder", "classification", "bottleneck", {"gradient_checkpointing": True}),
+        ("encoder", "classification", "bitfit", {}),
+        ("decoder", "causal", {"name": "lora", "lora_dropout": 0.1}, {}),
+        ("decoder", "causal", "prefix", {}),
+        ("decoder", "causal", "dora", {}),
+    ],
+)
+def test_trace_of_step_has_the_bytes_of_a_real_step(
+    kind: str,
+    task: str,
+    method: Any,
+    training: dict[str, Any],
+    request: pytest.FixtureRequest,
+    glosses: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = {} if task == "classification" else {"columns": {"text": "text"}}
+    config = RunConfig.build(
+        {
+            "model": str(request.getfixturevalue(f"tiny_{kind}")),
+            "task": task,
+            "method": method,
+            "data": {"train": str(glosses), **columns},
+            "training": {"per_device_train_batch_size": 4, "trunk_cache": False, **training},
+            "output_dir": str(tmp_path / "run"),
+        },
+        {},
+    )
+    planned = traced(config, tmp_path)
+    monkeypatch.setattr(step_trace, "FakeTensorMode", _Real)
+    real = traced(config, tmp_path)
+    assert planned.weights == real.weights > 0
+    assert planned.trained == real.trained > 0
+    assert planned.kept == pytest.approx(real.kept, rel=0.02)
+    assert planned.step_peak == pytest.approx(real.step_peak, rel=0.02)
+    assert planned.evaluation_peak == pytest.approx(real.evaluation_peak, rel=0.02)
+    assert planned.operations == real.operations > 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_plan_of_deep_model_is_carried_on_from_two_depths(
+    tiny_decoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_file(
+        tmp_path, tiny_decoder, glosses, task="causal", data={"train": str(glosses), "columns": {"text": "text"}}
+    )
+    planner = Planner(RunConfig.load(config))
+    planner.architecture.num_hidden_layers = 14
+    carried = planner._measured(planner.config)
+    monkeypatch.setattr("graftwerk.training.planning.plan.WHOLE", 14)
+    whole = planner._measured(planner.config)
+    for name in ("weights", "trained", "kept", "alive", "operations", "evaluation"):
+        assert carried[name] == pytest.approx(whole[name], rel=0.01), name
+
+
+@given(SIZES)
+def test_held_by_cuda_covers_what_is_alive_and_takes_free_blocks_again(sizes: list[int]) -> None:
+    made = array("q", sizes)
+    freed = array("q", [-number for number in range(1, len(sizes) + 1)])
+    once = held_by_cuda(made)
+    assert once >= sum(sizes)
+    assert held_by_cuda(made + freed + made) == once
+    assert held_by_cuda(freed[:0]) == 0
+
+
+def test_held_by_cuda_follows_the_rules_of_torchs_allocator() -> None:
+    mib = 1 << 20
+    assert held_by_cuda(array("q", [1])) == 2 * mib
+    assert held_by_cuda(array("q", [mib, mib])) == 2 * mib
+    assert held_by_cuda(array("q", [mib + 1])) == 20 * mib
+    assert held_by_cuda(array("q", [9 * mib, 9 * mib])) == 20 * mib
+    assert held_by_cuda(array("q", [11 * mib])) == 12 * mib
+    # both halves of a segment are joined when they are free
+    assert held_by_cuda(array("q", [9 * mib, 9 * mib, -1, -2, 18 * mib])) == 20 * mib
+
+
+def test_held_by_libc_covers_what_is_alive() -> None:
+    held = held_by_libc(array("q", [1 << 20] * 20 + [-number for number in range(1, 21)] + [50 << 20]))
+    assert held is not None
+    assert 50 << 20 <= held <= 80 << 20
+
+
+def test_plan_command_prints_memory_time_and_size(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    said = graftwerk("plan", config, "method=lora", "--fit", "1kB", "--json")
+    assert said.code == 0, said.err
+    plan = said.json
+    memory = plan["memory"]
+    assert memory["train_peak_bytes"] >= sum(size for key, size in memory.items() if "peak" not in key)
+    assert memory["trained_bytes"] == plan["adapter_bytes"] > 0
+    assert plan["time"]["epoch_seconds"] > plan["time"]["step_seconds"] > 0
+    assert plan["fits"] is True
+    assert plan["largest_batch"] > 16
+    assert plan["fit"] is None
+    assert sorted(tmp_path.rglob("*")) == before
+    shown = graftwerk("plan", config, "--fit", "100GB").out
+    assert "train peak" in shown
+    assert "fits into 100 GB as it is" in shown
+
+
+def test_plan_command_compares_all_methods(graftwerk: Run, config: Path) -> None:
+    said = graftwerk("plan", config, "--table", "--json")
+    assert said.code == 0, said.err
+    assert [row["method"] for row in said.json["methods"]] == list(METHODS)
+    peaks = {row["method"]: row["memory"]["optimizer_bytes"] for row in said.json["methods"] if "memory" in row}
+    assert peaks["full"] == max(peaks.values())
+
+
+@pytest.mark.parametrize("size", ["", "24 apples", "0", "-3GB"])
+def test_plan_command_refuses_what_is_no_size(graftwerk: Run, config: Path, size: str) -> None:
+    said = graftwerk("plan", config, f"--fit={size}")
+    assert said.code == 2
+    assert "--fit 24GB" in said.err
+
+
+def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> None:
+    planner = Planner(RunConfig.load(config))
+    peak = planner.plan()["memory"]["train_peak_bytes"]
+    found = planner.fit(peak - 1)
+    assert found is not None
+    values = dict(each.split("=") for each in found["overrides"])
+    size = int(values["training.per_device_train_batch_size"])
+    assert size * int(values["training.gradient_accumulation_steps"]) == 16
+    assert found["plan"]["memory"]["train_peak_bytes"] < peak
