@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+import graftwerk as gw
 from tests.exports.conftest import LABELS, Make
 
+PAIRS = {"name": "classification", "pairs": True}
 TRANSLATION = {"name": "translation", "source_lang": "de_DE", "target_lang": "en_XX"}
 
 
@@ -24,8 +27,26 @@ TRANSLATION = {"name": "translation", "source_lang": "de_DE", "target_lang": "en
         ("decoder", "causal", "prompt", "Causal with prompt on tiny-decoder"),
         ("t5", "summarization", "lora", "Summarization with lora on t5"),
         ("mbart50", TRANSLATION, "lora", "Translation with lora on mbart50"),
+        ("encoder", PAIRS, "lora", "Classification with lora on tiny-encoder"),
+        ("encoder", "regression", "lora", "Regression with lora on tiny-encoder"),
+        ("encoder", {"name": "multilabel", "thresholds": [0.0] * 3}, "lora", "Multilabel with lora on tiny-encoder"),
+        ("encoder", "token-classification", "lora", "Token-classification with lora on tiny-encoder"),
+        ("encoder", "similarity", "lora", "Similarity with lora on tiny-encoder"),
     ],
-    ids=["encoder", "bottleneck", "decoder-classifier", "instruction", "causal", "summarization", "translation"],
+    ids=[
+        "encoder",
+        "bottleneck",
+        "decoder-classifier",
+        "instruction",
+        "causal",
+        "summarization",
+        "translation",
+        "pairs",
+        "regression",
+        "multilabel",
+        "token-classification",
+        "similarity",
+    ],
 )
 def test_lines_of_the_card_run(
     family: str,
@@ -51,7 +72,29 @@ def test_lines_of_the_card_run(
         exec(compile(code, "card", "exec"), {})
         said = capsys.readouterr().out
         assert said
-        assert any(label in said for label in LABELS) or task != "classification"
+        assert any(label in said for label in LABELS) or task not in ("classification", PAIRS, "token-classification")
+        assert all(label in said for label in LABELS) or not str(task).startswith("{'name': 'multilabel'")
+
+
+@pytest.mark.parametrize("task", [PAIRS, "similarity"], ids=["pairs", "similarity"])
+def test_lines_of_the_card_of_a_merged_model_run(
+    task: Any,
+    tiny_encoder: Path,
+    make_adapter: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    row = {"text": "a small animal", "text_pair": "it eats grass"}
+    lines = [row | ({"label": LABELS[at]} if task == PAIRS else {"score": at}) for at in range(2)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gw.merge(make_adapter(tiny_encoder, "lora", task), tmp_path / "merged", data=str(rows))
+    monkeypatch.chdir(tmp_path / "merged")
+    (code,) = re.findall(r"```python\n(.*?)\n```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out
 
 
 def test_card_offers_merging_only_where_it_can(tiny_encoder: Path, make_adapter: Make) -> None:

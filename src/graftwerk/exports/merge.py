@@ -142,6 +142,7 @@ def _write(source: Source, partial: Path, stored: torch.dtype, max_difference: f
         architecture=type(merged).__name__,
         parity=parity.to_dict(),
         prompt=_sample_prompt(loaded),
+        pairs=bool(getattr(loaded.task, "pairs", False)),
     )
     (partial / "README.md").write_text(text, encoding="utf-8")
     return parity

@@ -14,7 +14,7 @@ from typing import Any
 
 from graftwerk.methods.registry import METHODS
 from graftwerk.sanitize import redact
-from graftwerk.serialization.usage import WITHOUT_ANSWERS, graftwerk_lines, merged_lines, peft_lines
+from graftwerk.serialization.usage import WITHOUT_ANSWERS, graftwerk_lines, merged_lines, peft_lines, sample
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]#!|<>&~$:@])")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -181,12 +181,17 @@ def _use(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     parts = ["## Use it", "Run in the folder of this file.", block(graftwerk_lines(own), "python")]
     if (lines := peft_lines(own, config, base)) is not None:
         parts += ["With PEFT:", block(lines, "python")]
-    asks = "evaluate . --data texts.txt" if own.get("task") in WITHOUT_ANSWERS else 'predict . "An example text."'
+    asks = "evaluate . --data texts.txt" if own.get("task") in WITHOUT_ANSWERS else f"predict . {_quoted(sample(own))}"
     parts += ["From the command line:", block(f"graftwerk {asks}", "sh")]
     if str(_method(own).get("name")) in MERGEABLE:
         parts += ["As a model of its own, which needs neither graftwerk nor PEFT:"]
         parts += [block("graftwerk merge . --out ../merged", "sh")]
     return "\n\n".join(parts)
+
+
+def _quoted(asked: str) -> str:
+    """Return a text as an argument in bash, which writes a tab as two characters."""
+    return f'"{asked}"' if "\t" not in asked else "$'" + asked.replace("\t", "\\t") + "'"
 
 
 def merged_card(
@@ -196,6 +201,7 @@ def merged_card(
     architecture: str,
     parity: Mapping[str, Any],
     prompt: str | None,
+    pairs: bool = False,
 ) -> str:
     """Return the text of a card for a merged model.
 
@@ -205,6 +211,7 @@ def merged_card(
         architecture: The model's class.
         parity: ``rows``, ``max_abs_difference`` and ``agreement`` of the comparison with the adapter.
         prompt: A prompt as the model was trained on, for tasks that generate.
+        pairs: True if rows are pairs of texts.
     """
     base, kind = _base_name(own) or "an unnamed base", str(_method(own).get("name", "an adapter"))
     head = ["---"]
@@ -215,7 +222,7 @@ def merged_card(
         f"The merged model answers as the adapter does: on {parity['rows']} rows, probabilities differ by at most "
         f"{parity['max_abs_difference']:.2g}, and {100 * parity['agreement']:.1f} % of the likeliest answers agree."
     )
-    lines = merged_lines(task, architecture, prompt)
+    lines = merged_lines(task, architecture, prompt, pairs=pairs)
     use = ["## Use it", "Run in the folder of this file.", block(lines, "python")] if lines else []
     sections = [
         "\n".join(head),

@@ -16,7 +16,8 @@ _AUTO = (
     ("MTModel", "AutoModelForSeq2SeqLM"),
 )
 """Ends of transformers' class names, and the auto class that loads such a model."""
-_SAMPLE = "An example text."
+_SAMPLE, _SECOND = "An example text.", "Another one."
+_HEADS = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")
 WITHOUT_ANSWERS = ("causal", "masked")
 """Tasks that model text, so that `predict` has nothing to answer."""
 
@@ -25,10 +26,10 @@ def graftwerk_lines(own: Mapping[str, Any]) -> str:
     """Return lines that open an adapter's folder and answer a text."""
     lines = ["import graftwerk as gw", "", 'predictor = gw.open(".")  # this folder']
     if own.get("task") not in WITHOUT_ANSWERS:
-        return "\n".join((*lines, f"print(predictor({json.dumps(_SAMPLE)}))"))
+        return "\n".join((*lines, f"print(predictor({json.dumps(sample(own))}))"))
     lines += ["model, tokenizer = predictor.model, predictor.tokenizer"]
     auto = auto_class(str((own.get("base") or {}).get("architecture"))) or ""
-    return "\n".join((*lines, *_answer(auto, None, None)))
+    return "\n".join((*lines, *_answer(auto, None, None, own)))
 
 
 def peft_lines(own: Mapping[str, Any], config: Mapping[str, Any], base: str) -> str | None:
@@ -40,11 +41,11 @@ def peft_lines(own: Mapping[str, Any], config: Mapping[str, Any], base: str) -> 
         base: Name of the base; None is returned for one that transformers cannot load by its name.
     """
     architecture = (own.get("base") or {}).get("architecture") or ""
-    auto = auto_class(str(architecture))
+    auto = auto_class(str(architecture)) or ("AutoModel" if own.get("task") == "similarity" else None)
     if auto is None or str(config.get("peft_type", "")).startswith("GRAFTWERK") or not loadable(base):
         return None
     labels = own.get("labels")
-    heads = f", num_labels={len(labels)}" if labels and auto == "AutoModelForSequenceClassification" else ""
+    heads = f", num_labels={len(labels)}" if labels and auto in _HEADS else ""
     return "\n".join(
         (
             "from peft import PeftModel",
@@ -54,30 +55,30 @@ def peft_lines(own: Mapping[str, Any], config: Mapping[str, Any], base: str) -> 
             f"model = {auto}.from_pretrained(base{heads})",
             'model = PeftModel.from_pretrained(model, ".").eval()  # this folder',
             "tokenizer = AutoTokenizer.from_pretrained(base)",
-            *_answer(auto, labels, None),
+            *_answer(auto, labels, None, own),
         )
     )
 
 
-def merged_lines(task: str, architecture: str, prompt: str | None) -> str | None:
+def merged_lines(task: str, architecture: str, prompt: str | None, *, pairs: bool = False) -> str | None:
     """Return lines that load a merged folder with plain transformers, or None if its class has no auto class.
 
     Args:
         task: The task's name.
         architecture: The model's class.
         prompt: A prompt as the model was trained on, special tokens included, for tasks that generate.
+        pairs: True if rows are pairs of texts.
     """
-    auto = auto_class(architecture)
+    auto = auto_class(architecture) or ("AutoModel" if task == "similarity" else None)
+    asked = json.dumps({"text": _SAMPLE, "text_pair": _SECOND} if pairs else _SAMPLE)
     if task == "classification":
-        return (
-            f'from transformers import pipeline\n\nprint(pipeline("text-classification", ".")({json.dumps(_SAMPLE)}))'
-        )
+        return f'from transformers import pipeline\n\nprint(pipeline("text-classification", ".")({asked}))'
     if task == "multilabel":
         lines = ("from transformers import pipeline", "", 'label = pipeline("text-classification", ".", top_k=None)')
-        return "\n".join((*lines, f"print(label({json.dumps(_SAMPLE)}))"))
+        return "\n".join((*lines, f"print(label({asked}))"))
     if task == "regression":
         lines = ("from transformers import pipeline", "", 'score = pipeline("text-classification", ".")')
-        return "\n".join((*lines, f'print(score({json.dumps(_SAMPLE)}, function_to_apply="none"))'))
+        return "\n".join((*lines, f'print(score({asked}, function_to_apply="none"))'))
     if task == "token-classification":
         lines = ("from transformers import pipeline", "", 'tag = pipeline("token-classification", ".")')
         return "\n".join((*lines, f"print(tag({json.dumps(_SAMPLE)}))"))
@@ -91,7 +92,7 @@ def merged_lines(task: str, architecture: str, prompt: str | None) -> str | None
             f"from transformers import {auto}, AutoTokenizer",
             "",
             f'model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")',
-            *_answer(auto, None, prompt),
+            *_answer(auto, None, prompt, {"task": task}),
         )
     )
 
@@ -106,10 +107,29 @@ def loadable(base: str) -> bool:
     return bool(base) and "://" not in base and not base.endswith(".gguf")
 
 
-def _answer(auto: str, labels: Any, prompt: str | None) -> tuple[str, ...]:
+def _has_pairs(own: Mapping[str, Any]) -> bool:
+    return bool((own.get("task_settings") or {}).get("pairs")) or own.get("task") == "similarity"
+
+
+def sample(own: Mapping[str, Any]) -> str:
+    """Return a text that the adapter can answer; of a pair, both stand in one with a tab between them."""
+    return f"{_SAMPLE}\t{_SECOND}" if _has_pairs(own) else _SAMPLE
+
+
+def _answer(auto: str, labels: Any, prompt: str | None, own: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the lines that answer a text with ``model`` and ``tokenizer``."""
+    task = own.get("task")
+    if task == "similarity":
+        return (
+            "def vector(text):",
+            '    return model(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1)  # over the tokens',
+            "",
+            f"one, other = vector({json.dumps(_SAMPLE)}), vector({json.dumps(_SECOND)})",
+            "print(one @ other.T / (one.norm() * other.norm()))",
+        )
     if prompt is None:
-        inputs = f'inputs = tokenizer({json.dumps(_SAMPLE)}, return_tensors="pt")'
+        texts = ", ".join(json.dumps(text) for text in ((_SAMPLE, _SECOND) if _has_pairs(own) else (_SAMPLE,)))
+        inputs = f'inputs = tokenizer({texts}, return_tensors="pt")'
     else:  # it holds its special tokens
         inputs = f'inputs = tokenizer({json.dumps(prompt)}, return_tensors="pt", add_special_tokens=False)'
     if auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
@@ -119,7 +139,15 @@ def _answer(auto: str, labels: Any, prompt: str | None) -> tuple[str, ...]:
             "written = model.generate(**inputs, max_new_tokens=40)[0]",
             f"print(tokenizer.decode(written{skip}, skip_special_tokens=True))",
         )
-    if auto == "AutoModelForSequenceClassification" and labels:
-        names = json.dumps([str(label) for label in labels], ensure_ascii=False)
-        return (inputs, f"labels = {names}", "print(labels[int(model(**inputs).logits.argmax(-1))])")
+    if auto in _HEADS and labels and task != "regression":
+        named = (inputs, f"labels = {json.dumps([str(label) for label in labels], ensure_ascii=False)}")
+        if task == "multilabel":
+            least = (own.get("task_settings") or {}).get("thresholds") or [0.5] * len(labels)
+            scores = "zip(labels, model(**inputs).logits[0].sigmoid(), thresholds)"
+            given = f"print([label for label, score, least in {scores} if score >= least])"
+            return (*named, f"thresholds = {json.dumps(least)}", given)
+        if auto == "AutoModelForTokenClassification":
+            tags = "print([labels[int(tag)] for tag in model(**inputs).logits[0].argmax(-1)])  # of the tokens"
+            return (*named, tags)
+        return (*named, "print(labels[int(model(**inputs).logits.argmax(-1))])")
     return (inputs, "print(model(**inputs).logits)")
