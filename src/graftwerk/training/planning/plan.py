@@ -28,9 +28,9 @@ from graftwerk.training.warm_start import warm_labels
 
 PROCESS_BYTES = 100_000_000
 """Memory of a training beside its tensors: loggers, kernels' scratch, gaps between blocks (70 to 150 MB measured)."""
-WHOLE = 12
+WHOLE = 6
 """Layers up to which a model is traced as a whole."""
-DEPTHS = (4, 8)
+DEPTHS = (2, 4)
 """Depths at which deeper models are traced."""
 EFFICIENCY = 0.35
 """Share of the speed of a square matrix product that the products of a step reach (MiniLM and SmolLM2 on two cores)."""

@@ -44,7 +44,7 @@ class StepTrace:
         moved: Bytes that the operations of a step write.
         calls: Operations of a step that compute something.
         loaded: Number of the allocations that are the model as it is loaded: those of ``events`` come first.
-        events: All allocations, two steps and an evaluation batch: a size in bytes, or minus the number (from 1) of the
+        events: All allocations, of a step and an evaluation batch: a size in bytes, or minus the number (from 1) of the
             allocation that is freed.
     """
 
@@ -154,7 +154,7 @@ def trace_step(config: RunConfig, prepared: Prepared, architecture: Any, dtype: 
             task,
             prepared.tokenizer,
             examples,
-            (),
+            prepared.examples["validation"],
             training,
             checkpoints=Checkpoints(folder),
             dtype=dtype,
@@ -174,11 +174,7 @@ def trace_step(config: RunConfig, prepared: Prepared, architecture: Any, dtype: 
     flops = FlopCounterMode(display=False)
     with torch.random.fork_rng(devices=[]), fake, meter, training_mode(model, training.gradient_checkpointing):
         handle = model.register_forward_hook(lambda *_: kept.append(meter.alive))
-        before = meter.alive
-        trainer.gradients.of(step)  # the second step is the one that counts: gradients live beside activations
-        optim.step_if(trainer.optimizer, torch.ones((), dtype=torch.bool, device="cpu"))
         with flops, meter.stretch():
-            kept.clear()
             start = meter.alive
             gradient = trainer.gradients.of(step)
             optim.step_if(trainer.optimizer, gradient.finite)
@@ -198,7 +194,7 @@ def trace_step(config: RunConfig, prepared: Prepared, architecture: Any, dtype: 
         trained=trained,
         optimizer=2 * trained,
         gradients=trained,
-        kept=max(kept, default=start) - min(before, start),
+        kept=max(kept, default=start) - start,
         step_peak=step_peak - weights,
         evaluation_peak=evaluation_peak - weights,
         operations=flops.get_total_flops(),
