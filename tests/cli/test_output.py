@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graftwerk.cli.batch import show_batch
 from graftwerk.cli.main import as_fault
 from graftwerk.cli.output import Output, dump, printable, table
+from graftwerk.training.batch_display import show_batch
 from tests.cli.commands import Run
 
 

@@ -198,7 +198,7 @@ def test_schema_lines_hold_whole_words(graftwerk: Run) -> None:
 
 @pytest.mark.parametrize(
     ("prefix", "hint"),
-    [("epochs", "`training.num_train_epochs`"), ("lroa", "did you mean `lora`?"), ("", "`output_dir`")],
+    [("epochs", "`training.num_train_epochs`"), ("lroa", "did you mean `lora`?")],
 )
 def test_schema_unknown_prefix_leads_to_keys(graftwerk: Run, prefix: str, hint: str) -> None:
     said = graftwerk("schema", prefix)

@@ -20,7 +20,7 @@ SECTIONS = {
 
 
 def test_tasks_page_has_section_for_every_task() -> None:
-    assert [name for name in SECTIONS if not name.startswith("#")] == list(TASKS)
+    assert [name for name in SECTIONS if name in TASKS] == list(TASKS)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -135,7 +135,7 @@ def test_head_starts_at_the_log_odds_of_the_labels(tiny_encoder: Path, gloss_tex
         }
     )  # fmt: skip
     prepared = prepare(config, lambda event: None)
-    adapter, _ = load_base_and_attach(config, prepared)
+    adapter, _ = load_base_and_attach(config, prepared, torch.float32)
     layer = output_layer(adapter, 2)
     assert layer is not None
     assert layer.bias is not None

@@ -32,5 +32,6 @@ def test_notebook_shows_bar_and_lines(run_file: Callable[..., dict[str, Any]], t
     said = "".join(output.text for output in streams)
     for words in ("reading the data ...", "first batch", "validation accuracy"):
         assert words in said
-    assert quiet == []
+    problems = ("is not shown to be better",)  # of a run this small: they are said all the same
+    assert [output for output in quiet if not any(words in output.text for words in problems)] == []
     assert answered[0].output_type == "execute_result"

@@ -239,7 +239,7 @@ def test_step_launches_optimizer_and_next_batch_before_it_waits(tmp_path: Path, 
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: (order.append(said), own(*args, **kwargs))[1])
 
     noted(optim, "step_if", "optimizer")
-    noted(GradientAccumulator, "_prepare", "collate")
+    noted(GradientAccumulator, "prepare", "collate")
     noted(Gradient, "read", "wait")
     trainer_of(tmp_path, "causal", max_steps=2).fit()
     assert order == ["collate", "optimizer", "collate", "wait", "optimizer", "wait"]

@@ -38,8 +38,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE)
-        and (key not in new or (new[key] not in (None, False, "auto") if key not in old else old[key] != new[key]))
+        and (key not in new or (_asks(new[key]) if key not in old else old[key] != new[key]))
     ]
+
+
+def _asks(value: object) -> bool:
+    """Return True if a setting asks for something: it is neither off nor left to the machine."""
+    return value is not None and value is not False and value != "auto"
 
 
 def _from_anywhere(identity: Mapping[str, Any]) -> Mapping[str, Any]:

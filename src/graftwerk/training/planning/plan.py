@@ -73,6 +73,7 @@ class Planner:
         ConfigError, DataError, ModelError, ResourceError: Training would raise it while it prepares.
 
     Example:
+        >>> from graftwerk.config import RunConfig
         >>> planner = Planner(RunConfig.load("run.yaml"))  # doctest: +SKIP
         >>> planner.plan()["memory"]["train_peak_bytes"]  # doctest: +SKIP
         425413632
