@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
 
 import graftwerk as gw
 from graftwerk.kernels import flags
@@ -134,3 +135,15 @@ def test_contract_compiled_forward_and_backward_equal_eager(
     compare_steps(name, family, "aot_eager", monkeypatch)
     torch._dynamo.reset()
     compare_evaluations(name, family, "aot_eager")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_classifier_with_a_head_of_its_own_is_one_graph(training: bool) -> None:
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_labels=3
+    )
+    model = BertForSequenceClassification(config)
+    gw.attach(model, method_of("lora"))
+    ids = torch.arange(1, 17, device="cpu").view(2, 8)
+    logits = torch.compile(model.train(training), backend="eager", fullgraph=True)(input_ids=ids).logits
+    assert logits.shape == (2, 3)

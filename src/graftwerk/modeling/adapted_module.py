@@ -120,8 +120,8 @@ class AdaptedHead(_Module):
         assert isinstance(slots, AdapterSlots)
         selection = slots.selection
         if selection.rows is None:
-            copies = [head for name in selection.names if (head := _copy(slots, name)) is not None]
-            return _answer(self, copies[-1], args, kwargs) if copies else super().forward(*args, **kwargs)
+            last = _last_copy(slots, selection.names)
+            return super().forward(*args, **kwargs) if last is None else _answer(self, last, args, kwargs)
         first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         size = first.shape[0]
         base: Any = None
@@ -146,6 +146,14 @@ class AdaptedHead(_Module):
             outputs.append(answer)
         _check_same_width(outputs)
         return torch.cat(outputs)[torch.argsort(torch.cat(order))]
+
+
+def _last_copy(slots: AdapterSlots, names: Sequence[str]) -> nn.Module | None:
+    """Return the copy of the last adapter that has one; a loop, which dynamo traces as it is."""
+    for name in reversed(names):
+        if (copy := _copy(slots, name)) is not None:
+            return copy
+    return None
 
 
 def _copy(slots: AdapterSlots, name: str | None) -> nn.Module | None:
