@@ -135,4 +135,4 @@ OTHER_METHODS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("(ia)3", "ia^3", "(ia)^3"), "ia3"),
     }
 )  # fmt: skip
-"""What these methods are called elsewhere, by our names, perhaps with words behind a colon."""
+"""Names of these methods elsewhere, each with ours, perhaps with words behind a colon."""

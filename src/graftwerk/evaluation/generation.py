@@ -1,4 +1,4 @@
-"""Answers that the model writes itself, in batches of prompts of like length, in the order of the rows.
+"""Generation of answers, in batches of prompts of similar length; answers come in the order of the rows.
 
 A row's answer is the one that it would get alone: rows share a batch only where they share what `generate` is told (the
 language to write) and how long their answers may be, and padding is masked.

@@ -66,13 +66,7 @@ class Classification(SequenceTask):
         return targets
 
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
-        names = splits.labels or ()
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
+        return {**splits.label_settings(), "problem_type": "single_label_classification"}
 
     @property
     def collator(self) -> Collator:

@@ -61,10 +61,7 @@ class ClassCollator(Collator):
     """Texts with one class id each: ``labels`` (B,)."""
 
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        batch = pad([example.inputs for example in examples], tokenizer)
-        if all(example.target is not None for example in examples):
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.long, device="cpu")
-        return batch
+        return _with_targets(examples, tokenizer, torch.long)
 
 
 @dataclass(frozen=True)
@@ -88,11 +85,8 @@ class ScoreCollator(Collator):
     """Texts with one number each: ``labels`` (B,)."""
 
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        batch = pad([example.inputs for example in examples], tokenizer)
-        if all(example.target is not None for example in examples):
-            # Doubles: a large number would be rounded before the mean is taken away.
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float64, device="cpu")
-        return batch
+        # Doubles: a large number would be rounded before the mean is taken away.
+        return _with_targets(examples, tokenizer, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -100,7 +94,14 @@ class LabelCollator(Collator):
     """Texts with several labels each: ``labels`` (B, L) of 0 and 1."""
 
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        batch = pad([example.inputs for example in examples], tokenizer)
-        if all(example.target is not None for example in examples):
-            batch["labels"] = torch.tensor([example.target for example in examples], dtype=torch.float32, device="cpu")
-        return batch
+        return _with_targets(examples, tokenizer, torch.float32)
+
+
+def _with_targets(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return padded examples with their targets as ``labels`` (B,) or (B, L), or without if one has none."""
+    batch = pad([example.inputs for example in examples], tokenizer)
+    if all(example.target is not None for example in examples):
+        batch["labels"] = torch.tensor([example.target for example in examples], dtype=dtype, device="cpu")
+    return batch

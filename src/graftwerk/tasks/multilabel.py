@@ -118,13 +118,7 @@ class Multilabel(SequenceTask):
         return [math.log((count + 0.5) / (rows - count + 0.5)) for count in counts.tolist()]
 
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
-        names = splits.labels or ()
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-            "problem_type": "multi_label_classification",
-        }
+        return {**splits.label_settings(), "problem_type": "multi_label_classification"}
 
     @property
     def collator(self) -> Collator:

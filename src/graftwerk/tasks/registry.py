@@ -58,7 +58,7 @@ OTHER_NAMES: Mapping[str, str] = MappingProxyType(
         "multitask": "mixture",
     }
 )  # fmt: skip
-"""What people call these tasks elsewhere, by our names: only messages use it."""
+"""Names of these tasks elsewhere, each with ours: only messages use it."""
 
 
 def parse_task(value: Any) -> Task:

@@ -46,6 +46,15 @@ class Splits:
         """Return `file:line` of a row by its index, or None if `rows` is none of the splits."""
         return next((where(at) for split, where in self.where.items() if rows is getattr(self, split)), None)
 
+    def label_settings(self) -> dict[str, Any]:
+        """Return the classes as a model's configuration has them: ``num_labels``, ``id2label`` and ``label2id``."""
+        names = self.labels or ()
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+
 
 def splits_of(
     data: DataSettings,

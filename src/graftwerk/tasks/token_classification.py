@@ -235,12 +235,7 @@ class TokenClassification(Task):
     # -- model -----------------------------------------------------------------------------------------------------
 
     def model_kwargs(self, splits: Splits) -> dict[str, Any]:
-        names = splits.labels or ()
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-        }
+        return splits.label_settings()
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForTokenClassification
