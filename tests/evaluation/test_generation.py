@@ -15,6 +15,7 @@ import graftwerk as gw
 from graftwerk.evaluation import generation
 from graftwerk.evaluation.generation import answer_limit, generate
 from graftwerk.evaluation.sample_outputs import before_and_after, sample_rows
+from graftwerk.evaluation.sampling import StopTexts
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.models.load import load_model, load_tokenizer
 from graftwerk.models.positions import fix_padding
@@ -246,6 +247,20 @@ def test_an_answer_ends_at_a_stop_text_which_is_left_out(text_model: Callable[[s
     assert cut == [whole[at][: whole[at].find(stop)].rstrip()]
     generate(model, task, [examples[at]], tokenizer, settings())
     assert made[0] < made[1]  # and no tokens were spent beyond it
+
+
+def test_stop_texts_end_a_row_where_pieces_alone_cannot_be_decoded() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "the", "##n", "end", "##ing", "here", "."]
+    pieces = Tokenizer(models.WordPiece({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    pieces.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    ended = StopTexts(["ending", "\u3002"], tokenizer, lambda ids: ids[:, 1:])
+    rows = torch.tensor([[3, 1, 2, 3, 4, 5], [3, 1, 2, 3, 5, 4], [3, 4, 1, 1, 1, 1]])  # then ending here; ...; prompt only
+    assert ended(rows, None).tolist() == [True, False, False]
+    assert ended(rows[:, :4], None).tolist() == [False, False, False]
 
 
 @pytest.mark.parametrize(

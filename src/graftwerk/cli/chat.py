@@ -69,7 +69,7 @@ def register(app: typer.Typer) -> None:
             "seed": seed,
             "max_new_tokens": max_new_tokens,
         }
-        out.note("loading the model ...")
+        out.note("opening the adapter ...")
         opened = open_chat(
             target,
             model=model,

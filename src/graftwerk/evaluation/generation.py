@@ -15,7 +15,7 @@ import torch
 from graftwerk.data.keyed_rng import chance
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.evaluation.inference import autocast, device_of, evaluation_mode
-from graftwerk.evaluation.sampling import OwnDraws
+from graftwerk.evaluation.sampling import OwnDraws, StopTexts
 from graftwerk.evaluation.search import own_search
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.virtual_positions import positions_taken
@@ -151,10 +151,13 @@ def _write(
         options["streamer"] = streamer
     if settings.num_beams > 1:
         options["length_penalty"] = settings.length_penalty
-    if settings.stop:
-        options |= {"stop_strings": list(settings.stop), "tokenizer": tokenizer}
     batch = task.generation.collate_prompts(prompts, tokenizer)
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items()}
+    if settings.stop:
+        from transformers import StoppingCriteriaList
+
+        ends = StopTexts(settings.stop, tokenizer, lambda ids: task.generation.new_tokens(ids, batch))
+        options["stopping_criteria"] = StoppingCriteriaList([ends])
     written = model.generate(**batch, **options, **task.generation.options(model, tokenizer, examples[0]))
     tokens = task.generation.new_tokens(written, batch).tolist()
     texts = [_until(task.generation.decode(row, tokenizer), settings.stop) for row in tokens]

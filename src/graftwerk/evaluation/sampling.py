@@ -10,7 +10,8 @@ Nucleus (top-p) sampling: Holtzman et al. 2020, "The Curious Case of Neural Text
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,3 +50,27 @@ class OwnDraws:
         drawn = torch.tensor([draws.random() for draws in self.draws], dtype=exact, device=scores.device)
         place = (until <= (drawn * mass)[:, None]).sum(-1, keepdim=True).clamp(max=inside.sum(-1, keepdim=True) - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, place), 0.0)
+
+
+class StopTexts:
+    """A stopping criterion: a row ends once one of the texts stands at the end of its answer, or just before.
+
+    transformers' own matches strings against the vocabulary's pieces, and fails on tokenizers whose pieces cannot be
+    decoded alone (WordPiece) or lack a character of the text. Here the last tokens of each answer are decoded.
+
+    Args:
+        stop: Texts that end an answer.
+        tokenizer: The model's tokenizer.
+        new_tokens: Takes the ids so far, (B, T), and returns those of the answers, (B, A).
+    """
+
+    def __init__(self, stop: Sequence[str], tokenizer: Any, new_tokens: Callable[[Tensor], Tensor]) -> None:
+        self.stop, self.tokenizer, self.new_tokens = tuple(stop), tokenizer, new_tokens
+        self._reach = 4 * max(map(len, stop)) + 4  # a character takes at most four tokens, which are bytes then
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        """(B, T) ids so far -> (B,): True for rows that end here."""
+        tails = self.new_tokens(input_ids)[:, -self._reach :].tolist()
+        texts = [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
+        done = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
