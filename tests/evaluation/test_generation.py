@@ -258,7 +258,7 @@ def test_stop_texts_end_a_row_where_pieces_alone_cannot_be_decoded() -> None:
     pieces.decoder = decoders.WordPiece()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
     ended = StopTexts(["ending", "\u3002"], tokenizer, lambda ids: ids[:, 1:])
-    rows = torch.tensor([[3, 1, 2, 3, 4, 5], [3, 1, 2, 3, 5, 4], [3, 4, 1, 1, 1, 1]])  # then ending here; ...; prompt only
+    rows = torch.tensor([[3, 1, 2, 3, 4, 5], [3, 1, 2, 3, 5, 4], [3, 4, 1, 1, 1, 1]])  # "ending" in the first alone
     assert ended(rows, None).tolist() == [True, False, False]
     assert ended(rows[:, :4], None).tolist() == [False, False, False]
 
