@@ -65,7 +65,10 @@ def run_in_shell(command: str) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-@pytest.mark.parametrize("command", ["methods", "methods --json", "schema --json"])
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "methods --json", *(pytest.param(it, marks=pytest.mark.slow) for it in ("methods", "schema --json"))],
+)
 def test_command_full_disk_on_stdout_exits_5(command: str) -> None:
     code, said = run_in_shell(f"{command} >/dev/full")
     assert code == 5

@@ -6,9 +6,10 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -63,6 +64,22 @@ REASONS = {
 
 PAIRS = [(method, family) for method in METHODS for family in FAMILIES if (method, family) not in REFUSED]
 MORE_PAIRS = [(method, family) for method in METHODS for family in MORE if (method, family) not in REFUSED]
+CORE = ("bert", "llama", "t5")
+"""An encoder, a decoder, and both: every method is tried on them in every run of the tests."""
+
+
+def in_turn(pairs: Iterable[tuple[str, str]], *, core: Container[str] = CORE, every: int = 3) -> list[Any]:
+    """Return cases of ``pairs``: slow ones but for the families of the core and each ``every``-th of the others.
+
+    The families take turns, so that the fast cases meet each method and each family.
+    """
+    methods, families = list(METHODS), list(ALL)
+    return [
+        pair
+        if pair[1] in core or (methods.index(pair[0]) + families.index(pair[1])) % every == 0
+        else pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in pairs
+    ]
 
 
 def method_of(name: str) -> Method:

@@ -17,12 +17,23 @@ from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.serialization.folder import load_adapter, save_adapter
-from tests.contract.cases import METHODS, MORE_PAIRS, PAIRS, REFUSED, has_head, method_of, model_and_batch, perturb
+from tests.contract.cases import (
+    METHODS,
+    MORE_PAIRS,
+    PAIRS,
+    REFUSED,
+    has_head,
+    in_turn,
+    method_of,
+    model_and_batch,
+    perturb,
+)
 from tests.families import ALL, FAMILIES, MORE
 
 SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in MORE_PAIRS]
 """The close relatives: fast in `test_more_families.py`, and here whole."""
-matrix = pytest.mark.parametrize(("method", "family"), [*PAIRS, *SLOW])
+QUICK = in_turn(PAIRS)
+matrix = pytest.mark.parametrize(("method", "family"), [*QUICK, *SLOW])
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
 
 PARTNERS = {"lora": "prefix", "lora attention": "prompt", "rslora": "ia3", "dora": "parallel", "pissa": "ptuning mlp"}
@@ -384,7 +395,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, family: st
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [pair for pair in (*PAIRS, *SLOW) if _generates(*getattr(pair, "values", pair))]
+    ("method", "family"), [pair for pair in (*QUICK, *SLOW) if _generates(*getattr(pair, "values", pair))]
 )
 def test_generation_with_and_without_cache(method: str, family: str) -> None:
     model, batch, _ = grafted(method, family)

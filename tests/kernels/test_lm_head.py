@@ -261,8 +261,11 @@ def test_labelled_tokens_under_autocast_equals_model_loss(dtype: torch.dtype) ->
     assert loss == pytest.approx(right, abs=1e-4)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "mbart"])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "t5", pytest.param("mbart", marks=pytest.mark.slow)],
+)
 def test_fifty_steps_equal_plain(family: str, dropout: float) -> None:
     losses: list[list[float]] = []
     for plain in (True, False):

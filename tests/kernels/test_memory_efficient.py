@@ -228,8 +228,11 @@ def losses(
     return found, (stop, weights, copy.deepcopy(optimizer.state_dict()), torch.get_rng_state())
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize(("family", "classifier"), [("bert", True), ("llama", False), ("t5", False), ("bart", False)])
+@pytest.mark.parametrize("p", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+@pytest.mark.parametrize(
+    ("family", "classifier"),
+    [("bert", True), ("llama", False), ("t5", False), pytest.param("bart", False, marks=pytest.mark.slow)],
+)
 def test_fifty_steps_losses_equal_plain(family: str, classifier: bool, p: float) -> None:
     got, _ = losses(family, p, classifier)
     with fast.plain():

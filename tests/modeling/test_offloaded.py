@@ -16,7 +16,7 @@ import graftwerk.modeling.attach as gw
 from graftwerk.errors import ConflictError, UnsupportedError
 from graftwerk.serialization.fingerprint import fingerprint
 from graftwerk.serialization.folder import load_adapter
-from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
+from tests.contract.cases import METHODS, REFUSED, in_turn, method_of, model_and_batch, perturb
 from tests.families import FAMILIES
 
 CPU = torch.device("cpu")
@@ -49,10 +49,11 @@ def answers(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 PAIRS = [(method, family) for method in METHODS for family in ("bert", "llama") if (method, family) not in REFUSED]
+CASES = in_turn(PAIRS, core=(), every=2)
 
 
 @pytest.mark.parametrize("offload", [to_memory, to_disk, in_parts])
-@pytest.mark.parametrize(("method", "family"), PAIRS)
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_offload_after_attach_outputs_and_gradients_equal_plain(
     method: str, family: str, offload: Callable[[Any, Path], Any], tmp_path: Path
 ) -> None:
@@ -76,7 +77,7 @@ def test_offload_after_attach_outputs_and_gradients_equal_plain(
 
 
 @pytest.mark.parametrize("offload", [to_memory, to_disk, in_parts])
-@pytest.mark.parametrize(("method", "family"), PAIRS)
+@pytest.mark.parametrize(("method", "family"), CASES)
 def test_attach_after_offload_outputs_equal_plain(
     method: str, family: str, offload: Callable[[Any, Path], Any], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import graftwerk.modeling.attach as gw
 from graftwerk.methods.registry import parse_method
 from graftwerk.serialization.folder import load_adapter
-from tests.contract.cases import METHODS, REFUSED, method_of, model_and_batch, perturb
+from tests.contract.cases import METHODS, REFUSED, in_turn, method_of, model_and_batch, perturb
 
 
 def answers(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -48,7 +48,7 @@ def through_torch(model: Any) -> Any:
 PAIRS = [(method, family) for method in METHODS for family in ("bert", "llama") if (method, family) not in REFUSED]
 
 
-@pytest.mark.parametrize(("method", "family"), PAIRS)
+@pytest.mark.parametrize(("method", "family"), in_turn(PAIRS, core=(), every=2))
 def test_pickled_model_is_independent_and_equal(method: str, family: str) -> None:
     model, batch = with_two(method, family)
     bare, _ = model_and_batch(method, family)

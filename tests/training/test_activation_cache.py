@@ -165,7 +165,7 @@ def test_cache_logits_and_gradients_equal_those_of_full_model(method: str, famil
     assert torch.equal(call().logits[mask] if call().logits.dim() == 3 and found.dim() == 2 else call().logits, wanted)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "method", "task"),
     [("bert", "lora", "classification"), ("bert", "probe", "classification"), ("llama", "lora", "causal"),

@@ -51,7 +51,14 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("method", sorted({*METHODS, *SHORTHANDS}))
+FAST = ("bitfit", "bottleneck", "full", "lora", "oft", "pissa", "prefix", "probe")
+"""Methods of every kind of placement; the others are tried in the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted({*METHODS, *SHORTHANDS})],
+)
 def test_forked_every_method_trains_as_one_process(method: str, run_file: Build, tmp_path: Path, still: Path) -> None:
     """Evaluation rows are shared out too, 11 of them. On 4 processes, the 6 rows of a step are shared unevenly."""
     counts = {"one": 1, "two": 2, **({"four": 4} if method == "lora" else {})}
