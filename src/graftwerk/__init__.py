@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.evaluation.stream import predict_stream as predict_stream
     from graftwerk.experiments.compare import compare as compare
+    from graftwerk.exports.combine import combine as combine
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
     from graftwerk.exports.push import push as push
@@ -84,6 +85,7 @@ _HOMES = {
     "predict_stream": ("graftwerk.evaluation.stream", "predict_stream"),
     "predict_file": ("graftwerk.evaluation.predict_file", "predict_file"),
     "merge": ("graftwerk.exports.merge", "merge"),
+    "combine": ("graftwerk.exports.combine", "combine"),
     "push": ("graftwerk.exports.push", "push"),
     "export": ("graftwerk.exports.export", "export"),
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
@@ -117,6 +119,7 @@ __all__ = [
     "adapters",
     "attach",
     "augment",
+    "combine",
     "compare",
     "detach",
     "disabled",

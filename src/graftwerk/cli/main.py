@@ -20,6 +20,7 @@ import typer
 from graftwerk.cli import (
     augment,
     chat,
+    combine,
     compare,
     doctor,
     errors,
@@ -72,6 +73,7 @@ for module in (
     plan,
     predict,
     chat,
+    combine,
     augment,
     compare,
     export,

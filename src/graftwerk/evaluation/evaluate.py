@@ -119,7 +119,7 @@ def evaluate(
         said: list[str] = []
 
         def measured() -> Predictions:
-            written = _texts(opened, examples, on_progress, said.append) if settings.generate else None
+            written = generated_texts(opened, examples, on_progress, said.append) if settings.generate else None
             return run_model(
                 opened.model,
                 opened.task,
@@ -322,7 +322,7 @@ def answer_examples(
         ModelError: The base's weights are not finite.
         UnsupportedError: The task gives no answers.
     """
-    written = _texts(opened, examples, on_progress, say)
+    written = generated_texts(opened, examples, on_progress, say)
     found = run_model(
         opened.model,
         opened.task,
@@ -348,10 +348,17 @@ def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]
     return {part: str(row[part]) for part in ("text", "text_pair", "anchor", "positive") if part in row}
 
 
-def _texts(
+def generated_texts(
     opened: LoadedAdapter, examples: Sequence[Example], on_progress: Progress | None, say: Callable[[str], None]
 ) -> list[list[str]] | None:
-    """Generate the model's answers to each row, for tasks that generate text."""
+    """Generate the model's answers to each row, or return None for tasks that do not generate text.
+
+    Args:
+        opened: The adapter, loaded.
+        examples: The rows, encoded.
+        on_progress: Called with (rows done, rows in all).
+        say: Told what is to be said beside the answers.
+    """
     from graftwerk.evaluation.generation import generate_all
 
     task = opened.task
