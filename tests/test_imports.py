@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {*BELOW_TRAIN, "absolute_paths", "display", "formatting", "evaluation", "augmentation"},
     "exports": {*BELOW_TRAIN, "evaluation"},
     "reporting": {"errors", "formatting", "own_files", "sanitize"},
-    "inspection": {*BASE, "serialization"},
+    "inspection": {*BELOW_TRAIN, "evaluation"},
     "experiments": {*BELOW_TRAIN, "display", "formatting", "training", "evaluation", "augmentation", "reporting"},
     "cli": {
         *BELOW_TRAIN,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
     from graftwerk.exports.push import push as push
+    from graftwerk.inspection.explain import explain as explain
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
     from graftwerk.methods.full import Full as Full
@@ -88,6 +89,7 @@ _HOMES = {
     "combine": ("graftwerk.exports.combine", "combine"),
     "push": ("graftwerk.exports.push", "push"),
     "export": ("graftwerk.exports.export", "export"),
+    "explain": ("graftwerk.inspection.explain", "explain"),
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
     "compare": ("graftwerk.experiments.compare", "compare"),
@@ -125,6 +127,7 @@ __all__ = [
     "disabled",
     "errors",
     "evaluate",
+    "explain",
     "export",
     "load",
     "merge",

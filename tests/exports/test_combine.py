@@ -175,7 +175,7 @@ def test_sparse_sums_are_seeded_and_of_the_sum_of_the_ranks(
         ({"rank": 2, "by": "cat"}, ConfigError, "keeps all factors"),
         ({"density": 1.5}, ConfigError, "no share"),
         ({"method": "prefix"}, UnsupportedError, "no update of weights"),
-        ({"method": "bitfit"}, UnsupportedError, "an update of biases"),
+        ({"method": "bitfit"}, UnsupportedError, "an update of its bias"),
         ({"method": {"name": "lora", "trainable_token_indices": [5]}}, UnsupportedError, "more than linear layers"),
         ({"method": "oft", "by": "svd"}, ConfigError, "no rank of its own"),
         ({"columns": {"text": "a"}}, ConfigError, "no data is given"),

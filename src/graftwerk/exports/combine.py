@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graftwerk.errors import AdapterError, ConfigError, ConflictError, UnsupportedError, did_you_mean
 from graftwerk.evaluation.loading import LoadedAdapter, find, labelled_rows, load_adapter_for
-from graftwerk.exports.update_arithmetic import SPARSE, By, Factors, factored, reduced, side_by_side
-from graftwerk.methods.base import AdapterModule, base_weight
-from graftwerk.methods.lora import LoRA, LoRAModule
+from graftwerk.exports.update_arithmetic import SPARSE, By, factored, reduced, side_by_side
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.attach import Adapter, activate, adapters, attach_from_tensors
 from graftwerk.modeling.module_index import base_modules
+from graftwerk.modeling.weight_updates import Factors, factors_of, rank_of, update_of, updated_layers
 from graftwerk.serialization.folder import load_adapter, save_adapter
 
 NAME = "combined"
@@ -205,7 +206,7 @@ def _sum(
     base = base_modules(model)
     layers: dict[str, list[tuple[float, AdapterModule]]] = {}
     for part, weight in zip(parts, weights, strict=True):
-        for path, module in _updates(part):
+        for path, module in updated_layers(part):
             layers.setdefault(path, []).append((weight, module))
     if not layers:
         raise UnsupportedError("the parts change no weights but their heads", hint="train the head on all rows at once")
@@ -213,7 +214,7 @@ def _sum(
     for path, ones in layers.items():
         its = [weight for weight, _ in ones]
         modules = [module for _, module in ones]
-        ranks = [module.lora_A.weight.shape[0] if type(module) is LoRAModule else None for module in modules]
+        ranks = [rank_of(module) for module in modules]
         most = rank
         if rank is None and (by == "svd" or by in SPARSE):
             known = [one for one in ranks if one is not None]
@@ -225,13 +226,13 @@ def _sum(
                 )
             most = max(known) if by == "svd" else sum(known)
         if by in SPARSE:
-            update = SPARSE[by]([_dense(path, base[path], module) for module in modules], its, density, draws)
+            update = SPARSE[by]([update_of(path, base[path], module) for module in modules], its, density, draws)
             found, left_out, norm = factored(update, most)
         elif None in ranks:
-            update = torch.stack([w * _dense(path, base[path], m) for w, m in ones]).sum(0)
+            update = torch.stack([w * update_of(path, base[path], m) for w, m in ones]).sum(0)
             found, left_out, norm = factored(update, most)
         else:
-            found = side_by_side([_factors(module) for module in modules], its)
+            found = side_by_side([factors_of(module) for module in modules], its)
             left_out = norm = 0.0
             if by != "cat":
                 found, left_out, norm = reduced(found, most)
@@ -239,53 +240,6 @@ def _sum(
         summed.left_out += left_out**2
         summed.squares += norm**2
     return summed
-
-
-def _updates(part: Adapter) -> Iterator[tuple[str, AdapterModule]]:
-    """Yield path and module of each layer whose weight an adapter changes.
-
-    Raises:
-        UnsupportedError: The adapter is more than updates of the weights of linear layers.
-    """
-    if part.method.kind != "layer" or not part.method.mergeable:
-        raise UnsupportedError(
-            f"`{part.name}` is {part.method.title}, which is no update of weights",
-            hint="lora, hira, miss, shira and oft can be added up",
-        )
-    tables = {target.path for target in part.targets if target.is_table}
-    for path, module in part.modules():
-        if path in part.heads:
-            continue
-        if path in tables or not isinstance(module, AdapterModule) or module.parameter_names[0] != "weight":
-            raise UnsupportedError(
-                f"`{part.name}` trains more than linear layers: `{path}`",
-                hint="rows of the embedding and experts' parameters cannot be added up",
-            )
-        yield path, module
-
-
-def _factors(module: AdapterModule) -> Factors:
-    """Return B (out, r), scale included, and A (r, in) of a LoRA, in float64."""
-    assert isinstance(module, LoRAModule)
-    return module.scale * module.lora_B.weight.double(), module.lora_A.weight.double()
-
-
-def _dense(path: str, layer: nn.Module, module: AdapterModule) -> Tensor:
-    """Return the update of a layer's weight, (out, in), in float64."""
-    if type(module) is LoRAModule:
-        b, a = _factors(module)
-        return b @ a
-    weight = base_weight(layer).double()
-    own = layer._parameters.get("bias")
-    bias = None if own is None else own.detach().double()
-    merged, changed = module.merged_weight(weight, bias)
-    if bias is not None and changed is not None and not torch.equal(bias, changed.double()):
-        raise UnsupportedError(
-            "an update of biases does not fit into the sum, which is a LoRA",
-            where=path,
-            hint="merge the adapter and train on, or leave it out",
-        )
-    return merged.double() - weight
 
 
 def _attached(opened: LoadedAdapter, first: Adapter, heads: Sequence[tuple[Adapter, float]], summed: _Sum) -> Adapter:

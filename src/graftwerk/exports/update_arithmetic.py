@@ -25,9 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graftwerk.modeling.weight_updates import Factors
+
 By = Literal["linear", "cat", "svd", "ties", "dare", "della"]
-Factors = tuple[Tensor, Tensor]
-"""B (out, R) and A (R, in)."""
 ROUNDING = 1e-7
 """Singular values below this share of the largest are rounding errors of the stored factors, which are float32."""
 SPREAD = 0.2

@@ -1,0 +1,98 @@
+"""`graftwerk explain`: what an adapter learnt in each layer, and which tokens its answers come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from graftwerk.cli.arguments import Base, Force, RunOrAdapter
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.output import Output, printable, table
+
+MOST = 8
+"""Tokens that are shown of a text: those with the largest scores."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `explain` to the app."""
+
+    @command(app, "explain")
+    def explain(
+        out: Output,
+        target: RunOrAdapter,
+        texts: Annotated[
+            list[str] | None,
+            typer.Argument(metavar="[TEXT ...]", help="Texts whose answers are explained.", show_default=False),
+        ] = None,
+        against: Annotated[
+            str | None,
+            typer.Option(help="Another adapter of the same base, to compare each layer with.", show_default=False),
+        ] = None,
+        model: Base = None,
+        force: Force = False,
+    ) -> Result:
+        """Show what an adapter did: each layer's update, and the tokens that answers come from.
+
+        Scores of tokens are integrated gradients; of tasks that write they stand beside the base's, for the same
+        answer.
+        """
+        from graftwerk.inspection.explain import explain
+
+        out.note("loading the adapter ...")
+        found = explain(target, texts or (), against=against, model=model, force=force)
+        for note in found["notes"]:
+            out.note(note)
+        if found["layers"]:
+            show_layers(out, found["layers"], against is not None)
+        for each in found["attributions"]:
+            show_tokens(out, each)
+        if found["base_unchanged"] is not None:
+            out.line("the base is unchanged" if found["base_unchanged"] else "the base is ANOTHER one than in training")
+        return found
+
+
+def show_layers(out: Output, layers: list[dict[str, Any]], compared: bool) -> None:
+    """Show the update of each layer.
+
+    Args:
+        out: The command's output.
+        layers: As `explain` returns them.
+        compared: True if there is another adapter.
+    """
+    names = (
+        "layer",
+        "norm",
+        "of the base",
+        "effective rank",
+        "main directions",
+        *(("similarity",) if compared else ()),
+    )
+    shown = table(*names, numbers=names[1:])
+    for one in layers:
+        rank = f"{one['effective_rank']:.1f}" + ("" if one["rank"] is None else f" of {one['rank']}")
+        inside = "-" if one["in_main_directions"] is None else f"{one['in_main_directions']:.3f}"
+        row = [printable(one["name"]), f"{one['norm']:.3g}", f"{one['share']:.2%}", rank, inside]
+        if compared:
+            row.append("-" if one["similarity"] is None else f"{one['similarity']:+.3f}")
+        shown.add_row(*row)
+    out.show(shown)
+
+
+def show_tokens(out: Output, each: dict[str, Any]) -> None:
+    """Show the tokens with the largest scores of one text, the base's score of each beside.
+
+    Args:
+        out: The command's output.
+        each: One of the attributions that `explain` returns.
+    """
+    adapter, base = each["adapter"], each["base"]
+    out.line(f"{printable(each['text'])[:100]} -> {printable(each['answer'])[:100]}")
+    shown = table("token", "adapter", *(("base",) if base else ()), numbers=("adapter", "base"))
+    order = sorted(range(len(adapter["tokens"])), key=lambda place: -abs(adapter["scores"][place]))
+    for place in order[:MOST]:
+        row = [printable(adapter["tokens"][place]), f"{adapter['scores'][place]:+.3f}"]
+        if base:
+            row.append(f"{base['scores'][place]:+.3f}")
+        shown.add_row(*row)
+    out.show(shown)

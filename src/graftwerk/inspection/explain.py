@@ -1,0 +1,107 @@
+"""`explain`: what an adapter learnt in each layer, and which tokens its answers come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from graftwerk.errors import UnsupportedError
+from graftwerk.evaluation.loading import find, load_adapter_for
+from graftwerk.inspection.attribution import ENOUGH, attribute, check_attributable
+from graftwerk.inspection.spectra import spectra
+from graftwerk.modeling.attach import activate, adapters
+from graftwerk.serialization.fingerprint import fingerprint
+from graftwerk.serialization.folder import load_adapter
+
+
+def explain(
+    target: Any,
+    texts: str | Sequence[str] = (),
+    *,
+    against: Any = None,
+    model: str | None = None,
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Show what an adapter did to its base.
+
+    Args:
+        target: A run folder, an adapter folder (ours or PEFT's), or the `Run` that `train` returned.
+        texts: Texts whose answers are attributed to their tokens; none is needed.
+        against: Another adapter on the same base: each layer's update is compared with its.
+        model: The base model, if it is not where the adapter says.
+        force: Accept a base whose weights differ from those the adapter was trained on.
+        on_progress: Called with (parts done, parts in all): layers, then texts.
+
+    Returns:
+        ``layers``: for each adapted layer `UpdateSpectrum`'s fields (empty for methods that are no update of weights,
+        with the reason in ``notes``); ``attributions``: for each text its ``answer``, and for ``adapter`` and ``base``
+        the ``tokens``, ``scores``, ``value``, ``baseline``, ``delta`` and ``steps``; ``base_unchanged``: True if the
+        base has the weights that the adapter was trained on, None if it does not say; ``notes``.
+
+    Raises:
+        UnsupportedError: Answers of the task cannot be attributed, and there are texts.
+        ResourceError: Captum is not installed, and there are texts.
+        ConfigError, DataError, AdapterError, ModelError, IntegrityError: As for `predict`.
+
+    Example:
+        >>> import graftwerk as gw
+        >>> from tempfile import mkdtemp
+        >>> from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+        >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+        >>> base, sizes = mkdtemp(), {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=len(words), intermediate_size=16, **sizes))
+        >>> model.save_pretrained(base)
+        >>> _ = BertTokenizer(vocab={word: token for token, word in enumerate(words)}).save_pretrained(base)
+        >>> facts = {"model": base, "labels": ["negative", "positive"]}
+        >>> folder = gw.save(gw.attach(model, gw.LoRA(r=2), "films"), mkdtemp(), metadata=facts)
+        >>> found = gw.explain(folder)
+        >>> found["base_unchanged"], found["layers"][0]["rank"]
+        (True, 2)
+    """
+    asked = [texts] if isinstance(texts, str) else list(texts)
+    other = None if against is None else find(against)
+    loaded = load_adapter_for(target, model=model, force=force)
+    if asked:
+        check_attributable(loaded.task)
+    (adapter,) = adapters(loaded.model).values()
+    notes: list[str] = []
+    second = None
+    if other is not None:
+        second = load_adapter(loaded.model, other.info.folder, "against", force=force)
+        activate(loaded.model, adapter.name)
+    hosts = len(adapter.hosts)
+
+    def done(parts: int) -> None:
+        if on_progress is not None:
+            on_progress(parts, hosts + len(asked))
+
+    layers = []
+    try:
+        layers = [asdict(one) for one in spectra(adapter, second, lambda parts, _: done(parts))]
+    except UnsupportedError as error:
+        if second is not None:
+            raise
+        notes.append(f"no spectra: {error.what}")
+    attributions = []
+    for number, text in enumerate(asked, start=1):
+        attributions.append(asdict(attribute(loaded, text)))
+        done(hosts + number)
+    inexact = sum(
+        abs(one["delta"]) > ENOUGH * abs(one["value"] - one["baseline"])
+        for each in attributions
+        for one in (each["adapter"], each["base"])
+        if one is not None
+    )
+    if inexact:
+        notes.append(f"{inexact} of the integrals are off by more than {ENOUGH:.0%}: see `delta`")
+    if asked and attributions[0]["base"] is None:
+        notes.append("the base has no head for these answers, so that there is nothing of it to show beside")
+    known = loaded.info.base_fingerprint
+    return {
+        "layers": layers,
+        "attributions": attributions,
+        "base_unchanged": None if known is None else fingerprint(loaded.model) == known,
+        "notes": notes,
+    }
