@@ -32,6 +32,7 @@ from graftwerk.cli import (
     predict,
     report,
     schema,
+    search,
     train,
 )
 from graftwerk.cli.output import ReaderGone, dump, read
@@ -74,6 +75,7 @@ for module in (
     chat,
     augment,
     compare,
+    search,
     export,
     inspect,
     methods,

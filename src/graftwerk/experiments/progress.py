@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,9 @@ class ProgressEvent:
     step: int = 0
     steps: int = 0
     left_seconds: float | None = None
+
+
+Listener = Callable[[ProgressEvent], None]
 
 
 class ComparisonDisplay(Display):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ def finish(
     *,
     peak: int | None,
     first_step: float | None,
+    measured: Sequence[str] = ("validation", "test"),
 ) -> None:
     """Load the best state, evaluate it, save it, report it. All processes take part; one writes.
 
@@ -63,6 +65,7 @@ def finish(
         manifest: Manifest of the start; filled in place.
         peak: Peak memory of training in bytes, above the memory held before the model was loaded, or None.
         first_step: Seconds to the end of the first step, or None if no step was done.
+        measured: Held-out splits that are predicted and measured, those of them that have rows.
 
     Raises:
         RunInterrupted: A signal came; a resumed run does all of this again.
@@ -78,7 +81,7 @@ def finish(
     step = load_best_state(trainer)
     prepared = finish_head(trainer, prepared)
     model, analysis = trainer.adapter.model, RowAnalysis(folder, manifest, settings.evaluation)
-    for split in ("validation", "test"):
+    for split in measured:
         if not prepared.examples[split]:
             continue
         predictions = _predictions(trainer, prepared, split, step, settings.evaluation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class RunDriver:
         bus: Event bus; `checkpoints` warn through it.
         started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
         shared_cache: Folder of hidden states that other runs share.
+        measured: Held-out splits that are measured at the end.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class RunDriver:
         bus: EventBus,
         started_at: float,
         shared_cache: Path | None,
+        measured: Sequence[str],
     ) -> None:
         self.settings, self.folder, self.checkpoints, self.bus = settings, folder, checkpoints, bus
-        self.started_at, self.shared_cache = started_at, shared_cache
+        self.started_at, self.shared_cache, self.measured = started_at, shared_cache, measured
         self.stop = StopSignals(recoverable=checkpoints.recoverable)
         self.manifest: dict[str, Any] = {}
 
@@ -208,7 +210,10 @@ class RunDriver:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
-                finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
+                finish(
+                    trainer, prepared, settings, self.folder, self.manifest,
+                    peak=held, first_step=first, measured=self.measured,
+                )  # fmt: skip
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:
