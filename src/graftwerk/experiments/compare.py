@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.header import CONFIG, FORMAT, comparison_header
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, parse_method_specs, parse_seeds, with_and_without
-from graftwerk.experiments.progress import ComparisonDisplay, Listener, ProgressEvent
+from graftwerk.experiments.progress import ComparisonDisplay, ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.table import plain, rich_table
@@ -46,6 +46,8 @@ from graftwerk.yaml_files import read_yaml
 COMPARISON, LOG = "comparison.json", "workers.log"
 COMPARISON_SCALE = 16
 """Times the size of other JSON files that it may have: it holds each pair of methods."""
+
+Listener = Callable[[ProgressEvent], None]
 
 
 class Comparison:

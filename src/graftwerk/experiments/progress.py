@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +33,6 @@ class ProgressEvent:
     step: int = 0
     steps: int = 0
     left_seconds: float | None = None
-
-
-Listener = Callable[[ProgressEvent], None]
 
 
 class ComparisonDisplay(Display):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from graftwerk.training.run_dir import (
     MANIFEST,
     OPTIMIZER,
     STATE,
+    TRIAL,
     WEIGHTS,
     RunDir,
 )
@@ -64,7 +65,7 @@ class RunDriver:
         bus: Event bus; `checkpoints` warn through it.
         started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
         shared_cache: Folder of hidden states that other runs share.
-        measured: Held-out splits that are measured at the end.
+        trial: Train, and measure validation rows alone; resumed without it, the run is measured on test rows too.
     """
 
     def __init__(
@@ -75,10 +76,11 @@ class RunDriver:
         bus: EventBus,
         started_at: float,
         shared_cache: Path | None,
-        measured: Sequence[str],
+        trial: bool = False,
     ) -> None:
+        self.trial = trial
         self.settings, self.folder, self.checkpoints, self.bus = settings, folder, checkpoints, bus
-        self.started_at, self.shared_cache, self.measured = started_at, shared_cache, measured
+        self.started_at, self.shared_cache = started_at, shared_cache
         self.stop = StopSignals(recoverable=checkpoints.recoverable)
         self.manifest: dict[str, Any] = {}
 
@@ -104,7 +106,7 @@ class RunDriver:
             self.processes = connect(shares_rows=forked)
             if not self.processes.any(finished):  # only the main process has looked at the folder
                 with _naming_recovered(self.checkpoints):
-                    self._train(resume)
+                    self._train(resume, earlier if earlier is not None and earlier["status"] == TRIAL else {})
             elif main:
                 text = f"the run in {self.folder.path} is finished; nothing was left to do"
                 self.bus(Event("nothing_left", 0, text=text))
@@ -117,8 +119,13 @@ class RunDriver:
             before = RunConfig.load(written).model_dump(mode="json")
             refuse_changes({"config": before}, {"config": self.settings.model_dump(mode="json")}, self.folder.adapter)
 
-    def _train(self, resume: bool) -> None:
-        """Read the data, load the model, train, and store the results."""
+    def _train(self, resume: bool, trial: Mapping[str, Any]) -> None:
+        """Read the data, load the model, train, and store the results.
+
+        Args:
+            resume: Continue from the newest checkpoint.
+            trial: Manifest of the trial that is resumed: its training is done, and what it cost stays true.
+        """
         from graftwerk.evaluation.cost import peak_memory, resident
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
         from graftwerk.training.augmented import add_augmented
@@ -185,6 +192,7 @@ class RunDriver:
             shared_cache=self.shared_cache,
         )
         self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
+        self.manifest |= {name: trial[name] for name in ("cost", "trunk") if name in trial}
         self._check_readable(trainer)
         self.processes.barrier()  # all have loaded what they need, before anything is replaced
         if self.processes.is_main:
@@ -212,7 +220,7 @@ class RunDriver:
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
                 finish(
                     trainer, prepared, settings, self.folder, self.manifest,
-                    peak=held, first_step=first, measured=self.measured,
+                    peak=held, first_step=first, trial=self.trial,
                 )  # fmt: skip
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:

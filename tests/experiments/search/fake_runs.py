@@ -16,7 +16,7 @@ from graftwerk.evaluation.results_io import store_evaluation
 from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.tasks.predictions import ClassPredictions
-from graftwerk.training.run_dir import RunDir
+from graftwerk.training.run_dir import TRIAL, RunDir, read_manifest
 
 EPOCHS, ROWS, STEPS = 3, 400, 10
 ROWS_OF = {"train": 160, "validation": 40, "test": ROWS}
@@ -45,8 +45,8 @@ class FakeRunner(JobRunner):
                 "rows": ROWS_OF, "labels": ["a", "b"], "fingerprint": "f" * 64, "origin": {}, "findings": [],
                 "parameters": {}, "main_metric": "accuracy", "machine": {"device": "none", "threads": 1},
             }  # fmt: skip
-        if job["kind"] == "measure":
-            _measure(Path(job["run"]))
+        if job["kind"] == "run":
+            _measure(RunDir(Path(job["config"]["output_dir"])))
             return {}
         config, value = job["config"], quality(job["config"])
         folder = RunDir(Path(config["output_dir"]))
@@ -63,7 +63,7 @@ class FakeRunner(JobRunner):
             on_event({"kind": "evaluation", "step": epoch * STEPS, "accuracy": now, "loss": 1 - now})
             if self.asked:
                 raise RunInterrupted(signal.SIGTERM, "stopped")
-        content = {"status": "finished", "config": config, "base_fingerprint": "b", "data": {"fingerprint": "f"}}
+        content = {"status": TRIAL, "config": config, "base_fingerprint": "b", "data": {"fingerprint": "f"}}
         content |= {"metrics": {"validation": {"accuracy": {"value": value, "low": None, "high": None}}}}
         content |= {"cost": {"training_seconds": 1.0}, "parameters": {"trained": 100}, "best": None}
         (folder.path / "adapter").mkdir(exist_ok=True)
@@ -75,11 +75,11 @@ class FakeRunner(JobRunner):
         self.asked = True
 
 
-def _measure(folder: Path) -> None:
-    from graftwerk.training.run_dir import read_manifest
-
-    manifest = read_manifest(folder)
+def _measure(run: RunDir) -> None:
+    folder, manifest = run.path, read_manifest(run.path)
     assert manifest is not None
+    assert manifest["status"] == TRIAL
+    run.write_manifest({**manifest, "status": "finished"})
     rng = np.random.default_rng(manifest["config"]["training"]["seed"])
     right = rng.permutation(ROWS) < quality(manifest["config"]) * ROWS
     targets = np.arange(ROWS) % 2

@@ -86,10 +86,10 @@ def test_search_measures_test_rows_of_two_settings_once_with_fresh_seeds(whole: 
         1001,
         1002,
     }
-    measured = [Path(job["run"]).name for job in jobs if job["kind"] == "measure"]
+    measured = [Path(job["config"]["output_dir"]).name for job in jobs if job["kind"] == "run"]
     chosen = f"trial-{whole.result['best']['trial']:03d}"
     assert sorted(measured) == sorted(f"{name}-seed{seed}" for name in (chosen, "defaults") for seed in (1001, 1002))
-    assert jobs.index(next(job for job in jobs if job["kind"] == "measure")) == len(jobs) - 4  # after all training
+    assert jobs.index(next(job for job in jobs if job["kind"] == "run")) == len(jobs) - 4  # after all training
 
 
 def test_search_best_file_is_a_run_file_with_the_best_settings(whole: Search) -> None:

@@ -19,27 +19,26 @@ from graftwerk.errors import (
     RunInterrupted,
 )
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.compare import COMPARISON, LOG
 from graftwerk.experiments.header import CONFIG
 from graftwerk.experiments.job_runner import Crashed, JobRunner
-from graftwerk.experiments.progress import Listener
 from graftwerk.experiments.search.finals import Finals
 from graftwerk.experiments.search.header import search_header
 from graftwerk.experiments.search.journal import JOURNAL, require_optuna
-from graftwerk.experiments.search.runs import Active, Runs, wait_for
+from graftwerk.experiments.search.runs import Active, Listener, Runs, wait_for
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, default_settings, grid, label
 from graftwerk.experiments.search.study import Study, Ticket
 from graftwerk.experiments.search.workers import Workers
 from graftwerk.experiments.table import shown
 from graftwerk.own_files import refuse_links
+from graftwerk.reporting.files import COMPARISON, SEARCH
 from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.training.lock import RunLock
 from graftwerk.training.run_dir import CHECKPOINTS, LOCK, MANIFEST, REPORT, TRUNK
 
-SEARCH, BEST_FILE, TRIALS, FINALS, BEST = "search.json", "best.yaml", "trials", "finals", "best"
+BEST_FILE, TRIALS, FINALS, BEST, LOG = "best.yaml", "trials", "finals", "best", "workers.log"
 FORMAT = 1
 SEARCH_SCALE = 16
 """Times the size of other JSON files that it may have: it holds each trial."""
@@ -78,6 +77,10 @@ class SearchDriver:
 
         Args:
             overwrite: Remove what an earlier search has left.
+
+        Raises:
+            ConflictError: The folder holds something else, is in use, or has a search with other settings.
+            RunInterrupted: A signal came; the trials at work have saved.
         """
         for name, what in ((MANIFEST, "a run"), (COMPARISON, "a comparison")):
             if (self.folder / name).exists():

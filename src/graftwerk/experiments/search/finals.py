@@ -17,8 +17,7 @@ from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.workers import Workers
 from graftwerk.experiments.significance import COSTS, between, in_words, verdict
 from graftwerk.experiments.table import shown
-from graftwerk.training.lock import RunLock
-from graftwerk.training.run_dir import read_manifest
+from graftwerk.training.run_dir import TRIAL, TRUNK, read_manifest
 
 FOLDER = "finals"
 DEFAULTS, BEST = "defaults", "best"
@@ -151,7 +150,7 @@ class Finals:
         try:
             if manifest is not None:
                 wait_for(folder)
-            if manifest is None or manifest["status"] != "finished":
+            if manifest is None or manifest["status"] not in (TRIAL, "finished"):
                 self.runs.train(runner, config, active)
         except (DivergedError, Crashed) as error:
             with self.runs.lock:
@@ -178,8 +177,9 @@ class Finals:
             with self.runs.lock:
                 self.runs.emit("phase", f"{name}, seed {seed}", event.get("name", ""))
 
-        with RunLock(folder):
-            runner.run({"kind": "measure", "run": str(folder)}, on_event)
+        config = self.runs.config_of(self.settings[name], str(folder.relative_to(self.runs.folder)), seed)
+        job = {"kind": "run", "config": config.model_dump(mode="json"), "overwrite": False, "trial": False}
+        runner.run({**job, "trunk": str(self.runs.folder / TRUNK)}, on_event)
         if measured_run(folder) is None:
             raise IntegrityError(f"the run {folder} was measured without a result", where=str(folder))
 

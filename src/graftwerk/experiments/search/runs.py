@@ -13,11 +13,12 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConflictError
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.job_runner import JobRunner
-from graftwerk.experiments.progress import Listener, ProgressEvent
+from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents
 from graftwerk.training.lock import RunLock
 from graftwerk.training.run_dir import TRUNK, read_manifest
 
+Listener = Callable[[ProgressEvent], None]
 REMARKS = frozenset({"diagnosis"})
 """Events of a run that its own report shows: a search has many runs, and most of their settings are poor."""
 PATIENCE = 60
@@ -44,7 +45,7 @@ class Active:
 
 
 class Runs:
-    """What all runs of a search share.
+    """The settings, the display and the training that all runs of a search share.
 
     Args:
         base: Their settings; its `output_dir` is the folder of the search.

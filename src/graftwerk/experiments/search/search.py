@@ -15,15 +15,17 @@ from typing import Any
 
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import ConfigError, IntegrityError
-from graftwerk.experiments.compare import check_choices, tree_of
-from graftwerk.experiments.progress import ComparisonDisplay, Listener
-from graftwerk.experiments.search.driver import FORMAT, SEARCH, SEARCH_SCALE, SearchDriver
+from graftwerk.experiments.progress import ComparisonDisplay
+from graftwerk.experiments.search.driver import FORMAT, SEARCH_SCALE, SearchDriver
+from graftwerk.experiments.search.runs import Listener
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, read_space
 from graftwerk.experiments.search.table import plain
 from graftwerk.own_files import refuse_links
+from graftwerk.reporting.files import SEARCH
 from graftwerk.serialization.untrusted_files import read_sealed, understood
 from graftwerk.settings import parse_settings
+from graftwerk.yaml_files import read_yaml
 
 
 class Search:
@@ -114,7 +116,8 @@ def search(
         Settings are checked before any process is started:
 
         >>> from graftwerk import search
-        >>> config = {"model": "some/model", "data": {"train": "reviews.csv", "test": 0.2}, "output_dir": "runs/search"}
+        >>> config = {"model": "some/model", "method": "lora", "output_dir": "runs/search"}
+        >>> config["data"] = {"train": "reviews.csv", "test": 0.2}
         >>> search(config, learning_rat="1e-4..1e-2")
         Traceback (most recent call last):
         graftwerk.errors.ConfigError: lora has no setting `learning_rat` that could be searched
@@ -156,8 +159,12 @@ def read_search(
     rest = {key: value for key, value in given.items() if key not in own}
     whole = {key: rest.pop(key) for key in [*rest] if key in RunConfig.model_fields}
     where = str(config) if isinstance(config, str | Path) else None
-    base = RunConfig.build(tree_of(config), whole, where=where)
+    if isinstance(config, RunConfig):
+        config = config.model_dump(mode="json")
+    base = RunConfig.build(config if isinstance(config, Mapping) else read_yaml(Path(config)), whole, where=where)
     axes, fixed, notes = read_space(base, rest)
     base = RunConfig.build(base.model_dump(mode="json"), fixed, where=where).anchored()
-    check_choices(base, wanted.metric, None)
+    if wanted.metric is not None and wanted.metric not in base.task.metrics:
+        hint = f"there are: {', '.join(base.task.metrics)}"
+        raise ConfigError(f"there is no metric `{wanted.metric}` for {base.task.name}", where="metric", hint=hint)
     return base, axes, wanted, notes
