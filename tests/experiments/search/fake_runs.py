@@ -34,6 +34,7 @@ class FakeRunner(JobRunner):
     """Jobs done at once, in this process. `at` is called before each evaluation of a run."""
 
     at: ClassVar[Callable[[Mapping[str, Any], int], None]] = staticmethod(lambda job, epoch: None)
+    rows: ClassVar[int | None] = 40
     jobs: ClassVar[list[dict[str, Any]]] = []
 
     def run(self, job: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -57,8 +58,8 @@ class FakeRunner(JobRunner):
             if config["training"]["learning_rate"] == 0.5:
                 raise DivergedError("the loss is not finite")
             now = value - 0.1 * (EPOCHS - epoch)
-            if job["rows"]:
-                right = [float(row < now * 40) for row in range(40)]
+            if job["rows"] and FakeRunner.rows:
+                right = [float(row < now * FakeRunner.rows) for row in range(FakeRunner.rows)]
                 on_event({"kind": "rows", "step": epoch * STEPS, "rows": right})
             on_event({"kind": "evaluation", "step": epoch * STEPS, "accuracy": now, "loss": 1 - now})
             if self.asked:

@@ -173,6 +173,13 @@ def test_search_prunes_hopeless_trials_by_median_and_by_row(tmp_path: Path) -> N
     assert all(trial["state"] == "complete" for trial in never.result["trials"])
 
 
+def test_search_wilcoxon_without_row_scores_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRunner, "rows", None)
+    found = search(run_file(tmp_path / "none"), trials=6, pruner="wilcoxon", sampler="random", **SMALL)
+    assert all(trial["state"] == "complete" for trial in found.result["trials"])
+    assert sum("no score for each row" in note for note in found.result["notes"]) == 1
+
+
 def test_search_grid_tries_each_point_once(tmp_path: Path) -> None:
     given = {**SMALL, "learning_rate": "1e-3,3e-3,1e-2", "r": "4,8"}
     found = search(run_file(tmp_path / "grid"), sampler="grid", pruner="none", **given)

@@ -40,6 +40,7 @@ from graftwerk.training.run_dir import CHECKPOINTS, LOCK, MANIFEST, REPORT, TRUN
 
 BEST_FILE, TRIALS, FINALS, BEST, LOG = "best.yaml", "trials", "finals", "best", "workers.log"
 FORMAT = 1
+NO_SCORES = "answers of this task have no score for each row, so that Wilcoxon's test gives no trial up; pruner=median"
 SEARCH_SCALE = 16
 """Times the size of other JSON files that it may have: it holds each trial."""
 OWN = (SEARCH, BEST_FILE, JOURNAL, CONFIG, LOG, REPORT, TRUNK, TRIALS, FINALS)
@@ -122,7 +123,7 @@ class SearchDriver:
         if self.study.stale:
             self._note(f"{self.study.stale} of {len(self.study)} trials were running when an earlier search ended; "
                        "they resume")  # fmt: skip
-        header = search_header(self.base, self.axes, self.wanted, self.defaults, self.metric, checked, self.notes)
+        header = search_header(self.base, self.axes, self.wanted, self.defaults, self.metric, checked)
         self.header = {"format": FORMAT, **header}
         self._write("running")
         write_file(self.folder / CONFIG, self.base.dump(), own=True)
@@ -220,6 +221,8 @@ class SearchDriver:
             value = None if event.get("loss") is None else event["loss"] * (-1 if self.study.higher else 1)
         if value is None or not math.isfinite(value):
             return False
+        if rows is None and self.wanted.pruner == "wilcoxon" and NO_SCORES not in self.notes:
+            self._note(NO_SCORES)
         training = config.training
         rows_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
         step = round(100 * event["step"] / math.ceil(self.train_rows / rows_a_step))
@@ -241,7 +244,8 @@ class SearchDriver:
 
     def _write(self, status: str, result: Mapping[str, Any] | None = None) -> None:
         path = self.folder / SEARCH
-        content = {**self.header, "status": status, "trials": self.study.records(), **(result or {})}
+        notes = [*self.notes, *self.header["notes"]]
+        content = {**self.header, "notes": notes, "status": status, "trials": self.study.records(), **(result or {})}
         write_file(path, dump_object(redacted(content), path, room=SEARCH_SCALE, seal=True), own=True)
 
     def _note(self, text: str) -> None:

@@ -20,7 +20,6 @@ def search_header(
     defaults: Mapping[str, Any],
     metric: str,
     checked: Mapping[str, Any],
-    notes: Sequence[str],
 ) -> dict[str, Any]:
     """Return the part of `search.json` that is known before training.
 
@@ -31,9 +30,7 @@ def search_header(
         defaults: Settings of the run file on the axes.
         metric: Name of the metric that decides.
         checked: Facts about rows and the method from `jobs`.
-        notes: Remarks on the space and on what was mended.
     """
-    severe = [finding["message"] for finding in checked["findings"] if finding.get("grave")]
     return {
         "graftwerk": _version(),
         "command": command_of(base, axes, wanted),
@@ -48,7 +45,7 @@ def search_header(
         "machine": checked["machine"],
         "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
         "training": base.training.model_dump(mode="json"),
-        "notes": [*notes, *severe],
+        "notes": [finding["message"] for finding in checked["findings"] if finding.get("grave")],
     }
 
 
