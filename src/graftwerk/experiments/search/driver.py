@@ -71,6 +71,7 @@ class SearchDriver:
         points = len(grid(axes)) if wanted.sampler == "grid" else math.inf
         self.trials = int(min(wanted.most or points, points)) if wanted.most or points < math.inf else 0
         planned = ["trial"] * self.trials + ["final"] * ((wanted.finalists + 1) * wanted.repeats)
+        planned += ["measurement"] * (2 * wanted.repeats)
         self.runs = Runs(base, planned if self.trials else [], wanted.workers, listener)
 
     def run(self, *, overwrite: bool) -> None:

@@ -169,19 +169,24 @@ class Finals:
             self.runs.emit("run", active.label, text, left=self.runs.left())
 
     def _measure(self, runner: JobRunner, name: str, seed: int) -> None:
-        folder = self._folder(name, seed)
-        if measured_run(folder) is not None:
-            return
+        folder, began, label = self._folder(name, seed), time.monotonic(), f"{name}, seed {seed}, test rows"
 
         def on_event(event: dict[str, Any]) -> None:
             with self.runs.lock:
-                self.runs.emit("phase", f"{name}, seed {seed}", event.get("name", ""))
+                self.runs.emit("phase", label, event.get("name", ""))
 
-        config = self.runs.config_of(self.settings[name], str(folder.relative_to(self.runs.folder)), seed)
-        job = {"kind": "run", "config": config.model_dump(mode="json"), "overwrite": False, "trial": False}
-        runner.run({**job, "trunk": str(self.runs.folder / TRUNK)}, on_event)
-        if measured_run(folder) is None:
+        if (done := measured_run(folder)) is None:
+            config = self.runs.config_of(self.settings[name], str(folder.relative_to(self.runs.folder)), seed)
+            job = {"kind": "run", "config": config.model_dump(mode="json"), "overwrite": False, "trial": False}
+            runner.run({**job, "trunk": str(self.runs.folder / TRUNK)}, on_event)
+            done = measured_run(folder)
+        if done is None:
             raise IntegrityError(f"the run {folder} was measured without a result", where=str(folder))
+        value = done.evaluation["metrics"].get(self.metric, {}).get("value")
+        with self.runs.lock:
+            self.runs.eta.finished("measurement", time.monotonic() - began)
+            said = f"{METRICS[self.metric].title} {shown(value, self.metric)}"
+            self.runs.emit("run", label, said, left=self.runs.left())
 
     def _winner(self) -> str:
         """Return the finalist with the best mean on the validation rows, of those with the most runs that ended."""
