@@ -23,6 +23,7 @@ TITLES = {
     "P3": "Memory of a training step",
     "P4": "The causal loss",
     "P5": "The trunk computed once",
+    "P6": "Sixteen trials of a search",
     "P7": "A batch with an adapter for each row",
     "P8": "Load, switch, merge",
     "P10": "Start",

@@ -6,7 +6,7 @@ The whole public API stands here and is imported when it is first used, so that 
   `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `predict_stream`, `predict_file`,
-  `open`, `compare`, `augment`
+  `open`, `compare`, `search`, `augment`
 - to hand over: `merge`, `export`, `push`
 - `errors`: one rooted tree
 """
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.evaluation.stream import predict_stream as predict_stream
     from graftwerk.experiments.compare import compare as compare
+    from graftwerk.experiments.search.search import search as search
     from graftwerk.exports.combine import combine as combine
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
@@ -93,6 +94,7 @@ _HOMES = {
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
     "compare": ("graftwerk.experiments.compare", "compare"),
+    "search": ("graftwerk.experiments.search.search", "search"),
 }
 
 _RENAMED = {"Graft": "Adapter", "grafts": "adapters"}
@@ -137,6 +139,7 @@ __all__ = [
     "predict_stream",
     "push",
     "save",
+    "search",
     "train",
 ]
 

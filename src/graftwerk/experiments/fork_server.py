@@ -49,6 +49,7 @@ PRELOADED = (
     "graftwerk.evaluation.cost",
     "graftwerk.evaluation.evaluate",
     "graftwerk.evaluation.results_io",
+    "graftwerk.evaluation.row_scores",
     "graftwerk.models.load",
     "graftwerk.reporting.html",
     "graftwerk.serialization.folder",
@@ -158,8 +159,10 @@ def _watch(child: int) -> tuple[bool, int]:
 
 
 def _send(out: int, message: dict[str, Any]) -> None:
-    """One line, in one write: child and parent share the pipe."""
-    os.write(out, (json.dumps(message, ensure_ascii=False, default=str) + "\n").encode())
+    """One line; child and parent share the pipe, and never write at once."""
+    line = (json.dumps(message, ensure_ascii=False, default=str) + "\n").encode()
+    while line:  # a signal may cut the write of a long one short
+        line = line[os.write(out, line) :]
 
 
 if __name__ == "__main__":

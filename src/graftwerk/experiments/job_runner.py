@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -43,10 +43,11 @@ class JobRunner:
 
     Args:
         log: Where what the processes print goes; begun anew.
+        threads: Threads of the processes, or None for what they choose.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, threads: int | None = None) -> None:
+        self.log, self.threads = log, threads
         self.signum: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._job: int | None = None
@@ -67,7 +68,7 @@ class JobRunner:
             Crashed: its process died.
             RunInterrupted: a signal came; what the job had is saved.
         """
-        with self._signals():
+        with signals_to([self]):
             process = self._started()
             assert process.stdin is not None
             try:
@@ -109,6 +110,8 @@ class JobRunner:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONUNBUFFERED": "1"}
+            if self.threads is not None:
+                environment.setdefault("OMP_NUM_THREADS", str(self.threads))
             with os.fdopen(open_own(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "graftwerk.experiments.fork_server"],
@@ -150,33 +153,54 @@ class JobRunner:
             where=str(self.log),
         )
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for restored, handler in before.items():
-                signal.signal(restored, handler if handler is not None else signal.SIG_DFL)
-        if self.signum is not None:  # it came when the job had ended
+    def check(self) -> None:
+        """Raise RunInterrupted if a signal has come."""
+        if self.signum is not None:
             raise self._stopped(self.signum)
+
+    def interrupt(self, signum: int) -> None:
+        """Pass a signal on to the job at work, and start no further one."""
+        self.signum = signum
+        self._pass_on(signum)
+
+    def end_job(self) -> None:
+        """Ask the job at work to save and end, as SIGTERM would; `run` then raises the RunInterrupted of the job."""
+        self._pass_on(signal.SIGTERM)
 
     def _stopped(self, signum: int, kept: str | None = None) -> RunInterrupted:
         return RunInterrupted(signum, f"stopped by {signal.Signals(signum).name}", recovered=kept)
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        self._pass_on(signum)
 
     def _pass_on(self, signum: int) -> None:
         if self._job is not None:
             with suppress(ProcessLookupError):
                 os.kill(self._job, signum)
+
+
+@contextmanager
+def signals_to(runners: Sequence[JobRunner]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on to the jobs of all runners; outside the main thread nothing is installed.
+
+    Raises:
+        RunInterrupted: At the end, if a signal came and no job has raised it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        for runner in runners:
+            runner.interrupt(signum)
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for restored, handler in before.items():
+            signal.signal(restored, handler if handler is not None else signal.SIG_DFL)
+    for runner in runners:  # it came when the job had ended
+        runner.check()
 
 
 def _rebuilt(said: Mapping[str, Any]) -> ErrorReport:

@@ -32,7 +32,7 @@ def perform(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     Raises:
         GraftwerkError: whatever is wrong with it.
     """
-    return {"check": _check, "run": _run}[job["kind"]](job, send)
+    return {"check": _check, "run": _run, "trial": _trial}[job["kind"]](job, send)
 
 
 def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
@@ -124,4 +124,32 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
         evaluate(run, store=True, quiet=True)
     write_report(run.folder)
+    return {"seconds": time.monotonic() - began}
+
+
+def _trial(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Train to the end (or resume where it stopped), without a look at the test rows.
+
+    A job with ``rows`` sends the score of each validation row after each evaluation.
+    """
+    from graftwerk.config import RunConfig
+    from graftwerk.evaluation.row_scores import row_scores
+    from graftwerk.training.process_info import process_start
+    from graftwerk.training.train import run_training
+
+    def listener(event: Any) -> None:
+        if event.kind == "validated" and job["rows"]:
+            send({"event": {"kind": "rows", "step": event.step, "rows": row_scores(event.values["predictions"])}})
+        if event.kind in FORWARDED:
+            send({"event": event.as_dict()})
+
+    began = time.monotonic()
+    run_training(
+        RunConfig.build(dict(job["config"])),
+        resume=True,
+        listener=listener,
+        started_at=process_start(),
+        shared_cache=Path(job["trunk"]),
+        trial=True,
+    )
     return {"seconds": time.monotonic() - began}

@@ -1,4 +1,4 @@
-"""`write_report`: the page of a run folder or of a comparison, from the plain files in it. No model is loaded."""
+"""`write_report`: the page of a run, a comparison or a search, from the plain files in its folder. Loads no model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from graftwerk.reporting.files import (
     LOG,
     MANIFEST,
     REPORT,
+    SEARCH,
     number,
     read_json,
     read_log,
@@ -20,14 +21,15 @@ from graftwerk.reporting.files import (
     write_page,
 )
 from graftwerk.reporting.run import run_page
+from graftwerk.reporting.search import search_page
 
 EVALUATION, PREDICTIONS, ANALYSIS = "evaluation.json", "predictions", "analysis.json"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a run or of a comparison: one file that needs nothing else, no network.
+    """Write `report.html` into the folder of a run, a comparison or a search: one file that needs nothing else.
 
-    What is missing (test rows, a log, the end of the run) is said on the page.
+    It fetches nothing from a network. What is missing (test rows, a log, the end of the run) is said on the page.
 
     Returns:
         Its path.
@@ -38,12 +40,15 @@ def write_report(folder: str | Path) -> Path:
         ResourceError: a file cannot be read, or the page not written.
     """
     folder = Path(folder)
-    refuse_links(folder, (COMPARISON, MANIFEST, EVALUATION, PREDICTIONS, LOG, CONFIG, REPORT))
+    refuse_links(folder, (COMPARISON, SEARCH, MANIFEST, EVALUATION, PREDICTIONS, LOG, CONFIG, REPORT))
     if (folder / COMPARISON).is_file():
         return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
+    if (folder / SEARCH).is_file():
+        return write_page(folder, search_page(folder.resolve(), read_json(folder / SEARCH)))
     if not (folder / MANIFEST).is_file():
         what = f"{folder} holds neither a run nor a comparison" if folder.is_dir() else f"there is no folder {folder}"
-        raise ConfigError(what, hint=f"a folder with {MANIFEST} (a run) or {COMPARISON} (a comparison)")
+        hint = f"a folder with {MANIFEST} (a run), {COMPARISON} (a comparison) or {SEARCH} (a search)"
+        raise ConfigError(what, hint=hint)
     manifest = read_json(folder / MANIFEST)
     evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
     analysed = folder / PREDICTIONS / ANALYSIS

@@ -56,5 +56,6 @@ class Validation(Callback):
         trainer.saved_step = -1  # this state is saved again, with what the evaluation has changed
         trainer.clock.evaluation_seconds = trainer.clock.pause()
         trainer.emit(Event("evaluation", state.step, **metrics, best=better, seconds=trainer.clock.seconds()))
+        trainer.emit(Event("validated", state.step, predictions=predictions))
         for callback in trainer.callbacks:
             callback.on_evaluation_end(trainer, predictions.loss)

@@ -1,0 +1,105 @@
+"""`graftwerk search`: better settings for a method, judged on rows that no trial has seen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from graftwerk.cli.arguments import ConfigFile, DryRun
+from graftwerk.cli.command import Result, command
+from graftwerk.cli.output import Output, printable, table
+from graftwerk.formatting import count
+
+Given = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[trials=20] [seconds=600] [sampler=tpe] [workers=2] [key=a..b] [key=a,b] [key=value ...]",
+        help="The budget; the sampler (tpe, random, grid); trials at once; pruner=median (or wilcoxon, none); "
+        "finalists=3 and repeats=3 for the last word. learning_rate=1e-4..1e-2 and r=4,8,16 are axes, in place of "
+        "those of the method's own space or beside them; a single value fixes a setting.",
+        show_default=False,
+    ),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `search` to the app."""
+
+    @command(app, "search")
+    def search(
+        out: Output,
+        config: ConfigFile,
+        settings: Given = None,
+        overwrite: Annotated[
+            bool, typer.Option("--overwrite", help="Begin anew; remove the trials there are.")
+        ] = False,
+        dry_run: DryRun = False,
+    ) -> Result:
+        """Search for better settings of the run's method.
+
+        Trials see training and validation rows alone. The best few are then trained again with fresh seeds, and one
+        is measured on the test rows beside the defaults. The same command again resumes where it stopped, and goes on
+        with a larger budget. The folder of the search is output_dir; best.yaml in it is a run file.
+        """
+        from graftwerk.config import parse_overrides
+
+        given = parse_overrides(settings or [])
+        if dry_run:
+            return show_plan(out, config, given)
+        from graftwerk.experiments.search.search import search
+
+        found = search(config, overwrite=overwrite, quiet=out.quiet, **given)
+        out.line(str(found))
+        out.line(f"\n{found.report}\n{found.folder / 'best.yaml'}\n{found.folder}")
+        return found.to_dict()
+
+
+def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:
+    """Show the space and the cost of a search, checked as far as possible without loading a model's weights."""
+    from graftwerk.cli.doctor import describe_cost
+    from graftwerk.experiments.preflight import preflight
+    from graftwerk.experiments.search.driver import require_rows
+    from graftwerk.experiments.search.journal import require_optuna
+    from graftwerk.experiments.search.search import read_search
+    from graftwerk.experiments.search.space import default_settings, grid, label
+    from graftwerk.training.data_checks import raise_on_severe
+
+    require_optuna()
+    base, axes, wanted, notes = read_search(config, given)
+    checked = preflight(base)
+    require_rows(checked["data"]["rows"])
+    defaults = default_settings(base, axes)
+    shown = table("setting", "searched", "default", numbers=("default",))
+    for axis in axes:
+        shown.add_row(axis.key, str(axis), label(defaults[axis.key]))
+    out.show(shown)
+    points = len(grid(axes)) if wanted.sampler == "grid" else None
+    trials = min(filter(None, (wanted.most, points)), default=None)
+    finals = (wanted.finalists + 1) * wanted.repeats
+    budget = " or ".join(
+        filter(None, [f"{trials} trials" if trials else "", f"{wanted.seconds:g} s" if wanted.seconds else ""])
+    )
+    rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
+    out.line(
+        f"\n{budget} ({wanted.sampler}, pruning: {wanted.pruner}, {wanted.workers} at once), then {finals} runs: "
+        f"{wanted.finalists} finalists and the defaults with {wanted.repeats} fresh seeds each; rows: {rows}"
+    )
+    cost, runs = checked["rough_cost"], (trials or 0) + finals
+    out.line(describe_cost(cost["seconds"] * runs / wanted.workers, cost["memory_bytes"] * wanted.workers))
+    out.line(f"one run at the defaults: {count(checked['steps'])} steps of {checked['rows_per_step']} rows")
+    for note in notes:
+        out.warn(f"note: {printable(note)}")
+    for finding in checked["findings"]:
+        out.warn(f"{'SEVERE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
+    raise_on_severe(checked["findings"], checked["allowed"])
+    return {
+        "dry_run": True,
+        "space": [axis.to_dict() for axis in axes],
+        "defaults": defaults,
+        "budget": {**wanted.model_dump(mode="json"), "trials": trials},
+        "runs": runs,
+        "steps": checked["steps"],
+        "notes": notes,
+        **{key: checked[key] for key in ("data", "findings", "output_dir", "rough_cost")},
+    }

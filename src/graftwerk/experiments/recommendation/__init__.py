@@ -1,0 +1,1 @@
+"""Recommendation of a method for a model, rows, memory and an aim."""

@@ -1,0 +1,108 @@
+"""Evidence for a recommendation: the comparisons and searches under a folder that are of the same task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from graftwerk.errors import GraftwerkError
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.significance import between, in_words, verdict
+from graftwerk.reporting.files import COMPARISON, SEARCH, at, mapping, mappings, number, words
+from graftwerk.serialization.untrusted_files import read_sealed
+
+DEPTH = 3
+"""Folders below the given one that are looked into."""
+SAME_ROWS, SAME_MODEL, SAME_TASK = 4.0, 2.0, 1.0
+"""Points of a measurement on the same rows and model, on the same model, or on the same task alone."""
+SCALE = 16
+
+
+@dataclass
+class Evidence:
+    """Measurements that were found.
+
+    Attributes:
+        points: By name of the method: points, and the reason.
+        settings: By name of the method: the best settings of a search on the same model and task, and its folder.
+        notes: Files that could not be used, and why.
+        files: How many could.
+    """
+
+    points: dict[str, list[tuple[float, str, str]]] = field(default_factory=dict)
+    settings: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    files: int = 0
+
+
+def find_evidence(folder: Path, model: str, task: str, fingerprint: str) -> Evidence:
+    """Read the finished comparisons and searches under a folder that are of this task.
+
+    Args:
+        folder: Where to look; it need not exist.
+        model: Model of the run.
+        task: Name of its task.
+        fingerprint: Of its rows.
+    """
+    found = Evidence()
+    for depth in range(DEPTH + 1):
+        for name in (COMPARISON, SEARCH):
+            for path in sorted(folder.glob("*/" * depth + name)):
+                try:
+                    result = read_sealed(path, scale=SCALE)
+                except GraftwerkError as error:
+                    found.notes.append(f"{path} is not used: {error.what}")
+                    continue
+                if words(result, "status") != "finished" or words(result, "task") != task:
+                    continue
+                same = words(result, "model") == model
+                rows = same and words(result, "data", "fingerprint") == fingerprint
+                weight = SAME_ROWS if rows else SAME_MODEL if same else SAME_TASK
+                where = "these rows" if rows else "other rows, the same model" if same else words(result, "model")
+                found.files += 1
+                if name == COMPARISON:
+                    _compared(found, result, path.parent, weight, where)
+                elif same:
+                    _searched(found, result, path.parent)
+    return found
+
+
+def _compared(found: Evidence, result: Mapping[str, Any], folder: Path, weight: float, where: str) -> None:
+    """Add a comparison: who is not shown to be worse than the best gets points, who is shown loses some."""
+    metric = words(result, "metric")
+    if metric not in METRICS:
+        return
+    measured = {
+        words(one, "name"): one for one in mappings(result, "methods") if number(one, "figure", "value") is not None
+    }
+    if len(measured) < 2:
+        return
+    better = METRICS[metric].better
+    best = max(measured, key=lambda name: better(number(measured[name], "figure", "value") or 0.0, 0.0))
+    source = f"{folder}: {where}, {number(result, 'rows') or 0:,.0f} {words(result, 'split')} rows"
+    for name, one in measured.items():
+        method = words(one, "settings", "name")
+        if name == best:
+            value = METRICS[metric].text(number(one, "figure", "value") or 0.0)
+            _add(found, method, weight, f"the best mean there: {METRICS[metric].title} {value}", source)
+            continue
+        try:
+            difference = between(at(result, "differences") or [], name, best)
+            said = verdict(difference, metric)
+            text = in_words(difference, metric)
+        except (KeyError, TypeError):
+            continue
+        points = -weight if said == "worse" else weight / 2
+        _add(found, method, points, f"against {best}, the best mean there: {text}", source)
+
+
+def _add(found: Evidence, method: str, points: float, why: str, source: str) -> None:
+    found.points.setdefault(method, []).append((points, why, source))
+
+
+def _searched(found: Evidence, result: Mapping[str, Any], folder: Path) -> None:
+    method = words(result, "method", "name")
+    if words(result, "difference", "verdict") == "better":
+        found.settings[method] = (dict(mapping(result, "best", "settings")), str(folder))

@@ -1,0 +1,283 @@
+"""One search on disk: its trials, the last word on fresh rows, its result, and progress events."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import (
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    ErrorReport,
+    ModelError,
+    RunInterrupted,
+)
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.header import CONFIG
+from graftwerk.experiments.job_runner import Crashed, JobRunner
+from graftwerk.experiments.search.finals import Finals
+from graftwerk.experiments.search.header import search_header
+from graftwerk.experiments.search.journal import JOURNAL, require_optuna
+from graftwerk.experiments.search.runs import Active, Listener, Runs, wait_for
+from graftwerk.experiments.search.settings import SearchSettings
+from graftwerk.experiments.search.space import Axis, default_settings, grid, label
+from graftwerk.experiments.search.study import Study, Ticket
+from graftwerk.experiments.search.workers import Workers
+from graftwerk.experiments.table import shown
+from graftwerk.own_files import refuse_links
+from graftwerk.reporting.files import COMPARISON, SEARCH
+from graftwerk.sanitize import redacted
+from graftwerk.serialization.atomic import write_file
+from graftwerk.serialization.strict_json import dump_object
+from graftwerk.training.lock import RunLock
+from graftwerk.training.run_dir import CHECKPOINTS, LOCK, MANIFEST, REPORT, TRUNK
+
+BEST_FILE, TRIALS, FINALS, BEST, LOG = "best.yaml", "trials", "finals", "best", "workers.log"
+FORMAT = 1
+NO_SCORES = "answers of this task have no score for each row, so that Wilcoxon's test gives no trial up; pruner=median"
+SEARCH_SCALE = 16
+"""Times the size of other JSON files that it may have: it holds each trial."""
+OWN = (SEARCH, BEST_FILE, JOURNAL, CONFIG, LOG, REPORT, TRUNK, TRIALS, FINALS)
+"""All that a search writes into its folder."""
+
+
+class SearchDriver:
+    """Run one search.
+
+    Args:
+        base: Settings that all trials share; its `output_dir` is the folder of the search.
+        axes: The space.
+        wanted: Settings of the search.
+        notes: Remarks on the space.
+        listener: Called with every progress event.
+
+    Raises:
+        ResourceError: Optuna is not installed.
+    """
+
+    def __init__(
+        self, base: RunConfig, axes: Sequence[Axis], wanted: SearchSettings, notes: Sequence[str], *, listener: Listener
+    ) -> None:
+        require_optuna()
+        self.base, self.axes, self.wanted, self.notes = base, list(axes), wanted, list(notes)
+        self.folder, self.defaults = base.output_dir, default_settings(base, axes)
+        self.metric, self.train_rows = "", 0
+        points = len(grid(axes)) if wanted.sampler == "grid" else math.inf
+        self.trials = int(min(wanted.most or points, points)) if wanted.most or points < math.inf else 0
+        planned = ["trial"] * self.trials + ["final"] * ((wanted.finalists + 1) * wanted.repeats)
+        planned += ["measurement"] * (2 * wanted.repeats)
+        self.runs = Runs(base, planned if self.trials else [], wanted.workers, listener)
+
+    def run(self, *, overwrite: bool) -> None:
+        """Search, or go on with it, and write the result.
+
+        Args:
+            overwrite: Remove what an earlier search has left.
+
+        Raises:
+            ConflictError: The folder holds something else, is in use, or has a search with other settings.
+            RunInterrupted: A signal came; the trials at work have saved.
+        """
+        for name, what in ((MANIFEST, "a run"), (COMPARISON, "a comparison")):
+            if (self.folder / name).exists():
+                raise ConflictError(
+                    f"{self.folder} is the folder of {what}", hint="give the search another one: output_dir=runs/search"
+                )
+        refuse_links(self.folder, (LOCK, *OWN))
+        with RunLock(self.folder), Workers(self.folder / LOG, self.wanted.workers) as workers:
+            if overwrite:
+                _clear(self.folder)
+            try:
+                self._run_in_lock(workers)
+            except ErrorReport as error:
+                if not (self.folder / SEARCH).exists() and not isinstance(error, Crashed):
+                    _clear(self.folder)  # a search that never began leaves nothing
+                elif (self.folder / SEARCH).exists():
+                    error.recovered = f"{self._finished_trials()} trials in {self.folder}"
+                if isinstance(error, RunInterrupted):
+                    error.hint = "run the same command again to resume"
+                raise
+
+    def _run_in_lock(self, workers: Workers) -> None:
+        checked = workers.runners[0].run(
+            self._check_job(), lambda event: self.runs.emit("phase", "", event.get("name", ""))
+        )
+        require_rows(checked["rows"])
+        self.metric, self.train_rows = self.wanted.metric or checked["main_metric"], checked["rows"]["train"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.study = Study(
+            self.folder / JOURNAL, self.axes, self.defaults,
+            sampler=self.wanted.sampler, pruner=self.wanted.pruner, seed=self.base.training.seed,
+            higher=METRICS[self.metric].higher is not False,
+        )  # fmt: skip
+        self.study.settle(self._identity(checked))
+        if self.study.cut:
+            self._note(f"the last {self.study.cut} bytes of {JOURNAL} were torn off by a kill, and are cut off")
+        for _ in range(len(self.study) - self.study.stale):
+            self.runs.eta.finished("trial", None)
+        if self.study.stale:
+            self._note(f"{self.study.stale} of {len(self.study)} trials were running when an earlier search ended; "
+                       "they resume")  # fmt: skip
+        header = search_header(self.base, self.axes, self.wanted, self.defaults, self.metric, checked)
+        self.header = {"format": FORMAT, **header}
+        self._write("running")
+        write_file(self.folder / CONFIG, self.base.dump(), own=True)
+        workers.do(self._one_trial)
+        if not any(record["state"] == "complete" for record in self.study.records()):
+            reasons = [record["reason"] for record in self.study.records() if record["reason"]]
+            raise DivergedError(
+                f"none of the {len(self.study)} trials came to an end" + (f": {reasons[0]}" if reasons else ""),
+                hint="a lower learning rate: learning_rate=1e-5..1e-3; or a smaller model",
+            )
+        finals = Finals(
+            self.runs, self.wanted, self.metric, self.defaults, self.study.records(), higher=self.study.higher
+        )
+        finals.run(workers)
+        result = {**finals.result(), "importance": self.study.importances()}
+        shutil.rmtree(self.folder / TRUNK, ignore_errors=True)
+        best = self.runs.config_of(result["best"]["settings"], BEST)
+        opening = f"# {result['text']}\n# graftwerk train {BEST_FILE}\n"
+        write_file(self.folder / BEST_FILE, opening + best.dump(), own=True)
+        self._write("finished", result)
+        self.runs.emit("end", text="done")
+
+    def _check_job(self) -> dict[str, Any]:
+        """Return the job that checks rows, model, and each choice of the method's settings on it."""
+        configs = {"defaults": self.runs.tree}
+        for axis in self.axes:
+            for choice in axis.choices if axis.key.startswith("method.") else ():
+                changed = RunConfig.build(self.runs.tree, {axis.key: choice})
+                configs[f"{axis.name}={label(choice)}"] = changed.model_dump(mode="json")
+        return {"kind": "check", "configs": configs, "runs": {}}
+
+    def _identity(self, checked: Mapping[str, Any]) -> dict[str, str]:
+        """Return what makes this search another one than a search with other settings."""
+        config = redacted(
+            {key: value for key, value in self.runs.tree.items() if key not in ("output_dir", "evaluation")}
+        )
+        flat = {f"{part}.{key}": value for part in ("data", "training", "method", "task") for key, value in
+                (config.pop(part) or {}).items()}  # fmt: skip
+        space = {f"axis {axis.key}": str(axis) for axis in self.axes}
+        other = {"sampler": self.wanted.sampler, "pruner": self.wanted.pruner, "metric": self.metric,
+                 "rows": checked["fingerprint"][:12]}  # fmt: skip
+        return {key: str(value)[:200] for key, value in {**config, **flat, **space, **other}.items()}
+
+    # -- trials ------------------------------------------------------------------------------------------------------
+
+    def _one_trial(self, runner: JobRunner) -> bool:
+        with self.runs.lock:
+            if not self.study.stale and self._spent():
+                return False
+            ticket = self.study.next()
+        name = f"{TRIALS}/{ticket.number:03d}"
+        active = Active(f"trial {ticket.number}")
+        config = self.runs.config_of(ticket.settings, name)
+
+        def gives_up(event: Mapping[str, Any]) -> bool:
+            return self._is_hopeless(ticket, event, active.rows, config)
+
+        try:
+            if ticket.resumed:
+                wait_for(self.folder / name)
+            self.runs.train(runner, config, active, rows=self.wanted.pruner == "wilcoxon", gives_up=gives_up)
+            value, reason = self.runs.validation_value(name, self.metric), "the metric is undefined on validation rows"
+        except RunInterrupted:
+            if not active.ended or runner.signum is not None:
+                raise
+            value, reason = None, ""
+        except (DivergedError, Crashed, ConfigError, ModelError) as error:
+            value, reason = None, error.what
+        seconds = time.monotonic() - active.began
+        with self.runs.lock:
+            self._tell(ticket, active, value, reason, seconds)
+        shutil.rmtree(self.folder / name / CHECKPOINTS, ignore_errors=True)
+        return True
+
+    def _tell(self, ticket: Ticket, active: Active, value: float | None, reason: str, seconds: float) -> None:
+        if value is not None:
+            self.study.complete(ticket, value, seconds)
+            text = f"validation {METRICS[self.metric].title} {shown(value, self.metric)}"
+        elif active.ended:
+            self.study.prune(ticket, seconds)
+            text = f"given up after {active.progress.step} steps"
+        else:
+            self.study.fail(ticket, reason, seconds)
+            text = f"failed: {reason}"
+        self.runs.eta.finished("trial", seconds)
+        settings = ", ".join(f"{key.partition('.')[2]} {label(one)}" for key, one in ticket.settings.items())
+        self._write("running")
+        self.runs.emit("run", active.label, f"{text} ({settings})", left=self.runs.left())
+
+    def _is_hopeless(
+        self, ticket: Ticket, event: Mapping[str, Any], rows: list[float] | None, config: RunConfig
+    ) -> bool:
+        value = event.get(self.metric)
+        if value is None:  # generated texts are only measured at the end
+            value = None if event.get("loss") is None else event["loss"] * (-1 if self.study.higher else 1)
+        if value is None or not math.isfinite(value):
+            return False
+        if rows is None and self.wanted.pruner == "wilcoxon" and NO_SCORES not in self.notes:
+            self._note(NO_SCORES)
+        training = config.training
+        rows_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        step = round(100 * event["step"] / math.ceil(self.train_rows / rows_a_step))
+        return self.study.is_hopeless(ticket, step, value, rows)
+
+    def _spent(self) -> bool:
+        """Return True if the budget is used up."""
+        if self.study.exhausted or (self.trials and len(self.study) >= self.trials):
+            return True
+        limit = self.wanted.seconds
+        used = sum(record["seconds"] or 0.0 for record in self.study.records()) / self.wanted.workers
+        return limit is not None and used >= limit
+
+    # -- output ------------------------------------------------------------------------------------------------------
+
+    def _finished_trials(self) -> int:
+        study = getattr(self, "study", None)
+        return 0 if study is None else sum(record["state"] != "running" for record in study.records())
+
+    def _write(self, status: str, result: Mapping[str, Any] | None = None) -> None:
+        path = self.folder / SEARCH
+        notes = [*self.notes, *self.header["notes"]]
+        content = {**self.header, "notes": notes, "status": status, "trials": self.study.records(), **(result or {})}
+        write_file(path, dump_object(redacted(content), path, room=SEARCH_SCALE, seal=True), own=True)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.runs.emit("note", text=text)
+
+
+def require_rows(rows: Mapping[str, int]) -> None:
+    """Refuse to search without rows for it, or without others for the last word.
+
+    Raises:
+        ConfigError: There are no validation rows, or no test rows.
+    """
+    if not rows.get("validation"):
+        raise ConfigError(
+            "trials are judged on validation rows, and there are none",
+            where="data.validation",
+            hint="data.validation=0.1",
+        )
+    if not rows.get("test"):
+        raise ConfigError(
+            "the last word is spoken on test rows that no trial has seen, and there are none",
+            where="data.test",
+            hint="data.test=0.2",
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Remove the files of an earlier search."""
+    for name in OWN:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)

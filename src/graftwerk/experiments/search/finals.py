@@ -1,0 +1,221 @@
+"""The last word of a search: its best trials and the defaults with fresh seeds, two of them on the test rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from graftwerk.errors import DivergedError, IntegrityError
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
+from graftwerk.experiments.job_runner import Crashed, JobRunner
+from graftwerk.experiments.method_specs import MethodSpec
+from graftwerk.experiments.search.runs import Active, Runs, wait_for
+from graftwerk.experiments.search.settings import SearchSettings
+from graftwerk.experiments.search.workers import Workers
+from graftwerk.experiments.significance import COSTS, between, in_words, verdict
+from graftwerk.experiments.table import shown
+from graftwerk.training.run_dir import TRIAL, TRUNK, read_manifest
+
+FOLDER = "finals"
+DEFAULTS, BEST = "defaults", "best"
+FRESH = 1001
+"""First fresh seed, counted from the seed of the trials."""
+
+
+class Finals:
+    """Train the best trials and the defaults with fresh seeds, and measure two of them.
+
+    Args:
+        runs: What the runs of the search share.
+        wanted: Settings of the search.
+        metric: The metric that decides.
+        defaults: Settings of the run file, as a trial has them.
+        records: The trials.
+        higher: True if a higher value is better.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        wanted: SearchSettings,
+        metric: str,
+        defaults: Mapping[str, Any],
+        records: Sequence[Mapping[str, Any]],
+        *,
+        higher: bool,
+    ) -> None:
+        self.runs, self.metric, self.defaults, self.higher = runs, metric, dict(defaults), higher
+        first = runs.base.training.seed + FRESH
+        self.seeds = list(range(first, first + wanted.repeats))
+        done = [record for record in records if record["state"] == "complete"]
+        done.sort(key=lambda record: (-record["value"] if higher else record["value"], record["number"]))
+        self.best_trial = done[0]
+        distinct: list[Mapping[str, Any]] = []
+        for record in done:
+            if record["settings"] not in [self.defaults, *(one["settings"] for one in distinct)]:
+                distinct.append(record)
+        self.finalists = distinct[: wanted.finalists]
+        self.settings: dict[str, dict[str, Any]] = {
+            f"trial-{one['number']:03d}": one["settings"] for one in self.finalists
+        }
+        self.settings[DEFAULTS] = {}
+        self.values: dict[str, dict[int, float]] = {name: {} for name in self.settings}
+        self.failed: dict[str, dict[int, str]] = {name: {} for name in self.settings}
+
+    def run(self, workers: Workers) -> None:
+        """Train all of them, choose the winner by the validation rows, and measure it and the defaults."""
+        waiting = [(name, seed) for seed in self.seeds for name in self.settings]
+
+        def train_one(runner: JobRunner) -> bool:
+            with self.runs.lock:
+                if not waiting:
+                    return False
+                name, seed = waiting.pop(0)
+            self._train(runner, name, seed)
+            return True
+
+        workers.do(train_one)
+        self.winner = self._winner()
+        measured = [
+            (name, seed) for name in dict.fromkeys((self.winner, DEFAULTS)) for seed in self.values.get(name, ())
+        ]
+
+        def measure_one(runner: JobRunner) -> bool:
+            with self.runs.lock:
+                if not measured:
+                    return False
+                name, seed = measured.pop(0)
+            self._measure(runner, name, seed)
+            return True
+
+        workers.do(measure_one)
+
+    def result(self) -> dict[str, Any]:
+        """Return the part of `search.json` that depends on the last word."""
+        config = self.runs.base.evaluation
+        specs, runs, failed = [], dict[str, dict[int, RunResult]](), dict[str, dict[int, str]]()
+        for title, name in ((BEST, self.winner), (DEFAULTS, DEFAULTS)):
+            if title == BEST and name == DEFAULTS:
+                continue
+            method = self.runs.config_of(self.settings[name], FOLDER).method
+            specs.append(MethodSpec(title, method, method.to_dict()))
+            found = {seed: measured_run(self._folder(name, seed)) for seed in self.values[name]}
+            runs[title] = {seed: run for seed, run in found.items() if run is not None}
+            failed[title] = self.failed[name]
+        result = aggregate(
+            specs, runs, failed, metric=self.metric, confidence=config.confidence, resamples=config.resamples,
+            prefer=next(iter(COSTS)), margin=None,
+        )  # fmt: skip
+        measured = {method["name"]: method for method in result["methods"]}
+        difference = None
+        if all(measured.get(name, {}).get("figure") for name in (BEST, DEFAULTS)):
+            difference = dict(between(result["differences"], BEST, DEFAULTS))
+            difference["verdict"] = verdict(difference, self.metric)  # type: ignore[arg-type]
+            difference["text"] = in_words(difference, self.metric)  # type: ignore[arg-type]
+        best = measured.get(BEST) or measured[DEFAULTS]
+        return {
+            "seeds": self.seeds,
+            "finalists": [self._told(name) for name in self.settings],
+            "best": {
+                "trial": None if self.winner == DEFAULTS else int(self.winner.partition("-")[2]),
+                "settings": self.settings[self.winner] or self.defaults,
+                "metrics": best.get("metrics", {}),
+                "cost": best["cost"],
+            },
+            "default": {
+                "settings": self.defaults,
+                "metrics": measured[DEFAULTS].get("metrics", {}),
+                "cost": measured[DEFAULTS]["cost"],
+            },
+            "difference": difference,
+            "text": self._text(difference),
+            "rows": result.get("rows"),
+            "split": result.get("split"),
+            "base_fingerprint": result.get("base_fingerprint"),
+        }
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _folder(self, name: str, seed: int) -> Any:
+        return self.runs.folder / FOLDER / f"{name}-seed{seed}"
+
+    def _train(self, runner: JobRunner, name: str, seed: int) -> None:
+        active, folder = Active(f"{name}, seed {seed}"), self._folder(name, seed)
+        place = str(folder.relative_to(self.runs.folder))
+        manifest = read_manifest(folder)
+        config = self.runs.config_of(self.settings[name], place, seed)
+        try:
+            if manifest is not None:
+                wait_for(folder)
+            if manifest is None or manifest["status"] not in (TRIAL, "finished"):
+                self.runs.train(runner, config, active)
+        except (DivergedError, Crashed) as error:
+            with self.runs.lock:
+                self.failed[name][seed] = error.what
+                self.runs.eta.finished("final", None)
+                self.runs.emit("note", active.label, f"failed: {error.what}")
+            return
+        value = self.runs.validation_value(place, self.metric)
+        with self.runs.lock:
+            if value is None:
+                self.failed[name][seed] = "the metric is undefined on the validation rows"
+            else:
+                self.values[name][seed] = value
+            self.runs.eta.finished("final", time.monotonic() - active.began)
+            text = f"validation {METRICS[self.metric].title} {shown(value, self.metric)}"
+            self.runs.emit("run", active.label, text, left=self.runs.left())
+
+    def _measure(self, runner: JobRunner, name: str, seed: int) -> None:
+        folder, began, label = self._folder(name, seed), time.monotonic(), f"{name}, seed {seed}, test rows"
+
+        def on_event(event: dict[str, Any]) -> None:
+            with self.runs.lock:
+                self.runs.emit("phase", label, event.get("name", ""))
+
+        if (done := measured_run(folder)) is None:
+            config = self.runs.config_of(self.settings[name], str(folder.relative_to(self.runs.folder)), seed)
+            job = {"kind": "run", "config": config.model_dump(mode="json"), "overwrite": False, "trial": False}
+            runner.run({**job, "trunk": str(self.runs.folder / TRUNK)}, on_event)
+            done = measured_run(folder)
+        if done is None:
+            raise IntegrityError(f"the run {folder} was measured without a result", where=str(folder))
+        value = done.evaluation["metrics"].get(self.metric, {}).get("value")
+        with self.runs.lock:
+            self.runs.eta.finished("measurement", time.monotonic() - began)
+            said = f"{METRICS[self.metric].title} {shown(value, self.metric)}"
+            self.runs.emit("run", label, said, left=self.runs.left())
+
+    def _winner(self) -> str:
+        """Return the finalist with the best mean on the validation rows, of those with the most runs that ended."""
+        ended = {name: values for name, values in self.values.items() if values and name != DEFAULTS}
+        if not ended:
+            return DEFAULTS
+        known = METRICS[self.metric]
+        return max(ended, key=lambda name: (len(ended[name]), known.better(fmean(ended[name].values()), 0.0)))
+
+    def _told(self, name: str) -> dict[str, Any]:
+        values = self.values[name]
+        return {
+            "name": name,
+            "settings": self.settings[name] or self.defaults,
+            "validation": {str(seed): value for seed, value in sorted(values.items())},
+            "mean": fmean(values.values()) if values else None,
+            "failed": {str(seed): why for seed, why in sorted(self.failed[name].items())},
+            "chosen": name == self.winner,
+        }
+
+    def _text(self, difference: Mapping[str, Any] | None) -> str:
+        title = METRICS[self.metric].title
+        if self.winner == DEFAULTS:
+            return "No trial was better than the defaults on the validation rows, and the defaults stand."
+        if difference is None:
+            return "The settings found could not be compared with the defaults: all runs of one of them failed."
+        lead = {
+            "better": f"The settings found beat the defaults: {title} ",
+            "worse": f"The settings found are worse than the defaults, which stand: {title} ",
+        }.get(difference["verdict"], "No difference shown between the settings found and the defaults: ")
+        said = difference["text"].removeprefix("no difference shown: ")
+        return f"{lead}{said} on test rows that no trial has seen, {len(self.seeds)} fresh seeds each."

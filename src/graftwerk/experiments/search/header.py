@@ -1,0 +1,66 @@
+"""Header of a search, written before its first trial: command, machine, data, settings, space and notes."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from graftwerk.config import RunConfig
+from graftwerk.experiments.header import CONFIG
+from graftwerk.experiments.search.settings import SearchSettings
+from graftwerk.experiments.search.space import Axis, label
+
+
+def search_header(
+    base: RunConfig,
+    axes: Sequence[Axis],
+    wanted: SearchSettings,
+    defaults: Mapping[str, Any],
+    metric: str,
+    checked: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the part of `search.json` that is known before training.
+
+    Args:
+        base: Settings that all trials share.
+        axes: The space.
+        wanted: Settings of the search.
+        defaults: Settings of the run file on the axes.
+        metric: Name of the metric that decides.
+        checked: Facts about rows and the method from `jobs`.
+    """
+    return {
+        "graftwerk": _version(),
+        "command": command_of(base, axes, wanted),
+        "model": base.model,
+        "task": base.task.name,
+        "method": base.method.to_dict(),
+        "metric": metric,
+        "confidence": base.evaluation.confidence,
+        "space": [axis.to_dict() for axis in axes],
+        "defaults": dict(defaults),
+        "budget": wanted.model_dump(mode="json"),
+        "machine": checked["machine"],
+        "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
+        "training": base.training.model_dump(mode="json"),
+        "notes": [finding["message"] for finding in checked["findings"] if finding.get("grave")],
+    }
+
+
+def command_of(base: RunConfig, axes: Sequence[Axis], wanted: SearchSettings) -> str:
+    """Return the command that repeats or resumes the search."""
+    words = ["graftwerk", "search", str(base.output_dir.absolute() / CONFIG)]
+    words += [f"{key}={value}" for key, value in wanted.model_dump(mode="json", exclude_defaults=True).items()]
+    for axis in axes:
+        values = ",".join(map(label, axis.choices)) if axis.choices else f"{axis.low:g}..{axis.high:g}"
+        words.append(f"{axis.key}={values}")
+    return shlex.join(words)
+
+
+def _version() -> str:
+    try:
+        return version("graftwerk")
+    except PackageNotFoundError:
+        return "unknown"

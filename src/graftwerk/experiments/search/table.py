@@ -1,0 +1,66 @@
+"""A search as plain text: its best trials, the last word, notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.search.space import label
+from graftwerk.experiments.table import HOW, shown
+from graftwerk.formatting import duration
+
+SHOWN = 8
+"""Trials of the table; the report has all."""
+
+
+def plain(result: Mapping[str, Any]) -> str:
+    """Format the result as plain text."""
+    metric, known = result["metric"], METRICS[result["metric"]]
+    done = [trial for trial in result["trials"] if trial["value"] is not None]
+    done.sort(key=lambda trial: -known.better(trial["value"], 0.0))
+    keys = [axis["key"] for axis in result["space"]]
+    lines = [("trial", known.title, "time", *(key.partition(".")[2] for key in keys))]
+    lines += [
+        (
+            str(trial["number"]),
+            shown(trial["value"], metric),
+            duration(trial["seconds"]),
+            *(label(trial["settings"].get(key)) for key in keys),
+        )
+        for trial in done[:SHOWN]
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*text, "", *sentences(result)])
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """Return the sentences below the table: how many trials, the last word, notes."""
+    metric, known = result["metric"], METRICS[result["metric"]]
+    states = [trial["state"] for trial in result["trials"]]
+    counts = ", ".join(
+        f"{states.count(state)} {said}"
+        for state, said in (("pruned", "given up early"), ("fail", "failed"), ("running", "to do"))
+        if state in states
+    )
+    trials = f"{len(states)} trial{'s' if len(states) != 1 else ''}"
+    said = [f"{trials}{f' ({counts})' if counts else ''}; {known.title}{HOW[known.unit]} on the validation rows."]
+    if result["status"] != "finished":
+        return [*said, "Not finished: the same command resumes the search."]
+    for name, title in (("best", "found"), ("default", "defaults")):
+        figure = result[name]["metrics"].get(metric)
+        settings = ", ".join(
+            f"{key.partition('.')[2]} {label(value)}" for key, value in result[name]["settings"].items()
+        )
+        if figure:
+            low, high = shown(figure["low"], metric), shown(figure["high"], metric)
+            said.append(f"{title:<9}{shown(figure['value'], metric)} ({low} to {high})  {settings}")
+    rows = f"{known.title}{HOW[known.unit]} on {result['rows']:,} {result['split']} rows" if result.get("rows") else ""
+    seeds = len(result["seeds"])
+    said += [f"{rows}, mean of {seeds} fresh seeds; {100 * result['confidence']:g} % intervals." if rows else "", ""]
+    said.append(result["text"])
+    failed = [trial for trial in result["trials"] if trial.get("reason")]
+    said += [f"trial {trial['number']} failed: {trial['reason']}" for trial in failed[:SHOWN]]
+    return [*said, *(f"Note: {note}." for note in result["notes"])]

@@ -1,0 +1,311 @@
+"""A search over synthetic scores: killed, torn, resumed, by two workers, and its last word."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import (
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    IntegrityError,
+    ResourceError,
+    RunInterrupted,
+)
+from graftwerk.experiments.progress import ProgressEvent
+from graftwerk.experiments.search import workers as workers_module
+from graftwerk.experiments.search.journal import JOURNAL, mend
+from graftwerk.experiments.search.search import Search, search
+from graftwerk.reporting.html import write_report
+from tests.experiments.search.fake_runs import FakeRunner, in_child
+
+SPACE = {"learning_rate": "1e-4..1e-1", "r": "4,8,16", "target_modules": "attention", "lora_dropout": 0.0}
+SMALL: dict[str, Any] = {**SPACE, "num_train_epochs": 3, "finalists": 2, "repeats": 2, "quiet": True}
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(autouse=True)
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "JobRunner", FakeRunner)
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(lambda job, epoch: None))
+    monkeypatch.setattr(FakeRunner, "jobs", [])
+
+
+def run_file(folder: Path, **changes: Any) -> dict[str, Any]:
+    data = {"train": "rows.csv", "validation": 40, "test": 400}
+    return {"model": "tiny", "data": data, "method": "lora", "output_dir": str(folder), **changes}
+
+
+def trials_of(found: Search) -> list[dict[str, Any]]:
+    return [{key: one[key] for key in ("number", "state", "settings", "value")} for one in found.result["trials"]]
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, trial: int, epoch: int) -> None:
+    def at(job: Mapping[str, Any], now: int) -> None:
+        if job["config"]["output_dir"].endswith(f"trials/{trial:03d}") and now == epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(at))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    """A search that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers_module, "JobRunner", FakeRunner)
+        patch.setattr(FakeRunner, "jobs", [])
+        found = search(run_file(tmp_path_factory.mktemp("searches") / "whole"), trials=12, **SMALL)
+        found.jobs = list(FakeRunner.jobs)  # type: ignore[attr-defined]
+    return found
+
+
+def test_search_finds_better_settings_and_shows_it_on_fresh_rows(whole: Search) -> None:
+    result = whole.result
+    assert [trial["state"] for trial in result["trials"]].count("complete") >= 4
+    assert result["trials"][0]["settings"] == result["defaults"]  # the run file's own come first
+    assert result["difference"]["verdict"] == "better"
+    assert result["text"].startswith("The settings found beat the defaults: accuracy better by")
+    assert result["best"]["metrics"]["accuracy"]["value"] > result["default"]["metrics"]["accuracy"]["value"]
+    assert result["seeds"] == [1001, 1002]
+    assert "beat the defaults" in str(whole)
+
+
+def test_search_measures_test_rows_of_two_settings_once_with_fresh_seeds(whole: Search) -> None:
+    jobs = whole.jobs  # type: ignore[attr-defined]
+    trained = [job for job in jobs if job["kind"] == "trial"]
+    assert {job["config"]["training"]["seed"] for job in trained if "/trials/" in job["config"]["output_dir"]} == {0}
+    assert {job["config"]["training"]["seed"] for job in trained if "/finals/" in job["config"]["output_dir"]} == {
+        1001,
+        1002,
+    }
+    measured = [Path(job["config"]["output_dir"]).name for job in jobs if job["kind"] == "run"]
+    chosen = f"trial-{whole.result['best']['trial']:03d}"
+    assert sorted(measured) == sorted(f"{name}-seed{seed}" for name in (chosen, "defaults") for seed in (1001, 1002))
+    assert jobs.index(next(job for job in jobs if job["kind"] == "run")) == len(jobs) - 4  # after all training
+
+
+def test_search_best_file_is_a_run_file_with_the_best_settings(whole: Search) -> None:
+    best = RunConfig.load(whole.folder / "best.yaml")
+    found = whole.result["best"]["settings"]
+    assert best.training.learning_rate == found["training.learning_rate"]
+    assert best.method.r == found["method.r"]  # type: ignore[attr-defined]
+    assert best.output_dir == whole.folder.absolute() / "best"
+
+
+def test_search_killed_five_times_tries_the_same(
+    whole: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_file(tmp_path / "killed")
+    for trial, epoch in ((0, 2), (3, 1), (3, 3), (7, 1), (11, 3)):
+        kill_at(monkeypatch, trial, epoch)
+        assert in_child(lambda: search(config, trials=12, **SMALL)) == KILLED  # type: ignore[func-returns-value,arg-type]
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(lambda job, epoch: None))
+    found = search(config, trials=12, **SMALL)
+    assert trials_of(found) == trials_of(whole)
+    assert found.result["best"]["settings"] == whole.result["best"]["settings"]
+    assert any("running when an earlier search ended" in note for note in found.result["notes"])
+
+
+def test_search_with_a_larger_budget_goes_on(tmp_path: Path, whole: Search) -> None:
+    config = run_file(tmp_path / "more")
+    search(config, trials=5, **SMALL)
+    assert trials_of(search(config, trials=12, **SMALL)) == trials_of(whole)
+
+
+def test_search_cuts_a_torn_last_line_off(tmp_path: Path, whole: Search) -> None:
+    config = run_file(tmp_path / "torn")
+    search(config, trials=5, **SMALL)
+    journal = tmp_path / "torn" / JOURNAL
+    with journal.open("ab") as stream:
+        stream.write(b'{"op_code":4,"worker_id":"a","stu')
+    (tmp_path / "torn" / f"{JOURNAL}.lock").touch()  # held up for half a minute otherwise
+    found = search(config, trials=12, **SMALL)
+    assert trials_of(found) == trials_of(whole)
+    assert any("33 bytes of study.journal were torn off" in note for note in found.result["notes"])
+
+
+def test_mend_refuses_damage_in_the_midst(tmp_path: Path) -> None:
+    journal = tmp_path / JOURNAL
+    journal.write_bytes(b'{"op_code":0}\n{"op_co\n{"op_code":4}\n')
+    with pytest.raises(IntegrityError, match="line 2"):
+        mend(journal)
+    journal.write_bytes(b'{"op_code":0}\n\0\0\0\n')
+    assert mend(journal) == 4
+    assert journal.read_bytes() == b'{"op_code":0}\n'
+
+
+def test_search_two_workers_share_one_study(tmp_path: Path, whole: Search) -> None:
+    found = search(run_file(tmp_path / "two"), trials=12, workers=2, **SMALL)
+    records = found.result["trials"]
+    assert [record["number"] for record in records] == list(range(12))
+    assert all(record["state"] in ("complete", "pruned") for record in records)
+    assert found.result["difference"]["verdict"] == "better"
+
+
+def test_search_two_workers_stop_at_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(job: Mapping[str, Any], epoch: int) -> None:
+        if job["config"]["output_dir"].endswith("trials/002"):
+            raise ResourceError("the disk is full")
+
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(at))
+    with pytest.raises(ResourceError, match="the disk is full") as caught:
+        search(run_file(tmp_path / "two"), trials=12, workers=2, **SMALL)
+    assert "trials in" in str(caught.value.recovered)
+
+
+def test_search_prunes_hopeless_trials_by_median_and_by_row(tmp_path: Path) -> None:
+    for pruner in ("median", "wilcoxon"):
+        found = search(run_file(tmp_path / pruner), trials=16, pruner=pruner, sampler="random", **SMALL)
+        pruned = [trial for trial in found.result["trials"] if trial["state"] == "pruned"]
+        assert pruned, pruner
+        best = max(trial["value"] for trial in found.result["trials"] if trial["value"] is not None)
+        assert all(len(trial["evaluations"]) < 3 for trial in pruned)
+        assert all(trial["evaluations"][-1][1] < best for trial in pruned)
+    never = search(run_file(tmp_path / "none"), trials=6, pruner="none", sampler="random", **SMALL)
+    assert all(trial["state"] == "complete" for trial in never.result["trials"])
+
+
+def test_search_wilcoxon_without_row_scores_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRunner, "rows", None)
+    found = search(run_file(tmp_path / "none"), trials=6, pruner="wilcoxon", sampler="random", **SMALL)
+    assert all(trial["state"] == "complete" for trial in found.result["trials"])
+    assert sum("no score for each row" in note for note in found.result["notes"]) == 1
+
+
+def test_search_grid_tries_each_point_once(tmp_path: Path) -> None:
+    given = {**SMALL, "learning_rate": "1e-3,3e-3,1e-2", "r": "4,8"}
+    found = search(run_file(tmp_path / "grid"), sampler="grid", pruner="none", **given)
+    points = [tuple(trial["settings"].values()) for trial in found.result["trials"]]
+    assert sorted(points) == [(rate, r) for rate in (1e-3, 3e-3, 1e-2) for r in (4, 8)]
+
+
+def test_search_seconds_end_it(tmp_path: Path) -> None:
+    found = search(run_file(tmp_path / "short"), seconds=1e-6, **SMALL)
+    assert len(found.result["trials"]) == 1
+
+
+def test_search_counts_failed_trials(tmp_path: Path) -> None:
+    given = {**SMALL, "learning_rate": "3e-3,0.5"}
+    found = search(run_file(tmp_path / "diverging"), sampler="grid", **given)
+    failed = [trial for trial in found.result["trials"] if trial["state"] == "fail"]
+    assert len(failed) == 3
+    assert all(trial["reason"] == "the loss is not finite" for trial in failed)
+    assert "3 failed" in str(found)
+    with pytest.raises(DivergedError, match="none of the 3 trials came to an end: the loss is not finite"):
+        search(run_file(tmp_path / "all"), trials=3, **{**SMALL, "learning_rate": 0.5})
+
+
+def test_search_defaults_stand_if_no_trial_is_better(tmp_path: Path) -> None:
+    best = run_file(tmp_path / "stands", training={"learning_rate": 3e-3})
+    found = search(best, trials=1, **{**SMALL, "r": "4,8"})
+    assert found.result["difference"] is None
+    assert "the defaults stand" in found.result["text"]
+    assert found.result["best"]["settings"] == found.result["default"]["settings"]
+
+
+def test_search_no_difference_is_said(tmp_path: Path) -> None:
+    near = run_file(tmp_path / "near", training={"learning_rate": 3e-3})
+    found = search(near, trials=6, pruner="none", **{**SMALL, "learning_rate": "2.5e-3..3.5e-3", "r": 4})
+    assert found.result["difference"]["verdict"] == "no difference shown"
+    assert found.result["text"].startswith("No difference shown between the settings found and the defaults: ")
+
+
+def test_search_ctrl_c_keeps_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Search) -> None:
+    config = run_file(tmp_path / "stopped")
+
+    def stop(event: ProgressEvent) -> None:
+        if event.run == "trial 2" and event.step == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def at(job: Mapping[str, Any], epoch: int) -> None:
+        if job["config"]["output_dir"].endswith("trials/002") and epoch == 3:
+            raise RunInterrupted(signal.SIGINT, "stopped by SIGINT")  # what the signal does to a real job
+
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(at))
+    with pytest.raises(RunInterrupted) as caught:
+        search(config, trials=12, listener=stop, **SMALL)
+    assert caught.value.exit_code == 130
+    assert "run the same command again" in str(caught.value.hint)
+    assert "2 trials in" in str(caught.value.recovered)
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(lambda job, epoch: None))
+    assert trials_of(search(config, trials=12, **SMALL)) == trials_of(whole)
+
+
+def test_search_refuses_another_config(tmp_path: Path) -> None:
+    config = run_file(tmp_path / "one")
+    search(config, trials=2, **SMALL)
+    before = (tmp_path / "one" / JOURNAL).read_bytes()
+    for other in ({"r": "4,8"}, {"sampler": "random"}, {"training.weight_decay": 0.1}):
+        with pytest.raises(ConflictError, match="other settings: ") as caught:
+            search(config, trials=2, **{**SMALL, **other})
+        assert "--overwrite" in str(caught.value.hint)
+    assert (tmp_path / "one" / JOURNAL).read_bytes() == before
+    anew = search(config, trials=2, overwrite=True, **{**SMALL, "r": "4,8"})
+    assert len(anew.result["trials"]) == 2
+
+
+def test_search_refuses_the_folder_of_a_run(tmp_path: Path, whole: Search) -> None:
+    with pytest.raises(ConflictError, match="is the folder of a run"):
+        search(run_file(whole.folder / "trials" / "000"), trials=2, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"trials": 0}, "greater than or equal to 1"),
+        ({"seconds": 0}, "greater than 0"),
+        ({"learning_rat": "1e-4..1e-2"}, "did you mean `learning_rate`?"),
+        ({"trial": 3}, "did you mean `trials`?"),
+        ({"method.rr": "4,8"}, "did you mean `r`?"),
+        ({"r": "8..4"}, "is empty"),
+        ({"r": "0..8"}, "greater than or equal to 1"),
+        ({"r": "4,4"}, "has a value twice"),
+        ({"r": "4,"}, "empty value"),
+        ({"learning_rate": "1e-4.."}, "is no range"),
+        ({"seed": "0,1"}, "is not searched"),
+        ({"sampler": "tpee"}, "'tpe', 'random' or 'grid'"),
+        ({"max_steps": 5, "epochs": "1,2"}, "would change nothing"),
+        ({"metric": "bleu"}, "there is no metric `bleu`"),
+    ],
+)
+def test_search_invalid_argument_raises(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        search(run_file(tmp_path / "none"), quiet=True, **given)
+    assert said in str(caught.value)
+    assert not (tmp_path / "none").exists()
+    assert not FakeRunner.jobs
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_search_without_held_out_rows_raises(tmp_path: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.experiments.search import fake_runs
+
+    monkeypatch.setitem(fake_runs.ROWS_OF, split, 0)
+    with pytest.raises(ConfigError) as caught:
+        search(run_file(tmp_path / "none"), quiet=True)
+    assert caught.value.where == f"data.{split}"
+    assert not (tmp_path / "none").exists()
+
+
+def test_search_without_optuna_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    with pytest.raises(ResourceError) as caught:
+        search(run_file(tmp_path / "none"), quiet=True)
+    assert caught.value.hint == "pip install 'graftwerk[search]'"
+    assert not (tmp_path / "none").exists()
+
+
+def test_search_report_shows_the_last_word_and_the_charts(whole: Search) -> None:
+    page = write_report(whole.folder).read_text(encoding="utf-8")
+    assert "The settings found beat the defaults" in page
+    for chart in ("Importance: ", "All ", "accuracy against learning_rate", "accuracy against r"):
+        assert f'aria-label="{chart}' in page
+    assert json.dumps(whole.to_dict())
