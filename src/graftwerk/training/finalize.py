@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,9 +50,7 @@ def finish(
     settings: RunConfig,
     folder: RunDir,
     manifest: dict[str, Any],
-    *,
-    peak: int | None,
-    first_step: float | None,
+    cost: Mapping[str, Any],
 ) -> None:
     """Load the best state, evaluate it, save it, report it. All processes take part; one writes.
 
@@ -61,8 +60,9 @@ def finish(
         settings: Settings of the run.
         folder: The run folder.
         manifest: Manifest of the start; filled in place.
-        peak: Peak memory of training in bytes, above the memory held before the model was loaded, or None.
-        first_step: Seconds to the end of the first step, or None if no step was done.
+        cost: ``peak_memory_bytes`` of training, above the memory held before the model was loaded, and
+            ``first_step_seconds``, the seconds to the end of the first step, each None if not known; and what was
+            planned (`planning.memory_check.planned_cost`).
 
     Raises:
         RunInterrupted: A signal came; a resumed run does all of this again.
@@ -123,9 +123,9 @@ def finish(
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
-        "peak_memory_bytes": peak,
-        "first_step_seconds": first_step,
+        "step_seconds": trainer.clock.mean_step_seconds,
         "processes": trainer.distributed.world_size,
+        **cost,
     }
     if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
         manifest["cost"]["untrained_steps"] = untrained
