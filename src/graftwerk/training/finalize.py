@@ -124,8 +124,8 @@ def finish(
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
         "step_seconds": trainer.clock.mean_step_seconds,
-        "processes": trainer.distributed.world_size,
         **cost,
+        "processes": trainer.distributed.world_size,
     }
     if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
         manifest["cost"]["untrained_steps"] = untrained

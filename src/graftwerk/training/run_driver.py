@@ -212,7 +212,7 @@ class RunDriver:
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
                 planned = planned_cost(plan, settings, prepared, sharing, trainer) if self.processes.is_main else {}
-                cost = {"peak_memory_bytes": held, "first_step_seconds": first, **planned}
+                cost = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
                 finish(trainer, prepared, settings, self.folder, self.manifest, cost)
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:

@@ -22,6 +22,8 @@ from graftwerk.training.setup import Prepared
 KEY = "training.check_memory"
 WORTH_SECONDS = 20.0
 """Seconds of a training after which a plan to compare it with costs little beside it."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Settings of models whose layers are several times as large as their widths say."""
 PROCESS = 1 << 30
 """More than a process takes beside its tensors."""
 
@@ -109,8 +111,8 @@ def planned_cost(
     if plan is None or "why_not" in plan:
         return {}
     return {
-        "planned_peak_memory_bytes": plan["memory"]["train_peak_bytes"],
         "planned_step_seconds": plan["time"]["step_seconds"],
+        "planned_peak_memory_bytes": plan["memory"]["train_peak_bytes"],
     }
 
 
@@ -142,7 +144,7 @@ def upper_bound(config: RunConfig, prepared: Prepared, architecture: Any) -> flo
         getattr(text, name, None) for name in ("hidden_size", "vocab_size", "num_hidden_layers")
     )
     heads = getattr(text, "num_attention_heads", None)
-    if not (width and vocabulary and depth and heads) or any("expert" in name for name in vars(text)):
+    if not (width and vocabulary and depth and heads) or any(getattr(text, name, None) for name in EXPERTS):
         return math.inf
     depth += getattr(text, "decoder_layers", None) or getattr(text, "num_decoder_layers", None) or 0
     sizes = (getattr(text, name, None) for name in ("intermediate_size", "encoder_ffn_dim", "d_ff", "n_inner"))

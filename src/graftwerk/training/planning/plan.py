@@ -99,6 +99,7 @@ class Planner:
         from graftwerk.models.load import load_config
 
         self.config, self.device = config.anchored(), best_device()
+        self._known: dict[str, dict[str, float]] = {}
         self.num_processes = num_processes or _num_processes(self.config)  # before anything is computed here
         self.prepared = prepared or prepare(
             self.config, lambda event: None, warm_labels(self.config.training.warm_start)
@@ -151,24 +152,41 @@ class Planner:
         rows = training.per_device_train_batch_size
         sizes = [rows >> halvings for halvings in range(rows.bit_length()) if rows % (1 << halvings) == 0]
         for recompute in dict.fromkeys((training.gradient_checkpointing, True)):
+            most, least = (self._peak(self._changed(size, recompute)[0]) for size in (sizes[0], sizes[-1]))
             for size in sizes:
-                changes: dict[str, Any] = {}
-                if size != rows:
-                    steps = training.gradient_accumulation_steps * rows // size
-                    changes |= {"training.per_device_train_batch_size": size}
-                    changes |= {"training.gradient_accumulation_steps": steps}
-                if recompute != training.gradient_checkpointing:
-                    changes |= {"training.gradient_checkpointing": recompute}
-                config = RunConfig.build(self.config.model_dump(mode="json"), changes) if changes else self.config
-                if self._memory(self._measured(config), config).train_peak_bytes <= limit:
+                slope = (most - least) / max(rows - sizes[-1], 1)
+                if least + slope * (size - sizes[-1]) > 1.05 * limit:
+                    continue  # by far too much: not worth a trace
+                config, changes = self._changed(size, recompute)
+                if self._peak(config) <= limit:
                     return {
                         "overrides": [f"{key}={_text(value)}" for key, value in changes.items()],
                         "plan": self.plan(config),
                     }
         return None
 
+    def _changed(self, rows: int, recompute: bool) -> tuple[RunConfig, dict[str, Any]]:
+        """Return the run with steps cut into micro-batches of so many rows, and what that changes in the settings."""
+        training, changes = self.config.training, dict[str, Any]()
+        if rows != training.per_device_train_batch_size:
+            steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
+            changes["training.per_device_train_batch_size"] = rows
+            changes["training.gradient_accumulation_steps"] = steps
+        if recompute != training.gradient_checkpointing:
+            changes["training.gradient_checkpointing"] = recompute
+        return RunConfig.build(self.config.model_dump(mode="json"), changes) if changes else self.config, changes
+
+    def _peak(self, config: RunConfig) -> int:
+        return self._memory(self._measured(config), config).train_peak_bytes
+
     def _measured(self, config: RunConfig) -> dict[str, float]:
-        """Return the figures of a trace, carried on to the depth of the model."""
+        """Return the figures of a trace, carried on to the depth of the model; each run is traced once."""
+        key = config.model_dump_json()
+        if key not in self._known:
+            self._known[key] = self._carried(config)
+        return self._known[key]
+
+    def _carried(self, config: RunConfig) -> dict[str, float]:
         depth, chosen = int(self.architecture.num_hidden_layers), getattr(config.method, "layers", None)
         top = _TOP.fullmatch(chosen) if isinstance(chosen, str) else None
         low, high = (layers + (int(top[1]) if top else 0) for layers in DEPTHS)

@@ -185,6 +185,7 @@ class _CacheWithoutValues(ActivationCache):
         return bool(random.seen)
 
     def _load_or_compute(self, slots: Slots, step: int) -> None:
+        self._facts.update(where="nowhere", reused=False)
         self._states = torch.empty(slots.tokens, self.plan.cut.width, dtype=cache_dtype(self.settings), device="cpu")  # type: ignore[union-attr]
 
     def _verify(self, slots: Slots, step: int) -> None:
