@@ -6,7 +6,7 @@ The whole public API stands here and is imported when it is first used, so that 
   `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `predict_stream`, `predict_file`,
-  `open`, `compare`, `search`, `augment`
+  `open`, `compare`, `search`, `augment`, `plan`
 - to hand over: `merge`, `export`, `push`
 - `errors`: one rooted tree
 """
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from graftwerk.methods.prompt_tuning import Prompt as Prompt
     from graftwerk.methods.ptuning import PTuning as PTuning
     from graftwerk.methods.shira import SHiRA as SHiRA
+    from graftwerk.training.planning.plan import plan as plan
     from graftwerk.training.train import train as train
 
 # Public name -> (module, name there). The block above says the same to type checkers; a test holds the two together.
@@ -82,6 +83,7 @@ _HOMES = {
     "adapter_state_dict": ("graftwerk.api", "adapter_state_dict"),
     "RunConfig": ("graftwerk.config", "RunConfig"),
     "train": ("graftwerk.training.train", "train"),
+    "plan": ("graftwerk.training.planning.plan", "plan"),
     "evaluate": ("graftwerk.evaluation.evaluate", "evaluate"),
     "predict": ("graftwerk.evaluation.evaluate", "predict"),
     "predict_stream": ("graftwerk.evaluation.stream", "predict_stream"),
@@ -134,6 +136,7 @@ __all__ = [
     "load",
     "merge",
     "open",
+    "plan",
     "predict",
     "predict_file",
     "predict_stream",

@@ -128,6 +128,21 @@ class RunConfig(Settings):
         return cls.build(_with_secrets(tree), overrides, where=str(path))
 
     @classmethod
+    def of(cls, config: RunConfig | str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
+        """Return the settings in a run file, in the content of one, or given as they are, with overrides applied.
+
+        Args:
+            config: A run file, its content as a mapping, or a `RunConfig`.
+            overrides: As for `load`.
+
+        Raises:
+            ConfigError: As for `load`.
+        """
+        if isinstance(config, RunConfig):
+            return cls.build(config.model_dump(mode="json"), overrides) if overrides else config
+        return cls.build(config, overrides) if isinstance(config, Mapping) else cls.load(config, overrides)
+
+    @classmethod
     def build(
         cls, tree: Mapping[str, Any], overrides: list[str] | dict[str, Any] | None = None, *, where: str | None = None
     ) -> RunConfig:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from graftwerk.config import RunConfig
 from graftwerk.methods.registry import METHODS
+from graftwerk.training.planning import plan as planning
 from graftwerk.training.planning.plan import Planner
-from tests.cli.commands import Run
+from graftwerk.training.train import train
+from tests.cli.commands import Run, run_file
 
 
 def test_plan_command_prints_memory_time_and_size(graftwerk: Run, config: Path, tmp_path: Path) -> None:
@@ -54,3 +57,24 @@ def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> Non
     size = int(values["training.per_device_train_batch_size"])
     assert size * int(values["training.gradient_accumulation_steps"]) == 16
     assert found["plan"]["memory"]["train_peak_bytes"] < peak
+
+
+def test_train_that_cannot_fit_is_refused_with_what_would_fit(
+    graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"max_steps": 1, "report_to": ["jsonl"], "processes": 1}
+    path = run_file(tmp_path, tiny_encoder, glosses, training=training, data={"train": str(glosses)})
+    monkeypatch.setattr(planning, "PROCESS_BYTES", 0)
+    plans = [Planner(RunConfig.load(path, {"batch_size": rows})).plan(largest_batch=False) for rows in (16, 4)]
+    least, smaller = plans[0]["memory"]["least_peak_bytes"], plans[1]["memory"]["train_peak_bytes"]
+    monkeypatch.setattr(planning, "available", lambda: min(least - 1, smaller))
+    before = sorted(tmp_path.rglob("*"))
+    for command in (("train", path), ("train", path, "--dry-run")):
+        said = graftwerk(*command)
+        assert said.code == 5, said.err
+        assert "of weights" in said.err
+        (found,) = re.findall(r"per_device_train_batch_size=(\d+) training.gradient_accumulation_steps=(\d+)", said.err)
+        assert int(found[0]) * int(found[1]) == 16 > int(found[0])
+        assert "training.check_memory=false" in said.err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert train(RunConfig.load(path), quiet=True, check_memory=False).manifest["status"] == "finished"

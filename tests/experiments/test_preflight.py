@@ -11,14 +11,12 @@ import torch
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError, UnsupportedError
 from graftwerk.experiments.preflight import count_parameters, preflight
-from graftwerk.experiments.rough_cost import rough_cost
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.modeling.attach import attach
 from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Splits
 from graftwerk.tasks.classification import Classification
 from tests.cli.commands import run_file
-from tests.families import ALL, Family
 
 SPLITS = Splits([], [], [], ("a", "b", "c"), "x")
 VARIANTS: list[Any] = [
@@ -121,34 +119,16 @@ def test_preflight_counts_augmented_rows_in_steps(tiny_encoder: Path, glosses: P
     assert (plain["steps"], plain["data"]["augmented_at_most"]) == (25, None)
 
 
-def test_preflight_rough_cost_grows_with_steps_and_trained_parameters(
+def test_preflight_plan_grows_with_steps_rows_and_trained_parameters(
     tmp_path: Path, tiny_encoder: Path, glosses: Path
 ) -> None:
-    def cost(method: str = "lora", **training: Any) -> dict[str, float]:
+    def planned(method: str = "lora", **training: Any) -> tuple[float, int]:
         path = run_file(tmp_path, tiny_encoder, glosses, method=method, training=training)
-        found: dict[str, float] = preflight(RunConfig.load(path))["rough_cost"]
-        return found
+        plan = preflight(RunConfig.load(path))["plan"]
+        return plan["time"]["training_seconds"], plan["memory"]["least_peak_bytes"]
 
-    once, often = cost(num_train_epochs=1), cost(num_train_epochs=10)
-    assert 8 < often["seconds"] / once["seconds"] < 12
-    assert once["memory_bytes"] == often["memory_bytes"] > 4e8
-    assert cost("full", num_train_epochs=10)["seconds"] >= often["seconds"]
-    wide = cost(per_device_train_batch_size=160, num_train_epochs=10)
-    assert wide["memory_bytes"] > once["memory_bytes"]
-
-
-@pytest.mark.parametrize("family", ALL.values(), ids=lambda family: family.name)
-def test_rough_cost_is_known_for_every_family(
-    family: Family, tmp_path: Path, tiny_encoder: Path, glosses: Path
-) -> None:
-    config = RunConfig.load(run_file(tmp_path, tiny_encoder, glosses))
-    lengths = {"train": {"tokens": 1000, "p95": 20}, "validation": {"tokens": 100}}
-    plan = {
-        "data": {"rows": {"train": 100, "validation": 10}, "lengths": lengths},
-        "parameters": {"total": 20_000, "trained": 100},
-        "trunk": {"on": False, "layers": None, "layers_skipped": 0, "bytes": 0},
-        "steps": 10, "steps_per_epoch": 5, "rows_per_step": 20,
-    }  # fmt: skip
-    found = rough_cost(config, family.build(), plan)
-    assert 0.3 <= found["seconds"] < 60
-    assert 4e8 <= found["memory_bytes"] < 5e8
+    once, often = planned(num_train_epochs=1), planned(num_train_epochs=10)
+    assert 8 < often[0] / once[0] < 12
+    assert once[1] == often[1]
+    assert planned("full")[1] > once[1]
+    assert planned(per_device_train_batch_size=160)[1] > 2 * once[1]

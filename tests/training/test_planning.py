@@ -39,7 +39,9 @@ def traced(config: RunConfig, folder: Path) -> step_trace.StepTrace:
     architecture = load_config(config.model)
     for key, value in prepared.task.model_kwargs(prepared.splits).items():
         setattr(architecture, key, value)
-    return step_trace.trace_step(config, prepared, architecture, torch.float32, folder / "none")
+    return step_trace.trace_step(
+        config, prepared, architecture, folder / "none", dtype=torch.float32, weights_dtype=torch.float32
+    )
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def show_plan(
                 "parameters": parameters,
                 "steps": checked["steps"],
                 "augmented_at_most": checked["data"]["augmented_at_most"],
-                "rough_cost": checked["rough_cost"],
+                "plan": checked["plan"],
             }
         )
         shown.add_row(
@@ -165,8 +165,12 @@ def show_plan(
     rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
     each = checked["rows_per_step"]
     out.line(f"\n{planned_runs(given, axes, numbers)}, {steps:,} steps of {each} rows; rows: {rows}{note}")
-    seconds = len(numbers) * sum(one["rough_cost"]["seconds"] for one in planned)
-    out.line(describe_cost(seconds, max(one["rough_cost"]["memory_bytes"] for one in planned)))
+    plans = [one["plan"] for one in planned]
+    if unknown := next((plan for plan in plans if "why_not" in plan), None):
+        out.line(describe_cost(unknown))
+    else:
+        seconds = len(numbers) * sum(plan["time"]["training_seconds"] for plan in plans)
+        out.line(describe_cost(max(plans, key=lambda plan: plan["memory"]["train_peak_bytes"]), seconds))
     for text in settings_not_used(given, tree_of(config).get("method")):
         out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:

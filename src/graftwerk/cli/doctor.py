@@ -80,11 +80,20 @@ def describe_trunk(trunk: dict[str, Any]) -> str:
     )
 
 
-def describe_cost(seconds: float, memory_bytes: float) -> str:
-    """Return the rough time and memory of a training, and that they are rough."""
+def describe_cost(plan: dict[str, Any], seconds: float | None = None) -> str:
+    """Return the planned time and memory of a training, or why they are not known.
+
+    Args:
+        plan: The plan, as `preflight` returns it.
+        seconds: Time of several trainings, in place of that of one.
+    """
+    if why := plan.get("why_not"):
+        return f"not known: {why}"
+    memory, time, free = plan["memory"], plan["time"], plan["available_bytes"]
+    there = "" if free is None else f" ({byte_size(free)} available)"
     return (
-        f"about {duration(seconds)} and {byte_size(memory_bytes)} of memory: a rough figure, from counts and a short "
-        "probe of this machine; it may be off by a factor of two or more"
+        f"about {duration(time['training_seconds'] if seconds is None else seconds)}, "
+        f"{byte_size(memory['train_peak_bytes'])} of memory{there}, an adapter of {byte_size(plan['adapter_bytes'])}"
     )
 
 
@@ -105,7 +114,7 @@ def show_preflight(out: Output, checked: dict[str, Any]) -> None:
         + with_augmented(data["augmented_at_most"])
     )
     out.line(f"trunk   {describe_trunk(checked['trunk'])}")
-    out.line(f"cost    {describe_cost(**checked['rough_cost'])}")
+    out.line(f"cost    {describe_cost(checked['plan'])}")
     place = checked["output_dir"]
     out.line(
         f"output  {place['path']}"

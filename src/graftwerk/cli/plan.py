@@ -46,9 +46,13 @@ def register(app: typer.Typer) -> None:
             shown.add_row(key.removesuffix("_bytes").replace("_", " "), byte_size(value))
         out.show(shown)
         out.line(f"adapter  {byte_size(found['adapter_bytes'])}")
-        out.line(f"time     {duration(time['step_seconds'])} a step, {duration(time['epoch_seconds'])} an epoch")
-        traced = found["traced"]
-        out.line(f"         for {traced['rows']} rows of {traced['tokens']} tokens, the longest there are")
+        each, whole = duration(time["step_seconds"]), duration(time["training_seconds"])
+        out.line(f"time     {each} a step, {duration(time['epoch_seconds'])} an epoch, {whole} in all")
+        traced, processes = found["traced"], found["processes"]
+        several = f", in each of {processes} processes" if processes > 1 else ""
+        out.line(
+            f"memory is that of {traced['rows']} rows of {traced['tokens']} tokens, the longest there are{several}"
+        )
         if found["fits"] is not None:
             said = "fits into" if found["fits"] else "does not fit into"
             out.line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.experiments.preflight import count_parameters
     from graftwerk.models.hardware import device_name, set_threads
     from graftwerk.models.load import load_config
-    from graftwerk.training.setup import max_length_of, prepare
+    from graftwerk.training.planning.memory_check import check_memory
+    from graftwerk.training.setup import max_length_of, prepare, with_initial_text
 
     configs = {name: RunConfig.build(dict(tree)) for name, tree in job["configs"].items()}
     first = next(iter(configs.values()))
@@ -59,6 +61,8 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         try:
             max_length_of(config, architecture, prepared.tokenizer)
             parameters[name] = count_parameters(config.method, prepared.task, architecture, prepared.splits)
+            own = replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
+            check_memory(config, own, None, lambda event: None)
         except GraftwerkError as error:
             error.where = f"method `{name}`" + (f": {error.where}" if error.where else "")
             raise

@@ -16,7 +16,6 @@ import numpy as np
 from graftwerk.config import RunConfig
 from graftwerk.devices import best_device
 from graftwerk.errors import GraftwerkError
-from graftwerk.experiments.rough_cost import rough_cost
 from graftwerk.methods.base import Method
 from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.methods.prefix_tuning import Prefix
@@ -24,14 +23,15 @@ from graftwerk.modeling.attach import attach
 from graftwerk.models.load import is_local, load_config, model_folder
 from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Example, Splits, Task
-from graftwerk.training.augmented import planned
+from graftwerk.training.augmented import planned as rows_planned
 from graftwerk.training.data_checks import first_batch
 from graftwerk.training.mode import base_dtype, check_checkpointing, check_compute_type
 from graftwerk.training.num_processes import check_processes
+from graftwerk.training.planning.memory_check import planned, refuse_unfit
+from graftwerk.training.planning.plan import Planner
 from graftwerk.training.run_dir import read_manifest
-from graftwerk.training.setup import Prepared, prepare
+from graftwerk.training.setup import Prepared
 from graftwerk.training.stream import EncodedStream
-from graftwerk.training.warm_start import warm_labels
 
 
 def preflight(config: RunConfig) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
         ``augmented_at_most``, the rows that augmentation would add, which count for ``steps`` too, or None without
         augmentation), ``findings``, ``first_batch`` (as the model sees it, of `training.data_checks`), ``parameters``
         (trained, head, total, share), ``steps``, ``trunk`` (`training.activation_cache.plan.Plan`), ``learning_rate``,
-        ``output_dir``, ``rough_cost`` (``seconds``, ``memory_bytes``).
+        ``output_dir``, ``plan`` (`training.planning.plan.Planner.plan`, or ``why_not``).
 
     Raises:
         ConfigError, DataError, ModelError, ResourceError: Training would raise it before its first step.
@@ -54,13 +54,14 @@ def preflight(config: RunConfig) -> dict[str, Any]:
 
     config = config.anchored()  # so that everything is called as training calls it
     check_processes(config)
-    prepared = prepare(config, lambda event: None, warm_labels(config.training.warm_start))
+    planner = Planner(config)
+    prepared = planner.prepared
     architecture = load_config(config.model, config.revision)
     splits = prepared.splits
     encoded = {name: examples for name, examples in prepared.examples.items() if examples}
     training = config.training
     rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    made = planned(prepared, config)
+    made = rows_planned(prepared, config)
     steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
     steps = training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch)
     device = best_device()
@@ -106,7 +107,10 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "holds_a_run": read_manifest(config.output_dir) is not None,
         },
     }
-    return {**said, "rough_cost": rough_cost(config, model, said)}
+    plan = planned(planner)
+    if "why_not" not in plan:
+        refuse_unfit(planner, plan)
+    return {**said, "plan": plan}
 
 
 def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -332,10 +332,12 @@ def _cost(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
         )
     if (seconds := number(cost, "training_seconds")) is not None:
         steps = number(cost, "steps")
-        shown.append(("Training", numbers.seconds(seconds), "" if steps is None else f"{steps:,.0f} steps"))
+        remark = "" if steps is None else f"{steps:,.0f} steps" + _planned(cost, "step_seconds", numbers.seconds)
+        shown.append(("Training", numbers.seconds(seconds), remark))
     if (peak := number(cost, "peak_memory_bytes")) is not None:
         together = number(cost, "processes") or 1
         remark = "while training" + (f", {together:,.0f} processes together" if together > 1 else "")
+        remark += _planned(cost, "peak_memory_bytes", numbers.byte_size, measured=False)
         shown.append(("Peak memory", numbers.byte_size(peak), remark))
     if size is not None:
         shown.append(("Adapter", numbers.byte_size(size), "on disk"))
@@ -352,6 +354,13 @@ def _cost(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
     ]
     note = page.paragraph(f"Not measured: {numbers.listed(missing)}.", class_="missing") if missing else None
     return page.section("What it cost", page.big_figures(shown), note)
+
+
+def _planned(cost: Mapping[str, Any], key: str, text: Callable[[float | None], str], *, measured: bool = True) -> str:
+    """Return what was planned for a cost, behind what was measured, or "" if nothing was planned."""
+    if (planned := number(cost, f"planned_{key}")) is None:
+        return ""
+    return f"; {text(number(cost, key))} each, planned {text(planned)}" if measured else f"; planned {text(planned)}"
 
 
 def _setting(manifest: Mapping[str, Any]) -> Markup:

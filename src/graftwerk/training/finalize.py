@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,9 +50,8 @@ def finish(
     settings: RunConfig,
     folder: RunDir,
     manifest: dict[str, Any],
+    cost: Mapping[str, Any],
     *,
-    peak: int | None,
-    first_step: float | None,
     trial: bool = False,
 ) -> None:
     """Load the best state, evaluate it, save it, report it. All processes take part; one writes.
@@ -62,8 +62,9 @@ def finish(
         settings: Settings of the run.
         folder: The run folder.
         manifest: Manifest of the start; filled in place. It has the costs of a trial that is resumed.
-        peak: Peak memory of training in bytes, above the memory held before the model was loaded, or None.
-        first_step: Seconds to the end of the first step, or None if no step was done.
+        cost: ``peak_memory_bytes`` of training, above the memory held before the model was loaded, and
+            ``first_step_seconds``, the seconds to the end of the first step, each None if not known; and what was
+            planned (`planning.memory_check.planned_cost`).
         trial: Leave the test rows alone; the run has the status `TRIAL` until it is resumed.
 
     Raises:
@@ -126,8 +127,12 @@ def finish(
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
-        "peak_memory_bytes": max(filter(None, (peak, before.get("peak_memory_bytes"))), default=None),
-        "first_step_seconds": before.get("first_step_seconds") if first_step is None else first_step,
+        "step_seconds": trainer.clock.mean_step_seconds,
+        **cost,
+        "peak_memory_bytes": max(
+            filter(None, (cost["peak_memory_bytes"], before.get("peak_memory_bytes"))), default=None
+        ),
+        "first_step_seconds": cost["first_step_seconds"] or before.get("first_step_seconds"),
         "processes": trainer.distributed.world_size,
     }
     if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graftwerk.display import Display
-from graftwerk.formatting import count, duration, number, share
+from graftwerk.formatting import byte_size, count, duration, number, seconds, share
 from graftwerk.sanitize import printable
 from graftwerk.training.batch_display import show_batch
 from graftwerk.training.events import Event
@@ -43,6 +43,8 @@ class Progress(Display):
                 self.line(describe_trouble(event))
             case "finish":
                 self.close_bar()
+                if text := describe_planned(values["cost"]):
+                    self._note(text)
 
     def _note(self, text: str) -> None:
         if not self.quiet:
@@ -68,6 +70,16 @@ def describe_trouble(event: Event) -> str:
     hint = f"\n  hint: {printable(values['hint'])}" if values.get("hint") else ""
     example = f"\n  for instance: {printable(values['example'])}" if values.get("example") else ""
     return f"{where}{event.kind.replace('_', ' ')}: {text}{example}{hint}"
+
+
+def describe_planned(cost: dict[str, Any]) -> str:
+    """Return a line on what a run took beside what was planned, or "" if it was not planned or not measured."""
+    shown = [
+        f"{name} {text(cost[key])} (planned {text(cost[f'planned_{key}'])})"
+        for name, key, text in (("memory", "peak_memory_bytes", byte_size), ("a step", "step_seconds", seconds))
+        if cost.get(key) is not None and f"planned_{key}" in cost
+    ]
+    return ", ".join(shown)
 
 
 def describe_start(values: dict[str, Any]) -> str:

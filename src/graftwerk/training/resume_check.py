@@ -14,6 +14,7 @@ FREE = (
     "config.output_dir",
     "config.data.allow",
     "config.evaluation.",
+    "config.training.check_memory",
     "config.training.logging_steps",
     "config.training.report_to",
     "config.training.save_total_limit",

@@ -135,6 +135,7 @@ class RunDriver:
         from graftwerk.training.manifest import compute_of, data_identity, environment, opening, run_plan
         from graftwerk.training.mode import base_dtype, check_compute_type
         from graftwerk.training.multitask_sampling import sampler_of
+        from graftwerk.training.planning.memory_check import check_memory, planned_cost
         from graftwerk.training.setup import load_base_and_attach, prepare
         from graftwerk.training.trainer import Trainer
         from graftwerk.training.warm_start import warm_labels, warm_start
@@ -165,6 +166,8 @@ class RunDriver:
         prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
         self._same_run(snapshot, identity, "data")
+        sharing = self.processes.world_size if self.processes.shares_rows else 1
+        plan = check_memory(settings, prepared, sharing, bus) if self.processes.is_main else None
         bus(Event("phase", 0, name="loading the model"))
         baseline = resident(self.processes.device)
         adapter, identity["base"] = load_base_and_attach(settings, prepared, weights)
@@ -218,10 +221,9 @@ class RunDriver:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
-                finish(
-                    trainer, prepared, settings, self.folder, self.manifest,
-                    peak=held, first_step=first, trial=self.trial,
-                )  # fmt: skip
+                planned = planned_cost(plan, settings, prepared, sharing, trainer) if self.processes.is_main else {}
+                cost = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
+                finish(trainer, prepared, settings, self.folder, self.manifest, cost, trial=self.trial)
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:

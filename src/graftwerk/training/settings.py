@@ -111,6 +111,11 @@ class TrainingSettings(Settings):
     compute_type: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: the type that is fast on this hardware, found by a short probe"
     )
+    check_memory: bool = Field(
+        default=True,
+        description="refuse, before the model is loaded, a run that cannot fit into the memory that is available; "
+        "false: train all the same",
+    )
     warm_start: str | None = Field(
         default=None,
         description="a run, checkpoint or adapter folder of the same method whose weights training starts from",

@@ -15,12 +15,14 @@ class Clock:
         step_seconds: Running mean of the seconds of a step; 0 until two steps are done, since the first one does much
             that is done once.
         evaluation_seconds: Seconds of the last evaluation, 0 before there was one.
+        mean_step_seconds: Mean of the seconds of a step of this process, without the first; None until two are done.
         first_step_at: Value of `time.monotonic()` after the first step of this process; None before.
     """
 
     def __init__(self) -> None:
         self.step_seconds = self.evaluation_seconds = 0.0
         self._carried = self._told = 0.0
+        self.mean_step_seconds: float | None = None
         self._steps = 0
         self._started = self._last = time.monotonic()
         self.first_step_at: float | None = None
@@ -45,6 +47,8 @@ class Clock:
         took, self._last = now - self._last, now
         if self._steps:
             self.step_seconds += max(0.1, 1 / self._steps) * (took - self.step_seconds)
+            before = self.mean_step_seconds or 0.0
+            self.mean_step_seconds = before + (took - before) / self._steps
         self._steps += 1
 
     def pause(self) -> float:

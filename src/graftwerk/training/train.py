@@ -70,7 +70,7 @@ def train(
         0.87
     """
     started_at = time.monotonic()
-    settings = _read_config(config, overrides)
+    settings = RunConfig.of(config, overrides)
     display = None if quiet or listener is not None else Progress()
     with display or nullcontext():
         return run_training(
@@ -126,11 +126,3 @@ def run_training(
 
     run_forked(job, num_processes, checkpoints.recoverable)
     return Run(folder.path)
-
-
-def _read_config(config: RunConfig | str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
-    if isinstance(config, RunConfig):
-        return RunConfig.build(config.model_dump(mode="json"), overrides) if overrides else config
-    if isinstance(config, Mapping):
-        return RunConfig.build(config, overrides)
-    return RunConfig.load(config, overrides)

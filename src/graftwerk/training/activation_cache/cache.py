@@ -156,7 +156,7 @@ class ActivationCache:
             raise UnsupportedError(f"its layers are {states.shape[-1]} wide, and its configuration says {cut.width}")
         self._served_dtype = states.dtype
         with autocast(adapter.model, self.dtype):
-            drops = draws_at_random(adapter.model, cut, self._modules, call)
+            drops = self._draws(call)
         if drops and self.settings.trunk_cache == "auto":
             raise UnsupportedError(
                 "these layers have dropout, which a cache would turn off; trunk_cache: true keeps them all the same"
@@ -170,6 +170,10 @@ class ActivationCache:
                 self._on_device = on_device(self._states, self.processes.device)
                 self._facts["on_device"] = self._on_device is not None
                 self._verify(slots, step)
+
+    def _draws(self, call: Callable[[], Any]) -> bool:
+        """Return True if the frozen layers have dropout."""
+        return draws_at_random(self.adapter.model, self.plan.cut, self._modules, call)  # type: ignore[arg-type]
 
     # -- computing the states --------------------------------------------------------------------------------------
 
@@ -248,7 +252,8 @@ class ActivationCache:
                             if self.stop_requested():
                                 sink.abandon()
                                 return None
-                            self.emit(Event("phase", step, name=self._progress(done, len(slots.rows))))
+                            name = f"computing the frozen layers once: {done:,} of {len(slots.rows):,} rows"
+                            self.emit(Event("phase", step, name=name))
                     except (MemoryError, RuntimeError) as error:
                         if not is_out_of_memory(error) or rows == 1:
                             raise
@@ -268,9 +273,6 @@ class ActivationCache:
         return [
             states[row, : example.length].to(cache_dtype(self.settings)).cpu() for row, example in enumerate(examples)
         ]
-
-    def _progress(self, done: int, total: int) -> str:
-        return f"computing the frozen layers once: {done:,} of {total:,} rows"
 
     def _memory_limit(self) -> float:
         if self.settings.trunk_cache_gb is not None:

@@ -15,7 +15,11 @@ from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
+from graftwerk.training.planning.step_trace import StepTrace
+
 MIB = 1 << 20
+STEPS = 8
+"""Steps that are replayed: gaps between blocks grow with the first ones."""
 ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
 
 _REPLAY = """
@@ -47,11 +51,49 @@ print(max(most - start, 0))
 """
 
 
+def repeated(trace: StepTrace, evaluates: bool) -> array[int]:
+    """Return the allocations of a run of `STEPS` equal steps, after which it evaluates.
+
+    Args:
+        trace: A step. The model as it is loaded takes no bytes here: it is mapped from its file.
+        evaluates: The run has validation rows.
+
+    Returns:
+        A size in bytes, or minus the number (from 1) of the allocation that is freed.
+    """
+    series, made, first = array("q"), 0, trace.events[: trace.setup]
+    for event in first:
+        made += event >= 0
+        if event >= 0 or -event > trace.loaded:
+            series.append(0 if event >= 0 and made <= trace.loaded else event)
+    before, total = made, made
+    for _ in range(STEPS):
+        made = before
+        left: dict[int, int] = {}
+        for event in trace.events[trace.setup :]:
+            if event >= 0:
+                made, total = made + 1, total + 1
+                left[made] = total
+                series.append(event)
+            elif -event > before:
+                series.append(-left.pop(-event))
+        series.extend(-number for number in left.values())  # gradients, which end with the next step
+    here: dict[int, int] = {}
+    for event in trace.evaluation if evaluates else ():
+        if event >= 0:
+            made, total = made + 1, total + 1
+            here[made] = total
+            series.append(event)
+        elif -event in here:
+            series.append(-here[-event])
+    return series
+
+
 def held_by_libc(events: array[int]) -> int | None:
     """Return the most bytes that the C library's allocator holds, or None if it does not say (it is not glibc 2.33 on).
 
     Args:
-        events: Allocations as `step_trace.StepTrace.events`.
+        events: Allocations as `repeated` returns them.
     """
     if sys.platform != "linux":
         return None
@@ -102,7 +144,7 @@ def held_by_cuda(events: array[int]) -> int:
     """Return the most bytes that torch's caching allocator reserves on a CUDA device.
 
     Args:
-        events: Allocations as `step_trace.StepTrace.events`.
+        events: Allocations as `repeated` returns them.
 
     Example:
         >>> held_by_cuda(array("q", [100, 600, -1, 400, 30 << 20])) >> 20  # a small segment and one of 30 MiB

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import tempfile
-from array import array
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ import torch
 from graftwerk.config import RunConfig
 from graftwerk.devices import best_device
 from graftwerk.machine import available
-from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc
-from graftwerk.training.planning.step_trace import StepTrace, trace_step
+from graftwerk.training.batch_sampler import BatchSampler, micro_batches
+from graftwerk.training.checkpoint import Checkpoints
+from graftwerk.training.mode import base_dtype
+from graftwerk.training.num_processes import resolve_num_processes
+from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.step_trace import trace_step
+from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
@@ -30,35 +36,43 @@ PROCESS_BYTES = 100_000_000
 """Memory of a training beside its tensors: loggers, kernels' scratch, gaps between blocks (70 to 150 MB measured)."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
-DEPTHS = (2, 4)
-"""Depths at which deeper models are traced."""
+DEPTHS = (2, 3)
+"""Depths at which deeper models are traced, above the number of chosen top layers."""
 EFFICIENCY = 0.35
 """Share of the speed of a square matrix product that the products of a step reach (MiniLM and SmolLM2 on two cores)."""
 CALL_SECONDS = 20e-6
 """Of each operation, whatever its size."""
+SAMPLED = 200
+"""Steps of the first epoch whose lengths stand for all."""
+_TOP = re.compile(r"top-(\d+)")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a run.
+    """Bytes of a run, of all its processes together.
 
     Attributes:
-        train_peak_bytes: Peak of training.
+        train_peak_bytes: Peak of training, with the evaluations on the way.
         eval_peak_bytes: Peak of evaluation.
+        least_peak_bytes: Bytes that training cannot do without: the tensors alone, of one row if memory errors halve
+            the batch (accelerators).
         weights_bytes: The model as it is loaded.
         trained_bytes: Trained parameters.
         gradients_bytes: Their gradients.
         optimizer_bytes: The optimizer's state.
+        cached_bytes: Hidden states of frozen layers that are computed once.
         activations_bytes: What the forward pass keeps for the backward pass.
         workspace_bytes: The rest of the peak: the loss, temporary tensors, the allocator, the process.
     """
 
     train_peak_bytes: int
     eval_peak_bytes: int
+    least_peak_bytes: int
     weights_bytes: int
     trained_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    cached_bytes: int
     activations_bytes: int
     workspace_bytes: int
 
@@ -68,6 +82,8 @@ class Planner:
 
     Args:
         config: Settings of the run.
+        prepared: Its rows, if they are read already.
+        num_processes: Processes that train together; None finds the number as training does.
 
     Raises:
         ConfigError, DataError, ModelError, ResourceError: Training would raise it while it prepares.
@@ -79,45 +95,48 @@ class Planner:
         425413632
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, prepared: Prepared | None = None, num_processes: int | None = None) -> None:
         from graftwerk.models.load import load_config
 
-        self.config = config.anchored()
-        self.prepared = prepare(self.config, lambda event: None, warm_labels(self.config.training.warm_start))
+        self.config, self.device = config.anchored(), best_device()
+        self._known: dict[str, dict[str, float]] = {}
+        self.num_processes = num_processes or _num_processes(self.config)  # before anything is computed here
+        self.prepared = prepared or prepare(
+            self.config, lambda event: None, warm_labels(self.config.training.warm_start)
+        )
         self.architecture = load_config(self.config.model, self.config.revision)
-        self.device = best_device()
         for key, value in self.prepared.task.model_kwargs(self.prepared.splits).items():
             setattr(self.architecture, key, value)
 
-    def plan(self, config: RunConfig | None = None) -> dict[str, Any]:
+    def plan(self, config: RunConfig | None = None, *, largest_batch: bool = True) -> dict[str, Any]:
         """Return the plan of the run, or of the same run with other settings of its method or training.
 
         Args:
             config: The other settings; model, task and data are those of the planner.
+            largest_batch: Look for the largest batch too, which takes as long again.
 
         Returns:
-            ``memory`` (`Memory`), ``time`` (``step_seconds``, ``epoch_seconds``), ``adapter_bytes``,
-            ``available_bytes`` (None if the machine does not say), ``fits`` and ``largest_batch`` (None as well), and
-            ``traced`` (``rows`` of a micro-batch and ``tokens`` of its longest row).
+            ``memory`` (`Memory`), ``time`` (``step_seconds`` of a mean step, ``epoch_seconds``, ``training_seconds``
+            with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if the machine does not say), ``fits``
+            and ``largest_batch`` (None as well), ``processes``, and ``traced`` (``rows`` of a micro-batch and
+            ``tokens`` of its longest row).
 
         Raises:
             ConfigError, UnsupportedError: The method does not suit the model.
         """
         config = self.config if config is None else config.anchored()
-        found = self._measured(config)
-        training, free = config.training, self._available()
-        memory = self._memory(found)
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        steps = math.ceil(len(self.prepared.examples["train"]) / rows)
-        step_seconds = self._step_seconds(found, config)
+        found, free = self._measured(config), self.available()
+        memory = self._memory(found, config)
+        largest = None if free is None or not largest_batch else self._largest_batch(config, found, memory, free)
         return {
             "memory": asdict(memory),
-            "time": {"step_seconds": step_seconds, "epoch_seconds": step_seconds * steps},
-            "adapter_bytes": found["trained"],
+            "time": self._time(found, config),
+            "adapter_bytes": round(found["trained"]),
             "available_bytes": free,
             "fits": None if free is None else memory.train_peak_bytes <= free,
-            "largest_batch": None if free is None else self._largest_batch(config, found, free),
-            "traced": {"rows": training.per_device_train_batch_size, "tokens": self._longest()},
+            "largest_batch": largest,
+            "processes": self.num_processes,
+            "traced": {"rows": self._micro_batch(config), "tokens": self._longest()},
         }
 
     def fit(self, limit: int) -> dict[str, Any] | None:
@@ -133,105 +152,196 @@ class Planner:
         rows = training.per_device_train_batch_size
         sizes = [rows >> halvings for halvings in range(rows.bit_length()) if rows % (1 << halvings) == 0]
         for recompute in dict.fromkeys((training.gradient_checkpointing, True)):
+            most, least = (self._peak(self._changed(size, recompute)[0]) for size in (sizes[0], sizes[-1]))
             for size in sizes:
-                changes: dict[str, Any] = {}
-                if size != rows:
-                    steps = training.gradient_accumulation_steps * rows // size
-                    changes |= {"training.per_device_train_batch_size": size}
-                    changes |= {"training.gradient_accumulation_steps": steps}
-                if recompute != training.gradient_checkpointing:
-                    changes |= {"training.gradient_checkpointing": recompute}
-                config = RunConfig.build(self.config.model_dump(mode="json"), changes) if changes else self.config
-                if self._memory(self._measured(config)).train_peak_bytes <= limit:
+                slope = (most - least) / max(rows - sizes[-1], 1)
+                if least + slope * (size - sizes[-1]) > 1.05 * limit:
+                    continue  # by far too much: not worth a trace
+                config, changes = self._changed(size, recompute)
+                if self._peak(config) <= limit:
                     return {
                         "overrides": [f"{key}={_text(value)}" for key, value in changes.items()],
                         "plan": self.plan(config),
                     }
         return None
 
-    def _measured(self, config: RunConfig) -> dict[str, int]:
-        """Return the figures of a trace, carried on to the depth of the model."""
-        depth = int(self.architecture.num_hidden_layers)
-        if depth <= WHOLE or _chooses_layers(config):
-            return self._figures(config, self.architecture)
-        low, high = (self._figures(config, _cut(self.architecture, layers)) for layers in DEPTHS)
-        factor = (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-        carried = {key: round(low[key] + factor * (high[key] - low[key])) for key in low}
-        # Gaps between blocks are no sum over layers: they keep their share.
-        return {**carried, "held": round(carried["alive"] * high["held"] / max(high["alive"], 1))}
+    def _changed(self, rows: int, recompute: bool) -> tuple[RunConfig, dict[str, Any]]:
+        """Return the run with steps cut into micro-batches of so many rows, and what that changes in the settings."""
+        training, changes = self.config.training, dict[str, Any]()
+        if rows != training.per_device_train_batch_size:
+            steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
+            changes["training.per_device_train_batch_size"] = rows
+            changes["training.gradient_accumulation_steps"] = steps
+        if recompute != training.gradient_checkpointing:
+            changes["training.gradient_checkpointing"] = recompute
+        return RunConfig.build(self.config.model_dump(mode="json"), changes) if changes else self.config, changes
 
-    def _figures(self, config: RunConfig, architecture: Any) -> dict[str, int]:
+    def _peak(self, config: RunConfig) -> int:
+        return self._memory(self._measured(config), config).train_peak_bytes
+
+    def _measured(self, config: RunConfig) -> dict[str, float]:
+        """Return the figures of a trace, carried on to the depth of the model; each run is traced once."""
+        key = config.model_dump_json()
+        if key not in self._known:
+            self._known[key] = self._carried(config)
+        return self._known[key]
+
+    def _carried(self, config: RunConfig) -> dict[str, float]:
+        depth, chosen = int(self.architecture.num_hidden_layers), getattr(config.method, "layers", None)
+        top = _TOP.fullmatch(chosen) if isinstance(chosen, str) else None
+        low, high = (layers + (int(top[1]) if top else 0) for layers in DEPTHS)
+        if depth <= max(WHOLE, high) or (chosen is not None and top is None):
+            return self._figures(config, self.architecture)
+        lower, higher = (self._figures(config, _cut(self.architecture, layers)) for layers in (low, high))
+        factor = (depth - low) / (high - low)
+        carried = {key: lower[key] + factor * (higher[key] - lower[key]) for key in lower}
+        # Gaps between blocks are no sum over layers: they keep their share. Nor do sums of rows depend on depth.
+        return {**carried, "held": carried["alive"] * higher["held"] / max(higher["alive"], 1)}
+
+    def _figures(self, config: RunConfig, architecture: Any) -> dict[str, float]:
+        from graftwerk.models.hardware import compute_type
+
         prepared = self.prepared if config.method == self.config.method else _with_method(self.prepared, config)
+        compute = compute_type(config.compute_type, self.device)
+        own = RunConfig.build(
+            config.model_dump(mode="json"), {"training.per_device_train_batch_size": self._micro_batch(config)}
+        )
         with tempfile.TemporaryDirectory() as folder:
             trace = trace_step(
-                config, prepared, copy.deepcopy(architecture), self._dtype(config), Path(folder) / "none"
+                own,
+                prepared,
+                copy.deepcopy(architecture),
+                Path(folder) / "none",
+                dtype=compute,
+                weights_dtype=base_dtype(config, compute, self.device),
             )
-        figures = {
-            name: getattr(trace, name)
-            for name in ("weights", "trained", "optimizer", "gradients", "kept", "operations", "calls")
-        }
-        events = _without_model(trace)
+        evaluates = bool(self.prepared.examples["validation"])
+        events = repeated(trace, evaluates)
         held = held_by_cuda(events) if self.device.type == "cuda" else held_by_libc(events) or 0
-        figures |= {"alive": trace.step_peak, "held": max(held, trace.step_peak), "evaluation": trace.evaluation_peak}
-        return figures
+        evaluation = trace.evaluation_peak if evaluates else 0
+        alive = max(trace.step_peak, evaluation)
+        parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
+        return {**parts, "alive": alive, "held": max(held, alive), "evaluation": trace.evaluation_peak}
 
-    def _memory(self, found: dict[str, int]) -> Memory:
+    def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process = 0 if self.device.type == "cuda" else PROCESS_BYTES
-        peak = found["weights"] + found["held"] + process
-        parts = sum(found[part] for part in ("weights", "trained", "gradients", "optimizer", "kept"))
+        each = self.num_processes
+        peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
+        if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
+            per_row = found["kept"] / self._micro_batch(config)
+            least -= per_row * (self._micro_batch(config) - 1)
+        names = ("weights", "trained", "gradients", "optimizer", "cached", "kept")
+        parts = {name: round(each * found[name]) for name in names}
         return Memory(
-            train_peak_bytes=peak,
-            eval_peak_bytes=found["weights"] + found["evaluation"] + process,
-            weights_bytes=found["weights"],
-            trained_bytes=found["trained"],
-            gradients_bytes=found["gradients"],
-            optimizer_bytes=found["optimizer"],
-            activations_bytes=found["kept"],
-            workspace_bytes=max(0, peak - parts),
+            train_peak_bytes=round(each * peak),
+            eval_peak_bytes=round(each * (found["weights"] + found["evaluation"] + process)),
+            least_peak_bytes=round(each * least),
+            weights_bytes=parts["weights"],
+            trained_bytes=parts["trained"],
+            gradients_bytes=parts["gradients"],
+            optimizer_bytes=parts["optimizer"],
+            cached_bytes=parts["cached"],
+            activations_bytes=parts["kept"],
+            workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
 
-    def _largest_batch(self, config: RunConfig, found: dict[str, int], free: int) -> int:
+    def _largest_batch(self, config: RunConfig, found: Mapping[str, float], memory: Memory, free: int) -> int:
         """Return the most rows of a micro-batch that fit: what is alive grows by the same bytes with each row."""
         rows = config.training.per_device_train_batch_size
         other = rows // 2 or 2
         tree = config.model_dump(mode="json")
         less = self._measured(RunConfig.build(tree, {"training.per_device_train_batch_size": other}))
-        per_row = max(1.0, (found["alive"] - less["alive"]) / (rows - other) * found["held"] / max(found["alive"], 1))
-        return max(0, int(rows + (free - self._memory(found).train_peak_bytes) / per_row))
+        per_row = (found["alive"] - less["alive"]) / (rows - other) * found["held"] / max(found["alive"], 1)
+        left = free - memory.train_peak_bytes
+        return max(0, int(rows + left / max(1.0, per_row * self.num_processes)))
 
-    def _step_seconds(self, found: dict[str, int], config: RunConfig) -> float:
-        from graftwerk.models.hardware import SIDE, probe
+    def _time(self, found: Mapping[str, float], config: RunConfig) -> dict[str, float]:
+        """Return the seconds of a mean step, of an epoch, and of the training with its evaluations."""
+        training, train = config.training, self.prepared.examples["train"]
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        sampler = BatchSampler(train, rows, seed=training.seed, group=training.length_group)
+        sampled = min(sampler.steps_per_epoch, SAMPLED)
+        micro = self._micro_batch(config)
+        if training.per_device_train_tokens is not None:
+            micro *= training.gradient_accumulation_steps
+        tokens = squares = batches = 0
+        for step in range(sampled):
+            chosen = sampler(step)
+            for piece in micro_batches(
+                chosen, sampler.lengths, micro, tokens=training.per_device_train_tokens, processes=self.num_processes
+            ):
+                width = max((sampler.lengths[row] for row in piece), default=0)
+                tokens += len(piece) * width
+                squares += len(piece) * width**2
+                batches += 1
+        speed, call_seconds = self._speed(config), CALL_SECONDS
+        linear = (found["operations"] - found["attention"]) / found["tokens"] * tokens
+        square = found["attention"] / found["squares"] * squares
+        calls = found["calls"] / found["micro_batches"] * batches
+        step_seconds = ((linear + square) / speed + calls * call_seconds) / sampled
+        steps = training.max_steps or math.ceil(training.num_train_epochs * sampler.steps_per_epoch)
+        held_out = sum(example.length for example in self.prepared.examples["validation"])
+        evaluations = steps / (training.eval_steps or sampler.steps_per_epoch)
+        evaluated = found["evaluated"] * held_out / speed
+        return {
+            "step_seconds": step_seconds,
+            "epoch_seconds": step_seconds * sampler.steps_per_epoch,
+            "training_seconds": step_seconds * steps + evaluated * max(1.0, evaluations),
+        }
+
+    def _speed(self, config: RunConfig) -> float:
+        """Return the floating-point operations that a step does in a second."""
+        from graftwerk.models.hardware import SIDE, compute_type, probe
 
         kind = self.device.type
-        name = str(self._dtype(config)).removeprefix("torch.")
-        speed = EFFICIENCY * 2 * SIDE.get(kind, 1024) ** 3 / probe(kind)[name]
-        return found["operations"] / speed + found["calls"] * CALL_SECONDS
+        name = str(compute_type(config.compute_type, self.device)).removeprefix("torch.")
+        return EFFICIENCY * 2 * SIDE.get(kind, 1024) ** 3 / probe(kind)[name]
 
-    def _dtype(self, config: RunConfig) -> torch.dtype:
-        from graftwerk.models.hardware import compute_type
+    def _micro_batch(self, config: RunConfig) -> int:
+        return math.ceil(config.training.per_device_train_batch_size / self.num_processes)
 
-        return compute_type(config.compute_type, self.device)
-
-    def _available(self) -> int | None:
+    def available(self) -> int | None:
+        """Return the bytes of memory there are for a run, or None if the machine does not say."""
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
             return int(free)
         return available()
 
     def _longest(self) -> int:
-        return max(example.length for example in self.prepared.examples["train"])
+        return BatchSampler(self.prepared.examples["train"], 1, seed=0, group=False).longest
 
 
-def _without_model(trace: StepTrace) -> array[int]:
-    """Return the allocations of a trace without those of the model as it is loaded, which is mapped from its file."""
-    made, kept = 0, array("q")
-    for event in trace.events:
-        made += event >= 0
-        if event >= 0:
-            kept.append(0 if made <= trace.loaded else event)
-        elif -event > trace.loaded:
-            kept.append(event)
-    return kept
+def plan(
+    config: RunConfig | str | Path | Mapping[str, Any], *, fit: int | None = None, **overrides: Any
+) -> dict[str, Any]:
+    """Plan a run: its memory, its time and the size of its adapter, before any weight is loaded.
+
+    Args:
+        config: A run file, its content as a mapping, or a `RunConfig`.
+        fit: Bytes that training may take at most; the plan then says under ``fit`` what to change (`Planner.fit`).
+        overrides: Settings by name, over those of the run file, as for `train`.
+
+    Returns:
+        The plan, as `Planner.plan` describes it.
+
+    Raises:
+        ConfigError, DataError, ModelError, ResourceError: Training would raise it before it loads the model.
+
+    Example:
+        >>> plan("run.yaml", method="lora")["memory"]["train_peak_bytes"]  # doctest: +SKIP
+        425413632
+    """
+    planner = Planner(RunConfig.of(config, overrides))
+    found = planner.plan()
+    return found if fit is None else {**found, "fit": planner.fit(fit)}
+
+
+def _num_processes(config: RunConfig) -> int:
+    """Return the number of processes that would train, which need not be possible here."""
+    asked = config.training.processes
+    if asked != "auto":
+        return asked
+    return resolve_num_processes(config, Checkpoints(RunDir(config.output_dir).checkpoints), False)
 
 
 def _cut(architecture: Any, layers: int) -> Any:
@@ -246,11 +356,6 @@ def _cut(architecture: Any, layers: int) -> Any:
         if isinstance(getattr(shallow, name, None), int):
             setattr(shallow, name, layers)
     return shallow
-
-
-def _chooses_layers(config: RunConfig) -> bool:
-    """Return True if a method is placed on some layers only, so that layers are not alike."""
-    return any(getattr(config.method, name, None) for name in ("layers", "last_layers", "layers_to_transform"))
 
 
 def _with_method(prepared: Prepared, config: RunConfig) -> Prepared:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,37 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from graftwerk.config import RunConfig
 from graftwerk.modeling.attach import attach
+from graftwerk.modeling.frozen_layers import reach
+from graftwerk.training.activation_cache.cache import ActivationCache
+from graftwerk.training.activation_cache.plan import cache_dtype
+from graftwerk.training.activation_cache.rows import Slots
 from graftwerk.training.distributed.single import SingleProcess
 from graftwerk.training.setup import Prepared
+
+TRACED = 2
+"""Micro-batches of a step that are traced; all further ones repeat the last."""
+_ATEN: Any = torch.ops.aten
+_LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
+"""Operations that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
+
+
+def _attention(*args: Any, out_val: Any, **_: Any) -> Any:
+    return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(*args: Any, out_val: Any, **_: Any) -> Any:
+    return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))  # type: ignore[no-untyped-call]
+
+
+_FORMULAS: dict[Any, Callable[..., Any]] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 @dataclass(frozen=True)
@@ -37,43 +63,68 @@ class StepTrace:
         trained: Trained parameters.
         optimizer: State of the optimizer.
         gradients: Gradients of the trained parameters.
+        cached: Hidden states of frozen layers in the activation cache.
         kept: What the forward pass of one micro-batch keeps for the backward pass, up to the model's output.
         step_peak: Most bytes alive at any moment of a step, without ``weights``.
         evaluation_peak: The same of an evaluation batch.
-        operations: Floating-point operations of a step.
-        moved: Bytes that the operations of a step write.
-        calls: Operations of a step that compute something.
+        operations: Floating-point operations of the traced micro-batches.
+        attention: Those of them that grow with the square of the length.
+        moved: Bytes that the operations of the traced micro-batches write.
+        calls: Their operations that compute something.
+        micro_batches: Number of traced micro-batches.
+        tokens: Tokens of the traced micro-batches, padding included.
+        squares: Sum of rows times squared length over the traced micro-batches.
+        evaluated: Operations of a token in evaluation.
+        setup: Number of the allocations and ends in ``events`` before the step: the model, the optimizer, the cache.
         loaded: Number of the allocations that are the model as it is loaded: those of ``events`` come first.
-        events: All allocations, of a step and an evaluation batch: a size in bytes, or minus the number (from 1) of the
+        events: All allocations of the set-up and a step: a size in bytes, or minus the number (from 1) of the
             allocation that is freed.
+        evaluation: Those of an evaluation batch, counted on.
     """
 
     weights: int
     trained: int
     optimizer: int
     gradients: int
+    cached: int
     kept: int
     step_peak: int
     evaluation_peak: int
     operations: int
+    attention: int
     moved: int
     calls: int
+    micro_batches: int
+    tokens: int
+    squares: int
+    evaluated: int
+    setup: int
     loaded: int
     events: array[int] = field(repr=False)
+    evaluation: array[int] = field(repr=False)
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of all storages that operations make while they live."""
+    """Count the bytes of all storages that operations make while they live, and the operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.alive, self.peak, self.moved, self.calls = 0, 0, 0, 0
+        self.alive, self.made = 0, 0
         self.events: array[int] = array("q")
-        self.made = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Count anew, from the bytes that are alive now."""
+        self.peak, self.moved, self.calls, self.operations, self.attention = self.alive, 0, 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if formula := _FORMULAS.get(func._overloadpacket):
+            count = int(formula(*args, **kwargs, out_val=made))
+            self.operations += count
+            self.attention += count if func._overloadpacket not in _LINEAR else 0
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
@@ -102,12 +153,6 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         return forget
 
-    @contextmanager
-    def stretch(self) -> Iterator[_Meter]:
-        """Count anew, from the bytes that are alive now."""
-        self.peak, self.moved, self.calls = self.alive, 0, 0
-        yield self
-
 
 class _Unmoved(SingleProcess):
     """One process whose model stays where it is: tensors without values are on every device already."""
@@ -116,23 +161,61 @@ class _Unmoved(SingleProcess):
         return model
 
 
-def trace_step(config: RunConfig, prepared: Prepared, architecture: Any, dtype: torch.dtype, folder: Path) -> StepTrace:
+class _RandomSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """See whether an operation draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+class _CacheWithoutValues(ActivationCache):
+    """The activation cache with hidden states that are not computed."""
+
+    def _draws(self, call: Callable[[], Any]) -> bool:
+        """Return True if the layers have dropout: without values two passes cannot be compared."""
+        model = self.adapter.model
+        with _RandomSeen() as random, torch.no_grad(), _modes_restored(model):
+            model.train()
+            reach(model, self.plan.cut, call)  # type: ignore[arg-type]
+        return bool(random.seen)
+
+    def _load_or_compute(self, slots: Slots, step: int) -> None:
+        self._facts.update(where="nowhere", reused=False)
+        self._states = torch.empty(slots.tokens, self.plan.cut.width, dtype=cache_dtype(self.settings), device="cpu")  # type: ignore[union-attr]
+
+    def _verify(self, slots: Slots, step: int) -> None:
+        """Do nothing: there are no values to compare."""
+
+
+def trace_step(
+    config: RunConfig,
+    prepared: Prepared,
+    architecture: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype,
+) -> StepTrace:
     """Trace a training step and an evaluation batch of a run on its longest rows.
 
     Args:
         config: Settings of the run.
         prepared: Its rows, task, method and tokenizer.
         architecture: The model's configuration, with the task's settings.
-        dtype: Type that forward passes compute in.
         folder: A folder that does not exist; nothing is written into it.
+        dtype: Type that forward passes compute in.
+        weights_dtype: Type that the base is loaded in.
 
     Raises:
         UnsupportedError: The method does not support this architecture.
         ConfigError: A target matches nothing.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from graftwerk.evaluation.inference import evaluation_mode
+    from graftwerk.evaluation.inference import batches_of, evaluation_mode
     from graftwerk.models.positions import fix_padding
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
@@ -140,21 +223,24 @@ def trace_step(config: RunConfig, prepared: Prepared, architecture: Any, dtype: 
     from graftwerk.training.trainer import Trainer
 
     fake, meter = FakeTensorMode(allow_non_fake_inputs=True), _Meter()
-    task, examples, training = prepared.task, prepared.examples["train"], config.training
-    with torch.random.fork_rng(devices=[]), fake, meter:
-        model = task.auto_class().from_config(architecture).eval()
+    task, training = prepared.task, config.training
+    validation = prepared.examples["validation"]
+    with ExitStack() as modes:
+        modes.enter_context(torch.random.fork_rng(devices=[]))
+        modes.enter_context(fake)
+        modes.enter_context(meter)
+        model = task.auto_class().from_config(architecture, dtype=weights_dtype).eval()
         for tensor in (*model.parameters(), *model.buffers()):
             meter.add(tensor)
         fix_padding(model, prepared.tokenizer)
-        weights = sum(size for size in _storages([*model.parameters(), *model.buffers()]))
-        loaded = meter.made
+        weights, loaded = sum(_storages([*model.parameters(), *model.buffers()])), meter.made
         adapter = attach(model, prepared.method)
         trainer = Trainer(
             adapter,
             task,
             prepared.tokenizer,
-            examples,
-            prepared.examples["validation"],
+            prepared.examples["train"],
+            validation,
             training,
             checkpoints=Checkpoints(folder),
             dtype=dtype,
@@ -162,47 +248,78 @@ def trace_step(config: RunConfig, prepared: Prepared, architecture: Any, dtype: 
             max_length=prepared.max_length,
             labels=prepared.splits.labels or (),
         )
-    lengths = trainer.batch_sampler.lengths
-    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        cache = trainer.activation_cache
+        cache.__class__ = _CacheWithoutValues
+        cache.open(trainer.train, validation, trainer.total_steps * trainer.rows_per_step / len(trainer.train), 0)
+    cached = 0 if cache._states is None else cache._states.untyped_storage().nbytes()
+    examples = trainer.batch_sampler.part(0)
+    longest = sorted(range(len(examples)), key=lambda row: -examples[row].length)
+    micro, size = trainer.state.micro_batch, training.per_device_eval_batch_size
+    held_out = [validation[row] for row in next(iter(batches_of(validation, size)), [])]
+    held_out = held_out or [examples[row] for row in longest[:size]]
     with torch.random.fork_rng(devices=[]):
-        step = trainer.gradients.prepare(longest[: trainer.rows_per_step], trainer.state.micro_batch)
-        rows = [examples[row] for row in longest[: training.per_device_eval_batch_size]]
-        held_out = task.objective.prepare(task.collator.collate(rows, prepared.tokenizer), model)
+        step = trainer.gradients.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
+        batch = task.objective.prepare(task.collator.collate(held_out, prepared.tokenizer), model)
+    shapes = [next(iter(batch.values())).shape for batch in step.batches]
     step = replace(step, batches=[_without_values(fake, batch) for batch in step.batches])
-    held_out = _without_values(fake, held_out)
+    batch = _without_values(fake, batch)
+    setup = len(meter.events)
     kept: list[int] = []
-    flops = FlopCounterMode(display=False)
+    handle = model.register_forward_hook(lambda *_: kept.append(meter.alive))
     with torch.random.fork_rng(devices=[]), fake, meter, training_mode(model, training.gradient_checkpointing):
-        handle = model.register_forward_hook(lambda *_: kept.append(meter.alive))
-        with flops, meter.stretch():
-            start = meter.alive
-            gradient = trainer.gradients.of(step)
-            optim.step_if(trainer.optimizer, gradient.finite)
-            step_peak, moved, calls = meter.peak, meter.moved, meter.calls
-        handle.remove()
-        del gradient
+        meter.restart()
+        start = meter.alive
+        gradient = trainer.gradients.of(step)
+        optim.step_if(trainer.optimizer, gradient.finite)
+        step_peak, moved, calls = meter.peak, meter.moved, meter.calls
+        operations, attention = meter.operations, meter.attention
+    handle.remove()
+    del gradient
     trainer.optimizer.zero_grad()
+    stepped = len(meter.events)
     with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), torch.no_grad():
-        with meter.stretch():
-            outputs = task.objective.forward(model, held_out)
-            evaluation_peak = meter.peak
+        meter.restart()
+        with cache.serving(held_out, batch):
+            outputs = task.objective.forward(model, batch)
+        if "labels" in batch:
+            task.objective.loss(outputs, batch)
+        evaluation_peak, evaluated = meter.peak, meter.operations
         del outputs
-    parameters = list(adapter.parameters())
-    trained = sum(_storages(parameters))
+    rows, width = next(iter(batch.values())).shape[:2]
+    tokens = sum(shape[0] * shape[1] for shape in shapes)
+    trained = sum(_storages(list(adapter.parameters())))
     return StepTrace(
         weights=weights,
         trained=trained,
         optimizer=2 * trained,
         gradients=trained,
+        cached=cached,
         kept=max(kept, default=start) - start,
         step_peak=step_peak - weights,
         evaluation_peak=evaluation_peak - weights,
-        operations=flops.get_total_flops(),
+        operations=operations,
+        attention=attention,
         moved=moved,
         calls=calls,
+        micro_batches=len(shapes),
+        tokens=tokens,
+        squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
+        evaluated=evaluated // (rows * width),
+        setup=setup,
         loaded=loaded,
-        events=meter.events,
+        events=meter.events[:stepped],
+        evaluation=meter.events[stepped:],
     )
+
+
+@contextmanager
+def _modes_restored(model: Any) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _storages(tensors: Sequence[Tensor]) -> Iterator[int]:
