@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.predict_file import predict_file as predict_file
     from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.evaluation.stream import predict_stream as predict_stream
+    from graftwerk.experiments.ablate import ablate as ablate
     from graftwerk.experiments.compare import compare as compare
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
@@ -88,6 +89,7 @@ _HOMES = {
     "export": ("graftwerk.exports.export", "export"),
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
+    "ablate": ("graftwerk.experiments.ablate", "ablate"),
     "compare": ("graftwerk.experiments.compare", "compare"),
 }
 
@@ -112,6 +114,7 @@ __all__ = [
     "RunConfig",
     "SHiRA",
     "__version__",
+    "ablate",
     "activate",
     "adapter_state_dict",
     "adapters",

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import typer
 
 from graftwerk.cli import (
+    ablate,
     augment,
     chat,
     compare,
@@ -74,6 +75,7 @@ for module in (
     chat,
     augment,
     compare,
+    ablate,
     export,
     inspect,
     methods,

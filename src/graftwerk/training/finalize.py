@@ -16,7 +16,7 @@ from graftwerk.training.head_start import finish_head
 from graftwerk.training.manifest import compute_of
 from graftwerk.training.multitask_sampling import drawn
 from graftwerk.training.row_analysis import RowAnalysis
-from graftwerk.training.run_dir import RunDir
+from graftwerk.training.run_dir import TRIAL, RunDir
 from graftwerk.training.setup import Prepared
 from graftwerk.training.snapshot import load_best_state
 from graftwerk.training.trainer import Trainer
@@ -52,6 +52,7 @@ def finish(
     *,
     peak: int | None,
     first_step: float | None,
+    trial: bool = False,
 ) -> None:
     """Load the best state, evaluate it, save it, report it. All processes take part; one writes.
 
@@ -60,9 +61,10 @@ def finish(
         prepared: Rows, task and method.
         settings: Settings of the run.
         folder: The run folder.
-        manifest: Manifest of the start; filled in place.
+        manifest: Manifest of the start; filled in place. It has the costs of a trial that is resumed.
         peak: Peak memory of training in bytes, above the memory held before the model was loaded, or None.
         first_step: Seconds to the end of the first step, or None if no step was done.
+        trial: Leave the test rows alone; the run has the status `TRIAL` until it is resumed.
 
     Raises:
         RunInterrupted: A signal came; a resumed run does all of this again.
@@ -78,7 +80,7 @@ def finish(
     step = load_best_state(trainer)
     prepared = finish_head(trainer, prepared)
     model, analysis = trainer.adapter.model, RowAnalysis(folder, manifest, settings.evaluation)
-    for split in ("validation", "test"):
+    for split in ("validation",) if trial else ("validation", "test"):
         if not prepared.examples[split]:
             continue
         predictions = _predictions(trainer, prepared, split, step, settings.evaluation)
@@ -119,12 +121,13 @@ def finish(
     manifest["task_settings"] = prepared.task.to_dict()
     manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best
-    manifest["trunk"] = trainer.activation_cache.metrics()
+    before = manifest["cost"]
+    manifest["trunk"] = manifest["trunk"] or trainer.activation_cache.metrics()
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
-        "peak_memory_bytes": peak,
-        "first_step_seconds": first_step,
+        "peak_memory_bytes": max(filter(None, (peak, before.get("peak_memory_bytes"))), default=None),
+        "first_step_seconds": before.get("first_step_seconds") if first_step is None else first_step,
         "processes": trainer.distributed.world_size,
     }
     if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
@@ -134,7 +137,7 @@ def finish(
     refuse_link(folder.adapter)
     save_adapter(trainer.adapter, folder.adapter, metadata=metadata)
     manifest["cost"]["adapter_bytes"] = size_on_disk(folder.adapter)
-    manifest["status"] = "finished"
+    manifest["status"] = TRIAL if trial else "finished"
     try:
         folder.write_manifest(manifest)
     except ConfigError:  # rows of a megabyte: examples must not cost the result

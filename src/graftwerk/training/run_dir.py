@@ -40,6 +40,8 @@ RUN_FILES = (
     ROWS,
 )
 """All that a run, or its evaluation, writes; nothing else in its folder is ever touched."""
+TRIAL = "trial"
+"""Status of a trained run whose test rows are not measured, since its settings may not be chosen; resuming does it."""
 
 
 class Run:

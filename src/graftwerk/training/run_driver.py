@@ -26,6 +26,7 @@ from graftwerk.training.run_dir import (
     MANIFEST,
     OPTIMIZER,
     STATE,
+    TRIAL,
     WEIGHTS,
     RunDir,
 )
@@ -64,6 +65,7 @@ class RunDriver:
         bus: Event bus; `checkpoints` warn through it.
         started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
         shared_cache: Folder of hidden states that other runs share.
+        trial: Train, and measure validation rows alone; resumed without it, the run is measured on test rows too.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class RunDriver:
         bus: EventBus,
         started_at: float,
         shared_cache: Path | None,
+        trial: bool = False,
     ) -> None:
+        self.trial = trial
         self.settings, self.folder, self.checkpoints, self.bus = settings, folder, checkpoints, bus
         self.started_at, self.shared_cache = started_at, shared_cache
         self.stop = StopSignals(recoverable=checkpoints.recoverable)
@@ -102,7 +106,7 @@ class RunDriver:
             self.processes = connect(shares_rows=forked)
             if not self.processes.any(finished):  # only the main process has looked at the folder
                 with _naming_recovered(self.checkpoints):
-                    self._train(resume)
+                    self._train(resume, earlier if earlier is not None and earlier["status"] == TRIAL else {})
             elif main:
                 text = f"the run in {self.folder.path} is finished; nothing was left to do"
                 self.bus(Event("nothing_left", 0, text=text))
@@ -115,8 +119,13 @@ class RunDriver:
             before = RunConfig.load(written).model_dump(mode="json")
             refuse_changes({"config": before}, {"config": self.settings.model_dump(mode="json")}, self.folder.adapter)
 
-    def _train(self, resume: bool) -> None:
-        """Read the data, load the model, train, and store the results."""
+    def _train(self, resume: bool, trial: Mapping[str, Any]) -> None:
+        """Read the data, load the model, train, and store the results.
+
+        Args:
+            resume: Continue from the newest checkpoint.
+            trial: Manifest of the trial that is resumed: its training is done, and what it cost stays true.
+        """
         from graftwerk.evaluation.cost import peak_memory, resident
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
         from graftwerk.training.augmented import add_augmented
@@ -183,6 +192,7 @@ class RunDriver:
             shared_cache=self.shared_cache,
         )
         self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
+        self.manifest |= {name: trial[name] for name in ("cost", "trunk") if name in trial}
         self._check_readable(trainer)
         self.processes.barrier()  # all have loaded what they need, before anything is replaced
         if self.processes.is_main:
@@ -208,7 +218,10 @@ class RunDriver:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
-                finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
+                finish(
+                    trainer, prepared, settings, self.folder, self.manifest,
+                    peak=held, first_step=first, trial=self.trial,
+                )  # fmt: skip
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:

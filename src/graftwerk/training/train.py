@@ -86,6 +86,7 @@ def run_training(
     listener: Listener | None = None,
     started_at: float,
     shared_cache: Path | None = None,
+    trial: bool = False,
 ) -> Run:
     """Train as `train` does, for callers that own the process.
 
@@ -97,6 +98,7 @@ def run_training(
         started_at: Value of `time.monotonic()` from which the seconds to the first step are counted.
         shared_cache: Folder in which this run and others share the hidden states of frozen layers, unless the settings
             name one.
+        trial: Measure the validation rows alone. A call without it and with ``resume`` measures the test rows too.
 
     Returns:
         The finished run.
@@ -119,7 +121,7 @@ def run_training(
 
         bus = EventBus(*([listener or to_logging] if is_main_process() else []))
         checkpoints.warn = lambda text: bus(Event("warning", 0, text=text))
-        run = RunDriver(settings, folder, checkpoints, bus, started_at, shared_cache)
+        run = RunDriver(settings, folder, checkpoints, bus, started_at, shared_cache, trial)
         run.train_in_lock(resume=resume, overwrite=overwrite, forked=num_processes > 1)
 
     run_forked(job, num_processes, checkpoints.recoverable)
