@@ -63,7 +63,7 @@ def test_readme_commands_run(clone: Path, capfd: pytest.CaptureFixture[str]) -> 
     shown = {shlex.split(command)[1] for command in given}
     assert shown == {
         "init", "doctor", "train", "evaluate", "predict", "inspect", "report", "compare", "methods", "schema",
-        "merge", "export", "errors", "push", "plan", "search",
+        "merge", "export", "errors", "push", "plan", "search", "ablate",
     }  # fmt: skip
     for command in given:
         arguments = shlex.split(command)[1:]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.predict_file import predict_file as predict_file
     from graftwerk.evaluation.predictor import open_adapter as open
     from graftwerk.evaluation.stream import predict_stream as predict_stream
+    from graftwerk.experiments.ablate import ablate as ablate
     from graftwerk.experiments.compare import compare as compare
     from graftwerk.experiments.search.search import search as search
     from graftwerk.exports.combine import combine as combine
@@ -95,6 +96,7 @@ _HOMES = {
     "explain": ("graftwerk.inspection.explain", "explain"),
     "open": ("graftwerk.evaluation.predictor", "open_adapter"),
     "augment": ("graftwerk.augmentation.augment", "augment"),
+    "ablate": ("graftwerk.experiments.ablate", "ablate"),
     "compare": ("graftwerk.experiments.compare", "compare"),
     "search": ("graftwerk.experiments.search.search", "search"),
 }
@@ -120,6 +122,7 @@ __all__ = [
     "RunConfig",
     "SHiRA",
     "__version__",
+    "ablate",
     "activate",
     "adapter_state_dict",
     "adapters",

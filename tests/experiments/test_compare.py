@@ -135,7 +135,7 @@ def test_compare_interrupted_counts_failed_runs_apart(settings: dict[str, Any]) 
         def run(self, job: dict[str, Any], on_event: Any) -> dict[str, Any]:
             raise self.errors.pop(0)
 
-    driver = compare_module._ComparisonDriver(
+    driver = compare_module.ComparisonDriver(
         settings, parse_method_specs(["lora", "probe", "ia3"]), [0], {}, None, listener=lambda event: None
     )
     with pytest.raises(RunInterrupted) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from graftwerk.experiments.compare import compare
 from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.tuning import chosen, planned_runs, read_axes, sentences, tuned
+from graftwerk.training.train import train
 from tests.cli.commands import run_file
 from tests.experiments.here import InThisProcess
 
@@ -113,6 +115,23 @@ def test_compare_tunes_on_validation_and_ranks_what_was_chosen(
     assert found.table().count("chosen by accuracy on the validation rows") == 2
     assert "chosen by accuracy on the validation rows" in (tmp_path / "cmp" / "report.html").read_text()
     assert found.result["command"].endswith("methods=ia3,probe seeds=0 learning_rate=0.001,0.1")
+    chosen_ones = {each["chosen"] for each in tuning}
+    for each in tuning:
+        for one in each["tried"]:
+            run = tmp_path / "cmp" / f"{one['name']}-seed0"
+            manifest = json.loads((run / "manifest.json").read_text())
+            ranked = one["name"] in chosen_ones
+            assert manifest["status"] == ("finished" if ranked else "trial")
+            assert [*manifest["metrics"]] == (["validation", "test"] if ranked else ["validation"])
+            assert (run / "predictions" / "test.jsonl").exists() is ranked
+            assert (run / "evaluation.json").exists() is ranked
+            assert manifest["metrics"]["validation"]["accuracy"]["value"] == one["value"]
+            assert manifest["cost"]["first_step_seconds"] > 0  # of the training, not of the call that measured the rest
+            assert "its settings were tried and not chosen" in (run / "report.html").read_text() or ranked
+    chosen_run = json.loads((tmp_path / "cmp" / f"{tuning[0]['chosen']}-seed0" / "manifest.json").read_text())
+    rate = next(one["changes"] for one in tuning[0]["tried"] if one["name"] == tuning[0]["chosen"])
+    alone = train({**settings, "method": "ia3"}, output_dir=str(tmp_path / "alone"), quiet=True, **rate)
+    assert alone.manifest["metrics"] == chosen_run["metrics"]
     told.clear()
     again = compare(settings, "ia3,probe", [0], listener=told.append, **{"training.learning_rate": [1e-3, 1e-1]})
     assert sum("already finished" in event.text for event in told) == 4

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,16 +13,26 @@ from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import count, share
 
+if TYPE_CHECKING:
+    from graftwerk.config import RunConfig
+
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="methods=A,B,... [seeds=0,1,2] [augment=with,without] [learning_rate=1e-3,3e-3] [key=value ...]",
+        metavar="methods=A,B,... [seeds=0,1,2] [budget=4|10min] [augment=with,without] "
+        "[learning_rate=1e-3,3e-3] [key=value ...]",
         help="What to compare: names, or a YAML list as in "
         "methods='[lora, {name: lora, r: 16, learning_rate: 5.0e-4}]'; then the seeds; "
+        "what each method may spend on finding its settings (trials, or time for training); "
         "whether with and without the rows of data.augment; and settings in place of those in the file. Several values "
         "of a setting of the training are tried for each method, and chosen among on the validation rows.",
         show_default=False,
     ),
+]
+Metric = Annotated[str | None, typer.Option(help="What decides; default: the task's own.", show_default=False)]
+Prefer = Annotated[
+    str | None,
+    typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
 ]
 
 
@@ -33,13 +44,8 @@ def register(app: typer.Typer) -> None:
         out: Output,
         config: ConfigFile,
         settings: Settings = None,
-        metric: Annotated[
-            str | None, typer.Option(help="What decides; default: the task's own.", show_default=False)
-        ] = None,
-        prefer: Annotated[
-            str | None,
-            typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
-        ] = None,
+        metric: Metric = None,
+        prefer: Prefer = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Train all of it again.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
@@ -49,9 +55,9 @@ def register(app: typer.Typer) -> None:
         command again resumes where it stopped. The folder of the comparison is output_dir.
         """
         methods, seeds, overrides = read_settings(settings or [])
-        augment = overrides.pop("augment", None)
+        augment, budget = overrides.pop("augment", None), overrides.pop("budget", None)
         if dry_run:
-            return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer)
+            return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer, budget)
         from graftwerk.experiments.compare import compare
 
         chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
@@ -60,6 +66,7 @@ def register(app: typer.Typer) -> None:
             methods,
             seeds,
             augment=augment,
+            budget=budget,
             overwrite=overwrite,
             metric=metric,
             quiet=out.quiet,
@@ -86,7 +93,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
 
     methods: Any = None
     seeds = "0,1,2"
-    augment, others = list[str](), list[str]()
+    own, others = list[str](), list[str]()
     for item in given:
         key, equals, value = item.partition("=")
         if equals and key in ("methods", "seeds") and sum(other.startswith(f"{key}=") for other in given) > 1:
@@ -95,8 +102,8 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
             methods = value
         elif key == "seeds" and equals:
             seeds = value.strip("[] ")
-        elif key == "augment" and equals:  # with,without: an argument of the comparison, not `data.augment`
-            augment.append(item)
+        elif key in ("augment", "budget") and equals:  # arguments of the comparison; not `data.augment`
+            own.append(item)
         else:
             others.append(item)
     if methods is None:
@@ -107,7 +114,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
         except ConfigError as error:
             raise ConfigError(f"not YAML: {error.what}", where="methods") from None
         methods = [methods] if isinstance(methods, dict) else methods
-    return methods, seeds, {**parse_overrides(others), **parse_overrides(augment)}
+    return methods, seeds, {**parse_overrides(others), **parse_overrides(own)}
 
 
 def show_plan(
@@ -119,32 +126,81 @@ def show_plan(
     augment: Any = None,
     metric: str | None = None,
     prefer: str | None = None,
+    budget: Any = None,
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
-    from graftwerk.cli.doctor import describe_cost, with_augmented
     from graftwerk.config import RunConfig
-    from graftwerk.experiments.compare import check_choices, tree_of
+    from graftwerk.experiments.arguments import check_choices, tree_of
+    from graftwerk.experiments.budget import candidates, parse_budget
     from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
-    from graftwerk.experiments.preflight import preflight
     from graftwerk.experiments.tuning import planned_runs, read_axes, require_validation, tuned
-    from graftwerk.training.data_checks import raise_on_severe
 
-    entries, numbers = parse_method_specs(methods), parse_seeds(seeds)
+    entries, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
     axes, overrides = read_axes(overrides)
     base = RunConfig.load(config, {"method": entries[0].method, **overrides})
     check_choices(base, metric, prefer)
-    augmented = base.data.augment
-    given = with_and_without(entries, augment, bool(augmented))
-    entries = tuned(given, axes)
+    given = with_and_without(entries, augment, bool(base.data.augment))
+    if allowed is not None:
+        for entry in given:
+            candidates(entry, base, axes, allowed)
+    entries = tuned(given, axes) if allowed is None else given
+    configs = {
+        entry.name: RunConfig.load(config, {"method": entry.method, **overrides, **entry.changes}) for entry in entries
+    }
+    timed = allowed.seconds or 0.0 if allowed is not None else 0.0
+    runs = len(numbers) + (allowed.trials if allowed is not None and not timed else 0)
+    found = show_runs(
+        out,
+        configs,
+        runs,
+        planned_runs(given, axes, numbers, allowed),
+        require=lambda rows: require_validation(axes, rows, allowed),
+        seconds=len(given) * timed,
+        notes=settings_not_used(given, tree_of(config).get("method")),
+    )
+    return {"dry_run": True, "seeds": numbers, **found}
+
+
+def show_runs(
+    out: Output,
+    configs: Mapping[str, RunConfig],
+    times: int,
+    planned: str,
+    *,
+    require: Callable[[Mapping[str, int]], None] = lambda rows: None,
+    seconds: float = 0.0,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Show what would be trained, and what it would cost, without loading a model's weights.
+
+    Args:
+        out: Where to.
+        configs: Settings by name.
+        times: Number of runs of each.
+        planned: The runs in words.
+        require: Raises if the rows of the splits do not suffice.
+        seconds: Of other runs.
+        notes: Shown last.
+
+    Returns:
+        The part of the command's JSON that says so.
+
+    Raises:
+        ConfigError, DataError, ModelError, ResourceError: Training would raise it before its first step.
+    """
+    from graftwerk.cli.doctor import describe_cost, with_augmented
+    from graftwerk.experiments.preflight import preflight
+    from graftwerk.training.data_checks import raise_on_severe
+
     shown = table("method", "trained", "share", "learning rate", numbers=("trained", "share", "learning rate"))
-    planned: list[dict[str, Any]] = []
+    methods: list[dict[str, Any]] = []
     checked: dict[str, Any] = {}
-    for entry in entries:
-        checked = preflight(RunConfig.load(config, {"method": entry.method, **overrides, **entry.changes}))
+    for name, config in configs.items():
+        checked = preflight(config)
         parameters = checked["parameters"]
-        planned.append(
+        methods.append(
             {
-                "name": entry.name,
+                "name": name,
                 "method": checked["method"],
                 "parameters": parameters,
                 "steps": checked["steps"],
@@ -153,28 +209,25 @@ def show_plan(
             }
         )
         shown.add_row(
-            printable(entry.name),
-            count(parameters["trained"]),
-            share(parameters["share"]),
-            f"{checked['learning_rate']:g}",
+            printable(name), count(parameters["trained"]), share(parameters["share"]), f"{checked['learning_rate']:g}"
         )
-    require_validation(axes, checked["data"]["rows"])
+    require(checked["data"]["rows"])
     out.show(shown)
-    steps = sum(one["steps"] for one in planned) * len(numbers)
-    note = with_augmented(max((one["augmented_at_most"] for one in planned if one["augmented_at_most"]), default=None))
+    steps = sum(one["steps"] for one in methods) * times
+    note = with_augmented(max((one["augmented_at_most"] for one in methods if one["augmented_at_most"]), default=None))
     rows = ", ".join(f"{number:,} {name}" for name, number in checked["data"]["rows"].items())
     each = checked["rows_per_step"]
-    out.line(f"\n{planned_runs(given, axes, numbers)}, {steps:,} steps of {each} rows; rows: {rows}{note}")
-    plans = [one["plan"] for one in planned]
+    out.line(f"\n{planned}, {steps:,} steps of {each} rows; rows: {rows}{note}")
+    plans = [one["plan"] for one in methods]
     if unknown := next((plan for plan in plans if "why_not" in plan), None):
         out.line(describe_cost(unknown))
     else:
-        seconds = len(numbers) * sum(plan["time"]["training_seconds"] for plan in plans)
+        seconds += times * sum(plan["time"]["training_seconds"] for plan in plans)
         out.line(describe_cost(max(plans, key=lambda plan: plan["memory"]["train_peak_bytes"]), seconds))
-    for text in settings_not_used(given, tree_of(config).get("method")):
+    for text in notes:
         out.warn(f"note: {printable(text)}")
     for finding in checked["findings"]:
         out.warn(f"{'SEVERE' if finding['grave'] else 'note'}: {printable(finding['message'])}")
     raise_on_severe(checked["findings"], checked["allowed"])
     data = {key: checked[key] for key in ("data", "findings", "output_dir")}
-    return {"dry_run": True, "methods": planned, "seeds": numbers, "steps": steps, **data}
+    return {"methods": methods, "steps": steps, **data}

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import typer
 
 from graftwerk.cli import (
+    ablate,
     augment,
     chat,
     combine,
@@ -81,6 +82,7 @@ for module in (
     augment,
     compare,
     search,
+    ablate,
     export,
     inspect,
     explain,

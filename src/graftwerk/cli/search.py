@@ -85,8 +85,9 @@ def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:
         f"\n{budget} ({wanted.sampler}, pruning: {wanted.pruner}, {wanted.workers} at once), then {finals} runs: "
         f"{wanted.finalists} finalists and the defaults with {wanted.repeats} fresh seeds each; rows: {rows}"
     )
-    cost, runs = checked["rough_cost"], (trials or 0) + finals
-    out.line(describe_cost(cost["seconds"] * runs / wanted.workers, cost["memory_bytes"] * wanted.workers))
+    plan, runs = checked["plan"], (trials or 0) + finals
+    seconds = None if "why_not" in plan else plan["time"]["training_seconds"] * runs / wanted.workers
+    out.line(describe_cost(plan, seconds) + ("" if wanted.workers == 1 else f" for each of {wanted.workers} at once"))
     out.line(f"one run at the defaults: {count(checked['steps'])} steps of {checked['rows_per_step']} rows")
     for note in notes:
         out.warn(f"note: {printable(note)}")
@@ -101,5 +102,5 @@ def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:
         "runs": runs,
         "steps": checked["steps"],
         "notes": notes,
-        **{key: checked[key] for key in ("data", "findings", "output_dir", "rough_cost")},
+        **{key: checked[key] for key in ("data", "findings", "output_dir", "plan")},
     }

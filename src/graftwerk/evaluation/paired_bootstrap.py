@@ -12,6 +12,7 @@ docs/decisions/0016 how often it misses).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from graftwerk.errors import DataError
 from graftwerk.evaluation.bootstrap import Floats, Ints, draw_counts
 from graftwerk.evaluation.metrics import METRICS, check, point, row_effect, statistic_of
 from graftwerk.evaluation.row_interval import MetricValue, enough_draws, interval_over_rows
-from graftwerk.evaluation.simultaneous import Components, Pairs, components, student
+from graftwerk.evaluation.simultaneous import Components, Pairs, components, probability_above, student
 from graftwerk.tasks.predictions import Predictions
 
 Runs = Mapping[int, Predictions]
@@ -37,7 +38,9 @@ ONE_SEED = "these intervals compare the models at hand; another training seed ma
 class Difference(TypedDict):
     """``a`` minus ``b``: the value, its interval, and the p of no difference, adjusted if there are several pairs.
 
-    ``over_seeds`` is False if every method has one seed: the interval then holds other rows alone. Absent means True.
+    ``p_larger`` is the probability that the true difference is above zero, of this pair alone: Student's law around the
+    measured value, as if nothing had been known before. ``over_seeds`` is False if every method has one seed: interval
+    and probability then hold other rows alone. Absent means True.
     """
 
     a: str
@@ -46,6 +49,7 @@ class Difference(TypedDict):
     low: float
     high: float
     p: float | None
+    p_larger: NotRequired[float]
     over_seeds: NotRequired[bool]
 
 
@@ -154,18 +158,56 @@ class JointBootstrap:
         factor = self.pairs.factor(confidence)
         return [self._difference(a, b, factor, float(p[k])) for k, (a, b) in enumerate(places)]
 
+    def grouped(
+        self, groups: Mapping[str, Sequence[str]], confidence: float
+    ) -> tuple[list[MetricValue], list[Difference]]:
+        """Return the mean of each group of methods, and the differences of all pairs of groups.
+
+        Args:
+            groups: Names of the methods by group; no method is in two of them.
+            confidence: Level of the intervals; those of the differences hold together.
+
+        Returns:
+            The means with intervals of their own, and the differences.
+        """
+        weights = np.array([[(name in names) / len(names) for name in self.methods] for names in groups.values()])
+        parts, means = self.parts.combined(weights), weights @ self.means
+        least, most = METRICS[self.metric].bounds
+        figures: list[MetricValue] = []
+        for g, value in enumerate(means.tolist()):
+            per_seed, rows = 1 / parts.seeds[g : g + 1], float(parts.rows[g, g])
+            squared = np.maximum(rows + per_seed * parts.seed_variance, rows / 2)
+            half = student(confidence, parts.degrees(squared, per_seed)) * math.sqrt(float(squared[0]))
+            figures.append({"value": value, "low": max(value - half, least), "high": min(value + half, most)})
+        pairs = Pairs(parts, frozenset(), self.seed)
+        i, j = pairs.sides
+        gaps, half_widths = means[i] - means[j], pairs.factor(confidence) * pairs.errors
+        names, p = list(groups), pairs.adjusted_p(gaps)
+        differences: list[Difference] = [
+            {
+                "a": names[a], "b": names[b], "value": float(gaps[k]), "low": float(gaps[k] - half_widths[k]),
+                "high": float(gaps[k] + half_widths[k]), "p": float(p[k]),
+                "p_larger": probability_above(0.0, float(gaps[k]), float(pairs.errors[k]), pairs.df),
+                "over_seeds": self.over_seeds,
+            }
+            for k, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True))
+        ]  # fmt: skip
+        return figures, differences
+
     def difference(self, a: str, b: str, confidence: float) -> Difference:
         """Return one pair with an interval of its own, as if it were the only one."""
         return self._difference(a, b, student(confidence, self.pairs.df), None)
 
     def _difference(self, a: str, b: str, factor: float, p: float | None) -> Difference:
         i, j = self.methods.index(a), self.methods.index(b)
-        if i == j:
-            value = half = 0.0
-        else:
+        value = error = 0.0
+        if i != j:
             place = list(combinations(range(len(self.methods)), 2)).index((min(i, j), max(i, j)))
-            value, half = float(self.means[i] - self.means[j]), factor * float(self.pairs.errors[place])
-        found: Difference = {"a": a, "b": b, "value": value, "low": value - half, "high": value + half, "p": p}
+            value, error = float(self.means[i] - self.means[j]), float(self.pairs.errors[place])
+        half, larger = factor * error, probability_above(0.0, value, error, self.pairs.df)
+        found: Difference = {
+            "a": a, "b": b, "value": value, "low": value - half, "high": value + half, "p": p, "p_larger": larger,
+        }  # fmt: skip
         return found if self.over_seeds else {**found, "over_seeds": False}
 
 

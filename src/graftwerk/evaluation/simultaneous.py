@@ -32,6 +32,8 @@ from graftwerk.evaluation.bootstrap import Floats, Ints
 
 POWER = 1.25
 DRAWS = 4000
+POWER_OF_TESTS = 0.8
+"""A difference that is shown four times in five counts as one that could have been shown."""
 FEW = 10
 """With fewer wrong rows than this, the variance over draws is an underestimate more often than not."""
 
@@ -45,17 +47,28 @@ class Components:
         between: MS, in squared units of the metric.
         within: w, likewise.
         seeds: S_m, (M,).
+        degrees_between: Degrees of freedom of MS, or None if they are those of ``seeds``.
     """
 
     rows: Floats
     between: float
     within: float
-    seeds: Ints
+    seeds: Ints | Floats
+    degrees_between: int | None = None
 
     @property
     def nu(self) -> int:
         """Degrees of freedom between seeds, 0 if every method has one."""
-        return int((self.seeds - 1).sum())
+        return int((self.seeds - 1).sum()) if self.degrees_between is None else self.degrees_between
+
+    def combined(self, weights: Floats) -> Components:
+        """Return the components of G weighted means of the methods, each method in one of them at most.
+
+        Args:
+            weights: (G, M); a row of them sums to one.
+        """
+        seeds: Floats = 1 / (weights**2 / self.seeds).sum(axis=1)
+        return Components(weights @ self.rows @ weights.T, self.between, self.within, seeds, self.nu)
 
     @property
     def seed_variance(self) -> float:
@@ -170,6 +183,10 @@ class Pairs:
         """Return c: half-widths are c times the standard errors."""
         return float(np.quantile(self.largest, confidence))
 
+    def detectable(self, confidence: float, power: float = POWER_OF_TESTS) -> Floats:
+        """Return the true differences (P,) that intervals of this confidence would show with this probability."""
+        return (self.factor(confidence) + quantile(power, self.df)) * self.errors
+
     def adjusted_p(self, differences: Floats) -> Floats:
         """Return p (P,) of no difference, adjusted for the number of pairs."""
         size = np.divide(np.abs(differences), self.errors, out=np.zeros_like(differences), where=self.errors > 0)
@@ -179,7 +196,32 @@ class Pairs:
 
 def student(confidence: float, df: float) -> float:
     """Return the two-sided quantile of Student's t, of the normal law if ``df`` is infinite."""
+    return quantile((1 + confidence) / 2, df)
+
+
+def quantile(probability: float, df: float) -> float:
+    """Return the quantile of Student's t, of the normal law if ``df`` is infinite."""
     from scipy.special import ndtri, stdtrit
 
-    tail = (1 + confidence) / 2
-    return float(stdtrit(df, tail)) if math.isfinite(df) else float(ndtri(tail))
+    return float(stdtrit(df, probability)) if math.isfinite(df) else float(ndtri(probability))
+
+
+def probability_above(bound: float, value: float, error: float, df: float) -> float:
+    """Return the probability that a true value lies above a bound, by Student's t around what was measured.
+
+    Args:
+        bound: The bound.
+        value: What was measured.
+        error: Its standard error; 0 if it is exact.
+        df: Degrees of freedom of the error, inf for the normal law.
+
+    Example:
+        >>> probability_above(0.0, 0.0, 1.0, 4.0), probability_above(0.0, 1.0, 0.0, 4.0)
+        (0.5, 1.0)
+    """
+    from scipy.special import ndtr, stdtr
+
+    if error <= 0:
+        return 0.5 if value == bound else float(value > bound)
+    size = (value - bound) / error
+    return float(stdtr(df, size)) if math.isfinite(df) else float(ndtr(size))

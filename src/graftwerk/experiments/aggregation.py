@@ -12,23 +12,40 @@ import numpy as np
 
 from graftwerk.errors import IntegrityError
 from graftwerk.evaluation.metrics import METRICS, point
-from graftwerk.evaluation.paired_bootstrap import JointBootstrap, joint_bootstrap
+from graftwerk.evaluation.paired_bootstrap import Difference, JointBootstrap, joint_bootstrap
 from graftwerk.evaluation.results_io import load_evaluation
+from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec
-from graftwerk.experiments.significance import COSTS, at_chance, in_words, pareto_front, recommend, verdict
+from graftwerk.experiments.significance import (
+    COSTS,
+    FRONT,
+    at_chance,
+    in_words,
+    margin_of,
+    pareto_front,
+    pareto_set,
+    recommend,
+    verdict,
+)
 from graftwerk.tasks.predictions import ClassPredictions, Predictions
-from graftwerk.training.run_dir import ADAPTER, read_manifest
+from graftwerk.training.run_dir import ADAPTER, TRIAL, read_manifest
 
 LEAST_RESAMPLES = 2000
 """Simultaneous intervals look further into the tails than single ones."""
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """One finished run: its manifest, what `evaluate` stored with it, and its answers row by row."""
+class TrialResult:
+    """One trained run, perhaps measured on validation rows alone: its manifest."""
 
     folder: Path
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunResult(TrialResult):
+    """One finished run: its manifest, what `evaluate` stored with it, and its answers row by row."""
+
     evaluation: dict[str, Any]
     predictions: Predictions
 
@@ -46,6 +63,13 @@ def measured_run(folder: Path) -> RunResult | None:
     return None if found is None else RunResult(folder, manifest, *found)
 
 
+def trained_trial(folder: Path) -> TrialResult | None:
+    """Load the manifest of a trial, or return None if it is not trained and measured on validation rows yet."""
+    manifest = read_manifest(folder)
+    done = manifest is not None and manifest.get("status") in (TRIAL, "finished")
+    return TrialResult(folder, manifest) if done and manifest else None
+
+
 def aggregate(
     entries: Sequence[MethodSpec],
     runs: Mapping[str, Mapping[int, RunResult]],
@@ -56,6 +80,7 @@ def aggregate(
     resamples: int,
     prefer: str,
     margin: float | None,
+    ablation: Ablation | None = None,
 ) -> dict[str, Any]:
     """Aggregate runs to the part of `comparison.json` that depends on measurements.
 
@@ -67,8 +92,9 @@ def aggregate(
         confidence: Level of the intervals, 0 to 1.
         resamples: Number of bootstrap resamples, raised to `LEAST_RESAMPLES`.
         prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
-        margin: Largest distance from the best mean, in the metric's own unit, at which a method may be recommended, or
-            None for the rule of `significance.recommend`.
+        margin: Distance in the metric's own unit within which methods are practically equal, and from the best mean at
+            which one may be recommended; or None for `significance.margin_of` and the rule of `recommend`.
+        ablation: Axes whose effects are tested, or None.
 
     Raises:
         IntegrityError: The runs do not share base, data or rows.
@@ -93,6 +119,8 @@ def aggregate(
     shown = [method for method in methods if method.get("figure")]
     majority = _most_frequent(everything[0], metric)
     nothing = None if majority is None else at_chance(shown, majority["value"], majority["share"], metric)
+    equal = margin_of(metric, _best(shown, metric)) if margin is None else margin
+    detectable = main.pairs.detectable(confidence) if differences else np.zeros(0)
     half_widths = [(difference["high"] - difference["low"]) / 2 for difference in differences]
     return {
         "rows": everything[0].evaluation["rows"],
@@ -101,8 +129,8 @@ def aggregate(
         "base_fingerprint": everything[0].manifest["base_fingerprint"],
         "methods": methods,
         "differences": [
-            {**difference, "verdict": verdict(difference, metric), "text": in_words(difference, metric)}
-            for difference in differences
+            _with_verdict(difference, metric, equal, float(least))
+            for difference, least in zip(differences, detectable, strict=True)
         ],
         "front": {
             cost: pareto_front(
@@ -112,14 +140,76 @@ def aggregate(
             )
             for cost in COSTS
         },
+        "pareto": _pareto(shown, metric),
+        "margin": equal,
         "resolution": median(half_widths) if half_widths else None,
+        "detectable": float(np.median(detectable)) if differences else None,
         "seed_spread": float(np.sqrt(main.parts.between)) if main.over_seeds else None,
         "majority": majority,
         "at_chance": nothing,
+        **({} if ablation is None else {"ablation": effects(ablation, main, metric, confidence, equal)}),
         "recommendation": None
         if nothing
         else recommend(shown, differences, prefer=prefer, margin=margin, metric=metric),
     }
+
+
+def _with_verdict(difference: Difference, metric: str, margin: float, detectable: float | None) -> dict[str, Any]:
+    """Return a difference as `comparison.json` has it: with the probability that a is better, and a verdict."""
+    larger = difference.get("p_larger", 0.5)
+    return {
+        **{key: value for key, value in difference.items() if key != "p_larger"},
+        "p_better": 1 - larger if METRICS[metric].higher is False else larger,
+        **({} if detectable is None else {"detectable": detectable}),
+        "verdict": verdict(difference, metric, margin),
+        "text": in_words(difference, metric, margin),
+    }
+
+
+def _best(methods: Sequence[Mapping[str, Any]], metric: str) -> float:
+    values = [method["figure"]["value"] for method in methods]
+    best: float = max(values, key=lambda value: METRICS[metric].better(value, 0.0))
+    return best
+
+
+def _pareto(methods: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
+    """Return the front in quality and in all costs of `significance.FRONT` that were measured, at two digits."""
+    costs = [cost for cost in FRONT if all(method["cost"].get(cost) is not None for method in methods)]
+    rounded = [{method["name"]: float(f"{method['cost'][cost]:.2g}") for method in methods} for cost in costs]
+    quality = {method["name"]: method["figure"]["value"] for method in methods}
+    return {"costs": costs, "methods": pareto_set(quality, rounded, metric)}
+
+
+def effects(
+    ablation: Ablation, joint: JointBootstrap, metric: str, confidence: float, margin: float | None = None
+) -> dict[str, Any]:
+    """Return the effect of each axis: the mean of each value, and the differences between them.
+
+    Args:
+        ablation: The axes.
+        joint: Bootstrap of the metric over all cells.
+        metric: Its name.
+        confidence: Level of the intervals, which hold together for the differences of an axis.
+        margin: Within which values of an axis are practically equal, or None for the default of the metric.
+    """
+    equal = margin_of(metric, float(np.max(joint.means))) if margin is None else margin
+    found: list[dict[str, Any]] = []
+    for axis, groups in ablation.groups(joint.methods).items():
+        if not all(groups.values()):  # runs failed, and no combination is left that has every value
+            found.append({"axis": axis, "levels": [], "differences": []})
+            continue
+        figures, differences = joint.grouped(groups, confidence)
+        found.append(
+            {
+                "axis": axis,
+                "levels": [
+                    {"value": level, "cells": groups[level], "figure": figure}
+                    for level, figure in zip(groups, figures, strict=True)
+                ],
+                "differences": [_with_verdict(each, metric, equal, None) for each in differences],
+            }
+        )
+    return {"design": ablation.design, "axes": {key: list(it) for key, it in ablation.axes.items()}, "effects": found}
 
 
 def _most_frequent(run: RunResult, metric: str) -> dict[str, float | None] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -18,7 +17,7 @@ class EtaEstimator:
         planned: The method of each run, in order.
     """
 
-    planned: Sequence[str]
+    planned: list[str]
     done: int = 0
     _seconds: dict[str, list[float]] = field(default_factory=dict)
 

@@ -12,6 +12,8 @@ import yaml
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.paired_bootstrap import ONE_SEED
+from graftwerk.experiments.budget import Budget
+from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
 from graftwerk.experiments.tuning import Axes, require_validation
 
@@ -30,6 +32,8 @@ def comparison_header(
     prefer: str,
     own: Any,
     axes: Axes,
+    budget: Budget | None = None,
+    ablation: Ablation | None = None,
 ) -> dict[str, Any]:
     """Return the part of `comparison.json` that is known before training.
 
@@ -43,14 +47,17 @@ def comparison_header(
         prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
         own: The run file's own method, as it is written there.
         axes: Values that are tried for each method, by setting of the training.
+        budget: What each method may spend on trials.
+        ablation: Axes and cells of an ablation, or None for a comparison of methods.
 
     Raises:
         ConfigError: No rows are held out to compare on, or none to choose among those values.
     """
+    words = ablation.words() if ablation else _words(entries, augment, axes, budget)
     return {
         "format": FORMAT,
         "graftwerk": _version(),
-        "command": _command(base, entries, seeds, augment, axes),
+        "command": _command(base, seeds, words, ablation),
         "model": base.model,
         "task": base.task.name,
         "metric": metric,
@@ -60,17 +67,20 @@ def comparison_header(
         "machine": checked["machine"],
         "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
         "training": base.training.model_dump(mode="json"),
-        "notes": [*settings_not_used(entries, own), *_notes(base, seeds, checked, axes)],
+        "notes": [*([] if ablation else settings_not_used(entries, own)), *_notes(base, seeds, checked, axes, budget)],
     }
 
 
-def _command(
-    base: RunConfig,
-    entries: Sequence[MethodSpec],
-    seeds: Sequence[int],
-    augment: Sequence[str] | str | None,
-    axes: Axes,
-) -> str:
+def _command(base: RunConfig, seeds: Sequence[int], words: Sequence[str], ablation: Ablation | None) -> str:
+    config = str(base.output_dir.absolute() / CONFIG)
+    listed = f"seeds={','.join(map(str, seeds))}"
+    return shlex.join(["graftwerk", "ablate" if ablation else "compare", config, words[0], listed, *words[1:]])
+
+
+def _words(
+    entries: Sequence[MethodSpec], augment: Sequence[str] | str | None, axes: Axes, budget: Budget | None
+) -> list[str]:
+    """Return the arguments that repeat a comparison of methods."""
     # a method that is compared with and without augmented rows is two entries and was named once
     given = list({id(entry.given): entry.given for entry in entries}.values())
     methods = (
@@ -78,22 +88,26 @@ def _command(
         if all(isinstance(name, str) for name in given)
         else yaml.safe_dump(given, default_flow_style=True, width=10_000).strip()
     )
-    words = ["graftwerk", "compare", str(base.output_dir.absolute() / CONFIG), f"methods={methods}"]
-    words.append(f"seeds={','.join(map(str, seeds))}")
+    words = [f"methods={methods}"]
     if augment is not None:
         words.append(f"augment={augment if isinstance(augment, str) else ','.join(augment)}")
     words += [f"{name}={','.join(map(str, values))}" for name, values in axes.items()]
-    return shlex.join(words)
+    if budget is not None:
+        words.append(f"budget={budget.trials if budget.seconds is None else f'{budget.seconds:g}s'}")
+    return words
 
 
-def _notes(base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any], axes: Axes) -> list[str]:
+def _notes(
+    base: RunConfig, seeds: Sequence[int], checked: Mapping[str, Any], axes: Axes, budget: Budget | None
+) -> list[str]:
     notes = []
-    require_validation(axes, checked["rows"])
+    require_validation(axes, checked["rows"], budget)
     if not checked["rows"].get("test"):
         if not checked["rows"].get("validation"):
             raise ConfigError("nothing is held out to compare on", where="data.test", hint="data.test: 500")
+        chose = "the checkpoints and the settings" if axes or budget else "the checkpoints"
         notes.append(
-            f"the validation rows that chose the checkpoints{' and the settings' if axes else ''} also make these "
+            f"the validation rows that chose {chose} also make these "
             "metrics, which are a little too good for all methods; data.test holds out rows of their own"
         )
     if len(seeds) == 1:

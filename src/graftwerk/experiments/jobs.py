@@ -102,7 +102,10 @@ def _refuse_another_run(folder: Path, config: Any, fingerprint: str) -> None:
 
 
 def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
-    """Train to the end (or resume where it stopped), then measure what was stored, row by row."""
+    """Train to the end (or resume where it stopped), then measure what was stored, row by row.
+
+    A trial is trained and measured on validation rows; nothing else of it is measured.
+    """
     from graftwerk.config import RunConfig
     from graftwerk.evaluation.evaluate import evaluate
     from graftwerk.evaluation.results_io import load_evaluation
@@ -123,8 +126,9 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         listener=listener,
         started_at=process_start(),
         shared_cache=Path(job["trunk"]),
+        trial=job["trial"],
     )
-    if load_evaluation(run.folder, run.adapter) is None:
+    if not job["trial"] and load_evaluation(run.folder, run.adapter) is None:
         send({"event": {"kind": "phase", "step": 0, "name": "measuring"}})
         evaluate(run, store=True, quiet=True)
     write_report(run.folder)

@@ -18,6 +18,8 @@ from graftwerk.training.settings import TrainingSettings
 LABEL = "label"
 RATES = ("learning_rate", "head_learning_rate")
 """Settings of the training that an entry may have for itself: no one rate suits all methods."""
+NO_AXES = frozenset({"seed", "report_to", "class_weights", "warm_start", "trunk_cache_dir"})
+"""Settings of the training that take no several values to try: they may be a list, or have an argument of their own."""
 LONGEST = 60
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._+-]{{0,{LONGEST - 1}}}", re.ASCII)
 
@@ -41,7 +43,7 @@ class MethodSpec:
     tried_for: str = ""
 
     def changed(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """Return a run file's content with this method and its changes."""
+        """Return a run file's content with this method and its changes, those of the method among them."""
         tree = {**tree, "method": self.method.to_dict()}
         for key, value in self.changes.items():
             part, _, name = key.partition(".")

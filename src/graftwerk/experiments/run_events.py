@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.aggregation import RunResult
+from graftwerk.experiments.aggregation import RunResult, TrialResult
 from graftwerk.experiments.table import shown
 from graftwerk.formatting import duration
 
@@ -42,16 +42,15 @@ class RunEvents:
         return ""
 
 
-def result_line(run: RunResult, metric: str, *, tuning: bool = False) -> str:
+def result_line(run: TrialResult, metric: str) -> str:
     """Return the line of a finished run: `accuracy 78.6 (75.0 to 82.2), 61 s of training`.
 
     Args:
-        run: The run.
+        run: The run; if it is one of several trials for a method, its metric on the validation rows, which settle that.
         metric: Name of the metric that decides.
-        tuning: The run is one of several trials for a method: its metric on the validation rows, which settle that.
     """
-    measured = run.manifest["metrics"]["validation"] if tuning else run.evaluation["metrics"]
-    figure, title = measured[metric], ("validation " if tuning else "") + METRICS[metric].title
+    measured = run.evaluation["metrics"] if isinstance(run, RunResult) else run.manifest["metrics"]["validation"]
+    figure, title = measured[metric], ("" if isinstance(run, RunResult) else "validation ") + METRICS[metric].title
     time_taken = duration(run.manifest["cost"]["training_seconds"])
     if figure["value"] is None:
         return f"{title} {figure.get('note', 'is undefined')}, {time_taken} of training"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,7 +32,10 @@ FAR = 3.0
 ALIKE = 0.1
 """Costs within a tenth of each other count as equal, and training time decides."""
 
-Verdict = Literal["better", "worse", "no difference shown"]
+FRONT = ("peak_memory_bytes", "training_seconds", "adapter_bytes")
+"""Costs of the front in several costs at once: memory, time, size."""
+
+Verdict = Literal["better", "worse", "practically equal", "no difference shown"]
 
 
 def margin_of(metric: str, best: float) -> float:
@@ -40,10 +44,15 @@ def margin_of(metric: str, best: float) -> float:
     return MARGIN / known.scale if known.words == " points" else RELATIVE_MARGIN * abs(best)
 
 
-def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
+def verdict(difference: Difference, metric: str = "accuracy", margin: float | None = None) -> Verdict:
     """Return what the interval shows of `a` against `b`; where less is better, less is better.
 
     One seed each shows nothing about methods, however far the two models at hand are apart.
+
+    Args:
+        difference: The difference.
+        metric: Name of the metric.
+        margin: Methods are practically equal if the whole interval is nearer to zero than this; None never says so.
     """
     if one_seed(difference):
         return "no difference shown"
@@ -51,7 +60,14 @@ def verdict(difference: Difference, metric: str = "accuracy") -> Verdict:
         difference = turned(difference)
     if difference["low"] > 0:
         return "better"
-    return "worse" if difference["high"] < 0 else "no difference shown"
+    if difference["high"] < 0:
+        return "worse"
+    return "practically equal" if within(difference, margin) else "no difference shown"
+
+
+def within(difference: Difference, margin: float | None) -> bool:
+    """Return True if the whole interval is nearer to zero than a margin."""
+    return margin is not None and -margin < difference["low"] and difference["high"] < margin
 
 
 def one_seed(difference: Difference) -> bool:
@@ -64,25 +80,27 @@ def apart(difference: Difference) -> bool:
     return difference["low"] > 0 or difference["high"] < 0
 
 
-def in_words(difference: Difference, metric: str = "accuracy") -> str:
+def in_words(difference: Difference, metric: str = "accuracy", margin: float | None = None) -> str:
     """Return ``better by 1.2 points [0.3, 2.1]``, or ``no difference shown: +0.4 points [-0.8, +1.6]``.
 
-    With one seed each: ``+1.2 points [+0.3, +2.1] with one seed each, and another may reverse it``.
+    With one seed each: ``+1.2 points [+0.3, +2.1] with one seed each, and another may reverse it``. Within a margin:
+    ``practically equal: +0.1 points [-0.4, +0.6]``, and ``better by 0.4 points [0.1, 0.7], less than the margin``.
     """
     known = METRICS[metric]
-    found = verdict(difference, metric)
-    if found == "no difference shown":
+    found = verdict(difference, metric, margin)
+    if found in ("no difference shown", "practically equal"):
         value, low, high = (known.text(difference[part], signed=True) for part in ("value", "low", "high"))
         span = f"{value}{known.words} [{low}, {high}]"
         return f"{span} with one seed each, and another may reverse it" if apart(difference) else f"{found}: {span}"
     larger = difference if difference["low"] > 0 else turned(difference)
     value, low, high = (known.text(larger[part]) for part in ("value", "low", "high"))
-    return f"{found} by {value}{known.words} [{low}, {high}]"
+    small = ", less than the margin" if within(difference, margin) else ""
+    return f"{found} by {value}{known.words} [{low}, {high}]{small}"
 
 
 def turned(difference: Difference) -> Difference:
     """Return the difference with its two methods exchanged."""
-    return {
+    other: Difference = {
         **difference,
         "a": difference["b"],
         "b": difference["a"],
@@ -90,6 +108,9 @@ def turned(difference: Difference) -> Difference:
         "low": -difference["high"],
         "high": -difference["low"],
     }
+    if "p_larger" in difference:
+        other["p_larger"] = 1 - difference["p_larger"]
+    return other
 
 
 def between(differences: Sequence[Difference], a: str, b: str) -> Difference:
@@ -107,19 +128,29 @@ def pareto_front(quality: Mapping[str, float], cost: Mapping[str, float], metric
 
     A method is dominated by another that is at least as good and as cheap, and better in one of the two.
     """
-    known = [name for name in quality if name in cost]
-    if METRICS[metric].higher is False:
-        quality = {name: -value for name, value in quality.items()}
+    front = pareto_set(quality, [cost], metric)
+    return sorted(front, key=lambda name: cost[name])
+
+
+def pareto_set(
+    quality: Mapping[str, float], costs: Sequence[Mapping[str, float]], metric: str = "accuracy"
+) -> list[str]:
+    """Return the Pareto front of quality and several costs by point values: what no other method beats in all of them.
+
+    Args:
+        quality: Value of the metric by method.
+        costs: Each cost by method; methods without one of them are left out.
+        metric: Name of the metric.
+    """
+    known = [name for name in quality if all(name in cost for cost in costs)]
+    sign = 1 if METRICS[metric].higher is False else -1
+    losses = {name: (sign * quality[name], *(cost[name] for cost in costs)) for name in known}
 
     def beaten(name: str) -> bool:
-        return any(
-            quality[other] >= quality[name]
-            and cost[other] <= cost[name]
-            and (quality[other] > quality[name] or cost[other] < cost[name])
-            for other in known
-        )
+        own = losses[name]
+        return any(other != own and all(map(operator.le, other, own)) for other in losses.values())
 
-    return sorted((name for name in known if not beaten(name)), key=lambda name: cost[name])
+    return [name for name in known if not beaten(name)]
 
 
 def recommend(
@@ -158,6 +189,7 @@ def recommend(
     if not measured:
         return None
     best, least_margin = measured[0], margin_of(metric, measured[0]["figure"]["value"])
+    equal = least_margin if margin is None else margin
 
     def near(method: Mapping[str, Any]) -> bool:
         to_best = between(differences, method["name"], best["name"])
@@ -175,7 +207,7 @@ def recommend(
     chosen = min(
         cheapest, key=lambda method: (method["cost"].get("training_seconds") or float("inf"), method["cost"][prefer])
     )
-    reason = _reason(chosen, best, measured, candidates, differences, prefer, metric)
+    reason = _reason(chosen, best, measured, candidates, differences, prefer, metric, equal)
     cheaper = [m for m in level if m not in candidates and (m["cost"].get(prefer) or math.inf) < chosen["cost"][prefer]]
     if cheaper:
         gaps = [method["figure"]["value"] - best["figure"]["value"] for method in cheaper]
@@ -219,6 +251,7 @@ def _reason(
     differences: Sequence[Difference],
     prefer: str,
     metric: str,
+    margin: float,
 ) -> str:
     known = METRICS[metric]
     if len(measured) == 1:
@@ -235,14 +268,15 @@ def _reason(
             return f"the best mean, and {shown} {ahead} of the {len(others)} others"
         return "the best mean; no difference to the others is shown"
     difference = between(differences, chosen["name"], best["name"])
+    found = verdict(difference, metric, margin)
     worst = difference["high"] if known.higher is False else -difference["low"]
     ratio = chosen["cost"][prefer] / best["cost"][prefer] if best["cost"].get(prefer) else None
     saving = f" with {_share(ratio)} of its {COSTS[prefer]}" if ratio is not None and ratio < 1 else ""
     if difference["low"] == difference["high"] == 0:
         return f"the same answers as {best['name']} on every row,{saving}"
     return (
-        f"{known.text(difference['value'], signed=True)}{known.words} against {best['name']}, the best mean, no "
-        f"difference shown{saving}; the interval allows it to be up to {known.text(worst)}{known.words} worse"
+        f"{known.text(difference['value'], signed=True)}{known.words} against {best['name']}, the best mean, "
+        f"{found}{saving}; the interval allows it to be up to {known.text(worst)}{known.words} worse"
     )
 
 

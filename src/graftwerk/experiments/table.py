@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.significance import apart, between, one_seed, turned, verdict
+from graftwerk.experiments.significance import COSTS, apart, between, in_words, one_seed, turned, verdict
 from graftwerk.formatting import byte_size, duration, milliseconds, short_count
 from graftwerk.sanitize import clean
 
@@ -48,7 +48,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 method["name"] + (" *" if method["name"] == chosen else ""),
                 shown(figure["value"], metric),
                 DASH if figure["low"] is None else DASH.join(shown(figure[part], metric) for part in ("low", "high")),
-                against(result["differences"], method["name"], best, metric),
+                against(result["differences"], method["name"], best, metric, result.get("margin")),
                 shown(method.get("seed_spread"), metric),
                 short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
@@ -72,21 +72,23 @@ def shown(value: float | None, metric: str) -> str:
     return DASH if value is None else METRICS[metric].text(value)
 
 
-def against(differences: Sequence[Any], name: str, best: str, metric: str = "accuracy") -> str:
+def against(
+    differences: Sequence[Any], name: str, best: str, metric: str = "accuracy", margin: float | None = None
+) -> str:
     """Return the verdict against the best method: ``the best mean``, or ``worse by 3.1 [1.2, 5.0]`` and the like."""
     if name == best:
         return "the best mean"
     difference = turned(between(differences, name, best))  # how much the best is better
-    known, better = METRICS[metric], verdict(difference, metric) == "better"
+    known, found = METRICS[metric], verdict(difference, metric, margin)
     if apart(difference) and known.higher is False:
         difference = turned(difference)
     low, value, high = (known.text(difference[part]) for part in ("low", "value", "high"))
     span = f"{value} [{low}, {high}]"
-    if better:
+    if found == "better":
         return f"worse by {span}"
     if one_seed(difference) and apart(difference):
         return f"{'higher' if known.higher is False else 'lower'} by {span}, one seed"
-    return f"no difference shown ({known.text(-difference['value'], signed=True)})"
+    return f"{found} ({known.text(-difference['value'], signed=True)})"
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -98,9 +100,11 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         f"seed{'s' if seeds > 1 else ''}; {100 * result['confidence']:g} % intervals, jointly for all differences."
     )
     if result.get("resolution"):
+        found = result.get("detectable")
+        power = f"; one of {known.text(found)}{known.words} would be shown four times in five" if found else ""
         said.append(
             "With these rows and seeds, differences under about "
-            f"{known.text(result['resolution'])}{known.words} are not to be seen."
+            f"{known.text(result['resolution'])}{known.words} are not to be seen{power}."
         )
     elif result.get("resolution") == 0:
         said.append(
@@ -112,6 +116,8 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             f"Seeds of one method differ with a standard deviation of {spread}, pooled; the intervals take it to be "
             "the same for every method, and are too narrow between methods whose own is far above it."
         )
+    said += ablated(result)
+    said += chances(result)
     if recommendation := result.get("recommendation"):
         said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
     merging = [method["name"] for method in ranked(result) if method.get("mergeable")]
@@ -124,6 +130,45 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         for seed, why in (method.get("failed") or {}).items():
             said.append(f"{method['name']}, seed {seed}, failed: {why}")
     return said + [f"Note: {note}." for note in result.get("notes", ())]
+
+
+def chances(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on how probably the best is better than each other, and one on the front in several costs."""
+    methods, said = ranked(result), []
+    if len(methods) > 1 and len(result["seeds"]) > 1:
+        best, others = methods[0]["name"], []
+        for method in methods[1:]:
+            for each in result["differences"]:
+                if {each["a"], each["b"]} == {best, method["name"]} and "p_better" in each:
+                    chance = each["p_better"] if each["a"] == best else 1 - each["p_better"]
+                    others.append(f"{method['name']} {100 * chance:.0f} %")
+        if others:
+            said.append(f"Probability that {best} is better, pair by pair: {', '.join(others)}.")
+    pareto = result.get("pareto") or {}
+    if len(pareto.get("methods", ())) > 1 and len(pareto["costs"]) > 1:
+        costs = _listed([COSTS[cost] for cost in pareto["costs"]])
+        title = METRICS[result["metric"]].title
+        said.append(f"Not beaten in {title}, {costs} at once: {_listed(pareto['methods'])}.")
+    return said
+
+
+def ablated(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the effect of each axis of an ablation: the means, and the largest difference."""
+    known, said = METRICS[result["metric"]], []
+    for effect in (result.get("ablation") or {}).get("effects", ()):
+        levels, differences = effect["levels"], effect["differences"]
+        if not levels:
+            said.append(f"Effect of {effect['axis']}: runs failed, and no combination has every value of it.")
+            continue
+        means = ", ".join(f"{level['value']}: {known.text(level['figure']['value'])}" for level in levels)
+        cells = len(levels[0]["cells"])
+        over = f", means over {cells} cells each" if cells > 1 else ""
+        largest = max(differences, key=lambda each: abs(each["value"]))
+        if known.better(largest["value"], 0.0) < 0:
+            largest = turned(largest)
+        text = in_words(largest, result["metric"], result.get("margin"))
+        said.append(f"Effect of {effect['axis']}{over}: {means}; {largest['a']} against {largest['b']}: {text}.")
+    return said
 
 
 def _listed(names: Sequence[str]) -> str:

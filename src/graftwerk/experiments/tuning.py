@@ -16,15 +16,12 @@ from typing import Any
 
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.aggregation import RunResult
-from graftwerk.experiments.method_specs import MethodSpec, slug
+from graftwerk.experiments.aggregation import TrialResult
+from graftwerk.experiments.method_specs import NO_AXES, MethodSpec, slug
 from graftwerk.experiments.table import shown
 from graftwerk.settings import parse_settings, spellings
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.yaml_files import parse_override_value
-
-NO_AXES = frozenset({"seed", "report_to", "class_weights", "warm_start", "trunk_cache_dir"})
-"""Settings whose value may be a list or hold a comma, and the one that has an argument of its own."""
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -68,23 +65,34 @@ def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
     return axes, others
 
 
-def require_validation(axes: Axes, rows: Mapping[str, int]) -> None:
+def require_validation(axes: Axes, rows: Mapping[str, int], budget: object = None) -> None:
     """Refuse to tune without validation rows.
 
     Raises:
         ConfigError: Something is to be tuned, and there are none.
     """
-    if axes and not rows.get("validation"):
+    if (axes or budget) and not rows.get("validation"):
         raise ConfigError(
-            f"`{next(iter(axes))}` is tuned on validation rows, and there are none",
+            f"`{next(iter(axes), 'learning_rate')}` is tuned on validation rows, and there are none",
             where="data.validation",
             hint="data.validation=0.1; test rows are for the last word",
         )
 
 
-def planned_runs(methods: Sequence[MethodSpec], axes: Axes, seeds: Sequence[int]) -> str:
-    """Return how many runs a comparison makes, and of what: 2 methods, 3 seeds (seeds=0,1,2): 6 runs."""
+def planned_runs(methods: Sequence[MethodSpec], axes: Axes, seeds: Sequence[int], budget: object = None) -> str:
+    """Return how many runs a comparison makes, and of what: 2 methods, 3 seeds (seeds=0,1,2): 6 runs.
+
+    Args:
+        methods: The methods.
+        axes: Values to try by setting of the training.
+        seeds: The seeds.
+        budget: What each method may spend on trials, in words if it is printed, or None if it tries all values.
+    """
     parts = [f"{len(methods)} method{'s' if len(methods) > 1 else ''}"]
+    if budget is not None:
+        runs = len(methods) * len(seeds)
+        said = f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} (seeds={','.join(map(str, seeds))})"
+        return f"{parts[0]}, {budget} for each to find its settings, then {said}: {runs:,} run{'s' if runs > 1 else ''}"
     parts += [f"{len(values)} values of {name}" for name, values in axes.items()]
     parts.append(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} (seeds={','.join(map(str, seeds))})")
     runs = prod(map(len, (methods, *axes.values(), seeds)))
@@ -99,25 +107,41 @@ def tuned(specs: Sequence[MethodSpec], axes: Axes) -> list[MethodSpec]:
     """
     if not axes:
         return list(specs)
-    crossed = []
     for spec in specs:
-        for values in product(*axes.values()):
-            tried = dict(zip(axes, values, strict=True))
-            if own := {f"training.{name}" for name in tried} & set(spec.changes):
-                raise ConfigError(
-                    f"`{spec.name}` has `{own.pop()}` of its own, and several are to be tried",
-                    where="methods",
-                    hint="give it in one place",
-                )
-            changes = {f"training.{name}": value for name, value in tried.items()}
-            name = slug(spec.name, tried)
-            crossed.append(replace(spec, name=name, changes={**spec.changes, **changes}, tried_for=spec.name))
-    return crossed
+        refuse_own_values(spec, axes)
+    grid = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    return [crossed(spec, tried) for spec in specs for tried in grid]
+
+
+def refuse_own_values(spec: MethodSpec, axes: Axes) -> None:
+    """Refuse a method that has a value of its own for what is tried.
+
+    Raises:
+        ConfigError: It has one.
+    """
+    if own := {f"training.{name}" for name in axes} & set(spec.changes):
+        raise ConfigError(
+            f"`{spec.name}` has `{own.pop()}` of its own, and several are to be tried",
+            where="methods",
+            hint="give it in one place",
+        )
+
+
+def method_of(spec: MethodSpec) -> str:
+    """Return the name of the method that a spec stands for or is tried for."""
+    return spec.tried_for or spec.name
+
+
+def crossed(spec: MethodSpec, tried: Mapping[str, Any]) -> MethodSpec:
+    """Return a trial of a method with values for settings of the training."""
+    changes = {f"training.{name}": value for name, value in tried.items()}
+    name = slug(spec.name, tried)
+    return replace(spec, name=name, changes={**spec.changes, **changes}, tried_for=spec.name)
 
 
 def chosen(
     specs: Sequence[MethodSpec],
-    runs: Mapping[str, Mapping[int, RunResult]],
+    runs: Mapping[str, Mapping[int, TrialResult]],
     failed: Mapping[str, Mapping[int, str]],
     metric: str,
 ) -> tuple[list[MethodSpec], list[dict[str, Any]]]:
@@ -136,8 +160,8 @@ def chosen(
         ``chosen`` and what was ``tried``: ``name``, ``changes``, ``value`` (the mean over seeds) and ``failed``.
     """
     ranked, told = [], []
-    for method in dict.fromkeys(spec.tried_for or spec.name for spec in specs):
-        group = [spec for spec in specs if (spec.tried_for or spec.name) == method]
+    for method in dict.fromkeys(map(method_of, specs)):
+        group = [spec for spec in specs if method_of(spec) == method]
         if not group[0].tried_for:
             ranked.append(group[0])
             continue
@@ -148,7 +172,7 @@ def chosen(
     return ranked, told
 
 
-def _tried(spec: MethodSpec, runs: Mapping[int, RunResult], failed: Mapping[int, str], metric: str) -> dict[str, Any]:
+def _tried(spec: MethodSpec, runs: Mapping[int, TrialResult], failed: Mapping[int, str], metric: str) -> dict[str, Any]:
     values = [run.manifest["metrics"]["validation"][metric]["value"] for run in runs.values()]
     known = [value for value in values if value is not None]
     why = {str(seed): text for seed, text in sorted(failed.items())}
@@ -175,4 +199,5 @@ def sentences(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _words(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.removeprefix('training.')} {value}" for key, value in changes.items() if "training." in key)
+    own = [(key.partition(".")[2], value) for key, value in changes.items() if key.startswith(("training.", "method."))]
+    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in own)

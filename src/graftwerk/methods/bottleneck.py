@@ -30,6 +30,9 @@ from graftwerk.methods.layer_selection import LayerSelection
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
+REDUCTION = 16.0
+"""Model width over bottleneck width, if no size is given."""
+
 
 class Bottleneck(LayerSelection):
     """Settings of bottleneck adapters: placement, and width (``adapter_size``, or model width / ``reduction_factor``).
@@ -74,7 +77,7 @@ class Bottleneck(LayerSelection):
         """Return the width m of the bottleneck for a layer of this width."""
         if self.adapter_size is not None:
             return self.adapter_size
-        return max(1, round(width / (self.reduction_factor or 16.0)))
+        return max(1, round(width / (self.reduction_factor or REDUCTION)))
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         """Select the last linear layers of the blocks, for `parallel` the first ones of the feed-forward too.

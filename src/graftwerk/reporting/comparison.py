@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page, verdicts
+from graftwerk.reporting.ablation import ablation
 from graftwerk.reporting.data import findings_section, measured_on, origin_facts
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import REPORT, items, mapping, mappings, number, words
@@ -92,6 +93,7 @@ def _results(
             ),
             other_metrics(methods, words(result, "metric"), chosen),
         ),
+        ablation(result, metric),
         differences(found, result, metric),
     ]
 

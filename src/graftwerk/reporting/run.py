@@ -104,6 +104,7 @@ def _headline(manifest: Mapping[str, Any], split: str, figures: Mapping[str, Any
         "running": f"{method} is still training, or its process died without a word",
         "interrupted": f"{method} was interrupted before it was measured",
         "diverged": f"{method} diverged: there is no result",
+        "trial": f"{method} was tried, and has no metrics",
     }.get(status, f"{method} has no result")
 
 
@@ -128,7 +129,10 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
     """Return the section of errors and notes to read before the results."""
     said = []
     status, error = words(manifest, "status"), mapping(manifest, "error")
-    if status != "finished":
+    if status == "trial":
+        text = "its settings were tried and not chosen, so that the test rows are not measured"
+        said.append(page.message("A trial:", text, "graftwerk train config.yaml --resume measures them"))
+    elif status != "finished":
         what = words(error, "what") or {"running": "The files say that it is still training."}.get(
             status, "There is no reason stored."
         )

@@ -81,7 +81,7 @@ def _against(difference: verdicts.Difference | None, metric: str) -> str:
     if difference.apart:  # with one seed
         low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
         return f"{numbers.bare(metric, difference.value)}{numbers.unit(metric)} behind ({low} to {high}), one seed"
-    return f"no difference shown ({numbers.signed(metric, -difference.value)})"
+    return f"{difference.verdict} ({numbers.signed(metric, -difference.value)})"
 
 
 def _seed_values(method: Mapping[str, Any]) -> list[float]:
@@ -153,22 +153,23 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
     scale = scale_of([bound for d in found for bound in (d.low, d.value, d.high)], zero=True)
     rows = []
     for d in found:
-        shown = d.verdict != "no difference shown"
+        shown = d.verdict in ("better", "worse")
         limits = f"{numbers.signed(key, d.low)} to {numbers.signed(key, d.high)}"
         said = f"{d.a} against {d.b}: {numbers.signed(key, d.value)}{numbers.unit(key)}, interval {limits}"
         kind = "" if shown else "unshown"
         drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
         verdict = f"{d.a} is {d.verdict}" if shown else "one seed: it may be reversed" if d.apart else d.verdict
         p = DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
+        chance = DASH if d.p_better is None or d.one_seed else f"{100 * d.p_better:.0f}{numbers.THIN}%"
         rows.append(
             (
                 "shown" if shown else "unshown",
-                [f"{d.a} against {d.b}", numbers.signed(key, d.value), limits, drawing, p, verdict],
+                [f"{d.a} against {d.b}", numbers.signed(key, d.value), limits, drawing, p, chance, verdict],
             )
         )
     headings = [
         ("Pair", ""), (numbers.title(numbers.unit(key).strip()) or "Difference", "number"), ("Interval", "number"),
-        ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
+        ("Beside zero", ""), ("p", "number"), ("Better with", "number"), ("Verdict", "verdict"),
     ]  # fmt: skip
     level = _confidence(result)
     how = (
@@ -183,12 +184,24 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
     )
     text = (
         f"Every pair on the same rows, {how}. {level}The intervals hold all at once, and p is adjusted for the number "
-        f"of pairs: {shown_if}"
+        f"of pairs: {shown_if}{_equality(result)}"
     )
     return page.section(
         "What the differences are worth",
         page.paragraph(" ".join(filter(None, [text, verdicts.seed_spread(result)]))),
         page.table("Paired differences", headings, rows, class_="pairs"),
+    )
+
+
+def _equality(result: Mapping[str, Any]) -> str:
+    """Return what the last two columns mean."""
+    margin, key = number(result, "margin"), words(result, "metric")
+    if margin is None:
+        return ""
+    said = f"{numbers.bare(key, margin)}{numbers.unit(key)}"
+    return (
+        f" Two methods are practically equal if the whole interval is nearer to zero than {said}. The column before the "
+        "last has the probability that the first is better, of that pair alone."
     )
 
 

@@ -10,10 +10,11 @@ from graftwerk.reporting import numbers
 from graftwerk.reporting.files import at, items, mapping, mappings, number, words
 from graftwerk.reporting.tradeoff import COSTS
 
-Verdict = Literal["better", "worse", "no difference shown"]
+Verdict = Literal["better", "worse", "practically equal", "no difference shown"]
 _OTHER_WAY: dict[Verdict, Verdict] = {
     "better": "worse",
     "worse": "better",
+    "practically equal": "practically equal",
     "no difference shown": "no difference shown",
 }
 
@@ -30,6 +31,7 @@ class Difference:
     p: float | None
     verdict: Verdict
     one_seed: bool = False
+    p_better: float | None = None
 
     @property
     def apart(self) -> bool:
@@ -39,7 +41,8 @@ class Difference:
     def turned(self) -> Difference:
         """Return the same difference as that of ``b`` over ``a``."""
         verdict = _OTHER_WAY[self.verdict]
-        return Difference(self.b, self.a, -self.value, -self.high, -self.low, self.p, verdict, self.one_seed)
+        chance = None if self.p_better is None else 1 - self.p_better
+        return Difference(self.b, self.a, -self.value, -self.high, -self.low, self.p, verdict, self.one_seed, chance)
 
 
 def measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -62,12 +65,12 @@ def differences(result: Mapping[str, Any]) -> list[Difference]:
         verdict: Verdict
         one_seed = at(entry, "over_seeds") is False or len(items(result, "seeds")) == 1
         match "no difference shown" if one_seed else words(entry, "verdict"):
-            case "better" | "worse" | "no difference shown" as said:
+            case "better" | "worse" | "practically equal" | "no difference shown" as said:
                 verdict = said
             case _:
                 verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
         a, b, p = words(entry, "a"), words(entry, "b"), number(entry, "p")
-        difference = Difference(a, b, value, low, high, p, verdict, one_seed)
+        difference = Difference(a, b, value, low, high, p, verdict, one_seed, number(entry, "p_better"))
         found.append(difference if value >= 0 else difference.turned())
     return sorted(found, key=lambda difference: -difference.value)
 
@@ -115,6 +118,8 @@ def headline(result: Mapping[str, Any]) -> str:
         key = words(result, "metric")
         points = numbers.signed(key, -against.value).lstrip("+") + numbers.unit(key)
         return f"Take {chosen}: it costs less than {best}, which is better by {points}"
+    if against is not None and against.verdict == "practically equal":
+        return f"Take {chosen}: it is practically equal to {best}, the best mean{saving}"
     return f"Take {chosen}: it is not shown to be worse than {best}, the best mean{saving}"
 
 
@@ -136,7 +141,13 @@ def resolution(result: Mapping[str, Any]) -> str:
         )
     metric = words(result, "metric")
     least = f"{numbers.bare(metric, value)}{numbers.unit(metric)}"
-    return f"With these rows and seeds, differences under about {least} cannot be shown."
+    found = number(result, "detectable")
+    power = (
+        f"; one of {numbers.bare(metric, found)}{numbers.unit(metric)} would be shown four times in five"
+        if found
+        else ""
+    )
+    return f"With these rows and seeds, differences under about {least} cannot be shown{power}."
 
 
 def seed_spread(result: Mapping[str, Any]) -> str:
@@ -158,6 +169,13 @@ def _beaten(found: Sequence[Difference], best: str, names: Sequence[str]) -> str
     better = [name for name in others if (d := between(found, best, name)) is not None and d.verdict == "better"]
     if len(better) == len(others):
         return f"it is better than {others[0]}" if len(others) == 1 else "it is better than all the others"
+    equal = [
+        name for name in others if (d := between(found, best, name)) is not None and d.verdict == "practically equal"
+    ]
+    if len(equal) == len(others):
+        return (
+            f"it has the best mean, and is practically equal to {others[0] if len(others) == 1 else 'all the others'}"
+        )
     if not better:
         if len(others) == 1:
             return f"it has the higher mean, but no difference to {others[0]} is shown"

@@ -1,0 +1,58 @@
+"""Arguments of a comparison, checked: metric and cost, the run file, settings in place of those in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from graftwerk.config import RunConfig, parse_overrides
+from graftwerk.errors import ConfigError
+from graftwerk.experiments.significance import COSTS
+from graftwerk.yaml_files import read_yaml
+
+
+def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> None:
+    """Raise ConfigError for an unknown metric or cost.
+
+    Args:
+        base: Settings of the comparison, whose task has the metrics.
+        metric: Name of a metric, or None for the task's default.
+        prefer: Name of a cost, or None for the default.
+
+    Raises:
+        ConfigError: The metric or cost does not exist; the message lists those that do.
+    """
+    known = base.task.metrics
+    if metric is not None and metric not in known:
+        raise ConfigError(
+            f"there is no metric `{metric}` for {base.task.name}",
+            where="metric",
+            hint=f"there are: {', '.join(known)}",
+        )
+    if prefer is not None and prefer not in COSTS:
+        raise ConfigError(f"there is no cost `{prefer}`", where="prefer", hint=f"there are: {', '.join(COSTS)}")
+
+
+def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run file's content, from a path, a mapping or a `RunConfig`."""
+    if isinstance(config, RunConfig):
+        return config.model_dump(mode="json")
+    return dict(config) if isinstance(config, Mapping) else read_yaml(Path(config))
+
+
+def refuse_overrides(overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides that would hold for every method, or for every seed.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    for key in parse_overrides(dict(overrides)):
+        if key.split(".")[0] == "method":
+            raise ConfigError(
+                f"`{key}` would hold for every method",
+                where=key,
+                hint="give settings with the method: methods=[{name: lora, r: 16}, ...]",
+            )
+        if key.split(".")[-1] == "seed":
+            raise ConfigError(f"`{key}`: a comparison has several seeds", where=key, hint="seeds=0,1,2")
