@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation.settings": {"settings"},
     "methods": {"errors", "other_names", "settings"},
     "config": {*BASE, "absolute_paths", "methods", "models", "tasks", *SETTINGS},
-    "schema": {"augmentation.settings", "config", "errors", "methods", "other_names", "settings", "tasks"},
+    "schema": {"augmentation.settings", "config", "errors", "methods", "models", "other_names", "settings", "tasks"},
     "modeling": {"errors", "methods", "kernels"},
     "serialization": {*BASE, "modeling", "methods"},
     "data": {*BASE, "data.settings"},

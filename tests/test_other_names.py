@@ -51,7 +51,8 @@ def test_other_names_lead_to_keys_that_there_are() -> None:
         ("method.lora_rank", "here it is `r`"),
         ("num_beams", "here it is `evaluation.num_beams`"),
         ("num_labels", "the classes are those of the rows"),
-        ("load_in_4bit", "attach"),
+        ("load_in_4bit", "here it is `quantization: nf4`"),
+        ("bnb_4bit_compute_dtype", "here it is `quantization.compute_type`"),
     ],
 )
 def test_run_config_name_of_another_tool_leads_to_the_key(key: str, words: str) -> None:

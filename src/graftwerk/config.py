@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import NoneType
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
@@ -21,6 +22,7 @@ from graftwerk.evaluation.settings import SAMPLING, EvaluationSettings
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.models.cache import recall, remember
+from graftwerk.models.quantization import Quantization
 from graftwerk.sanitize import REDACTED, redact, redacted, strings_in
 from graftwerk.settings import Settings, describe_faults, known_keys, spellings
 from graftwerk.tasks.base import Task
@@ -56,6 +58,10 @@ class RunConfig(Settings):
         description="type that the base's weights are loaded in; what is trained is float32. auto: the compute type on "
         "an accelerator; float32 on a CPU, and wherever the base itself is trained or numbers are learnt",
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="bits of the base's linear layers: nf4 or int8, or settings with `name`; adapters stay in float32",
+    )
     task: Task = Field(
         default_factory=Classification, description="what is learnt: a task's name, or its settings with `name`"
     )
@@ -88,6 +94,17 @@ class RunConfig(Settings):
         """Compose the task from those of several data sets, unless a resolved run file has it already."""
         if self.data.sets and not isinstance(self.task, Multitask):
             object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        """Refuse a method that trains weights which are codes, before anything is read or loaded."""
+        if self.quantization is not None and self.method.kind == "weights":
+            raise ValueError(
+                f"`method: {self.method.name}` trains the base's own weights, and `quantization: "
+                f"{self.quantization.name}` stores them as codes, which have no gradient; use lora, or leave "
+                f"`quantization` out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -248,7 +265,7 @@ def _apply_override(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node = tree
     for key in parents:
         child = node.get(key)
-        if key in ("method", "task") and isinstance(child, str):
+        if key in ("method", "task", "quantization") and isinstance(child, str):
             child = {"name": child}
         if child is None:
             child = {}
@@ -277,7 +294,7 @@ def _settings_at(keys: Iterable[Any], tree: Any) -> type[Settings] | None:
             name = str(tree.get("name")) if isinstance(tree, Mapping) else str(tree)
             found = TASKS.get(name) if key == "task" else METHODS.get(str(SHORTHANDS.get(name, {"name": name})["name"]))
         elif (field := model.model_fields.get(key)) is not None:
-            found = field.annotation
+            found = next((part for part in get_args(field.annotation) if part is not NoneType), field.annotation)
         if not (isinstance(found, type) and issubclass(found, Settings)):
             return None
         model = found

@@ -12,6 +12,10 @@ from types import MappingProxyType
 _NAMES = {
     "model": "model_name_or_path model_name model_id model_path base_model pretrained_model_name_or_path checkpoint",
     "revision": "model_revision",
+    "quantization": "quantization_config bnb_config quant_method quantization_method bnb_4bit_quant_type quantize",
+    "quantization.double_quant": "bnb_4bit_use_double_quant use_double_quant double_quantization use_nested_quant",
+    "quantization.compute_type": "bnb_4bit_compute_dtype bnb_4bit_compute_type",
+    "quantization.skip": "llm_int8_skip_modules modules_to_not_convert",
     "task": "task_type task_name stage problem_type",
     "method": "adapter peft_type peft_method finetuning_type peft peft_config",
     "output_dir": "output run_name logging_dir save_dir output_path",
@@ -78,9 +82,9 @@ _SAID = {
     "num_labels": "the classes are those of the rows; leave it out",
     "tokenizer": "the tokenizer is the model's; leave it out",
     "device": "the fastest device is taken; CUDA_VISIBLE_DEVICES chooses among several",
-    "load_in_4bit": "a run file loads bases as they are; `graftwerk.attach` adapts one that is loaded in 4 bits",
-    "load_in_8bit": "a run file loads bases as they are; `graftwerk.attach` adapts one that is loaded in 8 bits",
-    "quantization_bit": "a run file loads bases as they are; `graftwerk.attach` adapts one that is loaded in 4 bits",
+    "load_in_4bit": "here it is `quantization: nf4`",
+    "load_in_8bit": "here it is `quantization: int8`",
+    "quantization_bit": "here it is `quantization: nf4` (4 bits) or `quantization: int8` (8 bits)",
     "push_to_hub": "`graftwerk export RUN` writes a folder to hand over; leave it out",
     "trust_remote_code": "code of a model's folder is never run; leave it out",
 }
@@ -119,8 +123,8 @@ def lead(name: str, parent: str, known: Collection[str], homes: Mapping[str, str
 
 OTHER_METHODS: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("qlora", "q-lora", "lora-4bit"), "lora: QLoRA is LoRA on a base in 4 bits, and a run file "
-                        "loads bases as they are; `graftwerk.attach` adapts one that is loaded in 4 bits"),
+        **dict.fromkeys(("qlora", "q-lora", "lora-4bit"), "lora: QLoRA is LoRA on a base in 4 bits: "
+                        "`quantization: nf4` beside `model`"),
         **dict.fromkeys(("loraplus", "lora+", "lora-plus"), "lora: LoRA+ is its `loraplus_lr_ratio`, for instance 16"),
         **dict.fromkeys(("adapter", "adapters", "adapter-tuning", "bottleneck-adapter", "series"), "bottleneck"),
         **dict.fromkeys(("prefix-tuning", "prefix_tuning", "prefixtuning"), "prefix"),

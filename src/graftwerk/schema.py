@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -13,6 +13,7 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS
+from graftwerk.models.quantization import Quantization
 from graftwerk.other_names import lead
 from graftwerk.settings import Settings, known_keys
 from graftwerk.tasks.base import Task
@@ -22,6 +23,13 @@ CHOICES: dict[str, Mapping[str, type[Settings]]] = {"method": METHODS, "task": T
 """Keys of a run file whose value is a name, or the settings of what has that name."""
 AUGMENT = "data.augment"
 """The key whose value is a list of such."""
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization.model_fields["name"].annotation)
+NAMED_KINDS = {
+    **{key: key for key in CHOICES},
+    AUGMENT: "list of augmenters",
+    "quantization": " | ".join((*QUANTIZATIONS, "mapping", "null")),
+}
+"""What the keys whose values have names are called."""
 
 
 def run_schema() -> dict[str, Any]:
@@ -39,6 +47,7 @@ def run_schema() -> dict[str, Any]:
                 *({"$ref": f"#/$defs/{choice.__name__}"} for choice in choices.values()),
             ],
         }
+    schema["properties"]["quantization"]["anyOf"].insert(0, {"enum": list(QUANTIZATIONS)})
     definitions.pop("Augmenter", None)
     for augmenter in AUGMENTERS.values():
         definitions[augmenter.__name__] = _choice_schema(augmenter, "augmenter", AUGMENTERS, {})
@@ -144,15 +153,13 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[dict[str, Any]]:
         properties = described["properties"][name]
         yield {
             "key": prefix + name,
-            "kind": name
-            if name in CHOICES
-            else "list of augmenters"
-            if prefix + name == AUGMENT
-            else _kind(properties),
+            "kind": NAMED_KINDS.get(prefix + name) or _kind(properties),
             "required": field.is_required(),
             "default": properties.get("default"),
             "meaning": field.description or "",
         }
+        if annotation == Quantization | None:
+            yield from _keys(Quantization, f"{prefix}{name}.")
 
 
 def _kind(schema: dict[str, Any]) -> str:

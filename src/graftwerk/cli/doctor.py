@@ -100,9 +100,10 @@ def describe_cost(plan: dict[str, Any], seconds: float | None = None) -> str:
 def show_preflight(out: Output, checked: dict[str, Any]) -> None:
     """Show model, method, steps, rows and findings of a run file, as `preflight` returns them."""
     data, parameters, model = checked["data"], checked["parameters"], checked["model"]
+    bits = f" (linear layers in {model['quantization']['name']})" if "quantization" in model else ""
     out.line(
-        f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters in {model['dtype']}, "
-        f"rows of up to {model['max_length']} tokens"
+        f"\nmodel   {model['name']}: {model['kind']}, {count(parameters['total'])} parameters in {model['dtype']}"
+        f"{bits}, rows of up to {model['max_length']} tokens"
     )
     out.line(
         f"method  {checked['method']['name']}: trains {count(parameters['trained'])} parameters "

@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
             "learning rate",
             "merges",
             "mixed rows",
+            "quantized base",
             "PEFT type",
             "trained parameters",
             numbers=("learning rate",),
@@ -40,6 +41,7 @@ def register(app: typer.Typer) -> None:
                 f"{row['learning_rate']:g}",
                 "yes" if row["mergeable"] else "no",
                 "yes" if row["rows"] else "no",
+                "yes" if row["quantized"] else "no",
                 row["peft_type"] or "none",
                 row["parameters"],
             )
@@ -68,6 +70,7 @@ def describe_methods() -> list[dict[str, Any]]:
                 "mergeable": method.mergeable,
                 "identity_at_start": method.identity_at_start,
                 "rows": method.supports_rows,
+                "quantized": method.kind != "weights",
                 "peft_type": method.peft_type,
                 "learning_rate": method.default_learning_rate,
                 "head_learning_rate": method.default_head_learning_rate or method.default_learning_rate,

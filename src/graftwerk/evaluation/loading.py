@@ -17,11 +17,14 @@ from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.devices import best_device
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
+from graftwerk.evaluation.base_model import load_base
 from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS, ROWS
 from graftwerk.evaluation.settings import EvaluationSettings
+from graftwerk.models.quantization import Quantization
 from graftwerk.own_files import refuse_links
 from graftwerk.serialization.adapter_config import CONFIG_FILE
 from graftwerk.serialization.atomic import recover
+from graftwerk.serialization.fit import quantization_words
 from graftwerk.serialization.info import AdapterInfo, check_said, read_adapter_config
 from graftwerk.serialization.untrusted_files import read_sealed
 from graftwerk.serialization.weight_files import read_headers
@@ -181,7 +184,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     """
     from graftwerk.modeling.virtual_positions import positions_taken
     from graftwerk.models.hardware import set_threads
-    from graftwerk.models.load import load_config, load_model, load_tokenizer, newly_initialised
+    from graftwerk.models.load import load_config, load_tokenizer, newly_initialised
     from graftwerk.models.positions import fix_padding, max_length_for, position_limit
     from graftwerk.serialization.folder import load_adapter
 
@@ -204,11 +207,22 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     if isinstance(task, Regression):  # answers in the units of the rows: other types would round them
         dtype = torch.float32
     weights = _base_dtype(own, info, dtype, device)
-    base = load_model(name, task, splits, dtype=weights, revision=revision)
+    base = load_base(
+        name,
+        task,
+        splits,
+        dtype=weights,
+        revision=revision,
+        quantization=settings.quantization if settings else _quantization(info),
+        compute=dtype,
+        device=device,
+        method=settings.method if settings else info.method,
+        skipped=info.quantization["skip"] if info.quantization else (),
+    )
     fix_padding(base, tokenizer)
     load_adapter(base, info.folder, force=force, filled=newly_initialised(base) if found.manifest else ())
     if weights not in (torch.float32, dtype):  # the values that it was trained on, where they cannot be multiplied so
-        base.float()
+        torch.nn.Module.float(base)  # transformers' own refuses a quantized base, whose codes this leaves as they are
     max_length = max_length_for(architecture, tokenizer, virtual=positions_taken(base))
     if isinstance(own_limit := own.get("max_length"), int):  # trained before virtual tokens counted, it may be too long
         longest = position_limit(architecture)
@@ -268,6 +282,24 @@ def _base_dtype(own: Mapping[str, Any], info: AdapterInfo, compute: torch.dtype,
     trained_whole = info.method is not None and info.method.kind == "weights"
     dtype = frozen_dtype(compute, device)
     return dtype if dtype == torch.bfloat16 and not trained_whole else torch.float32
+
+
+def _quantization(info: AdapterInfo) -> Quantization | None:
+    """Return how an adapter's base was quantized, None if it was not or a folder of PEFT does not say.
+
+    Raises:
+        UnsupportedError: It was quantized in another way than a run file can ask for.
+    """
+    if (said := info.quantization) is None:
+        return None
+    try:
+        return Quantization(name=said["name"], double_quant=said["double_quant"])
+    except ValueError:
+        raise UnsupportedError(
+            f"the adapter was trained on a base in {quantization_words(said)}, which is not done here",
+            where=str(info.folder),
+            hint="load that base by transformers, and the adapter on it by graftwerk.load",
+        ) from None
 
 
 def task_of(info: AdapterInfo, own: Mapping[str, Any]) -> Task:

@@ -80,6 +80,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "kind": architecture.model_type,
             "max_length": prepared.max_length,
             "dtype": str(dtype).removeprefix("torch."),
+            **({} if config.quantization is None else {"quantization": config.quantization.to_dict()}),
         },
         "task": config.task.name,
         "data": {

@@ -19,7 +19,9 @@ from graftwerk.exports.merge import merge
 from graftwerk.exports.parity import ROWS, Parity
 from graftwerk.exports.source import Source, check_out, facts_of, read_source, tolerance_of, write_export
 from graftwerk.modeling.attach import detach
+from graftwerk.modeling.quantized_layers import dequantize, quantization_of
 from graftwerk.models.hf_logging import quiet
+from graftwerk.serialization.fit import quantization_words
 from graftwerk.serialization.folder import load_adapter, save_adapter
 from graftwerk.serialization.info import OWN_FILE, WEIGHTS_FILE
 from graftwerk.serialization.peft_format import PREFIX
@@ -124,6 +126,11 @@ def export(
     needed = 2 * sum(value.numel() * value.element_size() for value in source.adapter.state_dict().values())
     folder = write_export(out, fill, overwrite=overwrite, bytes_needed=needed + (1 << 20))
     notes = [f"compared on {written[0].parity.rows} {source.origin}, loaded by {written[0].checked_by}"]
+    if (said := source.loaded.info.quantization) is not None:
+        notes.append(
+            f"it was trained, and compared, on a base in {quantization_words(said)}: on another its answers differ by "
+            f"the rounding"
+        )
     if not loadable(name) or Path(name).is_absolute():
         notes.append(
             f"the folder names `{name or 'no base'}` as its base, which means nothing elsewhere: --base-name org/model "
@@ -230,6 +237,8 @@ def _write_llama_cpp(source: Source, partial: Path, out: Path, name: str, tolera
     base = name if name.endswith(".gguf") else "./base.gguf"
     (partial / "Modelfile").write_text(f"FROM {base}\nADAPTER ./{ADAPTER_FILE}\n", encoding="utf-8")
     model = detach(loaded.model)
+    if quantization_of(model) is not None:  # there is nothing to add to in codes
+        dequantize(model)
     apply_gguf(model, partial / ADAPTER_FILE)
     parity = source.compared(model, loaded.tokenizer, "the GGUF file", tolerance, dtype=loaded.dtype)
     command = f"llama-cli -m {shlex.quote(base)} --lora {shlex.quote(str(out / ADAPTER_FILE))}"

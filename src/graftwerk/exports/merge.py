@@ -13,7 +13,16 @@ from graftwerk.errors import ConfigError, GraftwerkError, IntegrityError, ModelE
 from graftwerk.evaluation.loading import LoadedAdapter
 from graftwerk.evaluation.search import own_search
 from graftwerk.exports.parity import ROWS, Parity
-from graftwerk.exports.source import Source, check_out, facts_of, free, read_source, tolerance_of, write_export
+from graftwerk.exports.source import (
+    Source,
+    check_out,
+    facts_of,
+    free,
+    read_source,
+    to_full_weights,
+    tolerance_of,
+    write_export,
+)
 from graftwerk.models.hf_logging import quiet
 from graftwerk.models.load import load_config
 from graftwerk.serialization.card import merged_card
@@ -43,6 +52,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write the model as a folder of transformers.
 
+    A quantized base is given the full weights that its codes stand for first, since codes would round the adapter away.
     The folder has the merged weights, the head with the names of its classes, the tokenizer with its chat template and
     the generation settings. It is loaded again by plain transformers and compared with the adapter on real rows before
     it appears at ``out``.
@@ -64,7 +74,7 @@ def merge(
         ``out``, ``parity`` (``rows``, ``max_abs_difference``, ``agreement`` and more), ``dtype``, ``bytes``, ``notes``.
 
     Raises:
-        UnsupportedError: The method cannot be merged, or the base is quantized or offloaded.
+        UnsupportedError: The method cannot be merged, or the base is offloaded.
         IntegrityError: The merged model answers otherwise; nothing is written.
         ConflictError: There is something else at ``out``.
         ConfigError, DataError, AdapterError, ModelError, ResourceError: As for `evaluate`.
@@ -91,6 +101,7 @@ def merge(
     if dtype != "auto" and dtype not in TYPES:
         raise ConfigError(f"`{dtype}` is no type that weights are stored in", where="dtype", hint=", ".join(TYPES))
     source = read_source(target, model=model, force=force, data=data, columns=columns, rows=rows)
+    note = to_full_weights(source)
     stored = TYPES[dtype] if dtype != "auto" else _stored_type(source, model)
     own = source.loaded.model.dtype
     if (finer := torch.promote_types(stored, own)) != own:  # merged in the type that is stored, and rounded there alone
@@ -110,7 +121,7 @@ def merge(
         "parity": found[0].to_dict(),
         "dtype": str(stored).removeprefix("torch."),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "notes": [f"compared on {found[0].rows} {source.origin}"],
+        "notes": [f"compared on {found[0].rows} {source.origin}", *([note] if note else [])],
     }
 
 

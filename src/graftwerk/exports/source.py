@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from torch import Tensor
 from graftwerk.errors import ConfigError, ConflictError
 from graftwerk.evaluation.loading import LoadedAdapter, held_out, labelled_rows, load_adapter_for
 from graftwerk.exports.parity import ROWS, TOLERANCE, Parity, compare, probabilities, require
+from graftwerk.modeling.attach import adapters, detach
+from graftwerk.modeling.quantized_layers import dequantize, quantization_of
 from graftwerk.serialization.atomic import write_folder
+from graftwerk.serialization.folder import load_adapter
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.tasks.base import Example, Row
 
@@ -91,8 +95,6 @@ def read_source(
     Raises:
         ConfigError, DataError, AdapterError, ModelError, IntegrityError, ResourceError: As for `evaluate`.
     """
-    from graftwerk.modeling.attach import adapters
-
     if rows < 1:
         raise ConfigError("there is no comparison without rows", where="rows", hint="give at least 1")
     if data is None and columns is not None:
@@ -111,6 +113,25 @@ def read_source(
     answers = probabilities(loaded.model, loaded.task, examples, loaded.tokenizer, dtype=loaded.dtype)
     (adapter,) = adapters(loaded.model).values()
     return Source(loaded, adapter, chosen, origin, examples, answers)
+
+
+def to_full_weights(source: Source) -> str | None:
+    """Give a quantized base the full weights that its codes stand for, with the adapter attached to it again.
+
+    Args:
+        source: The adapter; its handle is replaced.
+
+    Returns:
+        A note for the user, or None if the base is not quantized.
+    """
+    model, folder = source.loaded.model, source.loaded.info.folder
+    if (said := quantization_of(model)) is None:
+        return None
+    dequantize(detach(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the base is not quantized is what the note says
+        source.adapter = load_adapter(model, folder, force=True)
+    return f"merged into the full weights that the base's {said['name']} stands for: the model is not quantized"
 
 
 def tolerance_of(dtype: torch.dtype, compute: torch.dtype, asked: float | None) -> float:

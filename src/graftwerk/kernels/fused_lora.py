@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from graftwerk.kernels import flags
 from graftwerk.kernels.recompute import ActivationTable, Recompute, SharedInput
-from graftwerk.methods.base import AdapterModule, base_weight, is_plain, is_transposed
+from graftwerk.methods.base import AdapterModule, base_weight, is_plain, is_quantized, is_transposed
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.dropout import mask_bits
 from graftwerk.methods.lora import LoRAModule
@@ -116,8 +116,8 @@ def merge_lora_(lora: LoRAModule, weight: Tensor) -> bool:
 def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     """Return True if `fused_linear` may run.
 
-    It may on a frozen `nn.Linear` or transformers' `Conv1D` with plain weights, or bitsandbytes' `Linear4bit`, run
-    eagerly on a plain tensor on the same device.
+    It may on a frozen `nn.Linear` or transformers' `Conv1D` with plain weights, bitsandbytes' `Linear4bit` or the
+    `Linear8bit` of `modeling.quantize`, run eagerly on a plain tensor on the same device.
 
     Args:
         layer: An adapted layer.
@@ -134,8 +134,9 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     if weight.requires_grad or (isinstance(vector, Tensor) and vector.requires_grad):
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
-    if hasattr(weight, "quant_state"):  # its own kernel chooses dtypes under autocast and adds the bias
-        return base.__name__ == "Linear4bit" and weight.quant_state is not None and bias and not autocast
+    if is_quantized(weight):  # its own kernel chooses dtypes under autocast and adds the bias
+        known = base.__name__ == "Linear8bit" or getattr(weight, "quant_state", None) is not None
+        return known and base.__name__ in ("Linear4bit", "Linear8bit") and bias and not autocast
     if not is_plain(weight) or (isinstance(vector, Tensor) and not is_plain(vector)):
         return False
     return (base is nn.Linear or base.__name__ == "Conv1D") and (autocast or weight.dtype == x.dtype)
@@ -170,7 +171,7 @@ def _base_forward(
     layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, autocast: torch.dtype | None
 ) -> Tensor:
     """Return the base output (..., o): fresh, contiguous and no view, so that the caller may change it in place."""
-    if hasattr(weight, "quant_state"):
+    if is_quantized(weight):
         y: Tensor = type(layer)._graftwerk_base.forward(layer, x)  # type: ignore[attr-defined]
         return y.clone(memory_format=torch.contiguous_format) if y._is_view() or not y.is_contiguous() else y
     if autocast is not None:
@@ -312,7 +313,7 @@ def _read(ctx: Any, source: Sequence[Tensor], bits: Tensor | None, seed: int) ->
 
 def _base_backward(layer: nn.Module, weight: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """Return g W, (N, i)."""
-    if hasattr(weight, "quant_state"):
+    if is_quantized(weight):
         weight = base_weight(layer)
     elif is_transposed(layer):
         weight = weight.T

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
-from graftwerk.methods.base import AdapterModule, Method, TargetModule
+from graftwerk.methods.base import AdapterModule, Method, TargetModule, is_quantized
 from graftwerk.methods.placement import module_device
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.detach import HOOKED
@@ -89,6 +89,13 @@ def _saved_modules(
         if saved != tuple(named):
             method = method.model_copy(update={"modules_to_save": saved})
     for path in saved:
+        module = model.get_submodule(path)
+        if method.kind != "weights" and any(is_quantized(parameter) for parameter in module.parameters()):
+            raise UnsupportedError(
+                f"`{path}` is quantized, so that no copy of it can be trained",
+                where="method.modules_to_save",
+                hint="load the base with it in full precision (`quantization.skip` in a run file), or adapt it by lora",
+            )
         if path in architecture.by_path and architecture.by_path[path].weight_only:
             raise UnsupportedError(
                 f"`{path}` is only read, never called: a trained copy of it would have no effect",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
+from graftwerk.methods.base import is_quantized
 
 
 class TrainedWeights:
@@ -33,11 +34,12 @@ class TrainedWeights:
         self, base: Mapping[str, nn.Parameter], keep_base: bool, flags: Mapping[str, bool], *, hooked: bool = False
     ) -> None:
         self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
-        quantized = [name for name, parameter in self.parameters.items() if not parameter.is_floating_point()]
+        # Codes never required gradients, so that their flags would leave them out, and a part of the base would train.
+        quantized = [name for name, parameter in base.items() if is_quantized(parameter)]
         if quantized:
             raise UnsupportedError(
                 f"full fine-tuning needs weights in floating point; {quantized[0]} is quantized",
-                hint="use lora on a quantized base",
+                hint="use lora on a quantized base, or load it in full precision",
             )
         # Without hooks that load them, a model without storage is one that a dry run has built.
         offloaded = [name for name, parameter in self.parameters.items() if hooked and parameter.is_meta]

@@ -140,7 +140,7 @@ def _refuse_unmergeable(path: str, module: nn.Module, adapter: AdapterModule) ->
             f"an adapter cannot be merged into a {'4' if hasattr(weight, 'quant_state') else '8'}-bit base: rounding "
             f"would lose it",
             where=path,
-            hint="load the base unquantized and merge there",
+            hint="`graftwerk merge` (graftwerk.merge) writes a model with full weights; or load the base unquantized",
         )
     for value in (module._parameters[name] for name in names):
         if value is not None and not is_plain(value):

@@ -157,6 +157,8 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    quantizer: Any = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Load the base model with the task's head, in evaluation mode, every weight in ``dtype`` whatever the file has.
 
@@ -169,6 +171,8 @@ def load_model(
         splits: The task's `Splits` with the label names, or None for the checkpoint's own names.
         dtype: Type of all weights.
         revision: For a hub id: branch, tag or commit.
+        quantizer: What quantizes weights as they are read (`modeling.quantize.quantizer`), or None.
+        device: Where the weights are quantized and stay. Without a quantizer they are loaded into the machine's memory.
 
     Raises:
         UnsupportedError: transformers has no such head for this architecture.
@@ -189,7 +193,13 @@ def load_model(
             where=name,
         )
     kwargs = {} if task is None or splits is None else task.model_kwargs(splits)
-    _check_size(auto, config, kwargs, held, dtype, name)
+    _check_size(auto, config, kwargs, held, dtype, name, quantizer)
+    if quantizer is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ConfigError(
+                f"{name} is quantized already", where="quantization", hint="leave `quantization` out, or take its base"
+            )
+        kwargs = {**kwargs, "quantization_config": quantizer, "device_map": {"": torch.device(device)}}
     with quiet():
         try:
             model, report = auto.from_pretrained(
@@ -208,9 +218,18 @@ def load_model(
             raise ResourceError(f"{name} does not fit into memory", hint="use a smaller model") from None
         except Exception as error:  # the library's errors have no common root
             raise _load_error(error, name, folder) from error
+    if quantizer is not None:
+        _let_go_of_files(model)
     model.config._name_or_path = name
     vars(model)[_NEW_WEIGHTS] = _judge(model, report, name)
     return model.eval()
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy what was not quantized: as views into mapped files, a few tensors would hold all pages that were read."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 class _TooLarge(Exception):  # noqa: N818 - caught below
@@ -218,7 +237,13 @@ class _TooLarge(Exception):  # noqa: N818 - caught below
 
 
 def _check_size(
-    auto: Any, config: Any, kwargs: dict[str, Any], held: dict[str, int], dtype: torch.dtype, name: str
+    auto: Any,
+    config: Any,
+    kwargs: dict[str, Any],
+    held: dict[str, int],
+    dtype: torch.dtype,
+    name: str,
+    quantizer: Any,
 ) -> None:
     """Refuse, before memory is taken for it, a model that the weights cannot fill or that the memory cannot hold.
 
@@ -231,6 +256,7 @@ def _check_size(
         held: Number of values in each tensor of the weights.
         dtype: Type of the model in memory.
         name: Name of the model, for messages.
+        quantizer: What quantizes weights as they are read, or None.
 
     Raises:
         IntegrityError: config.json describes another, far larger model than the weights are of.
@@ -269,12 +295,22 @@ def _check_size(
         return
     finally:
         handle.remove()
-    needed, free = sum(p.numel() for p in body.parameters()) * dtype.itemsize, available()
+    needed, free = _bytes_needed(body, dtype, quantizer), available()
     if free is not None and needed > free:
         raise ResourceError(
             f"{name} does not fit into memory: it takes {needed:,} bytes, and {free:,} are available",
             hint="use a smaller model",
         )
+
+
+def _bytes_needed(body: nn.Module, dtype: torch.dtype, quantizer: Any) -> int:
+    """Return the least bytes that a model's weights take, those of linear layers by their bits if quantized."""
+    total = sum(parameter.numel() for parameter in body.parameters()) * dtype.itemsize
+    if quantizer is not None:
+        layers = [layer for layer in body.modules() if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"]
+        linear = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+        total -= linear * dtype.itemsize - linear * (4 if quantizer.load_in_4bit else 8) // 8  # biases are few
+    return total
 
 
 def newly_initialised(model: nn.Module) -> tuple[str, ...]:

@@ -102,6 +102,12 @@ def _opening(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         f"- architecture: {text(base.get('architecture', '?'))}",
         f"- fingerprint of the base's weights: `{_code(base.get('fingerprint') or 'unknown')}`",
     ]
+    if isinstance(quantization := base.get("quantization"), Mapping):
+        double = ", double quantization" if quantization.get("double_quant") else ""
+        compute = text(quantization.get("compute_type", "?"))
+        lines.append(
+            f"- base quantized by bitsandbytes: {text(quantization.get('name'))}{double}, compute type {compute}"
+        )
     if own.get("task"):
         lines.append(f"- task: {text(own['task'])}")
     parameters = own.get("parameters")

@@ -6,6 +6,9 @@ checkpoint draws them at random), nor anything else that was drawn. What an adap
 of its own, `digests_beside`. Values count as bfloat16: a checkpoint has the same fingerprint whether it was loaded
 in float32 or in bfloat16. (In float16 it may differ, since rounding twice is not rounding once.)
 
+Weights that are quantized while they are loaded count as they were read (`FullWeights`), so that a base has the same
+fingerprint in 4 bits as in 32. Of a model that somebody else has quantized, only the codes are known.
+
 Of each tensor at most `SAMPLES` values, evenly spread, are hashed. Two checkpoints of one shape differ everywhere, so
 nothing is gained by reading all of them, and a model that is still lazily on disk stays there.
 """
@@ -36,6 +39,8 @@ Rows = Mapping[str, Sequence[int]]
 """Numbers of rows by the path of their table."""
 SAMPLES = 16_384
 """Values hashed of each tensor."""
+_FULL = "_graftwerk_full_weights"
+"""Attribute of a model with the samples of its full weights, by name."""
 _LEFT_OUT = frozenset({"pooler", "lm_head", "classifier", "score", "qa_outputs"})
 """Modules that are no part of the pretrained base, wherever they stand."""
 
@@ -48,6 +53,28 @@ class _Known:
     parameters: list[tuple[str, Tensor]]
     versions: list[int]
     made: Any
+
+
+class FullWeights:
+    """Samples of the weights that a model was quantized from, for its fingerprint."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, tuple[tuple[int, ...], bytes]] = {}
+
+    def see(self, name: str, weight: Tensor) -> None:
+        """Take a sample of a weight (any shape), by its name in the model."""
+        self._samples[name] = tuple(weight.shape), _sample(weight)
+
+    def keep(self, model: PreTrainedModel) -> None:
+        """Leave the samples with the model that was quantized."""
+        vars(model)[_FULL] = self._samples
+
+
+def _full_weights(model: nn.Module) -> dict[int, tuple[tuple[int, ...], bytes]]:
+    """Return shape and sample of each full weight by the identity of its quantized parameter; empty for most models."""
+    samples = vars(model).get(_FULL) or {}
+    parameters = base_parameters(model) if samples else {}
+    return {id(parameters[name]): sample for name, sample in samples.items() if name in parameters}
 
 
 _Memory = weakref.WeakKeyDictionary[nn.Module, _Known]
@@ -94,11 +121,29 @@ def fingerprint(model: PreTrainedModel, without: Rows = MappingProxyType({})) ->
         return made
 
 
+def fingerprint_of_codes(model: PreTrainedModel) -> str:
+    """Return a hash of the base's weights as they are stored, those that are quantized by their codes.
+
+    Args:
+        model: As for `fingerprint`.
+    """
+    with disabled(model):
+        return _fingerprint(model, sorted(_base_parameters(model)), full={})
+
+
 def _fingerprint(
-    model: PreTrainedModel, parameters: list[tuple[str, Tensor]], without: Rows = MappingProxyType({})
+    model: PreTrainedModel,
+    parameters: list[tuple[str, Tensor]],
+    without: Rows = MappingProxyType({}),
+    full: Mapping[int, tuple[tuple[int, ...], bytes]] | None = None,
 ) -> str:
     digest, rows = hashlib.blake2b(digest_size=16), _by_parameter(model, without)
+    full = _full_weights(model) if full is None else full
     for name, parameter in parameters:
+        if id(parameter) in full:
+            shape, sample = full[id(parameter)]
+            digest.update(f"{name} {shape}\n".encode() + sample)
+            continue
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         with _loaded(model.base_model, name, parameter) as weight:
             own = rows.get(id(parameter))

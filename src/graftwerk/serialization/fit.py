@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.errors import AdapterError
 from graftwerk.methods.trainable_tokens import SETTING
@@ -89,6 +89,28 @@ def check_drawn(model: PreTrainedModel, info: AdapterInfo, found: Restored, fill
         where=str(info.folder),
         hint="load a base whose checkpoint has it, or force it (force=True, --force) if it is not used",
     )
+
+
+def quantization_differs(stored: Mapping[str, Any] | None, here: Mapping[str, Any] | None) -> str:
+    """Return words on how the base that an adapter was trained on and this one are quantized, "" if alike.
+
+    Args:
+        stored: What the adapter's folder says, or None for full precision.
+        here: What `quantization_of` says of the model, or None.
+    """
+    then, now = quantization_words(stored), quantization_words(here)
+    return "" if then == now else f"the adapter was trained on a base in {then}, and this one is in {now}"
+
+
+def quantization_words(said: Mapping[str, Any] | None) -> str:
+    """Return a few words on how a base is quantized.
+
+    Args:
+        said: What `quantization_of` or an adapter's folder says, or None for full precision.
+    """
+    if said is None:
+        return "full precision"
+    return f"{said['name']}{' with double quantization' if said['double_quant'] else ''}"
 
 
 def labels_of(adapter: Adapter, info: AdapterInfo) -> list[str] | None:

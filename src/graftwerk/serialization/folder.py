@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +35,12 @@ from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter, adapters, attach, attach_from_tensors, detach
 from graftwerk.modeling.module_index import frozen_index
+from graftwerk.modeling.quantized_layers import quantization_of
 from graftwerk.serialization.adapter_config import CONFIG_FILE, check_config
 from graftwerk.serialization.atomic import read_steadily, recover, write_folder
 from graftwerk.serialization.card import model_card
-from graftwerk.serialization.fingerprint import fingerprint
-from graftwerk.serialization.fit import check_beside, check_drawn, labels_of, replaced_rows
+from graftwerk.serialization.fingerprint import fingerprint, fingerprint_of_codes
+from graftwerk.serialization.fit import check_beside, check_drawn, labels_of, quantization_differs, replaced_rows
 from graftwerk.serialization.info import (
     CARD_FILE,
     OWN_FILE,
@@ -310,19 +312,23 @@ def _keep_others(target: Path, partial: Path) -> None:
 
 
 def _check_base(model: PreTrainedModel, info: AdapterInfo, force: bool) -> None:
+    stored, here = info.quantization, quantization_of(model)
+    differs = quantization_differs(stored, here)
     wanted = info.base_fingerprint
-    if force or wanted is None or info.own["method"]["name"] == "full":  # whose tensors are all weights there are
-        return
-    found = fingerprint(model, replaced_rows(model, info))
-    if found != wanted:
-        architecture = info.own["base"].get("architecture")
-        raise AdapterError(
-            f"this adapter was trained on another base: `{info.base_name or 'unnamed'}` ({architecture!s:.60}, weights"
-            f" {wanted}); the model given has weights {found}",
-            where=str(info.folder),
-            hint=f"load `{info.base_name or wanted}`, or force it (force=True, --force) if weights are meant to differ",
-        )
-    check_beside(model, info)
+    if not force and wanted is not None and info.own["method"]["name"] != "full":  # whose tensors are all weights
+        found = fingerprint(model, replaced_rows(model, info))
+        if found != wanted and (stored is None or here is None or stored["codes"] != fingerprint_of_codes(model)):
+            architecture = info.own["base"].get("architecture")
+            raise AdapterError(
+                f"this adapter was trained on another base: `{info.base_name or 'unnamed'}` ({architecture!s:.60}, "
+                f"weights {wanted}); the model given has weights {found}{f'. {differs}' if differs else ''}",
+                where=str(info.folder),
+                hint=f"load `{info.base_name or wanted}`, or force it (force=True, --force) if weights are meant to "
+                f"differ",
+            )
+        check_beside(model, info)
+    if differs:
+        warnings.warn(f"{differs}: its answers differ by the rounding", stacklevel=6)
 
 
 def _attached(model: PreTrainedModel, found: Restored, name: str, trainable: bool) -> Adapter:

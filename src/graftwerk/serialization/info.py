@@ -69,6 +69,12 @@ class AdapterInfo:
         return files.get(name)
 
     @property
+    def quantization(self) -> dict[str, Any] | None:
+        """Return how the base was quantized, as `own_facts` writes it, or None if it was not."""
+        said: dict[str, Any] | None = self.own.get("base", {}).get("quantization")
+        return said
+
+    @property
     def labels(self) -> list[str] | None:
         """Return the names of the classes, in the order of the head's outputs, or None if they are not stored."""
         labels: list[str] | None = self.own.get("labels")
@@ -131,6 +137,7 @@ def _checked_own(own: dict[str, Any], path: Path) -> dict[str, Any]:
             for key in ("name", "architecture", "model_type", "fingerprint")
         )
         and isinstance(own["base"].get("beside", {}), dict)
+        and _says_quantization(own["base"].get("quantization"))
         and isinstance(own.get("method"), dict)
         and isinstance(own["method"].get("name"), str)
         and own["method"]["name"] in METHODS
@@ -146,6 +153,17 @@ def _checked_own(own: dict[str, Any], path: Path) -> dict[str, Any]:
     if not good:
         raise IntegrityError(f"{path.name} does not say what it should", where=str(path), hint="save the adapter again")
     return own
+
+
+def _says_quantization(said: Any) -> bool:
+    """Return True if what a folder says of its base's quantization is nothing, or what `own_facts` writes."""
+    return said is None or (
+        isinstance(said, dict)
+        and all(isinstance(said.get(key), str) for key in ("name", "compute_type", "codes"))
+        and isinstance(said.get("double_quant"), bool | None)
+        and isinstance(said.get("skip"), list)
+        and all(isinstance(path, str) for path in said["skip"])
+    )
 
 
 def check_said(values: Mapping[str, Any], path: Path) -> None:

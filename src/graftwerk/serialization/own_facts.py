@@ -10,8 +10,9 @@ from graftwerk.errors import (
     UnsupportedError,
 )
 from graftwerk.modeling.attach import Adapter
+from graftwerk.modeling.quantized_layers import quantization_of
 from graftwerk.sanitize import redact, redacted
-from graftwerk.serialization.fingerprint import digests_beside, fingerprint
+from graftwerk.serialization.fingerprint import digests_beside, fingerprint, fingerprint_of_codes
 from graftwerk.serialization.info import (
     FORMAT,
 )
@@ -45,13 +46,15 @@ def own_facts(adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
     name = redact(facts.pop("model", None) or getattr(model.config, "_name_or_path", "") or "") or None
     facts |= {key: redacted(facts[key]) for key in ("data", "command") if key in facts}
     known = facts.pop("base_fingerprint", None)
-    base = {
+    base: dict[str, Any] = {
         "name": name,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,
         "fingerprint": _base_fingerprint(adapter) if known is None or rows_of(adapter) else known,
         "beside": _digests_beside(adapter),
     }
+    if (quantization := quantization_of(model)) is not None:
+        base["quantization"] = {**quantization, "codes": fingerprint_of_codes(model)}
     labels = facts.get("labels") or _labels(adapter)
     facts["labels"] = None if labels is None else [str(label) for label in labels]
     facts.setdefault("versions", _versions())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 from graftwerk.modeling.attach import Adapter
+from graftwerk.modeling.quantized_layers import quantization_of
 from graftwerk.sanitize import redact, redacted
 from graftwerk.training.optim import peak_rates
 from graftwerk.training.run_dir import CONFIG
@@ -47,7 +48,10 @@ def opening(
         "format": FORMAT,
         "status": "running",
         "graftwerk": _version("graftwerk"),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(prepared)}},
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: _version(name) for name in _packages(settings, prepared)},
+        },
         "config_digest": f"sha256:{hashlib.sha256(settings.dump().encode()).hexdigest()}",
         "model": redact(settings.model),
         "base_fingerprint": base_fingerprint,
@@ -57,6 +61,7 @@ def opening(
         "labels": None if splits.labels is None else list(splits.labels),
         "max_length": prepared.max_length,
         "compute": compute,
+        **({} if settings.quantization is None else {"quantization": settings.quantization.to_dict()}),
         "data": {
             "fingerprint": splits.fingerprint,
             "origin": redacted(splits.origin),
@@ -74,12 +79,13 @@ def opening(
     }
 
 
-def _packages(prepared: Prepared) -> list[str]:
+def _packages(settings: RunConfig, prepared: Prepared) -> list[str]:
     """Return the packages that computed the run, those of a slow tokenizer and of the metrics included."""
     from graftwerk.evaluation.metrics import packages_of
 
-    tokenizer = [] if prepared.tokenizer.is_fast else ["sentencepiece"]
-    return [*PACKAGES, *tokenizer, *packages_of(prepared.task.metrics)]
+    more = [] if prepared.tokenizer.is_fast else ["sentencepiece"]
+    more += [] if settings.quantization is None else ["bitsandbytes"]
+    return [*PACKAGES, *more, *packages_of(prepared.task.metrics)]
 
 
 def rows_of(prepared: Prepared) -> dict[str, int]:
@@ -125,6 +131,7 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
         "model_dtype": str(trainer.adapter.model.dtype).removeprefix("torch."),
         "processes": trainer.distributed.world_size,
         "left_out": trainer.adapter.left_out(),
+        **({} if (quantized := quantization_of(trainer.adapter.model)) is None else {"quantization": quantized}),
     }
 
 
@@ -146,15 +153,18 @@ def compute_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def environment(dtype: torch.dtype) -> dict[str, Any]:
+def environment(dtype: torch.dtype, quantized: bool = False) -> dict[str, Any]:
     """Return the facts that the last bits of sums depend on beside the settings.
 
     Args:
         dtype: Type of the base's weights; float32, which older runs had, is left out.
+        quantized: True if bitsandbytes computes.
     """
     import torch
 
     own = {} if dtype == torch.float32 else {"model_dtype": str(dtype).removeprefix("torch.")}
+    if quantized:
+        own["bitsandbytes"] = _version("bitsandbytes")
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), **own}
 
 

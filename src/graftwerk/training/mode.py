@@ -12,6 +12,7 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.methods.placement import is_dispatched
 from graftwerk.models.hardware import TYPES, frozen_dtype
+from graftwerk.models.quantization import require_bitsandbytes
 from graftwerk.tasks.regression import Regression
 
 
@@ -39,8 +40,15 @@ def base_dtype(settings: RunConfig, compute: torch.dtype, device: torch.device) 
 
     Raises:
         ConfigError: Weights of 16 bits would be multiplied in another type.
-        UnsupportedError: The run needs weights of 32 bits.
+        UnsupportedError: The run needs weights of 32 bits, or layers would multiply in a type that the device lacks.
+        ResourceError: The base is to be quantized, and bitsandbytes is not installed.
     """
+    if settings.quantization is not None:
+        require_bitsandbytes()
+        if settings.quantization.compute_type == "float16" and device.type == "cpu":
+            raise UnsupportedError(
+                "float16 needs an accelerator", where="quantization.compute_type", hint="auto, or bfloat16"
+            )
     wide = None
     if settings.method.kind == "weights":
         wide = f"{settings.method.title} trains the base's own weights, and small steps are lost in the rounding of"

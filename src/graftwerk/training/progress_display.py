@@ -88,6 +88,8 @@ def describe_start(values: dict[str, Any]) -> str:
     where = f"{values['device']}, {values['compute_type']}"
     if (base := values["model_dtype"]) != "float32" or values["compute_type"] != base:
         where += f", base in {base}"
+    if quantization := values.get("quantization"):
+        where += f", base in {quantization['name']}"
     if values["processes"] > 1:
         where += f", {values['processes']} processes"
     steps = f"{values['total_steps']:,} steps of {values['rows_per_step']} rows"

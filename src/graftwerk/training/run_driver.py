@@ -150,7 +150,7 @@ class RunDriver:
         snapshot = self.checkpoints.load_latest() if resume else None
         identity: dict[str, Any] = {
             "config": redacted(settings.model_dump(mode="json")),
-            "environment": environment(weights),
+            "environment": environment(weights, settings.quantization is not None),
         }
         self._same_run(snapshot, identity, "config")
         early: list[Event] = []
@@ -170,7 +170,7 @@ class RunDriver:
         plan = check_memory(settings, prepared, sharing, bus) if self.processes.is_main else None
         bus(Event("phase", 0, name="loading the model"))
         baseline = resident(self.processes.device)
-        adapter, identity["base"] = load_base_and_attach(settings, prepared, weights)
+        adapter, identity["base"] = load_base_and_attach(settings, prepared, weights, dtype, self.processes.device)
         self._same_run(snapshot, identity, "base")
         if settings.training.warm_start is not None and warm_start(adapter, settings.training.warm_start):
             refuse_checkpoint(prepared)

@@ -134,23 +134,43 @@ def _check_evaluation(settings: RunConfig) -> None:
         check_baseline(settings.task)
 
 
-def load_base_and_attach(settings: RunConfig, prepared: Prepared, dtype: torch.dtype) -> tuple[Adapter, str]:
+def load_base_and_attach(
+    settings: RunConfig,
+    prepared: Prepared,
+    dtype: torch.dtype,
+    compute: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[Adapter, str]:
     """Load the base model and attach a new adapter, drawing all random values from the seed.
 
     Args:
         settings: Settings of the run.
         prepared: Rows, task and method.
         dtype: Type of the base's weights.
+        compute: Compute type, or None for ``dtype``.
+        device: Where a quantized base is loaded, or None for the machine's memory.
 
     Returns:
         The adapter, and the fingerprint of the base model.
     """
-    from graftwerk.models.load import load_model
+    import torch
+
+    from graftwerk.evaluation.base_model import load_base
     from graftwerk.models.positions import fix_padding
     from graftwerk.serialization.fingerprint import fingerprint
 
     rng.seed(settings.training.seed)
-    model = load_model(settings.model, prepared.task, prepared.splits, dtype=dtype, revision=settings.revision)
+    model = load_base(
+        settings.model,
+        prepared.task,
+        prepared.splits,
+        dtype=dtype,
+        revision=settings.revision,
+        quantization=settings.quantization,
+        compute=compute or dtype,
+        device=device or torch.device("cpu"),
+        method=settings.method,
+    )
     fix_padding(model, prepared.tokenizer)
     base = fingerprint(model)
     return attach(model, prepared.method), base

@@ -1,0 +1,64 @@
+"""Quantized layers of a model, whoever quantized it: how they are stored, and plain layers in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from graftwerk.methods.base import base_weight, is_quantized
+from graftwerk.modeling.module_index import base_modules
+
+
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return how a model's linear layers are quantized by bitsandbytes, whoever did it, or None if none is.
+
+    Args:
+        model: Any model, with or without adapters.
+
+    Returns:
+        ``name`` (``nf4``, ``fp4``, ``int8``), ``double_quant``, ``compute_type`` and ``skip``, the paths of the linear
+        layers that are not quantized.
+    """
+    first: Tensor | None = None
+    skipped = []
+    compute = "auto"
+    for path, module in base_modules(model).items():
+        if not isinstance(module, nn.Linear | Conv1D) or (weight := module._parameters.get("weight")) is None:
+            continue
+        if not is_quantized(weight):
+            skipped.append(path)
+        elif first is None:
+            first = weight
+            if (own := getattr(module, "compute_dtype", None)) is not None:
+                compute = str(own).removeprefix("torch.")
+    if first is None:
+        return None
+    if (state := getattr(first, "quant_state", None)) is None:
+        return {"name": "int8", "double_quant": None, "compute_type": "auto", "skip": skipped}
+    return {"name": str(state.quant_type), "double_quant": state.nested, "compute_type": compute, "skip": skipped}
+
+
+@torch.no_grad()
+def dequantize(model: PreTrainedModel) -> None:
+    """Give a model without adapters plain linear layers again, in place, with the values that the codes stand for.
+
+    Args:
+        model: A quantized model.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantized(module.weight):
+            weight, full = base_weight(module), nn.Linear(1, 1, module.bias is not None)
+            if getattr(module, "source_cls", nn.Linear) is Conv1D:
+                weight, full = weight.T.contiguous(), Conv1D(1, 1)
+                full.nf, full.nx = module.out_features, module.in_features
+            else:
+                full.in_features, full.out_features = module.in_features, module.out_features
+            full.weight, full.bias = nn.Parameter(weight, requires_grad=False), module.bias
+            model.set_submodule(path, full.train(module.training))
+    model.hf_quantizer.remove_quantization_config(model)
+    for key in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        model.__dict__.pop(key, None)

@@ -1,0 +1,106 @@
+"""Every method on a base in 4 and in 8 bits: what it would compute on the full weights that the codes stand for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+import graftwerk.modeling.attach as gw
+from graftwerk.errors import UnsupportedError
+from graftwerk.methods.base import is_quantized
+from graftwerk.methods.full import Full
+from graftwerk.methods.lora import LoRA
+from graftwerk.modeling.quantized_layers import dequantize, quantization_of
+from tests.contract.cases import METHODS, method_of, perturb
+
+pytest.importorskip("bitsandbytes")
+ABLE = [method for method in METHODS if method != "full"]
+
+
+@pytest.fixture(scope="module", params=["nf4", "int8"])
+def bases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
+    """The kind, a Llama quantized in it (with biases, so that BitFit has some), and its dequantized twin."""
+    from graftwerk.modeling.quantize import quantizer
+
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True, mlp_bias=True, pad_token_id=0, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config)
+    perturb((parameter for name, parameter in model.named_parameters() if name.endswith("bias")), 1)
+    model.save_pretrained(folder)
+    made = quantizer(request.param, double_quant=True, compute=torch.float32)
+    place = {"": torch.device("cpu")}
+    quantized = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=made, device_map=place
+    ).eval()
+    full = copy.deepcopy(quantized)
+    dequantize(full)
+    return request.param, quantized, full
+
+
+def _answers(model: Any, method: str, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return logits (B, C) with the adapter moved from its start, and the gradients of its parameters."""
+    torch.manual_seed(5)
+    adapter = gw.attach(model, method_of(method))
+    perturb(adapter.parameters(), 7, scale=0.1)
+    logits = model(**batch).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in adapter.named_parameters()}
+    gw.activate(model, rows=["default", None, "default"])
+    with torch.no_grad():
+        rows = model(**batch).logits
+    gw.detach(model)
+    return torch.cat((logits.detach(), rows)), grads
+
+
+@pytest.mark.parametrize("method", ABLE)
+def test_method_on_quantized_base_equals_the_dequantized_weights(method: str, bases: tuple[str, Any, Any]) -> None:
+    _, quantized, full = bases
+    batch = {"input_ids": torch.randint(1, 96, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    ours, our_grads = _answers(quantized, method, batch)
+    plain, grads = _answers(full, method, batch)
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+    assert our_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(our_grads[name], grad, atol=1e-5, rtol=1e-3, msg=name)
+    assert any(grad.abs().max() > 1e-4 for grad in grads.values())
+
+
+def test_quantized_base_trains_no_codes_and_names_itself(bases: tuple[str, Any, Any]) -> None:
+    kind, quantized, full = bases
+    said = quantization_of(quantized)
+    assert said is not None
+    assert (said["name"], said["double_quant"], said["skip"]) == (kind, True if kind == "nf4" else None, ["score"])
+    assert quantization_of(full) is None
+    layers = [layer.weight for name, layer in quantized.named_modules() if name.endswith("_proj")]
+    assert len(layers) == 14
+    assert all(is_quantized(weight) for weight in layers)
+    with pytest.raises(UnsupportedError, match="is quantized") as caught:
+        gw.attach(quantized, Full())
+    assert caught.value.hint
+    with pytest.raises(UnsupportedError, match=r"`model.layers.0.mlp` is quantized, so that no copy") as caught:
+        gw.attach(quantized, LoRA(modules_to_save=("model.layers.0.mlp",)))
+    assert "skip" in str(caught.value.hint)
+    gw.attach(quantized, LoRA(r=2))
+    with pytest.raises(UnsupportedError, match="-bit base: rounding would lose it") as caught:
+        gw.adapters(quantized)["default"].merge()
+    assert "graftwerk merge" in str(caught.value.hint)
+    gw.detach(quantized)
+
+
+def test_int8_answers_of_a_row_do_not_depend_on_the_rows_beside_it(bases: tuple[str, Any, Any]) -> None:
+    _, quantized, _ = bases
+    ids = torch.randint(1, 96, (3, 9))
+    with torch.no_grad():
+        together, alone = quantized(input_ids=ids).logits, quantized(input_ids=ids[:1]).logits
+    torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=1e-5)
+    assert (quantized.train()(input_ids=ids).logits - together).abs().max() < 1e-6
+    quantized.eval()

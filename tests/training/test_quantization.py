@@ -1,0 +1,171 @@
+"""`quantization`: a base in 4 or 8 bits, from the run file to predictions, resuming, merging and other hands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+
+import graftwerk as gw
+from graftwerk.config import RunConfig
+from graftwerk.errors import AdapterError, ConfigError, GraftwerkError, ResourceError, RunInterrupted, UnsupportedError
+from graftwerk.experiments.preflight import preflight
+from graftwerk.models import load, quantization
+from graftwerk.schema import run_schema
+from graftwerk.training.events import Event
+from graftwerk.training.train import Run, train
+from tests.training.conftest import _tree
+
+pytest.importorskip("bitsandbytes")
+TEXTS = ["a small animal that lives in water", "the act of giving"]
+NF4 = {"name": "nf4", "double_quant": True, "compute_type": "auto", "skip": ["layer.1.output"]}
+
+
+@pytest.fixture(scope="module", params=[NF4, "int8"], ids=["nf4", "int8"])
+def quantized(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path, glosses: Path
+) -> tuple[Run, dict[str, Any]]:
+    """A finished run on a quantized base, and its run file."""
+    folder = tmp_path_factory.mktemp("quantized") / "run"
+    tree = {**_tree(tiny_encoder, glosses, folder), "quantization": request.param}
+    return train(tree), tree
+
+
+def test_run_on_a_quantized_base_names_it_everywhere_and_answers_alike(quantized: tuple[Run, dict[str, Any]]) -> None:
+    run, tree = quantized
+    name = "int8" if tree["quantization"] == "int8" else "nf4"
+    assert RunConfig.load(run.folder / "config.yaml").quantization == RunConfig.build(tree).quantization
+    assert run.manifest["quantization"]["name"] == name
+    assert run.manifest["versions"]["bitsandbytes"]
+    own = json.loads((run.adapter / "graftwerk.json").read_text())
+    said = own["base"]["quantization"]
+    kept = [f"bert.encoder.layer.1.output.{layer}" for layer in (("dense",) if name == "nf4" else ())]
+    assert (said["name"], said["skip"]) == (name, [*kept, "bert.pooler.dense", "classifier"])
+    assert own["base"]["fingerprint"] == run.manifest["base_fingerprint"]
+    assert f"quantized by bitsandbytes: {name}" in (run.adapter / "README.md").read_text()
+    assert f"base in {name}" not in (run.adapter / "adapter_config.json").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        measured = gw.evaluate(run)
+        answers = [gw.predict(place, TEXTS)["predictions"] for place in (run, run.adapter)]
+    assert measured["metrics"]["accuracy"] == run.manifest["metrics"]["test"]["accuracy"]
+    assert answers[0] == answers[1]
+
+
+def test_resumed_run_on_a_quantized_base_is_the_same_to_the_last_bit(
+    quantized: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, tree = quantized
+
+    def stop(event: Event) -> None:
+        if (event.kind, event.step) == ("step", 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    again = {**tree, "output_dir": str(tmp_path / "run")}
+    with pytest.raises(RunInterrupted):
+        train(again, listener=stop)
+    with pytest.raises(GraftwerkError, match="this is not the run that was interrupted: quantization"):
+        train({**again, "quantization": None}, resume=True)
+    resumed = train(again, resume=True)
+    files = [one.adapter / "adapter_model.safetensors" for one in (run, resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_adapter_of_a_quantized_base_says_what_differs_on_others(
+    quantized: tuple[Run, dict[str, Any]], tiny_encoder: Path
+) -> None:
+    run, tree = quantized
+    eight = tree["quantization"] == "int8"
+    skipped = ["classifier", "pooler.dense", *([] if eight else ["layer.1.output.dense"])]
+    config = BitsAndBytesConfig(
+        load_in_8bit=eight,
+        load_in_4bit=not eight,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=skipped,
+    )
+    kwargs = {"num_labels": 3, "dtype": torch.float32}
+    theirs = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, quantization_config=config, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        gw.load(theirs, run.adapter, force=False)  # quantized by transformers alone, to the same codes
+    full = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, **kwargs)
+    with pytest.warns(
+        UserWarning, match="trained on a base in (nf4 with double quantization|int8), and this one is in"
+    ):
+        gw.load(full, run.adapter)
+    other = AutoModelForSequenceClassification.from_config(full.config)
+    with pytest.raises(AdapterError, match=r"trained on another base.*, and this one is in full precision"):
+        gw.load(other, run.adapter)
+
+
+def test_merge_and_export_of_a_quantized_base_answer_as_the_adapter(
+    quantized: tuple[Run, dict[str, Any]], tmp_path: Path
+) -> None:
+    run, tree = quantized
+    name = "int8" if tree["quantization"] == "int8" else "nf4"
+    merged = gw.merge(run, tmp_path / "merged")
+    assert merged["parity"]["max_abs_difference"] < 1e-5
+    assert f"the full weights that the base's {name} stands for" in merged["notes"][-1]
+    assert "quantization_config" not in json.loads((merged["out"] / "config.json").read_text())
+    exported = gw.export(run, tmp_path / "peft", to="peft")
+    assert exported["parity"]["max_abs_difference"] < 1e-4
+    assert any(f"on a base in {name}" in note for note in exported["notes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"quantization": "nf4", "method": "full"}, ConfigError, "own weights, and `quantization: nf4`"),
+        ({"quantization": "fp4"}, ConfigError, "quantization.name"),
+        ({"quantization": {"name": "int8", "double_quant": True}}, ConfigError, "`double_quant` is for nf4"),
+        ({"quantization": {"name": "int8", "compute_type": "bfloat16"}}, ConfigError, "`compute_type` is for nf4"),
+        ({"quantization": {"name": "nf4", "compute_type": "float16"}}, UnsupportedError, "float16 needs"),
+        ({"quantization": {"name": "nf4", "skip": ["a(b+)+"]}}, ConfigError, "quantization.skip"),
+        ({"quantization": {"name": "nf4", "skp": ["lm_head"]}}, ConfigError, "did you mean `skip`"),
+    ],
+)  # fmt: skip
+def test_invalid_quantization_raises_before_the_model_is_loaded(
+    changes: dict[str, Any],
+    error: type[GraftwerkError],
+    words: str,
+    run_file: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(load, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    for use in (train, lambda tree: preflight(RunConfig.build(tree))):
+        with pytest.raises(error, match=words) as caught:
+            use({**run_file(), **changes})
+        assert caught.value.hint
+
+
+def test_quantization_without_its_package_or_with_unknown_names_raises(
+    run_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="`layr` matches no linear layer of Bert") as caught:
+        train({**run_file(), "quantization": {"name": "nf4", "skip": ["layr"]}})
+    assert "query" in str(caught.value.hint)
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(quantization, "version", missing)
+    with pytest.raises(ResourceError, match="needs the package bitsandbytes") as caught:
+        train({**run_file(), "quantization": "nf4"})
+    assert "graftwerk[quantized]" in str(caught.value.hint)
+
+
+def test_schema_takes_names_and_settings_of_a_quantization() -> None:
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(run_schema())
+    tree = {"model": "m", "data": {"train": "rows.csv"}, "method": "lora"}
+    assert [validator.is_valid({**tree, "quantization": value}) for value in ("nf4", NF4, None, "int8", "fp4", {})] == [
+        True, True, True, True, False, False,
+    ]  # fmt: skip
