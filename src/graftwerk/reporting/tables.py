@@ -200,8 +200,8 @@ def _equality(result: Mapping[str, Any]) -> str:
         return ""
     said = f"{numbers.bare(key, margin)}{numbers.unit(key)}"
     return (
-        f" Two methods are practically equal if the whole interval is nearer to zero than {said}. The column before the "
-        "last has the probability that the first is better, of that pair alone."
+        f" Two methods are practically equal if the whole interval is nearer to zero than {said}. The column before "
+        "the last has the probability that the first is better, of that pair alone."
     )
 
 
