@@ -61,6 +61,7 @@ class FakeRunner(JobRunner):
             if job["rows"] and FakeRunner.rows:
                 right = [float(row < now * FakeRunner.rows) for row in range(FakeRunner.rows)]
                 on_event({"kind": "rows", "step": epoch * STEPS, "rows": right})
+            on_event({"kind": "progress", "step": epoch * STEPS, "total": EPOCHS * STEPS})
             on_event({"kind": "evaluation", "step": epoch * STEPS, "accuracy": now, "loss": 1 - now})
             if self.asked:
                 raise RunInterrupted(signal.SIGTERM, "stopped")
@@ -74,6 +75,8 @@ class FakeRunner(JobRunner):
 
     def end_job(self) -> None:
         self.asked = True
+
+    ask_to_end = end_job
 
 
 def _measure(run: RunDir) -> None:

@@ -114,6 +114,29 @@ def test_search_killed_five_times_tries_the_same(
     assert any("running when an earlier search ended" in note for note in found.result["notes"])
 
 
+def test_search_killed_after_a_trial_was_given_up_gives_it_up(
+    whole: Search, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation is stored, and the run has not ended yet."""
+    config = run_file(tmp_path / "killed")
+    pruned = [trial["number"] for trial in whole.result["trials"] if trial["state"] == "pruned"]
+    monkeypatch.setattr(FakeRunner, "end_job", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+    assert in_child(lambda: search(config, trials=12, **SMALL)) == KILLED  # type: ignore[func-returns-value,arg-type]
+    monkeypatch.setattr(FakeRunner, "end_job", FakeRunner.ask_to_end)
+    FakeRunner.jobs.clear()
+    assert trials_of(search(config, trials=12, **SMALL)) == trials_of(whole)
+    assert not any(job.get("config", {}).get("output_dir", "").endswith(f"/{pruned[0]:03d}") for job in FakeRunner.jobs)
+
+
+def test_search_refused_leaves_the_trials_of_a_search_without_its_summary(tmp_path: Path) -> None:
+    config = run_file(tmp_path / "one")
+    search(config, trials=2, **SMALL)
+    (tmp_path / "one" / "search.json").unlink()
+    with pytest.raises(ConflictError):
+        search(config, trials=2, **{**SMALL, "r": "4,8"})
+    assert (tmp_path / "one" / "trials" / "000" / "manifest.json").is_file()
+
+
 def test_search_with_a_larger_budget_goes_on(tmp_path: Path, whole: Search) -> None:
     config = run_file(tmp_path / "more")
     search(config, trials=5, **SMALL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,27 +91,28 @@ class SearchDriver:
                     f"{self.folder} is the folder of {what}", hint="give the search another one: output_dir=runs/search"
                 )
         refuse_links(self.folder, (LOCK, *OWN))
+        fresh = not any((self.folder / name).exists() for name in OWN)
         with RunLock(self.folder), Workers(self.folder / LOG, self.wanted.workers) as workers:
-            if overwrite:
-                _clear(self.folder)
             try:
-                self._run_in_lock(workers)
+                self._run_in_lock(workers, overwrite)
             except ErrorReport as error:
-                if not (self.folder / SEARCH).exists() and not isinstance(error, Crashed):
+                began = (self.folder / SEARCH).exists()
+                if fresh and not began and not isinstance(error, Crashed):
                     _clear(self.folder)  # a search that never began leaves nothing
-                elif (self.folder / SEARCH).exists():
+                if began:
                     error.recovered = f"{self._finished_trials()} trials in {self.folder}"
                 if isinstance(error, RunInterrupted):
                     error.hint = "run the same command again to resume"
                 raise
 
-    def _run_in_lock(self, workers: Workers) -> None:
+    def _run_in_lock(self, workers: Workers, overwrite: bool) -> None:
         checked = workers.runners[0].run(
             self._check_job(), lambda event: self.runs.emit("phase", "", event.get("name", ""))
         )
         require_rows(checked["rows"])
         self.metric, self.train_rows = self.wanted.metric or checked["main_metric"], checked["rows"]["train"]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _clear(self.folder, but=LOG)  # which the workers write
         self.study = Study(
             self.folder / JOURNAL, self.axes, self.defaults,
             sampler=self.wanted.sampler, pruner=self.wanted.pruner, seed=self.base.training.seed,
@@ -180,11 +182,15 @@ class SearchDriver:
         config = self.runs.config_of(ticket.settings, name)
 
         def gives_up(event: Mapping[str, Any]) -> bool:
-            return self._is_hopeless(ticket, event, active.rows, config)
+            hopeless = self._is_hopeless(ticket, event, active.rows, config)
+            return hopeless and event["step"] < active.progress.steps  # it is done anyway
 
         try:
             if ticket.resumed:
                 wait_for(self.folder / name)
+                active.ended = self.study.was_hopeless(ticket)
+            if active.ended:  # it was killed between that and its end
+                raise RunInterrupted(signal.SIGTERM, "given up before it was killed")
             self.runs.train(runner, config, active, rows=self.wanted.pruner == "wilcoxon", gives_up=gives_up)
             value, reason = self.runs.validation_value(name, self.metric), "the metric is undefined on validation rows"
         except RunInterrupted:
@@ -274,9 +280,11 @@ def require_rows(rows: Mapping[str, int]) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, but: str = "") -> None:
     """Remove the files of an earlier search."""
     for name in OWN:
+        if name == but:
+            continue
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
         else:

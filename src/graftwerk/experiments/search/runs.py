@@ -128,8 +128,9 @@ class Runs:
     def emit(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None
     ) -> None:
-        """Tell the listener."""
-        self.listener(ProgressEvent(kind, self.eta.done, self.total, run, text, step, steps, left))
+        """Tell the listener; a search that its seconds end has one run more than were done, as far as is known."""
+        total = self.total or self.eta.done + 1
+        self.listener(ProgressEvent(kind, self.eta.done, total, run, text, step, steps, left))
 
 
 def wait_for(folder: Path) -> None:

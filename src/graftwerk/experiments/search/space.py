@@ -15,7 +15,6 @@ from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.experiments.search.settings import SearchSettings
-from graftwerk.experiments.tuning import NO_AXES
 from graftwerk.methods.search_spaces import SEARCH_SPACES
 from graftwerk.settings import known_keys, spellings
 from graftwerk.training.settings import TrainingSettings
@@ -23,6 +22,8 @@ from graftwerk.yaml_files import parse_override_value
 
 PATHS = frozenset({"warm_start", "trunk_cache_dir", "init_text"})
 """Settings whose text may hold anything."""
+NOT_SEARCHED = PATHS | {"seed", "report_to", "class_weights"}
+"""Settings that are no axes: trials share one seed, and the others change no score or take values of many kinds."""
 LOG_FACTOR = 10
 """A range that spans this factor is searched on a logarithmic scale."""
 GRID_POINTS = 4
@@ -252,7 +253,7 @@ def _axis(base: RunConfig, key: str, values: Any) -> Axis:
         ConfigError: A value is wrong or there twice, or the range is empty.
     """
     name = key.partition(".")[2]
-    if name in NO_AXES:
+    if name in NOT_SEARCHED:
         raise ConfigError(f"`{key}` is not searched", where=key, hint="give it one value")
     tree = base.model_dump(mode="json")
     try:

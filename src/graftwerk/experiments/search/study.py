@@ -165,6 +165,16 @@ class Study:
         trial.set_user_attr(f"rows:{step}", list(rows))
         return self._is_worse_by_row(step, rows)
 
+    def was_hopeless(self, ticket: Ticket) -> bool:
+        """Return True if a trial that is taken over had been given up at its last evaluation."""
+        frozen = self._frozen(ticket)
+        if not frozen.intermediate_values:
+            return False
+        step = max(frozen.intermediate_values)
+        rows = frozen.user_attrs.get(f"rows:{step}")
+        with _quiet(self._optuna):
+            return self.is_hopeless(ticket, step, frozen.intermediate_values[step], rows)
+
     def complete(self, ticket: Ticket, value: float, seconds: float) -> None:
         """Store the result of a trial."""
         ticket.trial.set_user_attr("seconds", seconds)
