@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -65,8 +66,8 @@ CALIBRATION = dict(
     ]
 )
 ALL_METHODS: tuple[Any, ...] = (
-    "lora", "dora", "miss", "hira", "shira", "oft", "houlsby", "pfeiffer", "parallel", "prefix", "prompt", "ptuning", "ia3",
-    "bitfit", "probe", "full",
+    "lora", "dora", "miss", "hira", "shira", "oft", "houlsby", "pfeiffer", "parallel", "prefix", "prompt", "ptuning",
+    "ia3", "bitfit", "probe", "full",
 )  # fmt: skip
 CASES = dict(
     [
@@ -174,45 +175,59 @@ def rows_file() -> Path:
     return path
 
 
+COLUMNS = {
+    "encoder": {"text": "text", "label": "label"},
+    "decoder": {"text": "text"},
+    "seq2seq": {"document": "text", "summary": "summary"},
+}
+
+
 def config_of(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return the run file of a configuration."""
-    model = settings["model"]
+    model, training = settings["model"], settings["training"]
     kind = {"minilm": "encoder", "smollm2": "decoder"}.get(model, model.split("-")[0])
-    columns = {
-        "encoder": {"text": "text", "label": "label"}, "decoder": {"text": "text"}, "seq2seq": {"document": "text", "summary": "summary"}
-    }[kind]  # fmt: skip
-    training = {
-        "max_steps": STEPS, "save_steps": 1000, "seed": 0, "trunk_cache": "auto", "processes": 1,
-        "per_device_train_batch_size": settings["rows"], **settings["training"],
-    }  # fmt: skip
-    if "num_train_epochs" in settings["training"]:
-        training["max_steps"] = None
-    data: dict[str, Any] = {
-        "train": str(rows_file()),
-        "columns": columns,
-        "max_length": settings["length"],
-        "max_truncated": 1.0,
-    }
-    if "num_train_epochs" in settings["training"]:
-        data["max_train_rows"] = settings["rows"] * STEPS // settings["training"]["num_train_epochs"]
+    data: dict[str, Any] = {"train": str(rows_file()), "columns": COLUMNS[kind], "max_truncated": 1.0}
+    data["max_length"] = settings["length"]
+    if epochs := training.get("num_train_epochs"):
+        data["max_train_rows"] = settings["rows"] * STEPS // epochs
     if settings["validation"]:
         data["validation"] = settings["validation"]
+    own = {"max_steps": None if epochs else STEPS, "save_steps": 1000, "seed": 0, "processes": 1}
     return {
-        "model": folder_of(model), "task": TASKS[kind], "method": settings["method"], "data": data, "training": training,
-        "evaluation": GENERATION if kind == "seq2seq" else {}, "output_dir": str(folder / "run"),
-    }  # fmt: skip
+        "model": folder_of(model),
+        "task": TASKS[kind],
+        "method": settings["method"],
+        "data": data,
+        "training": {**own, "per_device_train_batch_size": settings["rows"], **training},
+        "evaluation": GENERATION if kind == "seq2seq" else {},
+        "output_dir": str(folder / "run"),
+    }
 
 
-def run(settings: Mapping[str, Any], command: str) -> Any:
-    """Return the JSON of `graftwerk train` or `graftwerk plan` for a configuration, from a process of its own."""
+def measured(settings: Mapping[str, Any]) -> Any:
+    """Return the cost of a training, from the manifest of a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         config = Path(name) / "run.json"
         config.write_text(json.dumps(config_of(settings, Path(name))))
-        ended = spawn([sys.executable, "-m", "graftwerk", command, str(config), "--json"], env=ONE)
-        found = ended.result()
-        if command == "train":
-            return json.loads((Path(name) / "run" / "manifest.json").read_text())["cost"]
-        return found
+        spawn([sys.executable, "-m", "graftwerk", "train", str(config), "--json"], env=ONE)
+        return json.loads((Path(name) / "run" / "manifest.json").read_text())["cost"]
+
+
+def planned(settings: Mapping[str, Any]) -> dict[str, float]:
+    """Return the planned cost of a training, without what this machine has learnt."""
+    from graftwerk.config import RunConfig
+    from graftwerk.training.planning.calibration import PROCESS_BYTES, Calibration
+    from graftwerk.training.planning.plan import Planner
+
+    os.environ.update(ONE)
+    with tempfile.TemporaryDirectory() as name:
+        planner = Planner(RunConfig.build(config_of(settings, Path(name))))
+        planner.calibration = Calibration(PROCESS_BYTES, 1.0, 0)
+        found = planner.plan(largest_batch=False)
+    return {
+        "peak_memory_bytes": found["memory"]["train_peak_bytes"],
+        "step_seconds": found["time"]["step_seconds"],
+    }
 
 
 def stored() -> dict[str, Any]:
@@ -251,16 +266,15 @@ def page(known: Mapping[str, Any]) -> str:
     """Return the table of docs/planning.md."""
     chosen = {name: known[name] for name in CASES if known.get(name, {}).get("planned")}
     memory, time = errors(chosen, "peak_memory_bytes"), errors(chosen, "step_seconds")
-    lines = [
-        f"Memory: {summary(memory)}.", f"Time of a step: {summary(time)}.", "",
-        "| configuration | planned MB | measured MB | error | planned s | measured s | error |", "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = [f"Memory: {summary(memory)}.", f"Time of a step: {summary(time)}.", ""]
+    lines.append("| configuration | planned MB | measured MB | error | planned s | measured s | error |")
+    lines.append("|---|---|---|---|---|---|---|")
     for name, each in chosen.items():
-        plan, real = each["planned"], each["measured"]
-        lines.append(
-            f"| {name} | {plan['peak_memory_bytes'] / 1e6:.0f} | {real['peak_memory_bytes'] / 1e6:.0f} | {100 * memory[name]:+.1f} % "
-            f"| {plan['step_seconds']:.3f} | {real['step_seconds']:.3f} | {100 * time[name]:+.0f} % |"
-        )
+        cells = [name]
+        for key, scale, digits, found in (("peak_memory_bytes", 1e-6, 0, memory), ("step_seconds", 1, 3, time)):
+            cells += [f"{each[side][key] * scale:,.{digits}f}" for side in ("planned", "measured")]
+            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -284,13 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if options.measure and left and (not {"measured", "error"} & set(each) or options.again):
                 left -= 1
-                each["measured"] = run(settings, "train")
+                each["measured"] = measured(settings)
             if options.plan and "measured" in each and ("planned" not in each or options.again):
-                found = run(settings, "plan")
-                each["planned"] = {
-                    "peak_memory_bytes": found["memory"]["train_peak_bytes"],
-                    "step_seconds": found["time"]["step_seconds"],
-                }
+                each["planned"] = planned(settings)
         except WrongResultError as error:
             each["error"] = str(error).strip()[-200:]
             print(f"{name}: {str(error).strip().splitlines()[-1][:200]}", file=sys.stderr, flush=True)
@@ -304,9 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("nothing left to measure")
     for title, names in (("fitted on", CALIBRATION), ("others", CASES)):
         part = {name: known[name] for name in names if name in known and "measured" in known[name]}
-        print(
-            f"{title}: memory {summary(errors(part, 'peak_memory_bytes'))}; time {summary(errors(part, 'step_seconds'))}"
-        )
+        memory, time = (summary(errors(part, key)) for key in ("peak_memory_bytes", "step_seconds"))
+        print(f"{title}: memory {memory}; time {time}")
     if options.page:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]

@@ -10,6 +10,7 @@ import pytest
 from graftwerk.config import RunConfig
 from graftwerk.methods.registry import METHODS
 from graftwerk.training.planning import plan as planning
+from graftwerk.training.planning.calibration import Calibration
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.train import train
 from tests.cli.commands import Run, run_file
@@ -64,7 +65,7 @@ def test_train_that_cannot_fit_is_refused_with_what_would_fit(
 ) -> None:
     training = {"max_steps": 1, "report_to": ["jsonl"], "processes": 1}
     path = run_file(tmp_path, tiny_encoder, glosses, training=training, data={"train": str(glosses)})
-    monkeypatch.setattr(planning, "PROCESS_BYTES", 0)
+    monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
     plans = [Planner(RunConfig.load(path, {"batch_size": rows})).plan(largest_batch=False) for rows in (16, 4)]
     least, smaller = plans[0]["memory"]["least_peak_bytes"], plans[1]["memory"]["train_peak_bytes"]
     monkeypatch.setattr(planning, "available", lambda: min(least - 1, smaller))

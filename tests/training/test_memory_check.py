@@ -72,12 +72,22 @@ def test_upper_bound_covers_the_plan(path: Path) -> None:
     assert memory_check.upper_bound(planner.config, planner.prepared, planner.architecture) == float("inf")
 
 
-def test_long_run_has_plan_beside_measured(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_run_has_plan_beside_measured_and_calibrates(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(memory_check, "WORTH_SECONDS", 0.0)
     run = train(RunConfig.load(path), quiet=True, max_steps=3)
     cost = run.manifest["cost"]
     assert cost["planned_peak_memory_bytes"] > 0 < cost["planned_step_seconds"]
     assert cost["step_seconds"] > 0
+    learnt = Planner(RunConfig.load(path)).plan(largest_batch=False)  # half way between the default and the one run
+    assert learnt["calibration"]["runs"] == 1
+    apart = [cost[key] - cost[f"planned_{key}"] for key in ("peak_memory_bytes", "step_seconds")]
+    assert learnt["memory"]["train_peak_bytes"] - cost["planned_peak_memory_bytes"] == pytest.approx(
+        apart[0] / 2, abs=2
+    )
+    assert learnt["time"]["step_seconds"] - cost["planned_step_seconds"] == pytest.approx(apart[1] / 2)
     assert describe_planned(cost).count("(planned ") == 2
     log = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert log[-1]["cost"]["planned_peak_memory_bytes"] == cost["planned_peak_memory_bytes"]

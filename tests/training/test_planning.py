@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 from graftwerk.config import RunConfig
 from graftwerk.models.load import load_config
 from graftwerk.training.planning import step_trace
-from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc
+from graftwerk.training.planning.allocator import STEPS, held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.calibration import PROCESS_BYTES, Calibration, calibration, learn
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.setup import prepare
 
@@ -130,3 +132,43 @@ def test_held_by_libc_covers_what_is_alive() -> None:
     held = held_by_libc(array("q", [1 << 20] * 20 + [-number for number in range(1, 21)] + [50 << 20]))
     assert held is not None
     assert 50 << 20 <= held <= 80 << 20
+
+
+def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
+    numbers = dict.fromkeys((field.name for field in dataclasses.fields(step_trace.StepTrace)), 0)
+    events, evaluation = array("q", [100, 200, 10, 20, -3]), array("q", [30, -5])
+    trace = step_trace.StepTrace(**{**numbers, "setup": 2, "loaded": 1, "events": events, "evaluation": evaluation})  # type: ignore[arg-type]
+    series, stepped = repeated(trace, True)
+    assert list(series[:10]) == [0, 200, 10, 20, -3, -4, 10, 20, -5, -6]
+    assert list(series[stepped:]) == [30, -(2 + 2 * STEPS + 1)]
+    assert series[:stepped] == repeated(trace, False)[0]
+    alive, made = 0, 0
+    for event in series:
+        made += event >= 0
+        alive += 1 if event >= 0 else -1
+        assert -event <= made
+    assert alive == 2
+
+
+def test_held_by_libc_counts_small_blocks_of_autograd() -> None:
+    series = array("q", [4096] * 2000)
+    bare, full = held_by_libc(series, 0), held_by_libc(series)
+    assert bare is not None
+    assert full is not None
+    assert 2000 * 4096 <= bare < full < 2000 * 4096 * 2
+
+
+def test_calibration_takes_the_median_of_runs_and_leaves_out_what_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFTWERK_CACHE", str(tmp_path))
+    assert calibration("cpu") == Calibration(PROCESS_BYTES, 1.0, 0)
+    learn("cpu", -1.0, 1.0)
+    learn("cpu", 40e6, 1000.0)
+    assert calibration("cpu").runs == 0
+    learn("cpu", 40e6, 3.0)
+    learn("cpu", 30e6, 2.0)
+    assert calibration("cpu") == Calibration(30e6, 2.0, 2)
+    assert calibration("cuda").process_bytes == 0.0
+    (tmp_path / "plans.json").write_text('{"cpu": 3}')
+    assert calibration("cpu").runs == 0

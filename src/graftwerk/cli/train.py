@@ -10,6 +10,9 @@ from graftwerk.cli.arguments import ConfigFile, DryRun, Overrides
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output
 
+IN_PROGRESS = frozenset(("step_seconds", "planned_step_seconds", "planned_peak_memory_bytes"))
+"""Costs that the last line of the progress shows."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the command `train` to the app."""
@@ -71,4 +74,4 @@ def show_run(out: Output, manifest: dict[str, Any]) -> None:
             show_metrics(out, metrics[split], title=f"{split}: {manifest['data']['rows'][split]:,} rows")
             show_sets(out, manifest.get("metrics_by_set", {}).get(split, {}))
             break
-    show_cost(out, manifest["cost"])
+    show_cost(out, {key: value for key, value in manifest["cost"].items() if key not in IN_PROGRESS})

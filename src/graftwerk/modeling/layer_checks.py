@@ -7,16 +7,20 @@ An adapter sees a layer's input and output. That is the whole layer only if its 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from graftwerk.kernels.memory_efficient import own_base
 from graftwerk.modeling.adapter_slots import CHILD
+
+T = TypeVar("T")
 
 _NOT_CALLED: dict[str, tuple[str, ...]] = {
     "MultiheadAttention": ("out_proj",),
@@ -48,6 +52,18 @@ def unfit(module: nn.Module) -> str | None:
     return None if _is_linear(module) else f"its class {own.__name__} computes something else than x W^T + b"
 
 
+def _with_values(check: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Let a check try tensors that have values, also where a model is planned on tensors without."""
+
+    @wraps(check)
+    def checked(module: Any) -> T:
+        with _disable_current_modes():
+            return check(module)
+
+    return checked
+
+
+@_with_values
 def embedding_unfit(module: nn.Embedding) -> str | None:
     """Return the reason why no row of an embedding can be adapted, or None if it returns rows, times `embed_scale`."""
     own = own_base(type(module))
@@ -56,7 +72,7 @@ def embedding_unfit(module: nn.Embedding) -> str | None:
     if own.forward is nn.Embedding.forward:
         return None
     factor = getattr(module, "embed_scale", 1.0)
-    if isinstance(factor, Tensor) and factor.is_meta:
+    if isinstance(factor, Tensor) and (factor.is_meta or type(factor).__name__ == "FakeTensor"):
         return None  # a dry run: the weights, and this factor, are loaded later
     draw = torch.Generator("cpu").manual_seed(0)
     ids, weight = torch.tensor([[0, 5, 3]], device="cpu"), torch.randn(6, 4, generator=draw, device="cpu")
@@ -68,6 +84,7 @@ def embedding_unfit(module: nn.Embedding) -> str | None:
     return f"its class {own.__name__} computes something else than its rows, times `embed_scale`"
 
 
+@_with_values
 def adds_bias_last(module: nn.Module) -> bool:
     """Return True if a module's bias (d,) is added to the last dimension of its output (..., d), whatever comes before.
 
@@ -98,6 +115,7 @@ def adds_bias_last(module: nn.Module) -> bool:
     return torch.allclose(after - before, offset.expand_as(x), rtol=1e-4, atol=1e-4)
 
 
+@_with_values
 def _is_linear(module: nn.Module) -> bool:
     """Try a linear layer's own forward on a small weight (6, 4) in place of its own."""
     if not _is_leaf(module):

@@ -221,7 +221,9 @@ class RunDriver:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
-                planned = planned_cost(plan, settings, prepared, sharing, trainer) if self.processes.is_main else {}
+                planned = (
+                    planned_cost(plan, settings, prepared, sharing, trainer, held) if self.processes.is_main else {}
+                )
                 cost = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
                 finish(trainer, prepared, settings, self.folder, self.manifest, cost, trial=self.trial)
 

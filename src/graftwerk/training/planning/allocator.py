@@ -1,10 +1,12 @@
 """Memory that an allocator holds for a series of allocations: freed blocks are kept, split and rounded.
 
 On a CPU the series is replayed through the C library's own allocator in a process of its own; nothing is written into
-the blocks, so that planning a large model takes no memory. On CUDA torch's caching allocator is modelled: requests
-rounded to 512 bytes, small ones (at most 1 MiB) cut from segments of 2 MiB, larger ones below 10 MiB from segments of
-20 MiB, the others given segments of their own, rounded to 2 MiB; a free block is split, and joined with its free
-neighbours when it is freed (c10/cuda/CUDACachingAllocator.cpp).
+the blocks, so that planning a large model takes no memory. With each tensor of a training
+step the small blocks are made and freed that autograd has for it: they lie between the large ones, and what is freed
+there cannot be joined. On CUDA torch's caching allocator is modelled: requests rounded to 512 bytes, small ones (at
+most 1 MiB) cut from segments of 2 MiB, larger ones below 10 MiB from segments of 20 MiB, the others given segments of
+their own, rounded to 2 MiB; a free block is split, and joined with its free neighbours when it is freed
+(c10/cuda/CUDACachingAllocator.cpp).
 """
 
 from __future__ import annotations
@@ -34,70 +36,81 @@ libc.free.argtypes = [ctypes.c_void_p]
 libc.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
 events = array("q")
 events.frombytes(sys.stdin.buffer.read())
+evaluation = int(sys.argv[1])
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+BEFORE, AFTER = (208, 104, 320, 64), (120, 96, 400, 48)
 def held():
     now = libc.mallinfo2()
     return now.arena + now.hblkhd
-blocks, start, most = [None], held(), 0
-for event in events:
-    if event >= 0:
+blocks, start, most = [()], held(), 0
+for place, event in enumerate(events):
+    if event > 0:
+        around = [libc.malloc(size) for size in ((512, *BEFORE) if place < evaluation else (512,))]
         pointer = ctypes.c_void_p()
         if libc.posix_memalign(ctypes.byref(pointer), 64, event):
             sys.exit(3)
-        blocks.append(pointer)
+        around += [libc.malloc(size) for size in (AFTER if place < evaluation else ())]
+        blocks.append((pointer.value, *around))
         most = max(most, held())
+    elif event < 0:
+        for pointer in blocks[-event]:
+            libc.free(pointer)
     else:
-        libc.free(blocks[-event])
+        blocks.append(())
 print(max(most - start, 0))
 """
 
 
-def repeated(trace: StepTrace, evaluates: bool) -> array[int]:
-    """Return the allocations of a run of `STEPS` equal steps, after which it evaluates.
+def repeated(trace: StepTrace, evaluates: bool) -> tuple[array[int], int]:
+    """Return the allocations of `STEPS` equal steps, after which the run evaluates.
 
     Args:
         trace: A step. The model as it is loaded takes no bytes here: it is mapped from its file.
-        evaluates: The run has validation rows.
+        evaluates: The run has rows to evaluate.
 
     Returns:
-        A size in bytes, or minus the number (from 1) of the allocation that is freed.
+        The allocations, each a size in bytes, or minus the number (from 1) of the allocation that is freed; and the
+        place of the first one of the evaluation.
     """
-    series, made, first = array("q"), 0, trace.events[: trace.setup]
-    for event in first:
-        made += event >= 0
+    events, before = array("q"), 0
+    for event in trace.events[: trace.setup]:
+        before += event >= 0
         if event >= 0 or -event > trace.loaded:
-            series.append(0 if event >= 0 and made <= trace.loaded else event)
-    before, total = made, made
-    for _ in range(STEPS):
-        made = before
-        left: dict[int, int] = {}
-        for event in trace.events[trace.setup :]:
+            events.append(0 if event >= 0 and before <= trace.loaded else event)
+    step, total = trace.events[trace.setup :], before
+
+    def play(part: array[int], number: int) -> None:
+        """Add a part whose allocations have numbers above ``number``; what is left of it is freed at its end."""
+        nonlocal total
+        here: dict[int, int] = {}
+        for event in part:
             if event >= 0:
-                made, total = made + 1, total + 1
-                left[made] = total
-                series.append(event)
-            elif -event > before:
-                series.append(-left.pop(-event))
-        series.extend(-number for number in left.values())  # gradients, which end with the next step
-    here: dict[int, int] = {}
-    for event in trace.evaluation if evaluates else ():
-        if event >= 0:
-            made, total = made + 1, total + 1
-            here[made] = total
-            series.append(event)
-        elif -event in here:
-            series.append(-here[-event])
-    return series
+                number, total = number + 1, total + 1
+                here[number] = total
+                events.append(event)
+            elif -event in here:
+                events.append(-here.pop(-event))
+        events.extend(-each for each in here.values())
+
+    for _ in range(STEPS):
+        play(step, before)
+    stepped = len(events)
+    if evaluates:
+        play(trace.evaluation, before + sum(event >= 0 for event in step))
+    return events, stepped
 
 
-def held_by_libc(events: array[int]) -> int | None:
+def held_by_libc(events: array[int], evaluation: int | None = None) -> int | None:
     """Return the most bytes that the C library's allocator holds, or None if it does not say (it is not glibc 2.33 on).
 
     Args:
         events: Allocations as `repeated` returns them.
+        evaluation: Place of the first one without autograd, or None if there is none.
     """
     if sys.platform != "linux":
         return None
-    done = subprocess.run([sys.executable, "-S", "-c", _REPLAY], input=events.tobytes(), capture_output=True)
+    command = [sys.executable, "-S", "-c", _REPLAY, str(len(events) if evaluation is None else evaluation)]
+    done = subprocess.run(command, input=events.tobytes(), capture_output=True)
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None
 
 

@@ -16,6 +16,7 @@ from graftwerk.formatting import byte_size
 from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.callbacks.base import TrainingLoop
 from graftwerk.training.events import Event, Listener
+from graftwerk.training.planning.calibration import learn
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.setup import Prepared
 
@@ -92,9 +93,16 @@ def refuse_unfit(planner: Planner, found: dict[str, Any]) -> None:
 
 
 def planned_cost(
-    plan: dict[str, Any] | None, config: RunConfig, prepared: Prepared, num_processes: int, trainer: TrainingLoop
+    plan: dict[str, Any] | None,
+    config: RunConfig,
+    prepared: Prepared,
+    num_processes: int,
+    trainer: TrainingLoop,
+    peak: int | None,
 ) -> dict[str, float]:
     """Return the planned figures that a finished run is compared with, none after a short run without a plan.
+
+    The machine's calibration learns from the difference.
 
     Args:
         plan: The plan from before the training, or None.
@@ -102,6 +110,7 @@ def planned_cost(
         prepared: Its rows.
         num_processes: Processes that trained together.
         trainer: The trainer that has trained.
+        peak: Measured peak of the training in bytes, or None.
 
     Returns:
         ``planned_peak_memory_bytes`` and ``planned_step_seconds``.
@@ -110,9 +119,16 @@ def planned_cost(
         plan = planned(Planner(config, prepared, num_processes))
     if plan is None or "why_not" in plan:
         return {}
+    used, planned_peak = plan["calibration"], plan["memory"]["train_peak_bytes"]
+    if peak is not None and trainer.clock.mean_step_seconds and trainer.state.seconds >= WORTH_SECONDS:
+        learn(
+            trainer.device.type,
+            used["process_bytes"] + (peak - planned_peak) / num_processes,
+            used["time_factor"] * trainer.clock.mean_step_seconds / plan["time"]["step_seconds"],
+        )
     return {
         "planned_step_seconds": plan["time"]["step_seconds"],
-        "planned_peak_memory_bytes": plan["memory"]["train_peak_bytes"],
+        "planned_peak_memory_bytes": planned_peak,
     }
 
 

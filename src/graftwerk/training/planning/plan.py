@@ -1,9 +1,9 @@
 """The plan of a run: memory, time and size before any weight is loaded, and what to change so that it fits.
 
 Memory on a CPU is that of the process above its start, as a run's manifest measures it: the weights, what the C
-library's allocator holds for the tensors of a traced step (`step_trace`, `allocator`), and `PROCESS_BYTES`. On CUDA it
-is what torch's caching allocator reserves. Deep models are traced at two depths and carried on by layer, which is exact
-for equal layers.
+library's allocator holds for the tensors of a traced step (`step_trace`, `allocator`), and what the process takes
+beside (`calibration`). On CUDA it is what torch's caching allocator reserves. Deep models are traced at two depths and
+carried on by layer, which is exact for equal layers.
 """
 
 from __future__ import annotations
@@ -27,21 +27,23 @@ from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
 from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.calibration import calibration
 from graftwerk.training.planning.step_trace import trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-PROCESS_BYTES = 100_000_000
-"""Memory of a training beside its tensors: loggers, kernels' scratch, gaps between blocks (70 to 150 MB measured)."""
+METRICS_BYTES, METRICS_BETWEEN_BYTES = 50_000_000, 35_000_000
+"""Memory of scikit-learn, which the first evaluation of classes imports; more if steps follow, since what it imports
+then lies between the tensors' blocks."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
 DEPTHS = (2, 3)
 """Depths at which deeper models are traced, above the number of chosen top layers."""
-EFFICIENCY = 0.35
+EFFICIENCY = 0.32
 """Share of the speed of a square matrix product that the products of a step reach (MiniLM and SmolLM2 on two cores)."""
-CALL_SECONDS = 20e-6
-"""Of each operation, whatever its size."""
+CALL_SECONDS = 120e-6
+"""Of each operation that makes a tensor, whatever its size: Python, modules and autograd around it."""
 SAMPLED = 200
 """Steps of the first epoch whose lengths stand for all."""
 _TOP = re.compile(r"top-(\d+)")
@@ -99,6 +101,7 @@ class Planner:
         from graftwerk.models.load import load_config
 
         self.config, self.device = config.anchored(), best_device()
+        self.calibration = calibration(self.device.type)
         self._known: dict[str, dict[str, float]] = {}
         self.num_processes = num_processes or _num_processes(self.config)  # before anything is computed here
         self.prepared = prepared or prepare(
@@ -118,8 +121,8 @@ class Planner:
         Returns:
             ``memory`` (`Memory`), ``time`` (``step_seconds`` of a mean step, ``epoch_seconds``, ``training_seconds``
             with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if the machine does not say), ``fits``
-            and ``largest_batch`` (None as well), ``processes``, and ``traced`` (``rows`` of a micro-batch and
-            ``tokens`` of its longest row).
+            and ``largest_batch`` (None as well), ``processes``, ``calibration`` (`Calibration`), and ``traced``
+            (``rows`` of a micro-batch and ``tokens`` of its longest row).
 
         Raises:
             ConfigError, UnsupportedError: The method does not suit the model.
@@ -136,6 +139,7 @@ class Planner:
             "fits": None if free is None else memory.train_peak_bytes <= free,
             "largest_batch": largest,
             "processes": self.num_processes,
+            "calibration": asdict(self.calibration),
             "traced": {"rows": self._micro_batch(config), "tokens": self._longest()},
         }
 
@@ -216,15 +220,15 @@ class Planner:
                 weights_dtype=base_dtype(config, compute, self.device),
             )
         evaluates = bool(self.prepared.examples["validation"])
-        events = repeated(trace, evaluates)
-        held = held_by_cuda(events) if self.device.type == "cuda" else held_by_libc(events) or 0
+        events, stepped = repeated(trace, evaluates)
+        held = held_by_cuda(events) if self.device.type == "cuda" else held_by_libc(events, stepped) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         return {**parts, "alive": alive, "held": max(held, alive), "evaluation": trace.evaluation_peak}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
-        process = 0 if self.device.type == "cuda" else PROCESS_BYTES
+        process = self.calibration.process_bytes + self._metrics_bytes(config)
         each = self.num_processes
         peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
@@ -244,6 +248,22 @@ class Planner:
             activations_bytes=parts["kept"],
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
+
+    def _metrics_bytes(self, config: RunConfig) -> int:
+        """Return the bytes of packages that the evaluations import."""
+        held_out, metrics = self.prepared.examples["validation"], self.prepared.task.metrics
+        if self.device.type != "cpu" or not held_out or "accuracy" not in metrics:
+            return 0
+        steps, _, every = self._steps(config)
+        return METRICS_BYTES + (METRICS_BETWEEN_BYTES if steps > every + 1 else 0)
+
+    def _steps(self, config: RunConfig) -> tuple[int, int, int]:
+        """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""
+        training = config.training
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        per_epoch = math.ceil(len(self.prepared.examples["train"]) / rows)
+        steps = training.max_steps or math.ceil(training.num_train_epochs * per_epoch)
+        return steps, per_epoch, training.eval_steps or per_epoch
 
     def _largest_batch(self, config: RunConfig, found: Mapping[str, float], memory: Memory, free: int) -> int:
         """Return the most rows of a micro-batch that fit: what is alive grows by the same bytes with each row."""
@@ -278,15 +298,14 @@ class Planner:
         linear = (found["operations"] - found["attention"]) / found["tokens"] * tokens
         square = found["attention"] / found["squares"] * squares
         calls = found["calls"] / found["micro_batches"] * batches
-        step_seconds = ((linear + square) / speed + calls * call_seconds) / sampled
-        steps = training.max_steps or math.ceil(training.num_train_epochs * sampler.steps_per_epoch)
+        step_seconds = self.calibration.time_factor * ((linear + square) / speed + calls * call_seconds) / sampled
+        steps, per_epoch, every = self._steps(config)
         held_out = sum(example.length for example in self.prepared.examples["validation"])
-        evaluations = steps / (training.eval_steps or sampler.steps_per_epoch)
-        evaluated = found["evaluated"] * held_out / speed
+        evaluated = self.calibration.time_factor * found["evaluated"] * held_out / speed
         return {
             "step_seconds": step_seconds,
-            "epoch_seconds": step_seconds * sampler.steps_per_epoch,
-            "training_seconds": step_seconds * steps + evaluated * max(1.0, evaluations),
+            "epoch_seconds": step_seconds * per_epoch,
+            "training_seconds": step_seconds * steps + evaluated * max(1.0, steps / every),
         }
 
     def _speed(self, config: RunConfig) -> float:
