@@ -58,6 +58,10 @@ def rough_cost(config: RunConfig, model: Any, plan: Mapping[str, Any]) -> dict[s
     micro = training.per_device_train_batch_size * lengths["train"]["p95"]
     layers = 2 if training.gradient_checkpointing else (1 - frozen) * model.config.num_hidden_layers
     saved = 4 * micro * model.config.hidden_size * VALUES_A_TOKEN * layers
-    memory = PROCESS_BYTES + 4 * plan["parameters"]["total"] + 12 * plan["parameters"]["trained"] + saved
+    base = 4 * plan["parameters"]["total"]
+    if config.quantization is not None:
+        linear = plan["parameters"]["total"] - tables - (0 if tied or head is None else head.weight.numel())
+        base -= (4 - config.quantization.bits / 8) * linear
+    memory = PROCESS_BYTES + base + 12 * plan["parameters"]["trained"] + saved
     seconds = plan["steps"] * STEP_SECONDS + operations / speed
     return {"seconds": float(f"{seconds:.2g}"), "memory_bytes": float(f"{memory + plan['trunk']['bytes']:.2g}")}
