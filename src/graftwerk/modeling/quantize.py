@@ -42,7 +42,7 @@ Seen = Callable[[str, Tensor], None]
 
 
 class _Request(BitsAndBytesConfig):  # type: ignore[misc]
-    """What `from_pretrained` is asked for.
+    """Settings that `from_pretrained` is given.
 
     Args:
         name: ``nf4`` or ``int8``.

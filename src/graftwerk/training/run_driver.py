@@ -208,7 +208,8 @@ class RunDriver:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
-                finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
+                with self.processes.gathered(adapter.model):
+                    finish(trainer, prepared, settings, self.folder, self.manifest, peak=held, first_step=first)
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:
