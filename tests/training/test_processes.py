@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.distributed.predictions import deal_batches
+from graftwerk.training.distributed.sharded import ShardedProcesses
 from graftwerk.training.events import Event
 from graftwerk.training.train import Run, train
 from tests.tasks.test_causal import tree as causal_tree
@@ -98,6 +102,47 @@ def test_launched_losses_without_logits_equal_one_process(
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_sharded_processes_train_as_one_with_same_total_batch(
+    tiny_decoder: Path, glosses: Path, tmp_path: Path
+) -> None:
+    """FSDP2: each process holds half of the frozen base, and the whole adapter."""
+    trees = {}
+    for name, size in (("two", 6), ("one", 12)):
+        training = {"per_device_train_batch_size": size, "learning_rate": 1e-3, "compute_type": "float32"}
+        trees[name] = causal_tree(tiny_decoder, glosses, tmp_path / name, "causal", "lora", **training)
+
+    def sharded(rank: int) -> None:
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        models: list[Any] = []
+        prepare, reduce = ShardedProcesses.prepare, ShardedProcesses.all_reduce_gradients
+
+        def prepared(self: ShardedProcesses, model: Any) -> Any:
+            models.append(model)
+            return prepare(self, model)
+
+        def looked(self: ShardedProcesses, parameters: Any) -> None:
+            parts = [parameter for parameter in models[0].parameters() if isinstance(parameter, DTensor)]
+            assert len(parts) > 10
+            assert sum(part.to_local().numel() for part in parts) < 0.6 * sum(part.numel() for part in parts)
+            reduce(self, parameters)
+
+        ShardedProcesses.prepare, ShardedProcesses.all_reduce_gradients = prepared, looked  # type: ignore[method-assign]
+        train(trees["two"])
+
+    assert [child.wait() for child in together(sharded)] == [0, 0]
+    train(trees["one"])
+    for a, b in zip(log_of(tmp_path / "one", "step"), log_of(tmp_path / "two", "step"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    one, two = (Run(tmp_path / name) for name in ("one", "two"))
+    ours, theirs = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[key], atol=1e-5, rtol=1e-3, msg=key)
+    said = [json.loads((run.adapter / "graftwerk.json").read_text())["base"] for run in (one, two)]
+    assert said[0] == said[1]
 
 
 def test_launched_signal_to_one_stops_both_and_resumes(run_file: Build, tmp_path: Path, still: Path) -> None:

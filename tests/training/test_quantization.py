@@ -23,6 +23,7 @@ from graftwerk.schema import run_schema
 from graftwerk.training.events import Event
 from graftwerk.training.train import Run, train
 from tests.training.conftest import _tree
+from tests.training.test_processes import same_figures, together
 
 pytest.importorskip("bitsandbytes")
 TEXTS = ["a small animal that lives in water", "the act of giving"]
@@ -169,3 +170,27 @@ def test_schema_takes_names_and_settings_of_a_quantization() -> None:
     assert [validator.is_valid({**tree, "quantization": value}) for value in ("nf4", NF4, None, "int8", "fp4", {})] == [
         True, True, True, True, False, False,
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_launched_processes_on_a_quantized_base_train_as_one(
+    name: str, run_file: Any, tmp_path: Path, still: Path
+) -> None:
+    shared = run_file(tmp_path / "two", per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    alone = run_file(tmp_path / "one", per_device_train_batch_size=8, per_device_eval_batch_size=4)
+    for tree in (shared, alone):
+        tree |= {"model": str(still), "quantization": name}
+    assert [child.wait() for child in together(lambda rank: train(shared))] == [0, 0]
+    train(alone)
+    same_figures(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_compare_on_a_quantized_base_ranks_methods(run_file: Any, tmp_path: Path) -> None:
+    tree = {**run_file(tmp_path / "compared"), "quantization": "nf4"}
+    found = gw.compare(tree, methods=["lora", "prefix"], seeds=[0])
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "compared").glob("**/manifest.json")]
+    assert {manifest["method"]["name"] for manifest in manifests} == {"lora", "prefix"}
+    assert {manifest["quantization"]["name"] for manifest in manifests} == {"nf4"}
+    assert found

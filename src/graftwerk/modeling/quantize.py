@@ -42,7 +42,7 @@ Seen = Callable[[str, Tensor], None]
 
 
 class _Request(BitsAndBytesConfig):  # type: ignore[misc]
-    """What `from_pretrained` is asked for.
+    """Settings that `from_pretrained` is given.
 
     Args:
         name: ``nf4`` or ``int8``.
@@ -199,7 +199,7 @@ def int8_layer() -> Any:
 
 
 class _Int8Product(torch.autograd.Function):
-    """W x + bias, both frozen; the full weight lives during the product alone."""
+    """Product with a frozen weight of 8 bits, plus the bias; the full weight lives during the product alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from graftwerk.kernels.memory_efficient import own_base
 from graftwerk.modeling.accelerate_compat import change_class, swapped_class
 from graftwerk.modeling.adapter_slots import CHILD, ModelAdapters
 
@@ -82,6 +83,11 @@ class AdaptedModel(_Model):  # type: ignore[misc]
             f"one model.",
             stacklevel=2,
         )
+
+
+def class_name(model: nn.Module) -> str:
+    """Return the name of a model's class, without what adapters and FSDP have put before it."""
+    return own_base(type(model)).__name__
 
 
 def adopt(model: nn.Module) -> None:

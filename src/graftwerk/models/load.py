@@ -220,6 +220,9 @@ def load_model(
             raise _load_error(error, name, folder) from error
     if quantizer is not None:
         _let_go_of_files(model)
+    for layer in model.modules():  # of a base stored in 4 bits: packed anew in evaluation, it would have no gradients
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     model.config._name_or_path = name
     vars(model)[_NEW_WEIGHTS] = _judge(model, report, name)
     return model.eval()

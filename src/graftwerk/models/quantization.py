@@ -14,7 +14,7 @@ ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", 
 
 
 class Quantization(Settings):
-    """How bitsandbytes stores the weights of the base's linear layers, on which adapters train in full precision.
+    """Settings of bitsandbytes for the weights of the base's linear layers; adapters train on them in full precision.
 
     Heads, embeddings, norms, the scores of the vocabulary and modules that a method saves whole are never quantized.
 

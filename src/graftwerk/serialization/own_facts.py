@@ -11,6 +11,7 @@ from graftwerk.errors import (
 )
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.quantized_layers import quantization_of
+from graftwerk.modeling.saving import class_name
 from graftwerk.sanitize import redact, redacted
 from graftwerk.serialization.fingerprint import digests_beside, fingerprint, fingerprint_of_codes
 from graftwerk.serialization.info import (
@@ -48,7 +49,7 @@ def own_facts(adapter: Adapter, facts: dict[str, Any]) -> dict[str, Any]:
     known = facts.pop("base_fingerprint", None)
     base: dict[str, Any] = {
         "name": name,
-        "architecture": type(model).__name__,
+        "architecture": class_name(model),
         "model_type": model.config.model_type,
         "fingerprint": _base_fingerprint(adapter) if known is None or rows_of(adapter) else known,
         "beside": _digests_beside(adapter),

@@ -225,7 +225,8 @@ class RunDriver:
                     planned_cost(plan, settings, prepared, sharing, trainer, held) if self.processes.is_main else {}
                 )
                 cost = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
-                finish(trainer, prepared, settings, self.folder, self.manifest, cost, trial=self.trial)
+                with self.processes.gathered(adapter.model):
+                    finish(trainer, prepared, settings, self.folder, self.manifest, cost, trial=self.trial)
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:

@@ -19,7 +19,7 @@ import torch
 
 from graftwerk.data.mixture import Sampler
 from graftwerk.devices import is_out_of_memory, release
-from graftwerk.errors import RunInterrupted
+from graftwerk.errors import RunInterrupted, UnsupportedError
 from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Task
@@ -195,6 +195,10 @@ class Trainer:
     def _compiled(self) -> CompiledStacks | None:
         if not self.settings.compile:
             return None
+        if self.distributed.shards:
+            raise UnsupportedError(
+                "layers whose weights are shared out (FSDP) are not compiled", where="training.compile", hint="false"
+            )
         from graftwerk.training.compilation import CompiledStacks  # loads the compiler
 
         return CompiledStacks(self.adapter.model, self.device, lambda event: self.emit(event))

@@ -76,6 +76,10 @@ class Evaluator:
             StopEvaluation: A stop signal came.
             DivergedError: The scores are not finite.
         """
+        with self.processes.gathered(self.adapter.model):
+            return self._evaluate(examples, generation)
+
+    def _evaluate(self, examples: Sequence[Example], generation: EvaluationSettings | None) -> Predictions:
         batches = batches_of(examples, self._dealt)
         if self.processes.world_size == 1 or len(batches) < self.processes.world_size:
             predictions = self._predict(examples, generation)

@@ -121,6 +121,8 @@ class ActivationCache:
         self.plan = plan(
             adapter.model, view, adapter.method, adapter.heads, self.task, settings, splits, passes, self.shared
         )
+        if self.plan.why_not is None and self.processes.shards:
+            self.plan = Plan("the base's weights are shared out (FSDP), and layers run together alone", self.plan.cut)
         try:
             with rng.untouched(self.processes.device):
                 if self.plan.why_not is None:

@@ -28,28 +28,37 @@ class ForkedProcesses(AccelerateProcesses):
         return nullcontext()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes; a parameter without a gradient on every process keeps None.
-
-        One all-reduce per dtype after the last micro-batch: adapters are small, so that overlapping communication with
-        the backward pass would gain nothing.
+        """Sum gradients over processes.
 
         Args:
             parameters: Trained parameters (...) of any shape.
         """
-        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-        for parameter in parameters:
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        with torch.no_grad():
-            for group in by_dtype.values():
-                present = group[0].new_tensor([p.grad is not None for p in group])  # (P,)
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
-                flat = torch.cat([present, *(grad.reshape(-1) for grad in grads)])  # (P + elements,)
-                torch.distributed.all_reduce(flat)
-                present, *sums = torch.split(flat, [len(group), *(p.numel() for p in group)])
-                for parameter, total, anywhere in zip(group, sums, present.tolist(), strict=True):
-                    parameter.grad = total.view_as(parameter) if anywhere else None
+        sum_gradients(parameters)
 
     def total_bytes(self, own: int | None) -> int | None:
         if own is None:  # None on one is None on all: it is the system that does not tell
             return None
         return int(self.sum(torch.tensor(own, dtype=torch.float64, device=self.device)).item())
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Sum gradients over processes; a parameter without a gradient on every process keeps None.
+
+    One all-reduce per dtype after the last micro-batch: adapters are small, so that overlapping communication with the
+    backward pass would gain nothing.
+
+    Args:
+        parameters: Trained parameters (...) of any shape.
+    """
+    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    for group in by_dtype.values():
+        present = group[0].new_tensor([p.grad is not None for p in group])  # (P,)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
+        flat = torch.cat([present, *(grad.reshape(-1) for grad in grads)])  # (P + elements,)
+        torch.distributed.all_reduce(flat)
+        present, *sums = torch.split(flat, [len(group), *(p.numel() for p in group)])
+        for parameter, total, anywhere in zip(group, sums, present.tolist(), strict=True):
+            parameter.grad = total.view_as(parameter) if anywhere else None

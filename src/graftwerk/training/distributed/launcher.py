@@ -6,6 +6,8 @@ import os
 
 RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
+USE_FSDP, FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+
 
 def is_launched() -> bool:
     """Return True if a launcher started this process and gave it a rank."""
@@ -15,6 +17,12 @@ def is_launched() -> bool:
 def launched_world_size() -> str:
     """Return the launcher's number of processes as it wrote it, "1" if it wrote none."""
     return os.environ.get(WORLD_SIZE, "1")
+
+
+def fsdp_version() -> int:
+    """Return the version of FSDP that `accelerate launch --use_fsdp` asks for, 0 for none."""
+    wanted = os.environ.get(USE_FSDP, "false").lower() == "true"
+    return int(os.environ.get(FSDP_VERSION, "1")) if wanted else 0
 
 
 def is_main_process() -> bool:

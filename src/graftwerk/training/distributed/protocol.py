@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ class Distributed(Protocol):
         rank: Number of this process, from 0.
         shares_rows: True if the processes divide the rows of one step among them (forked workers); False if each
             brings rows of its own (launched processes, one device each).
+        shards: True if each process holds a part of the base's weights alone.
         grad_scale: Factor on the loss of a process that makes the combined gradient a sum over processes.
     """
 
@@ -30,6 +31,7 @@ class Distributed(Protocol):
     rank: int
     shares_rows: bool
     grad_scale: int
+    shards: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -51,6 +53,13 @@ class Distributed(Protocol):
         Args:
             parameters: Trained parameters (...) of any shape.
         """
+
+    def gathered(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which this process has the whole base, for forward passes that not all take part in.
+
+        All processes enter it together.
+        """
+        return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
         """Return ``values`` (any shape) summed elementwise over processes, on every process."""

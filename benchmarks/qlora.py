@@ -1,0 +1,112 @@
+"""QLoRA beside LoRA on SmolLM2-135M: the same rows, steps and seed; bytes of the weights, losses, measured peaks.
+
+    python benchmarks/qlora.py [--steps 100] [--kinds none,nf4,int8] [--rows 4] [--tokens 48] [--json FILE]
+
+Each kind trains in a process of its own, by the run file of `examples/glosses-instruction.yaml` with short rows. Prints
+one line a kind, and the shares of LoRA in full precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwerk.config import RunConfig
+from graftwerk.evaluation.base_model import load_base
+from graftwerk.tasks.splits import Splits
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "glosses-instruction.yaml"
+
+
+def overrides(kind: str, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Return what differs from the example."""
+    return [
+        f"quantization={'null' if kind == 'none' else kind}",
+        f"training.max_steps={options.steps}",
+        f"training.per_device_train_batch_size={options.rows}",
+        f"training.eval_steps={options.steps}",
+        "training.logging_steps=1",
+        "training.processes=1",
+        f"data.max_length={options.tokens}",
+        "data.max_truncated=1.0",
+        "data.validation=40",
+        "data.test=null",
+        "evaluation.generate=false",
+        f"output_dir={folder}",
+    ]
+
+
+def weights_of(kind: str, config: RunConfig) -> dict[str, int]:
+    """Return the bytes of the linear layers that are quantized, with their scales, and of all else."""
+    cpu = torch.device("cpu")
+    model = load_base(
+        config.model, config.task, Splits((), (), (), None, ""), dtype=torch.float32, revision=None,
+        quantization=config.quantization, compute=torch.float32, device=cpu, method=config.method,
+    )  # fmt: skip
+    outputs = model.get_output_embeddings()
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not outputs]
+    linear = {id(layer.weight): layer.weight for layer in layers}
+    others = sum(each.nbytes for each in model.parameters() if id(each) not in linear)
+    return {"linear": sum(map(_stored, linear.values())), "others": others}
+
+
+def _stored(weight: Tensor) -> int:
+    state = getattr(weight, "quant_state", None)
+    scales = [getattr(weight, "SCB", None), getattr(state, "absmax", None), getattr(state, "offset", None)]
+    if state is not None and state.nested:
+        scales += [state.state2.absmax]
+    return weight.nbytes + sum(each.nbytes for each in scales if isinstance(each, Tensor))
+
+
+def train(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Train in a process of its own; return what its files say."""
+    changes = overrides(kind, folder, options)
+    subprocess.run(
+        [sys.executable, "-m", "graftwerk", "train", str(EXAMPLE), *changes], check=True, stdout=subprocess.DEVNULL
+    )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if event.get("kind") == "step"]
+    validation = [event["loss"] for event in events if event.get("kind") == "validation"]
+    return {
+        "kind": kind,
+        **weights_of(kind, RunConfig.load(EXAMPLE, changes)),
+        "first_loss": losses[0],
+        "last_losses": sum(losses[-20:]) / len(losses[-20:]),
+        "validation_loss": validation[-1],
+        "peak_memory_bytes": manifest["cost"]["peak_memory_bytes"],
+        "seconds": manifest["cost"]["training_seconds"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--kinds", default="none,nf4,int8")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for kind in options.kinds.split(","):
+            found[kind] = train(kind, Path(name, kind), options)
+            print(json.dumps(found[kind]), flush=True)
+    lora = found.get("none")
+    for kind, figures in found.items() if lora else ():
+        shares = {key: round(figures[key] / lora[key], 4) for key in figures if key != "kind"}
+        print(kind, json.dumps(shares), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(list(found.values()), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
