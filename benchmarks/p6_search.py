@@ -16,6 +16,7 @@ import argparse
 import csv
 import json
 import os
+import random
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ def write_rows(folder: Path, rows: int) -> None:
         found = [(row["text"], row["label"]) for row in csv.DictReader(whole) if row["source"] == "rotten_tomatoes"]
     every = len(found) // (rows + 2 * VALIDATION)
     found = found[:: max(every, 1)][: rows + 2 * VALIDATION]
+    random.Random(0).shuffle(found)  # the file has one class after the other
     held_out = {"validation": found[:VALIDATION], "test": found[VALIDATION : 2 * VALIDATION]}
     parts = {"train": found[2 * VALIDATION :], **held_out}
     for name, part in parts.items():
