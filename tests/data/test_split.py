@@ -128,3 +128,17 @@ def test_held_out_converts_count_or_share(amount: int | float | None, count: int
 def test_held_out_all_rows_raises(amount: int | float) -> None:
     with pytest.raises(ConfigError, match=r"data\.validation"):
         held_out(amount, 100, "data.validation")
+
+
+def test_split_rows_train_seed_draws_again_below_the_same_test_rows(rows: tuple[list[str], list[str]]) -> None:
+    texts, classes = rows
+    plain = split_rows(texts, classes, test=50, validation=50, max_train=100)
+    drawn = [split_rows(texts, classes, test=50, validation=50, max_train=100, train_seed=seed) for seed in (0, 1, 1)]
+    assert [each[2] for each in drawn] == [plain[2]] * 3
+    assert drawn[0] == plain  # the split's own seed draws what it always did
+    assert drawn[1] == drawn[2]
+    assert drawn[1][0] != plain[0]
+    assert drawn[1][1] != plain[1]
+    for train, validation, test in drawn:
+        assert not {*train} & {*validation} | {*train} & {*test} | {*validation} & {*test}
+        assert (len(train), len(validation)) == (100, 50)

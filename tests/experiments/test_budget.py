@@ -140,3 +140,30 @@ def test_compare_command_with_budget(
     assert "4 trials for each to find its settings, then 3 seeds (seeds=0,1,2): 6 runs, 28 steps" in printed
     assert main([*given, "budget=10min"]) == 0
     assert "10 min of training for each to find its settings" in capsys.readouterr().out
+
+
+def test_compare_vary_split_draws_training_rows_by_seed_and_shares_test_rows(
+    tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    settings = {
+        "model": str(tiny_encoder),
+        "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 32},
+        "training": {"max_steps": 1, "report_to": ["jsonl"]},
+        "evaluation": {"latency_batches": 1, "resamples": 200},
+        "output_dir": str(tmp_path / "cmp"),
+    }
+    with pytest.raises(ConfigError, match="cannot be varied"):
+        compare(settings, "probe", [0, 1], vary="rows", quiet=True)
+    found = compare(settings, "probe", [0, 1], vary="split", quiet=True, report=False)
+    runs = [json.loads((found.folder / f"probe-seed{seed}" / "manifest.json").read_text()) for seed in (0, 1)]
+    rows = [(found.folder / f"probe-seed{seed}" / "predictions" / "test.jsonl").read_text() for seed in (0, 1)]
+    texts = [[json.loads(line)["text"] for line in each.splitlines()] for each in rows]
+    assert texts[0] == texts[1]
+    assert runs[0]["data"]["fingerprint"] != runs[1]["data"]["fingerprint"]
+    assert found.result["command"].endswith("methods=probe seeds=0,1 vary=split")
+    again = compare(settings, "probe", [0, 1], vary="split", quiet=True, report=False)
+    assert again.result["methods"] == found.result["methods"]
+    del settings["data"]["test"]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="no test rows to compare on"):
+        compare(settings, "probe", [0, 1], vary="split", quiet=True, output_dir=str(tmp_path / "none"))

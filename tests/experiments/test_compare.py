@@ -197,7 +197,7 @@ def test_compare_result_has_differences_front_and_recommendation(story: Story) -
     (pair,) = result["differences"]
     assert {pair["a"], pair["b"]} == {"full", "small"}
     assert pair["low"] <= pair["value"] <= pair["high"]
-    assert pair["verdict"] in {"better", "worse", "no difference shown"}
+    assert pair["verdict"] in {"better", "worse", "practically equal", "no difference shown"}
     assert pair["verdict"].split()[0] in pair["text"]
     assert set(result["front"]) == set(result["methods"][0]["cost"])
     assert "small" in result["front"]["trained_parameters"]

@@ -17,6 +17,7 @@ from graftwerk.experiments.significance import (
     between,
     in_words,
     pareto_front,
+    pareto_set,
     recommend,
     turned,
     verdict,
@@ -45,6 +46,37 @@ def test_in_words_states_direction_and_interval() -> None:
     assert in_words(difference("a", "b", -0.012, 0.009)) == "worse by 1.2 points [0.3, 2.1]"
     assert in_words(difference("a", "b", 0.004, 0.012)) == "no difference shown: +0.4 points [−0.8, +1.6]"
     assert in_words(difference("a", "b", 0.0, 0.0)) == "no difference shown: 0.0 points [0.0, 0.0]"
+
+
+def test_verdict_within_the_margin_is_practically_equal() -> None:
+    near, wide = difference("a", "b", 0.001, 0.006), difference("a", "b", 0.001, 0.011)
+    assert verdict(near, "accuracy", 0.01) == verdict(turned(near), "accuracy", 0.01) == "practically equal"
+    assert verdict(near) == verdict(wide, "accuracy", 0.01) == "no difference shown"
+    assert in_words(near, "accuracy", 0.01) == "practically equal: +0.1 points [−0.5, +0.7]"
+    small = difference("a", "b", 0.004, 0.003)  # better, and too little to matter
+    assert in_words(small, "accuracy", 0.01) == "better by 0.4 points [0.1, 0.7], less than the margin"
+    one_seed: Difference = {**near, "over_seeds": False}
+    assert verdict(one_seed, "accuracy", 0.01) == "no difference shown"
+
+
+def test_pareto_set_knows_several_costs() -> None:
+    quality = {"big": 0.80, "small": 0.78, "slow": 0.78, "poor": 0.70, "unknown": 0.9}
+    memory, seconds = {"big": 9, "small": 2, "slow": 2, "poor": 3}, {"big": 5, "small": 5, "slow": 9, "poor": 1}
+    assert pareto_set(quality, [memory, seconds]) == ["big", "small", "poor"]
+    assert pareto_set(quality, [memory]) == ["big", "small", "slow"]
+    losses = {name: 1 - value for name, value in quality.items()}
+    assert pareto_set(losses, [memory, seconds], "perplexity") == ["big", "small", "poor"]
+
+
+def test_recommend_says_practically_equal_where_the_interval_does() -> None:
+    methods = [method("big", 0.801, 900), method("small", 0.80, 10)]
+    found = recommend(methods, pairs(methods, 0.004), prefer="trained_parameters")
+    assert found is not None
+    assert found["method"] == "small"
+    assert "−0.1 points against big, the best mean, practically equal with 1.1 % of its" in found["reason"]
+    found = recommend(methods, pairs(methods, 0.004), prefer="trained_parameters", margin=0.002)
+    assert found is not None
+    assert "no difference shown" in found["reason"]
 
 
 def test_verdict_interval_touching_zero_is_no_difference() -> None:

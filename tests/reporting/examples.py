@@ -101,6 +101,41 @@ def comparison(names: tuple[str, ...] | None = None, seeds: tuple[int, ...] = (0
     }
 
 
+def tuned() -> dict[str, Any]:
+    """What `comparison.json` says of trials and of a budget."""
+    tuning = []
+    for name in ("lora", "ia3"):
+        tried = [
+            {
+                "name": f"{name}-learning_rate{rate}",
+                "changes": {"training.learning_rate": rate, "method.r": 16},
+                "runs": 1,
+                "value": value,
+                "failed": {},
+            }
+            for rate, value in ((0.001, 0.77), (0.003, 0.78))
+        ]
+        tried.append({**tried[0], "name": f"{name}-learning_rate0.03", "value": None, "failed": {"3": "diverged"}})
+        chosen = f"{name}-learning_rate0.003"
+        tuning.append({"method": name, "metric": "accuracy", "rows": "validation", "chosen": chosen, "tried": tried})
+    spent = {name: {"trials": 3, "seconds": 61.5, "failed": 1} for name in ("lora", "ia3")}
+    return {"tuning": tuning, "budget": {"trials": 3, "seed": 3, "spent": spent}}
+
+
+def ablated() -> dict[str, Any]:
+    """What `comparison.json` says of an ablation."""
+    levels = [
+        {"value": str(r), "cells": [f"lora-r{r}"], "figure": figure(value)} for r, value in ((4, 0.76), (8, 0.78))
+    ]
+    difference = {"a": "4", "b": "8", "value": -0.02, "low": -0.035, "high": -0.005, "p": 0.01, "p_better": 0.01}
+    effects = [
+        {"axis": "method.r", "levels": levels, "differences": [{**difference, "verdict": "worse", "text": ""}]},
+        {"axis": "training.learning_rate", "levels": [], "differences": []},
+    ]
+    axes = {"method.r": [4, 8], "training.learning_rate": [1e-3, 3e-3]}
+    return {"ablation": {"design": "grid", "axes": axes, "effects": effects}}
+
+
 def recommendation(methods: list[dict[str, Any]]) -> dict[str, str] | None:
     names = [method["name"] for method in methods]
     if "lora" in names and "full" in names:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftwerk.errors import ConfigError, IntegrityError, ResourceError
+from graftwerk.reporting import numbers
 from graftwerk.reporting.html import write_report
 from tests.reporting import examples
 from tests.reporting.reading import Page
@@ -35,7 +36,8 @@ def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "run":
         examples.write_run(folder, analysis_=examples.analysis())
     else:
-        examples.write_comparison(folder, examples.comparison())
+        more = {**examples.tuned(), **examples.ablated()}
+        examples.write_comparison(folder, {**examples.comparison(), **more})
     return write_report(folder).read_text(encoding="utf-8")
 
 
@@ -150,6 +152,40 @@ def test_comparison_page_shows_every_seed_and_pair(tmp_path: Path) -> None:
     assert "full is better" in verdicts
     assert "no difference shown" in verdicts
     assert not [text for text in verdicts if "worse" in text]
+
+
+def test_comparison_page_shows_how_settings_were_found(tmp_path: Path) -> None:
+    page = comparison(tmp_path, **examples.tuned())
+    assert "How the settings were found" in page.text
+    assert "Each could spend 3 trials, with seed 3, which no result has." in page.text
+    assert page.text.count("learning_rate 0.003, r 16chosen") == 2
+    assert "What each method spent" in page.text
+    assert "How the settings were found" not in comparison(tmp_path / "plain").text
+    timed = {**examples.tuned()["budget"], "trials": None, "seconds": 600.0}
+    assert (
+        f"Each could spend 10{numbers.THIN}min"
+        in comparison(tmp_path / "timed", **examples.tuned() | {"budget": timed}).text
+    )
+
+
+def test_comparison_page_shows_effects_of_an_ablation(tmp_path: Path) -> None:
+    page = comparison(tmp_path, **examples.ablated())
+    assert "Effect of each setting" in page.text
+    assert "8 against 4: better, +2.0 points (+0.5 to +3.5)" in page.text
+    assert "Runs failed, and no combination has every value." in page.text
+    assert "Effect of each setting" not in comparison(tmp_path / "plain").text
+
+
+def test_comparison_page_says_practically_equal_and_how_probable(tmp_path: Path) -> None:
+    result = examples.comparison(("lora", "full"))
+    (difference,) = result["differences"]
+    difference |= {"verdict": "practically equal", "low": -0.004, "high": 0.006, "value": 0.001, "p_better": 0.61}
+    page = page_of(examples.write_comparison(tmp_path, {**result, "margin": 0.01, "detectable": 0.03}))
+    assert "practically equal" in page.text
+    assert "is practically equal to full" in page.text
+    assert "whole interval is nearer to zero than 1.0 points" in page.text
+    assert f"61{numbers.THIN}%" in page.text
+    assert "one of 3.0 points would be shown four times in five" in page.text
 
 
 def test_comparison_page_at_chance_recommends_nothing(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import typer
 
 from graftwerk.cli.arguments import ConfigFile, DryRun
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.compare import Metric, Prefer, show_runs
+from graftwerk.cli.compare import Margin, Metric, Prefer, show_runs
 from graftwerk.cli.output import Output
 
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="method.KEY=A,B,... [seeds=0,1,2] [design=grid|one-at-a-time] [key=value ...]",
+        metavar="method.KEY=A,B,... [seeds=0,1,2] [design=grid|one-at-a-time] [vary=split] [key=value ...]",
         help="What to vary: settings of the method or of the training with several values; then the seeds; whether all "
         "combinations or one change at a time; and settings in place of those in the file. A value that is a list "
         "itself stands in a list: method.target_modules='[[q_proj], [q_proj, v_proj]]'.",
@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
         settings: Settings = None,
         metric: Metric = None,
         prefer: Prefer = None,
+        margin: Margin = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Train all of it again.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
@@ -42,14 +43,18 @@ def register(app: typer.Typer) -> None:
         Every combination trains with each seed on the same rows; differences come with paired intervals. The same
         command again resumes where it stopped. The folder is output_dir.
         """
+        from graftwerk.experiments.arguments import check_vary
+
         axes, seeds, design, overrides = read_settings(settings or [])
+        vary = check_vary(str(overrides.pop("vary", "training")))
         if dry_run:
-            return _show_plan(out, config, axes, seeds, design, overrides, metric, prefer)
+            return _show_plan(out, config, axes, seeds, design, overrides, metric, prefer, margin)
         from graftwerk.experiments.ablate import ablate
 
         chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
         found = ablate(
-            config, axes, seeds, design=design, overwrite=overwrite, metric=metric, quiet=out.quiet,
+            config, axes, seeds, design=design,
+            vary=vary, overwrite=overwrite, metric=metric, margin=margin, quiet=out.quiet,
             **chosen, **overrides,
         )  # fmt: skip
         if sys.stdout.isatty() and not out.as_json:
@@ -90,6 +95,7 @@ def _show_plan(
     overrides: dict[str, Any],
     metric: str | None,
     prefer: str | None,
+    margin: float | None,
 ) -> Result:
     """Show the cells, checked as far as possible without loading a model's weights."""
     from graftwerk.experiments.ablate import opened
@@ -98,7 +104,7 @@ def _show_plan(
 
     base, ablation = opened(config, axes, design, overrides)
     numbers = parse_seeds(seeds)
-    check_choices(base, metric, prefer)
+    check_choices(base, metric, prefer, margin)
     tree = base.model_dump(mode="json")
     configs = {cell.spec.name: base.build(tree, dict(cell.values)) for cell in ablation.cells}
     found = show_runs(out, configs, len(numbers), ablation.planned(numbers))

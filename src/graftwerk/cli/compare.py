@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="methods=A,B,... [seeds=0,1,2] [budget=4|10min] [augment=with,without] "
+        metavar="methods=A,B,... [seeds=0,1,2] [budget=4|10min] [augment=with,without] [vary=split] "
         "[learning_rate=1e-3,3e-3] [key=value ...]",
         help="What to compare: names, or a YAML list as in "
         "methods='[lora, {name: lora, r: 16, learning_rate: 5.0e-4}]'; then the seeds; "
         "what each method may spend on finding its settings (trials, or time for training); "
-        "whether with and without the rows of data.augment; and settings in place of those in the file. Several values "
+        "whether with and without the rows of data.augment; whether a seed draws training rows of its own; "
+        "and settings in place of those in the file. Several values "
         "of a setting of the training are tried for each method, and chosen among on the validation rows.",
         show_default=False,
     ),
@@ -33,6 +34,14 @@ Metric = Annotated[str | None, typer.Option(help="What decides; default: the tas
 Prefer = Annotated[
     str | None,
     typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
+]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Distance within which methods are practically equal, in the metric's own unit: 0.01 is a point of "
+        "accuracy; default: a point, or 1 % of the best.",
+        show_default=False,
+    ),
 ]
 
 
@@ -46,6 +55,7 @@ def register(app: typer.Typer) -> None:
         settings: Settings = None,
         metric: Metric = None,
         prefer: Prefer = None,
+        margin: Margin = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Train all of it again.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
@@ -54,10 +64,14 @@ def register(app: typer.Typer) -> None:
         Each method trains at its own learning rate on the same rows; differences come with paired intervals. The same
         command again resumes where it stopped. The folder of the comparison is output_dir.
         """
+        from graftwerk.experiments.arguments import check_vary
+
         methods, seeds, overrides = read_settings(settings or [])
         augment, budget = overrides.pop("augment", None), overrides.pop("budget", None)
+        vary = str(overrides.pop("vary", "training"))
         if dry_run:
-            return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer, budget)
+            check_vary(vary)
+            return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer, budget, margin)
         from graftwerk.experiments.compare import compare
 
         chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
@@ -67,8 +81,10 @@ def register(app: typer.Typer) -> None:
             seeds,
             augment=augment,
             budget=budget,
+            vary=vary,
             overwrite=overwrite,
             metric=metric,
+            margin=margin,
             quiet=out.quiet,
             **chosen,
             **overrides,
@@ -102,7 +118,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
             methods = value
         elif key == "seeds" and equals:
             seeds = value.strip("[] ")
-        elif key in ("augment", "budget") and equals:  # arguments of the comparison; not `data.augment`
+        elif key in ("augment", "budget", "vary") and equals:  # arguments of the comparison; not `data.augment`
             own.append(item)
         else:
             others.append(item)
@@ -127,6 +143,7 @@ def show_plan(
     metric: str | None = None,
     prefer: str | None = None,
     budget: Any = None,
+    margin: float | None = None,
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
     from graftwerk.config import RunConfig
@@ -138,7 +155,7 @@ def show_plan(
     entries, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
     axes, overrides = read_axes(overrides)
     base = RunConfig.load(config, {"method": entries[0].method, **overrides})
-    check_choices(base, metric, prefer)
+    check_choices(base, metric, prefer, margin)
     given = with_and_without(entries, augment, bool(base.data.augment))
     if allowed is not None:
         for entry in given:

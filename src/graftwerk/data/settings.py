@@ -118,6 +118,10 @@ class DataSettings(Settings):
         default=None, description="use at most so many training rows, drawn by `split_seed`"
     )
     split_seed: int = Field(default=0, description="seed of the shuffle that splits; the same for every training seed")
+    train_seed: int | None = Field(
+        default=None,
+        description="seed of another draw of training and validation rows, with the same test rows; none: `split_seed`",
+    )
     max_length: Rows | None = Field(
         default=None, description="tokens kept of a row; none: what the model was trained for, at most 512"
     )
@@ -216,6 +220,8 @@ class DataSettings(Settings):
                 )
         if self.sets:
             raise ValueError("`streaming` reads one data set, and `train` lists several sets")
+        if self.train_seed is not None:
+            raise ValueError("`train_seed` draws rows, and `streaming` trains on all of them in their order")
         if self.augment:
             raise ValueError("`augment` reads rows that are in memory: write its rows with `graftwerk augment`")
         return self

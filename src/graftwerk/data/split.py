@@ -84,11 +84,21 @@ def split_rows(
     validation: int = 0,
     max_train: int | None = None,
     split_seed: int = 0,
+    train_seed: int | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     """Split rows; return the indices for training, validation and test, each in the order of the file.
 
     Test rows are drawn first, then validation, then training, each from where the one before stopped: the test rows do
     not depend on how much validation there is, and fewer training rows are a part of more training rows.
+
+    Args:
+        texts: One text a row.
+        classes: One class per row, or None.
+        test: Number of test rows.
+        validation: Number of validation rows.
+        max_train: Largest number of training rows, or None for all that are left.
+        split_seed: Another seed, another split.
+        train_seed: Seed of the draw of validation and training rows after the test rows, or None for ``split_seed``.
 
     Raises:
         DataError: repeated texts leave no way to hold out so many rows, or nothing is left to learn from.
@@ -97,6 +107,9 @@ def split_rows(
     drawn: dict[str, list[int]] = {}
     for name, count in (("test", test), ("validation", validation)):
         drawn[name], remaining = _take(remaining, count)
+        if name == "test" and train_seed is not None:
+            left_over = {group[0] for group in remaining}
+            remaining = [group for group in draw_order(texts, classes, train_seed) if group[0] in left_over]
         if count and not drawn[name]:
             raise DataError(
                 f"no {name} rows can be held out: every text that is left stands in more than {count:,} rows",

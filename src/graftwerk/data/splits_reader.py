@@ -110,6 +110,12 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
         _refuse_same(wanted, data, split)
         other, its_reading = _table(wanted, data, split, recognise, findings)
         chosen[split] = SplitRows(other, range(len(other)), its_reading)
+    if data.train_seed is not None and not counts["validation"] and data.max_train_rows is None:
+        raise ConfigError(
+            "`train_seed` draws nothing: all rows are trained on, and the validation rows are a source of their own",
+            where="data.train_seed",
+            hint="leave it out, or hold out validation rows: data.validation=0.1",
+        )
     by = reading.stratify
     train, validation, test = split_rows(
         [reading.key_of(row) for row in table.rows],
@@ -117,6 +123,7 @@ def read_splits(data: DataSettings, recognise: Recognise) -> tuple[dict[str, Spl
         **counts,
         max_train=data.max_train_rows,
         split_seed=data.split_seed,
+        train_seed=data.train_seed,
     )
     if data.max_train_rows is not None and len(train) < data.max_train_rows:
         message = f"there are {len(train):,} training rows, fewer than the {data.max_train_rows:,} of `max_train_rows`"
@@ -237,6 +244,8 @@ def origin_of(data: DataSettings, counts: Mapping[str, int]) -> dict[str, Any]:
         "test": plain(data.test),
     }
     origin |= {"columns": dict(data.columns), "filter": dict(data.filter), "split_seed": data.split_seed}
+    if data.train_seed is not None:
+        origin["train_seed"] = data.train_seed
     origin["rows"] = dict(counts)
     return origin
 

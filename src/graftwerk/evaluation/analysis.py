@@ -27,7 +27,7 @@ FORMAT = 1
 MOST_CELLS = 12
 """With more classes than this the most frequent confusions stand in place of the whole matrix."""
 MOST_PAIRS, MOST_LABELS, MOST_POINTS, MOST_WORST = 30, 200, 400, 20
-BINS = 10
+BINS, SLICES = 10, 4
 CUT = 300
 """Characters of a text of the worst rows."""
 NORMAL_95 = 1.959964
@@ -35,7 +35,11 @@ LIKELIEST = 3
 
 
 def analysis_of(
-    predictions: Predictions, labels: Sequence[str], judged: Judged, records: Sequence[Mapping[str, Any]]
+    predictions: Predictions,
+    labels: Sequence[str],
+    judged: Judged,
+    records: Sequence[Mapping[str, Any]],
+    lengths: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the analysis of a split.
 
@@ -44,6 +48,7 @@ def analysis_of(
         labels: Names of the classes in the order of their ids, or empty.
         judged: Their judgement.
         records: Their rows.
+        lengths: Tokens of each row, or empty if a row is several inputs.
     """
     found: dict[str, Any] = {"rows": predictions.rows, "error": judged.error_name}
     if judged.wrong is not None:
@@ -56,6 +61,8 @@ def analysis_of(
         found |= _of_tags(predictions)
     elif isinstance(predictions, ScorePredictions):
         found["residuals"] = residuals_of(predictions)
+    if len(lengths) == predictions.rows > SLICES:
+        found["by_length"] = by_length(judged, np.asarray(lengths))
     order = np.argsort(-judged.error, kind="stable")
     if judged.wrong is not None:
         order = order[judged.wrong[order]]
@@ -142,6 +149,35 @@ def by_label(
         }
         for at in order
     ]
+
+
+def by_length(judged: Judged, lengths: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Return the errors of short and long rows: quarters of the rows by length, fewer if many have the same one.
+
+    Args:
+        judged: Judgement of the n rows.
+        lengths: (n,) tokens of each.
+
+    Returns:
+        For each slice ``from`` and ``to`` (tokens), ``rows`` and the mean ``error``; and ``wrong`` with the share of
+        right answers and its interval (Wilson's, at 95 %), if answers are right or wrong.
+    """
+    edges = np.unique(np.quantile(lengths, np.arange(1, SLICES) / SLICES, method="inverted_cdf"))
+    of_slice = np.searchsorted(edges, lengths)
+    slices = []
+    for at in np.unique(of_slice):
+        inside = of_slice == at
+        count = int(inside.sum())
+        found: dict[str, Any] = {
+            "from": int(lengths[inside].min()), "to": int(lengths[inside].max()), "rows": count,
+            "error": float(judged.error[inside].mean()),
+        }  # fmt: skip
+        if judged.wrong is not None:
+            wrong = int(judged.wrong[inside].sum())
+            low, high = _wilson(1 - wrong / count, count)
+            found |= {"wrong": wrong, "right": 1 - wrong / count, "low": low, "high": high}
+        slices.append(found)
+    return slices
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -20,6 +20,7 @@ def ablate(
     seeds: Sequence[int] | int | str = (0, 1, 2),
     *,
     design: str = "grid",
+    vary: str = "training",
     overwrite: bool = False,
     metric: str | None = None,
     prefer: str = "trained_parameters",
@@ -39,6 +40,7 @@ def ablate(
         axes: Values by setting of the method or of the training: ``{"method.r": [4, 8], "lr": "1e-3,3e-3"}``.
         seeds: Training seeds.
         design: ``grid`` trains all combinations; ``one-at-a-time`` changes one setting of the run file at a time.
+        vary: As for `compare`.
         overwrite: Train all runs again.
         metric: The metric that decides. Default: the task's own.
         prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
@@ -69,7 +71,7 @@ def ablate(
 
     def driver(listener: Listener) -> ComparisonDriver:
         return ComparisonDriver(
-            base, ablation.specs, parse_seeds(seeds), {}, None, listener=listener, ablation=ablation
+            base, ablation.specs, parse_seeds(seeds), {}, None, listener=listener, ablation=ablation, vary=vary
         )
 
     return drive(

@@ -232,10 +232,17 @@ def _most_frequent(run: RunResult, metric: str) -> dict[str, float | None] | Non
 
 
 def _check_alike(runs: Sequence[RunResult]) -> None:
-    """Raise IntegrityError if runs differ in base, rows, held-out split or labels: they could not be compared."""
+    """Raise IntegrityError if runs differ in base, rows, held-out split or labels: they could not be compared.
+
+    Where each seed draws its own training rows, the runs of a seed share theirs.
+    """
+    by_draw: dict[str, set[str]] = {}
+    for run in runs:
+        drawn = str(run.manifest["data"]["origin"].get("train_seed"))
+        by_draw.setdefault(drawn, set()).add(str(run.manifest["data"]["fingerprint"]))
     for what, values in (
         ("base model", {str(run.manifest["base_fingerprint"]) for run in runs}),
-        ("rows", {str(run.manifest["data"]["fingerprint"]) for run in runs}),
+        *(("rows", found) for found in by_draw.values()),
         ("held-out split", {str(run.evaluation["split"]) for run in runs}),
         ("labels", {str(run.evaluation["labels"]) for run in runs}),
     ):

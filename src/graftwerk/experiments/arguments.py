@@ -11,17 +11,32 @@ from graftwerk.errors import ConfigError
 from graftwerk.experiments.significance import COSTS
 from graftwerk.yaml_files import read_yaml
 
+VARY = ("training", "split")
+"""Choices of what a seed varies: initialisation, order and dropout; and the draw of training rows besides."""
 
-def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> None:
-    """Raise ConfigError for an unknown metric or cost.
+
+def check_vary(vary: str) -> str:
+    """Return a choice of `VARY`.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if vary not in VARY:
+        raise ConfigError(f"`{vary}` cannot be varied", where="vary", hint=f"there are: {', '.join(VARY)}")
+    return vary
+
+
+def check_choices(base: RunConfig, metric: str | None, prefer: str | None, margin: float | None = None) -> None:
+    """Raise ConfigError for an unknown metric or cost, or a margin that is none.
 
     Args:
         base: Settings of the comparison, whose task has the metrics.
         metric: Name of a metric, or None for the task's default.
         prefer: Name of a cost, or None for the default.
+        margin: Distance within which methods are practically equal, or None for the default.
 
     Raises:
-        ConfigError: The metric or cost does not exist; the message lists those that do.
+        ConfigError: The metric or cost does not exist; the message lists those that do. Or the margin is negative.
     """
     known = base.task.metrics
     if metric is not None and metric not in known:
@@ -29,6 +44,10 @@ def check_choices(base: RunConfig, metric: str | None, prefer: str | None) -> No
             f"there is no metric `{metric}` for {base.task.name}",
             where="metric",
             hint=f"there are: {', '.join(known)}",
+        )
+    if margin is not None and not margin >= 0:
+        raise ConfigError(
+            f"a margin is a distance from 0 on, not {margin}", where="margin", hint="margin=0.01: a point"
         )
     if prefer is not None and prefer not in COSTS:
         raise ConfigError(f"there is no cost `{prefer}`", where="prefer", hint=f"there are: {', '.join(COSTS)}")

@@ -31,6 +31,7 @@ def compare(
     *,
     augment: Sequence[str] | str | None = None,
     budget: int | str | None = None,
+    vary: str = "training",
     overwrite: bool = False,
     metric: str | None = None,
     prefer: str = "trained_parameters",
@@ -56,11 +57,14 @@ def compare(
         budget: What each method may spend on finding its settings, the same for all: a number of trials (`4`), or time
             for training (`"10min"`). Trials are measured on validation rows, and what was chosen is trained with the
             seeds. None means that each method trains at its own defaults, or at all values of ``overrides``.
+        vary: What a seed varies: `training` (initialisation, order, dropout), or `split`: which rows are training and
+            validation rows as well, with the same test rows.
         overwrite: Train all runs again.
         metric: The metric that decides. Default: the task's own.
         prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
-        margin: Largest distance from the best mean, in the metric's own unit, at which a method may be recommended.
-            Default: a point, or one percent of the best if the metric has no points.
+        margin: Distance in the metric's own unit (0.01 is a point of accuracy) within which two methods are practically
+            equal, and from the best mean at which one may be recommended. Default: a point, or one percent of the best
+            if the metric has no points.
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
@@ -89,7 +93,9 @@ def compare(
     given, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
 
     def driver(listener: Listener) -> ComparisonDriver:
-        return ComparisonDriver(config, given, numbers, overrides, augment, listener=listener, budget=allowed)
+        return ComparisonDriver(
+            config, given, numbers, overrides, augment, listener=listener, budget=allowed, vary=vary
+        )
 
     return drive(
         driver, listener=listener, quiet=quiet, report=report,
@@ -119,7 +125,7 @@ def drive(
     """
     display = None if quiet or listener is not None else ComparisonDisplay()
     driver = build(listener or display or (lambda event: None))
-    check_choices(driver.base, options["metric"], options["prefer"])
+    check_choices(driver.base, options["metric"], options["prefer"], options["margin"])
     try:
         driver.run(JobRunner, **options)
     finally:

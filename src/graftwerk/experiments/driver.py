@@ -21,7 +21,7 @@ from graftwerk.errors import (
     RunInterrupted,
 )
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
-from graftwerk.experiments.arguments import refuse_overrides, tree_of
+from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides, tree_of
 from graftwerk.experiments.budget import Budget, Trials, candidates, sentence, tuning_seed
 from graftwerk.experiments.comparison import COMPARISON, COMPARISON_SCALE
 from graftwerk.experiments.eta import EtaEstimator
@@ -58,10 +58,11 @@ class ComparisonDriver:
         listener: Listener,
         budget: Budget | None = None,
         ablation: Ablation | None = None,
+        vary: str = VARY[0],
     ) -> None:
         tree = tree_of(config)
         refuse_overrides(overrides)
-        self.ablation = ablation
+        self.ablation, self.vary = ablation, check_vary(vary)
         self.axes, others = read_axes(overrides)
         base = RunConfig.build(
             tree if ablation else {**tree, "method": specs[0].method},
@@ -93,6 +94,8 @@ class ComparisonDriver:
         """Return the resolved settings of one run, as plain values."""
         tree = spec.changed(self.base.model_dump(mode="json"))
         tree["training"]["seed"] = seed
+        if self.vary == "split":
+            tree["data"]["train_seed"] = seed
         tree["output_dir"] = str(self.folder_of(spec, seed))
         return tree
 
@@ -144,7 +147,8 @@ class ComparisonDriver:
             checked = self._checked(workers, overwrite)
             return comparison_header(
                 self.base, self.methods, self.seeds, self.augment, metric or checked["main_metric"], checked,
-                prefer=prefer, own=self.run_file_method, axes=self.axes, budget=self.budget, ablation=self.ablation,
+                prefer=prefer, own=self.run_file_method, axes=self.axes, budget=self.budget,
+                ablation=self.ablation, vary=self.vary,
             )  # fmt: skip
         except ErrorReport as error:
             if not isinstance(error, Crashed) and not (self.folder / COMPARISON).exists():

@@ -34,6 +34,7 @@ def comparison_header(
     axes: Axes,
     budget: Budget | None = None,
     ablation: Ablation | None = None,
+    vary: str = "training",
 ) -> dict[str, Any]:
     """Return the part of `comparison.json` that is known before training.
 
@@ -49,22 +50,33 @@ def comparison_header(
         axes: Values that are tried for each method, by setting of the training.
         budget: What each method may spend on trials.
         ablation: Axes and cells of an ablation, or None for a comparison of methods.
+        vary: One of `arguments.VARY`.
 
     Raises:
-        ConfigError: No rows are held out to compare on, or none to choose among those values.
+        ConfigError: No rows are held out to compare on, or none to choose among those values; or seeds draw rows of
+            their own, and no test rows are common to them.
     """
+    if vary == "split" and not checked["rows"].get("test"):
+        raise ConfigError(
+            "with vary=split each seed has validation rows of its own, and there are no test rows to compare on",
+            where="data.test",
+            hint="data.test: 500",
+        )
+    more = [] if vary == "training" else [f"vary={vary}"]
     words = ablation.words() if ablation else _words(entries, augment, axes, budget)
     return {
         "format": FORMAT,
         "graftwerk": _version(),
-        "command": _command(base, seeds, words, ablation),
+        "command": _command(base, seeds, [*words, *more], ablation),
         "model": base.model,
         "task": base.task.name,
         "metric": metric,
         "confidence": base.evaluation.confidence,
         "seeds": list(seeds),
+        "vary": vary,
         "prefer": prefer,
         "machine": checked["machine"],
+        "versions": checked["versions"],
         "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
         "training": base.training.model_dump(mode="json"),
         "notes": [*([] if ablation else settings_not_used(entries, own)), *_notes(base, seeds, checked, axes, budget)],

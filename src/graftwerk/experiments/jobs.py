@@ -48,11 +48,14 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.experiments.preflight import count_parameters
     from graftwerk.models.hardware import device_name, set_threads
     from graftwerk.models.load import load_config
+    from graftwerk.training.callbacks.trackers import check_trackers
+    from graftwerk.training.manifest import versions
     from graftwerk.training.planning.memory_check import check_memory
     from graftwerk.training.setup import max_length_of, prepare, with_initial_text
 
     configs = {name: RunConfig.build(dict(tree)) for name, tree in job["configs"].items()}
     first = next(iter(configs.values()))
+    check_trackers(first.training.report_to)
     send({"event": {"kind": "phase", "step": 0, "name": "checking rows and methods"}})
     prepared = prepare(first, lambda event: None)
     parameters: dict[str, Any] = {}
@@ -67,7 +70,9 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
             error.where = f"method `{name}`" + (f": {error.where}" if error.where else "")
             raise
     for folder, tree in job["runs"].items():
-        _refuse_another_run(Path(folder), RunConfig.build(dict(tree)), prepared.splits.fingerprint)
+        config = RunConfig.build(dict(tree))
+        same_draw = config.data.train_seed == first.data.train_seed
+        _refuse_another_run(Path(folder), config, prepared.splits.fingerprint if same_draw else None)
     return {
         "rows": {name: len(examples) for name, examples in prepared.examples.items()},
         "labels": list(prepared.splits.labels or ()),
@@ -77,11 +82,18 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "parameters": parameters,
         "main_metric": prepared.task.main_metric,
         "machine": {"device": device_name(), "threads": set_threads()},
+        "versions": versions(prepared, first),
     }
 
 
-def _refuse_another_run(folder: Path, config: Any, fingerprint: str) -> None:
-    """Raise ConflictError if a folder holds a run with other settings or other rows, finished or not."""
+def _refuse_another_run(folder: Path, config: Any, fingerprint: str | None) -> None:
+    """Raise ConflictError if a folder holds a run with other settings or other rows, finished or not.
+
+    Args:
+        folder: The folder.
+        config: Settings of the run that it is for.
+        fingerprint: Of the rows, or None for a run whose rows were not read.
+    """
     from graftwerk.config import RunConfig
     from graftwerk.training.resume_check import differences
     from graftwerk.training.run_dir import CONFIG, read_manifest
@@ -91,7 +103,7 @@ def _refuse_another_run(folder: Path, config: Any, fingerprint: str) -> None:
         return
     before = RunConfig.load(folder / CONFIG)
     changed = differences({"config": before.model_dump(mode="json")}, {"config": config.model_dump(mode="json")})
-    if not changed and manifest.get("data", {}).get("fingerprint") != fingerprint:
+    if not changed and fingerprint is not None and manifest.get("data", {}).get("fingerprint") != fingerprint:
         changed = ["the rows themselves"]
     if changed:
         raise ConflictError(

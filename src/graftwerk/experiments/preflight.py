@@ -24,6 +24,7 @@ from graftwerk.models.load import is_local, load_config, model_folder
 from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Example, Splits, Task
 from graftwerk.training.augmented import planned as rows_planned
+from graftwerk.training.callbacks.trackers import check_trackers
 from graftwerk.training.data_checks import first_batch
 from graftwerk.training.mode import base_dtype, check_checkpointing, check_compute_type
 from graftwerk.training.num_processes import check_processes
@@ -54,6 +55,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
 
     config = config.anchored()  # so that everything is called as training calls it
     check_processes(config)
+    check_trackers(config.training.report_to)
     planner = Planner(config)
     prepared = planner.prepared
     architecture = load_config(config.model, config.revision)

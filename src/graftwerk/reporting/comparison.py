@@ -15,6 +15,7 @@ from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import REPORT, items, mapping, mappings, number, words
 from graftwerk.reporting.tables import costs, differences, other_metrics, quality
 from graftwerk.reporting.tradeoff import COSTS, Point, tradeoff
+from graftwerk.reporting.tuning import tuning_section
 
 
 def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
@@ -28,6 +29,7 @@ def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
     found = verdicts.differences(result)
     metric = numbers.metric_name(words(result, "metric") or "quality")
     sections = [_state(result), *_results(result, methods, found, metric)]
+    sections += [tuning_section(result)]
     sections += [_runs(folder, result, metric), _failures(result), findings_section(mapping(result, "data"))]
     sections += [_how(result, metric), _repeat(result)]
     compared = numbers.plural(len(mappings(result, "methods")), "method")
@@ -192,6 +194,7 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
             "Machine",
             ", ".join(f"{key} {words(result, 'machine', key)}" for key in mapping(result, "machine")),
         ),
+        ("Versions", ", ".join(f"{key} {words(result, 'versions', key)}" for key in mapping(result, "versions"))),
         ("Training in all", numbers.seconds(number(result, "seconds")) if number(result, "seconds") else ""),
     ]
     methods = [

@@ -44,6 +44,7 @@ def mistakes_section(manifest: Mapping[str, Any], analysis: Mapping[str, Any]) -
         _confusion(mapping(known, "confusion")),
         _confusions(known),
         _by_label(mappings(known, "by_label"), str(manifest.get("task"))),
+        _by_length(known),
         _calibration(mapping(known, "calibration")),
         _residuals(mapping(known, "residuals")),
         _worst(known),
@@ -116,6 +117,31 @@ def _confusions(known: Mapping[str, Any]) -> Markup:
             page.paragraph(note, class_="note") if note else "",
         ]
     )
+
+
+def _by_length(known: Mapping[str, Any]) -> Markup:
+    """Return the table of errors by the length of a row, or nothing if the files do not have it."""
+    slices = mappings(known, "by_length")
+    if not slices:
+        return Markup()
+    judged = all(number(each, "right") is not None for each in slices)
+    rows = []
+    for each in slices:
+        low, high = (numbers.exact(number(each, part)) for part in ("from", "to"))
+        cells = [low if low == high else f"{low} to {high}", numbers.exact(number(each, "rows"))]
+        if judged:
+            share, least, most = (number(each, part) or 0.0 for part in ("right", "low", "high"))
+            cells += [numbers.bare_percent(share), f"{numbers.bare_percent(least)} to {numbers.bare_percent(most)}"]
+        else:
+            cells.append(numbers.plain(number(each, "error") or 0.0))
+        rows.append(("", cells))
+    more = (
+        [("Right, %", "number"), ("Interval", "number")]
+        if judged
+        else [(numbers.title(words(known, "error")), "number")]
+    )
+    table = page.table("Short and long rows", [("Tokens", "number"), ("Rows", "number"), *more], rows)
+    return join([tag("h3", "Short and long rows"), table])
 
 
 def _by_label(found: Sequence[Mapping[str, Any]], task: str) -> Markup:

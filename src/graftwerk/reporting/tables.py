@@ -160,16 +160,16 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
         drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
         verdict = f"{d.a} is {d.verdict}" if shown else "one seed: it may be reversed" if d.apart else d.verdict
         p = DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
-        chance = DASH if d.p_better is None or d.one_seed else f"{100 * d.p_better:.0f}{numbers.THIN}%"
+        said_of = verdict if d.p_better is None or d.one_seed else join([verdict, _chance(d.p_better)])
         rows.append(
             (
                 "shown" if shown else "unshown",
-                [f"{d.a} against {d.b}", numbers.signed(key, d.value), limits, drawing, p, chance, verdict],
+                [f"{d.a} against {d.b}", numbers.signed(key, d.value), limits, drawing, p, said_of],
             )
         )
     headings = [
         ("Pair", ""), (numbers.title(numbers.unit(key).strip()) or "Difference", "number"), ("Interval", "number"),
-        ("Beside zero", ""), ("p", "number"), ("Better with", "number"), ("Verdict", "verdict"),
+        ("Beside zero", ""), ("p", "number"), ("Verdict", "verdict"),
     ]  # fmt: skip
     level = _confidence(result)
     how = (
@@ -194,15 +194,19 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
 
 
 def _equality(result: Mapping[str, Any]) -> str:
-    """Return what the last two columns mean."""
+    """Return what the last column means."""
     margin, key = number(result, "margin"), words(result, "metric")
     if margin is None:
         return ""
     said = f"{numbers.bare(key, margin)}{numbers.unit(key)}"
     return (
-        f" Two methods are practically equal if the whole interval is nearer to zero than {said}. The column before "
-        "the last has the probability that the first is better, of that pair alone."
+        f" Two methods are practically equal if the whole interval is nearer to zero than {said}. Below each verdict: "
+        "the probability that the first is better, of that pair alone."
     )
+
+
+def _chance(probability: float) -> Markup:
+    return tag("span", f"probability {100 * probability:.0f}{numbers.THIN}%", class_="tag")
 
 
 def _confidence(result: Mapping[str, Any]) -> str:

@@ -48,10 +48,7 @@ def opening(
         "format": FORMAT,
         "status": "running",
         "graftwerk": _version("graftwerk"),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: _version(name) for name in _packages(settings, prepared)},
-        },
+        "versions": versions(prepared, settings),
         "config_digest": f"sha256:{hashlib.sha256(settings.dump().encode()).hexdigest()}",
         "model": redact(settings.model),
         "base_fingerprint": base_fingerprint,
@@ -77,6 +74,16 @@ def opening(
         "command": redact(command(settings)),
         "seed": settings.training.seed,
     }
+
+
+def versions(prepared: Prepared, settings: RunConfig) -> dict[str, str]:
+    """Return the versions of Python and of the packages that compute a run.
+
+    Args:
+        prepared: Rows, task and tokenizer of the run.
+        settings: Settings of the run.
+    """
+    return {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(settings, prepared)}}
 
 
 def _packages(settings: RunConfig, prepared: Prepared) -> list[str]:

@@ -50,7 +50,8 @@ class RowAnalysis:
             task, predictions, examples, getattr(splits, split), labels, splits.where.get(split)
         )
         file = checksum(write_records(self.folder.path, split, records))
-        self._analyses[split] = {**analysis_of(predictions, labels, judged, records), "file": file}
+        lengths = [example.length for example in examples]
+        self._analyses[split] = {**analysis_of(predictions, labels, judged, records, lengths), "file": file}
         known = against_chance(
             predictions,
             labels,

@@ -16,6 +16,8 @@ from graftwerk.serialization.untrusted_files import read_sealed
 
 MANIFEST, CONFIG, LOG, LOCK = "manifest.json", "config.yaml", "metrics.jsonl", ".lock"
 CHECKPOINTS, ADAPTER, TENSORBOARD, REPORT = "checkpoints", "adapter", "tensorboard", "report.html"
+TRACKERS = "trackers"
+"""Folder with the name of the run at each tracker."""
 TRUNK = "trunk"
 """Hidden states that did not fit into memory; removed when a run ends, and a killed one may leave some."""
 WEIGHTS, OPTIMIZER, RNG = "adapter.safetensors", "optimizer.safetensors", "rng.safetensors"
@@ -38,6 +40,7 @@ RUN_FILES = (
     PREDICTIONS,
     ANSWERS,
     ROWS,
+    TRACKERS,
 )
 """All that a run, or its evaluation, writes; nothing else in its folder is ever touched."""
 TRIAL = "trial"

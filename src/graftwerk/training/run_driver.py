@@ -17,6 +17,7 @@ from graftwerk.serialization.strict_json import dump_object
 from graftwerk.serialization.untrusted_files import understood
 from graftwerk.training.callbacks.jsonl import JsonLines
 from graftwerk.training.callbacks.tensorboard import TensorBoard
+from graftwerk.training.callbacks.trackers import SERVICES, Tracking
 from graftwerk.training.checkpoint import OPTIMIZER_SCALE, Checkpoints, Snapshot
 from graftwerk.training.events import Event, EventBus
 from graftwerk.training.lock import RunLock
@@ -288,7 +289,13 @@ class RunDriver:
         board = (
             TensorBoard(self.folder.tensorboard, step if snapshot else None, warn) if "tensorboard" in wanted else None
         )
-        writers = [writer for writer in (log, board) if writer is not None]
+        writers: list[Any] = [writer for writer in (log, board) if writer is not None]
+        tree = redacted(self.settings.model_dump(mode="json"))
+        writers += [
+            Tracking(SERVICES[name](), self.folder.path, tree, resumed=snapshot is not None, on_trouble=warn)
+            for name in wanted
+            if name in SERVICES
+        ]
         self.bus.listeners.extend(writers)
         try:
             if log is not None and log.missing:

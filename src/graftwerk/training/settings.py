@@ -8,7 +8,7 @@ from pydantic import AliasChoices, Field
 
 from graftwerk.settings import Name, Settings
 
-Tracker = Literal["tensorboard", "jsonl"]
+Tracker = Literal["tensorboard", "jsonl", "wandb", "mlflow"]
 
 
 class TrainingSettings(Settings):
@@ -138,5 +138,6 @@ class TrainingSettings(Settings):
     )
     logging_steps: int = Field(default=10, ge=1, description="steps whose mean loss is logged together")
     report_to: tuple[Tracker, ...] = Field(
-        default=("jsonl", "tensorboard"), description="destinations of metrics as they happen"
+        default=("jsonl", "tensorboard"),
+        description="destinations of metrics as they happen",
     )

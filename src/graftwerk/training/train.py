@@ -13,6 +13,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.own_files import refuse_links
+from graftwerk.training.callbacks.trackers import check_trackers
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.events import Event, EventBus, Listener, to_logging
 from graftwerk.training.progress_display import Progress
@@ -108,6 +109,7 @@ def run_training(
     """
     settings = settings.anchored()
     settings.dump()  # settings that could not be written, or not be read again, are refused before anything is done
+    check_trackers(settings.training.report_to)
     folder = RunDir(settings.output_dir)
     refuse_links(folder.path, (LOCK, *MADE_BEFORE, *RUN_FILES))
     from graftwerk.training.forked_workers import run_forked
