@@ -130,12 +130,11 @@ def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], bro
     said = []
     status, error = words(manifest, "status"), mapping(manifest, "error")
     if status == "trial":
-        text = "its settings were tried and not chosen, so that the test rows are not measured"
+        text = "its settings were not chosen, so that the test rows are not measured"
         said.append(page.message("A trial:", text, "graftwerk train config.yaml --resume measures them"))
     elif status != "finished":
-        what = words(error, "what") or {"running": "The files say that it is still training."}.get(
-            status, "There is no reason stored."
-        )
+        unknown = "The files say that it is still training." if status == "running" else "There is no reason stored."
+        what = words(error, "what") or unknown
         where, kept = words(error, "where"), (words(error, "recovered") or words(error, "kept"))
         text = what + (f" ({where})" if where else "") + (f" Recovered: {kept}." if kept else "")
         said.append(page.message(f"{numbers.title(status or 'unknown status')}:", text, hint_of(error), grave=True))

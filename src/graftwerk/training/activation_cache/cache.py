@@ -238,8 +238,7 @@ class ActivationCache:
         return states
 
     def _computed(self, sink: MemoryStates | FileStates, slots: Slots, step: int) -> Tensor | None:
-        rows, tokens = ROWS, TOKENS
-        model = self.adapter.model
+        rows, tokens, model = ROWS, TOKENS, self.adapter.model
         try:
             with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
                 done = 0
@@ -272,9 +271,8 @@ class ActivationCache:
         assert cut is not None
         batch = to_device(self.task.collator.collate(examples, self.tokenizer), model)
         states = reach(model, cut, lambda: self.task.objective.forward(model, batch))
-        return [
-            states[row, : example.length].to(cache_dtype(self.settings)).cpu() for row, example in enumerate(examples)
-        ]
+        dtype = cache_dtype(self.settings)
+        return [states[row, : example.length].to(dtype).cpu() for row, example in enumerate(examples)]
 
     def _memory_limit(self) -> float:
         if self.settings.trunk_cache_gb is not None:
