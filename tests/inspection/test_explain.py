@@ -46,6 +46,7 @@ def test_spectra_are_those_of_the_merged_weights(method: Any, tiny_encoder: Path
         kept = round(0.1 * min(weight.shape))
         inside = left[:, :kept].T @ update @ right[:kept].T
         assert layer["in_main_directions"] == pytest.approx((inside**2).sum() / (update**2).sum(), rel=1e-4, abs=1e-9)
+        assert layer["by_chance"] == pytest.approx(kept**2 / weight.size)
 
 
 def test_similarity_is_the_cosine_of_two_updates(tiny_encoder: Path, make_adapter: Make, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def show_layers(out: Output, layers: list[dict[str, Any]], compared: bool) -> No
     shown = table(*names, numbers=names[1:])
     for one in layers:
         rank = f"{one['effective_rank']:.1f}" + ("" if one["rank"] is None else f" of {one['rank']}")
-        inside = "-" if one["in_main_directions"] is None else f"{one['in_main_directions']:.3f}"
+        inside = "-" if one["in_main_directions"] is None else f"{one['in_main_directions'] / one['by_chance']:.1f} x"
         row = [printable(one["name"]), f"{one['norm']:.3g}", f"{one['share']:.2%}", rank, inside]
         if compared:
             row.append("-" if one["similarity"] is None else f"{one['similarity']:+.3f}")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.evaluation.evaluate import answer_examples
 from graftwerk.evaluation.inference import device_of, evaluation_mode
 from graftwerk.evaluation.loading import LoadedAdapter
 from graftwerk.modeling.attach import disabled
@@ -139,7 +140,9 @@ def attribute(loaded: LoadedAdapter, text: str) -> Attribution:
 def _headed(loaded: LoadedAdapter, text: str) -> _Question:
     """Return the question of a task with a head: the log-odds of its class, or the output itself."""
     model, task = loaded.model, loaded.task
-    (example,) = loaded.encode([task.example_from_text(text)])
+    row = task.example_from_text(text)
+    (example,) = loaded.encode([row])
+    (answered,) = answer_examples(loaded, [example], [row], batch_size=1)
     batch = task.collator.collate([example], loaded.tokenizer)
     batch = {name: tensor.to(device_of(model)) for name, tensor in batch.items() if name != "labels"}
     ids = batch.pop("input_ids")
@@ -152,7 +155,8 @@ def _headed(loaded: LoadedAdapter, text: str) -> _Question:
     with torch.no_grad():
         found = logits(model.get_input_embeddings()(ids))[0]  # (C,)
     place = int(found.argmax())
-    answer = str(loaded.labels[place]) if loaded.labels and len(found) > 1 else f"{float(found[place]):.4g}"
+    score = answered.get("score")
+    answer = f"{score:.4g}" if score is not None else str(answered.get("label", loaded.labels[place]))
 
     def log_odds(embeddings: Tensor) -> Tensor:
         each = logits(embeddings)  # (N, C)

@@ -3,8 +3,8 @@
 * effective rank: Roy and Vetterli 2007, "The effective rank": exp of the entropy of the singular values' shares; r
   for r equal values, near 1 if one stands for all.
 * main directions: the share of the update's squared norm within the span of the base's largest singular vectors, a
-  tenth of them, on both sides. A random matrix has .01 there. After Hu et al. 2021, arXiv:2106.09685, section 7.3, who
-  found LoRA to amplify directions that the base does not emphasize.
+  tenth of the smaller side, on both sides; and the share that a random matrix has there, k^2 / (out in). After Hu et
+  al. 2021, arXiv:2106.09685, section 7.3, who found LoRA to amplify directions that the base does not emphasize.
 
 Legend: W base weight (out, in), D update (out, in).
 """
@@ -42,6 +42,7 @@ class UpdateSpectrum:
         effective_rank: In how many directions it acts.
         singular_values: The largest, in descending order.
         in_main_directions: Share of its squared norm in the main directions of W, 0 to 1; None for wide matrices.
+        by_chance: The share that a random matrix has there.
         similarity: Cosine with the other adapter's update of the layer, -1 to 1; None without one.
     """
 
@@ -52,6 +53,7 @@ class UpdateSpectrum:
     effective_rank: float
     singular_values: list[float]
     in_main_directions: float | None
+    by_chance: float
     similarity: float | None = None
 
 
@@ -90,6 +92,7 @@ def _spectrum(path: str, layer: nn.Module, module: AdapterModule, other: Adapter
         effective_rank=effective_rank(values),
         singular_values=values[:SHOWN].tolist(),
         in_main_directions=_in_main_directions(update, weight),
+        by_chance=_main(weight) ** 2 / weight.numel(),
         similarity=None if other is None else _cosine(update, update_of(path, layer, other)),
     )
 
@@ -119,12 +122,16 @@ def effective_rank(values: Tensor) -> float:
     return float((-(shares * shares.log()).sum()).exp())
 
 
+def _main(weight: Tensor) -> int:
+    """Return the number of main directions of a weight, (out, in)."""
+    return max(1, round(MAIN * min(weight.shape)))
+
+
 def _in_main_directions(update: Tensor, weight: Tensor) -> float | None:
     """Return the share of an update's squared norm in the base's main directions, both (out, in)."""
-    least, norm = min(weight.shape), float(update.norm())
-    if least > WIDEST or not norm:
+    norm, count = float(update.norm()), _main(weight)
+    if min(weight.shape) > WIDEST or not norm:
         return None
-    count = max(1, round(MAIN * least))
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     inside = left[:, :count].T @ update @ right[:count].T  # (count, count)
     return float(inside.norm() / norm) ** 2
