@@ -159,7 +159,8 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[dict[str, Any]]:
             "meaning": field.description or "",
         }
         if annotation == Quantization | None:
-            yield from _keys(Quantization, f"{prefix}{name}.")
+            for key in _keys(Quantization, f"{prefix}{name}."):
+                yield {**key, "required": False}  # the whole may be left out
 
 
 def _kind(schema: dict[str, Any]) -> str:
