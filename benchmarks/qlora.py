@@ -75,7 +75,7 @@ def train(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any
     manifest = json.loads((folder / "manifest.json").read_text())
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [event["loss"] for event in events if event.get("kind") == "step"]
-    validation = [event["loss"] for event in events if event.get("kind") == "validation"]
+    validation = [event["loss"] for event in events if event.get("kind") == "evaluation"]
     return {
         "kind": kind,
         **weights_of(kind, RunConfig.load(EXAMPLE, changes)),

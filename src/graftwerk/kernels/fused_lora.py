@@ -134,9 +134,9 @@ def can_fuse(layer: nn.Module, x: Tensor, *, bias: bool = True) -> bool:
     if weight.requires_grad or (isinstance(vector, Tensor) and vector.requires_grad):
         return False
     autocast = torch.is_autocast_enabled(x.device.type)
-    if is_quantized(weight):  # its own kernel chooses dtypes under autocast and adds the bias
+    if is_quantized(weight):  # its own kernel adds the bias
         known = base.__name__ == "Linear8bit" or getattr(weight, "quant_state", None) is not None
-        return known and base.__name__ in ("Linear4bit", "Linear8bit") and bias and not autocast
+        return known and base.__name__ in ("Linear4bit", "Linear8bit") and bias
     if not is_plain(weight) or (isinstance(vector, Tensor) and not is_plain(vector)):
         return False
     return (base is nn.Linear or base.__name__ == "Conv1D") and (autocast or weight.dtype == x.dtype)
@@ -172,6 +172,7 @@ def _base_forward(
 ) -> Tensor:
     """Return the base output (..., o): fresh, contiguous and no view, so that the caller may change it in place."""
     if is_quantized(weight):
+        x = x if autocast is None else x.to(autocast)  # its own layer answers in the type of its input
         y: Tensor = type(layer)._graftwerk_base.forward(layer, x)  # type: ignore[attr-defined]
         return y.clone(memory_format=torch.contiguous_format) if y._is_view() or not y.is_contiguous() else y
     if autocast is not None:
