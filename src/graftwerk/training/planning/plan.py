@@ -34,9 +34,8 @@ from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-METRICS_BYTES, METRICS_BETWEEN_BYTES = 50_000_000, 35_000_000
-"""Memory of scikit-learn, which the first evaluation of classes imports; more if steps follow, since what it imports
-then lies between the tensors' blocks."""
+METRICS_BYTES = 50_000_000
+"""Memory of scikit-learn, which the first evaluation of classes imports."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
 DEPTHS = (2, 3)
@@ -228,7 +227,7 @@ class Planner:
         return {**parts, "alive": alive, "held": max(held, alive) + checking, "evaluation": trace.evaluation_peak}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
-        process = self.calibration.process_bytes + self._metrics_bytes(config)
+        process = self.calibration.process_bytes + self._metrics_bytes()
         each = self.num_processes
         peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
@@ -249,13 +248,10 @@ class Planner:
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
 
-    def _metrics_bytes(self, config: RunConfig) -> int:
+    def _metrics_bytes(self) -> int:
         """Return the bytes of packages that the evaluations import."""
-        held_out, metrics = self.prepared.examples["validation"], self.prepared.task.metrics
-        if self.device.type != "cpu" or not held_out or "accuracy" not in metrics:
-            return 0
-        steps, _, every = self._steps(config)
-        return METRICS_BYTES + (METRICS_BETWEEN_BYTES if steps > every + 1 else 0)
+        evaluates = bool(self.prepared.examples["validation"]) and "accuracy" in self.prepared.task.metrics
+        return METRICS_BYTES if evaluates and self.device.type == "cpu" else 0
 
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""
