@@ -164,11 +164,11 @@ class RunDriver:
                 settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
             )
             bus(Event("first_batch", 0, **batch))
+        sharing = self.processes.world_size if self.processes.shares_rows else 1
+        plan = check_memory(settings, prepared, sharing, bus) if self.processes.is_main else None
         prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
         self._same_run(snapshot, identity, "data")
-        sharing = self.processes.world_size if self.processes.shares_rows else 1
-        plan = check_memory(settings, prepared, sharing, bus) if self.processes.is_main else None
         bus(Event("phase", 0, name="loading the model"))
         baseline = resident(self.processes.device)
         adapter, identity["base"] = load_base_and_attach(settings, prepared, weights, dtype, self.processes.device)

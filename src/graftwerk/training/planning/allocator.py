@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from graftwerk.training.planning.step_trace import StepTrace
 
 MIB = 1 << 20
-STEPS = 8
+MAPPED = 32 * MIB
+"""Least size of the blocks that glibc always maps and gives back (DEFAULT_MMAP_THRESHOLD_MAX)."""
+STEPS = 6
 """Steps that are replayed: gaps between blocks grow with the first ones."""
 ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
 
@@ -98,6 +100,18 @@ def repeated(trace: StepTrace, evaluates: bool) -> tuple[array[int], int]:
     if evaluates:
         play(trace.evaluation, before + sum(event >= 0 for event in step))
     return events, stepped
+
+
+def held_by_checkpoint(largest: int) -> int:
+    """Return the bytes that looking for non-finite values in the largest tensor adds to the peak on a CPU.
+
+    Its absolute values and two masks of a byte for four. Smaller blocks find room in what a step has left; glibc never
+    takes blocks from `MAPPED` on from there.
+
+    Args:
+        largest: Bytes of the largest trained tensor.
+    """
+    return largest * 3 // 2 if largest >= MAPPED else 0
 
 
 def held_by_libc(events: array[int], evaluation: int | None = None) -> int | None:

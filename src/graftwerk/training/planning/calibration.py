@@ -59,7 +59,7 @@ def learn(kind: str, process_bytes: float, time_factor: float) -> None:
         process_bytes: Its measured peak without weights and what the allocator holds for tensors.
         time_factor: Its seconds of a step by the planned ones without calibration.
     """
-    if 0 <= process_bytes < 1e9 and 0.01 < time_factor < 100:
+    if 0 <= process_bytes < 2e9 and 0.01 < time_factor < 100:
         remember(NAME, _key(kind), [*_known(kind), [process_bytes, time_factor]][-LATEST:])
 
 

@@ -22,30 +22,24 @@ import torch
 from graftwerk.config import RunConfig
 from graftwerk.devices import best_device
 from graftwerk.machine import available
-from graftwerk.training.batch_sampler import BatchSampler, micro_batches
+from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
-from graftwerk.training.planning.allocator import held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.allocator import held_by_checkpoint, held_by_cuda, held_by_libc, repeated
 from graftwerk.training.planning.calibration import calibration
+from graftwerk.training.planning.step_time import mean_step, speed_of
 from graftwerk.training.planning.step_trace import trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-METRICS_BYTES, METRICS_BETWEEN_BYTES = 50_000_000, 35_000_000
-"""Memory of scikit-learn, which the first evaluation of classes imports; more if steps follow, since what it imports
-then lies between the tensors' blocks."""
+METRICS_BYTES = 50_000_000
+"""Memory of scikit-learn, which the first evaluation of classes imports."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
 DEPTHS = (2, 3)
 """Depths at which deeper models are traced, above the number of chosen top layers."""
-EFFICIENCY = 0.32
-"""Share of the speed of a square matrix product that the products of a step reach (MiniLM and SmolLM2 on two cores)."""
-CALL_SECONDS = 120e-6
-"""Of each operation that makes a tensor, whatever its size: Python, modules and autograd around it."""
-SAMPLED = 200
-"""Steps of the first epoch whose lengths stand for all."""
 _TOP = re.compile(r"top-(\d+)")
 
 
@@ -207,6 +201,7 @@ class Planner:
 
         prepared = self.prepared if config.method == self.config.method else _with_method(self.prepared, config)
         compute = compute_type(config.compute_type, self.device)
+        weights_dtype = base_dtype(config, compute, self.device)
         own = RunConfig.build(
             config.model_dump(mode="json"), {"training.per_device_train_batch_size": self._micro_batch(config)}
         )
@@ -217,18 +212,22 @@ class Planner:
                 copy.deepcopy(architecture),
                 Path(folder) / "none",
                 dtype=compute,
-                weights_dtype=base_dtype(config, compute, self.device),
+                weights_dtype=weights_dtype,
             )
         evaluates = bool(self.prepared.examples["validation"])
         events, stepped = repeated(trace, evaluates)
+        checking = held_by_checkpoint(trace.largest) if self.device.type == "cpu" else 0
         held = held_by_cuda(events) if self.device.type == "cuda" else held_by_libc(events, stepped) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
-        return {**parts, "alive": alive, "held": max(held, alive), "evaluation": trace.evaluation_peak}
+        if (quantization := getattr(config, "quantization", None)) is not None:
+            parts["weights"] -= trace.quantizable * (1 - _codes(quantization, weights_dtype.itemsize))
+            alive, held = alive + trace.widest, held + trace.widest  # a layer's weight is decoded to be multiplied
+        return {**parts, "alive": alive, "held": max(held, alive) + checking, "evaluation": trace.evaluation_peak}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
-        process = self.calibration.process_bytes + self._metrics_bytes(config)
+        process = self.calibration.process_bytes + self._metrics_bytes()
         each = self.num_processes
         peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
@@ -249,13 +248,10 @@ class Planner:
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
 
-    def _metrics_bytes(self, config: RunConfig) -> int:
+    def _metrics_bytes(self) -> int:
         """Return the bytes of packages that the evaluations import."""
-        held_out, metrics = self.prepared.examples["validation"], self.prepared.task.metrics
-        if self.device.type != "cpu" or not held_out or "accuracy" not in metrics:
-            return 0
-        steps, _, every = self._steps(config)
-        return METRICS_BYTES + (METRICS_BETWEEN_BYTES if steps > every + 1 else 0)
+        evaluates = bool(self.prepared.examples["validation"]) and "accuracy" in self.prepared.task.metrics
+        return METRICS_BYTES if evaluates and self.device.type == "cpu" else 0
 
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""
@@ -266,55 +262,33 @@ class Planner:
         return steps, per_epoch, training.eval_steps or per_epoch
 
     def _largest_batch(self, config: RunConfig, found: Mapping[str, float], memory: Memory, free: int) -> int:
-        """Return the most rows of a micro-batch that fit: what is alive grows by the same bytes with each row."""
+        """Return the most rows of a micro-batch that fit: a step's tensors grow by the same bytes with each row."""
         rows = config.training.per_device_train_batch_size
         other = rows // 2 or 2
         tree = config.model_dump(mode="json")
         less = self._measured(RunConfig.build(tree, {"training.per_device_train_batch_size": other}))
-        per_row = (found["alive"] - less["alive"]) / (rows - other) * found["held"] / max(found["alive"], 1)
-        left = free - memory.train_peak_bytes
-        return max(0, int(rows + left / max(1.0, per_row * self.num_processes)))
+        share = self.num_processes * found["held"] / max(found["alive"], 1)
+        per_row = share * (found["step_peak"] - less["step_peak"]) / (rows - other)
+        # the peak may be that of an evaluation, which does not grow
+        left = free - memory.train_peak_bytes + share * (found["alive"] - found["step_peak"])
+        return max(0, int(rows + left / max(1.0, per_row))) if memory.eval_peak_bytes <= free else 0
 
     def _time(self, found: Mapping[str, float], config: RunConfig) -> dict[str, float]:
         """Return the seconds of a mean step, of an epoch, and of the training with its evaluations."""
-        training, train = config.training, self.prepared.examples["train"]
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        sampler = BatchSampler(train, rows, seed=training.seed, group=training.length_group)
-        sampled = min(sampler.steps_per_epoch, SAMPLED)
-        micro = self._micro_batch(config)
-        if training.per_device_train_tokens is not None:
-            micro *= training.gradient_accumulation_steps
-        tokens = squares = batches = 0
-        for step in range(sampled):
-            chosen = sampler(step)
-            for piece in micro_batches(
-                chosen, sampler.lengths, micro, tokens=training.per_device_train_tokens, processes=self.num_processes
-            ):
-                width = max((sampler.lengths[row] for row in piece), default=0)
-                tokens += len(piece) * width
-                squares += len(piece) * width**2
-                batches += 1
-        speed, call_seconds = self._speed(config), CALL_SECONDS
-        linear = (found["operations"] - found["attention"]) / found["tokens"] * tokens
-        square = found["attention"] / found["squares"] * squares
-        calls = found["calls"] / found["micro_batches"] * batches
-        step_seconds = self.calibration.time_factor * ((linear + square) / speed + calls * call_seconds) / sampled
+        from graftwerk.models.hardware import compute_type
+
+        factor, train = self.calibration.time_factor, self.prepared.examples["train"]
+        speed = speed_of(compute_type(config.compute_type, self.device), self.device.type)
+        step = mean_step(train, config.training, self._micro_batch(config), self.num_processes)
+        step_seconds = factor * step.seconds(found, speed)
         steps, per_epoch, every = self._steps(config)
         held_out = sum(example.length for example in self.prepared.examples["validation"])
-        evaluated = self.calibration.time_factor * found["evaluated"] * held_out / speed
+        evaluated = factor * found["evaluated"] * held_out / speed
         return {
             "step_seconds": step_seconds,
             "epoch_seconds": step_seconds * per_epoch,
             "training_seconds": step_seconds * steps + evaluated * max(1.0, steps / every),
         }
-
-    def _speed(self, config: RunConfig) -> float:
-        """Return the floating-point operations that a step does in a second."""
-        from graftwerk.models.hardware import SIDE, compute_type, probe
-
-        kind = self.device.type
-        name = str(compute_type(config.compute_type, self.device)).removeprefix("torch.")
-        return EFFICIENCY * 2 * SIDE.get(kind, 1024) ** 3 / probe(kind)[name]
 
     def _micro_batch(self, config: RunConfig) -> int:
         return math.ceil(config.training.per_device_train_batch_size / self.num_processes)
@@ -361,6 +335,17 @@ def _num_processes(config: RunConfig) -> int:
     if asked != "auto":
         return asked
     return resolve_num_processes(config, Checkpoints(RunDir(config.output_dir).checkpoints), False)
+
+
+def _codes(quantization: Any, itemsize: int) -> float:
+    """Return the bytes of a quantized weight, its share of the scales included, by those of a full one.
+
+    Args:
+        quantization: ``name`` (nf4 or int8) and ``double_quant``, as in a run file.
+        itemsize: Bytes of a full weight.
+    """
+    scale = (1 / 64 + 4 / (64 * 256)) if quantization.double_quant else 4 / 64  # one for 64 weights
+    return (1.0 if quantization.name == "int8" else 0.5 + scale) / itemsize
 
 
 def _cut(architecture: Any, layers: int) -> Any:

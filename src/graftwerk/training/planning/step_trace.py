@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from transformers.pytorch_utils import Conv1D
 
 from graftwerk.config import RunConfig
 from graftwerk.modeling.attach import attach
@@ -72,6 +73,9 @@ class StepTrace:
         moved: Bytes that the operations of the traced micro-batches write.
         calls: Their operations that compute something.
         micro_batches: Number of traced micro-batches.
+        quantizable: Bytes of ``weights`` in linear layers that a quantized base stores as codes.
+        widest: Bytes of the largest of them, which is decoded whole.
+        largest: Bytes of the largest trained parameter.
         tokens: Tokens of the traced micro-batches, padding included.
         squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
@@ -95,6 +99,9 @@ class StepTrace:
     moved: int
     calls: int
     micro_batches: int
+    quantizable: int
+    widest: int
+    largest: int
     tokens: int
     squares: int
     evaluated: int
@@ -233,6 +240,7 @@ def trace_step(
         for tensor in (*model.parameters(), *model.buffers()):
             meter.add(tensor)
         fix_padding(model, prepared.tokenizer)
+        linear = _linear(model)
         weights, loaded = sum(_storages([*model.parameters(), *model.buffers()])), meter.made
         adapter = attach(model, prepared.method)
         trainer = Trainer(
@@ -287,7 +295,8 @@ def trace_step(
         del outputs
     rows, width = next(iter(batch.values())).shape[:2]
     tokens = sum(shape[0] * shape[1] for shape in shapes)
-    trained = sum(_storages(list(adapter.parameters())))
+    sizes = list(_storages(list(adapter.parameters())))
+    trained = sum(sizes)
     return StepTrace(
         weights=weights,
         trained=trained,
@@ -302,6 +311,9 @@ def trace_step(
         moved=moved,
         calls=calls,
         micro_batches=len(shapes),
+        quantizable=sum(size for path, size in linear.items() if not path.startswith(tuple(adapter.heads))),
+        widest=max(linear.values(), default=0),
+        largest=max(sizes, default=0),
         tokens=tokens,
         squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
         evaluated=evaluated // (rows * width),
@@ -320,6 +332,16 @@ def _modes_restored(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _linear(model: Any) -> dict[str, int]:
+    """Return the bytes of the weight of each linear layer but the vocabulary's scores, by path."""
+    output = model.get_output_embeddings()
+    return {
+        path: module.weight.nbytes
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    }
 
 
 def _storages(tensors: Sequence[Tensor]) -> Iterator[int]:
