@@ -116,7 +116,7 @@ def test_plain_without_results_lists_failures(result: dict[str, Any]) -> None:
 
 
 def test_plain_equal_answers_show_no_resolution(result: dict[str, Any]) -> None:
-    assert "differences under about 2.4 points are not to be seen" in plain(result)
+    assert "differences under about 2.4 points cannot be detected" in plain(result)
     alike = plain({**result, "resolution": 0.0})
     assert "under about" not in alike
     assert "the same answers on every row" in alike

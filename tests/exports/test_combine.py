@@ -173,7 +173,7 @@ def test_sparse_sums_are_seeded_and_of_the_sum_of_the_ranks(
         ({"weights": (-1.0, -1.0)}, ConfigError, "all weights are negative"),
         ({"rank": 0}, ConfigError, "leaves nothing"),
         ({"rank": 2, "by": "cat"}, ConfigError, "keeps all factors"),
-        ({"density": 1.5}, ConfigError, "no share"),
+        ({"density": 1.5}, ConfigError, "above 0 and at most 1"),
         ({"method": "prefix"}, UnsupportedError, "no update of weights"),
         ({"method": "bitfit"}, UnsupportedError, "an update of its bias"),
         ({"method": {"name": "lora", "trainable_token_indices": [5]}}, UnsupportedError, "more than linear layers"),

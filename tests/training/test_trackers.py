@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, ResourceError
 from graftwerk.training.callbacks import trackers
 from graftwerk.training.callbacks.trackers import MLflow, Service, Tracking, check_trackers, numbers
 from graftwerk.training.events import Event
@@ -119,7 +119,7 @@ def test_numbers_leaves_out_what_is_none() -> None:
 def test_check_trackers_missing_package_or_key_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     check_trackers(["jsonl", "tensorboard"])
     monkeypatch.setattr(trackers, "installed", lambda name: False)
-    with pytest.raises(ConfigError, match="mlflow, which is not installed") as caught:
+    with pytest.raises(ResourceError, match="mlflow, which is not installed") as caught:
         check_trackers(["mlflow"])
     assert "graftwerk[mlflow]" in str(caught.value.hint)
     monkeypatch.setattr(trackers, "installed", lambda name: True)

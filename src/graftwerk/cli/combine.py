@@ -28,13 +28,15 @@ def register(app: typer.Typer) -> None:
         by: Annotated[str, typer.Option(help="linear, cat, svd, ties, dare or della.")] = "linear",
         subtract: Annotated[
             list[str] | None,
-            typer.Option(metavar="ADAPTER[=WEIGHT]", help="Take this one away; may be repeated.", show_default=False),
+            typer.Option(
+                metavar="ADAPTER[=WEIGHT]", help="Subtract this adapter; may be repeated.", show_default=False
+            ),
         ] = None,
         rank: Annotated[
             int | None, typer.Option(help="Rank of the result at each layer, at most.", show_default=False)
         ] = None,
         density: Annotated[float, typer.Option(help="Share of an update that ties, dare and della keep.")] = 0.5,
-        seed: Annotated[int, typer.Option(help="Of what dare and della leave out.")] = 0,
+        seed: Annotated[int, typer.Option(help="Random seed of dare and della.")] = 0,
         data: Annotated[
             str | None,
             typer.Option(help="Labelled rows to measure the sum and its parts on.", show_default=False),
@@ -91,7 +93,7 @@ def weighted(text: str) -> tuple[str, float]:
     try:
         return path, float(number)
     except ValueError:
-        raise ConfigError(f"`{number}` is no weight", where=text, hint="runs/a=0.7, or runs/a=-0.5") from None
+        raise ConfigError(f"`{number}` is not a number", where=text, hint="runs/a=0.7, or runs/a=-0.5") from None
 
 
 def show(out: Output, metrics: dict[str, Any]) -> None:

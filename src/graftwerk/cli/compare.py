@@ -30,7 +30,7 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-Metric = Annotated[str | None, typer.Option(help="What decides; default: the task's own.", show_default=False)]
+Metric = Annotated[str | None, typer.Option(help="Metric that decides; default: the task's own.", show_default=False)]
 Prefer = Annotated[
     str | None,
     typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
@@ -147,13 +147,14 @@ def show_plan(
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
     from graftwerk.config import RunConfig
-    from graftwerk.experiments.arguments import check_choices, tree_of
+    from graftwerk.experiments.arguments import check_choices, refuse_overrides, tree_of
     from graftwerk.experiments.budget import candidates, parse_budget
     from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
     from graftwerk.experiments.tuning import planned_runs, read_axes, require_validation, tuned
 
     entries, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
     axes, overrides = read_axes(overrides)
+    refuse_overrides(overrides)
     base = RunConfig.load(config, {"method": entries[0].method, **overrides})
     check_choices(base, metric, prefer, margin)
     given = with_and_without(entries, augment, bool(base.data.augment))

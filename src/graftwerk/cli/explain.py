@@ -48,7 +48,9 @@ def register(app: typer.Typer) -> None:
         for each in found["attributions"]:
             show_tokens(out, each)
         if found["base_unchanged"] is not None:
-            out.line("the base is unchanged" if found["base_unchanged"] else "the base is ANOTHER one than in training")
+            out.line(
+                "the base is unchanged" if found["base_unchanged"] else "the base DIFFERS from the one used in training"
+            )
         return found
 
 

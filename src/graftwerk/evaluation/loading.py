@@ -293,7 +293,8 @@ def _quantization(info: AdapterInfo) -> Quantization | None:
     if (said := info.quantization) is None:
         return None
     try:
-        return Quantization(name=said["name"], double_quant=said["double_quant"])
+        own = {key: said[key] for key in ("name", "double_quant", "compute_type") if said.get(key) is not None}
+        return Quantization.model_validate(own)
     except ValueError:
         raise UnsupportedError(
             f"the adapter was trained on a base in {quantization_words(said)}, which is not done here",

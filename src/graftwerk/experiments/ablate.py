@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError
 from graftwerk.experiments.compare import drive
 from graftwerk.experiments.comparison import Comparison
 from graftwerk.experiments.driver import ComparisonDriver, Listener
@@ -91,6 +92,9 @@ def opened(
     Raises:
         ConfigError: As `read_ablation` and `RunConfig.build` do.
     """
+    for key in overrides:
+        if key.split(".")[-1] == "seed":
+            raise ConfigError(f"`{key}`: an ablation has several seeds", where=key, hint="seeds=0,1,2")
     if isinstance(config, str | Path):
         base = RunConfig.load(config, dict(overrides))
     else:

@@ -85,7 +85,7 @@ def parse_budget(given: int | float | str | None) -> Budget | None:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([a-z]*)", str(given).strip().lower())
     amount, unit = (float(found[1]), found[2]) if found else (-1.0, "")
     if found is None or isinstance(given, bool) or (unit and unit not in _SECONDS):
-        raise ConfigError(f"{given!r:.40} is no budget", where="budget", hint=HINT)
+        raise ConfigError(f"{given!r:.40} is not a budget", where="budget", hint=HINT)
     if amount == 0:
         raise ConfigError("a budget of 0 lets no method try anything", where="budget", hint=HINT)
     if unit:

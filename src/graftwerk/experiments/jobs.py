@@ -48,6 +48,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.experiments.preflight import count_parameters
     from graftwerk.models.hardware import device_name, set_threads
     from graftwerk.models.load import load_config
+    from graftwerk.models.quantization import require_bitsandbytes
     from graftwerk.training.callbacks.trackers import check_trackers
     from graftwerk.training.manifest import versions
     from graftwerk.training.planning.memory_check import check_memory
@@ -56,6 +57,8 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     configs = {name: RunConfig.build(dict(tree)) for name, tree in job["configs"].items()}
     first = next(iter(configs.values()))
     check_trackers(first.training.report_to)
+    if first.quantization is not None:
+        require_bitsandbytes()
     send({"event": {"kind": "phase", "step": 0, "name": "checking rows and methods"}})
     prepared = prepare(first, lambda event: None)
     parameters: dict[str, Any] = {}

@@ -104,7 +104,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         power = f"; one of {known.text(found)}{known.words} would be shown four times in five" if found else ""
         said.append(
             "With these rows and seeds, differences under about "
-            f"{known.text(result['resolution'])}{known.words} are not to be seen{power}."
+            f"{known.text(result['resolution'])}{known.words} cannot be detected{power}."
         )
     elif result.get("resolution") == 0:
         said.append(

@@ -173,7 +173,7 @@ def _check(parts: Sequence[tuple[Any, float]], by: str, rank: int | None, densit
     if rank is not None and by == "cat":
         raise ConfigError("`cat` keeps all factors as they are", where="rank", hint="by svd brings the sum to a rank")
     if not 0 < density <= 1:
-        raise ConfigError(f"a density of {density} is no share", where="density", hint="above 0, at most 1")
+        raise ConfigError(f"the density must be above 0 and at most 1, not {density}", where="density", hint="0.5")
 
 
 def _new(out: Path) -> Path:

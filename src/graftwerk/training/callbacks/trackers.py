@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, ResourceError
 from graftwerk.own_files import open_own
 from graftwerk.sanitize import clean
 from graftwerk.serialization.atomic import write_file
@@ -158,11 +158,12 @@ def check_trackers(wanted: Sequence[str]) -> None:
         wanted: Setting `training.report_to`.
 
     Raises:
-        ConfigError: A package is not installed, or Weights & Biases has no key and is not offline.
+        ResourceError: A package is not installed.
+        ConfigError: Weights & Biases has no key for this user, and is not offline.
     """
     for name in SERVICES.keys() & set(wanted):
         if not installed(name):
-            raise ConfigError(
+            raise ResourceError(
                 f"`training.report_to` names {name}, which is not installed",
                 where="training.report_to",
                 hint=f"pip install 'graftwerk[{name}]', or leave it out",
