@@ -238,7 +238,7 @@ def _check_alike(runs: Sequence[RunResult]) -> None:
     """
     by_draw: dict[str, set[str]] = {}
     for run in runs:
-        drawn = str(run.manifest["data"]["origin"].get("train_seed"))
+        drawn = str((run.manifest["data"].get("origin") or {}).get("train_seed"))
         by_draw.setdefault(drawn, set()).add(str(run.manifest["data"]["fingerprint"]))
     for what, values in (
         ("base model", {str(run.manifest["base_fingerprint"]) for run in runs}),

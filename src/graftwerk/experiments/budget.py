@@ -226,7 +226,9 @@ def sentence(told: Mapping[str, Any]) -> str:
         f"{name} {one['trials']} in {precise(one['seconds'])}" + (f" ({one['failed']} failed)" if one["failed"] else "")
         for name, one in told["spent"].items()
     )
+    over = [name for name, one in told["spent"].items() if budget.seconds and one["seconds"] > budget.seconds]
+    more = f"; the first trial always runs, and is over the budget for {', '.join(over)}" if over else ""
     return (
-        f"each method could spend {budget} on its settings; trials and time spent: {spent}; they were trained with "
-        f"seed {told['seed']}, which no result has"
+        f"each method could spend {budget} on its settings; trials and time spent: {spent}{more}; they were trained "
+        f"with seed {told['seed']}, which no result has"
     )

@@ -193,7 +193,7 @@ def sentences(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
         settings = next(_words(one["changes"]) for one in each["tried"] if one["name"] == best)
         said.append(
             f"{each['method']} is ranked with {settings}, chosen by {METRICS[metric].title} on the validation rows "
-            f"({scores}); the others are not ranked"
+            f"({scores})" + ("; the others are not ranked" if len(each["tried"]) > 1 else "")
         )
     return said
 

@@ -1,4 +1,4 @@
-"""Which tokens an answer comes from: integrated gradients on the input embeddings, of the adapter and of the base.
+"""Tokens that an answer comes from: integrated gradients on the input embeddings, of the adapter and of the base.
 
 Method: Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks", arXiv:1703.01365, as Captum computes it:
 
@@ -66,7 +66,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Which tokens of a text its answer comes from.
+    """Scores of a text's tokens for its answer.
 
     Attributes:
         text: The text.

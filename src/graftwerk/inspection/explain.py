@@ -1,4 +1,4 @@
-"""`explain`: what an adapter learnt in each layer, and which tokens its answers come from."""
+"""`explain`: updates of each layer, and the tokens that answers come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an adapter learnt, layer by layer: size and spectrum of each update, and where it lies in the base's weight.
+"""Updates that an adapter learnt, layer by layer: size, spectrum, and their place in the base's weight.
 
 * effective rank: Roy and Vetterli 2007, "The effective rank": exp of the entropy of the singular values' shares; r
   for r equal values, near 1 if one stands for all.

@@ -1,4 +1,4 @@
-"""What an adapter adds to the weight of a layer: factors where it has them, else the whole matrix."""
+"""Updates that an adapter adds to the weights of layers: factors where it has them, else the whole matrix."""
 
 from __future__ import annotations
 

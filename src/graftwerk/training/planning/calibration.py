@@ -1,4 +1,4 @@
-"""What a machine adds to a traced step, learnt from the runs that were planned and measured on it.
+"""Memory that a machine adds to a traced step, learnt from the runs that were planned and measured on it.
 
 Kept in the cache folder by processor, torch version and thread count. Until there are runs, the defaults hold; the
 median counts, so that one run beside other work changes little.
@@ -17,7 +17,7 @@ from graftwerk.models.hardware import device_name
 NAME = "plans"
 LATEST = 15
 """Runs that are remembered."""
-PROCESS_BYTES = 15_000_000.0
+PROCESS_BYTES = 30_000_000.0
 """Memory of a training on a CPU beside its tensors and their gaps: loggers, kernels' scratch."""
 
 
