@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,21 @@ def test_search_two_workers_share_one_study(tmp_path: Path, whole: Search) -> No
 
 
 def test_search_two_workers_stop_at_the_first_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, stopped = threading.Event(), threading.Event()
+
     def at(job: Mapping[str, Any], epoch: int) -> None:
-        if job["config"]["output_dir"].endswith("trials/002"):
-            raise ResourceError("the disk is full")
+        if job["config"]["output_dir"].endswith("trials/001"):
+            started.set()
+            stopped.wait(20)  # as a real job, which saves when it is asked to end
+            raise RunInterrupted(signal.SIGTERM, "stopped")
+        started.wait(20)
+        raise ResourceError("the disk is full")
 
     monkeypatch.setattr(FakeRunner, "at", staticmethod(at))
+    monkeypatch.setattr(FakeRunner, "end_job", lambda self: stopped.set())
     with pytest.raises(ResourceError, match="the disk is full") as caught:
         search(run_file(tmp_path / "two"), trials=12, workers=2, **SMALL)
+    assert stopped.is_set()
     assert "trials in" in str(caught.value.recovered)
 
 
@@ -194,6 +203,7 @@ def test_search_prunes_hopeless_trials_by_median_and_by_row(tmp_path: Path) -> N
         assert all(trial["evaluations"][-1][1] < best for trial in pruned)
     never = search(run_file(tmp_path / "none"), trials=6, pruner="none", sampler="random", **SMALL)
     assert all(trial["state"] == "complete" for trial in never.result["trials"])
+    assert len({trial["settings"]["training.learning_rate"] for trial in never.result["trials"]}) == 6
 
 
 def test_search_wilcoxon_without_row_scores_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

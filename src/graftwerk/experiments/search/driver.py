@@ -237,7 +237,7 @@ class SearchDriver:
 
     def _spent(self) -> bool:
         """Return True if the budget is used up."""
-        if self.study.exhausted or (self.trials and len(self.study) >= self.trials):
+        if self.trials and len(self.study) >= self.trials:  # of a grid: its points
             return True
         limit = self.wanted.seconds
         used = sum(record["seconds"] or 0.0 for record in self.study.records()) / self.wanted.workers

@@ -126,11 +126,6 @@ class Study:
         """Return the number of trials that were running when an earlier process was killed, and are still to do."""
         return len(self._stale)
 
-    @property
-    def exhausted(self) -> bool:
-        """Return True if all points of a grid were tried."""
-        return self.sampler == "grid" and len(self) >= len(self.grid)
-
     def next(self) -> Ticket:
         """Return the next trial: one that was killed, or else a new one."""
         if self._stale:
