@@ -35,6 +35,7 @@ def overrides(kind: str, folder: Path, options: argparse.Namespace) -> list[str]
         f"training.eval_steps={options.steps}",
         "training.logging_steps=1",
         "training.processes=1",
+        "training.compute_type=float32",
         f"data.max_length={options.tokens}",
         "data.max_truncated=1.0",
         "data.validation=40",

@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
+from graftwerk.kernels import flags
+from graftwerk.kernels.fused_lora import can_fuse
 from graftwerk.methods.base import is_quantized
 from graftwerk.methods.full import Full
 from graftwerk.methods.lora import LoRA
@@ -104,3 +106,18 @@ def test_int8_answers_of_a_row_do_not_depend_on_the_rows_beside_it(bases: tuple[
     torch.testing.assert_close(together[:1], alone, atol=1e-6, rtol=1e-5)
     assert (quantized.train()(input_ids=ids).logits - together).abs().max() < 1e-6
     quantized.eval()
+
+
+def test_lora_on_quantized_base_is_fused_under_autocast(bases: tuple[str, Any, Any]) -> None:
+    _, quantized, _ = bases
+    torch.manual_seed(5)
+    adapter = gw.attach(quantized, method_of("lora"))
+    perturb(adapter.parameters(), 7, scale=0.1)
+    ids = torch.randint(1, 96, (3, 9))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert can_fuse(quantized.model.layers[0].mlp.up_proj, torch.ones(1, 32))
+        fused = quantized(input_ids=ids).logits.float()
+        with flags.plain():
+            plain = quantized(input_ids=ids).logits.float()
+    torch.testing.assert_close(fused, plain, atol=0.05, rtol=0.05)
+    gw.detach(quantized)
