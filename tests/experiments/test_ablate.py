@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graftwerk.cli.ablate import read_settings
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, RunInterrupted
@@ -43,7 +44,13 @@ def test_read_ablation_grid_has_all_combinations() -> None:
         "2 values of method.r, 2 values of method.target_modules, all combinations: 4 cells, 1 seed (seeds=0): 4 runs"
     )
     lists = read_ablation(base(), {"method.target_modules": [["query"], ["query", "value"]], "lr": [1e-3, 3e-3]})
-    assert lists.words() == ["method.target_modules=[query],[query, value]", "training.learning_rate=0.001,0.003"]
+    assert lists.words() == ["method.target_modules=[[query], [query, value]]", "training.learning_rate=0.001,0.003"]
+    axes, _, _, others = read_settings(lists.words())
+    assert read_ablation(base(), axes) == lists
+    assert others == {}
+    mixed = {"target_modules": "attention,[query, value]", "layers": [None, [0]]}
+    found = read_ablation(base(), mixed)
+    assert read_ablation(base(), read_settings(found.words())[0]) == found
     assert lists.cells[1].spec.changes["training.learning_rate"] == 3e-3
 
 
@@ -68,8 +75,9 @@ def test_read_ablation_one_at_a_time_changes_the_run_files_values() -> None:
         ({"r": "4,8", "data.max_length": "4,8"}, "grid", "data.max_length", ""),
         ({"seed": "4,8"}, "grid", "no axis", "seeds=0,1,2"),
         ({"method.r": "4,4"}, "grid", "twice", ""),
-        ({"method.r": "4,"}, "grid", "several values", ""),
+        ({"method.r": "4,"}, "grid", "empty value", ""),
         ({"method.r": [4]}, "grid", "several values", ""),
+        ({"method.r": "4"}, "grid", "several values", ""),
         ({"method.r": "4,x"}, "grid", "valid integer", ""),
         ({"method.r": "4,8", "method.rank": "2,16"}, "grid", "given twice", ""),
         ({"method.r": range(1, 300)}, "grid", "too many", "one-at-a-time"),
