@@ -21,8 +21,11 @@ from graftwerk.experiments import compare as compare_module
 from graftwerk.experiments.ablate import ablate
 from graftwerk.experiments.aggregation import effects
 from graftwerk.experiments.factors import read_ablation
+from graftwerk.experiments.header import comparison_header
+from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.table import ablated
+from graftwerk.experiments.tuning import read_axes
 from graftwerk.tasks.predictions import ClassPredictions
 from tests.cli.commands import run_file
 from tests.experiments.here import InThisProcess
@@ -65,6 +68,20 @@ def test_read_ablation_one_at_a_time_changes_the_run_files_values() -> None:
         "method.target_modules": {"attention": [names[0]], "all-linear": [names[3]]},
     }
     assert found.words()[-1] == "design=one-at-a-time"
+
+
+def test_comparison_header_command_has_what_was_chosen(tmp_path: Path) -> None:
+    rows = {"train": 9, "validation": 9, "test": 9}
+    checked = {"rows": rows, "main_metric": "accuracy", "machine": {}, "versions": {}, "origin": {}, "fingerprint": "f"}
+    config, specs = base(output_dir=str(tmp_path)), parse_method_specs("lora,ia3")
+    axes, _ = read_axes({"max_grad_norm": "1,null"})
+    given: dict[str, Any] = {"checked": {**checked, "findings": []}, "own": "lora", "axes": axes}
+    plain = comparison_header(config, specs, [0], None, None, **given, prefer="trained_parameters", margin=None)
+    assert plain["metric"] == "accuracy"
+    assert plain["command"].endswith("methods=lora,ia3 seeds=0 max_grad_norm=1,null")
+    chosen = comparison_header(config, specs, [0], None, "f1_macro", **given, prefer="adapter_bytes", margin=0.005)
+    assert chosen["metric"] == "f1_macro"
+    assert chosen["command"].endswith(" --metric f1_macro --prefer adapter_bytes --margin 0.005")
 
 
 @pytest.mark.parametrize(
