@@ -3,7 +3,8 @@
     GraftwerkError (1)
       ConfigError (2)     DataError (3)
       ModelError (4)      UnsupportedError, AdapterError
-      ResourceError (5)   DivergedError (6)   ConflictError (7)   IntegrityError (8)
+      ResourceError (5)   MemoryShortage
+      DivergedError (6)   ConflictError (7)   IntegrityError (8)
     RunInterrupted (130 for SIGINT, 143 for SIGTERM), which is no `Exception`
 
 A message says what happened and, if known, where (file:line, config key, module path), a hint what to change, and what
@@ -156,6 +157,12 @@ class ResourceError(GraftwerkError):
 
     code = "environment"
     exit_code = 5
+
+
+class MemoryShortage(ResourceError):  # noqa: N818
+    """A training does not fit into memory; another method, or smaller batches, may."""
+
+    code = "memory"
 
 
 class DivergedError(GraftwerkError):

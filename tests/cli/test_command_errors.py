@@ -33,6 +33,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (errors.ModelError("w", where="k", hint="m", recovered="x"), 4),
         (errors.AdapterError("w", where="k", hint="m", recovered="x"), 4),
         (errors.ResourceError("w", where="k", hint="m", recovered="x"), 5),
+        (errors.MemoryShortage("w", where="k", hint="m", recovered="x"), 5),
         (errors.DivergedError("w", where="k", hint="m", recovered="x"), 6),
         (errors.ConflictError("w", where="k", hint="m", recovered="x"), 7),
         (errors.IntegrityError("w", where="k", hint="m", recovered="x"), 8),

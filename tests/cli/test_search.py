@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from graftwerk.cli import doctor
 from graftwerk.experiments.recommendation import recommend as recommending
 from graftwerk.experiments.search import workers as workers_module
 from graftwerk.training.planning import plan as planning
@@ -14,7 +15,9 @@ from tests.cli.commands import Run
 from tests.experiments.search.fake_runs import FakeRunner
 
 
-def test_search_dry_run_prints_space_and_cost(graftwerk: Run, config: Path, tmp_path: Path) -> None:
+def test_search_dry_run_prints_space_and_cost(
+    graftwerk: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sorted(tmp_path.rglob("*"))
     said = graftwerk("search", config, "data.test=8", "r=4,8", "learning_rate=1e-4..1e-2", "--dry-run", "--json")
     assert said.code == 0, said.err
@@ -22,6 +25,15 @@ def test_search_dry_run_prints_space_and_cost(graftwerk: Run, config: Path, tmp_
     assert said.json["defaults"]["method.r"] == 8
     assert (said.json["budget"]["trials"], said.json["runs"]) == (20, 20 + 4 * 3)
     assert "logarithmic" in said.err
+    priced = list[float]()
+    monkeypatch.setattr(doctor, "describe_cost", lambda plan, seconds: priced.append(seconds) or "")
+    for words, trials in (("seconds=5e-3", 0), ("seconds=1e9 trials=6", 6)):
+        given = [*words.split(), "workers=2", "data.test=8", "--metric", "f1_macro"]
+        said = graftwerk("search", config, *given, "--dry-run", "--json")
+        assert said.code == 0, said.err
+        run = said.json["plan"]["time"]["training_seconds"]
+        assert priced.pop() == pytest.approx((trials + 12) * run / 2 + (0 if trials else 5e-3))
+        assert said.json["budget"]["metric"] == "f1_macro"
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from graftwerk.cli.ablate import read_settings
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, RunInterrupted
@@ -20,8 +21,11 @@ from graftwerk.experiments import compare as compare_module
 from graftwerk.experiments.ablate import ablate
 from graftwerk.experiments.aggregation import effects
 from graftwerk.experiments.factors import read_ablation
+from graftwerk.experiments.header import comparison_header
+from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.table import ablated
+from graftwerk.experiments.tuning import read_axes
 from graftwerk.tasks.predictions import ClassPredictions
 from tests.cli.commands import run_file
 from tests.experiments.here import InThisProcess
@@ -43,7 +47,13 @@ def test_read_ablation_grid_has_all_combinations() -> None:
         "2 values of method.r, 2 values of method.target_modules, all combinations: 4 cells, 1 seed (seeds=0): 4 runs"
     )
     lists = read_ablation(base(), {"method.target_modules": [["query"], ["query", "value"]], "lr": [1e-3, 3e-3]})
-    assert lists.words() == ["method.target_modules=[query],[query, value]", "training.learning_rate=0.001,0.003"]
+    assert lists.words() == ["method.target_modules=[[query], [query, value]]", "training.learning_rate=0.001,0.003"]
+    axes, _, _, others = read_settings(lists.words())
+    assert read_ablation(base(), axes) == lists
+    assert others == {}
+    mixed = {"target_modules": "attention,[query, value]", "layers": [None, [0]]}
+    found = read_ablation(base(), mixed)
+    assert read_ablation(base(), read_settings(found.words())[0]) == found
     assert lists.cells[1].spec.changes["training.learning_rate"] == 3e-3
 
 
@@ -60,6 +70,20 @@ def test_read_ablation_one_at_a_time_changes_the_run_files_values() -> None:
     assert found.words()[-1] == "design=one-at-a-time"
 
 
+def test_comparison_header_command_has_what_was_chosen(tmp_path: Path) -> None:
+    rows = {"train": 9, "validation": 9, "test": 9}
+    checked = {"rows": rows, "main_metric": "accuracy", "machine": {}, "versions": {}, "origin": {}, "fingerprint": "f"}
+    config, specs = base(output_dir=str(tmp_path)), parse_method_specs("lora,ia3")
+    axes, _ = read_axes({"max_grad_norm": "1,null"})
+    given: dict[str, Any] = {"checked": {**checked, "findings": []}, "own": "lora", "axes": axes}
+    plain = comparison_header(config, specs, [0], None, None, **given, prefer="trained_parameters", margin=None)
+    assert plain["metric"] == "accuracy"
+    assert plain["command"].endswith("methods=lora,ia3 seeds=0 max_grad_norm=1,null")
+    chosen = comparison_header(config, specs, [0], None, "f1_macro", **given, prefer="adapter_bytes", margin=0.005)
+    assert chosen["metric"] == "f1_macro"
+    assert chosen["command"].endswith(" --metric f1_macro --prefer adapter_bytes --margin 0.005")
+
+
 @pytest.mark.parametrize(
     ("axes", "design", "what", "hint"),
     [
@@ -68,8 +92,9 @@ def test_read_ablation_one_at_a_time_changes_the_run_files_values() -> None:
         ({"r": "4,8", "data.max_length": "4,8"}, "grid", "data.max_length", ""),
         ({"seed": "4,8"}, "grid", "no axis", "seeds=0,1,2"),
         ({"method.r": "4,4"}, "grid", "twice", ""),
-        ({"method.r": "4,"}, "grid", "several values", ""),
+        ({"method.r": "4,"}, "grid", "empty value", ""),
         ({"method.r": [4]}, "grid", "several values", ""),
+        ({"method.r": "4"}, "grid", "several values", ""),
         ({"method.r": "4,x"}, "grid", "valid integer", ""),
         ({"method.r": "4,8", "method.rank": "2,16"}, "grid", "given twice", ""),
         ({"method.r": range(1, 300)}, "grid", "too many", "one-at-a-time"),

@@ -16,7 +16,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import AdapterError, ConfigError, ConflictError, DivergedError, RunInterrupted, UnsupportedError
+from graftwerk.errors import (
+    ConfigError,
+    ConflictError,
+    DivergedError,
+    MemoryShortage,
+    RunInterrupted,
+    UnsupportedError,
+)
 from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS, load_evaluation
 from graftwerk.experiments import compare as compare_module
 from graftwerk.experiments.compare import Comparison, compare
@@ -130,7 +137,9 @@ def test_compare_resumes(story: Story) -> None:
 
 def test_compare_interrupted_counts_failed_runs_apart(settings: dict[str, Any]) -> None:
     class FailsThenStops:
-        errors: ClassVar[list[BaseException]] = [DivergedError("the loss is nan"), RunInterrupted(15, "stopped")]
+        errors: ClassVar[list[BaseException]] = [
+            DivergedError("the loss is nan"), MemoryShortage("one row is too much"), RunInterrupted(15, "stopped")
+        ]  # fmt: skip
 
         def run(self, job: dict[str, Any], on_event: Any) -> dict[str, Any]:
             raise self.errors.pop(0)
@@ -140,7 +149,7 @@ def test_compare_interrupted_counts_failed_runs_apart(settings: dict[str, Any]) 
     )
     with pytest.raises(RunInterrupted) as caught:
         driver._run_all(FailsThenStops(), "accuracy", overwrite=True)  # type: ignore[arg-type]
-    assert caught.value.recovered == f"0 of 3 runs (1 failed) in {settings['output_dir']}"
+    assert caught.value.recovered == f"0 of 3 runs (2 failed) in {settings['output_dir']}"
 
 
 def test_compare_killed_run_is_reported_and_others_continue(story: Story) -> None:
@@ -355,9 +364,10 @@ def test_compare_overrides_leave_settings_of_caller(settings: dict[str, Any]) ->
 
 
 def test_compare_into_folder_of_run_raises(settings: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ConflictError, match="folder of a run"):
-        compare({**settings, "output_dir": str(tmp_path)}, ["lora"], quiet=True)
+    for name, what in (("search.json", "a search"), ("manifest.json", "a run")):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ConflictError, match=f"folder of {what}"):
+            compare({**settings, "output_dir": str(tmp_path)}, ["lora"], quiet=True)
 
 
 def test_compare_locked_folder_raises(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -389,12 +399,12 @@ def test_job_runner_worker_error_keeps_its_class(monkeypatch: pytest.MonkeyPatch
     messages: list[dict[str, Any]] = [
         {"started": 0},
         {"event": {"kind": "step"}},
-        {"error": {"error": "adapter", "exit_code": 4, "what": "too large", "where": "there", "hint": "smaller"}},
+        {"error": {"error": "memory", "exit_code": 5, "what": "too large", "where": "there", "hint": "smaller"}},
         {"ended": 4},
     ]
     script = f"import sys, json\nsys.stdin.readline()\nfor line in {messages!r}: print(json.dumps(line), flush=True)\n"
     events: list[dict[str, Any]] = []
-    with stand_in(script, monkeypatch, tmp_path) as workers, pytest.raises(AdapterError) as caught:
+    with stand_in(script, monkeypatch, tmp_path) as workers, pytest.raises(MemoryShortage) as caught:
         workers.run({"kind": "run"}, events.append)
     assert (caught.value.what, caught.value.where, caught.value.hint) == ("too large", "there", "smaller")
     assert events == [{"kind": "step"}]

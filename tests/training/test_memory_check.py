@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import ResourceError
+from graftwerk.errors import MemoryShortage
 from graftwerk.experiments.jobs import perform
 from graftwerk.reporting.html import write_report
 from graftwerk.training.planning import memory_check
@@ -39,7 +39,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_compare_names_the_method_that_cannot_fit(path: Path, memory: Any, tmp_path: Path) -> None:
     memory(1000)
     tree = RunConfig.load(path).model_dump(mode="json")
-    with pytest.raises(ResourceError, match="training `lora` needs") as raised:
+    with pytest.raises(MemoryShortage, match="training `lora` needs") as raised:
         perform({"kind": "check", "configs": {"lora": tree}, "runs": {}}, lambda message: None)
     assert "method `lora`" in str(raised.value.where)
     assert "a smaller model" in str(raised.value.hint)

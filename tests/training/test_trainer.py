@@ -16,7 +16,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from graftwerk.errors import ConfigError, DivergedError, ResourceError, UnsupportedError
+from graftwerk.errors import ConfigError, DivergedError, MemoryShortage, UnsupportedError
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling.attach import attach
 from graftwerk.tasks.base import Example
@@ -409,7 +409,7 @@ def test_out_of_memory_halves_micro_batch_same_losses(bench: Bench, tmp_path: Pa
 def test_out_of_memory_with_one_row_raises(bench: Bench, tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path)
     trainer.gradients.task = too_many(0)
-    with pytest.raises(ResourceError, match=r"GiB.*up to \d+ tokens.*parameters are trained") as caught:
+    with pytest.raises(MemoryShortage, match=r"GiB.*up to \d+ tokens.*parameters are trained") as caught:
         trainer.fit()
     assert caught.value.exit_code == 5
     assert "gradient_checkpointing" in (caught.value.hint or "")
@@ -422,7 +422,7 @@ def test_out_of_memory_in_optimizer_raises(bench: Bench, tmp_path: Path, monkeyp
         raise MemoryError
 
     monkeypatch.setattr(optim, "build_optimizer", build_optimizer)
-    with pytest.raises(ResourceError, match=r"optimizer's state.*up to \d+ tokens"):
+    with pytest.raises(MemoryShortage, match=r"optimizer's state.*up to \d+ tokens"):
         bench.trainer(tmp_path)
 
 

@@ -80,7 +80,7 @@ def read_settings(given: list[str]) -> tuple[dict[str, Any], Any, str, dict[str,
     overrides = parse_overrides(given)
     seeds, design = overrides.pop("seeds", "0,1,2"), overrides.pop("design", "grid")
     for key, value in list(overrides.items()):
-        nested = isinstance(value, list) and bool(value) and all(isinstance(each, list) for each in value)
+        nested = isinstance(value, list) and any(isinstance(each, list) for each in value)
         if (isinstance(value, str) and "," in value) or nested:
             axes[key] = overrides.pop(key)
     return axes, seeds, str(design), overrides

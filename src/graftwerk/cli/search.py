@@ -8,6 +8,7 @@ import typer
 
 from graftwerk.cli.arguments import ConfigFile, DryRun
 from graftwerk.cli.command import Result, command
+from graftwerk.cli.compare import Metric
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import count
 
@@ -16,8 +17,9 @@ Given = Annotated[
     typer.Argument(
         metavar="[trials=20] [seconds=600] [sampler=tpe] [workers=2] [key=a..b] [key=a,b] [key=value ...]",
         help="The budget; the sampler (tpe, random, grid); trials at once; pruner=median (or wilcoxon, none); "
-        "finalists=3 and repeats=3 for the last word. learning_rate=1e-4..1e-2 and r=4,8,16 are axes, in place of "
-        "those of the method's own space or beside them; a single value fixes a setting.",
+        "finalists=3 and repeats=3: how many of the best trials are trained again, and with how many fresh seeds. "
+        "learning_rate=1e-4..1e-2 and r=4,8,16 are axes, in place of those of the method's own space or beside "
+        "them; a single value fixes a setting.",
         show_default=False,
     ),
 ]
@@ -31,6 +33,7 @@ def register(app: typer.Typer) -> None:
         out: Output,
         config: ConfigFile,
         settings: Given = None,
+        metric: Metric = None,
         overwrite: Annotated[
             bool, typer.Option("--overwrite", help="Begin anew; remove the trials there are.")
         ] = False,
@@ -39,12 +42,12 @@ def register(app: typer.Typer) -> None:
         """Search for better settings of the run's method.
 
         Trials see training and validation rows alone. The best few are then trained again with fresh seeds, and one
-        is measured on the test rows beside the defaults. The same command again resumes where it stopped, and goes on
-        with a larger budget. The folder of the search is output_dir; best.yaml in it is a run file.
+        is measured on the test rows beside the defaults. The same command again resumes it; a larger budget adds
+        trials. The folder of the search is output_dir; best.yaml in it is a run file.
         """
         from graftwerk.config import parse_overrides
 
-        given = parse_overrides(settings or [])
+        given = parse_overrides([*(settings or []), *([] if metric is None else [f"metric={metric}"])])
         if dry_run:
             return show_plan(out, config, given)
         from graftwerk.experiments.search.search import search
@@ -86,7 +89,10 @@ def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:
         f"{wanted.finalists} finalists and the defaults with {wanted.repeats} fresh seeds each; rows: {rows}"
     )
     plan, runs = checked["plan"], (trials or 0) + finals
-    seconds = None if "why_not" in plan else plan["time"]["training_seconds"] * runs / wanted.workers
+    seconds = None
+    if "why_not" not in plan:
+        each = plan["time"]["training_seconds"] / wanted.workers
+        seconds = each * finals + min(filter(None, [each * trials if trials else None, wanted.seconds]))
     out.line(describe_cost(plan, seconds) + ("" if wanted.workers == 1 else f" for each of {wanted.workers} at once"))
     out.line(f"one run at the defaults: {count(checked['steps'])} steps of {checked['rows_per_step']} rows")
     for note in notes:

@@ -18,6 +18,7 @@ from graftwerk.errors import (
     DivergedError,
     ErrorReport,
     IntegrityError,
+    MemoryShortage,
     RunInterrupted,
 )
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
@@ -33,6 +34,7 @@ from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.tuning import chosen, method_of, planned_runs, read_axes, sentences, tuned
 from graftwerk.own_files import refuse_links
+from graftwerk.reporting.files import SEARCH
 from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.strict_json import dump_object
@@ -125,29 +127,30 @@ class ComparisonDriver:
             ConflictError: The folder is in use, or holds other runs.
             GraftwerkError: As `compare` does.
         """
-        if (self.folder / MANIFEST).exists():
-            raise ConflictError(
-                f"{self.folder} is the folder of a run",
-                hint="give the comparison another one: output_dir=runs/comparison",
-            )
+        for name, what in ((MANIFEST, "a run"), (SEARCH, "a search")):
+            if (self.folder / name).exists():
+                hint = "give the comparison another one: output_dir=runs/comparison"
+                raise ConflictError(f"{self.folder} is the folder of {what}", hint=hint)
         runs = [self.folder_of(spec, seed).name for spec, seed in self._all_runs()]
         refuse_links(self.folder, (LOCK, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
         with RunLock(self.folder), runner(self.folder / LOG) as workers:
             planned = planned_runs(self.methods, self.axes, self.seeds, self.budget)
             self._emit("note", text=self.ablation.planned(self.seeds) if self.ablation else planned)
-            header = self._check(workers, overwrite, metric, prefer)
+            header = self._check(workers, overwrite, metric, prefer, margin)
             self._write({**header, "status": "running", "methods": [], "differences": [], "seconds": None})
             write_file(self.folder / CONFIG, self.base.dump(), own=True)
             self._run_all(workers, header["metric"], overwrite)
             self._finish(header, prefer, margin)
 
-    def _check(self, workers: JobRunner, overwrite: bool, metric: str | None, prefer: str) -> dict[str, Any]:
+    def _check(
+        self, workers: JobRunner, overwrite: bool, metric: str | None, prefer: str, margin: float | None
+    ) -> dict[str, Any]:
         """Check rows, models and methods before any training, and return the header of `comparison.json`."""
         try:
             checked = self._checked(workers, overwrite)
             return comparison_header(
-                self.base, self.methods, self.seeds, self.augment, metric or checked["main_metric"], checked,
-                prefer=prefer, own=self.run_file_method, axes=self.axes, budget=self.budget,
+                self.base, self.methods, self.seeds, self.augment, metric, checked,
+                prefer=prefer, margin=margin, own=self.run_file_method, axes=self.axes, budget=self.budget,
                 ablation=self.ablation, vary=self.vary,
             )  # fmt: skip
         except ErrorReport as error:
@@ -288,7 +291,7 @@ class ComparisonDriver:
         try:
             job = {"kind": "run", "config": self.config_of(spec, seed), "overwrite": overwrite, "trial": trial}
             workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
-        except (DivergedError, Crashed) as error:
+        except (DivergedError, Crashed, MemoryShortage) as error:
             self._record_failure(spec, seed, error.what, failed)
             return
         found = self._loaded(spec, seed, trial)

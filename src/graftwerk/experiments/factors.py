@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, did_you_mean
+from graftwerk.experiments.axes import several, text_of, written
 from graftwerk.experiments.method_specs import NO_AXES, MethodSpec, slug
 from graftwerk.settings import Settings, spellings
 from graftwerk.training.settings import TrainingSettings
-from graftwerk.yaml_files import parse_override_value
 
 Design = Literal["grid", "one-at-a-time"]
 DESIGNS = get_args(Design)
@@ -80,7 +80,7 @@ class Ablation:
 
     def words(self) -> list[str]:
         """Return the axes and the design as arguments of the command."""
-        said = [f"{axis}={','.join(map(text_of, values))}" for axis, values in self.axes.items()]
+        said = [f"{axis}={written(values)}" for axis, values in self.axes.items()]
         return said if self.design == "grid" else [*said, f"design={self.design}"]
 
     def planned(self, seeds: Sequence[int]) -> str:
@@ -150,13 +150,10 @@ def axis_of(base: RunConfig, key: str) -> str:
 
 
 def _values(base: RunConfig, axis: str, key: str, given: Any) -> tuple[Any, ...]:
-    values = given.split(",") if isinstance(given, str) else list(given)
-    if len(values) < 2 or any(isinstance(each, str) and not each.strip() for each in values):
-        raise ConfigError(f"`{key}` needs several values, and none of them empty", where=key, hint=EXAMPLE)
-    read = []
-    for each in values:
-        value = parse_override_value(each.strip(), key) if isinstance(each, str) else each
-        read.append(_value(RunConfig.build(base.model_dump(mode="json"), {axis: value}), axis))
+    values = several(given, key)
+    if values is None or len(values) < 2:
+        raise ConfigError(f"`{key}` needs several values", where=key, hint=EXAMPLE)
+    read = [_value(RunConfig.build(base.model_dump(mode="json"), {axis: value}), axis) for value in values]
     if len({*map(text_of, read)}) < len(read):
         raise ConfigError(f"`{key}` has a value twice", where=key, hint="give each value once")
     return tuple(read)
@@ -176,12 +173,3 @@ def _cell(base: RunConfig, values: Mapping[str, Any], at: int) -> Cell:
     except ConfigError:  # too long for a folder; the table names the values
         name = f"{method.name}-cell{at + 1}"
     return Cell(MethodSpec(name, method, {"name": method.name, **short}, dict(values)), values)
-
-
-def text_of(value: Any) -> str:
-    """Return a value as the command line has it: ``8``, ``attention``, ``[q_proj, v_proj]``."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(text_of, value))}]"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

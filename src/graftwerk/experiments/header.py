@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import yaml
-
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.paired_bootstrap import ONE_SEED
+from graftwerk.experiments.axes import flow, written
 from graftwerk.experiments.budget import Budget
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
+from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.tuning import Axes, require_validation
 
 FORMAT = 1
@@ -26,10 +26,11 @@ def comparison_header(
     entries: Sequence[MethodSpec],
     seeds: Sequence[int],
     augment: Sequence[str] | str | None,
-    metric: str,
+    metric: str | None,
     checked: Mapping[str, Any],
     *,
     prefer: str,
+    margin: float | None,
     own: Any,
     axes: Axes,
     budget: Budget | None = None,
@@ -43,9 +44,10 @@ def comparison_header(
         entries: The methods.
         seeds: The seeds, each for every method.
         augment: Augmenters as they were given, or None if there are none.
-        metric: Name of the metric that decides.
+        metric: Name of the metric that decides, or None for the task's own.
         checked: Facts about rows and methods from `jobs`.
         prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        margin: Distance in the metric that was given, or None.
         own: The run file's own method, as it is written there.
         axes: Values that are tried for each method, by setting of the training.
         budget: What each method may spend on trials.
@@ -63,6 +65,9 @@ def comparison_header(
             hint="data.test: 500",
         )
     more = [] if vary == "training" else [f"vary={vary}"]
+    more += [] if metric is None else ["--metric", metric]
+    more += [] if prefer == next(iter(COSTS)) else ["--prefer", prefer]
+    more += [] if margin is None else ["--margin", str(margin)]
     words = ablation.words() if ablation else _words(entries, augment, axes, budget)
     return {
         "format": FORMAT,
@@ -70,7 +75,7 @@ def comparison_header(
         "command": _command(base, seeds, [*words, *more], ablation),
         "model": base.model,
         "task": base.task.name,
-        "metric": metric,
+        "metric": metric or checked["main_metric"],
         "confidence": base.evaluation.confidence,
         "seeds": list(seeds),
         "vary": vary,
@@ -95,15 +100,11 @@ def _words(
     """Return the arguments that repeat a comparison of methods."""
     # a method that is compared with and without augmented rows is two entries and was named once
     given = list({id(entry.given): entry.given for entry in entries}.values())
-    methods = (
-        ",".join(given)
-        if all(isinstance(name, str) for name in given)
-        else yaml.safe_dump(given, default_flow_style=True, width=10_000).strip()
-    )
+    methods = ",".join(given) if all(isinstance(name, str) for name in given) else flow(given)
     words = [f"methods={methods}"]
     if augment is not None:
         words.append(f"augment={augment if isinstance(augment, str) else ','.join(augment)}")
-    words += [f"{name}={','.join(map(str, values))}" for name, values in axes.items()]
+    words += [f"{name}={written(values)}" for name, values in axes.items()]
     if budget is not None:
         words.append(f"budget={budget.trials if budget.seconds is None else f'{budget.seconds:g}s'}")
     return words

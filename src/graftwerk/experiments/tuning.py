@@ -17,11 +17,11 @@ from typing import Any
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import TrialResult
+from graftwerk.experiments.axes import several
 from graftwerk.experiments.method_specs import NO_AXES, MethodSpec, slug
 from graftwerk.experiments.table import shown
 from graftwerk.settings import parse_settings, spellings
 from graftwerk.training.settings import TrainingSettings
-from graftwerk.yaml_files import parse_override_value
 
 Axes = dict[str, tuple[Any, ...]]
 
@@ -44,17 +44,10 @@ def read_axes(overrides: Mapping[str, Any]) -> tuple[Axes, dict[str, Any]]:
         field = next(
             iter(spellings(TrainingSettings, key.removeprefix("training.")) & {*TrainingSettings.model_fields}), ""
         )
-        values = given.split(",") if isinstance(given, str) and "," in given else given
-        if not field or field in NO_AXES or not isinstance(values, list | tuple):
+        read = several(given, key) if field and field not in NO_AXES else None
+        if read is None:
             others[key] = given
             continue
-        if not values or any(isinstance(each, str) and not each.strip() for each in values):
-            raise ConfigError(
-                f"`{key}` has an empty value among those to try",
-                where=key,
-                hint="commas stand between values, and none at the end",
-            )
-        read = [parse_override_value(each, key) if isinstance(each, str) else each for each in values]
         parsed = [
             getattr(parse_settings(TrainingSettings, {field: each}, what="a training", where="training"), field)
             for each in read

@@ -50,7 +50,7 @@ def run_page(
     """
     split, figures, rows = _figures(manifest)
     sections = [
-        _state(manifest, events, broken),
+        _state(folder, manifest, events, broken),
         _metrics(manifest, confidence),
         _examples(manifest, evaluation),
         mistakes_section(manifest, analysis),
@@ -94,9 +94,8 @@ def _headline(manifest: Mapping[str, Any], split: str, figures: Mapping[str, Any
     status = words(manifest, "status")
     metric = _main_metric(manifest, figures)
     value = number(figures, metric, "value") if metric else None
-    chance = mapping(manifest, "chance", split)
-    if chance.get("at_chance") is True:
-        return f"{method} is not shown to be better than {words(chance, 'guess')}"
+    if mapping(manifest, "chance", split).get("at_chance") is True:
+        return f"{method} is not shown to be better than {words(manifest, 'chance', split, 'guess')}"
     if value is not None:
         return f"{method} reaches {numbers.value_of(metric, value)} {numbers.metric_name(metric)} on {split} rows"
     return {
@@ -125,13 +124,14 @@ def _deck(
     return " ".join(said)
 
 
-def _state(manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], broken: int) -> Markup:
+def _state(folder: Path, manifest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], broken: int) -> Markup:
     """Return the section of errors and notes to read before the results."""
     said = []
     status, error = words(manifest, "status"), mapping(manifest, "error")
     if status == "trial":
-        text = "its settings were not chosen, so that the test rows are not measured"
-        said.append(page.message("A trial:", text, "graftwerk train config.yaml --resume measures them"))
+        kept = "graftwerk train config.yaml --resume measures them"  # unless a search has removed the checkpoints
+        hint = kept if (folder / "checkpoints").is_dir() else "train again with these settings to measure them"
+        said.append(page.message("A trial:", "its settings were not chosen; the test rows are not measured", hint))
     elif status != "finished":
         unknown = "The files say that it is still training." if status == "running" else "There is no reason stored."
         what = words(error, "what") or unknown

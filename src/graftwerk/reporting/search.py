@@ -57,7 +57,7 @@ def _headline(result: Mapping[str, Any], finished: bool) -> str:
     return {
         "better": "The settings found beat the defaults",
         "worse": "The defaults stand",
-        "no difference shown": "No difference shown to the defaults",
+        "no difference shown": "No difference shown from the defaults",
     }.get(verdict, "The defaults stand")
 
 
@@ -80,6 +80,8 @@ def _notes(result: Mapping[str, Any], finished: bool) -> Markup:
 
 def _last_word(result: Mapping[str, Any], metric: str) -> Markup:
     both = [("The settings found", mapping(result, "best")), ("The defaults", mapping(result, "default"))]
+    if number(result, "best", "trial") is None:
+        del both[0]  # the defaults stand, and are the best settings themselves
     figures = [(name, one, mapping(one, "metrics", metric)) for name, one in both]
     figures = [(name, one, figure) for name, one, figure in figures if number(figure, "value") is not None]
     if not figures:
@@ -218,5 +220,5 @@ def _repeat(result: Mapping[str, Any]) -> Markup:
     line = words(result, "command")
     if not line:
         return page.section("Repeat it", page.paragraph("The command is not stored.", class_="missing"))
-    text = "The same command resumes a stopped search, and goes on with it if the budget is larger."
+    text = "The same command resumes a stopped search; a larger budget adds trials."
     return page.section("Repeat it", page.command(line), page.paragraph(text, class_="note"))

@@ -7,7 +7,7 @@ import math
 import torch
 
 from graftwerk.devices import backend, release
-from graftwerk.errors import ResourceError
+from graftwerk.errors import MemoryShortage
 from graftwerk.machine import available, kilobytes
 from graftwerk.training import rng
 from graftwerk.training.callbacks.base import TrainingLoop
@@ -36,7 +36,7 @@ def describe_memory(device: torch.device) -> str:
     return f"this process holds {held / 2**20:.1f} GiB, {free_bytes / GIB:.1f} GiB are available"
 
 
-def out_of_memory_error(trainer: TrainingLoop, what: str) -> ResourceError:
+def out_of_memory_error(trainer: TrainingLoop, what: str) -> MemoryShortage:
     """Return the error for a training that does not fit into memory.
 
     Args:
@@ -45,7 +45,7 @@ def out_of_memory_error(trainer: TrainingLoop, what: str) -> ResourceError:
     """
     few = "training.processes=1, " if trainer.distributed.shares_rows else ""
     trained = sum(parameter.numel() for parameter in trainer.parameters)
-    return ResourceError(
+    return MemoryShortage(
         f"{what}: {describe_memory(trainer.device)}; rows have up to {trainer.batch_sampler.longest} tokens, "
         f"{trained:,} parameters are trained",
         hint=f"{few}training.gradient_checkpointing=true, a smaller training.per_device_train_batch_size or "
@@ -61,7 +61,7 @@ def halve_micro_batch(trainer: TrainingLoop) -> None:
         trainer: The training, outside of the handler of the error, whose traceback holds the failed tensors.
 
     Raises:
-        ResourceError: One row at a time is too much already, or other processes wait for this one's gradients.
+        MemoryShortage: One row at a time is too much already, or other processes wait for this one's gradients.
     """
     state = trainer.state
     trainer.optimizer.zero_grad(set_to_none=True)

@@ -113,7 +113,7 @@ def test_recommend_unknown_aim_raises(config: RunConfig) -> None:
     assert "did you mean `speed`?" in str(caught.value)
 
 
-def comparison(folder: Path, model: str, fingerprint: str) -> None:
+def comparison(folder: Path, model: str, fingerprint: str, **changes: Any) -> None:
     figure = {"low": 0.7, "high": 0.8, "note": None}
     methods = [
         {"name": name, "settings": {"name": name}, "figure": {**figure, "value": value}}
@@ -126,6 +126,7 @@ def comparison(folder: Path, model: str, fingerprint: str) -> None:
     content = {
         "format": 1, "status": "finished", "task": "classification", "model": model, "metric": "accuracy", "rows": 500,
         "split": "test", "data": {"fingerprint": fingerprint}, "methods": methods, "differences": differences,
+        **changes,
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "comparison.json").write_bytes(dump_object(content, folder / "comparison.json", seal=True))
@@ -149,11 +150,11 @@ def test_find_evidence_weighs_and_refuses(tmp_path: Path) -> None:
     comparison(tmp_path / "b" / "deep", "mine", "other")
     comparison(tmp_path / "torn", "mine", "f")
     (tmp_path / "torn" / "comparison.json").write_text("{")
-    found = find_evidence(tmp_path, "mine", "classification", "f")
+    found = find_evidence(tmp_path, "mine", "classification", "f", 6)
     assert sorted(points for points, _, _ in found.points["bottleneck"]) == [1.0, 2.0]
     assert found.files == 2
     assert len(found.notes) == 1
-    assert find_evidence(tmp_path, "mine", "summarization", "f").points == {}
+    assert find_evidence(tmp_path, "mine", "summarization", "f", 6).points == {}
 
 
 def test_find_evidence_takes_settings_of_a_search(config: RunConfig, tmp_path: Path) -> None:
@@ -169,3 +170,41 @@ def test_find_evidence_takes_settings_of_a_search(config: RunConfig, tmp_path: P
     assert lora["settings"]["training.learning_rate"] == 0.002
     assert lora["settings"]["method.r"] == 32
     assert str(folder) in str(lora["reasons"])
+
+
+def test_find_evidence_maps_entries_to_candidates_and_skips_ablations(tmp_path: Path) -> None:
+    def entry(name: str, value: float, **settings: Any) -> dict[str, Any]:
+        settings = parse_method({"name": "lora", **settings}).to_dict()
+        return {"name": name, "settings": settings, "figure": {"value": value, "low": 0.7, "high": 0.9, "note": None}}
+
+    methods = [
+        entry("dora", 0.84, use_dora=True), entry("lora", 0.80), entry("lora-r16", 0.82, r=16),
+        entry("top", 0.81, layers="top-2"), entry("pissa", 0.83, init_lora_weights="pissa"),
+    ]  # fmt: skip
+    differences = [
+        {"a": "dora", "b": one["name"], "value": 0.01, "low": -0.02, "high": 0.04, "p": 0.6} for one in methods[1:]
+    ]
+    changes = {"methods": methods, "differences": differences}
+    comparison(tmp_path / "a", "mine", "f", **changes)
+    comparison(tmp_path / "abl", "mine", "f", **changes, ablation={"design": "grid"})
+    found = find_evidence(tmp_path, "mine", "classification", "f", 6).points
+    assert {label: [points for points, _, _ in said] for label, said in found.items()} == {
+        "dora": [4.0], "lora": [2.0], "lora-top": [2.0],
+    }  # fmt: skip
+
+
+def test_recommend_leaves_out_what_is_at_odds_with_the_run_file(config: RunConfig) -> None:
+    changed = RunConfig.build(config.model_dump(mode="json"), {"quantization": "nf4", "training.max_steps": 50})
+    found = recommend(changed, "quality")
+    assert [one["label"] for one in found["left_out"]] == ["full"]
+    assert "quantiz" in found["left_out"][0]["reason"]
+    for one in found["ranked"]:
+        assert "num_train_epochs" not in one["command"]
+        assert not any("epochs to start with" in reason["text"] for reason in one["reasons"])
+
+
+def test_recommend_asks_for_facts_whatever_fits_here(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, asked = module.preflight, list[bool]()
+    monkeypatch.setattr(module, "preflight", lambda given: asked.append(given.training.check_memory) or usual(given))
+    recommend(config, "quality", memory=200_000_000)
+    assert asked == [False]

@@ -65,7 +65,12 @@ class FakeRunner(JobRunner):
             on_event({"kind": "evaluation", "step": epoch * STEPS, "accuracy": now, "loss": 1 - now})
             if self.asked:
                 raise RunInterrupted(signal.SIGTERM, "stopped")
-        content = {"status": TRIAL, "config": config, "base_fingerprint": "b", "data": {"fingerprint": "f"}}
+        content = {
+            "status": TRIAL,
+            "config": config,
+            "base_fingerprint": "b",
+            "data": {"fingerprint": "f", "origin": {}},
+        }
         content |= {"metrics": {"validation": {"accuracy": {"value": value, "low": None, "high": None}}}}
         content |= {"cost": {"training_seconds": 1.0}, "parameters": {"trained": 100}, "best": None}
         (folder.path / "adapter").mkdir(exist_ok=True)

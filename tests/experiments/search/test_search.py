@@ -18,6 +18,7 @@ from graftwerk.errors import (
     ConflictError,
     DivergedError,
     IntegrityError,
+    MemoryShortage,
     ResourceError,
     RunInterrupted,
 )
@@ -26,6 +27,7 @@ from graftwerk.experiments.search import workers as workers_module
 from graftwerk.experiments.search.journal import JOURNAL, mend
 from graftwerk.experiments.search.search import Search, search
 from graftwerk.reporting.html import write_report
+from tests.experiments.search import fake_runs
 from tests.experiments.search.fake_runs import FakeRunner, in_child
 
 SPACE = {"learning_rate": "1e-4..1e-1", "r": "4,8,16", "target_modules": "attention", "lora_dropout": 0.0}
@@ -236,6 +238,22 @@ def test_search_counts_failed_trials(tmp_path: Path) -> None:
         search(run_file(tmp_path / "all"), trials=3, **{**SMALL, "learning_rate": 0.5})
 
 
+def test_search_trial_or_finalist_without_memory_is_a_failed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at(job: Mapping[str, Any], epoch: int) -> None:
+        folder = job["config"]["output_dir"]
+        if job["config"]["method"]["r"] == 16 or folder.endswith("defaults-seed1001"):
+            raise MemoryShortage("one row at a time does not fit into memory")
+
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(at))
+    given = {**SMALL, "learning_rate": "3e-3,1e-3", "r": "8,16"}
+    found = search(run_file(tmp_path / "large"), sampler="grid", pruner="none", **given)
+    states = [(trial["settings"]["method.r"], trial["state"]) for trial in found.result["trials"]]
+    assert sorted(states) == [(8, "complete"), (8, "complete"), (16, "fail"), (16, "fail")]
+    assert any("does not fit" in str(one["failed"]) for one in found.result["finalists"])
+
+
 def test_search_defaults_stand_if_no_trial_is_better(tmp_path: Path) -> None:
     best = run_file(tmp_path / "stands", training={"learning_rate": 3e-3})
     found = search(best, trials=1, **{**SMALL, "r": "4,8"})
@@ -244,11 +262,50 @@ def test_search_defaults_stand_if_no_trial_is_better(tmp_path: Path) -> None:
     assert found.result["best"]["settings"] == found.result["default"]["settings"]
 
 
+def test_search_worse_settings_or_failed_finalists_leave_the_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials' seed flatters r=4, or the finalists run out of memory."""
+    usual = fake_runs.quality
+
+    def flattering(config: Mapping[str, Any]) -> float:
+        seed = config["training"]["seed"]
+        if "/finals/" in config["output_dir"]:
+            return usual(config) - (0.2 if config["method"]["r"] == 4 else 0)
+        return usual(config) + (0.05 if seed == 0 and config["method"]["r"] == 4 else 0)
+
+    monkeypatch.setattr(fake_runs, "quality", flattering)
+    given = {**SMALL, "learning_rate": 3e-3, "r": "4,8"}
+    found = search(run_file(tmp_path / "worse"), sampler="grid", pruner="none", **given)
+    assert found.result["difference"]["verdict"] == "worse"
+    assert found.result["best"] == {**found.result["default"], "trial": None}
+    assert RunConfig.load(tmp_path / "worse" / "best.yaml").method.r == 8  # type: ignore[attr-defined]
+    assert "found " not in str(found).split("rows.")[1].split("The settings")[0]
+
+    def at(job: Mapping[str, Any], epoch: int) -> None:
+        if "/finals/trial" in job["config"]["output_dir"]:
+            raise MemoryShortage("too large")
+
+    monkeypatch.setattr(FakeRunner, "at", staticmethod(at))
+    found = search(run_file(tmp_path / "failed"), sampler="grid", pruner="none", **given)
+    assert found.result["text"] == "All finalists failed with fresh seeds; the defaults stand."
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "best.yaml", "trials/mine.txt", "finals/mine.txt"])
+def test_search_overwrite_in_a_folder_of_something_else_raises(tmp_path: Path, name: str) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ConflictError, match="and no search"):
+        search(run_file(tmp_path), trials=2, overwrite=True, **SMALL)
+    assert mine.read_text() == "mine"
+
+
 def test_search_no_difference_is_said(tmp_path: Path) -> None:
     near = run_file(tmp_path / "near", training={"learning_rate": 3e-3})
     found = search(near, trials=6, pruner="none", **{**SMALL, "learning_rate": "2.5e-3..3.5e-3", "r": 4})
     assert found.result["difference"]["verdict"] == "no difference shown"
-    assert found.result["text"].startswith("No difference shown between the settings found and the defaults: ")
+    assert found.result["text"].startswith("No difference shown from the defaults: ")
 
 
 def test_search_ctrl_c_keeps_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Search) -> None:
@@ -274,11 +331,15 @@ def test_search_ctrl_c_keeps_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_search_refuses_another_config(tmp_path: Path) -> None:
     config = run_file(tmp_path / "one")
-    search(config, trials=2, **SMALL)
+    long = [f"layers.{at}.query" for at in range(30)]
+    given = {**SMALL, "target_modules": long}
+    search(config, trials=2, **given)
+    same = {"logging_steps": 7, "report_to": ["jsonl"], "check_memory": False, "processes": 1}
+    assert len(search(config, trials=2, **{**given, **same}).result["trials"]) == 2
     before = (tmp_path / "one" / JOURNAL).read_bytes()
-    for other in ({"r": "4,8"}, {"sampler": "random"}, {"training.weight_decay": 0.1}):
+    for other in ({"r": "4,8"}, {"sampler": "random"}, {"training.weight_decay": 0.1}, {"target_modules": long[:-1]}):
         with pytest.raises(ConflictError, match="other settings: ") as caught:
-            search(config, trials=2, **{**SMALL, **other})
+            search(config, trials=2, **{**given, **other})
         assert "--overwrite" in str(caught.value.hint)
     assert (tmp_path / "one" / JOURNAL).read_bytes() == before
     anew = search(config, trials=2, overwrite=True, **{**SMALL, "r": "4,8"})
@@ -337,6 +398,8 @@ def test_search_without_optuna_raises(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_search_report_shows_the_last_word_and_the_charts(whole: Search) -> None:
+    trial = write_report(whole.folder / "trials" / "000").read_text(encoding="utf-8")
+    assert "train again with these settings to measure them" in trial
     page = write_report(whole.folder).read_text(encoding="utf-8")
     assert "The settings found beat the defaults" in page
     for chart in ("Importance: ", "All ", "accuracy against learning_rate", "accuracy against r"):

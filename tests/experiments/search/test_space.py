@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from graftwerk.config import parse_overrides
+from graftwerk.experiments.search.header import command_of
 from graftwerk.experiments.search.search import read_search
 from graftwerk.experiments.search.space import Axis, default_settings, grid, label
 from graftwerk.methods.registry import METHODS
@@ -73,3 +77,23 @@ def test_space_list_that_is_one_value_fixes_the_setting() -> None:
     base, axes, _, _ = read_search(tree(), {"target_modules": ["query", "value"]})
     assert base.method.target_modules == ("query", "value")  # type: ignore[attr-defined]
     assert "method.target_modules" not in [axis.key for axis in axes]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("lora", {"r": 8, "lora_dropout": 0.0}),
+        ("lora", {"target_modules": "attention,[query,value]", "learning_rate": "1.23456789e-5..1e-2", "trials": 7}),
+        ("lora", {"target_modules": [["query"], ["query", "value"]], "r": "4,8", "metric": "f1_macro"}),
+        ("lora", {"target_modules": ["query", "value"], "learning_rate": "auto", "r": "4,8"}),
+        ("bottleneck", {"adapter_size": 32, "max_steps": 10}),
+        ("prefix", {"num_virtual_tokens": "5..50"}),
+    ],
+)
+def test_command_of_repeats_the_search(tmp_path: Path, method: str, given: dict[str, Any]) -> None:
+    base, axes, wanted, _ = read_search({**tree(method), "output_dir": str(tmp_path)}, given)
+    words = shlex.split(command_of(base, axes, wanted))
+    assert words[:2] == ["graftwerk", "search"]
+    Path(words[2]).write_text(base.dump())
+    again = read_search(words[2], parse_overrides(words[3:]))
+    assert again[:3] == (base, axes, wanted)

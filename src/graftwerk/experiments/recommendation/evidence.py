@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from graftwerk.errors import GraftwerkError
+from graftwerk.errors import ConfigError, GraftwerkError
 from graftwerk.evaluation.metrics import METRICS
+from graftwerk.experiments.recommendation.rules import CANDIDATES, settings_of
 from graftwerk.experiments.significance import between, in_words, verdict
+from graftwerk.methods.registry import parse_method
 from graftwerk.reporting.files import COMPARISON, SEARCH, at, mapping, mappings, number, words
 from graftwerk.serialization.untrusted_files import read_sealed
 
@@ -25,8 +27,8 @@ class Evidence:
     """Measurements that were found.
 
     Attributes:
-        points: By name of the method: points, and the reason.
-        settings: By name of the method: the best settings of a search on the same model and task, and its folder.
+        points: By label of the candidate: points, and the reason.
+        settings: By label of the candidate: the best settings of a search on the same model and task, and its folder.
         notes: Files that could not be used, and why.
         files: How many could.
     """
@@ -37,7 +39,7 @@ class Evidence:
     files: int = 0
 
 
-def find_evidence(folder: Path, model: str, task: str, fingerprint: str) -> Evidence:
+def find_evidence(folder: Path, model: str, task: str, fingerprint: str, depth: int) -> Evidence:
     """Read the finished comparisons and searches under a folder that are of this task.
 
     Args:
@@ -45,8 +47,10 @@ def find_evidence(folder: Path, model: str, task: str, fingerprint: str) -> Evid
         model: Model of the run.
         task: Name of its task.
         fingerprint: Of its rows.
+        depth: Layers of the model.
     """
     found = Evidence()
+    labels = {str(_kind(settings_of(label, depth))): label for label in CANDIDATES}
     for depth in range(DEPTH + 1):
         for name in (COMPARISON, SEARCH):
             for path in sorted(folder.glob("*/" * depth + name)):
@@ -63,16 +67,31 @@ def find_evidence(folder: Path, model: str, task: str, fingerprint: str) -> Evid
                 where = "these rows" if rows else "other rows, the same model" if same else words(result, "model")
                 found.files += 1
                 if name == COMPARISON:
-                    _compared(found, result, path.parent, weight, where)
+                    _compared(found, labels, result, path.parent, weight, where)
                 elif same:
-                    _searched(found, result, path.parent)
+                    _searched(found, labels, result, path.parent)
     return found
 
 
-def _compared(found: Evidence, result: Mapping[str, Any], folder: Path, weight: float, where: str) -> None:
+def _kind(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what makes a method another one than those of its name: all but sizes, rates and where it is put."""
+    try:
+        values = parse_method(dict(settings)).to_dict()
+    except ConfigError:  # of another version
+        return None
+    return {
+        key: value
+        for key, value in values.items()
+        if key != "target_modules" and (isinstance(value, bool) or not isinstance(value, int | float))
+    }
+
+
+def _compared(
+    found: Evidence, labels: Mapping[str, str], result: Mapping[str, Any], folder: Path, weight: float, where: str
+) -> None:
     """Add a comparison: who is not shown to be worse than the best gets points, who is shown loses some."""
     metric = words(result, "metric")
-    if metric not in METRICS:
+    if metric not in METRICS or at(result, "ablation"):
         return
     measured = {
         words(one, "name"): one for one in mappings(result, "methods") if number(one, "figure", "value") is not None
@@ -82,11 +101,15 @@ def _compared(found: Evidence, result: Mapping[str, Any], folder: Path, weight: 
     better = METRICS[metric].better
     best = max(measured, key=lambda name: better(number(measured[name], "figure", "value") or 0.0, 0.0))
     source = f"{folder}: {where}, {number(result, 'rows') or 0:,.0f} {words(result, 'split')} rows"
-    for name, one in measured.items():
-        method = words(one, "settings", "name")
+    spoken = set[str]()  # a candidate that was compared with several settings speaks by its best
+    for name, one in sorted(measured.items(), key=lambda pair: -better(number(pair[1], "figure", "value") or 0.0, 0.0)):
+        label = labels.get(str(_kind(mapping(one, "settings"))))
+        if label is None or label in spoken:
+            continue
+        spoken.add(label)
         if name == best:
             value = METRICS[metric].text(number(one, "figure", "value") or 0.0)
-            _add(found, method, weight, f"the best mean there: {METRICS[metric].title} {value}", source)
+            _add(found, label, weight, f"the best mean there: {METRICS[metric].title} {value}", source)
             continue
         try:
             difference = between(at(result, "differences") or [], name, best)
@@ -95,14 +118,16 @@ def _compared(found: Evidence, result: Mapping[str, Any], folder: Path, weight: 
         except (KeyError, TypeError):
             continue
         points = -weight if said == "worse" else weight / 2
-        _add(found, method, points, f"against {best}, the best mean there: {text}", source)
+        _add(found, label, points, f"against {best}, the best mean there: {text}", source)
 
 
-def _add(found: Evidence, method: str, points: float, why: str, source: str) -> None:
-    found.points.setdefault(method, []).append((points, why, source))
+def _add(found: Evidence, label: str, points: float, why: str, source: str) -> None:
+    found.points.setdefault(label, []).append((points, why, source))
 
 
-def _searched(found: Evidence, result: Mapping[str, Any], folder: Path) -> None:
-    method = words(result, "method", "name")
-    if words(result, "difference", "verdict") == "better":
-        found.settings[method] = (dict(mapping(result, "best", "settings")), str(folder))
+def _searched(found: Evidence, labels: Mapping[str, str], result: Mapping[str, Any], folder: Path) -> None:
+    best = dict(mapping(result, "best", "settings"))
+    own = {key.partition(".")[2]: value for key, value in best.items() if key.startswith("method.")}
+    label = labels.get(str(_kind({**mapping(result, "method"), **own})))
+    if label is not None and words(result, "difference", "verdict") == "better":
+        found.settings[label] = (best, str(folder))

@@ -96,19 +96,22 @@ def recommend(
     given = str(config) if not isinstance(config, RunConfig) else "run.yaml"
     base = (config if isinstance(config, RunConfig) else RunConfig.load(config)).anchored()
     say("reading the rows")
-    facts = preflight(RunConfig.build(base.model_dump(mode="json"), {"method": "lora"}))
+    with_lora = RunConfig.build(base.model_dump(mode="json"), {"method": "lora"})
+    # what fits is for the plans to say, and for the memory that was asked about
+    facts = preflight(RunConfig.build(with_lora.model_dump(mode="json"), {"training.check_memory": False}))
     parameters, rows = facts["parameters"]["total"], facts["data"]["rows"]["train"]
     architecture = load_config(base.model, base.revision)
     depth = int(getattr(architecture, "num_hidden_layers", 0) or 6)
     folder = Path(runs) if runs is not None else base.output_dir.parent
-    evidence = find_evidence(folder, base.model, base.task.name, facts["data"]["fingerprint"])
+    evidence = find_evidence(folder, base.model, base.task.name, facts["data"]["fingerprint"], depth)
     candidates = [
         _candidate(label, base, aim, depth, evidence, parameters=parameters, rows=rows) for label in CANDIDATES
     ]
     candidates.sort(key=lambda candidate: -candidate.points)
-    planner = Planner(RunConfig.build(base.model_dump(mode="json"), {"method": "lora"}))
+    planner = Planner(with_lora)
     for candidate in candidates:
-        if sum(one.plan is not None and not one.missing for one in candidates) < PLANS:
+        planned = sum(one.plan is not None and not one.missing for one in candidates)
+        if planned < PLANS and not candidate.missing:
             say(f"planning {candidate.label}")
             _plan(candidate, planner, memory)
     left_out = [candidate for candidate in candidates if candidate.missing]
@@ -143,8 +146,7 @@ def _candidate(
 ) -> Candidate:
     """Return a candidate with its settings and the points of rules and measurements."""
     settings = settings_of(label, depth)
-    epochs, why = epochs_for(rows)
-    changes: dict[str, Any] = {"method": settings, "training.num_train_epochs": epochs}
+    changes: dict[str, Any] = {"method": settings}
     if label == "lora-top" and aim in ("speed", "memory"):
         changes["training.trunk_cache"] = True
     reasons = [
@@ -152,16 +154,22 @@ def _candidate(
         for rule in RULES
         if rule.candidate == label and rule.holds(aim, parameters, rows, base.task.generates)
     ]
-    reasons += [(0.0, f"{epochs:g} epochs to start with: {why}", "rule of thumb")]
-    if label == settings["name"]:  # measured with whatever settings: it speaks for the method as such
-        reasons += evidence.points.get(label, [])
-        found = evidence.settings.get(label)
-        if found is not None:
-            own = {key: value for key, value in found[0].items() if key.startswith("training.")}
-            method = {key.partition(".")[2]: one for key, one in found[0].items() if key.startswith("method.")}
-            changes |= {**own, "method": {**settings, **method}}
-            reasons.append((1.0, "its settings are those that a search found better than the defaults", found[1]))
-    config = RunConfig.build(base.model_dump(mode="json"), changes)
+    reasons += evidence.points.get(label, [])
+    if base.training.max_steps is None:
+        changes["training.num_train_epochs"], why = epochs_for(rows)
+        epochs = changes["training.num_train_epochs"]
+        reasons.append((0.0, f"{epochs:g} epochs to start with: {why}", "rule of thumb"))
+    if (found := evidence.settings.get(label)) is not None:
+        own = {key: value for key, value in found[0].items() if key.startswith("training.")}
+        method = {key.partition(".")[2]: one for key, one in found[0].items() if key.startswith("method.")}
+        changes |= {**own, "method": {**settings, **method}}
+        reasons.append((1.0, "its settings are those that a search found better than the defaults", found[1]))
+    if base.training.max_steps is not None:
+        changes.pop("training.num_train_epochs", None)  # a search's
+    try:
+        config = RunConfig.build(base.model_dump(mode="json"), changes)
+    except ConfigError as error:  # at odds with another setting of the run file
+        return Candidate(label, base, changes, reasons, missing=error.what)
     if "training.learning_rate" not in changes:
         changes["training.learning_rate"] = default_learning_rates(config.method, base.task.name)[0]
     return Candidate(label, config, changes, reasons)

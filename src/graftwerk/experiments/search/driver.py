@@ -16,6 +16,7 @@ from graftwerk.errors import (
     ConflictError,
     DivergedError,
     ErrorReport,
+    MemoryShortage,
     ModelError,
     RunInterrupted,
 )
@@ -44,8 +45,8 @@ FORMAT = 1
 NO_SCORES = "answers of this task have no score for each row, so that Wilcoxon's test gives no trial up; pruner=median"
 SEARCH_SCALE = 16
 """Times the size of other JSON files that it may have: it holds each trial."""
-OWN = (SEARCH, BEST_FILE, JOURNAL, CONFIG, LOG, REPORT, TRUNK, TRIALS, FINALS)
-"""All that a search writes into its folder."""
+OWN = (BEST_FILE, CONFIG, LOG, REPORT, TRUNK, TRIALS, FINALS, SEARCH, JOURNAL)
+"""All that a search writes into its folder; last what marks the others as its own."""
 
 
 class SearchDriver:
@@ -85,13 +86,15 @@ class SearchDriver:
             ConflictError: The folder holds something else, is in use, or has a search with other settings.
             RunInterrupted: A signal came; the trials at work have saved.
         """
+        there = [name for name in (MANIFEST, COMPARISON, *OWN) if (self.folder / name).exists()]
+        searched, hint = {SEARCH, JOURNAL} & {*there}, "give the search another one: output_dir=runs/search"
         for name, what in ((MANIFEST, "a run"), (COMPARISON, "a comparison")):
-            if (self.folder / name).exists():
-                raise ConflictError(
-                    f"{self.folder} is the folder of {what}", hint="give the search another one: output_dir=runs/search"
-                )
+            if name in there:
+                raise ConflictError(f"{self.folder} is the folder of {what}", hint=hint)
+        if {*there} - {LOG, TRUNK} and not searched:  # what a search leaves that was killed before its first trial
+            raise ConflictError(f"{self.folder} holds `{there[0]}`, and no search", hint=hint)
         refuse_links(self.folder, (LOCK, *OWN))
-        fresh = not any((self.folder / name).exists() for name in OWN)
+        fresh = not there
         with RunLock(self.folder), Workers(self.folder / LOG, self.wanted.workers) as workers:
             try:
                 self._run_in_lock(workers, overwrite)
@@ -158,17 +161,11 @@ class SearchDriver:
                 configs[f"{axis.name}={label(choice)}"] = changed.model_dump(mode="json")
         return {"kind": "check", "configs": configs, "runs": {}}
 
-    def _identity(self, checked: Mapping[str, Any]) -> dict[str, str]:
+    def _identity(self, checked: Mapping[str, Any]) -> dict[str, Any]:
         """Return what makes this search another one than a search with other settings."""
-        config = redacted(
-            {key: value for key, value in self.runs.tree.items() if key not in ("output_dir", "evaluation")}
-        )
-        flat = {f"{part}.{key}": value for part in ("data", "training", "method", "task") for key, value in
-                (config.pop(part) or {}).items()}  # fmt: skip
-        space = {f"axis {axis.key}": str(axis) for axis in self.axes}
-        other = {"sampler": self.wanted.sampler, "pruner": self.wanted.pruner, "metric": self.metric,
-                 "rows": checked["fingerprint"][:12]}  # fmt: skip
-        return {key: str(value)[:200] for key, value in {**config, **flat, **space, **other}.items()}
+        wanted = {"sampler": self.wanted.sampler, "pruner": self.wanted.pruner, "metric": self.metric}
+        space = {axis.name: axis.to_dict() for axis in self.axes}
+        return {"config": redacted(self.runs.tree), "axis": space, **wanted, "rows": checked["fingerprint"][:12]}
 
     # -- trials ------------------------------------------------------------------------------------------------------
 
@@ -197,7 +194,7 @@ class SearchDriver:
             if not active.ended or runner.signum is not None:
                 raise
             value, reason = None, ""
-        except (DivergedError, Crashed, ConfigError, ModelError) as error:
+        except (DivergedError, Crashed, MemoryShortage, ConfigError, ModelError) as error:
             value, reason = None, error.what
         seconds = time.monotonic() - active.began
         with self.runs.lock:

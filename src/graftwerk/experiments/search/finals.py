@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from graftwerk.errors import DivergedError, IntegrityError
+from graftwerk.errors import DivergedError, IntegrityError, MemoryShortage
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
 from graftwerk.experiments.job_runner import Crashed, JobRunner
@@ -115,13 +115,14 @@ class Finals:
             difference = dict(between(result["differences"], BEST, DEFAULTS))
             difference["verdict"] = verdict(difference, self.metric)  # type: ignore[arg-type]
             difference["text"] = in_words(difference, self.metric)  # type: ignore[arg-type]
-        best = measured.get(BEST) or measured[DEFAULTS]
+        stands = self.winner == DEFAULTS or (difference is not None and difference["verdict"] == "worse")
+        best = measured[DEFAULTS] if stands or BEST not in measured else measured[BEST]
         return {
             "seeds": self.seeds,
             "finalists": [self._told(name) for name in self.settings],
             "best": {
-                "trial": None if self.winner == DEFAULTS else int(self.winner.partition("-")[2]),
-                "settings": self.settings[self.winner] or self.defaults,
+                "trial": None if stands else int(self.winner.partition("-")[2]),
+                "settings": self.defaults if stands else self.settings[self.winner],
                 "metrics": best.get("metrics", {}),
                 "cost": best["cost"],
             },
@@ -152,7 +153,7 @@ class Finals:
                 wait_for(folder)
             if manifest is None or manifest["status"] not in (TRIAL, "finished"):
                 self.runs.train(runner, config, active)
-        except (DivergedError, Crashed) as error:
+        except (DivergedError, Crashed, MemoryShortage) as error:
             with self.runs.lock:
                 self.failed[name][seed] = error.what
                 self.runs.eta.finished("final", None)
@@ -209,6 +210,8 @@ class Finals:
 
     def _text(self, difference: Mapping[str, Any] | None) -> str:
         title = METRICS[self.metric].title
+        if self.winner == DEFAULTS and self.finalists:
+            return "All finalists failed with fresh seeds; the defaults stand."
         if self.winner == DEFAULTS:
             return "No trial was better than the defaults on the validation rows, and the defaults stand."
         if difference is None:
@@ -216,6 +219,6 @@ class Finals:
         lead = {
             "better": f"The settings found beat the defaults: {title} ",
             "worse": f"The settings found are worse than the defaults, which stand: {title} ",
-        }.get(difference["verdict"], "No difference shown between the settings found and the defaults: ")
+        }.get(difference["verdict"], "No difference shown from the defaults: ")
         said = difference["text"].removeprefix("no difference shown: ")
         return f"{lead}{said} on test rows that no trial has seen, {len(self.seeds)} fresh seeds each."

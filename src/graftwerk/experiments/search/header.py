@@ -8,9 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from graftwerk.config import RunConfig
+from graftwerk.experiments.axes import flow, text_of, written
 from graftwerk.experiments.header import CONFIG
 from graftwerk.experiments.search.settings import SearchSettings
-from graftwerk.experiments.search.space import Axis, label
+from graftwerk.experiments.search.space import Axis, held_fixed
 
 
 def search_header(
@@ -54,8 +55,10 @@ def command_of(base: RunConfig, axes: Sequence[Axis], wanted: SearchSettings) ->
     words = ["graftwerk", "search", str(base.output_dir.absolute() / CONFIG)]
     words += [f"{key}={value}" for key, value in wanted.model_dump(mode="json", exclude_defaults=True).items()]
     for axis in axes:
-        values = ",".join(map(label, axis.choices)) if axis.choices else f"{axis.low:g}..{axis.high:g}"
+        values = written(axis.choices) if axis.choices else f"{text_of(axis.low)}..{text_of(axis.high)}"
         words.append(f"{axis.key}={values}")
+    # what is no axis would be searched again if it were not given
+    words += [f"{key}={flow(value)}" for key, value in held_fixed(base, axes).items()]
     return shlex.join(words)
 
 

@@ -83,7 +83,7 @@ def search(
     """Search for better settings of a method, and say on fresh rows whether they beat those of the run file.
 
     A second call with the same settings resumes a search that was stopped or killed, even in the middle of a trial; a
-    larger budget goes on with it.
+    larger budget adds trials.
 
     Args:
         config: A run file, its content, or a `RunConfig`; `output_dir` is the folder of the search. It holds out

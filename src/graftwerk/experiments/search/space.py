@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args
 
-import yaml
-
 from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, did_you_mean
+from graftwerk.experiments.axes import flow, several
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.methods.search_spaces import SEARCH_SPACES
 from graftwerk.settings import known_keys, spellings
@@ -101,8 +100,7 @@ def label(value: Any) -> str:
     """
     if isinstance(value, float):
         return f"{value:g}"
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n")
-    return text.strip()
+    return flow(value)
 
 
 def read_space(base: RunConfig, given: Mapping[str, Any]) -> tuple[list[Axis], dict[str, Any], list[str]]:
@@ -177,6 +175,13 @@ def grid(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in product(*(axis.points() for axis in axes))]
 
 
+def held_fixed(base: RunConfig, axes: Sequence[Axis]) -> dict[str, Any]:
+    """Return the settings of the method's own space that are no axes, with the values that all trials have."""
+    keys = [str(_full_key(base, name)) for name in SEARCH_SPACES[base.method.name]]
+    searched = {axis.key for axis in axes}
+    return {key: value_of(base, key) for key in keys if key not in searched}
+
+
 def value_of(config: RunConfig, key: str) -> Any:
     """Return a setting of a run as a JSON value."""
     part, _, name = key.partition(".")
@@ -209,31 +214,13 @@ def _elsewhere(key: str) -> bool:
 
 def _values(base: RunConfig, key: str, value: Any) -> Any:
     """Return a range ``(low, high)`` or a list of values, or None for a single value."""
-    if isinstance(value, str) and key.rpartition(".")[2] not in PATHS:
+    tail = key.rpartition(".")[2]
+    if isinstance(value, str) and tail not in PATHS:
         if match := _RANGE.fullmatch(value):
             return tuple(parse_override_value(end, key) for end in match.groups())
         if ".." in value:
             raise ConfigError(f"`{value}` is no range", where=key, hint="a range is two numbers: 1e-4..1e-2")
-        parts = _split(value)
-        if len(parts) > 1:
-            if not all(parts):
-                raise ConfigError(f"`{key}` has an empty value among those to try", where=key, hint="a,b,c")
-            return [parse_override_value(part, key) for part in parts]
-    if isinstance(value, list | tuple) and not _takes_list(base, key):
-        return list(value)
-    return None
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside brackets."""
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign in "[{") - (sign in "]}")
-        if sign == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return [part.strip() for part in parts]
+    return None if isinstance(value, str) and tail in PATHS else several(value, key, takes_list=_takes_list(base, key))
 
 
 def _takes_list(base: RunConfig, key: str) -> bool:

@@ -2,7 +2,7 @@
 
 One process asks and tells; workers only train. What trial n tries depends on the seed, on n and on the trials before
 it alone (each trial has a sampler of its own, seeded by its number), so that a search that was killed tries the same
-as one that was not. A trial that was running then stays RUNNING in the journal for ever, since that has no heartbeat:
+as one that was not. A trial that was running then stays RUNNING in the journal, which has no heartbeat:
 it is taken over here, under its number, and its run resumes from its checkpoint.
 """
 
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from graftwerk.errors import ConflictError
 from graftwerk.experiments.search.journal import mend, require_optuna
 from graftwerk.experiments.search.space import Axis, grid, label
+from graftwerk.training.resume_check import differences
 
 Sampler = Literal["tpe", "random", "grid"]
 Pruner = Literal["median", "wilcoxon", "none"]
@@ -94,11 +95,11 @@ class Study:
             self._study = optuna.load_study(study_name=_NAME, storage=storage, pruner=median)
         self._stale = [trial for trial in self._trials() if not trial.state.is_finished()]
 
-    def settle(self, identity: Mapping[str, str]) -> None:
+    def settle(self, identity: Mapping[str, Any]) -> None:
         """Store what the study is of, or refuse to go on with another one's trials.
 
         Args:
-            identity: Texts by name: settings of the run file, the space, the rows.
+            identity: Settings of the run file under ``config``, the space, the rows, as JSON values.
 
         Raises:
             ConflictError: The trials were made with others.
@@ -107,12 +108,7 @@ class Study:
         if before is None or not self._trials():
             self._study.set_user_attr("identity", dict(identity))
             return
-        changed = [
-            f"{key}: {before.get(key, '(missing)')} -> {identity.get(key, '(missing)')}"
-            for key in {**before, **identity}
-            if before.get(key) != identity.get(key)
-        ]
-        if changed:
+        if changed := differences(before, identity):
             raise ConflictError(
                 f"this folder holds a search with other settings: {'; '.join(changed)}",
                 hint="another output_dir for another search; or --overwrite (overwrite=True) to search anew",

@@ -49,7 +49,8 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     said = [f"{trials}{f' ({counts})' if counts else ''}; {known.title}{HOW[known.unit]} on the validation rows."]
     if result["status"] != "finished":
         return [*said, "Not finished: the same command resumes the search."]
-    for name, title in (("best", "found"), ("default", "defaults")):
+    found = [] if result["best"]["trial"] is None else [("best", "found")]
+    for name, title in [*found, ("default", "defaults")]:
         figure = result[name]["metrics"].get(metric)
         settings = ", ".join(
             f"{key.partition('.')[2]} {label(value)}" for key, value in result[name]["settings"].items()

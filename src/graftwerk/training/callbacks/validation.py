@@ -55,7 +55,8 @@ class Validation(Callback):
         state.evaluated = state.step
         trainer.saved_step = -1  # this state is saved again, with what the evaluation has changed
         trainer.clock.evaluation_seconds = trainer.clock.pause()
-        trainer.emit(Event("evaluation", state.step, **metrics, best=better, seconds=trainer.clock.seconds()))
+        # first the rows: a search judges an evaluation by them
         trainer.emit(Event("validated", state.step, predictions=predictions))
+        trainer.emit(Event("evaluation", state.step, **metrics, best=better, seconds=trainer.clock.seconds()))
         for callback in trainer.callbacks:
             callback.on_evaluation_end(trainer, predictions.loss)

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import ResourceError
+from graftwerk.errors import MemoryShortage
 from graftwerk.formatting import byte_size
 from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.callbacks.base import TrainingLoop
@@ -83,7 +83,7 @@ def refuse_unfit(planner: Planner, found: dict[str, Any]) -> None:
     if smaller is not None:
         peak = byte_size(smaller["plan"]["memory"]["train_peak_bytes"])
         less = f"{' '.join(smaller['overrides'])} (planned peak {peak})"
-    raise ResourceError(
+    raise MemoryShortage(
         f"training `{config.method.name}` needs {byte_size(memory['least_peak_bytes'])} of memory at least "
         f"({byte_size(memory['weights_bytes'])} of weights, {byte_size(memory['activations_bytes'])} of activations, "
         f"{byte_size(memory['gradients_bytes'] + memory['optimizer_bytes'])} of gradients and optimizer; planned peak "
