@@ -4,9 +4,9 @@ Every configuration trains a few steps in a process of its own (`graftwerk train
 measured is kept, so that the command goes on where it was stopped. Those named `CALIBRATION` are what the plan's
 constants were fitted on; the table of docs/planning.md is of the others.
 
-    python -m benchmarks.p9_plan --measure [--only TEXT]     train what is not measured yet
-    python -m benchmarks.p9_plan --plan                      plan what is measured, print the errors
-    python -m benchmarks.p9_plan --page                      write the table into docs/planning.md
+    python -m benchmarks.plan_accuracy --measure [--only TEXT]     train what is not measured yet
+    python -m benchmarks.plan_accuracy --plan                      plan what is measured, print the errors
+    python -m benchmarks.plan_accuracy --page                      write the table into docs/planning.md
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import harness, material
 from benchmarks.harness import WrongResultError, spawn
 
-FILE = harness.RESULTS / "P9_runs.json"
+FILE = harness.RESULTS / "plan_runs.json"
 PAGE = harness.ROOT / "docs" / "planning.md"
 MARKS = ("<!-- table -->", "<!-- end of table -->")
 MODELS = Path(tempfile.gettempdir()) / "graftwerk-p9"
