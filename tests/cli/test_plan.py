@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from graftwerk.cli.plan import bytes_of
 from graftwerk.config import RunConfig
+from graftwerk.methods import registry
 from graftwerk.methods.registry import METHODS
 from graftwerk.training.planning import plan as planning
 from graftwerk.training.planning.calibration import Calibration
@@ -34,25 +36,74 @@ def test_plan_command_prints_memory_time_and_size(graftwerk: Run, config: Path, 
     assert "fits into 100 GB as it is" in shown
 
 
-def test_plan_command_compares_all_methods(graftwerk: Run, config: Path) -> None:
+@pytest.mark.parametrize("names", [("full", "lora", "prefix"), pytest.param((*METHODS,), marks=pytest.mark.slow)])
+def test_plan_command_compares_all_methods(
+    graftwerk: Run, config: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "METHODS", {name: METHODS[name] for name in names})
     said = graftwerk("plan", config, "--table", "--json")
     assert said.code == 0, said.err
-    assert [row["method"] for row in said.json["methods"]] == list(METHODS)
+    assert [row["method"] for row in said.json["methods"]] == [*names]
     peaks = {row["method"]: row["memory"]["optimizer_bytes"] for row in said.json["methods"] if "memory" in row}
     assert peaks["full"] == max(peaks.values())
 
 
 @pytest.mark.parametrize("size", ["24 apples", "0", "-3GB"])
-def test_plan_command_refuses_what_is_no_size(graftwerk: Run, config: Path, size: str) -> None:
-    said = graftwerk("plan", config, f"--fit={size}")
+@pytest.mark.parametrize(("command", "option"), [("plan", "--fit"), ("recommend", "--memory")])
+def test_command_refuses_what_is_no_size(graftwerk: Run, config: Path, size: str, command: str, option: str) -> None:
+    said = graftwerk(command, config, f"{option}={size}")
     assert said.code == 2
-    assert "--fit 24GB" in said.err
+    assert f"`{size}` is not a memory size" in said.err
+    assert f"{option} 24GB" in said.err
+
+
+def test_bytes_of_counts_binary_units_in_powers_of_1024() -> None:
+    assert [bytes_of(text, "--fit") for text in ("24GiB", "24GB", "2 ki", "7")] == [24 << 30, 24 * 10**9, 2048, 7]
+
+
+def figures(**changes: float) -> dict[str, float]:
+    """Figures of a step of 16 rows, of 1000 bytes each."""
+    parts = dict.fromkeys(("weights", "trained", "gradients", "optimizer", "cached", "kept", "evaluation"), 0.0)
+    return {**parts, "held": 16e3, "alive": 16e3, "step_peak": 16e3, "rows": 16.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("less", "largest"),
+    [({"step_peak": 8e3, "rows": 8.0}, 100), ({"rows": 8.0}, None), ({"step_peak": 8e3}, None)],
+)
+def test_largest_batch_grows_by_the_rows_that_were_traced(
+    config: Path, monkeypatch: pytest.MonkeyPatch, less: dict[str, float], largest: int | None
+) -> None:
+    monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
+    monkeypatch.setattr(Planner, "_metrics_bytes", lambda *_: 0)
+    planner = Planner(RunConfig.load(config, {"per_device_train_batch_size": 16}), num_processes=1)
+    monkeypatch.setattr(planner, "_measured", lambda config: figures(**less))
+    found = figures(alive=50e3, held=50e3, evaluation=50e3)  # the peak is that of an evaluation
+    memory = planner._memory(found, planner.config)
+    assert planner._largest_batch(planner.config, found, memory, 100_000) == largest
+    assert planner._largest_batch(planner.config, found, memory, 49_000) == 0
+
+
+def test_fit_divides_the_batch_of_an_evaluation_that_is_the_peak(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(RunConfig.load(config, {"per_device_eval_batch_size": 64}), num_processes=1)
+
+    def measured(config: RunConfig) -> dict[str, float]:
+        step = 1e9 + config.training.per_device_train_batch_size
+        evaluation = 1e8 * config.training.per_device_eval_batch_size
+        alive = max(step, evaluation)
+        return figures(alive=alive, held=alive, step_peak=step, evaluation=evaluation)
+
+    monkeypatch.setattr(planner, "_measured", measured)
+    monkeypatch.setattr(planner, "plan", lambda config, largest_batch: {})
+    found = planner.fit(4_000_000_000)
+    assert found == {"overrides": ["training.per_device_eval_batch_size=32"], "plan": {}}
+    assert planner.fit(1000) is None
 
 
 def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> None:
     planner = Planner(RunConfig.load(config))
-    peak = planner.plan()["memory"]["train_peak_bytes"]
-    found = planner.fit(peak - 1)
+    peak = planner.plan(largest_batch=False)["memory"]["train_peak_bytes"]
+    found = planner.fit(peak - 1, largest_batch=False)
     assert found is not None
     values = dict(each.split("=") for each in found["overrides"])
     size = int(values["training.per_device_train_batch_size"])
@@ -63,7 +114,8 @@ def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> Non
 def test_train_that_cannot_fit_is_refused_with_what_would_fit(
     graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = {"max_steps": 1, "report_to": ["jsonl"], "processes": 1, "per_device_train_batch_size": 64}
+    training = {"max_steps": 1, "report_to": ["jsonl"], "processes": 1, "per_device_train_batch_size": 16}
+    training["per_device_eval_batch_size"] = 4
     path = run_file(tmp_path, tiny_encoder, glosses, training=training, data={"train": str(glosses)})
     monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
     monkeypatch.setattr(Planner, "_metrics_bytes", lambda *_: 0)
@@ -75,7 +127,7 @@ def test_train_that_cannot_fit_is_refused_with_what_would_fit(
         assert said.code == 5, said.err
         assert "of weights" in said.err
         (found,) = re.findall(r"per_device_train_batch_size=(\d+) training.gradient_accumulation_steps=(\d+)", said.err)
-        assert int(found[0]) * int(found[1]) == 64 > int(found[0])
-        assert "training.check_memory=false" in said.err
+        assert int(found[0]) * int(found[1]) == 16 > int(found[0])
+        assert "training.check_memory=false skips this check" in said.err
     assert sorted(tmp_path.rglob("*")) == before
     assert train(RunConfig.load(path), quiet=True, check_memory=False).manifest["status"] == "finished"

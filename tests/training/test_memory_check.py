@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,11 +133,35 @@ def test_plan_of_two_processes_divides_rows_and_counts_both(path: Path) -> None:
     assert shared["time"]["step_seconds"] < alone["time"]["step_seconds"]
 
 
-@pytest.mark.skipif("quantization" not in RunConfig.model_fields, reason="bases cannot be quantized")
 def test_plan_of_quantized_base_counts_codes_in_place_of_weights(path: Path) -> None:
-    full = Planner(RunConfig.load(path)).plan(largest_batch=False)["memory"]["weights_bytes"]
-    nf4, int8 = (
-        Planner(RunConfig.load(path, {"quantization": name})).plan(largest_batch=False)["memory"]["weights_bytes"]
-        for name in ("nf4", "int8")
-    )
-    assert nf4 < int8 < full
+    plans = {
+        name: Planner(RunConfig.load(path, {"quantization": settings})).plan(largest_batch=False)["memory"]
+        for name, settings in (
+            ("full", None),
+            ("int8", "int8"),
+            ("skips", {"name": "nf4", "skip": ["layer.1.output"]}),
+            ("nf4", "nf4"),
+        )
+    }
+    weights = [each["weights_bytes"] for each in plans.values()]
+    assert weights == sorted(set(weights), reverse=True)
+    assert len({each["trained_bytes"] for each in plans.values()}) == 1
+    assert plans["nf4"]["least_peak_bytes"] < plans["full"]["least_peak_bytes"]
+
+
+@pytest.mark.parametrize(("quantization", "world"), [("nf4", 1), (None, 2)], ids=["quantized", "launched"])
+def test_run_that_the_plan_does_not_describe_teaches_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, world: int
+) -> None:
+    monkeypatch.setattr(memory_check, "learn", None)
+    monkeypatch.setattr(memory_check, "Planner", None)
+    state, clock = SimpleNamespace(seconds=99.0), SimpleNamespace(mean_step_seconds=1.0)
+    trainer: Any = SimpleNamespace(state=state, clock=clock, distributed=SimpleNamespace(world_size=world))
+    config = RunConfig.load(path, {"quantization": quantization})
+    assert memory_check.planned_cost({"memory": {}}, config, None, 1, trainer, 10**9) == {}  # type: ignore[arg-type]
+
+
+def test_planned_of_processes_that_share_the_base_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "FSDP" in memory_check.planned(None)["why_not"]  # type: ignore[arg-type]

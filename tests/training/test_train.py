@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from graftwerk.errors import (
 from graftwerk.models import load as loading
 from graftwerk.serialization.untrusted_files import read_tensors
 from graftwerk.training.checkpoint import Checkpoints
-from graftwerk.training.events import Event
-from graftwerk.training.train import Run, train
+from graftwerk.training.events import TRANSIENT, Event
+from graftwerk.training.train import Run, run_training, train
 from tests.training.children import left_by, log_of
 
 Tree = dict[str, Any]
@@ -69,7 +70,8 @@ def test_train_writes_complete_run_folder(run_file: Build, tmp_path: Path) -> No
     assert 0 < manifest["parameters"]["head"] < manifest["parameters"]["trained"] < manifest["parameters"]["total"]
     assert manifest["parameters"]["share"] == manifest["parameters"]["trained"] / manifest["parameters"]["total"]
     assert set(manifest["cost"]) == {
-        "training_seconds", "steps", "peak_memory_bytes", "adapter_bytes", "first_step_seconds", "processes",
+        "training_seconds", "steps", "step_seconds", "peak_memory_bytes", "adapter_bytes", "first_step_seconds",
+        "processes",
     }  # fmt: skip
     assert manifest["cost"]["steps"] == 12
     for split in ("validation", "test"):
@@ -86,7 +88,7 @@ def test_train_writes_complete_run_folder(run_file: Build, tmp_path: Path) -> No
     assert logged.count("step") == 12
     assert logged.count("evaluation") == 3
     assert logged[-1] == "finish"
-    assert [event.kind for event in events if event.kind not in ("phase", "progress")] == logged
+    assert [event.kind for event in events if event.kind not in TRANSIENT] == logged
     assert run.to_dict()["adapter"] == str(run.adapter)
 
 
@@ -215,6 +217,24 @@ def test_resume_other_data_raises(
     with pytest.raises(ConflictError, match=r"data: '[0-9a-f]+") as caught:
         train(tree, resume=True)
     assert "warm_start" in (caught.value.hint or "")
+
+
+def test_resume_of_a_trial_keeps_what_its_training_cost(run_file: Build) -> None:
+    """Also where a first resumed call is cut short, which leaves a manifest of another status."""
+    before = run_training(RunConfig.of(run_file(), {}), started_at=time.monotonic(), trial=True).manifest
+
+    def cut(event: Event) -> None:
+        if event.values.get("name") == "evaluating":
+            raise RunInterrupted(signal.SIGTERM, "cut short")
+
+    with pytest.raises(RunInterrupted):
+        train(run_file(), resume=True, listener=cut)
+    after = train(run_file(), resume=True, quiet=True).manifest
+    assert (before["status"], after["status"]) == ("trial", "finished")
+    assert before["cost"]["step_seconds"] > 0
+    for key in ("step_seconds", "first_step_seconds"):
+        assert after["cost"][key] == before["cost"][key]
+    assert after["trunk"] == before["trunk"]
 
 
 def test_resume_free_settings_may_change(run_file: Build, tmp_path: Path, stopped: Path) -> None:

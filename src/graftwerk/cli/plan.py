@@ -11,7 +11,7 @@ from graftwerk.cli.arguments import ConfigFile, Overrides
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, table
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def register(app: typer.Typer) -> None:
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
         from graftwerk.formatting import byte_size, duration
         from graftwerk.training.planning.plan import Planner
 
-        limit = None if fit is None else bytes_of(fit)
+        limit = None if fit is None else bytes_of(fit, "--fit")
         settings = RunConfig.load(config, overrides or [])
         out.note("reading the rows ...")
         planner = Planner(settings)
@@ -55,9 +55,9 @@ def register(app: typer.Typer) -> None:
         )
         if found["fits"] is not None:
             said = "fits into" if found["fits"] else "does not fit into"
-            out.line(
-                f"{said} the {byte_size(found['available_bytes'])} available; up to {found['largest_batch']:,} rows"
-            )
+            rows = found["largest_batch"]
+            largest = "" if rows is None else f"; largest batch: {rows:,} rows"
+            out.line(f"{said} the {byte_size(found['available_bytes'])} available{largest}")
         if every:
             found["methods"] = _every_method(out, planner)
         if limit is not None:
@@ -65,22 +65,27 @@ def register(app: typer.Typer) -> None:
         return found
 
 
-def bytes_of(text: str) -> int:
-    """Return the bytes that a size such as `24GB`, `800 MB` or `1.5e9` means.
+def bytes_of(text: str, option: str) -> int:
+    """Return the bytes that a size such as `24GB`, `16GiB`, `800 MB` or `1.5e9` means.
+
+    Args:
+        text: The size.
+        option: Option of the command that it was given to.
 
     Raises:
         ConfigError: It is no size above 0.
 
     Example:
-        >>> bytes_of("1.5GB")
-        1500000000
+        >>> bytes_of("1.5GB", "--fit"), bytes_of("2KiB", "--fit")
+        (1500000000, 2048)
     """
     from graftwerk.errors import ConfigError
 
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** _UNITS[found[2].upper()]) if found else 0
     if size <= 0:
-        raise ConfigError(f"`{text}` is no size of a memory", where="--fit", hint="--fit 24GB, or --fit 800MB")
+        hint = f"{option} 24GB, or {option} 800MB"
+        raise ConfigError(f"`{text}` is not a memory size", where=option, hint=hint)
     return size
 
 

@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
         from graftwerk.experiments.recommendation.recommend import recommend
         from graftwerk.formatting import byte_size, count, seconds
 
-        limit = None if memory is None else bytes_of(memory)
+        limit = None if memory is None else bytes_of(memory, "--memory")
         found = recommend(config, aim, memory=limit, runs=runs, say=lambda text: out.note(f"{text} ..."))
         case = found["case"]
         room = f", {byte_size(case['memory_bytes'])} of memory" if case["memory_bytes"] else ""

@@ -118,7 +118,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Put bitsandbytes' layers, without values, in place of the linear ones."""
         config = self.quantization_config
-        self.chosen, self.skipped = _choose(model, config.skip, config.whole)
+        self.chosen, self.skipped = choose_layers(model, config.skip, config.whole)
         for path in self.chosen:
             with torch.device("meta"):
                 model.set_submodule(path, _empty_layer(model.get_submodule(path), config))
@@ -213,7 +213,7 @@ class _Int8Product(torch.autograd.Function):
         return grad @ base_weight(ctx.layer).to(grad.dtype), None
 
 
-def _choose(model: PreTrainedModel, skip: Collection[str], whole: Collection[str]) -> tuple[list[str], list[str]]:
+def choose_layers(model: PreTrainedModel, skip: Collection[str], whole: Collection[str]) -> tuple[list[str], list[str]]:
     """Return the paths of the linear layers that are quantized, and of those that are not.
 
     Raises:

@@ -127,7 +127,7 @@ def finish(
     manifest["cost"] = {
         "training_seconds": trainer.state.seconds,
         "steps": trainer.state.step,
-        "step_seconds": trainer.clock.mean_step_seconds,
+        "step_seconds": trainer.clock.mean_step_seconds or before.get("step_seconds"),
         **cost,
         "peak_memory_bytes": max(
             filter(None, (cost["peak_memory_bytes"], before.get("peak_memory_bytes"))), default=None

@@ -27,7 +27,6 @@ from graftwerk.training.run_dir import (
     MANIFEST,
     OPTIMIZER,
     STATE,
-    TRIAL,
     WEIGHTS,
     RunDir,
 )
@@ -107,7 +106,7 @@ class RunDriver:
             self.processes = connect(shares_rows=forked)
             if not self.processes.any(finished):  # only the main process has looked at the folder
                 with _naming_recovered(self.checkpoints):
-                    self._train(resume, earlier if earlier is not None and earlier["status"] == TRIAL else {})
+                    self._train(resume, {} if earlier is None else earlier)
             elif main:
                 text = f"the run in {self.folder.path} is finished; nothing was left to do"
                 self.bus(Event("nothing_left", 0, text=text))
@@ -120,12 +119,13 @@ class RunDriver:
             before = RunConfig.load(written).model_dump(mode="json")
             refuse_changes({"config": before}, {"config": self.settings.model_dump(mode="json")}, self.folder.adapter)
 
-    def _train(self, resume: bool, trial: Mapping[str, Any]) -> None:
+    def _train(self, resume: bool, earlier: Mapping[str, Any]) -> None:
         """Read the data, load the model, train, and store the results.
 
         Args:
             resume: Continue from the newest checkpoint.
-            trial: Manifest of the trial that is resumed: its training is done, and what it cost stays true.
+            earlier: Manifest of the run that is resumed. Once it names a cost its training is done (a trial's, or that
+                of an end that was cut short), and what it cost stays true.
         """
         from graftwerk.evaluation.cost import peak_memory, resident
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
@@ -196,7 +196,8 @@ class RunDriver:
             shared_cache=self.shared_cache,
         )
         self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
-        self.manifest |= {name: trial[name] for name in ("cost", "trunk") if name in trial}
+        if earlier.get("cost"):
+            self.manifest |= {name: earlier[name] for name in ("cost", "trunk") if name in earlier}
         self._check_readable(trainer)
         self.processes.barrier()  # all have loaded what they need, before anything is replaced
         if self.processes.is_main:

@@ -15,6 +15,7 @@ from graftwerk.errors import MemoryShortage
 from graftwerk.formatting import byte_size
 from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.callbacks.base import TrainingLoop
+from graftwerk.training.distributed.launcher import fsdp_version, launched_world_size
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.planning.calibration import learn
 from graftwerk.training.planning.plan import Planner
@@ -78,7 +79,7 @@ def refuse_unfit(planner: Planner, found: dict[str, Any]) -> None:
     config, memory, free = planner.config, found["memory"], found["available_bytes"]
     if not config.training.check_memory or free is None or memory["least_peak_bytes"] <= free:
         return
-    smaller = planner.fit(free)
+    smaller = planner.fit(free, largest_batch=False)
     less = "a smaller model, a method that trains less, or shorter rows (data.max_length)"
     if smaller is not None:
         peak = byte_size(smaller["plan"]["memory"]["train_peak_bytes"])
@@ -88,7 +89,7 @@ def refuse_unfit(planner: Planner, found: dict[str, Any]) -> None:
         f"({byte_size(memory['weights_bytes'])} of weights, {byte_size(memory['activations_bytes'])} of activations, "
         f"{byte_size(memory['gradients_bytes'] + memory['optimizer_bytes'])} of gradients and optimizer; planned peak "
         f"{byte_size(memory['train_peak_bytes'])}), and {byte_size(free)} are available",
-        hint=f"{less}; {KEY}=false trains all the same",
+        hint=f"{less}; {KEY}=false skips this check",
     )
 
 
@@ -100,21 +101,24 @@ def planned_cost(
     trainer: TrainingLoop,
     peak: int | None,
 ) -> dict[str, float]:
-    """Return the planned figures that a finished run is compared with, none after a short run without a plan.
+    """Return the planned figures that a finished run is compared with.
 
-    The machine's calibration learns from the difference.
+    None after a short run without a plan, on a quantized base, and of launched processes. The machine's calibration
+    learns from the difference.
 
     Args:
         plan: The plan from before the training, or None.
         config: Settings of the run.
         prepared: Its rows.
-        num_processes: Processes that trained together.
+        num_processes: Processes of this machine that shared the rows of a step, and whose memory is ``peak``.
         trainer: The trainer that has trained.
         peak: Measured peak of the training in bytes, or None.
 
     Returns:
         ``planned_peak_memory_bytes`` and ``planned_step_seconds``.
     """
+    if config.quantization is not None or num_processes != trainer.distributed.world_size:
+        return {}  # what a layer decodes and what launched processes share is not in a plan
     if plan is None and trainer.state.seconds >= WORTH_SECONDS:
         plan = planned(Planner(config, prepared, num_processes))
     if plan is None or "why_not" in plan:
@@ -138,6 +142,8 @@ def planned(planner: Planner) -> dict[str, Any]:
     Args:
         planner: Planner of the run.
     """
+    if fsdp_version() and launched_world_size() != "1":
+        return {"why_not": "the processes share the base (FSDP), and each one's part is not planned"}
     try:
         return planner.plan(largest_batch=False)
     except Exception as error:  # a model's code that needs values of tensors; its training may work all the same

@@ -115,7 +115,8 @@ class Planner:
         Returns:
             ``memory`` (`Memory`), ``time`` (``step_seconds`` of a mean step, ``epoch_seconds``, ``training_seconds``
             with the evaluations), ``adapter_bytes``, ``available_bytes`` (None if the machine does not say), ``fits``
-            and ``largest_batch`` (None as well), ``processes``, ``calibration`` (`Calibration`), and ``traced``
+            and ``largest_batch`` (None as well, and where memory
+            does not grow with the rows), ``processes``, ``calibration`` (`Calibration`), and ``traced``
             (``rows`` of a micro-batch and ``tokens`` of its longest row).
 
         Raises:
@@ -137,39 +138,54 @@ class Planner:
             "traced": {"rows": self._micro_batch(config), "tokens": self._longest()},
         }
 
-    def fit(self, limit: int) -> dict[str, Any] | None:
+    def fit(self, limit: int, *, largest_batch: bool = True) -> dict[str, Any] | None:
         """Return the first change of settings with which training takes at most ``limit`` bytes.
 
-        Tried in this order: nothing; fewer rows in a micro-batch, and as many more micro-batches in a step; activations
-        recomputed in backward; both. The result of training is the same but for rounding and dropout.
+        Tried in this order: nothing; fewer rows in a micro-batch, and as many more micro-batches in a step; fewer rows
+        in a batch of the evaluation where that is the peak; activations recomputed in backward; all of them. The result
+        of training is the same but for rounding and dropout.
 
         Returns:
             ``overrides`` (``key=value``, as on the command line) and ``plan``, or None if nothing of it suffices.
         """
-        training = self.config.training
-        rows = training.per_device_train_batch_size
-        sizes = [rows >> halvings for halvings in range(rows.bit_length()) if rows % (1 << halvings) == 0]
+        training, found = self.config.training, self._measured(self.config)
+        if self.num_processes * sum(found[part] for part in ("weights", "trained", "gradients", "optimizer")) > limit:
+            return None
+        rows, evaluated = _halvings(training.per_device_train_batch_size), training.per_device_eval_batch_size
         for recompute in dict.fromkeys((training.gradient_checkpointing, True)):
-            most, least = (self._peak(self._changed(size, recompute)[0]) for size in (sizes[0], sizes[-1]))
-            for size in sizes:
-                slope = (most - least) / max(rows - sizes[-1], 1)
-                if least + slope * (size - sizes[-1]) > 1.05 * limit:
-                    continue  # by far too much: not worth a trace
-                config, changes = self._changed(size, recompute)
-                if self._peak(config) <= limit:
-                    return {
-                        "overrides": [f"{key}={_text(value)}" for key, value in changes.items()],
-                        "plan": self.plan(config),
-                    }
+            for size in (evaluated >> halvings for halvings in range(evaluated.bit_length())):
+                if (fitting := self._fitting(limit, rows, size, recompute)) is not None:
+                    config, changes = fitting
+                    overrides = [f"{key}={_text(value)}" for key, value in changes.items()]
+                    return {"overrides": overrides, "plan": self.plan(config, largest_batch=largest_batch)}
+                smallest = self._measured(self._changed(rows[-1], size, recompute)[0])
+                if smallest["alive"] <= smallest["step_peak"]:
+                    break  # evaluation is not the peak
         return None
 
-    def _changed(self, rows: int, recompute: bool) -> tuple[RunConfig, dict[str, Any]]:
-        """Return the run with steps cut into micro-batches of so many rows, and what that changes in the settings."""
+    def _fitting(
+        self, limit: int, sizes: list[int], evaluated: int, recompute: bool
+    ) -> tuple[RunConfig, dict[str, Any]] | None:
+        """Return the run with the most rows in a micro-batch that fits, as `_changed` does, or None."""
+        most, least = (self._peak(self._changed(size, evaluated, recompute)[0]) for size in (sizes[0], sizes[-1]))
+        slope = (most - least) / max(sizes[0] - sizes[-1], 1)
+        for size in sizes:
+            if least + slope * (size - sizes[-1]) > 1.05 * limit:
+                continue  # by far too much: not worth a trace
+            config, changes = self._changed(size, evaluated, recompute)
+            if self._peak(config) <= limit:
+                return config, changes
+        return None
+
+    def _changed(self, rows: int, evaluated: int, recompute: bool) -> tuple[RunConfig, dict[str, Any]]:
+        """Return the run with batches of so many rows, and what that changes in the settings."""
         training, changes = self.config.training, dict[str, Any]()
         if rows != training.per_device_train_batch_size:
             steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
             changes["training.per_device_train_batch_size"] = rows
             changes["training.gradient_accumulation_steps"] = steps
+        if evaluated != training.per_device_eval_batch_size:
+            changes["training.per_device_eval_batch_size"] = evaluated
         if recompute != training.gradient_checkpointing:
             changes["training.gradient_checkpointing"] = recompute
         return RunConfig.build(self.config.model_dump(mode="json"), changes) if changes else self.config, changes
@@ -220,11 +236,12 @@ class Planner:
         held = held_by_cuda(events) if self.device.type == "cuda" else held_by_libc(events, stepped) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
+        decoded = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
-        if (quantization := getattr(config, "quantization", None)) is not None:
-            parts["weights"] -= trace.quantizable * (1 - _codes(quantization, weights_dtype.itemsize))
-            alive, held = alive + trace.widest, held + trace.widest  # a layer's weight is decoded to be multiplied
-        return {**parts, "alive": alive, "held": max(held, alive) + checking, "evaluation": trace.evaluation_peak}
+        if config.quantization is not None:
+            parts["weights"] -= trace.quantizable * (1 - _codes(config.quantization, weights_dtype.itemsize))
+        held, evaluated = max(held, alive) + checking + decoded, trace.evaluation_peak + decoded
+        return {**parts, "alive": alive, "held": held, "evaluation": evaluated}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process = self.calibration.process_bytes + self._metrics_bytes()
@@ -261,17 +278,24 @@ class Planner:
         steps = training.max_steps or math.ceil(training.num_train_epochs * per_epoch)
         return steps, per_epoch, training.eval_steps or per_epoch
 
-    def _largest_batch(self, config: RunConfig, found: Mapping[str, float], memory: Memory, free: int) -> int:
-        """Return the most rows of a micro-batch that fit: a step's tensors grow by the same bytes with each row."""
+    def _largest_batch(self, config: RunConfig, found: Mapping[str, float], memory: Memory, free: int) -> int | None:
+        """Return the most rows of a micro-batch that fit: a step's tensors grow by the same bytes with each row.
+
+        None if they do not grow (tokens bound a micro-batch, or the optimizer takes more than the rows).
+        """
         rows = config.training.per_device_train_batch_size
-        other = rows // 2 or 2
         tree = config.model_dump(mode="json")
-        less = self._measured(RunConfig.build(tree, {"training.per_device_train_batch_size": other}))
-        share = self.num_processes * found["held"] / max(found["alive"], 1)
-        per_row = share * (found["step_peak"] - less["step_peak"]) / (rows - other)
+        less = self._measured(RunConfig.build(tree, {"training.per_device_train_batch_size": rows // 2 or 2}))
+        if memory.eval_peak_bytes > free:
+            return 0
+        apart = found["rows"] - less["rows"]  # there may be fewer rows than a micro-batch asks for
+        grown = 0.0 if apart == 0 else (found["step_peak"] - less["step_peak"]) / apart
+        if grown <= 0:
+            return None
+        share = found["held"] / max(found["alive"], 1)
         # the peak may be that of an evaluation, which does not grow
-        left = free - memory.train_peak_bytes + share * (found["alive"] - found["step_peak"])
-        return max(0, int(rows + left / max(1.0, per_row))) if memory.eval_peak_bytes <= free else 0
+        left = free - memory.train_peak_bytes + self.num_processes * share * (found["alive"] - found["step_peak"])
+        return max(0, int(self.num_processes * found["rows"] + left / (share * grown)))
 
     def _time(self, found: Mapping[str, float], config: RunConfig) -> dict[str, float]:
         """Return the seconds of a mean step, of an epoch, and of the training with its evaluations."""
@@ -364,6 +388,11 @@ def _cut(architecture: Any, layers: int) -> Any:
 
 def _with_method(prepared: Prepared, config: RunConfig) -> Prepared:
     return replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
+
+
+def _halvings(rows: int) -> list[int]:
+    """Return the numbers of rows that a batch can be cut into by halving it, the whole batch first."""
+    return [rows >> halvings for halvings in range(rows.bit_length()) if rows % (1 << halvings) == 0]
 
 
 def _text(value: Any) -> str:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers.pytorch_utils import Conv1D
 
 from graftwerk.config import RunConfig
 from graftwerk.modeling.attach import attach
@@ -73,6 +72,7 @@ class StepTrace:
         moved: Bytes that the operations of the traced micro-batches write.
         calls: Their operations that compute something.
         micro_batches: Number of traced micro-batches.
+        rows: Rows of the largest of them.
         quantizable: Bytes of ``weights`` in linear layers that a quantized base stores as codes.
         widest: Bytes of the largest of them, which is decoded whole.
         largest: Bytes of the largest trained parameter.
@@ -99,6 +99,7 @@ class StepTrace:
     moved: int
     calls: int
     micro_batches: int
+    rows: int
     quantizable: int
     widest: int
     largest: int
@@ -240,7 +241,7 @@ def trace_step(
         for tensor in (*model.parameters(), *model.buffers()):
             meter.add(tensor)
         fix_padding(model, prepared.tokenizer)
-        linear = _linear(model)
+        linear = _quantized(model, config)
         weights, loaded = sum(_storages([*model.parameters(), *model.buffers()])), meter.made
         adapter = attach(model, prepared.method)
         trainer = Trainer(
@@ -311,7 +312,8 @@ def trace_step(
         moved=moved,
         calls=calls,
         micro_batches=len(shapes),
-        quantizable=sum(size for path, size in linear.items() if not path.startswith(tuple(adapter.heads))),
+        rows=max(map(len, step.examples)),
+        quantizable=sum(linear.values()),
         widest=max(linear.values(), default=0),
         largest=max(sizes, default=0),
         tokens=tokens,
@@ -334,14 +336,15 @@ def _modes_restored(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _linear(model: Any) -> dict[str, int]:
-    """Return the bytes of the weight of each linear layer but the vocabulary's scores, by path."""
-    output = model.get_output_embeddings()
-    return {
-        path: module.weight.nbytes
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
-    }
+def _quantized(model: Any, config: RunConfig) -> dict[str, int]:
+    """Return the bytes of the weight of each linear layer that is quantized as the model is loaded, by path."""
+    if config.quantization is None:
+        return {}
+    from graftwerk.modeling.quantize import choose_layers
+
+    saved = () if config.method.modules_to_save == "auto" else config.method.modules_to_save
+    chosen, _ = choose_layers(model, (), (*saved, *config.quantization.skip))  # one traced less deep lacks some
+    return {path: model.get_submodule(path).weight.nbytes for path in chosen}
 
 
 def _storages(tensors: Sequence[Tensor]) -> Iterator[int]:
