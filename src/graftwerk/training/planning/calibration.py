@@ -17,7 +17,7 @@ from graftwerk.models.hardware import device_name
 NAME = "plans"
 LATEST = 15
 """Runs that are remembered."""
-PROCESS_BYTES = 15_000_000.0
+PROCESS_BYTES = 30_000_000.0
 """Memory of a training on a CPU beside its tensors and their gaps: loggers, kernels' scratch."""
 
 

@@ -34,7 +34,7 @@ from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-METRICS_BYTES = 50_000_000
+METRICS_BYTES = 35_000_000
 """Memory of scikit-learn, which the first evaluation of classes imports."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
