@@ -114,8 +114,8 @@ def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> Non
 def test_train_that_cannot_fit_is_refused_with_what_would_fit(
     graftwerk: Run, tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = {"max_steps": 1, "report_to": ["jsonl"], "processes": 1, "per_device_train_batch_size": 16}
-    training["per_device_eval_batch_size"] = 4
+    training = {"max_steps": 1, "report_to": ["jsonl"], "processes": 1, "per_device_train_batch_size": 8}
+    training["per_device_eval_batch_size"] = 2
     path = run_file(tmp_path, tiny_encoder, glosses, training=training, data={"train": str(glosses)})
     monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
     monkeypatch.setattr(Planner, "_metrics_bytes", lambda *_: 0)
@@ -127,7 +127,7 @@ def test_train_that_cannot_fit_is_refused_with_what_would_fit(
         assert said.code == 5, said.err
         assert "of weights" in said.err
         (found,) = re.findall(r"per_device_train_batch_size=(\d+) training.gradient_accumulation_steps=(\d+)", said.err)
-        assert int(found[0]) * int(found[1]) == 16 > int(found[0])
+        assert int(found[0]) * int(found[1]) == 8 > int(found[0])
         assert "training.check_memory=false skips this check" in said.err
     assert sorted(tmp_path.rglob("*")) == before
     assert train(RunConfig.load(path), quiet=True, check_memory=False).manifest["status"] == "finished"
