@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import harness, material
 from benchmarks.harness import WrongResultError, spawn
 
-FILE = harness.RESULTS / "plan_runs.json"
+FILE = harness.RESULTS / "plan" / "runs.json"
 PAGE = harness.ROOT / "docs" / "planning.md"
 MARKS = ("<!-- table -->", "<!-- end of table -->")
 MODELS = Path(tempfile.gettempdir()) / "graftwerk-p9"

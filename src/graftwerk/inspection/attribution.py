@@ -72,7 +72,7 @@ class Attribution:
         text: The text.
         answer: The class, the written text, or the score as text.
         adapter: Scores of the tokens with the adapter.
-        base: The same of the base, for the same answer; None where the base has no head for it.
+        base: The same of the base, for the same answer, or None if the base has no head for it.
     """
 
     text: str
