@@ -29,7 +29,7 @@ NAMED_KINDS = {
     AUGMENT: "list of augmenters",
     "quantization": " | ".join((*QUANTIZATIONS, "mapping", "null")),
 }
-"""What the keys whose values have names are called."""
+"""Names of the values of keys, as `graftwerk schema` shows them."""
 
 
 def run_schema() -> dict[str, Any]:

@@ -71,7 +71,7 @@ def comparison_header(
     words = ablation.words() if ablation else _words(entries, augment, axes, budget)
     return {
         "format": FORMAT,
-        "graftwerk": _version(),
+        "graftwerk": own_version(),
         "command": _command(base, seeds, [*words, *more], ablation),
         "model": base.model,
         "task": base.task.name,
@@ -134,7 +134,8 @@ def _notes(
     return notes + grave
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Return the installed version of this package, or "unknown"."""
     try:
         return version("graftwerk")
     except PackageNotFoundError:

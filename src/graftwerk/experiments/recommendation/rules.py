@@ -29,7 +29,7 @@ CANDIDATES: Mapping[str, Mapping[str, Any]] = {
     "probe": {"name": "probe"},
     "full": {"name": "full"},
 }
-"""What can be recommended, with its settings; the rest are the method's defaults. ``top-third``: of the layers."""
+"""Candidates and their settings; the rest are the method's defaults. ``top-third``: of the layers."""
 
 RESULTS, RATES, SPEED = "docs/results.md", "docs/decisions/0006", "docs/performance.md"
 PEFT = "PEFT's benchmark: Llama-3.2-3B, MetaMathQA to GSM8K, one seed, 1,319 rows (+-2.7 points)"

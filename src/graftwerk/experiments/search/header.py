@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.experiments.axes import flow, text_of, written
-from graftwerk.experiments.header import CONFIG
+from graftwerk.experiments.header import CONFIG, own_version
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, held_fixed
 
@@ -33,7 +32,7 @@ def search_header(
         checked: Facts about rows and the method from `jobs`.
     """
     return {
-        "graftwerk": _version(),
+        "graftwerk": own_version(),
         "command": command_of(base, axes, wanted),
         "model": base.model,
         "task": base.task.name,
@@ -60,10 +59,3 @@ def command_of(base: RunConfig, axes: Sequence[Axis], wanted: SearchSettings) ->
     # what is no axis would be searched again if it were not given
     words += [f"{key}={flow(value)}" for key, value in held_fixed(base, axes).items()]
     return shlex.join(words)
-
-
-def _version() -> str:
-    try:
-        return version("graftwerk")
-    except PackageNotFoundError:
-        return "unknown"
