@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from graftwerk.errors import ConfigError
 from graftwerk.models import hardware
 from graftwerk.models.cache import cache_folder, recall, remember
-from graftwerk.models.hardware import compute_type, hardware_facts, probe, set_threads, usable_cores
+from graftwerk.models.hardware import ROUNDS, compute_type, hardware_facts, probe, set_threads, usable_cores
 from graftwerk.training.mode import check_compute_type
 from tests.training.children import Child
 
@@ -68,14 +69,27 @@ def test_compute_type_auto_chooses_fastest_if_worthwhile(
 def test_compute_type_is_probed_once_per_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = pretend(monkeypatch, float32=1.0, bfloat16=0.1, float16=math.inf)
     assert compute_type() == compute_type() == torch.bfloat16
-    assert tried == ["float32", "bfloat16", "float16"]
+    assert tried == ["float32", "bfloat16", "float16"] * ROUNDS
     probe.cache_clear()  # as in a new process
     assert compute_type() == torch.bfloat16
-    assert len(tried) == 3
+    assert len(tried) == 3 * ROUNDS
     probe.cache_clear()
     monkeypatch.setattr(hardware, "device_name", lambda kind: "another processor")
     compute_type()
-    assert len(tried) == 6
+    assert len(tried) == 6 * ROUNDS
+
+
+def test_probe_takes_the_least_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work falls on the first product in float32: it must not make bfloat16 the faster type."""
+    pretend(monkeypatch, float32=1.0, bfloat16=1.0, float16=math.inf)
+    timed, calls = hardware._seconds, []
+
+    def disturbed(dtype: torch.dtype, kind: str, **more: Any) -> float:
+        calls.append(dtype)
+        return (9.0 if len(calls) == 1 else 1.0) * timed(dtype, kind, **more)
+
+    monkeypatch.setattr(hardware, "_seconds", disturbed)
+    assert compute_type() == torch.float32
 
 
 def test_compute_type_damaged_cache_is_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +102,7 @@ def test_compute_type_damaged_cache_is_probed_again(monkeypatch: pytest.MonkeyPa
         probe.cache_clear()
         before = len(tried)
         assert compute_type() == torch.bfloat16
-        assert len(tried) == before + 3
+        assert len(tried) == before + 3 * ROUNDS
 
 
 def test_probe_times_every_type() -> None:

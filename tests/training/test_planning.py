@@ -17,8 +17,8 @@ from torch import Tensor
 from graftwerk.config import RunConfig
 from graftwerk.models.load import load_config
 from graftwerk.training.planning import step_trace
-from graftwerk.training.planning.allocator import STEPS, held_by_cuda, held_by_libc, repeated
-from graftwerk.training.planning.calibration import PROCESS_BYTES, Calibration, calibration, learn
+from graftwerk.training.planning.allocator import AFTERWARDS, STEPS, Series, held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.setup import prepare
 
@@ -128,22 +128,46 @@ def test_held_by_cuda_follows_the_rules_of_torchs_allocator() -> None:
     assert held_by_cuda(array("q", [9 * mib, 9 * mib, -1, -2, 18 * mib])) == 20 * mib
 
 
+def series(events: list[int], evaluation: int | None = None, evaluated: int | None = None, recorded: int = 1) -> Series:
+    end = len(events) + 1
+    evaluation, evaluated = end if evaluation is None else evaluation, end if evaluated is None else evaluated
+    return Series(array("q", events), bytes([recorded]) * sum(event >= 0 for event in events), evaluation, evaluated)
+
+
 def test_held_by_libc_covers_what_is_alive() -> None:
-    held = held_by_libc(array("q", [1 << 20] * 20 + [-number for number in range(1, 21)] + [50 << 20]))
+    held = held_by_libc(series([1 << 20] * 20 + [-number for number in range(1, 21)] + [50 << 20]))
     assert held is not None
     assert 50 << 20 <= held <= 80 << 20
+
+
+def test_held_by_libc_gives_back_what_is_free_before_an_evaluation() -> None:
+    # a large block that is freed lets the next ones lie side by side; of those every other one is freed, in whose place
+    # 24 MiB find no room
+    events = [25 << 20, -1] + [1 << 20] * 40 + [-number for number in range(2, 42, 2)]
+    kept, trimmed = (held_by_libc(series([*events, 24 << 20], place)) for place in (None, len(events)))
+    assert kept is not None
+    assert trimmed is not None
+    assert 43 << 20 <= trimmed < 50 << 20
+    assert 63 << 20 <= kept < 70 << 20
+    packages = held_by_libc(series([1 << 20, -1, 1 << 20], 1, 2), 30_000_000)
+    assert packages is not None
+    assert 30_000_000 <= packages <= 36_000_000
 
 
 def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
     numbers = dict.fromkeys((field.name for field in dataclasses.fields(step_trace.StepTrace)), 0)
     events, evaluation = array("q", [100, 200, 10, 20, -3]), array("q", [30, -5])
-    trace = step_trace.StepTrace(**{**numbers, "setup": 2, "loaded": 1, "events": events, "evaluation": evaluation})  # type: ignore[arg-type]
-    series, stepped = repeated(trace, True)
-    assert list(series[:10]) == [0, 200, 10, 20, -3, -4, 10, 20, -5, -6]
-    assert list(series[stepped:]) == [30, -(2 + 2 * STEPS + 1)]
-    assert series[:stepped] == repeated(trace, False)[0]
+    given = {"setup": 2, "loaded": 1, "events": events, "evaluation": evaluation, "recorded": bytes([0, 1, 0, 1, 1])}
+    trace = step_trace.StepTrace(**{**numbers, **given})  # type: ignore[arg-type]
+    whole, step = repeated(trace, True), [10, 20, -3, -4]
+    events = list(whole.events)
+    assert events[:10] == [0, 200, 10, 20, -3, -4, 10, 20, -5, -6]
+    assert events[whole.evaluation : whole.evaluated] == [30, -(2 + 2 * STEPS + 1)]
+    assert len(events) == whole.evaluated + AFTERWARDS * len(step)
+    assert whole.events[: whole.evaluation] == repeated(trace, False).events
+    assert whole.recorded == bytes([0, 1] + [0, 1] * STEPS + [1] + [0, 1] * AFTERWARDS)
     alive, made = 0, 0
-    for event in series:
+    for event in events:
         made += event >= 0
         alive += 1 if event >= 0 else -1
         assert -event <= made
@@ -151,8 +175,7 @@ def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
 
 
 def test_held_by_libc_counts_small_blocks_of_autograd() -> None:
-    series = array("q", [4096] * 2000)
-    bare, full = held_by_libc(series, 0), held_by_libc(series)
+    bare, full = (held_by_libc(series([4096] * 2000, recorded=recorded)) for recorded in (0, 1))
     assert bare is not None
     assert full is not None
     assert 2000 * 4096 <= bare < full < 2000 * 4096 * 2
@@ -169,5 +192,5 @@ def test_calibration_takes_the_median_of_runs_and_leaves_out_what_cannot_be(
     learn("cpu", 40e6, 3.0)
     learn("cpu", 30e6, 2.0)
     assert calibration("cpu") == Calibration(30e6, 2.0, 2)
-    (tmp_path / "plans.json").write_text('{"cpu": 3}')
+    (tmp_path / f"{NAME}.json").write_text('{"cpu": 3}')
     assert calibration("cpu").runs == 0

@@ -28,6 +28,9 @@ SIDE = {"cpu": 256, "cuda": 4096, "xpu": 4096, "mps": 2048}
 ENVIRONMENT = "GRAFTWERK_COMPUTE_TYPE"
 """What `auto` means for a whole process, or for machines that are to compute alike; unset: what the probe finds."""
 
+ROUNDS = 3
+"""Times that each type is measured, in turn, so that other work on the machine does not fall on one of them alone."""
+
 WORTH = 1.2
 """A shorter type must be this much faster than float32; less is not worth its rounding."""
 
@@ -93,10 +96,11 @@ def probe(kind: str = "cpu") -> dict[str, float]:
         and all(isinstance(value, int | float) for value in kept.values())
     ):
         return {name: float(value) for name, value in kept.items()}
-    seconds: dict[str, float] = {}
-    for name, dtype in TYPES.items():
-        # A type that is already many times slower than float32 in its first product is not tried further.
-        seconds[name] = _seconds(dtype, kind, limit=4 * seconds.get("float32", math.inf))
+    seconds = dict.fromkeys(TYPES, math.inf)
+    for _ in range(ROUNDS):
+        for name, dtype in TYPES.items():
+            # A type that is already many times slower than float32 in its first product is not tried further.
+            seconds[name] = min(seconds[name], _seconds(dtype, kind, limit=4 * seconds["float32"]))
     # JSON has no infinity; a number that no product takes stands for it.
     remember("compute-types", key, {name: min(value, 1e9) for name, value in seconds.items()})
     return seconds

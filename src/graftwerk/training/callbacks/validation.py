@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from graftwerk.machine import give_back
 from graftwerk.tasks.base import Predictions
 from graftwerk.training.callbacks.base import Callback, StepResult, TrainingLoop
 from graftwerk.training.events import Event
@@ -43,6 +44,7 @@ class Validation(Callback):
     def _evaluate(self, trainer: TrainingLoop) -> None:
         state = trainer.state
         trainer.clock.pause()
+        give_back()  # the C library keeps what a step freed, in pieces that the blocks of an evaluation do not fit into
         predictions = trainer.evaluate(trainer.validation)
         metrics = points(predictions, trainer.task)
         name = self.metric or trainer.task.best_metric

@@ -1,21 +1,20 @@
 """Memory that an allocator holds for a series of allocations: freed blocks are kept, split and rounded.
 
-On a CPU the series is replayed through the C library's own allocator in a process of its own; nothing is written into
-the blocks, so that planning a large model takes no memory. With each tensor of a training
-step the small blocks are made and freed that autograd has for it: they lie between the large ones, and what is freed
-there cannot be joined. On CUDA torch's caching allocator is modelled: requests rounded to 512 bytes, small ones (at
-most 1 MiB) cut from segments of 2 MiB, larger ones below 10 MiB from segments of 20 MiB, the others given segments of
-their own, rounded to 2 MiB; a free block is split, and joined with its free neighbours when it is freed
-(c10/cuda/CUDACachingAllocator.cpp).
+On a CPU the series is replayed through the C library's own allocator (`malloc_replay`). On CUDA torch's caching
+allocator is modelled: requests rounded to 512 bytes, small ones (at most 1 MiB) cut from segments of 2 MiB, larger ones
+below 10 MiB from segments of 20 MiB, the others given segments of their own, rounded to 2 MiB; a free block is split,
+and joined with its free neighbours when it is freed (c10/cuda/CUDACachingAllocator.cpp).
 """
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from array import array
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from pathlib import Path
 
 from graftwerk.training.planning.step_trace import StepTrace
 
@@ -24,55 +23,36 @@ MAPPED = 32 * MIB
 """Least size of the blocks that glibc always maps and gives back (DEFAULT_MMAP_THRESHOLD_MAX)."""
 STEPS = 6
 """Steps that are replayed: gaps between blocks grow with the first ones."""
+AFTERWARDS = 3
+"""Steps after the evaluation that are replayed."""
+REPLAYS = 5
+"""Replays whose mean counts."""
 ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
 
-_REPLAY = """
-import ctypes, sys
-from array import array
-libc = ctypes.CDLL(None)
-class Info(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
-libc.mallinfo2.restype = Info
-libc.free.argtypes = [ctypes.c_void_p]
-libc.posix_memalign.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-events = array("q")
-events.frombytes(sys.stdin.buffer.read())
-evaluation = int(sys.argv[1])
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-BEFORE, AFTER = (208, 104, 320, 64), (120, 96, 400, 48)
-def held():
-    now = libc.mallinfo2()
-    return now.arena + now.hblkhd
-blocks, start, most = [()], held(), 0
-for place, event in enumerate(events):
-    if event > 0:
-        around = [libc.malloc(size) for size in ((512, *BEFORE) if place < evaluation else (512,))]
-        pointer = ctypes.c_void_p()
-        if libc.posix_memalign(ctypes.byref(pointer), 64, event):
-            sys.exit(3)
-        around += [libc.malloc(size) for size in (AFTER if place < evaluation else ())]
-        blocks.append((pointer.value, *around))
-        most = max(most, held())
-    elif event < 0:
-        for pointer in blocks[-event]:
-            libc.free(pointer)
-    else:
-        blocks.append(())
-print(max(most - start, 0))
-"""
+
+@dataclass(frozen=True)
+class Series:
+    """Allocations of a run in their order.
+
+    Attributes:
+        events: For each allocation its size in bytes; for each end minus the number (from 1) of the allocation.
+        recorded: For each allocation 1 if autograd recorded the operation that made it, else 0.
+        evaluation: Place in ``events`` of the first one of the evaluation.
+        evaluated: Place after its last one.
+    """
+
+    events: array[int]
+    recorded: bytes
+    evaluation: int
+    evaluated: int
 
 
-def repeated(trace: StepTrace, evaluates: bool) -> tuple[array[int], int]:
-    """Return the allocations of `STEPS` equal steps, after which the run evaluates.
+def repeated(trace: StepTrace, evaluates: bool) -> Series:
+    """Return the allocations of `STEPS` equal steps, after which the run evaluates, and of more steps after that.
 
     Args:
         trace: A step. The model as it is loaded takes no bytes here: it is mapped from its file.
         evaluates: The run has rows to evaluate.
-
-    Returns:
-        The allocations, each a size in bytes, or minus the number (from 1) of the allocation that is freed; and the
-        place of the first one of the evaluation.
     """
     events, before = array("q"), 0
     for event in trace.events[: trace.setup]:
@@ -80,6 +60,7 @@ def repeated(trace: StepTrace, evaluates: bool) -> tuple[array[int], int]:
         if event >= 0 or -event > trace.loaded:
             events.append(0 if event >= 0 and before <= trace.loaded else event)
     step, total = trace.events[trace.setup :], before
+    recorded = bytearray(trace.recorded[:before])
 
     def play(part: array[int], number: int) -> None:
         """Add a part whose allocations have numbers above ``number``; what is left of it is freed at its end."""
@@ -90,16 +71,20 @@ def repeated(trace: StepTrace, evaluates: bool) -> tuple[array[int], int]:
                 number, total = number + 1, total + 1
                 here[number] = total
                 events.append(event)
+                recorded.append(trace.recorded[number - 1])
             elif -event in here:
                 events.append(-here.pop(-event))
         events.extend(-each for each in here.values())
 
     for _ in range(STEPS):
         play(step, before)
-    stepped = len(events)
+    stepped = evaluated = len(events)
     if evaluates:
         play(trace.evaluation, before + sum(event >= 0 for event in step))
-    return events, stepped
+        evaluated = len(events)
+        for _ in range(AFTERWARDS):
+            play(step, before)
+    return Series(events, bytes(recorded), stepped, evaluated)
 
 
 def held_by_checkpoint(largest: int) -> int:
@@ -114,18 +99,26 @@ def held_by_checkpoint(largest: int) -> int:
     return largest * 3 // 2 if largest >= MAPPED else 0
 
 
-def held_by_libc(events: array[int], evaluation: int | None = None) -> int | None:
+def held_by_libc(series: Series, packages: int = 0) -> int | None:
     """Return the most bytes that the C library's allocator holds, or None if it does not say (it is not glibc 2.33 on).
 
     Args:
-        events: Allocations as `repeated` returns them.
-        evaluation: Place of the first one without autograd, or None if there is none.
+        series: Allocations of a run on a CPU.
+        packages: Bytes that the first evaluation imports, in small blocks.
     """
     if sys.platform != "linux":
         return None
-    command = [sys.executable, "-S", "-c", _REPLAY, str(len(events) if evaluation is None else evaluation)]
-    done = subprocess.run(command, input=events.tobytes(), capture_output=True)
-    return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None
+    numbers = (len(series.events), series.evaluation, series.evaluated, packages)
+    command = [sys.executable, "-S", str(Path(__file__).with_name("malloc_replay.py")), *map(str, numbers)]
+    found = []
+    for seed in range(REPLAYS):
+        done = subprocess.run(
+            [*command, str(seed)], input=series.events.tobytes() + series.recorded, capture_output=True
+        )
+        if done.returncode or not done.stdout.strip().isdigit():
+            return None
+        found.append(int(done.stdout))
+    return round(statistics.mean(found))
 
 
 @dataclass(eq=False)

@@ -34,8 +34,8 @@ from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-METRICS_BYTES = 35_000_000
-"""Memory of scikit-learn, which the first evaluation of classes imports."""
+METRICS_BYTES = (28_000_000, 7_000_000)
+"""Memory of scikit-learn, which the first evaluation of classes imports: small blocks, and the rest."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
 DEPTHS = (2, 3)
@@ -231,9 +231,10 @@ class Planner:
                 weights_dtype=weights_dtype,
             )
         evaluates = bool(self.prepared.examples["validation"])
-        events, stepped = repeated(trace, evaluates)
+        series = repeated(trace, evaluates)
         checking = held_by_checkpoint(trace.largest) if self.device.type == "cpu" else 0
-        held = held_by_cuda(events) if self.device.type == "cuda" else held_by_libc(events, stepped) or 0
+        packages, _ = self._metrics_bytes()
+        held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series, packages) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
         decoded = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
@@ -244,7 +245,7 @@ class Planner:
         return {**parts, "alive": alive, "held": held, "evaluation": evaluated}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
-        process = self.calibration.process_bytes + self._metrics_bytes()
+        process = self.calibration.process_bytes + self._metrics_bytes()[1]
         each = self.num_processes
         peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
@@ -265,10 +266,10 @@ class Planner:
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
 
-    def _metrics_bytes(self) -> int:
-        """Return the bytes of packages that the evaluations import."""
+    def _metrics_bytes(self) -> tuple[int, int]:
+        """Return the bytes of packages that the evaluations import: small blocks, and the rest."""
         evaluates = bool(self.prepared.examples["validation"]) and "accuracy" in self.prepared.task.metrics
-        return METRICS_BYTES if evaluates and self.device.type == "cpu" else 0
+        return METRICS_BYTES if evaluates and self.device.type == "cpu" else (0, 0)
 
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""

@@ -84,6 +84,7 @@ class StepTrace:
         events: All allocations of the set-up and a step: a size in bytes, or minus the number (from 1) of the
             allocation that is freed.
         evaluation: Those of an evaluation batch, counted on.
+        recorded: For each allocation, in their order, 1 if autograd recorded the operation that made it, else 0.
     """
 
     weights: int
@@ -110,6 +111,7 @@ class StepTrace:
     loaded: int
     events: array[int] = field(repr=False)
     evaluation: array[int] = field(repr=False)
+    recorded: bytes = field(repr=False)
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -119,6 +121,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive, self.made = 0, 0
         self.events: array[int] = array("q")
+        self.recorded = bytearray()
         self._known: dict[int, weakref.ref[Any]] = {}
         self.restart()
 
@@ -133,13 +136,17 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = int(formula(*args, **kwargs, out_val=made))
             self.operations += count
             self.attention += count if func._overloadpacket not in _LINEAR else 0
+        recorded = torch._C._current_graph_task_id() != -1 or (
+            torch.is_grad_enabled()
+            and any(isinstance(each, Tensor) and each.requires_grad for each in tree_iter((args, kwargs)))
+        )
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
-                self.add(tensor)
+                self.add(tensor, recorded)
         self.peak = max(self.peak, self.alive)
         return made
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor, recorded: bool = False) -> None:
         """Count the storage of a tensor, any shape, unless it is known."""
         storage = tensor.untyped_storage()
         number = id(storage)
@@ -151,6 +158,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.moved += size
         self.calls += 1
         self.events.append(size)
+        self.recorded.append(recorded)
         self._known[number] = weakref.ref(storage, self._forgetting(number, size, self.made))
 
     def _forgetting(self, number: int, size: int, made: int) -> Any:
@@ -323,6 +331,7 @@ def trace_step(
         loaded=loaded,
         events=meter.events[:stepped],
         evaluation=meter.events[stepped:],
+        recorded=bytes(meter.recorded),
     )
 
 
