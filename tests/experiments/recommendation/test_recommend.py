@@ -130,6 +130,8 @@ def test_recommend_memory_makes_the_micro_batch_smaller_or_leaves_out(config: Ru
     found = recommend(config, "quality", memory=50_000_000)
     assert [one["label"] for one in found["left_out"]] == ["full"]
     assert found["left_out"][0]["reason"] == "needs 56.2 MB, and there are 50.0 MB"
+    planned = [one["plan"] is not None for one in recommend(config, "many-tasks", memory=200_000_000)["ranked"]]
+    assert planned == sorted(planned, reverse=True)  # though a smaller micro-batch took points
     with pytest.raises(ResourceError, match=r"no method fits into 1.0 MB: probe, the smallest, needs 6.2 MB"):
         recommend(config, "quality", memory=1_000_000)
 
