@@ -28,6 +28,7 @@ from graftwerk.formatting import (
         (number, float("nan"), "–"),
         (percent, 0.7884, "78.8"),
         (share, 0.01491, "1.5 %"),
+        (share, 0.0, "0.0 %"),
         (share, 3.39e-5, "0.0034 %"),
         (count, 770, "770"),
         (count, 337_920, "337,920"),

@@ -109,3 +109,17 @@ def test_show_batch_prints_three_rows_and_counts_the_rest(rows: int, last: str) 
     lines = stream.getvalue().splitlines()
     assert lines[-1] == last
     assert sum(line[2:4] in ("1.", "2.", "3.", "4.") for line in lines) == min(rows, 3)
+
+
+def test_show_batch_leaves_the_midst_of_a_long_row_out_and_counts_it() -> None:
+    stream = io.StringIO()
+    row = {
+        "tokens": [f"t{at}" for at in range(60)],
+        "trained": [False] * 60,
+        "padding": 4,
+        "answer": None,
+        "label": "7",
+    }
+    show_batch({"shape": (1, 64), "rows": [row]}, stream)
+    first, last = (" ".join(f"t{at}" for at in range(start, start + 24)) for start in (0, 36))
+    assert stream.getvalue().splitlines()[-2:] == [f"  1. {first} [12 more] {last} ·×4", "     -> «7»"]

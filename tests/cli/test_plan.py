@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from graftwerk.cli.plan import bytes_of
 from graftwerk.config import RunConfig
+from graftwerk.formatting import byte_size
 from graftwerk.methods import registry
 from graftwerk.methods.registry import METHODS
 from graftwerk.training.planning import plan as planning
@@ -34,6 +37,8 @@ def test_plan_command_prints_memory_time_and_size(graftwerk: Run, config: Path, 
     shown = graftwerk("plan", config, "--fit", "100GB").out
     assert "train peak" in shown
     assert "fits into 100 GB as it is" in shown
+    assert f"fits into the {byte_size(plan['available_bytes'])[:1]}" in shown
+    assert "processes" not in shown
 
 
 @pytest.mark.parametrize("names", [("full", "lora", "prefix"), pytest.param((*METHODS,), marks=pytest.mark.slow)])
@@ -98,6 +103,30 @@ def test_fit_divides_the_batch_of_an_evaluation_that_is_the_peak(config: Path, m
     found = planner.fit(4_000_000_000)
     assert found == {"overrides": ["training.per_device_eval_batch_size=32"], "plan": {}}
     assert planner.fit(1000) is None
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluations"),
+    [({"num_train_epochs": 1.5}, 1.5), ({"eval_steps": 1}, None), ({"max_steps": 1}, 1.0)],
+)
+def test_time_counts_steps_of_all_epochs_and_each_evaluation(
+    config: Path, monkeypatch: pytest.MonkeyPatch, training: dict[str, float], evaluations: float | None
+) -> None:
+    monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
+    monkeypatch.setattr(planning, "speed_of", lambda dtype, kind: 1e9)
+    monkeypatch.setattr(planning, "mean_step", lambda *_: SimpleNamespace(seconds=lambda found, speed: 2.0))
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    settings = {**batch, "num_train_epochs": 1, "max_steps": None, "eval_steps": None, **training}
+    planner = Planner(RunConfig.load(config, settings), num_processes=1)
+    an_epoch = math.ceil(len(planner.prepared.examples["train"]) / 6)
+    steps = math.ceil(training.get("max_steps", training.get("num_train_epochs", 1) * an_epoch))
+    held_out = sum(example.length for example in planner.prepared.examples["validation"])
+    time = planner._time({"evaluated": 1e9}, planner.config)
+    assert time["epoch_seconds"] == 2.0 * an_epoch
+    evaluated = steps if evaluations is None else max(1.0, steps / an_epoch)
+    assert time["training_seconds"] == pytest.approx(2.0 * steps + held_out * evaluated)
+    _, changes = planner._changed(1, planner.config.training.per_device_eval_batch_size, False)
+    assert changes == {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 6}
 
 
 def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> None:

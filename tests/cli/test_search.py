@@ -85,6 +85,10 @@ def test_recommend_command_prints_reasons_and_command(
     said = graftwerk("recommend", config, "--aim", "many-tasks", "--memory", "8GB")
     assert said.code == 0, said.err
     assert f"graftwerk train {config} 'method={{name: lora}}'" in said.out
+    assert said.out.startswith(
+        "aim many-tasks: 10.0 M parameters, 2,000 training rows, classification, 8.0 GB of memory"
+    )
+    assert said.out.count("graftwerk train ") == 5
     assert "[docs/performance.md]" in said.out
     assert "not known:" in said.out
     assert graftwerk("recommend", config, "--memory", "1kB").code == 5

@@ -81,6 +81,19 @@ def test_check_labels_more_than_twenty_classes_are_truncated_and_counted() -> No
     assert finding.example.endswith(", c20, and 2 more")
 
 
+@pytest.mark.parametrize(("most", "severe"), [(89, None), (90, False), (98, False), (99, True)])
+def test_check_labels_skew_is_told_from_nine_in_ten_and_severe_from_99_in_100(most: int, severe: bool | None) -> None:
+    used = {"train": ["a"] * most + ["b"] * (100 - most), "validation": [], "test": []}
+    found = [issue for issue in check_labels(used, None, "rows.csv")[1] if issue.code == "label-skew"]
+    assert [(issue.rows, issue.grave) for issue in found] == ([] if severe is None else [(100 - most, severe)])
+
+
+@pytest.mark.parametrize(("classes", "each", "told"), [(49, 4, False), (50, 4, True), (50, 5, False)])
+def test_check_labels_many_classes_of_few_rows_are_told(classes: int, each: int, told: bool) -> None:
+    used = {"train": [f"c{at:02d}" for at in range(classes)] * each, "validation": [], "test": []}
+    assert any(issue.code == "many-classes" for issue in check_labels(used, None, "rows.csv")[1]) == told
+
+
 def test_check_labels_ordinary_labels_give_no_issue() -> None:
     used = {"train": ["a", "b"] * 5, "validation": ["a", "b"], "test": ["b", "a"]}
     assert check_labels(used, None, "rows.csv") == (("a", "b"), ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,10 @@ def test_sum_is_that_of_the_full_updates(
     result = gw.combine({one: 0.7, two: -1.3}, tmp_path / "sum", by=by)
     assert result["residual"] == 0.0
     assert result["rank"] == (8 if base == "encoder" else 7)
+    assert not any("weighted mean" in note for note in result["notes"])  # one head alone is added
+    own, part = (json.loads((folder / "graftwerk.json").read_text()) for folder in (result["out"], one))
+    assert own["base"]["fingerprint"] == part["base"]["fingerprint"]
+    assert own["max_length"] == part["max_length"] == 48
     (a, head), (b, _), (found, its) = (updates(model, folder) for folder in (one, two, result["out"]))
     assert found.keys() == a.keys() | b.keys()
     for name, value in found.items():
@@ -121,6 +127,16 @@ def test_svd_is_the_nearest_update_of_the_rank_and_tells_what_is_lost(
     assert gone["out"].is_dir()
 
 
+def test_reduced_to_more_than_an_update_has_keeps_what_it_has() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((6, 2), (2, 8)))
+    for rank in (None, 5):
+        (left, right), left_out, norm = sums.reduced((torch.cat([b, b], 1), torch.cat([a, a])), rank)
+        assert (left.shape, right.shape) == ((6, 2), (2, 8))
+        torch.testing.assert_close(left @ right, 2 * b @ a)
+        assert left_out < 1e-9 < norm
+
+
 def test_ties_and_dare_are_those_of_peft() -> None:
     merge = pytest.importorskip("peft.utils.merge_utils")
     generator = torch.Generator().manual_seed(0)
@@ -155,6 +171,7 @@ def test_sparse_sums_are_seeded_and_of_the_sum_of_the_ranks(
     results = [gw.combine(parts, tmp_path / str(at), by=by, seed=at // 2) for at in range(3)]
     assert results[0]["rank"] == 5
     assert 0 < results[0]["residual"] < 1
+    assert [(result["density"], result["seed"]) for result in results] == [(0.5, 0), (0.5, 0), (0.5, 1)]
     first, again, other = (updates(tiny_encoder, result["out"])[0] for result in results)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert (by == "ties") == all(torch.equal(value, other[name]) for name, value in first.items())
@@ -241,11 +258,19 @@ def test_combine_command_measures_the_sum_against_its_parts(
     metrics = result["metrics"]
     assert list(metrics["by_adapter"]) == [str(one), str(two), "combined"]
     assert [each["b"] for each in metrics["differences"]] == [str(one), str(two)]
+    values = {name: each[metrics["differences"][0]["metric"]]["value"] for name, each in metrics["by_adapter"].items()}
+    assert len({*values.values()}) > 1
+    for each in metrics["differences"]:
+        assert each["value"] == pytest.approx(values["combined"] - values[each["b"]])
     alone = gw.evaluate(result["out"], data=labelled, quiet=True)
     assert alone["metrics"] == metrics["by_adapter"]["combined"]
-    again = graftwerk(result["out"], one, "--out", tmp_path / "b", "--data", labelled)
+    words = ("--by", "svd", "--rank", 2, "--data", labelled)
+    again = graftwerk(result["out"], one, "--out", tmp_path / "b", *words)
     assert again.code == 0, again.err
     assert "sum minus it" in again.out
+    assert len(re.findall(r"[-+]\d\.\d{3} \([-+]", again.out)) == 2  # in the one metric that decides
+    lost = json.loads((tmp_path / "b" / "graftwerk.json").read_text())["combined"]["residual"]
+    assert f"rank up to 2, {100 * lost:.2g} % of the update left out" in again.err
     assert again.last == str(tmp_path / "b")
     assert "the head is the weighted mean" in again.err
     assert graftwerk(f"{one}=much", "--out", tmp_path / "c").code == 2

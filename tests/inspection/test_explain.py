@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import graftwerk as gw
+from graftwerk.cli.explain import show_layers, show_tokens
 from graftwerk.cli.main import main
+from graftwerk.cli.output import Output
 from graftwerk.errors import ResourceError, UnsupportedError
 from graftwerk.inspection import attribution
 from graftwerk.methods.base import base_weight
@@ -94,6 +96,7 @@ def test_written_answers_are_explained_beside_the_base(
     family: str,
     text_model: Callable[[str], Path],
     make_adapter: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_adapter(text_model(family), "lora", {"name": "summarization"}, scale=0.3)
     result = gw.explain(folder, "The small program shows a window and closes it.")
@@ -108,6 +111,20 @@ def test_written_answers_are_explained_beside_the_base(
         all(exact) or family == "t5"
     )  # drawn at random, it has steps that no number of points follows: then it is said
     assert any("of the integrals are off" in note for note in result["notes"]) == (not all(exact))
+    monkeypatch.setattr(attribution, "ANSWER", 5)
+    loaded = gw.open(folder)._loaded
+    question = attribution._written(loaded, found["text"])
+    ids, inputs = question.ids, {}
+    if family in ("t5", "bart"):
+        written = loaded.model.generate(ids, max_new_tokens=5, max_length=None, do_sample=False, num_beams=1)
+        inputs, labels = {"decoder_input_ids": written[:, :-1]}, written[:, 1:]
+    else:
+        labels = ids.clone()
+        labels[:, : question.length] = -100
+    count = int((labels != -100).sum())
+    with torch.no_grad():
+        mean = loaded.model(input_ids=ids, labels=labels, **inputs).loss
+        assert float(question.value(loaded.model.get_input_embeddings()(ids))) == pytest.approx(-float(mean) * count)
 
 
 def test_planted_word_is_found_first(tiny_encoder: Path, tmp_path: Path, glosses: Path) -> None:
@@ -152,6 +169,19 @@ def test_explain_refuses_what_it_cannot_explain(
     monkeypatch.setattr(attribution, "find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="need Captum"):
         gw.explain(make_adapter(tiny_encoder, "lora", "classification"), "a text")
+
+
+def test_show_tokens_and_layers_print_the_largest_scores_and_times_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    scores = [(-1) ** place * place / 10 for place in range(12)]
+    tokens = [f"word{place}." for place in range(12)]
+    show_tokens(Output(), {"text": "t", "answer": "a", "adapter": {"tokens": tokens, "scores": scores}, "base": None})
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "word" in line]
+    assert shown == [[tokens[place], f"{scores[place]:+.3f}"] for place in range(11, 3, -1)]
+    layer = {"name": "dense", "norm": 1.5, "share": 0.02, "rank": 4, "effective_rank": 2.5, "by_chance": 0.01}
+    show_layers(Output(), [{**layer, "in_main_directions": 0.03}, {**layer, "in_main_directions": None}], False)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("dense")]
+    assert rows[0] == ["dense", "1.5", "2.00%", "2.5", "of", "4", "3.0", "x"]
+    assert rows[1][-1] == "-"
 
 
 def test_explain_command_shows_layers_and_tokens(

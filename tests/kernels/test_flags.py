@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -28,9 +29,8 @@ def test_plain_disables_named_paths_inside_block_only() -> None:
 @pytest.mark.parametrize(("value", "off"), [("", ""), ("0", ""), ("1", "all"), ("fused, loss", "fused loss")])
 def test_environment_disables_paths(value: str, off: str) -> None:
     code = "from graftwerk.kernels import flags; print(*[path for path in flags.PATHS if not flags.enabled(path)])"
-    said = subprocess.run(
-        [sys.executable, "-c", code], env={"GRAFTWERK_PLAIN": value}, capture_output=True, text=True, check=True
-    )
+    env = {**os.environ, "GRAFTWERK_PLAIN": value}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == (" ".join(fast.PATHS) if off == "all" else off)
 
 

@@ -206,6 +206,10 @@ def test_adapted_or_hooked_head_returns_none() -> None:
     hooked = FAMILIES["llama"].build()
     hooked.lm_head.register_forward_hook(lambda module, args, output: output * 2)
     compare(hooked, batch, understood=False)
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        watched = FAMILIES["llama"].build()
+        getattr(watched.lm_head, register)(lambda *args: None)  # would see two tokens of all
+        compare(watched, batch, understood=False)
     other = FAMILIES["llama"].build()
     other.lm_head.forward = lambda hidden: nn.functional.linear(hidden, other.lm_head.weight) * 2
     compare(other, batch, understood=False)

@@ -113,6 +113,28 @@ def test_batched_rows_equal_sequential(method: str, family: str) -> None:
     torch.testing.assert_close(model(**batch).logits, found, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"name": "ia3", "feedforward_modules": ["query"]}, {"name": "ia3", "feedforward_modules": []}),
+        ({"name": "bottleneck", "adapter_size": 3}, {"name": "bottleneck", "adapter_size": 3, "layer_norm": False}),
+        ({"name": "bottleneck", "adapter_size": 3}, {"name": "bottleneck", "adapter_size": 3, "non_linearity": "silu"}),
+    ],
+)
+def test_rows_of_one_method_with_settings_that_do_not_batch_equal_sequential(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    model, batch = model_and_batch("lora", "bert", rows=4)
+    for number, settings in enumerate((one, other)):
+        targets = {"target_modules": ["query"]} if settings["name"] == "ia3" else {}
+        attached(model, {**settings, **targets}, "ab"[number], number)
+    model.double()
+    gw.activate(model, rows=["a", "b", None, "a"])
+    found = logits(model, batch)
+    with fast.plain():
+        torch.testing.assert_close(found, logits(model, batch), **CLOSE)
+
+
 @pytest.mark.parametrize("method", LAYERED)
 def test_rows_without_adapter_are_bit_equal_to_base(method: str) -> None:
     rows = [None, "a", None, "c", "other"]

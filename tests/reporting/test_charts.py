@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from graftwerk.reporting import numbers, verdicts
 from graftwerk.reporting.escape import Markup, tag, text
-from graftwerk.reporting.labels import Box, place, text_width
+from graftwerk.reporting.labels import Box, cut, place, text_width
 from graftwerk.reporting.line_charts import MOST_POINTS, Chart, Curve, charts
 from graftwerk.reporting.scales import Linear, Log, around, clock_ticks, decades, from_zero
 from graftwerk.reporting.tables import differences
@@ -189,6 +189,12 @@ def test_tag_escapes_text_and_rejects_invalid_names() -> None:
 @pytest.mark.parametrize(("count", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (2_000, "2,000 rows")])
 def test_plural_adds_s_unless_one(count: int, words: str) -> None:
     assert numbers.plural(count, "row") == words
+
+
+def test_cut_names_are_at_most_as_long_as_they_may_be() -> None:
+    assert [cut("lora-r64", most) for most in (8, 7, 5)] == ["lora-r64", "lora-r…", "lora…"]
+    assert cut("of a b", 5) == "of a…"
+    assert cut("of a b", 4) == "of…"  # no space before the dots
 
 
 def test_from_zero_leaves_room_above_the_highest_value() -> None:

@@ -13,6 +13,7 @@ import pytest
 from graftwerk.config import RunConfig
 from graftwerk.errors import MemoryShortage
 from graftwerk.experiments.jobs import perform
+from graftwerk.formatting import byte_size
 from graftwerk.reporting.html import write_report
 from graftwerk.training.planning import memory_check
 from graftwerk.training.planning import plan as planning
@@ -42,6 +43,8 @@ def test_compare_names_the_method_that_cannot_fit(path: Path, memory: Any, tmp_p
     tree = RunConfig.load(path).model_dump(mode="json")
     with pytest.raises(MemoryShortage, match="training `lora` needs") as raised:
         perform({"kind": "check", "configs": {"lora": tree}, "runs": {}}, lambda message: None)
+    weights = Planner(RunConfig.load(path)).plan(largest_batch=False)["memory"]["weights_bytes"]
+    assert f"({byte_size(weights)} of weights" in raised.value.what
     assert "method `lora`" in str(raised.value.where)
     assert "a smaller model" in str(raised.value.hint)
     assert not (tmp_path / "run").exists()

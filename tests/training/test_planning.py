@@ -16,10 +16,24 @@ from torch import Tensor
 
 from graftwerk.config import RunConfig
 from graftwerk.models.load import load_config
+from graftwerk.models.quantization import Quantization
+from graftwerk.tasks.base import Example
+from graftwerk.training.planning import calibration as calibrating
 from graftwerk.training.planning import step_trace
-from graftwerk.training.planning.allocator import AFTERWARDS, STEPS, Series, held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.allocator import (
+    AFTERWARDS,
+    MAPPED,
+    STEPS,
+    Series,
+    held_by_checkpoint,
+    held_by_cuda,
+    held_by_libc,
+    repeated,
+)
 from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
-from graftwerk.training.planning.plan import Planner
+from graftwerk.training.planning.plan import Planner, _codes
+from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step
+from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.setup import prepare
 
 SIZES = st.lists(st.integers(1, 40 << 20), min_size=1, max_size=12)
@@ -192,5 +206,38 @@ def test_calibration_takes_the_median_of_runs_and_leaves_out_what_cannot_be(
     learn("cpu", 40e6, 3.0)
     learn("cpu", 30e6, 2.0)
     assert calibration("cpu") == Calibration(30e6, 2.0, 2)
+    monkeypatch.setattr(calibrating, "LATEST", 2)
+    learn("cpu", 50e6, 4.0)
+    assert calibration("cpu") == Calibration(PROCESS_BYTES, 2.0, 2)  # of the default and the latest two
+    learn("cpu", 60e6, 5.0)
+    assert calibration("cpu") == Calibration(50e6, 4.0, 2)
     (tmp_path / f"{NAME}.json").write_text('{"cpu": 3}')
     assert calibration("cpu").runs == 0
+
+
+def test_seconds_of_a_step_scale_products_by_tokens_and_attention_by_squares() -> None:
+    traced = {"operations": 700, "attention": 200, "tokens": 50, "squares": 400, "calls": 10, "micro_batches": 1}
+    step = MeanStep(tokens=100, squares=1000, batches=2)
+    assert step.seconds(traced, 10.0) == pytest.approx((500 * 100 / 50 + 200 * 1000 / 400) / 10 + 20 * CALL_SECONDS)
+
+
+@pytest.mark.parametrize(("micro", "processes", "batches"), [(4, 1, 1), (2, 1, 2), (2, 2, 1)])
+def test_mean_step_counts_tokens_squares_and_micro_batches_of_one_process(
+    micro: int, processes: int, batches: int
+) -> None:
+    rows = [Example({"input_ids": [7] * 3}, 0)] * 12
+    training = TrainingSettings(per_device_train_batch_size=micro * processes, gradient_accumulation_steps=batches)
+    mean = mean_step(rows, training, micro, processes)
+    own = micro * batches
+    assert mean == MeanStep(tokens=3.0 * own, squares=9.0 * own, batches=batches)
+
+
+def test_codes_of_quantized_weights_have_their_share_of_the_scales() -> None:
+    double, single = Quantization(name="nf4"), Quantization(name="nf4", double_quant=False)
+    assert _codes(double, 4) == pytest.approx((0.5 + (1 + 4 / 256) / 64) / 4)
+    assert _codes(single, 4) == pytest.approx((0.5 + 4 / 64) / 4)
+    assert _codes(Quantization(name="int8"), 2) == 0.5
+
+
+def test_held_by_checkpoint_begins_at_blocks_that_are_mapped() -> None:
+    assert [held_by_checkpoint(size) for size in (MAPPED - 1, MAPPED)] == [0, MAPPED * 3 // 2]

@@ -13,7 +13,7 @@ from graftwerk.errors import ConfigError, ResourceError
 from graftwerk.experiments.recommendation import recommend as module
 from graftwerk.experiments.recommendation.evidence import find_evidence
 from graftwerk.experiments.recommendation.recommend import PLANS, recommend
-from graftwerk.experiments.recommendation.rules import AIMS, CANDIDATES, EPOCHS, RULES, epochs_for, settings_of
+from graftwerk.experiments.recommendation.rules import AIMS, CANDIDATES, EPOCHS, RULES, Rule, epochs_for, settings_of
 from graftwerk.methods.registry import parse_method
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.training.planning import plan as planning
@@ -75,6 +75,33 @@ def test_recommend_plans_the_best_alone(config: RunConfig) -> None:
     assert [one["plan"] is not None for one in ranked] == [True] * PLANS + [False] * (len(CANDIDATES) - PLANS)
 
 
+def test_recommend_orders_reasons_and_gives_points_by_place(config: RunConfig) -> None:
+    ranked = recommend(config, "size")["ranked"]
+    for one in ranked:
+        weights = [abs(reason["points"]) for reason in one["reasons"]]
+        assert weights == sorted(weights, reverse=True)
+    places = [reason for one in ranked for reason in one["reasons"] if "smallest adapter" in reason["text"]]
+    first = [reason for reason in ranked[0]["reasons"] if reason["text"] == "smallest adapter"]
+    assert [reason["points"] for reason in first] == [module.PLAN_POINTS]
+    last = next(reason for reason in places if reason["text"].startswith(f"{PLANS} of {PLANS} by"))
+    assert last["points"] == 0
+
+
+def test_recommend_top_layers_are_a_third_and_cached_where_that_is_the_aim(config: RunConfig) -> None:
+    assert [settings_of("lora-top", depth)["layers"] for depth in (12, 2)] == ["top-4", "top-1"]
+    for aim in AIMS:
+        settings = next(one for one in recommend(config, aim)["ranked"] if one["label"] == "lora-top")["settings"]
+        assert settings["method.layers"] == "top-1"  # of the two that this model has
+        assert settings.get("training.trunk_cache", False) == (aim in ("speed", "memory"))
+
+
+def test_rule_holds_from_its_least_to_below_its_most() -> None:
+    rule = Rule("lora", frozenset(AIMS), 1, "why", "where", parameters=(10, 20), rows=(5, 6), writes=True)
+    assert [rule.holds("size", parameters, 5, True) for parameters in (9, 10, 19, 20)] == [False, True, True, False]
+    assert [rule.holds("size", 10, rows, True) for rows in (4, 5, 6)] == [False, True, False]
+    assert not rule.holds("size", 10, 5, False)
+
+
 def test_recommend_rules_look_at_the_size_of_the_model(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"parameters": {"total": 3 * 10**9}, "data": {"rows": {"train": 20_000}, "fingerprint": "f" * 64}}
     monkeypatch.setattr(module, "preflight", lambda config: facts)
@@ -103,6 +130,8 @@ def test_recommend_memory_makes_the_micro_batch_smaller_or_leaves_out(config: Ru
     found = recommend(config, "quality", memory=50_000_000)
     assert [one["label"] for one in found["left_out"]] == ["full"]
     assert found["left_out"][0]["reason"] == "needs 56.2 MB, and there are 50.0 MB"
+    planned = [one["plan"] is not None for one in recommend(config, "many-tasks", memory=200_000_000)["ranked"]]
+    assert planned == sorted(planned, reverse=True)  # though a smaller micro-batch took points
     with pytest.raises(ResourceError, match=r"no method fits into 1.0 MB: probe, the smallest, needs 6.2 MB"):
         recommend(config, "quality", memory=1_000_000)
 
@@ -148,6 +177,7 @@ def test_recommend_measured_comparison_outweighs_the_rules(config: RunConfig, tm
 def test_find_evidence_weighs_and_refuses(tmp_path: Path) -> None:
     comparison(tmp_path / "a", "other", "f")
     comparison(tmp_path / "b" / "deep", "mine", "other")
+    comparison(tmp_path / "begun", "mine", "f", status="running")
     comparison(tmp_path / "torn", "mine", "f")
     (tmp_path / "torn" / "comparison.json").write_text("{")
     found = find_evidence(tmp_path, "mine", "classification", "f", 6)
@@ -157,19 +187,34 @@ def test_find_evidence_weighs_and_refuses(tmp_path: Path) -> None:
     assert find_evidence(tmp_path, "mine", "summarization", "f", 6).points == {}
 
 
-def test_find_evidence_takes_settings_of_a_search(config: RunConfig, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "search"
+def searched(folder: Path, model: str, verdict: str = "better") -> None:
     folder.mkdir(parents=True)
-    best = {"settings": {"training.learning_rate": 0.002, "method.r": 32}}
+    best = {"settings": {"training.learning_rate": 0.002, "training.num_train_epochs": 7, "method.r": 32}}
     content = {
-        "format": 1, "status": "finished", "task": "classification", "model": config.model, "metric": "accuracy",
-        "method": {"name": "lora"}, "best": best, "difference": {"verdict": "better"},
+        "format": 1, "status": "finished", "task": "classification", "model": model, "metric": "accuracy",
+        "method": {"name": "lora"}, "best": best, "difference": {"verdict": verdict},
     }  # fmt: skip
     (folder / "search.json").write_bytes(dump_object(content, folder / "search.json", seal=True))
+
+
+def test_find_evidence_takes_settings_of_a_search(config: RunConfig, tmp_path: Path) -> None:
+    searched(tmp_path / "runs" / "search", config.model)
     lora = next(one for one in recommend(config, "quality")["ranked"] if one["label"] == "lora")
     assert lora["settings"]["training.learning_rate"] == 0.002
+    assert lora["settings"]["training.num_train_epochs"] == 7
     assert lora["settings"]["method.r"] == 32
-    assert str(folder) in str(lora["reasons"])
+    assert str(tmp_path / "runs" / "search") in str(lora["reasons"])
+    short = RunConfig.build(config.model_dump(mode="json"), {"training.max_steps": 50})
+    lora = next(one for one in recommend(short, "quality")["ranked"] if one["label"] == "lora")
+    assert lora["settings"]["method.r"] == 32
+    assert "training.num_train_epochs" not in lora["settings"]
+
+
+def test_find_evidence_leaves_settings_of_another_model_and_of_no_difference(tmp_path: Path) -> None:
+    searched(tmp_path / "a", "other")
+    searched(tmp_path / "b", "mine", "no difference shown")
+    found = find_evidence(tmp_path, "mine", "classification", "f", 6)
+    assert (found.files, found.settings) == (2, {})
 
 
 def test_find_evidence_maps_entries_to_candidates_and_skips_ablations(tmp_path: Path) -> None:

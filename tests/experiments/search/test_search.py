@@ -24,8 +24,16 @@ from graftwerk.errors import (
 )
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.search import workers as workers_module
+from graftwerk.experiments.search.driver import SearchDriver
+from graftwerk.experiments.search.finals import Finals
+from graftwerk.experiments.search.header import search_header
 from graftwerk.experiments.search.journal import JOURNAL, mend
-from graftwerk.experiments.search.search import Search, search
+from graftwerk.experiments.search.runs import Runs
+from graftwerk.experiments.search.search import Search, read_search, search
+from graftwerk.experiments.search.space import Axis
+from graftwerk.experiments.search.study import Study
+from graftwerk.experiments.search.table import plain
+from graftwerk.experiments.search.workers import Workers
 from graftwerk.reporting.html import write_report
 from tests.experiments.search import fake_runs
 from tests.experiments.search.fake_runs import FakeRunner, in_child
@@ -65,8 +73,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Search:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers_module, "JobRunner", FakeRunner)
         patch.setattr(FakeRunner, "jobs", [])
-        found = search(run_file(tmp_path_factory.mktemp("searches") / "whole"), trials=12, **SMALL)
-        found.jobs = list(FakeRunner.jobs)  # type: ignore[attr-defined]
+        events = list[ProgressEvent]()
+        folder = tmp_path_factory.mktemp("searches") / "whole"
+        found = search(run_file(folder), trials=12, listener=events.append, **SMALL)
+        found.jobs, found.events = list(FakeRunner.jobs), events  # type: ignore[attr-defined]
     return found
 
 
@@ -93,6 +103,33 @@ def test_search_measures_test_rows_of_two_settings_once_with_fresh_seeds(whole: 
     chosen = f"trial-{whole.result['best']['trial']:03d}"
     assert sorted(measured) == sorted(f"{name}-seed{seed}" for name in (chosen, "defaults") for seed in (1001, 1002))
     assert jobs.index(next(job for job in jobs if job["kind"] == "run")) == len(jobs) - 4  # after all training
+
+
+def test_search_events_count_all_runs_and_say_when_a_trial_was_given_up(whole: Search) -> None:
+    events = whole.events  # type: ignore[attr-defined]
+    assert (events[-1].done, events[-1].total) == (12 + 3 * 2 + 2 * 2,) * 2
+    for trial in whole.result["trials"]:
+        assert [at for at, _ in trial["evaluations"]] == [1.0, 2.0, 3.0][: len(trial["evaluations"])]
+        said = next(one.text for one in events if one.kind == "run" and one.run == f"trial {trial['number']}")
+        ended = f"given up after {10 * len(trial['evaluations'])} steps "
+        assert said.startswith(ended if trial["state"] == "pruned" else "validation accuracy ")
+
+
+@pytest.mark.parametrize(("metric", "first"), [("accuracy", "90.0"), ("perplexity", "0.1")])
+def test_plain_shows_the_eight_best_first_and_counts_the_others(metric: str, first: str) -> None:
+    def trial(number: int, state: str, value: float | None) -> dict[str, Any]:
+        return {"number": number, "state": state, "value": value, "settings": {"method.r": number}, "seconds": 2.0}
+
+    done = [trial(number, "complete", (1 + number) / 10) for number in range(9)]
+    others = [trial(9, "pruned", None), trial(10, "fail", None), trial(11, "fail", None)]
+    result = {"metric": metric, "status": "running", "space": [{"key": "method.r"}], "trials": [*done, *others]}
+    lines = plain(result).splitlines()
+    rows = [line.split() for line in lines[2 : lines.index("")]]
+    assert (len(rows), rows[0][1]) == (8, first)
+    order = range(1, 9) if metric == "accuracy" else range(8)
+    assert sorted(int(row[0]) for row in rows) == [*order]
+    assert [int(row[0]) for row in rows] == sorted(order, reverse=metric == "accuracy")
+    assert "12 trials (1 given up early, 2 failed)" in lines[-2]
 
 
 def test_search_best_file_is_a_run_file_with_the_best_settings(whole: Search) -> None:
@@ -222,6 +259,89 @@ def test_search_grid_tries_each_point_once(tmp_path: Path) -> None:
     assert sorted(points) == [(rate, r) for rate in (1e-3, 3e-3, 1e-2) for r in (4, 8)]
 
 
+def test_search_seconds_are_those_of_each_worker(tmp_path: Path) -> None:
+    class Records(list[dict[str, Any]]):
+        def records(self) -> list[dict[str, Any]]:
+            return self
+
+    base, axes, wanted, notes = read_search(run_file(tmp_path), {"seconds": 4, "workers": 2, **SPACE})
+    driver = SearchDriver(base, axes, wanted, notes, listener=lambda event: None)
+    spent = list[bool]()
+    for seconds in (7.0, 9.0):
+        pruned, running = {"state": "pruned", "seconds": seconds}, {"state": "running", "seconds": None}
+        driver.study = Records([pruned, running])  # type: ignore[assignment]
+        spent.append(driver._spent())
+        assert driver._finished_trials() == 1
+    assert spent == [False, True]
+    alone, both = (Runs(base, ["trial"] * 5, workers, lambda event: None) for workers in (1, 2))
+    for runs in (alone, both):
+        runs.eta.finished("trial", 10.0)
+    assert both.left() == pytest.approx(alone.left() / 2)  # type: ignore[operator]
+    threads = [runner.threads for runner in Workers(tmp_path / "log", 2).runners]
+    assert threads == [max(1, (os.cpu_count() or 1) // 2)] * 2
+    assert Workers(tmp_path / "log", 1).runners[0].threads is None
+
+
+def test_search_header_notes_severe_findings_alone(tmp_path: Path) -> None:
+    base, axes, wanted, _ = read_search(run_file(tmp_path), SPACE)
+    findings = [{"message": "few rows", "grave": False}, {"message": "rows stand twice", "grave": True}]
+    checked = {"machine": {}, "origin": {}, "fingerprint": "f", "rows": {}, "findings": findings}
+    assert search_header(base, axes, wanted, {}, "accuracy", checked)["notes"] == ["rows stand twice"]
+
+
+def test_search_trial_that_is_hopeless_at_its_end_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "is_hopeless", lambda study, ticket, step, value, rows: step >= 300)
+    found = search(run_file(tmp_path / "late"), trials=2, **SMALL)
+    assert [trial["state"] for trial in found.result["trials"]] == ["complete"] * 2
+
+
+def test_search_of_a_task_that_is_measured_at_the_end_prunes_by_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeRunner, "measures", False)
+    found = search(run_file(tmp_path / "loss"), trials=12, sampler="random", **SMALL)
+    pruned = [trial for trial in found.result["trials"] if trial["state"] == "pruned"]
+    best = max(trial["value"] for trial in found.result["trials"] if trial["value"] is not None)
+    assert pruned
+    for trial in pruned:
+        training = {"learning_rate": trial["settings"]["training.learning_rate"], "seed": 0}
+        assert fake_runs.quality({"training": training, "method": {"r": trial["settings"]["method.r"]}}) < best
+
+
+@pytest.mark.parametrize("pruner", ["median", "wilcoxon"])
+def test_study_of_an_error_gives_up_what_is_above_the_others_after_four_trials(tmp_path: Path, pruner: Any) -> None:
+    axis = Axis("training.learning_rate", 1e-4, 1e-1, log=True)
+    study = Study(tmp_path / JOURNAL, [axis], {}, sampler="random", pruner=pruner, higher=False)
+
+    def is_hopeless(value: float) -> bool:
+        ticket = study.next()
+        found = study.is_hopeless(ticket, 100, value, [-value - 0.001 * row for row in range(20)])
+        study.complete(ticket, value, 1.0)
+        return found
+
+    assert [is_hopeless(value) for value in (0.1, 0.4, 0.5, 0.6)] == [False] * 4
+    assert [is_hopeless(value) for value in (0.05, 0.55)] == [False, True]
+    assert study.records()[0]["evaluations"] == [[1.0, 0.1]]
+
+
+@pytest.mark.parametrize(("metric", "chosen"), [("rmse", [1, 3]), ("pearson", [2, 0])])
+def test_finals_take_the_best_trials_by_the_sense_of_the_metric(tmp_path: Path, metric: str, chosen: list[int]) -> None:
+    config = {**run_file(tmp_path), "task": "regression"}
+    base, _, wanted, _ = read_search(config, {**SPACE, "finalists": 2})
+    records = [
+        {"number": number, "state": "complete", "value": value, "settings": {"method.r": number}}
+        for number, value in enumerate((0.5, 0.2, 0.9, 0.3))
+    ]
+    runs = Runs(base, [], 1, lambda event: None)
+    finals = Finals(runs, wanted, metric, {"method.r": 9}, records, higher=metric == "pearson")
+    assert [one["number"] for one in finals.finalists] == chosen
+    one, other = (f"trial-{number:03d}" for number in chosen)
+    finals.values |= {one: {1: 0.4}, other: {1: 0.6, 2: 0.6}}
+    assert finals._winner() == other  # a run of the first failed
+    finals.values[one][2] = 0.4
+    assert finals._winner() == (other if metric == "pearson" else one)
+
+
 def test_search_seconds_end_it(tmp_path: Path) -> None:
     found = search(run_file(tmp_path / "short"), seconds=1e-6, **SMALL)
     assert len(found.result["trials"]) == 1
@@ -306,6 +426,7 @@ def test_search_no_difference_is_said(tmp_path: Path) -> None:
     found = search(near, trials=6, pruner="none", **{**SMALL, "learning_rate": "2.5e-3..3.5e-3", "r": 4})
     assert found.result["difference"]["verdict"] == "no difference shown"
     assert found.result["text"].startswith("No difference shown from the defaults: ")
+    assert found.result["best"]["settings"] != found.result["default"]["settings"]  # for the user to choose
 
 
 def test_search_ctrl_c_keeps_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Search) -> None:

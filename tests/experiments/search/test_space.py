@@ -52,6 +52,13 @@ def test_space_narrowed_widened_and_fixed() -> None:
     assert space["method.layers"].choices == ("top-2", "top-4")
 
 
+def test_range_of_a_factor_of_ten_is_logarithmic_and_its_values_have_three_digits() -> None:
+    rates = [space_of({"learning_rate": span})["training.learning_rate"] for span in ("1e-3..1e-2", "2e-3..1e-2")]
+    assert [rate.log for rate in rates] == [True, False]
+    assert rates[0].rounded(0.00123456) == 0.00123
+    assert Axis("method.r", 4, 64, integer=True).rounded(12.0) == 12
+
+
 def test_space_holds_the_run_files_own_values() -> None:
     base, axes, _, _ = read_search(tree({"name": "lora", "r": 12}, learning_rate=5e-4), {})
     space = {axis.key: axis for axis in axes}
