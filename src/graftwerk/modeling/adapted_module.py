@@ -228,7 +228,8 @@ def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, read: b
     cls = type(module)
     if not hasattr(cls, "_graftwerk_base"):
         weight = module._parameters.get("weight")
-        if hasattr(weight, "placements") and (is_replaced(module) or module._forward_pre_hooks):
+        called_on_parts = is_replaced(module) or module._forward_pre_hooks
+        if weight is not None and hasattr(weight, "placements") and called_on_parts:
             raise UnsupportedError(
                 f"the weight of this {type(module).__name__} is cut by tensor parallelism ({described(weight)}), and "
                 f"the parameters of an adapter are whole",
