@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def far(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     return distance(*(torch.cat([side[key].flatten().double() for key in exact]) for side in (found, exact)))
 
 
+@pytest.mark.filterwarnings("ignore:full fine-tuning trains")
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_method_in_bfloat16_and_under_autocast_is_near_float32(method: str, family: str, tmp_path: Path) -> None:
     exact, batch, reference = adapted(method, family, torch.float32)
@@ -107,6 +109,47 @@ def _check_merged(model: Any, adapter: gw.Adapter, batch: dict[str, Tensor], exa
     adapter.unmerge()
     reference.unmerge()
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [("bfloat16", "0.39%"), ("float16", "0.05%")])
+def test_attach_full_to_base_of_16_bits_warns_with_count_unless_it_only_answers(
+    dtype: str, lost: str, tmp_path: Path
+) -> None:
+    model = model_and_batch("full", "bert")[0].to(getattr(torch, dtype))
+    model.bert.pooler.float()
+    number = len(list(model.parameters()))
+    words = rf"full fine-tuning trains {number - 2} of {number} tensors .* in {dtype}: .* below {lost} of"
+    with pytest.warns(UserWarning, match=words) as caught:
+        adapter = gw.attach(model, method_of("full"))
+    assert caught[0].filename == __file__
+    adapter.save(tmp_path / "full")
+    gw.detach(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, tmp_path / "full")
+        gw.detach(model)
+        gw.attach(model.float(), method_of("full"))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_attach_to_base_of_16_bits_trains_float32_whatever_the_default_type(
+    method: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    family = "t5" if method == "prefix mlp" else "bert"
+    model = model_and_batch(method, family)[0].to(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        adapter = gw.attach(model, method_of(method))
+        types = {parameter.dtype for parameter in adapter.parameters()}
+        adapter.save(tmp_path / "adapter")
+        gw.detach(model)
+        loaded = load_adapter(model, tmp_path / "adapter", trainable=True)
+        types |= {parameter.dtype for parameter in loaded.parameters()}
+    finally:
+        torch.set_default_dtype(before)
+    assert types == {torch.float32}
 
 
 def test_7b_shaped_base_in_bfloat16_takes_two_bytes_a_parameter() -> None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 import graftwerk as gw
-from graftwerk.errors import UnsupportedError
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.kernels import flags
 from graftwerk.kernels.fused_lora import can_fuse
 from graftwerk.modeling.attach import Adapter
 from tests.contract.cases import method_of, perturb
@@ -109,6 +116,106 @@ def test_method_that_reads_foreign_weight_raises(name: str) -> None:
         lora_on(model_with(codes_of)[0], name)
     with pytest.raises(UnsupportedError, match="float8_e4m3fn, which cannot be read"):
         lora_on(model_with(float8_of)[0], name)
+
+
+@pytest.mark.parametrize("weight", [codes_of, float8_of])
+def test_training_or_copying_foreign_weights_raises_and_leaves_the_model(weight: Any) -> None:
+    model, _, _ = model_with(weight)
+    kind = r"\((Codes of float32|Parameter of float8_e4m3fn)\)"
+    with pytest.raises(UnsupportedError, match=rf"{PATH}.weight is quantized {kind}"):
+        gw.attach(model, method_of("full"))
+    saved = method_of("lora").model_copy(update={"modules_to_save": ("layers.0.self_attn",)})
+    with pytest.raises(UnsupportedError, match=rf"self_attn` is quantized {kind}, so that no copy"):
+        gw.attach(model, saved)
+    assert gw.adapters(model) == {}
+    embedding = model.get_input_embeddings()
+    embedding.weight = nn.Parameter(weight(embedding.weight), requires_grad=False)
+    with pytest.raises((ConfigError, UnsupportedError), match="its weight is quantized"):
+        gw.attach(model, method_of("lora tokens"))
+
+
+def test_saved_module_with_a_replaced_forward_raises() -> None:
+    """Its copy would call the forward that belongs to the base's module."""
+    model = FAMILIES["llama"].build()
+    layer = model.get_submodule(PATH)
+    layer.forward = lambda x: nn.Linear.forward(layer, x)
+    method = method_of("lora").model_copy(update={"target_modules": ("down_proj",), "modules_to_save": ("self_attn",)})
+    with pytest.raises(UnsupportedError, match="a copy would run the base's own"):
+        gw.attach(model, method)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def distributed(adapter: Adapter, mesh: DeviceMesh) -> None:
+    """Make the layer's weight, its adapter and its input DTensors."""
+    distribute_module(
+        adapter.model.get_submodule(PATH),
+        mesh,
+        input_fn=lambda _, args, mesh: (DTensor.from_local(args[0], mesh, [Replicate()]),),  # type: ignore[arg-type]
+        output_fn=lambda _, y, mesh: y.to_local(),  # type: ignore[arg-type]
+    )
+
+
+def sharded(adapter: Adapter, mesh: DeviceMesh) -> None:
+    """Shard the base by FSDP2, as training does; the adapter stays whole."""
+    own = set(adapter.parameters())
+    for layer in adapter.model.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=own)
+    fully_shard(adapter.model, mesh=mesh, ignored_params=own)
+
+
+def whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def results(adapter: Adapter, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    logits = adapter.model(**batch).logits
+    logits.square().mean().backward()
+    return whole(logits.detach()), {key: whole(value.grad) for key, value in adapter.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "spread"), [("lora", distributed), ("lora", sharded), ("dora", sharded)])
+def test_adapter_on_dtensors_equals_plain_path_and_is_not_merged(
+    name: str, spread: Callable[[Adapter, DeviceMesh], None], mesh: DeviceMesh
+) -> None:
+    model, _, batch = model_with(lambda own: own.detach())
+    with flags.plain():
+        expected = results(lora_on(model, name), batch)
+    model, layer, _ = model_with(lambda own: own.detach())
+    adapter = lora_on(model, name)
+    spread(adapter, mesh)
+    assert isinstance(layer.weight, DTensor)
+    assert not can_fuse(layer, torch.ones(2, layer.in_features))
+    torch.testing.assert_close(results(adapter, batch), expected)
+    with pytest.raises(UnsupportedError, match="cannot be merged into DTensor of float32"):
+        adapter.merge()
+
+
+def test_dora_on_weight_distributed_later_raises_in_its_pass(mesh: DeviceMesh) -> None:
+    model, _, batch = model_with(lambda own: own.detach())
+    distributed(lora_on(model, "dora"), mesh)
+    with pytest.raises(UnsupportedError, match="DTensor of float32, which cannot be read"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_attach_to_layer_cut_by_tensor_parallelism_raises(name: str, mesh: DeviceMesh) -> None:
+    model, layer, batch = model_with(lambda own: own.detach())
+    with torch.no_grad():
+        expected = model(**batch).logits
+    parallelize_module(model, mesh, {PATH: ColwiseParallel()})
+    assert isinstance(layer.weight, DTensor)
+    with pytest.raises(UnsupportedError, match="DTensor of float32"):
+        lora_on(model, name)
+    assert gw.adapters(model) == {}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected)
 
 
 def test_lora_on_torchao_weight_adds_its_update() -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from graftwerk.devices import backend, is_out_of_memory
 from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
+from graftwerk.methods.base import is_plain
 
 LARGE = 100.0
 """Largest logit of the probe after scaling: beyond every cap in use (Gemma 2: 30)."""
@@ -153,7 +154,7 @@ def _is_plain(head: nn.Module) -> bool:
     """Return True for a linear layer that nothing is attached to: no adapter, no hook, no other forward."""
     return (
         type(head) is nn.Linear
-        and (type(head.weight) is nn.Parameter or isinstance(head.weight, FakeTensor))
+        and is_plain(head.weight)
         and not head._forward_hooks
         and not head._forward_pre_hooks
         and not head._backward_hooks

@@ -389,6 +389,12 @@ def is_quantized(weight: Tensor) -> bool:
     return hasattr(weight, "quant_state") or not weight.is_floating_point()
 
 
+def is_coded(weight: Tensor) -> bool:
+    """Return True if a weight, any shape, is no numbers to train or copy: quantized, FP8, torchao's; not a DTensor."""
+    wrapped = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
+    return is_quantized(weight) or weight.dtype not in PLAIN_TYPES or wrapped
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Return True if a layer stores its weight as (in, out), as transformers' `Conv1D` does."""
     return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)

@@ -13,6 +13,11 @@ OFFLOAD_HOOK = "_hf_hook"
 """Attribute with accelerate's hook of a module, which loads offloaded weights before its forward pass."""
 
 
+def adapter_dtype() -> torch.dtype:
+    """Return the type of an adapter's parameters: torch's default one, and float32 where that has fewer bits."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
     """Load the weights of a module and its children that accelerate has offloaded, inside the block."""

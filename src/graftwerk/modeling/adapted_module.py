@@ -16,7 +16,7 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.kernels.dispatch import fused_forward
 from graftwerk.kernels.memory_efficient import ACTIVATIONS, OWN, efficient_mixin
 from graftwerk.kernels.recompute import ActivationTable
-from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base import AdapterModule, described
 from graftwerk.modeling.accelerate_compat import change_class, is_replaced, swapped_class
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
 from graftwerk.modeling.per_row_adapters import forward_rows
@@ -227,6 +227,14 @@ def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, read: b
     """
     cls = type(module)
     if not hasattr(cls, "_graftwerk_base"):
+        weight = module._parameters.get("weight")
+        called_on_parts = is_replaced(module) or module._forward_pre_hooks
+        if weight is not None and hasattr(weight, "placements") and called_on_parts:
+            raise UnsupportedError(
+                f"the weight of this {type(module).__name__} is cut by tensor parallelism ({described(weight)}), and "
+                f"the parameters of an adapter are whole",
+                hint="load the base without it (`tp_plan`, `parallelize_module`); FSDP2 works",
+            )
         if is_replaced(module):
             raise UnsupportedError(
                 f"the forward of this {type(module).__name__} has been replaced on the object: an adapter would never "

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from graftwerk.errors import AdapterError, ConflictError
 from graftwerk.methods.base import Method, TargetModule
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
+from graftwerk.modeling.adapter_walk import AdapterWalk, join, walk
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.full_weights import TrainedWeights
-from graftwerk.modeling.module_index import base_modules, base_parameters
+from graftwerk.modeling.module_index import base_modules, base_parameters, module_index
 from graftwerk.modeling.task_heads import check_vocabulary, fit_head
 
 
@@ -56,6 +57,7 @@ class AdapterTensors:
         self.in_use = True
         self._untrained: frozenset[str] | None = None
         """Raw keys of the parameters that do not train when it is used, while it is not; None while it is used."""
+        self._walk: AdapterWalk | None = None
         self._task_heads = heads if weights is None else architecture.heads
 
     @property
@@ -88,18 +90,14 @@ class AdapterTensors:
             if self.weights is not None or idle or parameter.requires_grad:
                 yield key, parameter
 
-    def _own(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield all parameters of this adapter, also those that do not train."""
+    def _own(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return all parameters of this adapter, also those that do not train."""
         if self.weights is not None:
-            yield from self.weights.parameters.items()
-            return
-        yield from self._parameters(self.modules())
-
-    @staticmethod
-    def _parameters(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Parameter]]:
-        for path, module in modules:
-            for key, parameter in module.named_parameters():
-                yield _join(path, key), parameter
+            return self.weights.parameters.items()
+        index = module_index(self.model)
+        if self._walk is None or not self._walk.holds(index):
+            self._walk = AdapterWalk(index, self.name, self.modules())
+        return self._walk.parameters
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trained parameters, any shape, in the order of `named_parameters`."""
@@ -115,7 +113,7 @@ class AdapterTensors:
                 for key, parameter in self.weights.parameters.items()
             }
         return {
-            _join(path, key): tensor.detach()
+            join(path, key): tensor.detach()
             for path, module in self.modules()
             for key, tensor in module.state_dict().items()
         }
@@ -177,7 +175,7 @@ class AdapterTensors:
     def _head_state(self) -> dict[str, Tensor]:
         base = base_modules(self.model)
         return {
-            _join(path, key): tensor.detach()
+            join(path, key): tensor.detach()
             for path in self.heads
             for key, tensor in self._module(base[path]).state_dict().items()
         }
@@ -198,13 +196,10 @@ class AdapterTensors:
         self.in_use = used
         if self.weights is not None or self._frozen or used == (self._untrained is None):
             return
-        own, untrained = dict(self._own()), self._untrained
-        if untrained is None:
-            self._untrained = frozenset(key for key, parameter in own.items() if not parameter.requires_grad)
-        else:
-            self._untrained = None
-        for key, parameter in own.items():
-            parameter.requires_grad_(used and key not in (untrained or ()))
+        own, untrained = self._own(), self._untrained or ()
+        self._untrained = None if used else frozenset(key for key, parameter in own if not parameter.requires_grad)
+        for key, parameter in own:
+            parameter.requires_grad = used and key not in untrained
 
     def freeze(self, *, heads_alone: bool = False) -> None:
         """Stop training it for good, also after it was switched off and on again.
@@ -217,7 +212,7 @@ class AdapterTensors:
             self.weights.trainable = False
         base = base_modules(self.model)
         heads = [(path, self._module(base[path])) for path in self.heads]
-        for _, parameter in self._parameters(heads) if heads_alone else self._own():
+        for _, parameter in walk(heads) if heads_alone else self._own():
             parameter.requires_grad_(False)
 
     # -- counts -----------------------------------------------------------------------------------------------------
@@ -244,10 +239,6 @@ class AdapterTensors:
     def learning_rate_factor(self, key: str) -> float:
         """Return the factor on the learning rate of a parameter, by its raw key; 1 for a head."""
         return 1.0 if self.is_head(key) else self.method.learning_rate_factor(key)
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
 
 
 def _elements(parameter: nn.Parameter) -> int:

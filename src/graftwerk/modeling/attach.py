@@ -7,16 +7,18 @@ with disabled(model): ...               detach(model)
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
 from graftwerk.methods.base import Method
 from graftwerk.methods.lora_parameters import ParameterAdapters
-from graftwerk.methods.placement import is_unloaded, module_device, placing_hooks
+from graftwerk.methods.placement import adapter_dtype, is_unloaded, module_device, placing_hooks
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
@@ -37,9 +39,9 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
     """Attach a method to a model, in place, and make it the active adapter.
 
     The base is frozen; the adapter trains, and with it its own copies of the task head and of modules that the
-    checkpoint lacked (a pooler). `Full` trains the base's parameters themselves, and keeps a copy of their values
-    unless ``keep_base=False``. Initial values come from torch's global random generator. Nothing of the base is moved
-    or renamed.
+    checkpoint lacked (a pooler), all in float32. `Full` trains the base's parameters themselves, warns if they have 16
+    bits, and keeps a copy of their values unless ``keep_base=False``. Initial values come from torch's global random
+    generator. Nothing of the base is moved or renamed.
 
     Args:
         model: Any transformers model; it stays a plain `PreTrainedModel`.
@@ -120,7 +122,22 @@ def attach_from_tensors(
         raise
     if tensors is not None and not trainable:
         adapter.freeze(heads_alone=built.placed)
+    elif adapter.weights is not None:
+        _warn_of_rounding(adapter.weights)
     return adapter
+
+
+def _warn_of_rounding(weights: TrainedWeights) -> None:
+    """Warn of the base's own weights that train in 16 bits; what is added to a base is float32."""
+    low = [parameter.dtype for parameter in weights.parameters.values() if parameter.dtype.itemsize < 4]
+    if low:
+        name, lost = str(low[0]).removeprefix("torch."), torch.finfo(low[0]).eps / 2
+        warnings.warn(
+            f"full fine-tuning trains {len(low)} of {len(weights.parameters)} tensors of this base in {name}: steps "
+            f"below {lost:.2%} of a weight are lost in its rounding. Load the base with dtype=torch.float32 (autocast "
+            f"computes in {name} all the same), or use lora, whose parameters are float32",
+            stacklevel=4,
+        )
 
 
 def _check_attachable(model: PreTrainedModel, existing: ModelAdapters | None, name: str) -> None:
@@ -229,8 +246,10 @@ def _install(
 
 
 def _place(model_adapters: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
-    """Put an adapter's module on the device of the weights it works with, in the host's mode."""
+    """Put an adapter's module on the device of the weights it works with, in the host's mode, never in 16 bits."""
     device = module_device(host)
+    if any(parameter.dtype.itemsize < 4 for parameter in module.parameters()):
+        module.to(adapter_dtype())
     if not is_unloaded(host) and any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
         module.to(device)
     if module.training != host.training:

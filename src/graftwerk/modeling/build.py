@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
-from graftwerk.methods.base import AdapterModule, Method, TargetModule, is_quantized
-from graftwerk.methods.placement import module_device
+from graftwerk.methods.base import AdapterModule, Method, TargetModule, described, is_coded
+from graftwerk.methods.placement import adapter_dtype, module_device
+from graftwerk.modeling.accelerate_compat import is_replaced
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.detach import HOOKED
 from graftwerk.modeling.drawn import drawn_modules, within
@@ -90,11 +91,20 @@ def _saved_modules(
             method = method.model_copy(update={"modules_to_save": saved})
     for path in saved:
         module = model.get_submodule(path)
-        if method.kind != "weights" and any(is_quantized(parameter) for parameter in module.parameters()):
+        coded = next((parameter for parameter in module.parameters() if is_coded(parameter)), None)
+        if method.kind != "weights" and coded is not None:
             raise UnsupportedError(
-                f"`{path}` is quantized, so that no copy of it can be trained",
+                f"`{path}` is quantized ({described(coded)}), so that no copy of it can be trained",
                 where="method.modules_to_save",
                 hint="load the base with it in full precision (`quantization.skip` in a run file), or adapt it by lora",
+            )
+        replaced = next((part for part in module.modules() if is_replaced(part)), None)
+        if method.kind != "weights" and replaced is not None:
+            raise UnsupportedError(
+                f"the forward of a {type(replaced).__name__} in `{path}` has been replaced on the object: a copy would "
+                f"run the base's own",
+                where="method.modules_to_save",
+                hint="attach the adapter first, and wrap the model then",
             )
         if path in architecture.by_path and architecture.by_path[path].weight_only:
             raise UnsupportedError(
@@ -166,7 +176,7 @@ def build_from_tensors(
         if path not in by_path:
             return None
         by_path[path][key[len(path) + 1 :]] = tensor
-    dtype, devices = torch.get_default_dtype(), {module_device(module) for module in modules}
+    dtype, devices = adapter_dtype(), {module_device(module) for module in modules}
     # Moved and converted as a whole, and then viewed: one copy, and not one for each parameter.
     stored = shared_block(tensors.values()) if len(devices) == 1 else None
     whole = None if stored is None else stored.to(next(iter(devices)), dtype)

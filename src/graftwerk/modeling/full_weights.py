@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import is_quantized
+from graftwerk.methods.base import described, is_coded
 
 
 class TrainedWeights:
@@ -27,7 +27,7 @@ class TrainedWeights:
         trainable: True if they train while live.
 
     Raises:
-        UnsupportedError: a weight is quantized or offloaded.
+        UnsupportedError: a weight is quantized, a tensor of another library, or offloaded.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class TrainedWeights:
     ) -> None:
         self.parameters = {name: parameter for name, parameter in base.items() if flags.get(name, True)}
         # Codes never required gradients, so that their flags would leave them out, and a part of the base would train.
-        quantized = [name for name, parameter in base.items() if is_quantized(parameter)]
-        if quantized:
+        coded = next((name for name, parameter in base.items() if is_coded(parameter)), None)
+        if coded is not None:
             raise UnsupportedError(
-                f"full fine-tuning needs weights in floating point; {quantized[0]} is quantized",
+                f"full fine-tuning needs weights in floating point; {coded} is quantized ({described(base[coded])})",
                 hint="use lora on a quantized base, or load it in full precision",
             )
         # Without hooks that load them, a model without storage is one that a dry run has built.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, TypeVar
 
 from torch import nn
@@ -19,6 +20,38 @@ from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots
 _ATTRIBUTE = "_graftwerk_structure"
 _WRAPPED = "_fsdp_wrapped_module"
 Made = TypeVar("Made")
+
+
+class Registers:
+    """The children and parameters that some modules have now, adapters' slots left out, to ask later if they still do.
+
+    Args:
+        modules: The modules, some perhaps twice.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        distinct = {id(module): module for module in modules}.values()
+        self._children = [module._modules for module in distinct]
+        self._seen = list(map(dict, self._children))
+        self._own = self._without_slots()
+        self._parameters: list[Any] = [module._parameters for module in distinct]
+        entries = [(own, name) for own in self._parameters for name in own]
+        self._owners, self._names = [own for own, _ in entries], [name for _, name in entries]
+        self._objects = [own[name] for own, name in entries]
+
+    def hold(self) -> bool:
+        """Return True if all children and parameters are still the same objects under the same names."""
+        if self._children != self._seen:  # modules are equal if they are the same; tensors compare their values
+            if self._without_slots() != self._own:
+                return False
+            self._seen = list(map(dict, self._children))
+        number = sum(map(len, self._parameters))
+        return number == len(self._objects) and all(map(is_, map(dict.get, self._owners, self._names), self._objects))
+
+    def _without_slots(self) -> list[dict[str, Any]]:
+        return [
+            {name: child for name, child in own.items() if type(child) is not AdapterSlots} for own in self._children
+        ]
 
 
 class ModuleIndex:
@@ -39,9 +72,7 @@ class ModuleIndex:
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
                     self.parameters[f"{path}.{name}" if path else name] = parameter
-        distinct = {id(module): module for module in self.modules.values()}.values()
-        self._registers: list[Any] = [own for module in distinct for own in (module._modules, module._parameters)]
-        self._objects = self._now()
+        self._registers = Registers(self.modules.values())
         self.trusted = False
         self._made: dict[Any, Any] = {}
 
@@ -50,11 +81,7 @@ class ModuleIndex:
 
     def holds(self) -> bool:
         """Return True if all modules and parameters are still the same objects at the same paths."""
-        return self._now() == self._objects
-
-    def _now(self) -> list[int]:
-        # Addresses are not used twice: the objects are kept alive here.
-        return [id(value) for own in self._registers for value in own.values() if type(value) is not AdapterSlots]
+        return self._registers.hold()
 
     def cached(self, key: str, make: Callable[[], Made]) -> Made:
         """Return a value that follows from the structure alone, made once."""

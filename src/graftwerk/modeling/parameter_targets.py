@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import AdapterModule, Role, TargetModule, is_quantized
+from graftwerk.methods.base import AdapterModule, Role, TargetModule, described, is_coded
 from graftwerk.methods.lora_parameters import ParameterAdapters, ParameterLoRA, is_stored_transposed
 from graftwerk.modeling.adapted_module import AdaptedParameters
 from graftwerk.modeling.adapter_slots import slots_of
 from graftwerk.modeling.layer_checks import is_weight_only
-
-_DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def parameter_targets(
@@ -54,8 +51,8 @@ def parameter_targets(
 
 def _unfit(module: nn.Module, parameter: nn.Parameter, silent: bool) -> str | None:
     """Return the reason why no adapter works on a parameter of any shape, or None if one does."""
-    if is_quantized(parameter) or parameter.dtype not in _DTYPES:
-        return f"it holds {parameter.dtype}, which is quantized"
+    if is_coded(parameter):
+        return f"it holds {described(parameter)}, which is quantized"
     if parameter.dim() not in (2, 3):
         return f"it has {parameter.dim()} dimension{'s' if parameter.dim() != 1 else ''}, not two or three"
     if isinstance(module, nn.RNNBase):

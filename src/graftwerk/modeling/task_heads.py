@@ -166,7 +166,7 @@ def fit_head(slots: AdapterSlots, name: str, tensors: Mapping[str, Tensor], wher
                 where=f"{where}.{key}",
                 hint="the adapter belongs to a base of another width",
             )
-        wider = nn.Linear(module.in_features, stored.shape[0], bias=module.bias is not None).to(module.weight.device)
+        wider = nn.Linear(module.in_features, stored.shape[0], bias=module.bias is not None).to(module.weight)
         if path:
             parent, _, child = path.rpartition(".")
             setattr(head.get_submodule(parent), child, wider)

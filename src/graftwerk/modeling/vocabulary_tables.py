@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graftwerk.kernels.memory_efficient import own_base
-from graftwerk.methods.base import Role, TargetModule, is_quantized
+from graftwerk.methods.base import Role, TargetModule, is_coded
 from graftwerk.methods.placement import OFFLOAD_HOOK
 from graftwerk.modeling.layer_checks import embedding_unfit, is_weight_only, unfit
 from graftwerk.modeling.module_index import base_modules
@@ -91,7 +91,7 @@ def _unfit(modules: dict[str, nn.Module], path: str) -> str | None:
         return "its weight is computed from others (a parametrization)"
     if weight.is_meta and OFFLOAD_HOOK in module.__dict__:
         return "its weight is offloaded, so that which modules share it is not known"
-    if is_quantized(weight):
+    if is_coded(weight):
         return "its weight is quantized"
     parent, _, name = path.rpartition(".")
     if is_weight_only(modules[parent], name):
