@@ -11,7 +11,7 @@ import pytest
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.budget import Budget, candidates, parse_budget, sentence, tuning_seed
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.method_specs import parse_method_specs
@@ -100,7 +100,7 @@ def test_tuning_seed_is_none_of_the_seeds() -> None:
 def test_compare_with_a_budget_tunes_all_alike_and_leaves_test_rows_to_the_chosen(
     tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 32},
@@ -159,7 +159,7 @@ def test_compare_command_with_budget(
 def test_compare_vary_split_draws_training_rows_by_seed_and_shares_test_rows(
     tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 32},

@@ -29,6 +29,8 @@ def ablate(
     listener: Listener | None = None,
     quiet: bool = False,
     report: bool = True,
+    ray: str | None = None,
+    resources: str | Mapping[str, float] | None = None,
     **overrides: Any,
 ) -> Comparison:
     """Train and evaluate the run file's method with several values of its settings, and test the effect of each.
@@ -49,6 +51,8 @@ def ablate(
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
+        ray: As for `compare`.
+        resources: As for `compare`.
         **overrides: Settings of the run file by name, as for `train`.
 
     Returns:
@@ -76,7 +80,7 @@ def ablate(
         )
 
     return drive(
-        driver, listener=listener, quiet=quiet, report=report,
+        driver, listener=listener, quiet=quiet, report=report, ray=ray, resources=resources,
         overwrite=overwrite, metric=metric, prefer=prefer, margin=margin,
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ FORWARDED = frozenset(
         "bad_step",
         "memory",
         "warning",
+        "unfit",
     }
 )
 
@@ -39,7 +40,8 @@ def perform(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Check all that can be wrong before a model is loaded.
 
-    That is: rows, model, each method on this architecture, and existing runs.
+    That is: rows, model, each method on this architecture, memory (of those named in ``memory``, or of all), and
+    existing runs.
 
     Returns:
         ``rows``, ``labels``, ``findings``, and each method's ``parameters``, by formula.
@@ -68,7 +70,8 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
             max_length_of(config, architecture, prepared.tokenizer)
             parameters[name] = count_parameters(config.method, prepared.task, architecture, prepared.splits)
             own = replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
-            check_memory(config, own, None, lambda event: None)
+            if name in job.get("memory", configs):
+                check_memory(config, own, None, lambda event: None)
         except GraftwerkError as error:
             error.where = f"method `{name}`" + (f": {error.where}" if error.where else "")
             raise

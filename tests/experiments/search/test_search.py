@@ -22,8 +22,8 @@ from graftwerk.errors import (
     ResourceError,
     RunInterrupted,
 )
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.progress import ProgressEvent
-from graftwerk.experiments.search import workers as workers_module
 from graftwerk.experiments.search.journal import JOURNAL, mend
 from graftwerk.experiments.search.search import Search, search
 from graftwerk.reporting.html import write_report
