@@ -44,7 +44,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     existing runs.
 
     Returns:
-        ``rows``, ``labels``, ``findings``, and each method's ``parameters``, by formula.
+        ``rows``, ``labels``, ``findings``, ``summary`` of the rows, and each method's ``parameters``, by formula.
     """
     from graftwerk.config import RunConfig
     from graftwerk.experiments.preflight import count_parameters
@@ -52,6 +52,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.models.load import load_config
     from graftwerk.models.quantization import require_bitsandbytes
     from graftwerk.training.callbacks.trackers import check_trackers
+    from graftwerk.training.data_summary import summary_of
     from graftwerk.training.manifest import versions
     from graftwerk.training.planning.memory_check import check_memory
     from graftwerk.training.setup import max_length_of, prepare, with_initial_text
@@ -85,6 +86,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "fingerprint": prepared.splits.fingerprint,
         "origin": prepared.splits.origin,
         "findings": prepared.findings,
+        "summary": summary_of(prepared),
         "parameters": parameters,
         "main_metric": prepared.task.main_metric,
         "machine": {"device": device_name(), "threads": set_threads()},

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page
-from graftwerk.reporting.data import findings_section, origin_facts
+from graftwerk.reporting.data import data_section, origin_facts
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import items, mapping, mappings, number, words
 from graftwerk.reporting.interval_plot import scale_of, strip
@@ -39,7 +39,7 @@ def search_page(folder: Path, result: Mapping[str, Any]) -> str:
     finished = words(result, "status") == "finished"
     sections = [_notes(result, finished), _last_word(result, metric), _finalists(result, metric)]
     sections += [_charts(result, trials, settings, metric), _trials(result, metric)]
-    sections += [findings_section(mapping(result, "data")), _how(result), _repeat(result)]
+    sections += [data_section(mapping(result, "data")), _how(result), _repeat(result)]
     method = words(result, "method", "name") or "a method"
     return page.document(
         title=f"Search: {folder.name}",
