@@ -166,6 +166,11 @@ def test_ablate_trains_cells_resumes_and_reports(
     assert main(["ablate", str(config), *given, "--dry-run"]) == 0
     assert "2 cells, 1 seed (seeds=0): 2 runs, 4 steps of 16 rows" in capsys.readouterr().out
     assert not (tmp_path / "abl").exists()
+    lists = "method.target_modules=[query],[query, value],attention"
+    assert main(["ablate", str(config), lists, "seeds=0", "--dry-run"]) == 0
+    assert "3 values of method.target_modules" in capsys.readouterr().out
+    assert main(["compare", str(config), "methods=lora", "warmup_ratio=[0],[0.1]", "--dry-run"]) == 2
+    assert "not YAML" not in capsys.readouterr().err
     assert main(["ablate", str(config), "method.adapter_size=2,4", "--dry-run"]) == 2
     assert "no setting of lora" in capsys.readouterr().err
 

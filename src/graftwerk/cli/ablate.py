@@ -82,11 +82,11 @@ def _show_plan(
     options: Compared,
 ) -> Result:
     """Show the cells, checked as far as possible without loading a model's weights."""
-    from graftwerk.experiments.ablate import opened
+    from graftwerk.experiments.ablate import read_cells
     from graftwerk.experiments.arguments import check_choices
     from graftwerk.experiments.method_specs import parse_seeds
 
-    base, ablation = opened(config, axes, design, overrides)
+    base, ablation = read_cells(config, axes, design, overrides)
     numbers = parse_seeds(seeds)
     check_choices(base, options.metric, options.prefer, options.margin)
     tree = base.model_dump(mode="json")

@@ -121,7 +121,7 @@ def show_plan(
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
     from graftwerk.config import RunConfig
-    from graftwerk.experiments.arguments import check_choices, refuse_overrides, tree_of
+    from graftwerk.experiments.arguments import check_choices, refuse_overrides
     from graftwerk.experiments.budget import candidates, parse_budget
     from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
     from graftwerk.experiments.tuning import planned_runs, read_axes, require_validation, tuned
@@ -129,7 +129,7 @@ def show_plan(
     entries, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
     axes, overrides = read_axes(overrides)
     refuse_overrides(overrides)
-    base = RunConfig.load(config, {"method": entries[0].method, **overrides})
+    base = RunConfig.of(config, {"method": entries[0].method, **overrides})
     check_choices(base, options.metric, options.prefer, options.margin)
     given = with_and_without(entries, augment, bool(base.data.augment))
     if allowed is not None:
@@ -137,7 +137,7 @@ def show_plan(
             candidates(entry, base, axes, allowed)
     entries = tuned(given, axes) if allowed is None else given
     configs = {
-        entry.name: RunConfig.load(config, {"method": entry.method, **overrides, **entry.changes}) for entry in entries
+        entry.name: RunConfig.of(config, {"method": entry.method, **overrides, **entry.changes}) for entry in entries
     }
     timed = allowed.seconds or 0.0 if allowed is not None else 0.0
     runs = len(numbers) + (allowed.trials if allowed is not None and not timed else 0)
@@ -148,7 +148,7 @@ def show_plan(
         planned_runs(given, axes, numbers, allowed),
         require=lambda rows: require_validation(axes, rows, allowed),
         seconds=len(given) * timed,
-        notes=settings_not_used(given, tree_of(config).get("method")),
+        notes=settings_not_used(given, RunConfig.content(config)[0].get("method")),
     )
     return {"dry_run": True, "seeds": numbers, **found}
 

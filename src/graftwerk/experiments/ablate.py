@@ -72,7 +72,7 @@ def ablate(
         graftwerk.errors.ConfigError: `method.rnk` is no setting of lora or of the training
         ...
     """
-    base, ablation = opened(config, axes, design, overrides)
+    base, ablation = read_cells(config, axes, design, overrides)
 
     def driver(listener: Listener) -> ComparisonDriver:
         return ComparisonDriver(
@@ -85,7 +85,7 @@ def ablate(
     )  # fmt: skip
 
 
-def opened(
+def read_cells(
     config: RunConfig | str | Path | Mapping[str, Any],
     axes: Mapping[str, Any],
     design: str,
@@ -99,10 +99,5 @@ def opened(
     for key in overrides:
         if key.split(".")[-1] == "seed":
             raise ConfigError(f"`{key}`: an ablation has several seeds", where=key, hint="seeds=0,1,2")
-    if isinstance(config, str | Path):
-        base = RunConfig.load(config, dict(overrides))
-    else:
-        tree = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
-        base = RunConfig.build(tree, dict(overrides))
-    base = base.anchored()
+    base = RunConfig.of(config, overrides).anchored()
     return base, read_ablation(base, axes, design)

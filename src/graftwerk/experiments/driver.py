@@ -24,7 +24,7 @@ from graftwerk.errors import (
     RunInterrupted,
 )
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
-from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides, tree_of
+from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides
 from graftwerk.experiments.budget import Budget, Trials, candidates, sentence, tuning_seed
 from graftwerk.experiments.comparison import COMPARISON, COMPARISON_SCALE
 from graftwerk.experiments.eta import EtaEstimator
@@ -65,14 +65,14 @@ class ComparisonDriver:
         ablation: Ablation | None = None,
         vary: str = VARY[0],
     ) -> None:
-        tree = tree_of(config)
+        tree, where = RunConfig.content(config)
         refuse_overrides(overrides)
         self.ablation, self.vary = ablation, check_vary(vary)
         self.axes, others = read_axes(overrides)
         base = RunConfig.build(
             tree if ablation else {**tree, "method": specs[0].method},
             others,
-            where=str(config) if isinstance(config, str | Path) else None,
+            where=where,
         ).anchored()
         self.run_file_method = tree.get("method")
         specs = with_and_without(specs, augment, bool(base.data.augment))

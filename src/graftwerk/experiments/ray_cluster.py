@@ -13,7 +13,6 @@ JSON text and tar files travels.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -21,7 +20,6 @@ import queue
 import shutil
 import signal
 import socket
-import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -30,9 +28,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from graftwerk.errors import ConfigError, ErrorReport, IntegrityError, ResourceError
+from graftwerk.errors import ConfigError, ErrorReport, ResourceError
 from graftwerk.experiments.header import own_version
 from graftwerk.experiments.job_runner import Crashed, JobRunner, OnEvent, rebuilt, signals_to
+from graftwerk.experiments.run_archive import pack, unpack
 from graftwerk.training.lock import wait_for
 from graftwerk.training.run_dir import LOCK, TRUNK
 
@@ -48,7 +47,7 @@ INSTALL = "pip install 'graftwerk[ray]', on every machine of the cluster"
 
 
 class Station:
-    """What runs on a machine of the cluster: the class of the actors.
+    """Job runner on a machine of the cluster; the class of the actors.
 
     Args:
         folder: Folder of the comparison or search.
@@ -184,11 +183,11 @@ class RayRunner(JobRunner):
         stream = actor.run.options(num_returns="streaming").remote(json.dumps(job, default=str), archive)
         result: dict[str, Any] | None = None
         error: ErrorReport | None = None
-        content = io.BytesIO()
+        content = bytearray()
         for reference in stream:
             message = self._ray.get(reference)
             if isinstance(message, bytes):
-                content.write(message)
+                content += message
                 continue
             said = json.loads(message)
             if "event" in said:
@@ -197,8 +196,8 @@ class RayRunner(JobRunner):
                 result = said["done"]
             else:
                 error = rebuilt(said["error"])
-        if content.tell() and folder is not None:
-            unpack(content.getvalue(), folder)
+        if content and folder is not None:
+            unpack(bytes(content), folder)
         return result, error
 
     def _ready(self, on_event: OnEvent) -> Any:
@@ -373,31 +372,3 @@ def read_resources(given: str | Mapping[str, float] | None) -> dict[str, float]:
 def folder_of(job: Mapping[str, Any]) -> Path | None:
     """Return the run folder of a job, or None if it has none."""
     return Path(job["config"]["output_dir"]) if "config" in job else None
-
-
-def pack(folder: Path) -> bytes:
-    """Return the files of a run folder as a tar file."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for path in sorted(folder.rglob("*")):
-            inside = path.relative_to(folder)
-            if path.is_file() and not path.is_symlink() and inside.parts[0] not in (LOCK, TRUNK):
-                archive.add(path, str(inside), recursive=False)
-    return stream.getvalue()
-
-
-def unpack(archive: bytes, folder: Path) -> None:
-    """Put a run folder in place of the one that is there.
-
-    Raises:
-        IntegrityError: The archive is damaged, or would write outside the folder.
-    """
-    incoming = folder.with_name(f".{folder.name}.incoming")
-    shutil.rmtree(incoming, ignore_errors=True)
-    try:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as stream:
-            stream.extractall(incoming, [member for member in stream if member.isfile()], filter="data")
-    except tarfile.TarError as error:
-        raise IntegrityError(f"a run folder arrived damaged: {error}", where=str(folder)) from None
-    shutil.rmtree(folder, ignore_errors=True)
-    incoming.rename(folder)

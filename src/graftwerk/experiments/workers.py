@@ -20,7 +20,7 @@ Work = Callable[[JobRunner], bool]
 
 
 class Machines(Protocol):
-    """Where jobs run: this machine, or a cluster (`ray_cluster.RayCluster`)."""
+    """Machines that jobs run on: this one, or those of a cluster (`ray_cluster.RayCluster`)."""
 
     at_once: int
     """Jobs at the same time."""

@@ -27,7 +27,6 @@ from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
 from graftwerk.serialization.untrusted_files import read_sealed, understood
 from graftwerk.settings import parse_settings
-from graftwerk.yaml_files import read_yaml
 
 
 class Search:
@@ -168,12 +167,9 @@ def read_search(
     wanted = parse_settings(SearchSettings, own, what="a search", where="search")
     rest = {key: value for key, value in given.items() if key not in own}
     whole = {key: rest.pop(key) for key in [*rest] if key in RunConfig.model_fields}
-    where = str(config) if isinstance(config, str | Path) else None
-    if isinstance(config, RunConfig):
-        config = config.model_dump(mode="json")
-    base = RunConfig.build(config if isinstance(config, Mapping) else read_yaml(Path(config)), whole, where=where)
+    base = RunConfig.of(config, whole)
     axes, fixed, notes = read_space(base, rest)
-    base = RunConfig.build(base.model_dump(mode="json"), fixed, where=where).anchored()
+    base = RunConfig.of(base, fixed).anchored()
     if wanted.metric is not None and wanted.metric not in base.task.metrics:
         hint = f"there are: {', '.join(base.task.metrics)}"
         raise ConfigError(f"there is no metric `{wanted.metric}` for {base.task.name}", where="metric", hint=hint)
