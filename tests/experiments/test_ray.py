@@ -168,6 +168,10 @@ def test_ray_runner_folder_comes_back_from_a_machine_that_does_not_share_it(
     assert (folder / "adapter" / "weights").read_bytes() == b"w" * 5000
     assert not (folder / LOCK).exists()
     assert seen == [[], "removed there"]
+    (runner.folder / "trials" / "empty").mkdir(parents=True)
+    other = Station(str(runner.folder), str(runner.log), "another", 1)
+    other.close()
+    assert sorted(path.name for path in runner.folder.iterdir()) == [LOCK, "lora-seed0"]
     assert "does not see" in events[0]["text"]
     assert "come back through Ray" in events[0]["text"]
 

@@ -95,6 +95,9 @@ class Station:
         if not self.shared:
             shutil.rmtree(self.folder / TRUNK, ignore_errors=True)
             self.runner.log.unlink(missing_ok=True)
+            for folder in sorted((self.folder, *self.folder.rglob("*/")), reverse=True):
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
     def _work(self, job: dict[str, Any], archive: bytes | None, send: Callable[[str | bytes | None], None]) -> None:
         folder = folder_of(job)
@@ -276,7 +279,9 @@ class RayCluster:
         if self._ours:
             self._connect()
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray's own handler would end this process at once
+                signal.signal(
+                    signal.SIGTERM, before or signal.SIG_DFL
+                )  # Ray's own handler would end this process at once
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not self.resources and any(node.get("GPU") for node in nodes):
             self.resources = {"GPU": 1.0}
