@@ -206,7 +206,7 @@ def test_workers_at_once_do_each_item_once(tmp_path: Path) -> None:
     assert sorted(done) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("given", ["CPU", "CPU=much", "=2", "CPU=-1", {"GPU": float("inf")}])
+@pytest.mark.parametrize("given", ["CPU", "CPU=0", "CPU=much", "=2", "CPU=-1", {"GPU": float("inf")}])
 def test_read_resources_wrong_ones_raise(given: Any) -> None:
     with pytest.raises(ConfigError, match="no resource"):
         read_resources(given)

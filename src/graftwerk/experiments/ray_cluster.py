@@ -363,11 +363,12 @@ def read_resources(given: str | Mapping[str, float] | None) -> dict[str, float]:
     named = [part.partition("=")[::2] for part in given.split(",")] if isinstance(given, str) else (given or {}).items()
     found: dict[str, float] = {}
     for name, amount in named:
+        name = name.strip()
         try:
-            found[name.strip()] = float(amount)
+            found[name] = float(amount)
         except ValueError:
-            found[name.strip()] = -1.0
-        if not name.strip() or not 0 <= found[name.strip()] < float("inf"):
+            found[name] = -1.0
+        if not name or not 0 <= found[name] < float("inf") or (name == "CPU" and not found[name]):
             raise ConfigError(
                 f"`{name}={amount}` is no resource of a run", where="resources", hint="for instance CPU=2,GPU=1"
             )
