@@ -6,8 +6,9 @@ The whole public API stands here and is imported when it is first used, so that 
   `Probe`, `Full`
 - on a model: `attach`, `detach`, `activate`, `disabled`, `adapters`, `adapter_state_dict`, `load`, `save`
 - from a run file: `RunConfig`, `train`, `evaluate`, `predict`, `predict_stream`, `predict_file`,
-  `open`, `compare`, `search`, `augment`, `plan`
-- to hand over: `merge`, `export`, `push`
+  `open`, `compare`, `ablate`, `search`, `augment`, `plan`, `recommend`; what `graftwerk init`, `doctor`, `inspect` and
+  `report` do: `first_run`, `preflight`, `describe_adapter`, `write_report`
+- to hand over: `merge`, `combine`, `export`, `push`; to look inside: `explain`
 - `errors`: one rooted tree
 """
 
@@ -36,11 +37,15 @@ if TYPE_CHECKING:
     from graftwerk.evaluation.stream import predict_stream as predict_stream
     from graftwerk.experiments.ablate import ablate as ablate
     from graftwerk.experiments.compare import compare as compare
+    from graftwerk.experiments.first_run import first_run as first_run
+    from graftwerk.experiments.preflight import preflight as preflight
+    from graftwerk.experiments.recommendation.recommend import recommend as recommend
     from graftwerk.experiments.search.search import search as search
     from graftwerk.exports.combine import combine as combine
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
     from graftwerk.exports.push import push as push
+    from graftwerk.inspection.adapter import describe_adapter as describe_adapter
     from graftwerk.inspection.explain import explain as explain
     from graftwerk.methods.bitfit import BitFit as BitFit
     from graftwerk.methods.bottleneck import Bottleneck as Bottleneck
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     from graftwerk.methods.prompt_tuning import Prompt as Prompt
     from graftwerk.methods.ptuning import PTuning as PTuning
     from graftwerk.methods.shira import SHiRA as SHiRA
+    from graftwerk.reporting.html import write_report as write_report
     from graftwerk.training.planning.plan import plan as plan
     from graftwerk.training.train import train as train
 
@@ -99,6 +105,11 @@ _HOMES = {
     "ablate": ("graftwerk.experiments.ablate", "ablate"),
     "compare": ("graftwerk.experiments.compare", "compare"),
     "search": ("graftwerk.experiments.search.search", "search"),
+    "recommend": ("graftwerk.experiments.recommendation.recommend", "recommend"),
+    "first_run": ("graftwerk.experiments.first_run", "first_run"),
+    "preflight": ("graftwerk.experiments.preflight", "preflight"),
+    "describe_adapter": ("graftwerk.inspection.adapter", "describe_adapter"),
+    "write_report": ("graftwerk.reporting.html", "write_report"),
 }
 
 _RENAMED = {"Graft": "Adapter", "grafts": "adapters"}
@@ -130,12 +141,14 @@ __all__ = [
     "augment",
     "combine",
     "compare",
+    "describe_adapter",
     "detach",
     "disabled",
     "errors",
     "evaluate",
     "explain",
     "export",
+    "first_run",
     "load",
     "merge",
     "open",
@@ -143,10 +156,13 @@ __all__ = [
     "predict",
     "predict_file",
     "predict_stream",
+    "preflight",
     "push",
+    "recommend",
     "save",
     "search",
     "train",
+    "write_report",
 ]
 
 

@@ -141,11 +141,31 @@ class RunConfig(Settings):
         Raises:
             ConfigError: The file cannot be read, or a key or value is wrong; the message names the nearest valid key.
         """
-        tree = read_yaml(Path(path))
-        return cls.build(_with_secrets(tree), overrides, where=str(path))
+        tree, where = cls.content(path)
+        return cls.build(tree, overrides, where=where)
+
+    @staticmethod
+    def content(config: RunConfig | str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """Return the content of a run file as plain values, and the file it is from, None if it is from none.
+
+        Args:
+            config: As for `of`.
+
+        Raises:
+            ConfigError: The file cannot be read.
+        """
+        if isinstance(config, RunConfig):
+            return config.model_dump(mode="json"), None
+        return (
+            (dict(config), None)
+            if isinstance(config, Mapping)
+            else (_with_secrets(read_yaml(Path(config))), str(config))
+        )
 
     @classmethod
-    def of(cls, config: RunConfig | str | Path | Mapping[str, Any], overrides: dict[str, Any]) -> RunConfig:
+    def of(
+        cls, config: RunConfig | str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+    ) -> RunConfig:
         """Return the settings in a run file, in the content of one, or given as they are, with overrides applied.
 
         Args:
@@ -155,9 +175,10 @@ class RunConfig(Settings):
         Raises:
             ConfigError: As for `load`.
         """
-        if isinstance(config, RunConfig):
-            return cls.build(config.model_dump(mode="json"), overrides) if overrides else config
-        return cls.build(config, overrides) if isinstance(config, Mapping) else cls.load(config, overrides)
+        if isinstance(config, RunConfig) and not overrides:
+            return config
+        tree, where = cls.content(config)
+        return cls.build(tree, dict(overrides or {}), where=where)
 
     @classmethod
     def build(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from graftwerk.cli import doctor
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.recommendation import recommend as recommending
-from graftwerk.experiments.search import workers as workers_module
 from graftwerk.training.planning import plan as planning
 from tests.cli.commands import Run
 from tests.experiments.search.fake_runs import FakeRunner

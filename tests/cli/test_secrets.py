@@ -69,6 +69,9 @@ def test_compare_with_secret_paths_redacts(graftwerk: Run, secret: tuple[Path, P
     said = graftwerk("compare", config, "methods=probe", "seeds=0", "max_steps=2", "eval_steps=1")
     assert said.code == 0, said.err
     assert held(run) == []
+    content, where = gw.RunConfig.content(run / "config.yaml")  # as `compare`, `ablate` and `search` read it
+    assert PASSWORD in content["model"]
+    assert where == str(run / "config.yaml")
     assert PASSWORD not in said.out + said.err
     assert graftwerk("compare", config, "methods=probe", "seeds=0", "max_steps=2", "eval_steps=1").code == 0
 

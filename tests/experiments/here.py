@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.jobs import perform
 
 
-class InThisProcess:
+class InThisProcess(JobRunner):
     """In place of `graftwerk.experiments.job_runner.JobRunner`."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def run(self, job: dict[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def run(self, job: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         return perform(job, lambda message: on_event(message["event"]))

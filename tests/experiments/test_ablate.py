@@ -17,7 +17,7 @@ from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, RunInterrupted
 from graftwerk.evaluation.paired_bootstrap import joint_bootstrap
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.ablate import ablate
 from graftwerk.experiments.aggregation import effects
 from graftwerk.experiments.factors import read_ablation
@@ -160,12 +160,17 @@ def test_ablate_trains_cells_resumes_and_reports(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     config = run_file(tmp_path, tiny_encoder, glosses, training={"max_steps": 2, "report_to": ["jsonl"]})
     given = ["method.r=2,4", "learning_rate=1e-2", "seeds=0", f"output_dir={tmp_path / 'abl'}"]
     assert main(["ablate", str(config), *given, "--dry-run"]) == 0
     assert "2 cells, 1 seed (seeds=0): 2 runs, 4 steps of 16 rows" in capsys.readouterr().out
     assert not (tmp_path / "abl").exists()
+    lists = "method.target_modules=[query],[query, value],attention"
+    assert main(["ablate", str(config), lists, "seeds=0", "--dry-run"]) == 0
+    assert "3 values of method.target_modules" in capsys.readouterr().out
+    assert main(["compare", str(config), "methods=lora", "warmup_ratio=[0],[0.1]", "--dry-run"]) == 2
+    assert "not YAML" not in capsys.readouterr().err
     assert main(["ablate", str(config), "method.adapter_size=2,4", "--dry-run"]) == 2
     assert "no setting of lora" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from graftwerk.errors import ConfigError
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.method_specs import parse_method_specs, with_and_without
 from graftwerk.training.run_dir import read_manifest
@@ -18,7 +18,7 @@ from tests.experiments.here import InThisProcess
 def test_compare_with_and_without_augmentation(
     tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "augment": [{"name": "word_dropout", "n": 2}]},

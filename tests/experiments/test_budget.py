@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.budget import Budget, candidates, parse_budget, sentence, tuning_seed
 from graftwerk.experiments.compare import compare
+from graftwerk.experiments.driver import ComparisonDriver
+from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
+from graftwerk.experiments.workers import Workers
 from graftwerk.methods.registry import METHODS
+from graftwerk.training.run_dir import RunDir
 from tests.cli.commands import run_file
 from tests.experiments.here import InThisProcess
 
@@ -100,7 +105,7 @@ def test_tuning_seed_is_none_of_the_seeds() -> None:
 def test_compare_with_a_budget_tunes_all_alike_and_leaves_test_rows_to_the_chosen(
     tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 32},
@@ -136,6 +141,23 @@ def test_compare_with_a_budget_tunes_all_alike_and_leaves_test_rows_to_the_chose
     assert (again.result["tuning"], again.result["budget"]) == (tuning, budget)
 
 
+def test_compare_diverged_trial_keeps_what_it_spent_after_a_resume(tmp_path: Path) -> None:
+    settings = {"model": "tiny", "data": {"train": "rows.csv", "validation": 8}, "output_dir": str(tmp_path / "cmp")}
+    driver = ComparisonDriver(
+        settings, parse_method_specs("ia3"), [0], {}, None, listener=lambda event: None, budget=parse_budget("10s")
+    )
+    trials = driver.trials
+    assert trials is not None
+    content = {"status": "diverged", "cost": {"training_seconds": 6.0}, "error": {"what": "the loss is nan"}}
+    for spec in trials.tries["ia3"][:2]:
+        folder = driver.folder_of(spec, trials.seed)
+        folder.mkdir(parents=True)
+        RunDir(folder).write_manifest(content)
+    with Workers([JobRunner(tmp_path / "log")]) as workers:
+        workers.do(partial(driver._next_trial, trials=trials, metric="accuracy", overwrite=False))
+    assert trials.spent == {"ia3": [6.0]}  # a second one would not fit into ten seconds
+
+
 def test_compare_command_with_budget(
     tmp_path: Path,
     tiny_encoder: Path,
@@ -159,7 +181,7 @@ def test_compare_command_with_budget(
 def test_compare_vary_split_draws_training_rows_by_seed_and_shares_test_rows(
     tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 32},

@@ -7,7 +7,7 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,11 +26,13 @@ from graftwerk.errors import (
 )
 from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS, load_evaluation
 from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import Comparison, compare
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.jobs import perform
 from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
+from graftwerk.experiments.workers import Workers
 from graftwerk.serialization.untrusted_files import read_json
 from graftwerk.training.train import train
 
@@ -82,13 +84,13 @@ class Story:
 def story(settings: dict[str, Any]) -> Iterator[Story]:
     """First call: SIGTERM in the second run. Second: the process of another run is killed. Third: to the end."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(compare_module, "JobRunner", OneProcess)
+    patch.setattr(workers_module, "JobRunner", OneProcess)
     made: dict[str, Any] = {"workers": None}
     start = OneProcess.__init__
 
-    def remember(self: OneProcess, log: Path) -> None:
+    def remember(self: OneProcess, log: Path, threads: int | None = None) -> None:
         made["workers"] = self
-        start(self, log)
+        start(self, log, threads)
 
     patch.setattr(OneProcess, "__init__", remember)
     told = Story()
@@ -136,19 +138,19 @@ def test_compare_resumes(story: Story) -> None:
 
 
 def test_compare_interrupted_counts_failed_runs_apart(settings: dict[str, Any]) -> None:
-    class FailsThenStops:
+    class FailsThenStops(JobRunner):
         errors: ClassVar[list[BaseException]] = [
             DivergedError("the loss is nan"), MemoryShortage("one row is too much"), RunInterrupted(15, "stopped")
         ]  # fmt: skip
 
-        def run(self, job: dict[str, Any], on_event: Any) -> dict[str, Any]:
+        def run(self, job: Mapping[str, Any], on_event: Any) -> dict[str, Any]:
             raise self.errors.pop(0)
 
     driver = compare_module.ComparisonDriver(
         settings, parse_method_specs(["lora", "probe", "ia3"]), [0], {}, None, listener=lambda event: None
     )
     with pytest.raises(RunInterrupted) as caught:
-        driver._run_all(FailsThenStops(), "accuracy", overwrite=True)  # type: ignore[arg-type]
+        driver._run_all(Workers([FailsThenStops(Path(os.devnull))]), "accuracy", overwrite=True)
     assert caught.value.recovered == f"0 of 3 runs (2 failed) in {settings['output_dir']}"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from graftwerk.evaluation.paired_bootstrap import JointBootstrap, Runs, joint_bootstrap
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.aggregation import measured_run
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.significance import verdict
@@ -81,7 +81,7 @@ def test_one_method_of_tiny_models_entered_twice_is_seldom_told_apart(
     tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve trained models of one method, halves of which pass for two methods in 20 ways."""
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 200, "max_train_rows": 96},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import compare
 from tests.experiments.here import InThisProcess
 
@@ -24,7 +24,7 @@ METHODS: list[Any] = [
 def test_compare_runs_share_activation_cache(
     tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     model = tmp_path / "without-dropout"
     shutil.copytree(tiny_encoder, model)
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import Comparison, compare
 from tests.experiments.here import InThisProcess
 from tests.tiny_text import GNOME, build, rows_of
@@ -47,7 +47,7 @@ def words(page: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
 
 
 def test_compare_translation_by_bleu(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from graftwerk.cli.compare import read_settings
 from graftwerk.cli.main import main
 from graftwerk.errors import ConfigError
-from graftwerk.experiments import compare as compare_module
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
@@ -92,7 +92,7 @@ def test_chosen_is_the_best_on_validation_rows_and_not_on_test_rows() -> None:
 def test_compare_tunes_on_validation_and_ranks_what_was_chosen(
     tmp_path: Path, tiny_encoder: Path, glosses: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     settings = {
         "model": str(tiny_encoder),
         "data": {"train": str(glosses), "validation": 24, "test": 48, "max_train_rows": 32},
@@ -145,7 +145,7 @@ def test_compare_without_validation_rows_has_nothing_to_tune_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(compare_module, "JobRunner", InThisProcess)
+    monkeypatch.setattr(workers_module, "JobRunner", InThisProcess)
     config = run_file(tmp_path, tiny_encoder, glosses, training={"max_steps": 2})
     given = ["compare", str(config), "methods=ia3,lora", "learning_rate=1e-3,1e-1"]
     for more in ([], ["--dry-run"]):

@@ -161,6 +161,17 @@ def data() -> dict[str, Any]:
         "fingerprint": "45cd75436ccf34400349458c88bc0cbf15da4517b70dde8230256dd819f22dc1",
         "rows": {"train": 2000, "validation": 500, "test": 500},
         "findings": [],
+        "summary": {
+            "labels": {
+                "negative": {"train": 812, "validation": 251, "test": 250},
+                "positive": {"train": 1188, "validation": 249, "test": 250},
+            },
+            "lengths": {
+                split: {"median": 26, "p95": 49, "longest": longest, "tokens": 26 * 2000}
+                for split, longest in (("train", 78), ("validation", 70), ("test", 1234))
+            },
+            "truncated": {"train": 3, "validation": 0, "test": 1},
+        },
     }
 
 

@@ -425,6 +425,22 @@ def test_run_page_shows_issues_with_hint(tmp_path: Path) -> None:
     assert "remove them" in item.text
 
 
+@pytest.mark.parametrize("kind", ["run", "comparison"])
+def test_page_shows_lengths_and_rows_of_each_label(kind: str, tmp_path: Path) -> None:
+    tree = examples.manifest() if kind == "run" else examples.comparison(names=("full", "lora"))
+    write = examples.write_run if kind == "run" else examples.write_comparison
+    cells = "|".join(e.text for e in page_of(write(tmp_path / "few", tree)).elements if e.name in ("th", "td"))
+    cells = cells.replace("\u202f", " ")
+    assert "Rows of|Rows|Median tokens|95 %|Longest|Cut|train|2,000|26|49|78|3|validation" in cells
+    assert "Label|train|validation|test|positive|1,188 (59.4 %)|249 (49.8 %)|250 (50.0 %)|negative|812" in cells
+    counts = {f"label {number}": {"train": 100 - number} for number in range(40)}
+    tree["data"]["summary"] = {"labels": {**counts, "none": {}}}
+    page = page_of(write(tmp_path / "many", tree))
+    assert any(each.text == "Rows of each of the 41 labels" for each in page.all("summary"))
+    tree["data"]["summary"] = {"labels": {"odd": {}}, "lengths": {}}
+    assert "Rows of each" not in page_of(write(tmp_path / "odd", tree)).text
+
+
 # -- what comes in --------------------------------------------------
 
 

@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from graftwerk.errors import UnsupportedError
 from graftwerk.training.checkpoint import Checkpoints
+from graftwerk.training.distributed.connect import connect
 from graftwerk.training.distributed.predictions import deal_batches
 from graftwerk.training.distributed.sharded import ShardedProcesses
 from graftwerk.training.events import Event
@@ -201,3 +203,26 @@ def test_accelerate_launch_trains_as_one_process(run_file: Build, tmp_path: Path
     assert done.stdout.count("status: finished") == 2
     train(alone)
     same_figures(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("stage", "content", "instead"),
+    [
+        (2, '{"zero_optimization": {"stage": 2}}', "--multi_gpu"),
+        (3, '{"zero_optimization": {"stage": 3}}', "--fsdp_version 2"),
+        (0, "{}", "--multi_gpu"),
+        (1, None, "--multi_gpu"),
+    ],
+)
+def test_connect_refuses_deepspeed_with_what_to_launch_instead(
+    stage: int, content: str | None, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    if content is None:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+    else:
+        (tmp_path / "ds.json").write_text(content)
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    with pytest.raises(UnsupportedError, match=rf"DeepSpeed \(ZeRO stage {stage}\)") as caught:
+        connect()
+    assert instead in str(caught.value.hint)

@@ -335,6 +335,7 @@ def test_train_diverged_is_recorded_and_checkpoint_stays(run_file: Build, monkey
     assert [event.step for event in events if event.kind == "bad_step"] == [7, 8]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "diverged"
+    assert manifest["cost"]["training_seconds"] > 0  # a budget of time counts it
     assert manifest["error"]["exit_code"] == 6
     assert not (folder / "adapter").exists()
     weights = Checkpoints(folder / "checkpoints").load_latest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,57 @@ Base = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Accept a base with other weights than those the adapter was trained on.")
 ]
+Metric = Annotated[str | None, typer.Option(help="Metric that decides; default: the task's own.", show_default=False)]
+
+
+@dataclass(frozen=True)
+class Several:
+    """Options of the commands that make several runs."""
+
+    metric: Metric = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train all of it again; what earlier runs left is replaced.")
+    ] = False
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|HOST:PORT|local",
+            help="Train on the machines of a Ray cluster: the one this machine belongs to, the one with its head "
+            "there, or one of this machine alone; as many runs at once as there is room for.",
+            show_default=False,
+        ),
+    ] = None
+    resources: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CPU=1[,GPU=1]",
+            help="What a run takes of the cluster; default: a processor, and a GPU if there are any.",
+            show_default=False,
+        ),
+    ] = None
+    dry_run: DryRun = False
+
+    def given(self) -> dict[str, Any]:
+        """Return the options as arguments in Python; what was left out has its default there."""
+        return {name: value for name, value in vars(self).items() if value is not None and name != "dry_run"}
+
+
+@dataclass(frozen=True)
+class Compared(Several):
+    """Options of the commands that compare."""
+
+    prefer: Annotated[
+        str | None,
+        typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
+    ] = None
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Distance within which methods are practically equal, in the metric's own unit: 0.01 is a point of "
+            "accuracy; default: a point, or 1 % of the best.",
+            show_default=False,
+        ),
+    ] = None
 
 
 def columns_of(given: list[str] | None) -> dict[str, str] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import signal
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -27,12 +28,17 @@ Result = dict[str, Any] | None
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Callable[..., None]]:
     """Register ``function(out, ...) -> result`` as a command. The result is what `--json` prints.
 
-    The function's other parameters become the command's arguments and options, its docstring the help.
+    The function's other parameters become the command's arguments and options, its docstring the help. A parameter
+    that is a dataclass stands for an option for each of its fields, which several commands share.
     """
 
     def register(function: Callable[..., Result]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
-        own = [parameter for key, parameter in signature.parameters.items() if key != "out"]
+        groups: dict[str, Any] = {
+            key: one.annotation for key, one in signature.parameters.items() if is_dataclass(one.annotation)
+        }
+        own = [one for key, one in signature.parameters.items() if key != "out" and key not in groups]
+        own += [option for group in groups.values() for option in _options(group)]
 
         @wraps(function)
         def run(**values: Any) -> None:
@@ -42,6 +48,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
                 if value == "":
                     name = key.replace("_", "-")
                     raise ConfigError(f"the value of `{name}` is empty", hint="give one, or leave it out")
+            for key, group in groups.items():
+                values[key] = group(**{field.name: values.pop(field.name) for field in fields(group)})
             # typer would make exit codes of its own of these two
             try:
                 if not as_json:
@@ -67,3 +75,12 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., Result]], Ca
         return run
 
     return register
+
+
+def _options(group: Any) -> list[inspect.Parameter]:
+    """Return the options that the fields of a dataclass stand for."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in fields(group)
+    ]

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftwerk.cli.arguments import ConfigFile, DryRun
+from graftwerk.cli.arguments import Compared, ConfigFile
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import count, share
 
 if TYPE_CHECKING:
     from graftwerk.config import RunConfig
+    from graftwerk.experiments.comparison import Comparison
 
 Settings = Annotated[
     list[str] | None,
@@ -30,19 +31,6 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
-Metric = Annotated[str | None, typer.Option(help="Metric that decides; default: the task's own.", show_default=False)]
-Prefer = Annotated[
-    str | None,
-    typer.Option(help="The cost that decides among equals; default: trained_parameters.", show_default=False),
-]
-Margin = Annotated[
-    float | None,
-    typer.Option(
-        help="Distance within which methods are practically equal, in the metric's own unit: 0.01 is a point of "
-        "accuracy; default: a point, or 1 % of the best.",
-        show_default=False,
-    ),
-]
 
 
 def register(app: typer.Typer) -> None:
@@ -51,13 +39,9 @@ def register(app: typer.Typer) -> None:
     @command(app, "compare")
     def compare(
         out: Output,
+        options: Compared,
         config: ConfigFile,
         settings: Settings = None,
-        metric: Metric = None,
-        prefer: Prefer = None,
-        margin: Margin = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Train all of it again.")] = False,
-        dry_run: DryRun = False,
     ) -> Result:
         """Train and measure methods side by side, over several seeds.
 
@@ -69,32 +53,23 @@ def register(app: typer.Typer) -> None:
         methods, seeds, overrides = read_settings(settings or [])
         augment, budget = overrides.pop("augment", None), overrides.pop("budget", None)
         vary = str(overrides.pop("vary", "training"))
-        if dry_run:
+        if options.dry_run:
             check_vary(vary)
-            return show_plan(out, config, methods, seeds, overrides, augment, metric, prefer, budget, margin)
+            return show_plan(out, config, methods, seeds, overrides, augment, budget, options)
         from graftwerk.experiments.compare import compare
 
-        chosen: dict[str, Any] = {} if prefer is None else {"prefer": prefer}
-        compared = compare(
-            config,
-            methods,
-            seeds,
-            augment=augment,
-            budget=budget,
-            vary=vary,
-            overwrite=overwrite,
-            metric=metric,
-            margin=margin,
-            quiet=out.quiet,
-            **chosen,
-            **overrides,
-        )
-        if sys.stdout.isatty() and not out.as_json:
-            out.show(compared)
-        else:
-            out.line(compared.table())
-        out.line(f"\n{compared.report}\n{compared.folder}")
-        return compared.to_dict()
+        own: dict[str, Any] = {"augment": augment, "budget": budget, "vary": vary, "quiet": out.quiet}
+        return show_comparison(out, compare(config, methods, seeds, **own, **options.given(), **overrides))
+
+
+def show_comparison(out: Output, compared: Comparison) -> Result:
+    """Show the table of a comparison and where it is."""
+    if sys.stdout.isatty() and not out.as_json:
+        out.show(compared)
+    else:
+        out.line(compared.table())
+    out.line(f"\n{compared.report}\n{compared.folder}")
+    return compared.to_dict()
 
 
 def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
@@ -105,6 +80,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
     """
     from graftwerk.config import parse_overrides
     from graftwerk.errors import ConfigError
+    from graftwerk.experiments.axes import as_list
     from graftwerk.yaml_files import parse_yaml
 
     methods: Any = None
@@ -121,7 +97,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
         elif key in ("augment", "budget", "vary") and equals:  # arguments of the comparison; not `data.augment`
             own.append(item)
         else:
-            others.append(item)
+            others.append(as_list(item))
     if methods is None:
         raise ConfigError("which methods?", where="methods", hint="for instance methods=full,lora,bottleneck")
     if methods.lstrip().startswith(("[", "{")):
@@ -139,15 +115,13 @@ def show_plan(
     methods: Any,
     seeds: str,
     overrides: dict[str, Any],
-    augment: Any = None,
-    metric: str | None = None,
-    prefer: str | None = None,
-    budget: Any = None,
-    margin: float | None = None,
+    augment: Any,
+    budget: Any,
+    options: Compared,
 ) -> Result:
     """Show the plan of a comparison, checked as far as possible without loading a model's weights."""
     from graftwerk.config import RunConfig
-    from graftwerk.experiments.arguments import check_choices, refuse_overrides, tree_of
+    from graftwerk.experiments.arguments import check_choices, refuse_overrides
     from graftwerk.experiments.budget import candidates, parse_budget
     from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds, settings_not_used, with_and_without
     from graftwerk.experiments.tuning import planned_runs, read_axes, require_validation, tuned
@@ -155,15 +129,15 @@ def show_plan(
     entries, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
     axes, overrides = read_axes(overrides)
     refuse_overrides(overrides)
-    base = RunConfig.load(config, {"method": entries[0].method, **overrides})
-    check_choices(base, metric, prefer, margin)
+    base = RunConfig.of(config, {"method": entries[0].method, **overrides})
+    check_choices(base, options.metric, options.prefer, options.margin)
     given = with_and_without(entries, augment, bool(base.data.augment))
     if allowed is not None:
         for entry in given:
             candidates(entry, base, axes, allowed)
     entries = tuned(given, axes) if allowed is None else given
     configs = {
-        entry.name: RunConfig.load(config, {"method": entry.method, **overrides, **entry.changes}) for entry in entries
+        entry.name: RunConfig.of(config, {"method": entry.method, **overrides, **entry.changes}) for entry in entries
     }
     timed = allowed.seconds or 0.0 if allowed is not None else 0.0
     runs = len(numbers) + (allowed.trials if allowed is not None and not timed else 0)
@@ -174,7 +148,7 @@ def show_plan(
         planned_runs(given, axes, numbers, allowed),
         require=lambda rows: require_validation(axes, rows, allowed),
         seconds=len(given) * timed,
-        notes=settings_not_used(given, tree_of(config).get("method")),
+        notes=settings_not_used(given, RunConfig.content(config)[0].get("method")),
     )
     return {"dry_run": True, "seeds": numbers, **found}
 

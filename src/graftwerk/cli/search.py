@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwerk.cli.arguments import ConfigFile, DryRun
+from graftwerk.cli.arguments import ConfigFile, Several
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.compare import Metric
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import count
 
@@ -31,13 +30,9 @@ def register(app: typer.Typer) -> None:
     @command(app, "search")
     def search(
         out: Output,
+        options: Several,
         config: ConfigFile,
         settings: Given = None,
-        metric: Metric = None,
-        overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Begin anew; remove the trials there are.")
-        ] = False,
-        dry_run: DryRun = False,
     ) -> Result:
         """Search for better settings of the run's method.
 
@@ -46,13 +41,16 @@ def register(app: typer.Typer) -> None:
         trials. The folder of the search is output_dir; best.yaml in it is a run file.
         """
         from graftwerk.config import parse_overrides
+        from graftwerk.experiments.axes import as_list
 
-        given = parse_overrides([*(settings or []), *([] if metric is None else [f"metric={metric}"])])
-        if dry_run:
+        given = parse_overrides(
+            [*map(as_list, settings or []), *(f"metric={name}" for name in [options.metric] if name)]
+        )
+        if options.dry_run:
             return show_plan(out, config, given)
         from graftwerk.experiments.search.search import search
 
-        found = search(config, overwrite=overwrite, quiet=out.quiet, **given)
+        found = search(config, quiet=out.quiet, **{**options.given(), **given})
         out.line(str(found))
         out.line(f"\n{found.report}\n{found.folder / 'best.yaml'}\n{found.folder}")
         return found.to_dict()

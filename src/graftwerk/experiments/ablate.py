@@ -29,6 +29,8 @@ def ablate(
     listener: Listener | None = None,
     quiet: bool = False,
     report: bool = True,
+    ray: str | None = None,
+    resources: str | Mapping[str, float] | None = None,
     **overrides: Any,
 ) -> Comparison:
     """Train and evaluate the run file's method with several values of its settings, and test the effect of each.
@@ -49,6 +51,8 @@ def ablate(
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
+        ray: As for `compare`.
+        resources: As for `compare`.
         **overrides: Settings of the run file by name, as for `train`.
 
     Returns:
@@ -68,7 +72,7 @@ def ablate(
         graftwerk.errors.ConfigError: `method.rnk` is no setting of lora or of the training
         ...
     """
-    base, ablation = opened(config, axes, design, overrides)
+    base, ablation = read_cells(config, axes, design, overrides)
 
     def driver(listener: Listener) -> ComparisonDriver:
         return ComparisonDriver(
@@ -76,12 +80,12 @@ def ablate(
         )
 
     return drive(
-        driver, listener=listener, quiet=quiet, report=report,
+        driver, listener=listener, quiet=quiet, report=report, ray=ray, resources=resources,
         overwrite=overwrite, metric=metric, prefer=prefer, margin=margin,
     )  # fmt: skip
 
 
-def opened(
+def read_cells(
     config: RunConfig | str | Path | Mapping[str, Any],
     axes: Mapping[str, Any],
     design: str,
@@ -95,10 +99,5 @@ def opened(
     for key in overrides:
         if key.split(".")[-1] == "seed":
             raise ConfigError(f"`{key}`: an ablation has several seeds", where=key, hint="seeds=0,1,2")
-    if isinstance(config, str | Path):
-        base = RunConfig.load(config, dict(overrides))
-    else:
-        tree = config.model_dump(mode="json") if isinstance(config, RunConfig) else config
-        base = RunConfig.build(tree, dict(overrides))
-    base = base.anchored()
+    base = RunConfig.of(config, overrides).anchored()
     return base, read_ablation(base, axes, design)

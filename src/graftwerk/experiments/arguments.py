@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import ConfigError
 from graftwerk.experiments.significance import COSTS
-from graftwerk.yaml_files import read_yaml
 
 VARY = ("training", "split")
 """Choices of what a seed varies: initialisation, order and dropout; and the draw of training rows besides."""
@@ -51,13 +49,6 @@ def check_choices(base: RunConfig, metric: str | None, prefer: str | None, margi
         )
     if prefer is not None and prefer not in COSTS:
         raise ConfigError(f"there is no cost `{prefer}`", where="prefer", hint=f"there are: {', '.join(COSTS)}")
-
-
-def tree_of(config: RunConfig | str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run file's content, from a path, a mapping or a `RunConfig`."""
-    if isinstance(config, RunConfig):
-        return config.model_dump(mode="json")
-    return dict(config) if isinstance(config, Mapping) else read_yaml(Path(config))
 
 
 def refuse_overrides(overrides: Mapping[str, Any]) -> None:

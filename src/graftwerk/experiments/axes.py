@@ -37,6 +37,17 @@ def several(given: Any, key: str, *, takes_list: bool = False) -> list[Any] | No
     return [parse_override_value(each.strip(), key) if isinstance(each, str) else each for each in values]
 
 
+def as_list(argument: str) -> str:
+    """Return ``key=[a],[a, b]``, which is no YAML, as ``key=[[a],[a, b]]``; any other argument as it is.
+
+    Example:
+        >>> as_list("target_modules=[q_proj],[q_proj, v_proj]"), as_list("r=4,8")
+        ('target_modules=[[q_proj],[q_proj, v_proj]]', 'r=4,8')
+    """
+    key, equals, values = argument.partition("=")
+    return f"{key}=[{values}]" if equals and values.lstrip().startswith("[") and len(split(values)) > 1 else argument
+
+
 def split(text: str) -> list[str]:
     """Split at commas outside brackets."""
     parts, depth = [""], 0

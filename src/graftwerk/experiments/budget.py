@@ -180,6 +180,7 @@ class Trials:
     def __init__(self, tries: Mapping[str, Sequence[MethodSpec]], budget: Budget, seed: int) -> None:
         self.tries, self.budget, self.seed = tries, budget, seed
         self.spent: dict[str, list[float]] = {name: [] for name in tries}
+        self._begun = dict.fromkeys(tries, 0)
 
     @property
     def number(self) -> int | None:
@@ -191,15 +192,27 @@ class Trials:
         """Trials that were made, method by method."""
         return [spec for name, tries in self.tries.items() for spec in tries[: len(self.spent[name])]]
 
-    def __iter__(self) -> Iterator[MethodSpec]:
-        """Yield the methods' trials in turn; `spent` must have the seconds of one before the next is asked for."""
-        waiting = {name: list(tries) for name, tries in self.tries.items()}
-        while waiting:
-            for name in list(waiting):
-                if waiting[name] and self.budget.allows(self.spent[name]):
-                    yield waiting[name].pop(0)
-                else:
-                    del waiting[name]
+    def next(self) -> MethodSpec | None:
+        """Begin the next trial of the method that has begun the fewest, or return None if none may begin now.
+
+        Of a budget of time a method makes one trial at a time: what it spends says whether another one fits.
+        """
+        for name in sorted(self.tries, key=lambda name: self._begun[name]):
+            begun, spent = self._begun[name], self.spent[name]
+            waits = self.budget.seconds is not None and begun > len(spent)
+            if begun < len(self.tries[name]) and not waits and self.budget.allows(spent):
+                self._begun[name] += 1
+                return self.tries[name][begun]
+        return None
+
+    def done(self, spec: MethodSpec, seconds: float) -> None:
+        """Count a trial that has ended.
+
+        Args:
+            spec: The trial.
+            seconds: What it took of the budget.
+        """
+        self.spent[spec.tried_for].append(seconds)
 
     def told(self, failed: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
         """Return what `comparison.json` says of the budget.

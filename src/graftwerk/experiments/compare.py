@@ -19,9 +19,9 @@ from graftwerk.experiments.budget import parse_budget
 from graftwerk.experiments.comparison import COMPARISON as COMPARISON
 from graftwerk.experiments.comparison import Comparison
 from graftwerk.experiments.driver import ComparisonDriver, Listener
-from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds
 from graftwerk.experiments.progress import ComparisonDisplay
+from graftwerk.experiments.workers import machines
 
 
 def compare(
@@ -39,6 +39,8 @@ def compare(
     listener: Listener | None = None,
     quiet: bool = False,
     report: bool = True,
+    ray: str | None = None,
+    resources: str | Mapping[str, float] | None = None,
     **overrides: Any,
 ) -> Comparison:
     """Train and evaluate each method with each seed, and test the differences for significance.
@@ -68,6 +70,9 @@ def compare(
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
+        ray: Address of a Ray cluster (``head:6379``), ``auto`` for the one of this machine, or ``local`` for one that
+            is started here; its machines train as many runs at once as they have room for. None: one at a time here.
+        resources: What a run takes of the cluster: ``"CPU=2,GPU=1"``. Default: a processor, and a GPU if there are any.
         **overrides: Settings of the run file by name, as for `train`. Several values of a setting of the training
             (``learning_rate=[1e-3, 3e-3]``) are tried for each method; what stands for it is chosen on validation rows.
 
@@ -78,7 +83,7 @@ def compare(
         ConfigError, DataError, ModelError: Found before training begins.
         ConflictError: The folder is in use, or holds other runs.
         RunInterrupted: SIGINT or SIGTERM came; the active run has saved a checkpoint.
-        ResourceError: Disk or memory do not suffice.
+        ResourceError: Disk or memory do not suffice; Ray is not installed, or cannot be reached.
 
     Example:
         Settings are checked before any process is started:
@@ -98,7 +103,7 @@ def compare(
         )
 
     return drive(
-        driver, listener=listener, quiet=quiet, report=report,
+        driver, listener=listener, quiet=quiet, report=report, ray=ray, resources=resources,
         overwrite=overwrite, metric=metric, prefer=prefer, margin=margin,
     )  # fmt: skip
 
@@ -109,6 +114,8 @@ def drive(
     listener: Listener | None,
     quiet: bool,
     report: bool,
+    ray: str | None,
+    resources: str | Mapping[str, float] | None,
     **options: Any,
 ) -> Comparison:
     """Run a comparison with a progress display unless there is a listener, and write its report.
@@ -118,6 +125,8 @@ def drive(
         listener: As for `compare`.
         quiet: As for `compare`.
         report: As for `compare`.
+        ray: As for `compare`.
+        resources: As for `compare`.
         **options: Of `ComparisonDriver.run`.
 
     Raises:
@@ -127,7 +136,8 @@ def drive(
     driver = build(listener or display or (lambda event: None))
     check_choices(driver.base, options["metric"], options["prefer"], options["margin"])
     try:
-        driver.run(JobRunner, **options)
+        with machines(ray, resources) as there:
+            driver.run(there, **options)
     finally:
         if display is not None:
             display.close_bar()

@@ -7,8 +7,10 @@ finished is loaded instead, so that a stopped comparison resumes.
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from graftwerk.errors import (
     RunInterrupted,
 )
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
-from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides, tree_of
+from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides
 from graftwerk.experiments.budget import Budget, Trials, candidates, sentence, tuning_seed
 from graftwerk.experiments.comparison import COMPARISON, COMPARISON_SCALE
 from graftwerk.experiments.eta import EtaEstimator
@@ -33,6 +35,7 @@ from graftwerk.experiments.method_specs import MethodSpec, with_and_without
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.tuning import chosen, method_of, planned_runs, read_axes, sentences, tuned
+from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
 from graftwerk.sanitize import redacted
@@ -62,14 +65,14 @@ class ComparisonDriver:
         ablation: Ablation | None = None,
         vary: str = VARY[0],
     ) -> None:
-        tree = tree_of(config)
+        tree, where = RunConfig.content(config)
         refuse_overrides(overrides)
         self.ablation, self.vary = ablation, check_vary(vary)
         self.axes, others = read_axes(overrides)
         base = RunConfig.build(
             tree if ablation else {**tree, "method": specs[0].method},
             others,
-            where=str(config) if isinstance(config, str | Path) else None,
+            where=where,
         ).anchored()
         self.run_file_method = tree.get("method")
         specs = with_and_without(specs, augment, bool(base.data.augment))
@@ -85,6 +88,7 @@ class ComparisonDriver:
             self.eta.planned[:0] = [method_of(spec) for spec in self.specs if self.trials.number is not None]
         self.folder = base.output_dir
         self.listener = listener
+        self.lock, self.at_once = threading.RLock(), 1
         self.tried: dict[str, dict[int, TrialResult]] = {spec.name: {} for spec in self.specs}
         self.failed_tries: dict[str, dict[int, str]] = {spec.name: {} for spec in self.specs}
         self.runs: dict[str, dict[int, RunResult]] = {spec.name: {} for spec in self.specs}
@@ -107,7 +111,7 @@ class ComparisonDriver:
 
     def run(
         self,
-        runner: type[JobRunner],
+        machines: Machines,
         *,
         overwrite: bool,
         metric: str | None,
@@ -117,7 +121,7 @@ class ComparisonDriver:
         """Make what is left of the comparison, and write its result.
 
         Args:
-            runner: Runs the jobs.
+            machines: Where the jobs run.
             overwrite: Train all runs again.
             metric: The metric that decides, or None for the task's own.
             prefer: The cost that the recommendation minimises.
@@ -133,7 +137,9 @@ class ComparisonDriver:
                 raise ConflictError(f"{self.folder} is the folder of {what}", hint=hint)
         runs = [self.folder_of(spec, seed).name for spec, seed in self._all_runs()]
         refuse_links(self.folder, (LOCK, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
-        with RunLock(self.folder), runner(self.folder / LOG) as workers:
+        most = len(self.eta.planned) or None  # None: of a budget of time
+        with RunLock(self.folder), Workers(machines.runners(self.folder / LOG, most)) as workers:
+            self.at_once = len(workers.runners)
             planned = planned_runs(self.methods, self.axes, self.seeds, self.budget)
             self._emit("note", text=self.ablation.planned(self.seeds) if self.ablation else planned)
             header = self._check(workers, overwrite, metric, prefer, margin)
@@ -143,7 +149,7 @@ class ComparisonDriver:
             self._finish(header, prefer, margin)
 
     def _check(
-        self, workers: JobRunner, overwrite: bool, metric: str | None, prefer: str, margin: float | None
+        self, workers: Workers, overwrite: bool, metric: str | None, prefer: str, margin: float | None
     ) -> dict[str, Any]:
         """Check rows, models and methods before any training, and return the header of `comparison.json`."""
         try:
@@ -158,7 +164,7 @@ class ComparisonDriver:
                 (self.folder / LOG).unlink(missing_ok=True)  # so that a comparison that never began leaves nothing
             raise
 
-    def _checked(self, workers: JobRunner, overwrite: bool) -> dict[str, Any]:
+    def _checked(self, workers: Workers, overwrite: bool) -> dict[str, Any]:
         first = self.seeds[0]
         existing = [] if overwrite else [planned for planned in self._all_runs() if self.folder_of(*planned).is_dir()]
         # of those that differ only in settings of the training, one will do
@@ -168,29 +174,40 @@ class ComparisonDriver:
             "configs": {spec.name: self.config_of(spec, first) for spec in reversed([*different])},
             "runs": {str(self.folder_of(*planned)): self.config_of(*planned) for planned in existing},
         }
-        return workers.run(job, lambda event: self._emit("phase", "", event.get("name", "")))
+        return workers.runners[0].run(job, lambda event: self._emit("phase", "", event.get("name", "")))
 
     def _all_runs(self) -> list[tuple[MethodSpec, int]]:
         """Return every run that the comparison might make."""
         seeds = self.seeds if self.trials is None else [*self.seeds, self.trials.seed]
         return [(spec, seed) for seed in seeds for spec in self.specs]
 
-    def _run_all(self, workers: JobRunner, metric: str, overwrite: bool) -> None:
+    def _run_all(self, workers: Workers, metric: str, overwrite: bool) -> None:
         """Make the trials, choose among them, and make the runs that are reported."""
+
+        def run(runner: JobRunner, planned: tuple[MethodSpec, int]) -> None:
+            self._run_one(runner, *planned, metric, overwrite, trial=bool(planned[0].tried_for))
+
+        def finish(runner: JobRunner, planned: tuple[MethodSpec, int]) -> None:
+            # without a budget it is trained already: what is left is to measure the test rows
+            more = overwrite and self.trials is not None
+            self._run_one(runner, *planned, metric, more, counted=self.trials is not None)
+
         try:
             if self.trials is not None:
-                self._tune(workers, metric, overwrite, self.trials)
+                workers.do(partial(self._next_trial, trials=self.trials, metric=metric, overwrite=overwrite))
+                self.specs = self.trials.made
             else:
-                for spec, seed in self._all_runs():
-                    self._run_one(workers, spec, seed, metric, overwrite, trial=bool(spec.tried_for))
+                workers.each(self._all_runs(), run)
+            self._in_order(self.tried, self.failed_tries)
             self.ranked, self.tuning = chosen(self.specs, self.tried, self.failed_tries, metric)
-            for spec, seed in [(spec, seed) for seed in self.seeds for spec in self.ranked if spec.tried_for]:
-                if self.trials is not None:
-                    self._run_one(workers, spec, seed, metric, overwrite)
-                elif seed in self.tried[spec.name]:  # trained already: what is left is to measure the test rows
-                    self._run_one(workers, spec, seed, metric, False, counted=False)
-                else:
-                    self.failed[spec.name][seed] = self.failed_tries[spec.name][seed]
+            left = [(spec, seed) for seed in self.seeds for spec in self.ranked if spec.tried_for]
+            if self.trials is None:
+                for spec, seed in left:
+                    if seed not in self.tried[spec.name]:
+                        self.failed[spec.name][seed] = self.failed_tries[spec.name][seed]
+                left = [(spec, seed) for spec, seed in left if seed in self.tried[spec.name]]
+            workers.each(left, finish)
+            self._in_order(self.runs, self.failed)
         except ErrorReport as error:
             # without a budget, a trial that is chosen is a reported run as well
             finished = sum(len(by_seed) for by_seed in self.tried.values())
@@ -202,17 +219,28 @@ class ComparisonDriver:
                 error.hint = "run the same command again to resume"
             raise
 
-    def _tune(self, workers: JobRunner, metric: str, overwrite: bool, trials: Trials) -> None:
-        """Make trials of all methods in turn, until each has spent its budget or tried all there is to try."""
-        for spec in trials:
+    @staticmethod
+    def _in_order(*results: dict[str, dict[int, Any]]) -> None:
+        """Sort results of runs by their seeds: those at once end in any order."""
+        for by_name in results:
+            for name, by_seed in by_name.items():
+                by_name[name] = dict(sorted(by_seed.items()))
+
+    def _next_trial(self, runner: JobRunner, *, trials: Trials, metric: str, overwrite: bool) -> bool:
+        """Make a trial of the method whose turn it is; False if each has spent its budget or tried all there is."""
+        with self.lock:
+            spec = trials.next()
+            if spec is None:
+                return False
             if trials.number is None:
                 self.eta.planned.insert(self.eta.done, spec.tried_for)
-            began = time.monotonic()
-            self._run_one(workers, spec, trials.seed, metric, overwrite, trial=True)
-            found = self.tried[spec.name].get(trials.seed)
-            seconds = time.monotonic() - began if found is None else found.manifest["cost"]["training_seconds"]
-            trials.spent[spec.tried_for].append(seconds)
-        self.specs = trials.made
+        began = time.monotonic()
+        self._run_one(runner, spec, trials.seed, metric, overwrite, trial=True)
+        found = read_manifest(self.folder_of(spec, trials.seed)) or {}
+        seconds = found.get("cost", {}).get("training_seconds")
+        with self.lock:
+            trials.done(spec, time.monotonic() - began if seconds is None else seconds)
+        return True
 
     def _finish(self, header: Mapping[str, Any], prefer: str, margin: float | None) -> None:
         """Aggregate the results and write them below the header."""
@@ -244,7 +272,7 @@ class ComparisonDriver:
 
     def _run_one(
         self,
-        workers: JobRunner,
+        runner: JobRunner,
         spec: MethodSpec,
         seed: int,
         metric: str,
@@ -256,7 +284,7 @@ class ComparisonDriver:
         """Make one run unless there is its result.
 
         Args:
-            workers: Where it runs.
+            runner: Runs it.
             spec: Its method.
             seed: Its seed.
             metric: Name of the metric that decides.
@@ -270,7 +298,9 @@ class ComparisonDriver:
         manifest = None if overwrite else read_manifest(folder)
         if manifest is not None:
             if (found := self._loaded(spec, seed, trial)) is not None:
-                if counted:
+                with self.lock:
+                    if not counted:
+                        return
                     self.eta.finished(method_of(spec), None)
                     self._emit("note", run_label, f"already finished: {result_line(found, metric)}")
                 return
@@ -284,22 +314,24 @@ class ComparisonDriver:
             text = progress.update(event)
             kind = "note" if event["kind"] in NOTED else "phase" if event["kind"] == "phase" else "step"
             elapsed = time.monotonic() - began
-            left = self._left(elapsed, progress.left_seconds) if counted else None
-            if counted or kind != "note":  # that it resumes is no news
-                self._emit(kind, run_label, text, progress.step, progress.steps, left)
+            with self.lock:
+                left = self._left(elapsed, progress.left_seconds) if counted else None
+                if counted or kind != "note":  # that it resumes is no news
+                    self._emit(kind, run_label, text, progress.step, progress.steps, left)
 
         try:
             job = {"kind": "run", "config": self.config_of(spec, seed), "overwrite": overwrite, "trial": trial}
-            workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
+            runner.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
         except (DivergedError, Crashed, MemoryShortage) as error:
             self._record_failure(spec, seed, error.what, failed)
             return
         found = self._loaded(spec, seed, trial)
         if found is None:
             raise IntegrityError(f"the run {folder} ended without a result", where=str(folder))
-        if counted:
-            self.eta.finished(method_of(spec), time.monotonic() - began)
-        self._emit("run", run_label, result_line(found, metric), left=self._left())
+        with self.lock:
+            if counted:
+                self.eta.finished(method_of(spec), time.monotonic() - began)
+            self._emit("run", run_label, result_line(found, metric), left=self._left())
 
     def _loaded(self, spec: MethodSpec, seed: int, trial: bool) -> TrialResult | None:
         """Load and remember the result of a run, or return None if there is none yet."""
@@ -313,15 +345,17 @@ class ComparisonDriver:
         return found
 
     def _record_failure(self, spec: MethodSpec, seed: int, reason: str, failed: dict[str, dict[int, str]]) -> None:
-        failed[spec.name][seed] = reason
-        self.eta.finished(method_of(spec), None)
-        self._emit("note", f"{spec.name}, seed {seed}", f"failed: {reason}", left=self._left())
+        with self.lock:
+            failed[spec.name][seed] = reason
+            self.eta.finished(method_of(spec), None)
+            self._emit("note", f"{spec.name}, seed {seed}", f"failed: {reason}", left=self._left())
 
     def _left(self, elapsed: float = 0.0, steps_left: float | None = None) -> float | None:
         """Return the seconds left, or None while nobody can say how many trials a budget of time allows."""
         if self.trials is not None and self.trials.number is None and not self.ranked:
             return None
-        return self.eta.left(elapsed, steps_left)
+        left = self.eta.left(elapsed, steps_left)
+        return None if left is None else left / self.at_once
 
     # -- output ------------------------------------------------------------------------------------------------------
 

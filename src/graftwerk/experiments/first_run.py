@@ -141,6 +141,13 @@ def first_run(data: str, *, model: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: No column holds text, or nothing could be learnt from the columns.
         DataError, IntegrityError, ResourceError: The file, or no row of it, can be read.
+
+    Example:
+        >>> from graftwerk import first_run
+        >>> first_run("-")
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: a run reads its rows more than once, and standard input only once
+        ...
     """
     if data == STDIN:
         raise ConfigError("a run reads its rows more than once, and standard input only once", hint="name a file")

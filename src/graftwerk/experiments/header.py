@@ -82,7 +82,7 @@ def comparison_header(
         "prefer": prefer,
         "machine": checked["machine"],
         "versions": checked["versions"],
-        "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
+        "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings", "summary")},
         "training": base.training.model_dump(mode="json"),
         "notes": [*([] if ablation else settings_not_used(entries, own)), *_notes(base, seeds, checked, axes, budget)],
     }

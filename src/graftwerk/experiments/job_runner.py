@@ -25,15 +25,19 @@ LOG_TAIL = 12
 """Lines of the log that are quoted when a worker dies without a word."""
 
 OnEvent = Callable[[dict[str, Any]], None]
-_BY_CODE = {
-    kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GraftwerkError)
-}
 
 
 class Crashed(ResourceError):  # noqa: N818
     """A worker died without saying why: killed by the system, most likely for want of memory."""
 
     code = "crashed"
+
+
+_BY_CODE = {
+    kind.code: kind
+    for kind in (*vars(errors).values(), Crashed)
+    if isinstance(kind, type) and issubclass(kind, GraftwerkError)
+}
 
 
 class JobRunner:
@@ -93,7 +97,7 @@ class JobRunner:
             elif "done" in message:
                 result = message["done"]
             elif "error" in message:
-                error = _rebuilt(message["error"])
+                error = rebuilt(message["error"])
             else:
                 self._job = None
                 if not CAN_FORK:
@@ -203,7 +207,7 @@ def signals_to(runners: Sequence[JobRunner]) -> Iterator[None]:
         runner.check()
 
 
-def _rebuilt(said: Mapping[str, Any]) -> ErrorReport:
+def rebuilt(said: Mapping[str, Any]) -> ErrorReport:
     """Return the error that a worker raised, with the same class."""
     what, where, hint, kept = (said.get(part) for part in ("what", "where", "hint", "recovered"))
     if said.get("error") == RunInterrupted.code:

@@ -23,6 +23,7 @@ FORWARDED = frozenset(
         "bad_step",
         "memory",
         "warning",
+        "unfit",
     }
 )
 
@@ -39,10 +40,11 @@ def perform(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
 def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     """Check all that can be wrong before a model is loaded.
 
-    That is: rows, model, each method on this architecture, and existing runs.
+    That is: rows, model, each method on this architecture, memory (of those named in ``memory``, or of all), and
+    existing runs.
 
     Returns:
-        ``rows``, ``labels``, ``findings``, and each method's ``parameters``, by formula.
+        ``rows``, ``labels``, ``findings``, ``summary`` of the rows, and each method's ``parameters``, by formula.
     """
     from graftwerk.config import RunConfig
     from graftwerk.experiments.preflight import count_parameters
@@ -50,6 +52,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.models.load import load_config
     from graftwerk.models.quantization import require_bitsandbytes
     from graftwerk.training.callbacks.trackers import check_trackers
+    from graftwerk.training.data_summary import summary_of
     from graftwerk.training.manifest import versions
     from graftwerk.training.planning.memory_check import check_memory
     from graftwerk.training.setup import max_length_of, prepare, with_initial_text
@@ -68,7 +71,8 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
             max_length_of(config, architecture, prepared.tokenizer)
             parameters[name] = count_parameters(config.method, prepared.task, architecture, prepared.splits)
             own = replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
-            check_memory(config, own, None, lambda event: None)
+            if name in job.get("memory", configs):
+                check_memory(config, own, None, lambda event: None)
         except GraftwerkError as error:
             error.where = f"method `{name}`" + (f": {error.where}" if error.where else "")
             raise
@@ -82,6 +86,7 @@ def _check(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
         "fingerprint": prepared.splits.fingerprint,
         "origin": prepared.splits.origin,
         "findings": prepared.findings,
+        "summary": summary_of(prepared),
         "parameters": parameters,
         "main_metric": prepared.task.main_metric,
         "machine": {"device": device_name(), "threads": set_threads()},

@@ -7,11 +7,9 @@ device), and trained parameters are counted by the methods' formulas.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from graftwerk.config import RunConfig
 from graftwerk.devices import best_device
@@ -22,24 +20,25 @@ from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.attach import attach
 from graftwerk.models.load import is_local, load_config, model_folder
 from graftwerk.models.positions import fix_padding
-from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.tasks.base import Splits, Task
 from graftwerk.training.augmented import planned as rows_planned
 from graftwerk.training.callbacks.trackers import check_trackers
 from graftwerk.training.data_checks import first_batch
+from graftwerk.training.data_summary import summary_of
 from graftwerk.training.mode import base_dtype, check_checkpointing, check_compute_type
 from graftwerk.training.num_processes import check_processes
 from graftwerk.training.planning.memory_check import planned, refuse_unfit
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.run_dir import read_manifest
 from graftwerk.training.setup import Prepared
-from graftwerk.training.stream import EncodedStream
 
 
-def preflight(config: RunConfig) -> dict[str, Any]:
-    """Check a run as a whole and return its plan.
+def preflight(config: RunConfig | str | Path | Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """Check a run as a whole and return its plan, as `graftwerk doctor` does; no weights are loaded.
 
     Args:
-        config: The run's settings.
+        config: A run file, its content, or a `RunConfig`.
+        **overrides: Settings of the run file by name, as for `train`.
 
     Returns:
         ``data`` (origin, fingerprint, rows and labels by split, lengths in tokens, truncated rows; and
@@ -50,10 +49,17 @@ def preflight(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         ConfigError, DataError, ModelError, ResourceError: Training would raise it before its first step.
+
+    Example:
+        >>> from graftwerk import preflight
+        >>> preflight({"model": "some/model", "method": "lora", "data": {"train": "reviews.csv"}}, num_train_epoch=2)
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: unknown key `num_train_epoch`; did you mean `num_train_epochs`?
+        ...
     """
     from graftwerk.models.hardware import compute_type
 
-    config = config.anchored()  # so that everything is called as training calls it
+    config = RunConfig.of(config, overrides).anchored()  # so that everything is called as training calls it
     check_processes(config)
     check_trackers(config.training.report_to)
     planner = Planner(config)
@@ -90,9 +96,7 @@ def preflight(config: RunConfig) -> dict[str, Any]:
             "fingerprint": splits.fingerprint,
             "rows": {name: len(examples) for name, examples in encoded.items()},
             "augmented_at_most": made,
-            "labels": _labels(splits, prepared.task),
-            "lengths": {name: _lengths(examples) for name, examples in encoded.items()},
-            "truncated": {name: _truncated(rows) for name, rows in encoded.items()},
+            **summary_of(prepared),
         },
         "findings": prepared.findings,
         "first_batch": first_batch(config, prepared.task, splits, encoded["train"], prepared.tokenizer),
@@ -203,37 +207,3 @@ def _counted(method: Method, model: Any) -> dict[str, Any]:
         # Prompts stand in front of the text alone: in an encoder-decoder, at the encoder.
         own = method.num_vector_parameters(view.stacks[0].width)  # type: ignore[attr-defined]
     return {"trained": own + head, "head": head, "total": total, "share": (own + head) / total}
-
-
-def _labels(splits: Splits, task: Task) -> dict[str, dict[str, int]]:
-    """Return the number of rows of each label in each split, in the order of the label ids."""
-    if splits.labels is None:
-        return {}
-    counted = {
-        name: Counter(label for row in rows for label in task.labels_in(row))
-        for name, rows in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
-        if rows
-    }
-    if not any(counted.values()):  # numbers have a name, and no kinds to be counted
-        return {}
-    return {label: {name: counts[label] for name, counts in counted.items()} for label in splits.labels}
-
-
-def _truncated(examples: Sequence[Example]) -> int:
-    return examples.cut if isinstance(examples, EncodedStream) else sum(bool(it.truncated) for it in examples)
-
-
-def _lengths(examples: Sequence[Example]) -> dict[str, int]:
-    if isinstance(examples, EncodedStream):
-        return _lengths_counted(examples.lengths_counted)
-    lengths = [example.length + example.truncated for example in examples]
-    median, most, longest = np.percentile(lengths, [50, 95, 100]).round().astype(int).tolist()
-    return {"median": median, "p95": most, "longest": longest, "tokens": sum(lengths)}
-
-
-def _lengths_counted(counts: Counter[int]) -> dict[str, int]:
-    lengths = sorted(counts)
-    upto = np.cumsum([counts[length] for length in lengths])
-    median, most = (lengths[int(np.searchsorted(upto, share * upto[-1]))] for share in (0.5, 0.95))
-    tokens = sum(length * count for length, count in counts.items())
-    return {"median": median, "p95": most, "longest": lengths[-1], "tokens": tokens}

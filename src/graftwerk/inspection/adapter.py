@@ -87,6 +87,13 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
 
     Raises:
         IntegrityError, ConfigError, AdapterError, UnsupportedError, ResourceError: As for reading untrusted files.
+
+    Example:
+        >>> from graftwerk import describe_adapter
+        >>> describe_adapter("runs/nothing-here")
+        Traceback (most recent call last):
+        graftwerk.errors.ResourceError: there is no folder ...runs/nothing-here
+        ...
     """
     info = read_adapter_config(folder)
     if info.own:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page, verdicts
 from graftwerk.reporting.ablation import ablation
-from graftwerk.reporting.data import findings_section, measured_on, origin_facts
+from graftwerk.reporting.data import data_section, measured_on, origin_facts
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import REPORT, items, mapping, mappings, number, words
 from graftwerk.reporting.tables import costs, differences, other_metrics, quality
@@ -30,7 +30,7 @@ def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
     metric = numbers.metric_name(words(result, "metric") or "quality")
     sections = [_state(result), *_results(result, methods, found, metric)]
     sections += [tuning_section(result)]
-    sections += [_runs(folder, result, metric), _failures(result), findings_section(mapping(result, "data"))]
+    sections += [_runs(folder, result, metric), _failures(result), data_section(mapping(result, "data"))]
     sections += [_how(result, metric), _repeat(result)]
     compared = numbers.plural(len(mappings(result, "methods")), "method")
     return page.document(

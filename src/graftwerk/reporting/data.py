@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwerk.reporting import numbers, page
-from graftwerk.reporting.escape import Markup
+from graftwerk.reporting.escape import Markup, tag
 from graftwerk.reporting.files import hint_of, mapping, mappings, number, words
+
+FOLDED = 12
+"""More labels than these are shown on request."""
 
 
 def measured_on(measurement: Mapping[str, Any]) -> str:
@@ -33,19 +36,52 @@ def origin_facts(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def findings_section(data: Mapping[str, Any]) -> Markup:
-    """Return the section of issues with the data, or of their absence; empty if the files do not say."""
+def data_section(data: Mapping[str, Any]) -> Markup:
+    """Return the section on the rows: issues, lengths and labels; empty if the files do not say."""
     found = mappings(data, "findings")
-    if not found:
-        if "findings" not in data:
-            return Markup()
-        text = "The checks (duplicates, leakage, label balance, cut texts, rows left out) found nothing."
-        return page.section("The data", page.paragraph(text, class_="note"))
-    said = []
+    said: list[Markup] = []
     for finding in found:
         example = words(finding, "example")
         text = words(finding, "message") + (f" For example: {example}" if example else "")
         said.append(
             page.message("", text or words(finding, "code"), hint_of(finding), grave=finding.get("grave") is True)
         )
-    return page.section("The data", page.messages(said))
+    parts = [page.messages(said)] if said else []
+    if not found and "findings" in data:
+        text = "The checks (duplicates, leakage, label balance, cut texts, rows left out) found nothing."
+        parts.append(page.paragraph(text, class_="note"))
+    summary = mapping(data, "summary")
+    parts += [_lengths(summary, mapping(data, "rows")), _labels(summary)]
+    parts = [part for part in parts if part]
+    return page.section("The data", *parts) if parts else Markup()
+
+
+def _lengths(summary: Mapping[str, Any], rows: Mapping[str, Any]) -> Markup:
+    """Return a table of the rows of each split and of their lengths."""
+    told = [
+        ("", [split, numbers.exact(number(rows, split)), *(numbers.exact(number(summary, "lengths", split, part))
+              for part in ("median", "p95", "longest")), numbers.exact(number(summary, "truncated", split))])
+        for split in mapping(summary, "lengths")
+    ]  # fmt: skip
+    headings = [("Rows of", ""), *((name, "number") for name in ("Rows", "Median tokens", "95 %", "Longest", "Cut"))]
+    return page.table("Rows and their lengths in tokens", headings, told) if told else Markup()
+
+
+def _labels(summary: Mapping[str, Any]) -> Markup:
+    """Return a table of the rows of each label in each split, the most frequent first; folded if they are many."""
+    labels = mapping(summary, "labels")
+    splits = list(dict.fromkeys(split for label in labels for split in mapping(labels, label)))
+    if not splits:
+        return Markup()
+    totals = {split: sum(number(labels, label, split) or 0.0 for label in labels) for split in splits}
+    rows = []
+    for label in sorted(labels, key=lambda label: -(number(labels, label, splits[0]) or 0.0)):
+        counts = [number(labels, label, split) or 0.0 for split in splits]
+        shares = (count / totals[split] if totals[split] else 0.0 for count, split in zip(counts, splits, strict=True))
+        cells = [
+            f"{numbers.exact(count)} ({numbers.share(share)})" for count, share in zip(counts, shares, strict=True)
+        ]
+        rows.append(("", [label, *cells]))
+    found = page.table("Rows of each label", [("Label", ""), *((split, "number") for split in splits)], rows)
+    many = tag("summary", f"Rows of each of the {len(rows)} labels")
+    return found if len(rows) <= FOLDED else tag("details", many, found)

@@ -38,6 +38,13 @@ def write_report(folder: str | Path) -> Path:
         ConfigError: the folder holds neither a run nor a comparison.
         IntegrityError: its main file is damaged, or one of its files is a link.
         ResourceError: a file cannot be read, or the page not written.
+
+    Example:
+        >>> from graftwerk import write_report
+        >>> write_report("runs/nothing-here")
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: there is no folder runs/nothing-here
+        ...
     """
     folder = Path(folder)
     refuse_links(folder, (COMPARISON, SEARCH, MANIFEST, EVALUATION, PREDICTIONS, LOG, CONFIG, REPORT))

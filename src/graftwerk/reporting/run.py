@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.reporting import numbers, page, tables
-from graftwerk.reporting.data import findings_section, measured_on, origin_facts
+from graftwerk.reporting.data import data_section, measured_on, origin_facts
 from graftwerk.reporting.escape import Markup, tag
 from graftwerk.reporting.files import at, hint_of, mapping, mappings, number, words
 from graftwerk.reporting.line_charts import Chart, Curve, Mark, charts
@@ -56,7 +56,7 @@ def run_page(
         mistakes_section(manifest, analysis),
         _learning(manifest, events),
         _messages(events),
-        findings_section(mapping(manifest, "data")),
+        data_section(mapping(manifest, "data")),
         _cost(manifest, evaluation),
         _setting(manifest),
         _config(config),

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page
-from graftwerk.reporting.data import findings_section, origin_facts
+from graftwerk.reporting.data import data_section, origin_facts
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import items, mapping, mappings, number, words
 from graftwerk.reporting.interval_plot import scale_of, strip
@@ -23,7 +23,8 @@ from graftwerk.reporting.search_charts import (
     trials_of,
 )
 
-STATES = {"complete": "", "pruned": "given up early", "fail": "failed", "running": "not finished"}
+COUNTED = {"pruned": "given up early", "infeasible": "too large for the memory", "fail": "failed"}
+STATES = {"complete": "", "running": "not finished", **COUNTED}
 
 
 def search_page(folder: Path, result: Mapping[str, Any]) -> str:
@@ -38,7 +39,7 @@ def search_page(folder: Path, result: Mapping[str, Any]) -> str:
     finished = words(result, "status") == "finished"
     sections = [_notes(result, finished), _last_word(result, metric), _finalists(result, metric)]
     sections += [_charts(result, trials, settings, metric), _trials(result, metric)]
-    sections += [findings_section(mapping(result, "data")), _how(result), _repeat(result)]
+    sections += [data_section(mapping(result, "data")), _how(result), _repeat(result)]
     method = words(result, "method", "name") or "a method"
     return page.document(
         title=f"Search: {folder.name}",
@@ -63,8 +64,8 @@ def _headline(result: Mapping[str, Any], finished: bool) -> str:
 
 def _deck(result: Mapping[str, Any], metric: str, trials: list[Trial]) -> str:
     states = [words(trial, "state") for trial in mappings(result, "trials")]
-    early = states.count("pruned")
-    said = f"{numbers.plural(len(states), 'trial')}{f', {early} of them given up early' if early else ''}"
+    counts = [f"{states.count(state)} {text}" for state, text in COUNTED.items() if state in states]
+    said = numbers.plural(len(states), "trial") + (f", of them {', '.join(counts)}" if counts else "")
     rows = number(result, "data", "rows", "validation")
     where = f", judged by {numbers.metric_name(metric)} on {rows:,.0f} validation rows" if rows else ""
     return f"{said}{where}." if trials or states else ""
@@ -178,7 +179,9 @@ def _trials(result: Mapping[str, Any], metric: str) -> Markup:
     headings = [("Trial", ""), (numbers.heading(metric), "number"), ("Time", "number")]
     headings += [(key.rpartition(".")[2], "number") for key in keys]
     reasons = [
-        page.message(f"Trial {words(trial, 'number')} failed:", words(trial, "reason"))
+        page.message(
+            f"Trial {words(trial, 'number')} {STATES.get(words(trial, 'state'), 'failed')}:", words(trial, "reason")
+        )
         for trial in listed
         if words(trial, "reason")
     ]

@@ -1,7 +1,8 @@
 """Events of a run, and the bus that passes them to listeners.
 
 Kinds: ``phase`` (name), ``progress`` (total, loss, left_seconds) and ``validated`` (predictions: an evaluation's
-own object) are for those who watch and never written down; ``finding`` (an issue of the data), ``start`` (the plan),
+own object) are for those who watch and never written down, as is ``unfit`` (needed_bytes, available_bytes), before a
+run is refused for its memory; ``finding`` (an issue of the data), ``start`` (the plan),
 ``step`` (loss, learning_rate, grad_norm, epoch, seconds, left_seconds), ``evaluation`` (metrics, best), ``checkpoint``
 (path), ``diagnosis`` (code, text, hint), ``bad_step``, ``memory``, ``early_stopping`` and ``warning`` (text), ``trunk``
 (frozen layers that are computed once: `activation_cache`), ``resume`` (path), ``finish``; ``nothing_left`` (text) if a
@@ -18,7 +19,7 @@ from typing import Any
 
 from graftwerk.sanitize import clean
 
-TRANSIENT = frozenset({"progress", "phase", "validated", "nothing_left"})
+TRANSIENT = frozenset({"progress", "phase", "validated", "nothing_left", "unfit"})
 """Kinds that are shown and not written down."""
 
 

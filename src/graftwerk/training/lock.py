@@ -24,6 +24,8 @@ from graftwerk.serialization.atomic import FAULTS
 from graftwerk.training.process_info import is_running, start_ticks
 from graftwerk.training.run_dir import LOCK
 
+PATIENCE = 60
+"""Seconds that `wait_for` waits."""
 _WRITING_SECONDS = 1.0
 """Longest time that a lock file may stay empty while its new holder writes its name."""
 
@@ -168,6 +170,23 @@ class RunLock:
         os.pwrite(descriptor, content, 0)
         os.fsync(descriptor)
         return True
+
+
+def wait_for(folder: Path) -> None:
+    """Wait until the process of a killed comparison or search has saved its run and given its folder free.
+
+    Raises:
+        ConflictError: It is still in use after `PATIENCE` seconds.
+    """
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            RunLock(folder).acquire().release()
+            return
+        except ConflictError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
 
 
 def _held(path: Path, holder: Holder | None) -> ConflictError:

@@ -15,6 +15,7 @@ from graftwerk.errors import ConfigError
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.quantized_layers import quantization_of
 from graftwerk.sanitize import redact, redacted
+from graftwerk.training.data_summary import summary_of
 from graftwerk.training.optim import peak_rates
 from graftwerk.training.run_dir import CONFIG
 from graftwerk.training.setup import SPLITS, Prepared
@@ -64,6 +65,7 @@ def opening(
             "origin": redacted(splits.origin),
             "rows": rows_of(prepared),
             "findings": redacted(prepared.findings),
+            "summary": summary_of(prepared),
             **({} if prepared.augmented is None else {"augmented": redacted(prepared.augmented)}),
         },
         "parameters": {"trained": own + head, "head": head, "total": total, "share": (own + head) / total},

@@ -218,7 +218,7 @@ class RunDriver:
                     f"accelerate's mixed precision ({asked}) is not used: training.compute_type decides; it is {used}"
                 )
                 bus(Event("warning", trainer.state.step, text=text))
-            with self._recording_failure():
+            with self._recording_failure(trainer):
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
                     trainer.fit()
                 held = self.processes.total_bytes(peak.bytes)
@@ -314,7 +314,7 @@ class RunDriver:
         return self.folder.log.stat().st_size if self.folder.log.is_file() else 0
 
     @contextmanager
-    def _recording_failure(self) -> Iterator[None]:
+    def _recording_failure(self, trainer: Any) -> Iterator[None]:
         """Write into the manifest how a failed run ended, if it can still be written."""
         try:
             yield
@@ -322,6 +322,8 @@ class RunDriver:
             if self.processes.is_main:
                 status = "diverged" if isinstance(error, DivergedError) else "interrupted"
                 content = error.as_dict() if isinstance(error, ErrorReport) else {"error": type(error).__name__}
+                if status == "diverged":  # a budget of time counts it
+                    self.manifest["cost"] = {**self.manifest["cost"], "training_seconds": trainer.clock.seconds()}
                 # The first error is the one to report, not another one on top of it.
                 with contextlib.suppress(GraftwerkError, OSError):
                     self.folder.write_manifest({**self.manifest, "status": status, "error": content})

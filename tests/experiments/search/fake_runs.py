@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from graftwerk.errors import DivergedError, RunInterrupted
+from graftwerk.errors import DivergedError, MemoryShortage, RunInterrupted
 from graftwerk.evaluation.results_io import store_evaluation
 from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.serialization.info import OWN_FILE
@@ -37,6 +37,8 @@ class FakeRunner(JobRunner):
     """
 
     at: ClassVar[Callable[[Mapping[str, Any], int], None]] = staticmethod(lambda job, epoch: None)
+    lacks: ClassVar[Callable[[Mapping[str, Any]], int]] = staticmethod(lambda config: 0)
+    """Bytes of memory that a run lacks by its plan."""
     rows: ClassVar[int | None] = 40
     measures: ClassVar[bool] = True
     jobs: ClassVar[list[dict[str, Any]]] = []
@@ -48,12 +50,15 @@ class FakeRunner(JobRunner):
         if job["kind"] == "check":
             return {
                 "rows": ROWS_OF, "labels": ["a", "b"], "fingerprint": "f" * 64, "origin": {}, "findings": [],
-                "parameters": {}, "main_metric": "accuracy", "machine": {"device": "none", "threads": 1},
+                "summary": {}, "parameters": {}, "main_metric": "accuracy", "machine": {"device": "none", "threads": 1},
             }  # fmt: skip
         if job["kind"] == "run":
             _measure(RunDir(Path(job["config"]["output_dir"])))
             return {}
         config, value = job["config"], quality(job["config"])
+        if lacks := FakeRunner.lacks(config):
+            on_event({"kind": "unfit", "step": 0, "needed_bytes": 100 + lacks, "available_bytes": 100})
+            raise MemoryShortage(f"training needs {100 + lacks} bytes, and 100 are available")
         folder = RunDir(Path(config["output_dir"]))
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_manifest({"status": "training", "config": config})

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.search.runs import Active, Runs
 from tests.experiments.here import InThisProcess
 
 
-class Here(InThisProcess, JobRunner):
+class Here(InThisProcess):
     """A runner in this process that keeps the rows it passes on, by step."""
 
     def run(self, job: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

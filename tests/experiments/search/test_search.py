@@ -22,8 +22,8 @@ from graftwerk.errors import (
     ResourceError,
     RunInterrupted,
 )
+from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.progress import ProgressEvent
-from graftwerk.experiments.search import workers as workers_module
 from graftwerk.experiments.search.driver import SearchDriver
 from graftwerk.experiments.search.finals import Finals
 from graftwerk.experiments.search.header import search_header
@@ -33,7 +33,7 @@ from graftwerk.experiments.search.search import Search, read_search, search
 from graftwerk.experiments.search.space import Axis
 from graftwerk.experiments.search.study import Study
 from graftwerk.experiments.search.table import plain
-from graftwerk.experiments.search.workers import Workers
+from graftwerk.experiments.workers import ThisMachine
 from graftwerk.reporting.html import write_report
 from tests.experiments.search import fake_runs
 from tests.experiments.search.fake_runs import FakeRunner, in_child
@@ -205,6 +205,33 @@ def test_mend_refuses_damage_in_the_midst(tmp_path: Path) -> None:
     assert journal.read_bytes() == b'{"op_code":0}\n'
 
 
+def test_search_trials_that_cannot_fit_are_infeasible_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeRunner, "lacks", staticmethod(lambda config: 7 if config["method"]["r"] == 16 else 0))
+    found = search(run_file(tmp_path / "small"), trials=14, **{**SMALL, "pruner": "none"})
+    states = {
+        state: {one["settings"]["method.r"] for one in found.result["trials"] if one["state"] == state}
+        for state in ("complete", "infeasible")
+    }
+    assert states["infeasible"] == {16}
+    assert 16 not in states["complete"]
+    assert all(one["settings"]["method.r"] != 16 for one in found.result["finalists"])
+    refused = [one for one in found.result["trials"] if one["state"] == "infeasible"]
+    # told as a constraint, and not as a failure: the sampler goes elsewhere, and does not try it over and over
+    assert len(refused) <= 5
+    study = Study(found.folder / JOURNAL, [], {})
+    assert {trial.number for trial in study._trials() if trial.constraints.get("memory") == 7} == {
+        one["number"] for one in refused
+    }
+    assert f"14 trials ({len(refused)} too large for the memory)" in str(found)
+    assert f"trial {refused[0]['number']} too large for the memory: training needs 107 bytes" in str(found)
+    page = write_report(found.folder).read_text()
+    assert f"14 trials, of them {len(refused)} too large for the memory" in page
+    again = search(run_file(tmp_path / "small"), trials=14, **{**SMALL, "pruner": "none"})
+    assert again.result["trials"] == found.result["trials"]
+
+
 def test_search_two_workers_share_one_study(tmp_path: Path, whole: Search) -> None:
     found = search(run_file(tmp_path / "two"), trials=12, workers=2, **SMALL)
     records = found.result["trials"]
@@ -277,9 +304,9 @@ def test_search_seconds_are_those_of_each_worker(tmp_path: Path) -> None:
     for runs in (alone, both):
         runs.eta.finished("trial", 10.0)
     assert both.left() == pytest.approx(alone.left() / 2)  # type: ignore[operator]
-    threads = [runner.threads for runner in Workers(tmp_path / "log", 2).runners]
+    threads = [runner.threads for runner in ThisMachine(2).runners(tmp_path / "log")]
     assert threads == [max(1, (os.cpu_count() or 1) // 2)] * 2
-    assert Workers(tmp_path / "log", 1).runners[0].threads is None
+    assert ThisMachine().runners(tmp_path / "log")[0].threads is None
 
 
 def test_search_header_notes_severe_findings_alone(tmp_path: Path) -> None:

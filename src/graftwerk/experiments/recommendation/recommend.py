@@ -62,7 +62,7 @@ class Candidate:
 
 
 def recommend(
-    config: RunConfig | str | Path,
+    config: RunConfig | str | Path | Mapping[str, Any],
     aim: str = "quality",
     *,
     memory: int | None = None,
@@ -72,7 +72,7 @@ def recommend(
     """Rank methods for a run: no weight is loaded, nothing is trained.
 
     Args:
-        config: A run file or a `RunConfig`; its method is not used.
+        config: A run file, its content, or a `RunConfig`; its method is not used.
         aim: One of `rules.AIMS`.
         memory: Bytes that training may take. Default: what this machine has.
         runs: Folder under which finished comparisons and searches are looked for. Default: that of `output_dir`.
@@ -87,14 +87,21 @@ def recommend(
         ConfigError: There is no such aim.
         ResourceError: No method fits into the memory.
         DataError, ModelError: The rows or the model cannot be read.
+
+    Example:
+        >>> from graftwerk import recommend
+        >>> recommend({"model": "some/model", "data": {"train": "reviews.csv"}}, aim="memroy")
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: there is no aim `memroy`
+        ...
     """
     from graftwerk.models.load import load_config
     from graftwerk.training.planning.plan import Planner
 
     if aim not in AIMS:
         raise ConfigError(f"there is no aim `{aim}`", where="--aim", hint=did_you_mean(aim, AIMS, ", ".join(AIMS)))
-    given = str(config) if not isinstance(config, RunConfig) else "run.yaml"
-    base = (config if isinstance(config, RunConfig) else RunConfig.load(config)).anchored()
+    given = str(config) if isinstance(config, str | Path) else "run.yaml"
+    base = RunConfig.of(config).anchored()
     say("reading the rows")
     with_lora = RunConfig.build(base.model_dump(mode="json"), {"method": "lora"})
     # what fits is for the plans to say, and for the memory that was asked about

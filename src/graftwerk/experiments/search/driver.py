@@ -26,18 +26,18 @@ from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.search.finals import Finals
 from graftwerk.experiments.search.header import search_header
 from graftwerk.experiments.search.journal import JOURNAL, require_optuna
-from graftwerk.experiments.search.runs import Active, Listener, Runs, wait_for
+from graftwerk.experiments.search.runs import Active, Listener, Runs
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, default_settings, grid, label
 from graftwerk.experiments.search.study import Study, Ticket
-from graftwerk.experiments.search.workers import Workers
 from graftwerk.experiments.table import shown
+from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import COMPARISON, SEARCH
 from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
 from graftwerk.serialization.strict_json import dump_object
-from graftwerk.training.lock import RunLock
+from graftwerk.training.lock import RunLock, wait_for
 from graftwerk.training.run_dir import CHECKPOINTS, LOCK, MANIFEST, REPORT, TRUNK
 
 BEST_FILE, TRIALS, FINALS, BEST, LOG = "best.yaml", "trials", "finals", "best", "workers.log"
@@ -76,10 +76,11 @@ class SearchDriver:
         planned += ["measurement"] * (2 * wanted.repeats)
         self.runs = Runs(base, planned if self.trials else [], wanted.workers, listener)
 
-    def run(self, *, overwrite: bool) -> None:
+    def run(self, machines: Machines, *, overwrite: bool) -> None:
         """Search, or go on with it, and write the result.
 
         Args:
+            machines: Where the trials run.
             overwrite: Remove what an earlier search has left.
 
         Raises:
@@ -95,7 +96,7 @@ class SearchDriver:
             raise ConflictError(f"{self.folder} holds `{there[0]}`, and no search", hint=hint)
         refuse_links(self.folder, (LOCK, *OWN))
         fresh = not there
-        with RunLock(self.folder), Workers(self.folder / LOG, self.wanted.workers) as workers:
+        with RunLock(self.folder), Workers(machines.runners(self.folder / LOG)) as workers:
             try:
                 self._run_in_lock(workers, overwrite)
             except ErrorReport as error:
@@ -159,7 +160,8 @@ class SearchDriver:
             for choice in axis.choices if axis.key.startswith("method.") else ():
                 changed = RunConfig.build(self.runs.tree, {axis.key: choice})
                 configs[f"{axis.name}={label(choice)}"] = changed.model_dump(mode="json")
-        return {"kind": "check", "configs": configs, "runs": {}}
+        # a choice that does not fit into memory is a trial that is refused; the defaults must fit
+        return {"kind": "check", "configs": configs, "runs": {}, "memory": ["defaults"]}
 
     def _identity(self, checked: Mapping[str, Any]) -> dict[str, Any]:
         """Return what makes this search another one than a search with other settings."""
@@ -206,6 +208,9 @@ class SearchDriver:
         if value is not None:
             self.study.complete(ticket, value, seconds)
             text = f"validation {METRICS[self.metric].title} {shown(value, self.metric)}"
+        elif active.lacks:
+            self.study.refuse(ticket, reason, seconds, active.lacks)
+            text = f"too large for the memory: {reason}"
         elif active.ended:
             self.study.prune(ticket, seconds)
             text = f"given up after {active.progress.step} steps"

@@ -12,11 +12,12 @@ from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec
-from graftwerk.experiments.search.runs import Active, Runs, wait_for
+from graftwerk.experiments.search.runs import Active, Runs
 from graftwerk.experiments.search.settings import SearchSettings
-from graftwerk.experiments.search.workers import Workers
 from graftwerk.experiments.significance import COSTS, between, in_words, verdict
 from graftwerk.experiments.table import shown
+from graftwerk.experiments.workers import Workers
+from graftwerk.training.lock import wait_for
 from graftwerk.training.run_dir import TRIAL, TRUNK, read_manifest
 
 FOLDER = "finals"
@@ -67,31 +68,10 @@ class Finals:
 
     def run(self, workers: Workers) -> None:
         """Train all of them, choose the winner by the validation rows, and measure it and the defaults."""
-        waiting = [(name, seed) for seed in self.seeds for name in self.settings]
-
-        def train_one(runner: JobRunner) -> bool:
-            with self.runs.lock:
-                if not waiting:
-                    return False
-                name, seed = waiting.pop(0)
-            self._train(runner, name, seed)
-            return True
-
-        workers.do(train_one)
+        workers.each([(name, seed) for seed in self.seeds for name in self.settings], self._train)
         self.winner = self._winner()
-        measured = [
-            (name, seed) for name in dict.fromkeys((self.winner, DEFAULTS)) for seed in self.values.get(name, ())
-        ]
-
-        def measure_one(runner: JobRunner) -> bool:
-            with self.runs.lock:
-                if not measured:
-                    return False
-                name, seed = measured.pop(0)
-            self._measure(runner, name, seed)
-            return True
-
-        workers.do(measure_one)
+        both = dict.fromkeys((self.winner, DEFAULTS))
+        workers.each([(name, seed) for name in both for seed in self.values.get(name, ())], self._measure)
 
     def result(self) -> dict[str, Any]:
         """Return the part of `search.json` that depends on the last word."""
@@ -143,7 +123,8 @@ class Finals:
     def _folder(self, name: str, seed: int) -> Any:
         return self.runs.folder / FOLDER / f"{name}-seed{seed}"
 
-    def _train(self, runner: JobRunner, name: str, seed: int) -> None:
+    def _train(self, runner: JobRunner, planned: tuple[str, int]) -> None:
+        name, seed = planned
         active, folder = Active(f"{name}, seed {seed}"), self._folder(name, seed)
         place = str(folder.relative_to(self.runs.folder))
         manifest = read_manifest(folder)
@@ -169,7 +150,8 @@ class Finals:
             text = f"validation {METRICS[self.metric].title} {shown(value, self.metric)}"
             self.runs.emit("run", active.label, text, left=self.runs.left())
 
-    def _measure(self, runner: JobRunner, name: str, seed: int) -> None:
+    def _measure(self, runner: JobRunner, planned: tuple[str, int]) -> None:
+        name, seed = planned
         folder, began, label = self._folder(name, seed), time.monotonic(), f"{name}, seed {seed}, test rows"
 
         def on_event(event: dict[str, Any]) -> None:

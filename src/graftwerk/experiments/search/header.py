@@ -43,7 +43,7 @@ def search_header(
         "defaults": dict(defaults),
         "budget": wanted.model_dump(mode="json"),
         "machine": checked["machine"],
-        "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings")},
+        "data": {name: checked[name] for name in ("origin", "fingerprint", "rows", "findings", "summary")},
         "training": base.training.model_dump(mode="json"),
         "notes": [finding["message"] for finding in checked["findings"] if finding.get("grave")],
     }

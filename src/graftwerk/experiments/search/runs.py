@@ -6,23 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import ConflictError
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents
-from graftwerk.training.lock import RunLock
 from graftwerk.training.run_dir import TRUNK, read_manifest
 
 Listener = Callable[[ProgressEvent], None]
 REMARKS = frozenset({"diagnosis"})
 """Events of a run that its own report shows: a search has many runs, and most of their settings are poor."""
-PATIENCE = 60
-"""Seconds to wait for the process of a killed search to save its run and end."""
 
 
 @dataclass
@@ -35,6 +30,7 @@ class Active:
         progress: Its steps.
         rows: Score of each validation row at the last evaluation, if they are asked for.
         ended: True if it was asked to end.
+        lacks: Bytes of memory that it lacks by its plan, so that it was refused before its training.
     """
 
     label: str
@@ -42,6 +38,7 @@ class Active:
     progress: RunEvents = field(default_factory=RunEvents)
     rows: list[float] | None = None
     ended: bool = False
+    lacks: int = 0
 
 
 class Runs:
@@ -102,6 +99,9 @@ class Runs:
             if event["kind"] == "rows":
                 active.rows = event["rows"]
                 return
+            if event["kind"] == "unfit":
+                active.lacks = event["needed_bytes"] - event["available_bytes"]
+                return
             with self.lock:
                 if event["kind"] == "evaluation" and not active.ended and gives_up(event):
                     active.ended = True
@@ -131,20 +131,3 @@ class Runs:
         """Tell the listener; a search that its seconds end has one run more than were done, as far as is known."""
         total = self.total or self.eta.done + 1
         self.listener(ProgressEvent(kind, self.eta.done, total, run, text, step, steps, left))
-
-
-def wait_for(folder: Path) -> None:
-    """Wait until the process of a killed search has saved its run and given its folder free.
-
-    Raises:
-        ConflictError: It is still in use after `PATIENCE` seconds.
-    """
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            RunLock(folder).acquire().release()
-            return
-        except ConflictError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.2)

@@ -17,15 +17,16 @@ from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.experiments.progress import ComparisonDisplay
 from graftwerk.experiments.search.driver import FORMAT, SEARCH_SCALE, SearchDriver
+from graftwerk.experiments.search.journal import require_optuna
 from graftwerk.experiments.search.runs import Listener
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, read_space
 from graftwerk.experiments.search.table import plain
+from graftwerk.experiments.workers import machines
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
 from graftwerk.serialization.untrusted_files import read_sealed, understood
 from graftwerk.settings import parse_settings
-from graftwerk.yaml_files import read_yaml
 
 
 class Search:
@@ -70,7 +71,7 @@ def search(
     seconds: float | None = None,
     sampler: str = "tpe",
     pruner: str = "median",
-    workers: int = 1,
+    workers: int | None = None,
     finalists: int = 3,
     repeats: int = 3,
     metric: str | None = None,
@@ -78,6 +79,8 @@ def search(
     listener: Listener | None = None,
     quiet: bool = False,
     report: bool = True,
+    ray: str | None = None,
+    resources: str | Mapping[str, float] | None = None,
     **settings: Any,
 ) -> Search:
     """Search for better settings of a method, and say on fresh rows whether they beat those of the run file.
@@ -92,7 +95,7 @@ def search(
         seconds: Seconds of trials; none begins after them.
         sampler: `tpe`, `random` or `grid`.
         pruner: `median`, `wilcoxon` or `none`: when a trial is given up.
-        workers: Trials at once.
+        workers: Trials at once. Default: 1, or with ``ray`` as many as the cluster has room for.
         finalists: Best trials that are trained again with fresh seeds.
         repeats: Fresh seeds for each of them, and for the settings of the run file.
         metric: The metric that decides. Default: the task's own.
@@ -100,6 +103,8 @@ def search(
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.
         report: Write `report.html`.
+        ray: As for `compare`.
+        resources: As for `compare`.
         **settings: Axes (``learning_rate="1e-4..1e-2"``, ``r="4,8,16"``) and settings of the run file by name
             (``**{"training.num_train_epochs": 3}``), which are then not searched.
 
@@ -123,13 +128,17 @@ def search(
         graftwerk.errors.ConfigError: lora has no setting `learning_rat` that could be searched
         ...
     """
-    own = {"trials": trials, "seconds": seconds, "sampler": sampler, "pruner": pruner, "workers": workers,
+    own = {"trials": trials, "seconds": seconds, "sampler": sampler, "pruner": pruner,
+           "workers": 1 if workers is None else workers,
            "finalists": finalists, "repeats": repeats, "metric": metric}  # fmt: skip
     base, axes, wanted, notes = read_search(config, {**own, **settings})
     display = None if quiet or listener is not None else ComparisonDisplay()
-    driver = SearchDriver(base, axes, wanted, notes, listener=listener or display or (lambda event: None))
+    require_optuna()
     try:
-        driver.run(overwrite=overwrite)
+        with machines(ray, resources, None if workers is None else wanted.workers) as there:
+            wanted = wanted.model_copy(update={"workers": there.at_once})
+            driver = SearchDriver(base, axes, wanted, notes, listener=listener or display or (lambda event: None))
+            driver.run(there, overwrite=overwrite)
     finally:
         if display is not None:
             display.close_bar()
@@ -158,12 +167,9 @@ def read_search(
     wanted = parse_settings(SearchSettings, own, what="a search", where="search")
     rest = {key: value for key, value in given.items() if key not in own}
     whole = {key: rest.pop(key) for key in [*rest] if key in RunConfig.model_fields}
-    where = str(config) if isinstance(config, str | Path) else None
-    if isinstance(config, RunConfig):
-        config = config.model_dump(mode="json")
-    base = RunConfig.build(config if isinstance(config, Mapping) else read_yaml(Path(config)), whole, where=where)
+    base = RunConfig.of(config, whole)
     axes, fixed, notes = read_space(base, rest)
-    base = RunConfig.build(base.model_dump(mode="json"), fixed, where=where).anchored()
+    base = RunConfig.of(base, fixed).anchored()
     if wanted.metric is not None and wanted.metric not in base.task.metrics:
         hint = f"there are: {', '.join(base.task.metrics)}"
         raise ConfigError(f"there is no metric `{wanted.metric}` for {base.task.name}", where="metric", hint=hint)

@@ -29,6 +29,8 @@ STARTUP_TRIALS = 4
 """Finished trials before any is pruned."""
 P_THRESHOLD = 0.05
 """Of the Wilcoxon test: a trial is given up if its rows are worse than the best trial's with less than this."""
+INFEASIBLE = "infeasible"
+"""State of a trial that the plan of its memory refused; for Optuna it is pruned, and breaks a constraint."""
 _NAME = "search"
 
 
@@ -176,6 +178,20 @@ class Study:
         ticket.trial.set_user_attr("seconds", seconds)
         self._study.tell(ticket.number, state=self._optuna.trial.TrialState.PRUNED)
 
+    def refuse(self, ticket: Ticket, reason: str, seconds: float, lacks: int) -> None:
+        """Store that a trial cannot fit into memory, as a constraint that it breaks: the sampler goes elsewhere.
+
+        Args:
+            ticket: The trial.
+            reason: Why, for people.
+            seconds: What it took to find out.
+            lacks: Bytes that it lacks.
+        """
+        ticket.trial.set_user_attr("reason", reason)
+        with _quiet(self._optuna):  # a kill may have come between this and the next line
+            ticket.trial.set_constraint("memory", lacks)
+        self.prune(ticket, seconds)
+
     def fail(self, ticket: Ticket, reason: str, seconds: float) -> None:
         """Store why a trial came to no result."""
         ticket.trial.set_user_attr("seconds", seconds)
@@ -189,7 +205,7 @@ class Study:
             told.append(
                 {
                     "number": trial.number,
-                    "state": trial.state.name.lower(),
+                    "state": INFEASIBLE if _is_infeasible(trial) else trial.state.name.lower(),
                     "settings": {axis.key: self._value(axis, trial.params[axis.key])
                                  for axis in self.axes if axis.key in trial.params},
                     "value": trial.value if trial.state.name == "COMPLETE" else None,
@@ -280,6 +296,10 @@ class Study:
             )
             pruner = optuna.pruners.WilcoxonPruner(p_threshold=P_THRESHOLD)
             return bool(pruner.prune(pair, pair.get_trials(deepcopy=False)[1]))
+
+
+def _is_infeasible(trial: Any) -> bool:
+    return trial.state.is_finished() and any(value > 0 for value in trial.constraints.values())
 
 
 @contextmanager

@@ -12,6 +12,12 @@ from graftwerk.formatting import duration
 
 SHOWN = 8
 """Trials of the table; the report has all."""
+STATES = (
+    ("pruned", "given up early"),
+    ("infeasible", "too large for the memory"),
+    ("fail", "failed"),
+    ("running", "to do"),
+)
 
 
 def plain(result: Mapping[str, Any]) -> str:
@@ -40,11 +46,7 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     """Return the sentences below the table: how many trials, the last word, notes."""
     metric, known = result["metric"], METRICS[result["metric"]]
     states = [trial["state"] for trial in result["trials"]]
-    counts = ", ".join(
-        f"{states.count(state)} {said}"
-        for state, said in (("pruned", "given up early"), ("fail", "failed"), ("running", "to do"))
-        if state in states
-    )
+    counts = ", ".join(f"{states.count(state)} {said}" for state, said in STATES if state in states)
     trials = f"{len(states)} trial{'s' if len(states) != 1 else ''}"
     said = [f"{trials}{f' ({counts})' if counts else ''}; {known.title}{HOW[known.unit]} on the validation rows."]
     if result["status"] != "finished":
@@ -63,5 +65,5 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     said += [f"{rows}, mean of {seeds} fresh seeds; {100 * result['confidence']:g} % intervals." if rows else "", ""]
     said.append(result["text"])
     failed = [trial for trial in result["trials"] if trial.get("reason")]
-    said += [f"trial {trial['number']} failed: {trial['reason']}" for trial in failed[:SHOWN]]
+    said += [f"trial {trial['number']} {dict(STATES)[trial['state']]}: {trial['reason']}" for trial in failed[:SHOWN]]
     return [*said, *(f"Note: {note}." for note in result["notes"])]

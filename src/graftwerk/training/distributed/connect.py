@@ -7,10 +7,12 @@ import torch
 from graftwerk.errors import UnsupportedError
 from graftwerk.training.distributed.accelerate import AccelerateProcesses
 from graftwerk.training.distributed.forked import ForkedProcesses
-from graftwerk.training.distributed.launcher import fsdp_version
+from graftwerk.training.distributed.launcher import fsdp_version, zero_stage
 from graftwerk.training.distributed.protocol import Distributed
 from graftwerk.training.distributed.sharded import ShardedProcesses
 from graftwerk.training.distributed.single import SingleProcess
+
+PLAIN = "launch with plain data parallelism (accelerate launch --multi_gpu)"
 
 
 def connect(*, shares_rows: bool = False) -> Distributed:
@@ -25,6 +27,14 @@ def connect(*, shares_rows: bool = False) -> Distributed:
     Raises:
         UnsupportedError: The launcher shards the model in another way than FSDP2.
     """
+    if (stage := zero_stage()) is not None:  # before accelerate looks for the package
+        instead = "launch with FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), which shards the base alike"
+        if stage < 3:
+            instead = f"{PLAIN}: stages 0 to 2 shard optimizer states and gradients, and those of an adapter are small"
+        raise UnsupportedError(
+            f"`graftwerk train` does not train under DeepSpeed (ZeRO stage {stage}), whose engine steps itself",
+            hint=f"{instead}; `attach` works in a loop of DeepSpeed's own",
+        )
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
@@ -34,11 +44,10 @@ def connect(*, shares_rows: bool = False) -> Distributed:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     kind, version = accelerator.distributed_type, fsdp_version()  # accelerate itself ignores FSDP on a CPU
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or version == 1:
-        plain = "launch with plain data parallelism (accelerate launch --multi_gpu)"
+    if kind is DistributedType.MEGATRON_LM or version == 1:
         raise UnsupportedError(
             f"training with {'FSDP1' if version else kind.value} is not supported",
-            hint=f"{'launch with --fsdp_version 2; or ' if version else ''}{plain}; "
+            hint=f"{'launch with --fsdp_version 2; or ' if version else ''}{PLAIN}; "
             f"on a CPU, training.processes=N needs no launcher",
         )
     found: torch.device = accelerator.device

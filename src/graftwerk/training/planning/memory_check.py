@@ -58,7 +58,11 @@ def check_memory(
     if why := found.get("why_not"):
         emit(Event("warning", 0, text=f"the memory of this run is not known: {why}"))
         return None
-    refuse_unfit(planner, found)
+    try:
+        refuse_unfit(planner, found)
+    except MemoryShortage:
+        emit(Event("unfit", 0, needed_bytes=found["memory"]["least_peak_bytes"], available_bytes=free))
+        raise
     if not found["fits"]:
         peak = byte_size(found["memory"]["train_peak_bytes"])
         text = f"the plan of this run is {peak} of memory, and {byte_size(free)} are available: it may not fit"
