@@ -312,7 +312,7 @@ def test_search_seconds_are_those_of_each_worker(tmp_path: Path) -> None:
 def test_search_header_notes_severe_findings_alone(tmp_path: Path) -> None:
     base, axes, wanted, _ = read_search(run_file(tmp_path), SPACE)
     findings = [{"message": "few rows", "grave": False}, {"message": "rows stand twice", "grave": True}]
-    checked = {"machine": {}, "origin": {}, "fingerprint": "f", "rows": {}, "findings": findings}
+    checked = {"machine": {}, "origin": {}, "fingerprint": "f", "rows": {}, "summary": {}, "findings": findings}
     assert search_header(base, axes, wanted, {}, "accuracy", checked)["notes"] == ["rows stand twice"]
 
 
