@@ -173,13 +173,15 @@ def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
     events, evaluation = array("q", [100, 200, 10, 20, -3]), array("q", [30, -5])
     given = {"setup": 2, "loaded": 1, "events": events, "evaluation": evaluation, "recorded": bytes([0, 1, 0, 1, 1])}
     trace = step_trace.StepTrace(**{**numbers, **given})  # type: ignore[arg-type]
-    whole, step = repeated(trace, True), [10, 20, -3, -4]
+    whole, step = repeated(trace, 100, 100), [10, 20, -3, -4]
     events = list(whole.events)
     assert events[:10] == [0, 200, 10, 20, -3, -4, 10, 20, -5, -6]
     assert events[whole.evaluation : whole.evaluated] == [30, -(2 + 2 * STEPS + 1)]
     assert len(events) == whole.evaluated + AFTERWARDS * len(step)
-    assert whole.events[: whole.evaluation] == repeated(trace, False).events
+    assert whole.events[: whole.evaluation] == repeated(trace, 100, None).events
     assert whole.recorded == bytes([0, 1] + [0, 1] * STEPS + [1] + [0, 1] * AFTERWARDS)
+    short = repeated(trace, 2, 0)  # evaluated once, at its end
+    assert list(short.events) == [*events[:10], 30, -7]
     alive, made = 0, 0
     for event in events:
         made += event >= 0

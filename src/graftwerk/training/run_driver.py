@@ -128,6 +128,7 @@ class RunDriver:
                 of an end that was cut short), and what it cost stays true.
         """
         from graftwerk.evaluation.cost import peak_memory, resident
+        from graftwerk.machine import give_back
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
         from graftwerk.training.augmented import add_augmented
         from graftwerk.training.data_checks import first_batch, raise_on_severe
@@ -170,6 +171,7 @@ class RunDriver:
         identity["data"] = data_identity(prepared)
         self._same_run(snapshot, identity, "data")
         bus(Event("phase", 0, name="loading the model"))
+        give_back()  # what reading the rows has freed, which would be taken again unseen
         baseline = resident(self.processes.device)
         adapter, identity["base"] = load_base_and_attach(settings, prepared, weights, dtype, self.processes.device)
         self._same_run(snapshot, identity, "base")

@@ -21,10 +21,8 @@ from graftwerk.training.planning.step_trace import StepTrace
 MIB = 1 << 20
 MAPPED = 32 * MIB
 """Least size of the blocks that glibc always maps and gives back (DEFAULT_MMAP_THRESHOLD_MAX)."""
-STEPS = 6
-"""Steps that are replayed: gaps between blocks grow with the first ones."""
-AFTERWARDS = 3
-"""Steps after the evaluation that are replayed."""
+STEPS, AFTERWARDS = 6, 3
+"""Most steps that are replayed before the first evaluation and after it: gaps between blocks grow with the first ones."""
 REPLAYS = 5
 """Replays whose mean counts."""
 ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
@@ -47,12 +45,13 @@ class Series:
     evaluated: int
 
 
-def repeated(trace: StepTrace, evaluates: bool) -> Series:
-    """Return the allocations of `STEPS` equal steps, after which the run evaluates, and of more steps after that.
+def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Series:
+    """Return the allocations of a run of equal steps, of which no more than tell something.
 
     Args:
         trace: A step. The model as it is loaded takes no bytes here: it is mapped from its file.
-        evaluates: The run has rows to evaluate.
+        before_evaluation: Steps before the first evaluation.
+        after: Steps after it, or None if nothing is evaluated.
     """
     events, before = array("q"), 0
     for event in trace.events[: trace.setup]:
@@ -76,13 +75,13 @@ def repeated(trace: StepTrace, evaluates: bool) -> Series:
                 events.append(-here.pop(-event))
         events.extend(-each for each in here.values())
 
-    for _ in range(STEPS):
+    for _ in range(min(STEPS, before_evaluation)):
         play(step, before)
     stepped = evaluated = len(events)
-    if evaluates:
+    if after is not None:
         play(trace.evaluation, before + sum(event >= 0 for event in step))
         evaluated = len(events)
-        for _ in range(AFTERWARDS):
+        for _ in range(min(AFTERWARDS, after)):
             play(step, before)
     return Series(events, bytes(recorded), stepped, evaluated)
 

@@ -34,8 +34,8 @@ from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-METRICS_BYTES = (28_000_000, 7_000_000)
-"""Memory of scikit-learn, which the first evaluation of classes imports: small blocks, and the rest."""
+METRICS_BYTES = 35_000_000
+"""Memory of scikit-learn, which the first evaluation of classes imports."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
 DEPTHS = (2, 3)
@@ -231,10 +231,11 @@ class Planner:
                 weights_dtype=weights_dtype,
             )
         evaluates = bool(self.prepared.examples["validation"])
-        series = repeated(trace, evaluates)
+        steps, _, every = self._steps(config)
+        series = repeated(trace, min(steps, every), max(0, steps - every) if evaluates else None)
         checking = held_by_checkpoint(trace.largest) if self.device.type == "cpu" else 0
-        packages, _ = self._metrics_bytes()
-        held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series, packages) or 0
+        imported = self._metrics_bytes()
+        held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series, imported) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
         decoded = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
@@ -245,8 +246,7 @@ class Planner:
         return {**parts, "alive": alive, "held": held, "evaluation": evaluated}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
-        process = self.calibration.process_bytes + self._metrics_bytes()[1]
-        each = self.num_processes
+        process, each = self.calibration.process_bytes, self.num_processes
         peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
             per_row = found["kept"] / self._micro_batch(config)
@@ -266,10 +266,10 @@ class Planner:
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
 
-    def _metrics_bytes(self) -> tuple[int, int]:
-        """Return the bytes of packages that the evaluations import: small blocks, and the rest."""
+    def _metrics_bytes(self) -> int:
+        """Return the bytes of packages that the evaluations import."""
         evaluates = bool(self.prepared.examples["validation"]) and "accuracy" in self.prepared.task.metrics
-        return METRICS_BYTES if evaluates and self.device.type == "cpu" else (0, 0)
+        return METRICS_BYTES if evaluates and self.device.type == "cpu" else 0
 
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""
