@@ -22,7 +22,7 @@ MIB = 1 << 20
 MAPPED = 32 * MIB
 """Least size of the blocks that glibc always maps and gives back (DEFAULT_MMAP_THRESHOLD_MAX)."""
 STEPS, AFTERWARDS = 6, 3
-"""Most steps that are replayed before the first evaluation and after it: gaps between blocks grow with the first ones."""
+"""Most steps that are replayed before the first evaluation and after it: gaps between blocks soon stop growing."""
 REPLAYS = 5
 """Replays whose mean counts."""
 ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
