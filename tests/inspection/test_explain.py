@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from graftwerk.cli.explain import show_layers, show_tokens
 from graftwerk.cli.main import main
 from graftwerk.cli.output import Output
 from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.inspection import attribution
 from graftwerk.methods.base import base_weight
 from graftwerk.modeling.module_index import base_modules
@@ -128,6 +130,10 @@ def test_written_answers_are_explained_beside_the_base(
         labels = ids.clone()
         labels[:, : question.length] = -100
     count = int((labels != -100).sum())
+    if family == "gpt2":
+        short = replace(loaded, evaluation=EvaluationSettings(max_new_tokens=2))
+        again = attribution._written(short, found["text"])
+        assert again.ids.shape[1] - again.length == 2 < count  # as long as the run says
     with torch.no_grad():
         mean = loaded.model(input_ids=ids, labels=labels, **inputs).loss
         assert float(question.value(loaded.model.get_input_embeddings()(ids))) == pytest.approx(-float(mean) * count)
