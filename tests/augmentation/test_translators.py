@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import graftwerk as gw
+from graftwerk.augmentation import translate
 from graftwerk.augmentation.progress_log import Journal
 from graftwerk.augmentation.settings import BackTranslation
 from graftwerk.augmentation.translate import Answer, Question, ask
@@ -85,3 +90,26 @@ def test_ask_base_causal_model_uses_task_template(text_model: Callable[[str], Pa
     assert len(set(written)) > 1
     other, _ = asked(text_model("llama"), tmp_path, task={**task, "template": "{source} ="})
     assert other != written
+
+
+def test_write_answer_beyond_its_own_limit_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A longer row of the batch lets the model write on, and must not change what the others become."""
+    monkeypatch.setattr(translate, "_limit", lambda settings, loaded, example: example.limit)
+    monkeypatch.setattr(translate, "_end_tokens", lambda model, tokenizer: {2})
+    for name in ("evaluation_mode", "autocast", "own_search"):
+        monkeypatch.setattr(translate, name, lambda *_: nullcontext())
+    rows = [[0, 5, 5, 5, 2, 1], [0, 5, 5, 5, 2, 1], [2, 5, 5, 5, 5, 5]]
+    asked_for: dict[str, Any] = {}
+    model = SimpleNamespace(generate=lambda **options: asked_for.update(options) or rows)
+    generation = SimpleNamespace(
+        collate_prompts=lambda prompts, tokenizer: {},
+        options=lambda *_: {},
+        new_tokens=lambda written, tensors: torch.tensor(written, device="cpu"),
+        decode=lambda tokens, tokenizer: tokens,
+    )
+    task = SimpleNamespace(layout="encoder-decoder", generation=generation)
+    loaded: Any = SimpleNamespace(model=model, task=task, tokenizer=None, dtype=torch.float32)
+    batch: Any = [(Question("a"), SimpleNamespace(prompt=(), limit=limit)) for limit in (3, 4, 9)]
+    found = translate._write(BackTranslation(model="m", num_beams=2), 0, loaded, batch, 1)
+    assert found == [[[rows[0][:5], False]], [[rows[1][:5], True]], [[rows[2], False]]]
+    assert asked_for["max_new_tokens"] == 9

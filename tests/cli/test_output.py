@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from graftwerk.cli.evaluate import _cost, _figure
 from graftwerk.cli.main import as_fault
 from graftwerk.cli.output import Output, dump, printable, table
 from graftwerk.training.batch_display import show_batch
@@ -123,3 +124,32 @@ def test_show_batch_leaves_the_midst_of_a_long_row_out_and_counts_it() -> None:
     show_batch({"shape": (1, 64), "rows": [row]}, stream)
     first, last = (" ".join(f"t{at}" for at in range(start, start + 24)) for start in (0, 36))
     assert stream.getvalue().splitlines()[-2:] == [f"  1. {first} [12 more] {last} ·×4", "     -> «7»"]
+
+
+@pytest.mark.parametrize(
+    ("name", "measured", "shown"),
+    [
+        ("bleu", {"value": 23.44, "low": 20.1, "high": 26.0}, ("23.4", "20.1 to 26.0")),
+        ("rougeL", {"value": 0.396, "low": 0.3, "high": 0.4}, ("39.6 %", "30.0 to 40.0 %")),
+        ("perplexity", {"value": 12.34, "low": None, "high": None}, ("12.3", "")),
+        ("roc_auc", {"value": 0.75, "low": 0.7, "high": 0.8}, ("0.750", "0.700 to 0.800")),
+        ("rmse", {"value": None}, ("\N{EN DASH}", "")),
+    ],
+)
+def test_figure_of_a_metric_has_its_own_unit(
+    name: str, measured: dict[str, float | None], shown: tuple[str, str]
+) -> None:
+    assert _figure(name, measured) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("latency_ms_batch_32", 1.25, ("latency a row, batch of 32", "1.2 ms")),
+        ("peak_memory_bytes", 2e9, ("peak memory", "2.0 GB")),
+        ("training_seconds", 65.0, ("training", "1 min 05 s")),
+        ("trained_parameters", 12345, ("trained parameters", "12,345")),
+    ],
+)
+def test_cost_has_the_unit_that_its_name_says(name: str, value: float, shown: tuple[str, str]) -> None:
+    assert _cost(name, value) == shown

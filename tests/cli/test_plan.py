@@ -129,6 +129,17 @@ def test_time_counts_steps_of_all_epochs_and_each_evaluation(
     assert changes == {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 6}
 
 
+def test_plan_fits_if_the_peak_of_training_does(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = Planner(RunConfig.load(config), num_processes=1)
+    found = figures(alive=50e3, held=50e3, evaluation=10e3)
+    monkeypatch.setattr(planner, "_measured", lambda config: found)
+    monkeypatch.setattr(planner, "_time", lambda found, config: {})
+    peak = planner._memory(found, planner.config).train_peak_bytes
+    for free, fits in ((peak, True), (peak - 1, False), (None, None)):
+        monkeypatch.setattr(planner, "available", lambda free=free: free)
+        assert planner.plan(largest_batch=False)["fits"] is fits
+
+
 def test_fit_divides_the_batch_and_keeps_the_rows_of_a_step(config: Path) -> None:
     planner = Planner(RunConfig.load(config))
     peak = planner.plan(largest_batch=False)["memory"]["train_peak_bytes"]

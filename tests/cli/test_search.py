@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from graftwerk.cli import doctor
+from graftwerk.experiments import preflight as checking
 from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.recommendation import recommend as recommending
 from graftwerk.training.planning import plan as planning
@@ -25,7 +26,9 @@ def test_search_dry_run_prints_space_and_cost(
     assert said.json["defaults"]["method.r"] == 8
     assert (said.json["budget"]["trials"], said.json["runs"]) == (20, 20 + 4 * 3)
     assert "logarithmic" in said.err
-    priced = list[float]()
+    priced, real = list[float](), checking.preflight
+    few = {"code": "few-rows", "message": "there are few rows", "grave": False}
+    monkeypatch.setattr(checking, "preflight", lambda base: {**real(base), "findings": [few]})
     monkeypatch.setattr(doctor, "describe_cost", lambda plan, seconds: priced.append(seconds) or "")
     for words, trials in (("seconds=5e-3", 0), ("seconds=1e9 trials=6", 6)):
         given = [*words.split(), "workers=2", "data.test=8", "--metric", "f1_macro"]
@@ -34,6 +37,7 @@ def test_search_dry_run_prints_space_and_cost(
         run = said.json["plan"]["time"]["training_seconds"]
         assert priced.pop() == pytest.approx((trials + 12) * run / 2 + (0 if trials else 5e-3))
         assert said.json["budget"]["metric"] == "f1_macro"
+        assert "note: there are few rows" in said.err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
@@ -96,6 +104,25 @@ def test_quantized_base_trains_no_codes_and_names_itself(bases: tuple[str, Any, 
         gw.adapters(quantized)["default"].merge()
     assert "graftwerk merge" in str(caught.value.hint)
     gw.detach(quantized)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_conv1d_of_gpt2_equals_the_dequantized_weights(kind: str, tmp_path: Path) -> None:
+    from graftwerk.modeling.quantize import quantizer
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=16, n_embd=64, n_layer=1, n_head=4)).save_pretrained(tmp_path)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=quantizer(kind, double_quant=True, compute=torch.float32)
+    ).eval()
+    layers = {name.split(".")[-2] for name, weight in quantized.named_parameters() if is_quantized(weight)}
+    assert layers == {"c_attn", "c_proj", "c_fc"}
+    assert (quantized.transformer.h[0].mlp.c_fc.in_features, quantized.lm_head.weight.dtype) == (64, torch.float32)
+    full = copy.deepcopy(quantized)
+    dequantize(full)
+    ids = torch.randint(1, 96, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(ids).logits, full(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_int8_answers_of_a_row_do_not_depend_on_the_rows_beside_it(bases: tuple[str, Any, Any]) -> None:

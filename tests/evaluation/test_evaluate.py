@@ -177,6 +177,10 @@ def test_evaluate_without_test_rows_notes_validation_bias(settings: dict[str, An
 def test_evaluate_given_data_and_columns(run: Path, labelled: Path, glosses: Path) -> None:
     result = evaluate(run, labelled, columns={"text": "gloss", "label": "topic"})
     assert (result["split"], result["rows"]) == ("data", 30)
+    narrow = evaluate(run, labelled, columns={"text": "gloss", "label": "topic"}, confidence=0.5)
+    wide, half = (each["metrics"]["accuracy"] for each in (result, narrow))
+    assert half["value"] == wide["value"]
+    assert half["high"] - half["low"] < wide["high"] - wide["low"]
     with pytest.raises(ConfigError, match="no column"):
         evaluate(run, labelled)
     with pytest.raises(ConfigError, match="no data is given"):

@@ -28,6 +28,7 @@ from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS, load_evalua
 from graftwerk.experiments import compare as compare_module
 from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import Comparison, compare
+from graftwerk.experiments.header import _notes
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.jobs import perform
 from graftwerk.experiments.method_specs import parse_method_specs
@@ -250,6 +251,19 @@ def test_comparison_opens_its_folder_again(story: Story, tmp_path: Path) -> None
     assert repr(again) == f"<Comparison {again.folder}: 2 methods, 2 seeds>"
     with pytest.raises(ConfigError, match="holds no comparison"):
         Comparison(tmp_path)
+
+
+def test_header_notes_say_what_the_metrics_are_worth() -> None:
+    base = RunConfig.build({"model": "m", "data": {"train": "rows.csv"}, "method": "lora"})
+    findings = [{"message": "few rows", "grave": False}, {"message": "rows stand twice", "grave": True}]
+    rows = {"train": 8, "validation": 4, "test": 4}
+    assert _notes(base, [0, 1], {"rows": rows, "findings": findings}, {}, None) == ["rows stand twice"]
+    one_rate = RunConfig.build(base.model_dump(mode="json"), {"training.learning_rate": 1e-3})
+    notes = _notes(one_rate, [0], {"rows": {**rows, "test": 0}, "findings": []}, {}, None)
+    assert [note.split(" ")[0] for note in notes] == ["the", "one", "all"]
+    assert "at learning rate 0.001, " in notes[-1]
+    with pytest.raises(ConfigError, match="nothing is held out"):
+        _notes(base, [0, 1], {"rows": {"train": 8}, "findings": []}, {}, None)
 
 
 def test_comparison_command_repeats_it(story: Story) -> None:

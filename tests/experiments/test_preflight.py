@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError, UnsupportedError
-from graftwerk.experiments.preflight import count_parameters, preflight
+from graftwerk.experiments.preflight import _lengths, _lengths_counted, count_parameters, preflight
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.modeling.attach import attach
 from graftwerk.models.load import load_config
-from graftwerk.tasks.base import Splits
+from graftwerk.tasks.base import Example, Splits
 from graftwerk.tasks.classification import Classification
 from tests.cli.commands import run_file
 
@@ -132,3 +133,9 @@ def test_preflight_plan_grows_with_steps_rows_and_trained_parameters(
     assert once[1] == often[1]
     assert planned("full")[1] > once[1]
     assert planned(per_device_train_batch_size=160)[1] > 2 * once[1]
+
+
+def test_lengths_are_those_before_truncation_in_memory_and_streamed() -> None:
+    rows = [Example({"input_ids": [1] * min(length, 60)}, 0, max(0, length - 60)) for length in range(1, 101)]
+    wanted = {"median": 50, "p95": 95, "longest": 100, "tokens": 5050}
+    assert _lengths(rows) == _lengths_counted(Counter(range(1, 101))) == wanted

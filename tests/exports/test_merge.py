@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 import graftwerk as gw
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError, ModelError, UnsupportedError
 from graftwerk.exports import merge as module
+from graftwerk.exports.parity import compare, require
 from graftwerk.exports.source import FACTS
 from graftwerk.serialization.untrusted_files import read_sealed
 from tests.exports.conftest import LABELS, Make
@@ -159,7 +160,27 @@ def test_model_that_answers_otherwise_is_not_written(
     with pytest.raises(IntegrityError, match="does not answer as the adapter does"):
         gw.merge(folder, tmp_path / "merged", data=labelled)
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
-    assert gw.merge(folder, tmp_path / "merged", data=labelled, max_difference=0.5)["parity"]["tolerance"] == 0.5
+    merged = gw.merge(folder, tmp_path / "merged", data=labelled, max_difference=0.5)
+    assert merged["parity"]["tolerance"] == 0.5
+    assert merged["bytes"] == sum(path.stat().st_size for path in merged["out"].iterdir())
+
+
+def test_require_parity_says_how_far_apart_the_answers_are() -> None:
+    one = [torch.tensor([[0.7, 0.3]]), torch.tensor([[0.6, 0.4], [0.45, 0.55]]), torch.tensor([[0.2, 0.8]])]
+    other = [one[0], torch.tensor([[0.6, 0.4], [0.55, 0.45]]), one[2]]
+    found = compare(one, other, 0.01)
+    assert (found.rows, found.positions, found.agreement) == (3, 4, 0.75)
+    with pytest.raises(
+        IntegrityError, match=r"by up to 0.1 on 3 rows \(75.0 % of the likeliest answers agree\)"
+    ) as caught:
+        require(found, "the merged model")
+    assert "up to 0.01 is taken for rounding" in str(caught.value.hint)
+    assert require(compare(one, other, 0.2), "the merged model").holds
+    scores = compare([torch.tensor([[40.0]])], [torch.tensor([[40.2]])], 0.01)  # relative to the largest
+    assert (scores.max_abs_difference, scores.agreement) == (pytest.approx(0.005, rel=1e-4), 1.0)
+    assert not compare(one, [one[0], one[1] * torch.nan, one[2]], 0.2).holds
+    with pytest.raises(IntegrityError, match=r"answers row 2 with \(1, 2\) probabilities, the adapter with \(2, 2\)"):
+        compare(one, [one[0], one[0], one[2]], 0.2)
 
 
 def test_folder_with_other_content_is_left_alone(tiny_encoder: Path, make_adapter: Make, tmp_path: Path) -> None:

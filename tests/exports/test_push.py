@@ -8,13 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants as hub_constants
 import pytest
 from huggingface_hub import utils as hub_utils
+from huggingface_hub.errors import HfHubHTTPError
 
 import graftwerk as gw
 from graftwerk.errors import ConfigError, ConflictError, GraftwerkError, IntegrityError, ResourceError
+from graftwerk.exports.push import _explained
 from tests.exports.conftest import Make
 from tests.exports.hub import Hub, serving
 
@@ -103,6 +107,26 @@ def test_push_to_readable_repo_of_another_raises(hub: Hub, adapter: Path) -> Non
     hub.public["other/tiny"] = True
     with pytest.raises(ConfigError, match="may not write to other/tiny"):
         gw.push(adapter, "other/tiny", private=False)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (400, ConfigError, "refuses the upload"),
+        (401, ConfigError, "does not know this token"),
+        (403, ConfigError, "may not write"),
+        (404, ConfigError, "may not write"),
+        (408, ResourceError, "cannot be reached"),
+        (429, ResourceError, "cannot be reached"),
+        (503, ResourceError, "cannot be reached"),
+    ],
+)
+def test_push_gives_each_answer_of_the_hub_its_error(status: int, error: type[GraftwerkError], said: str) -> None:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    with pytest.raises(error, match=said) as caught, _explained("me/a", "wonder", "nothing was sent"):
+        raise HfHubHTTPError("not with wonder", response=response)
+    assert caught.value.where == "hub: not with [redacted]"
+    assert caught.value.recovered == "nothing was sent"
 
 
 def test_push_to_public_repo_raises_unless_public_is_asked_for(hub: Hub, adapter: Path) -> None:

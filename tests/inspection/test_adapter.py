@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graftwerk.errors import AdapterError, IntegrityError
-from graftwerk.inspection.adapter import describe_adapter
+from graftwerk.inspection.adapter import Learnt, by_layer, describe_adapter
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling.attach import attach
 from graftwerk.serialization.folder import save_adapter
@@ -190,3 +190,19 @@ def test_describe_adapter_changed_file_or_empty_folder_raises(tmp_path: Path) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(AdapterError, match="holds no adapter"):
         describe_adapter(tmp_path / "empty")
+
+
+def test_by_layer_counts_each_module_once_and_adds_norms_by_their_squares() -> None:
+    query, value = "encoder.layer.0.query", "encoder.layer.0.value"
+    learnt = [
+        Learnt(query, "encoder.layer.0", "update", 6, 2.0),
+        Learnt(query, "encoder.layer.0", "magnitudes", 3, 3.0),
+        Learnt(value, "encoder.layer.0", "update", 6, 6.0),
+        Learnt("classifier", None, "weights", 8, 1.5),
+        Learnt("", None, "virtual tokens", 4, 0.5),
+    ]
+    assert by_layer(learnt) == [
+        {"layer": "encoder.layer.0", "modules": 2, "parameters": 15, "norm": 7.0},
+        {"layer": "classifier", "modules": 1, "parameters": 8, "norm": 1.5},
+        {"layer": "input embeddings", "modules": 1, "parameters": 4, "norm": 0.5},
+    ]

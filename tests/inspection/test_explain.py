@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from graftwerk.cli.explain import show_layers, show_tokens
 from graftwerk.cli.main import main
 from graftwerk.cli.output import Output
 from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.inspection import attribution
 from graftwerk.methods.base import base_weight
 from graftwerk.modeling.module_index import base_modules
@@ -77,8 +80,12 @@ def test_methods_that_are_no_update_of_weights_say_so(tiny_encoder: Path, make_a
 def test_attributions_add_up_to_the_difference(method: str, tiny_encoder: Path, make_adapter: Make) -> None:
     folder = make_adapter(tiny_encoder, method, "classification")
     text = "a small animal that eats grass"
-    (found,) = gw.explain(folder, text)["attributions"]
+    told = list[tuple[int, int]]()
+    result = gw.explain(folder, text, on_progress=lambda *at: told.append(at))
+    (found,) = result["attributions"]
     one = found["adapter"]
+    assert told[-1][0] == told[-1][1]
+    assert sum("the base has no head" in note for note in result["notes"]) == 1
     assert sum(one["scores"]) - (one["value"] - one["baseline"]) == pytest.approx(one["delta"], abs=1e-4)
     assert abs(one["delta"]) <= 0.01 * abs(one["value"] - one["baseline"])
     assert len(one["tokens"]) == len(one["scores"])
@@ -102,6 +109,7 @@ def test_written_answers_are_explained_beside_the_base(
     result = gw.explain(folder, "The small program shows a window and closes it.")
     (found,) = result["attributions"]
     adapter, base = found["adapter"], found["base"]
+    assert not any("no head" in note for note in result["notes"])
     assert adapter["value"] < 0
     assert base["value"] < 0
     assert base["value"] != adapter["value"]
@@ -122,9 +130,33 @@ def test_written_answers_are_explained_beside_the_base(
         labels = ids.clone()
         labels[:, : question.length] = -100
     count = int((labels != -100).sum())
+    if family == "gpt2":
+        short = replace(loaded, evaluation=EvaluationSettings(max_new_tokens=2))
+        again = attribution._written(short, found["text"])
+        assert again.ids.shape[1] - again.length == 2 < count  # as long as the run says
     with torch.no_grad():
         mean = loaded.model(input_ids=ids, labels=labels, **inputs).loss
         assert float(question.value(loaded.model.get_input_embeddings()(ids))) == pytest.approx(-float(mean) * count)
+
+
+def test_attribution_of_a_multilabel_answer_is_of_the_largest_output(tiny_encoder: Path, make_adapter: Make) -> None:
+    folder = make_adapter(tiny_encoder, "lora", "multilabel")
+    (found,) = gw.explain(folder, "a small animal")["attributions"]
+    predictor = gw.open(folder)
+    with torch.no_grad():
+        outputs = predictor.model(**predictor.tokenizer("a small animal", return_tensors="pt")).logits
+    assert found["adapter"]["value"] == pytest.approx(float(outputs.max()), abs=1e-4)
+
+
+def test_without_text_replaces_what_is_not_special_by_the_first_token_for_nothing() -> None:
+    names = ("mask_token_id", "unk_token_id", "eos_token_id", "pad_token_id")
+    known = dict(zip(names, (13, 12, 11, 10), strict=True))
+    question: Any = SimpleNamespace(ids=torch.tensor([[10, 5, 11, 6, 7]]), length=4)
+    for name, expected in (("", 13), *zip(names, (12, 11, 10, 0), strict=True)):
+        known |= {name: None} if name else {}
+        tokenizer = SimpleNamespace(all_special_ids=[10, 11, 12, 13], **known)
+        loaded: Any = SimpleNamespace(tokenizer=tokenizer)
+        assert attribution._without_text(loaded, question).tolist() == [[10, expected, 11, expected, 7]]
 
 
 def test_planted_word_is_found_first(tiny_encoder: Path, tmp_path: Path, glosses: Path) -> None:

@@ -302,16 +302,3 @@ def test_long_activation_is_recomputed_in_types_of_its_forward(dtype: torch.dtyp
         y.backward(grad)
         results.append((y.detach(), given.grad))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
-
-
-def test_recipe_holds_until_its_tensor_changes_and_within_its_hooks_alone() -> None:
-    table, x = ActivationTable(), torch.ones(3, requires_grad=True)
-    y = table.remember(x * 2, lambda one: one * 2, x)
-    assert table.recipe(y) is not None
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        assert table.recipe(y) is None
-        inside = table.remember(x * 3, lambda one: one * 3, x)
-        assert table.recipe(inside) is not None
-    assert table.recipe(inside) is None
-    y.add_(1)
-    assert table.recipe(y) is None

@@ -78,3 +78,11 @@ def test_num_vector_parameters_equals_hand_count() -> None:
     assert PTuning(encoder_hidden_size=128).num_vector_parameters(768) == 15_360 + 98_432 + 16_512 + 99_072
     lstm = PTuning(encoder_reparameterization_type="LSTM", encoder_hidden_size=128)
     assert lstm.num_vector_parameters(768) == 15_360 + 919_552 + 395_264 + 65_792 + 197_376
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_start_ids_repeat_the_text_and_refuse_ids_beyond_the_vocabulary(method: str) -> None:
+    built: Any = parse_method({"name": method, "num_virtual_tokens": 5, "init_token_ids": [4, 9]})
+    assert built.start_ids(10) == (4, 9, 4, 9, 4)
+    with pytest.raises(ConfigError, match="token id 9 is not in the model's vocabulary of 9"):
+        built.start_ids(9)

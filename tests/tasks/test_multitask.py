@@ -15,7 +15,7 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.evaluation.metrics import metrics_of, point
 from graftwerk.evaluation.per_dataset import metrics_by_set
-from graftwerk.tasks.multitask import Multitask
+from graftwerk.tasks.multitask import Multitask, _settings_of
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.translation import Translation
@@ -45,6 +45,13 @@ def test_multitask_settings_of_sets_roundtrip() -> None:
     again = RunConfig.model_validate(json.loads(json.dumps(run.model_dump(mode="json"))))
     assert again == run
     assert parse_task(run.task.to_dict()) == run.task
+
+
+def test_multitask_sets_share_a_number_of_held_out_rows_and_keep_a_share() -> None:
+    data = config([DE, FR, {**BACK, "test": 7}], validation=10, test=0.25).data
+    held_out = [_settings_of(each, data, 3) for each in data.sets]
+    assert [(each.validation, each.test) for each in held_out] == [(3, 0.25), (3, 0.25), (3, 7)]
+    assert _settings_of(data.sets[0], config([DE, FR], validation=1).data, 2).validation == 1
 
 
 def test_multitask_incompatible_sets_raise() -> None:

@@ -66,6 +66,7 @@ def test_jsonl_full_disk_loses_lines_and_warns_once(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "pwrite", full)
     log(Event("step", 2))
+    assert len(said) == 1  # at once, and not when more is lost
     log(Event("step", 3))
     monkeypatch.setattr(os, "pwrite", real)
     log(Event("step", 4))
