@@ -94,7 +94,7 @@ def _saved_modules(
         coded = next((parameter for parameter in module.parameters() if is_coded(parameter)), None)
         if method.kind != "weights" and coded is not None:
             raise UnsupportedError(
-                f"`{path}` is quantized ({described(coded)}), so that no copy of it can be trained",
+                f"`{path}` is quantized, so that no copy of it can be trained ({described(coded)})",
                 where="method.modules_to_save",
                 hint="load the base with it in full precision (`quantization.skip` in a run file), or adapt it by lora",
             )
