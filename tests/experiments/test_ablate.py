@@ -171,6 +171,8 @@ def test_ablate_trains_cells_resumes_and_reports(
     assert "3 values of method.target_modules" in capsys.readouterr().out
     assert main(["compare", str(config), "methods=lora", "warmup_ratio=[0],[0.1]", "--dry-run"]) == 2
     assert "not YAML" not in capsys.readouterr().err
+    assert main(["ablate", str(config), *given, "--dry-run", "--ray", "auto"]) == 2
+    assert "a dry run asks no Ray cluster" in capsys.readouterr().err
     assert main(["ablate", str(config), "method.adapter_size=2,4", "--dry-run"]) == 2
     assert "no setting of lora" in capsys.readouterr().err
 

@@ -137,6 +137,22 @@ def test_ray_runner_error_keeps_its_class_and_stops_when_told(
     assert stopped.value.recovered == "step 4"
 
 
+def test_ray_runner_refuses_machines_that_cannot_work_for_this_one(
+    runner: RayRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_there(*_: Any) -> FakeActor:
+        raise RayActorError("an error raised in its creation task\nModuleNotFoundError: No module named 'graftwerk'")
+
+    monkeypatch.setattr(runner, "_start", none_there)
+    with pytest.raises(ResourceError, match="cannot run for this one: ModuleNotFoundError") as caught:
+        runner.run(job_of(runner), lambda event: None)
+    assert "on every machine" in str(caught.value.hint)
+    monkeypatch.undo()
+    monkeypatch.setattr(Station, "hello", lambda self: '{"host": "b", "graftwerk": "0.0.1", "torch": "2"}')
+    with pytest.raises(ResourceError, match=r"the machine b has graftwerk 0\.0\.1, and this one"):
+        runner.run(job_of(runner), lambda event: None)
+
+
 def test_ray_runner_folder_comes_back_from_a_machine_that_does_not_share_it(
     runner: RayRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

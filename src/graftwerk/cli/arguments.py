@@ -76,6 +76,11 @@ class Several:
     ] = None
     dry_run: DryRun = False
 
+    def __post_init__(self) -> None:
+        if self.dry_run and self.ray is not None:
+            hint = "leave out --ray; the time shown is that of one run after another"
+            raise ConfigError("a dry run asks no Ray cluster", where="--ray", hint=hint)
+
     def given(self) -> dict[str, Any]:
         """Return the options as arguments in Python; what was left out has its default there."""
         return {name: value for name, value in vars(self).items() if value is not None and name != "dry_run"}
