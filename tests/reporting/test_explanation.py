@@ -76,7 +76,7 @@ def test_virtual_columns_stand_apart_in_their_own_colour(tmp_path: Path) -> None
     without = examples.explanation(virtual=0)
     page = read(tmp_path, attributions=[], layers=[], attention=without["attention"])
     assert not page.all("path", "virtual")
-    chart = heat_map("a map", ["one"], ["v", "a", "b"], [[0.5, 0.5, 0.5]], apart=1)
+    chart = heat_map("a map", ["one"], ["v", "a", "b"], [[0.5, 0.5, 0.2]], apart=1)
     edges = [float(x) for x in re.findall(r"M([0-9.]+) ", chart)][:3]
     assert edges[1] - edges[0] == pytest.approx(edges[2] - edges[1] + 6)  # a gap behind the virtual column
 
@@ -97,7 +97,7 @@ def test_damaged_explanations_leave_parts_out() -> None:
 def test_charts_fit_their_width_with_any_number_of_rows_and_names() -> None:
     names = [f"a.very.long.name.of.a.layer.number.{at}" for at in range(60)]
     drawn = row_bars("bars", names, [Panel("one", [float(at) for at in range(60)], str, reach=59.0)] * 2)
-    drawn += heat_map("map", names, names, [[0.5] * 60] * 60)
+    drawn += heat_map("map", names, names, [[0.5, 0.2] * 30] * 60)
     for part in re.findall(r"<svg.*?</svg>", drawn, re.DOTALL):
         width = float(re.search(r'width="([0-9.]+)"', part).group(1))  # type: ignore[union-attr]
         assert width in SIZES.values()

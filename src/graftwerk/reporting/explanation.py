@@ -8,7 +8,7 @@ from typing import Any
 from graftwerk.formatting import DASH
 from graftwerk.reporting import numbers, page
 from graftwerk.reporting.escape import Markup, join, tag
-from graftwerk.reporting.files import at, items, mappings, number, words
+from graftwerk.reporting.files import at, items, mapping, mappings, number, words
 from graftwerk.reporting.labels import cut
 from graftwerk.reporting.matrix_charts import Cells, Panel, heat_map, row_bars, small_maps
 
@@ -105,19 +105,24 @@ def _tokens(one: Mapping[str, Any]) -> Markup:
         f"The {MOST_TOKENS} largest scores are drawn; {left_out} smaller ones are in the table." if left_out else None
     )
     rows = [("", [tokens[at], *(_signed(scores[at]) for scores in sides.values())]) for at in range(len(tokens))]
-    misses = ", ".join(
-        f"{side} {_signed(number(one, side, 'delta') or 0.0)} of "
-        f"{_signed((number(one, side, 'value') or 0.0) - (number(one, side, 'baseline') or 0.0))}"
-        for side in sides
-    )
+    misses = ", ".join(f"{side} {_missed(mapping(one, side))}" for side in sides)
     chart = row_bars(f"Scores of the tokens of: {cut(words(one, 'text'), 60)}", [tokens[at] for at in shown], panels)
     return join(
         [
             _heading(one),
-            page.figure(chart, f"What the integral misses (delta): {misses}."),
+            page.figure(chart, f"What the integral misses : {misses}."),
             page.paragraph(note, class_="note") if note else "",
             _folded("Scores of tokens", [("Token", ""), *((side, "number") for side in sides)], rows),
         ]
+    )
+
+
+def _missed(side: Mapping[str, Any]) -> str:
+    """Return what the integral misses, and the difference that the scores add up to."""
+    whole = (number(side, "value") or 0.0) - (number(side, "baseline") or 0.0)
+    missed = abs(number(side, "delta") or 0.0) / abs(whole) if whole else 0.0
+    return (
+        f"{100 * missed:.2g}{numbers.THIN}% of {_signed(whole)}" if missed >= 1e-4 else f"nothing of {_signed(whole)}"
     )
 
 

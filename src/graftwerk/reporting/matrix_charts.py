@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.frame import TICK_SIZE, Frame, circle, label, line, px, svg
@@ -21,6 +23,7 @@ LEVELS = (0.01, 0.05, 0.15, 0.35, 0.6)
 """Shares from which a cell is a shade darker."""
 HEADS = {"wide": 6, "narrow": 3}
 """Small maps in a row."""
+_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 Track = list[tuple[float, float, str]]
 Cells = Sequence[Sequence[float]]
 
@@ -194,16 +197,22 @@ def small_maps(title: str, names: Sequence[str], maps: Sequence[Cells], tips: Se
 
 
 def shades(cells: Cells, x: Callable[[int], float], top: float, across: float, down: float, apart: int) -> list[Markup]:
-    """Return the cells of a heat map: one path for each shade, and nothing for those that are nearly zero."""
-    steps: dict[tuple[str, int], list[str]] = {}
+    """Return the cells of a heat map: one path for each shade, and nothing for those that are nearly zero.
+
+    A cell is a line as wide as its row is high, and neighbours of one shade are one line: pages stay small.
+    """
+    steps: dict[tuple[bool, int], list[str]] = {}
     for row, ones in enumerate(cells):
-        for column, value in enumerate(ones):
-            level = sum(value >= limit for limit in LEVELS)
-            if level:
-                kind = "virtual" if column < apart else "text"
-                corner = f"M{px(x(column))} {px(top + down * row)}"
-                steps.setdefault((kind, level), []).append(f"{corner}h{px(across)}v{px(down)}h-{px(across)}z")
-    return [tag("path/", d="".join(path), class_=f"shade {kind} shade-{n}") for (kind, n), path in steps.items()]
+        kinds = [(column < apart, sum(value >= limit for limit in LEVELS)) for column, value in enumerate(ones)]
+        for kind, run in groupby(range(len(kinds)), kinds.__getitem__):
+            columns = list(run)
+            if kind[1]:
+                start = f"M{px(x(columns[0]))} {px(top + down * (row + 0.5))}"
+                steps.setdefault(kind, []).append(f"{start}h{px(across * len(columns))}")
+    return [
+        tag("path/", d="".join(d), stroke_width=px(down), class_=f"shade {'virtual' if its else 'text'} shade-{level}")
+        for (its, level), d in steps.items()
+    ]
 
 
 def rect(x: float, y: float, width: float, height: float, class_: str) -> Markup:
@@ -212,12 +221,22 @@ def rect(x: float, y: float, width: float, height: float, class_: str) -> Markup
 
 
 def shortened(name: str, most: float) -> str:
-    """Return a name that is no wider than so many pixels, its beginning left out: what differs stands at the end."""
+    """Return a name that is no wider than so many pixels: what is left are the number of a layer, and the end.
+
+    Example:
+        >>> name = "encoder.layer.0.attention.output.dense"
+        >>> shortened(name, 160), shortened(name, 100)
+        ('0.attention.output.dense', '0…output.dense')
+    """
     if text_width(name, TICK_SIZE) <= most:
         return name
-    while name and text_width(f"…{name}", TICK_SIZE) > most:
-        name = name[1:]
-    return f"…{name}"
+    number = _NUMBER.search(name)
+    head, rest = (number[1], name[number.end() :]) if number else ("", name)
+    if head and text_width(f"{head}.{rest}", TICK_SIZE) <= most:
+        return f"{head}.{rest}"
+    while rest and text_width(f"{head}…{rest}", TICK_SIZE) > most:
+        rest = rest[1:]
+    return f"{head}…{rest.lstrip('.')}"
 
 
 def px_of(value: float) -> float:
