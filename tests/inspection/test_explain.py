@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graftwerk as gw
 from graftwerk.cli.explain import show_layers, show_tokens
 from graftwerk.cli.main import main
 from graftwerk.cli.output import Output
-from graftwerk.errors import ResourceError, UnsupportedError
+from graftwerk.errors import ConfigError, ResourceError, UnsupportedError
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.inspection import attribution
+from graftwerk.inspection.spectra import spectra
 from graftwerk.methods.base import base_weight
 from graftwerk.modeling.module_index import base_modules
+from graftwerk.reporting.html import write_report
 from tests.exports.conftest import Make
 
 pytest.importorskip("captum")
@@ -52,6 +55,52 @@ def test_spectra_are_those_of_the_merged_weights(method: Any, tiny_encoder: Path
         inside = left[:, :kept].T @ update @ right[:kept].T
         assert layer["in_main_directions"] == pytest.approx((inside**2).sum() / (update**2).sum(), rel=1e-4, abs=1e-9)
         assert layer["by_chance"] == pytest.approx(kept**2 / weight.size)
+
+
+def test_spectra_of_factors_form_nothing_as_large_as_the_weight(tiny_encoder: Path, make_adapter: Make) -> None:
+    model = gw.open(make_adapter(tiny_encoder, "lora", "classification")).model
+    (adapter,) = gw.adapters(model).values()
+    expected = list(spectra(adapter, adapter))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                largest = max(largest, made.untyped_storage().nbytes() // 8)
+            return made
+
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        patch.setattr("graftwerk.inspection.spectra.PIECE", 256)
+        sliced = list(spectra(adapter, adapter))
+    weights = [base_weight(base_modules(model)[layer.name]) for layer in expected]
+    assert max(min(weight.shape) ** 2 for weight in weights) == 32 * 32
+    assert largest == 32 * 32  # the squares of the smaller side; the weights have up to twice as many entries
+    assert max(weight.numel() for weight in weights) == 2 * largest
+    for one, other in zip(expected, sliced, strict=True):
+        assert (one.norm, one.similarity) == pytest.approx((other.norm, 1.0))
+        assert one.in_main_directions == pytest.approx(other.in_main_directions)
+
+
+@pytest.mark.parametrize("other", ["lora", "oft"])
+def test_similarity_of_two_adapters_is_that_of_the_merged_weights(
+    other: str, tiny_encoder: Path, make_adapter: Make
+) -> None:
+    folders = [make_adapter(tiny_encoder, "hira" if other == "oft" else "lora", "classification")]
+    folders.append(make_adapter(tiny_encoder, {"name": other, "r": 4}, "classification", scale=0.2))
+    updates = []
+    for folder in folders:
+        model = gw.open(folder).model.double()
+        (adapter,) = gw.adapters(model).values()
+        before = {path: base_weight(base_modules(model)[path]).clone() for path, _ in adapter.modules()}
+        adapter.merge()
+        updates.append({path: (base_weight(base_modules(model)[path]) - old).numpy() for path, old in before.items()})
+    for one, two in (folders, folders[::-1]):
+        for layer in gw.explain(one, against=two)["layers"]:
+            first, second = (found[layer["name"]].ravel() for found in updates)
+            cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+            assert layer["similarity"] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_similarity_is_the_cosine_of_two_updates(tiny_encoder: Path, make_adapter: Make, tmp_path: Path) -> None:
@@ -185,6 +234,11 @@ def test_planted_word_is_found_first(tiny_encoder: Path, tmp_path: Path, glosses
             else:
                 words.append((token, score))
         first += max(words, key=lambda word: word[1])[0] == each["answer"]
+    kept = gw.explain(run.folder, rows[0]["text"], attention=True, save=True)
+    assert json.loads((run.folder / "explanation.json").read_text())["attention"] == kept["attention"]
+    assert "Which words decide" in write_report(run.folder).read_text()
+    with pytest.raises(ConfigError, match="adapter alone"):
+        gw.explain(run.adapter.rename(tmp_path / "alone"), save=True)
     assert len(right) >= 95
     assert first >= 0.95 * len(right), (first, len(right))
 
@@ -220,6 +274,7 @@ def test_explain_command_shows_layers_and_tokens(
     capsys: pytest.CaptureFixture[str],
     tiny_encoder: Path,
     make_adapter: Make,
+    tmp_path: Path,
 ) -> None:
     folder = str(make_adapter(tiny_encoder, "lora", "classification"))
     assert main(["explain", folder, "a small animal", "--against", folder]) == 0
@@ -229,3 +284,8 @@ def test_explain_command_shows_layers_and_tokens(
     assert main(["explain", folder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["attributions"] == []
     assert main(["explain", folder + "/none"]) == 2
+    page = tmp_path / "explained.html"
+    assert main(["explain", folder, "a small animal", "--html", str(page), "--quiet"]) == 0
+    assert "Which words decide" in page.read_text()
+    assert main(["explain", folder, "--html", str(page)]) == 7
+    assert main(["explain", folder, "--overwrite"]) == 2

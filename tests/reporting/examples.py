@@ -310,6 +310,54 @@ def analysis() -> dict[str, Any]:
     return {"format": 1, "splits": {"test": known}}
 
 
+def explanation(virtual: int = 2) -> dict[str, Any]:
+    """`explanation.json` of a text: three layers, two heads, a decoder that looks at an encoder."""
+    tokens, answer = ["[CLS]", "a", "<b>quiet</b>", "pleasure", "[SEP]"], ["<s>", "good"]
+
+    def side(scale: float) -> dict[str, Any]:
+        scores = [0.0, 0.1 * scale, -0.7 * scale, 1.2 * scale, 0.05]
+        return {"tokens": tokens, "scores": scores, "value": 2.0, "baseline": 1.2, "delta": 0.004, "steps": 50}
+
+    def layer(name: str, stack: str, cross: bool, rows: int, keys: int) -> dict[str, Any]:
+        width = virtual + keys
+        heads = [
+            [[(1 + (row + column + head) % 3) / (2 * width) for column in range(width)] for row in range(rows)]
+            for head in range(2)
+        ]
+        own = {"virtual": virtual, "virtual_columns": virtual, "share": 0.31 if virtual else None}
+        shares = [0.12, 0.5] if virtual else None
+        return {"name": name, "stack": stack, "cross": cross, **own, "shares": shares, "maps": heads}
+
+    names = [f"bert.encoder.layer.{at}.attention.self.query" for at in range(3)]
+    layers = [
+        {
+            "name": name, "norm": 1.4 + at, "share": 0.03 * (1 + at), "rank": 8, "effective_rank": 7.6 - 3 * at,
+            "singular_values": [1.0, 0.5, 0.1], "in_main_directions": None if at == 2 else 0.02, "by_chance": 0.01,
+            "similarity": None if at == 0 else -0.2,
+        }
+        for at, name in enumerate(names)
+    ]  # fmt: skip
+    return {
+        "layers": layers,
+        "attributions": [
+            {"text": "a <b>quiet</b> pleasure", "answer": "good", "adapter": side(1.0), "base": side(-0.5)},
+            {"text": "alone", "answer": "bad", "adapter": side(1.0), "base": None},
+        ],
+        "attention": [
+            {
+                "text": "a <b>quiet</b> pleasure", "answer": "good", "tokens": tokens, "decoder_tokens": answer,
+                "layers": [
+                    layer("encoder.0.attention", "encoder", False, 5, 5),
+                    layer("decoder.0.attention", "decoder", False, 2, 2),
+                    layer("decoder.0.cross", "decoder", True, 2, 5),
+                ],
+            }
+        ],
+        "base_unchanged": True,
+        "notes": ["attention is that of a pass in the eager kernel"],
+    }  # fmt: skip
+
+
 def write_comparison(folder: Path, result: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.json").write_text(json.dumps(result), encoding="utf-8")
@@ -321,8 +369,11 @@ def write_run(
     manifest_: dict[str, Any] | None = None,
     events_: list[dict[str, Any]] | None = None,
     analysis_: dict[str, Any] | None = None,
+    explanation_: dict[str, Any] | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    if explanation_ is not None:
+        (folder / "explanation.json").write_text(json.dumps(explanation_), encoding="utf-8")
     if analysis_ is not None:
         (folder / "predictions").mkdir(exist_ok=True)
         (folder / "predictions" / "analysis.json").write_text(json.dumps(analysis_), encoding="utf-8")

@@ -34,7 +34,7 @@ def comparison(folder: Path, **changes: Any) -> Page:
 def html(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     folder = tmp_path / "folder"
     if request.param == "run":
-        examples.write_run(folder, analysis_=examples.analysis())
+        examples.write_run(folder, analysis_=examples.analysis(), explanation_=examples.explanation())
     else:
         more = {**examples.tuned(), **examples.ablated()}
         examples.write_comparison(folder, {**examples.comparison(), **more})

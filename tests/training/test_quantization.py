@@ -18,6 +18,7 @@ import graftwerk as gw
 from graftwerk.config import RunConfig
 from graftwerk.errors import AdapterError, ConfigError, GraftwerkError, ResourceError, RunInterrupted, UnsupportedError
 from graftwerk.experiments.preflight import preflight
+from graftwerk.inspection.verify import verify
 from graftwerk.models import load, quantization
 from graftwerk.schema import run_schema
 from graftwerk.training.events import Event
@@ -53,6 +54,11 @@ def test_run_on_a_quantized_base_names_it_everywhere_and_answers_alike(quantized
     assert own["base"]["fingerprint"] == run.manifest["base_fingerprint"]
     assert f"quantized by bitsandbytes: {name}" in (run.adapter / "README.md").read_text()
     assert f"base in {name}" not in (run.adapter / "adapter_config.json").read_text()
+    checked = verify(run)
+    assert checked["unchanged"] is True
+    assert any("codes and their scales are compared" in note for note in checked["notes"])
+    scale = "weight.SCB" if name == "int8" else "weight.absmax"
+    assert f"bert.encoder.layer.0.output.dense.{scale}" in run.manifest["base_tensors"]["before"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         measured = gw.evaluate(run)

@@ -1,4 +1,4 @@
-"""`graftwerk inspect`: what is in an adapter folder, through the gate for foreign files; no model is loaded."""
+"""`graftwerk inspect`: what is in an adapter folder, through the gate for foreign files; with --verify, on its base."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from graftwerk.cli.arguments import Base
 from graftwerk.cli.command import Result, command
 from graftwerk.cli.output import Output, printable, table
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.formatting import byte_size, count, figure
 
 
@@ -23,14 +24,31 @@ def register(app: typer.Typer) -> None:
         modules: Annotated[
             bool, typer.Option("--modules", help="One line for each module, not only for each layer.")
         ] = False,
+        verify: Annotated[
+            bool,
+            typer.Option("--verify", help="Load the base, and compare each of its tensors with those before training."),
+        ] = False,
+        model: Base = None,
     ) -> Result:
-        """Show what an adapter touches, holds and learnt, and where it comes from."""
+        """Show what an adapter touches, holds and learnt, and where it comes from.
+
+        No model is loaded but with --verify, which checks that the adapter's files are those that were written, and
+        that the base is, bit for bit, what it was before training.
+        """
+        if model is not None and not verify:
+            raise ConfigError("--model names the base that --verify loads", hint="add --verify, or leave it out")
         folder = adapter_in(target)
         from graftwerk.inspection.adapter import describe_adapter
 
         described = describe_adapter(folder)
         show_origin(out, described)
         show_learnt(out, described, modules=modules)
+        if verify:
+            from graftwerk.inspection.verify import verify as check
+
+            out.note("loading the base, and reading all of its tensors ...")
+            described["verified"] = checked = check(target, model=model)
+            show_verified(out, checked)
         return described
 
 
@@ -81,6 +99,31 @@ def show_origin(out: Output, described: dict[str, Any]) -> None:
     for name, text in lines.items():
         if text:
             out.line(f"{name.ljust(width)}  {printable(str(text))}")
+
+
+def show_verified(out: Output, checked: dict[str, Any]) -> None:
+    """Show what `verify` returned.
+
+    Raises:
+        IntegrityError: The base is not what it was before training.
+    """
+    for note in checked["notes"]:
+        out.note(note)
+    if checked["files"]:
+        out.line(f"as they were written: {', '.join(checked['files'])}")
+    if checked["unchanged"] is False:
+        changed = checked["changed"] or checked["changed_in_training"]
+        names = ", ".join(changed[:10]) + (", ..." if len(changed) > 10 else "")
+        when = "is not what it was before training" if checked["changed"] else "was changed by the training itself"
+        raise IntegrityError(
+            f"the base {when}: {names} ({len(changed)} of {checked['tensors']} tensors)",
+            hint="take the base from where the run had it"
+            if checked["changed"]
+            else "train again; an adapter must leave the base as it is",
+        )
+    if checked["unchanged"]:
+        drawn = f"; {checked['drawn']} that no checkpoint holds are not compared" if checked["drawn"] else ""
+        out.line(f"bit for bit what they were before training: {checked['tensors']} tensors of the base{drawn}")
 
 
 def settings_of(method: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from graftwerk.evaluation.evaluate import answer_examples
 from graftwerk.evaluation.inference import device_of, evaluation_mode
 from graftwerk.evaluation.loading import LoadedAdapter
 from graftwerk.modeling.attach import disabled
+from graftwerk.modeling.module_names import is_causal
 from graftwerk.models.hf_logging import quiet
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.sequence import SequenceTask
@@ -82,20 +83,26 @@ class Attribution:
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A text, ready for its gradients.
+class Question:
+    """A text with its answer, ready for its gradients.
 
     Attributes:
-        ids: Tokens of the model's input, (1, S): for a causal model with the answer behind the text.
+        text: The text.
+        ids: Tokens of the model's input, (1, S): for a causal model that writes with the answer behind the text.
         length: T, the tokens of the text, which come first.
         answer: The answer, shown.
         value: Takes embeddings (N, S, D) and returns f of each, (N,).
+        decoder_ids: Tokens that the decoder of an encoder-decoder reads, (1, A), or None without one.
+        causal: True for a decoder-only model.
     """
 
+    text: str
     ids: Tensor
     length: int
     answer: str
     value: Callable[[Tensor], Tensor]
+    decoder_ids: Tensor | None
+    causal: bool
 
 
 def check_attributable(task: Any) -> None:
@@ -116,28 +123,38 @@ def check_attributable(task: Any) -> None:
         raise ResourceError("attributions need Captum, which is not installed", hint="pip install 'graftwerk[explain]'")
 
 
-def attribute(loaded: LoadedAdapter, text: str) -> Attribution:
-    """Attribute the answer to a text to its tokens.
+def ask(loaded: LoadedAdapter, text: str) -> Question:
+    """Answer a text.
 
     Args:
         loaded: The adapter on its base.
         text: The text.
 
     Raises:
-        UnsupportedError: As `check_attributable`; or the model takes no embeddings.
+        UnsupportedError: The model takes no embeddings.
         DataError: The text is empty.
     """
     with evaluation_mode(loaded.model), quiet():
-        question = (_written if isinstance(loaded.task, TextTask) else _headed)(loaded, text)
+        return (_written if isinstance(loaded.task, TextTask) else _headed)(loaded, text)
+
+
+def attribute(loaded: LoadedAdapter, question: Question) -> Attribution:
+    """Attribute the answer to a text to its tokens.
+
+    Args:
+        loaded: The adapter on its base.
+        question: The text with its answer.
+    """
+    with evaluation_mode(loaded.model), quiet():
         adapter = _integrated(loaded, question)
         base = None
         if isinstance(loaded.task, TextTask):
             with disabled(loaded.model):
                 base = _integrated(loaded, question)
-    return Attribution(text, question.answer, adapter, base)
+    return Attribution(question.text, question.answer, adapter, base)
 
 
-def _headed(loaded: LoadedAdapter, text: str) -> _Question:
+def _headed(loaded: LoadedAdapter, text: str) -> Question:
     """Return the question of a task with a head: the log-odds of its class, or the output itself."""
     model, task = loaded.model, loaded.task
     row = task.example_from_text(text)
@@ -165,10 +182,10 @@ def _headed(loaded: LoadedAdapter, text: str) -> _Question:
 
     one_of_several = isinstance(task, Classification) and len(found) > 1
     value = log_odds if one_of_several else lambda embeddings: logits(embeddings)[:, place]
-    return _Question(ids, ids.shape[1], answer, value)
+    return Question(text, ids, ids.shape[1], answer, value, None, is_causal(model.config))
 
 
-def _written(loaded: LoadedAdapter, text: str) -> _Question:
+def _written(loaded: LoadedAdapter, text: str) -> Question:
     """Return the question of a task that writes: the log-probability of the answer that the adapter writes."""
     model, task, tokenizer = loaded.model, loaded.task, loaded.tokenizer
     assert isinstance(task, TextTask)
@@ -195,10 +212,11 @@ def _written(loaded: LoadedAdapter, text: str) -> _Question:
         value: Tensor = each.sum((1, 2))  # (N,)
         return value
 
-    return _Question(ids, length, task.generation.decode(answer[0].tolist(), tokenizer), log_probability)
+    said = task.generation.decode(answer[0].tolist(), tokenizer)
+    return Question(text, ids, length, said, log_probability, given.get("decoder_input_ids"), causal)
 
 
-def _integrated(loaded: LoadedAdapter, question: _Question) -> TokenScores:
+def _integrated(loaded: LoadedAdapter, question: Question) -> TokenScores:
     """Return the scores of the text's tokens, with as many points of the integral as it needs."""
     from captum.attr import IntegratedGradients
 
@@ -226,7 +244,7 @@ def _integrated(loaded: LoadedAdapter, question: _Question) -> TokenScores:
     )
 
 
-def _without_text(loaded: LoadedAdapter, question: _Question) -> Tensor:
+def _without_text(loaded: LoadedAdapter, question: Question) -> Tensor:
     """Return the input, (1, S), with every token of the text that is not special replaced."""
     tokenizer = loaded.tokenizer
     names = ("mask_token_id", "unk_token_id", "eos_token_id", "pad_token_id")

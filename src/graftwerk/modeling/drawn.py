@@ -32,18 +32,22 @@ def drawn_modules(model: PreTrainedModel) -> tuple[str, ...]:
     weights: a module with nothing else is not named. Neither is the output embedding, nor a part of a numbered layer:
     they are too large to be stored, and their values count in the base's digests instead.
     """
-    base = module_index(model)
-    unmarked = {name for name, parameter in base.parameters.items() if not hasattr(parameter, _MARK)}
-    if not unmarked or len(unmarked) == len(base.parameters):
-        return ()
+    base, lacking = module_index(model), unmarked(model)
     found: dict[str, None] = {}
-    for name in sorted(unmarked):
+    for name in sorted(lacking):
         path = name.rpartition(".")[0]
-        if within(path, found) or not _may_be_stored(model, base, path, unmarked):
+        if within(path, found) or not _may_be_stored(model, base, path, lacking):
             continue
         if _is_random(base.modules[path], name.rpartition(".")[2]):
-            found[_widest(model, base, path, unmarked)] = None
+            found[_widest(model, base, path, lacking)] = None
     return tuple(path for path in found if not within(path, [other for other in found if other != path]))
+
+
+def unmarked(model: PreTrainedModel) -> set[str]:
+    """Return the names of parameters that were not read from a checkpoint; none for a model that does not say."""
+    parameters = module_index(model).parameters
+    found = {name for name, parameter in parameters.items() if not hasattr(parameter, _MARK)}
+    return set() if len(found) == len(parameters) else found
 
 
 def within(path: str, modules: Iterable[str]) -> bool:
@@ -51,26 +55,26 @@ def within(path: str, modules: Iterable[str]) -> bool:
     return any(path == module or path.startswith(module + ".") for module in modules)
 
 
-def _may_be_stored(model: PreTrainedModel, base: ModuleIndex, path: str, unmarked: set[str]) -> bool:
+def _may_be_stored(model: PreTrainedModel, base: ModuleIndex, path: str, lacking: set[str]) -> bool:
     module = base.modules[path]
     whole = module not in (model, model.base_model) and module is not model.get_output_embeddings()
-    return whole and _IN_A_LAYER.search(f"{path}.") is None and _all_unmarked(base, path, unmarked)
+    return whole and _IN_A_LAYER.search(f"{path}.") is None and _all_unmarked(base, path, lacking)
 
 
-def _all_unmarked(base: ModuleIndex, path: str, unmarked: set[str]) -> bool:
+def _all_unmarked(base: ModuleIndex, path: str, lacking: set[str]) -> bool:
     own = [name for name, _ in base.modules[path].named_parameters(remove_duplicate=False)]
     # One that is tied to another stands in the structure under the other's name, and is not all this module's.
-    return all(CHILD in name.split(".") or f"{path}.{name}" in unmarked for name in own)
+    return all(CHILD in name.split(".") or f"{path}.{name}" in lacking for name in own)
 
 
-def _widest(model: PreTrainedModel, base: ModuleIndex, path: str, unmarked: set[str]) -> str:
+def _widest(model: PreTrainedModel, base: ModuleIndex, path: str, lacking: set[str]) -> str:
     """Return the outermost module around ``path`` that can be stored and called whole."""
     parent = path.rpartition(".")[0]
-    if not parent or not _may_be_stored(model, base, parent, unmarked):
+    if not parent or not _may_be_stored(model, base, parent, lacking):
         return path
     if isinstance(base.modules[parent], nn.ModuleList | nn.ModuleDict):
         return path
-    return _widest(model, base, parent, unmarked)
+    return _widest(model, base, parent, lacking)
 
 
 def _is_random(module: nn.Module, name: str) -> bool:

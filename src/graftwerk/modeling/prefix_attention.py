@@ -48,7 +48,7 @@ from graftwerk.modeling.virtual_positions import (
     users,
 )
 
-_OURS = "graftwerk_"
+OURS = "graftwerk_"
 _KeysAndValues = tuple[Tensor, Tensor]
 _recorder: ContextVar[dict[int, _KeysAndValues] | None] = ContextVar("graftwerk_recorder", default=None)
 """While keys and values are recorded: those of the last call by id(attention module)."""
@@ -177,22 +177,22 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 
 _MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 for _name, _mask in _MASKS.items():
-    AttentionInterface.register(_OURS + _name, partial(prefix_attention_forward, _name))
-    AttentionMaskInterface.register(_OURS + _name, _mask)
+    AttentionInterface.register(OURS + _name, partial(prefix_attention_forward, _name))
+    AttentionMaskInterface.register(OURS + _name, _mask)
 
 
 # -- which implementation a model uses ------------------------------------------------------------------------------
 
 
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Return every configuration object in a model; the two halves of T5 have copies of their own."""
     found = {id(c): c for m in model.modules() if isinstance(c := getattr(m, "config", None), PreTrainedConfig)}
     return list(found.values())
 
 
 def _check_implementation(model: PreTrainedModel) -> None:
-    for config in _configs(model):
-        name = (config._attn_implementation or "").removeprefix(_OURS)
+    for config in configs_of(model):
+        name = (config._attn_implementation or "").removeprefix(OURS)
         if name not in ("", *_MASKS):
             raise UnsupportedError(
                 f"a prefix cannot go into the attention implementation `{name}`",
@@ -206,15 +206,15 @@ def _check_implementation(model: PreTrainedModel) -> None:
 
 
 def _install_attention(model: nn.Module) -> None:
-    for config in _configs(model):
+    for config in configs_of(model):
         if config._attn_implementation in _MASKS:
-            config._attn_implementation_internal = _OURS + config._attn_implementation
+            config._attn_implementation_internal = OURS + config._attn_implementation
 
 
 def _restore_attention(model: nn.Module) -> None:
-    for config in _configs(model):
-        if (config._attn_implementation or "").startswith(_OURS):
-            config._attn_implementation_internal = config._attn_implementation.removeprefix(_OURS)
+    for config in configs_of(model):
+        if (config._attn_implementation or "").startswith(OURS):
+            config._attn_implementation_internal = config._attn_implementation.removeprefix(OURS)
 
 
 # -- hooks on the stacks --------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class _ShiftPositionsHook:
         if max(counts) == 0:
             return None
         implementation = getattr(stack.config, "_attn_implementation", None)
-        if not str(implementation).startswith(_OURS):
+        if not str(implementation).startswith(OURS):
             raise ConflictError(
                 f"the attention implementation was changed to `{implementation}` while a prefix is active",
                 hint="choose the implementation before attaching",
@@ -376,7 +376,7 @@ def _record_kv(model: PreTrainedModel, ids: Tensor) -> dict[int, _KeysAndValues]
     """Run the bare base over ids (1, n), in evaluation mode, and return keys and values by id(attention module)."""
     model_adapters = ModelAdapters.of(model)
     recorded: dict[int, _KeysAndValues] = {}
-    was_ours = any((config._attn_implementation or "").startswith(_OURS) for config in _configs(model))
+    was_ours = any((config._attn_implementation or "").startswith(OURS) for config in configs_of(model))
     modes = {module: module.training for module in model.modules()}
     extra: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     token = _recorder.set(recorded)

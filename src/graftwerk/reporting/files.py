@@ -129,7 +129,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
     return events, broken
 
 
-def write_page(folder: Path, content: str) -> Path:
+def write_page(folder: Path, content: str, name: str = REPORT) -> Path:
     """Write the page beside its destination, force it to the disk, and rename it.
 
     Raises:
@@ -137,9 +137,9 @@ def write_page(folder: Path, content: str) -> Path:
         ConfigError: something that is no file has the page's name.
         IntegrityError: a link has it.
     """
-    refuse_link(folder / REPORT)
-    target = folder / REPORT
-    partial = folder / f".{REPORT}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    refuse_link(folder / name)
+    target = folder / name
+    partial = folder / f".{name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     if target.is_dir():
         raise ConfigError(f"{target} is a folder, and a file is to be written there", where=str(target))
     try:

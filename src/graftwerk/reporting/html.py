@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from graftwerk.errors import ConfigError
+from graftwerk.errors import ConfigError, ConflictError
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.comparison import comparison_page
+from graftwerk.reporting.explanation import explanation_page, explanation_sections
 from graftwerk.reporting.files import (
     COMPARISON,
     CONFIG,
@@ -23,7 +26,7 @@ from graftwerk.reporting.files import (
 from graftwerk.reporting.run import run_page
 from graftwerk.reporting.search import search_page
 
-EVALUATION, PREDICTIONS, ANALYSIS = "evaluation.json", "predictions", "analysis.json"
+EVALUATION, PREDICTIONS, ANALYSIS, EXPLANATION = "evaluation.json", "predictions", "analysis.json", "explanation.json"
 
 
 def write_report(folder: str | Path) -> Path:
@@ -47,7 +50,7 @@ def write_report(folder: str | Path) -> Path:
         ...
     """
     folder = Path(folder)
-    refuse_links(folder, (COMPARISON, SEARCH, MANIFEST, EVALUATION, PREDICTIONS, LOG, CONFIG, REPORT))
+    refuse_links(folder, (COMPARISON, SEARCH, MANIFEST, EVALUATION, EXPLANATION, PREDICTIONS, LOG, CONFIG, REPORT))
     if (folder / COMPARISON).is_file():
         return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
     if (folder / SEARCH).is_file():
@@ -60,12 +63,54 @@ def write_report(folder: str | Path) -> Path:
     evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}
     analysed = folder / PREDICTIONS / ANALYSIS
     analysis = read_json(analysed) if analysed.is_file() else {}
+    explanation = read_json(folder / EXPLANATION) if (folder / EXPLANATION).is_file() else {}
     events, broken = read_log(folder / LOG)
     config = read_text(folder / CONFIG) if (folder / CONFIG).is_file() else ""
     return write_page(
         folder,
-        run_page(folder.resolve(), manifest, evaluation, analysis, events, broken, config, _confidence(config)),
+        run_page(
+            folder.resolve(),
+            manifest,
+            evaluation,
+            analysis,
+            events,
+            broken,
+            config,
+            _confidence(config),
+            explanation_sections(explanation),
+        ),
     )
+
+
+def write_explanation(path: str | Path, explanation: Mapping[str, Any], title: str, *, overwrite: bool = False) -> Path:
+    """Write an explanation as a page of its own: one file that needs nothing else.
+
+    Args:
+        path: The file.
+        explanation: What `explain` returns.
+        title: Name of the run or the adapter.
+        overwrite: Replace the file.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ConflictError: There is such a file already.
+        ResourceError: It cannot be written.
+    """
+    path = Path(path)
+    check_free(path, overwrite)
+    return write_page(path.parent, explanation_page(explanation, title), path.name)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Check that a file may be written.
+
+    Raises:
+        ConflictError: It exists, and is not to be replaced.
+    """
+    if path.exists() and not overwrite:
+        raise ConflictError(f"{path} exists", where=str(path), hint="--overwrite (overwrite=True) replaces it")
 
 
 def _confidence(config: str) -> float | None:

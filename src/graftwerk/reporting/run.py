@@ -35,6 +35,7 @@ def run_page(
     broken: int,
     config: str,
     confidence: float | None,
+    explained: Sequence[Markup] = (),
 ) -> str:
     """Return the page of a run as HTML.
 
@@ -47,6 +48,7 @@ def run_page(
         broken: Number of its lines that could not be read.
         config: Text of `config.yaml`.
         confidence: Level of the intervals, or None if unknown.
+        explained: Sections on what the adapter did, if that was asked.
     """
     split, figures, rows = _figures(manifest)
     sections = [
@@ -54,6 +56,7 @@ def run_page(
         _metrics(manifest, confidence),
         _examples(manifest, evaluation),
         mistakes_section(manifest, analysis),
+        *explained,
         _learning(manifest, events),
         _messages(events),
         data_section(mapping(manifest, "data")),
@@ -62,9 +65,8 @@ def run_page(
         _config(config),
         _repeat(manifest),
     ]
-    versions = ", ".join(
-        f"{name} {words(mapping(manifest, 'versions'), name)}" for name in mapping(manifest, "versions")
-    )
+    known = mapping(manifest, "versions")
+    versions = ", ".join(f"{name} {words(known, name)}" for name in known)
     footer = f"Written by graftwerk {words(manifest, 'graftwerk')} from the files in {folder.name}. {versions}".strip()
     return page.document(
         title=f"Run: {folder.name}",
@@ -287,11 +289,8 @@ def _series(events: Sequence[Mapping[str, Any]], figure: str) -> list[tuple[floa
 
 def _gaps(steps: Sequence[Mapping[str, Any]]) -> str | None:
     gaps = sum(number(event, "loss") is None for event in steps)
-    return (
-        f"{numbers.plural(gaps, 'logged loss', 'logged losses')} had no finite value; the line has a gap there."
-        if gaps
-        else None
-    )
+    counted = numbers.plural(gaps, "logged loss", "logged losses")
+    return f"{counted} had no finite value; the line has a gap there." if gaps else None
 
 
 def _messages(events: Sequence[Mapping[str, Any]]) -> Markup:

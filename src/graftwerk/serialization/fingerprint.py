@@ -145,7 +145,7 @@ def _fingerprint(
             digest.update(f"{name} {shape}\n".encode() + sample)
             continue
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        with _loaded(model.base_model, name, parameter) as weight:
+        with loaded_parameter(model.base_model, name, parameter) as weight:
             own = rows.get(id(parameter))
             digest.update(_sample_without(weight, own) if own else _sample(weight))
     return digest.hexdigest()
@@ -219,7 +219,7 @@ def _digests(
 ) -> dict[str, str]:
     found, rows = {}, _by_parameter(model, without)
     for name, parameter in parameters:
-        with _loaded(model, name, parameter) as weight:
+        with loaded_parameter(model, name, parameter) as weight:
             own = rows.get(id(parameter))
             sample = _sample_without(weight, own) if own else _sample(weight)
             found[name] = hashlib.blake2b(sample, digest_size=8).hexdigest()
@@ -227,8 +227,8 @@ def _digests(
 
 
 @contextmanager
-def _loaded(model: nn.Module, name: str, parameter: Tensor) -> Iterator[Tensor]:
-    """Give a parameter of a model, loaded for the moment if accelerate has offloaded it.
+def loaded_parameter(model: nn.Module, name: str, parameter: Tensor) -> Iterator[Tensor]:
+    """Give a parameter of a model, any shape, loaded for the moment if accelerate has offloaded it.
 
     Raises:
         ModelError: it has not been loaded at all.

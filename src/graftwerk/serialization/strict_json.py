@@ -120,7 +120,7 @@ def parse_object(content: bytes, path: Path, scale: float = 1.0) -> dict[str, An
 
 
 def dump_object(
-    values: Mapping[str, Any], path: Path, *, seal: bool = False, room: float = 1.0, indent: int = 1
+    values: Mapping[str, Any], path: Path, *, seal: bool = False, room: float = 1.0, indent: int | None = 1
 ) -> bytes:
     """Encode an object as JSON that `read_json` reads again.
 
@@ -130,7 +130,7 @@ def dump_object(
         seal: Add a digest of all of it, by which `check_seal` sees whether anything was changed.
         room: Share of the reader's usual limit of bytes that they may take: less than one before more is added to them,
             more where the reader's ``scale`` is.
-        indent: Spaces of each level.
+        indent: Spaces of each level; None for one line.
 
     Raises:
         ConfigError: they are no JSON, or the reader would refuse them.

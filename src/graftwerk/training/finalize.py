@@ -11,7 +11,9 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, RunInterrupted
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.own_files import refuse_link
+from graftwerk.serialization.base_digests import KEY
 from graftwerk.tasks.base import Predictions
+from graftwerk.training.base_proof import changed_tensors
 from graftwerk.training.events import Event
 from graftwerk.training.head_start import finish_head
 from graftwerk.training.manifest import compute_of
@@ -119,6 +121,7 @@ def finish(
     if not trainer.distributed.is_main:
         return
     analysis.finish(trainer.emit, trainer.state.step)
+    _prove_base_unchanged(trainer, manifest[KEY])
     manifest["task_settings"] = prepared.task.to_dict()
     manifest["compute"] = compute_of(trainer)  # with the batch as it was halved where memory ran out
     manifest["best"] = trainer.state.best
@@ -153,6 +156,15 @@ def finish(
     trainer.emit(
         Event("finish", trainer.state.step, metrics=manifest["metrics"], cost=manifest["cost"], best=manifest["best"])
     )
+
+
+def _prove_base_unchanged(trainer: Trainer, proof: dict[str, Any]) -> None:
+    """Compare the base with what it was before training; a change is stored, and a warning that names it."""
+    proof["changed"] = changed = changed_tensors(trainer.adapter, proof)
+    if changed:
+        names = ", ".join(list(changed)[:5]) + (", ..." if len(changed) > 5 else "")
+        text = f"training changed the base, which no adapter may do: {names} ({len(changed)} of {len(proof['before'])})"
+        trainer.emit(Event("warning", trainer.state.step, text=text))
 
 
 def _predictions(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ConfigError, ConflictError, IntegrityError
-from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, PREDICTIONS, ROWS
+from graftwerk.evaluation.results_io import ANSWERS, EVALUATION, EXPLANATION, PREDICTIONS, ROWS
 from graftwerk.own_files import refuse_links
 from graftwerk.serialization.atomic import recover, write_file
 from graftwerk.serialization.strict_json import dump_object
@@ -37,6 +37,7 @@ RUN_FILES = (
     TRUNK,
     REPORT,
     EVALUATION,
+    EXPLANATION,
     PREDICTIONS,
     ANSWERS,
     ROWS,

@@ -130,7 +130,9 @@ class RunDriver:
         from graftwerk.evaluation.cost import peak_memory, resident
         from graftwerk.machine import give_back
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
+        from graftwerk.serialization.base_digests import KEY
         from graftwerk.training.augmented import add_augmented
+        from graftwerk.training.base_proof import digests_before
         from graftwerk.training.data_checks import first_batch, raise_on_severe
         from graftwerk.training.finalize import finish
         from graftwerk.training.head_start import refuse_checkpoint, start_head
@@ -175,6 +177,7 @@ class RunDriver:
         baseline = resident(self.processes.device)
         adapter, identity["base"] = load_base_and_attach(settings, prepared, weights, dtype, self.processes.device)
         self._same_run(snapshot, identity, "base")
+        proof = digests_before(adapter, earlier) if self.processes.is_main else {}
         if settings.training.warm_start is not None and warm_start(adapter, settings.training.warm_start):
             refuse_checkpoint(prepared)
         prepared = start_head(adapter, prepared, warm=settings.training.warm_start is not None)
@@ -198,6 +201,7 @@ class RunDriver:
             shared_cache=self.shared_cache,
         )
         self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
+        self.manifest[KEY] = proof
         if earlier.get("cost"):
             self.manifest |= {name: earlier[name] for name in ("cost", "trunk") if name in earlier}
         self._check_readable(trainer)

@@ -47,6 +47,7 @@
     const [rule, dot] = cursor.children;
     let at = track.length - 1;
     if (at < 0) return;
+    const curve = chart.classList.contains("curve");
     const read = (place) => {
       at = Math.max(0, Math.min(place, track.length - 1));
       const [x, y, text] = track[at];
@@ -65,7 +66,7 @@
       let best = 0;
       let least = Infinity;
       track.forEach(([px, py], place) => {
-        const far = Math.abs(px - x) * 4 + Math.abs(py - y);
+        const far = Math.abs(px - x) * (curve ? 4 : 1) + Math.abs(py - y);
         if (far < least) [best, least] = [place, far];
       });
       read(best);
@@ -74,7 +75,8 @@
     chart.addEventListener("blur", hide);
     chart.addEventListener("focus", () => read(at));
     chart.addEventListener("keydown", (event) => {
-      const move = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: track.length - 1 }[event.key];
+      const updown = curve ? {} : { ArrowUp: at - 1, ArrowDown: at + 1 };
+      const move = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: track.length - 1, ...updown }[event.key];
       if (move === undefined) return;
       event.preventDefault();
       read(move);
