@@ -34,9 +34,7 @@ def register(app: typer.Typer) -> None:
         config: ConfigFile,
         settings: Given = None,
         metric: Metric = None,
-        overwrite: Annotated[
-            bool, typer.Option("--overwrite", help="Begin anew; remove the trials there are.")
-        ] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over; remove the existing trials.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
         """Search for better settings of the run's method.

@@ -97,7 +97,7 @@ def explain(
     if inexact:
         notes.append(f"{inexact} of the integrals are off by more than {ENOUGH:.0%}: see `delta`")
     if asked and attributions[0]["base"] is None:
-        notes.append("the base has no head for these answers, so that there is nothing of it to show beside")
+        notes.append("the base has no head for these answers, so its attributions cannot be shown for comparison")
     known = loaded.info.base_fingerprint
     return {
         "layers": layers,
