@@ -163,7 +163,12 @@ class LoRA(ParameterSelection, TokenSelection):
         return self._with_factors(target, module, a, b, *magnitude)
 
     def _with_factors(
-        self, target: TargetModule, module: nn.Module, a: nn.Parameter, b: nn.Parameter, *magnitude: nn.Parameter
+        self,
+        target: TargetModule,
+        module: nn.Module,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        magnitude: nn.Parameter | None = None,
     ) -> AdapterModule:
         """Return the module with A (r, in), B (out, r) and, for DoRA, its magnitude (out,) if it is stored already."""
         scale = self.scale_at(target.path)
@@ -171,9 +176,9 @@ class LoRA(ParameterSelection, TokenSelection):
             return ParameterLoRA.of(target, module, a, b, scale)
         if not self.use_dora:
             return LoRAModule(a, b, scale, self.lora_dropout)
-        if magnitude:
-            return DoRAModule(module, a, b, *magnitude, scale, self.lora_dropout)
-        return DoRAModule.around(module, a, b, scale, self.lora_dropout)
+        if magnitude is None:
+            return DoRAModule.around(module, a, b, scale, self.lora_dropout)
+        return DoRAModule(module, a, b, magnitude, scale, self.lora_dropout)
 
     def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
         connect_rows(targets, built)
