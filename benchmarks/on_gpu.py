@@ -213,6 +213,7 @@ def waits_of(device: str, family: str, task: str, method: str, steps: int) -> in
     from graftwerk.training.distributed.single import SingleProcess
     from graftwerk.training.settings import TrainingSettings
     from graftwerk.training.trainer import Trainer
+    from graftwerk.training.trainer_inputs import RunContext, TrainingData
     from tests.contract.cases import method_of
     from tests.families import FAMILIES
 
@@ -230,10 +231,9 @@ def waits_of(device: str, family: str, task: str, method: str, steps: int) -> in
             attach(model, method_of(method)),
             parse_task(task).for_model(model.config),
             SimpleNamespace(pad_token_id=0, pad_token_type_id=0),  # type: ignore[arg-type]
-            examples,
-            [],
+            TrainingData(examples),
             settings,
-            checkpoints=Checkpoints(Path(folder) / "checkpoints"),
+            RunContext(Checkpoints(Path(folder) / "checkpoints")),
             distributed=SingleProcess(torch.device(device)),
         )
         with counted_waits(device) as seen:

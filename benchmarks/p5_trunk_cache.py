@@ -138,6 +138,7 @@ class Sides:
     def _trainer(self, graft: Any, folder: Path) -> Any:
         from graftwerk.training.checkpoint import Checkpoints
         from graftwerk.training.trainer import Trainer
+        from graftwerk.training.trainer_inputs import RunContext, TrainingData
 
         losses: list[float] = []
         self.losses["ours"] = losses
@@ -147,8 +148,8 @@ class Sides:
                 losses.append(event.values["loss"])
 
         return Trainer(
-            graft, self.task, self.tokenizer, self.rows, [], self.settings,
-            checkpoints=Checkpoints(folder / "checkpoints"), emit=emit,
+            graft, self.task, self.tokenizer, TrainingData(self.rows), self.settings,
+            RunContext(Checkpoints(folder / "checkpoints"), emit),
         )  # fmt: skip
 
     def _peer(self, graft: Any, folder: Path) -> Any:

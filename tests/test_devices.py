@@ -273,7 +273,7 @@ FACTORIES = {
 }  # fmt: skip
 WHERE_THE_DEFAULT_SAYS = {
     "methods",  # initial values of parameters: made on the default device, moved to their layer by `attach`
-    "modeling/prefix_attention.py",  # the same: the initial keys and values of a prefix
+    "modeling/prefix_start.py",  # the same: the initial keys and values of a prefix
 }
 
 

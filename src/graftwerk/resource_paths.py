@@ -35,7 +35,7 @@ def locate(place: str | Path) -> Path:
         raise ConfigError(
             f"the secret in {text} was left out when the run was written, and is not known here",
             where=text,
-            hint="give the place again: data.train=..., --data, model=... or --model",
+            hint="pass the path or URL again: data.train=..., --data, model=... or --model",
         )
     try:
         path = _in_package(text) if text.startswith(PACKAGE_SCHEME) else Path(text).expanduser()

@@ -226,7 +226,7 @@ def test_predict_file_that_exists_is_not_written_over(run: Path, rows: Path, tmp
         predict_file(run, rows, rows, overwrite=True)
     with pytest.raises(ConfigError, match="its ending says the form"):
         predict_file(run, rows, tmp_path / "out.xlsx")
-    with pytest.raises(ConfigError, match="cannot be gone on with"):
+    with pytest.raises(ConfigError, match="cannot be resumed"):
         predict_file(run, rows, tmp_path / "out.parquet", resume=True)
     assert path.read_text() == "mine"
 

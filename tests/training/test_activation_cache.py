@@ -34,6 +34,7 @@ from graftwerk.training.run_dir import read_manifest
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.train import train
 from graftwerk.training.trainer import Trainer
+from graftwerk.training.trainer_inputs import RunContext, TrainingData
 from tests.contract.cases import perturb
 from tests.families import FAMILIES
 
@@ -87,9 +88,8 @@ def trainer(
     graft = gw.attach(model, parse_method(method))
     given = {"num_train_epochs": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
     return Trainer(
-        graft, task or Classification(), Tokenizer(), train_rows or rows(40), validation or [],
-        TrainingSettings.model_validate({**given, **settings}), checkpoints=Checkpoints(folder / "checkpoints"),
-        emit=emit,
+        graft, task or Classification(), Tokenizer(), TrainingData(train_rows or rows(40), validation or []),
+        TrainingSettings.model_validate({**given, **settings}), RunContext(Checkpoints(folder / "checkpoints"), emit),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from graftwerk.training.events import Event
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.snapshot import load_best_state
 from graftwerk.training.trainer import Trainer
+from graftwerk.training.trainer_inputs import RunContext, TrainingData
 
 
 class Bench:
@@ -53,7 +54,8 @@ class Bench:
     def trainer(
         self, folder: Path, *, method: Any = "lora", dropout: bool = False, validation: bool = True, **kwargs: Any
     ) -> Trainer:
-        own = {name: kwargs.pop(name) for name in ("emit", "stop", "dtype", "labels") if name in kwargs}
+        run = {name: kwargs.pop(name) for name in ("emit", "stop") if name in kwargs}
+        dtype, labels = kwargs.pop("dtype", torch.float32), kwargs.pop("labels", ())
         settings = {
             "max_steps": 8,
             "per_device_train_batch_size": 8,
@@ -74,11 +76,10 @@ class Bench:
             attach(BertForSequenceClassification(config).eval(), parse_method(method)),
             self.task,
             self.tokenizer,
-            self.examples["train"],
-            self.examples["validation"] if validation else [],
+            TrainingData(self.examples["train"], self.examples["validation"] if validation else [], labels),
             TrainingSettings(**settings),
-            checkpoints=Checkpoints(folder),
-            **own,
+            RunContext(Checkpoints(folder), **run),
+            dtype=dtype,
         )
 
 

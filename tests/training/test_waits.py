@@ -27,6 +27,7 @@ from graftwerk.training.events import Event
 from graftwerk.training.gradients import Gradient, GradientAccumulator
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.trainer import Trainer
+from graftwerk.training.trainer_inputs import RunContext, TrainingData
 from tests.contract.cases import METHODS, REFUSED
 from tests.families import ALL
 from tests.training.host_syncs import Waits, counting
@@ -79,17 +80,16 @@ def trainer_of(folder: Path, kind: str, method: str = "lora", *, dropout: float 
     task, family = TASKS[kind]
     model = ALL[family].build(classifier=kind == "classification", dropout=dropout)
     torch.manual_seed(0)
-    own = {name: kwargs.pop(name) for name in ("emit", "labels") if name in kwargs}
+    run = RunContext(Checkpoints(folder), kwargs.pop("emit", lambda event: None))
+    labels = kwargs.pop("labels", ())
     usual = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2}
     return Trainer(
         attach(model, method_with(method, dropout)),
         task.for_model(model.config),
         Words(),  # type: ignore[arg-type]
-        examples(kind),
-        [],
+        TrainingData(examples(kind), labels=labels),
         TrainingSettings(**(usual | {"trunk_cache": False} | kwargs)),
-        checkpoints=Checkpoints(folder),
-        **own,
+        run,
     )
 
 

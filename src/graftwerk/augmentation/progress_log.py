@@ -83,8 +83,8 @@ class Journal:
             if place == 0:
                 if line.decode("utf-8", "replace") != head:
                     raise ConflictError(
-                        f"{self.path} was begun with other rows or settings",
-                        hint="give the rows and settings it was begun with; or begin anew with --overwrite "
+                        f"{self.path} was started with other rows or settings",
+                        hint="use the rows and settings it was started with; or start over with --overwrite "
                         "(overwrite=True), or with another file",
                         recovered=str(self.path),
                     )

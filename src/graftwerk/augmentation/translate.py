@@ -164,7 +164,7 @@ def ask(
     elif known != [loaded.identity]:
         raise ConflictError(
             f"{journal.path} was begun with other weights of {settings.legs[leg].model}",
-            hint="begin anew with --overwrite (overwrite=True)",
+            hint="start over with --overwrite (overwrite=True)",
             recovered=str(journal.path),
         )
     found: dict[Question, list[Answer]] = {}

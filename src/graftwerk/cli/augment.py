@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[
             bool, typer.Option("--resume", help="Resume an unfinished file; use a finished one as it is.")
         ] = False,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew whatever lies there.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
         """Make further training rows by noise on words, or by letting a model translate.

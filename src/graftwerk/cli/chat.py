@@ -129,7 +129,7 @@ class Session:
             self.out.warn(HELP)
         elif text == "/reset":
             self.chat.reset()
-            self.out.note("the conversation begins anew")
+            self.out.note("the conversation starts over")
         elif text == "/base":
             self._switch_base()
         elif text.startswith("/") and not text.startswith("//"):

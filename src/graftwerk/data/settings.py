@@ -103,7 +103,7 @@ class DataSettings(Settings):
         description="which column plays which part: {text: review, label: stars}; a part not named is its own column",
     )
     format: Format | None = Field(
-        default=None, description="how rows hold what is said, for tasks with instructions; none: told by the columns"
+        default=None, description="format of the rows of tasks with instructions; none: recognized by the columns"
     )
     filter: Filter = Field(
         default_factory=dict, description="keep rows whose column has this value, or one of these values"

@@ -342,5 +342,5 @@ def _foreign(path: Path, end: int) -> ConfigError:
     return ConfigError(
         f"{path} is not a file of answers that can be gone on with (byte {end:,})",
         where=str(path),
-        hint="--overwrite (overwrite=True) begins it anew; or name another file",
+        hint="--overwrite (overwrite=True) starts it over; or name another file",
     )

@@ -121,10 +121,10 @@ def predict_file(
 
 def _check_free(path: Path, data: Any, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
-        raise ConfigError("resume goes on with the file, and overwrite begins it anew", hint="give one of them")
+        raise ConfigError("resume continues the file, and overwrite starts it over", hint="give one of them")
     if resume and path.suffix.lower() == ".parquet":
         raise ConfigError(
-            "a parquet file cannot be gone on with", where=str(path), hint="write .jsonl or .csv to go on after a stop"
+            "a parquet file cannot be resumed", where=str(path), hint="write .jsonl or .csv, which can be resumed"
         )
     if not path.exists():
         if not path.absolute().parent.is_dir():
@@ -247,7 +247,7 @@ class _Work:
         return ConfigError(
             f"{self.path} does not belong to these rows and this adapter: {why}",
             where=str(self.path),
-            hint="--overwrite (overwrite=True) begins it anew; or name another file",
+            hint="--overwrite (overwrite=True) starts it over; or name another file",
         )
 
     def close(self) -> None:

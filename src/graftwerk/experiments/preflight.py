@@ -187,7 +187,7 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
 
 def _counted(method: Method, model: Any) -> dict[str, Any]:
     from graftwerk.modeling.architectures import read_architecture
-    from graftwerk.modeling.prefix_attention import stacks_of
+    from graftwerk.modeling.prefix_install import stacks_of
     from graftwerk.modeling.task_heads import head_paths, open_targets
 
     view = read_architecture(model)

@@ -136,7 +136,7 @@ def _notes(attributions: Sequence[dict[str, Any]], attention: bool) -> list[str]
     if inexact:
         notes.append(f"{inexact} of the integrals are off by more than {ENOUGH:.0%}: see `delta`")
     if attributions and attributions[0]["base"] is None:
-        notes.append("the base has no head for these answers, so that there is nothing of it to show beside")
+        notes.append("the base has no head for these answers, so its attributions cannot be shown for comparison")
     if attention:
         notes.append("attention is that of a pass in the eager kernel, which rounds otherwise than the model's own")
     return notes

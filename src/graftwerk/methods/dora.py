@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.methods.base import base_weight
-from graftwerk.methods.low_rank import LowRankModule
+from graftwerk.methods.low_rank import LowRankModule, low_rank_product
 from graftwerk.methods.placement import module_device
 
 
@@ -86,7 +86,9 @@ class DoRAModule(LowRankModule):
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         bias = self.base.bias
         assert bias is None or isinstance(bias, Tensor)
-        direction = (y if bias is None else y - bias) + self.update(x)  # (..., out)
+        a, b = self.lora_A.weight, self.lora_B.weight  # (r, in), (out, r)
+        update = low_rank_product(self.dropped(x, a.dtype), a, b, self.scale)  # s B A dropout(x), (..., out)
+        direction = (y if bias is None else y - bias) + update  # (W + s B A) x, (..., out)
         out = self.magnitude_ratio() * direction
         return (out if bias is None else out + bias).to(y.dtype)
 

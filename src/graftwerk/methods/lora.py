@@ -32,7 +32,7 @@ from graftwerk.methods.base import AdapterModule, Role, TargetModule
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.linear_layers import Rank
 from graftwerk.methods.lora_parameters import ParameterLoRA, ParameterSelection
-from graftwerk.methods.low_rank import LowRankModule, init_factors, merged_product, share_dropout
+from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, merged_product, share_dropout
 from graftwerk.methods.pissa import PiSSAModule
 from graftwerk.methods.target_modules import check_patterns, value_of
 from graftwerk.methods.trainable_tokens import (
@@ -71,7 +71,9 @@ class LoRAModule(LowRankModule):
         Returns:
             y + s B A dropout(x), (..., out), in the dtype of ``y``.
         """
-        return y + self.update(x).to(y.dtype)
+        a, b = self.lora_A.weight, self.lora_B.weight  # (r, in), (out, r)
+        update = low_rank_product(self.dropped(x, a.dtype), a, b, self.scale)  # s B A dropout(x), (..., out)
+        return y + update.to(y.dtype)
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return merged_product(weight, (self.lora_A.weight, self.lora_B.weight, self.scale)), bias
@@ -140,15 +142,11 @@ class LoRA(ParameterSelection, TokenSelection):
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
         if target.is_table:
             return build_rows(target, module, token_indices(target, self.trainable_token_indices))
-        rank, scale = self.rank_at(target.path) * target.experts, self.scale_at(target.path)
+        rank = self.rank_at(target.path) * target.experts
         a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
-        if target.role is Role.PARAMETER:
-            return ParameterLoRA.of(target, module, a, b, scale)
-        if self.use_dora:
-            return DoRAModule.around(module, a, b, scale, self.lora_dropout)
         if self.init_lora_weights == "pissa":
-            return PiSSAModule.of(target, module, rank, scale, self.lora_dropout)
-        return LoRAModule(a, b, scale, self.lora_dropout)
+            return PiSSAModule.of(target, module, rank, self.scale_at(target.path), self.lora_dropout)
+        return self._with_factors(target, module, a, b)
 
     def build_from(
         self, target: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]
@@ -159,14 +157,28 @@ class LoRA(ParameterSelection, TokenSelection):
         if self.init_lora_weights == "pissa" or parameters.keys() != {*names}:
             return None
         a, b, *magnitude = (parameters[name] for name in names)
-        rank, scale = self.rank_at(target.path) * target.experts, self.scale_at(target.path)
+        rank = self.rank_at(target.path) * target.experts
         if a.shape != (rank, target.in_features) or b.shape != (target.out_features, rank):
             return None
+        return self._with_factors(target, module, a, b, *magnitude)
+
+    def _with_factors(
+        self,
+        target: TargetModule,
+        module: nn.Module,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        magnitude: nn.Parameter | None = None,
+    ) -> AdapterModule:
+        """Return the module with A (r, in), B (out, r) and, for DoRA, its magnitude (out,) if it is stored already."""
+        scale = self.scale_at(target.path)
         if target.role is Role.PARAMETER:
             return ParameterLoRA.of(target, module, a, b, scale)
-        if self.use_dora:
-            return DoRAModule(module, a, b, magnitude[0], scale, self.lora_dropout)
-        return LoRAModule(a, b, scale, self.lora_dropout)
+        if not self.use_dora:
+            return LoRAModule(a, b, scale, self.lora_dropout)
+        if magnitude is None:
+            return DoRAModule.around(module, a, b, scale, self.lora_dropout)
+        return DoRAModule(module, a, b, magnitude, scale, self.lora_dropout)
 
     def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
         connect_rows(targets, built)

@@ -1,6 +1,6 @@
 """The trained product of two thin matrices that LoRA and its relatives share.
 
-    update(x) = s B A dropout(x)        A (r, in), B (out, r)
+    s B A dropout(x)        A (r, in), B (out, r)
 
 Legend: r rank, s scale.
 """
@@ -47,11 +47,6 @@ class LowRankModule(InputDropout):
         super().__init__(p)
         self._modules["lora_A"], self._modules["lora_B"] = Factor(a), Factor(b)  # as in `Factor`
         self.__dict__["scale"] = scale
-
-    def update(self, x: Tensor) -> Tensor:
-        """Return s B A dropout(x), (..., out), for x (..., in), in the dtype of A."""
-        a, b = self.lora_A.weight, self.lora_B.weight
-        return low_rank_product(self.dropped(x, a.dtype), a, b, self.scale)
 
 
 READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.FFN_GATE})

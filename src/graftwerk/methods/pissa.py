@@ -48,14 +48,12 @@ class PiSSAModule(LowRankModule):
             raise ConfigError(f"PiSSA takes {rank} singular directions, but {target.path} has {most}", where="method.r")
         return cls(*pissa_init(base_weight(module), rank, scale), scale, p)
 
-    def update(self, x: Tensor) -> Tensor:
-        """Return s (B A - B0 A0) dropout(x), (..., out), for x (..., in), in the dtype of A."""
-        h = self.dropped(x, self.lora_A.weight.dtype)  # (..., in)
-        trained = low_rank_product(h, self.lora_A.weight, self.lora_B.weight, self.scale)  # (..., out)
-        return trained - low_rank_product(h, self.start_A, self.start_B, self.scale)
-
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.update(x).to(y.dtype)
+        a, b = self.lora_A.weight, self.lora_B.weight  # (r, in), (out, r)
+        h = self.dropped(x, a.dtype)  # (..., in)
+        trained = low_rank_product(h, a, b, self.scale)  # s B A h, (..., out)
+        update = trained - low_rank_product(h, self.start_A, self.start_B, self.scale)  # (..., out)
+        return y + update.to(y.dtype)
 
     def merged_weight(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         trained = (self.lora_A.weight, self.lora_B.weight, self.scale)

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError
-from graftwerk.modeling import prefix_attention, prompt_embedding
+from graftwerk.modeling import prefix_install, prompt_embedding
 from graftwerk.modeling.adapted_module import make_memory_efficient, restore, restore_modules
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.module_index import base_parameters, forget, module_index
 
-HOOKED = MappingProxyType({"attention": prefix_attention, "embedding": prompt_embedding})
+HOOKED = MappingProxyType({"attention": prefix_install, "embedding": prompt_embedding})
 """The file that builds, hooks and unhooks each kind of method that does not work inside single layers."""
 
 

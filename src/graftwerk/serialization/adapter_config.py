@@ -338,7 +338,7 @@ def _check_oft(config: Mapping[str, Any], path: Path) -> None:
         raise UnsupportedError(
             "`use_cayley_neumann`: PEFT before 0.18 used another series, so its rotations cannot be repeated",
             where=str(path),
-            hint="train it anew; what 0.18 or later wrote says so in `peft_version`",
+            hint="train it again; what 0.18 or later wrote says so in `peft_version`",
         )
 
 

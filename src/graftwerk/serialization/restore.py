@@ -18,7 +18,7 @@ from graftwerk.modeling.adapter_slots import CHILD
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules, base_parameters
-from graftwerk.modeling.prefix_attention import stacks_of
+from graftwerk.modeling.prefix_install import stacks_of
 from graftwerk.modeling.task_heads import head_paths, open_targets
 from graftwerk.serialization.info import TRAINING_FILE, AdapterInfo
 from graftwerk.serialization.peft_format import PREFIX, Restored

@@ -1,10 +1,17 @@
-"""Continued pretraining on plain text: the loss is over every token, EOS included."""
+"""Causal language modelling: a decoder learns to predict each next token of plain text (continued pretraining).
+
+    row      {"text": "The cat sat."}
+    block    [BOS] The cat sat . [EOS]    BOS if the tokenizer adds one; a text above data.max_length gives several
+                                          blocks, each with BOS, the last with EOS
+    loss     -1/N sum log p(x_t | x_<t)   over the N tokens of all blocks but the first of each block, EOS included
+
+`LanguageModelingTask` reads the rows and cuts the blocks, `NextTokenObjective` shifts the labels and computes the loss.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from graftwerk.tasks.base import Example, Row
 from graftwerk.tasks.lm_base import LanguageModelingTask
 from graftwerk.tasks.template import adds_bos
 from graftwerk.tasks.text import Layout
@@ -14,18 +21,16 @@ if TYPE_CHECKING:
 
 
 class Causal(LanguageModelingTask):
-    """Each row is one text, wrapped in BOS (if the tokenizer adds it) and EOS."""
+    """Causal language modelling; rows have one field, the text."""
 
     name: ClassVar[str] = "causal"
     title: ClassVar[str] = "Causal language modelling"
     layouts: ClassVar[tuple[Layout, ...]] = ("causal",)
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-        front = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-        return front, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return bos, eos
 
-    def example(
-        self, ids: list[int], tokenizer: PreTrainedTokenizerBase, num_truncated: int, row: Row, notes: tuple[str, ...]
-    ) -> Example:
-        # Labels equal the input; `NextTokenObjective` shifts them, so that nothing predicts the first token.
-        return Example({"input_ids": ids}, list(ids), num_truncated, row=row, notes=notes)
+    def inputs_and_labels(self, block: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+        return block, list(block)  # not shifted yet

@@ -64,7 +64,7 @@ _MEANINGS: Mapping[str, _Meaning] = {
         False,
     ),
     UNSEPARATED: _Meaning(
-        "are pairs between whose texts this model's tokenizer puts nothing: where one ends is not to be seen",
+        "are pairs whose texts this model's tokenizer joins without a separator",
         "begin the second text with a word that says so (`Hypothesis: ...`), or use an encoder",
         False,
     ),

@@ -56,7 +56,8 @@ class LanguageModelingTask(TextTask):
                 truncated = num_truncated if number == len(blocks) else 0
                 written_out = special_notes([row["text"]], special) if number == 1 else ()
                 notes = ((BLOCKS,) if len(blocks) > 1 else ()) + written_out
-                examples.append(self.example(ids, tokenizer, truncated, row, notes))
+                inputs, labels = self.inputs_and_labels(ids, tokenizer)
+                examples.append(Example({"input_ids": inputs}, labels, truncated, row=row, notes=notes))
         return examples
 
     @abstractmethod
@@ -64,10 +65,8 @@ class LanguageModelingTask(TextTask):
         """Return the special tokens before a block and after a text."""
 
     @abstractmethod
-    def example(
-        self, ids: list[int], tokenizer: PreTrainedTokenizerBase, num_truncated: int, row: Row, notes: tuple[str, ...]
-    ) -> Example:
-        """Return the example of one block, with its labels."""
+    def inputs_and_labels(self, block: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+        """Return what the model reads of a block, and its labels: as many token ids, or `IGNORED`."""
 
     @property
     def decoder(self) -> TextDecoder:

@@ -1,10 +1,9 @@
 """Masked language modelling on plain text (BERT, Devlin et al. 2019, arXiv:1810.04805).
 
-An encoder learns to predict what stood in the places that were hidden from it. Of the tokens that are no special ones a
-share is chosen; of the chosen, 80 % become the mask token, 10 % a random token and 10 % stay, and all of them are to be
-predicted. In training every pass over a row chooses anew, from torch's generator, whose state is part of a checkpoint.
-In evaluation the choice depends on the row's tokens alone, so that the perplexities of two models or two moments are of
-the same places.
+An encoder learns to predict tokens that were hidden from it. A share of the tokens, special ones excepted, is chosen
+and has to be predicted; of the chosen, 80 % become the mask token, 10 % a random token and 10 % stay. In training every
+pass over a row chooses anew, from torch's generator, whose state is part of a checkpoint. In evaluation the choice
+depends on the row's tokens alone, so that perplexities of two models, or at two steps, are of the same tokens.
 
 Legend: B rows, T tokens.
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from graftwerk.errors import ModelError, UnsupportedError
 from graftwerk.tasks.collator import TextCollator
-from graftwerk.tasks.example import IGNORED, Example, Row
+from graftwerk.tasks.example import IGNORED, Example
 from graftwerk.tasks.lm_base import LanguageModelingTask
 from graftwerk.tasks.token_objective import SameTokenObjective, TokenObjective
 from graftwerk.tasks.tokenization import pad
@@ -41,7 +40,9 @@ class Masked(LanguageModelingTask):
     title: ClassVar[str] = "Masked language modelling"
     eos_after_every_block: ClassVar[bool] = True
 
-    mask_probability: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens that are to be told")
+    mask_probability: float = Field(
+        default=0.15, gt=0, lt=1, description="share of tokens that are hidden and predicted"
+    )
 
     def for_model(self, config: Any) -> Self:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -69,14 +70,12 @@ class Masked(LanguageModelingTask):
         begin = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
         return list(whole[:begin]), list(whole[begin + len(text) :])
 
-    def example(
-        self, ids: list[int], tokenizer: PreTrainedTokenizerBase, num_truncated: int, row: Row, notes: tuple[str, ...]
-    ) -> Example:
-        """Return a block with the places hidden that evaluation hides."""
-        digest = hashlib.blake2b(torch.tensor(ids, device="cpu").numpy().tobytes(), digest_size=7).digest()
+    def inputs_and_labels(self, block: list[int], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+        """Hide the tokens of a block that evaluation hides."""
+        digest = hashlib.blake2b(torch.tensor(block, device="cpu").numpy().tobytes(), digest_size=7).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big"))
-        hidden, labels = self.collator.hide(torch.tensor([ids], device="cpu"), tokenizer, generator)
-        return Example({"input_ids": hidden[0].tolist()}, labels[0].tolist(), num_truncated, row=row, notes=notes)
+        hidden, labels = self.collator.hide(torch.tensor([block], device="cpu"), tokenizer, generator)
+        return hidden[0].tolist(), labels[0].tolist()
 
     @property
     def collator(self) -> MaskingCollator:

@@ -56,7 +56,7 @@ class Similarity(Task):
     rows: Literal["auto", "scores", "anchors"] = Field(
         default="auto",
         description="scores: pairs `text` and `text_pair` with a `score`; anchors: `anchor`, `positive`, perhaps "
-        "`negative`; auto: told by the columns",
+        "`negative`; auto: inferred from the columns",
     )
     scale: float = Field(
         default=20.0, gt=0, description="factor on the cosines in the loss; larger: only near texts count"

@@ -53,7 +53,7 @@ class TokenClassification(Task):
     scheme: Literal["auto", "bio", "plain"] = Field(
         default="auto",
         description="bio: tags are `B-PER`, `I-PER`, `O`, also BIOES and BILOU; plain: a tag is a kind itself; auto: "
-        "told by the training rows",
+        "inferred from the training rows",
     )
     overlap: int | None = Field(
         default=None, ge=0, description="tokens that windows of a long row share; none: a quarter of a window"

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from graftwerk.errors import ResourceError, UnsupportedError
 from graftwerk.methods.placement import is_dispatched
 from graftwerk.modeling.architectures import read_architecture
+from graftwerk.training.distributed import Distributed
 from graftwerk.training.events import Event, Listener
 
 BACKEND = "inductor"
@@ -62,6 +63,23 @@ def _missing_compiler(device: torch.device) -> str | None:
         if not has_triton():
             return "Triton"
     return None
+
+
+def compile_stacks(model: Any, distributed: Distributed, emit: Listener) -> CompiledStacks:
+    """Return the compiled stacks of a model that a training's processes hold whole.
+
+    Args:
+        model: The model, on its device, with its adapter attached.
+        distributed: Processes that train together.
+        emit: Listener of events.
+
+    Raises:
+        UnsupportedError: The processes hold parts of the weights (FSDP), or as `check_compile` raises it.
+        ResourceError: As `check_compile` raises it.
+    """
+    if distributed.shards:
+        raise UnsupportedError("layers whose weights are shared out (FSDP) are not compiled", where=KEY, hint="false")
+    return CompiledStacks(model, distributed.device, emit)
 
 
 class CompiledStacks:

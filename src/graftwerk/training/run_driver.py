@@ -33,8 +33,8 @@ from graftwerk.training.run_dir import (
 from graftwerk.training.signals import StopSignals
 
 SECRETS_LEFT_OUT = (
-    f"a place in the run file holds a secret: no file of the run shows it (it says {REDACTED} there), and this user's "
-    "cache remembers it for evaluating and resuming here; elsewhere give the place again"
+    f"a path or URL in the run file holds a secret: no file of the run shows it (it says {REDACTED} there); this "
+    "user's cache stores it for evaluating and resuming here; on another machine pass it again"
 )
 LAUNCHED_PRECISION = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -140,8 +140,9 @@ class RunDriver:
         from graftwerk.training.mode import base_dtype, check_compute_type
         from graftwerk.training.multitask_sampling import sampler_of
         from graftwerk.training.planning.memory_check import check_memory, planned_cost
-        from graftwerk.training.setup import load_base_and_attach, prepare
+        from graftwerk.training.setup import load_base_and_attach, prepare, training_data
         from graftwerk.training.trainer import Trainer
+        from graftwerk.training.trainer_inputs import RunContext
         from graftwerk.training.warm_start import warm_labels, warm_start
 
         settings, bus = self.settings, self.bus
@@ -185,20 +186,11 @@ class RunDriver:
             adapter,
             prepared.task,
             prepared.tokenizer,
-            prepared.examples["train"],
-            prepared.examples["validation"],
+            training_data(prepared, sampler_of(settings, prepared.task, prepared.examples["train"])),
             settings.training,
-            checkpoints=self.checkpoints,
-            emit=bus,
-            stop=self.stop,
-            identity=identity,
+            RunContext(self.checkpoints, bus, self.stop, identity, self.shared_cache),
             dtype=dtype,
-            prior_loss=prepared.prior_loss,
             distributed=self.processes,
-            max_length=prepared.max_length,
-            draw=sampler_of(settings, prepared.task, prepared.examples["train"]),
-            labels=prepared.splits.labels or (),
-            shared_cache=self.shared_cache,
         )
         self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
         self.manifest[KEY] = proof
@@ -210,7 +202,6 @@ class RunDriver:
             bus.listeners.remove(early.append)
             self._open_folder(snapshot)
         with self._logs(snapshot, early) as log_position:
-            trainer.log_position = log_position
             if snapshot is None:
                 bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
             else:
@@ -226,7 +217,7 @@ class RunDriver:
                 bus(Event("warning", trainer.state.step, text=text))
             with self._recording_failure(trainer):
                 with peak_memory(above=baseline, device=self.processes.device) as peak:
-                    trainer.fit()
+                    trainer.fit(log_position)
                 held = self.processes.total_bytes(peak.bytes)
                 first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
                 planned = (

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
+from graftwerk.data.mixture import Sampler
 from graftwerk.data.stream import StreamedRows
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method
@@ -19,6 +20,7 @@ from graftwerk.training import rng
 from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.events import Event, Listener
 from graftwerk.training.stream import EncodedStream
+from graftwerk.training.trainer_inputs import TrainingData
 from graftwerk.training.validation import check_settings
 
 if TYPE_CHECKING:
@@ -174,6 +176,23 @@ def load_base_and_attach(
     fix_padding(model, prepared.tokenizer)
     base = fingerprint(model)
     return attach(model, prepared.method), base
+
+
+def training_data(prepared: Prepared, sampler: Sampler | None = None) -> TrainingData:
+    """Return the training and validation rows, as a `Trainer` takes them.
+
+    Args:
+        prepared: The rows of a run.
+        sampler: Sampler of each epoch's rows, for several data sets; None takes every row once.
+    """
+    return TrainingData(
+        prepared.examples["train"],
+        prepared.examples["validation"],
+        labels=prepared.splits.labels or (),
+        max_length=prepared.max_length,
+        prior_loss=prepared.prior_loss,
+        sampler=sampler,
+    )
 
 
 def max_length_of(settings: RunConfig, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -36,6 +36,10 @@ class StopSignals:
         self.recoverable = recoverable
         self._deferring = False
 
+    def is_requested(self) -> bool:
+        """Return True once a signal has come."""
+        return self.signum is not None
+
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
         """Return a context with the handlers installed; outside the main thread nothing is installed."""

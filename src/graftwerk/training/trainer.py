@@ -11,18 +11,16 @@ number. Logging, evaluation, health checks and early stopping are callbacks (`tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from graftwerk.data.mixture import Sampler
 from graftwerk.devices import is_out_of_memory, release
-from graftwerk.errors import RunInterrupted, UnsupportedError
-from graftwerk.methods.learning_rates import default_learning_rates
+from graftwerk.errors import RunInterrupted
 from graftwerk.modeling.attach import Adapter
-from graftwerk.tasks.base import Example, Task
+from graftwerk.tasks.base import Task
 from graftwerk.tasks.packing import check_packing
 from graftwerk.training import optim, rng
 from graftwerk.training.activation_cache.cache import ActivationCache
@@ -30,20 +28,19 @@ from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.callbacks.base import Outcome, StepResult
 from graftwerk.training.callbacks.defaults import default_callbacks
 from graftwerk.training.callbacks.early_stopping import EarlyStopping
-from graftwerk.training.callbacks.health_checks import HealthChecks
 from graftwerk.training.callbacks.validation import Validation
-from graftwerk.training.checkpoint import Checkpoints, Snapshot
+from graftwerk.training.checkpoint import Snapshot
 from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.distributed import Distributed, connect
-from graftwerk.training.events import Event, Listener
+from graftwerk.training.events import Event
 from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.mode import check_compute_type, check_placement, training_mode
 from graftwerk.training.oom import halve_micro_batch, out_of_memory_error
 from graftwerk.training.run_dir import TRUNK
 from graftwerk.training.settings import TrainingSettings
-from graftwerk.training.signals import StopSignals
 from graftwerk.training.snapshot import load_state_dict, state_dict
 from graftwerk.training.timing import Clock
+from graftwerk.training.trainer_inputs import RunContext, TrainingData
 from graftwerk.training.trainer_state import TrainState
 from graftwerk.training.validation import Evaluator, check_settings
 
@@ -63,22 +60,11 @@ class Trainer:
         adapter: Adapter to train; its model is moved to the device that accelerate chooses.
         task: Task whose loss is minimized.
         tokenizer: Tokenizer of the model.
-        train: Encoded training rows.
-        validation: Encoded validation rows; without any, nothing is evaluated and the last state is the best.
+        data: Encoded rows.
         settings: Training settings.
-        checkpoints: Checkpoints to save states in.
-        emit: Listener of every event.
-        stop: Stop signals, checked between steps, during an evaluation and while the activation cache is filled.
-        log_position: Function that forces the event log to the disk and returns its size in bytes; stored in
-            checkpoints.
-        identity: Settings, data and base model of the run; stored in checkpoints unchanged.
+        run: The run that the training belongs to.
         dtype: Type that forward passes compute in; anything but float32 means autocast.
-        prior_loss: As for `HealthChecks`.
         distributed: Processes that train together; None detects them from the launcher's environment.
-        max_length: Tokens of a packed row; None means the length of the longest row.
-        draw: Sampler of each epoch's rows, for several data sets; None takes every row once.
-        labels: Class names by id, which `training.class_weights` refers to.
-        shared_cache: Folder of hidden states of frozen layers shared with other runs, or None for no sharing.
 
     Raises:
         ConfigError: The settings need validation rows and there are none.
@@ -91,122 +77,104 @@ class Trainer:
         adapter: Adapter,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
-        train: Sequence[Example],
-        validation: Sequence[Example],
+        data: TrainingData,
         settings: TrainingSettings,
+        run: RunContext,
         *,
-        checkpoints: Checkpoints,
-        emit: Listener = lambda event: None,
-        stop: StopSignals | None = None,
-        log_position: Callable[[], int] = lambda: 0,
-        identity: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
-        prior_loss: float | None = None,
         distributed: Distributed | None = None,
-        max_length: int | None = None,
-        draw: Sampler | None = None,
-        labels: Sequence[str] = (),
-        shared_cache: Path | None = None,
     ) -> None:
-        check_settings(settings, bool(validation), task)
+        check_settings(settings, bool(data.validation), task)
         self.adapter, self.task, self.tokenizer, self.settings = adapter, task, tokenizer, settings
-        self.train, self.validation = train, validation
-        self.train_task = weighted_task(settings, task, labels, train)  # evaluation takes `task`, without class weights
-        self.checkpoints, self.emit, self.stop = checkpoints, emit, stop or StopSignals()
-        self.log_position, self.identity, self.dtype = log_position, dict(identity or {}), dtype
-        self.distributed = distributed or connect()
+        self.train, self.validation = data.train, data.validation
+        self.checkpoints, self.emit, self.stop, self.identity = run.checkpoints, run.emit, run.stop, dict(run.identity)
+        self.dtype, self.distributed = dtype, distributed or connect()
         self.device = self.distributed.device
         check_compute_type(dtype, self.device)
         check_placement(adapter.model, self.distributed.world_size)
         self.model = self.distributed.prepare(adapter.model)
         self.parameters = list(adapter.parameters())
+
         devices = 1 if self.distributed.shares_rows else self.distributed.world_size
         self.rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * devices
         self.batch_sampler = BatchSampler(
-            train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=draw
+            data.train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=data.sampler
         )
+        self.steps_per_epoch = self.batch_sampler.steps_per_epoch
+        self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
+        self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
+
+        self.optimizer = self._build_optimizer()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
+        if settings.packing:
+            check_packing(adapter.model, task, self.batch_sampler.part(0), tokenizer)
+        self.activation_cache = self._build_activation_cache(run.shared_cache)
+        self.gradients = self._build_gradients(data)
+        self.evaluate = self._build_evaluator()
+        self.evaluations = Validation(settings.eval_steps, settings.metric_for_best)
+        self.early_stopping = EarlyStopping(settings.early_stopping_patience)
+        self.callbacks = default_callbacks(self, self.evaluations, self.early_stopping, data.prior_loss)
+
+        self.state = TrainState(step=0, micro_batch=self.gradients.initial_micro_batch())
+        self.clock = Clock()
+        self.saved_step = -1
+        self.log_position: Callable[[], int] = lambda: 0
+        self._stop_signal = 0  # the signal that all processes agreed on at the last step
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
         try:
-            self.optimizer = optim.build_optimizer(adapter, settings, task)
+            return optim.build_optimizer(self.adapter, self.settings, self.task)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise out_of_memory_error(self, "the optimizer's state does not fit into memory") from None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)  # does nothing otherwise
-        self.steps_per_epoch = self.batch_sampler.steps_per_epoch
-        if settings.packing:
-            check_packing(adapter.model, task, self.batch_sampler.part(0), tokenizer)
-        self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
-        self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
-        self.clock = Clock()
-        self.saved_step = -1
-        self._stop_signal = 0  # the signal that all processes agreed on at the last step
-        self.activation_cache = ActivationCache(
-            adapter,
-            task,
-            tokenizer,
-            settings,
-            dtype=dtype,
-            processes=self.distributed,
-            folder=checkpoints.folder.parent / TRUNK,
-            shared=shared_cache,
-            emit=emit,
-            stop_requested=lambda: self.stop.signum is not None,
-        )
-        self.gradients = GradientAccumulator(
+
+    def _build_activation_cache(self, shared: Path | None) -> ActivationCache:
+        return ActivationCache(
+            self.adapter, self.task, self.tokenizer, self.settings, dtype=self.dtype, processes=self.distributed,
+            folder=self.checkpoints.folder.parent / TRUNK, shared=shared, emit=self.emit,
+            stop_requested=self.stop.is_requested,
+        )  # fmt: skip
+
+    def _build_gradients(self, data: TrainingData) -> GradientAccumulator:
+        compiled: CompiledStacks | None = None
+        if self.settings.compile:
+            from graftwerk.training.compilation import compile_stacks  # loads the compiler
+
+            compiled = compile_stacks(self.adapter.model, self.distributed, lambda event: self.emit(event))
+        return GradientAccumulator(
             self.model,
             self.parameters,
-            self.train_task,
-            tokenizer,
+            weighted_task(self.settings, self.task, data.labels, data.train),  # evaluation has no class weights
+            self.tokenizer,
             self.batch_sampler,
-            settings,
+            self.settings,
             optimizer=self.optimizer,
             scaler=self.scaler,
             processes=self.distributed,
             activation_cache=self.activation_cache,
-            compiled=self._compiled(),
-            dtype=dtype,
-            max_length=max_length or self.batch_sampler.longest,
+            compiled=compiled,
+            dtype=self.dtype,
+            max_length=data.max_length or self.batch_sampler.longest,
             stop=self.stop,
         )
-        self.state = TrainState(step=0, micro_batch=self.gradients.initial_micro_batch())
-        self.evaluate = Evaluator(
-            adapter,
-            task,
-            tokenizer,
-            self.distributed,
-            batch_size=settings.per_device_eval_batch_size,
-            dtype=dtype,
-            stop_requested=lambda: self.stop.signum is not None,
+
+    def _build_evaluator(self) -> Evaluator:
+        return Evaluator(
+            self.adapter, self.task, self.tokenizer, self.distributed,
+            batch_size=self.settings.per_device_eval_batch_size, dtype=self.dtype,
+            stop_requested=self.stop.is_requested, serve=self.activation_cache.serving,
             say=lambda text: self.emit(Event("memory", self.state.step, text=text)),
-            serve=self.activation_cache.serving,
-        )
-        self.evaluations = Validation(settings.eval_steps, settings.metric_for_best)
-        self.early_stopping = EarlyStopping(settings.early_stopping_patience)
-        health = HealthChecks(
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            learning_rate=optim.peak_rates(adapter, settings, task).method,
-            default_learning_rate=default_learning_rates(adapter.method, task.name)[0],
-            method=adapter.method.name,
-            prior_loss=prior_loss,
-        )
-        self.callbacks = default_callbacks(settings, health, self.evaluations, self.early_stopping)
-
-    def _compiled(self) -> CompiledStacks | None:
-        if not self.settings.compile:
-            return None
-        if self.distributed.shards:
-            raise UnsupportedError(
-                "layers whose weights are shared out (FSDP) are not compiled", where="training.compile", hint="false"
-            )
-        from graftwerk.training.compilation import CompiledStacks  # loads the compiler
-
-        return CompiledStacks(self.adapter.model, self.device, lambda event: self.emit(event))
+        )  # fmt: skip
 
     # -- training loop ---------------------------------------------------------------------------------------------
 
-    def fit(self) -> TrainState:
+    def fit(self, log_position: Callable[[], int] = lambda: 0) -> TrainState:
         """Train to the end, from the beginning or from the state that `restore` loaded.
+
+        Args:
+            log_position: Function that forces the event log to the disk and returns its size in bytes; stored in
+                checkpoints.
 
         Returns:
             The state after the last step.
@@ -216,6 +184,7 @@ class Trainer:
             DivergedError: Too many steps had a non-finite loss or gradient.
             ResourceError: Memory or disk do not suffice; earlier checkpoints are intact.
         """
+        self.log_position = log_position
         self.clock.start(self.state.seconds)
         if self.state.step == 0:
             rng.seed(self.settings.seed + SEED_STRIDE * (1 + self.distributed.rank))  # every process its own dropout

@@ -113,7 +113,7 @@ class Study:
         if changed := differences(before, identity):
             raise ConflictError(
                 f"this folder holds a search with other settings: {'; '.join(changed)}",
-                hint="another output_dir for another search; or --overwrite (overwrite=True) to search anew",
+                hint="another output_dir for another search; or --overwrite (overwrite=True) to start over",
             )
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.activation_cache.plan import cache_dtype
 from graftwerk.training.activation_cache.rows import Slots
 from graftwerk.training.distributed.single import SingleProcess
-from graftwerk.training.setup import Prepared
+from graftwerk.training.setup import Prepared, training_data
 
 TRACED = 2
 """Micro-batches of a step that are traced; all further ones repeat the last."""
@@ -237,6 +237,7 @@ def trace_step(
     from graftwerk.training.checkpoint import Checkpoints
     from graftwerk.training.mode import training_mode
     from graftwerk.training.trainer import Trainer
+    from graftwerk.training.trainer_inputs import RunContext
 
     fake, meter = FakeTensorMode(allow_non_fake_inputs=True), _Meter()
     task, training = prepared.task, config.training
@@ -256,14 +257,11 @@ def trace_step(
             adapter,
             task,
             prepared.tokenizer,
-            prepared.examples["train"],
-            validation,
+            training_data(prepared),
             training,
-            checkpoints=Checkpoints(folder),
+            RunContext(Checkpoints(folder)),
             dtype=dtype,
             distributed=_Unmoved(torch.device("cpu")),
-            max_length=prepared.max_length,
-            labels=prepared.splits.labels or (),
         )
         cache = trainer.activation_cache
         cache.__class__ = _CacheWithoutValues
