@@ -55,11 +55,6 @@ class Quantization(Settings):
             raise ValueError("`compute_type` is for nf4: int8 is multiplied in the type of its input")
         return self
 
-    @property
-    def bits(self) -> int:
-        """Return the bits of a quantized weight, without its share of a scale."""
-        return 4 if self.name == "nf4" else 8
-
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
         return self.model_dump(mode="json")
