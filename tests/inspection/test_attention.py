@@ -97,7 +97,9 @@ def attention(folder: Path, text: str) -> dict[str, Any]:
     return asdict(attend(loaded, ask(loaded, text)))
 
 
-@pytest.mark.parametrize("kind", ["encoder", "llama", "t5", "bart"])
+@pytest.mark.parametrize(
+    "kind", ["encoder", "t5", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "bart"))]
+)
 def test_columns_of_a_hand_made_prefix_are_found(
     kind: str, tiny_encoder: Path, text_model: Callable[[str], Path], hand_made: Callable[[Path, Any], Path]
 ) -> None:

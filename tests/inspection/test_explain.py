@@ -83,7 +83,7 @@ def test_spectra_of_factors_form_nothing_as_large_as_the_weight(tiny_encoder: Pa
         assert one.in_main_directions == pytest.approx(other.in_main_directions)
 
 
-@pytest.mark.parametrize("other", ["lora", "oft"])
+@pytest.mark.parametrize("other", ["lora", pytest.param("oft", marks=pytest.mark.slow)])
 def test_similarity_of_two_adapters_is_that_of_the_merged_weights(
     other: str, tiny_encoder: Path, make_adapter: Make
 ) -> None:
