@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from graftwerk.experiments.ablate import ablate as ablate
     from graftwerk.experiments.compare import compare as compare
     from graftwerk.experiments.search.search import search as search
+    from graftwerk.experiments.sequence.sequence import sequence as sequence
     from graftwerk.exports.combine import combine as combine
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
@@ -99,6 +100,7 @@ _HOMES = {
     "ablate": ("graftwerk.experiments.ablate", "ablate"),
     "compare": ("graftwerk.experiments.compare", "compare"),
     "search": ("graftwerk.experiments.search.search", "search"),
+    "sequence": ("graftwerk.experiments.sequence.sequence", "sequence"),
 }
 
 _RENAMED = {"Graft": "Adapter", "grafts": "adapters"}
@@ -146,6 +148,7 @@ __all__ = [
     "push",
     "save",
     "search",
+    "sequence",
     "train",
 ]
 

@@ -39,6 +39,7 @@ from graftwerk.training.events import Event, Listener
 from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.mode import check_compute_type, check_placement, training_mode
 from graftwerk.training.oom import halve_micro_batch, out_of_memory_error
+from graftwerk.training.retention.retention import Retention
 from graftwerk.training.run_dir import TRUNK
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.signals import StopSignals
@@ -202,6 +203,17 @@ class Trainer:
         from graftwerk.training.compilation import CompiledStacks  # loads the compiler
 
         return CompiledStacks(self.adapter.model, self.device, lambda event: self.emit(event))
+
+    def retain(self, retention: Retention) -> None:
+        """Add losses against forgetting to every step, before the first one.
+
+        Args:
+            retention: The strategies; they are started on the model as it is now.
+        """
+        with rng.untouched(self.device):
+            retention.start(self)
+        self.gradients.beside = retention.losses
+        self.callbacks.append(retention)
 
     # -- training loop ---------------------------------------------------------------------------------------------
 
