@@ -38,7 +38,7 @@ def tree(tiny_encoder: Path, glosses: Path, tmp_path_factory: pytest.TempPathFac
             "max_truncated": 1.0,
         },
         "method": "lora",
-        "training": {"max_steps": 3, "learning_rate": 2e-2, "report_to": []},
+        "training": {"max_steps": 5, "learning_rate": 8e-2, "report_to": []},
         "evaluation": {"resamples": 100, "latency_batches": 1},
         "tasks": {
             "moving": task(["noun.act", "noun.animal"]),

@@ -53,6 +53,8 @@ def _headline(result: Mapping[str, Any], variants: Sequence[Mapping[str, Any]]) 
     known = {words(each, "name"): number(each, "forgetting", "value") for each in variants}
     least = min(known, key=lambda name: float("inf") if known[name] is None else float(known[name] or 0.0))
     most = max(known, key=lambda name: float("-inf") if known[name] is None else float(known[name] or 0.0))
+    if known[least] == known[most] and len(variants) > 1:
+        return f"All variants forget the same: {numbers.lost(known[least])} points"
     if len(variants) == 1:
         return f"{least} forgets {numbers.lost(known[least])} points"
     return f"{least} forgets least ({numbers.lost(known[least])} points), {most} most ({numbers.lost(known[most])})"
