@@ -50,7 +50,16 @@ ALLOWED: dict[str, set[str]] = {
     "exports": {*BELOW_TRAIN, "evaluation"},
     "reporting": {"errors", "formatting", "own_files", "sanitize"},
     "inspection": {*BELOW_TRAIN, "evaluation"},
-    "experiments": {*BELOW_TRAIN, "display", "formatting", "training", "evaluation", "augmentation", "reporting"},
+    "experiments": {
+        *BELOW_TRAIN,
+        "absolute_paths",
+        "display",
+        "formatting",
+        "training",
+        "evaluation",
+        "augmentation",
+        "reporting",
+    },
     "cli": {
         *BELOW_TRAIN,
         "display",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from graftwerk.experiments.preflight import preflight as preflight
     from graftwerk.experiments.recommendation.recommend import recommend as recommend
     from graftwerk.experiments.search.search import search as search
+    from graftwerk.experiments.sequence.sequence import sequence as sequence
     from graftwerk.exports.combine import combine as combine
     from graftwerk.exports.export import export as export
     from graftwerk.exports.merge import merge as merge
@@ -110,6 +111,7 @@ _HOMES = {
     "preflight": ("graftwerk.experiments.preflight", "preflight"),
     "describe_adapter": ("graftwerk.inspection.adapter", "describe_adapter"),
     "write_report": ("graftwerk.reporting.html", "write_report"),
+    "sequence": ("graftwerk.experiments.sequence.sequence", "sequence"),
 }
 
 _RENAMED = {"Graft": "Adapter", "grafts": "adapters"}
@@ -161,6 +163,7 @@ __all__ = [
     "recommend",
     "save",
     "search",
+    "sequence",
     "train",
     "write_report",
 ]

@@ -12,6 +12,8 @@ SOURCE_KEYS = ("source", "target", "validation", "test")
 """Keys of a data set, or of two aligned files, that hold sources of rows."""
 PATH_KEYS = ("model", "base", "path")
 """Keys of an augmenter that hold a model or a file."""
+RETAINED_KEYS = ("run", "data", "texts")
+"""Keys of what must not be forgotten that hold a folder or a file."""
 
 
 def with_absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def with_absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
         tree: As `RunConfig.model_dump(mode="json")` gives it.
     """
     tree = dict(tree)
-    for key in ("model", "data", "training"):
+    for key in ("model", "data", "training", "evaluation"):
         if tree.get(key) is not None:
             tree[key] = _absolute(tree[key]) if key == "model" else dict(tree[key])
     data, training = tree.get("data") or {}, tree.get("training") or {}
@@ -34,7 +36,19 @@ def with_absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
         data["augment"] = [_absolute_augmenter(each) for each in data["augment"]]
     if training.get("warm_start") is not None:
         training["warm_start"] = _absolute(training["warm_start"])
+    if retained := (tree.get("evaluation") or {}).get("retained"):
+        tree["evaluation"]["retained"] = {name: _absolute_retained(each) for name, each in retained.items()}
     return tree
+
+
+def _absolute_retained(entry: Any) -> Any:
+    if not isinstance(entry, Mapping):
+        return entry
+    general = entry.get("texts") == "general"
+    return {
+        key: _absolute(value) if key in RETAINED_KEYS and not (key == "texts" and general) else value
+        for key, value in entry.items()
+    }
 
 
 def _absolute_source(source: Any) -> Any:

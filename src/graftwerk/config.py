@@ -108,6 +108,16 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_retain(self) -> Self:
+        """Refuse strategies that have nothing to retain, and a new head of nothing."""
+        retain, training = self.training.retain, self.training
+        if retain is not None and not self.evaluation.retained and (retain.replay or retain.consolidation):
+            raise ValueError("`training.retain` keeps what `evaluation.retained` names: give `retained: general`")
+        if training.new_head and training.warm_start is None:
+            raise ValueError("`training.new_head` leaves the head of `training.warm_start` out; give both, or neither")
+        return self
+
+    @model_validator(mode="after")
     def _check_sampling(self) -> Self:
         """Refuse settings of sampling that would do nothing in a run."""
         changed = self.evaluation.model_fields_set & set(SAMPLING)
@@ -271,18 +281,16 @@ def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, A
             parsed_value = parse_override_value(value, key)
         except ConfigError as error:
             raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({error.what[:200]})") from None
-        full_key = tuple(_full_key(key.strip()))
-        if full_key in seen:
-            raise ConfigError(
-                f"`{seen[full_key]}` and `{item}` both set `{'.'.join(full_key)}`", hint="give one of them"
-            )
-        seen[full_key] = item
+        keys = tuple(full_key(key.strip()))
+        if keys in seen:
+            raise ConfigError(f"`{seen[keys]}` and `{item}` both set `{'.'.join(keys)}`", hint="give one of them")
+        seen[keys] = item
         parsed[key.strip()] = parsed_value
     return parsed
 
 
 def _apply_override(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = _full_key(dotted)
+    *parents, last = full_key(dotted)
     node = tree
     for key in parents:
         child = node.get(key)
@@ -322,7 +330,7 @@ def _settings_at(keys: Iterable[Any], tree: Any) -> type[Settings] | None:
     return model
 
 
-def _full_key(dotted: str) -> list[str]:
+def full_key(dotted: str) -> list[str]:
     """Split a dotted key and complete it: `learning_rate` means `training.learning_rate`."""
     keys = dotted.split(".")
     if len(keys) == 1 and keys[0] not in RunConfig.model_fields:

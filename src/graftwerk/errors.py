@@ -4,7 +4,7 @@
       ConfigError (2)     DataError (3)
       ModelError (4)      UnsupportedError, AdapterError
       ResourceError (5)   MemoryShortage
-      DivergedError (6)   ConflictError (7)   IntegrityError (8)
+      DivergedError (6)   ConflictError (7)   IntegrityError (8)   ForgettingError (9)
     RunInterrupted (130 for SIGINT, 143 for SIGTERM), which is no `Exception`
 
 A message says what happened and, if known, where (file:line, config key, module path), a hint what to change, and what
@@ -184,6 +184,13 @@ class IntegrityError(GraftwerkError):
 
     code = "integrity"
     exit_code = 8
+
+
+class ForgettingError(GraftwerkError):
+    """A run has lost more of what it was to retain than its settings allow; it is finished and stays where it is."""
+
+    code = "forgetting"
+    exit_code = 9
 
 
 class RunInterrupted(ErrorReport):

@@ -26,6 +26,9 @@ Difference = Annotated[
         show_default=False,
     ),
 ]
+AllowForgetting = Annotated[
+    bool, typer.Option("--allow-forgetting", help="Hand over a run that has forgotten more than it allows.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")]
 
 
@@ -46,6 +49,7 @@ def register(app: typer.Typer) -> None:
         model: Base = None,
         force: Force = False,
         max_difference: Difference = None,
+        allow_forgetting: AllowForgetting = False,
         overwrite: Overwrite = False,
     ) -> Result:
         """Merge an adapter into its base: a folder that plain transformers loads.
@@ -66,6 +70,7 @@ def register(app: typer.Typer) -> None:
             model=model,
             force=force,
             max_difference=max_difference,
+            allow_forgetting=allow_forgetting,
             overwrite=overwrite,
         )
         _show(out, result, f"{byte_size(result['bytes'])} in {result['dtype']}")
@@ -88,6 +93,7 @@ def register(app: typer.Typer) -> None:
         model: Base = None,
         force: Force = False,
         max_difference: Difference = None,
+        allow_forgetting: AllowForgetting = False,
         overwrite: Overwrite = False,
     ) -> Result:
         """Write an adapter for another program: PEFT, vLLM, or llama.cpp and Ollama.
@@ -109,6 +115,7 @@ def register(app: typer.Typer) -> None:
             model=model,
             force=force,
             max_difference=max_difference,
+            allow_forgetting=allow_forgetting,
             overwrite=overwrite,
         )
         _show(out, result, byte_size(result["bytes"]))
@@ -128,6 +135,7 @@ def register(app: typer.Typer) -> None:
         message: Annotated[
             str | None, typer.Option("--message", "-m", help="Title of the commit.", show_default=False)
         ] = None,
+        allow_forgetting: AllowForgetting = False,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; send nothing.")] = False,
     ) -> Result:
         """Upload a finished folder to the hub, in one commit; a new repository is private.
@@ -138,7 +146,9 @@ def register(app: typer.Typer) -> None:
 
         if not dry_run:
             out.note(f"checking the files, and sending them to {repo} ...")
-        result = push(target, repo, private=not public, message=message, dry_run=dry_run)
+        result = push(
+            target, repo, private=not public, message=message, allow_forgetting=allow_forgetting, dry_run=dry_run
+        )
         for file in result["files"]:
             out.note(f"{byte_size(file['bytes']):>10}  {file['name']}")
         for note in result["notes"]:

@@ -37,6 +37,7 @@ from graftwerk.cli import (
     report,
     schema,
     search,
+    sequence,
     train,
 )
 from graftwerk.cli.output import ReaderGone, dump, read
@@ -83,6 +84,7 @@ for module in (
     compare,
     search,
     ablate,
+    sequence,
     export,
     inspect,
     explain,
@@ -99,8 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code; nothing is raised.
 
     0 done; 2 usage or configuration; 3 data; 4 model or adapter do not fit; 5 environment; 6 diverged; 7 conflict;
-    8 integrity; 130 and 143 interrupted; 1 anything else, which is a defect. Who stops reading the result (`| head`)
-    has what was wanted, however much of it was written by then: 0. A pipe that breaks in the middle of the work: 141.
+    8 integrity; 9 forgetting; 130 and 143 interrupted; 1 anything else, which is a defect. Who stops reading the
+    result (`| head`) has what was wanted, however much of it was written by then: 0. A pipe that breaks in the middle
+    of the work: 141.
     """
     with _collecting_seldom():
         return _run(arguments)

@@ -8,7 +8,8 @@ import typer
 
 from graftwerk.cli.arguments import ConfigFile, DryRun, Overrides
 from graftwerk.cli.command import Result, command
-from graftwerk.cli.output import Output
+from graftwerk.cli.output import Output, printable, table
+from graftwerk.formatting import byte_size, duration
 
 IN_PROGRESS = frozenset(("step_seconds", "planned_step_seconds", "planned_peak_memory_bytes"))
 """Costs that the last line of the progress shows."""
@@ -57,10 +58,12 @@ def register(app: typer.Typer) -> None:
         if not is_main_process():  # under `accelerate launch`: only the main process prints
             return None
         from graftwerk.reporting.html import write_report
+        from graftwerk.training.retained import refuse_forgotten
 
         report = write_report(run.folder)
         show_run(out, run.manifest)
         out.line(str(run.folder))
+        refuse_forgotten(run.manifest, run.adapter)
         return {**run.to_dict(), "report": report}
 
 
@@ -74,4 +77,27 @@ def show_run(out: Output, manifest: dict[str, Any]) -> None:
             show_metrics(out, metrics[split], title=f"{split}: {manifest['data']['rows'][split]:,} rows")
             show_sets(out, manifest.get("metrics_by_set", {}).get(split, {}))
             break
+    if retained := manifest.get("retained"):
+        show_retained(out, retained)
+    if known := manifest["cost"].get("retention"):
+        took = duration(known["start_seconds"] + known["step_seconds"])
+        out.note(f"against forgetting: {', '.join(known['strategies'])}; {took}, {byte_size(known['bytes'])} held")
     show_cost(out, {key: value for key, value in manifest["cost"].items() if key not in IN_PROGRESS})
+
+
+def show_retained(out: Output, retained: dict[str, Any]) -> None:
+    """Show what was measured before and after the training, and what of it was lost."""
+    from graftwerk.evaluation.metrics import METRICS
+
+    shown = table("retained", "metric", "before", "after", "lost", "interval", numbers=("before", "after", "lost"))
+    for name, entry in retained["entries"].items():
+        lost = entry["forgetting"]
+        if lost is None:
+            shown.add_row(printable(name), "", "", "", "", printable(entry["note"]))
+            continue
+        metric = METRICS[entry["metric"]]
+        unit = "points" if metric.words == " points" else "%"
+        before, after = (metric.text(entry[part]["value"]) for part in ("before", "after"))
+        interval = f"{lost['low']:.1f} to {lost['high']:.1f}"
+        shown.add_row(printable(name), metric.title, before, after, f"{lost['value']:.1f} {unit}", interval)
+    out.show(shown)

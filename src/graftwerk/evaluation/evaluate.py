@@ -11,9 +11,10 @@ from graftwerk.data.splits_reader import read_unanswered
 from graftwerk.display import RowsDone, shown_rows
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.finite import refuse_broken_base
+from graftwerk.evaluation.held_out import held_out, labelled_rows
 from graftwerk.evaluation.inference import Progress
 from graftwerk.evaluation.inference import run_model as run_model
-from graftwerk.evaluation.loading import LoadedAdapter, held_out, labelled_rows, load_adapter_for
+from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
 from graftwerk.evaluation.row_errors import said_of
 from graftwerk.evaluation.settings import WRITTEN, EvaluationSettings
 from graftwerk.settings import parse_settings

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graftwerk.config import RunConfig
-from graftwerk.data.settings import DataSettings
 from graftwerk.devices import best_device
 from graftwerk.errors import AdapterError, ConfigError, IntegrityError, UnsupportedError
 from graftwerk.evaluation.base_model import load_base
@@ -28,7 +27,6 @@ from graftwerk.serialization.fit import quantization_words
 from graftwerk.serialization.info import AdapterInfo, check_said, read_adapter_config
 from graftwerk.serialization.untrusted_files import read_sealed
 from graftwerk.serialization.weight_files import read_headers
-from graftwerk.tasks import dataset_cache as kept
 from graftwerk.tasks.base import Example, Row, Splits, Task
 from graftwerk.tasks.regression import Regression
 
@@ -199,7 +197,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     architecture = load_config(name, revision)
     task = task_of(info, own).for_model(architecture)
     tokenizer = load_tokenizer(name, revision)
-    splits = Splits((), (), (), _labels(info, own, architecture), "")
+    splits = Splits((), (), (), labels_of(info, own, architecture), "")
     task = task.with_labels(splits.labels or ())
     set_threads()
     device = best_device()
@@ -328,7 +326,7 @@ def task_of(info: AdapterInfo, own: Mapping[str, Any]) -> Task:
     )
 
 
-def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[str, ...]:
+def labels_of(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[str, ...]:
     """Return the label names of an adapter.
 
     For a folder of PEFT, which stores none, they are the base's if it has as many classes, else 0, 1, ...
@@ -343,40 +341,3 @@ def _labels(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[
             classes = tensor.shape[0]
             return known if len(known) == classes else tuple(str(index) for index in range(classes))
     return known
-
-
-def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
-    """Return the run's held-out rows: test if there are any, else validation.
-
-    Raises:
-        ConfigError: an adapter folder alone, or a run that held nothing out.
-        IntegrityError: the data has changed since, so these may be rows that were trained on.
-    """
-    if opened.settings is None:
-        raise ConfigError(
-            f"{opened.info.folder} is an adapter folder alone and has no rows of its own",
-            hint="give labelled rows with --data (data=...), or the run folder that the adapter came from",
-        )
-    splits = kept.read(opened.task, opened.settings.data, opened.labels)
-    if opened.data_fingerprint is not None and splits.fingerprint != opened.data_fingerprint:
-        raise IntegrityError(
-            "the data has changed since the training, so the held-out rows may be rows that were trained on",
-            where=f"{opened.settings.data.train}: fingerprint {splits.fingerprint[:12]}, "
-            f"at training {opened.data_fingerprint[:12]}",
-            hint="give labelled rows that were not trained on with --data (data=...)",
-        )
-    for name in ("test", "validation"):
-        rows: Sequence[Row] = getattr(splits, name)
-        if rows:
-            return name, rows
-    raise ConfigError(
-        "this run held no rows out",
-        where="data.validation, data.test",
-        hint="give labelled rows with --data (data=...)",
-    )
-
-
-def labelled_rows(opened: LoadedAdapter, data: str, columns: dict[str, str] | None) -> Sequence[Row]:
-    """Read all rows of a source, with labels that the adapter knows."""
-    settings = DataSettings(train=data, columns=opened.columns if columns is None else columns, validation=None)
-    return opened.task.read(settings, opened.labels).train

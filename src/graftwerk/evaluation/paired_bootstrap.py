@@ -75,6 +75,12 @@ class JointBootstrap:
     alike: frozenset[tuple[int, int]] = frozenset()
     metric: str = "accuracy"
     seed: int = 0
+    limits: tuple[float, float] | None = None
+    """Least and greatest value that there can be, or None for those of the metric."""
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        return METRICS[self.metric].bounds if self.limits is None else self.limits
 
     @cached_property
     def means(self) -> Floats:
@@ -113,7 +119,7 @@ class JointBootstrap:
         m = self.methods.index(method)
         value = float(self.means[m])
         draws = self.draws[:, self._owner == m].mean(axis=1)
-        figure = interval_over_rows(value, draws, confidence, METRICS[self.metric].bounds, self.effect)
+        figure = interval_over_rows(value, draws, confidence, self._bounds, self.effect)
         if not self.over_seeds:
             figure["note"] = f"one seed: {ONE_SEED}"
         if figure["low"] is None or figure["high"] is None:
@@ -122,7 +128,7 @@ class JointBootstrap:
         low = value - np.hypot(wider * (value - figure["low"]), besides)
         high = value + np.hypot(wider * (figure["high"] - value), besides)
         # A share of rows lies between 0 and 1 whatever the widening says.
-        least, most = METRICS[self.metric].bounds
+        least, most = self._bounds
         return {**figure, "low": max(float(low), least), "high": min(float(high), most)}
 
     def _widening(self, m: int, confidence: float) -> tuple[float, float]:
@@ -172,7 +178,7 @@ class JointBootstrap:
         """
         weights = np.array([[(name in names) / len(names) for name in self.methods] for names in groups.values()])
         parts, means = self.parts.combined(weights), weights @ self.means
-        least, most = METRICS[self.metric].bounds
+        least, most = self._bounds
         figures: list[MetricValue] = []
         for g, value in enumerate(means.tolist()):
             per_seed, rows = 1 / parts.seeds[g : g + 1], float(parts.rows[g, g])

@@ -49,20 +49,11 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
     Raises:
         ResourceError: the folder cannot be written.
     """
-    from safetensors.numpy import save
-
-    write_file(run / PREDICTIONS, save(predictions.tensors(), {"format": "np"}), own=True)
-    if isinstance(predictions, TextPredictions):
-        columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
-        lines = [dump_json(dict(zip(columns, row, strict=True))) for row in _rows(columns)]
-        write_file(run / ANSWERS, "".join(line + "\n" for line in lines), own=True)
     kept: dict[str, Any] = {
         "format": FORMAT,
         **result,
-        "loss": predictions.loss,
+        **save_predictions(run, predictions),
         "adapter": checksum(adapter / OWN_FILE),
-        "predictions": checksum(run / PREDICTIONS),
-        "answers": checksum(run / ANSWERS) if isinstance(predictions, TextPredictions) else None,
     }
     write_file(run / EVALUATION, dump_object(redacted(kept), run / EVALUATION, seal=True), own=True)
 
@@ -87,25 +78,70 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
     kept = read_sealed(path)
     if kept.get("format") != FORMAT or kept.get("adapter") != checksum(adapter / OWN_FILE):
         return None
-    if not (run / PREDICTIONS).is_file() or kept.get("predictions") != checksum(run / PREDICTIONS):
+    predictions = load_predictions(run, kept)
+    return None if predictions is None else (kept, predictions)
+
+
+def save_predictions(folder: Path, predictions: Predictions, name: str = "predictions") -> dict[str, Any]:
+    """Write the predictions of each row.
+
+    Args:
+        folder: The run folder, or a folder in it.
+        predictions: The predictions.
+        name: Of the files, before their endings.
+
+    Returns:
+        ``loss``, and the checksums ``predictions`` and ``answers``, by which `load_predictions` finds them again.
+
+    Raises:
+        ResourceError: The folder cannot be written.
+    """
+    from safetensors.numpy import save
+
+    tensors, answers = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
+    write_file(tensors, save(predictions.tensors(), {"format": "np"}), own=True)
+    if isinstance(predictions, TextPredictions):
+        columns = {name: values for name in TEXTS if (values := getattr(predictions, name)) is not None}
+        lines = [dump_json(dict(zip(columns, row, strict=True))) for row in _rows(columns)]
+        write_file(answers, "".join(line + "\n" for line in lines), own=True)
+    return {
+        "loss": predictions.loss,
+        "predictions": checksum(tensors),
+        "answers": checksum(answers) if isinstance(predictions, TextPredictions) else None,
+    }
+
+
+def load_predictions(folder: Path, said: Mapping[str, Any], name: str = "predictions") -> Predictions | None:
+    """Load what `save_predictions` wrote, or return None if the files are not the ones that it wrote.
+
+    Args:
+        folder: As there.
+        said: What it returned, and the ``labels`` of the classes if there are any.
+        name: As there.
+
+    Raises:
+        IntegrityError: The files are damaged.
+    """
+    path, lines = folder / f"{name}.safetensors", folder / f"{name}.jsonl"
+    if not path.is_file() or said.get("predictions") != checksum(path):
         return None
-    tensors = {name: tensor.numpy() for name, tensor in read_tensors(run / PREDICTIONS).items()}
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(path).items()}
     kind = next((kind for kind in KINDS if kind.key in tensors), None)
     try:
         if kind is not None:
-            return kept, kind.from_tensors(kept.get("loss"), tensors, kept.get("labels") or ())
+            return kind.from_tensors(said.get("loss"), tensors, said.get("labels") or ())
     except (KeyError, TypeError, ValueError):
         kind = None
     if not {"nll", "tokens"} <= tensors.keys():
-        raise IntegrityError(f"{PREDICTIONS} holds no scores", where=str(run))
-    if not (run / ANSWERS).is_file() or kept.get("answers") != checksum(run / ANSWERS):
+        raise IntegrityError(f"{path.name} holds no scores", where=str(folder))
+    if not lines.is_file() or said.get("answers") != checksum(lines):
         return None
     try:  # a line ends at a line feed alone: an answer may hold what else `splitlines` breaks at
-        rows = [json.loads(line) for line in (run / ANSWERS).read_bytes().split(b"\n")[:-1]]
+        rows = [json.loads(line) for line in lines.read_bytes().split(b"\n")[:-1]]
         columns = {name: tuple(str(row[name]) for row in rows) for name in TEXTS if rows and name in rows[0]}
     except (ValueError, TypeError, KeyError):
-        raise IntegrityError(f"{ANSWERS} holds no answers", where=str(run)) from None
-    return kept, TextPredictions(kept.get("loss"), tensors["nll"], tensors["tokens"], **columns)
+        raise IntegrityError(f"{lines.name} holds no answers", where=str(folder)) from None
+    return TextPredictions(said.get("loss"), tensors["nll"], tensors["tokens"], **columns)
 
 
 def _rows(columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, ...]]:

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+import re
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwerk.settings import Settings
+from graftwerk.settings import Name, Settings
 
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "num_return_sequences")
 """Settings of answers that are sampled, cut or several."""
 WRITTEN = ("generate", "max_new_tokens", "num_beams", "length_penalty", "generation_batch_size", *SAMPLING)
 """Settings that act on the answers a model writes, and on nothing else."""
+
+
+GENERAL = "general"
+"""Name of the sample of general text that comes with the package, as a value of `texts`."""
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(points?|%|percent)?")
+
+
+class RetainedSettings(Settings):
+    """Something that a training must not make the model worse at."""
+
+    run: str | None = Field(
+        default=None, description="a finished run or an adapter folder: its held-out rows, answered with its own head"
+    )
+    data: str | None = Field(
+        default=None, description="a file of labelled rows: for the task of `run`, or without it for this run's own"
+    )
+    texts: str | None = Field(
+        default=None,
+        description="a file of plain text whose perplexity is measured; general: a sample that comes with the package",
+    )
+    columns: dict[str, Name] = Field(default_factory=dict, description="column of `data` or `texts` for each field")
+    max_rows: Annotated[int, Field(ge=1)] | None = Field(
+        default=500, description="most rows that are measured, evenly spaced; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.texts is None) == (self.run is None and self.data is None):
+            raise ValueError("give `run`, `data` (or both), or `texts`")
+        if self.columns and self.data is None and self.texts in (None, GENERAL):
+            raise ValueError("`columns` names columns of `data` or of a file of `texts`; leave it out")
+        return self
 
 
 class EvaluationSettings(Settings):
@@ -55,6 +88,37 @@ class EvaluationSettings(Settings):
     baseline: bool = Field(
         default=False, description="measure the unadapted base on the same rows too, for a table of before and after"
     )
+    retained: dict[Name, RetainedSettings] = Field(
+        default_factory=dict,
+        description="what must not be forgotten, by name: measured before and after the training on the same rows; "
+        "general: the perplexity of a sample of general text",
+    )
+    max_forgetting: str | None = Field(
+        default=None,
+        description="most that any of `retained` may lose, else the run ends with an error and is not handed over: "
+        "`2 points` (hundredths of a share, points of BLEU or chrF, percent of a perplexity or an error) or `5 %` of "
+        "the value before",
+    )
+
+    @field_validator("retained", mode="before")
+    @classmethod
+    def _general(cls, value: Any) -> Any:
+        """The sample that comes with the package needs no more than its name."""
+        if value is None:
+            return {}
+        listed = {GENERAL: GENERAL} if value == GENERAL else value
+        if not isinstance(listed, dict):
+            return value
+        return {name: {"texts": GENERAL} if each == GENERAL else each for name, each in listed.items()}
+
+    @field_validator("max_forgetting", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> Any:
+        """A number alone counts points."""
+        found = None if value is None else _AMOUNT.fullmatch(str(value).strip())
+        if value is not None and found is None:
+            raise ValueError("an amount such as `2 points` or `5 %`")
+        return None if found is None else f"{float(found[1]):g} {'%' if found[2] in ('%', 'percent') else 'points'}"
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -64,6 +128,8 @@ class EvaluationSettings(Settings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
+        if self.max_forgetting is not None and not self.retained:
+            raise ValueError("`max_forgetting` is a bound on what `retained` names; give `retained: general`")
         named = [name for name in ("top_p", "top_k", "seed") if getattr(self, name) is not None]
         if self.num_beams > 1:
             if self.sampled or self.temperature is not None or named:

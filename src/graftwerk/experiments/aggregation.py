@@ -282,7 +282,7 @@ def _method(
         "seed_spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "metrics": {name: joint.figure(entry.name, confidence) for name, joint in joints.items()},
         "parameters": first.manifest["parameters"],
-        "cost": {name: _middle([_costs(run)[name] for run in runs.values()]) for name in COSTS},
+        "cost": {name: _middle([_costs(run)[name] for run in runs.values()]) for name in _costs(first)},
         "runs": {
             str(seed): {
                 "folder": run.folder.name,
@@ -312,7 +312,7 @@ def _said_of(entry: MethodSpec) -> dict[str, Any]:
 
 
 def _costs(run: RunResult) -> dict[str, float | None]:
-    manifest, evaluation = run.manifest["cost"], run.evaluation["cost"]
+    manifest, evaluation, retained = run.manifest["cost"], run.evaluation["cost"], run.manifest.get("retained")
     return {
         "trained_parameters": run.manifest["parameters"]["trained"],
         "adapter_bytes": evaluation["adapter_bytes"],
@@ -320,6 +320,7 @@ def _costs(run: RunResult) -> dict[str, float | None]:
         "peak_memory_bytes": manifest.get("peak_memory_bytes"),
         "latency_ms_batch_1": evaluation.get("latency_ms_batch_1"),
         "latency_ms_batch_32": evaluation.get("latency_ms_batch_32"),
+        **({} if retained is None else {"forgetting": (retained["forgetting"] or {}).get("value")}),
     }
 
 

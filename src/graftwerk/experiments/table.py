@@ -23,6 +23,8 @@ HEADINGS = (
     "ms/row 1",
     "ms/row 32",
 )
+FORGETTING = "forgetting"
+"""Heading of one more column, where something was to be retained: points lost of what lost most."""
 HOW = {
     "share": " in percent", "points": " in points", "correlation": ", times 100,", "score": " (less is better)",
     "tokens": "", "nats": " (less is better)",
@@ -56,6 +58,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 byte_size(cost.get("peak_memory_bytes")),
                 milliseconds(cost.get("latency_ms_batch_1")),
                 milliseconds(cost.get("latency_ms_batch_32")),
+                *((points(cost.get("forgetting")),) if any("forgetting" in each["cost"] for each in methods) else ()),
             )
         )
     return rows
@@ -70,6 +73,11 @@ def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def shown(value: float | None, metric: str) -> str:
     """Format a value: a share in percent, BLEU and the like in points, perplexity unchanged; a dash for None."""
     return DASH if value is None else METRICS[metric].text(value)
+
+
+def points(value: float | None) -> str:
+    """Format points that were lost: -0.2 if they were gained."""
+    return DASH if value is None else f"{value:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def against(
@@ -177,7 +185,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headings and rows that are shown."""
-    headings, rows = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:]), rows_of(result)
+    rows = rows_of(result)
+    headings: tuple[str, ...] = (*HEADINGS[:1], METRICS[result["metric"]].title, *HEADINGS[2:])
+    if rows and len(rows[0]) > len(headings):
+        headings += (FORGETTING,)
     if any(row[SPREAD] != DASH for row in rows):
         return headings, rows
     return headings[:SPREAD] + headings[SPREAD + 1 :], [row[:SPREAD] + row[SPREAD + 1 :] for row in rows]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import AdapterError, ConfigError, ConflictError, UnsupportedError, did_you_mean
-from graftwerk.evaluation.loading import LoadedAdapter, find, labelled_rows, load_adapter_for
+from graftwerk.evaluation.held_out import labelled_rows
+from graftwerk.evaluation.loading import LoadedAdapter, find, load_adapter_for
 from graftwerk.exports.update_arithmetic import SPARSE, By, factored, reduced, side_by_side
 from graftwerk.methods.base import AdapterModule
 from graftwerk.methods.lora import LoRA

@@ -56,6 +56,7 @@ def export(
     columns: Mapping[str, str] | None = None,
     rows: int = ROWS,
     max_difference: float | None = None,
+    allow_forgetting: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an adapter as a folder for another program, and compare its answers first.
@@ -72,6 +73,7 @@ def export(
         columns: Column of ``data`` for each field of the task. Default: as in training.
         rows: How many rows to compare.
         max_difference: Largest difference of probabilities that is accepted. Default: 1e-4.
+        allow_forgetting: Accept an adapter that has forgotten more than `evaluation.max_forgetting` of its run allows.
         overwrite: Replace an earlier export at ``out``.
 
     Returns:
@@ -82,6 +84,7 @@ def export(
         UnsupportedError: The program has nothing like the method, or not for such a model.
         IntegrityError: The export answers otherwise; nothing is written.
         ConflictError: There is something else at ``out``.
+        ForgettingError: The adapter has forgotten too much.
         ConfigError, DataError, AdapterError, ModelError, ResourceError: As for `evaluate`.
 
     Example:
@@ -103,6 +106,7 @@ def export(
     if base_name is not None and base_name.split() != [base_name]:
         raise ConfigError(f"{base_name!r} is no name of a model", where="base_name", hint="its hub id: org/model")
     given = {"model": model, "force": force, "data": data, "columns": columns, "rows": rows}
+    given["allow_forgetting"] = allow_forgetting
     if to == "merged":
         if base_name is not None:
             raise ConfigError("a merged model has no base to name", where="base_name", hint="leave --base-name out")

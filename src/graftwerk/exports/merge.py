@@ -48,6 +48,7 @@ def merge(
     columns: Mapping[str, str] | None = None,
     rows: int = ROWS,
     max_difference: float | None = None,
+    allow_forgetting: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Merge an adapter into its base and write the model as a folder of transformers.
@@ -68,6 +69,7 @@ def merge(
         rows: How many rows to compare.
         max_difference: Largest difference of probabilities that is accepted. Default: what rounding explains, 1e-4 in
             float32.
+        allow_forgetting: Accept an adapter that has forgotten more than `evaluation.max_forgetting` of its run allows.
         overwrite: Replace an earlier export at ``out``.
 
     Returns:
@@ -77,6 +79,7 @@ def merge(
         UnsupportedError: The method cannot be merged, or the base is offloaded.
         IntegrityError: The merged model answers otherwise; nothing is written.
         ConflictError: There is something else at ``out``.
+        ForgettingError: The adapter has forgotten too much.
         ConfigError, DataError, AdapterError, ModelError, ResourceError: As for `evaluate`.
 
     Example:
@@ -100,7 +103,9 @@ def merge(
     check_out(out, overwrite=overwrite)
     if dtype != "auto" and dtype not in TYPES:
         raise ConfigError(f"`{dtype}` is no type that weights are stored in", where="dtype", hint=", ".join(TYPES))
-    source = read_source(target, model=model, force=force, data=data, columns=columns, rows=rows)
+    source = read_source(
+        target, model=model, force=force, data=data, columns=columns, rows=rows, allow_forgetting=allow_forgetting
+    )
     note = to_full_weights(source)
     stored = TYPES[dtype] if dtype != "auto" else _stored_type(source, model)
     own = source.loaded.model.dtype

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.errors import ConfigError, ConflictError, GraftwerkError, IntegrityError, ResourceError
+from graftwerk.evaluation.forgetting import refuse_to_hand_over
 from graftwerk.evaluation.loading import find
 from graftwerk.exports.source import FACTS
 from graftwerk.models.hf_logging import quiet
@@ -29,7 +30,13 @@ _TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 
 
 def push(
-    target: Any, repo: str, *, private: bool = True, message: str | None = None, dry_run: bool = False
+    target: Any,
+    repo: str,
+    *,
+    private: bool = True,
+    message: str | None = None,
+    allow_forgetting: bool = False,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Upload an adapter, a merged model or an export to a repository of the hub, which is made if there is none.
 
@@ -40,6 +47,7 @@ def push(
         repo: The repository, ``owner/name``.
         private: Make a new repository private; one that is public already is then refused.
         message: Title of the commit. Default: what is uploaded.
+        allow_forgetting: Accept an adapter that has forgotten more than `evaluation.max_forgetting` of its run allows.
         dry_run: Check the folder and return the files; nothing is sent, and no token is needed.
 
     Returns:
@@ -50,6 +58,7 @@ def push(
         ConfigError: No such name of a repository, no token, or one that the hub does not know or that may not write
             there; or the folder is nothing finished.
         ConflictError: The repository is public, and ``private`` is asked for.
+        ForgettingError: The adapter has forgotten too much.
         IntegrityError: Files were changed, are links or pickles, or hold what looks like a secret.
         ResourceError: The hub cannot be reached, or the upload broke off.
 
@@ -65,7 +74,7 @@ def push(
     """
     if "/" not in repo or not is_hub_id(repo):
         raise ConfigError(f"`{repo}` is no name of a repository", where="repo", hint="owner/name")
-    folder, kind, base = _finished(target)
+    folder, kind, base = _finished(target, allow_forgetting)
     files = _files(folder)
     result: dict[str, Any] = {
         "repo": repo,
@@ -84,13 +93,14 @@ def push(
     return result if dry_run else {**result, **_upload(folder, files, repo, private, message or f"Upload {kind}")}
 
 
-def _finished(target: Any) -> tuple[Path, str, str | None]:
+def _finished(target: Any, allow_forgetting: bool) -> tuple[Path, str, str | None]:
     """Return the folder to upload, what it is, and the base that an adapter names (None for a merged model)."""
     folder = Path(getattr(target, "folder", target))
     if not (folder / FACTS).is_file():
         info = find(target).info
         if info.own:
             check_files(info)
+            refuse_to_hand_over(info.own, info.folder, allow_forgetting)
         return info.folder, "adapter", info.base_name or ""
     facts = read_sealed(folder / FACTS)
     kind = str(facts.get("kind"))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import ConfigError, ConflictError
-from graftwerk.evaluation.loading import LoadedAdapter, held_out, labelled_rows, load_adapter_for
+from graftwerk.evaluation.forgetting import refuse_to_hand_over
+from graftwerk.evaluation.held_out import held_out, labelled_rows
+from graftwerk.evaluation.loading import LoadedAdapter, find, load_adapter_for
 from graftwerk.exports.parity import ROWS, TOLERANCE, Parity, compare, probabilities, require
 from graftwerk.modeling.attach import adapters, detach
 from graftwerk.modeling.quantized_layers import dequantize, quantization_of
@@ -81,6 +83,7 @@ def read_source(
     data: str | None = None,
     columns: Mapping[str, str] | None = None,
     rows: int = ROWS,
+    allow_forgetting: bool = False,
 ) -> Source:
     """Load an adapter and answer the rows that its export will be compared on.
 
@@ -91,14 +94,18 @@ def read_source(
         data: Rows to compare on. Default: the rows that the run held out, or a few sentences for an adapter alone.
         columns: Column of ``data`` for each field of the task. Default: as in training.
         rows: How many of them.
+        allow_forgetting: Accept an adapter that has forgotten more than its run allows.
 
     Raises:
+        ForgettingError: It has, and that is not accepted.
         ConfigError, DataError, AdapterError, ModelError, IntegrityError, ResourceError: As for `evaluate`.
     """
     if rows < 1:
         raise ConfigError("there is no comparison without rows", where="rows", hint="give at least 1")
     if data is None and columns is not None:
         raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+    info = find(target).info
+    refuse_to_hand_over(info.own, info.folder, allow_forgetting)
     loaded = load_adapter_for(target, model=model, force=force)
     chosen: Sequence[Row]
     if data is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from graftwerk.errors import AdapterError, ConfigError
 from graftwerk.methods.base import Method, TargetModule
 from graftwerk.methods.placement import onloaded
 from graftwerk.modeling.accelerate_compat import unhook
+from graftwerk.modeling.active_adapters import ActiveAdapters
 from graftwerk.modeling.adapted_module import restore, restore_modules
-from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots
+from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
@@ -173,3 +175,61 @@ def fit_head(slots: AdapterSlots, name: str, tensors: Mapping[str, Tensor], wher
         else:
             slots.put(name, wider)
     return found
+
+
+def stored_heads(
+    model: PreTrainedModel, paths: Sequence[str], tensors: Mapping[str, Tensor], classes: int
+) -> dict[str, nn.Module]:
+    """Return frozen heads with stored values, each as wide as its own labels need, for `lent_heads`.
+
+    Args:
+        model: The model that the heads are for.
+        paths: Paths of the heads.
+        tensors: Stored tensors by raw key, any shape; those of other modules are left out.
+        classes: Number of classes of the model's own head.
+
+    Raises:
+        AdapterError: a head is not stored, or has another shape.
+    """
+    heads = {}
+    for path in paths:
+        inner = {key.removeprefix(f"{path}."): tensor for key, tensor in tensors.items() if within(key, [path])}
+        slots = AdapterSlots(ActiveAdapters())
+        slots.put("stored", copy_head(base_modules(model)[path]))
+        fit_head(slots, "stored", inner, path, classes)
+        head = slots.get("stored")
+        assert head is not None
+        try:
+            head.load_state_dict(inner)
+        except RuntimeError:
+            raise AdapterError(
+                f"the stored adapter has no head that fits `{path}`", where=path, hint="was it trained for this model?"
+            ) from None
+        heads[path] = head.requires_grad_(False)
+    return heads
+
+
+@contextmanager
+def lent_heads(model: PreTrainedModel, name: str, heads: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let other heads answer inside the block in place of an adapter's own, or of the model's if it has none there.
+
+    Args:
+        model: The model.
+        name: The adapter.
+        heads: By path, on any device: they move to the model's, and into its mode.
+    """
+    put_back: list[tuple[nn.Module, str, nn.Module | None]] = []
+    for path, head in heads.items():
+        host = base_modules(model)[path]
+        slots, (parent, _, child) = slots_of(host), path.rpartition(".")
+        own = slots is not None and slots.get(name) is not None
+        holder, key = (slots, name) if slots is not None and own else (model.get_submodule(parent), child)
+        put_back.append((holder, key, holder._modules[key]))
+        head.to(next(host.parameters()).device).train(model.training)
+    try:
+        for (holder, key, _), head in zip(put_back, heads.values(), strict=True):
+            holder._modules[key] = head
+        yield
+    finally:
+        for holder, key, before in put_back:
+            holder._modules[key] = before

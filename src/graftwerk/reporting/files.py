@@ -18,8 +18,8 @@ from typing import Any
 from graftwerk.errors import ConfigError, IntegrityError, ResourceError
 from graftwerk.own_files import refuse_link
 
-COMPARISON, SEARCH, MANIFEST, CONFIG, LOG, REPORT = (
-    "comparison.json", "search.json", "manifest.json", "config.yaml", "metrics.jsonl", "report.html",
+COMPARISON, SEARCH, SEQUENCE, MANIFEST, CONFIG, LOG, REPORT = (
+    "comparison.json", "search.json", "sequence.json", "manifest.json", "config.yaml", "metrics.jsonl", "report.html",
 )  # fmt: skip
 
 LARGEST = 1e30

@@ -1,4 +1,4 @@
-"""`write_report`: the page of a run, a comparison or a search, from the plain files in its folder. Loads no model."""
+"""`write_report`: the page of a run, comparison, search or sequence, from plain files in its folder. Loads no model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from graftwerk.reporting.files import (
     MANIFEST,
     REPORT,
     SEARCH,
+    SEQUENCE,
     number,
     read_json,
     read_log,
@@ -25,14 +26,16 @@ from graftwerk.reporting.files import (
 )
 from graftwerk.reporting.run import run_page
 from graftwerk.reporting.search import search_page
+from graftwerk.reporting.sequence import sequence_page
 
 EVALUATION, PREDICTIONS, ANALYSIS, EXPLANATION = "evaluation.json", "predictions", "analysis.json", "explanation.json"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a run, a comparison or a search: one file that needs nothing else.
+    """Write `report.html` into the folder of a run, a comparison, a search or a sequence.
 
-    It fetches nothing from a network. What is missing (test rows, a log, the end of the run) is said on the page.
+    It is one file that fetches nothing from a network. What is missing (test rows, a log, the end of the run) is said
+    on the page.
 
     Returns:
         Its path.
@@ -50,14 +53,18 @@ def write_report(folder: str | Path) -> Path:
         ...
     """
     folder = Path(folder)
-    refuse_links(folder, (COMPARISON, SEARCH, MANIFEST, EVALUATION, EXPLANATION, PREDICTIONS, LOG, CONFIG, REPORT))
+    refuse_links(
+        folder, (COMPARISON, SEARCH, SEQUENCE, MANIFEST, EVALUATION, EXPLANATION, PREDICTIONS, LOG, CONFIG, REPORT)
+    )
     if (folder / COMPARISON).is_file():
         return write_page(folder, comparison_page(folder.resolve(), read_json(folder / COMPARISON)))
     if (folder / SEARCH).is_file():
         return write_page(folder, search_page(folder.resolve(), read_json(folder / SEARCH)))
+    if (folder / SEQUENCE).is_file():
+        return write_page(folder, sequence_page(folder.resolve(), read_json(folder / SEQUENCE)))
     if not (folder / MANIFEST).is_file():
         what = f"{folder} holds neither a run nor a comparison" if folder.is_dir() else f"there is no folder {folder}"
-        hint = f"a folder with {MANIFEST} (a run), {COMPARISON} (a comparison) or {SEARCH} (a search)"
+        hint = f"a folder with {MANIFEST} (a run), {COMPARISON} (a comparison), {SEARCH} (a search) or {SEQUENCE}"
         raise ConfigError(what, hint=hint)
     manifest = read_json(folder / MANIFEST)
     evaluation = read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else {}

@@ -48,6 +48,7 @@ class Chart:
         zero: The height axis begins at zero.
         least: What it spans at least.
         tick: How a value is written at the axis, if otherwise.
+        over: What the curves go over, on the axis and beside values.
     """
 
     curves: Sequence[Curve]
@@ -58,6 +59,7 @@ class Chart:
     least: float = 0.0
     marks: Sequence[Mark] = ()
     tick: Callable[[float], str] | None = None
+    over: str = "Step"
 
     def values(self) -> list[float]:
         """Return all values that the chart shows: those of its curves and marks."""
@@ -119,7 +121,7 @@ def _draw(chart: Chart, steps: float, size: str, left: float, right: float) -> M
     parts = [
         axes(
             frame, x, y, x_text=lambda step: f"{step:,.0f}" if step == round(step) else "", y_text=tick,
-            x_title="Step \N{RIGHTWARDS ARROW}", y_title=title,
+            x_title=f"{chart.over} \N{RIGHTWARDS ARROW}", y_title=title,
         )
     ]  # fmt: skip
     track: list[tuple[float, float, str]] = []
@@ -131,7 +133,7 @@ def _draw(chart: Chart, steps: float, size: str, left: float, right: float) -> M
             if len(curve.points) <= DOTS or len(piece) == 1:
                 parts += [circle(px, py, 3, f"knot {curve.kind}") for px, py in drawn]
             track += [
-                (round(x(step), 1), round(y(value), 1), f"Step {step:,.0f}\n{curve.name}\t{show(value)}")
+                (round(x(step), 1), round(y(value), 1), f"{chart.over} {step:,.0f}\n{curve.name}\t{show(value)}")
                 for step, value in piece
             ]
         last = [value for _, value in curve.points if value is not None]
@@ -157,7 +159,7 @@ def _draw(chart: Chart, steps: float, size: str, left: float, right: float) -> M
         role="img",
         tabindex="0",
         data_track=json.dumps(track, ensure_ascii=False, separators=(",", ":")),
-        aria_label=_said(title, curves, show),
+        aria_label=_said(title, curves, show, chart.over.lower()),
     )
 
 
@@ -210,11 +212,11 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, 
     return thinned
 
 
-def _said(title: str, curves: Sequence[Curve], show: Callable[[float | None], str]) -> str:
+def _said(title: str, curves: Sequence[Curve], show: Callable[[float | None], str], over: str) -> str:
     parts = []
     for curve in curves:
         known = [(step, value) for step, value in curve.points if value is not None]
         if known:
             (first, begin), (last, end) = known[0], known[-1]
-            parts.append(f"{curve.name}: {show(begin)} at step {first:,.0f}, {show(end)} at step {last:,.0f}")
+            parts.append(f"{curve.name}: {show(begin)} at {over} {first:,.0f}, {show(end)} at {over} {last:,.0f}")
     return f"{title}. {'; '.join(parts)}. {numbers.title('arrow keys')} read single values."

@@ -181,3 +181,8 @@ def _setting(value: Any) -> str:
 def _fixed(value: float) -> str:
     text = f"{value:.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", MINUS)
+
+
+def lost(points: float | None) -> str:
+    """Format points that were lost: 1.2, or with a minus what was gained."""
+    return DASH if points is None else f"{points:.1f}".replace("-", MINUS)

@@ -12,6 +12,7 @@ from graftwerk.reporting.escape import Markup, tag
 from graftwerk.reporting.files import at, hint_of, mapping, mappings, number, words
 from graftwerk.reporting.line_charts import Chart, Curve, Mark, charts
 from graftwerk.reporting.mistakes import mistakes_section
+from graftwerk.reporting.retained import retained_section
 
 SAID = {
     "diagnosis": "Diagnosis",
@@ -54,6 +55,7 @@ def run_page(
     sections = [
         _state(folder, manifest, events, broken),
         _metrics(manifest, confidence),
+        retained_section(mapping(manifest, "retained")),
         _examples(manifest, evaluation),
         mistakes_section(manifest, analysis),
         *explained,
@@ -349,11 +351,8 @@ def _cost(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
             shown.append(("Latency a row", numbers.milliseconds(latency), remark))
     if not shown:
         return Markup()
-    missing = [
-        name
-        for name, value in (("training time", cost.get("training_seconds")), ("adapter size", size))
-        if value is None
-    ]
+    known = (("training time", cost.get("training_seconds")), ("adapter size", size))
+    missing = [name for name, value in known if value is None]
     note = page.paragraph(f"Not measured: {numbers.listed(missing)}.", class_="missing") if missing else None
     return page.section("What it cost", page.big_figures(shown), note)
 

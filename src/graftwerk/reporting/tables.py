@@ -96,6 +96,8 @@ def costs(methods: Sequence[Mapping[str, Any]], chosen: str | None) -> Markup:
         ("Adapter", "number"), ("Training", "number"),
         ("Peak memory", "number"), ("Latency, 1 row", "number"), ("Latency, 32 rows", "number"),
     ]  # fmt: skip
+    retained = any("forgetting" in mapping(method, "cost") for method in methods)
+    headings += [("Forgetting, points", "number")] if retained else []
     rows = []
     for method in methods:
         cost = mapping(method, "cost")
@@ -108,6 +110,7 @@ def costs(methods: Sequence[Mapping[str, Any]], chosen: str | None) -> Markup:
             numbers.byte_size(number(cost, "peak_memory_bytes")),
             numbers.milliseconds(number(cost, "latency_ms_batch_1")),
             numbers.milliseconds(number(cost, "latency_ms_batch_32")),
+            *([numbers.lost(number(cost, "forgetting"))] if retained else []),
         ]
         rows.append((_row_class(method, chosen), cells))
     return page.table("Cost of each method", headings, rows)

@@ -35,6 +35,7 @@ def model_card(own: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         _front_matter(own, config),
         _opening(own, config),
         _metrics(own),
+        _retained(own),
         _data(own),
         _settings(own),
         _use(own, config),
@@ -135,6 +136,28 @@ def _metrics(own: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return "\n".join(["## Metrics", "", "| rows | metric | value | interval |", "|---|---|---|---|", *rows])
+
+
+def _retained(own: Mapping[str, Any]) -> str:
+    """Return what the training was not to forget, before and after."""
+    retained = own.get("retained")
+    entries = retained.get("entries") if isinstance(retained, Mapping) else None
+    if not isinstance(entries, Mapping) or not entries:
+        return ""
+    rows = []
+    for name, entry in entries.items():
+        part = _mapping(entry)
+        before, after, lost = (_mapping(part.get(key)) for key in ("before", "after", "forgetting"))
+        cells = " | ".join(_number(each.get("value")) for each in (before, after, lost))
+        interval = f"{_number(lost.get('low'))} to {_number(lost.get('high'))}" if lost else ""
+        rows.append(f"| {text(name)} | {text(part.get('metric'))} | {cells} | {interval} |")
+    said = "Measured before and after the training on the same rows; points lost (percent, of a perplexity)."
+    head = ["| what | metric | before | after | lost | interval |", "|---|---|---|---|---|---|"]
+    return "\n".join(["## Retained", "", said, "", *head, *rows])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _data(own: Mapping[str, Any]) -> str:

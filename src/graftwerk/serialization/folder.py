@@ -215,6 +215,22 @@ def load_adapter(
         return adapter
 
 
+def stored_tensors(model: PreTrainedModel, folder: Path | str) -> Restored:
+    """Read an adapter's method and tensors for a model, by raw key, without attaching it or checking its base.
+
+    Raises:
+        AdapterError, IntegrityError, ConfigError, UnsupportedError, ResourceError: As `load_adapter`.
+    """
+
+    def read() -> tuple[AdapterInfo, Restored]:
+        info = read_adapter_config(folder)
+        with _explained(info):
+            return info, restored(model, read_architecture(model), info)
+
+    with uncollected(), frozen_index(model):
+        return read_steadily(folder, read)[1]
+
+
 def _read(
     model: PreTrainedModel, folder: Path | str, force: bool, filled: Collection[str]
 ) -> tuple[AdapterInfo, Restored]:

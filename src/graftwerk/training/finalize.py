@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from graftwerk.training.events import Event
 from graftwerk.training.head_start import finish_head
 from graftwerk.training.manifest import compute_of
 from graftwerk.training.multitask_sampling import drawn
+from graftwerk.training.retained import RetainedMeter
 from graftwerk.training.row_analysis import RowAnalysis
 from graftwerk.training.run_dir import TRIAL, RunDir
 from graftwerk.training.setup import Prepared
@@ -38,6 +40,7 @@ IN_METADATA = (
     "parameters",
     "cost",
     "best",
+    "retained",
     "seed",
     "command",
     "versions",
@@ -53,6 +56,7 @@ def finish(
     folder: RunDir,
     manifest: dict[str, Any],
     cost: Mapping[str, Any],
+    retained: RetainedMeter,
     *,
     trial: bool = False,
 ) -> None:
@@ -67,6 +71,7 @@ def finish(
         cost: ``peak_memory_bytes`` of training, above the memory held before the model was loaded, and
             ``first_step_seconds``, the seconds to the end of the first step, each None if not known; and what was
             planned (`planning.memory_check.planned_cost`).
+        retained: Measures what is to be retained; it has done so before the first step.
         trial: Leave the test rows alone; the run has the status `TRIAL` until it is resumed.
 
     Raises:
@@ -116,6 +121,9 @@ def finish(
                 base=base,
             )
         trainer.distributed.barrier()
+    if retained.entries and not trial:
+        with _stoppable(trainer):
+            manifest["retained"] = retained.finish(folder.path, write=trainer.distributed.is_main)
     if (shares := drawn(trainer)) is not None:
         manifest["data"]["sets"] = shares
     if not trainer.distributed.is_main:
@@ -140,7 +148,7 @@ def finish(
     }
     if untrained := trainer.state.untrained_steps:  # skipped: none of their rows has a trained token
         manifest["cost"]["untrained_steps"] = untrained
-    metadata = {name: manifest[name] for name in IN_METADATA}
+    metadata = {name: manifest[name] for name in IN_METADATA if name in manifest}
     trainer.emit(Event("phase", trainer.state.step, name="saving the adapter"))
     refuse_link(folder.adapter)
     save_adapter(trainer.adapter, folder.adapter, metadata=metadata)
@@ -184,8 +192,15 @@ def _predictions(
 
 def _predict(trainer: Trainer, prepared: Prepared, split: str, evaluation: EvaluationSettings) -> Predictions:
     generation = evaluation if prepared.task.generates and evaluation.generate else None
-    try:
+    with _stoppable(trainer):
         return trainer.evaluate(prepared.examples[split], generation)
+
+
+@contextmanager
+def _stoppable(trainer: Trainer) -> Iterator[None]:
+    """Turn a signal in the final evaluation into the error that tells how to do the rest."""
+    try:
+        yield
     except StopEvaluation:
         raise RunInterrupted(
             trainer.stop.signum or 15,

@@ -6,7 +6,7 @@ Legend: B rows of a micro-batch, T tokens of a row with padding, P processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,10 @@ class PreparedStep:
     drawn: tuple[Tensor, Tensor]
 
 
+Beside = Callable[["PreparedStep", "GradientAccumulator"], Iterator[Tensor]]
+"""Yields losses (scalars) that are added to those of a step, before the micro-batches of the step itself."""
+
+
 class GradientAccumulator:
     """Compute the gradient of the mean loss over all targets of a step.
 
@@ -119,6 +123,8 @@ class GradientAccumulator:
         self.compiled = compiled
         self.max_length, self.stop = max_length, stop
         self._next: PreparedStep | None = None
+        self.beside: Beside | None = None
+        """Losses beside the task's own, or None."""
 
     def initial_micro_batch(self) -> int:
         """Return the rows of a micro-batch that the settings ask for."""
@@ -147,6 +153,8 @@ class GradientAccumulator:
         total = processes.sum_scalar(float(sum(step.weights)))
         loss_sum = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.beside is not None:
+            self._add(self.beside(step, self))
         pieces = zip(step.batches, step.weights, step.examples, strict=True)
         for number, (batch, weight, examples) in enumerate(pieces, start=1):
             last = number == len(step.batches)
@@ -156,7 +164,7 @@ class GradientAccumulator:
                     mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
                     loss = mean * (weight / (total or 1.0))
                 loss_sum += loss.detach()
-                self.scaler.scale(loss * processes.grad_scale).backward()  # type: ignore[no-untyped-call]
+                self._backward(loss)
         processes.all_reduce_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         if self.settings.max_grad_norm is not None:
@@ -166,6 +174,19 @@ class GradientAccumulator:
         signum = torch.full((), float(self.stop.signum or 0), device=device)  # a signal may reach only one process
         each = processes.gather(torch.stack([loss_sum, norm, signum]))  # (P, 3)
         return Gradient(total, torch.stack([each[:, 0].sum(), each[processes.rank, 1], each[:, 2].max()]))
+
+    def _add(self, losses: Iterator[Tensor]) -> None:
+        """Propagate losses beside the task's own; DDP sums their gradients with those of the last micro-batch."""
+        with self.processes.no_sync(self.model):
+            while True:
+                with self._autocast():
+                    loss = next(losses, None)
+                if loss is None:
+                    return
+                self._backward(loss)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss * self.processes.grad_scale).backward()  # type: ignore[no-untyped-call]
 
     def prefetch(self, rows: Sequence[int], micro_batch: int) -> None:
         """Prepare the next step while the device works on this one.

@@ -74,7 +74,7 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `graftwerk train --json` prints."""
-        names = ("status", "metrics", "best", "cost", "parameters", "model", "task", "method", "seed")
+        names = ("status", "metrics", "best", "cost", "parameters", "model", "task", "method", "seed", "retained")
         return {"run": str(self.folder), "adapter": str(self.adapter)} | {
             name: self.manifest[name] for name in names if name in self.manifest
         }

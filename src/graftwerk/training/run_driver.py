@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import DivergedError, ErrorReport, GraftwerkError, ResourceError
+from graftwerk.errors import DivergedError, ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.sanitize import REDACTED, redacted
 from graftwerk.serialization.atomic import FAULTS
 from graftwerk.serialization.strict_json import dump_object
@@ -140,6 +140,8 @@ class RunDriver:
         from graftwerk.training.mode import base_dtype, check_compute_type
         from graftwerk.training.multitask_sampling import sampler_of
         from graftwerk.training.planning.memory_check import check_memory, planned_cost
+        from graftwerk.training.retained import RetainedMeter
+        from graftwerk.training.retention.begin import retention_of
         from graftwerk.training.setup import load_base_and_attach, prepare, training_data
         from graftwerk.training.trainer import Trainer
         from graftwerk.training.trainer_inputs import RunContext
@@ -161,7 +163,8 @@ class RunDriver:
         early: list[Event] = []
         bus.listeners.append(early.append)
         bus(Event("phase", 0, name="reading the data"))
-        prepared = prepare(settings, bus, warm_labels(settings.training.warm_start))
+        new_head, warm = settings.training.new_head, settings.training.warm_start
+        prepared = prepare(settings, bus, None if new_head else warm_labels(warm))
         raise_on_severe(prepared.findings, settings.data.allow)
         if snapshot is None:
             batch = first_batch(
@@ -172,6 +175,9 @@ class RunDriver:
         plan = check_memory(settings, prepared, sharing, bus) if self.processes.is_main else None
         prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
+        if settings.training.retain is not None:
+            identity["retained"] = "+".join(entry.splits.fingerprint for entry in prepared.retained)
+            self._same_run(snapshot, identity, "retained")
         self._same_run(snapshot, identity, "data")
         bus(Event("phase", 0, name="loading the model"))
         give_back()  # what reading the rows has freed, which would be taken again unseen
@@ -179,9 +185,9 @@ class RunDriver:
         adapter, identity["base"] = load_base_and_attach(settings, prepared, weights, dtype, self.processes.device)
         self._same_run(snapshot, identity, "base")
         proof = digests_before(adapter, earlier) if self.processes.is_main else {}
-        if settings.training.warm_start is not None and warm_start(adapter, settings.training.warm_start):
+        if warm is not None and warm_start(adapter, warm, new_head=new_head):
             refuse_checkpoint(prepared)
-        prepared = start_head(adapter, prepared, warm=settings.training.warm_start is not None)
+        prepared = start_head(adapter, prepared, warm=warm is not None and not new_head)
         trainer = Trainer(
             adapter,
             prepared.task,
@@ -192,6 +198,7 @@ class RunDriver:
             dtype=dtype,
             distributed=self.processes,
         )
+        meter = RetainedMeter(prepared.retained, adapter, trainer.evaluate, settings.evaluation, identity["base"])
         self.manifest = opening(settings, prepared, adapter, identity["base"], compute_of(trainer))
         self.manifest[KEY] = proof
         if earlier.get("cost"):
@@ -202,6 +209,8 @@ class RunDriver:
             bus.listeners.remove(early.append)
             self._open_folder(snapshot)
         with self._logs(snapshot, early) as log_position:
+            self._measure_retained(trainer, meter)
+            retention = retention_of(settings, prepared, trainer, meter)
             if snapshot is None:
                 bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
             else:
@@ -223,9 +232,31 @@ class RunDriver:
                 planned = (
                     planned_cost(plan, settings, prepared, sharing, trainer, held) if self.processes.is_main else {}
                 )
-                cost = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
+                cost: dict[str, Any] = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
+                cost |= {} if retention is None else {"retention": retention.cost()}
                 with self.processes.gathered(adapter.model):
-                    finish(trainer, prepared, settings, self.folder, self.manifest, cost, trial=self.trial)
+                    finish(trainer, prepared, settings, self.folder, self.manifest, cost, meter, trial=self.trial)
+
+    def _measure_retained(self, trainer: Any, meter: Any) -> None:
+        """Measure what is to be retained on the model as it starts, of a resumed run as well."""
+        from graftwerk.training import rng
+        from graftwerk.training.validation import StopEvaluation
+
+        for text in meter.notes:
+            self.bus(Event("warning", 0, text=text))
+        if not meter.entries or self.trial:
+            return
+        self.bus(Event("phase", 0, name="measuring what is to be retained"))
+        try:
+            with rng.untouched(self.processes.device):
+                meter.start()
+        except StopEvaluation:
+            raise RunInterrupted(
+                self.stop.signum or 15,
+                "stopped before the first step",
+                recovered=self.checkpoints.recoverable(),
+                hint="run the same command with --resume to continue",
+            ) from None
 
     def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
         if snapshot is not None:

@@ -2,13 +2,72 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
 from graftwerk.settings import Name, Settings
 
 Tracker = Literal["tensorboard", "jsonl", "wandb", "mlflow"]
+
+
+class ReplaySettings(Settings):
+    """Kept rows, trained on beside the run's own."""
+
+    share: float = Field(default=0.25, gt=0, le=4, description="kept rows of a step, as a share of the run's own rows")
+    rows: int = Field(default=500, ge=1, description="most rows that are kept of each entry")
+    weight: float = Field(default=1.0, gt=0, description="of their loss, beside the run's own")
+
+
+class DistillationSettings(Settings):
+    """Answers to the run's own rows, kept as they were."""
+
+    weight: float = Field(default=1.0, gt=0, description="of the divergence, beside the run's own loss")
+    temperature: float = Field(default=2.0, gt=0, description="scores are divided by it, on both sides")
+
+
+class ConsolidationSettings(Settings):
+    """Elastic weight consolidation."""
+
+    weight: float = Field(default=1.0, gt=0, description="of the penalty; 1: the estimated rise of the kept rows' loss")
+    rows: int = Field(default=200, ge=1, description="training rows of each entry that the Fisher information is from")
+
+
+class SelfReplaySettings(ReplaySettings):
+    """Texts that the base writes, trained on beside the run's own rows."""
+
+    rows: int = Field(default=200, ge=1, description="texts that the base writes before the first step")
+    max_new_tokens: int = Field(default=48, ge=1, description="longest text in tokens")
+
+
+class RetainSettings(Settings):
+    """Strategies against forgetting what `evaluation.retained` names; they combine."""
+
+    replay: ReplaySettings | None = Field(default=None, description="train on kept rows too; a number is the share")
+    self_replay: SelfReplaySettings | None = Field(
+        default=None, description="train on texts that the base writes itself; a number is the share"
+    )
+    distillation: DistillationSettings | None = Field(
+        default=None, description="keep the answers that the model gave to the run's own rows; a number is the weight"
+    )
+    consolidation: ConsolidationSettings | None = Field(
+        default=None, description="hold weights that matter near their start (EWC); a number is the weight"
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _amount(cls, value: Any, info: ValidationInfo) -> Any:
+        """A number alone stands for the main setting, `true` for the defaults."""
+        if isinstance(value, bool):
+            return {} if value else None
+        main = "share" if str(info.field_name).endswith("replay") else "weight"
+        return {main: value} if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not any(getattr(self, name) for name in type(self).model_fields):
+            raise ValueError(f"name a strategy: {', '.join(type(self).model_fields)}; or leave `retain` out")
+        return self
 
 
 class TrainingSettings(Settings):
@@ -119,6 +178,13 @@ class TrainingSettings(Settings):
     warm_start: str | None = Field(
         default=None,
         description="a run, checkpoint or adapter folder of the same method whose weights training starts from",
+    )
+    new_head: bool = Field(
+        default=False,
+        description="with warm_start: take the method's weights alone, and begin with a head for this run's own labels",
+    )
+    retain: RetainSettings | None = Field(
+        default=None, description="strategies against forgetting what evaluation.retained names"
     )
     seed: int = Field(default=0, ge=0, description="of initialisation, row order and dropout")
     eval_steps: Annotated[int, Field(ge=1)] | None = Field(

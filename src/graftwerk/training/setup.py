@@ -19,6 +19,7 @@ from graftwerk.tasks.classification import Classification
 from graftwerk.training import rng
 from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.events import Event, Listener
+from graftwerk.training.retained_rows import Retained, read_retained
 from graftwerk.training.stream import EncodedStream
 from graftwerk.training.trainer_inputs import TrainingData
 from graftwerk.training.validation import check_settings
@@ -43,6 +44,7 @@ class Prepared:
         max_length: Most tokens of a row.
         findings: Issues of the data, as plain values.
         prior_loss: Loss of a model that knows only the frequency of each label, or None if there are no labels.
+        retained: Rows of `evaluation.retained`.
         augmented: Facts about augmented rows, which follow the real training rows: ``rows`` (their number),
             ``fingerprint``, ``files``, ``made`` (by which augmenter). None without augmentation.
     """
@@ -56,6 +58,7 @@ class Prepared:
     findings: list[dict[str, Any]]
     prior_loss: float | None
     augmented: dict[str, Any] | None = None
+    retained: tuple[Retained, ...] = ()
 
 
 def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = None) -> Prepared:
@@ -117,7 +120,8 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
             counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
         prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
     method = with_initial_text(settings.method, tokenizer)
-    return Prepared(task, method, splits, tokenizer, examples, max_length, found, prior_loss)
+    retained = read_retained(settings, task, architecture, tokenizer, max_length)
+    return Prepared(task, method, splits, tokenizer, examples, max_length, found, prior_loss, retained=retained)
 
 
 def _check_evaluation(settings: RunConfig) -> None:

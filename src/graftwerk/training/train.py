@@ -60,6 +60,7 @@ def train(
         RunInterrupted: SIGINT or SIGTERM came; the state was saved.
         DivergedError: Loss or gradients were not finite again and again.
         IntegrityError: No checkpoint is intact, or a file of the run is a link.
+        ForgettingError: The run is finished and has lost more than `evaluation.max_forgetting` allows.
 
     Examples:
         >>> settings = {"model": "my-encoder", "method": "lora", "data": {"train": "movies.csv", "test": 0.2}}
@@ -70,13 +71,17 @@ def train(
         >>> run.manifest["metrics"]["test"]["accuracy"]["value"]  # doctest: +SKIP
         0.87
     """
+    from graftwerk.training.retained import refuse_forgotten
+
     started_at = time.monotonic()
     settings = RunConfig.of(config, overrides)
     display = None if quiet or listener is not None else Progress()
     with display or nullcontext():
-        return run_training(
+        run = run_training(
             settings, resume=resume, overwrite=overwrite, listener=listener or display, started_at=started_at
         )
+    refuse_forgotten(run.manifest, run.adapter)
+    return run
 
 
 def run_training(

@@ -36,6 +36,7 @@ from graftwerk.training.events import Event
 from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.mode import check_compute_type, check_placement, training_mode
 from graftwerk.training.oom import halve_micro_batch, out_of_memory_error
+from graftwerk.training.retention.retention import Retention
 from graftwerk.training.run_dir import TRUNK
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.snapshot import load_state_dict, state_dict
@@ -166,6 +167,17 @@ class Trainer:
             stop_requested=self.stop.is_requested, serve=self.activation_cache.serving,
             say=lambda text: self.emit(Event("memory", self.state.step, text=text)),
         )  # fmt: skip
+
+    def retain(self, retention: Retention) -> None:
+        """Add losses against forgetting to every step, before the first one.
+
+        Args:
+            retention: The strategies; they are started on the model as it is now.
+        """
+        with rng.untouched(self.device):
+            retention.start(self)
+        self.gradients.beside = retention.losses
+        self.callbacks.append(retention)
 
     # -- training loop ---------------------------------------------------------------------------------------------
 

@@ -33,12 +33,13 @@ def warm_labels(source: str | None) -> list[str] | None:
     return None if labels is None else [str(label) for label in labels]
 
 
-def warm_start(adapter: Adapter, source: str) -> bool:
+def warm_start(adapter: Adapter, source: str, *, new_head: bool = False) -> bool:
     """Load the weights of a run, a checkpoint or an adapter folder into an adapter of the same method.
 
     Args:
         adapter: Adapter to load into.
         source: Value of `training.warm_start`.
+        new_head: Leave the adapter's head as it is.
 
     Returns:
         True if they are those of a checkpoint, and not of a finished adapter.
@@ -51,8 +52,12 @@ def warm_start(adapter: Adapter, source: str) -> bool:
     folder = _existing(source)
     of_checkpoint = tensors = _checkpoint_weights(folder)
     if tensors is None:
-        tensors = _adapter_weights(adapter, folder / ADAPTER if (folder / ADAPTER).is_dir() else folder)
+        finished = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+        tensors = _method_weights(adapter, finished) if new_head else _adapter_weights(adapter, finished)
     own = adapter.state_dict()
+    if new_head:
+        head = {key: tensor.clone() for key, tensor in own.items() if adapter.is_head(key)}
+        tensors = {key: tensor for key, tensor in tensors.items() if not adapter.is_head(key)} | head
     if wrong := [key for key in own if key in tensors and own[key].shape != tensors[key].shape]:
         raise AdapterError(
             f"`{wrong[0]}` is {tuple(tensors[wrong[0]].shape)} there and {tuple(own[wrong[0]].shape)} here",
@@ -75,6 +80,23 @@ def _checkpoint_weights(folder: Path) -> dict[str, Tensor] | None:
         return None
     snapshot = Checkpoints(folder / CHECKPOINTS).load_latest()
     return None if snapshot is None else dict(snapshot.weights)
+
+
+def _method_weights(adapter: Adapter, folder: Path) -> dict[str, Tensor]:
+    """Read weights whose head may be as wide as other labels need, which an adapter on this model could not have.
+
+    Raises:
+        AdapterError: They are of another method.
+    """
+    from graftwerk.serialization.folder import stored_tensors
+
+    found = stored_tensors(adapter.model, folder)
+    if found.method.name != adapter.method.name:
+        raise AdapterError(
+            f"the weights are those of {found.method.title}, and this run trains {adapter.method.title}",
+            where=f"{KEY}: {folder}",
+        )
+    return dict(found.tensors)
 
 
 def _adapter_weights(adapter: Adapter, folder: Path) -> dict[str, Tensor]:

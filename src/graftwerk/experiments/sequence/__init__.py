@@ -1,0 +1,1 @@
+"""Tasks learnt one after the other, and what each costs the ones before it."""

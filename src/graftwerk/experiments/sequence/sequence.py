@@ -1,0 +1,119 @@
+"""`sequence`: tasks learnt one after the other, and the matrix of what is known of each after each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftwerk.errors import ConfigError, IntegrityError
+from graftwerk.experiments.comparison import COMPARISON_SCALE
+from graftwerk.experiments.job_runner import JobRunner
+from graftwerk.experiments.method_specs import parse_seeds
+from graftwerk.experiments.progress import ComparisonDisplay
+from graftwerk.experiments.sequence.driver import FORMAT, Listener, SequenceDriver
+from graftwerk.experiments.sequence.plan import read_plan
+from graftwerk.experiments.sequence.table import plain
+from graftwerk.own_files import refuse_links
+from graftwerk.reporting.files import SEQUENCE
+from graftwerk.serialization.untrusted_files import read_sealed, understood
+
+
+class LearntSequence:
+    """A sequence on disk.
+
+    Attributes:
+        folder: Its folder, with a run folder for each variant, seed and task.
+        result: Contents of `sequence.json`.
+        report: Path of `report.html`, or None if no report was requested.
+
+    Raises:
+        ConfigError: There is no sequence in that folder.
+        IntegrityError: `sequence.json` is damaged, or has another format version.
+    """
+
+    def __init__(self, folder: str | Path, *, report: Path | None = None) -> None:
+        self.folder, self.report = Path(folder), report
+        if not (self.folder / SEQUENCE).is_file():
+            raise ConfigError(f"{folder} holds no sequence: it has no {SEQUENCE}")
+        refuse_links(self.folder, (SEQUENCE,))
+        self.result = read_sealed(self.folder / SEQUENCE, scale=COMPARISON_SCALE)
+        if self.result.get("format") != FORMAT:
+            raise IntegrityError(f"{SEQUENCE} has another format than {FORMAT}", where=str(self.folder))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object that `graftwerk sequence --json` prints."""
+        return {"sequence": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
+
+    def table(self) -> str:
+        """Return the measures of each variant and its matrix as plain text."""
+        with understood(self.folder / SEQUENCE):
+            return plain(self.result)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.folder}: {len(self.result['tasks'])} tasks, {len(self.result['variants'])} variants>"
+
+
+def sequence(
+    config: str | Path | Mapping[str, Any],
+    seeds: Sequence[int] | int | str = (0, 1, 2),
+    *,
+    variants: Sequence[str] | str | None = None,
+    overwrite: bool = False,
+    listener: Listener | None = None,
+    quiet: bool = False,
+    report: bool = True,
+    **overrides: Any,
+) -> LearntSequence:
+    """Learn tasks one after the other, and measure after each what is still known of those before it.
+
+    A second call with the same settings resumes an interrupted sequence. A run that diverges ends the sequence of its
+    variant and seed, and the others continue.
+
+    Args:
+        config: A file with `tasks` (and perhaps `variants`) beside the keys of a run file, or its content.
+        seeds: Training seeds. The rows of a task are the same for all.
+        variants: Names of the variants to learn with, or None for all.
+        overwrite: Train all runs again.
+        listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
+        quiet: Show no progress.
+        report: Write `report.html`.
+        **overrides: Settings of the run file by name, for all tasks and variants.
+
+    Returns:
+        The sequence, whose `table` is the result as text.
+
+    Raises:
+        ConfigError, DataError, ModelError: Found before training begins.
+        ConflictError: The folder is in use, or holds something else.
+        RunInterrupted: SIGINT or SIGTERM came; the active run has saved a checkpoint.
+        ResourceError: Disk or memory do not suffice.
+
+    Example:
+        Settings are checked before any process is started:
+
+        >>> from graftwerk import sequence
+        >>> common = {"model": "some/model", "method": "lora"}
+        >>> sequence({**common, "tasks": {"films": {"data": {"train": "films.csv"}}}})
+        Traceback (most recent call last):
+        graftwerk.errors.ConfigError: a sequence has two tasks or more, by name
+        ...
+    """
+    names = [part.strip() for part in variants.split(",")] if isinstance(variants, str) else variants
+    plan = read_plan(config, overrides, None if names is None else list(names))
+    display = None if quiet or listener is not None else ComparisonDisplay()
+    driver = SequenceDriver(plan, parse_seeds(seeds), listener or display or (lambda event: None))
+    try:
+        driver.run(JobRunner, overwrite=overwrite)
+    finally:
+        if display is not None:
+            display.close_bar()
+    written = None
+    if report:
+        from graftwerk.reporting.html import write_report
+
+        written = write_report(driver.folder)
+    return LearntSequence(driver.folder, report=written)

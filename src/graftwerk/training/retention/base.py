@@ -1,0 +1,133 @@
+"""The contract of strategies: a start on the model as it is before the first step, and a loss in every step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from graftwerk.data.stream import StreamedRows
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.evaluation.inference import moved
+from graftwerk.evaluation.sample_outputs import sample_rows
+from graftwerk.modeling.attach import Adapter
+from graftwerk.tasks.base import Example, Task
+from graftwerk.training.distributed import Distributed
+from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.retained import RetainedMeter
+from graftwerk.training.retained_rows import Retained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KEY = "training.retain"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Parts of a training that strategies work with.
+
+    Attributes:
+        meter: The entries of `evaluation.retained` and their heads.
+        adapter: The adapter that is trained.
+        task: The run's own task.
+        tokenizer: Tokenizer of the model.
+        processes: Processes that train together.
+        train: The run's own encoded training rows.
+        seed: Seed of the run.
+    """
+
+    meter: RetainedMeter
+    adapter: Adapter
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    processes: Distributed
+    train: Sequence[Example]
+    seed: int
+
+
+class Strategy(ABC):
+    """One loss against forgetting.
+
+    Its state is made by `start` from the settings and the model as it is before the first step, the same in a resumed
+    run; rows of a step follow from the seed and the step's number. So nothing of it is stored in checkpoints.
+
+    Args:
+        setting: What it works with.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @abstractmethod
+    def start(self) -> None:
+        """Prepare on the model as it is before the first step, in evaluation mode.
+
+        Raises:
+            ConfigError, UnsupportedError: The rows or the model do not have what the strategy needs.
+        """
+
+    @abstractmethod
+    def losses(self, step: int, own: PreparedStep, gradients: GradientAccumulator) -> Iterator[Tensor]:
+        """Yield losses (scalars) that add up to the strategy's over all processes; each is propagated before the next.
+
+        Args:
+            step: Number of the step, from 0.
+            own: The batches of the run's own rows.
+            gradients: The accumulator, for its model and size of micro-batches.
+        """
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Return the bytes of tensors that it holds."""
+
+
+def kept_examples(setting: Setting, entry: Retained, most: int, strategy: str) -> list[Example]:
+    """Return encoded training rows of an entry, evenly spaced; rows that are measured are never among them.
+
+    Args:
+        setting: What strategies work with.
+        entry: The entry.
+        most: Most of them.
+        strategy: Name of the strategy, for messages.
+
+    Raises:
+        ConfigError: The entry has no training rows.
+        UnsupportedError: They are streamed.
+    """
+    rows = entry.splits.train
+    if isinstance(rows, StreamedRows):
+        raise UnsupportedError(
+            f"rows of `{entry.name}` are streamed, and some of them would have to be kept", where=f"{KEY}.{strategy}"
+        )
+    if not rows:
+        raise ConfigError(
+            f"`{entry.name}` has rows to measure and none to train on",
+            where=f"{KEY}.{strategy}",
+            hint="name the run that was trained on them (run: runs/earlier), or `general`",
+        )
+    chosen = [rows[place] for place in sample_rows(len(rows), most)]
+    return list(entry.task.encode(chosen, setting.tokenizer, entry.splits, entry.max_length))
+
+
+def batches_of(setting: Setting, task: Task, examples: Sequence[Example], size: int) -> Iterator[tuple[int, Any]]:
+    """Yield the number of rows and the batch, (B, T) each, of every piece of some examples, on the device.
+
+    Args:
+        setting: What strategies work with.
+        task: Task that collates them.
+        examples: The examples.
+        size: Most rows of a piece.
+    """
+    ordered = sorted(examples, key=lambda example: example.length)
+    for start in range(0, len(ordered), size):
+        piece = ordered[start : start + size]
+        collated = task.collator.collate_training(piece, setting.tokenizer)
+        yield len(piece), moved(task.objective.prepare(collated, setting.adapter.model), setting.processes.device)

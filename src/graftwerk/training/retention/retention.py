@@ -1,0 +1,89 @@
+"""The strategies of a run together: started before the first step, added to every step, and what they cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from graftwerk.training.callbacks.base import Callback, TrainingLoop
+from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.retention.base import Setting, Strategy
+from graftwerk.training.retention.consolidation import Consolidation
+from graftwerk.training.retention.distillation import Distillation
+from graftwerk.training.retention.replay import Replay
+from graftwerk.training.retention.self_replay import SelfReplay
+from graftwerk.training.settings import RetainSettings
+
+
+class Retention(Callback):
+    """Add the losses of all strategies to every step.
+
+    Args:
+        settings: `training.retain`.
+        setting: What strategies work with.
+
+    Attributes:
+        strategies: The strategies, in the order in which their losses are added.
+    """
+
+    state_key = "retention"
+
+    def __init__(self, settings: RetainSettings, setting: Setting) -> None:
+        self.strategies: list[Strategy] = []
+        if settings.replay is not None:
+            self.strategies.append(Replay(setting, settings.replay))
+        if settings.self_replay is not None:
+            self.strategies.append(SelfReplay(setting, settings.self_replay))
+        if settings.distillation is not None:
+            self.strategies.append(Distillation(setting, settings.distillation))
+        if settings.consolidation is not None:
+            self.strategies.append(Consolidation(setting, settings.consolidation))
+        self.seconds = self.start_seconds = 0.0
+        self._trainer: TrainingLoop | None = None
+
+    def start(self, trainer: TrainingLoop) -> None:
+        """Prepare all strategies on the model as it is before the first step.
+
+        Args:
+            trainer: The training that they are added to.
+
+        Raises:
+            ConfigError, UnsupportedError: As `Strategy.start`.
+        """
+        began = time.perf_counter()
+        for strategy in self.strategies:
+            strategy.start()
+        self._trainer, self.start_seconds = trainer, time.perf_counter() - began
+
+    def losses(self, own: PreparedStep, gradients: GradientAccumulator) -> Iterator[Tensor]:
+        """Yield the losses (scalars) of a step, each to be propagated before the next is computed.
+
+        Args:
+            own: The batches of the run's own rows.
+            gradients: The accumulator of the step.
+        """
+        assert self._trainer is not None
+        began = time.perf_counter()
+        for strategy in self.strategies:
+            yield from strategy.losses(self._trainer.state.step, own, gradients)
+        self.seconds += time.perf_counter() - began
+
+    def cost(self) -> dict[str, Any]:
+        """Return what the strategies cost: seconds before the first step and in all steps, bytes held."""
+        return {
+            "strategies": {strategy.name: strategy.bytes for strategy in self.strategies},
+            "start_seconds": self.start_seconds,
+            "step_seconds": self.seconds,
+            "bytes": sum(strategy.bytes for strategy in self.strategies),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if type(state["seconds"]) not in (int, float):
+            raise TypeError("`seconds` is not a number")
+        self.seconds = float(state["seconds"])

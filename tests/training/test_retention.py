@@ -1,0 +1,287 @@
+"""Strategies against forgetting: what each computes, against an oracle; they combine, and resume bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graftwerk.config import RunConfig
+from graftwerk.errors import ConfigError, ConflictError, RunInterrupted
+from graftwerk.methods.registry import METHODS
+from graftwerk.training.events import Event
+from graftwerk.training.retention.consolidation import Consolidation
+from graftwerk.training.retention.distillation import Distillation
+from graftwerk.training.retention.replay import Replay
+from graftwerk.training.retention.retention import Retention
+from graftwerk.training.train import train
+from graftwerk.training.trainer import Trainer
+
+Tree = dict[str, Any]
+FIRST, SECOND = ["noun.act", "noun.animal"], ["noun.body", "noun.food", "noun.plant"]
+ALL: Tree = {"replay": 0.5, "distillation": 0.5, "consolidation": 2.0}
+
+
+def quiet(event: Event) -> None:
+    """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def tree(tiny_encoder: Path, glosses: Path) -> Callable[..., Tree]:
+    def build(output_dir: Path, classes: list[str], method: Any = "lora", **training: Any) -> Tree:
+        data = {
+            "train": str(glosses),
+            "filter": {"label": classes},
+            "max_train_rows": 20,
+            "validation": None,
+            "test": 8,
+            "max_length": 16,
+            "max_truncated": 1.0,
+        }
+        usual = {"max_steps": 4, "per_device_train_batch_size": 6, "learning_rate": 1e-2, "report_to": []}
+        return {
+            "model": str(tiny_encoder),
+            "data": data,
+            "method": method,
+            "training": {**usual, **training},
+            "evaluation": {"resamples": 100, "latency_batches": 1},
+            "output_dir": str(output_dir),
+        }
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory, tree: Callable[..., Tree]) -> Path:
+    return train(tree(tmp_path_factory.mktemp("earlier") / "run", FIRST), listener=quiet).folder
+
+
+@pytest.fixture(scope="module")
+def later(tree: Callable[..., Tree], earlier: Path) -> Callable[..., Tree]:
+    """A run on other classes that starts from the earlier run's weights."""
+
+    def build(
+        output_dir: Path, retain: Tree | None, method: Any = "lora", run: Path = earlier, **training: Any
+    ) -> Tree:
+        given = tree(output_dir, SECOND, method, warm_start=str(run), new_head=True, retain=retain, **training)
+        given["evaluation"]["retained"] = {"first": {"run": str(run)}}
+        return given
+
+    return build
+
+
+@pytest.fixture
+def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Retention, Trainer]]:
+    """The strategies of the runs that are trained, as they were started."""
+    found: list[tuple[Retention, Trainer]] = []
+    retain = Trainer.retain
+
+    def caught(self: Trainer, retention: Retention) -> None:
+        retain(self, retention)
+        found.append((retention, self))
+
+    monkeypatch.setattr(Trainer, "retain", caught)
+    return found
+
+
+def weights(run: Any) -> bytes:
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_strategies_combine_and_say_what_they_cost(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]]
+) -> None:
+    run = train(later(tmp_path / "run", ALL), listener=quiet)
+    cost = run.manifest["cost"]["retention"]
+    assert list(cost["strategies"]) == ["replay", "distillation", "consolidation"]
+    assert cost["bytes"] == sum(cost["strategies"].values()) > 0
+    assert cost["step_seconds"] > 0
+    plain = train(later(tmp_path / "plain", None), listener=quiet)
+    assert weights(plain) != weights(run)
+    assert "retention" not in plain.manifest["cost"]
+
+
+def test_replay_rows_are_training_rows_and_follow_from_the_step(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]]
+) -> None:
+    """And their loss is the mean of the earlier head's on the model's features."""
+    train(later(tmp_path / "run", {"replay": {"share": 0.5, "rows": 9, "weight": 3.0}}), listener=quiet)
+    (replay,), trainer = caught[0][0].strategies, caught[0][1]
+    assert isinstance(replay, Replay)
+    setting = replay.setting
+    (entry,) = setting.meter.entries
+    assert len(replay.memory) == 9
+    measured = {tuple(example.inputs["input_ids"]) for example in entry.examples}
+    assert not measured & {tuple(example.inputs["input_ids"]) for _, example in replay.memory}
+    assert replay.drawn(3, 6) == replay.drawn(3, 6) != replay.drawn(4, 6)
+    assert len(replay.drawn(0, 6)) == 3
+    model = trainer.adapter.model.eval()
+    own = trainer.gradients.prepare(trainer.batch_sampler(0), 6)
+    found = sum(float(loss.detach()) for loss in replay.losses(0, own, trainer.gradients))
+    ((path, head),) = setting.meter.heads["first"].items()
+    hidden: dict[str, torch.Tensor] = {}
+    slot = model.get_submodule(path).graft._modules["default"]
+    handle = slot.register_forward_pre_hook(lambda module, given: hidden.update(x=given[0]))
+    losses = []
+    for place in replay.drawn(0, 6):
+        batch = entry.task.collator.collate([replay.memory[place][1]], setting.tokenizer)
+        with torch.no_grad():
+            entry.task.objective.forward(model, batch)
+            losses.append(float(torch.nn.functional.cross_entropy(head(hidden["x"]), batch["labels"])))
+    handle.remove()
+    assert found == pytest.approx(3.0 * float(np.mean(losses)), rel=1e-5)
+
+
+def test_distillation_is_zero_at_the_start_and_grows(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]]
+) -> None:
+    seen: list[float] = []
+    original = Distillation.losses
+
+    def losses(self: Distillation, step: int, own: Any, gradients: Any) -> Any:
+        self.setting.adapter.model.eval()  # without dropout the student is the teacher at first
+        for loss in original(self, step, own, gradients):
+            seen.append(float(loss))
+            yield loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "losses", losses)
+        train(later(tmp_path / "run", {"distillation": True}, learning_rate=5e-2), listener=quiet)
+    assert seen[0] == pytest.approx(0.0, abs=1e-6)
+    assert seen[-1] > 1e-5
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("oft", marks=pytest.mark.slow)])
+def test_fisher_of_the_update_equals_autograd_of_the_weight(
+    tmp_path: Path,
+    tree: Callable[..., Tree],
+    later: Callable[..., Tree],
+    method: str,
+    caught: list[tuple[Retention, Trainer]],
+) -> None:
+    """The oracle: the adapter merged into a weight that requires a gradient, row by row."""
+    run = train(tree(tmp_path / "first", FIRST, method), listener=quiet).folder
+    train(
+        later(tmp_path / "run", {"consolidation": {"rows": 5}}, method, run, max_steps=1, learning_rate=1e-12),
+        listener=quiet,
+    )
+    (strategy,), trainer = caught[0][0].strategies, caught[0][1]
+    assert isinstance(strategy, Consolidation)
+    assert strategy.layers
+    setting, model = strategy.setting, trainer.adapter.model.eval()
+    path = next(path for path in strategy.layers if path.endswith("layer.1.attention.self.value"))
+    (entry,) = setting.meter.entries
+    from graftwerk.training.retention.base import batches_of, kept_examples
+
+    examples = kept_examples(setting, entry, 5, "consolidation")
+    trainer.adapter.merge()
+    weight = model.get_submodule(path).weight
+    weight.requires_grad_(True)
+    expected = torch.zeros_like(weight)
+    for _, batch in batches_of(setting, entry.task, examples, 1):
+        with setting.meter.lent(entry):
+            loss = entry.task.objective.loss(entry.task.objective.forward(model, batch), batch)
+        (gradient,) = torch.autograd.grad(loss, [weight])
+        expected += gradient**2 / 5
+    torch.testing.assert_close(strategy.fisher[path], expected, rtol=2e-3, atol=1e-9)
+
+
+def test_consolidation_holds_the_weights_that_matter(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]]
+) -> None:
+    """The change of weights, each times its Fisher information, is smaller by far under a heavy weight."""
+    changes = []
+    for name, weight in (("held", 1e6), ("loose", 1e-6)):
+        train(later(tmp_path / name, {"consolidation": weight}, learning_rate=5e-2), listener=quiet)
+        (strategy,), trainer = caught[-1][0].strategies, caught[-1][1]
+        own = trainer.gradients.prepare(trainer.batch_sampler(0), 6)
+        changes.append(sum(float(loss.detach()) for loss in strategy.losses(0, own, trainer.gradients)) / weight)
+    assert 0 < changes[0] < changes[1] / 3
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in ("prefix",) else pytest.mark.slow) for name in METHODS]
+)
+def test_strategies_work_with_every_method_and_resume_bit_for_bit(
+    tmp_path: Path, tree: Callable[..., Tree], later: Callable[..., Tree], method: str
+) -> None:
+    first = train(tree(tmp_path / "first", FIRST, method, learning_rate=1e-3), listener=quiet).folder
+    if method == "probe":  # nothing is shared between tasks
+        with pytest.raises(ConfigError):
+            train(later(tmp_path / "run", ALL, method, first), listener=quiet)
+        return
+    whole = train(later(tmp_path / "whole", ALL, method, first, learning_rate=1e-3, save_steps=1), listener=quiet)
+
+    def stop(event: Event) -> None:
+        if event.kind == "checkpoint" and event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    given = later(tmp_path / "stopped", ALL, method, first, learning_rate=1e-3, save_steps=1)
+    with pytest.raises(RunInterrupted):
+        train(given, listener=stop)
+    resumed = train(given, resume=True, listener=quiet)
+    assert weights(resumed) == weights(whole)
+    assert (
+        resumed.manifest["retained"]["entries"]["first"]["after"]
+        == whole.manifest["retained"]["entries"]["first"]["after"]
+    )
+
+
+def test_resuming_with_other_strategies_raises(tmp_path: Path, later: Callable[..., Tree]) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "checkpoint" and event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunInterrupted):
+        train(later(tmp_path / "run", {"replay": 0.5}, save_steps=2), listener=stop)
+    with pytest.raises(ConflictError, match=r"retain\.replay\.share"):
+        train(later(tmp_path / "run", {"replay": 0.25}, save_steps=2), resume=True, listener=quiet)
+
+
+@pytest.mark.parametrize(
+    ("retain", "retained", "said"),
+    [
+        ({}, {}, "name a strategy"),
+        ({"replay": True}, {}, "evaluation.retained"),
+        ({"replay": {"part": 1}}, {"first": {"run": "x"}}, "unknown key"),
+    ],
+)
+def test_invalid_retain_raises(tree: Callable[..., Tree], retain: Tree, retained: Tree, said: str) -> None:
+    given = tree(Path("run"), SECOND, retain=retain)
+    given["evaluation"]["retained"] = retained
+    with pytest.raises(ConfigError, match=said):
+        RunConfig.build(given)
+
+
+@pytest.mark.slow
+def test_text_model_is_distilled_towards_its_base(tmp_path: Path, tiny_decoder: Path, glosses: Path) -> None:
+    """Perplexity of general text moves less; the adapter is switched off for the teacher's pass, and on again."""
+    found = []
+    for name, retain in (("plain", None), ("held", {"distillation": 20.0, "replay": 1.0, "self_replay": {"rows": 8}})):
+        given = {
+            "model": str(tiny_decoder),
+            "task": "causal",
+            "data": {"train": str(glosses), "max_train_rows": 24, "validation": None, "test": 4, "max_length": 16},
+            "method": "lora",
+            "training": {
+                "max_steps": 6,
+                "learning_rate": 2e-2,
+                "per_device_train_batch_size": 4,
+                "report_to": [],
+                "retain": retain,
+            },
+            "evaluation": {"resamples": 100, "retained": "general"},
+            "output_dir": str(tmp_path / name),
+        }
+        found.append(train(given, listener=quiet).manifest["retained"]["entries"]["general"])
+    plain, held = found
+    assert held["before"] == plain["before"]
+    assert abs(np.log(held["after"]["value"] / held["before"]["value"])) < abs(
+        np.log(plain["after"]["value"] / plain["before"]["value"])
+    )
