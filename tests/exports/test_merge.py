@@ -19,6 +19,7 @@ from graftwerk.exports import merge as module
 from graftwerk.exports.parity import compare, require
 from graftwerk.exports.source import FACTS
 from graftwerk.serialization.untrusted_files import read_sealed
+from graftwerk.tasks.registry import parse_task
 from tests.exports.conftest import LABELS, Make
 from tests.tiny_text import GNOME, SYNOPSES
 
@@ -92,6 +93,52 @@ def test_merged_text_model_has_the_adapters_probabilities(
     result = gw.merge(folder, tmp_path / "merged", data=str(SYNOPSES), dtype="float32", rows=12)
     assert result["parity"]["max_abs_difference"] < 1e-5
     assert result["parity"]["positions"] > 40, "several positions of each row"
+
+
+TASKS: dict[str, tuple[str, Any]] = {
+    "pairs": ("encoder", {"name": "classification", "pairs": True}),
+    **{name: ("encoder", name) for name in ("classification", "regression", "multilabel", "token-classification")},
+    "similarity": ("encoder", "similarity"),
+    "masked": ("encoder", "masked"),
+    "causal": ("decoder", "causal"),
+    "instruction": ("decoder", "instruction"),
+    "summarization": ("bart", "summarization"),
+    "translation": ("mbart50", {"name": "translation", "source_lang": "de_DE", "target_lang": "en_XX"}),
+}
+"""Every task but `mixture`, whose rows are those of others: a family of models, and the task."""
+NOT_IN_PEFT = ("bitfit", "probe", "full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_task_merges_and_goes_to_peft_with_the_adapters_answers(
+    method: str,
+    task: str,
+    tiny_encoder: Path,
+    tiny_decoder: Path,
+    text_model: Callable[[str], Path],
+    make_adapter: Make,
+    tmp_path: Path,
+) -> None:
+    family, settings = TASKS[task]
+    base = {"encoder": tiny_encoder, "decoder": tiny_decoder}.get(family) or text_model(family)
+    if method == "probe" and not parse_task(settings).has_head:
+        pytest.skip("a linear probe trains a task head, and this task has none")
+    if method == "bitfit" and family == "decoder":
+        pytest.skip("this model has no biases")
+    rows = None
+    if task == "pairs":
+        rows = str(tmp_path / "pairs.jsonl")
+        row = {"text": "a small animal", "text_pair": "it eats grass"}
+        Path(rows).write_text("".join(json.dumps({**row, "label": label}) + "\n" for label in LABELS), encoding="utf-8")
+    folder = make_adapter(base, METHODS[method], settings)
+    merged = gw.merge(folder, tmp_path / "merged", data=rows, dtype="float32")["parity"]
+    assert merged["max_abs_difference"] < 1e-5
+    if method in NOT_IN_PEFT:
+        return
+    exported = gw.export(folder, tmp_path / "peft", to="peft", data=rows)["parity"]
+    assert exported["max_abs_difference"] < 1e-5
 
 
 def test_merged_instruction_model_writes_as_evaluated(tiny_decoder: Path, make_adapter: Make, tmp_path: Path) -> None:

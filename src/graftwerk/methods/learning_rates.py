@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from graftwerk.methods.base import Method
 
 LEARNING_RATES: Mapping[str, Mapping[str, float]] = {
-    "multilabel": {"lora": 2e-3},
+    "multilabel": {"full": 2e-4, "lora": 2e-3},
     "token-classification": {"full": 2e-4, "lora": 2e-3},
 }
 """By task and method: the peak rate of the method, and of a task head, which has no other rate."""
