@@ -75,7 +75,7 @@ def test_comparison_header_command_has_what_was_chosen(tmp_path: Path) -> None:
     checked = {"rows": rows, "main_metric": "accuracy", "machine": {}, "versions": {}, "origin": {}, "fingerprint": "f"}
     config, specs = base(output_dir=str(tmp_path)), parse_method_specs("lora,ia3")
     axes, _ = read_axes({"max_grad_norm": "1,null"})
-    given: dict[str, Any] = {"checked": {**checked, "findings": []}, "own": "lora", "axes": axes}
+    given: dict[str, Any] = {"checked": {**checked, "findings": [], "summary": {}}, "own": "lora", "axes": axes}
     plain = comparison_header(config, specs, [0], None, None, **given, prefer="trained_parameters", margin=None)
     assert plain["metric"] == "accuracy"
     assert plain["command"].endswith("methods=lora,ia3 seeds=0 max_grad_norm=1,null")
