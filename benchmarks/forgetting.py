@@ -4,8 +4,8 @@
 
 Glosses of WordNet 3.0 in three classes (`text`, `label`), film snippets from the installed package, and topics of
 Debian packages from their descriptions (`text`, `labels`: rows with exactly one of four topics). 480 training and 300
-test rows a task; LoRA is on the top two layers of MiniLM, full fine-tuning trains all. The table is in
-docs/forgetting.md.
+test rows a task; LoRA is on the top two layers of MiniLM, full fine-tuning trains all. A table belongs in
+docs/forgetting.md once it has been run.
 """
 
 from __future__ import annotations
