@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from graftwerk.errors import ConfigError, DivergedError, IntegrityError, ResourceError, RunInterrupted
@@ -135,6 +135,20 @@ def test_ray_runner_error_keeps_its_class_and_stops_when_told(
         with pytest.raises(RunInterrupted, match="SIGINT") as stopped:
             runner.run(job_of(runner), lambda event: runner.interrupt(signal.SIGINT))
     assert stopped.value.recovered == "step 4"
+
+
+def test_workers_give_resources_back_when_nothing_is_left(runner: RayRunner) -> None:
+    """A runner that lost its machine may wait for the resources that the others had."""
+    other, both = RayRunner(runner.log, FakeActor, FAKE), threading.Barrier(2, timeout=20)
+
+    def work(which: JobRunner, job: dict[str, Any]) -> None:
+        both.wait()  # each has one of the jobs
+        which.run(job, lambda event: None)
+        assert which._actor is not None  # type: ignore[attr-defined]
+
+    with Workers([runner, other]) as workers:
+        workers.each([job_of(runner), job_of(runner)], work)
+        assert runner._actor is other._actor is None
 
 
 def test_ray_runner_refuses_machines_that_cannot_work_for_this_one(
@@ -279,9 +293,9 @@ def test_compare_on_two_ray_workers_one_of_them_killed_gives_the_table_of_one_pr
         if event.kind == "note":
             notes.append(event.text)
         if event.run.startswith("lora") and event.run.endswith("seed 0") and event.step and not killed:
-            lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-            stations = [int(line.split()[0]) for line in lines.splitlines() if "ray::Station" in line]
-            assert len(stations) == 2
+            own = psutil.Process().children(recursive=True)  # the cluster is a child of this process
+            stations = [each.pid for each in own if "ray::Station" in each.name() + " ".join(each.cmdline())]
+            assert stations
             killed.extend(stations)  # whichever of them it was: the other's run is begun again as well
             for pid in stations:
                 os.kill(pid, signal.SIGKILL)

@@ -171,6 +171,9 @@ class JobRunner:
         """Ask the job at work to save and end, as SIGTERM would; `run` then raises the RunInterrupted of the job."""
         self._pass_on(signal.SIGTERM)
 
+    def rest(self) -> None:
+        """Give back what other runners may need while there is nothing to do here: nothing, on one machine."""
+
     def _stopped(self, signum: int, kept: str | None = None) -> RunInterrupted:
         return RunInterrupted(signum, f"stopped by {signal.Signals(signum).name}", recovered=kept)
 

@@ -235,6 +235,10 @@ class RayRunner(JobRunner):
         if self._actor is not None:
             self._actor.end_job.remote()
 
+    def rest(self) -> None:
+        """Give the resources back: the cluster may have shrunk, and a runner that lost its machine waits for them."""
+        self._close()
+
     def _pass_on(self, signum: int) -> None:
         if (actor := self._actor) is not None:
             # not from within a handler of a signal, which may have stopped Ray's own code

@@ -136,6 +136,8 @@ class Workers:
             while self._error is None:
                 runner.check()
                 if not work(runner):
+                    if len(self.runners) > 1:
+                        runner.rest()
                     return
         except BaseException as error:  # a defect must reach the main thread, too
             with self._lock:
