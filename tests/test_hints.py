@@ -18,8 +18,8 @@ from graftwerk.training.settings import TrainingSettings
 SRC = Path(__file__).parents[1] / "src" / "graftwerk"
 KEY = re.compile(r"(?<![\w./])(?:data|training|evaluation|task|method)\.[a-z][a-z_]*(?![\w(])")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
-NOT_OURS = {"--multi", "--fsdp"}
-"""Options of accelerate launch."""
+NOT_OURS = {"--multi", "--fsdp", "--head", "--address"}
+"""Options of accelerate launch and of ray start."""
 FILES = {"data.csv", "data.jsonl"}
 
 

@@ -11,12 +11,13 @@ import torch
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError, UnsupportedError
-from graftwerk.experiments.preflight import _lengths, _lengths_counted, count_parameters, preflight
+from graftwerk.experiments.preflight import count_parameters, preflight
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.modeling.attach import attach
 from graftwerk.models.load import load_config
 from graftwerk.tasks.base import Example, Splits
 from graftwerk.tasks.classification import Classification
+from graftwerk.training.data_summary import _lengths, _lengths_counted
 from tests.cli.commands import run_file
 
 SPLITS = Splits([], [], [], ("a", "b", "c"), "x")

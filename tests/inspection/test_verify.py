@@ -86,8 +86,8 @@ def test_training_that_changes_the_base_says_so(
 ) -> None:
     fit = Trainer.fit
 
-    def meddling(trainer: Trainer) -> None:
-        fit(trainer)
+    def meddling(trainer: Trainer, *log_position: Any) -> None:
+        fit(trainer, *log_position)
         flip(trainer.adapter.model.get_parameter(f"bert.{NAME}"))
 
     monkeypatch.setattr(Trainer, "fit", meddling)

@@ -94,9 +94,12 @@ def test_jsonl_unopenable_raises(tmp_path: Path) -> None:
         JsonLines(tmp_path / "no" / "folder" / "log")
 
 
-def test_tensorboard_resume_purges_later_steps(tmp_path: Path) -> None:
+def test_tensorboard_resume_purges_later_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # files of one second and process are read by the text of a counter, in which 10 comes before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     first = TensorBoard(tmp_path)
     for step in (1, 2, 3):
         first(Event("step", step, loss=float(step), note="words"))

@@ -108,5 +108,5 @@ def _digest(tensor: Tensor, as_type: str | None) -> str:
     values = tensor.detach().reshape(-1)
     for start in range(0, values.numel(), PIECE):
         piece = values[start : start + PIECE].to(kind).contiguous().view(torch.uint8)
-        found.update(piece.cpu().numpy().data)
+        found.update(piece.to("cpu", copy=True).numpy().data)  # numpy pins a storage, which FSDP could not free then
     return f"{name} {found.hexdigest()[:DIGITS]}"
