@@ -252,7 +252,7 @@ def errors(known: Mapping[str, Any], key: str) -> dict[str, float]:
 def summary(found: Mapping[str, float]) -> str:
     """Return median, 95th percentile and the extremes of errors."""
     if not found:
-        return "nothing"
+        return "not measured"
     size = sorted(abs(value) for value in found.values())
     high = size[min(len(size) - 1, round(0.95 * (len(size) - 1)))]
     low, top = min(found.values()), max(found.values())
@@ -272,8 +272,9 @@ def page(known: Mapping[str, Any]) -> str:
     for name, each in chosen.items():
         cells = [name]
         for key, scale, digits, found in (("peak_memory_bytes", 1e-6, 0, memory), ("step_seconds", 1, 3, time)):
-            cells += [f"{each[side][key] * scale:,.{digits}f}" for side in ("planned", "measured")]
-            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %")
+            sides = [each[side].get(key) for side in ("planned", "measured")]
+            cells += ["–" if value is None else f"{value * scale:,.{digits}f}" for value in sides]
+            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %" if name in found else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
