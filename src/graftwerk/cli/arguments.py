@@ -41,10 +41,10 @@ Columns = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option("--model", help="The base model, where it is not where the adapter says.", show_default=False),
+    typer.Option("--model", help="The base model, if it is not where the adapter says.", show_default=False),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Accept a base with other weights than those the adapter was trained on.")
+    bool, typer.Option("--force", help="Accept a base whose weights differ from those the adapter was trained on.")
 ]
 Metric = Annotated[str | None, typer.Option(help="Metric that decides; default: the task's own.", show_default=False)]
 
@@ -55,14 +55,14 @@ class Several:
 
     metric: Metric = None
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Train all of it again; what earlier runs left is replaced.")
+        bool, typer.Option("--overwrite", help="Train everything again; what earlier runs left is replaced.")
     ] = False
     ray: Annotated[
         str | None,
         typer.Option(
             metavar="auto|HOST:PORT|local",
-            help="Train on the machines of a Ray cluster: the one this machine belongs to, the one with its head "
-            "there, or one of this machine alone; as many runs at once as there is room for.",
+            help="Train on a Ray cluster, as many runs at once as fit: auto is the one this machine belongs to, "
+            "HOST:PORT the one whose head is there, local one of this machine alone.",
             show_default=False,
         ),
     ] = None
@@ -70,7 +70,7 @@ class Several:
         str | None,
         typer.Option(
             metavar="CPU=1[,GPU=1]",
-            help="What a run takes of the cluster; default: a processor, and a GPU if there are any.",
+            help="What a run takes of the cluster; default: one CPU, and one GPU if there are any.",
             show_default=False,
         ),
     ] = None

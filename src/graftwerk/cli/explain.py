@@ -32,13 +32,13 @@ def register(app: typer.Typer) -> None:
         ] = None,
         attention: Annotated[
             bool,
-            typer.Option("--attention", help="Where each text's pass looks, and the share that a prefix takes."),
+            typer.Option("--attention", help="Show where each text's pass looks, and the share that a prefix takes."),
         ] = False,
         save: Annotated[
-            bool, typer.Option("--save", help="Keep it in the run's folder: `graftwerk report` then shows it.")
+            bool, typer.Option("--save", help="Keep the result in the run's folder; `graftwerk report` shows it.")
         ] = False,
         html: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Write it as a page with pictures.", show_default=False)
+            Path | None, typer.Option(metavar="FILE", help="Write a page with pictures.", show_default=False)
         ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --html.")] = False,
         model: Base = None,
@@ -46,8 +46,8 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Show what an adapter did: each layer's update, and the tokens that answers come from.
 
-        Scores of tokens are integrated gradients; of tasks that write they stand beside the base's, for the same
-        answer.
+        Token scores are integrated gradients; for tasks in which the model writes, they are shown next to the base's
+        scores for the same answer.
         """
         from graftwerk.display import shown_rows
         from graftwerk.errors import ConfigError

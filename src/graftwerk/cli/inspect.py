@@ -22,21 +22,21 @@ def register(app: typer.Typer) -> None:
         out: Output,
         target: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="An adapter folder or a run folder.")],
         modules: Annotated[
-            bool, typer.Option("--modules", help="One line for each module, not only for each layer.")
+            bool, typer.Option("--modules", help="One line per module instead of one per layer.")
         ] = False,
         verify: Annotated[
             bool,
-            typer.Option("--verify", help="Load the base, and compare each of its tensors with those before training."),
+            typer.Option("--verify", help="Load the base, and compare each tensor with its digest before training."),
         ] = False,
         model: Base = None,
     ) -> Result:
         """Show what an adapter touches, holds and learnt, and where it comes from.
 
-        No model is loaded but with --verify, which checks that the adapter's files are those that were written, and
+        No model is loaded except with --verify, which checks that the adapter's files are as they were written, and
         that the base is, bit for bit, what it was before training.
         """
         if model is not None and not verify:
-            raise ConfigError("--model names the base that --verify loads", hint="add --verify, or leave it out")
+            raise ConfigError("--model names the base that --verify loads", hint="add --verify, or leave --model out")
         folder = adapter_in(target)
         from graftwerk.inspection.adapter import describe_adapter
 
@@ -84,7 +84,7 @@ def show_origin(out: Output, described: dict[str, Any]) -> None:
         "adapter": described["folder"],
         "method": described["peft_type"] if foreign else f"{method['name']} (PEFT type {described['peft_type']})",
         "settings": settings_of(method),
-        "base": base["name"] or "not said",
+        "base": base["name"] or "not recorded",
         "fingerprint": base["fingerprint"] or "none: made by another tool, so any base of the right shape is accepted",
         "stored": f"{count(described['parameters'])} parameters, {byte_size(described['bytes'])}",
     }
@@ -117,7 +117,7 @@ def show_verified(out: Output, checked: dict[str, Any]) -> None:
         when = "is not what it was before training" if checked["changed"] else "was changed by the training itself"
         raise IntegrityError(
             f"the base {when}: {names} ({len(changed)} of {checked['tensors']} tensors)",
-            hint="take the base from where the run had it"
+            hint="use the base that the run was trained on"
             if checked["changed"]
             else "train again; an adapter must leave the base as it is",
         )

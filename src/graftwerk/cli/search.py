@@ -17,7 +17,7 @@ Given = Annotated[
         metavar="[trials=20] [seconds=600] [sampler=tpe] [workers=2] [key=a..b] [key=a,b] [key=value ...]",
         help="The budget; the sampler (tpe, random, grid); trials at once; pruner=median (or wilcoxon, none); "
         "finalists=3 and repeats=3: how many of the best trials are trained again, and with how many fresh seeds. "
-        "learning_rate=1e-4..1e-2 and r=4,8,16 are axes, in place of those of the method's own space or beside "
+        "learning_rate=1e-4..1e-2 and r=4,8,16 are axes that replace those of the method's own space or add to "
         "them; a single value fixes a setting.",
         show_default=False,
     ),
@@ -36,9 +36,9 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Search for better settings of the run's method.
 
-        Trials see training and validation rows alone. The best few are then trained again with fresh seeds, and one
-        is measured on the test rows beside the defaults. The same command again resumes it; a larger budget adds
-        trials. The folder of the search is output_dir; best.yaml in it is a run file.
+        Trials see only training and validation rows. The best few are then trained again with fresh seeds, and one
+        is compared with the defaults on the test rows. The same command again resumes; a larger budget adds trials.
+        The folder of the search is output_dir; best.yaml in it is a run file.
         """
         from graftwerk.config import parse_overrides
         from graftwerk.experiments.axes import as_list

@@ -14,8 +14,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[seeds=0,1,2] [variants=A,B] [key=value ...]",
-        help="The seeds, the variants to learn with (default: all in the file), and settings in place of those in the "
-        "file.",
+        help="The seeds, the variants to train (default: all in the file), and settings in place of those in the file.",
         show_default=False,
     ),
 ]
@@ -29,13 +28,13 @@ def register(app: typer.Typer) -> None:
         out: Output,
         config: ConfigFile,
         settings: Settings = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Train all of it again.")] = False,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Train everything again.")] = False,
         dry_run: DryRun = False,
     ) -> Result:
-        """Learn tasks one after the other, and measure after each what is still known of those before it.
+        """Learn tasks one after the other, and measure after each how much of the earlier ones is retained.
 
-        The file has `tasks` (and perhaps `variants`) beside the keys of a run file. The same command again resumes
-        where it stopped. The folder is output_dir.
+        The file has `tasks` (and optionally `variants`) in addition to the keys of a run file. The same command again
+        resumes where it stopped. The folder of the sequence is output_dir.
         """
         from graftwerk.config import parse_overrides
 
