@@ -223,6 +223,19 @@ def test_unpack_refuses_what_would_land_outside(tmp_path: Path) -> None:
     assert (tmp_path / "copy" / "file").read_text() == "old"
 
 
+def test_unpack_of_nothing_leaves_an_empty_folder_and_of_more_replaces_the_old(tmp_path: Path) -> None:
+    """A run that was killed before its first file has an archive without members."""
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        unpack(pack(tmp_path / "empty"), tmp_path / "run")
+        assert list((tmp_path / "run").iterdir()) == []
+    (tmp_path / "empty" / "log").write_text("1")
+    (tmp_path / "run" / "old").write_text("0")
+    unpack(pack(tmp_path / "empty"), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "run"]
+
+
 def test_workers_at_once_do_each_item_once(tmp_path: Path) -> None:
     met = threading.Barrier(2, timeout=20)  # both are at work at the same time
     done: list[int] = []
@@ -236,7 +249,7 @@ def test_workers_at_once_do_each_item_once(tmp_path: Path) -> None:
     assert sorted(done) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("given", ["CPU", "CPU=0", "CPU=much", "=2", "CPU=-1", {"GPU": float("inf")}])
+@pytest.mark.parametrize("given", ["CPU", "CPU=0", "CPU=much", "=2", "CPU=-1", "CPU=1.5", {"GPU": float("inf")}])
 def test_read_resources_wrong_ones_raise(given: Any) -> None:
     with pytest.raises(ConfigError, match="no resource"):
         read_resources(given)

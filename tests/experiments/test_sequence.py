@@ -190,11 +190,27 @@ def test_matrix_interval_covers_the_truth_over_rows_and_seeds() -> None:
         ({"tasks": {"a/b": {}, "c": {}}}, "cannot be"),
         ({"variants": {"x": {"adapters": "some"}}}, "adapters: some"),
         ({"training": {"warm_start": "run"}}, "set by the sequence"),
+        ({"variants": {"x": {"training": {"new_head": True}}}}, "set by the sequence"),
+        ({"variants": {"lora": "lora"}}, "settings by name"),
+        ({"variants": {"x": {"training": 3}}}, "settings by name"),
+        ({"variants": ["lora"]}, "variants have names"),
+        ({"evaluation": "general"}, "settings by name"),
     ],
 )
 def test_invalid_sequence_raises(tree: Tree, changes: Tree, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_plan({**tree, **changes}, {})
+
+
+def test_overrides_are_those_of_all_tasks_and_variants_and_a_bound_waits_for_what_it_bounds(tree: Tree) -> None:
+    changes = {
+        "variants": {"short": {"training": {"max_steps": 2}}, "long": {"training": {"max_steps": 9}}},
+        "evaluation": {**tree.get("evaluation", {}), "max_forgetting": "2 points"},
+    }
+    plan = read_plan({**tree, **changes}, {"max_steps": 3})
+    runs = [plan.config_of(variant, 0, place) for variant in plan.variants for place in (0, 1)]
+    assert [run.training.max_steps for run in runs] == [3] * 4
+    assert [run.evaluation.max_forgetting is None for run in runs] == [True, False] * 2
 
 
 def test_unknown_variant_raises(tree: Tree) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -180,6 +182,10 @@ def test_fisher_of_the_update_equals_autograd_of_the_weight(
     from graftwerk.training.retention.base import batches_of, kept_examples
 
     examples = kept_examples(setting, entry, 5, "consolidation")
+    assert len(examples) == 5
+    other = replace(entry, name="other", examples=examples[:2])  # measured on rows that this one was trained on
+    crossed = SimpleNamespace(tokenizer=setting.tokenizer, meter=SimpleNamespace(entries=[entry, other]))
+    assert kept_examples(crossed, entry, 5, "consolidation") == examples[2:]  # type: ignore[arg-type]
     trainer.adapter.merge()
     weight = model.get_submodule(path).weight
     weight.requires_grad_(True)

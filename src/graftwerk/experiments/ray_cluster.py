@@ -110,13 +110,17 @@ class Station:
             said = {"error": error.as_dict()}
         except BaseException as error:  # a defect must reach whoever waits
             said = {"error": {"error": "error", "exit_code": 1, "what": f"{type(error).__name__}: {error}"}}
-        if folder is not None and folder.is_dir() and not self.shared:
-            content = pack(folder)
-            for at in range(0, len(content), CHUNK):
-                send(content[at : at + CHUNK])
-            shutil.rmtree(folder)
-        send(json.dumps(said, default=str))
-        send(None)
+        try:
+            if folder is not None and folder.is_dir() and not self.shared:
+                content = pack(folder)
+                for at in range(0, len(content), CHUNK):
+                    send(content[at : at + CHUNK])
+                shutil.rmtree(folder)
+        except BaseException as error:  # as above: without an end the driver would wait for ever
+            said = {"error": {"error": "error", "exit_code": 1, "what": f"{type(error).__name__}: {error}"}}
+        finally:
+            send(json.dumps(said, default=str))
+            send(None)
 
 
 class RayRunner(JobRunner):
@@ -372,7 +376,8 @@ def read_resources(given: str | Mapping[str, float] | None) -> dict[str, float]:
             found[name] = float(amount)
         except ValueError:
             found[name] = -1.0
-        if not name or not 0 <= found[name] < float("inf") or (name == "CPU" and not found[name]):
+        broken = found[name] > 1 and found[name] % 1  # Ray shares out parts of one alone
+        if not name or broken or not 0 <= found[name] < float("inf") or (name == "CPU" and not found[name]):
             raise ConfigError(
                 f"`{name}={amount}` is no resource of a run", where="resources", hint="for instance CPU=2,GPU=1"
             )

@@ -7,7 +7,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from graftwerk.errors import IntegrityError
+from graftwerk.errors import IntegrityError, ResourceError
 from graftwerk.training.run_dir import LOCK, TRUNK
 
 
@@ -27,13 +27,20 @@ def unpack(archive: bytes, folder: Path) -> None:
 
     Raises:
         IntegrityError: The archive is damaged, or would write outside the folder.
+        ResourceError: It cannot be written.
     """
-    incoming = folder.with_name(f".{folder.name}.incoming")
+    incoming, aside = (folder.with_name(f".{folder.name}.{name}") for name in ("incoming", "replaced"))
     shutil.rmtree(incoming, ignore_errors=True)
     try:
+        incoming.mkdir(parents=True)  # an archive may be empty: that of a run killed before its first file
         with tarfile.open(fileobj=io.BytesIO(archive)) as stream:
             stream.extractall(incoming, [member for member in stream if member.isfile()], filter="data")
     except tarfile.TarError as error:
         raise IntegrityError(f"a run folder arrived damaged: {error}", where=str(folder)) from None
-    shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise ResourceError(f"a run folder arrived and cannot be written: {error}", where=str(folder)) from None
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(aside)
     incoming.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -26,6 +26,7 @@ from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.task_heads import head_paths, lent_heads, stored_heads
+from graftwerk.sanitize import redact
 from graftwerk.serialization.folder import stored_tensors
 from graftwerk.tasks.base import Predictions
 from graftwerk.training.retained_rows import Retained
@@ -189,7 +190,7 @@ def compared(entry: Retained, before: Predictions, after: Predictions, settings:
     metric = metric_of(entry, before, after)
     found: dict[str, Any] = {
         "task": entry.task.name,
-        "origin": entry.origin,
+        "origin": redact(entry.origin),
         "split": entry.split,
         "rows": after.rows,
         "metric": metric,

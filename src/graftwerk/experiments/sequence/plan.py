@@ -14,6 +14,7 @@ A sequence's file is a run file with `tasks` in place of `task` and `data`, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +100,10 @@ class Plan:
         tree = merged(merged(self.common, self.tasks[names[place]]), variant.changes)
         training, evaluation = dict(tree.get("training") or {}), dict(tree.get("evaluation") or {})
         training["seed"] = seed
-        own = RunConfig.build({**tree, "training": {**training, "retain": None}}).evaluation.retained
+        bound = evaluation.pop("max_forgetting", None)  # refused where nothing is retained
+        own = RunConfig.build(
+            {**tree, "training": {**training, "retain": None}, "evaluation": evaluation}
+        ).evaluation.retained
         earlier = range(place) if variant.adapters == "one" else range(0)
         evaluation["retained"] = {
             **{name: entry.model_dump(mode="json") for name, entry in own.items()},
@@ -110,6 +114,8 @@ class Plan:
         }
         if not evaluation["retained"]:
             training["retain"] = None  # nothing was learnt yet
+        elif bound is not None:
+            evaluation["max_forgetting"] = bound
         if earlier:
             training |= {"warm_start": str(self.folder_of(variant, seed, place - 1).absolute()), "new_head": True}
         output = str(self.folder_of(variant, seed, place))
@@ -146,11 +152,11 @@ def read_plan(
         )
     for name in tasks:
         check_name(str(name))
-    for key in ("warm_start", "new_head"):
-        if any(key in (part.get("training") or {}) for part in (tree, *tasks.values())):
-            raise ConfigError(f"`training.{key}` is set by the sequence itself", where="training", hint="leave it out")
-    tree = _with_overrides(tree, overrides)
-    found = _variants(variants, tree)
+    tree, given = _with_overrides(tree, overrides), variants if isinstance(variants, Mapping) else {}
+    for where, part in {"the file": tree, **tasks, **given}.items():
+        _check_part(str(where), part or {})
+    tasks = {name: _without(part, overrides) for name, part in tasks.items()}
+    found = _variants({name: _without(part or {}, overrides) for name, part in given.items()} or variants, tree)
     if chosen is not None:
         known = {variant.name: variant for variant in found}
         for name in chosen:
@@ -177,6 +183,35 @@ def _with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
             change = {parent: change}
         tree = merged(tree, change)
     return dict(tree)
+
+
+def _check_part(where: str, part: Any) -> None:
+    """Raise if the common keys, or those of a task or variant, are no settings of a run or belong to the sequence."""
+    if not isinstance(part, Mapping):
+        raise ConfigError(
+            f"`{where}` is settings by name, not `{part}`", where=where, hint=f"{where}: {{method: lora}}"
+        )
+    for key in ("training", "evaluation"):
+        if not isinstance(part.get(key) or {}, Mapping):
+            raise ConfigError(
+                f"`{key}` is settings by name, not `{part[key]}`", where=where, hint=f"{key}: {{seed: 1}}"
+            )
+    for key in ("warm_start", "new_head"):
+        if key in (part.get("training") or {}):
+            raise ConfigError(f"`training.{key}` is set by the sequence itself", where=where, hint="leave it out")
+
+
+def _without(part: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a task or variant without those that are overridden for all."""
+    left = copy.deepcopy(dict(part))
+    for dotted in overrides:
+        *parents, last = full_key(dotted)
+        inside: Any = left
+        for parent in parents:
+            inside = inside.get(parent) if isinstance(inside, Mapping) else None
+        if isinstance(inside, dict):
+            inside.pop(last, None)
+    return left
 
 
 def _variants(given: Any, tree: Mapping[str, Any]) -> list[Variant]:

@@ -114,7 +114,14 @@ def kept_examples(setting: Setting, entry: Retained, most: int, strategy: str) -
             hint="name the run that was trained on them (run: runs/earlier), or `general`",
         )
     chosen = [rows[place] for place in sample_rows(len(rows), most)]
-    return list(entry.task.encode(chosen, setting.tokenizer, entry.splits, entry.max_length))
+    measured = {_tokens(example) for each in setting.meter.entries for example in each.examples}
+    encoded = entry.task.encode(chosen, setting.tokenizer, entry.splits, entry.max_length)
+    # another entry may be measured on rows that this one was trained on
+    return [example for example in encoded if _tokens(example) not in measured]
+
+
+def _tokens(example: Example) -> tuple[int, ...]:
+    return tuple(example.inputs["input_ids"])
 
 
 def batches_of(setting: Setting, task: Task, examples: Sequence[Example], size: int) -> Iterator[tuple[int, Any]]:
