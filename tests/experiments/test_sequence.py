@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,6 +129,24 @@ def test_sequence_report_draws_each_task(
     assert html.count('class="chart curve wide"') == 2
     assert "Backward transfer" in html
     assert "apart" in html
+
+
+@pytest.mark.slow
+def test_sequence_task_that_is_learnt_anew_is_followed_by_the_later_ones(
+    tree: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "JobRunner", InThisProcess)
+    own = {**tree, "variants": {"lora": {}}, "output_dir": str(tmp_path / "seq")}
+    sequence(own, seeds=0, quiet=True)
+    first, second = sorted((tmp_path / "seq" / "lora-seed0").iterdir())
+    earlier = (second / "manifest.json").stat().st_mtime_ns
+    events: list[ProgressEvent] = []
+    sequence(own, seeds=0, listener=events.append)
+    assert sum("already finished" in event.text for event in events) == 2
+    assert (second / "manifest.json").stat().st_mtime_ns == earlier
+    shutil.rmtree(first)
+    sequence(own, seeds=0, listener=lambda event: None)
+    assert (second / "manifest.json").stat().st_mtime_ns > earlier
 
 
 def test_sequence_in_the_folder_of_another_raises(

@@ -61,6 +61,7 @@ class SequenceDriver:
         }
         self.eta = EtaEstimator([name for name, _, _ in self.configs])
         self.runs: dict[tuple[str, int, int], RunResult] = {}
+        self._trained: set[tuple[str, int, int]] = set()  # by this call
         self.failed: dict[str, dict[int, str]] = {variant.name: {} for variant in plan.variants}
         self.folder = plan.folder
 
@@ -105,6 +106,9 @@ class SequenceDriver:
             workers.run(job, lambda event, name=name: self._emit("phase", name, event.get("name", "")))  # type: ignore[misc]
 
     def _run_all(self, workers: JobRunner, overwrite: bool) -> None:
+        if overwrite:  # at once: what is left of it would pass for finished if this call is stopped
+            for config in self.configs.values():
+                shutil.rmtree(config.output_dir, ignore_errors=True)
         try:
             for seed in self.seeds:
                 for variant in self.plan.variants:
@@ -120,6 +124,8 @@ class SequenceDriver:
     def _run_one(self, workers: JobRunner, variant: Variant, seed: int, place: int, overwrite: bool) -> None:
         key = (variant.name, seed, place)
         config, label = self.configs[key], f"{variant.name}, seed {seed}, {self.tasks[place]}"
+        # one that descends from an earlier training of the task before it belongs to another sequence
+        overwrite = overwrite or (variant.adapters == "one" and (variant.name, seed, place - 1) in self._trained)
         metric, folder = config.task.main_metric, config.output_dir
         manifest = None if overwrite else read_manifest(folder)
         if manifest is not None:
@@ -139,6 +145,7 @@ class SequenceDriver:
             left = self.eta.left(time.monotonic() - began, progress.left_seconds)
             self._emit(kind, label, text, progress.step, progress.steps, left)
 
+        self._trained.add(key)
         job = {"kind": "run", "config": config.model_dump(mode="json"), "overwrite": overwrite, "trial": False}
         try:
             workers.run({**job, "trunk": str(self.folder / TRUNK)}, on_event)
