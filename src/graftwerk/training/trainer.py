@@ -143,22 +143,13 @@ class Trainer:
             from graftwerk.training.compilation import compile_stacks  # loads the compiler
 
             compiled = compile_stacks(self.adapter.model, self.distributed, lambda event: self.emit(event))
+        task = weighted_task(self.settings, self.task, data.labels, data.train)  # evaluation has no class weights
         return GradientAccumulator(
-            self.model,
-            self.parameters,
-            weighted_task(self.settings, self.task, data.labels, data.train),  # evaluation has no class weights
-            self.tokenizer,
-            self.batch_sampler,
-            self.settings,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            processes=self.distributed,
-            activation_cache=self.activation_cache,
-            compiled=compiled,
-            dtype=self.dtype,
-            max_length=data.max_length or self.batch_sampler.longest,
-            stop=self.stop,
-        )
+            self.model, self.parameters, task, self.tokenizer, self.batch_sampler, self.settings,
+            optimizer=self.optimizer, scaler=self.scaler, processes=self.distributed,
+            activation_cache=self.activation_cache, compiled=compiled, dtype=self.dtype,
+            max_length=data.max_length or self.batch_sampler.longest, stop=self.stop,
+        )  # fmt: skip
 
     def _build_evaluator(self) -> Evaluator:
         return Evaluator(
