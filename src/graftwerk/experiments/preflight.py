@@ -143,6 +143,7 @@ def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
         from graftwerk.training.compilation import check_compile  # loads the compiler
 
         check_compile(model, best_device())
+    model.float()  # in which training loads what it trains, whatever the checkpoint's type
     with torch.device("meta"):
         try:
             attach(model, prepared.method)
