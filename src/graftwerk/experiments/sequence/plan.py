@@ -153,8 +153,10 @@ def read_plan(
     for name in tasks:
         check_name(str(name))
     tree, given = _with_overrides(tree, overrides), variants if isinstance(variants, Mapping) else {}
-    for where, part in {"the file": tree, **tasks, **given}.items():
-        _check_part(str(where), part or {})
+    _check_part("sequence", tree)
+    for kind, named in (("tasks", tasks), ("variants", given)):
+        for name, part in named.items():
+            _check_part(f"{kind}.{name}", part or {})
     tasks = {name: _without(part, overrides) for name, part in tasks.items()}
     found = _variants({name: _without(part or {}, overrides) for name, part in given.items()} or variants, tree)
     if chosen is not None:
