@@ -28,7 +28,7 @@ from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
 PREDICTIONS, ANSWERS, EVALUATION = "predictions.safetensors", "predictions.jsonl", "evaluation.json"
 EXPLANATION = "explanation.json"
-"""What `explain` keeps of a run, for its report."""
+"""File with the explanation of a run, for its report."""
 ROWS = "predictions"
 """Folder of the predictions of a run's held-out rows, one line each (`row_results.py`)."""
 TEXTS = ("texts", "references", "sources", "sets", "languages")

@@ -20,7 +20,7 @@ from graftwerk.experiments.comparison import COMPARISON as COMPARISON
 from graftwerk.experiments.comparison import Comparison
 from graftwerk.experiments.driver import ComparisonDriver, Listener
 from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds
-from graftwerk.experiments.progress import ComparisonDisplay
+from graftwerk.experiments.progress import progress_to
 from graftwerk.experiments.workers import machines
 
 
@@ -132,15 +132,11 @@ def drive(
     Raises:
         GraftwerkError: As `compare` does.
     """
-    display = None if quiet or listener is not None else ComparisonDisplay()
-    driver = build(listener or display or (lambda event: None))
-    check_choices(driver.base, options["metric"], options["prefer"], options["margin"])
-    try:
+    with progress_to(listener, quiet) as shown:
+        driver = build(shown)
+        check_choices(driver.base, options["metric"], options["prefer"], options["margin"])
         with machines(ray, resources) as there:
             driver.run(there, **options)
-    finally:
-        if display is not None:
-            display.close_bar()
     report_path = None
     if report:
         from graftwerk.reporting.html import write_report

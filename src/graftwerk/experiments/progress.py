@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,3 +77,23 @@ def _remaining(event: ProgressEvent) -> str:
     if event.left_seconds is None or event.kind == "end":
         return ""
     return f", {duration(event.left_seconds)} left"
+
+
+@contextmanager
+def progress_to(
+    listener: Callable[[ProgressEvent], None] | None, quiet: bool
+) -> Iterator[Callable[[ProgressEvent], None]]:
+    """Yield the listener that progress goes to, and close its display at the end.
+
+    Args:
+        listener: The caller's own, or None for a display on stderr.
+        quiet: Show nothing if there is no listener.
+    """
+    if listener is not None or quiet:
+        yield listener or (lambda event: None)
+        return
+    display = ComparisonDisplay()
+    try:
+        yield display
+    finally:
+        display.close_bar()

@@ -28,7 +28,7 @@ PIECE = 2**22
 DIGITS = 32
 """Hexadecimal digits of a digest."""
 KEY = "base_tensors"
-"""Where a run's manifest holds them."""
+"""Key of the digests in a run's manifest."""
 
 
 def base_digests(model: PreTrainedModel, types: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import ConfigError, IntegrityError
-from graftwerk.experiments.progress import ComparisonDisplay
+from graftwerk.experiments.progress import progress_to
 from graftwerk.experiments.search.driver import FORMAT, SEARCH_SCALE, SearchDriver
 from graftwerk.experiments.search.journal import require_optuna
 from graftwerk.experiments.search.runs import Listener
@@ -132,16 +132,12 @@ def search(
            "workers": 1 if workers is None else workers,
            "finalists": finalists, "repeats": repeats, "metric": metric}  # fmt: skip
     base, axes, wanted, notes = read_search(config, {**own, **settings})
-    display = None if quiet or listener is not None else ComparisonDisplay()
     require_optuna()
-    try:
-        with machines(ray, resources, None if workers is None else wanted.workers) as there:
-            wanted = wanted.model_copy(update={"workers": there.at_once})
-            driver = SearchDriver(base, axes, wanted, notes, listener=listener or display or (lambda event: None))
-            driver.run(there, overwrite=overwrite)
-    finally:
-        if display is not None:
-            display.close_bar()
+    at_once = None if workers is None else wanted.workers
+    with progress_to(listener, quiet) as shown, machines(ray, resources, at_once) as there:
+        wanted = wanted.model_copy(update={"workers": there.at_once})
+        driver = SearchDriver(base, axes, wanted, notes, listener=shown)
+        driver.run(there, overwrite=overwrite)
     report_path = None
     if report:
         from graftwerk.reporting.html import write_report

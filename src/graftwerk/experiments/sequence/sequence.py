@@ -10,7 +10,7 @@ from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.experiments.comparison import COMPARISON_SCALE
 from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.method_specs import parse_seeds
-from graftwerk.experiments.progress import ComparisonDisplay
+from graftwerk.experiments.progress import progress_to
 from graftwerk.experiments.sequence.driver import FORMAT, Listener, SequenceDriver
 from graftwerk.experiments.sequence.plan import read_plan
 from graftwerk.experiments.sequence.table import plain
@@ -104,13 +104,9 @@ def sequence(
     """
     names = [part.strip() for part in variants.split(",")] if isinstance(variants, str) else variants
     plan = read_plan(config, overrides, None if names is None else list(names))
-    display = None if quiet or listener is not None else ComparisonDisplay()
-    driver = SequenceDriver(plan, parse_seeds(seeds), listener or display or (lambda event: None))
-    try:
+    with progress_to(listener, quiet) as shown:
+        driver = SequenceDriver(plan, parse_seeds(seeds), shown)
         driver.run(JobRunner, overwrite=overwrite)
-    finally:
-        if display is not None:
-            display.close_bar()
     written = None
     if report:
         from graftwerk.reporting.html import write_report
