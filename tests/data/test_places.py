@@ -16,9 +16,10 @@ from graftwerk.data.compressed import FREE_BYTES
 from graftwerk.data.fields import text_part
 from graftwerk.data.rows import resolve_bad_rows
 from graftwerk.data.settings import DataSettings, Pair
-from graftwerk.data.sources import read_rows, read_source
+from graftwerk.data.sources import read_source
 from graftwerk.data.text_form import TextForm
 from graftwerk.errors import ConfigError, DataError, IntegrityError
+from tests.data.reading import read_rows
 
 CSV = b"text,label\ngood,1\nbad,0\n"
 

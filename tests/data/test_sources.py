@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from graftwerk.data.fields import label_part, text_part
 from graftwerk.data.rows import Table, resolve_bad_rows
 from graftwerk.data.settings import shown
-from graftwerk.data.sources import is_hub_id, name_parts, read_rows, read_source
+from graftwerk.data.sources import is_hub_id, name_parts, read_source
 from graftwerk.data.text_form import TextForm
 from graftwerk.errors import ConfigError, DataError, ResourceError
+from tests.data.reading import read_rows
 
 PARTS = {"text": text_part, "label": label_part}
 
@@ -262,9 +263,9 @@ def test_read_rows_imports_no_heavy_library(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from graftwerk.data import batching, checks, split\n"
-        "from graftwerk.data.sources import read_rows\n"
+        "from graftwerk.data.sources import name_parts, read_source\n"
         "from graftwerk.data.fields import text_part\n"
-        f"read_rows({source!r}, parts={{'text': text_part}})\n"
+        f"name_parts(read_source({source!r}), parts={{'text': text_part}})\n"
         "heavy = {'torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy', 'accelerate', 'sklearn'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -13,7 +13,7 @@ import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.bitfit import BitFit
 from graftwerk.methods.lora import LoRA
-from graftwerk.modeling.module_names import known_architectures
+from graftwerk.modeling.module_names import BY_TYPE
 from graftwerk.modeling.row_dims import _BATCH_FIRST, _SEQUENCE_FIRST
 from tests.modeling.unusual import PATCHES, S, answer, built, moved, token_ids
 
@@ -95,7 +95,7 @@ def test_rows_of_batch_first_layers_equal_single_adapters(cls: str, config: Any,
 
 
 def test_every_listed_architecture_has_known_rows() -> None:
-    assert set(known_architectures()) <= _BATCH_FIRST
+    assert set(BY_TYPE) <= _BATCH_FIRST
     assert not _BATCH_FIRST & set(_SEQUENCE_FIRST)
 
 

@@ -17,7 +17,7 @@ import torch
 from graftwerk.errors import ConfigError
 from graftwerk.models import hardware
 from graftwerk.models.cache import cache_folder, recall, remember
-from graftwerk.models.hardware import ROUNDS, compute_type, hardware_facts, probe, set_threads, usable_cores
+from graftwerk.models.hardware import ROUNDS, compute_type, probe, set_threads, usable_cores
 from graftwerk.training.mode import check_compute_type
 from tests.training.children import Child
 
@@ -156,13 +156,6 @@ def test_usable_cores_respects_affinity_and_quota(monkeypatch: pytest.MonkeyPatc
     for quota, cores in (("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1), ("nonsense", 64)):
         monkeypatch.setattr(Path, "read_text", lambda self, encoding, quota=quota: quota)
         assert usable_cores() == cores
-
-
-def test_hardware_facts_are_plain_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, float32=1.0, bfloat16=2.0, float16=math.inf)
-    facts = json.loads(json.dumps(hardware_facts(), allow_nan=False))
-    assert facts["compute_type"] == "float32"
-    assert facts["probe_seconds"] == {"float32": 1.0, "bfloat16": 2.0, "float16": None}
 
 
 def test_remember_and_recall_by_name_and_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

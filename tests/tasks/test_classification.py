@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.splits_reader import read_unanswered
 from graftwerk.errors import AdapterError, ConfigError, DataError
 from graftwerk.models.load import load_model, load_tokenizer
 from graftwerk.models.positions import fix_padding
 from graftwerk.tasks.base import Example, Splits
-from graftwerk.tasks.classification import Classification, rows_for_prediction
+from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.registry import parse_task
 
 TASK = Classification()
@@ -133,17 +134,17 @@ def test_read_repeated_texts_do_not_leak(tmp_path: Path) -> None:
     assert (len(splits.validation), len(splits.test)) == (40, 40)
 
 
-def test_rows_for_prediction_without_labels(tmp_path: Path) -> None:
+def test_read_unanswered_rows_without_labels(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [{"review": "a"}, {"review": ""}, {"review": "b", "label": 3}])
     columns = {"text": "review", "label": "label"}
     with pytest.raises(DataError, match="1 of 3 rows"):
-        rows_for_prediction(source, columns)
-    table, findings = rows_for_prediction(source, columns, "skip")
+        read_unanswered(source, TASK.row_format, columns)
+    table, findings = read_unanswered(source, TASK.row_format, columns, "skip")
     assert table.rows == [{"text": "a"}, {"text": "b"}]
     assert table.where(1) == f"{source}:3"
     assert [finding.rows for finding in findings] == [1]
     with pytest.raises(DataError, match="no rows"):
-        rows_for_prediction(write(tmp_path / "b.jsonl", []))
+        read_unanswered(write(tmp_path / "b.jsonl", []), TASK.row_format)
 
 
 # encoding

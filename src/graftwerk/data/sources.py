@@ -45,38 +45,6 @@ TASKS_BY_COLUMNS: tuple[tuple[frozenset[str], str], ...] = tuple(
 """The columns that only one task has, for messages to somebody who named another."""
 
 
-def read_rows(
-    source: Source,
-    *,
-    parts: Mapping[str, Part],
-    optional: Mapping[str, Part] | None = None,
-    columns: Mapping[str, str] | None = None,
-    filter: Filter | None = None,
-    split: str = "train",
-) -> Table:
-    """Read the rows of a source that pass the filter, with columns renamed to the fields that the task reads.
-
-    No row is dropped silently: one that cannot be used is in ``bad`` with its line and reason; `resolve_bad_rows`
-    raises for them or counts them.
-
-    Args:
-        source: A path, ``pkg://package/inner/path``, or ``owner/name[/configuration][:split]`` of the hub, with or
-            without ``hub://`` in front.
-        parts: What a row must have, each with the reader of its value.
-        optional: Parts that are taken where their column exists.
-        columns: Which column plays which part; a part not named here is its own column.
-        filter: Keep rows whose column has this value, or one of these; as numbers where both are numbers, else as text.
-        split: For a hub id that names none: which of its splits.
-
-    Raises:
-        ConfigError: no such source, column or part.
-        DataError: the source as a whole cannot be read, or the filter leaves nothing.
-        ResourceError: no network, missing package or permission.
-    """
-    _check_parts(columns or {}, [*parts, *(optional or {})])  # before a file is opened
-    return name_parts(read_source(source, split), parts=parts, optional=optional, columns=columns, filter=filter)
-
-
 def name_parts(
     table: Table,
     *,
@@ -86,14 +54,17 @@ def name_parts(
     filter: Filter | None = None,
     whole: bool = True,
 ) -> Table:
-    """Filter the rows of a table, and read and rename their columns: the second half of `read_rows`.
+    """Return the rows of a table that pass the filter, with columns renamed to the fields that the task reads.
+
+    No row is dropped silently: one that cannot be used is in ``bad`` with its line and reason; `resolve_bad_rows`
+    raises for them or counts them.
 
     Args:
         table: Rows as they were read; not changed.
-        parts: As for `read_rows`.
-        optional: As for `read_rows`.
-        columns: As for `read_rows`.
-        filter: As for `read_rows`.
+        parts: What a row must have, each with the reader of its value.
+        optional: Parts that are taken where their column exists.
+        columns: Which column plays which part; a part not named here is its own column.
+        filter: Keep rows whose column has this value, or one of these; as numbers where both are numbers, else as text.
         whole: True if the table holds all rows of the source, so that it is an error if none passes.
 
     Raises:
@@ -138,13 +109,15 @@ def read_source(source: Source, split: str = "train", form: TextForm = RECOGNISE
     """Read all rows of a source under the names of their columns, without filter.
 
     Args:
-        source: As for `read_rows`; also a list of sources, or a pair of files whose lines belong together.
-        split: As for `read_rows`.
+        source: A path, ``pkg://package/inner/path``, or ``owner/name[/configuration][:split]`` of the hub, with or
+            without ``hub://`` in front; also a list of sources, or a pair of files whose lines belong together.
+        split: For a hub id that names none: which of its splits.
         form: Settings of files of text.
 
     Raises:
         ConfigError: There is no such source, or a list of sources is empty.
-        DataError, ResourceError: As for `read_rows`.
+        DataError: The source as a whole cannot be read.
+        ResourceError: No network, missing package or permission.
     """
     if isinstance(source, Pair):
         return read_pair(locate(source.source), locate(source.target), shown(source), form)

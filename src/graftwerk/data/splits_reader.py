@@ -163,8 +163,6 @@ def read_unanswered(
     recognise: Recognise,
     columns: Mapping[str, str] | None = None,
     on_bad_row: Literal["fail", "skip"] = "fail",
-    *,
-    split: str = "train",
 ) -> tuple[Table, tuple[Issue, ...]]:
     """Read rows for prediction: no row needs an answer, and existing answers are not read.
 
@@ -174,7 +172,7 @@ def read_unanswered(
     Raises:
         ConfigError, DataError, ResourceError: as for reading rows to learn from.
     """
-    return unanswered(read_source(source, split), recognise, columns, on_bad_row)
+    return unanswered(read_source(source), recognise, columns, on_bad_row)
 
 
 def unanswered(

@@ -183,9 +183,9 @@ class Pairs:
         """Return c: half-widths are c times the standard errors."""
         return float(np.quantile(self.largest, confidence))
 
-    def detectable(self, confidence: float, power: float = POWER_OF_TESTS) -> Floats:
-        """Return the true differences (P,) that intervals of this confidence would show with this probability."""
-        return (self.factor(confidence) + quantile(power, self.df)) * self.errors
+    def detectable(self, confidence: float) -> Floats:
+        """Return the true differences (P,) that such intervals would show with probability `POWER_OF_TESTS`."""
+        return (self.factor(confidence) + quantile(POWER_OF_TESTS, self.df)) * self.errors
 
     def adjusted_p(self, differences: Floats) -> Floats:
         """Return p (P,) of no difference, adjusted for the number of pairs."""

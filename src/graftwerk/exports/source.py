@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,11 +223,3 @@ def free(loaded: LoadedAdapter) -> None:
     """Release a loaded model's weights, so that the export can be loaded in their place."""
     loaded.model.to("meta")
     gc.collect()
-
-
-def copy_tokenizer(loaded: LoadedAdapter, folder: Path) -> None:
-    """Write the model's tokenizer with its chat template into a folder."""
-    loaded.tokenizer.save_pretrained(folder)
-    cache = folder / ".cache"
-    if cache.exists():
-        shutil.rmtree(cache)

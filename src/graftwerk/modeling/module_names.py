@@ -167,8 +167,3 @@ def is_causal(config: PreTrainedConfig) -> bool:
         return False
     layout = BY_TYPE.get(config.model_type)
     return (layout is not None and layout.causal) or bool(getattr(config, "is_decoder", False))
-
-
-def known_architectures() -> tuple[str, ...]:
-    """Return the model types in the table."""
-    return tuple(sorted(BY_TYPE))

@@ -12,11 +12,10 @@ import platform
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from graftwerk.devices import backend, best_device, synchronize
+from graftwerk.devices import backend, synchronize
 from graftwerk.errors import ConfigError
 from graftwerk.models.cache import recall, remember
 
@@ -181,18 +180,3 @@ def set_threads(threads: int | None = None) -> int:
     # some), that fails: "Invalid thread pool".
     torch.set_num_threads(threads)
     return threads
-
-
-def hardware_facts() -> dict[str, Any]:
-    """Return facts for `graftwerk doctor`: processor or accelerator, cores, threads, the probe, the compute type."""
-    kind = best_device().type
-    seconds = probe(kind)
-    return {
-        "device": kind,
-        "name": device_name(kind),
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "compute_type": _fastest(seconds, kind),
-        "probe_seconds": {name: value if value < 1e9 else None for name, value in seconds.items()},
-        "torch": torch.__version__,
-    }

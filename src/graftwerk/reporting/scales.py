@@ -93,18 +93,18 @@ def around(values: Iterable[float], start: float, end: float, *, least: float = 
     return Linear(middle - half, middle + half, start, end)
 
 
-def from_zero(values: Sequence[float], start: float, end: float, *, margin: float = 0.08) -> Linear:
+def from_zero(values: Sequence[float], start: float, end: float) -> Linear:
     """Return a linear scale from zero, for seconds, bytes and the like."""
     high = max(values, default=1.0)
-    return Linear(0.0, high * (1 + margin) if high > 0 else 1.0, start, end)
+    return Linear(0.0, 1.08 * high if high > 0 else 1.0, start, end)
 
 
-def decades(values: Sequence[float], start: float, end: float, *, margin: float = 0.07) -> Log:
+def decades(values: Sequence[float], start: float, end: float) -> Log:
     """Return a logarithmic scale with margins on both sides of all values, which are positive."""
     low, high = min(values, default=1.0), max(values, default=10.0)
     if high / low < 3:
         low, high = low / 2, high * 2
-    room = (high / low) ** margin
+    room = (high / low) ** 0.07
     return Log(low / room, high * room, start, end)
 
 

@@ -92,7 +92,6 @@ def write_file(
     target: Path | str,
     content: bytes | str | Callable[[BinaryIO], None],
     *,
-    bytes_needed: int | None = None,
     own: bool = False,
 ) -> Path:
     """Write a file atomically; an existing one is replaced and keeps its permissions.
@@ -100,7 +99,6 @@ def write_file(
     Args:
         target: The file. Missing parents are created. If it is a link, the file it points to is replaced.
         content: Bytes, text (stored as UTF-8), or a function that writes to an open binary file.
-        bytes_needed: As for `write_folder`; not needed if ``content`` is bytes or text.
         own: As for `write_folder`.
 
     Raises:
@@ -111,8 +109,7 @@ def write_file(
     target = _resolved(target, own)
     if isinstance(content, str):
         content = content.encode()
-    if isinstance(content, bytes):
-        bytes_needed = len(content)
+    bytes_needed = len(content) if isinstance(content, bytes) else None
     with _faults_explained(target, bytes_needed) as writing:
         partial = writing.partial
         _make_parents(target.parent)

@@ -36,9 +36,6 @@ from graftwerk.serialization.peft_reading import by_layer, check_layers, listed,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Layers = Mapping[str, Mapping[str, Tensor]]
-"""Stored tensors by layer and parameter."""
-
 
 @dataclass(frozen=True)
 class Layout:

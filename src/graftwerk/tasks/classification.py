@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import PrivateAttr
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from graftwerk.data.checks import check_labels
 from graftwerk.data.fields import Part, label_part
-from graftwerk.data.rows import Table
-from graftwerk.data.splits_reader import RowFormat, read_unanswered
+from graftwerk.data.splits_reader import RowFormat
 from graftwerk.errors import DataError
 from graftwerk.tasks.base import Issue
 from graftwerk.tasks.collator import ClassCollator, Collator
@@ -93,21 +92,3 @@ class Classification(SequenceTask):
         bound = self.model_copy()
         bound._class_weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         return bound
-
-
-def rows_for_prediction(
-    source: str,
-    columns: Mapping[str, str] | None = None,
-    on_bad_row: Literal["fail", "skip"] = "fail",
-    *,
-    split: str = "train",
-) -> tuple[Table, tuple[Issue, ...]]:
-    """Rows to predict for: each has `text`, no row needs a label, and none is taken even where the source has one.
-
-    Returns:
-        The table (``table.rows[i]["text"]``, ``table.where(i)`` is its file and line), and what was left out.
-
-    Raises:
-        ConfigError, DataError, ResourceError: as for reading labelled rows.
-    """
-    return read_unanswered(source, Classification(pairs=False).row_format, columns, on_bad_row, split=split)

@@ -23,8 +23,6 @@ from graftwerk.training.resume_check import differences
 
 Sampler = Literal["tpe", "random", "grid"]
 Pruner = Literal["median", "wilcoxon", "none"]
-SAMPLERS: tuple[Sampler, ...] = ("tpe", "random", "grid")
-PRUNERS: tuple[Pruner, ...] = ("median", "wilcoxon", "none")
 STARTUP_TRIALS = 4
 """Finished trials before any is pruned."""
 P_THRESHOLD = 0.05
@@ -58,8 +56,8 @@ class Study:
         path: The journal file.
         axes: The space.
         defaults: Settings that the first trial tries, if the space holds them.
-        sampler: One of `SAMPLERS`.
-        pruner: One of `PRUNERS`.
+        sampler: Name of the sampler.
+        pruner: Name of the pruner.
         seed: Seed of the sampler.
         higher: True if a higher value is better.
 

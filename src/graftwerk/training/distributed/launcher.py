@@ -14,11 +14,6 @@ USE_DEEPSPEED, ZERO_STAGE = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZE
 DEEPSPEED_CONFIG = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
 
-def is_launched() -> bool:
-    """Return True if a launcher started this process and gave it a rank."""
-    return RANK in os.environ
-
-
 def launched_world_size() -> str:
     """Return the launcher's number of processes as it wrote it, "1" if it wrote none."""
     return os.environ.get(WORLD_SIZE, "1")
