@@ -8,7 +8,7 @@ with disabled(model): ...               detach(model)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
-from graftwerk.methods.base import Method
-from graftwerk.methods.lora_parameters import ParameterAdapters
+from graftwerk.methods.base import Method, Role
 from graftwerk.methods.placement import adapter_dtype, is_unloaded, module_device, placing_hooks
 from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
 from graftwerk.modeling.adapter_slots import ModelAdapters, check_name
 from graftwerk.modeling.architectures import Architecture, read_architecture
-from graftwerk.modeling.build import BuiltAdapter, build_adapter
-from graftwerk.modeling.detach import HOOKED, detach, remove_parts
+from graftwerk.modeling.build import HOOKED, BuiltAdapter, build_adapter
+from graftwerk.modeling.detach import detach, remove_parts
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import ModuleIndex, module_index
 from graftwerk.modeling.row_dims import row_dim
@@ -68,6 +67,64 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         ('bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.value')
     """
     return attach_from_tensors(model, method, name, None)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Return all adapters on a model, by name.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        Empty if the model has none.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, adapters, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> adapters(model)
+        {}
+        >>> _ = attach(model, LoRA(r=2), "news")
+        >>> adapters(model)
+        {'news': <Adapter news: LoRA on BertForSequenceClassification>}
+    """
+    model_adapters = ModelAdapters.of(model)
+    return {} if model_adapters is None else {name: cast(Adapter, one) for name, one in model_adapters.adapters.items()}
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return the tensors of one adapter, its head included, for callers that store tensors themselves.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter.
+
+    Returns:
+        By module path and parameter, any shape, detached; they share memory with the model.
+
+    Raises:
+        ConfigError: there is no such adapter; the message lists those on the model.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from graftwerk import LoRA, adapter_state_dict, attach
+        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
+        >>> _ = attach(model, LoRA(r=2, target_modules=["query"]))
+        >>> for key, tensor in adapter_state_dict(model).items():
+        ...     print(key, tuple(tensor.shape))
+        bert.encoder.layer.0.attention.self.query.lora_A.weight (2, 8)
+        bert.encoder.layer.0.attention.self.query.lora_B.weight (8, 2)
+        classifier.weight (2, 8)
+        classifier.bias (2,)
+    """
+    found = adapters(model)
+    if name not in found:
+        raise ConfigError(
+            f"there is no adapter `{name}` on this model", hint=f"there are: {', '.join(found) or 'none'}"
+        )
+    return found[name].state_dict()
 
 
 def attach_from_tensors(
@@ -125,6 +182,81 @@ def attach_from_tensors(
     elif adapter.weights is not None:
         _warn_of_rounding(adapter.weights)
     return adapter
+
+
+def _install(
+    model: PreTrainedModel,
+    model_adapters: ModelAdapters,
+    name: str,
+    architecture: Architecture,
+    base: ModuleIndex,
+    built: BuiltAdapter,
+) -> Adapter:
+    """Put a built adapter into the model and make it the active one."""
+    method, saved, weights = built.method, built.saved, None
+    if method.kind == "weights":  # all of the base trains, heads included
+        saved, weights = (), _trained_weights(method, model_adapters, base)
+    else:
+        for parameter in base.parameters.values():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+        _insert_modules(model_adapters, name, architecture, base, built)
+        _insert_copies(model_adapters, name, base, saved)
+    if method.kind in HOOKED:
+        HOOKED[method.kind].install_hooks(model, model_adapters)
+    hosts = tuple(built.modules)
+    adapter = Adapter(name, method, model, model_adapters, built.targets, hosts, saved, architecture, weights)
+    model_adapters.adapters[name] = adapter
+    if len(model_adapters.adapters) == 1:
+        make_memory_efficient(base.modules.values(), model_adapters.selection.activations)
+        adopt(model)
+    activate(model, name)
+    return adapter
+
+
+def _trained_weights(method: Method, model_adapters: ModelAdapters, base: ModuleIndex) -> TrainedWeights:
+    """Return the base's own parameters, to be trained in place, with a copy of their values if the method keeps one."""
+    model_adapters.selection.choose(())
+    model_adapters.sync()  # so that the values that are kept are the base's, not another full adapter's
+    hooked = any(placing_hooks(module) for module in base.modules.values())
+    return TrainedWeights(base.parameters, getattr(method, "keep_base", True), model_adapters.flags, hooked=hooked)
+
+
+def _insert_modules(
+    model_adapters: ModelAdapters, name: str, architecture: Architecture, base: ModuleIndex, built: BuiltAdapter
+) -> None:
+    """Put an adapter's own modules into the base modules that carry them; layers get their adapted class."""
+    layers = {target.host for target in built.targets}
+    read = {target.host for target in built.targets if target.weight_only or target.role is Role.PARAMETER}
+    for path, module in built.modules.items():
+        host = base.modules[path]
+        slots = model_adapters.slots(host)
+        slots.put(name, module if built.placed else _placed(module, host))
+        if path in layers:  # not attentions and stacks: hooks look into their slots
+            slots.row_dim = row_dim(architecture.model_type, path)
+            adapt(host, slots, read=path in read)
+
+
+def _insert_copies(model_adapters: ModelAdapters, name: str, base: ModuleIndex, paths: Sequence[str]) -> None:
+    """Put trainable copies of the base's modules at these paths, such as the task head, into their slots."""
+    for path in paths:
+        host = base.modules[path]
+        copy = _placed(copy_head(host), host)
+        slots = model_adapters.slots(host)
+        slots.put(name, copy)
+        adapt(host, slots, head=True)
+
+
+def _placed(module: nn.Module, host: nn.Module) -> nn.Module:
+    """Return an adapter's module on the device and in the mode of the base module that carries it, never in 16 bits."""
+    device = module_device(host)
+    if any(parameter.dtype.itemsize < 4 for parameter in module.parameters()):
+        module.to(adapter_dtype())
+    if not is_unloaded(host) and any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
+    if module.training != host.training:
+        module.train(host.training)
+    return module
 
 
 def _warn_of_rounding(weights: TrainedWeights) -> None:
@@ -195,121 +327,3 @@ def _foreign(model: PreTrainedModel) -> str | None:
         if any(f"{cls.__module__}.".startswith(_FOREIGN) for cls in type(module).__mro__):
             return path
     return None
-
-
-def _install(
-    model: PreTrainedModel,
-    model_adapters: ModelAdapters,
-    name: str,
-    architecture: Architecture,
-    base: ModuleIndex,
-    built: BuiltAdapter,
-) -> Adapter:
-    """Put a built adapter into the model and make it the active one."""
-    method, saved, weights = built.method, built.saved, None
-    if method.kind == "weights":
-        model_adapters.selection.choose(())
-        model_adapters.sync()  # so that the saved weights are the base's, not another full adapter's
-        hooked = any(placing_hooks(module) for module in base.modules.values())
-        keep_base = getattr(method, "keep_base", True)
-        weights = TrainedWeights(base.parameters, keep_base, model_adapters.flags, hooked=hooked)
-        saved = ()
-    else:
-        for parameter in base.parameters.values():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-    by_path = {target.path: target for target in built.targets}
-    for path, module in built.modules.items():
-        host = base.modules[path]
-        if built.placed:
-            model_adapters.slots(host).put(name, module)
-        else:
-            _place(model_adapters, host, name, module)
-        target, read = by_path.get(path), isinstance(module, ParameterAdapters)
-        if target is not None or read:
-            model_adapters.slots(host).row_dim = row_dim(architecture.model_type, path)
-            adapt(host, model_adapters.slots(host), read=read or (target is not None and target.weight_only))
-    for path in saved:
-        host = base.modules[path]
-        _place(model_adapters, host, name, copy_head(host))
-        adapt(host, model_adapters.slots(host), head=True)
-    if method.kind in HOOKED:
-        HOOKED[method.kind].install_hooks(model, model_adapters)
-    hosts = tuple(built.modules)
-    adapter = Adapter(name, method, model, model_adapters, built.targets, hosts, saved, architecture, weights)
-    model_adapters.adapters[name] = adapter
-    if len(model_adapters.adapters) == 1:
-        make_memory_efficient(base.modules.values(), model_adapters.selection.activations)
-        adopt(model)
-    activate(model, name)
-    return adapter
-
-
-def _place(model_adapters: ModelAdapters, host: nn.Module, name: str, module: nn.Module) -> None:
-    """Put an adapter's module on the device of the weights it works with, in the host's mode, never in 16 bits."""
-    device = module_device(host)
-    if any(parameter.dtype.itemsize < 4 for parameter in module.parameters()):
-        module.to(adapter_dtype())
-    if not is_unloaded(host) and any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
-        module.to(device)
-    if module.training != host.training:
-        module.train(host.training)
-    model_adapters.slots(host).put(name, module)
-
-
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """Return all adapters on a model, by name.
-
-    Args:
-        model: Any model.
-
-    Returns:
-        Empty if the model has none.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from graftwerk import LoRA, adapters, attach
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
-        >>> adapters(model)
-        {}
-        >>> _ = attach(model, LoRA(r=2), "news")
-        >>> adapters(model)
-        {'news': <Adapter news: LoRA on BertForSequenceClassification>}
-    """
-    model_adapters = ModelAdapters.of(model)
-    return {} if model_adapters is None else {name: cast(Adapter, one) for name, one in model_adapters.adapters.items()}
-
-
-def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """Return the tensors of one adapter, its head included, for callers that store tensors themselves.
-
-    Args:
-        model: A model with adapters.
-        name: The adapter.
-
-    Returns:
-        By module path and parameter, any shape, detached; they share memory with the model.
-
-    Raises:
-        ConfigError: there is no such adapter; the message lists those on the model.
-
-    Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> from graftwerk import LoRA, adapter_state_dict, attach
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-        >>> model = BertForSequenceClassification(BertConfig(vocab_size=32, **sizes))
-        >>> _ = attach(model, LoRA(r=2, target_modules=["query"]))
-        >>> for key, tensor in adapter_state_dict(model).items():
-        ...     print(key, tuple(tensor.shape))
-        bert.encoder.layer.0.attention.self.query.lora_A.weight (2, 8)
-        bert.encoder.layer.0.attention.self.query.lora_B.weight (8, 2)
-        classifier.weight (2, 8)
-        classifier.bias (2,)
-    """
-    found = adapters(model)
-    if name not in found:
-        raise ConfigError(
-            f"there is no adapter `{name}` on this model", hint=f"there are: {', '.join(found) or 'none'}"
-        )
-    return found[name].state_dict()

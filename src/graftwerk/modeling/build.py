@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
 from graftwerk.methods.base import AdapterModule, Method, TargetModule, described, is_coded
 from graftwerk.methods.placement import adapter_dtype, module_device
+from graftwerk.modeling import prefix_install, prompt_embedding
 from graftwerk.modeling.accelerate_compat import is_replaced
 from graftwerk.modeling.architectures import Architecture
-from graftwerk.modeling.detach import HOOKED
 from graftwerk.modeling.drawn import drawn_modules, within
 from graftwerk.modeling.module_index import ModuleIndex
 from graftwerk.modeling.parameter_targets import by_host, refuse_two_ways
 from graftwerk.modeling.task_heads import head_paths, open_targets
+
+HOOKED = MappingProxyType({"attention": prefix_install, "embedding": prompt_embedding})
+"""The file that builds, hooks and unhooks each kind of method that does not work inside single layers."""
 
 
 @dataclass(frozen=True)

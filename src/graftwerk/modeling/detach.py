@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import MappingProxyType
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError
-from graftwerk.modeling import prefix_install, prompt_embedding
 from graftwerk.modeling.adapted_module import make_memory_efficient, restore, restore_modules
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
+from graftwerk.modeling.build import HOOKED
 from graftwerk.modeling.module_index import base_parameters, forget, module_index
-
-HOOKED = MappingProxyType({"attention": prefix_install, "embedding": prompt_embedding})
-"""The file that builds, hooks and unhooks each kind of method that does not work inside single layers."""
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
