@@ -1,4 +1,4 @@
-"""The run file: composed from each part's settings, with `key=value` overrides and every error reported.
+"""The run file: composed of the settings of each part, checked as a whole, loaded and saved.
 
 A run file is YAML with the keys of :class:`RunConfig`. Reading it never runs anything: tags, aliases that multiply
 and deep nesting are refused.
@@ -7,33 +7,31 @@ and deep nesting are refused.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from graftwerk.absolute_paths import with_absolute_paths
+from graftwerk.config_keys import apply_override, full_key, parse_overrides, to_config_error
+from graftwerk.config_secrets import hide_secrets, restore_secrets
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.settings import SAMPLING, EvaluationSettings
 from graftwerk.methods.base import Method
-from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
-from graftwerk.models.cache import recall, remember
+from graftwerk.methods.registry import parse_method
 from graftwerk.models.quantization import Quantization
-from graftwerk.sanitize import REDACTED, redact, redacted, strings_in
-from graftwerk.settings import Settings, describe_faults, known_keys, spellings
+from graftwerk.settings import Settings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.multitask import Multitask
-from graftwerk.tasks.registry import TASKS, build_multitask, parse_task
+from graftwerk.tasks.registry import build_multitask, parse_task
 from graftwerk.training.settings import TrainingSettings
-from graftwerk.yaml_files import parse_override_value, parse_yaml, read_yaml
+from graftwerk.yaml_files import parse_yaml, read_yaml
 
-SECRETS = "secrets"
-"""The file of the cache that holds what run files must not; readable to its owner alone."""
+__all__ = ["RunConfig", "full_key", "parse_overrides"]
 
 
 class RunConfig(Settings):
@@ -158,19 +156,14 @@ class RunConfig(Settings):
     def content(config: RunConfig | str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Return the content of a run file as plain values, and the file it is from, None if it is from none.
 
-        Args:
-            config: As for `of`.
-
         Raises:
             ConfigError: The file cannot be read.
         """
         if isinstance(config, RunConfig):
             return config.model_dump(mode="json"), None
-        return (
-            (dict(config), None)
-            if isinstance(config, Mapping)
-            else (_with_secrets(read_yaml(Path(config))), str(config))
-        )
+        if isinstance(config, Mapping):
+            return dict(config), None
+        return restore_secrets(read_yaml(Path(config))), str(config)
 
     @classmethod
     def of(
@@ -206,11 +199,11 @@ class RunConfig(Settings):
         """
         content = copy.deepcopy(dict(tree))
         for key, value in parse_overrides(overrides).items():
-            _apply_override(content, key, value)
+            apply_override(content, key, value, cls)
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise to_config_error(error, content, where) from None
+            raise to_config_error(error, content, where, cls) from None
 
     def anchored(self) -> RunConfig:
         """Return the run with absolute paths; `output_dir` stays as given."""
@@ -228,10 +221,7 @@ class RunConfig(Settings):
             ConfigError: With its defaults it is larger than what `load` reads.
         """
         tree = {**with_absolute_paths(self.model_dump(mode="json")), "output_dir": str(self.output_dir.absolute())}
-        for secret in strings_in(tree):
-            if redact(secret) != secret:
-                remember(SECRETS, redact(secret), secret)
-        tree = redacted(tree)
+        tree = hide_secrets(tree)
         text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         try:
             again = parse_yaml(text.encode(), "config.yaml")
@@ -243,120 +233,3 @@ class RunConfig(Settings):
         if again != tree:
             raise ConfigError("a text of the run file has characters that YAML does not give back")
         return text
-
-
-def _with_secrets(tree: Any) -> Any:
-    """Restore the secrets that `RunConfig.dump` replaced, if this user's cache has them."""
-    if isinstance(tree, dict):
-        return {key: _with_secrets(inner) for key, inner in tree.items()}
-    if isinstance(tree, list):
-        return [_with_secrets(inner) for inner in tree]
-    known = recall(SECRETS, tree) if isinstance(tree, str) and REDACTED in tree else None
-    return known if isinstance(known, str) else tree
-
-
-def parse_overrides(overrides: list[str] | dict[str, Any] | None) -> dict[str, Any]:
-    """Parse overrides of a run file.
-
-    Args:
-        overrides: ``["training.seed=1"]``, each value YAML; or a mapping, which is returned as it is; or None.
-
-    Returns:
-        Values by dotted key.
-
-    Raises:
-        ConfigError: An item is not of the form key=value, its value is not YAML, or two items set the same key.
-    """
-    if overrides is None:
-        return {}
-    if isinstance(overrides, dict):
-        return overrides
-    parsed = {}
-    seen: dict[tuple[str, ...], str] = {}
-    for item in overrides:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"`{item}` is not of the form key=value", hint="for instance training.seed=1")
-        try:
-            parsed_value = parse_override_value(value, key)
-        except ConfigError as error:
-            raise ConfigError(f"the value of `{key}` is not YAML: {value[:200]} ({error.what[:200]})") from None
-        keys = tuple(full_key(key.strip()))
-        if keys in seen:
-            raise ConfigError(f"`{seen[keys]}` and `{item}` both set `{'.'.join(keys)}`", hint="give one of them")
-        seen[keys] = item
-        parsed[key.strip()] = parsed_value
-    return parsed
-
-
-def _apply_override(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = full_key(dotted)
-    node = tree
-    for key in parents:
-        child = node.get(key)
-        if key in ("method", "task", "quantization") and isinstance(child, str):
-            child = {"name": child}
-        if child is None:
-            child = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"`{key}` has no keys of its own, so `{dotted}` cannot be set", where=dotted)
-        node[key] = child
-        node = child
-    model = _settings_at(parents, tree)
-    for spelling in spellings(model, last) if model is not None else ():
-        node.pop(spelling, None)  # in place of what the file says, however it is spelled there
-    node[last] = value
-
-
-def _settings_at(keys: Iterable[Any], tree: Any) -> type[Settings] | None:
-    """Return the settings class at some keys of a run file, or None if those keys hold no settings.
-
-    Args:
-        keys: The keys, outermost first.
-        tree: Content of the run file, whose `name` tells which method or task has the settings.
-    """
-    model: type[Settings] = RunConfig
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
-        found: Any = None
-        if model is RunConfig and key in ("method", "task"):
-            name = str(tree.get("name")) if isinstance(tree, Mapping) else str(tree)
-            found = TASKS.get(name) if key == "task" else METHODS.get(str(SHORTHANDS.get(name, {"name": name})["name"]))
-        elif (field := model.model_fields.get(key)) is not None:
-            found = next((part for part in get_args(field.annotation) if part is not NoneType), field.annotation)
-        if not (isinstance(found, type) and issubclass(found, Settings)):
-            return None
-        model = found
-    return model
-
-
-def full_key(dotted: str) -> list[str]:
-    """Split a dotted key and complete it: `learning_rate` means `training.learning_rate`."""
-    keys = dotted.split(".")
-    if len(keys) == 1 and keys[0] not in RunConfig.model_fields:
-        if keys[0] in known_keys(TrainingSettings):
-            return ["training", keys[0]]
-        if keys[0] in known_keys(DataSettings):
-            return ["data", keys[0]]
-    return keys
-
-
-def to_config_error(error: ValidationError, tree: Mapping[str, Any], where: str | None) -> ConfigError:
-    """Convert a pydantic error: each key, what is wrong with it, and the nearest valid one.
-
-    Args:
-        error: The error.
-        tree: Content of the run file.
-        where: The run file, for the message.
-    """
-    parts = (("evaluation", EvaluationSettings), ("data", DataSettings), ("training", TrainingSettings))
-    homes = {key: f"{part}.{key}" for part, model in parts for key in known_keys(model)}
-    lines = describe_faults(error, lambda keys: _keys_at(keys, tree), homes=homes)
-    return ConfigError("; ".join(lines), where=where, hint="`graftwerk schema` lists every key with its meaning")
-
-
-def _keys_at(keys: tuple[Any, ...], tree: Mapping[str, Any]) -> set[str]:
-    if not keys:  # where `learning_rate` is understood too
-        return known_keys(RunConfig) | known_keys(TrainingSettings) | known_keys(DataSettings)
-    model = _settings_at(keys, tree)
-    return known_keys(model) if model is not None else set()

@@ -8,9 +8,10 @@ import pytest
 
 from graftwerk.cli.methods import describe_methods, said_of
 from graftwerk.cli.schema import describe
-from graftwerk.config import RunConfig, known_keys
+from graftwerk.config import RunConfig
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.schema import run_keys, run_schema
+from graftwerk.settings import known_keys
 from tests.cli.commands import Run
 
 
