@@ -28,8 +28,8 @@ from graftwerk.kernels import flags
 from graftwerk.kernels.versioned_cache import VersionedCache
 from graftwerk.methods.prefix_tuning import PrefixModule
 from graftwerk.modeling.adapter_slots import AdapterSlots, slots_of
-from graftwerk.modeling.prefix_mask import PrefixMasks
-from graftwerk.modeling.virtual_positions import gathered, lengths, per_row, users
+from graftwerk.modeling.prefix_mask import AttentionCall, PrefixMasks
+from graftwerk.modeling.virtual_positions import VirtualRows, per_row
 
 
 def prefix_attention_forward(
@@ -57,9 +57,8 @@ def prefix_attention_forward(
     prefix = _active_prefix(module, key)
     if prefix is not None:
         n = prefix.key.shape[2]
-        attention_mask = prefix.masks.widened(  # (B or 1, H or 1, Q, n + K)
-            module, query, key, attention_mask, prefix.seen, n, kwargs, sdpa=implementation == "sdpa"
-        )
+        call = AttentionCall(module, query, key, attention_mask, kwargs, sdpa=implementation == "sdpa")
+        attention_mask = prefix.masks.widened(call, n, prefix.seen)  # (B or 1, H or 1, Q, n + K)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))  # (B or 1, H, Q, n + K)
         key = torch.cat((prefix.key, key), dim=2)  # (B, G, n + K, D)
@@ -92,24 +91,27 @@ def _active_prefix(module: nn.Module, key: Tensor) -> _ActivePrefix | None:
     """
     if (slots := slots_of(module)) is None:
         return None
-    rows, _ = users(slots, PrefixModule, key.shape[0])
-    n = max(lengths(rows))
+    size, heads, _, width = key.shape
+    rows = VirtualRows(slots, PrefixModule, size)
+    n = rows.n
     if n == 0:
         return None
-    size, heads, _, width = key.shape
-    if len(rows) == 1:  # the same adapters for the whole batch
-        pairs = [prefix.vectors() for prefix in rows[0]]
-        one_key, one_value = (
-            torch.cat([pair[side] for pair in pairs]).to(key.dtype).view(1, n, heads, width).transpose(1, 2)
-            for side in (0, 1)
-        )
-        return _ActivePrefix(
-            one_key.expand(size, -1, -1, -1), one_value.expand(size, -1, -1, -1), None, masks_of(slots)
-        )
-    arguments = (slots, size, key.device, key.dtype, flags.enabled("rows"))
-    keys, values, seen = slots.selection.cached(arguments, lambda _: _PerRowPrefix(*arguments)).keys_values()
-    shape = (size, n, heads, width)
-    return _ActivePrefix(keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2), seen, masks_of(slots))
+    if rows.differ:
+        arguments = (slots, size, key.device, key.dtype, flags.enabled("rows"))
+        keys, values, seen = slots.selection.cached(arguments, lambda _: _PerRowPrefix(*arguments)).keys_values()
+    else:
+        (keys, values), seen = _joined(rows.modules[0], key.dtype), None
+    own_key, own_value = (  # (B or 1, n, G·D) -> (B, G, n, D)
+        tensor.view(-1, n, heads, width).transpose(1, 2).expand(size, -1, -1, -1) for tensor in (keys, values)
+    )
+    return _ActivePrefix(own_key, own_value, seen, masks_of(slots))
+
+
+def _joined(prefixes: Sequence[PrefixModule], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the keys and the values of prefixes, one prefix after the other, (sum of n, G·D) each."""
+    pairs = [prefix.vectors() for prefix in prefixes]
+    keys, values = (torch.cat([pair[side] for pair in pairs]).to(dtype) for side in (0, 1))
+    return keys, values
 
 
 def masks_of(slots: AdapterSlots) -> PrefixMasks:
@@ -134,11 +136,11 @@ class _PerRowPrefix:
 
     def __init__(self, slots: AdapterSlots, size: int, device: torch.device, dtype: torch.dtype, cache: bool) -> None:
         self.dtype, self.use_cache = dtype, cache
-        rows, repeats = users(slots, PrefixModule, size)
-        counts = lengths(rows)
-        self.distinct, self.index = gathered(rows, repeats, device)
+        rows = VirtualRows(slots, PrefixModule, size)
+        counts, repeats = rows.counts, rows.repeats
+        self.distinct, self.index = rows.gather(device)
         self.seen: Tensor | None = None
-        if min(counts) < max(counts):  # one tensor for all attentions, so that they share the mask made from it
+        if min(counts) < rows.n:  # one tensor for all attentions, so that they share the mask made from it
             self.seen = slots.selection.cached((*counts, repeats, device), lambda _: _columns(counts, repeats, device))
         sources = list(dict.fromkeys(tensor for module in self.distinct for tensor in module.source_tensors()))
         self.cache: VersionedCache[tuple[Tensor, Tensor]] = VersionedCache(sources, sources)
@@ -149,9 +151,8 @@ class _PerRowPrefix:
         return keys, values, self.seen
 
     def _build(self) -> tuple[Tensor, Tensor]:
-        pairs = [module.vectors() for module in self.distinct]
-        keys, values = (torch.cat([pair[side] for pair in pairs]).to(self.dtype)[self.index] for side in (0, 1))
-        return keys, values
+        keys, values = _joined(self.distinct, self.dtype)
+        return keys[self.index], values[self.index]
 
 
 def _columns(counts: Sequence[int], repeats: int, device: torch.device) -> Tensor:

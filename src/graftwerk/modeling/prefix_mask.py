@@ -5,8 +5,8 @@ Legend: B rows, H heads, Q queries, K keys, n virtual tokens, S = n + K.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,26 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 ALIGNED = 8
 """CUDA's attention kernels copy a mask, in every layer, whose rows do not begin at multiples of so many elements."""
+
+
+class AttentionCall(NamedTuple):
+    """One call of an attention, as transformers makes it.
+
+    Attributes:
+        module: The attention.
+        query: (B, H, Q, D).
+        key: (B, G, K, D), without the prefix.
+        mask: (B or 1, H or 1, Q, K), or None.
+        options: Further arguments of the attention function, by name.
+        sdpa: True for torch's scaled dot product attention, which without a mask may be causal by itself.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    options: Mapping[str, Any]
+    sdpa: bool
 
 
 class PrefixMasks:
@@ -28,38 +48,23 @@ class PrefixMasks:
         """Forget the masks of earlier passes, whose values may have changed."""
         self._made = None
 
-    def widened(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        seen: Tensor | None,
-        n: int,
-        kwargs: dict[str, Any],
-        *,
-        sdpa: bool,
-    ) -> Tensor | None:
+    def widened(self, call: AttentionCall, n: int, seen: Tensor | None) -> Tensor | None:
         """Return the mask that an attention needs with n keys more in front.
 
         Args:
-            module: The attention.
-            query: (B, H, Q, D).
-            key: (B, G, K, D), without the prefix.
-            mask: (B or 1, H or 1, Q, K), or None.
-            seen: (B, n), the columns that each row sees, or None if it sees all of them.
+            call: The attention as it is called without them.
             n: Virtual tokens.
-            kwargs: Further arguments of the attention function.
-            sdpa: True for torch's scaled dot product attention, which without a mask may be causal by itself.
+            seen: (B, n), the columns that each row sees, or None if it sees all of them.
 
         Returns:
             (B or 1, H or 1, Q, S), or None if everything is seen.
         """
-        causal = mask is None and sdpa and _is_causal(module, query, kwargs)
+        query, key, mask = call.query, call.key, call.mask
+        causal = mask is None and call.sdpa and _is_causal(call)
         if mask is None and seen is None and not causal:
             return None
-        tokens, fast = (query.shape[2], key.shape[2]), sdpa and has_fast_kernels(query)
-        if causal and fast and seen is None and tokens[0] == tokens[1] and kwargs.get("position_bias") is None:
+        tokens, fast = (query.shape[2], key.shape[2]), call.sdpa and has_fast_kernels(query)
+        if causal and fast and seen is None and tokens[0] == tokens[1] and call.options.get("position_bias") is None:
             return causal_lower_right(tokens[0], n + tokens[1])  # no tensor at all: flash attention knows this mask
         dtype = _compute_dtype(query)
 
@@ -113,10 +118,10 @@ def aligned(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return added.copy_(mask)
 
 
-def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+def _is_causal(call: AttentionCall) -> bool:
     """Return True if sdpa, given no mask, would let each query see only the keys up to its own."""
-    causal = kwargs.get("is_causal")
-    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
+    causal = call.options.get("is_causal")
+    return call.query.shape[2] > 1 and bool(getattr(call.module, "is_causal", True) if causal is None else causal)
 
 
 def _compute_dtype(query: Tensor) -> torch.dtype:

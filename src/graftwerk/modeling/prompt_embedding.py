@@ -31,19 +31,16 @@ from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.virtual_positions import (
     VirtualLayout,
+    VirtualRows,
     accepts,
     cached_tokens,
     check_positions,
-    counts_of,
     drop_hooks,
     first_position,
-    gathered,
     inputs_of,
-    lengths,
     numbers_from_ids,
     own_positions,
     size_of,
-    users,
 )
 
 _POOLS_FIRST = re.compile(r"For(SequenceClassification|MultipleChoice)$")
@@ -69,24 +66,22 @@ class _Insert:
             return None
         inputs = inputs_of(stack, args, kwargs)
         size, tokens, device = size_of(inputs)
-        rows, repeats = users(slots, PromptModule, size)
-        counts = lengths(rows)
-        n = max(counts)
+        rows = VirtualRows(slots, PromptModule, size)
+        n = rows.n
         if n == 0:
             return None
         cached = cached_tokens(inputs)
         past = max(cached - n, 0)
         mask = _checked(inputs, cached, past, n, self.causal)
         check_positions(stack, n, past + tokens)
-        leads = _leads(mask) if self.causal else None
-        layout = VirtualLayout(n, counts_of(counts, repeats, device), leads, self.causal)
+        layout = rows.layout(_leads(mask) if self.causal else None, self.causal, device)
         if mask is None and not layout.even:
             mask = torch.ones(size, past + tokens, dtype=torch.long, device=device)
         if cached:
             inputs["position_ids"] = own_positions(stack, inputs, past) + layout.counts
             inputs["attention_mask"] = None if mask is None else layout.mask(mask)
             return (), inputs
-        self._insert(stack, inputs, layout, rows, repeats, mask)
+        self._insert(stack, inputs, layout, rows, mask)
         self.inserted = layout
         return (), inputs
 
@@ -95,10 +90,10 @@ class _Insert:
         stack: nn.Module,
         inputs: dict[str, Any],
         layout: VirtualLayout,
-        rows: list[list[PromptModule]],
-        repeats: int,
+        rows: VirtualRows[PromptModule],
         mask: Tensor | None,
     ) -> None:
+        """Put the virtual tokens into the arguments of a call, ``mask`` (B, T) or (B, S) among them."""
         size, tokens, device = size_of(inputs)
         if self.causal or inputs.get("position_ids") is not None or numbers_from_ids(stack):
             first = first_position(stack)
@@ -116,7 +111,7 @@ class _Insert:
         embeds = inputs.get("inputs_embeds")
         if embeds is None:
             embeds = stack.get_input_embeddings()(inputs["input_ids"])  # type: ignore[operator]
-        inputs["inputs_embeds"] = layout.merge(_embeddings(rows, repeats, embeds), embeds)
+        inputs["inputs_embeds"] = layout.merge(_embeddings(rows, embeds), embeds)
         inputs["input_ids"] = None
         if mask is not None:
             inputs["attention_mask"] = mask if mask.shape[1] == layout.n + tokens else layout.mask(mask)
@@ -176,7 +171,7 @@ class _WidenPooledMask:
         inputs = inputs_of(model, args, kwargs)
         size, tokens, device = size_of(inputs)
         slots, mask = slots_of(self.stack), inputs.get("attention_mask")
-        n = 0 if slots is None else max(lengths(users(slots, PromptModule, size)[0]))
+        n = 0 if slots is None else VirtualRows(slots, PromptModule, size).n
         wide = _wide_mask(self.stack, mask, size, n + tokens, device)
         if wide is mask:
             return None
@@ -189,22 +184,21 @@ def _wide_mask(encoder: nn.Module, mask: Tensor | None, size: int, length: int, 
     slots = slots_of(encoder)
     if slots is None:
         return mask
-    rows, repeats = users(slots, PromptModule, size)
-    counts = lengths(rows)
-    n, even = max(counts), len(set(counts)) == 1
+    rows = VirtualRows(slots, PromptModule, size)
+    n, even = rows.n, len(set(rows.counts)) == 1
     if n == 0 or (mask is None and even) or (mask is not None and mask.shape[-1] != length - n):
         return mask
     if mask is None:
         mask = torch.ones(size, length - n, dtype=torch.long, device=device)
-    return VirtualLayout(n, counts_of(counts, repeats, device), None, False).mask(mask)
+    return rows.layout(None, False, device).mask(mask)
 
 
-def _embeddings(rows: list[list[PromptModule]], repeats: int, like: Tensor) -> Tensor:
+def _embeddings(rows: VirtualRows[PromptModule], like: Tensor) -> Tensor:
     """Return each row's virtual tokens, (B, n, d), first its own."""
-    if len(rows) == 1:
-        values = torch.cat([module.vectors() for module in rows[0]]).to(like.dtype)
+    if not rows.differ:
+        values = torch.cat([module.vectors() for module in rows.modules[0]]).to(like.dtype)
         return values.expand(like.shape[0], -1, -1)
-    distinct, index = gathered(rows, repeats, like.device)
+    distinct, index = rows.gather(like.device)
     return torch.cat([module.vectors() for module in distinct]).to(like.dtype)[index]
 
 

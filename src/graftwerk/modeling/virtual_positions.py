@@ -11,53 +11,75 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from graftwerk.errors import ModelError
 from graftwerk.modeling.adapter_slots import AdapterSlots, ModelAdapters
 from graftwerk.modeling.module_names import is_causal
 
-Virtual = TypeVar("Virtual", bound=nn.Module)
+
+class VirtualTokens(Protocol):
+    """An adapter module with virtual tokens."""
+
+    n: int
+    """Their number."""
 
 
-def users(slots: AdapterSlots, kind: type[Virtual], size: int) -> tuple[list[list[Virtual]], int]:
-    """Return the active modules of one kind at a host for each named row, and the number of batch rows of each.
-
-    If all rows use the same adapters there is one named row, which stands for the whole batch of ``size``.
-    """
-    selection = slots.selection
-    if selection.rows is None:
-        return [[module for module in slots.active() if isinstance(module, kind)]], size
-    repeats = selection.repeats(size)
-    return [[module] if isinstance(module := slots.get(name), kind) else [] for name in selection.rows], repeats
+Virtual = TypeVar("Virtual", bound=VirtualTokens)
 
 
-def lengths(rows: Sequence[Sequence[Any]]) -> list[int]:
-    """Return n of each named row."""
-    return [sum(module.n for module in row) for row in rows]
+class VirtualRows(Generic[Virtual]):
+    """The virtual tokens that each row of a batch uses at one place of the model.
 
-
-def gathered(rows: Sequence[Sequence[Virtual]], repeats: int, device: torch.device) -> tuple[list[Virtual], Tensor]:
-    """Lay out the vectors of rows that differ, for one lookup.
+    Rows are listed as adapters were chosen for them: each named row stands for ``repeats`` rows of the batch. If all
+    rows use the same adapters there is one named row, which stands for the whole batch.
 
     Args:
-        rows: The modules of each named row.
-        repeats: Batch rows of each named row.
-        device: Device of the indices.
-
-    Returns:
-        The distinct modules, and (B, n) indices into their vectors one after the other. If a row has less than the
-        most n, its last columns point at some vector that is not its own; a mask has to hide them.
+        slots: Slots of the module that the virtual tokens belong to.
+        kind: Class of the adapter modules that hold them.
+        size: B.
     """
-    distinct = list(dict.fromkeys(module for row in rows for module in row))
-    starts = dict(zip(distinct, accumulate(lengths([[module] for module in distinct]), initial=0), strict=False))
-    most = max(lengths(rows))
-    index = [[starts[module] + i for module in row for i in range(int(module.n))] for row in rows]  # type: ignore[arg-type]
-    filled = torch.tensor([row + [0] * (most - len(row)) for row in index], device="cpu")
-    return distinct, filled.repeat_interleave(repeats, dim=0).to(device, non_blocking=True)
+
+    def __init__(self, slots: AdapterSlots, kind: type[Virtual], size: int) -> None:
+        selection = slots.selection
+        if selection.rows is None:
+            self.modules, self.repeats = [[module for module in slots.active() if isinstance(module, kind)]], size
+        else:
+            found = [slots.get(name) for name in selection.rows]
+            self.modules = [[module] if isinstance(module, kind) else [] for module in found]
+            self.repeats = selection.repeats(size)
+        self.counts = [sum(module.n for module in row) for row in self.modules]
+
+    @property
+    def n(self) -> int:
+        """Virtual tokens of the row that has most."""
+        return max(self.counts)
+
+    @property
+    def differ(self) -> bool:
+        """True if rows were given adapters of their own."""
+        return len(self.modules) > 1
+
+    def gather(self, device: torch.device) -> tuple[list[Virtual], Tensor]:
+        """Lay out the vectors of rows that differ, for one lookup.
+
+        Returns:
+            The distinct modules, and (B, n) indices into their vectors one after the other. If a row has fewer than n,
+            its last columns point at some vector that is not its own; a mask has to hide them.
+        """
+        distinct = list(dict.fromkeys(module for row in self.modules for module in row))
+        starts = dict(zip(distinct, accumulate((module.n for module in distinct), initial=0), strict=False))
+        index = [[starts[module] + i for module in row for i in range(module.n)] for row in self.modules]
+        filled = torch.tensor([row + [0] * (self.n - len(row)) for row in index], device="cpu")
+        return distinct, filled.repeat_interleave(self.repeats, dim=0).to(device, non_blocking=True)
+
+    def layout(self, leads: Tensor | None, causal: bool, device: torch.device) -> VirtualLayout:
+        """Return the positions of the virtual tokens; arguments as for `VirtualLayout`, ``leads`` (B, 1)."""
+        return VirtualLayout(self.n, counts_of(self.counts, self.repeats, device), leads, causal)
 
 
 def per_row(values: Sequence[int], repeats: int, device: torch.device) -> Tensor:
@@ -209,7 +231,7 @@ def first_position(stack: nn.Module) -> int:
     return 0 if embeddings is None else int(embeddings.padding_idx) + 1
 
 
-def positions_taken(model: Any) -> int:
+def positions_taken(model: PreTrainedModel) -> int:
     """Return the number of positions taken by the virtual tokens of the active adapters before the text."""
     model_adapters = ModelAdapters.of(model)
     if model_adapters is None:
