@@ -20,9 +20,6 @@ def with_absolute_paths(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of a run file with every relative path to an existing file or folder made absolute.
 
     Hub ids, files of packages and paths that do not exist stay as they are, and so does `output_dir`.
-
-    Args:
-        tree: As `RunConfig.model_dump(mode="json")` gives it.
     """
     tree = dict(tree)
     for key in ("model", "data", "training", "evaluation"):

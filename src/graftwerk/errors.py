@@ -33,11 +33,6 @@ _RENAMED_PARTS = {"mend": "hint", "kept": "recovered"}
 def did_you_mean(wrong: str, known: Iterable[str], then: str = "") -> str:
     """Return the question for the most similar known name, if there is one, and a sentence after it.
 
-    Args:
-        wrong: The name as it was given.
-        known: Names that exist.
-        then: Sentence that follows.
-
     Example:
         >>> from graftwerk.errors import did_you_mean
         >>> did_you_mean("lroa", ["lora", "ia3"], "There are: lora, ia3")

@@ -34,7 +34,7 @@ from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import TextTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 SPARE_TOKENS = 16
@@ -72,7 +72,7 @@ class Answer:
 class Loaded:
     """A model that is ready to be asked, and who it is: ``{name, fingerprint, adapter}``."""
 
-    model: Any
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: TextTask
     max_length: int
@@ -267,7 +267,7 @@ def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
     return max(1, min(limit, positions - taken))
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
     return frozenset(int(end) for end in (*listed, tokenizer.eos_token_id) if end is not None)

@@ -97,12 +97,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def show(out: Output, metrics: dict[str, Any]) -> None:
-    """Show the metrics of the sum and its parts, and how the sum differs from each.
-
-    Args:
-        out: The command's output.
-        metrics: As `combine` returns them.
-    """
+    """Show the metrics of the sum and its parts, and how the sum differs from each."""
     shown = table("adapter", "metric", "value", "sum minus it", numbers=("value", "sum minus it"), title=" ")
     against = {each["b"]: each for each in metrics["differences"]}
     for adapter, values in metrics["by_adapter"].items():

@@ -235,13 +235,6 @@ def open_answers(
 ) -> AnswerFile:
     """Open a file of answers by its ending.
 
-    Args:
-        path: The file.
-        columns: Its columns.
-        source: The rows that are answered.
-        answer: Any answer.
-        keep: As for `AnswerFile`.
-
     Raises:
         ResourceError: It cannot be written.
     """

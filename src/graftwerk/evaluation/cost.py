@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,7 +17,7 @@ from graftwerk.evaluation.peak_memory import resident as resident
 from graftwerk.tasks.base import Example, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LATENCY_BATCHES = (1, 32)
 """One row: an answer somebody waits for. Thirty-two: work in bulk."""
@@ -26,7 +26,7 @@ WARM_UP = 3
 
 
 def latency(
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -68,7 +68,7 @@ def _spread(ordered: Sequence[int], size: int, place: int, places: int) -> list[
 
 
 def _pass(
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     rows: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,

@@ -25,7 +25,7 @@ from graftwerk.tasks.base import Example
 from graftwerk.tasks.text import IGNORED, TextTask
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SPARE = 1.5
 """Where no limit is given: so many times the longest reference."""
@@ -34,7 +34,7 @@ FALLBACK = 64
 
 
 def generate(
-    model: Any,
+    model: PreTrainedModel,
     task: TextTask,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -66,7 +66,7 @@ def generate(
 
 
 def generate_all(
-    model: Any,
+    model: PreTrainedModel,
     task: TextTask,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -124,7 +124,7 @@ def generate_all(
 
 
 def _write(
-    model: Any,
+    model: PreTrainedModel,
     task: TextTask,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -179,7 +179,7 @@ def _alike(task: TextTask, examples: Sequence[Example], rooms: Sequence[int]) ->
     return list(groups.values())
 
 
-def _rooms(model: Any, task: TextTask, examples: Sequence[Example], limit: int) -> list[int]:
+def _rooms(model: PreTrainedModel, task: TextTask, examples: Sequence[Example], limit: int) -> list[int]:
     """Return the number of tokens of an answer that each row's positions leave room for."""
     positions = position_limit(model.config)
     if positions is None:

@@ -13,7 +13,7 @@ from graftwerk.methods.placement import module_device
 from graftwerk.tasks.base import Example, Predictions, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 """Told (rows done, rows in all) after every batch; what it raises ends the evaluation."""
@@ -22,7 +22,7 @@ Serve = Callable[[Sequence[Example], dict[str, Tensor]], AbstractContextManager[
 
 
 def run_model(
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -83,7 +83,7 @@ def batches_of(examples: Sequence[Example], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def to_device(batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+def to_device(batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the batch, tensors of any shape, on the device that the model reads it on."""
     return moved(batch, device_of(model))
 
@@ -98,7 +98,7 @@ def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def device_of(model: Any) -> torch.device:
+def device_of(model: PreTrainedModel) -> torch.device:
     """Return the device that a model's first layer computes on, whether its weights are there or offloaded."""
     return module_device(model)
 
@@ -109,7 +109,7 @@ def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode, and afterwards back into the mode it was in."""
     was_training = model.training
     model.eval()

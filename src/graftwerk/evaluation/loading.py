@@ -31,7 +31,7 @@ from graftwerk.tasks.base import Example, Row, Splits, Task
 from graftwerk.tasks.regression import Regression
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH, MOST_ROWS = 64, 1024
 """Rows of a forward pass: if nobody says how many, and the most that a foreign folder may ask for."""
@@ -64,7 +64,7 @@ class LoadedAdapter:
     info: AdapterInfo
     run: Path | None
     settings: RunConfig | None
-    model: Any
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     task: Task
     splits: Splits

@@ -12,7 +12,7 @@ from graftwerk.evaluation.evaluate import answer_examples, truncation_notes, wit
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from graftwerk.tasks.base import Row, Task
 
@@ -33,7 +33,7 @@ class Predictor:
 
     def __init__(self, loaded: LoadedAdapter) -> None:
         self._loaded = loaded
-        self.model: Any = loaded.model
+        self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.task: Task = loaded.task
         self.labels: tuple[str, ...] = tuple(loaded.labels)

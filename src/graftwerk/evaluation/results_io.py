@@ -61,10 +61,6 @@ def store_evaluation(run: Path, adapter: Path, result: dict[str, Any], predictio
 def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictions] | None:
     """Load a stored evaluation.
 
-    Args:
-        run: The run folder.
-        adapter: The adapter folder.
-
     Returns:
         The results and the predictions that `store_evaluation` wrote, or None if there are none, or if they were
         measured on another adapter than the one in the folder.

@@ -280,13 +280,7 @@ def predict_stream(
 
 
 def answers_of(answerer: Answerer, on_progress: StreamProgress | None, *, eager: bool) -> Iterator[Answered]:
-    """Yield the answer to every row of a source.
-
-    Args:
-        answerer: It names the source.
-        on_progress: As for `predict_stream`.
-        eager: As for `chunks_of`.
-    """
+    """Yield the answer to every row of a source."""
     done, total = 0, answerer.source.total
     if on_progress is not None:
         on_progress(0, total)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
 from graftwerk.devices import best_device
@@ -31,6 +31,9 @@ from graftwerk.training.planning.memory_check import planned, refuse_unfit
 from graftwerk.training.planning.plan import Planner
 from graftwerk.training.run_dir import read_manifest
 from graftwerk.training.setup import Prepared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def preflight(config: RunConfig | str | Path | Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def preflight(config: RunConfig | str | Path | Mapping[str, Any], **overrides: A
     return {**said, "plan": plan}
 
 
-def _check_model(config: RunConfig, prepared: Prepared, model: Any) -> None:
+def _check_model(config: RunConfig, prepared: Prepared, model: PreTrainedModel) -> None:
     """Stop at what training would stop at once the model is loaded, as far as it shows without the weights.
 
     Args:
@@ -172,7 +175,7 @@ def _without_storage(task: Task, architecture: Any, splits: Splits) -> Any:
         return task.auto_class().from_config(architecture)
 
 
-def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> dict[str, Any]:
+def _trunk(config: RunConfig, prepared: Prepared, model: PreTrainedModel, passes: float) -> dict[str, Any]:
     """Return the plan of the activation cache; augmented rows that do not exist yet are not counted."""
     from graftwerk.modeling.architectures import read_architecture
     from graftwerk.modeling.task_heads import head_paths
@@ -186,7 +189,7 @@ def _trunk(config: RunConfig, prepared: Prepared, model: Any, passes: float) -> 
     return found.to_dict()
 
 
-def _counted(method: Method, model: Any) -> dict[str, Any]:
+def _counted(method: Method, model: PreTrainedModel) -> dict[str, Any]:
     from graftwerk.modeling.architectures import read_architecture
     from graftwerk.modeling.prefix_install import stacks_of
     from graftwerk.modeling.task_heads import head_paths, open_targets

@@ -20,7 +20,7 @@ from graftwerk.tasks.similarity import SimilarityObjective
 from graftwerk.tasks.token_objective import TokenObjective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS = 32
 """Rows that are compared, unless the caller says otherwise."""
@@ -63,7 +63,7 @@ class Parity:
 
 @torch.inference_mode()
 def probabilities(
-    model: Any,
+    model: PreTrainedModel,
     task: Task,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -97,7 +97,7 @@ def probabilities(
     return found
 
 
-def _values(model: Any, task: Task, batch: dict[str, Tensor]) -> Tensor | None:
+def _values(model: PreTrainedModel, task: Task, batch: dict[str, Tensor]) -> Tensor | None:
     """Return a row's answer where it is no distribution: probabilities of labels, a score, a vector; else None."""
     objective = task.objective
     if isinstance(objective, LabelObjective):
@@ -152,7 +152,7 @@ def require(parity: Parity, what: str) -> Parity:
     )
 
 
-def _logits(model: Any, task: Task, batch: dict[str, Tensor]) -> Tensor:
+def _logits(model: PreTrainedModel, task: Task, batch: dict[str, Tensor]) -> Tensor:
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name != "labels"}
     tokens = inputs["input_ids"].shape[1]
     objective = task.objective
@@ -164,7 +164,7 @@ def _logits(model: Any, task: Task, batch: dict[str, Tensor]) -> Tensor:
     return logits if logits.ndim < 3 else logits[:, -tokens:]
 
 
-def _plain(model: Any) -> Any:
+def _plain(model: PreTrainedModel) -> Any:
     """Return the model of transformers inside of PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from graftwerk.serialization.atomic import write_folder
 from graftwerk.serialization.folder import load_adapter
 from graftwerk.serialization.strict_json import dump_object
 from graftwerk.tasks.base import Example, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 FACTS = "graftwerk_export.json"
 """File in each exported folder: what it was made from, and how it was compared."""
@@ -57,7 +61,9 @@ class Source:
     examples: Sequence[Example]
     answers: Sequence[Tensor]
 
-    def compared(self, model: Any, tokenizer: Any, what: str, tolerance: float, *, dtype: torch.dtype) -> Parity:
+    def compared(
+        self, model: PreTrainedModel, tokenizer: Any, what: str, tolerance: float, *, dtype: torch.dtype
+    ) -> Parity:
         """Compare another model with the adapter.
 
         Args:

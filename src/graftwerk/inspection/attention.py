@@ -122,10 +122,6 @@ class _Call:
 def attend(loaded: LoadedAdapter, question: Question) -> TextAttention:
     """Return the attention of the pass that answers a question, the eager kernel in place of the model's for that pass.
 
-    Args:
-        loaded: The adapter on its base.
-        question: The text with its answer.
-
     Raises:
         UnsupportedError: The model's attention does not go through transformers' interface.
     """

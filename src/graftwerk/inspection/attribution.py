@@ -126,10 +126,6 @@ def check_attributable(task: Any) -> None:
 def ask(loaded: LoadedAdapter, text: str) -> Question:
     """Answer a text.
 
-    Args:
-        loaded: The adapter on its base.
-        text: The text.
-
     Raises:
         UnsupportedError: The model takes no embeddings.
         DataError: The text is empty.

@@ -324,9 +324,6 @@ class Method(Settings):
 def base_weight(module: nn.Module) -> Tensor:
     """Return the weight of a linear layer, detached: GPT-2's `Conv1D` is transposed, a 4- or 8-bit one dequantized.
 
-    Args:
-        module: A linear layer.
-
     Returns:
         (out, in).
 

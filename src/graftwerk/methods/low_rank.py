@@ -54,12 +54,7 @@ READ_TOGETHER = frozenset({Role.QUERY, Role.KEY, Role.VALUE, Role.FFN_IN, Role.F
 
 
 def share_dropout(targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
-    """Join the dropout of low-rank modules that may read the same tensor.
-
-    Args:
-        targets: The adapted modules.
-        built: Their adapter modules by path.
-    """
+    """Join the dropout of low-rank modules that may read the same tensor."""
     groups: dict[tuple[str, bool], DropoutGroup] = {}
     for target in targets:
         module = built[target.path]

@@ -138,11 +138,6 @@ def check_inputs(chosen: Sequence[TargetModule], setting: str) -> None:
 def check_targets(chosen: Sequence[TargetModule], targets: Sequence[str], setting: str = "target_modules") -> None:
     """Check that each target is in one of the layers that were chosen by `layers`.
 
-    Args:
-        chosen: The targets in these layers.
-        targets: Their names in the settings.
-        setting: The setting that names them.
-
     Raises:
         ConfigError: a target names layers of the model, but none of the chosen ones.
     """

@@ -216,10 +216,6 @@ def width(table: TargetModule) -> int:
 def rows_by_table(tables: Sequence[TargetModule], wanted: TokenIndices | None) -> dict[str, tuple[int, ...]]:
     """Return the rows to train by the path of their table, each table under the module that the others share it with.
 
-    Args:
-        tables: A model's tables.
-        wanted: The setting.
-
     Raises:
         ConfigError: a name matches no table, or one that shares another's; or a row is out of range.
         UnsupportedError: the model has no input embedding, or rows of a table cannot be trained; the reason is given.

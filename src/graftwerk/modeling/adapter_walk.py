@@ -43,11 +43,7 @@ class AdapterWalk:
         return type(None), ()  # a copy of an adapter walks for itself
 
     def holds(self, index: ModuleIndex) -> bool:
-        """Return True if a walk would meet the same objects.
-
-        Args:
-            index: The base's modules now.
-        """
+        """Return True if a walk would meet the same objects."""
         return index is self._index() and self._now() == self._objects and self._registers.hold()
 
     def _now(self) -> list[Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method, Role
@@ -47,7 +48,9 @@ class FrozenPrefix:
     shift: int = 0
 
 
-def find_frozen_prefix(model: Any, architecture: Architecture, method: Method, heads: Iterable[str]) -> FrozenPrefix:
+def find_frozen_prefix(
+    model: PreTrainedModel, architecture: Architecture, method: Method, heads: Iterable[str]
+) -> FrozenPrefix:
     """Find the end of the trunk when this method trains on a model; weights are not read.
 
     Args:
@@ -89,7 +92,7 @@ def _touched(architecture: Architecture, method: Method, heads: Sequence[str]) -
     return [target.host for target in open_targets(method, architecture, heads)]
 
 
-def _layer_of(model: Any, architecture: Architecture, path: str, layers: str, depth: int) -> int:
+def _layer_of(model: PreTrainedModel, architecture: Architecture, path: str, layers: str, depth: int) -> int:
     """Return the layer of the stack that a trained module is in; ``depth`` if it comes after all of them."""
     if path.startswith(layers + "."):
         return int(path.removeprefix(layers + ".").split(".")[0])
@@ -113,7 +116,7 @@ class _CutReached(BaseException):
 
 
 def reach(
-    model: Any, cut: FrozenPrefix, call: Callable[[], Any], done: Callable[[nn.Module], None] | None = None
+    model: PreTrainedModel, cut: FrozenPrefix, call: Callable[[], Any], done: Callable[[nn.Module], None] | None = None
 ) -> Tensor:
     """Run a forward pass to the end of the trunk.
 
@@ -159,7 +162,9 @@ def reach(
     return output  # type: ignore[no-any-return]
 
 
-def below(model: Any, cut: FrozenPrefix, hosts: Sequence[nn.Module], call: Callable[[], Any]) -> list[nn.Module]:
+def below(
+    model: PreTrainedModel, cut: FrozenPrefix, hosts: Sequence[nn.Module], call: Callable[[], Any]
+) -> list[nn.Module]:
     """Return the modules that make up the trunk, embeddings included, found by running it.
 
     Args:
@@ -184,7 +189,7 @@ def below(model: Any, cut: FrozenPrefix, hosts: Sequence[nn.Module], call: Calla
     return list(done)
 
 
-def set_evaluating(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module]) -> None:
+def set_evaluating(model: PreTrainedModel, cut: FrozenPrefix, trunk: Sequence[nn.Module]) -> None:
     """Turn dropout off in the trunk; the rest of the model stays in its mode."""
     for module in trunk:
         module.training = False
@@ -192,7 +197,9 @@ def set_evaluating(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module]) ->
         model.get_submodule(cut.stack).training = False
 
 
-def draws_at_random(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module], call: Callable[[], Any]) -> bool:
+def draws_at_random(
+    model: PreTrainedModel, cut: FrozenPrefix, trunk: Sequence[nn.Module], call: Callable[[], Any]
+) -> bool:
     """Return True if the trunk gives the same rows different hidden states in training mode: dropout of any kind.
 
     The global random generators are used; the caller restores them.
@@ -215,7 +222,7 @@ def draws_at_random(model: Any, cut: FrozenPrefix, trunk: Sequence[nn.Module], c
 
 
 @contextmanager
-def skipping(model: Any, cut: FrozenPrefix, states: Tensor, *, extras: int = 0) -> Iterator[None]:
+def skipping(model: PreTrainedModel, cut: FrozenPrefix, states: Tensor, *, extras: int = 0) -> Iterator[None]:
     """Skip the trunk's layers inside the block: each returns ``states``.
 
     A layer's ``forward`` is replaced on the object for the time of a pass, and its class is not: hooks run as before,
@@ -246,7 +253,7 @@ def skipping(model: Any, cut: FrozenPrefix, states: Tensor, *, extras: int = 0) 
                 layer.__dict__["forward"] = own
 
 
-def extras_of(model: Any, cut: FrozenPrefix, call: Callable[[], Any]) -> int:
+def extras_of(model: PreTrainedModel, cut: FrozenPrefix, call: Callable[[], Any]) -> int:
     """Return the number of values besides hidden states that a layer returns, -1 if no tuple; for `skipping`."""
     seen: list[int] = []
     layer = model.get_submodule(cut.layers)[cut.skipped - 1]

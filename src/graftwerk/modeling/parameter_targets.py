@@ -67,10 +67,6 @@ def _unfit(module: nn.Module, parameter: nn.Parameter, silent: bool) -> str | No
 def by_host(targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> dict[str, AdapterModule]:
     """Return built adapter modules by the path of the module that carries them, those of parameters joined.
 
-    Args:
-        targets: What they were built for.
-        built: By the targets' paths.
-
     Raises:
         UnsupportedError: A module and a parameter of it are targets.
     """

@@ -44,11 +44,7 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def dequantize(model: PreTrainedModel) -> None:
-    """Give a model without adapters plain linear layers again, in place, with the values that the codes stand for.
-
-    Args:
-        model: A quantized model.
-    """
+    """Give a model without adapters plain linear layers again, in place, with the values that the codes stand for."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized(module.weight):
             weight, full = base_weight(module), nn.Linear(1, 1, module.bias is not None)

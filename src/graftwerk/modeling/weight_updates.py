@@ -54,11 +54,6 @@ def factors_of(module: AdapterModule) -> Factors:
 def update_of(path: str, layer: nn.Module, module: AdapterModule) -> Tensor:
     """Return the update of a layer's weight, (out, in), in float64.
 
-    Args:
-        path: Path of the layer.
-        layer: The base's layer.
-        module: The adapter's module there.
-
     Raises:
         UnsupportedError: The adapter changes the bias as well.
     """

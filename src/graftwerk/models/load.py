@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,10 @@ from graftwerk.models import gguf, hub
 from graftwerk.models.hf_logging import quiet
 from graftwerk.models.safety_checks import check_configuration, check_weights
 from graftwerk.resource_paths import PACKAGE_SCHEME, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 SPARE = 1 << 22
 """Numbers that a model may have beside those of its weights: a new head, tables of positions that are computed."""
@@ -326,7 +330,7 @@ def newly_initialised(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:
+def _judge(model: PreTrainedModel, report: dict[str, Any], name: str) -> tuple[str, ...]:
     """A new head is right; a body with new weights would silently be a worse model."""
     missing = sorted(report["missing_keys"])
     mismatched = sorted((entry[0], tuple(entry[1]), tuple(entry[2])) for entry in report["mismatched_keys"])
@@ -354,7 +358,7 @@ def _judge(model: Any, report: dict[str, Any], name: str) -> tuple[str, ...]:
     return tuple(sorted({*missing, *(key for key, _, _ in mismatched)}))
 
 
-def _fill_body(model: Any, keys: Sequence[str]) -> None:
+def _fill_body(model: PreTrainedModel, keys: Sequence[str]) -> None:
     """Give a pooler that the checkpoint lacks the same values every time.
 
     An adapter is trained on top of it and does not store it, so a base loaded again must be the same base. Only the

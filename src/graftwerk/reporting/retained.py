@@ -13,11 +13,7 @@ from graftwerk.reporting.interval_plot import scale_of, strip
 
 
 def retained_section(retained: Mapping[str, Any]) -> Markup:
-    """Return the section, empty if nothing was to be retained.
-
-    Args:
-        retained: `retained` of the manifest.
-    """
+    """Return the section, empty if nothing was to be retained."""
     entries = mapping(retained, "entries")
     if not entries:
         return Markup()

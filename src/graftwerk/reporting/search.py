@@ -28,12 +28,7 @@ STATES = {"complete": "", "running": "not finished", **COUNTED}
 
 
 def search_page(folder: Path, result: Mapping[str, Any]) -> str:
-    """Return the page of a search as HTML.
-
-    Args:
-        folder: Folder of the search.
-        result: Contents of `search.json`.
-    """
+    """Return the page of a search as HTML."""
     metric = words(result, "metric") or "quality"
     trials, settings = trials_of(result, metric), settings_of(result)
     finished = words(result, "status") == "finished"

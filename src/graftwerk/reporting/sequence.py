@@ -24,12 +24,7 @@ KINDS = ("metric", "rate", "train")
 
 
 def sequence_page(folder: Path, result: Mapping[str, Any]) -> str:
-    """Return the page of a sequence as HTML.
-
-    Args:
-        folder: Folder of the sequence.
-        result: Contents of `sequence.json`.
-    """
+    """Return the page of a sequence as HTML."""
     variants = [variant for variant in mappings(result, "variants") if items(variant, "matrix")]
     tasks = mappings(result, "tasks")
     sections = [_failures(result), _measures(variants), *(_variant(variant, tasks) for variant in variants)]

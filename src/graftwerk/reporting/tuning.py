@@ -12,11 +12,7 @@ from graftwerk.reporting.files import mapping, mappings, number, words
 
 
 def tuning_section(result: Mapping[str, Any]) -> Markup:
-    """Return the section, empty if nothing was tuned.
-
-    Args:
-        result: Contents of `comparison.json`.
-    """
+    """Return the section, empty if nothing was tuned."""
     tuning = mappings(result, "tuning")
     if not tuning:
         return Markup()

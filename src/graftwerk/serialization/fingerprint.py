@@ -122,11 +122,7 @@ def fingerprint(model: PreTrainedModel, without: Rows = MappingProxyType({})) ->
 
 
 def fingerprint_of_codes(model: PreTrainedModel) -> str:
-    """Return a hash of the base's weights as they are stored, those that are quantized by their codes.
-
-    Args:
-        model: As for `fingerprint`.
-    """
+    """Return a hash of the base's weights as they are stored, those that are quantized by their codes."""
     with disabled(model):
         return _fingerprint(model, sorted(_base_parameters(model)), full={})
 

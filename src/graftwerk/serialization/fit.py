@@ -58,12 +58,6 @@ def check_beside(model: PreTrainedModel, info: AdapterInfo) -> None:
 def check_drawn(model: PreTrainedModel, info: AdapterInfo, found: Restored, filled: Collection[str]) -> None:
     """Refuse an adapter with a head on a base where another part that it does not store was drawn at random.
 
-    Args:
-        model: The base.
-        info: What the folder says.
-        found: What was read from it.
-        filled: As `load_adapter` takes it.
-
     Raises:
         AdapterError: there is such a part.
 
@@ -117,10 +111,6 @@ def labels_of(adapter: Adapter, info: AdapterInfo) -> list[str] | None:
     """Return the class names of a loaded adapter's head, or None if those of the base apply.
 
     An adapter without names (PEFT stores none) uses the base's if the base has as many, else numbered ones.
-
-    Args:
-        adapter: The adapter on its model.
-        info: Contents of the adapter folder.
 
     Raises:
         AdapterError: The number of names differs from the number of classes of the head.

@@ -133,10 +133,6 @@ def _task_type(adapter: Adapter) -> str | None:
 def head_tensors(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of the saved modules for a file, with those that PEFT saves with them by their letters.
 
-    Args:
-        adapter: The adapter.
-        prefix: Prefix of the keys.
-
     Returns:
         By PEFT's keys, any shape; they share memory with the model.
     """

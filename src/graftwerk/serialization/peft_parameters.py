@@ -28,10 +28,6 @@ def parameter_names(architecture: Architecture, paths: Iterable[str]) -> list[st
     """Return few and short endings that together name exactly these parameters of a model, sorted.
 
     Each has the name of a module before that of the parameter: PEFT compares its own parameters too.
-
-    Args:
-        architecture: The model's architecture.
-        paths: The parameters.
     """
     chosen, every = list(paths), [target.path for target in architecture.parameters]
     found = set()
@@ -42,12 +38,7 @@ def parameter_names(architecture: Architecture, paths: Iterable[str]) -> list[st
 
 
 def stored_paths(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """Return the path under which PEFT stores the update of each targeted parameter.
-
-    Args:
-        model: The model.
-        paths: All targeted parameters.
-    """
+    """Return the path under which PEFT stores the update of each targeted parameter."""
     modules, hosts = base_modules(model), dict[str, set[str]]()
     for path in paths:
         host, _, name = path.rpartition(".")

@@ -143,11 +143,6 @@ def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
 def check_size(model: PreTrainedModel, restored: Restored, architecture: Architecture) -> None:
     """Check the number of stored parameters against the settings, before memory is allocated for the adapter.
 
-    Args:
-        model: The base.
-        restored: The adapter that was read.
-        architecture: The base's architecture.
-
     Raises:
         AdapterError: The file holds more or fewer parameters than the settings give on this model.
     """

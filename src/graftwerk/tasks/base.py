@@ -151,12 +151,7 @@ class Task(Settings):
     # -- training --------------------------------------------------------------------------------------------------
 
     def head_bias(self, examples: Sequence[Example], labels: Sequence[str]) -> list[float] | None:
-        """Return the bias that the head's last layer starts from, or None for zeros.
-
-        Args:
-            examples: Encoded training rows.
-            labels: The label names.
-        """
+        """Return the bias that the head's last layer starts from, or None for zeros."""
         return None
 
     def tuned(self, predictions: Predictions) -> tuple[Self, Predictions]:

@@ -46,10 +46,6 @@ class Collator(ABC):
 
         Random choices come from torch's global generator, whose state is part of a checkpoint.
 
-        Args:
-            examples: At least one.
-            tokenizer: The tokenizer that encoded them.
-
         Returns:
             As `collate`: ``input_ids`` and the like, each (B, T), and ``labels``.
         """

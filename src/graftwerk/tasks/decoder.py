@@ -54,16 +54,9 @@ class ClassDecoder(Decoder):
     def predictions(
         self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
     ) -> ClassPredictions:
-        """Return the softmax over the C classes, in float64 so that a row's scores add up to one.
+        """Return the softmax over the C classes of logits (1, C), in float64 so that a row's scores add up to one.
 
-        Args:
-            outputs: Logits of each of the n rows, (1, C).
-            examples: The rows.
-            loss: As for `Decoder.predictions`.
-            texts: Not used.
-
-        Returns:
-            Scores (n, C), and targets (n,) if every row has one.
+        Scores are (n, C), and targets (n,) if every row has one.
         """
         logits = torch.cat(list(outputs)) if len(outputs) else torch.zeros(0, 0, device="cpu")  # (n, C)
         scores = logits.double().softmax(-1).numpy()

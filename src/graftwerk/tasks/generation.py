@@ -52,13 +52,7 @@ class Generation:
         return None
 
     def options(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, Any]:
-        """Return the arguments of ``model.generate`` that depend on the task and not on the search.
-
-        Args:
-            model: The model that writes.
-            tokenizer: Its tokenizer.
-            example: Any row of the batch.
-        """
+        """Return the arguments of ``model.generate`` that depend on the task and not on the search."""
         return {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
 
     def new_tokens(self, written: Tensor, batch: Mapping[str, Tensor]) -> Tensor:

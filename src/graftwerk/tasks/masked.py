@@ -101,10 +101,6 @@ class MaskingCollator(TextCollator):
     def collate_training(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples with tokens hidden anew.
 
-        Args:
-            examples: At least one.
-            tokenizer: The tokenizer that encoded them.
-
         Returns:
             ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
 

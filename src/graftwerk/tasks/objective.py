@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 CLASS_WEIGHTS, POSITIONS, WORDS = "class_weights", "label_positions", "label_words"
@@ -24,7 +24,7 @@ OF_LOSS = frozenset(("labels", CLASS_WEIGHTS, POSITIONS, WORDS))
 class Objective(ABC):
     """Forward pass and loss of a batch, and the part of the outputs that predictions are made from."""
 
-    def prepare(self, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    def prepare(self, batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return a collated batch with what the loss has to know of its labels.
 
         Found on the host, before the batch moves: read from the device's labels, each fact would be a wait for the
@@ -39,7 +39,7 @@ class Objective(ABC):
         """
         return dict(batch)
 
-    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return the model's outputs for a batch.
 
         Args:
@@ -89,20 +89,14 @@ class ClassObjective(Objective):
 
     class_weights: Tensor | None = None
 
-    def prepare(self, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    def prepare(self, batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return the batch, ``labels`` (B,), with the class weights (C,), so that they move with it."""
         return dict(batch) if self.class_weights is None else {**batch, CLASS_WEIGHTS: self.class_weights}
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Return the mean over the rows, or with class weights torch's weighted mean.
 
-        Args:
-            outputs: Outputs with ``logits`` (B, C).
-            batch: The batch with ``labels`` (B,).
-            label_smoothing: As for `Objective.loss`.
-
-        Returns:
-            A float32 scalar in nats.
+        ``logits`` are (B, C), ``labels`` (B,).
         """
         weights = batch.get(CLASS_WEIGHTS, self.class_weights)
         weights = None if weights is None else weights.to(outputs.logits.device)
@@ -132,15 +126,9 @@ class ScoreObjective(Objective):
     deviation: float = 1.0
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean over the rows of ``(output - (y - mean) / deviation) ** 2``.
+        """Return the mean over the rows of ``(output - (y - mean) / deviation) ** 2``, a scalar.
 
-        Args:
-            outputs: Outputs with ``logits`` (B, 1).
-            batch: The batch with ``labels`` (B,).
-            label_smoothing: Not used; `check_settings` refuses it.
-
-        Returns:
-            A float32 scalar.
+        ``logits`` are (B, 1), ``labels`` (B,); `check_settings` refuses a label smoothing.
         """
         targets = ((batch["labels"] - self.mean) / self.deviation).float()  # (B,)
         return F.mse_loss(outputs.logits.float().squeeze(-1), targets)
@@ -160,15 +148,9 @@ class LabelObjective(Objective):
     """Binary cross-entropy of each label."""
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean over rows and labels.
+        """Return the mean over rows and labels, ``logits`` (B, L) and ``labels`` (B, L) of 0 and 1.
 
-        Args:
-            outputs: Outputs with ``logits`` (B, L).
-            batch: The batch with ``labels`` (B, L) of 0 and 1.
-            label_smoothing: Not used; `check_settings` refuses it.
-
-        Returns:
-            A float32 scalar in nats.
+        `check_settings` refuses a label smoothing.
         """
         return F.binary_cross_entropy_with_logits(outputs.logits.float(), batch["labels"])
 

@@ -10,7 +10,7 @@ Legend: B packed rows, T their longest, N labelled tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.example import IGNORED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOLERANCE = 1e-3
 """Largest difference of two logits, against the largest logit; another row seen makes a thousand times more."""
@@ -72,7 +72,9 @@ def pack(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_le
 
 
 @torch.no_grad()
-def check_packing(model: Any, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_packing(
+    model: PreTrainedModel, task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Try on two short rows whether packing changes what the model says.
 
     Raises:
@@ -106,7 +108,7 @@ def _every_label(example: Example) -> Example:
     return Example({"input_ids": list(ids)}, list(ids))
 
 
-def _logits(model: Any, task: Task, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+def _logits(model: PreTrainedModel, task: Task, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     logits: Tensor = task.objective.forward(
         model, {name: tensor.to(device) for name, tensor in batch.items()}
     ).logits.float()

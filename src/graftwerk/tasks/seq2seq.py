@@ -93,16 +93,10 @@ class Seq2SeqTask(TextTask):
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits | None, max_length: int
     ) -> list[Example]:
-        """Encode rows to token ids.
+        """Encode rows to token ids. A row without its second part gets the target None: no answer is known.
 
-        A row without its second part gets the target None: an answer is asked for and none is known.
-
-        Args:
-            rows: The rows.
-            tokenizer: The model's tokenizer.
-            splits: The splits, which tell the place of a row for messages; or None.
-            max_length: Tokens of a text that is read and of one that is written; for a causal model of both together,
-                template included.
+        ``max_length`` counts the tokens of a text that is read and of one that is written; for a causal model those of
+        both together, template included.
 
         Raises:
             ConfigError: the template leaves no room for text.

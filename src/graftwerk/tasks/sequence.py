@@ -85,10 +85,6 @@ class SequenceTask(Task):
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
         """Read, check and split the rows; nothing of a model is needed or loaded.
 
-        Args:
-            data: Sources and settings of the rows.
-            labels: The label names an adapter already has. Rows must use these, and may use fewer.
-
         Raises:
             ConfigError: no such source, column or split size; some splits have pairs and others do not.
             DataError: unreadable or unusable rows, answers that nothing can be learnt from.
@@ -131,13 +127,7 @@ class SequenceTask(Task):
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
     ) -> list[Example]:
-        """Encode rows to token ids and targets, in order. A row without an answer gets the target None.
-
-        Args:
-            rows: Each with `text`, with `text_pair` if rows are pairs, and with the answer where it is known.
-            tokenizer: The model's tokenizer.
-            splits: The splits, for their label names.
-            max_length: Tokens kept of a row, special tokens included; what is lost is counted in each example.
+        """Encode rows in order; pairs have `text_pair`. A row without an answer gets the target None.
 
         Raises:
             DataError: An answer that the task does not know.

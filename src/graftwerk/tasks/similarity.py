@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.data.fields import number_part, text_part, texts_part
@@ -117,13 +117,7 @@ class Similarity(Task):
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, splits: Splits, max_length: int
     ) -> list[Example]:
-        """Encode the texts of each row, each by itself.
-
-        Args:
-            rows: All of one kind: pairs with or without a score, anchors, or single texts.
-            tokenizer: The model's tokenizer.
-            splits: Not used.
-            max_length: Tokens kept of each text, special tokens included.
+        """Encode the texts of each row, each by itself and of at most ``max_length`` tokens.
 
         Raises:
             DataError: Some rows are pairs and others single texts.
@@ -186,11 +180,7 @@ class PairCollator(Collator):
     several: ClassVar[bool] = True
 
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-        """Return the batch of some examples.
-
-        Args:
-            examples: At least one; all pairs, or all single texts.
-            tokenizer: The tokenizer that encoded them.
+        """Return the batch of some examples, all pairs or all single texts.
 
         Returns:
             ``input_ids`` and the like, each (2 B + K, T), or (B, T) for single texts; ``rows``, a scalar: B; ``labels``
@@ -220,7 +210,7 @@ class SimilarityObjective(Objective):
 
     scale: float = 20.0
 
-    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         """Return the model's outputs for all texts of a batch.
 
         Args:
@@ -232,13 +222,7 @@ class SimilarityObjective(Objective):
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Return CoSENT's loss for scores, the cross-entropy over the other texts of the batch for anchors.
 
-        Args:
-            outputs: Outputs with ``last_hidden_state`` (2 B + K, T, D).
-            batch: The batch with ``labels`` (B,).
-            label_smoothing: Not used; `check_settings` refuses it.
-
-        Returns:
-            A float32 scalar.
+        ``last_hidden_state`` is (2 B + K, T, D), ``labels`` (B,); `check_settings` refuses a label smoothing.
         """
         vectors, rows = vectors_of(outputs, batch), int(batch["rows"])  # (2 B + K, D)
         first, candidates = vectors[:rows], vectors[rows:]

@@ -68,10 +68,6 @@ def words_of(text: str, cuts: Sequence[int] = ()) -> list[tuple[int, int]]:
 def tags_of_spans(text: str, spans: Sequence[Span]) -> tuple[list[tuple[int, int]], list[str]]:
     """Return the words of a text and their BIO tags.
 
-    Args:
-        text: The text.
-        spans: Its spans in characters.
-
     Raises:
         ValueError: A span lies outside of the text, holds no word, or overlaps another.
     """

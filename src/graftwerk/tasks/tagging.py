@@ -32,16 +32,7 @@ class TagObjective(Objective):
         return hash(type(self))
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean over the words, as transformers has it.
-
-        Args:
-            outputs: Outputs with ``logits`` (B, T, C).
-            batch: The batch with ``labels`` (B, T), `IGNORED` where no word is.
-            label_smoothing: As for `Objective.loss`.
-
-        Returns:
-            A float32 scalar in nats.
-        """
+        """Return the mean over the words, ``logits`` (B, T, C) and ``labels`` (B, T), `IGNORED` where no word is."""
         logits, labels = outputs.logits.float().flatten(0, 1), batch["labels"].flatten()  # (B T, C), (B T,)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=label_smoothing)
 
@@ -69,14 +60,7 @@ class TagDecoder(Decoder):
     def predictions(
         self, outputs: Sequence[Tensor], examples: Sequence[Example], loss: float | None, texts: Sequence[str] | None
     ) -> TagPredictions:
-        """Return the tags of the words of all windows.
-
-        Args:
-            outputs: Tags and probabilities of each of the n windows, (1, 2T).
-            examples: The windows.
-            loss: As for `Decoder.predictions`.
-            texts: Not used.
-        """
+        """Return the tags of the words of all n windows, whose outputs are tags and probabilities, (1, 2T) each."""
         places = [example.row or {"row": at, "at": []} for at, example in enumerate(examples)]
         shape = (len(examples), max((len(place["at"]) for place in places), default=0))
         tags, certain = np.full(shape, NOBODY, dtype=np.int64), np.zeros(shape)  # (n, W)

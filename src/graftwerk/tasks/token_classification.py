@@ -175,12 +175,6 @@ class TokenClassification(Task):
     ) -> list[Example]:
         """Encode rows to one example each, or to several that overlap where a row is longer than ``max_length``.
 
-        Args:
-            rows: Each with `tokens`, and with `tags` where they are known.
-            tokenizer: The model's tokenizer, a fast one.
-            splits: The splits, for the names of the tags.
-            max_length: Tokens of an example, special tokens included.
-
         Raises:
             UnsupportedError: The tokenizer does not say which characters a token stands for.
             DataError: A tag that is not in ``splits.labels``.

@@ -13,7 +13,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from graftwerk.kernels.chunked_cross_entropy import check_labels
 from graftwerk.kernels.lm_head import LabelledLogits, labelled_tokens
 from graftwerk.tasks.example import IGNORED
 from graftwerk.tasks.objective import OF_LOSS, POSITIONS, WORDS, Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class TokenObjective(Objective):
@@ -41,12 +44,12 @@ class TokenObjective(Objective):
         """Return the labels in the order of the logits, (N,)."""
         return labels[labels != IGNORED]
 
-    def prepare(self, batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    def prepare(self, batch: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the batch, ``labels`` (B, T), with the places (N,) of the labelled tokens and their labels (N,)."""
         if "labels" not in batch:
             return dict(batch)
         positions, expected = self._labelled(batch)
-        plain = getattr(model, "module", model)
+        plain: Any = getattr(model, "module", model)
         head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
         if isinstance(words := getattr(head, "out_features", None), int):
             check_labels(expected, words)
@@ -59,7 +62,9 @@ class TokenObjective(Objective):
         labels = batch["labels"]
         return self.predicting(labels).flatten().nonzero()[:, 0], self.expected(labels)
 
-    def decoder_inputs(self, model: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    def decoder_inputs(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor | None
+    ) -> dict[str, Any]:
         """Return inputs that the model needs beside those of the batch; most need none.
 
         Args:
@@ -69,14 +74,14 @@ class TokenObjective(Objective):
         """
         return {}
 
-    def forward(self, model: Any, batch: Mapping[str, Tensor]) -> Any:
+    def forward(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
         """Return the labelled tokens before the vocabulary head, or outputs with ``logits`` (N, V).
 
         Without labels no logits are compared, and the model makes as few as it can.
         """
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in OF_LOSS}
         labels = batch.get("labels")
-        plain = getattr(model, "module", model)
+        plain: Any = getattr(model, "module", model)
         keeps_logits = "logits_to_keep" in inspect.signature(type(plain).forward).parameters
         inputs |= self.decoder_inputs(plain, inputs, labels)
         if labels is None:
@@ -96,16 +101,7 @@ class TokenObjective(Objective):
         return outputs
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean over the labelled tokens of the batch; 0 if no token is labelled.
-
-        Args:
-            outputs: The result of `forward`.
-            batch: The batch with ``labels`` (B, T), `IGNORED` for tokens that are not trained.
-            label_smoothing: As for `Objective.loss`.
-
-        Returns:
-            A float32 scalar in nats.
-        """
+        """Return the mean over the labelled tokens of ``labels`` (B, T), 0 if none is: others are `IGNORED`."""
         _, expected = self._labelled(batch)  # (N,)
         if isinstance(outputs, LabelledLogits):
             return outputs.loss(expected, label_smoothing, checked=WORDS in batch)
@@ -160,7 +156,9 @@ class SameTokenObjective(TokenObjective):
 class Seq2SeqObjective(SameTokenObjective):
     """Encoder-decoder models: the decoder reads the labels shifted to the right, and predicts them."""
 
-    def decoder_inputs(self, model: Any, inputs: Mapping[str, Any], labels: Tensor | None) -> dict[str, Any]:
+    def decoder_inputs(
+        self, model: PreTrainedModel, inputs: Mapping[str, Any], labels: Tensor | None
+    ) -> dict[str, Any]:
         if labels is not None:
             return {"decoder_input_ids": _shifted(model, labels), "use_cache": False}  # nothing comes after
         start = getattr(model.config, "decoder_start_token_id", None)
@@ -168,7 +166,7 @@ class Seq2SeqObjective(SameTokenObjective):
         return {"decoder_input_ids": first if start is None else torch.full_like(first, start)}
 
 
-def _shifted(model: Any, labels: Tensor) -> Tensor:
+def _shifted(model: PreTrainedModel, labels: Tensor) -> Tensor:
     """Return what a decoder reads to predict the labels: the start token, and the labels but the last, (B, T)."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         shifted: Tensor = model.prepare_decoder_input_ids_from_labels(labels=labels)

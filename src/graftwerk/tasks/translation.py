@@ -243,11 +243,7 @@ class TranslationDecoder(PairDecoder):
     ) -> TextPredictions:
         """Return predictions as for other texts; with both directions, each direction is a set with its own metrics.
 
-        Args:
-            outputs: Negative log-likelihood and number of tokens of each row, (1, 2).
-            examples: The rows.
-            loss: As for `Decoder.predictions`.
-            texts: As for `Decoder.predictions`.
+        Outputs are the negative log-likelihood and the number of tokens of each row, (1, 2).
         """
         found = super().predictions(outputs, examples, loss, texts)
         if not self.both_directions:

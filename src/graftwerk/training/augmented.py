@@ -108,10 +108,6 @@ def add_augmented(
 def planned(prepared: Prepared, settings: RunConfig) -> int | None:
     """Return how many examples `add_augmented` would add at most, without making any.
 
-    Args:
-        prepared: The rows so far.
-        settings: Settings of the run.
-
     Returns:
         The number, or None without augmentation.
 

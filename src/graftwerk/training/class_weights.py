@@ -21,10 +21,6 @@ WHERE = "training.class_weights"
 def check_class_weights(settings: TrainingSettings, task: Task) -> None:
     """Raise for class weights of a task without classes.
 
-    Args:
-        settings: Training settings.
-        task: Task of the run.
-
     Raises:
         ConfigError: The task has no classes.
     """

@@ -92,9 +92,6 @@ def _answer_limit(
 def check_allowed(allow: Sequence[str]) -> None:
     """Raise unless `data.allow` names only issues that can be severe.
 
-    Args:
-        allow: Value of `data.allow`.
-
     Raises:
         ConfigError: It names something else.
     """
@@ -110,10 +107,6 @@ def check_allowed(allow: Sequence[str]) -> None:
 
 def raise_on_severe(findings: Sequence[Mapping[str, Any]], allow: Sequence[str]) -> None:
     """Raise if rows make a run worthless or its metrics misleading, unless `data.allow` names the issue.
-
-    Args:
-        findings: Issues as plain values.
-        allow: Value of `data.allow`.
 
     Raises:
         DataError: The message names each severe issue that is not allowed, or cannot be.

@@ -14,11 +14,7 @@ from graftwerk.training.stream import EncodedStream
 
 
 def summary_of(prepared: Prepared) -> dict[str, Any]:
-    """Return ``labels`` (rows by label and split), ``lengths`` in tokens and ``truncated`` rows, by split.
-
-    Args:
-        prepared: Rows of the run.
-    """
+    """Return ``labels`` (rows by label and split), ``lengths`` in tokens and ``truncated`` rows, by split."""
     encoded = {name: examples for name, examples in prepared.examples.items() if examples}
     return {
         "labels": _labels(prepared.splits, prepared.task),

@@ -77,11 +77,7 @@ class EventBus:
 
 
 def to_logging(event: Event) -> None:
-    """Log problems as warnings of the logger `graftwerk`; the listener of callers that give none.
-
-    Args:
-        event: The event.
-    """
+    """Log problems as warnings of the logger `graftwerk`; the listener of callers that give none."""
     values = event.values
     if event.kind in WORTH_A_WARNING or (event.kind == "finding" and values.get("grave")):
         hint = f" ({values['hint']})" if values.get("hint") else ""

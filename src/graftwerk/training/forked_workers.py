@@ -164,11 +164,7 @@ def _leave() -> None:
 
 
 def end_with_parent(signum: int) -> None:
-    """Have the kernel send this process a signal when its parent ends.
-
-    Args:
-        signum: The signal.
-    """
+    """Have the kernel send this process a signal when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signum)
 
 

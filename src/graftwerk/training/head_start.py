@@ -121,9 +121,6 @@ def finish_head(trainer: Trainer, prepared: Prepared) -> Prepared:
 def refuse_checkpoint(prepared: Prepared) -> None:
     """Raise for a warm start from a checkpoint if its head answers in other units than a finished adapter's.
 
-    Args:
-        prepared: Rows and task.
-
     Raises:
         ConfigError: The task is one that learns standardised numbers.
     """

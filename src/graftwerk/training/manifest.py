@@ -98,11 +98,7 @@ def _packages(settings: RunConfig, prepared: Prepared) -> list[str]:
 
 
 def rows_of(prepared: Prepared) -> dict[str, int]:
-    """Return the rows of each split; augmented rows are counted apart from the real ones.
-
-    Args:
-        prepared: Rows of the run.
-    """
+    """Return the rows of each split; augmented rows are counted apart from the real ones."""
     rows = {name: len(prepared.examples[name]) for name in SPLITS}
     if prepared.augmented is not None:
         rows["train"] -= prepared.augmented["rows"]
@@ -111,21 +107,13 @@ def rows_of(prepared: Prepared) -> dict[str, int]:
 
 
 def data_identity(prepared: Prepared) -> str:
-    """Return the fingerprint of the rows that a resumed run must be trained on, augmented ones included.
-
-    Args:
-        prepared: Rows of the run.
-    """
+    """Return the fingerprint of the rows that a resumed run must be trained on, augmented ones included."""
     real = prepared.splits.fingerprint
     return real if prepared.augmented is None else f"{real}+{prepared.augmented['fingerprint']}"
 
 
 def run_plan(trainer: Trainer) -> dict[str, Any]:
-    """Return the plan of a training, for its `start` event.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Return the plan of a training, for its `start` event."""
     rates = peak_rates(trainer.adapter, trainer.settings, trainer.task)
     return {
         "total_steps": trainer.total_steps,
@@ -145,11 +133,7 @@ def run_plan(trainer: Trainer) -> dict[str, Any]:
 
 
 def compute_of(trainer: Trainer) -> dict[str, Any]:
-    """Return the types and batch sizes of a run's predictions, which `evaluate` uses as well.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Return the types and batch sizes of a run's predictions, which `evaluate` uses as well."""
     import torch
 
     return {

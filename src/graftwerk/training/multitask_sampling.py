@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 def sampler_of(settings: RunConfig, task: Task, examples: Sequence[Example]) -> Sampler | None:
     """Return the sampler of each epoch's rows, or None for a run of one data set.
 
-    Args:
-        settings: Settings of the run.
-        task: Task of the run.
-        examples: Encoded training rows.
-
     Raises:
         DataError: A set has no rows to train on.
     """
@@ -51,9 +46,6 @@ def set_of(example: Example) -> str:
 
 def drawn(trainer: Trainer) -> dict[str, Any] | None:
     """Return how often the rows of each data set were drawn in the steps so far.
-
-    Args:
-        trainer: The trainer.
 
     Returns:
         Of each set its ``rows``, the ``asked`` share and the share ``drawn``; None for a run of one data set.

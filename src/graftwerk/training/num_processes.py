@@ -44,11 +44,6 @@ def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume:
     `auto` takes one per core with `ROWS_EACH` rows of a step for each, on a CPU, if the model is not tiny and memory
     holds the copies; a resumed run keeps its number.
 
-    Args:
-        settings: Settings of the run.
-        checkpoints: Checkpoints of the run.
-        resume: The run is resumed.
-
     Raises:
         ConfigError: The settings give a number, and the launcher's is another, or a step has fewer rows, or the layers
             are to be compiled.
@@ -79,9 +74,6 @@ def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume:
 
 def check_processes(settings: RunConfig) -> int:
     """Return the rows of a step.
-
-    Args:
-        settings: Settings of the run.
 
     Raises:
         ConfigError: The settings ask for more processes than a step has rows, or to compile in several.

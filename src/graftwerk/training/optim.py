@@ -57,11 +57,6 @@ def peak_rates(adapter: Adapter, settings: TrainingSettings, task: Task | None =
 def parameter_groups(adapter: Adapter, settings: TrainingSettings, task: Task | None = None) -> list[dict[str, Any]]:
     """Return groups of equal rate and decay, in the order in which the adapter names its parameters.
 
-    Args:
-        adapter: Adapter to train.
-        settings: Training settings.
-        task: As for `peak_rates`.
-
     Returns:
         Groups for an optimizer. Each has ``keys`` (raw names) beside ``params``, and ``initial_lr``, the peak that the
         schedule multiplies.
@@ -81,13 +76,7 @@ def parameter_groups(adapter: Adapter, settings: TrainingSettings, task: Task | 
 
 
 def build_optimizer(adapter: Adapter, settings: TrainingSettings, task: Task | None = None) -> torch.optim.AdamW:
-    """Return AdamW with its moments allocated, so that no step runs out of memory half way through an update.
-
-    Args:
-        adapter: Adapter to train.
-        settings: Training settings.
-        task: As for `peak_rates`.
-    """
+    """Return AdamW with its moments allocated, so that no step runs out of memory half way through an update."""
     groups = parameter_groups(adapter, settings, task)
     parameters = [parameter for group in groups for parameter in group["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "xpu", "mps") for p in parameters)
@@ -125,9 +114,6 @@ def step_if(optimizer: torch.optim.AdamW, finite: Tensor) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by name.
-
-    Args:
-        optimizer: Optimizer that `build_optimizer` made.
 
     Returns:
         ``exp_avg.<raw key>`` and ``exp_avg_sq.<raw key>`` (...), shaped as the parameter, and ``step.<raw key>``, a
@@ -186,11 +172,6 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to a fraction of its peak.
-
-    Args:
-        optimizer: Optimizer that `build_optimizer` made.
-        factor: Value of `schedule`.
-    """
+    """Set every group's learning rate to a fraction of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor

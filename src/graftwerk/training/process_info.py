@@ -45,11 +45,7 @@ def process_start() -> float:
 
 
 def is_running(pid: int) -> bool:
-    """Return True if a process exists on this machine, a zombie included.
-
-    Args:
-        pid: Process id.
-    """
+    """Return True if a process exists on this machine, a zombie included."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

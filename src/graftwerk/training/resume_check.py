@@ -29,10 +29,6 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return each difference of two identities that matters, as ``key: old -> new``.
 
     A setting that an older version did not have, and that is off or left to the machine, is none.
-
-    Args:
-        before: Identity in the checkpoint.
-        now: Identity of this run.
     """
     old, new = _flat(redacted(_from_anywhere(before))), _flat(redacted(_from_anywhere(now)))
     return [
@@ -55,12 +51,7 @@ def _from_anywhere(identity: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return a warning about differences that do not forbid resuming but make sums round differently, or None.
-
-    Args:
-        before: Identity in the checkpoint.
-        now: Identity of this run.
-    """
+    """Return a warning about differences that do not forbid resuming but make sums round differently, or None."""
     old, new = before.get("environment", {}), now.get("environment", {})
     changed = [
         f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
@@ -72,11 +63,6 @@ def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
 
 def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path) -> None:
     """Raise unless two identities are those of the same run.
-
-    Args:
-        before: Identity in the checkpoint.
-        now: Identity of this run.
-        checkpoint: Folder of the checkpoint.
 
     Raises:
         ConflictError: The run in the folder is another one; the message shows the difference.

@@ -66,11 +66,7 @@ def restore(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 
 def seed(number: int) -> None:
-    """Seed all generators, those of devices included.
-
-    Args:
-        number: The seed.
-    """
+    """Seed all generators, those of devices included."""
     random.seed(number)
     np.random.seed(number % 2**32)
     torch.manual_seed(number)

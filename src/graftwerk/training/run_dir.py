@@ -98,10 +98,6 @@ class RunDir:
     def claim(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Check that a run may be started or resumed here.
 
-        Args:
-            resume: Resume the run in this folder.
-            overwrite: Replace the run in this folder.
-
         Returns:
             The manifest of the run to resume, or None for a new one.
 
@@ -161,9 +157,6 @@ class RunDir:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return the manifest of a run folder, or None if it has none.
-
-    Args:
-        folder: The folder.
 
     Raises:
         IntegrityError: The manifest is damaged, or a file of the run is a link.

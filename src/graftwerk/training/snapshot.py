@@ -17,9 +17,6 @@ def state_dict(trainer: TrainingLoop) -> Snapshot:
     """Return everything that the next step depends on.
 
     All processes take part: each has random states of its own.
-
-    Args:
-        trainer: Training between two steps.
     """
     count, settings = trainer.distributed.world_size, trainer.settings
     gathered = {name: trainer.distributed.gather(tensor).cpu() for name, tensor in rng.capture(trainer.device).items()}
@@ -76,9 +73,6 @@ def load_state_dict(trainer: TrainingLoop, snapshot: Snapshot) -> None:
 
 def load_best_state(trainer: TrainingLoop) -> int:
     """Load the best evaluated state into the adapter if the settings say so.
-
-    Args:
-        trainer: Training that has ended.
 
     Returns:
         The step of the state that the adapter has now.

@@ -71,11 +71,7 @@ class EncodedStream(Sequence[Example]):
             yield from self._task.encode(chunk, self._tokenizer, self._splits, self._max_length)
 
     def part_steps(self, rows_per_step: int) -> int:
-        """Return the number of steps whose rows are in memory together, at least 1.
-
-        Args:
-            rows_per_step: Rows of a step.
-        """
+        """Return the number of steps whose rows are in memory together, at least 1."""
         return max(1, self._buffer_rows // rows_per_step)
 
     def hold(self, first: int, last: int) -> list[Example]:

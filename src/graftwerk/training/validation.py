@@ -145,12 +145,7 @@ class Evaluator:
 
 
 def points(predictions: Predictions, task: Task) -> dict[str, float]:
-    """Return metrics without intervals, which would cost more than the evaluation of a small split.
-
-    Args:
-        predictions: Predictions of a split.
-        task: Task whose metrics are computed.
-    """
+    """Return metrics without intervals, which would cost more than the evaluation of a small split."""
     from graftwerk.evaluation.metrics import check, point
 
     check(predictions)
@@ -159,13 +154,7 @@ def points(predictions: Predictions, task: Task) -> dict[str, float]:
 
 
 def is_better(metric: str, value: float, best: float) -> bool:
-    """Return True if a value of a metric is better than the best so far.
-
-    Args:
-        metric: Name of the metric.
-        value: New value.
-        best: Best value so far.
-    """
+    """Return True if a value of a metric is better than the best so far."""
     from graftwerk.evaluation.metrics import METRICS
 
     return value < best if metric == "loss" or METRICS[metric].higher is False else value > best

@@ -16,11 +16,7 @@ KEY = "training.warm_start"
 
 
 def warm_labels(source: str | None) -> list[str] | None:
-    """Return the label names that the weights were trained with, in order, or None if they are not known.
-
-    Args:
-        source: Value of `training.warm_start`.
-    """
+    """Return the label names that the weights were trained with, in order, or None if they are not known."""
     if source is None:
         return None
     folder = _existing(source)

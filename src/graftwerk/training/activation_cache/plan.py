@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from graftwerk.training.activation_cache.rows import Slots
 from graftwerk.training.activation_cache.store import DTYPES
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.stream import EncodedStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,6 @@ class Plan:
 def check_cache_required(found: Plan, settings: TrainingSettings) -> None:
     """Raise unless the settings leave the decision to us, or states are cached.
 
-    Args:
-        found: The decision.
-        settings: Training settings.
-
     Raises:
         UnsupportedError: `trunk_cache: true`, but states cannot be cached.
     """
@@ -72,7 +71,7 @@ def check_cache_required(found: Plan, settings: TrainingSettings) -> None:
 
 
 def plan(
-    model: Any,
+    model: PreTrainedModel,
     view: Architecture,
     method: Method,
     heads: Sequence[str],

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graftwerk.modeling.frozen_layers import FrozenPrefix
 from graftwerk.serialization.fingerprint import fingerprint
 from graftwerk.tasks.base import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 _NOT_IN_KEY = frozenset(
     ("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "architectures", "transformers_version",
@@ -54,7 +58,7 @@ def _bytes(example: Example) -> bytes:
     return json.dumps(example.inputs, sort_keys=True, separators=(",", ":")).encode()
 
 
-def key_of(slots: Slots, model: Any, cut: FrozenPrefix, computed: Mapping[str, Any]) -> str:
+def key_of(slots: Slots, model: PreTrainedModel, cut: FrozenPrefix, computed: Mapping[str, Any]) -> str:
     """Return a digest of everything that the hidden states depend on.
 
     Args:

@@ -96,12 +96,7 @@ class HealthChecks(Callback):
             trainer.emit(event)
 
     def after_step(self, step: int, loss: float) -> list[Event]:
-        """Return the events after a step.
-
-        Args:
-            step: Steps done.
-            loss: Training loss of the step.
-        """
+        """Return the events after a step."""
         memory = self._memory
         if not math.isfinite(loss):
             return []

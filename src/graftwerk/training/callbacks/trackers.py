@@ -154,9 +154,6 @@ SERVICES: Mapping[str, type[Service]] = {service.name: service for service in (W
 def check_trackers(wanted: Sequence[str]) -> None:
     """Refuse a run whose trackers lack their package or their key, before anything is done.
 
-    Args:
-        wanted: Setting `training.report_to`.
-
     Raises:
         ResourceError: A package is not installed.
         ConfigError: Weights & Biases has no key for this user, and is not offline.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwerk.training.distributed.protocol import Distributed
 
@@ -40,10 +40,11 @@ class AccelerateProcesses(Distributed):
         # The group of forked processes waits as long itself.
         self._patient = None if self.shares_rows else torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
-    def prepare(self, model: Any) -> Any:
-        return self.accelerator.prepare_model(model)
+    def prepare(self, model: nn.Module) -> nn.Module:
+        prepared: nn.Module = self.accelerator.prepare_model(model)
+        return prepared
 
-    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self.accelerator.no_sync(model)
         return context
 

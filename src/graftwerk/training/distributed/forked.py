@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch import nn
 
 from graftwerk.training.distributed.accelerate import AccelerateProcesses
 
@@ -21,18 +22,14 @@ class ForkedProcesses(AccelerateProcesses):
         super().__init__(*args)
         self.grad_scale = 1  # gradients are summed, not averaged
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: nn.Module) -> nn.Module:
         return model.to(self.device)
 
-    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes.
-
-        Args:
-            parameters: Trained parameters (...) of any shape.
-        """
+        """Sum the gradients (...) over processes."""
         sum_gradients(parameters)
 
     def total_bytes(self, own: int | None) -> int | None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Distributed(Protocol):
@@ -38,13 +38,13 @@ class Distributed(Protocol):
         """True for the process that writes files."""
         return self.rank == 0
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Return the model on this process's device, ready for the forward passes of training.
 
         One that accelerate has spread over devices stays where it is.
         """
 
-    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Return a context in which backward leaves gradients local: for every micro-batch of a step but the last."""
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -54,7 +54,7 @@ class Distributed(Protocol):
             parameters: Trained parameters (...) of any shape.
         """
 
-    def gathered(self, model: Any) -> AbstractContextManager[None]:
+    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which this process has the whole base, for forward passes that not all take part in.
 
         All processes enter it together.

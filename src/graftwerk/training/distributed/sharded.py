@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import is_quantized
@@ -32,7 +33,7 @@ class ShardedProcesses(AccelerateProcesses):
         self._whole = False
         """True while every process has the whole base."""
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: nn.Module) -> nn.Module:
         """Shard the base, layer by layer.
 
         Raises:
@@ -57,21 +58,18 @@ class ShardedProcesses(AccelerateProcesses):
         for stack in read_architecture(model).stacks:
             for layer in model.get_submodule(stack.layers).children():
                 fully_shard(layer, mesh=mesh, ignored_params=adapters)
-        return fully_shard(model, mesh=mesh, ignored_params=adapters)
+        fully_shard(model, mesh=mesh, ignored_params=adapters)  # in place
+        return model
 
-    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes.
-
-        Args:
-            parameters: Trained parameters (...) of any shape.
-        """
+        """Sum the gradients (...) over processes."""
         sum_gradients(parameters)
 
     @contextmanager
-    def gathered(self, model: Any) -> Iterator[None]:
+    def gathered(self, model: nn.Module) -> Iterator[None]:
         from torch.distributed.fsdp import FSDPModule
 
         if self._whole:

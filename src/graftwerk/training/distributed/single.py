@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftwerk.methods.placement import is_dispatched
 from graftwerk.training.distributed.protocol import Distributed
@@ -24,10 +24,10 @@ class SingleProcess(Distributed):
         self.device, self.world_size, self.rank = device, 1, 0
         self.shares_rows, self.grad_scale = False, 1
 
-    def prepare(self, model: Any) -> Any:
+    def prepare(self, model: nn.Module) -> nn.Module:
         return model if is_dispatched(model) else model.to(self.device)
 
-    def no_sync(self, model: Any) -> AbstractContextManager[Any]:
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
