@@ -131,7 +131,24 @@ def thin_bmm(x: Tensor, a: Tensor) -> Tensor:
 # -- one class for each kind of module -------------------------------------------------------------------------------
 
 
-class BatchedLoRA(BatchedAdapter):
+class _BatchedLowRank(BatchedAdapter):
+    """Abstract: a batched form made from low-rank modules."""
+
+    @classmethod
+    def scale_of(cls, module: LowRankModule) -> float:
+        return module.scale
+
+    @classmethod
+    def batch_key(cls, module: LowRankModule) -> Hashable | None:
+        """Return None while training with dropout: masks are drawn module by module."""
+        return None if module.p else cls.__name__
+
+    @classmethod
+    def padded_dim(cls, module: LowRankModule) -> int:
+        return module.lora_A.weight.shape[0] * (2 if isinstance(module, PiSSAModule) else 1)
+
+
+class BatchedLoRA(_BatchedLowRank):
     """LoRA of S entries: A (S, r, i), scaled, and B (S, r, o).
 
     PiSSA's start is subtracted as r ranks more: [B, -B0] [A; A0].
@@ -150,24 +167,11 @@ class BatchedLoRA(BatchedAdapter):
         self.a = a * scales if torch.is_grad_enabled() else a.mul_(scales)
         self.b = stack_padded(modules, b_of).mT
 
-    @classmethod
-    def scale_of(cls, module: LowRankModule) -> float:
-        return module.scale
-
-    @classmethod
-    def batch_key(cls, module: LowRankModule) -> Hashable | None:
-        """Return None while training with dropout: masks are drawn module by module."""
-        return None if module.p else cls.__name__
-
-    @classmethod
-    def padded_dim(cls, module: LowRankModule) -> int:
-        return module.lora_A.weight.shape[0] * (2 if isinstance(module, PiSSAModule) else 1)
-
     def post_forward(self, x: Tensor, y: Tensor) -> Tensor:
         return add_bmm(y, thin_bmm(x.to(self.a.dtype), self.a), self.b)  # (S, M, i) -> (S, M, r) -> (S, M, o)
 
 
-class BatchedDoRA(BatchedAdapter):
+class BatchedDoRA(_BatchedLowRank):
     """DoRA of S entries: A (S, r, i), scaled, B (S, r, o), and the ratio of lengths (S, 1, o)."""
 
     def __init__(self, modules: Sequence[DoRAModule], scales: Tensor) -> None:
@@ -176,18 +180,6 @@ class BatchedDoRA(BatchedAdapter):
         self.b = stack_padded(modules, lambda dora: dora.lora_B.weight).mT
         self.ratio = stack_padded(modules, DoRAModule.magnitude_ratio)[:, None]
         self.base = modules[0].base
-
-    @classmethod
-    def scale_of(cls, module: LowRankModule) -> float:
-        return module.scale
-
-    @classmethod
-    def batch_key(cls, module: LowRankModule) -> Hashable | None:
-        return None if module.p else cls.__name__
-
-    @classmethod
-    def padded_dim(cls, module: DoRAModule) -> int:
-        return module.lora_A.weight.shape[0]
 
     @classmethod
     def source_tensors(cls, module: DoRAModule) -> list[Tensor]:

@@ -49,30 +49,18 @@ def forward_rows(slots: AdapterSlots, layer: Callable[[Tensor], Tensor], x: Tens
         (R·k, ..., o) or (T, R·k, ..., o).
     """
     selection = slots.selection
-    selection.repeats(x.shape[slots.row_dim])
-    working = [
-        (group, group.adapters())
-        for group in selection.cached((slots, slots.training, fast.enabled("rows")), row_groups)
-    ]
-    if slots.row_dim:
-        return _rows_last(working, layer, x)
+    selection.repeats(x.shape[slots.row_dim])  # raises for a batch of another size
+    groups = selection.cached((slots, slots.training, fast.enabled("rows")), row_groups)
+    working = [(group, group.adapters()) for group in groups]
+    rows_second = bool(slots.row_dim)
+    if rows_second:
+        x = x.transpose(0, 1).contiguous()  # (R·k, T, ..., i)
     for group, batched in working:
         x = group.pre_forward(batched, x)
-    y = layer(x)
+    y = layer(x.transpose(0, 1)).transpose(0, 1).contiguous() if rows_second else layer(x)
     for group, batched in working:
         y = group.post_forward(batched, x, y)
-    return y
-
-
-def _rows_last(working: Sequence[tuple[Group, BatchedAdapter]], layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Run `forward_rows` on (T, R·k, ..., i)."""
-    x = x.transpose(0, 1).contiguous()
-    for group, batched in working:
-        x = group.pre_forward(batched, x)
-    y = layer(x.transpose(0, 1)).transpose(0, 1).contiguous()
-    for group, batched in working:
-        y = group.post_forward(batched, x, y)
-    return y.transpose(0, 1)
+    return y.transpose(0, 1) if rows_second else y
 
 
 def row_groups(key: tuple[AdapterSlots, bool, bool]) -> tuple[Group, ...]:

@@ -117,6 +117,16 @@ class SearchDriver:
         self.metric, self.train_rows = self.wanted.metric or checked["main_metric"], checked["rows"]["train"]
         if overwrite:
             _clear(self.folder, but=LOG)  # which the workers write
+        self._open_study(checked)
+        header = search_header(self.base, self.axes, self.wanted, self.defaults, self.metric, checked)
+        self.header = {"format": FORMAT, **header}
+        self._write("running")
+        write_file(self.folder / CONFIG, self.base.dump(), own=True)
+        workers.do(self._one_trial)
+        self._run_finals(workers)
+
+    def _open_study(self, checked: Mapping[str, Any]) -> None:
+        """Open the journal of the trials, and say which of them resume."""
         self.study = Study(
             self.folder / JOURNAL, self.axes, self.defaults,
             sampler=self.wanted.sampler, pruner=self.wanted.pruner, seed=self.base.training.seed,
@@ -130,20 +140,21 @@ class SearchDriver:
         if self.study.stale:
             self._note(f"{self.study.stale} of {len(self.study)} trials were running when an earlier search ended; "
                        "they resume")  # fmt: skip
-        header = search_header(self.base, self.axes, self.wanted, self.defaults, self.metric, checked)
-        self.header = {"format": FORMAT, **header}
-        self._write("running")
-        write_file(self.folder / CONFIG, self.base.dump(), own=True)
-        workers.do(self._one_trial)
-        if not any(record["state"] == "complete" for record in self.study.records()):
-            reasons = [record["reason"] for record in self.study.records() if record["reason"]]
+
+    def _run_finals(self, workers: Workers) -> None:
+        """Train the best trials again with fresh seeds, and write the result.
+
+        Raises:
+            DivergedError: No trial came to an end.
+        """
+        records = self.study.records()
+        if not any(record["state"] == "complete" for record in records):
+            reasons = [record["reason"] for record in records if record["reason"]]
             raise DivergedError(
-                f"none of the {len(self.study)} trials came to an end" + (f": {reasons[0]}" if reasons else ""),
+                f"none of the {len(records)} trials came to an end" + (f": {reasons[0]}" if reasons else ""),
                 hint="a lower learning rate: learning_rate=1e-5..1e-3; or a smaller model",
             )
-        finals = Finals(
-            self.runs, self.wanted, self.metric, self.defaults, self.study.records(), higher=self.study.higher
-        )
+        finals = Finals(self.runs, self.wanted, self.metric, self.defaults, records, higher=self.study.higher)
         finals.run(workers)
         result = {**finals.result(), "importance": self.study.importances()}
         shutil.rmtree(self.folder / TRUNK, ignore_errors=True)
