@@ -56,27 +56,27 @@ class Noise(Making):
 class WordDropout(Noise):
     """Each word is left out with a probability; at least one stays."""
 
-    name: ClassVar[str] = "word_dropout"
-    title: ClassVar[str] = "Word dropout"
-    paper: ClassVar[str] = "Iyyer et al. 2015; Lample et al. 2018"
+    name = "word_dropout"
+    title = "Word dropout"
+    paper = "Iyyer et al. 2015; Lample et al. 2018"
     probability: Probability = Field(default=0.1, description="with which a word is left out")
 
 
 class WordShuffle(Noise):
     """Words change places, and none moves by more than `distance`."""
 
-    name: ClassVar[str] = "word_shuffle"
-    title: ClassVar[str] = "Bounded word shuffle"
-    paper: ClassVar[str] = "Lample et al. 2018"
+    name = "word_shuffle"
+    title = "Bounded word shuffle"
+    paper = "Lample et al. 2018"
     distance: int = Field(default=3, ge=1, description="places that a word moves at most")
 
 
 class WordInsertion(Noise):
     """Words of the row set's own vocabulary, as frequent as they are in it, are put between those of a row."""
 
-    name: ClassVar[str] = "word_insertion"
-    title: ClassVar[str] = "Random word insertion"
-    paper: ClassVar[str] = "Xie et al. 2017; Wei and Zou 2019"
+    name = "word_insertion"
+    title = "Random word insertion"
+    paper = "Xie et al. 2017; Wei and Zou 2019"
     probability: Probability = Field(default=0.1, description="with which a word is put in behind each word")
 
 
@@ -155,9 +155,9 @@ class ForwardTranslation(Generation):
 class FromFile(Augmenter):
     """Rows that `graftwerk augment`, or anybody else, made before."""
 
-    name: ClassVar[str] = "file"
-    title: ClassVar[str] = "Rows from a file"
-    paper: ClassVar[str] = ""
+    name = "file"
+    title = "Rows from a file"
+    paper = ""
     path: str = Field(description="a file with the columns of the training rows, as `graftwerk augment` writes it")
 
 

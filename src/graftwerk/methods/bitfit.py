@@ -15,7 +15,6 @@ biases (Llama, Mistral, Gemma, T5), where it raises.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,13 @@ class BitFit(LayerSelection):
         0.003
     """
 
-    name: ClassVar[str] = "bitfit"
-    title: ClassVar[str] = "BitFit"
-    paper: ClassVar[str] = "Ben Zaken et al. 2021, arXiv:2106.10199"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    default_learning_rate: ClassVar[float] = 3e-3
+    name = "bitfit"
+    title = "BitFit"
+    paper = "Ben Zaken et al. 2021, arXiv:2106.10199"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    default_learning_rate = 3e-3
 
     def select_targets(self, available: Sequence[TargetModule]) -> list[TargetModule]:
         """Select every linear layer and norm with a bias.

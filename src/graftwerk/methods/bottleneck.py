@@ -18,7 +18,7 @@ Trade-off: the steadiest of the small methods on small data; it cannot be merged
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
@@ -42,12 +42,12 @@ class Bottleneck(LayerSelection):
         48
     """
 
-    name: ClassVar[str] = "bottleneck"
-    title: ClassVar[str] = "Bottleneck adapter"
-    paper: ClassVar[str] = "Houlsby et al. 2019, arXiv:1902.00751"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    identity_at_start: ClassVar[bool] = True
-    default_learning_rate: ClassVar[float] = 1e-3
+    name = "bottleneck"
+    title = "Bottleneck adapter"
+    paper = "Houlsby et al. 2019, arXiv:1902.00751"
+    kind = "layer"
+    identity_at_start = True
+    default_learning_rate = 1e-3
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         default="houlsby",

@@ -9,8 +9,6 @@ the model for each task, and the most forgetting.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from pydantic import Field
 
 from graftwerk.methods.base import Method
@@ -24,13 +22,13 @@ class Full(Method):
         'weights'
     """
 
-    name: ClassVar[str] = "full"
-    title: ClassVar[str] = "Full fine-tuning"
-    paper: ClassVar[str] = "Howard & Ruder 2018, arXiv:1801.06146"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "weights"
-    identity_at_start: ClassVar[bool] = True
-    supports_rows: ClassVar[bool] = False
-    default_learning_rate: ClassVar[float] = 5e-5
+    name = "full"
+    title = "Full fine-tuning"
+    paper = "Howard & Ruder 2018, arXiv:1801.06146"
+    kind = "weights"
+    identity_at_start = True
+    supports_rows = False
+    default_learning_rate = 5e-5
 
     keep_base: bool = Field(
         default=True,

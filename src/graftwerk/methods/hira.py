@@ -14,7 +14,6 @@ learnt.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
 
 from pydantic import AliasChoices, Field
 from torch import Tensor, nn
@@ -58,14 +57,14 @@ class HiRA(LinearLayerMethod):
         8192
     """
 
-    name: ClassVar[str] = "hira"
-    title: ClassVar[str] = "HiRA"
-    paper: ClassVar[str] = "Huang et al. 2025, OpenReview TwJrTz9cRS"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    peft_type: ClassVar[str | None] = "HIRA"
-    default_learning_rate: ClassVar[float] = 3e-3
+    name = "hira"
+    title = "HiRA"
+    paper = "Huang et al. 2025, OpenReview TwJrTz9cRS"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    peft_type = "HIRA"
+    default_learning_rate = 3e-3
 
     r: Rank = Field(8, validation_alias=AliasChoices("r", "rank"), description="rank of B A")
     hira_dropout: float = Field(

@@ -14,7 +14,7 @@ high learning rates and reaches less on tasks far from pretraining.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -36,14 +36,14 @@ class IA3(LayerSelection):
         ('k_proj', 'down_proj')
     """
 
-    name: ClassVar[str] = "ia3"
-    title: ClassVar[str] = "IA3"
-    paper: ClassVar[str] = "Liu et al. 2022, arXiv:2205.05638"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    peft_type: ClassVar[str | None] = "IA3"
-    default_learning_rate: ClassVar[float] = 1e-2
+    name = "ia3"
+    title = "IA3"
+    paper = "Liu et al. 2022, arXiv:2205.05638"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    peft_type = "IA3"
+    default_learning_rate = 1e-2
 
     target_modules: tuple[str, ...] | Literal["auto"] = Field(
         default="auto",

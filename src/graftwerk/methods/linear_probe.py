@@ -10,8 +10,6 @@ model says.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 from graftwerk.methods.base import Method
 
 
@@ -23,10 +21,10 @@ class Probe(Method):
         0
     """
 
-    name: ClassVar[str] = "probe"
-    title: ClassVar[str] = "Linear probe"
-    paper: ClassVar[str] = "Alain & Bengio 2016, arXiv:1610.01644"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    default_learning_rate: ClassVar[float] = 1e-2
+    name = "probe"
+    title = "Linear probe"
+    paper = "Alain & Bengio 2016, arXiv:1610.01644"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    default_learning_rate = 1e-2

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 from torch import Tensor, nn
@@ -90,14 +90,14 @@ class LoRA(ParameterSelection, TokenSelection):
         2.0
     """
 
-    name: ClassVar[str] = "lora"
-    title: ClassVar[str] = "LoRA"
-    paper: ClassVar[str] = "Hu et al. 2021, arXiv:2106.09685"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    peft_type: ClassVar[str | None] = "LORA"
-    default_learning_rate: ClassVar[float] = 1e-3
+    name = "lora"
+    title = "LoRA"
+    paper = "Hu et al. 2021, arXiv:2106.09685"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    peft_type = "LORA"
+    default_learning_rate = 1e-3
 
     r: Rank = Field(8, validation_alias=AliasChoices("r", "rank"), description="rank of the update")
     lora_alpha: float = Field(

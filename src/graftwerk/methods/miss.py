@@ -20,7 +20,7 @@ for a pass over the whole weight in every step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import AliasChoices, Field
@@ -96,14 +96,14 @@ class MiSS(LinearLayerMethod):
         4096
     """
 
-    name: ClassVar[str] = "miss"
-    title: ClassVar[str] = "MiSS"
-    paper: ClassVar[str] = "Kang and Yin 2024, arXiv:2409.15371"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    peft_type: ClassVar[str | None] = "MISS"
-    default_learning_rate: ClassVar[float] = 1e-3
+    name = "miss"
+    title = "MiSS"
+    paper = "Kang and Yin 2024, arXiv:2409.15371"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    peft_type = "MISS"
+    default_learning_rate = 1e-3
 
     r: Rank = Field(
         16,

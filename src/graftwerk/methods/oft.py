@@ -16,7 +16,7 @@ is left at inference once merged. Lengths cannot be learnt, and blocks that are 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -88,14 +88,14 @@ class OFT(LinearLayerMethod):
         7936
     """
 
-    name: ClassVar[str] = "oft"
-    title: ClassVar[str] = "OFT"
-    paper: ClassVar[str] = "Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    peft_type: ClassVar[str | None] = "OFT"
-    default_learning_rate: ClassVar[float] = 1e-3
+    name = "oft"
+    title = "OFT"
+    paper = "Qiu et al. 2023, arXiv:2306.07280; 2025, arXiv:2506.19847"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    peft_type = "OFT"
+    default_learning_rate = 1e-3
 
     oft_block_size: int = Field(
         32, ge=0, le=65536, description="width of a block; a layer takes the nearest width that divides its input"

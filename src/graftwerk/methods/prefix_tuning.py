@@ -29,7 +29,7 @@ attention by n and wants a learning rate a thousand times that of full fine-tuni
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import Self
 
 import torch
 from pydantic import AliasChoices, Field, model_validator
@@ -48,12 +48,12 @@ class Prefix(LayerSelection, FromText):
         15360
     """
 
-    name: ClassVar[str] = "prefix"
-    title: ClassVar[str] = "Prefix tuning"
-    paper: ClassVar[str] = "Li and Liang 2021, arXiv:2101.00190"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "attention"
-    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    default_learning_rate: ClassVar[float] = 3e-2
+    name = "prefix"
+    title = "Prefix tuning"
+    paper = "Li and Liang 2021, arXiv:2101.00190"
+    kind = "attention"
+    peft_type = "PREFIX_TUNING"
+    default_learning_rate = 3e-2
 
     prefix_projection: bool = Field(
         default=False,

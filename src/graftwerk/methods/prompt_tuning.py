@@ -17,8 +17,6 @@ models, learns slowly, and costs n positions of the context.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -34,13 +32,13 @@ class Prompt(FromText):
         512
     """
 
-    name: ClassVar[str] = "prompt"
-    title: ClassVar[str] = "Prompt tuning"
-    paper: ClassVar[str] = "Lester et al. 2021, arXiv:2104.08691"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "embedding"
-    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
-    default_learning_rate: ClassVar[float] = 3e-2
-    default_head_learning_rate: ClassVar[float | None] = 1e-2
+    name = "prompt"
+    title = "Prompt tuning"
+    paper = "Lester et al. 2021, arXiv:2104.08691"
+    kind = "embedding"
+    peft_type = "PROMPT_TUNING"
+    default_learning_rate = 3e-2
+    default_head_learning_rate = 1e-2
 
     def num_vector_parameters(self, width: int) -> int:
         """Return the number of trained parameters, by formula; ``width`` is d."""

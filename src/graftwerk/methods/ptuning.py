@@ -20,7 +20,7 @@ while training it is many times larger than what it makes.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -38,12 +38,12 @@ class PTuning(VirtualTokens):
         416
     """
 
-    name: ClassVar[str] = "ptuning"
-    title: ClassVar[str] = "P-tuning"
-    paper: ClassVar[str] = "Liu et al. 2021, arXiv:2103.10385"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "embedding"
-    peft_type: ClassVar[str | None] = "P_TUNING"
-    default_learning_rate: ClassVar[float] = 3e-3
+    name = "ptuning"
+    title = "P-tuning"
+    paper = "Liu et al. 2021, arXiv:2103.10385"
+    kind = "embedding"
+    peft_type = "P_TUNING"
+    default_learning_rate = 3e-3
 
     encoder_reparameterization_type: Literal["MLP", "LSTM", "NONE"] = Field(
         default="MLP",

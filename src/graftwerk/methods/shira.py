@@ -12,7 +12,6 @@ little; every step goes over the whole of S as over a dense matrix, which LoRA's
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
 
 import torch
 from pydantic import AliasChoices, Field
@@ -77,14 +76,14 @@ class SHiRA(LinearLayerMethod):
         8192
     """
 
-    name: ClassVar[str] = "shira"
-    title: ClassVar[str] = "SHiRA"
-    paper: ClassVar[str] = "Bhardwaj et al. 2024, arXiv:2406.13175"
-    kind: ClassVar[Literal["layer", "attention", "embedding", "weights"]] = "layer"
-    mergeable: ClassVar[bool] = True
-    identity_at_start: ClassVar[bool] = True
-    peft_type: ClassVar[str | None] = "SHIRA"
-    default_learning_rate: ClassVar[float] = 1e-3
+    name = "shira"
+    title = "SHiRA"
+    paper = "Bhardwaj et al. 2024, arXiv:2406.13175"
+    kind = "layer"
+    mergeable = True
+    identity_at_start = True
+    peft_type = "SHIRA"
+    default_learning_rate = 1e-3
 
     r: Rank = Field(
         8,

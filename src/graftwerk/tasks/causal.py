@@ -10,11 +10,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from graftwerk.tasks.lm_base import LanguageModelingTask
 from graftwerk.tasks.template import adds_bos
-from graftwerk.tasks.text import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 class Causal(LanguageModelingTask):
     """Causal language modelling; rows have one field, the text."""
 
-    name: ClassVar[str] = "causal"
-    title: ClassVar[str] = "Causal language modelling"
-    layouts: ClassVar[tuple[Layout, ...]] = ("causal",)
+    name = "causal"
+    title = "Causal language modelling"
+    layouts = ("causal",)
 
     def special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from pydantic import PrivateAttr
@@ -30,12 +30,12 @@ from graftwerk.tasks.splits import Splits
 class Classification(SequenceTask):
     """Single-label classification, binary and multi-class, of texts or pairs of texts."""
 
-    name: ClassVar[str] = "classification"
-    title: ClassVar[str] = "Text classification"
-    fields: ClassVar[tuple[str, ...]] = ("text", "label")
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
-    best_metric: ClassVar[str] = "accuracy"
-    answer: ClassVar[str] = "label"
+    name = "classification"
+    title = "Text classification"
+    fields = ("text", "label")
+    metrics = ("accuracy", "f1_macro", "f1_weighted", "roc_auc")
+    best_metric = "accuracy"
+    answer = "label"
 
     _class_weights: Tensor | None = PrivateAttr(default=None)
 

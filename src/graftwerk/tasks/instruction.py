@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,7 +20,7 @@ from graftwerk.tasks.example_checks import example_notes, special_words
 from graftwerk.tasks.generation import Generation
 from graftwerk.tasks.splits import Splits
 from graftwerk.tasks.template import Choice, template_for
-from graftwerk.tasks.text import Layout, TextTask
+from graftwerk.tasks.text import TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,11 +32,11 @@ OUTPUT = "output"
 class Instruction(TextTask):
     """Conversations in any of the formats of `data.formats`; or plain columns, made into instructions by `prompt`."""
 
-    name: ClassVar[str] = "instruction"
-    title: ClassVar[str] = "Instruction tuning"
-    fields: ClassVar[tuple[str, ...]] = ("turns",)
-    metrics: ClassVar[tuple[str, ...]] = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity", "length")
-    layouts: ClassVar[tuple[Layout, ...]] = ("causal",)
+    name = "instruction"
+    title = "Instruction tuning"
+    fields = ("turns",)
+    metrics = ("exact_match", "rouge1", "rouge2", "rougeL", "perplexity", "length")
+    layouts = ("causal",)
 
     template: Choice = Field(
         default="auto", description="chat: the model's own template; plain: a plain one; auto: its own where it has one"

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class LanguageModelingTask(TextTask):
     """Abstract; nothing is generated, and the metric is the perplexity of the trained tokens."""
 
-    fields: ClassVar[tuple[str, ...]] = ("text",)
-    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
-    generates: ClassVar[bool] = False
+    fields = ("text",)
+    metrics = ("perplexity",)
+    generates = False
     eos_after_every_block: ClassVar[bool] = False
     """True to append the end tokens to every block, not only to a text's last one."""
 

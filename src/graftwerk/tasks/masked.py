@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import Field
@@ -36,9 +36,9 @@ MASK, RANDOM = 0.8, 0.1
 class Masked(LanguageModelingTask):
     """Masked language modelling: an encoder is trained to predict tokens that were hidden from it."""
 
-    name: ClassVar[str] = "masked"
-    title: ClassVar[str] = "Masked language modelling"
-    eos_after_every_block: ClassVar[bool] = True
+    name = "masked"
+    title = "Masked language modelling"
+    eos_after_every_block = True
 
     mask_probability: float = Field(
         default=0.15, gt=0, lt=1, description="share of tokens that are hidden and predicted"
@@ -94,7 +94,7 @@ class MaskingCollator(TextCollator):
         mask_probability: Share of the text's tokens that are to be predicted, 0 to 1.
     """
 
-    redraws: ClassVar[bool] = True
+    redraws = True
 
     mask_probability: float
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import Field
@@ -38,13 +38,13 @@ FEW_ROWS = 5
 class Multilabel(SequenceTask):
     """Multi-label classification."""
 
-    name: ClassVar[str] = "multilabel"
-    title: ClassVar[str] = "Multi-label classification"
-    fields: ClassVar[tuple[str, ...]] = ("text", "labels")
-    metrics: ClassVar[tuple[str, ...]] = ("f1_micro", "f1_labels", "average_precision")
-    best_metric: ClassVar[str] = "average_precision"
-    answer: ClassVar[str] = "labels"
-    label_smoothing: ClassVar[bool] = False
+    name = "multilabel"
+    title = "Multi-label classification"
+    fields = ("text", "labels")
+    metrics = ("f1_micro", "f1_labels", "average_precision")
+    best_metric = "average_precision"
+    answer = "labels"
+    label_smoothing = False
 
     separator: str = Field(
         default=",", min_length=1, description="what stands between labels that are one text; not in a JSON list"

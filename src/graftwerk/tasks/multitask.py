@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_serializer, model_validator
 from torch import Tensor
@@ -43,8 +43,8 @@ SHARED = ("collator", "objective")
 class Multitask(TextTask):
     """The tasks of several sets, by the sets' names; a row without a set is taken to be of the first."""
 
-    name: ClassVar[str] = "mixture"
-    title: ClassVar[str] = "Several tasks in one model"
+    name = "mixture"
+    title = "Several tasks in one model"
 
     tasks: dict[str, Task] = Field(min_length=1, description="the task of each set of `data.train`, by its name")
 

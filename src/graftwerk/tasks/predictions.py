@@ -118,8 +118,8 @@ class ClassPredictions(Predictions):
         targets: (n,) class ids, or None if a row has no target.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("scores", "targets")
-    key: ClassVar[str] = "scores"
+    arrays = ("scores", "targets")
+    key = "scores"
 
     scores: Floats
     targets: Ints | None
@@ -165,8 +165,8 @@ class TextPredictions(Predictions):
         languages: Expected language of each row's answer (ISO code, or "" if unknown), or None if all are unknown.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("nll", "tokens")
-    key: ClassVar[str] = "nll"
+    arrays = ("nll", "tokens")
+    key = "nll"
 
     nll: Floats
     tokens: Ints
@@ -224,8 +224,8 @@ class ScorePredictions(Predictions):
         targets: (n,) right numbers, or None if a row has none.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("values", "targets")
-    key: ClassVar[str] = "values"
+    arrays = ("values", "targets")
+    key = "values"
 
     values: Floats
     targets: Floats | None
@@ -259,9 +259,9 @@ class LabelPredictions(Predictions):
         thresholds: (L,) a label is given from this probability on.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("scores", "targets", "thresholds")
-    whole: ClassVar[tuple[str, ...]] = ("thresholds",)
-    key: ClassVar[str] = "label_scores"
+    arrays = ("scores", "targets", "thresholds")
+    whole = ("thresholds",)
+    key = "label_scores"
 
     scores: Floats
     targets: Ints | None

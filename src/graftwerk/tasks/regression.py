@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from pydantic import PrivateAttr
 
@@ -32,13 +32,13 @@ FEW_SCORES = 2
 class Regression(SequenceTask):
     """A number for each text or pair of texts."""
 
-    name: ClassVar[str] = "regression"
-    title: ClassVar[str] = "Regression"
-    fields: ClassVar[tuple[str, ...]] = ("text", "score")
-    metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "rmse", "mae")
-    best_metric: ClassVar[str] = "loss"
-    answer: ClassVar[str] = "score"
-    label_smoothing: ClassVar[bool] = False
+    name = "regression"
+    title = "Regression"
+    fields = ("text", "score")
+    metrics = ("pearson", "spearman", "rmse", "mae")
+    best_metric = "loss"
+    answer = "score"
+    label_smoothing = False
 
     _scale: tuple[float, float] = PrivateAttr(default=(0.0, 1.0))
 

@@ -35,7 +35,7 @@ PAIR = "text_pair"
 class SequenceTask(Task):
     """Abstract; subclasses know what the answer of a row is."""
 
-    has_head: ClassVar[bool] = True
+    has_head = True
     answer: ClassVar[str]
     """The field of a row that is predicted."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -46,12 +46,12 @@ BOTH = {"scores": ("text", "text_pair"), "anchors": ("anchor", "positive")}
 class Similarity(Task):
     """Vectors of texts."""
 
-    name: ClassVar[str] = "similarity"
-    title: ClassVar[str] = "Similarity"
-    fields: ClassVar[tuple[str, ...]] = ("text", "text_pair", "score", "anchor", "positive", "negative")
-    metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson", "recall_at_10", "recall_at_1", "reciprocal_rank")
-    has_head: ClassVar[bool] = False
-    label_smoothing: ClassVar[bool] = False
+    name = "similarity"
+    title = "Similarity"
+    fields = ("text", "text_pair", "score", "anchor", "positive", "negative")
+    metrics = ("spearman", "pearson", "recall_at_10", "recall_at_1", "reciprocal_rank")
+    has_head = False
+    label_smoothing = False
 
     rows: Literal["auto", "scores", "anchors"] = Field(
         default="auto",
@@ -177,7 +177,7 @@ class Similarity(Task):
 class PairCollator(Collator):
     """The texts of all rows in one batch: the first of each row, then the second ones, then the hard negatives."""
 
-    several: ClassVar[bool] = True
+    several = True
 
     def collate(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
         """Return the batch of some examples, all pairs or all single texts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 class Summarization(Seq2SeqTask):
     """Encoder-decoder models read a prefix and the document; causal ones a template with the document in it."""
 
-    name: ClassVar[str] = "summarization"
-    title: ClassVar[str] = "Summarization"
-    fields: ClassVar[tuple[str, ...]] = ("document", "summary")
-    metrics: ClassVar[tuple[str, ...]] = (
+    name = "summarization"
+    title = "Summarization"
+    fields = ("document", "summary")
+    metrics = (
         "rougeL", "rougeL_stemmed", "rouge1", "rouge2", "exact_match", "perplexity", "length",
     )  # fmt: skip
-    usual_prefix: ClassVar[str] = "summarize: "
-    usual_template: ClassVar[str] = "Summarize the following text.\n\n{document}\n\nSummary:\n"
+    usual_prefix = "summarize: "
+    usual_template = "Summarize the following text.\n\n{document}\n\nSummary:\n"
 
     prefix: str | None = Field(
         default=None,

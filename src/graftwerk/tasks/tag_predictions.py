@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,8 @@ class TagPredictions(Predictions):
         labels: Names of the tags in the order of their ids.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("tags", "targets", "certain", "row_ids")
-    key: ClassVar[str] = "tags"
+    arrays = ("tags", "targets", "certain", "row_ids")
+    key = "tags"
 
     tags: Ints
     targets: Ints | None

@@ -25,9 +25,9 @@ from graftwerk.tasks.token_objective import NextTokenObjective, Seq2SeqObjective
 class TextTask(Task):
     """Abstract; subclasses read and encode rows in their ways. Call `for_model` before anything else is used."""
 
-    best_metric: ClassVar[str] = "loss"
-    has_head: ClassVar[bool] = False
-    generates: ClassVar[bool] = True
+    best_metric = "loss"
+    has_head = False
+    generates = True
     layouts: ClassVar[tuple[Layout, ...]] = ("causal", "encoder-decoder")
     """The kinds of models that can do it."""
 

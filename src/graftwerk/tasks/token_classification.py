@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
 class TokenClassification(Task):
     """A tag for each word."""
 
-    name: ClassVar[str] = "token-classification"
-    title: ClassVar[str] = "Token classification"
-    fields: ClassVar[tuple[str, ...]] = ("tokens", "tags")
-    metrics: ClassVar[tuple[str, ...]] = (
+    name = "token-classification"
+    title = "Token classification"
+    fields = ("tokens", "tags")
+    metrics = (
         "entity_f1",
         "entity_precision",
         "entity_recall",
         "entity_f1_macro",
         "word_accuracy",
     )
-    best_metric: ClassVar[str] = "entity_f1"
-    has_head: ClassVar[bool] = True
+    best_metric = "entity_f1"
+    has_head = True
 
     scheme: Literal["auto", "bio", "plain"] = Field(
         default="auto",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -44,14 +44,12 @@ SIDES = ("source_lang", "target_lang")
 class Translation(Seq2SeqTask):
     """Rows are pairs of texts; each may carry its own languages, else those of the settings count."""
 
-    name: ClassVar[str] = "translation"
-    title: ClassVar[str] = "Translation"
-    fields: ClassVar[tuple[str, ...]] = ("source", "target", *SIDES)
-    metrics: ClassVar[tuple[str, ...]] = ("bleu", "chrf", "exact_match", "perplexity", "length")
-    usual_prefix: ClassVar[str] = "translate {source_lang} to {target_lang}: "
-    usual_template: ClassVar[str] = (
-        "Translate the following text from {source_lang} to {target_lang}.\n\n{source}\n\nTranslation:\n"
-    )
+    name = "translation"
+    title = "Translation"
+    fields = ("source", "target", *SIDES)
+    metrics = ("bleu", "chrf", "exact_match", "perplexity", "length")
+    usual_prefix = "translate {source_lang} to {target_lang}: "
+    usual_template = "Translate the following text from {source_lang} to {target_lang}.\n\n{source}\n\nTranslation:\n"
 
     source_lang: str | None = Field(
         default=None, description="language of the sources of rows that do not say it: a code that the tokenizer knows"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +24,8 @@ class SimilarityPredictions(Predictions):
         targets: (n,) right scores, or None if rows have none: then the second text is the right one for the first.
     """
 
-    arrays: ClassVar[tuple[str, ...]] = ("anchors", "others", "targets")
-    key: ClassVar[str] = "anchors"
+    arrays = ("anchors", "others", "targets")
+    key = "anchors"
 
     anchors: NDArray[np.float32]
     others: NDArray[np.float32] | None
