@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from graftwerk.cli.methods import describe_methods, said_of
+from graftwerk.cli.methods import describe_methods, notes_on
 from graftwerk.cli.schema import describe
 from graftwerk.config import RunConfig
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
@@ -159,7 +159,7 @@ def test_methods_command_prints_every_method(graftwerk: Run) -> None:
 @pytest.mark.parametrize("name", list(METHODS))
 def test_method_docstring_states_cost(name: str) -> None:
     for subject in ("Parameters", "Trade-off"):
-        assert said_of(METHODS[name], subject).endswith("."), subject
+        assert notes_on(METHODS[name], subject).endswith("."), subject
     row = next(row for row in describe_methods() if row["name"] == name)
     parse_method({"name": name})
     assert row["settings"] == list(METHODS[name].model_fields)

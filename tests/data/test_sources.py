@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from graftwerk.data.fields import label_part, text_part
 from graftwerk.data.rows import Table, resolve_bad_rows
-from graftwerk.data.settings import shown
+from graftwerk.data.settings import source_name
 from graftwerk.data.sources import is_hub_id, name_parts, read_source
 from graftwerk.data.text_form import TextForm
 from graftwerk.errors import ConfigError, DataError, ResourceError
@@ -278,5 +278,5 @@ def test_table_at_returns_file_and_line() -> None:
 
 
 def test_shown_names_three_sources_and_counts_the_rest() -> None:
-    assert shown(["a.csv", "b.csv", "c.csv"]) == "a.csv, b.csv, c.csv"
-    assert shown(["a.csv", "b.csv", "c.csv", "d.csv", "e.csv"]) == "a.csv, b.csv, c.csv, and 2 more"
+    assert source_name(["a.csv", "b.csv", "c.csv"]) == "a.csv, b.csv, c.csv"
+    assert source_name(["a.csv", "b.csv", "c.csv", "d.csv", "e.csv"]) == "a.csv, b.csv, c.csv, and 2 more"

@@ -20,7 +20,7 @@ from graftwerk.evaluation.metrics import METRICS, metrics_of, packages_of, requi
 from graftwerk.evaluation.results_io import load_evaluation, store_evaluation
 from graftwerk.evaluation.text_metrics import UnicodeWords
 from graftwerk.experiments.significance import in_words, margin_of, recommend, verdict
-from graftwerk.experiments.table import against, shown
+from graftwerk.experiments.table import against, format_metric
 from graftwerk.reporting import numbers
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.tasks.language_codes import iso_code
@@ -283,9 +283,9 @@ def method(name: str, value: float, trained: int) -> dict[str, Any]:
 
 
 def test_shown_keeps_points_and_scales_shares_to_percent() -> None:
-    assert shown(0.396, "rougeL") == "39.6"
-    assert shown(23.42, "bleu") == "23.4"
-    assert shown(12.34, "perplexity") == "12.3"
+    assert format_metric(0.396, "rougeL") == "39.6"
+    assert format_metric(23.42, "bleu") == "23.4"
+    assert format_metric(12.34, "perplexity") == "12.3"
     assert in_words(difference(3.1, 1.2, 5.0), "bleu") == "better by 3.1 points [1.2, 5.0]"
     assert in_words(difference(0.031, 0.012, 0.05), "rougeL") == "better by 3.1 points [1.2, 5.0]"
     assert margin_of("bleu", 20.0) == 1.0

@@ -13,7 +13,7 @@ from graftwerk.cli.main import main
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
 from graftwerk.experiments import workers as workers_module
-from graftwerk.experiments.budget import Budget, candidates, parse_budget, sentence, tuning_seed
+from graftwerk.experiments.budget import Budget, candidates, describe_budget, parse_budget, tuning_seed
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.driver import ComparisonDriver
 from graftwerk.experiments.job_runner import JobRunner
@@ -58,13 +58,13 @@ def test_sentence_names_what_was_spent_and_who_overdrew() -> None:
         "lora": {"trials": 1, "seconds": 12.0, "failed": 0},
         "ia3": {"trials": 3, "seconds": 9.0, "failed": 1},
     }
-    said = sentence({"seconds": 10.0, "seed": 3, "spent": spent})
+    said = describe_budget({"seconds": 10.0, "seed": 3, "spent": spent})
     assert "each method could spend 10 s of training" in said
     assert (
         "lora 1 in 12.0 s, ia3 3 in 9.0 s (1 failed); the first trial always runs, and is over the budget for lora"
         in said
     )
-    assert "over the budget" not in sentence({"trials": 3, "seed": 3, "spent": spent})
+    assert "over the budget" not in describe_budget({"trials": 3, "seed": 3, "spent": spent})
 
 
 def test_candidates_are_as_many_for_every_method_and_differ(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from graftwerk.experiments.progress import ComparisonDisplay, ProgressEvent
-from graftwerk.experiments.table import plain, rich_table
+from graftwerk.experiments.table import as_text, rich_table
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def result() -> dict[str, Any]:
 
 
 def test_plain_lists_methods_and_notes(result: dict[str, Any]) -> None:
-    text = plain(result)
+    text = as_text(result)
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["full", "lora", "bitfit"]
     assert lines[2].split("  ")[0] == "full"
@@ -92,7 +92,7 @@ def test_plain_lists_methods_and_notes(result: dict[str, Any]) -> None:
 def test_plain_one_seed_calls_nothing_worse(result: dict[str, Any]) -> None:
     for one in (*result["methods"], *result["differences"]):
         one.update({"seed_spread": None} if "name" in one else {"over_seeds": False})
-    text = plain({**result, "seeds": [0], "seed_spread": None})
+    text = as_text({**result, "seeds": [0], "seed_spread": None})
     assert "lower by 3.8 [1.0, 6.0], one seed" in text
     assert "worse" not in text
     assert "SD of seeds" not in text
@@ -112,12 +112,12 @@ def test_rich_table_highlights_and_escapes_markup(result: dict[str, Any]) -> Non
 
 def test_plain_without_results_lists_failures(result: dict[str, Any]) -> None:
     empty = {**result, "methods": result["methods"][3:], "differences": [], "recommendation": None, "resolution": None}
-    assert "failed: the loss is not finite" in plain(empty)
+    assert "failed: the loss is not finite" in as_text(empty)
 
 
 def test_plain_equal_answers_show_no_resolution(result: dict[str, Any]) -> None:
-    assert "differences under about 2.4 points cannot be detected" in plain(result)
-    alike = plain({**result, "resolution": 0.0})
+    assert "differences under about 2.4 points cannot be detected" in as_text(result)
+    alike = as_text({**result, "resolution": 0.0})
     assert "under about" not in alike
     assert "the same answers on every row" in alike
 

@@ -16,7 +16,7 @@ from graftwerk.experiments import workers as workers_module
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
-from graftwerk.experiments.tuning import chosen, planned_runs, read_axes, sentences, tuned
+from graftwerk.experiments.tuning import chosen, describe_tuning, planned_runs, read_axes, tuned
 from graftwerk.training.train import train
 from tests.cli.commands import run_file
 from tests.experiments.here import InThisProcess
@@ -78,13 +78,13 @@ def test_chosen_is_the_best_on_validation_rows_and_not_on_test_rows() -> None:
     ranked, told = chosen(specs, runs, {}, "accuracy")
     assert ranked == [high, other]
     assert [(one["name"], round(one["value"], 3)) for one in told[0]["tried"]] == [(low.name, 0.71), (high.name, 0.75)]
-    (said,) = sentences(told)
+    (said,) = describe_tuning(told)
     for words in ("lora is ranked with learning_rate 0.003", "validation rows", "learning_rate 0.001: 71.0"):
         assert words in said
     # a value that did not come to an end with every seed does not stand for the method
     ranked, told = chosen(specs, {**runs, high.name: {0: result(0.99, 0.9)}}, {high.name: {1: "diverged"}}, "accuracy")
     assert ranked == [low, other]
-    assert "99.0 (1 failed)" in sentences(told)[0]
+    assert "99.0 (1 failed)" in describe_tuning(told)[0]
     ranked, _ = chosen(specs, {}, {}, "accuracy")
     assert ranked == [low, other]
 

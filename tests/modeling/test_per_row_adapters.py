@@ -320,9 +320,9 @@ def test_cached_batch_is_built_once_per_choice_of_rows(monkeypatch: pytest.Monke
     logits(model, batch)
     assert len(made) == layers
     selection = next(box for module in model.modules() if (box := slots_of(module)) is not None).selection
-    assert selection._kept
+    assert selection._cache
     gw.activate(model, "a")
-    assert not selection._kept
+    assert not selection._cache
     gw.activate(model, rows=["b", "b", "a"])
     logits(model, batch)
     assert len(made) == 2 * layers

@@ -15,7 +15,7 @@ from graftwerk.config import RunConfig
 from graftwerk.data.files import read_file
 from graftwerk.data.rows import resolve_bad_rows
 from graftwerk.errors import ConfigError, DataError, RunInterrupted
-from graftwerk.evaluation.row_errors import said_of
+from graftwerk.evaluation.row_errors import naming_source
 from graftwerk.own_files import refuse_link
 from graftwerk.resource_paths import locate
 
@@ -161,7 +161,7 @@ def _of_run(settings: RunConfig) -> Work:
 def _of_data(data: Any) -> Sequence[Mapping[str, Any]]:
     if not isinstance(data, str | Path):
         return [dict(row) for row in data]
-    with said_of(str(data)):
+    with naming_source(str(data)):
         table = read_file(locate(data), str(data))
         resolve_bad_rows(table, "fail")
     return table.rows

@@ -74,8 +74,8 @@ def describe_methods() -> list[dict[str, Any]]:
                 "peft_type": method.peft_type,
                 "learning_rate": method.default_learning_rate,
                 "head_learning_rate": method.default_head_learning_rate or method.default_learning_rate,
-                "parameters": said_of(method, "Parameters"),
-                "trade_off": said_of(method, "Trade-off"),
+                "parameters": notes_on(method, "Parameters"),
+                "trade_off": notes_on(method, "Trade-off"),
                 "settings": list(method.model_fields),
                 "shorthands": {
                     short: {key: value for key, value in values.items() if key != "name"}
@@ -87,7 +87,7 @@ def describe_methods() -> list[dict[str, Any]]:
     return rows
 
 
-def said_of(method: type[Method], subject: str) -> str:
+def notes_on(method: type[Method], subject: str) -> str:
     """Return what the docstring of the method's module says after ``subject``, on one line, or "" if it says nothing.
 
     Args:

@@ -63,7 +63,7 @@ def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:
     from graftwerk.experiments.search.driver import require_rows
     from graftwerk.experiments.search.journal import require_optuna
     from graftwerk.experiments.search.search import read_search
-    from graftwerk.experiments.search.space import default_settings, grid, label
+    from graftwerk.experiments.search.space import default_settings, grid, value_text
     from graftwerk.training.data_checks import raise_on_severe
 
     require_optuna()
@@ -73,7 +73,7 @@ def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:
     defaults = default_settings(base, axes)
     shown = table("setting", "searched", "default", numbers=("default",))
     for axis in axes:
-        shown.add_row(axis.key, str(axis), label(defaults[axis.key]))
+        shown.add_row(axis.key, str(axis), value_text(defaults[axis.key]))
     out.show(shown)
     points = len(grid(axes)) if wanted.sampler == "grid" else None
     trials = min(filter(None, (wanted.most, points)), default=None)

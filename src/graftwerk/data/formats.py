@@ -136,7 +136,7 @@ def question(turns: Turns) -> dict[str, Any]:
     return {"turns": asked}
 
 
-def asked_of(turns: Sequence[Sequence[str]]) -> str:
+def question_text(turns: Sequence[Sequence[str]]) -> str:
     """Return the contents before the last answer, joined into one text; it identifies a row."""
     before = turns[:-1] if turns[-1][0] == "assistant" else turns
     return "\n".join(content for _, content in before)

@@ -56,7 +56,7 @@ class SetSettings(Settings):
         return Pair(source=self.source, target=self.target)
 
 
-def shown(source: Source) -> str:
+def source_name(source: Source) -> str:
     """Return the name of a source for messages."""
     if isinstance(source, str):
         return source

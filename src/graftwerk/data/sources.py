@@ -14,7 +14,7 @@ from graftwerk.data.compressed import OPENERS
 from graftwerk.data.fields import Part
 from graftwerk.data.files import READERS, read_file, read_pair, refuse_form
 from graftwerk.data.rows import BadRow, Table, joined
-from graftwerk.data.settings import Pair, Source, shown
+from graftwerk.data.settings import Pair, Source, source_name
 from graftwerk.data.text_form import RECOGNISE, TextForm
 from graftwerk.errors import ConfigError, DataError, did_you_mean
 from graftwerk.resource_paths import PACKAGE_SCHEME, locate
@@ -120,11 +120,11 @@ def read_source(source: Source, split: str = "train", form: TextForm = RECOGNISE
         ResourceError: No network, missing package or permission.
     """
     if isinstance(source, Pair):
-        return read_pair(locate(source.source), locate(source.target), shown(source), form)
+        return read_pair(locate(source.source), locate(source.target), source_name(source), form)
     if isinstance(source, list):
         if not source:
             raise ConfigError("a list of sources names none", where="data.train")
-        return joined([read_source(each, split, form) for each in source], shown(source), shown(source))
+        return joined([read_source(each, split, form) for each in source], source_name(source), source_name(source))
     if source.startswith(HUB_SCHEME) or is_hub_id(source):
         from graftwerk.data.hub import read_hub
 

@@ -18,7 +18,7 @@ from graftwerk.data.fields import Part
 from graftwerk.data.findings import Issue
 from graftwerk.data.formats import columns_of_format, messages_part, says, unused_keys
 from graftwerk.data.rows import BadRow, Table, form_notes, resolve_bad_rows, unused_columns
-from graftwerk.data.settings import DataSettings, Source, plain, shown
+from graftwerk.data.settings import DataSettings, Source, plain, source_name
 from graftwerk.data.sources import name_parts, read_source
 from graftwerk.data.split import held_out, split_rows
 from graftwerk.data.text_form import TextForm
@@ -256,17 +256,18 @@ def _table(
     table = named(raw, reading, data.columns, data.filter)
     findings += form_notes(table.notes)
     findings += resolve_bad_rows(table, data.on_bad_row)
-    findings += unused_columns(table.unused, shown(source))
+    findings += unused_columns(table.unused, source_name(source))
     if table.passed_over:
         count, first = len(table.passed_over), table.passed_over[0]
-        message = f"{count:,} files of {shown(source)} are of no kind that rows are read from, and were passed over"
+        name = source_name(source)
+        message = f"{count:,} files of {name} are of no kind that rows are read from, and were passed over"
         findings.append(Issue("files-passed-over", message, 0, example=first))
     if table.unmatched:
-        message = f"no row of {shown(source)} has {', '.join(table.unmatched)}, which the filter asks for"
+        message = f"no row of {source_name(source)} has {', '.join(table.unmatched)}, which the filter asks for"
         findings.append(Issue("filter-unmatched", message, 0, hint="check the spelling in `data.filter`"))
     if not table.rows:
         raise DataError(
-            f"{shown(source)} has no rows that can be used",
+            f"{source_name(source)} has no rows that can be used",
             where=table.shown,
             hint="give a file with at least two rows",
         )

@@ -23,7 +23,7 @@ from graftwerk.data.files import fault_in, files_in, kind_of
 from graftwerk.data.findings import Issue
 from graftwerk.data.parsers import Found, delimited_rows, jsonl_rows, text_rows
 from graftwerk.data.rows import SHOWN, BadRow, Table, apply_bad_row_policy, form_notes, unused_columns
-from graftwerk.data.settings import DataSettings, Pair, Source, shown
+from graftwerk.data.settings import DataSettings, Pair, Source, source_name
 from graftwerk.data.sources import HUB_SCHEME, is_hub_id, matching
 from graftwerk.data.split import fold
 from graftwerk.data.splits_reader import Recognise, RowFormat, SplitRows, form_of, held_out_elsewhere, named, reading_of
@@ -66,7 +66,7 @@ class StreamedRows(Sequence[dict[str, Any]]):
                 return
         raise DataError(
             f"there are {met:,} rows where {self._count:,} were counted before training: the files have changed",
-            where=shown(self._data.source),
+            where=source_name(self._data.source),
             hint="leave the files as they are while they are trained on",
         )
 
@@ -146,7 +146,7 @@ def read_stream(data: DataSettings, recognise: Recognise, parts: Sequence[str]) 
         held_reading = reading or held_reading
         if passed.rows == limit:
             break
-    source = shown(data.source)
+    source = source_name(data.source)
     findings += form_notes(passed.notes)
     findings += apply_bad_row_policy(passed.bad, passed.places, passed.read, source, data.on_bad_row)
     if not passed.rows:
@@ -255,7 +255,7 @@ def _tables(data: DataSettings, recognise: Recognise) -> Iterator[tuple[Table, R
         found = rows_of(file, columns, form, notes.append)
         while chunk := list(islice(found, CHUNK)):
             table = Table(
-                shown(data.source),
+                source_name(data.source),
                 str(file),
                 [row for _, row in chunk if not isinstance(row, str)],
                 [line for line, row in chunk if not isinstance(row, str)],

@@ -15,7 +15,7 @@ from graftwerk.evaluation.held_out import held_out, labelled_rows
 from graftwerk.evaluation.inference import Progress
 from graftwerk.evaluation.inference import run_model as run_model
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
-from graftwerk.evaluation.row_errors import said_of
+from graftwerk.evaluation.row_errors import naming_source
 from graftwerk.evaluation.settings import WRITTEN, EvaluationSettings
 from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
@@ -101,7 +101,7 @@ def evaluate(
                 )
             split, rows = held_out(opened)
         else:
-            with said_of(str(data)):
+            with naming_source(str(data)):
                 split, rows = "data", labelled_rows(opened, str(data), None if columns is None else dict(columns))
         if store and (opened.run is None or data is not None or evaluation):
             raise ConfigError(
@@ -114,7 +114,7 @@ def evaluate(
             require_packages(opened.task.metrics)
         if wants_base:
             check_baseline(opened.task)
-        with said_of(None if data is None else str(data)):
+        with naming_source(None if data is None else str(data)):
             examples = opened.encode(rows)
         rows_a_pass = batch_size or opened.eval_batch_size
         said: list[str] = []
@@ -254,11 +254,11 @@ def predict(
     if data is not None:
         on_bad_row = opened.settings.data.on_bad_row if opened.settings else "fail"
         named = opened.columns if columns is None else dict(columns)
-        with said_of(str(data)):
+        with naming_source(str(data)):
             table, findings = read_unanswered(str(data), opened.task.row_format, named, on_bad_row)
         rows = list(table.rows)
         said = [finding.message for finding in findings]
-    with said_of(None if data is None else str(data)):
+    with naming_source(None if data is None else str(data)):
         examples = opened.encode(rows)
     size = batch_size or opened.eval_batch_size
     with shown_rows("predicting", on_progress, quiet) as rows_done:

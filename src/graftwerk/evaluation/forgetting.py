@@ -10,17 +10,17 @@ from graftwerk.errors import ForgettingError
 from graftwerk.evaluation.metrics import METRICS
 
 
-def told(retained: Mapping[str, Any]) -> str:
+def describe_losses(retained: Mapping[str, Any]) -> str:
     """Return what was lost of the entries that exceed the limit, or of all if none does.
 
     Args:
         retained: `retained` of a manifest.
     """
     entries = retained["entries"]
-    return "; ".join(_told_of(name, entries[name]) for name in retained["exceeded"] or entries)
+    return "; ".join(_describe_loss(name, entries[name]) for name in retained["exceeded"] or entries)
 
 
-def _told_of(name: str, entry: Mapping[str, Any]) -> str:
+def _describe_loss(name: str, entry: Mapping[str, Any]) -> str:
     if entry.get("forgetting") is None:
         return f"`{name}` could not be measured ({entry.get('note')})"
     metric, lost = METRICS[entry["metric"]], entry["forgetting"]
@@ -46,7 +46,8 @@ def refuse_to_hand_over(own: Mapping[str, Any], folder: Path, allow: bool) -> No
     retained = own.get("retained")
     if not allow and isinstance(retained, Mapping) and retained.get("exceeded"):
         raise ForgettingError(
-            f"this adapter has forgotten more than the {retained['limit']} that its run allows: {told(retained)}",
+            f"this adapter has forgotten more than the {retained['limit']} that its run allows: "
+            f"{describe_losses(retained)}",
             where=str(folder),
             hint="--allow-forgetting (allow_forgetting=True) hands it over all the same",
         )

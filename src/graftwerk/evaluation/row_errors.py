@@ -13,7 +13,7 @@ _SETTLED = re.compile(r"\b(?:data|task|training|method|model)\.[a-z_]+")
 
 
 @contextmanager
-def said_of(data: str | None) -> Iterator[None]:
+def naming_source(data: str | None) -> Iterator[None]:
     """Let errors about rows that were given speak of them, and advise nothing that these commands cannot take.
 
     Reading speaks of a run file, for which it was made: of its train rows and of its keys.

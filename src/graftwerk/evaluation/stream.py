@@ -19,7 +19,7 @@ from graftwerk.data.splits_reader import RowFormat, named, unanswered_format
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.evaluation.evaluate import answer_examples, shown_input, with_settings
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
-from graftwerk.evaluation.row_errors import said_of
+from graftwerk.evaluation.row_errors import naming_source
 from graftwerk.tasks.base import Example, Row
 
 GROWTH = 16
@@ -77,7 +77,7 @@ class Answerer:
         if columns is not None or not source.lines:
             wanted = opened.columns if columns is None else dict(columns)
             table = Table(source.name, source.name, [], [], columns=source.columns)
-            with said_of(source.name):
+            with naming_source(source.name):
                 self._format = unanswered_format(table, opened.task.row_format, wanted)
                 self._named(Table(source.name, source.name, [{}], [0], columns=source.columns))
 

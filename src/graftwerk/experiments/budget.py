@@ -214,7 +214,7 @@ class Trials:
         """
         self.spent[spec.tried_for].append(seconds)
 
-    def told(self, failed: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    def summary(self, failed: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
         """Return what `comparison.json` says of the budget.
 
         Args:
@@ -232,16 +232,16 @@ class Trials:
         return {**given, "seed": self.seed, "spent": spent}
 
 
-def sentence(told: Mapping[str, Any]) -> str:
+def describe_budget(summary: Mapping[str, Any]) -> str:
     """Return the note on a budget and on what each method spent of it."""
-    budget = Budget(told["trials"]) if "trials" in told else Budget(MOST, told["seconds"])
+    budget = Budget(summary["trials"]) if "trials" in summary else Budget(MOST, summary["seconds"])
     spent = ", ".join(
         f"{name} {one['trials']} in {precise(one['seconds'])}" + (f" ({one['failed']} failed)" if one["failed"] else "")
-        for name, one in told["spent"].items()
+        for name, one in summary["spent"].items()
     )
-    over = [name for name, one in told["spent"].items() if budget.seconds and one["seconds"] > budget.seconds]
+    over = [name for name, one in summary["spent"].items() if budget.seconds and one["seconds"] > budget.seconds]
     more = f"; the first trial always runs, and is over the budget for {', '.join(over)}" if over else ""
     return (
         f"each method could spend {budget} on its settings; trials and time spent: {spent}{more}; they were trained "
-        f"with seed {told['seed']}, which no result has"
+        f"with seed {summary['seed']}, which no result has"
     )

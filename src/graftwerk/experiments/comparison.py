@@ -7,7 +7,7 @@ from typing import Any
 
 from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.experiments.header import FORMAT
-from graftwerk.experiments.table import plain, rich_table
+from graftwerk.experiments.table import as_text, rich_table
 from graftwerk.own_files import refuse_links
 from graftwerk.serialization.untrusted_files import read_sealed, understood
 
@@ -46,7 +46,7 @@ class Comparison:
     def table(self) -> str:
         """Return the result as plain text: one row per method, and notes below."""
         with understood(self.folder / COMPARISON):
-            return plain(self.result)
+            return as_text(self.result)
 
     def __str__(self) -> str:
         return self.table()

@@ -25,7 +25,7 @@ from graftwerk.errors import (
 )
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
 from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides
-from graftwerk.experiments.budget import Budget, Trials, candidates, sentence, tuning_seed
+from graftwerk.experiments.budget import Budget, Trials, candidates, describe_budget, tuning_seed
 from graftwerk.experiments.comparison import COMPARISON, COMPARISON_SCALE
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.factors import Ablation
@@ -34,7 +34,7 @@ from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, with_and_without
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
-from graftwerk.experiments.tuning import chosen, method_of, planned_runs, read_axes, sentences, tuned
+from graftwerk.experiments.tuning import chosen, describe_tuning, method_of, planned_runs, read_axes, tuned
 from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
@@ -258,12 +258,12 @@ class ComparisonDriver:
         found = [run for runs in (self.tried, self.runs) for by_seed in runs.values() for run in by_seed.values()]
         folders = {run.folder: run.manifest["cost"].get("training_seconds") or 0.0 for run in found}
         seconds = sum(folders.values())
-        notes = [*filter(None, [result.get("at_chance")]), *sentences(self.tuning), *header["notes"]]
+        notes = [*filter(None, [result.get("at_chance")]), *describe_tuning(self.tuning), *header["notes"]]
         if self.tuning:
             result["tuning"] = self.tuning
         if self.trials is not None:
-            result["budget"] = self.trials.told(self.failed_tries)
-            notes.insert(0, sentence(result["budget"]))
+            result["budget"] = self.trials.summary(self.failed_tries)
+            notes.insert(0, describe_budget(result["budget"]))
         shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # hidden states shared by runs on the same layers
         self._write({**header, "notes": notes, **result, "status": "finished", "seconds": seconds})
         self._emit("end", text="done")

@@ -7,7 +7,7 @@ from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import RunResult, TrialResult
-from graftwerk.experiments.table import shown
+from graftwerk.experiments.table import format_metric
 from graftwerk.formatting import duration
 
 NOTED = frozenset({"resume", "diagnosis", "bad_step", "memory", "warning", "early_stopping"})
@@ -55,5 +55,5 @@ def result_line(run: TrialResult, metric: str) -> str:
     if figure["value"] is None:
         return f"{title} {figure.get('note', 'is undefined')}, {time_taken} of training"
     low, high = figure["low"], figure["high"]
-    between = "" if low is None else f" ({shown(low, metric)} to {shown(high, metric)})"
-    return f"{title} {shown(figure['value'], metric)}{between}, {time_taken} of training"
+    between = "" if low is None else f" ({format_metric(low, metric)} to {format_metric(high, metric)})"
+    return f"{title} {format_metric(figure['value'], metric)}{between}, {time_taken} of training"

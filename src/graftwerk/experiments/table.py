@@ -48,10 +48,12 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 method["name"] + (" *" if method["name"] == chosen else ""),
-                shown(figure["value"], metric),
-                DASH if figure["low"] is None else DASH.join(shown(figure[part], metric) for part in ("low", "high")),
+                format_metric(figure["value"], metric),
+                DASH
+                if figure["low"] is None
+                else DASH.join(format_metric(figure[part], metric) for part in ("low", "high")),
                 against(result["differences"], method["name"], best, metric, result.get("margin")),
-                shown(method.get("seed_spread"), metric),
+                format_metric(method.get("seed_spread"), metric),
                 short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
                 duration(cost.get("training_seconds")),
@@ -70,7 +72,7 @@ def ranked(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(measured, key=lambda method: -METRICS[result["metric"]].better(method["figure"]["value"], 0.0))
 
 
-def shown(value: float | None, metric: str) -> str:
+def format_metric(value: float | None, metric: str) -> str:
     """Format a value: a share in percent, BLEU and the like in points, perplexity unchanged; a dash for None."""
     return DASH if value is None else METRICS[metric].text(value)
 
@@ -99,7 +101,7 @@ def against(
     return f"{found} ({known.text(-difference['value'], signed=True)})"
 
 
-def sentences(result: Mapping[str, Any]) -> list[str]:
+def describe_result(result: Mapping[str, Any]) -> list[str]:
     """Return the sentences below the table: metric, resolution, recommendation, failures, notes."""
     said = []
     seeds, known = len(result["seeds"]), METRICS[result["metric"]]
@@ -194,7 +196,7 @@ def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
     return headings[:SPREAD] + headings[SPREAD + 1 :], [row[:SPREAD] + row[SPREAD + 1 :] for row in rows]
 
 
-def plain(result: Mapping[str, Any]) -> str:
+def as_text(result: Mapping[str, Any]) -> str:
     """Format the result as plain text, for pipes."""
     headings, rows = _columns(result)
     lines = [headings, *rows]
@@ -207,7 +209,7 @@ def plain(result: Mapping[str, Any]) -> str:
         for line in lines
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*text, "", *sentences(result)])
+    return "\n".join([*text, "", *describe_result(result)])
 
 
 def rich_table(result: Mapping[str, Any]) -> Any:
@@ -223,4 +225,4 @@ def rich_table(result: Mapping[str, Any]) -> Any:
         made.add_column(heading, justify="left" if column in LEFT else "right", overflow="fold", no_wrap=column == 0)
     for row in rows:
         made.add_row(*(Text(clean(cell)) for cell in row), style="bold" if row[0].endswith(" *") else "")
-    return Group(made, Text(""), *(Text(clean(sentence)) for sentence in sentences(result)))
+    return Group(made, Text(""), *(Text(clean(sentence)) for sentence in describe_result(result)))

@@ -19,7 +19,7 @@ from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import TrialResult
 from graftwerk.experiments.axes import several
 from graftwerk.experiments.method_specs import NO_AXES, MethodSpec, slug
-from graftwerk.experiments.table import shown
+from graftwerk.experiments.table import format_metric
 from graftwerk.settings import parse_settings, spellings
 from graftwerk.training.settings import TrainingSettings
 
@@ -173,13 +173,13 @@ def _tried(spec: MethodSpec, runs: Mapping[int, TrialResult], failed: Mapping[in
     return {"name": spec.name, "changes": dict(spec.changes), "runs": len(known), "value": value, "failed": why}
 
 
-def sentences(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
+def describe_tuning(tuning: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a note for each method that was tuned: what was tried, with its validation score, and what was chosen."""
     said = []
     for each in tuning:
         metric, best = each["metric"], each["chosen"]
         scores = ", ".join(
-            f"{_words(one['changes'])}: {shown(one['value'], metric)}"
+            f"{_words(one['changes'])}: {format_metric(one['value'], metric)}"
             + (f" ({len(one['failed'])} failed)" if one["failed"] else "")
             for one in each["tried"]
         )

@@ -82,7 +82,7 @@ class LayerSelection(Method):
         if not chosen:
             there = sorted({target.layer for target in candidates if target.layer is not None})
             raise ConfigError(
-                f"`{shown(self.layers)}`: what this method adapts is in none of the chosen layers",
+                f"`{layers_text(self.layers)}`: what this method adapts is in none of the chosen layers",
                 where=WHERE,
                 hint=f"it is in the layers {ranges(there)}"
                 if there
@@ -101,7 +101,7 @@ class LayerSelection(Method):
         if side is not None:
             if not {"encoder", "decoder"} <= {*depths}:
                 raise ConfigError(
-                    f"`{shown(self.layers)}`: this model has one stack of layers, not an encoder and a decoder",
+                    f"`{layers_text(self.layers)}`: this model has one stack of layers, not an encoder and a decoder",
                     where=WHERE,
                     hint=f"leave `{side}:` out",
                 )
@@ -111,7 +111,7 @@ class LayerSelection(Method):
             if (top is not None and top > depth) or (numbers and max(numbers) >= depth):
                 called = f"its {stack}" if len(depths) > 1 or side else "this model"
                 raise ConfigError(
-                    f"`{shown(self.layers)}`: {called} has {depth} layers, 0-{depth - 1}",
+                    f"`{layers_text(self.layers)}`: {called} has {depth} layers, 0-{depth - 1}",
                     where=WHERE,
                     hint=f"top-1 to top-{depth}, or numbers from 0 to {depth - 1}",
                 )
@@ -169,7 +169,7 @@ def _depths(targets: Sequence[HasLayer]) -> dict[str | None, int]:
     return depths
 
 
-def shown(layers: str | Sequence[int]) -> str:
+def layers_text(layers: str | Sequence[int]) -> str:
     """Return a choice as it is written in a run file."""
     return f"layers: {layers if isinstance(layers, str) else list(layers)}"
 

@@ -40,37 +40,34 @@ class ActiveAdapters:
         activations: The kernels' table of living activations.
     """
 
-    __slots__ = ("_groups", "_kept", "activations", "merged", "names", "rows")
+    __slots__ = ("_cache", "activations", "merged", "names", "rows")
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.merged: frozenset[str] = frozenset()
         self.rows: tuple[str | None, ...] | None = None
         self.activations = ActivationTable()
-        self._groups: dict[tuple[int, str], tuple[RowGroup, ...]] = {}
-        self._kept: dict[Any, Any] = {}
+        self._cache: dict[Hashable, Any] = {}
 
     def choose(self, names: tuple[str, ...]) -> None:
         """Apply these adapters, in order, to every row."""
-        self.names, self.rows = names, None
-        self._groups, self._kept = {}, {}
+        self.names, self.rows, self._cache = names, None, {}
 
     def choose_rows(self, rows: tuple[str | None, ...]) -> None:
         """Apply to each row of the next batches its own adapter, or none."""
-        self.rows = rows
-        self._groups, self._kept = {}, {}
+        self.rows, self._cache = rows, {}
 
     def cached(self, key: Key, make: Callable[[Key], Made]) -> Made:
         """Return the value made for this key since adapters were last chosen, made now if there is none."""
-        found = self._kept.get(key)
+        found = self._cache.get(key)
         if found is None:
             with torch.inference_mode(False):  # it may be of use in training too
-                found = self._kept[key] = make(key)
+                found = self._cache[key] = make(key)
         return found
 
     def clear_cache(self) -> None:
         """Drop the cached values: the tensors that they were made from may be others now."""
-        self._kept.clear()  # in place: `disabled` holds on to it
+        self._cache.clear()  # in place: `disabled` holds on to it
 
     def used(self) -> tuple[str, ...]:
         """Return every adapter that the next batch involves."""
@@ -101,28 +98,27 @@ class ActiveAdapters:
 
     def groups(self, size: int, device: torch.device) -> tuple[RowGroup, ...]:
         """Return the rows of a batch of ``size``, grouped by adapter, the bare base included."""
-        key = (size, str(device))
-        if key not in self._groups:
-            repeats = self.repeats(size)
-            members: dict[str | None, list[int]] = {}
-            for row, name in enumerate(self.rows or ()):
-                members.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
-            with torch.inference_mode(False):  # as above
-                self._groups[key] = tuple(
-                    RowGroup(name, torch.tensor(index, dtype=torch.long, device="cpu").to(device, non_blocking=True))
-                    for name, index in members.items()
-                )
-        return self._groups[key]
+        return self.cached(("groups", size, device), lambda _: self._grouped(size, device))
+
+    def _grouped(self, size: int, device: torch.device) -> tuple[RowGroup, ...]:
+        repeats = self.repeats(size)
+        members: dict[str | None, list[int]] = {}
+        for row, name in enumerate(self.rows or ()):
+            members.setdefault(name, []).extend(range(row * repeats, (row + 1) * repeats))
+        return tuple(
+            RowGroup(name, torch.tensor(index, dtype=torch.long, device="cpu").to(device, non_blocking=True))
+            for name, index in members.items()
+        )
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Use no adapter inside the block."""
-        names, rows, groups, kept = self.names, self.rows, self._groups, self._kept
+        names, rows, cache = self.names, self.rows, self._cache
         self.names, self.rows = (), None
         try:
             yield
         finally:
-            self.names, self.rows, self._groups, self._kept = names, rows, groups, kept
+            self.names, self.rows, self._cache = names, rows, cache
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without caches, so that copies of a model do not copy batched adapters."""
@@ -130,5 +126,4 @@ class ActiveAdapters:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.names, self.rows, self.merged = state["names"], state["rows"], state["merged"]
-        self.activations = ActivationTable()
-        self._groups, self._kept = {}, {}
+        self.activations, self._cache = ActivationTable(), {}

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from graftwerk.kernels import flags as fast
+from graftwerk.kernels import flags
 from graftwerk.kernels.batched_adapters import BatchedAdapter, changes_input, changes_output, per_entry
 from graftwerk.kernels.dispatch import BATCHED
 from graftwerk.kernels.versioned_cache import VersionedCache
@@ -50,7 +50,7 @@ def forward_rows(slots: AdapterSlots, layer: Callable[[Tensor], Tensor], x: Tens
     """
     selection = slots.selection
     selection.repeats(x.shape[slots.row_dim])  # raises for a batch of another size
-    groups = selection.cached((slots, slots.training, fast.enabled("rows")), row_groups)
+    groups = selection.cached((slots, slots.training, flags.enabled("rows")), row_groups)
     working = [(group, group.adapters()) for group in groups]
     rows_second = bool(slots.row_dim)
     if rows_second:

@@ -15,10 +15,10 @@ from graftwerk.reporting.interval_plot import scale_of, strip
 from graftwerk.reporting.search_charts import (
     Setting,
     Trial,
+    format_value,
     importance,
     parallel,
     settings_of,
-    shown,
     slices,
     trials_of,
 )
@@ -90,7 +90,9 @@ def _last_word(result: Mapping[str, Any], metric: str) -> Markup:
         assert value is not None
         said = f"{name}: {numbers.value_of(metric, value)}, interval {numbers.interval_of(metric, figure)}"
         drawing = strip(scale, value, low, high, kind="" if at else "recommended", said=said)
-        chosen = ", ".join(f"{key.rpartition('.')[2]} {shown(one_)}" for key, one_ in mapping(one, "settings").items())
+        chosen = ", ".join(
+            f"{key.rpartition('.')[2]} {format_value(one_)}" for key, one_ in mapping(one, "settings").items()
+        )
         cells = [name, numbers.bare(metric, value), numbers.interval_of(metric, figure), drawing, chosen]
         rows.append(("" if at else "recommended", cells))
     headings = [
@@ -167,7 +169,7 @@ def _trials(result: Mapping[str, Any], metric: str) -> Markup:
         value = number(trial, "value")
         said = numbers.bare(metric, value) if value is not None else STATES.get(state, state)
         cells = [words(trial, "number"), said, numbers.seconds(number(trial, "seconds"))]
-        cells += [shown(settings[key]) if key in settings else DASH for key in keys]
+        cells += [format_value(settings[key]) if key in settings else DASH for key in keys]
         rows.append(("recommended" if number(trial, "number") == best is not None else "", cells))
     if not rows:
         return Markup()
@@ -203,7 +205,7 @@ def _how(result: Mapping[str, Any]) -> Markup:
         ("Machine", ", ".join(f"{key} {words(result, 'machine', key)}" for key in mapping(result, "machine"))),
     ]
     axes = [
-        (words(axis, "key"), ", ".join(map(shown, items(axis, "choices"))) or _range(axis))
+        (words(axis, "key"), ", ".join(map(format_value, items(axis, "choices"))) or _range(axis))
         for axis in mappings(result, "space")
     ]
     return page.section("How it was searched", page.facts(rows), tag("h3", "The space"), page.facts(axes))

@@ -66,7 +66,10 @@ class Setting:
     def places(self, start: float, end: float) -> list[tuple[float, str]]:
         """Return the ticks between two pixels: each with its text."""
         if self.choices:
-            return [(self._of_choice(at, start, end), cut(shown(one), LONGEST)) for at, one in enumerate(self.choices)]
+            return [
+                (self._of_choice(at, start, end), cut(format_value(one), LONGEST))
+                for at, one in enumerate(self.choices)
+            ]
         scale = self._scale(start, end)
         return [(scale(tick), numbers.plain(tick)) for tick in scale.ticks(5)]
 
@@ -86,7 +89,7 @@ class Setting:
         return start + (at + 0.5) / len(self.choices) * (end - start)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a setting's value for people."""
     if isinstance(value, float):
         return numbers.plain(value)
@@ -201,6 +204,6 @@ def trials_of(result: Mapping[str, Any], metric: str) -> list[Trial]:
             f"Trial {place:.0f}",
             f"{numbers.title(numbers.metric_name(metric))}\t{numbers.value_of(metric, value)}",
         ]
-        lines += [f"{key.rpartition('.')[2]}\t{shown(one)}" for key, one in settings.items()]
+        lines += [f"{key.rpartition('.')[2]}\t{format_value(one)}" for key, one in settings.items()]
         found.append(Trial(f"{place:.0f}", "\n".join(lines), value, settings, place == best))
     return found

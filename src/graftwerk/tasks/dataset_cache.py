@@ -29,7 +29,7 @@ from graftwerk.data.findings import Issue
 from graftwerk.data.settings import DataSettings, Source
 from graftwerk.data.sources import files_of
 from graftwerk.errors import GraftwerkError
-from graftwerk.kernels import flags as fast
+from graftwerk.kernels import flags
 from graftwerk.models.cache import cache_folder, make_room, replace_file
 from graftwerk.tasks.base import Example, Row, Splits, Task
 
@@ -78,7 +78,7 @@ def encode(
     """
     rows: Sequence[Row] = getattr(splits, split)
     key = None
-    if splits.cache_key is not None and fast.enabled("prepared"):
+    if splits.cache_key is not None and flags.enabled("prepared"):
         key = _digest(["examples", splits.cache_key, split, task.to_dict(), max_length, _tokenizer_files(folder)])
         with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
             if (kept := _recall(key)) is not None:
@@ -95,7 +95,7 @@ def encode(
 
 def _rows_key(task: Task, data: DataSettings, labels: Sequence[str] | None) -> str | None:
     """Return the cache key of the rows, or None if they are not to be cached."""
-    if data.streaming or not fast.enabled("prepared"):
+    if data.streaming or not flags.enabled("prepared"):
         return None
     try:
         named = list(_files(data))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, field_validator, model_validator
 
 from graftwerk.data.fields import label_part
-from graftwerk.data.formats import asked_of, conversation, question, recognise
+from graftwerk.data.formats import conversation, question, question_text, recognise
 from graftwerk.data.splits_reader import RowFormat
 from graftwerk.errors import ConfigError, DataError
 from graftwerk.tasks.chat import encode_conversations, end_ids
@@ -133,7 +133,7 @@ class Instruction(TextTask):
                 f"the {template.name} template of the model does not take {len(unfit):,} of {len(rows):,} rows:"
                 f" {encoded[unfit[0]].unfit}",
                 where=(splits.locate(rows, unfit[0]) if splits is not None else None)
-                or repr(asked_of(rows[unfit[0]]["turns"])[:80]),
+                or repr(question_text(rows[unfit[0]]["turns"])[:80]),
                 hint="task.template=plain uses a plain template; or leave these rows out",
             )
         special = special_words(tokenizer)
@@ -177,7 +177,7 @@ class ConversationDecoder(TextDecoder):
         return str(content).strip() if role == "assistant" else None
 
     def source(self, example: Example) -> str | None:
-        return None if example.row is None else asked_of(example.row["turns"])
+        return None if example.row is None else question_text(example.row["turns"])
 
 
 @dataclass(frozen=True)
@@ -212,4 +212,4 @@ def fields_of(text: str) -> tuple[str, ...]:
 
 
 def _asked(row: Mapping[str, Any]) -> str:
-    return asked_of(row["turns"])
+    return question_text(row["turns"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graftwerk.data.fields import text_part
 from graftwerk.data.findings import Issue
-from graftwerk.data.settings import DataSettings, SetSettings, plain, shown
+from graftwerk.data.settings import DataSettings, SetSettings, plain, source_name
 from graftwerk.data.split import fold
 from graftwerk.data.splits_reader import RowFormat, fingerprint_of
 from graftwerk.errors import ConfigError, DataError
@@ -310,7 +310,7 @@ def _settings_of(each: SetSettings, data: DataSettings, count: int) -> DataSetti
         wanted, usual = getattr(each, split), getattr(data, split)
         if wanted is None and usual is not None and not isinstance(usual, int | float):
             raise ConfigError(
-                f"`{split}: {shown(usual)}` does not say which set's rows these are",
+                f"`{split}: {source_name(usual)}` does not say which set's rows these are",
                 where=f"data.{split}",
                 hint=f"give each set its `{split}`, or a number or share of rows for all",
             )

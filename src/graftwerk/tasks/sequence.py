@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field
 
 from graftwerk.data.fields import Part, text_part
-from graftwerk.data.settings import DataSettings, shown
+from graftwerk.data.settings import DataSettings, source_name
 from graftwerk.data.splits_reader import RowFormat, read_splits
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import ConfigError
@@ -91,7 +91,7 @@ class SequenceTask(Task):
             AdapterError: the rows have labels that ``labels`` has not.
             ResourceError: a source cannot be reached.
         """
-        source = "several sets" if data.sets else shown(data.source)
+        source = "several sets" if data.sets else source_name(data.source)
         if data.streaming:
             streamed = read_stream(data, self.row_format, self.fields)
             refuse_mixed(streamed.formats, source)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.data.fields import number_part, text_part, texts_part
-from graftwerk.data.settings import DataSettings, shown
+from graftwerk.data.settings import DataSettings, source_name
 from graftwerk.data.splits_reader import RowFormat, read_splits
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import DataError, UnsupportedError
@@ -105,7 +105,7 @@ class Similarity(Task):
         return {"text": first, "text_pair": second} if tab and first.strip() and second.strip() else {"text": text}
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
-        source = shown(data.source)
+        source = source_name(data.source)
         if data.streaming:
             streamed = read_stream(data, self.row_format, self.fields)
             _check(streamed.rows, {split: part.rows for split, part in streamed.held.items()}, source)

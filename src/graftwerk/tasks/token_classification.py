@@ -17,7 +17,7 @@ from pydantic import Field, PrivateAttr
 from graftwerk.data.checks import label_names, listed
 from graftwerk.data.fields import spans_part, text_part, words_part
 from graftwerk.data.findings import Issue
-from graftwerk.data.settings import DataSettings, shown
+from graftwerk.data.settings import DataSettings, source_name
 from graftwerk.data.splits_reader import RowFormat, read_splits
 from graftwerk.data.stream import read_stream
 from graftwerk.errors import AdapterError, DataError, UnsupportedError
@@ -116,7 +116,7 @@ class TokenClassification(Task):
         return _words(text, words_of(text))
 
     def read(self, data: DataSettings, labels: Sequence[str] | None = None) -> Splits:
-        source = shown(data.source)
+        source = source_name(data.source)
         if data.streaming:
             streamed = read_stream(data, self.row_format, self.fields)
             rows: dict[str, Any] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graftwerk.kernels import flags as fast
+from graftwerk.kernels import flags
 from graftwerk.kernels.chunked_cross_entropy import check_labels
 from graftwerk.kernels.lm_head import LabelledLogits, labelled_tokens
 from graftwerk.tasks.example import IGNORED
@@ -90,7 +90,7 @@ class TokenObjective(Objective):
         if "position_ids" in inputs and "attention_mask" not in inputs:
             inputs["use_cache"] = False  # rows packed into one: with a cache, transformers does not look for them
         positions, _ = self._labelled(batch)  # (N,)
-        if fast.enabled("loss"):
+        if flags.enabled("loss"):
             labelled = labelled_tokens(model, inputs, labels.shape, positions)
             if labelled is not None:
                 return labelled

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwerk.errors import AdapterError, DataError, ForgettingError
-from graftwerk.evaluation.forgetting import told
+from graftwerk.evaluation.forgetting import describe_losses
 from graftwerk.evaluation.metrics import METRICS, metrics_of, point
 from graftwerk.evaluation.paired_bootstrap import paired_difference
 from graftwerk.evaluation.results_io import ROWS, save_predictions
@@ -259,7 +259,7 @@ def refuse_forgotten(manifest: Mapping[str, Any], adapter: Path) -> None:
     retained = manifest.get("retained") or {}
     if retained.get("exceeded"):
         raise ForgettingError(
-            f"the run has forgotten more than {retained['limit']}: {told(retained)}",
+            f"the run has forgotten more than {retained['limit']}: {describe_losses(retained)}",
             where="evaluation.max_forgetting",
             hint="training.retain (replay, distillation, consolidation), a lower learning rate, or fewer epochs",
             recovered=f"the adapter, in {adapter}; merge, export and push refuse it without --allow-forgetting",

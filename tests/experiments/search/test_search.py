@@ -27,12 +27,12 @@ from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.search.driver import SearchDriver
 from graftwerk.experiments.search.finals import Finals
 from graftwerk.experiments.search.header import search_header
-from graftwerk.experiments.search.journal import JOURNAL, mend
+from graftwerk.experiments.search.journal import JOURNAL, cut_torn_end
 from graftwerk.experiments.search.runs import Runs
 from graftwerk.experiments.search.search import Search, read_search, search
 from graftwerk.experiments.search.space import Axis
 from graftwerk.experiments.search.study import Study
-from graftwerk.experiments.search.table import plain
+from graftwerk.experiments.search.table import as_text
 from graftwerk.experiments.workers import ThisMachine
 from graftwerk.reporting.html import write_report
 from tests.experiments.search import fake_runs
@@ -123,7 +123,7 @@ def test_plain_shows_the_eight_best_first_and_counts_the_others(metric: str, fir
     done = [trial(number, "complete", (1 + number) / 10) for number in range(9)]
     others = [trial(9, "pruned", None), trial(10, "fail", None), trial(11, "fail", None)]
     result = {"metric": metric, "status": "running", "space": [{"key": "method.r"}], "trials": [*done, *others]}
-    lines = plain(result).splitlines()
+    lines = as_text(result).splitlines()
     rows = [line.split() for line in lines[2 : lines.index("")]]
     assert (len(rows), rows[0][1]) == (8, first)
     order = range(1, 9) if metric == "accuracy" else range(8)
@@ -199,9 +199,9 @@ def test_mend_refuses_damage_in_the_midst(tmp_path: Path) -> None:
     journal = tmp_path / JOURNAL
     journal.write_bytes(b'{"op_code":0}\n{"op_co\n{"op_code":4}\n')
     with pytest.raises(IntegrityError, match="line 2"):
-        mend(journal)
+        cut_torn_end(journal)
     journal.write_bytes(b'{"op_code":0}\n\0\0\0\n')
-    assert mend(journal) == 4
+    assert cut_torn_end(journal) == 4
     assert journal.read_bytes() == b'{"op_code":0}\n'
 
 

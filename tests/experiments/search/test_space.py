@@ -11,7 +11,7 @@ import pytest
 from graftwerk.config import parse_overrides
 from graftwerk.experiments.search.header import command_of
 from graftwerk.experiments.search.search import read_search
-from graftwerk.experiments.search.space import Axis, default_settings, grid, label
+from graftwerk.experiments.search.space import Axis, default_settings, grid, value_text
 from graftwerk.methods.registry import METHODS
 from graftwerk.methods.search_spaces import SEARCH_SPACES
 
@@ -77,7 +77,7 @@ def test_grid_has_four_points_of_a_range() -> None:
     assert rate.points() == (1e-4, 1e-3, 1e-2, 1e-1)
     assert Axis("method.r", 2, 4, integer=True).points() == (2, 3, 4)
     assert len(grid([rate, Axis("method.r", choices=(4, 8))])) == 8
-    assert (label(0.001), label([1, 2]), label(True)) == ("0.001", "[1, 2]", "true")
+    assert (value_text(0.001), value_text([1, 2]), value_text(True)) == ("0.001", "[1, 2]", "true")
 
 
 def test_space_list_that_is_one_value_fixes_the_setting() -> None:

@@ -28,9 +28,9 @@ from graftwerk.experiments.search.header import search_header
 from graftwerk.experiments.search.journal import JOURNAL, require_optuna
 from graftwerk.experiments.search.runs import Active, Listener, Runs
 from graftwerk.experiments.search.settings import SearchSettings
-from graftwerk.experiments.search.space import Axis, default_settings, grid, label
+from graftwerk.experiments.search.space import Axis, default_settings, grid, value_text
 from graftwerk.experiments.search.study import Study, Ticket
-from graftwerk.experiments.table import shown
+from graftwerk.experiments.table import format_metric
 from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import COMPARISON, SEARCH
@@ -132,7 +132,7 @@ class SearchDriver:
             sampler=self.wanted.sampler, pruner=self.wanted.pruner, seed=self.base.training.seed,
             higher=METRICS[self.metric].higher is not False,
         )  # fmt: skip
-        self.study.settle(self._identity(checked))
+        self.study.check_identity(self._identity(checked))
         if self.study.cut:
             self._note(f"the last {self.study.cut} bytes of {JOURNAL} were torn off by a kill, and are cut off")
         for _ in range(len(self.study) - self.study.stale):
@@ -170,7 +170,7 @@ class SearchDriver:
         for axis in self.axes:
             for choice in axis.choices if axis.key.startswith("method.") else ():
                 changed = RunConfig.build(self.runs.tree, {axis.key: choice})
-                configs[f"{axis.name}={label(choice)}"] = changed.model_dump(mode="json")
+                configs[f"{axis.name}={value_text(choice)}"] = changed.model_dump(mode="json")
         # a choice that does not fit into memory is a trial that is refused; the defaults must fit
         return {"kind": "check", "configs": configs, "runs": {}, "memory": ["defaults"]}
 
@@ -218,7 +218,7 @@ class SearchDriver:
     def _tell(self, ticket: Ticket, active: Active, value: float | None, reason: str, seconds: float) -> None:
         if value is not None:
             self.study.complete(ticket, value, seconds)
-            text = f"validation {METRICS[self.metric].title} {shown(value, self.metric)}"
+            text = f"validation {METRICS[self.metric].title} {format_metric(value, self.metric)}"
         elif active.lacks:
             self.study.refuse(ticket, reason, seconds, active.lacks)
             text = f"too large for the memory: {reason}"
@@ -229,7 +229,7 @@ class SearchDriver:
             self.study.fail(ticket, reason, seconds)
             text = f"failed: {reason}"
         self.runs.eta.finished("trial", seconds)
-        settings = ", ".join(f"{key.partition('.')[2]} {label(one)}" for key, one in ticket.settings.items())
+        settings = ", ".join(f"{key.partition('.')[2]} {value_text(one)}" for key, one in ticket.settings.items())
         self._write("running")
         self.runs.emit("run", active.label, f"{text} ({settings})", left=self.runs.left())
 

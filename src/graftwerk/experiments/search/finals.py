@@ -15,7 +15,7 @@ from graftwerk.experiments.method_specs import MethodSpec
 from graftwerk.experiments.search.runs import Active, Runs
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.significance import COSTS, between, in_words, verdict
-from graftwerk.experiments.table import shown
+from graftwerk.experiments.table import format_metric
 from graftwerk.experiments.workers import Workers
 from graftwerk.training.lock import wait_for
 from graftwerk.training.run_dir import TRIAL, TRUNK, read_manifest
@@ -147,7 +147,7 @@ class Finals:
             else:
                 self.values[name][seed] = value
             self.runs.eta.finished("final", time.monotonic() - active.began)
-            text = f"validation {METRICS[self.metric].title} {shown(value, self.metric)}"
+            text = f"validation {METRICS[self.metric].title} {format_metric(value, self.metric)}"
             self.runs.emit("run", active.label, text, left=self.runs.left())
 
     def _measure(self, runner: JobRunner, planned: tuple[str, int]) -> None:
@@ -168,7 +168,7 @@ class Finals:
         value = done.evaluation["metrics"].get(self.metric, {}).get("value")
         with self.runs.lock:
             self.runs.eta.finished("measurement", time.monotonic() - began)
-            said = f"{METRICS[self.metric].title} {shown(value, self.metric)}"
+            said = f"{METRICS[self.metric].title} {format_metric(value, self.metric)}"
             self.runs.emit("run", label, said, left=self.runs.left())
 
     def _winner(self) -> str:

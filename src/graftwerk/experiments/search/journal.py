@@ -33,7 +33,7 @@ def require_optuna() -> Any:
     return optuna
 
 
-def mend(path: Path) -> int:
+def cut_torn_end(path: Path) -> int:
     """Cut a torn last line off a journal, and remove the lock that a killed process has left.
 
     The caller holds the lock of the folder, so that no other process writes.

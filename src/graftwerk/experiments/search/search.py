@@ -21,7 +21,7 @@ from graftwerk.experiments.search.journal import require_optuna
 from graftwerk.experiments.search.runs import Listener
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, read_space
-from graftwerk.experiments.search.table import plain
+from graftwerk.experiments.search.table import as_text
 from graftwerk.experiments.workers import machines
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
@@ -58,7 +58,7 @@ class Search:
 
     def __str__(self) -> str:
         with understood(self.folder / SEARCH):
-            return plain(self.result)
+            return as_text(self.result)
 
     def __repr__(self) -> str:
         return f"<Search {self.folder}: {len(self.result['trials'])} trials>"

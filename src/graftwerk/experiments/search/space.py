@@ -87,11 +87,11 @@ class Axis:
 
     def __str__(self) -> str:
         if self.choices:
-            return ", ".join(label(choice) for choice in self.choices)
+            return ", ".join(value_text(choice) for choice in self.choices)
         return f"{self.low:g} to {self.high:g}{', logarithmic' if self.log else ''}"
 
 
-def label(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value as a run file has it.
 
     Example:
@@ -256,7 +256,7 @@ def _axis(base: RunConfig, key: str, values: Any) -> Axis:
     if any(checked.count(value) > 1 for value in checked):
         raise ConfigError(f"`{key}` has a value twice", where=key, hint="give each value once")
     if len(checked) < 2:
-        raise ConfigError(f"`{key}` has one value to try", where=key, hint=f"{name}={label(checked[0])} fixes it")
+        raise ConfigError(f"`{key}` has one value to try", where=key, hint=f"{name}={value_text(checked[0])} fixes it")
     if any(isinstance(value, float) and not math.isfinite(value) for value in checked):
         raise ConfigError(f"`{key}` has a value that is no number", where=key)
     return Axis(key, choices=tuple(checked))

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftwerk.errors import ConflictError
-from graftwerk.experiments.search.journal import mend, require_optuna
-from graftwerk.experiments.search.space import Axis, grid, label
+from graftwerk.experiments.search.journal import cut_torn_end, require_optuna
+from graftwerk.experiments.search.space import Axis, grid, value_text
 from graftwerk.training.resume_check import differences
 
 Sampler = Literal["tpe", "random", "grid"]
@@ -81,7 +81,7 @@ class Study:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-        self.cut = mend(path)
+        self.cut = cut_torn_end(path)
         self.axes, self.sampler, self.pruner, self.seed, self.higher = list(axes), sampler, pruner, seed, higher
         fits = all(axis.holds(defaults.get(axis.key)) for axis in self.axes)
         self.defaults = dict(defaults) if fits else None
@@ -95,7 +95,7 @@ class Study:
             self._study = optuna.load_study(study_name=_NAME, storage=storage, pruner=median)
         self._stale = [trial for trial in self._trials() if not trial.state.is_finished()]
 
-    def settle(self, identity: Mapping[str, Any]) -> None:
+    def check_identity(self, identity: Mapping[str, Any]) -> None:
         """Store what the study is of, or refuse to go on with another one's trials.
 
         Args:
@@ -261,7 +261,7 @@ class Study:
     @staticmethod
     def _stored(axis: Axis, value: Any) -> Any:
         """Return a choice as Optuna stores it: numbers and texts as they are, lists as text."""
-        return value if value is None or isinstance(value, bool | int | float | str) else label(value)
+        return value if value is None or isinstance(value, bool | int | float | str) else value_text(value)
 
     def _value(self, axis: Axis, stored: Any) -> Any:
         """Return the value of a setting from what Optuna stores."""

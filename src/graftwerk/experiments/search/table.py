@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.search.space import label
-from graftwerk.experiments.table import HOW, shown
+from graftwerk.experiments.search.space import value_text
+from graftwerk.experiments.table import HOW, format_metric
 from graftwerk.formatting import duration
 
 SHOWN = 8
@@ -20,7 +20,7 @@ STATES = (
 )
 
 
-def plain(result: Mapping[str, Any]) -> str:
+def as_text(result: Mapping[str, Any]) -> str:
     """Format the result as plain text."""
     metric, known = result["metric"], METRICS[result["metric"]]
     done = [trial for trial in result["trials"] if trial["value"] is not None]
@@ -30,19 +30,19 @@ def plain(result: Mapping[str, Any]) -> str:
     lines += [
         (
             str(trial["number"]),
-            shown(trial["value"], metric),
+            format_metric(trial["value"], metric),
             duration(trial["seconds"]),
-            *(label(trial["settings"].get(key)) for key in keys),
+            *(value_text(trial["settings"].get(key)) for key in keys),
         )
         for trial in done[:SHOWN]
     ]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*text, "", *sentences(result)])
+    return "\n".join([*text, "", *describe_result(result)])
 
 
-def sentences(result: Mapping[str, Any]) -> list[str]:
+def describe_result(result: Mapping[str, Any]) -> list[str]:
     """Return the sentences below the table: how many trials, the last word, notes."""
     metric, known = result["metric"], METRICS[result["metric"]]
     states = [trial["state"] for trial in result["trials"]]
@@ -55,11 +55,11 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
     for name, title in [*found, ("default", "defaults")]:
         figure = result[name]["metrics"].get(metric)
         settings = ", ".join(
-            f"{key.partition('.')[2]} {label(value)}" for key, value in result[name]["settings"].items()
+            f"{key.partition('.')[2]} {value_text(value)}" for key, value in result[name]["settings"].items()
         )
         if figure:
-            low, high = shown(figure["low"], metric), shown(figure["high"], metric)
-            said.append(f"{title:<9}{shown(figure['value'], metric)} ({low} to {high})  {settings}")
+            low, high = format_metric(figure["low"], metric), format_metric(figure["high"], metric)
+            said.append(f"{title:<9}{format_metric(figure['value'], metric)} ({low} to {high})  {settings}")
     rows = f"{known.title}{HOW[known.unit]} on {result['rows']:,} {result['split']} rows" if result.get("rows") else ""
     seeds = len(result["seeds"])
     said += [f"{rows}, mean of {seeds} fresh seeds; {100 * result['confidence']:g} % intervals." if rows else "", ""]

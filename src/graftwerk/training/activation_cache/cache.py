@@ -25,7 +25,7 @@ from torch import Tensor
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import GraftwerkError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, evaluation_mode, to_device
-from graftwerk.kernels import flags as fast
+from graftwerk.kernels import flags
 from graftwerk.machine import available
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.attach import Adapter, adapters
@@ -165,7 +165,7 @@ class ActivationCache:
             )
         self._facts["dropout_off"] = drops
         self.evaluating = True
-        if fast.enabled("trunk"):
+        if flags.enabled("trunk"):
             self._load_or_compute(slots, step)
             if self._states is not None:
                 self._slots = slots
