@@ -61,7 +61,7 @@ def test_augment_run_file_uses_its_training_rows(
         (["a.yaml", "b.yaml"], "one run file"),
         (["--data", "ROWS", "--by", "word-drop", "--out", "x.jsonl"], "did you mean `word_dropout`"),
         (["--data", "ROWS", "--by", "word-dropout", "p=1", "--out", "x.jsonl"], "no setting `p`"),
-        (["--data", "ROWS", "--by", "word-dropout"], "where to?"),
+        (["--data", "ROWS", "--by", "word-dropout"], "no output file is named"),
         (["--data", "ROWS", "--by", "back-translation", "model=y", "model.x=1"], "no keys of its own"),
     ],
 )

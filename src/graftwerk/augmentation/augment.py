@@ -81,11 +81,11 @@ def augment(
             raise ConfigError(f"`{next(iter(overrides))}` is a setting of a run file, and none is given")
         rows, augmenters, parts, usual = _of_data(data), parse_augmenters(by), (), None
         if not augmenters:
-            raise ConfigError("by what?", where="by", hint="for instance by='word_dropout'")
+            raise ConfigError("no augmenter is named", where="by", hint="for instance by='word_dropout'")
     _refuse_files(augmenters)
     target = Path(out) if out is not None else usual
     if target is None:
-        raise ConfigError("where to?", where="out", hint="name the file to make: out='rows.augmented.jsonl'")
+        raise ConfigError("no output file is named", where="out", hint="name it: out='rows.augmented.jsonl'")
     if out is None:
         refuse_link(target)
     if target.suffix.lower() != ".jsonl":

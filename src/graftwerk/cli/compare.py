@@ -99,7 +99,7 @@ def read_settings(given: list[str]) -> tuple[Any, str, dict[str, Any]]:
         else:
             others.append(as_list(item))
     if methods is None:
-        raise ConfigError("which methods?", where="methods", hint="for instance methods=full,lora,bottleneck")
+        raise ConfigError("no methods are named", where="methods", hint="for instance methods=full,lora,bottleneck")
     if methods.lstrip().startswith(("[", "{")):
         try:
             methods = parse_yaml(methods.encode("utf-8", "surrogateescape"), "methods")

@@ -68,7 +68,7 @@ def require_validation(axes: Axes, rows: Mapping[str, int], budget: object = Non
         raise ConfigError(
             f"`{next(iter(axes), 'learning_rate')}` is tuned on validation rows, and there are none",
             where="data.validation",
-            hint="data.validation=0.1; test rows are for the last word",
+            hint="data.validation=0.1; test rows are for the final comparison",
         )
 
 

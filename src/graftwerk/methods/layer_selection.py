@@ -54,7 +54,7 @@ class LayerSelection(Method):
     @classmethod
     def _chosen(cls, value: Any) -> Any:
         if isinstance(value, bool):
-            raise ValueError("a choice of layers is no truth value")
+            raise ValueError("`layers` cannot be true or false")
         if isinstance(value, int):
             value = (value,)
         if isinstance(value, list | tuple | set | range):

@@ -1,4 +1,4 @@
-"""The page of a search: the last word, what mattered, every trial, and how to repeat it."""
+"""The page of a search: the final comparison, what mattered, every trial, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _last_word(result: Mapping[str, Any], metric: str) -> Markup:
         f"On {rows_said} that no trial has seen, mean of {seeds} fresh seeds. These are the figures to report: the "
         "best of many trials flatters itself on the rows that chose it."
     )
-    return page.section("The last word", page.paragraph(text), page.table("The last word", headings, rows))
+    return page.section("Final comparison", page.paragraph(text), page.table("Final comparison", headings, rows))
 
 
 def _finalists(result: Mapping[str, Any], metric: str) -> Markup:

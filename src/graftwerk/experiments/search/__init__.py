@@ -1,1 +1,1 @@
-"""Search over a method's settings: its space, the study on disk, the trials and the last word on fresh rows."""
+"""Search over a method's settings: its space, the study on disk, the trials and the final comparison on fresh rows."""

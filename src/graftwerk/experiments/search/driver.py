@@ -1,4 +1,4 @@
-"""One search on disk: its trials, the last word on fresh rows, its result, and progress events."""
+"""One search on disk: its trials, the final comparison on fresh rows, its result, and progress events."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ class SearchDriver:
 
 
 def require_rows(rows: Mapping[str, int]) -> None:
-    """Refuse to search without rows for it, or without others for the last word.
+    """Refuse to search without rows for it, or without others for the final comparison.
 
     Raises:
         ConfigError: There are no validation rows, or no test rows.
@@ -287,7 +287,7 @@ def require_rows(rows: Mapping[str, int]) -> None:
         )
     if not rows.get("test"):
         raise ConfigError(
-            "the last word is spoken on test rows that no trial has seen, and there are none",
+            "the final comparison needs test rows that no trial has seen, and there are none",
             where="data.test",
             hint="data.test=0.2",
         )

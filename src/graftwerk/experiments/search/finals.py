@@ -1,4 +1,4 @@
-"""The last word of a search: its best trials and the defaults with fresh seeds, two of them on the test rows."""
+"""The final comparison of a search: its best trials and the defaults with fresh seeds, two of them on the test rows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Finals:
         workers.each([(name, seed) for name in both for seed in self.values.get(name, ())], self._measure)
 
     def result(self) -> dict[str, Any]:
-        """Return the part of `search.json` that depends on the last word."""
+        """Return the part of `search.json` that depends on the final comparison."""
         config = self.runs.base.evaluation
         specs, runs, failed = [], dict[str, dict[int, RunResult]](), dict[str, dict[int, str]]()
         for title, name in ((BEST, self.winner), (DEFAULTS, DEFAULTS)):

@@ -1,4 +1,4 @@
-"""Settings of a search: how much is tried, how, and what the last word costs."""
+"""Settings of a search: how much is tried, how, and what the final comparison costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search as plain text: its best trials, the last word, notes."""
+"""A search as plain text: its best trials, the final comparison, notes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def as_text(result: Mapping[str, Any]) -> str:
 
 
 def describe_result(result: Mapping[str, Any]) -> list[str]:
-    """Return the sentences below the table: how many trials, the last word, notes."""
+    """Return the sentences below the table: how many trials, the final comparison, notes."""
     metric, known = result["metric"], METRICS[result["metric"]]
     states = [trial["state"] for trial in result["trials"]]
     counts = ", ".join(f"{states.count(state)} {said}" for state, said in STATES if state in states)
