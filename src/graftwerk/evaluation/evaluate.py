@@ -11,7 +11,7 @@ from graftwerk.data.splits_reader import read_unanswered
 from graftwerk.display import RowsDone, shown_rows
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.finite import refuse_broken_base
-from graftwerk.evaluation.held_out import held_out, labelled_rows
+from graftwerk.evaluation.held_out import check_columns, held_out, labelled_rows
 from graftwerk.evaluation.inference import Progress
 from graftwerk.evaluation.inference import run_model as run_model
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
@@ -20,8 +20,6 @@ from graftwerk.evaluation.settings import WRITTEN, EvaluationSettings
 from graftwerk.settings import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
 from graftwerk.tasks.text import TextTask
-
-NO_DATA = "add --data rows.csv (data=), or leave --column (columns=) out"
 
 
 def evaluate(
@@ -94,11 +92,8 @@ def evaluate(
 
     with shown_rows("evaluating", on_progress, quiet) as on_progress, peak_memory() as peak:
         opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
+        check_columns(data, columns)
         if data is None:
-            if columns is not None:
-                raise ConfigError(
-                    "`columns` says how the columns of `data` are called, and no data is given", hint=NO_DATA
-                )
             split, rows = held_out(opened)
         else:
             with naming_source(str(data)):
@@ -116,25 +111,14 @@ def evaluate(
             check_baseline(opened.task)
         with naming_source(None if data is None else str(data)):
             examples = opened.encode(rows)
-        rows_a_pass = batch_size or opened.eval_batch_size
-        said: list[str] = []
+        rows_per_pass = batch_size or opened.eval_batch_size
+        notes: list[str] = []
 
         def measured() -> Predictions:
-            written = generated_texts(opened, examples, on_progress, said.append) if settings.generate else None
-            return run_model(
-                opened.model,
-                opened.task,
-                examples,
-                opened.tokenizer,
-                batch_size=rows_a_pass,
-                dtype=opened.dtype,
-                on_progress=on_progress,
-                texts=None if written is None else [texts[0] for texts in written],
-            )
+            return _predicted(opened, examples, rows_per_pass, on_progress, notes.append, settings.generate)[0]
 
         predictions = measured()
-    if not predictions.finite:
-        refuse_broken_base(opened.model, trained=True)  # the adapter's own weights were found finite when it was read
+    _refuse_broken_base(opened, predictions)
     options: dict[str, Any] = {
         "labels": opened.labels or None,
         "names": opened.task.metrics,
@@ -157,13 +141,13 @@ def evaluate(
         "split": split,
         "loss": predictions.loss,
         "labels": list(opened.labels),
-        "compute": opened.compute(rows_a_pass),
+        "compute": opened.compute(rows_per_pass),
         "cost": {
             **{f"latency_ms_batch_{size}": round(value, 4) for size, value in timed.items()},
             "adapter_bytes": size_on_disk(opened.info.folder),
             "peak_memory_bytes": peak.bytes,
         },
-        "notes": said + truncation_notes(opened, examples),
+        "notes": notes + truncation_notes(opened, examples),
     }
     if data is None:
         result["notes"] += _other_bits(opened, result["compute"])
@@ -237,8 +221,7 @@ def predict(
     """
     if (texts is None) == (data is None):
         raise ConfigError("give texts or data" + ("" if texts is None else ", not both"))
-    if data is None and columns is not None:
-        raise ConfigError("`columns` says how the columns of `data` are called, and no data is given", hint=NO_DATA)
+    check_columns(data, columns)
     listed = [texts] if isinstance(texts, str) else list(texts or ())
     for place, text in enumerate(listed):
         if not isinstance(text, str) or not text.strip():
@@ -249,7 +232,7 @@ def predict(
     if data is None and not listed:
         return {"predictions": [], "notes": []}
     opened = with_settings(load_adapter_for(target, model=model, force=force), evaluation)
-    said: list[str] = []
+    notes: list[str] = []
     rows = [opened.task.example_from_text(text) for text in listed]
     if data is not None:
         on_bad_row = opened.settings.data.on_bad_row if opened.settings else "fail"
@@ -257,16 +240,16 @@ def predict(
         with naming_source(str(data)):
             table, findings = read_unanswered(str(data), opened.task.row_format, named, on_bad_row)
         rows = list(table.rows)
-        said = [finding.message for finding in findings]
+        notes = [finding.message for finding in findings]
     with naming_source(None if data is None else str(data)):
         examples = opened.encode(rows)
     size = batch_size or opened.eval_batch_size
     with shown_rows("predicting", on_progress, quiet) as rows_done:
-        predictions = answer_examples(opened, examples, rows, batch_size=size, on_progress=rows_done, say=said.append)
+        predictions = answer_examples(opened, examples, rows, batch_size=size, on_progress=rows_done, say=notes.append)
     if data is not None and len(examples) == len(rows):
         sources = [shown_input(opened.task, row, example) for row, example in zip(rows, examples, strict=True)]
         predictions = [{**answer, **source} for answer, source in zip(predictions, sources, strict=True)]
-    return {"predictions": predictions, "notes": said + truncation_notes(opened, examples)}
+    return {"predictions": predictions, "notes": notes + truncation_notes(opened, examples)}
 
 
 def _check_one_answer(settings: EvaluationSettings) -> None:
@@ -323,8 +306,25 @@ def answer_examples(
         ModelError: The base's weights are not finite.
         UnsupportedError: The task gives no answers.
     """
-    written = generated_texts(opened, examples, on_progress, say)
-    found = run_model(
+    predictions, written = _predicted(opened, examples, batch_size, on_progress, say)
+    _refuse_broken_base(opened, predictions)
+    answers = opened.task.decoder.format_predictions(predictions, opened.labels or None)
+    if written is not None and opened.evaluation.num_return_sequences > 1:
+        answers = [{**answer, "output": texts} for answer, texts in zip(answers, written, strict=True)]
+    return [opened.task.completed(answer, row) for answer, row in zip(answers, rows, strict=True)]
+
+
+def _predicted(
+    opened: LoadedAdapter,
+    examples: Sequence[Example],
+    batch_size: int,
+    on_progress: Progress | None,
+    say: Callable[[str], None],
+    generate: bool = True,
+) -> tuple[Predictions, list[list[str]] | None]:
+    """Run the model on encoded rows; return its predictions, and the texts it wrote for each row, or None."""
+    written = generated_texts(opened, examples, on_progress, say) if generate else None
+    predictions = run_model(
         opened.model,
         opened.task,
         examples,
@@ -334,12 +334,12 @@ def answer_examples(
         on_progress=on_progress,
         texts=None if written is None else [texts[0] for texts in written],
     )
-    if not found.finite:
-        refuse_broken_base(opened.model, trained=True)
-    answers = opened.task.decoder.format_predictions(found, opened.labels or None)
-    if written is not None and opened.evaluation.num_return_sequences > 1:
-        answers = [{**answer, "output": texts} for answer, texts in zip(answers, written, strict=True)]
-    return [opened.task.completed(answer, row) for answer, row in zip(answers, rows, strict=True)]
+    return predictions, written
+
+
+def _refuse_broken_base(opened: LoadedAdapter, predictions: Predictions) -> None:
+    if not predictions.finite:
+        refuse_broken_base(opened.model, trained=True)  # the adapter's own weights were found finite when it was read
 
 
 def shown_input(task: Task, row: Row, example: Example) -> dict[str, str | None]:

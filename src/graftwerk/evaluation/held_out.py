@@ -8,8 +8,21 @@ from graftwerk.config import RunConfig
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.evaluation.loading import LoadedAdapter
-from graftwerk.tasks import dataset_cache as kept
+from graftwerk.tasks import dataset_cache
 from graftwerk.tasks.base import Row, Splits, Task
+
+
+def check_columns(data: object, columns: object) -> None:
+    """Check that columns are named for given rows alone.
+
+    Raises:
+        ConfigError: There are columns and no data.
+    """
+    if data is None and columns is not None:
+        raise ConfigError(
+            "`columns` says how the columns of `data` are called, and no data is given",
+            hint="add --data rows.csv (data=), or leave --column (columns=) out",
+        )
 
 
 def held_out(opened: LoadedAdapter) -> tuple[str, Sequence[Row]]:
@@ -39,7 +52,7 @@ def own_splits(task: Task, settings: RunConfig, labels: Sequence[str], fingerpri
     Raises:
         IntegrityError: as for `held_out`.
     """
-    splits = kept.read(task, settings.data, labels)
+    splits = dataset_cache.read(task, settings.data, labels)
     if fingerprint is not None and splits.fingerprint != fingerprint:
         raise IntegrityError(
             "the data has changed since the training, so the held-out rows may be rows that were trained on",

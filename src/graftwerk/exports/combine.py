@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.errors import AdapterError, ConfigError, ConflictError, UnsupportedError, did_you_mean
-from graftwerk.evaluation.held_out import labelled_rows
+from graftwerk.evaluation.held_out import check_columns, labelled_rows
 from graftwerk.evaluation.loading import LoadedAdapter, find, load_adapter_for
 from graftwerk.exports.update_arithmetic import SPARSE, By, factored, reduced, side_by_side
 from graftwerk.methods.base import AdapterModule
@@ -115,8 +115,7 @@ def combine(
     """
     chosen = list(parts.items()) if isinstance(parts, Mapping) else list(parts)
     _check(chosen, by, rank, density)
-    if data is None and columns is not None:
-        raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+    check_columns(data, columns)
     target = _new(Path(out))
     with torch.no_grad():
         opened, loaded = _load(chosen, model, force)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftwerk.errors import ConfigError, ConflictError
 from graftwerk.evaluation.forgetting import refuse_to_hand_over
-from graftwerk.evaluation.held_out import held_out, labelled_rows
+from graftwerk.evaluation.held_out import check_columns, held_out, labelled_rows
 from graftwerk.evaluation.loading import LoadedAdapter, find, load_adapter_for
 from graftwerk.exports.parity import ROWS, TOLERANCE, Parity, compare, probabilities, require
 from graftwerk.modeling.attach import adapters, detach
@@ -107,8 +107,7 @@ def read_source(
     """
     if rows < 1:
         raise ConfigError("there is no comparison without rows", where="rows", hint="give at least 1")
-    if data is None and columns is not None:
-        raise ConfigError("`columns` says how the columns of `data` are called, and no data is given")
+    check_columns(data, columns)
     info = find(target).info
     refuse_to_hand_over(info.own, info.folder, allow_forgetting)
     loaded = load_adapter_for(target, model=model, force=force)
