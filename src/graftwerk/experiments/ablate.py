@@ -8,11 +8,12 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
-from graftwerk.experiments.compare import drive
+from graftwerk.experiments.compare import run_comparison
 from graftwerk.experiments.comparison import Comparison
 from graftwerk.experiments.driver import ComparisonDriver, Listener
 from graftwerk.experiments.factors import Ablation, read_ablation
 from graftwerk.experiments.method_specs import parse_seeds
+from graftwerk.experiments.progress import progress_to
 
 
 def ablate(
@@ -73,16 +74,14 @@ def ablate(
         ...
     """
     base, ablation = read_cells(config, axes, design, overrides)
-
-    def driver(listener: Listener) -> ComparisonDriver:
-        return ComparisonDriver(
-            base, ablation.specs, parse_seeds(seeds), {}, None, listener=listener, ablation=ablation, vary=vary
+    with progress_to(listener, quiet) as shown:
+        driver = ComparisonDriver(
+            base, ablation.specs, parse_seeds(seeds), {}, None, listener=shown, ablation=ablation, vary=vary
         )
-
-    return drive(
-        driver, listener=listener, quiet=quiet, report=report, ray=ray, resources=resources,
-        overwrite=overwrite, metric=metric, prefer=prefer, margin=margin,
-    )  # fmt: skip
+        return run_comparison(
+            driver, report=report, ray=ray, resources=resources, overwrite=overwrite, metric=metric, prefer=prefer,
+            margin=margin,
+        )  # fmt: skip
 
 
 def read_cells(

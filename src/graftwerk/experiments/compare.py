@@ -9,7 +9,7 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,47 +96,33 @@ def compare(
         ...
     """
     given, numbers, allowed = parse_method_specs(methods), parse_seeds(seeds), parse_budget(budget)
-
-    def driver(listener: Listener) -> ComparisonDriver:
-        return ComparisonDriver(
-            config, given, numbers, overrides, augment, listener=listener, budget=allowed, vary=vary
-        )
-
-    return drive(
-        driver, listener=listener, quiet=quiet, report=report, ray=ray, resources=resources,
-        overwrite=overwrite, metric=metric, prefer=prefer, margin=margin,
-    )  # fmt: skip
+    with progress_to(listener, quiet) as shown:
+        driver = ComparisonDriver(config, given, numbers, overrides, augment, listener=shown, budget=allowed, vary=vary)
+        return run_comparison(
+            driver, report=report, ray=ray, resources=resources, overwrite=overwrite, metric=metric, prefer=prefer,
+            margin=margin,
+        )  # fmt: skip
 
 
-def drive(
-    build: Callable[[Listener], ComparisonDriver],
+def run_comparison(
+    driver: ComparisonDriver,
     *,
-    listener: Listener | None,
-    quiet: bool,
     report: bool,
     ray: str | None,
     resources: str | Mapping[str, float] | None,
-    **options: Any,
+    overwrite: bool,
+    metric: str | None,
+    prefer: str,
+    margin: float | None,
 ) -> Comparison:
-    """Run a comparison with a progress display unless there is a listener, and write its report.
-
-    Args:
-        build: Makes the driver for a listener.
-        listener: As for `compare`.
-        quiet: As for `compare`.
-        report: As for `compare`.
-        ray: As for `compare`.
-        resources: As for `compare`.
-        **options: Of `ComparisonDriver.run`.
+    """Make the runs of a comparison, and write its report; arguments are as for `compare`.
 
     Raises:
         GraftwerkError: As `compare` does.
     """
-    with progress_to(listener, quiet) as shown:
-        driver = build(shown)
-        check_choices(driver.base, options["metric"], options["prefer"], options["margin"])
-        with machines(ray, resources) as there:
-            driver.run(there, **options)
+    check_choices(driver.base, metric, prefer, margin)
+    with machines(ray, resources) as there:
+        driver.run(there, overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
     report_path = None
     if report:
         from graftwerk.reporting.html import write_report
