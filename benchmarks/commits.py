@@ -2,7 +2,8 @@
 
 Each case runs in two long-lived processes, one with the code of each commit, which take single steps in turn: old, new,
 old, new. What the machine does meanwhile falls on neighbours alike, so the median of the neighbours' ratios shows a few
-percent even where absolute times drift by tens of percent. The earlier commit is checked out into a temporary folder.
+percent even where absolute times drift by tens of percent. P1 and P10 start whole commands, and take fewer rounds; P3
+counts bytes. The earlier commit is checked out into a temporary folder.
 
     python -m benchmarks.commits COMMIT [--only p2,p7] [--rounds 40] [--json FILE]
 """
@@ -26,9 +27,12 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DRAWS = 2000
 
+FEWER = 5
+"""Cases that start a command take this many times fewer rounds."""
+
 Step = Callable[[], object]
 Built = tuple[Step, Step]
-"""What comes before a step, outside the clock, and the step."""
+"""What comes before a step, outside the clock, and the step; a number that it gives stands for its seconds."""
 
 
 def nothing() -> None:
@@ -140,11 +144,41 @@ def merging(undo: bool) -> Built:
     return (lambda: turn(undo)), (lambda: turn(not undo))
 
 
+def command(*words: str) -> Built:
+    """P1 and P10: a graftwerk command in a process of its own, which begins cold but for the disk's caches."""
+    line = [sys.executable, "-m", "graftwerk", *words]
+    return nothing, lambda: subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def short_run(*overrides: str) -> Built:
+    """A training run on film snippets, from the start of the command to its end."""
+    rows = ("data.max_train_rows=160", "data.validation=60", "data.test=60", "num_train_epochs=1")
+    fixed = ("training.processes=1", "training.compute_type=float32", "training.report_to=[]")
+    out = tempfile.TemporaryDirectory()
+    _, step = command(
+        "train", str(ROOT / "examples" / "movies.yaml"), "--overwrite", "-q", *rows, *fixed, *overrides,
+        f"output_dir={out.name}/run",
+    )  # fmt: skip
+    return (lambda: Path(out.name).mkdir(exist_ok=True)), step
+
+
+def bytes_kept(dropout: float) -> Built:
+    """P3: what autograd keeps of a LoRA step; a number of bytes, the same each time."""
+    from benchmarks import material, p2_lora_step, p3_bytes_kept
+
+    batch = material.labelled(material.token_batch(material.MINILM, 16, 32), classes=2)
+    model, _, _ = p2_lora_step.pair(material.minilm, dropout)
+    return nothing, lambda: p3_bytes_kept.kept(model, batch)
+
+
 CASES: dict[str, Callable[[], Built]] = {
+    "p1 a training run of 160 rows": short_run,
     "p2 MiniLM 16x32": lambda: training_step("minilm", 0.0),
     "p2 MiniLM 16x32, dropout 0.1": lambda: training_step("minilm", 0.1),
     "p2 SmolLM2 2x64": lambda: training_step("smollm2", 0.0),
     "p2 SmolLM2 2x64, dropout 0.1": lambda: training_step("smollm2", 0.1),
+    "p3 bytes kept": lambda: bytes_kept(0.0),
+    "p3 bytes kept, dropout 0.1": lambda: bytes_kept(0.1),
     "p4 SmolLM2 2x64, 30 % labelled": lambda: causal_loss(0.3),
     "p7 eight rows, one token": lambda: mixed_rows(1),
     "p7 eight rows, 32 tokens": lambda: mixed_rows(32),
@@ -152,6 +186,8 @@ CASES: dict[str, Callable[[], Built]] = {
     "p8 switch": switching,
     "p8 merge": lambda: merging(undo=False),
     "p8 unmerge": lambda: merging(undo=True),
+    "p10 --help": lambda: command("--help"),
+    "p10 one training step": lambda: short_run("training.max_steps=1"),
 }
 
 
@@ -163,7 +199,7 @@ def work(case: str) -> None:
 
     torch.manual_seed(0)
     before, step = CASES[case]()
-    for _ in range(3):
+    for _ in range(1 if case.startswith(("p1 ", "p10")) else 3):
         before()
         step()
     gc.collect()
@@ -172,8 +208,8 @@ def work(case: str) -> None:
     for _ in sys.stdin:
         before()
         start = time.perf_counter()
-        step()
-        print(time.perf_counter() - start, flush=True)
+        found = step()
+        print(found if isinstance(found, int) else time.perf_counter() - start, flush=True)
 
 
 class Worker:
@@ -218,7 +254,7 @@ def compare(case: str, old: Path, new: Path, rounds: int) -> dict[str, Any]:
     """Take ``rounds`` steps of both, in turn; who is first changes each round."""
     workers = [Worker(old, case), Worker(new, case)]
     times: list[tuple[float, float]] = []
-    for round_ in range(rounds):
+    for round_ in range(max(3, rounds // FEWER) if case.startswith(("p1 ", "p10")) else rounds):
         both = {side: workers[side].step() for side in ((0, 1) if round_ % 2 else (1, 0))}
         times.append((both[0], both[1]))
     for worker in workers:
@@ -263,8 +299,9 @@ def main() -> None:
         for case in chosen:
             row = compare(case, old, ROOT, given.rounds)
             found.append(row)
-            times = "".join(f"{row[side] * 1e3:8.2f} ms" for side in ("old", "new"))
-            print(f"{case:32}{times}   {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})", flush=True)
+            scale, unit = (1e-6, "MB") if case.startswith("p3") else (1e3, "ms")
+            sides = "".join(f"{row[side] * scale:8.2f} {unit}" for side in ("old", "new"))
+            print(f"{case:32}{sides}   {row['ratio']:.3f} ({row['low']:.3f} to {row['high']:.3f})", flush=True)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
