@@ -73,7 +73,8 @@ class Station:
 
     def remove(self, job: str) -> None:
         """Remove the folder of a job: it has arrived where it was sent."""
-        shutil.rmtree(_sent(folder_of(json.loads(job))), ignore_errors=True)
+        if (folder := folder_of(json.loads(job))) is not None:
+            shutil.rmtree(_sent(folder), ignore_errors=True)
 
     def close(self) -> None:
         """End the processes, and leave nothing on a machine that does not share the folder."""
