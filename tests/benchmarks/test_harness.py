@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import harness, p1_time_to_score
+from benchmarks import commits, harness, p1_time_to_score
 from benchmarks.harness import Row, WrongResultError, expect, fresh, interleaved, spawn, write
 
 
@@ -122,3 +124,27 @@ def test_p1_arguments_default_to_those_of_its_results() -> None:
         "usual_steps": 40, "glosses": None, "compute_type": "float32", "ours": {},
         "rows_only": False,
     }  # fmt: skip
+
+
+def test_two_commits_ratio_is_of_neighbours_and_has_an_interval() -> None:
+    drift = [1.0, 3.0, 2.0, 5.0, 4.0, 1.5, 2.5, 3.5, 4.5]
+    ratio, low, high = commits.median_and_interval([1.1 * slow / slow for slow in drift])
+    assert (ratio, low, high) == (pytest.approx(1.1), pytest.approx(1.1), pytest.approx(1.1))
+    ratio, low, high = commits.median_and_interval([0.9, 1.0, 1.1, 0.95, 1.05] * 6)
+    assert low < ratio == 1.0 < high
+    assert (low, high) == (pytest.approx(0.95), pytest.approx(1.05))
+
+
+@pytest.mark.slow
+def test_two_commits_same_commit_takes_steps_in_turn(tmp_path: Path) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    found = tmp_path / "found.json"
+    spawn([
+        sys.executable, "-m", "benchmarks.commits", head.stdout.strip(),
+        "--only", "p8 switch", "--rounds", "4", "--json", str(found),
+    ])  # fmt: skip
+    (case,) = json.loads(found.read_text())
+    assert case["case"] == "p8 switch"
+    assert case["low"] <= case["ratio"] <= case["high"]
+    listed = subprocess.run(["git", "worktree", "list"], cwd=harness.ROOT, capture_output=True, text=True, check=True)
+    assert str(tempfile.gettempdir()) + "/tmp" not in listed.stdout

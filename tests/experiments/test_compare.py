@@ -434,6 +434,44 @@ def test_job_runner_dead_worker_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "the last words" in caught.value.what
 
 
+def test_job_runner_job_asked_to_end_before_it_has_started_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its process still imports, or the runner is between two jobs, when another worker has failed."""
+    script = """
+import json, os, signal, sys, time
+def end(*_):
+    print(json.dumps({"error": {"error": "interrupted", "exit_code": 143, "what": "saved"}}), flush=True)
+    print(json.dumps({"ended": 143}), flush=True)
+signal.signal(signal.SIGTERM, end)
+while sys.stdin.readline():
+    print(json.dumps({"event": {"kind": "phase"}}), flush=True)
+    sys.stdin.readline()
+    print(json.dumps({"started": os.getpid()}), flush=True)
+    time.sleep(2) or print(json.dumps({"done": {}}) + "\\n" + json.dumps({"ended": 0}), flush=True)
+"""
+
+    def on_event(event: dict[str, Any]) -> None:
+        workers.end_job()
+        workers.end_job()  # asked twice, told once: a second signal would stop it before it has saved
+        assert workers._process is not None
+        assert workers._process.stdin is not None
+        workers._process.stdin.write(b"\n")
+        workers._process.stdin.flush()
+
+    with stand_in(script, monkeypatch, tmp_path) as workers:
+        with pytest.raises(RunInterrupted, match="saved"):
+            workers.run({"kind": "run"}, on_event)
+        process, workers._process = workers._process, None
+        assert process is not None
+        process.kill()
+        process.communicate()
+        workers.end_job()
+        with pytest.raises(RunInterrupted):
+            workers.run({"kind": "run"}, lambda event: None)
+        assert workers._process is None
+
+
 def test_job_runner_restores_signal_handlers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     script = (

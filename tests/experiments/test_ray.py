@@ -14,11 +14,12 @@ import psutil
 import pytest
 
 from graftwerk.errors import ConfigError, DivergedError, IntegrityError, ResourceError, RunInterrupted
-from graftwerk.experiments import ray_cluster
+from graftwerk.experiments import ray_cluster, ray_station
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.progress import ProgressEvent
-from graftwerk.experiments.ray_cluster import RayCluster, RayRunner, Station, read_resources
+from graftwerk.experiments.ray_cluster import RayCluster, RayRunner, read_resources
+from graftwerk.experiments.ray_station import Station
 from graftwerk.experiments.run_archive import pack, unpack
 from graftwerk.experiments.workers import Workers, machines
 from graftwerk.training.run_dir import LOCK
@@ -58,18 +59,22 @@ class FakeActor:
 
     sees_the_folder = True
     made = 0
+    on_its_way = 0
+    """Folders that are lost with the actor when they are sent."""
 
     def __init__(self, folder: str, log: str, lock: str, threads: int) -> None:
         FakeActor.made += 1
         station = Station(folder, log, lock if self.sees_the_folder else "another", threads)
         station.runner = Script(Path(log), threads)
-        self.hello, self.close = Remote(station.hello), Remote(station.close)
+        self.hello, self.close, self.remove = Remote(station.hello), Remote(station.close), Remote(station.remove)
         self.end_job, self.interrupt = Remote(station.end_job), Remote(station.interrupt)
-        self.run = Remote(lambda job, archive: self._stream(station, job, archive))
+        self.run = Remote(lambda *given: self._stream(station.run(*given)))
 
-    def _stream(self, station: Station, job: str, archive: bytes | None) -> Iterator[Any]:
-        for message in station.run(job, archive):
-            if isinstance(message, str) and "RayActorError" in message:
+    def _stream(self, messages: Iterator[str | bytes]) -> Iterator[Any]:
+        for message in messages:
+            lost = isinstance(message, bytes) and FakeActor.on_its_way
+            FakeActor.on_its_way -= bool(lost)
+            if lost or (isinstance(message, str) and "RayActorError" in message):
                 raise RayActorError("The actor died\nSYSTEM_ERROR")
             yield message
 
@@ -114,6 +119,47 @@ def test_ray_runner_begins_a_lost_job_again(runner: RayRunner, monkeypatch: pyte
             runner.run(job_of(runner), events.append)
         runner.run(job_of(runner), events.append)
     assert FakeActor.made == 8  # the first, one for each loss but the last, and one for the job after it
+
+
+def test_ray_runner_job_asked_to_end_is_not_begun_again(runner: RayRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(job: Mapping[str, Any], on_event: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        on_event({"kind": "evaluation"})
+        raise RayActorError("gone")
+
+    monkeypatch.setattr(Script, "work", work)
+    heard: list[str] = []
+
+    def gives_up(event: dict[str, Any]) -> None:
+        heard.append(event["kind"])
+        runner.end_job()
+
+    with runner:
+        with pytest.raises(RunInterrupted):
+            runner.run(job_of(runner), gives_up)
+        assert (heard, FakeActor.made) == (["evaluation"], 1)
+        monkeypatch.setattr(Script, "work", lambda job, on_event: {})
+        assert runner.run(job_of(runner), heard.append) == {}  # it was the other job that was to end
+    # before there is an actor
+    waiting = SimpleNamespace(**{**vars(FAKE), "wait": lambda given, timeout: ([], runner.end_job())})
+    monkeypatch.setattr(runner, "_ray", waiting)
+    with pytest.raises(RunInterrupted):
+        runner.run(job_of(runner), heard.append)
+
+
+def test_station_passes_on_an_end_to_the_job_at_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    station, asked = Station(str(tmp_path), str(tmp_path / "log"), "", 1), list[str]()
+
+    def work(job: Mapping[str, Any], on_event: Any) -> dict[str, Any]:
+        station.end_job()
+        return {}
+
+    station.runner = Script(tmp_path / "log")
+    monkeypatch.setattr(Script, "work", work, raising=False)
+    monkeypatch.setattr(Script, "end_job", lambda self: asked.append("at work"))
+    station.end_job()
+    assert list(station.run('{"kind": "run"}', None)) == ['{"done": {}}']
+    station.end_job()
+    assert asked == ["at work"]
 
 
 def test_ray_runner_error_keeps_its_class_and_stops_when_told(
@@ -173,7 +219,7 @@ def test_ray_runner_folder_comes_back_from_a_machine_that_does_not_share_it(
     """On such a machine the work is done under the same path, which is this one here: nothing of it stays there."""
     folder = runner.folder / "lora-seed0"
     monkeypatch.setattr(FakeActor, "sees_the_folder", False)
-    monkeypatch.setattr(ray_cluster, "CHUNK", 1000)
+    monkeypatch.setattr(ray_station, "CHUNK", 1000)
     seen: list[Any] = []
 
     def work(job: Mapping[str, Any], on_event: Any) -> dict[str, Any]:
@@ -183,27 +229,26 @@ def test_ray_runner_folder_comes_back_from_a_machine_that_does_not_share_it(
         (folder / LOCK).write_text("its own")
         raise DivergedError("the loss is nan")
 
-    removed = ray_cluster.shutil.rmtree
+    def arrives(content: bytes, at: Path) -> None:
+        seen.append(at.with_name(".lora-seed0.sent").is_dir())
+        unpack(content, at)
 
-    def rmtree(path: Path, **options: Any) -> None:
-        if path == folder and not options:
-            seen.append("removed there")
-        removed(path, **options)
-
-    monkeypatch.setattr(ray_cluster.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(ray_cluster, "unpack", arrives)
+    monkeypatch.setattr(FakeActor, "on_its_way", 1)
     monkeypatch.setattr(Script, "work", work)
     events: list[dict[str, Any]] = []
     with runner, pytest.raises(DivergedError):
         runner.run(job_of(runner), events.append)
     assert (folder / "adapter" / "weights").read_bytes() == b"w" * 5000
     assert not (folder / LOCK).exists()
-    assert seen == [[], "removed there"]
+    assert seen == [[], [LOCK, "adapter"], True]  # what was lost on its way is there when the job is begun again
     (runner.folder / "trials" / "empty").mkdir(parents=True)
     other = Station(str(runner.folder), str(runner.log), "another", 1)
     other.close()
     assert sorted(path.name for path in runner.folder.iterdir()) == [LOCK, "lora-seed0"]
     assert "does not see" in events[0]["text"]
     assert "come back through Ray" in events[0]["text"]
+    assert "begun again" in events[1]["text"]
 
 
 def test_unpack_refuses_what_would_land_outside(tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ from graftwerk.training.planning.allocator import (
 from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
 from graftwerk.training.planning.plan import Planner, _codes
 from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step
+from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.setup import prepare
 
 SIZES = st.lists(st.integers(1, 40 << 20), min_size=1, max_size=12)
 
 
-class _Real(nullcontext[None]):
+class RealTensors(nullcontext[None]):
     """In place of torch's `FakeTensorMode`: tensors keep their values."""
 
     def __init__(self, **_: Any) -> None:
@@ -95,7 +96,7 @@ def test_trace_of_step_has_the_bytes_of_a_real_step(
         {},
     )
     planned = traced(config, tmp_path)
-    monkeypatch.setattr(step_trace, "FakeTensorMode", _Real)
+    monkeypatch.setattr(step_trace, "FakeTensorMode", RealTensors)
     real = traced(config, tmp_path)
     assert planned.weights == real.weights > 0
     assert planned.trained == real.trained > 0
@@ -105,6 +106,25 @@ def test_trace_of_step_has_the_bytes_of_a_real_step(
     assert planned.evaluation_peak == pytest.approx(real.evaluation_peak, rel=0.02)
     assert planned.operations == pytest.approx(real.operations, rel=0.01)  # the first real pass probes the head
     assert not (tmp_path / "none").exists()
+
+
+def test_trace_with_losses_against_forgetting_has_the_bytes_of_a_real_step(
+    tiny_decoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree: dict[str, Any] = {
+        "model": str(tiny_decoder), "task": "causal", "method": "lora", "output_dir": str(tmp_path / "run"),
+        "data": {"train": str(glosses), "columns": {"text": "text"}, "max_train_rows": 40},
+        "training": {"per_device_train_batch_size": 4}, "evaluation": {"retained": {"general": "general"}},
+    }  # fmt: skip
+    tree["training"]["retain"] = dict.fromkeys(("replay", "self_replay", "distillation", "consolidation"), 0.5)
+    config = RunConfig.build(tree)
+    planned = traced(config, tmp_path)
+    monkeypatch.setattr(SelfReplay, "start", SelfReplay.hold)  # what is written may be shorter
+    monkeypatch.setattr(step_trace, "FakeTensorMode", RealTensors)
+    real = traced(config, tmp_path)
+    assert planned.step_peak == pytest.approx(real.step_peak, rel=0.02)
+    assert planned.calls == pytest.approx(real.calls, rel=0.05)  # collating counts there, too
+    assert planned.moved == pytest.approx(real.moved, rel=0.02)
 
 
 def test_plan_of_deep_model_is_carried_on_from_two_depths(

@@ -18,12 +18,14 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, ConflictError, RunInterrupted
 from graftwerk.methods.registry import METHODS
 from graftwerk.training.events import Event
+from graftwerk.training.planning import step_trace
 from graftwerk.training.retention.consolidation import Consolidation
 from graftwerk.training.retention.distillation import Distillation
 from graftwerk.training.retention.replay import Replay
 from graftwerk.training.retention.retention import Retention
 from graftwerk.training.train import train
 from graftwerk.training.trainer import Trainer
+from tests.training.test_planning import RealTensors, traced
 
 Tree = dict[str, Any]
 FIRST, SECOND = ["noun.act", "noun.animal"], ["noun.body", "noun.food", "noun.plant"]
@@ -94,6 +96,18 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Retention, Trainer]]:
 
 def weights(run: Any) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_trace_with_heads_of_earlier_runs_has_the_bytes_of_a_real_step(
+    tmp_path: Path, later: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the plan of a run: its answers to the own rows are recorded, and their rows lend their heads."""
+    config = RunConfig.build(later(tmp_path / "run", ALL))
+    planned = traced(config, tmp_path)
+    monkeypatch.setattr(step_trace, "FakeTensorMode", RealTensors)
+    real = traced(config, tmp_path)
+    assert planned.step_peak == pytest.approx(real.step_peak, rel=0.02)
+    assert planned.calls == pytest.approx(real.calls, rel=0.1)  # collating, too, makes tensors
 
 
 def test_strategies_combine_and_say_what_they_cost(

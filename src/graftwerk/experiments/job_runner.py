@@ -55,6 +55,8 @@ class JobRunner:
         self.signum: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._job: int | None = None
+        self._ending = False
+        self._lock = threading.Lock()  # a job gets one signal: a second one would stop it at once
 
     def __enter__(self) -> JobRunner:
         return self
@@ -70,9 +72,9 @@ class JobRunner:
         Raises:
             GraftwerkError: what the job raised.
             Crashed: its process died.
-            RunInterrupted: a signal came; what the job had is saved.
+            RunInterrupted: a signal came, or the job was asked to end; what it had is saved.
         """
-        with signals_to([self]):
+        with signals_to([self]), self._ended_at_most_once():
             process = self._started()
             assert process.stdin is not None
             try:
@@ -89,9 +91,10 @@ class JobRunner:
         for line in process.stdout:
             message = json.loads(line)
             if "started" in message:
-                self._job = message["started"]
-                if self.signum is not None:  # it came before there was a job to pass it on to
-                    self._pass_on(self.signum)
+                with self._lock:
+                    self._job, ending = message["started"], self._ending
+                if (signum := self.signum or (signal.SIGTERM if ending else None)) is not None:
+                    self._pass_on(signum)  # it came before there was a job to pass it on to
             elif "event" in message:
                 on_event(message["event"])
             elif "done" in message:
@@ -168,11 +171,33 @@ class JobRunner:
         self._pass_on(signum)
 
     def end_job(self) -> None:
-        """Ask the job at work to save and end, as SIGTERM would; `run` then raises the RunInterrupted of the job."""
-        self._pass_on(signal.SIGTERM)
+        """Ask the job to save and end, as SIGTERM would; `run` then raises the RunInterrupted of the job.
+
+        That is the job at work, as soon as its process has started, or the next one if there is none.
+        """
+        with self._lock:
+            known, self._ending = self._ending, True
+            at_work = self._job is not None
+        if at_work and not known:
+            self._pass_on(signal.SIGTERM)
 
     def rest(self) -> None:
         """Give back what other runners may need while there is nothing to do here: nothing, on one machine."""
+
+    @contextmanager
+    def _ended_at_most_once(self) -> Iterator[None]:
+        """Do nothing of a job that was asked to end before it began; forget afterwards that it was asked to."""
+        try:
+            self._check_wanted()
+            yield
+        finally:
+            self._ending = False
+
+    def _check_wanted(self) -> None:
+        """Raise RunInterrupted if a signal has come or the job was asked to end."""
+        self.check()
+        if self._ending:
+            raise self._stopped(signal.SIGTERM)
 
     def _stopped(self, signum: int, kept: str | None = None) -> RunInterrupted:
         return RunInterrupted(signum, f"stopped by {signal.Signals(signum).name}", recovered=kept)

@@ -7,21 +7,18 @@ and resumes from its last checkpoint if that can be seen there.
 
 Folders: on a machine that sees the folder of the comparison (a shared file system, or the machine itself) a job works
 in it. On any other it works under the same path of that machine; before it, what there is of its run folder is sent
-there, and after it, whatever its end, the folder is sent back through Ray, put in place, and removed there. Nothing but
-JSON text and tar files travels.
+there, and after it, whatever its end, the folder is sent back through Ray; it is removed there once it has arrived.
+Nothing but JSON text and tar files travels.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import queue
-import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -31,96 +28,18 @@ from typing import Any
 from graftwerk.errors import ConfigError, ErrorReport, ResourceError
 from graftwerk.experiments.header import own_version
 from graftwerk.experiments.job_runner import Crashed, JobRunner, OnEvent, rebuilt, signals_to
+from graftwerk.experiments.ray_station import Station, folder_of
 from graftwerk.experiments.run_archive import pack, unpack
 from graftwerk.training.lock import wait_for
-from graftwerk.training.run_dir import LOCK, TRUNK
+from graftwerk.training.run_dir import LOCK
 
 RETRIES = 3
 """Times that a job whose actor was lost is begun again."""
-CHUNK = 8 << 20
-"""Bytes of a folder in one message."""
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 0.5
 CLOSE_SECONDS = 60.0
 DEFAULT_PORT = 6379
 INSTALL = "pip install 'graftwerk[ray]', on every machine of the cluster"
-
-
-class Station:
-    """Job runner on a machine of the cluster; the class of the actors.
-
-    Args:
-        folder: Folder of the comparison or search.
-        log: Where what the processes print goes, if this machine sees the folder.
-        lock: Content of the folder's lock file, by which it is recognised.
-        threads: Threads of a job.
-    """
-
-    def __init__(self, folder: str, log: str, lock: str, threads: int) -> None:
-        self.folder = Path(folder)
-        with suppress(OSError):
-            self.shared = (self.folder / LOCK).read_text() == lock
-        self.shared = getattr(self, "shared", False)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.runner = JobRunner(Path(log), threads)
-
-    def hello(self) -> str:
-        """Return what the driver must know of this machine."""
-        return json.dumps({"shared": self.shared, "host": socket.gethostname(), "graftwerk": own_version(),
-                           "torch": version("torch"), "python": platform.python_version()})  # fmt: skip
-
-    def run(self, job: str, archive: bytes | None) -> Iterator[str | bytes]:
-        """Do a job, and yield its messages: JSON lines, and the bytes of its folder where that is not shared.
-
-        Args:
-            job: The job, as JSON.
-            archive: What there is of its folder, or None.
-        """
-        messages: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, args=(json.loads(job), archive, messages.put), daemon=True).start()
-        while (message := messages.get()) is not None:
-            yield message
-
-    def interrupt(self, signum: int) -> None:
-        """Pass a signal on to the job at work."""
-        self.runner.interrupt(signum)
-
-    def end_job(self) -> None:
-        """Ask the job at work to save and end."""
-        self.runner.end_job()
-
-    def close(self) -> None:
-        """End the processes, and leave nothing on a machine that does not share the folder."""
-        self.runner.__exit__(None, None, None)
-        if not self.shared:
-            shutil.rmtree(self.folder / TRUNK, ignore_errors=True)
-            self.runner.log.unlink(missing_ok=True)
-            for folder in sorted((self.folder, *self.folder.rglob("*/")), reverse=True):
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
-
-    def _work(self, job: dict[str, Any], archive: bytes | None, send: Callable[[str | bytes | None], None]) -> None:
-        folder = folder_of(job)
-        try:
-            if archive is not None and folder is not None and not folder.exists():
-                unpack(archive, folder)  # one that is there was left by a job that was lost, and is ahead of it
-            done = self.runner.run(job, lambda event: send(json.dumps({"event": event})))
-            said = {"done": done}
-        except ErrorReport as error:
-            said = {"error": error.as_dict()}
-        except BaseException as error:  # a defect must reach whoever waits
-            said = {"error": {"error": "error", "exit_code": 1, "what": f"{type(error).__name__}: {error}"}}
-        try:
-            if folder is not None and folder.is_dir() and not self.shared:
-                content = pack(folder)
-                for at in range(0, len(content), CHUNK):
-                    send(content[at : at + CHUNK])
-                shutil.rmtree(folder)
-        except BaseException as error:  # as above: without an end the driver would wait for ever
-            said = {"error": {"error": "error", "exit_code": 1, "what": f"{type(error).__name__}: {error}"}}
-        finally:
-            send(json.dumps(said, default=str))
-            send(None)
 
 
 class RayRunner(JobRunner):
@@ -136,6 +55,7 @@ class RayRunner(JobRunner):
         super().__init__(log, threads)
         self.folder, self._start, self._ray = log.parent, start, ray
         self._actor: Any = None
+        self._heard = False
         self.shared = True
 
     def run(self, job: Mapping[str, Any], on_event: OnEvent) -> dict[str, Any]:
@@ -145,14 +65,14 @@ class RayRunner(JobRunner):
             GraftwerkError: What the job raised.
             Crashed: Its process died, or its machine was lost time after time.
             ResourceError: The cluster is gone, or a machine of it cannot work for this one.
-            RunInterrupted: A signal came; what the job had is saved.
+            RunInterrupted: A signal came, or the job was asked to end; what it had is saved.
         """
         lost = 0
-        with signals_to([self]):
+        with signals_to([self]), self._ended_at_most_once():
             while True:
                 self.check()
                 try:
-                    result, error = self._once(job, on_event)
+                    result, error = self._once(job, on_event, again=lost > 0)
                     break
                 except self._ray.exceptions.RayActorError as died:
                     lost += 1
@@ -172,7 +92,7 @@ class RayRunner(JobRunner):
     def _begin_again(self, job: Mapping[str, Any], lost: int, died: str, on_event: OnEvent) -> None:
         """Forget an actor that was lost, unless it is hopeless to make another one."""
         self._actor = None
-        self.check()
+        self._check_wanted()
         last = died.strip().splitlines()[-1]
         if "creation task" in died:
             hint = INSTALL if "graftwerk" in last else "the folder of the comparison must be writable there, too"
@@ -184,15 +104,23 @@ class RayRunner(JobRunner):
         if (folder := folder_of(job)) is not None and self.shared:
             wait_for(folder)  # its job may still be saving
 
-    def _once(self, job: Mapping[str, Any], on_event: OnEvent) -> tuple[dict[str, Any] | None, ErrorReport | None]:
-        actor, folder = self._ready(on_event), folder_of(job)
+    def _once(
+        self, job: Mapping[str, Any], on_event: OnEvent, again: bool
+    ) -> tuple[dict[str, Any] | None, ErrorReport | None]:
+        actor, folder, text = self._ready(on_event), folder_of(job), json.dumps(job, default=str)
         archive = pack(folder) if folder is not None and folder.is_dir() and not self.shared else None
-        stream = actor.run.options(num_returns="streaming").remote(json.dumps(job, default=str), archive)
+        stream = actor.run.options(num_returns="streaming").remote(text, archive, again)
         result: dict[str, Any] | None = None
         error: ErrorReport | None = None
         content = bytearray()
+        self._heard = False
         for reference in stream:
             message = self._ray.get(reference)
+            with self._lock:
+                first, self._heard = not self._heard, True
+                ending = first and self._ending
+            if ending:  # it was asked to before there was a job to ask
+                actor.end_job.remote()
             if isinstance(message, bytes):
                 content += message
                 continue
@@ -205,6 +133,8 @@ class RayRunner(JobRunner):
                 error = rebuilt(said["error"])
         if content and folder is not None:
             unpack(bytes(content), folder)
+            with suppress(self._ray.exceptions.RayError):  # what is lost with the machine need not be removed
+                self._ray.get(actor.remove.remote(text))
         return result, error
 
     def _ready(self, on_event: OnEvent) -> Any:
@@ -215,9 +145,9 @@ class RayRunner(JobRunner):
         actor = self._start(str(self.folder), str(self.log), lock.read_text() if lock.is_file() else "", self.threads)
         reference = actor.hello.remote()
         while not self._ray.wait([reference], timeout=LOOK_SECONDS)[0]:  # the cluster may be busy with other work
-            if self.signum is not None:
+            if self.signum is not None or self._ending:
                 self._ray.kill(actor)
-                self.check()
+                self._check_wanted()
         found = json.loads(self._ray.get(reference))
         for name, own in (("graftwerk", own_version()), ("torch", version("torch"))):
             if found[name] != own:
@@ -235,9 +165,12 @@ class RayRunner(JobRunner):
         return actor
 
     def end_job(self) -> None:
-        """Ask the job at work to save and end."""
-        if self._actor is not None:
-            self._actor.end_job.remote()
+        """Ask the job to save and end; one that is lost with its worker is not begun again."""
+        with self._lock:
+            known, self._ending = self._ending, True
+            actor = self._actor if self._heard else None
+        if actor is not None and not known:
+            actor.end_job.remote()
 
     def rest(self) -> None:
         """Give the resources back: the cluster may have shrunk, and a runner that lost its machine waits for them."""
@@ -382,8 +315,3 @@ def read_resources(given: str | Mapping[str, float] | None) -> dict[str, float]:
                 f"`{name}={amount}` is no resource of a run", where="resources", hint="for instance CPU=2,GPU=1"
             )
     return found
-
-
-def folder_of(job: Mapping[str, Any]) -> Path | None:
-    """Return the run folder of a job, or None if it has none."""
-    return Path(job["config"]["output_dir"]) if "config" in job else None

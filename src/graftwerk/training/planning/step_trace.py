@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -26,10 +26,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from graftwerk.config import RunConfig
 from graftwerk.modeling.attach import attach
 from graftwerk.modeling.frozen_layers import reach
+from graftwerk.tasks.base import Example, Task
 from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.activation_cache.plan import cache_dtype
 from graftwerk.training.activation_cache.rows import Slots
 from graftwerk.training.distributed.single import SingleProcess
+from graftwerk.training.retention.base import Setting
 from graftwerk.training.setup import Prepared, training_data
 
 TRACED = 2
@@ -177,6 +179,17 @@ class _Unmoved(SingleProcess):
         return model
 
 
+class _SettingWithoutValues(Setting):
+    """What strategies against forgetting work with: their batches lose their values, as the run's own do."""
+
+    planned = True
+
+    def batch(self, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
+        with unset_fake_temporarily() as fake:
+            batch = super().batch(task, examples)
+        return _without_values(fake, batch) if isinstance(fake, FakeTensorMode) else batch
+
+
 class _RandomSeen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """See whether an operation draws random numbers."""
 
@@ -236,6 +249,8 @@ def trace_step(
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
     from graftwerk.training.mode import training_mode
+    from graftwerk.training.retained import RetainedMeter
+    from graftwerk.training.retention.begin import retention_of
     from graftwerk.training.trainer import Trainer
     from graftwerk.training.trainer_inputs import RunContext
 
@@ -263,6 +278,10 @@ def trace_step(
             dtype=dtype,
             distributed=_Unmoved(torch.device("cpu")),
         )
+        if training.retain is not None:
+            with unset_fake_temporarily():  # heads of earlier runs are read from their files
+                retained = RetainedMeter(prepared.retained, adapter, trainer.evaluate, config.evaluation, "")
+            retention_of(config, prepared, trainer, retained, _SettingWithoutValues)
         cache = trainer.activation_cache
         cache.__class__ = _CacheWithoutValues
         cache.open(trainer.train, validation, trainer.total_steps * trainer.rows_per_step / len(trainer.train), 0)

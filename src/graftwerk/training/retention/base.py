@@ -40,6 +40,9 @@ class Setting:
         seed: Seed of the run.
     """
 
+    planned: ClassVar[bool] = False
+    """True where the model has no values (`training.planning`), so that nothing is computed at the start."""
+
     meter: RetainedMeter
     adapter: Adapter
     task: Task
@@ -47,6 +50,11 @@ class Setting:
     processes: Distributed
     train: Sequence[Example]
     seed: int
+
+    def batch(self, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return examples of a task as a batch, (B, T) each, on the device."""
+        collated = task.collator.collate_training(examples, self.tokenizer)
+        return moved(task.objective.prepare(collated, self.adapter.model), self.processes.device)
 
 
 class Strategy(ABC):
@@ -72,6 +80,10 @@ class Strategy(ABC):
         Raises:
             ConfigError, UnsupportedError: The rows or the model do not have what the strategy needs.
         """
+
+    def hold(self) -> None:
+        """Hold what `start` leaves, without values: in the plan of a run, whose model has none."""
+        self.start()
 
     @abstractmethod
     def losses(self, step: int, own: PreparedStep, gradients: GradientAccumulator) -> Iterator[Tensor]:
@@ -136,5 +148,4 @@ def batches_of(setting: Setting, task: Task, examples: Sequence[Example], size: 
     ordered = sorted(examples, key=lambda example: example.length)
     for start in range(0, len(ordered), size):
         piece = ordered[start : start + size]
-        collated = task.collator.collate_training(piece, setting.tokenizer)
-        yield len(piece), moved(task.objective.prepare(collated, setting.adapter.model), setting.processes.device)
+        yield len(piece), setting.batch(task, piece)

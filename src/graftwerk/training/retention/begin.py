@@ -11,7 +11,9 @@ from graftwerk.training.setup import Prepared
 from graftwerk.training.trainer import Trainer
 
 
-def retention_of(settings: RunConfig, prepared: Prepared, trainer: Trainer, meter: RetainedMeter) -> Retention | None:
+def retention_of(
+    settings: RunConfig, prepared: Prepared, trainer: Trainer, meter: RetainedMeter, kind: type[Setting] = Setting
+) -> Retention | None:
     """Add the strategies of a run to its training, and return them, or None if it has none.
 
     Args:
@@ -19,6 +21,7 @@ def retention_of(settings: RunConfig, prepared: Prepared, trainer: Trainer, mete
         prepared: Its rows.
         trainer: Its training, before the first step.
         meter: What is to be retained.
+        kind: Class of what the strategies work with.
 
     Raises:
         UnsupportedError: Parts of the weights are on other processes.
@@ -38,7 +41,7 @@ def retention_of(settings: RunConfig, prepared: Prepared, trainer: Trainer, mete
         )
     retention = Retention(
         settings.training.retain,
-        Setting(
+        kind(
             meter, trainer.adapter, prepared.task, prepared.tokenizer, trainer.distributed, trainer.train,
             settings.training.seed,
         ),

@@ -67,8 +67,7 @@ class Consolidation(Strategy):
     def start(self) -> None:
         setting, model = self.setting, self.setting.adapter.model
         base = base_modules(model)
-        self.fisher = {path: torch.zeros_like(self._value(path), dtype=torch.float32) for path in self.layers}
-        self.fisher |= {key: torch.zeros_like(parameter) for key, parameter in self.parameters.items()}
+        self.hold()
         reached: set[str] = set()
         handles = [base[path].register_forward_hook(_watch(path, self.fisher, reached)) for path in self.layers]
         count = 0
@@ -94,6 +93,10 @@ class Consolidation(Strategy):
             )
         for tensor in self.fisher.values():
             tensor.div_(max(count, 1))
+
+    def hold(self) -> None:
+        self.fisher = {path: torch.zeros_like(self._value(path), dtype=torch.float32) for path in self.layers}
+        self.fisher |= {key: torch.zeros_like(parameter) for key, parameter in self.parameters.items()}
         with torch.no_grad():
             self._start = {key: self._value(key).clone() for key in self.fisher}
 

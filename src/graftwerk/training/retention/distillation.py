@@ -49,12 +49,20 @@ class Distillation(Strategy):
         self._places: dict[int, int] = {}
 
     def start(self) -> None:
-        setting = self.setting
-        if isinstance(setting.task, TextTask):
-            return
-        where = f"{KEY}.{self.name}"
-        with_heads = [entry for entry in setting.meter.entries if setting.meter.heads[entry.name]]
-        if not with_heads:
+        if not isinstance(self.setting.task, TextTask):
+            for entry in self._with_heads():
+                self.recorded[entry.name] = self._answers(entry)
+
+    def _with_heads(self) -> list[Retained]:
+        """Return the entries whose heads answer, and note the places of the run's own rows.
+
+        Raises:
+            ConfigError: No head is that of an earlier run.
+            UnsupportedError: The rows are streamed.
+        """
+        setting, where = self.setting, f"{KEY}.{self.name}"
+        found = [entry for entry in setting.meter.entries if setting.meter.heads[entry.name]]
+        if not found:
             raise ConfigError(
                 f"a head of {setting.task.name} is new, so there are no answers to keep",
                 where=where,
@@ -63,8 +71,13 @@ class Distillation(Strategy):
         if isinstance(setting.train, EncodedStream):
             raise UnsupportedError("answers to streamed rows are not recorded", where=where, hint="streaming: false")
         self._places = {id(example): place for place, example in enumerate(setting.train)}
-        for entry in with_heads:
-            self.recorded[entry.name] = self._answers(entry)
+        return found
+
+    def hold(self) -> None:
+        if not isinstance(self.setting.task, TextTask):
+            for entry in self._with_heads():
+                classes = len(entry.splits.labels or ()) or 1
+                self.recorded[entry.name] = torch.zeros(len(self.setting.train), classes, device="cpu")
 
     def _answers(self, entry: Retained) -> Tensor:
         """Return the scores (N, C) of an entry's head for the run's own rows."""

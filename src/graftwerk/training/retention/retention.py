@@ -55,7 +55,7 @@ class Retention(Callback):
         """
         began = time.perf_counter()
         for strategy in self.strategies:
-            strategy.start()
+            (strategy.hold if strategy.setting.planned else strategy.start)()
         self._trainer, self.start_seconds = trainer, time.perf_counter() - began
 
     def losses(self, own: PreparedStep, gradients: GradientAccumulator) -> Iterator[Tensor]:

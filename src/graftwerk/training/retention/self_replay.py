@@ -10,7 +10,7 @@ Trade-off: needs no row of what is to be retained; texts are written again when 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +49,13 @@ class SelfReplay(Replay):
         self.tokens = settings.max_new_tokens
 
     def start(self) -> None:
+        self._keep(self._written())
+
+    def hold(self) -> None:
+        self._keep(" ".join(["text"] * (OPENING + self.tokens)) for _ in range(self.settings.rows))
+
+    def _keep(self, written: Iterable[str]) -> None:
+        """Keep texts that the base has written."""
         setting = self.setting
         task: Any = Causal()
         if setting.task.auto_class() is not task.auto_class():
@@ -57,7 +64,7 @@ class SelfReplay(Replay):
                 where=f"{KEY}.{self.name}",
                 hint="replay, distillation or consolidation",
             )
-        texts = tuple({"text": text} for text in self._written() if text.strip())
+        texts = tuple({"text": text} for text in written if text.strip())
         splits = Splits(texts, (), (), None, "")
         examples = task.encode(texts, setting.tokenizer, splits, OPENING + self.tokens + 1)
         entry = Retained("written by the base", task, splits, "train", (), None, None, self.tokens, self.name)
