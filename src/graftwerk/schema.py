@@ -164,7 +164,7 @@ def _keys(model: type[BaseModel], prefix: str) -> Iterator[dict[str, Any]]:
 
 
 def _kind(schema: dict[str, Any]) -> str:
-    """A few words for the type of a key: `number > 0`, `text`, `linear | cosine | constant`."""
+    """Return the type of a key in a few words: `number > 0`, `text`, `linear | cosine | constant`."""
     if "anyOf" in schema:
         return " | ".join(dict.fromkeys(_kind(option) for option in schema["anyOf"]))
     if "enum" in schema:

@@ -114,7 +114,7 @@ def journal_of(target: Path) -> Path:
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Held until the file is closed, also by a kill."""
+    """Take the lock, which is held until the file is closed, also by a kill."""
     try:
         import fcntl
     except ImportError:  # Windows: two writers at once are not noticed there

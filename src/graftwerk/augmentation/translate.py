@@ -194,7 +194,7 @@ Asked = tuple[Question, Example]
 
 
 def _batches(settings: Generation, loaded: Loaded, questions: Sequence[Question], n: int) -> Iterator[list[Asked]]:
-    """Longest first: memory runs out, if it does, in the first batch. Only what may stand together does."""
+    """Yield batches of texts that may stand together, longest first: memory runs out, if it does, in the first."""
     distinct = list(dict.fromkeys(questions))
     rows = [question_row(loaded.task, question) for question in distinct]
     examples = loaded.task.encode(rows, loaded.tokenizer, Splits((), (), (), None, ""), loaded.max_length)
@@ -209,7 +209,7 @@ def _batches(settings: Generation, loaded: Loaded, questions: Sequence[Question]
 
 
 def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked], n: int) -> list[Any]:
-    """For each text of a batch its answers, each as ``[text, ended]``."""
+    """Return the answers to each text of a batch, each as ``[text, ended]``."""
     from transformers import LogitsProcessorList
 
     model, task, tokenizer = loaded.model, loaded.task, loaded.tokenizer
@@ -255,7 +255,7 @@ def _write(settings: Generation, leg: int, loaded: Loaded, batch: Sequence[Asked
 
 
 def _limit(settings: Generation, loaded: Loaded, example: Example) -> int:
-    """Tokens of an answer, by what it is made from alone: rows of one batch do not lengthen each other's."""
+    """Return the tokens of an answer, by its own source alone: rows of one batch do not lengthen each other's."""
     from graftwerk.models.positions import position_limit
 
     given = len(example.prompt or ())

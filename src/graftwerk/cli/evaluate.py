@@ -133,7 +133,7 @@ def show_cost(out: Output, cost: dict[str, Any]) -> None:
 
 
 def _cost(name: str, value: float) -> tuple[str, str]:
-    """`latency_ms_batch_32` -> (latency a row, batch of 32; 1.2 ms), by the unit in the name."""
+    """Convert `latency_ms_batch_32` to (latency a row, batch of 32; 1.2 ms), by the unit in the name."""
     if name.startswith("latency_ms_batch_"):
         return f"latency a row, batch of {name.rpartition('_')[2]}", seconds(value / 1000)
     for ending, written in (("_bytes", byte_size), ("_seconds", seconds)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,23 +14,38 @@ from graftwerk.cli.output import Output
 from graftwerk.formatting import byte_size
 
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write: new or empty.")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="Rows to compare on; default: the run's own held-out rows.", show_default=False),
-]
-Rows = Annotated[int, typer.Option(help="Number of rows to compare.")]
-Difference = Annotated[
-    float | None,
-    typer.Option(
-        "--max-difference",
-        help="Largest difference of probabilities that is accepted; default: what rounding explains, 1e-4 in float32.",
-        show_default=False,
-    ),
-]
 AllowForgetting = Annotated[
     bool, typer.Option("--allow-forgetting", help="Hand over a run that has forgotten more than it allows.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Options of the commands that compare what they write with the adapter."""
+
+    data: Annotated[
+        str | None, typer.Option(help="Rows to compare on; default: the run's own held-out rows.", show_default=False)
+    ] = None
+    column: Columns = None
+    rows: Annotated[int, typer.Option(help="Number of rows to compare.")] = 32
+    model: Base = None
+    force: Force = False
+    max_difference: Annotated[
+        float | None,
+        typer.Option(
+            "--max-difference",
+            help="Largest difference of probabilities that is accepted; default: what rounding explains, 1e-4 in "
+            "float32.",
+            show_default=False,
+        ),
+    ] = None
+    allow_forgetting: AllowForgetting = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")] = False
+
+    def given(self) -> dict[str, Any]:
+        """Return the options as arguments in Python."""
+        options = dict(vars(self))
+        return {"columns": columns_of(options.pop("column")), **options}
 
 
 def register(app: typer.Typer) -> None:
@@ -38,19 +54,12 @@ def register(app: typer.Typer) -> None:
     @command(app, "merge")
     def merge(
         out: Output,
+        options: Checked,
         target: RunOrAdapter,
         folder: Out,
         dtype: Annotated[
             str, typer.Option(help="Type of the weights: auto (the base's), float32, bfloat16, float16.")
         ] = "auto",
-        data: Data = None,
-        column: Columns = None,
-        rows: Rows = 32,
-        model: Base = None,
-        force: Force = False,
-        max_difference: Difference = None,
-        allow_forgetting: AllowForgetting = False,
-        overwrite: Overwrite = False,
     ) -> Result:
         """Merge an adapter into its base: a folder that plain transformers loads.
 
@@ -60,19 +69,7 @@ def register(app: typer.Typer) -> None:
         from graftwerk.exports.merge import merge
 
         out.note("loading the adapter, merging, and comparing ...")
-        result = merge(
-            target,
-            folder,
-            dtype=dtype,  # type: ignore[arg-type]  # checked there
-            data=data,
-            columns=columns_of(column),
-            rows=rows,
-            model=model,
-            force=force,
-            max_difference=max_difference,
-            allow_forgetting=allow_forgetting,
-            overwrite=overwrite,
-        )
+        result = merge(target, folder, dtype=dtype, **options.given())  # type: ignore[arg-type]  # checked there
         _show(out, result, f"{byte_size(result['bytes'])} in {result['dtype']}")
         out.note(f'use it: AutoModel...from_pretrained("{result["out"]}"); README.md there has the lines')
         return result
@@ -80,6 +77,7 @@ def register(app: typer.Typer) -> None:
     @command(app, "export")
     def export(
         out: Output,
+        options: Checked,
         target: RunOrAdapter,
         folder: Out,
         to: Annotated[str, typer.Option(help="peft, vllm, gguf (llama.cpp and Ollama) or merged.", show_default=False)],
@@ -87,14 +85,6 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(help="Name of the base in the folder, such as its hub id: org/model.", show_default=False),
         ] = None,
-        data: Data = None,
-        column: Columns = None,
-        rows: Rows = 32,
-        model: Base = None,
-        force: Force = False,
-        max_difference: Difference = None,
-        allow_forgetting: AllowForgetting = False,
-        overwrite: Overwrite = False,
     ) -> Result:
         """Write an adapter for another program: PEFT, vLLM, or llama.cpp and Ollama.
 
@@ -109,14 +99,7 @@ def register(app: typer.Typer) -> None:
             folder,
             to=to,  # type: ignore[arg-type]  # checked there
             base_name=base_name,
-            data=data,
-            columns=columns_of(column),
-            rows=rows,
-            model=model,
-            force=force,
-            max_difference=max_difference,
-            allow_forgetting=allow_forgetting,
-            overwrite=overwrite,
+            **options.given(),
         )
         _show(out, result, byte_size(result["bytes"]))
         out.note(f"use it: {result['command']}")

@@ -223,7 +223,7 @@ def _open_streams() -> None:
 
 
 def _drop_stdout() -> None:
-    """Nobody reads any more: what Python flushes at its exit must not raise again."""
+    """Detach standard output, which nobody reads any more: flushing it at the exit must not raise again."""
     for stream in (sys.stdout, sys.stderr):
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

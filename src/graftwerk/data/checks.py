@@ -86,7 +86,7 @@ def check_labels(
 
 
 def _missing(labels: Counter[str]) -> tuple[Issue, ...]:
-    """Empty cells that a program wrote out as text: they would be learnt as a class."""
+    """Report empty cells that a program wrote out as text: they would be learnt as a class."""
     found = {name: count for name, count in labels.items() if name.casefold() in NOTHING | PERHAPS_NOTHING}
     if not found:
         return ()

@@ -212,7 +212,7 @@ class Expanded(io.RawIOBase):
 
 
 def _archive(raw: IO[bytes], path: Path) -> zipfile.ZipFile:
-    """The zip file, whose list of members is not read if it is a long one."""
+    """Return the zip file; the list of members is not read if it is long."""
     ending = zipfile._EndRecData(raw)  # type: ignore[attr-defined]
     if ending and ending[5] > MAX_DIRECTORY_BYTES:  # bytes of the list
         raise DataError(

@@ -191,7 +191,7 @@ def _read_delimited(path: Path, table: Table, form: TextForm) -> None:
 
 
 def _text_and_fault(path: Path, table: Table, form: TextForm) -> tuple[str, Fault, Recognised]:
-    """Characters are only looked at one by one where some of the file are wrong."""
+    """Return a file's text, the check of its characters (of each one if some are wrong), and its form."""
     text, damaged, found = _text(path, table, form)
     return text, fault_in(found) if damaged or "\0" in text else no_fault, found
 
@@ -296,7 +296,7 @@ def _read_parquet(path: Path, table: Table, form: TextForm) -> None:
 
 
 def _bounded(file: Any, path: Path) -> Any:
-    """The content of a parquet file as a table, refused while it is read where a few bytes stand for many.
+    """Return the content of a parquet file as a table; raise if a few bytes stand for many.
 
     Raises:
         IntegrityError: it expands beyond all proportion.

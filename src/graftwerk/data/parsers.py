@@ -149,7 +149,7 @@ def jsonl_rows(lines: Iterable[str], columns: dict[str, None], *, fault: Fault) 
 
 
 def _object(raw: str) -> tuple[Any, str | None]:
-    """The JSON object in ``raw``, or what is wrong with it."""
+    """Return the JSON object in ``raw``, or the reason why there is none."""
     try:
         value = DECODER.decode(raw)
     except json.JSONDecodeError as error:

@@ -126,7 +126,7 @@ def split_rows(
 
 
 def _take(groups: list[list[int]], count: int) -> tuple[list[int], list[list[int]]]:
-    """The first ``count`` rows of whole groups, as near as they allow without going over; and the groups not taken."""
+    """Return the first ``count`` rows in whole groups, as many as fit, and the groups not taken."""
     taken: list[int] = []
     passed: list[list[int]] = []
     for at, group in enumerate(groups):

@@ -84,7 +84,7 @@ class SplitRows:
         return self.table.where(self.indices[index])
 
     def placed(self) -> PlacedRows:
-        """For the checks: what identifies each row, its class where there are classes, its place."""
+        """Return for the checks what identifies each row, its class if there are classes, and its place."""
         rows, by = self.rows, self.reading.stratify
         return PlacedRows(
             [self.reading.key_of(row) for row in rows], None if by is None else [row[by] for row in rows], self.where
@@ -326,7 +326,7 @@ def _unused(raw: Table, reading: RowFormat, columns: Mapping[str, str], filter: 
 def named(
     raw: Table, reading: RowFormat, columns: Mapping[str, str], filter: Mapping[str, Any], *, whole: bool = True
 ) -> Table:
-    """The rows as the task understands them; ``whole`` as for `name_parts`."""
+    """Return the rows as the task understands them; ``whole`` as for `name_parts`."""
     table = name_parts(raw, parts=reading.parts, optional=reading.optional, columns=columns, filter=filter, whole=whole)
     table.unused = _unused(raw, reading, columns, filter)
     if reading.shape is None:

@@ -262,7 +262,7 @@ def _check_one_answer(settings: EvaluationSettings) -> None:
 
 
 def with_settings(opened: LoadedAdapter, changes: Mapping[str, Any] | None) -> LoadedAdapter:
-    """With other settings of evaluation.
+    """Return a loaded adapter with other settings of evaluation.
 
     Raises:
         ConfigError: one that there is not, or that does nothing for this task.

@@ -183,7 +183,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     from graftwerk.modeling.virtual_positions import positions_taken
     from graftwerk.models.hardware import set_threads
     from graftwerk.models.load import load_config, load_tokenizer, newly_initialised
-    from graftwerk.models.positions import fix_padding, max_length_for, position_limit
+    from graftwerk.models.positions import fix_padding
     from graftwerk.serialization.folder import load_adapter
 
     found = find(target)
@@ -221,10 +221,6 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     load_adapter(base, info.folder, force=force, filled=newly_initialised(base) if found.manifest else ())
     if weights not in (torch.float32, dtype):  # the values that it was trained on, where they cannot be multiplied so
         torch.nn.Module.float(base)  # transformers' own refuses a quantized base, whose codes this leaves as they are
-    max_length = max_length_for(architecture, tokenizer, virtual=positions_taken(base))
-    if isinstance(own_limit := own.get("max_length"), int):  # trained before virtual tokens counted, it may be too long
-        longest = position_limit(architecture)
-        max_length = own_limit if longest is None else min(own_limit, longest - positions_taken(base))
     origin = (own.get("data") or {}).get("origin") or {}
     return LoadedAdapter(
         info=info,
@@ -234,13 +230,23 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
         tokenizer=tokenizer,
         task=task,
         splits=splits,
-        max_length=max_length,
+        max_length=_max_length(own, architecture, tokenizer, positions_taken(base)),
         dtype=dtype,
         columns=dict(settings.data.columns if settings else origin.get("columns") or {}),
         data_fingerprint=(own.get("data") or {}).get("fingerprint"),
         evaluation=settings.evaluation if settings else EvaluationSettings(),
         trained_with=_trained_with(own),
     )
+
+
+def _max_length(own: Mapping[str, Any], architecture: Any, tokenizer: PreTrainedTokenizerBase, virtual: int) -> int:
+    """Return the most tokens of a row: as in training, as far as virtual tokens leave positions for them."""
+    from graftwerk.models.positions import max_length_for, position_limit
+
+    if not isinstance(given := own.get("max_length"), int):
+        return max_length_for(architecture, tokenizer, virtual=virtual)
+    limit = position_limit(architecture)  # runs from before virtual tokens were counted may have more
+    return given if limit is None else min(given, limit - virtual)
 
 
 def _trained_with(own: Mapping[str, Any]) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def _meter(device: torch.device | str | None) -> _Meter:
 
 
 def _set_mark_back() -> bool:
-    """Sets the high-water mark to what is resident now; False where that is not allowed."""
+    """Set the high-water mark to what is resident now; return False if that is not allowed."""
     try:
         (SELF / "clear_refs").write_text("5")
     except OSError:
@@ -231,7 +231,7 @@ def _highest_so_far() -> int | None:
 
 
 def _code() -> int:
-    """Resident bytes of files that have any executable mapping: the program and its libraries."""
+    """Return the resident bytes of files with an executable mapping: the program and its libraries."""
     held: dict[str, int] = {}
     executable: set[str] = set()
     path = ""

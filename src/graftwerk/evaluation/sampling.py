@@ -35,7 +35,7 @@ class OwnDraws:
         self.draws, self.temperature, self.top_p, self.top_k = draws, temperature, top_p, top_k
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, T) ids so far, (B, V) logits -> (B, V): 0 for the token drawn, -inf for the others."""
+        """Return scores (B, V), 0 for the token drawn and -inf for the others, from ids (B, T) and logits (B, V)."""
         probabilities = (scores.float() / self.temperature).softmax(-1)
         # stable: equal logits must not be ordered by chance
         likely, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
@@ -69,7 +69,7 @@ class StopTexts:
         self._reach = 4 * max(map(len, stop)) + 4  # a character takes at most four tokens, which are bytes then
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        """(B, T) ids so far -> (B,): True for rows that end here."""
+        """Return (B,), True for rows that end here, from the ids (B, T) so far."""
         tails = self.new_tokens(input_ids)[:, -self._reach :].tolist()
         texts = [self.tokenizer.decode(tail, skip_special_tokens=True) for tail in tails]
         done = [any(stop in text for stop in self.stop) for text in texts]

@@ -167,7 +167,7 @@ def _pairs(predictions: TextPredictions) -> tuple[Texts, Texts]:
 
 
 def _mean(values: Floats) -> Statistic:
-    """Of the rows drawn; nan where none was, which happens to the rows of a small set."""
+    """Return the mean over the rows drawn; nan if none was, which happens to the rows of a small set."""
 
     def statistic(weights: Floats) -> Floats:
         drawn = weights.sum(axis=1)
@@ -188,7 +188,7 @@ def _exact(texts: Texts, references: Texts) -> Floats:
 
 @lru_cache(maxsize=8)
 def _rouge(texts: Texts, references: Texts, stemmed: bool = False) -> Floats:
-    """(n, 3): the F-measures of `ROUGES` of each row."""
+    """Return the F-measures of `ROUGES` of each row, (n, 3)."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -200,7 +200,7 @@ def _rouge(texts: Texts, references: Texts, stemmed: bool = False) -> Floats:
 
 
 def _of_sums(name: str, texts: Texts, references: Texts, tokenizers: Texts) -> Statistic:
-    """A corpus metric of sacreBLEU, from the sums of its statistics over the rows of a draw.
+    """Return a corpus metric of sacreBLEU from the sums of its statistics over the rows of a draw.
 
     Args:
         name: Of the metric: `BLEU` or `CHRF`.
@@ -279,7 +279,7 @@ def _options(tokenizer: str) -> dict[str, str]:
 
 
 def _signature(name: str, tokenizer: str) -> str:
-    """With which options and version: what somebody else needs to get the same number."""
+    """Return options and version: what somebody else needs to get the same number."""
     from sacrebleu import metrics
 
     metric = getattr(metrics, name)(references=[["a"]], **_options(tokenizer))

@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def _import_everything() -> None:
-    """Modules only: no tensor is computed, no thread started."""
+    """Import modules only: no tensor is computed, no thread started."""
     for module in PRELOADED:
         import_module(module)
     transformers = import_module("transformers")

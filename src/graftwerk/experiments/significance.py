@@ -281,6 +281,6 @@ def _reason(
 
 
 def _share(ratio: float) -> str:
-    """0.0147 -> 1.5 %."""
+    """Convert 0.0147 to `1.5 %`."""
     percent = 100 * ratio
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %" if percent >= 0.1 else "less than 0.1 %"

@@ -137,7 +137,7 @@ def what_was_learnt(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterato
 
 
 def by_layer(learnt: list[Learnt]) -> list[dict[str, Any]]:
-    """Norm of everything within a layer, head and embeddings under their own names."""
+    """Return the norm of everything within a layer; head and embeddings have names of their own."""
     layers: dict[str, list[Learnt]] = {}
     for one in learnt:
         layers.setdefault(one.layer or one.module or "input embeddings", []).append(one)
@@ -253,7 +253,7 @@ def _singles(left: dict[str, Tensor]) -> Iterator[Learnt]:
 
 
 def _whole(left: Mapping[str, Tensor]) -> Iterator[Learnt]:
-    """Modules stored whole, heads above all: `classifier.weight` and `classifier.bias` are one."""
+    """Yield modules stored whole, heads above all: `classifier.weight` and `classifier.bias` are one."""
     modules: dict[str, list[Tensor]] = {}
     for key, tensor in left.items():
         modules.setdefault(key.rpartition(".")[0] or key, []).append(tensor)
@@ -266,7 +266,7 @@ def _whole(left: Mapping[str, Tensor]) -> Iterator[Learnt]:
 
 
 def _product(module: str, what: str, left: Tensor, right: Tensor, scale: float) -> Learnt:
-    """Norms of ``scale · left @ right``, (out, r) by (r, in), from the triangles of their QR: it is never formed."""
+    """Return the norms of ``scale · left @ right``, (out, r) by (r, in), from the triangles of their QR factors."""
     thin_left, thin_right = torch.linalg.qr(left.float()).R, torch.linalg.qr(right.float().T).R
     singular = scale * torch.linalg.svdvals(thin_left @ thin_right.T)
     norm, largest = float(singular.norm()), float(singular.max())
@@ -295,7 +295,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _said(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of PEFT's settings those that decide what is computed, without those that are off."""
+    """Return the settings of PEFT's that decide what is computed, without those that are off."""
     known = KEYS.get(str(config.get("peft_type")), {})
     return {
         key: value
@@ -315,13 +315,13 @@ def _plain_key(key: str) -> str:
 
 
 def _layer(module: str) -> str | None:
-    """`bert.encoder.layer.3.output.dense` -> `bert.encoder.layer.3`."""
+    """Convert `bert.encoder.layer.3.output.dense` to `bert.encoder.layer.3`."""
     found = _LAYER.search(module)
     return module[: found.end()] if found else None
 
 
 def _in_order(module: str) -> tuple[tuple[int, int, str], ...]:
-    """Layer 10 after layer 9, and heads, which have no number, after the layers beside them."""
+    """Sort layer 10 after layer 9, and heads, which have no number, after the layers beside them."""
     if _layer(module) is None and module:
         return ((2, 0, module),)
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in module.split("."))

@@ -213,7 +213,7 @@ class _RowIndex:
         return self.where is None and not self._apart
 
     def of(self, tensor: Tensor) -> Tensor:
-        """(R, M, w) -> (S, M, w): a view where the rows stand together."""
+        """Return the served rows (S, M, w) of a tensor (R, M, w): a view if they stand together."""
         where = self._on(tensor.device)
         return tensor if where is None else tensor[where]
 
@@ -245,7 +245,7 @@ class _RowIndex:
 
 
 def _by_entry(tensor: Tensor, entries: int) -> Tensor:
-    """(R·k, ..., w) -> (R, M, w)."""
+    """Reshape (R·k, ..., w) to (R, M, w)."""
     if tensor.dim() == 3 and tensor.shape[0] == entries:
         return tensor
     return tensor.reshape(entries, -1, tensor.shape[-1])

@@ -115,7 +115,7 @@ def _unpack(path: Path, target: Path) -> None:
 
 
 def _put(temporary: Path, target: Path) -> None:
-    """Whole or not at all: one rename. Where another process was faster, its copy is as good."""
+    """Put a file in place whole or not at all, by one rename; if another process was faster, its copy serves."""
     try:
         temporary.rename(target)
     except OSError:

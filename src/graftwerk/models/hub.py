@@ -79,7 +79,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _refuse_pickled(name: str, revision: str | None) -> None:
-    """Before a download: a model without safetensors is refused by its list of files. Offline, the gate does it."""
+    """Refuse a model without safetensors by its list of files, before a download. Offline, the gate does it."""
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -331,7 +331,7 @@ def newly_initialised(model: nn.Module) -> tuple[str, ...]:
 
 
 def _judge(model: PreTrainedModel, report: dict[str, Any], name: str) -> tuple[str, ...]:
-    """A new head is right; a body with new weights would silently be a worse model."""
+    """Return the parts that are new: a new head is right; a body with new weights is a worse model, so it raises."""
     missing = sorted(report["missing_keys"])
     mismatched = sorted((entry[0], tuple(entry[1]), tuple(entry[2])) for entry in report["mismatched_keys"])
     body = model.base_model

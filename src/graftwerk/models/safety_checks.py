@@ -152,7 +152,7 @@ def _check_tree(tree: Any, path: Path) -> None:
 
 
 def _walk(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value, at any depth (JSON's own reader limits the depth)."""
+    """Yield every key and value, at any depth (JSON's own reader limits the depth)."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()

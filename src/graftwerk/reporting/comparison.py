@@ -141,7 +141,7 @@ def _runs(folder: Path, result: Mapping[str, Any], metric: str) -> Markup:
 
 
 def _link(folder: Path, name: str) -> Any:
-    """To the run's own page, where it has one; a name that would lead out of the folder is no link."""
+    """Link to the run's own page, if it has one; a name that would lead out of the folder is no link."""
     if not name or "/" in name or "\\" in name or name.startswith(".") or "\0" in name or len(name) > 200:
         return name
     if not (folder / name / REPORT).is_file():

@@ -14,7 +14,7 @@ FOLDED = 12
 
 
 def measured_on(measurement: Mapping[str, Any]) -> str:
-    """``500 test rows``."""
+    """Return ``500 test rows``."""
     rows, split = number(measurement, "rows"), words(measurement, "split")
     if rows is None:
         return f"{split} rows" if split else "an unknown number of rows"

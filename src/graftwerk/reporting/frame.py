@@ -75,7 +75,7 @@ def axes(
     y_title: str,
     x_ticks: Callable[[Scale, int], list[float]] = lambda scale, most: scale.ticks(most),
 ) -> Markup:
-    """Grid lines for the heights, ticks for the widths, and what they are, above and below."""
+    """Draw grid lines for the heights, ticks for the widths, and their titles above and below."""
     inner = frame.inner
     parts: list[Markup] = [label(y_title, 0, 14, "axis-title")]
     for tick in y.ticks(heights(frame)):

@@ -120,7 +120,7 @@ def _plain_whose(placed: Placed, points: Sequence[tuple[float, float]], index: i
 
 
 def _distance(box: Box, x: float, y: float) -> float:
-    """Squared, from a point to a box."""
+    """Return the squared distance from a point to a box."""
     dx = max(box.left - x, x - box.right, 0.0)
     dy = max(box.top - y, y - box.bottom, 0.0)
     return dx * dx + dy * dy
@@ -161,7 +161,7 @@ def _candidates(point: tuple[float, float], size: tuple[float, float], area: Box
 
 
 def _character(character: str) -> float:
-    """Width over font size."""
+    """Return the width of a character over the font size."""
     if unicodedata.east_asian_width(character) in "WF":
         return 1.0
     if unicodedata.combining(character):

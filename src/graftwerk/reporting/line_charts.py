@@ -164,7 +164,7 @@ def _draw(chart: Chart, steps: float, size: str, left: float, right: float) -> M
 
 
 def _beside(text: str, px: float, py: float, left: float, right: float, top: float) -> Markup:
-    """The words of a mark above or below it, inside the chart."""
+    """Return the words of a mark, above or below it, inside the chart."""
     half = text_width(text, LABEL_SIZE) / 2
     middle = min(max(px, left + half), right - half)
     height = py - 12 if py - 12 > top else py + 12 + LABEL_SIZE
@@ -172,7 +172,7 @@ def _beside(text: str, px: float, py: float, left: float, right: float, top: flo
 
 
 def _spread(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:
-    """Names at the ends of their lines, a line of text apart."""
+    """Return names at the ends of their lines, a line of text apart."""
     placed: list[tuple[float, Curve]] = []
     for at, curve in sorted(ends, key=lambda end: end[0]):
         placed.append((max(at, placed[-1][0] + LABEL_SIZE + 3) if placed else at, curve))
@@ -180,7 +180,7 @@ def _spread(ends: Sequence[tuple[float, Curve]]) -> list[tuple[float, Curve]]:
 
 
 def _legend(curves: Sequence[Curve], frame: Frame) -> Markup:
-    """Names above the chart, flush right, where there is no room at the lines' ends."""
+    """Return names above the chart, flush right, for lines without room at their ends."""
     parts, right = [], frame.width
     for curve in reversed(curves):
         parts.append(label(curve.name, right, 14, f"name {curve.kind}", "end"))
@@ -189,7 +189,7 @@ def _legend(curves: Sequence[Curve], frame: Frame) -> Markup:
 
 
 def _pieces(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[float, float]]]:
-    """The line without its gaps."""
+    """Return the pieces of a line between its gaps."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for step, value in points:
         if value is not None:
@@ -200,7 +200,7 @@ def _pieces(points: Sequence[tuple[float, float | None]]) -> list[list[tuple[flo
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, float | None]]:
-    """At most `MOST_POINTS`: means over equal numbers of neighbours, at their last step."""
+    """Return at most `MOST_POINTS`: means over equal numbers of neighbours, at their last step."""
     every = -(-len(points) // MOST_POINTS)
     if every <= 1:
         return list(points)

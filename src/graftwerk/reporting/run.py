@@ -81,7 +81,7 @@ def run_page(
 
 
 def _figures(manifest: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], float | None]:
-    """The split that counts (test before validation), its metrics, and its rows."""
+    """Return the split that counts (test before validation), its metrics, and its rows."""
     for split in ("test", "validation"):
         if found := mapping(manifest, "metrics", split):
             return split, found, number(manifest, "data", "rows", split)
@@ -211,7 +211,7 @@ def _against_guess(chance: Mapping[str, Any]) -> list[Markup]:
 
 
 def _examples(manifest: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Markup:
-    """Answers that the model wrote, for tasks that write: of evenly spaced rows, so that nobody chose them."""
+    """Return answers that the model wrote, for tasks that write: of evenly spaced rows, so that nobody chose them."""
     shown = mappings(evaluation, "examples") or mappings(manifest, "examples")
     if not shown:
         return Markup()

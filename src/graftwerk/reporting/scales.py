@@ -109,6 +109,6 @@ def decades(values: Sequence[float], start: float, end: float) -> Log:
 
 
 def _step(rough: float) -> float:
-    """The smallest of the round distances that is no smaller."""
+    """Return the smallest round distance that is no smaller."""
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     return next(step * power for step in STEPS if step * power >= rough * (1 - 1e-9))

@@ -72,7 +72,7 @@ def quality(
 
 
 def _against(difference: verdicts.Difference | None, metric: str) -> str:
-    """Seen from the best: how much worse this one is."""
+    """Return how much worse a method is than the best."""
     if difference is None:
         return DASH
     if difference.verdict == "better":
@@ -135,7 +135,7 @@ def by_set(sets: Mapping[str, Any]) -> Markup:
 def _figures(
     caption: str, first: str, names: Sequence[str], rows: Iterable[tuple[str, Any, Mapping[str, Any]]]
 ) -> Markup:
-    """A table of metrics with their intervals; each row has a class, a name, and values by metric."""
+    """Return a table of metrics with intervals; each row has a class, a name, and values by metric."""
     filled = []
     for class_, head, metrics in rows:
         cells: list[Any] = [head]

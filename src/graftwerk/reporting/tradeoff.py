@@ -106,7 +106,7 @@ def _panel(points: Sequence[Point], fronts: Mapping[str, Sequence[str]], cost: C
 def _chart(
     points: Sequence[Point], front: Sequence[str], cost: Cost, metric: str, size: str
 ) -> tuple[Markup, list[str]]:
-    """The chart, and the methods whose names did not fit."""
+    """Return the chart, and the methods whose names did not fit."""
     width, height, longest = SIZES[size]
     bounds = [bound for point in points for bound in (point.low, point.value, point.high) if bound is not None]
     y = around(bounds, 0, 1, least=numbers.least_span(metric))
@@ -167,7 +167,7 @@ def _chart(
 def _corners(
     front: Sequence[str], xs: Mapping[str, float], ys: Mapping[str, float], inner: Box
 ) -> list[tuple[float, float]]:
-    """The best quality to be had for a cost or less: a staircase through the methods on the front."""
+    """Return the best quality for each cost or less: a staircase through the methods on the front."""
     corners: list[tuple[float, float]] = []
     for name in front:
         if name in xs:
@@ -188,7 +188,7 @@ def _scale(points: Sequence[Point], cost: Cost, inner: Box) -> Scale:
 
 
 def _apart(xs: Sequence[float], inner: Box) -> list[float]:
-    """Points that share a place, moved aside by a few pixels, in their order."""
+    """Move points that share a place aside by a few pixels, in their order."""
     order = sorted(range(len(xs)), key=lambda index: (xs[index], index))
     gap = min(APART, (inner.right - inner.left) / (len(xs) + 1))
     moved = list(xs)

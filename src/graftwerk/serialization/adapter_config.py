@@ -73,7 +73,7 @@ def _per_module(check: Check) -> Check:
 
 
 def _token_rows(value: Any) -> bool:
-    """Rows of the input embedding, or of embeddings by name."""
+    """Return the rows of the input embedding, or of embeddings by name."""
     row = _whole(0, 2**31 - 1)
     lists = list(value.values()) if _mapping(value) and all(map(_text, value)) else [[] if value is None else value]
     return all(type(rows) is list and len(rows) <= 2**20 and all(map(row, rows)) for rows in lists)

@@ -32,7 +32,7 @@ def endings(chosen: Sequence[str], modules: Iterable[str]) -> list[str]:
 
 
 def _endings_of(path: str) -> list[str]:
-    """`a.b.c` -> `c`, `b.c`, `a.b.c`."""
+    """Convert `a.b.c` to `c`, `b.c`, `a.b.c`."""
     parts = path.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 

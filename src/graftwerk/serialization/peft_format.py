@@ -263,7 +263,7 @@ def write_own(adapter: Adapter, base_name: str | None) -> Stored:
 
 
 def _plain(value: float) -> float | int:
-    """16.000000000000004 -> 16."""
+    """Convert 16.000000000000004 to 16."""
     value = float(f"{value:.12g}")
     return int(value) if value.is_integer() else value
 

@@ -65,7 +65,7 @@ def codes_of(tokenizer: PreTrainedTokenizerBase) -> LanguageCodes | None:
 
 
 def _place(tokenizer: PreTrainedTokenizerBase, code: str) -> Place:
-    """Asked of the tokenizer itself: does a target begin with its language, or end with it?"""
+    """Ask the tokenizer itself whether a target begins with its language or ends with it."""
     with language_context(tokenizer, code, code):
         target = tokenizer(text_target="a")["input_ids"]
     return "start" if target[-1] != tokenizer.eos_token_id else "first"

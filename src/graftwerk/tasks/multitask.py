@@ -104,7 +104,7 @@ class Multitask(TextTask):
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def row_format(self, columns: Sequence[str]) -> RowFormat:
-        """For rows that are not of the run: those of the first set, or of the set that they name."""
+        """Return the format of rows that are not of the run: those of the first set, or of the set that they name."""
         usual = self.first.row_format([column for column in columns if column != SET])
         shape, ask = usual.shape, usual.ask
 

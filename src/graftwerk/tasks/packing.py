@@ -103,7 +103,7 @@ def check_packing(
 
 
 def _every_label(example: Example) -> Example:
-    """The beginning of a row, all of it trained."""
+    """Return the beginning of a row, all of it trained."""
     ids = example.inputs["input_ids"][:TRIED_TOKENS]
     return Example({"input_ids": list(ids)}, list(ids))
 

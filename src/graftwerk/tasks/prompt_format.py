@@ -160,7 +160,7 @@ def check_frame(frame: int, max_length: int) -> None:
 
 @contextmanager
 def _mended() -> Iterator[None]:
-    """An error about a chat template says how these tasks do without it: they have a setting of their own."""
+    """Return an error about a chat template that says how these tasks do without: by a setting of their own."""
     try:
         yield
     except (IntegrityError, ModelError) as error:

@@ -144,7 +144,7 @@ def _short(error: Exception) -> str:
 
 
 def whole(template: jinja2.Template, variables: dict[str, Any], turns: list[list[str]]) -> dict[str, Any]:
-    """A conversation's text, and for each assistant turn where its answer begins and where the turn ends.
+    """Return a conversation's text, and where each answer of the assistant begins and its turn ends.
 
     Found by rendering the turns before it, and these with it: each text must begin with the one before.
     """

@@ -85,7 +85,7 @@ class TokenClassification(Task):
     # -- rows ------------------------------------------------------------------------------------------------------
 
     def row_format(self, columns: Sequence[str]) -> RowFormat:
-        """For words with tags, or for texts with spans of characters."""
+        """Return the format of words with tags, or of texts with spans of characters."""
         if "text" in columns and not {"tokens", "tags"} <= set(columns) and "tokens" not in columns:
             return RowFormat(
                 {"text": text_part, "spans": spans_part}, key=_key, answers=("spans",), shape=self._from_spans,

@@ -121,7 +121,7 @@ class Translation(Seq2SeqTask):
         return both
 
     def resolved(self, splits: Splits) -> Self:
-        """With the languages of the rows, where all have the same: what a bare text is taken to be later."""
+        """Return the task with the rows' languages if all have the same, which a bare text is later taken to have."""
         rows = splits.train[::2] if self.both_directions else splits.train
         pairs = {tuple(self._code(row, side) for side in SIDES) for row in rows}
         if len(pairs) != 1:

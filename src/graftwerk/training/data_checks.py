@@ -135,7 +135,7 @@ def raise_on_severe(findings: Sequence[Mapping[str, Any]], allow: Sequence[str])
 def first_batch(
     settings: RunConfig, task: Task, splits: Splits, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The first micro-batch of the first step, as it is collated.
+    """Return the first micro-batch of the first step, as it is collated.
 
     Returns:
         ``shape`` (rows, tokens) and ``rows``: of each its ``tokens``; ``trained``, whether the model learns to write

@@ -7,29 +7,26 @@ forward and backward pass alone, and has no gradients that would have to travel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import is_quantized
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.module_index import base_parameters
-from graftwerk.training.distributed.accelerate import AccelerateProcesses
-from graftwerk.training.distributed.forked import sum_gradients
+from graftwerk.training.distributed.forked import SummedGradients
 
 
-class ShardedProcesses(AccelerateProcesses):
+class ShardedProcesses(SummedGradients):
     """Train together with launched processes that share the base's weights."""
 
     shards = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.grad_scale = 1  # gradients are summed, not averaged
         self._whole = False
         """True while every process has the whole base."""
 
@@ -60,13 +57,6 @@ class ShardedProcesses(AccelerateProcesses):
                 fully_shard(layer, mesh=mesh, ignored_params=adapters)
         fully_shard(model, mesh=mesh, ignored_params=adapters)  # in place
         return model
-
-    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Sum the gradients (...) over processes."""
-        sum_gradients(parameters)
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
