@@ -13,6 +13,7 @@ from graftwerk.modeling import prefix_install, prompt_embedding
 from graftwerk.modeling.adapted_module import make_memory_efficient, restore, restore_modules
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.module_index import base_parameters, forget, module_index
+from graftwerk.modeling.quantized_layers import REPACKS
 
 HOOKED = MappingProxyType({"attention": prefix_install, "embedding": prompt_embedding})
 """The file that builds, hooks and unhooks each kind of method that does not work inside single layers."""
@@ -49,6 +50,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for name in list(model_adapters.adapters):
         remove(model, name)
     model_adapters.restore_flags(base_parameters(model))
+    for module in model_adapters.packed_later:
+        setattr(module, REPACKS, True)
     ModelAdapters.forget(model)
     forget(model)
     return model
