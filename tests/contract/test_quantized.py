@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -148,3 +149,35 @@ def test_lora_on_quantized_base_is_fused_under_autocast(bases: tuple[str, Any, A
             plain = quantized(input_ids=ids).logits.float()
     torch.testing.assert_close(fused, plain, atol=0.05, rtol=0.05)
     gw.detach(quantized)
+
+
+def test_attach_keeps_4_bits_of_users_unpacked_and_refuses_packed_ones(tmp_path: Path) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes packs codes in evaluation, and gradients would be lost."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+    from bitsandbytes.nn import Linear4bit
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    quantized = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    ).eval()
+    layers = [layer for layer in quantized.modules() if isinstance(layer, Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True  # as on such a CPU
+    adapter = gw.attach(quantized, LoRA(r=2, target_modules=("q_proj", "down_proj")))
+    batch = {"input_ids": torch.randint(1, 96, (3, 9)), "labels": torch.tensor([0, 1, 1])}
+    with torch.no_grad():
+        quantized(**batch)
+    quantized.train()(**batch).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    assert not any(hasattr(layer.weight.quant_state, "packing_format_for_cpu") for layer in layers)
+    gw.detach(quantized)
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
+    packed = layers[-1].weight
+    packed.data, _ = _convert_weight_packed_for_cpu(packed.data, packed.quant_state)
+    with pytest.raises(UnsupportedError, match="has packed this 4-bit layer") as caught:
+        gw.attach(quantized, LoRA(r=2))
+    assert caught.value.where == "model.layers.0.mlp.down_proj"

@@ -121,6 +121,8 @@ class ModelAdapters:
         self.adapters: dict[str, AttachedAdapter] = {}
         self.flags: dict[str, bool] = {}
         """True for each parameter that required gradients before the first adapter, by name."""
+        self.packed_later: list[nn.Module] = []
+        """4-bit layers that `keep_unpacked` keeps as they are, as long as there are adapters."""
 
     def save_flags(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note which of the base's parameters (any shape) required gradients before the first adapter froze it."""

@@ -27,6 +27,7 @@ from graftwerk.modeling.build import HOOKED, BuiltAdapter, build_adapter
 from graftwerk.modeling.detach import detach, remove_parts
 from graftwerk.modeling.full_weights import TrainedWeights
 from graftwerk.modeling.module_index import ModuleIndex, module_index
+from graftwerk.modeling.quantized_layers import keep_unpacked, refuse_packed
 from graftwerk.modeling.row_dims import row_dim
 from graftwerk.modeling.saving import adopt
 from graftwerk.modeling.task_heads import copy_head
@@ -54,7 +55,7 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         ConflictError: the name is taken, or an adapter is merged.
         ModelError: not a transformers model.
         UnsupportedError: the method cannot work on this architecture, or the model has adapter layers of another
-            library; the message says why.
+            library, or 4-bit layers packed for inference; the message says why.
         ConfigError: a target or module that the settings name does not exist, or all targets are in saved modules.
 
     Example:
@@ -162,6 +163,7 @@ def attach_from_tensors(
     flags = [parameter.requires_grad for parameter in base.parameters.values()]
     if existing is None:
         model_adapters.save_flags(base.parameters)
+        model_adapters.packed_later = keep_unpacked(base.modules)
     try:
         adapter = _install(model, model_adapters, name, architecture, base, built)
         if tensors is not None:
@@ -277,6 +279,7 @@ def _check_attachable(model: PreTrainedModel, existing: ModelAdapters | None, na
     _refuse_foreign(model)
     _refuse_block_offload(model)
     if existing is None:
+        refuse_packed(module_index(model).modules)
         return
     if name in existing.adapters:
         raise ConflictError(

@@ -12,6 +12,7 @@ from graftwerk.modeling.adapted_module import make_memory_efficient, restore, re
 from graftwerk.modeling.adapter_slots import ModelAdapters, slots_of
 from graftwerk.modeling.build import HOOKED
 from graftwerk.modeling.module_index import base_parameters, forget, module_index
+from graftwerk.modeling.quantized_layers import REPACKS
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,6 +46,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for name in list(model_adapters.adapters):
         remove(model, name)
     model_adapters.restore_flags(base_parameters(model))
+    for module in model_adapters.packed_later:
+        setattr(module, REPACKS, True)
     ModelAdapters.forget(model)
     forget(model)
     return model

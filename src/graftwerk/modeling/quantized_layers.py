@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,42 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import base_weight, is_quantized
 from graftwerk.modeling.module_index import base_modules
+
+REPACKS = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' 4-bit layers: on a CPU with bfloat16 instructions, a pass in evaluation packs the codes
+anew and rounds their scales to bfloat16. A packed layer propagates no gradients, and its codes are in another order."""
+
+
+def refuse_packed(modules: Mapping[str, nn.Module]) -> None:
+    """Raise if a layer of these modules (by path) was packed for inference.
+
+    Raises:
+        UnsupportedError: One was; unpacking would not bring back its scales.
+    """
+    for path, module in modules.items():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UnsupportedError(
+                "bitsandbytes has packed this 4-bit layer for inference, in a pass in evaluation: its scales are "
+                "rounded to bfloat16, and no gradients would go through it",
+                where=path,
+                hint="load the model again, and attach the adapter before the first pass",
+            )
+
+
+def keep_unpacked(modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Have evaluation leave 4-bit layers as they are, and return the layers that it would have packed.
+
+    Args:
+        modules: Modules of a base, by path.
+    """
+    packed_later = [module for module in modules.values() if vars(module).get(REPACKS)]
+    for module in packed_later:
+        setattr(module, REPACKS, False)
+    return packed_later
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
