@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from graftwerk.tasks.predictions import Floats, Ints, Predictions, alike
 
-RANKED = 1024
+RANKED = 256
 """Texts that are compared with all others at a time."""
 
 
