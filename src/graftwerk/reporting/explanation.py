@@ -10,7 +10,7 @@ from graftwerk.reporting import numbers, page
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import at, items, mapping, mappings, number, words
 from graftwerk.reporting.labels import cut
-from graftwerk.reporting.matrix_charts import Cells, Panel, heat_map, row_bars, small_maps
+from graftwerk.reporting.matrix_charts import Cells, Panel, digest, heat_map, row_bars, small_maps
 
 MOST_TOKENS = 40
 """Tokens of a text that are drawn: those with the largest scores, in the order of the text."""
@@ -50,7 +50,8 @@ def explanation_sections(explanation: Mapping[str, Any]) -> list[Markup]:
     """
     notes = [page.paragraph(f"{numbers.title(words(note))}.", class_="note") for note in items(explanation, "notes")]
     tokens = [found for one in mappings(explanation, "attributions") if (found := _tokens(one))]
-    looks = [found for one in mappings(explanation, "attention") if (found := _attention(one))]
+    labels = set[str]()  # names beside maps that are drawn already: most layers have the same
+    looks = [found for one in mappings(explanation, "attention") if (found := _attention(one, labels))]
     layers = _layers(mappings(explanation, "layers"))
     sections = []
     if tokens:
@@ -129,7 +130,7 @@ def _missed(side: Mapping[str, Any]) -> str:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
-def _attention(one: Mapping[str, Any]) -> Markup:
+def _attention(one: Mapping[str, Any], labels: set[str]) -> Markup:
     layers = [layer for layer in mappings(one, "layers") if _maps(layer)]
     if not layers:
         return Markup()
@@ -148,7 +149,7 @@ def _attention(one: Mapping[str, Any]) -> Markup:
         headings = [("Layer", ""), ("All heads", "number"), *((f"Head {n + 1}", "number") for n in range(most))]
         parts.append(_folded("Attention to the virtual tokens by layer and head", headings, rows))
     for name, layer in list(zip(names, layers, strict=True))[:MOST_LAYERS]:
-        parts.append(_layer_maps(name, layer, one))
+        parts.append(_layer_maps(name, layer, one, labels))
     if len(layers) > MOST_LAYERS:
         text = f"The first {MOST_LAYERS} of {len(layers)} layers are drawn; --json has all."
         parts.append(page.paragraph(text, class_="note"))
@@ -168,7 +169,7 @@ def _maps(layer: Mapping[str, Any]) -> list[list[list[float]]]:
     return heads if good else []
 
 
-def _layer_maps(name: str, layer: Mapping[str, Any], one: Mapping[str, Any]) -> Markup:
+def _layer_maps(name: str, layer: Mapping[str, Any], one: Mapping[str, Any], labels: set[str]) -> Markup:
     maps, apart = _maps(layer), int(number(layer, "virtual_columns") or 0)
     decoder = words(layer, "stack") == "decoder"
     rows = _names(one, "decoder_tokens" if decoder else "tokens", len(maps[0]))
@@ -187,18 +188,52 @@ def _layer_maps(name: str, layer: Mapping[str, Any], one: Mapping[str, Any]) -> 
     share = number(layer, "share")
     summary = name if share is None else f"{name}: {_percent(share)} to the virtual tokens"
     heads = [f"Head {head + 1}" for head in range(len(maps))]
-    table = [("", [row, *(f"{value:.2f}" for value in line)]) for row, line in zip(rows, mean, strict=True)]
+    table, numbered = numbers_of(f"{name}: mean of the heads, in percent", rows, columns, mean, 100.0)
     return tag(
         "details",
         tag("summary", summary),
-        page.figure(heat_map(f"{name}: mean of the heads", rows, columns, mean, apart=apart, show=_percent)),
+        page.figure(
+            heat_map(
+                f"{name}: mean of the heads",
+                rows,
+                columns,
+                mean,
+                table,
+                apart=apart,
+                show=_percent,
+                unit=f"{numbers.THIN}%",
+                labels=labels,
+            )
+        ),
         page.figure(small_maps(f"{name}: each head", heads, maps, tips, apart=apart)),
-        page.table(f"{name}: mean of the heads", [("", ""), *((column, "number") for column in columns)], table),
+        numbered,
     )
 
 
+def numbers_of(
+    caption: str, rows: Sequence[str], columns: Sequence[str], cells: Cells, scale: float = 1.0
+) -> tuple[str, Markup]:
+    """Return the id of the table of a map's values, and the table: of each so many times as much.
+
+    Args:
+        caption: What it shows.
+        rows: Name of each row.
+        columns: Name of each column.
+        cells: One row of values for each.
+        scale: What values are multiplied with.
+    """
+    digits = 1 if scale > 1 else 3
+    lines = [
+        ("", [row, *(f"{scale * value:.{digits}f}" if scale * value >= 10**-digits / 2 else "0" for value in ones)])
+        for row, ones in zip(rows, cells, strict=True)
+    ]
+    key = f"t{digest((caption, rows, cells))}"
+    headings = [("", ""), *((column, "") for column in columns)]
+    return key, page.table(caption, headings, lines, class_="matrix", id_=key)
+
+
 def _names(one: Mapping[str, Any], key: str, count: int) -> list[str]:
-    names = [words(token).strip() or "\N{OPEN BOX}" for token in items(one, key)]
+    names = [" ".join(words(token).split()) or "\N{OPEN BOX}" for token in items(one, key)]
     return names if len(names) == count else [str(place + 1) for place in range(count)]
 
 
@@ -235,8 +270,11 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Markup:
     if widest:
         cells = [[*one, *[0.0] * (widest - len(one))] for one in spectra]
         columns = [str(place + 1) for place in range(widest)]
-        chart = heat_map("Singular values of each layer's update, over its largest", names, columns, cells)
+        title = "Singular values of each layer's update, over its largest"
+        table, numbered = numbers_of(title, names, columns, cells)
+        chart = heat_map(title, names, columns, cells, table)
         figures.append(page.figure(chart, "Singular values, over the largest: one dark cell is one direction."))
+        figures.append(tag("details", tag("summary", "The numbers"), numbered))
     headings = [
         ("Layer", ""), ("Norm", "number"), ("Of the base", "number"), ("Effective rank", "number"), ("Rank", "number"),
         ("Main directions", "number"), ("Similarity", "number"),

@@ -142,6 +142,7 @@ def table(
     rows: Iterable[tuple[str, Sequence[Any]]],
     *,
     class_: str | None = None,
+    id_: str | None = None,
 ) -> Markup:
     """Return a table that scrolls by itself on a narrow screen.
 
@@ -150,6 +151,7 @@ def table(
         headings: The text of each column and its class (``number`` is flush right).
         rows: The class of each row and its cells; the first cell heads the row.
         class_: Class of the table for the style sheet, or None for none.
+        id_: Id of the table, or None for none.
     """
     head = tag("tr", *(tag("th", name, scope="col", class_=kind or None) for name, kind in headings))
     body = [
@@ -163,7 +165,7 @@ def table(
     ]
     return tag(
         "div",
-        tag("table", tag("thead", head), tag("tbody", *body), class_=class_),
+        tag("table", tag("thead", head), tag("tbody", *body), class_=class_, id=id_),
         class_="scroll",
         role="region",
         aria_label=caption,

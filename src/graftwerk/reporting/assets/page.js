@@ -41,8 +41,28 @@
     point.addEventListener("blur", hide);
   });
 
-  document.querySelectorAll("svg[data-track]").forEach((chart) => {
-    const track = JSON.parse(chart.dataset.track);
+  // Places and words of a map's cells: those of the table beneath it.
+  const cells = (chart) => {
+    const { table, unit, least } = chart.dataset;
+    const [left, top, across, down, gap, apart] = chart.dataset.grid.split(" ").map(Number);
+    const { tHead, tBodies } = document.getElementById(table);
+    return [...tBodies[0].rows].flatMap((line, row) => [...line.cells].slice(1).flatMap((cell, column) => {
+      const [x, y] = [left + across * (column + 0.5) + (column < apart ? 0 : gap), top + down * (row + 0.5)];
+      const name = `${line.cells[0].textContent}\n${tHead.rows[0].cells[column + 1].textContent}`;
+      return Number(cell.textContent) < Number(least) ? [] : [[x, y, `${name}\t${cell.textContent}${unit}`]];
+    }));
+  };
+
+  // Of a narrow chart the places are its own, and the words those of the wide one.
+  const words = (chart) => {
+    const places = chart.dataset.places.split(" ").map(Number);
+    const { told } = (document.getElementById(chart.dataset.of) ?? chart).dataset;
+    return told.split("\n\n").map((text, at) => [places[2 * at], places[2 * at + 1], text]);
+  };
+
+  document.querySelectorAll("svg[data-track], svg[data-grid], svg[data-places]").forEach((chart) => {
+    const { track: given, grid } = chart.dataset;
+    const track = given ? JSON.parse(given) : grid ? cells(chart) : words(chart);
     const cursor = chart.querySelector(".cursor");
     const [rule, dot] = cursor.children;
     let at = track.length - 1;
