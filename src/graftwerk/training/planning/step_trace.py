@@ -180,7 +180,7 @@ class _Unmoved(SingleProcess):
 
 
 class _SettingWithoutValues(Setting):
-    """What strategies against forgetting work with: their batches lose their values, as the run's own do."""
+    """The setting of strategies against forgetting in a trace: their batches lose their values, as the run's own do."""
 
     planned = True
 
