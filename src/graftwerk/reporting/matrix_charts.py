@@ -57,11 +57,11 @@ def row_bars(title: str, rows: Sequence[str], panels: Sequence[Panel]) -> Markup
         rows: The name of each row.
         panels: The values; all have as many as there are rows.
     """
-    said = [f"{row}: {', '.join(_description(panel, at))}" for at, row in enumerate(rows) for panel in panels]
+    said = [f"{row}: {', '.join(_told(panel, at))}" for at, row in enumerate(rows) for panel in panels]
     return join(_bars(title, rows, panels, size, "; ".join(said)) for size in SIZES)
 
 
-def _description(panel: Panel, at: int) -> list[str]:
+def _told(panel: Panel, at: int) -> list[str]:
     value = panel.values[at]
     return [] if value is None else [f"{panel.title} {panel.show(value)}"]
 
