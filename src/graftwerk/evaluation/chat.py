@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from graftwerk.errors import UnsupportedError
 from graftwerk.evaluation.generation import generate_all
@@ -19,6 +19,10 @@ from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.instruction import Instruction
 from graftwerk.tasks.template import adds_bos
 from graftwerk.tasks.text import TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 MAX_NEW_TOKENS = 256
 """Longest answer, unless the settings say another."""
@@ -203,7 +207,7 @@ def check_writes(task: Task) -> None:
     )
 
 
-def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> Any:
     """Return a streamer that hands on whole words, without special tokens and white space before the first."""
     from transformers import TextStreamer
 

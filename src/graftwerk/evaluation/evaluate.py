@@ -150,7 +150,7 @@ def evaluate(
         "notes": notes + truncation_notes(opened, examples),
     }
     if data is None:
-        result["notes"] += _other_bits(opened, result["compute"])
+        result["notes"] += _rounding_notes(opened, result["compute"])
     base = of_base(opened.model, measured) if wants_base else None
     if base is not None:
         result["baseline"] = {"metrics": metrics_of(base, **options), "loss": base.loss}
@@ -377,7 +377,7 @@ def generated_texts(
     )
 
 
-def _other_bits(opened: LoadedAdapter, compute: Mapping[str, Any]) -> list[str]:
+def _rounding_notes(opened: LoadedAdapter, compute: Mapping[str, Any]) -> list[str]:
     """Say what differs from the run's own evaluation: a row that hangs in the balance may be answered otherwise."""
     names = {"type": "compute type", "device": "device", "eval_batch_size": "rows a forward pass", "threads": "threads"}
     changed = [

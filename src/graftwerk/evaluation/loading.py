@@ -31,7 +31,7 @@ from graftwerk.tasks.base import Example, Row, Splits, Task
 from graftwerk.tasks.regression import Regression
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH, MOST_ROWS = 64, 1024
 """Rows of a forward pass: if nobody says how many, and the most that a foreign folder may ask for."""
@@ -194,10 +194,10 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
             "the adapter does not say which model it was made for", where=str(info.folder), hint="name it: model=..."
         )
     revision = settings.revision if settings and model is None else None
-    architecture = load_config(name, revision)
-    task = task_of(info, own).for_model(architecture)
+    config = load_config(name, revision)
+    task = task_of(info, own).for_model(config)
     tokenizer = load_tokenizer(name, revision)
-    splits = Splits((), (), (), labels_of(info, own, architecture), "")
+    splits = Splits((), (), (), labels_of(info, own, config), "")
     task = task.with_labels(splits.labels or ())
     set_threads()
     device = best_device()
@@ -230,7 +230,7 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
         tokenizer=tokenizer,
         task=task,
         splits=splits,
-        max_length=_max_length(own, architecture, tokenizer, positions_taken(base)),
+        max_length=_max_length(own, config, tokenizer, positions_taken(base)),
         dtype=dtype,
         columns=dict(settings.data.columns if settings else origin.get("columns") or {}),
         data_fingerprint=(own.get("data") or {}).get("fingerprint"),
@@ -239,13 +239,15 @@ def load_adapter_for(target: Any, *, model: str | None = None, force: bool = Fal
     )
 
 
-def _max_length(own: Mapping[str, Any], architecture: Any, tokenizer: PreTrainedTokenizerBase, virtual: int) -> int:
+def _max_length(
+    own: Mapping[str, Any], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, virtual: int
+) -> int:
     """Return the most tokens of a row: as in training, as far as virtual tokens leave positions for them."""
     from graftwerk.models.positions import max_length_for, position_limit
 
     if not isinstance(given := own.get("max_length"), int):
-        return max_length_for(architecture, tokenizer, virtual=virtual)
-    limit = position_limit(architecture)  # runs from before virtual tokens were counted may have more
+        return max_length_for(config, tokenizer, virtual=virtual)
+    limit = position_limit(config)  # runs from before virtual tokens were counted may have more
     return given if limit is None else min(given, limit - virtual)
 
 
@@ -332,7 +334,7 @@ def task_of(info: AdapterInfo, own: Mapping[str, Any]) -> Task:
     )
 
 
-def labels_of(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tuple[str, ...]:
+def labels_of(info: AdapterInfo, own: dict[str, Any], config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the label names of an adapter.
 
     For a folder of PEFT, which stores none, they are the base's if it has as many classes, else 0, 1, ...
@@ -340,7 +342,7 @@ def labels_of(info: AdapterInfo, own: dict[str, Any], architecture: Any) -> tupl
     labels = own.get("labels")
     if labels is not None:
         return tuple(labels)
-    named = getattr(architecture, "id2label", None) or {}
+    named = getattr(config, "id2label", None) or {}
     known = tuple(str(named[index]) for index in sorted(named))
     for key, tensor in read_headers(info).items():
         if key.endswith(HEADS) and "lora_" not in key:

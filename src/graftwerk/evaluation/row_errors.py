@@ -29,11 +29,11 @@ def naming_source(data: str | None) -> Iterator[None]:
             if error.where and _SETTLED.fullmatch(error.where):
                 error.where = data
         if error.hint and (_SETTLED.search(error.hint) or "another task: task=" in error.hint):
-            error.hint = _taken(error.hint, data)
+            error.hint = _applicable_hint(error.hint, data)
         raise
 
 
-def _taken(hint: str, data: str | None) -> str:
+def _applicable_hint(hint: str, data: str | None) -> str:
     if data is None:
         return "shorten or leave out what does not fit; how rows are read was settled by the training"
     if "data.columns" in hint:

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from graftwerk.devices import sum_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class OwnDraws:
@@ -64,7 +67,9 @@ class StopTexts:
         new_tokens: Takes the ids so far, (B, T), and returns those of the answers, (B, A).
     """
 
-    def __init__(self, stop: Sequence[str], tokenizer: Any, new_tokens: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, stop: Sequence[str], tokenizer: PreTrainedTokenizerBase, new_tokens: Callable[[Tensor], Tensor]
+    ) -> None:
         self.stop, self.tokenizer, self.new_tokens = tuple(stop), tokenizer, new_tokens
         self._reach = 4 * max(map(len, stop)) + 4  # a character takes at most four tokens, which are bytes then
 

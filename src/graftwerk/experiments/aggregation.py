@@ -277,7 +277,7 @@ def _method(
     first = next(iter(runs.values()))
     values = list(joints[metric].values[entry.name].values())
     return {
-        **_said_of(entry),
+        **_described(entry),
         "figure": joints[metric].figure(entry.name, confidence),
         "seed_spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "metrics": {name: joint.figure(entry.name, confidence) for name, joint in joints.items()},
@@ -298,10 +298,10 @@ def _method(
 
 def _unmeasured(entry: MethodSpec, failed: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
     why = {str(seed): text for seed, text in sorted(failed.get(entry.name, {}).items())}
-    return {**_said_of(entry), "figure": None, "cost": {}, "runs": {}, "failed": why}
+    return {**_described(entry), "figure": None, "cost": {}, "runs": {}, "failed": why}
 
 
-def _said_of(entry: MethodSpec) -> dict[str, Any]:
+def _described(entry: MethodSpec) -> dict[str, Any]:
     return {
         "name": entry.name,
         "title": entry.method.title,

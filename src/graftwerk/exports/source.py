@@ -25,7 +25,7 @@ from graftwerk.serialization.strict_json import dump_object
 from graftwerk.tasks.base import Example, Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 FACTS = "graftwerk_export.json"
@@ -62,7 +62,13 @@ class Source:
     answers: Sequence[Tensor]
 
     def compared(
-        self, model: PreTrainedModel, tokenizer: Any, what: str, tolerance: float, *, dtype: torch.dtype
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        what: str,
+        tolerance: float,
+        *,
+        dtype: torch.dtype,
     ) -> Parity:
         """Compare another model with the adapter.
 

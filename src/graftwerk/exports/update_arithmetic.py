@@ -74,16 +74,16 @@ def reduced(factors: Factors, rank: int | None) -> tuple[Factors, float, float]:
     q, s = torch.linalg.qr(factors[0])  # (out, k), (k, R)
     p, t = torch.linalg.qr(factors[1].T)  # (in, l), (l, R)
     left, values, right = torch.linalg.svd(s @ t.T, full_matrices=False)
-    return _kept(q @ left, values, right @ p.T, rank)
+    return _truncated(q @ left, values, right @ p.T, rank)
 
 
 def factored(update: Tensor, rank: int | None) -> tuple[Factors, float, float]:
     """Return the factors of an update, (out, in), as `reduced` does of a factored one."""
     left, values, right = torch.linalg.svd(update, full_matrices=False)
-    return _kept(left, values, right, rank)
+    return _truncated(left, values, right, rank)
 
 
-def _kept(left: Tensor, values: Tensor, right: Tensor, rank: int | None) -> tuple[Factors, float, float]:
+def _truncated(left: Tensor, values: Tensor, right: Tensor, rank: int | None) -> tuple[Factors, float, float]:
     count = int((values > ROUNDING * values.max().clamp_min(1e-30)).sum())
     count = max(1, count if rank is None else min(rank, count))
     root = values[:count].sqrt()

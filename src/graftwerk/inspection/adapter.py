@@ -105,7 +105,7 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
     return {
         "folder": str(info.folder),
         "peft_type": info.peft_type,
-        "method": own.get("method") or _said(info.config),
+        "method": own.get("method") or _effective_settings(info.config),
         "name": info.name,
         "base": {"name": info.base_name, "fingerprint": info.base_fingerprint},
         "labels": info.labels,
@@ -132,7 +132,7 @@ def what_was_learnt(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> Iterato
         *_prefix_of_peft(info, left),
         *_singles(left),
     ]
-    found += _whole(left)
+    found += _saved_modules(left)
     yield from sorted(found, key=lambda one: _in_order(one.module))
 
 
@@ -252,7 +252,7 @@ def _singles(left: dict[str, Tensor]) -> Iterator[Learnt]:
         yield Learnt(module, _layer(module), what, tensor.numel(), norm)
 
 
-def _whole(left: Mapping[str, Tensor]) -> Iterator[Learnt]:
+def _saved_modules(left: Mapping[str, Tensor]) -> Iterator[Learnt]:
     """Yield modules stored whole, heads above all: `classifier.weight` and `classifier.bias` are one."""
     modules: dict[str, list[Tensor]] = {}
     for key, tensor in left.items():
@@ -294,7 +294,7 @@ def _norm(tensor: Tensor) -> float:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def _said(config: Mapping[str, Any]) -> dict[str, Any]:
+def _effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of PEFT's that decide what is computed, without those that are off."""
     known = KEYS.get(str(config.get("peft_type")), {})
     return {

@@ -116,7 +116,7 @@ class LoRA(ParameterSelection, TokenSelection):
     alpha_pattern: dict[str, float] = Field({}, description="alpha of modules by suffix, where it differs")
 
     @model_validator(mode="after")
-    def _fits(self) -> LoRA:
+    def _check_combination(self) -> LoRA:
         if self.use_dora and self.init_lora_weights == "pissa":
             raise ValueError("use_dora and init_lora_weights=pissa exclude each other: both redefine the start")
         if not self.target_modules and not self.target_parameters:

@@ -140,7 +140,7 @@ class AdapterTensors:
         extra = [key for key in tensors if key not in own]
         if missing or extra:
             raise AdapterError(
-                f"{_some('missing', missing)}{'; ' if missing and extra else ''}{_some('not known here', extra)}",
+                f"{_listing('missing', missing)}{'; ' if missing and extra else ''}{_listing('not known here', extra)}",
                 where=f"adapter `{self.name}`",
                 hint="the adapter was made with other settings or for another architecture",
             )
@@ -150,7 +150,7 @@ class AdapterTensors:
             if tensors[key].shape != own[key].shape and not self.is_head(key)
         ]
         if wrong:
-            raise AdapterError(_some("mis-shaped", wrong), where=f"adapter `{self.name}`")
+            raise AdapterError(_listing("mis-shaped", wrong), where=f"adapter `{self.name}`")
         classes = len(self._model_adapters.labels.of_base(self.model))
         for path in self.heads:
             slots = slots_of(self.model.get_submodule(path))
@@ -167,7 +167,7 @@ class AdapterTensors:
             if tensors[key].shape != own[key].shape
         ]
         if still:
-            raise AdapterError(_some("mis-shaped", still), where=f"adapter `{self.name}`")
+            raise AdapterError(_listing("mis-shaped", still), where=f"adapter `{self.name}`")
         with torch.no_grad():
             for key, tensor in own.items():
                 tensor.copy_(tensors[key])
@@ -247,7 +247,7 @@ def _elements(parameter: nn.Parameter) -> int:
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
-def _some(what: str, keys: list[str], most: int = 5) -> str:
+def _listing(what: str, keys: list[str], most: int = 5) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""

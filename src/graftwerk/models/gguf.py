@@ -103,7 +103,7 @@ def _unpack(path: Path, target: Path) -> None:
             for file in temporary.iterdir():
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
-            _put(temporary, target)
+            _move_whole(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -114,7 +114,7 @@ def _unpack(path: Path, target: Path) -> None:
         ) from None
 
 
-def _put(temporary: Path, target: Path) -> None:
+def _move_whole(temporary: Path, target: Path) -> None:
     """Put a file in place whole or not at all, by one rename; if another process was faster, its copy serves."""
     try:
         temporary.rename(target)

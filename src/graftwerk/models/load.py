@@ -228,7 +228,7 @@ def load_model(
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     model.config._name_or_path = name
-    vars(model)[_NEW_WEIGHTS] = _judge(model, report, name)
+    vars(model)[_NEW_WEIGHTS] = _check_new_weights(model, report, name)
     return model.eval()
 
 
@@ -330,7 +330,7 @@ def newly_initialised(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def _judge(model: PreTrainedModel, report: dict[str, Any], name: str) -> tuple[str, ...]:
+def _check_new_weights(model: PreTrainedModel, report: dict[str, Any], name: str) -> tuple[str, ...]:
     """Return the parts that are new: a new head is right; a body with new weights is a worse model, so it raises."""
     missing = sorted(report["missing_keys"])
     mismatched = sorted((entry[0], tuple(entry[1]), tuple(entry[2])) for entry in report["mismatched_keys"])

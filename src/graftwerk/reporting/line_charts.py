@@ -159,7 +159,7 @@ def _draw(chart: Chart, steps: float, size: str, left: float, right: float) -> M
         role="img",
         tabindex="0",
         data_track=json.dumps(track, ensure_ascii=False, separators=(",", ":")),
-        aria_label=_said(title, curves, show, chart.over.lower()),
+        aria_label=_description(title, curves, show, chart.over.lower()),
     )
 
 
@@ -212,7 +212,7 @@ def _thinned(points: Sequence[tuple[float, float | None]]) -> list[tuple[float, 
     return thinned
 
 
-def _said(title: str, curves: Sequence[Curve], show: Callable[[float | None], str], over: str) -> str:
+def _description(title: str, curves: Sequence[Curve], show: Callable[[float | None], str], over: str) -> str:
     parts = []
     for curve in curves:
         known = [(step, value) for step, value in curve.points if value is not None]

@@ -25,7 +25,7 @@ from graftwerk.tasks.predictions import Predictions as Predictions
 from graftwerk.tasks.splits import Splits as Splits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class Task(Settings):
@@ -62,11 +62,8 @@ class Task(Settings):
 
     # -- settings that depend on a model or on rows ----------------------------------------------------------------
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         """Return the task bound to a kind of model; most tasks are the same for all.
-
-        Args:
-            config: Configuration of the model (`PreTrainedConfig`).
 
         Raises:
             UnsupportedError: A model of this kind cannot do the task.

@@ -189,7 +189,7 @@ def _example(entry: list[Any], rows: Sequence[Row]) -> Example:
 
 
 def _recall(key: str) -> Any:
-    path = _place(key)
+    path = _cache_file(key)
     try:
         digest, _, content = path.read_bytes().partition(b"\n")
     except OSError:
@@ -209,7 +209,7 @@ def _keep(key: str, value: Any) -> bool:
             return False
     except (TypeError, ValueError, RecursionError):
         return False
-    path = _place(key)
+    path = _cache_file(key)
     try:
         replace_file(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
         make_room(path.parent, MOST_BYTES)
@@ -218,5 +218,5 @@ def _keep(key: str, value: Any) -> bool:
     return True
 
 
-def _place(key: str) -> Path:
+def _cache_file(key: str) -> Path:
     return cache_folder() / "prepared" / f"{key}.json"

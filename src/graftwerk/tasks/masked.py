@@ -27,7 +27,7 @@ from graftwerk.tasks.token_objective import SameTokenObjective, TokenObjective
 from graftwerk.tasks.tokenization import pad
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 MASK, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that become the mask token, and a random one."""
@@ -44,7 +44,7 @@ class Masked(LanguageModelingTask):
         default=0.15, gt=0, lt=1, description="share of tokens that are hidden and predicted"
     )
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         if config.is_encoder_decoder or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:

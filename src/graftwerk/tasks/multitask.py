@@ -31,7 +31,7 @@ from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.token_objective import TokenObjective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SET = "set"
 """The part of a row that names its set."""
@@ -86,7 +86,7 @@ class Multitask(TextTask):
         """Return True if any of the tasks generates text."""
         return any(task.generates for task in self.tasks.values())
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         bound = super().for_model(config)
         return bound._with({name: task.for_model(config) for name, task in self.tasks.items()})
 

@@ -29,7 +29,7 @@ from graftwerk.tasks.text import TextTask
 from graftwerk.tasks.tokenization import encode_texts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 T5_LIKE = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers", "pix2struct"})
 """Model types that are told in words what to do."""
@@ -49,7 +49,7 @@ class Seq2SeqTask(TextTask):
     """What models of the T5 family are told."""
     usual_template: ClassVar[str]
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         """Return the task with the usual prefix or template of such a model if none is given.
 
         Raises:
@@ -215,13 +215,13 @@ class PairGeneration(Generation):
         return options
 
 
-def _refuse_encoder(architecture: Any, title: str) -> None:
+def _refuse_encoder(config: PreTrainedConfig, title: str) -> None:
     """Raise UnsupportedError for an encoder: with the head that transformers gives it, BERT would see the answer."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
-    if architecture.model_type in ENCODERS and not getattr(architecture, "is_decoder", False):
+    if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
         raise UnsupportedError(
-            f"{title} needs a causal or encoder-decoder model, and `{architecture.model_type}` only reads",
+            f"{title} needs a causal or encoder-decoder model, and `{config.model_type}` only reads",
             where="model",
             hint="a model like SmolLM2, GPT-2, T5, BART, mBART or Marian",
         )

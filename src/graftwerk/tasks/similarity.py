@@ -37,7 +37,7 @@ from graftwerk.tasks.tokenization import encode_texts, pad
 from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 BOTH = {"scores": ("text", "text_pair"), "anchors": ("anchor", "positive")}
 """The fields of the two texts of a row, by the kind of rows."""
@@ -72,7 +72,7 @@ class Similarity(Task):
         """Return the metric that decides, which also chooses the checkpoint."""
         return self.main_metric
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedError(
                 f"similarity needs an encoder or a decoder, and `{config.model_type}` is both",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import PrivateAttr
 
@@ -21,6 +21,9 @@ from graftwerk.tasks.generation import Layout as Layout
 from graftwerk.tasks.splits import Splits, splits_of, splits_of_stream
 from graftwerk.tasks.token_objective import NextTokenObjective, Seq2SeqObjective, TokenObjective
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 class TextTask(Task):
     """Abstract; subclasses read and encode rows in their ways. Call `for_model` before anything else is used."""
@@ -33,7 +36,7 @@ class TextTask(Task):
 
     _layout: Layout = PrivateAttr(default="causal")
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         layout: Layout = "encoder-decoder" if getattr(config, "is_encoder_decoder", False) else "causal"
         if layout not in self.layouts:
             raise UnsupportedError(

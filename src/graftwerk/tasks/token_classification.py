@@ -31,7 +31,7 @@ from graftwerk.tasks.tagging import TagDecoder, TagObjective
 from graftwerk.tasks.windows import NOWHERE, Window, windows_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class TokenClassification(Task):
@@ -62,7 +62,7 @@ class TokenClassification(Task):
     _last: bool = PrivateAttr(default=False)
     _labels: tuple[str, ...] = PrivateAttr(default=())
 
-    def for_model(self, config: Any) -> Self:
+    def for_model(self, config: PreTrainedConfig) -> Self:
         from transformers import AutoModelForMaskedLM
 
         bound = self.model_copy()

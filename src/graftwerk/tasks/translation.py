@@ -135,7 +135,9 @@ class Translation(Seq2SeqTask):
         """Return the English names of the languages that prefix or template mention."""
         wanted = fields_in(self.template if self.layout == "causal" else self.prefix)
         return {
-            side: name_or_error(self._language(row, side), setting=side, given=row.get(side) is None, where=_said(row))
+            side: name_or_error(
+                self._language(row, side), setting=side, given=row.get(side) is None, where=_row_text(row)
+            )
             for side in SIDES
             if side in wanted
         }
@@ -173,7 +175,9 @@ class Translation(Seq2SeqTask):
     def _pair(self, row: Row, codes: LanguageCodes) -> tuple[str, str]:
         sides = SIDES if codes.both else SIDES[1:]
         for side in sides:
-            check_code(self._language(row, side), codes, setting=side, given=row.get(side) is None, where=_said(row))
+            check_code(
+                self._language(row, side), codes, setting=side, given=row.get(side) is None, where=_row_text(row)
+            )
         return self._language(row, SIDES[0]) if codes.both else "", self._language(row, SIDES[1])
 
     def _language(self, row: Row, side: str) -> str:
@@ -203,7 +207,7 @@ class Translation(Seq2SeqTask):
                 if code is not None and language_name(code) not in (None, name):
                     raise DataError(
                         f"the model's {side.partition('_')[0]} language is {name} alone, and a row has `{code}`",
-                        where=_said(row),
+                        where=_row_text(row),
                         hint="use the model of this pair, or other rows",
                     )
 
@@ -305,5 +309,5 @@ def _in_language(example: Example, target: str) -> Example:
     return replace(example, row={"target_lang": target, **(example.row or {})})
 
 
-def _said(row: Row) -> str:
+def _row_text(row: Row) -> str:
     return f"source: {str(row.get('source'))[:80]!r}"

@@ -86,7 +86,7 @@ class BatchSampler:
         Args:
             step: Number of the step, from 0.
         """
-        epoch, at, position, part = self._place(step)
+        epoch, at, position, part = self._position(step)
         if self._order[0] != part:
             drawn = None if self.draw is None else self.draw(epoch)
             first = at * self._part_steps * self.rows_per_step
@@ -99,9 +99,9 @@ class BatchSampler:
 
     def has_in_memory(self, step: int) -> bool:
         """Return True if the rows of a step can be had without letting go of those that are in memory now."""
-        return not isinstance(self.examples, EncodedStream) or self._place(step)[3] == self._order[0]
+        return not isinstance(self.examples, EncodedStream) or self._position(step)[3] == self._order[0]
 
-    def _place(self, step: int) -> tuple[int, int, int, int]:
+    def _position(self, step: int) -> tuple[int, int, int, int]:
         """Return the epoch of a step, the part within it, the step within the part, and the part's number of all."""
         epoch, position = divmod(step, self.steps_per_epoch)
         at, position = divmod(position, self._part_steps)

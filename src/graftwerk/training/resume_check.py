@@ -32,7 +32,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     old, new = _flat(redacted(_from_anywhere(before))), _flat(redacted(_from_anywhere(now)))
     return [
-        f"{key.removeprefix('config.')}: {_shown(old, key)} -> {_shown(new, key)}"
+        f"{key.removeprefix('config.')}: {_value_text(old, key)} -> {_value_text(new, key)}"
         for key in sorted(old.keys() | new.keys())
         if not key.startswith(FREE)
         and (key not in new or (_asks(new[key]) if key not in old else old[key] != new[key]))
@@ -54,7 +54,7 @@ def environment_warning(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
     """Return a warning about differences that do not forbid resuming but make sums round differently, or None."""
     old, new = before.get("environment", {}), now.get("environment", {})
     changed = [
-        f"{key}: {_shown(old, key)} -> {_shown(new, key)}"
+        f"{key}: {_value_text(old, key)} -> {_value_text(new, key)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -87,6 +87,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
+def _value_text(values: Mapping[str, Any], key: str) -> str:
     text = repr(values[key]) if key in values else "(missing)"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -142,7 +142,7 @@ def recommend(
         "aim": aim,
         "case": {"model": base.model, "task": base.task.name, "parameters": parameters, "rows": rows,
                  "memory_bytes": memory, "layers": depth},
-        "ranked": [_told(candidate, given) for candidate in ranked],
+        "ranked": [_described(candidate, given) for candidate in ranked],
         "left_out": [{"label": one.label, "reason": one.missing} for one in left_out],
         "unknown": [*notes, *evidence.notes, *UNKNOWN],
     }  # fmt: skip
@@ -239,7 +239,7 @@ def _sharpen(usable: list[Candidate], aim: str) -> None:
         candidate.reasons.append((round(points, 2), said, "plan"))
 
 
-def _told(candidate: Candidate, given: str) -> dict[str, Any]:
+def _described(candidate: Candidate, given: str) -> dict[str, Any]:
     method = candidate.changes["method"]
     words = ["graftwerk", "train", given, f"method={_flow(method)}"]
     words += [f"{key.partition('.')[2]}={_flow(value)}" for key, value in candidate.changes.items() if key != "method"]

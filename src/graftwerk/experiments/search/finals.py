@@ -53,7 +53,6 @@ class Finals:
         self.seeds = list(range(first, first + wanted.repeats))
         done = [record for record in records if record["state"] == "complete"]
         done.sort(key=lambda record: (-record["value"] if higher else record["value"], record["number"]))
-        self.best_trial = done[0]
         distinct: list[Mapping[str, Any]] = []
         for record in done:
             if record["settings"] not in [self.defaults, *(one["settings"] for one in distinct)]:
@@ -99,7 +98,7 @@ class Finals:
         best = measured[DEFAULTS] if stands or BEST not in measured else measured[BEST]
         return {
             "seeds": self.seeds,
-            "finalists": [self._told(name) for name in self.settings],
+            "finalists": [self._finalist(name) for name in self.settings],
             "best": {
                 "trial": None if stands else int(self.winner.partition("-")[2]),
                 "settings": self.defaults if stands else self.settings[self.winner],
@@ -179,7 +178,7 @@ class Finals:
         known = METRICS[self.metric]
         return max(ended, key=lambda name: (len(ended[name]), known.better(fmean(ended[name].values()), 0.0)))
 
-    def _told(self, name: str) -> dict[str, Any]:
+    def _finalist(self, name: str) -> dict[str, Any]:
         values = self.values[name]
         return {
             "name": name,

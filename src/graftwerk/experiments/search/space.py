@@ -95,7 +95,7 @@ def value_text(value: Any) -> str:
     """Return a value as a run file has it.
 
     Example:
-        >>> label(["q_proj", "v_proj"]), label(None), label(0.001)
+        >>> value_text(["q_proj", "v_proj"]), value_text(None), value_text(0.001)
         ('[q_proj, v_proj]', 'null', '0.001')
     """
     if isinstance(value, float):
