@@ -231,7 +231,7 @@ def trace_step(
         UnsupportedError: The method does not support this architecture.
         ConfigError: A target matches nothing.
     """
-    from graftwerk.evaluation.inference import batches_of, evaluation_mode
+    from graftwerk.evaluation.inference import batches_of, evaluation_mode, without_cache
     from graftwerk.models.positions import fix_padding
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
@@ -292,7 +292,7 @@ def trace_step(
     del gradient
     trainer.optimizer.zero_grad()
     stepped = len(meter.events)
-    with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), without_cache(model), torch.no_grad():
         meter.restart()
         with cache.serving(held_out, batch):
             outputs = task.objective.forward(model, batch)
