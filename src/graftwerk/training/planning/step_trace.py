@@ -273,7 +273,7 @@ def trace_step(
     held_out = [validation[row] for row in next(iter(batches_of(validation, size)), [])]
     held_out = held_out or [examples[row] for row in longest[:size]]
     with torch.random.fork_rng(devices=[]):
-        step = trainer.gradients.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
+        step = trainer.gradients.batches.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
         batch = task.objective.prepare(task.collator.collate(held_out, prepared.tokenizer), model)
     shapes = [next(iter(batch.values())).shape for batch in step.batches]
     step = replace(step, batches=[_without_values(fake, batch) for batch in step.batches])
