@@ -19,9 +19,13 @@ from graftwerk.evaluation.loading import load_adapter_for
 from graftwerk.evaluation.results_io import EVALUATION, PREDICTIONS, load_evaluation
 from graftwerk.models import hardware
 from graftwerk.serialization.untrusted_files import read_sealed
+from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification
 from graftwerk.tasks.collator import ClassCollator
 from graftwerk.training.train import train
+from tests.families import FAMILIES
+from tests.training.test_waits import Words
+from tests.training.test_waits import examples as examples_of
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,15 @@ def test_run_model_loss_is_row_mean_and_training_mode_is_restored(run: Path, glo
 def test_run_model_without_rows_returns_empty(run: Path) -> None:
     opened = load_adapter_for(run)
     assert len(run_model(opened.model, opened.task, [], opened.tokenizer).scores) == 0
+
+
+def test_run_model_stores_no_keys_and_values() -> None:
+    """A plan of 7 billion parameters counted 1.6 GB of them."""
+    model, seen = FAMILIES["llama"].build(), list[Any]()
+    model.model.register_forward_hook(lambda *call: seen.append(call[-1].past_key_values))
+    run_model(model, Causal(), examples_of("causal", 4), Words())  # type: ignore[arg-type]
+    assert seen == [None]
+    assert model.config.use_cache
 
 
 # -- evaluate

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, ResourceError, UnsupportedError
@@ -64,7 +65,7 @@ def native_dropout(self: InputDropout, x: Tensor, dtype: torch.dtype) -> Tensor:
         ("causal", "lora", 1, {"gradient_accumulation_steps": 2}),
         pytest.param("causal", "prefix", 1, {}, marks=pytest.mark.slow),
         pytest.param("causal", "prompt", 1, {}, marks=pytest.mark.slow),
-        pytest.param("causal", "lora", 1, {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        ("causal", "lora", 1, {"gradient_checkpointing": True, "dropout": 0.0}),
         pytest.param("causal", "lora", 1, {"packing": True}, marks=pytest.mark.slow),
         pytest.param("seq2seq", "lora", 2, {}, marks=pytest.mark.slow),
         pytest.param("masked", "dora", 1, {}, marks=pytest.mark.slow),
@@ -84,6 +85,34 @@ def test_trainer_compile_is_a_graph_a_stack_and_equals_eager(
     compiled = losses(trainer_of(tmp_path / "compiled", kind, method, compile=True, **settings))
     assert counting.graphs == graphs
     monkeypatch.setattr(InputDropout, "dropped", native_dropout)  # as graphs draw their masks
+    with flags.plain("fused"):
+        assert compiled == pytest.approx(losses(trainer_of(tmp_path / "eager", kind, method, **settings)), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "method", "graphs"),
+    [
+        ("causal", "lora", 1),
+        ("classification", "houlsby", 1),
+        ("causal", "ia3", 1),
+        ("causal", "prefix", 1),
+        ("causal", "prompt", 1),
+        ("causal", "lora tokens", 1),
+        ("seq2seq", "dora", 2),
+        ("classification", "bitfit", 1),
+        ("classification", "full", 1),
+    ],
+)
+def test_compile_with_gradient_checkpointing_and_dropout_is_a_graph_a_stack_and_equals_eager(
+    kind: str, method: str, graphs: int, counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compiler, which repeats the masks of dropout in backward; graphs that run as they are draw new ones."""
+    counting.compiler = aot_eager
+    settings = {"dropout": 0.2, "gradient_checkpointing": True}
+    compiled = losses(trainer_of(tmp_path / "compiled", kind, method, compile=True, **settings))
+    assert counting.graphs == graphs
+    monkeypatch.setattr(InputDropout, "dropped", native_dropout)
     with flags.plain("fused"):
         assert compiled == pytest.approx(losses(trainer_of(tmp_path / "eager", kind, method, **settings)), rel=1e-4)
 
@@ -129,6 +158,19 @@ def test_inductor_equals_eager_and_resumes_bit_equal(kind: str, tmp_path: Path) 
     if kind == "classification":
         whole, resumed = resumed_and_whole(tmp_path)
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    compilation._missing_compiler(torch.device("cpu")) is not None, reason="inductor needs a C++ compiler"
+)
+def test_inductor_repeats_masks_of_dropout_under_gradient_checkpointing(tmp_path: Path) -> None:
+    found = []
+    for on in (False, True):
+        torch._dynamo.reset()
+        trainer = trainer_of(tmp_path / str(on), "classification", compile=True, dropout=0.2, gradient_checkpointing=on)
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 class Tiny(nn.Module):

@@ -278,7 +278,7 @@ def test_forked_errors_equal_those_of_one_process(run_file: Build, tmp_path: Pat
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_run_forked_error_of_all_is_raised_itself(kind: type[Exception], run_file: Build) -> None:
     def work() -> None:
-        import graftwerk.training.gradients as loop
+        import graftwerk.training.step_batches as loop
 
         def wrong(*_: Any, **__: Any) -> None:
             raise kind("in every process")
@@ -293,7 +293,7 @@ def test_run_forked_error_of_all_is_raised_itself(kind: type[Exception], run_fil
 
 def test_run_forked_error_of_one_worker_is_named(run_file: Build) -> None:
     def work() -> None:
-        import graftwerk.training.gradients as loop
+        import graftwerk.training.step_batches as loop
 
         before = loop.micro_batches
 

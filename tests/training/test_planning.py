@@ -141,6 +141,25 @@ def test_plan_of_deep_model_is_carried_on_from_two_depths(
         assert carried[name] == pytest.approx(whole[name], rel=0.01), name
 
 
+def test_plan_of_deep_model_carries_on_step_and_evaluation_apart(
+    tiny_decoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At two and three layers the evaluation of a 7B model took the most, at 32 its steps do."""
+    data = {"train": str(glosses), "columns": {"text": "text"}, "validation": 4}
+    tree = {"model": str(tiny_decoder), "task": "causal", "method": "lora", "data": data, "output_dir": str(tmp_path)}
+    planner = Planner(RunConfig.build(tree, {}))
+    planner.architecture.num_hidden_layers = 32
+
+    def figures(config: RunConfig, architecture: Any) -> dict[str, float]:
+        step, evaluation = 10.0 + 5 * architecture.num_hidden_layers, 100.0 + architecture.num_hidden_layers
+        alive = max(step, evaluation)
+        return {"step_peak": step, "evaluation_peak": evaluation, "alive": alive, "held": 1.5 * alive}
+
+    monkeypatch.setattr(planner, "_figures", figures)
+    found = planner._measured(planner.config)
+    assert (found["alive"], found["held"]) == (170, 255)
+
+
 @given(SIZES)
 def test_held_by_cuda_covers_what_is_alive_and_takes_free_blocks_again(sizes: list[int]) -> None:
     made = array("q", sizes)

@@ -138,7 +138,7 @@ def test_replay_rows_are_training_rows_and_follow_from_the_step(
     assert replay.drawn(3, 6) == replay.drawn(3, 6) != replay.drawn(4, 6)
     assert len(replay.drawn(0, 6)) == 3
     model = trainer.adapter.model.eval()
-    own = trainer.gradients.prepare(trainer.batch_sampler(0), 6)
+    own = trainer.gradients.batches.prepare(trainer.batch_sampler(0), 6)
     found = sum(float(loss.detach()) for loss in replay.losses(0, own, trainer.gradients))
     ((path, head),) = setting.meter.heads["first"].items()
     hidden: dict[str, torch.Tensor] = {}
@@ -220,7 +220,7 @@ def test_consolidation_holds_the_weights_that_matter(
     for name, weight in (("held", 1e6), ("loose", 1e-6)):
         train(later(tmp_path / name, {"consolidation": weight}, learning_rate=5e-2), listener=quiet)
         (strategy,), trainer = caught[-1][0].strategies, caught[-1][1]
-        own = trainer.gradients.prepare(trainer.batch_sampler(0), 6)
+        own = trainer.gradients.batches.prepare(trainer.batch_sampler(0), 6)
         changes.append(sum(float(loss.detach()) for loss in strategy.losses(0, own, trainer.gradients)) / weight)
     assert 0 < changes[0] < changes[1] / 3
 

@@ -179,13 +179,29 @@ def test_gradient_checkpointing_gives_same_losses(bench: Bench, tmp_path: Path) 
             trainer = bench.trainer(
                 tmp_path / f"{method}-{on}", method=method, max_steps=3, gradient_checkpointing=on, dropout=True
             )
-            recomputed = []
+            recomputed, hooks = [], trainer.adapter.model.get_input_embeddings()._forward_hooks
             layer = trainer.adapter.model.bert.encoder.layer[0].attention
             layer.register_forward_hook(lambda *_, seen=recomputed: seen.append(torch.is_grad_enabled()))
             told.append(losses(trainer))
             assert recomputed.count(True) == (6 if on else 3)
+            assert not hooks
         assert told[0] == pytest.approx(told[1], rel=1e-5)
         assert not trainer.adapter.model.is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_recomputes_no_layer_below_the_lowest_adapter(bench: Bench, tmp_path: Path) -> None:
+    top = {"name": "lora", "layers": [1]}
+    settings = {"max_steps": 2, "trunk_cache": False, "gradient_checkpointing": True}
+    trainer = bench.trainer(tmp_path, method=top, validation=False, **settings)
+    passes = [0, 0]
+    for number, layer in enumerate(trainer.adapter.model.bert.encoder.layer):
+
+        def count(*_: Any, number: int = number) -> None:
+            passes[number] += 1
+
+        layer.attention.register_forward_hook(count)
+    losses(trainer)
+    assert passes == [2, 4]
 
 
 def test_gradient_checkpointing_unsupported_model_raises(bench: Bench, tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from graftwerk.tasks.summarization import Summarization
 from graftwerk.training import optim
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.events import Event
-from graftwerk.training.gradients import Gradient, GradientAccumulator
+from graftwerk.training.gradients import Gradient
 from graftwerk.training.settings import TrainingSettings
+from graftwerk.training.step_batches import StepBatches
 from graftwerk.training.trainer import Trainer
 from graftwerk.training.trainer_inputs import RunContext, TrainingData
 from tests.contract.cases import METHODS, REFUSED
@@ -239,7 +240,7 @@ def test_step_launches_optimizer_and_next_batch_before_it_waits(tmp_path: Path, 
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: (order.append(said), own(*args, **kwargs))[1])
 
     noted(optim, "step_if", "optimizer")
-    noted(GradientAccumulator, "prepare", "collate")
+    noted(StepBatches, "prepare", "collate")
     noted(Gradient, "read", "wait")
     trainer_of(tmp_path, "causal", max_steps=2).fit()
     assert order == ["collate", "optimizer", "collate", "wait", "optimizer", "wait"]
@@ -256,7 +257,7 @@ def weights_after(trainer: Trainer) -> list[Tensor]:
 @pytest.mark.parametrize("kind", ["masked", "causal"])
 def test_prefetch_changes_no_bit(tmp_path: Path, kind: str, monkeypatch: Any) -> None:
     ahead = weights_after(trainer_of(tmp_path / "a", kind, dropout=0.1, max_steps=6))
-    monkeypatch.setattr(GradientAccumulator, "prefetch", lambda *_: None)
+    monkeypatch.setattr(StepBatches, "prefetch", lambda *_: None)
     plain = weights_after(trainer_of(tmp_path / "b", kind, dropout=0.1, max_steps=6))
     assert all(torch.equal(a, b) for a, b in zip(ahead, plain, strict=True))
 
@@ -275,7 +276,7 @@ def test_prefetched_batch_is_dropped_when_a_checkpoint_is_loaded(tmp_path: Path)
     trainer = trainer_of(tmp_path, "masked", **settings)
     whole = weights_after(trainer)
     again = trainer_of(tmp_path / "b", "masked", **settings)
-    again.gradients.prefetch(again.batch_sampler(3), again.state.micro_batch)  # drawn from another state
+    again.gradients.batches.prefetch(again.batch_sampler(3), again.state.micro_batch)  # drawn from another state
     again.restore(trainer.checkpoints.load(3))
     assert all(torch.equal(a, b) for a, b in zip(whole, weights_after(again), strict=True))
 

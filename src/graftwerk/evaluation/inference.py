@@ -54,7 +54,7 @@ def run_model(
     losses: list[float] = []
     weights: list[float] = []
     done = 0
-    with evaluation_mode(model), torch.inference_mode(), autocast(model, dtype):
+    with evaluation_mode(model), without_cache(model), torch.inference_mode(), autocast(model, dtype):
         for rows in batches_of(examples, batch_size):
             chosen = [examples[row] for row in rows]
             prepared = task.objective.prepare(task.collator.collate(chosen, tokenizer), model)
@@ -117,3 +117,16 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """Keep a model from storing keys and values of every layer, which only generation reads again."""
+    use_cache = getattr(model.config, "use_cache", None)
+    if use_cache:
+        model.config.use_cache = False
+    try:
+        yield
+    finally:
+        if use_cache:
+            model.config.use_cache = use_cache

@@ -1,6 +1,6 @@
 """The gradient of one step, accumulated over micro-batches and processes.
 
-Legend: B rows of a micro-batch, T tokens of a row with padding, P processes.
+Legend: P processes.
 """
 
 from __future__ import annotations
@@ -14,19 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graftwerk.devices import is_out_of_memory
-from graftwerk.evaluation.inference import moved
-from graftwerk.tasks.base import Example, Task
-from graftwerk.tasks.packing import pack
 from graftwerk.training.activation_cache.cache import ActivationCache
-from graftwerk.training.batch_sampler import BatchSampler, micro_batches
-from graftwerk.training.distributed import Distributed
-from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.signals import StopSignals
+from graftwerk.training.step_batches import PreparedStep, StepBatches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from graftwerk.training.compilation import CompiledStacks
 
 
@@ -55,27 +47,29 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class PreparedStep:
-    """The batches of a step, collated and on their way to the device.
+class ForwardPasses:
+    """How the forward passes of training run.
 
     Attributes:
-        rows: Rows of the step, of all processes.
-        micro_batch: Rows of a micro-batch.
-        examples: Examples of each micro-batch of this process.
-        batches: Their tensors, (B, T) each.
-        weights: Number of targets of each micro-batch.
-        drawn: States of torch's generator before and after collating, (n,) uint8 each.
+        activation_cache: Cache that serves the frozen layers' hidden states.
+        compiled: The model's layers as they are compiled, or None if they run eagerly.
+        dtype: Type that they compute in; anything but float32 means autocast.
     """
 
-    rows: Sequence[int]
-    micro_batch: int
-    examples: list[list[Example]]
-    batches: list[dict[str, Tensor]]
-    weights: list[float]
-    drawn: tuple[Tensor, Tensor]
+    activation_cache: ActivationCache
+    compiled: CompiledStacks | None
+    dtype: torch.dtype
+
+    def compiling(self) -> AbstractContextManager[Any]:
+        """Return a context in which the layers run as they are compiled, for a forward and a backward pass."""
+        return nullcontext() if self.compiled is None else self.compiled.active()
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Return a context of the type that forward passes on ``device`` compute in."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
 
-Beside = Callable[["PreparedStep", "GradientAccumulator"], Iterator[Tensor]]
+Beside = Callable[[PreparedStep, "GradientAccumulator"], Iterator[Tensor]]
 """Yields losses (scalars) that are added to those of a step, before the micro-batches of the step itself."""
 
 
@@ -83,46 +77,27 @@ class GradientAccumulator:
     """Compute the gradient of the mean loss over all targets of a step.
 
     Args:
-        model: Model as `Distributed.prepare` returned it.
+        batches: Batches of the steps; model, task, settings and processes are theirs.
+        passes: How forward passes run.
         parameters: Trained parameters (...) of any shape.
-        task: Task as it is trained, with class weights.
-        tokenizer: Tokenizer of the model.
-        rows_of: Sampler that holds the rows.
-        settings: Training settings.
         optimizer: Optimizer whose gradients are set.
         scaler: Scaler of float16 losses.
-        processes: Processes that train together.
-        activation_cache: Cache that serves the frozen layers' hidden states.
-        compiled: The model's layers as they are compiled, or None if they run eagerly.
-        dtype: Type that forward passes compute in.
-        max_length: Tokens of a packed row.
         stop: Stop signals of this process.
     """
 
     def __init__(
         self,
-        model: Any,
+        batches: StepBatches,
+        passes: ForwardPasses,
         parameters: Sequence[torch.nn.Parameter],
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        rows_of: BatchSampler,
-        settings: TrainingSettings,
-        *,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        processes: Distributed,
-        activation_cache: ActivationCache,
-        compiled: CompiledStacks | None,
-        dtype: torch.dtype,
-        max_length: int,
         stop: StopSignals,
     ) -> None:
-        self.model, self.parameters, self.task, self.tokenizer = model, parameters, task, tokenizer
-        self.rows_of, self.settings, self.optimizer, self.scaler = rows_of, settings, optimizer, scaler
-        self.processes, self.activation_cache, self.dtype = processes, activation_cache, dtype
-        self.compiled = compiled
-        self.max_length, self.stop = max_length, stop
-        self._next: PreparedStep | None = None
+        self.batches, self.passes, self.parameters = batches, passes, parameters
+        self.optimizer, self.scaler, self.stop = optimizer, scaler, stop
+        self.model, self.task = batches.model, batches.task
+        self.settings, self.processes = batches.settings, batches.processes
         self.beside: Beside | None = None
         """Losses beside the task's own, or None."""
 
@@ -145,7 +120,7 @@ class GradientAccumulator:
         Returns:
             The loss, the norm before clipping and the number of targets; all 0 in a step without a target.
         """
-        return self.of(self._prepared(rows, micro_batch))
+        return self.of(self.batches.take(rows, micro_batch))
 
     def of(self, step: PreparedStep) -> Gradient:
         """Set the parameters' gradients to those of batches that are collated already."""
@@ -158,8 +133,8 @@ class GradientAccumulator:
         pieces = zip(step.batches, step.weights, step.examples, strict=True)
         for number, (batch, weight, examples) in enumerate(pieces, start=1):
             last = number == len(step.batches)
-            with self._compiled(), nullcontext() if last else processes.no_sync(self.model):
-                with self.activation_cache.serving(examples, batch), self._autocast():
+            with self.passes.compiling(), nullcontext() if last else processes.no_sync(self.model):
+                with self.passes.activation_cache.serving(examples, batch), self.passes.autocast(device):
                     outputs = objective.forward(self.model, batch)
                     mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
                     loss = mean * (weight / (total or 1.0))
@@ -179,7 +154,7 @@ class GradientAccumulator:
         """Propagate losses beside the task's own; DDP sums their gradients with those of the last micro-batch."""
         with self.processes.no_sync(self.model):
             while True:
-                with self._autocast():
+                with self.passes.autocast(self.processes.device):
                     loss = next(losses, None)
                 if loss is None:
                     return
@@ -187,69 +162,3 @@ class GradientAccumulator:
 
     def _backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss * self.processes.grad_scale).backward()  # type: ignore[no-untyped-call]
-
-    def prefetch(self, rows: Sequence[int], micro_batch: int) -> None:
-        """Prepare the next step while the device works on this one.
-
-        What collating draws belongs to that step: the generator is afterwards as it was, so that a checkpoint between
-        the two has the state of the step that was taken.
-
-        Args:
-            rows: Rows of the next step, of all processes.
-            micro_batch: Rows of a micro-batch.
-        """
-        before = torch.get_rng_state()
-        try:
-            self._next = self.prepare(rows, micro_batch)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._next = None  # prepared in its own step then, which can do with less
-        finally:
-            torch.set_rng_state(before)
-
-    def _prepared(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
-        step, self._next = self._next, None
-        if step is None or (step.rows, step.micro_batch) != (rows, micro_batch):
-            return self.prepare(rows, micro_batch)
-        before, after = step.drawn
-        if not torch.equal(before, torch.get_rng_state()):  # a checkpoint was loaded, or somebody has seeded
-            return self.prepare(rows, micro_batch)
-        torch.set_rng_state(after)
-        return step
-
-    def prepare(self, rows: Sequence[int], micro_batch: int) -> PreparedStep:
-        """Collate this process's share of a step and send it to the device.
-
-        Args:
-            rows: Rows of the step, of all processes.
-            micro_batch: Rows of a micro-batch.
-        """
-        processes, objective = self.processes, self.task.objective
-        pieces = micro_batches(
-            rows,
-            self.rows_of.lengths,
-            micro_batch,
-            tokens=self.settings.per_device_train_tokens,
-            processes=processes.world_size,
-            process=processes.rank,
-        )
-        before = torch.get_rng_state()
-        # A process without rows left takes part with weight zero: the others wait for its gradients.
-        examples = [[self.rows_of.examples[row] for row in piece or rows[:1]] for piece in pieces]
-        batches = [objective.prepare(self._collated(some), self.model) for some in examples]
-        weights = [objective.num_targets(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
-        sent = [moved(batch, processes.device) for batch in batches]
-        return PreparedStep(rows, micro_batch, examples, sent, weights, (before, torch.get_rng_state()))
-
-    def _collated(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Collate examples into tensors (B, T) on the host."""
-        if self.settings.packing:
-            return pack(examples, self.tokenizer, self.max_length)
-        return self.task.collator.collate_training(examples, self.tokenizer)
-
-    def _compiled(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.compiled is None else self.compiled.active()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.processes.device.type, self.dtype)

@@ -10,6 +10,7 @@ import torch
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.evaluation.inference import without_cache
 from graftwerk.methods.placement import is_dispatched
 from graftwerk.models.hardware import TYPES, frozen_dtype
 from graftwerk.models.quantization import require_bitsandbytes
@@ -108,7 +109,9 @@ def check_checkpointing(model: Any, wanted: bool) -> None:
 def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
     """Return a context with the model in training mode, without key/value caches.
 
-    Recomputing is non-reentrant: the reentrant kind gives no gradient to adapters behind a frozen embedding.
+    Recomputing is non-reentrant. The reentrant kind gives no gradient to adapters behind a frozen embedding, unless its
+    output requires gradients; transformers sees to that with a hook, which here would have frozen layers below the
+    lowest adapter recomputed and propagated through, and which cuts a compiled graph. So it is taken away.
 
     Args:
         model: The model.
@@ -118,17 +121,18 @@ def training_mode(model: Any, checkpointing: bool) -> Iterator[None]:
         UnsupportedError: The model cannot recompute activations.
     """
     check_checkpointing(model, checkpointing)
-    was_training, use_cache = model.training, getattr(model.config, "use_cache", None)
+    was_training = model.training
     model.train()
-    if use_cache:
-        model.config.use_cache = False
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        callers = getattr(model, "_require_grads_hooks", None)
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.disable_input_require_grads()
+        if callers:
+            model._require_grads_hooks = callers  # so that the caller can still remove them
     try:
-        yield
+        with without_cache(model):
+            yield
     finally:
         if checkpointing:
-            model.gradient_checkpointing_disable()
-        if use_cache:
-            model.config.use_cache = use_cache
+            getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
         model.train(was_training)

@@ -33,13 +33,14 @@ from graftwerk.training.checkpoint import Snapshot
 from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.distributed import Distributed, connect
 from graftwerk.training.events import Event
-from graftwerk.training.gradients import GradientAccumulator
+from graftwerk.training.gradients import ForwardPasses, GradientAccumulator
 from graftwerk.training.mode import check_compute_type, check_placement, training_mode
 from graftwerk.training.oom import halve_micro_batch, out_of_memory_error
 from graftwerk.training.retention.retention import Retention
 from graftwerk.training.run_dir import TRUNK
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.snapshot import load_state_dict, state_dict
+from graftwerk.training.step_batches import StepBatches
 from graftwerk.training.timing import Clock
 from graftwerk.training.trainer_inputs import RunContext, TrainingData
 from graftwerk.training.trainer_state import TrainState
@@ -144,12 +145,12 @@ class Trainer:
 
             compiled = compile_stacks(self.adapter.model, self.distributed, lambda event: self.emit(event))
         task = weighted_task(self.settings, self.task, data.labels, data.train)  # evaluation has no class weights
-        return GradientAccumulator(
-            self.model, self.parameters, task, self.tokenizer, self.batch_sampler, self.settings,
-            optimizer=self.optimizer, scaler=self.scaler, processes=self.distributed,
-            activation_cache=self.activation_cache, compiled=compiled, dtype=self.dtype,
-            max_length=data.max_length or self.batch_sampler.longest, stop=self.stop,
+        batches = StepBatches(
+            self.model, task, self.tokenizer, self.batch_sampler, self.settings, self.distributed,
+            data.max_length or self.batch_sampler.longest,
         )  # fmt: skip
+        passes = ForwardPasses(self.activation_cache, compiled, self.dtype)
+        return GradientAccumulator(batches, passes, self.parameters, self.optimizer, self.scaler, self.stop)
 
     def _build_evaluator(self) -> Evaluator:
         return Evaluator(
@@ -232,7 +233,7 @@ class Trainer:
         if gradient.num_targets:  # without any, AdamW would still move the weights by momentum
             optim.step_if(self.optimizer, gradient.finite)
         if not self.all_steps_done and self.batch_sampler.has_in_memory(state.step):
-            self.gradients.prefetch(self.batch_sampler(state.step), state.micro_batch)
+            self.gradients.batches.prefetch(self.batch_sampler(state.step), state.micro_batch)
         loss, norm, self._stop_signal = gradient.read()  # all that the device can do is launched
         outcome = self._outcome(gradient.num_targets, loss, norm)
         self.scaler.update()

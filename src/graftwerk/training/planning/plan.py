@@ -209,8 +209,11 @@ class Planner:
         lower, higher = (self._figures(config, _cut(self.architecture, layers)) for layers in (low, high))
         factor = (depth - low) / (high - low)
         carried = {key: lower[key] + factor * (higher[key] - lower[key]) for key in lower}
+        # The peak of a few layers may be that of an evaluation, and the peak of many that of a step.
+        evaluated = carried["evaluation_peak"] if self.prepared.examples["validation"] else 0
+        alive = max(carried["step_peak"], evaluated)
         # Gaps between blocks are no sum over layers: they keep their share. Nor do sums of rows depend on depth.
-        return {**carried, "held": carried["alive"] * higher["held"] / max(higher["alive"], 1)}
+        return {**carried, "alive": alive, "held": alive * higher["held"] / max(higher["alive"], 1)}
 
     def _figures(self, config: RunConfig, architecture: Any) -> dict[str, float]:
         from graftwerk.models.hardware import compute_type

@@ -244,7 +244,7 @@ def trace_step(
         UnsupportedError: The method does not support this architecture.
         ConfigError: A target matches nothing.
     """
-    from graftwerk.evaluation.inference import batches_of, evaluation_mode
+    from graftwerk.evaluation.inference import batches_of, evaluation_mode, without_cache
     from graftwerk.models.positions import fix_padding
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
@@ -292,7 +292,7 @@ def trace_step(
     held_out = [validation[row] for row in next(iter(batches_of(validation, size)), [])]
     held_out = held_out or [examples[row] for row in longest[:size]]
     with torch.random.fork_rng(devices=[]):
-        step = trainer.gradients.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
+        step = trainer.gradients.batches.prepare(longest[: min(trainer.rows_per_step, TRACED * micro)], micro)
         batch = task.objective.prepare(task.collator.collate(held_out, prepared.tokenizer), model)
     shapes = [next(iter(batch.values())).shape for batch in step.batches]
     step = replace(step, batches=[_without_values(fake, batch) for batch in step.batches])
@@ -311,7 +311,7 @@ def trace_step(
     del gradient
     trainer.optimizer.zero_grad()
     stepped = len(meter.events)
-    with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), without_cache(model), torch.no_grad():
         meter.restart()
         with cache.serving(held_out, batch):
             outputs = task.objective.forward(model, batch)

@@ -16,9 +16,10 @@ from graftwerk.evaluation.sample_outputs import sample_rows
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Task
 from graftwerk.training.distributed import Distributed
-from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.retained import RetainedMeter
 from graftwerk.training.retained_rows import Retained
+from graftwerk.training.step_batches import PreparedStep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,9 +24,10 @@ from graftwerk.evaluation.inference import autocast, evaluation_mode
 from graftwerk.methods.base import AdapterModule, base_weight
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.modeling.weight_updates import updated_layers
-from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.retention.base import KEY, Setting, Strategy, batches_of, kept_examples
 from graftwerk.training.settings import ConsolidationSettings
+from graftwerk.training.step_batches import PreparedStep
 
 UPDATES = frozenset({"lora", "hira", "miss", "shira", "oft"})
 """Methods whose layers are updates of a weight alone."""

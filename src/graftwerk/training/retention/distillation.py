@@ -24,10 +24,11 @@ from graftwerk.evaluation.inference import evaluation_mode, to_device
 from graftwerk.modeling.attach import disabled
 from graftwerk.tasks.objective import LabelObjective, Objective, ScoreObjective
 from graftwerk.tasks.text import TextTask
-from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.retained_rows import Retained
 from graftwerk.training.retention.base import KEY, Setting, Strategy
 from graftwerk.training.settings import DistillationSettings
+from graftwerk.training.step_batches import PreparedStep
 from graftwerk.training.stream import EncodedStream
 
 

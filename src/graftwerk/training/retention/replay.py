@@ -17,10 +17,11 @@ from torch import Tensor
 
 from graftwerk.tasks.base import Example
 from graftwerk.tasks.regression import Regression, scale_of
-from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.retained_rows import Retained
 from graftwerk.training.retention.base import Setting, Strategy, batches_of, kept_examples
 from graftwerk.training.settings import ReplaySettings
+from graftwerk.training.step_batches import PreparedStep
 
 
 class Replay(Strategy):

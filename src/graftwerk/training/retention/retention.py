@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from graftwerk.training.callbacks.base import Callback, TrainingLoop
-from graftwerk.training.gradients import GradientAccumulator, PreparedStep
+from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.retention.base import Setting, Strategy
 from graftwerk.training.retention.consolidation import Consolidation
 from graftwerk.training.retention.distillation import Distillation
 from graftwerk.training.retention.replay import Replay
 from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import RetainSettings
+from graftwerk.training.step_batches import PreparedStep
 
 
 class Retention(Callback):
