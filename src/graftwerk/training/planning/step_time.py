@@ -27,11 +27,13 @@ class MeanStep:
         tokens: Tokens, padding included.
         squares: Rows times squared length, summed over micro-batches.
         batches: Micro-batches.
+        shapes: Different shapes (rows, length) of micro-batches in all of these steps.
     """
 
     tokens: float
     squares: float
     batches: float
+    shapes: int = 1
 
     def seconds(self, traced: Mapping[str, float], speed: float) -> float:
         """Return the seconds of the step.
@@ -63,6 +65,7 @@ def mean_step(train: Sequence[Example], training: TrainingSettings, micro: int, 
     if most is not None:  # tokens bound a micro-batch, and rows only the step
         micro *= training.gradient_accumulation_steps
     tokens = squares = batches = 0
+    shapes: set[tuple[int, int]] = set()
     for step in range(sampled):
         chosen = sampler(step)
         for piece in micro_batches(chosen, sampler.lengths, micro, tokens=most, processes=num_processes):
@@ -70,7 +73,8 @@ def mean_step(train: Sequence[Example], training: TrainingSettings, micro: int, 
             tokens += len(piece) * width
             squares += len(piece) * width**2
             batches += 1
-    return MeanStep(tokens / sampled, squares / sampled, batches / sampled)
+            shapes.add((len(piece), width))
+    return MeanStep(tokens / sampled, squares / sampled, batches / sampled, len(shapes))
 
 
 def speed_of(dtype: torch.dtype, kind: str) -> float:
