@@ -34,7 +34,7 @@ from graftwerk.training.planning.allocator import (
 )
 from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
 from graftwerk.training.planning.plan import Planner, _codes
-from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step
+from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step, shapes_of
 from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.setup import prepare
@@ -294,8 +294,8 @@ def test_plan_counts_16_bit_products_of_each_shape_of_a_batch(
         planner = Planner(RunConfig.build(tree), num_processes=1)
         beside[compute, steps] = planner._measured(planner.config)["beside"]
     assert traces[0].products == traces[0].evaluated_products == beside["float32", 9] == 0
-    shapes = min(9, mean_step(planner.prepared.examples["train"], planner.config.training, 4, 1).shapes)
-    assert shapes > 1
+    shapes = shapes_of(planner.prepared.examples["train"], planner.config.training, 4, 1, 9)
+    assert 1 < shapes <= 9
     once, evaluated = traces[1].products, 3 * traces[1].evaluated_products
     assert once > evaluated / 3 > 0
     assert beside["bfloat16", 9] == PRODUCT * min(1024, once * shapes + evaluated)

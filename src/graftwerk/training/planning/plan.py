@@ -28,7 +28,7 @@ from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
 from graftwerk.training.planning.allocator import held_beside, held_by_cuda, held_by_libc, repeated
 from graftwerk.training.planning.calibration import calibration
-from graftwerk.training.planning.step_time import MeanStep, mean_step, speed_of
+from graftwerk.training.planning.step_time import mean_step, shapes_of, speed_of
 from graftwerk.training.planning.step_trace import trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
@@ -232,9 +232,10 @@ class Planner:
         series = repeated(trace, min(steps, every), max(0, steps - every) if evaluates else None)
         beside = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
         if self.device.type == "cpu":
-            mean, size = self._mean_step(config), config.training.per_device_eval_batch_size
-            products = trace.products * min(mean.shapes, math.ceil(steps * mean.batches))
-            products += trace.evaluated_products * len(batches_of(self.prepared.examples["validation"], size))
+            train, validation = (self.prepared.examples[split] for split in ("train", "validation"))
+            shapes = shapes_of(train, config.training, self._micro_batch(config), self.num_processes, steps)
+            evaluations = len(batches_of(validation, config.training.per_device_eval_batch_size))
+            products = trace.products * shapes + trace.evaluated_products * evaluations
             beside += held_beside(trace.largest, products)
         imported = self._metrics_bytes()
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series, imported) or 0
@@ -303,9 +304,10 @@ class Planner:
         """Return the seconds of a mean step, of an epoch, and of the training with its evaluations."""
         from graftwerk.models.hardware import compute_type
 
-        factor = self.calibration.time_factor
+        factor, train = self.calibration.time_factor, self.prepared.examples["train"]
         speed = speed_of(compute_type(config.compute_type, self.device), self.device.type)
-        step_seconds = factor * self._mean_step(config).seconds(found, speed)
+        step = mean_step(train, config.training, self._micro_batch(config), self.num_processes)
+        step_seconds = factor * step.seconds(found, speed)
         steps, per_epoch, every = self._steps(config)
         held_out = sum(example.length for example in self.prepared.examples["validation"])
         evaluated = factor * found["evaluated"] * held_out / speed
@@ -314,10 +316,6 @@ class Planner:
             "epoch_seconds": step_seconds * per_epoch,
             "training_seconds": step_seconds * steps + evaluated * max(1.0, steps / every),
         }
-
-    def _mean_step(self, config: RunConfig) -> MeanStep:
-        train = self.prepared.examples["train"]
-        return mean_step(train, config.training, self._micro_batch(config), self.num_processes)
 
     def _micro_batch(self, config: RunConfig) -> int:
         return math.ceil(config.training.per_device_train_batch_size / self.num_processes)
