@@ -19,20 +19,22 @@ from graftwerk.models.load import load_config
 from graftwerk.models.quantization import Quantization
 from graftwerk.tasks.base import Example
 from graftwerk.training.planning import calibration as calibrating
+from graftwerk.training.planning import plan as planning
 from graftwerk.training.planning import step_trace
 from graftwerk.training.planning.allocator import (
     AFTERWARDS,
     MAPPED,
+    PRODUCT,
     STEPS,
     Series,
-    held_by_checkpoint,
+    held_beside,
     held_by_cuda,
     held_by_libc,
     repeated,
 )
 from graftwerk.training.planning.calibration import NAME, PROCESS_BYTES, Calibration, calibration, learn
 from graftwerk.training.planning.plan import Planner, _codes
-from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step
+from graftwerk.training.planning.step_time import CALL_SECONDS, MeanStep, mean_step, shapes_of
 from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.training.setup import prepare
@@ -280,5 +282,40 @@ def test_codes_of_quantized_weights_have_their_share_of_the_scales() -> None:
     assert _codes(Quantization(name="int8"), 2) == 0.5
 
 
-def test_held_by_checkpoint_begins_at_blocks_that_are_mapped() -> None:
-    assert [held_by_checkpoint(size) for size in (MAPPED - 1, MAPPED)] == [0, MAPPED * 3 // 2]
+def test_held_beside_begins_at_blocks_that_are_mapped_and_counts_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [held_beside(size, 0) for size in (MAPPED - 1, MAPPED)] == [0, MAPPED * 3 // 2]
+    assert [held_beside(0, products) for products in (3, 5000)] == [3 * PRODUCT, 1024 * PRODUCT]
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2")
+    assert held_beside(0, 3) == 2 * PRODUCT
+
+
+def test_plan_counts_16_bit_products_of_each_shape_of_a_batch(
+    tiny_encoder: Path, glosses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traces: list[step_trace.StepTrace] = []
+
+    def trace(*given: Any, **types: Any) -> step_trace.StepTrace:
+        traces.append(step_trace.trace_step(*given, **types))
+        return traces[-1]
+
+    monkeypatch.setattr(planning, "trace_step", trace)
+    monkeypatch.setattr(planning, "held_by_libc", lambda *_: 0)
+    beside = {}
+    for compute, steps in (("float32", 9), ("bfloat16", 9), ("bfloat16", 1)):
+        tree = {
+            "model": str(tiny_encoder), "task": "classification", "method": "lora",
+            "data": {"train": str(glosses), "validation": 10}, "output_dir": str(tmp_path / "run"),
+            "training": {
+                "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "max_steps": steps,
+                "compute_type": compute,
+            },
+        }  # fmt: skip
+        planner = Planner(RunConfig.build(tree), num_processes=1)
+        beside[compute, steps] = planner._measured(planner.config)["beside"]
+    assert traces[0].products == traces[0].evaluated_products == beside["float32", 9] == 0
+    shapes = shapes_of(planner.prepared.examples["train"], planner.config.training, 4, 1, 9)
+    assert 1 < shapes <= 9
+    once, evaluated = traces[1].products, 3 * traces[1].evaluated_products
+    assert once > evaluated / 3 > 0
+    assert beside["bfloat16", 9] == PRODUCT * min(1024, once * shapes + evaluated)
+    assert beside["bfloat16", 1] == PRODUCT * (once + evaluated)

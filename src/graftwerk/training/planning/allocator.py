@@ -8,6 +8,7 @@ and joined with its free neighbours when it is freed (c10/cuda/CUDACachingAlloca
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,8 @@ MAPPED = 32 * MIB
 """Least size of the blocks that glibc always maps and gives back (DEFAULT_MMAP_THRESHOLD_MAX)."""
 STEPS, AFTERWARDS = 6, 3
 """Most steps that are replayed before the first evaluation and after it: gaps between blocks soon stop growing."""
+PRODUCT = 700_000
+"""Bytes that oneDNN keeps for a matrix product in bfloat16, whatever its size (measured with AMX: .5 to .9 MB)."""
 REPLAYS = 5
 """Replays whose mean counts."""
 ROUND, SMALL, SMALL_SEGMENT, LARGE_BELOW, LARGE_SEGMENT, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB, 2 * MIB
@@ -86,16 +89,19 @@ def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Ser
     return Series(events, bytes(recorded), stepped, evaluated)
 
 
-def held_by_checkpoint(largest: int) -> int:
-    """Return the bytes that looking for non-finite values in the largest tensor adds to the peak on a CPU.
+def held_beside(largest: int, products: int) -> int:
+    """Return the bytes that a training on a CPU adds to those of its tensors and their gaps.
 
-    Its absolute values and two masks of a byte for four. Smaller blocks find room in what a step has left; glibc never
-    takes blocks from `MAPPED` on from there.
+    Looking for non-finite values in the largest tensor takes its absolute values and two masks of a byte for four.
+    Smaller blocks find room in what a step has left; glibc never takes blocks from `MAPPED` on from there. And oneDNN
+    makes code for each 16-bit matrix product of another shape, and keeps the latest.
 
     Args:
         largest: Bytes of the largest trained tensor.
+        products: Number of matrix products of different shapes in 16 bits.
     """
-    return largest * 3 // 2 if largest >= MAPPED else 0
+    kept = min(products, int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")))
+    return PRODUCT * kept + (largest * 3 // 2 if largest >= MAPPED else 0)
 
 
 def held_by_libc(series: Series, packages: int = 0) -> int | None:

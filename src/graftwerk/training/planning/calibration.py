@@ -14,7 +14,7 @@ import torch
 from graftwerk.models.cache import recall, remember
 from graftwerk.models.hardware import device_name
 
-NAME = "plans-2"
+NAME = "plans-3"
 """The number grows when the plan changes, since what was learnt holds for one way of planning."""
 LATEST = 15
 """Runs that are remembered."""

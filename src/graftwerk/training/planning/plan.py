@@ -26,9 +26,9 @@ from graftwerk.training.batch_sampler import BatchSampler
 from graftwerk.training.checkpoint import Checkpoints
 from graftwerk.training.mode import base_dtype
 from graftwerk.training.num_processes import resolve_num_processes
-from graftwerk.training.planning.allocator import held_by_checkpoint, held_by_cuda, held_by_libc, repeated
+from graftwerk.training.planning.allocator import held_beside, held_by_cuda, held_by_libc, repeated
 from graftwerk.training.planning.calibration import calibration
-from graftwerk.training.planning.step_time import mean_step, speed_of
+from graftwerk.training.planning.step_time import mean_step, shapes_of, speed_of
 from graftwerk.training.planning.step_trace import trace_step
 from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
@@ -156,7 +156,7 @@ class Planner:
             for size in (evaluated >> halvings for halvings in range(evaluated.bit_length())):
                 if (fitting := self._fitting(limit, rows, size, recompute)) is not None:
                     config, changes = fitting
-                    overrides = [f"{key}={_text(value)}" for key, value in changes.items()]
+                    overrides = [f"{key}={value}".replace("=True", "=true") for key, value in changes.items()]
                     return {"overrides": overrides, "plan": self.plan(config, largest_batch=largest_batch)}
                 smallest = self._measured(self._changed(rows[-1], size, recompute)[0])
                 if smallest["alive"] <= smallest["step_peak"]:
@@ -216,41 +216,43 @@ class Planner:
         return {**carried, "alive": alive, "held": alive * higher["held"] / max(higher["alive"], 1)}
 
     def _figures(self, config: RunConfig, architecture: Any) -> dict[str, float]:
+        from graftwerk.evaluation.inference import batches_of
         from graftwerk.models.hardware import compute_type
 
-        prepared = self.prepared if config.method == self.config.method else _with_method(self.prepared, config)
+        prepared = self.prepared
+        if config.method != self.config.method:
+            prepared = replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
         compute = compute_type(config.compute_type, self.device)
         weights_dtype = base_dtype(config, compute, self.device)
         own = RunConfig.build(
             config.model_dump(mode="json"), {"training.per_device_train_batch_size": self._micro_batch(config)}
         )
         with tempfile.TemporaryDirectory() as folder:
-            trace = trace_step(
-                own,
-                prepared,
-                copy.deepcopy(architecture),
-                Path(folder) / "none",
-                dtype=compute,
-                weights_dtype=weights_dtype,
-            )
+            types = {"dtype": compute, "weights_dtype": weights_dtype}
+            trace = trace_step(own, prepared, copy.deepcopy(architecture), Path(folder) / "none", **types)
         evaluates = bool(self.prepared.examples["validation"])
         steps, _, every = self._steps(config)
         series = repeated(trace, min(steps, every), max(0, steps - every) if evaluates else None)
-        checking = held_by_checkpoint(trace.largest) if self.device.type == "cpu" else 0
+        beside = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
+        if self.device.type == "cpu":
+            train, validation = (self.prepared.examples[split] for split in ("train", "validation"))
+            shapes = shapes_of(train, config.training, self._micro_batch(config), self.num_processes, steps)
+            evaluations = len(batches_of(validation, config.training.per_device_eval_batch_size))
+            products = trace.products * shapes + trace.evaluated_products * evaluations
+            beside += held_beside(trace.largest, products)
         imported = self._metrics_bytes()
         held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series, imported) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
-        decoded = trace.widest  # a quantized layer's weight, which lives while it is multiplied; 0 of other bases
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
         if config.quantization is not None:
             parts["weights"] -= trace.quantizable * (1 - _codes(config.quantization, weights_dtype.itemsize))
-        held, evaluated = max(held, alive) + checking + decoded, trace.evaluation_peak + decoded
-        return {**parts, "alive": alive, "held": held, "evaluation": evaluated}
+        evaluated = trace.evaluation_peak + trace.widest
+        return {**parts, "alive": alive, "held": max(held, alive), "beside": beside, "evaluation": evaluated}
 
     def _memory(self, found: Mapping[str, float], config: RunConfig) -> Memory:
         process, each = self.calibration.process_bytes, self.num_processes
-        peak, least = found["weights"] + found["held"] + process, found["weights"] + found["alive"]
+        peak, least = found["weights"] + found["held"] + found["beside"] + process, found["weights"] + found["alive"]
         if self.device.type != "cpu" and each == 1 and self._micro_batch(config) > 1:
             per_row = found["kept"] / self._micro_batch(config)
             least -= per_row * (self._micro_batch(config) - 1)
@@ -390,14 +392,6 @@ def _cut(architecture: Any, layers: int) -> Any:
     return shallow
 
 
-def _with_method(prepared: Prepared, config: RunConfig) -> Prepared:
-    return replace(prepared, method=with_initial_text(config.method, prepared.tokenizer))
-
-
 def _halvings(rows: int) -> list[int]:
     """Return the numbers of rows that a batch can be cut into by halving it, the whole batch first."""
     return [rows >> halvings for halvings in range(rows.bit_length()) if rows % (1 << halvings) == 0]
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

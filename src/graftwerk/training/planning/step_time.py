@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,23 +54,41 @@ def mean_step(train: Sequence[Example], training: TrainingSettings, micro: int, 
         micro: Rows of a micro-batch of one process.
         num_processes: Processes that share the rows of a step.
     """
-    rows, most = (
-        training.per_device_train_batch_size * training.gradient_accumulation_steps,
-        training.per_device_train_tokens,
-    )
-    sampler = BatchSampler(train, rows, seed=training.seed, group=training.length_group)
-    sampled = min(sampler.steps_per_epoch, SAMPLED)
+    sampled = min(_sampler(train, training).steps_per_epoch, SAMPLED)
+    shapes = list(_shapes(train, training, micro, num_processes, sampled))
+    tokens = sum(rows * width for rows, width in shapes)
+    squares = sum(rows * width**2 for rows, width in shapes)
+    return MeanStep(tokens / sampled, squares / sampled, len(shapes) / sampled)
+
+
+def shapes_of(train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int, steps: int) -> int:
+    """Return the number of different shapes (rows, length) that micro-batches have in the first steps of a training.
+
+    Args:
+        train: Training rows.
+        training: Training settings.
+        micro: Rows of a micro-batch of one process.
+        num_processes: Processes that share the rows of a step.
+        steps: Steps of the training.
+    """
+    return len(set(_shapes(train, training, micro, num_processes, min(steps, SAMPLED))))
+
+
+def _shapes(
+    train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int, steps: int
+) -> Iterator[tuple[int, int]]:
+    """Yield rows and length of each micro-batch of the first steps."""
+    sampler, most = _sampler(train, training), training.per_device_train_tokens
     if most is not None:  # tokens bound a micro-batch, and rows only the step
         micro *= training.gradient_accumulation_steps
-    tokens = squares = batches = 0
-    for step in range(sampled):
-        chosen = sampler(step)
-        for piece in micro_batches(chosen, sampler.lengths, micro, tokens=most, processes=num_processes):
-            width = max((sampler.lengths[row] for row in piece), default=0)
-            tokens += len(piece) * width
-            squares += len(piece) * width**2
-            batches += 1
-    return MeanStep(tokens / sampled, squares / sampled, batches / sampled)
+    for step in range(steps):
+        for piece in micro_batches(sampler(step), sampler.lengths, micro, tokens=most, processes=num_processes):
+            yield len(piece), max((sampler.lengths[row] for row in piece), default=0)
+
+
+def _sampler(train: Sequence[Example], training: TrainingSettings) -> BatchSampler:
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return BatchSampler(train, rows, seed=training.seed, group=training.length_group)
 
 
 def speed_of(dtype: torch.dtype, kind: str) -> float:

@@ -37,6 +37,7 @@ from graftwerk.training.setup import Prepared, training_data
 TRACED = 2
 """Micro-batches of a step that are traced; all further ones repeat the last."""
 _ATEN: Any = torch.ops.aten
+_PRODUCTS = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm))
 _LINEAR = frozenset((_ATEN.mm, _ATEN.addmm, _ATEN.convolution, _ATEN.convolution_backward))
 """Operations that grow with the tokens; the other counted ones are attention's, and grow with rows times length^2."""
 
@@ -81,6 +82,8 @@ class StepTrace:
         tokens: Tokens of the traced micro-batches, padding included.
         squares: Sum of rows times squared length over the traced micro-batches.
         evaluated: Operations of a token in evaluation.
+        products: Matrix products of different shapes in 16 bits that the traced micro-batches have.
+        evaluated_products: Those of an evaluation batch.
         setup: Number of the allocations and ends in ``events`` before the step: the model, the optimizer, the cache.
         loaded: Number of the allocations that are the model as it is loaded: those of ``events`` come first.
         events: All allocations of the set-up and a step: a size in bytes, or minus the number (from 1) of the
@@ -109,6 +112,8 @@ class StepTrace:
     tokens: int
     squares: int
     evaluated: int
+    products: int
+    evaluated_products: int
     setup: int
     loaded: int
     events: array[int] = field(repr=False)
@@ -130,6 +135,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def restart(self) -> None:
         """Count anew, from the bytes that are alive now."""
         self.peak, self.moved, self.calls, self.operations, self.attention = self.alive, 0, 0, 0, 0
+        self.products: set[Any] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -138,6 +144,10 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = int(formula(*args, **kwargs, out_val=made))
             self.operations += count
             self.attention += count if func._overloadpacket not in _LINEAR else 0
+            if func._overloadpacket in _PRODUCTS and made.itemsize == 2:
+                self.products.add(
+                    (func, *(tuple(each.shape) + each.stride() for each in args if isinstance(each, Tensor)))
+                )
         recorded = torch._C._current_graph_task_id() != -1 or (
             torch.is_grad_enabled()
             and any(isinstance(each, Tensor) and each.requires_grad for each in tree_iter((args, kwargs)))
@@ -244,7 +254,7 @@ def trace_step(
         UnsupportedError: The method does not support this architecture.
         ConfigError: A target matches nothing.
     """
-    from graftwerk.evaluation.inference import batches_of, evaluation_mode, without_cache
+    from graftwerk.evaluation.inference import autocast, batches_of, evaluation_mode, without_cache
     from graftwerk.models.positions import fix_padding
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
@@ -306,17 +316,18 @@ def trace_step(
         gradient = trainer.gradients.of(step)
         optim.step_if(trainer.optimizer, gradient.finite)
         step_peak, moved, calls = meter.peak, meter.moved, meter.calls
-        operations, attention = meter.operations, meter.attention
+        operations, attention, products = meter.operations, meter.attention, len(meter.products)
     handle.remove()
     del gradient
     trainer.optimizer.zero_grad()
     stepped = len(meter.events)
     with torch.random.fork_rng(devices=[]), fake, meter, evaluation_mode(model), without_cache(model), torch.no_grad():
         meter.restart()
-        with cache.serving(held_out, batch):
-            outputs = task.objective.forward(model, batch)
-        if "labels" in batch:
-            task.objective.loss(outputs, batch)
+        with autocast(model, dtype):
+            with cache.serving(held_out, batch):
+                outputs = task.objective.forward(model, batch)
+            if "labels" in batch:
+                task.objective.loss(outputs, batch)
         evaluation_peak, evaluated = meter.peak, meter.operations
         del outputs
     rows, width = next(iter(batch.values())).shape[:2]
@@ -344,6 +355,8 @@ def trace_step(
         tokens=tokens,
         squares=sum(shape[0] * shape[1] ** 2 for shape in shapes),
         evaluated=evaluated // (rows * width),
+        products=products,
+        evaluated_products=len(meter.products),
         setup=setup,
         loaded=loaded,
         events=meter.events[:stepped],
