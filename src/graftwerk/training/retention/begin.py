@@ -40,7 +40,7 @@ def retention_of(settings: RunConfig, prepared: Prepared, trainer: Trainer, mete
         settings.training.retain,
         Setting(
             meter, trainer.adapter, prepared.task, prepared.tokenizer, trainer.distributed, trainer.train,
-            settings.training.seed,
+            settings.training.seed, settings.training.warm_start is not None,
         ),
     )  # fmt: skip
     trainer.retain(retention)
