@@ -373,6 +373,25 @@ def test_resuming_after_the_earlier_run_was_learnt_anew_raises(
         train(given, resume=True, listener=quiet)
 
 
+def test_fisher_in_float16_is_that_in_float32_where_gradients_are_small(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(later(tmp_path / "run", {"consolidation": {"rows": 5}}, max_steps=1), listener=quiet)
+    (strategy,) = caught[0][0].strategies
+    assert isinstance(strategy, Consolidation)
+    objective = type(strategy.setting.meter.entries[0].task.objective)
+    loss = objective.loss
+    monkeypatch.setattr(objective, "loss", lambda self, *given: loss(self, *given) * 1e-3)
+    strategy.start()
+    expected = {key: value.clone() for key, value in strategy.fisher.items()}
+    strategy.setting.meter.evaluator.dtype = torch.float16
+    strategy.start()
+    apart = {
+        key: float((value - expected[key]).norm() / expected[key].norm()) for key, value in strategy.fisher.items()
+    }
+    assert max(apart.values()) < 0.05, apart
+
+
 @pytest.fixture(scope="module")
 def text_run(tiny_decoder: Path, glosses: Path) -> Callable[..., Tree]:
     def build(output_dir: Path, retain: Tree | None = None, **training: Any) -> Tree:

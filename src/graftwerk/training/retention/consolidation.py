@@ -109,11 +109,12 @@ class Consolidation(Strategy):
             with evaluation_mode(model):
                 for entry, examples in kept:
                     for _, batch in batches_of(setting, entry.task, examples, 1):
-                        with setting.meter.lent(entry), autocast(model, setting.meter.evaluator.dtype):
-                            objective = entry.task.objective
-                            outputs = objective.forward(model, batch)
-                            row = objective.loss(outputs, batch) * objective.num_targets(batch)
-                            self._add(row, scale)
+                        with setting.meter.lent(entry):
+                            with autocast(model, setting.meter.evaluator.dtype):
+                                objective = entry.task.objective
+                                outputs = objective.forward(model, batch)
+                                row = objective.loss(outputs, batch) * objective.num_targets(batch)
+                            self._add(row, scale)  # outside of autocast, in which the hooks' products would be short
         finally:
             for handle in handles:
                 handle.remove()
