@@ -47,7 +47,7 @@ VARIANTS: dict[bool, dict[str, Any]] = {
     },
     True: {
         "lora": {},
-        **{f"distillation-{weight:g}": retaining(distillation=weight) for weight in (0.3, 1.0, 3.0)},
+        **{f"distillation-{weight:g}".replace(".", "_"): retaining(distillation=weight) for weight in (0.3, 1.0, 3.0)},
         **{f"consolidation-{weight:g}": retaining(consolidation=weight) for weight in (10.0, 1e2, 1e3, 1e4)},
     },
 }

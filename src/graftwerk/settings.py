@@ -5,6 +5,7 @@ The description of a field is what `graftwerk schema` and the docs show; it is w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Annotated, Any, TypeVar
@@ -53,6 +54,19 @@ def _name(value: Any) -> Any:
 
 Name = Annotated[str, BeforeValidator(_name)]
 """A name out of the data (a class, a column), which may be a number."""
+_AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(points?|%|percent)?")
+
+
+def _amount(value: Any) -> str:
+    """A number alone counts points."""
+    found = _AMOUNT.fullmatch(str(value).strip())
+    if found is None:
+        raise ValueError("an amount such as `2 points` or `5 %`")
+    return f"{float(found[1]):g} {'%' if found[2] in ('%', 'percent') else 'points'}"
+
+
+Amount = Annotated[str, BeforeValidator(_amount)]
+"""A loss that is allowed: `2 points`, or `5 %` of the value before."""
 Model = TypeVar("Model", bound=Settings)
 
 

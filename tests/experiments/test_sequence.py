@@ -18,7 +18,8 @@ from graftwerk.experiments.sequence import sequence as module
 from graftwerk.experiments.sequence.plan import read_plan
 from graftwerk.experiments.sequence.results import Matrix
 from graftwerk.experiments.sequence.sequence import LearntSequence, sequence
-from graftwerk.tasks.predictions import ClassPredictions
+from graftwerk.experiments.sequence.table import unmeasured
+from graftwerk.tasks.predictions import ClassPredictions, ScorePredictions
 from tests.experiments.here import InThisProcess
 
 Tree = dict[str, Any]
@@ -183,6 +184,43 @@ def test_matrix_measures_equal_those_by_hand() -> None:
     assert found["forgetting"]["value"] == pytest.approx(100 * ((0.9 - 0.6) + (0.7 - 0.5)) / 2)
     assert found["forgetting"]["low"] < 25 < found["forgetting"]["high"]
     assert matrix.rows("a")[0][1] is None
+
+
+def test_matrix_cell_whose_metric_is_undefined_is_empty_with_the_reason() -> None:
+    """Numbers that are all alike have no correlation: the variant has no measures, and the other one has them."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=30)
+
+    def numbers(scores: Any) -> ScorePredictions:
+        return ScorePredictions(None, scores, truth)
+
+    cells = {
+        (variant, seed, after, task): numbers(truth + rng.normal(size=30))
+        for variant in ("a", "b")
+        for seed in (0, 1)
+        for after, task in ((0, 0), (1, 0), (1, 1))
+    }
+    cells["a", 1, 1, 0] = numbers(np.ones(30))
+    matrix = Matrix(cells, ["pearson"] * 2, {"a": [0, 1], "b": [0, 1]}, confidence=0.95, resamples=200)
+    empty, whole = matrix.rows("a")[1]
+    assert empty is not None
+    assert empty["value"] is None
+    assert "undefined" in empty["note"]
+    assert whole is not None
+    assert whole["value"] is not None
+    assert list(matrix.measures()["forgetting"].values) == ["b"]
+    result = {"tasks": [{"name": "x", "metric": "pearson"}, {"name": "y", "metric": "pearson"}]}
+    assert unmeasured({**result, "variants": [{"name": "a", "matrix": matrix.rows("a")}]}) == [
+        f"a, x after y: {empty['note']}"
+    ]
+    alone = Matrix(
+        {key: cells[key] for key in cells if key[0] == "a"},
+        ["pearson"] * 2,
+        {"a": [0, 1]},
+        confidence=0.95,
+        resamples=200,
+    )
+    assert alone.measures() == {}
 
 
 @pytest.mark.slow

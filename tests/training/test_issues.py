@@ -131,6 +131,10 @@ CASES: dict[str, Case] = {
         {**INSTRUCTION, **TEST, "evaluation.max_new_tokens": 2, "data.max_truncated": 0.5},
         True,
     ),
+    "retained-rows": Case(
+        {"rows.jsonl": rows()},
+        {"model": "decoder", "task": "causal", "evaluation.retained": {"own": {"texts": "rows.jsonl"}}},
+    ),
     "held-out-elsewhere": Case(
         {"a.jsonl": rows(8), "b.jsonl": rows(16)[8:], "held.jsonl": rows(10)[9:]},
         {

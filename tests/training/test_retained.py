@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,13 @@ from graftwerk.errors import AdapterError, ConfigError, ForgettingError
 from graftwerk.evaluation.evaluate import evaluate
 from graftwerk.evaluation.loading import load_adapter_for
 from graftwerk.evaluation.results_io import ROWS, load_predictions
+from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.exports.merge import merge
 from graftwerk.exports.push import push
+from graftwerk.tasks.classification import Classification
+from graftwerk.tasks.predictions import ClassPredictions
 from graftwerk.training.events import Event
-from graftwerk.training.retained import points_lost, summary
+from graftwerk.training.retained import RetainedMeter, compared, points_lost, summary
 from graftwerk.training.train import train
 
 Tree = dict[str, Any]
@@ -170,6 +174,32 @@ def test_general_sample_perplexity_rises_and_the_limit_refuses(
         assert hand_over(allow_forgetting=True)
     assert "forgotten" in (tmp_path / "run" / "report.html").read_text().casefold()
     assert "## Retained" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_answers_of_an_earlier_run_are_written_as_they_were_there() -> None:
+    """By its own settings of generation; how many rows are written together is this run's business."""
+    asked: list[Any] = []
+
+    class Asked:
+        def __call__(self, examples: Any, settings: EvaluationSettings | None) -> None:
+            asked.append(settings)
+
+    own = EvaluationSettings(max_new_tokens=7, generation_batch_size=4)
+    meter = RetainedMeter([], None, Asked(), own, "")  # type: ignore[arg-type]
+    for evaluation in (EvaluationSettings(num_beams=3), None, EvaluationSettings(generate=False)):
+        entry = SimpleNamespace(name="a", task=SimpleNamespace(generates=True), examples=[], evaluation=evaluation)
+        meter.measure(entry)  # type: ignore[arg-type]
+    assert asked == [EvaluationSettings(num_beams=3, generation_batch_size=4), own, None]
+
+
+def test_origin_of_what_is_retained_shows_no_secret() -> None:
+    task, secret = Classification(), "hf_abcdefghijKLMNOPQRST0123456789"
+    found = ClassPredictions(None, np.eye(2), np.arange(2))
+    for origin in (f"https://me:{secret}@host/rows.csv", f"rows/token={secret}/rows.csv"):
+        entry = SimpleNamespace(task=task, origin=origin, split="test", splits=SimpleNamespace(labels=("a", "b")))
+        told = compared(entry, found, found, EvaluationSettings(resamples=100))  # type: ignore[arg-type]
+        assert secret not in json.dumps(told)
+        assert told["origin"].endswith("rows.csv")
 
 
 def test_points_lost_counts_points_and_percent() -> None:

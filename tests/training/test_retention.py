@@ -17,10 +17,12 @@ import torch
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, ConflictError, RunInterrupted
 from graftwerk.methods.registry import METHODS
+from graftwerk.tasks.objective import ScoreObjective
 from graftwerk.training.events import Event
 from graftwerk.training.planning import step_trace
 from graftwerk.training.retention.consolidation import Consolidation
 from graftwerk.training.retention.distillation import Distillation
+from graftwerk.training.retention.early_stopping import RetainedStop
 from graftwerk.training.retention.replay import Replay
 from graftwerk.training.retention.retention import Retention
 from graftwerk.training.train import train
@@ -34,6 +36,16 @@ ALL: Tree = {"replay": 0.5, "distillation": 0.5, "consolidation": 2.0}
 
 def quiet(event: Event) -> None:
     """Say nothing."""
+
+
+def stopping_at(step: int) -> Callable[[Event], None]:
+    """A listener that stops the process once the checkpoint of a step is written."""
+
+    def stop(event: Event) -> None:
+        if event.kind == "checkpoint" and event.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return stop
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +145,8 @@ def test_replay_rows_are_training_rows_and_follow_from_the_step(
     setting = replay.setting
     (entry,) = setting.meter.entries
     assert len(replay.memory) == 9
+    assert entry.evaluation is not None  # by which its answers are written: the earlier run's
+    assert entry.evaluation.resamples == 100
     measured = {tuple(example.inputs["input_ids"]) for example in entry.examples}
     assert not measured & {tuple(example.inputs["input_ids"]) for _, example in replay.memory}
     assert replay.drawn(3, 6) == replay.drawn(3, 6) != replay.drawn(4, 6)
@@ -163,7 +177,7 @@ def test_distillation_is_zero_at_the_start_and_grows(
     def losses(self: Distillation, step: int, own: Any, gradients: Any) -> Any:
         self.setting.adapter.model.eval()  # without dropout the student is the teacher at first
         for loss in original(self, step, own, gradients):
-            seen.append(float(loss))
+            seen.append(float(loss.detach()))
             yield loss
 
     with pytest.MonkeyPatch.context() as patch:
@@ -238,13 +252,9 @@ def test_strategies_work_with_every_method_and_resume_bit_for_bit(
         return
     whole = train(later(tmp_path / "whole", ALL, method, first, learning_rate=1e-3, save_steps=1), listener=quiet)
 
-    def stop(event: Event) -> None:
-        if event.kind == "checkpoint" and event.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     given = later(tmp_path / "stopped", ALL, method, first, learning_rate=1e-3, save_steps=1)
     with pytest.raises(RunInterrupted):
-        train(given, listener=stop)
+        train(given, listener=stopping_at(2))
     resumed = train(given, resume=True, listener=quiet)
     assert weights(resumed) == weights(whole)
     assert (
@@ -254,12 +264,8 @@ def test_strategies_work_with_every_method_and_resume_bit_for_bit(
 
 
 def test_resuming_with_other_strategies_raises(tmp_path: Path, later: Callable[..., Tree]) -> None:
-    def stop(event: Event) -> None:
-        if event.kind == "checkpoint" and event.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(RunInterrupted):
-        train(later(tmp_path / "run", {"replay": 0.5}, save_steps=2), listener=stop)
+        train(later(tmp_path / "run", {"replay": 0.5}, save_steps=2), listener=stopping_at(2))
     with pytest.raises(ConflictError, match=r"retain\.replay\.share"):
         train(later(tmp_path / "run", {"replay": 0.25}, save_steps=2), resume=True, listener=quiet)
 
@@ -305,3 +311,146 @@ def test_text_model_is_distilled_towards_its_base(tmp_path: Path, tiny_decoder: 
     assert abs(np.log(held["after"]["value"] / held["before"]["value"])) < abs(
         np.log(plain["after"]["value"] / plain["before"]["value"])
     )
+
+
+@pytest.mark.parametrize("validation", [None, pytest.param(6, marks=pytest.mark.slow)])
+def test_early_stopping_saves_the_best_step_within_the_bound_and_resumes(
+    tmp_path: Path, later: Callable[..., Tree], validation: int | None, caught: list[tuple[Retention, Trainer]]
+) -> None:
+    """The losses of each evaluation are given: 1, 2 and 9 points. Without validation rows the last step is the best."""
+    losses = iter([1.0, 2.0, 9.0])
+
+    def build(name: str) -> Tree:
+        given = later(tmp_path / name, {"early_stopping": "5 points"}, eval_steps=1, max_steps=6)
+        given["data"]["validation"] = validation
+        return given
+
+    def lost(self: RetainedStop, entry: Any) -> tuple[str, float, float]:
+        points = next(losses)
+        return "accuracy", points, points
+
+    said: list[Event] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RetainedStop, "_lost", lost)
+        run = train(build("whole"), listener=said.append)
+        losses = iter([1.0, 2.0, 9.0])
+        with pytest.raises(RunInterrupted):
+            train(build("stopped"), listener=stopping_at(2))
+        resumed = train(build("stopped"), resume=True, listener=quiet)
+    best = run.manifest["best"]
+    assert run.manifest["cost"]["steps"] == 3
+    assert (best["step"], best["metric"]) == (2, "forgetting") if validation is None else best["step"] in (1, 2)
+    (event,) = (event for event in said if event.kind == "early_stopping")
+    assert "`first` has lost 9.0 points" in event.values["text"]
+    assert f"step {best['step']} is saved" in event.values["text"]
+    assert run.manifest["cost"]["retention"]["step_seconds"] > 0
+    assert weights(resumed) == weights(run)
+    watch, trainer = caught[0][0].watch, caught[0][1]
+    assert watch is not None
+    measured = {tuple(example.inputs["input_ids"]) for example in watch.setting.meter.entries[0].examples}
+    assert not measured & {tuple(example.inputs["input_ids"]) for example in watch.entries[0].examples}
+    at_best = trainer.checkpoints.weights(best["step"])
+    assert all(torch.equal(at_best[key], value) for key, value in trainer.adapter.state_dict().items())
+
+
+def test_early_stopping_measures_what_is_lost(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]]
+) -> None:
+    """By the oracle: the share of the watched rows that the earlier head gets right, before and now."""
+    train(later(tmp_path / "run", {"early_stopping": "100 %"}, learning_rate=5e-2, max_steps=6), listener=quiet)
+    watch = caught[0][0].watch
+    assert watch is not None
+    (entry,) = watch.entries
+    found: Any = watch.setting.meter.measure(entry)
+    watch.before["first"] = replace(found, scores=np.eye(found.scores.shape[1])[found.targets])  # all right
+    right = [np.mean(each.scores.argmax(1) == each.targets) for each in (watch.before["first"], found)]  # type: ignore[attr-defined]
+    assert watch._lost(entry)[:2] == ("accuracy", pytest.approx(100 * (right[0] - right[1])))
+    assert right[0] == 1.0 > right[1]
+
+
+def test_early_stopping_without_the_best_state_raises(tmp_path: Path, later: Callable[..., Tree]) -> None:
+    with pytest.raises(ConfigError, match="load_best"):
+        train(later(tmp_path / "run", {"early_stopping": True}, load_best=False), listener=quiet)
+
+
+def test_resuming_after_the_earlier_run_was_learnt_anew_raises(
+    tmp_path: Path, tree: Callable[..., Tree], later: Callable[..., Tree]
+) -> None:
+    """Its rows are the same; its weights, from which the run has started and whose head answers, are not."""
+    first = tree(tmp_path / "first", FIRST)
+    train(first, listener=quiet)
+    given = later(tmp_path / "run", {"replay": 0.5}, run=tmp_path / "first", save_steps=2)
+    with pytest.raises(RunInterrupted):
+        train(given, listener=stopping_at(2))
+    train(tree(tmp_path / "first", FIRST, seed=1), overwrite=True, listener=quiet)
+    with pytest.raises(ConflictError, match="retained"):
+        train(given, resume=True, listener=quiet)
+
+
+def test_fisher_in_float16_is_that_in_float32_where_gradients_are_small(
+    tmp_path: Path, later: Callable[..., Tree], caught: list[tuple[Retention, Trainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(later(tmp_path / "run", {"consolidation": {"rows": 5}}, max_steps=1), listener=quiet)
+    (strategy,) = caught[0][0].strategies
+    assert isinstance(strategy, Consolidation)
+    objective = type(strategy.setting.meter.entries[0].task.objective)
+    loss = objective.loss
+    monkeypatch.setattr(objective, "loss", lambda self, *given: loss(self, *given) * 1e-3)
+    strategy.start()
+    expected = {key: value.clone() for key, value in strategy.fisher.items()}
+    strategy.setting.meter.evaluator.dtype = torch.float16
+    strategy.start()
+    apart = {
+        key: float((value - expected[key]).norm() / expected[key].norm()) for key, value in strategy.fisher.items()
+    }
+    assert max(apart.values()) < 0.05, apart
+
+
+@pytest.fixture(scope="module")
+def text_run(tiny_decoder: Path, glosses: Path) -> Callable[..., Tree]:
+    def build(output_dir: Path, retain: Tree | None = None, **training: Any) -> Tree:
+        usual = {"max_steps": 2, "learning_rate": 2e-2, "per_device_train_batch_size": 4, "report_to": []}
+        return {
+            "model": str(tiny_decoder),
+            "task": "causal",
+            "data": {"train": str(glosses), "max_train_rows": 8, "validation": None, "test": 4, "max_length": 16},
+            "method": "lora",
+            "training": {**usual, "retain": retain, **training},
+            "evaluation": {"resamples": 100, "retained": {"general": {"texts": "general", "max_rows": 8}}},
+            "output_dir": str(output_dir),
+        }
+
+    return build
+
+
+def test_text_is_distilled_towards_the_model_before_the_task(
+    tmp_path: Path, text_run: Callable[..., Tree], caught: list[tuple[Retention, Trainer]]
+) -> None:
+    """After a warm start the teacher is the start: nothing diverges in the first step. The base is far from it."""
+    first = train(text_run(tmp_path / "first"), listener=quiet).folder
+    found: dict[str, list[float]] = {}
+    original = Distillation.losses
+
+    def losses(self: Distillation, step: int, own: Any, gradients: Any) -> Any:
+        before = {key: value.detach().clone() for key, value in self.setting.adapter.named_parameters()}
+        for loss in original(self, step, own, gradients):
+            found.setdefault(self.settings.teacher, []).append(float(loss.detach()))
+            yield loss
+        after = dict(self.setting.adapter.named_parameters())
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Distillation, "losses", losses)
+        for teacher in ("auto", "base"):
+            retain = {"distillation": {"teacher": teacher}}
+            train(text_run(tmp_path / teacher, retain, warm_start=str(first)), listener=quiet)
+    assert found["auto"][0] == pytest.approx(0.0, abs=1e-6)
+    assert found["auto"][-1] > 1e-5
+    assert found["base"][0] > 1e-3
+
+
+def test_distilled_numbers_do_not_depend_on_how_a_step_is_cut() -> None:
+    """A micro-batch of one row has no variance of its own."""
+    answers = torch.tensor([[1.0], [3.0], [8.0]])
+    apart = Distillation._apart(None, ScoreObjective(), answers[:1] + 1, answers[:1], answers)  # type: ignore[arg-type]
+    assert float(apart) == pytest.approx(1 / 13)

@@ -103,9 +103,17 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return module_device(model)
 
 
-def autocast(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Return the context in which products are computed in ``dtype``; for float32 it does nothing."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype)
+def autocast(model: Any, dtype: torch.dtype, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """Return the context in which products are computed in ``dtype``; for float32 it does nothing.
+
+    Args:
+        model: The model.
+        dtype: What products are computed in.
+        cache: Let torch use a weight that it has cast again within the outermost context: not if the weight changes.
+    """
+    return (
+        nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype, cache_enabled=cache)
+    )
 
 
 @contextmanager

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from graftwerk.settings import Name, Settings
+from graftwerk.settings import Amount, Name, Settings
 
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "num_return_sequences")
 """Settings of answers that are sampled, cut or several."""
@@ -17,7 +16,6 @@ WRITTEN = ("generate", "max_new_tokens", "num_beams", "length_penalty", "generat
 
 GENERAL = "general"
 """Name of the sample of general text that comes with the package, as a value of `texts`."""
-_AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(points?|%|percent)?")
 
 
 class RetainedSettings(Settings):
@@ -93,7 +91,7 @@ class EvaluationSettings(Settings):
         description="what must not be forgotten, by name: measured before and after the training on the same rows; "
         "general: the perplexity of a sample of general text",
     )
-    max_forgetting: str | None = Field(
+    max_forgetting: Amount | None = Field(
         default=None,
         description="most that any of `retained` may lose, else the run ends with an error and is not handed over: "
         "`2 points` (hundredths of a share, points of BLEU or chrF, percent of a perplexity or an error) or `5 %` of "
@@ -110,15 +108,6 @@ class EvaluationSettings(Settings):
         if not isinstance(listed, dict):
             return value
         return {name: {"texts": GENERAL} if each == GENERAL else each for name, each in listed.items()}
-
-    @field_validator("max_forgetting", mode="before")
-    @classmethod
-    def _amount(cls, value: Any) -> Any:
-        """A number alone counts points."""
-        found = None if value is None else _AMOUNT.fullmatch(str(value).strip())
-        if value is not None and found is None:
-            raise ValueError("an amount such as `2 points` or `5 %`")
-        return None if found is None else f"{float(found[1]):g} {'%' if found[2] in ('%', 'percent') else 'points'}"
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -61,6 +61,14 @@ def _failures(result: Mapping[str, Any]) -> Markup:
         for variant in mappings(result, "variants")
         for seed, why in mapping(variant, "failed").items()
     ]
+    names = [words(task, "name") for task in mappings(result, "tasks")]
+    said += [
+        page.message("Not measured:", f"{words(variant, 'name')}, {name} after {names[after]}: {words(cell, 'note')}")
+        for variant in mappings(result, "variants")
+        for after in range(len(names))
+        for task, name in enumerate(names[: after + 1])
+        if (cell := at_row(items(variant, "matrix"), after, task)) and number(cell, "value") is None
+    ]
     return page.section("Before you read the results", page.messages(said)) if said else Markup()
 
 
@@ -142,7 +150,7 @@ def _scaled(cell: Mapping[str, Any], metric: str) -> float | None:
 def _cell(cell: Mapping[str, Any], metric: str) -> str:
     value = number(cell, "value")
     if value is None:
-        return ""
+        return DASH if cell else ""
     interval = "" if number(cell, "low") is None else f" ({numbers.interval_of(metric, cell)})"
     return f"{numbers.bare(metric, value)}{interval}"
 

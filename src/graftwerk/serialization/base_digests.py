@@ -57,6 +57,12 @@ def base_digests(model: PreTrainedModel, types: Mapping[str, str] = MappingProxy
         return dict(zip(tensors, threads.map(digest, tensors), strict=True))
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return one digest of tensors of any shape, by name."""
+    found = "".join(f"{name} {_digest(tensor, None)}\n" for name, tensor in sorted(tensors.items()))
+    return hashlib.sha256(found.encode()).hexdigest()[:DIGITS]
+
+
 def drawn_tensors(model: PreTrainedModel) -> list[str]:
     """Return the names of base tensors that no checkpoint holds: the next load draws others."""
     parameters = base_parameters(model)

@@ -90,9 +90,11 @@ class RetainedMeter:
         """
         evaluate = copy(self.evaluator)
         evaluate.task, evaluate.serve = entry.task, None
-        written = self.settings if generate and entry.task.generates and self.settings.generate else None
+        settings = entry.evaluation or self.settings  # an earlier run's answers are written as they were there
+        settings = settings.model_copy(update={"generation_batch_size": self.settings.generation_batch_size})
+        writes = generate and entry.task.generates and self.settings.generate and settings.generate
         with self.lent(entry):
-            return evaluate(entry.examples, written)
+            return evaluate(entry.examples, settings if writes else None)
 
     def start(self) -> None:
         """Measure all entries before the first step.
@@ -218,6 +220,18 @@ def compared(entry: Retained, before: Predictions, after: Predictions, settings:
     }
 
 
+def exceeds(limit: str, points: float, percent: float) -> bool:
+    """Return True if a loss is more than a limit such as `2 points` or `5 %`.
+
+    Args:
+        limit: The most that may be lost.
+        points: The loss in points.
+        percent: The loss in percent of the value before.
+    """
+    most, _, unit = limit.partition(" ")
+    return (percent if unit == "%" else points) > float(most)
+
+
 def summary(entries: Mapping[str, Mapping[str, Any]], limit: str | None, seconds: float) -> dict[str, Any]:
     """Return the part `retained` of a manifest.
 
@@ -234,9 +248,11 @@ def summary(entries: Mapping[str, Mapping[str, Any]], limit: str | None, seconds
     worst = max(known, key=lambda name: float(known[name]["forgetting"]["value"]), default=None)
     exceeded = []
     if limit is not None:
-        most, unit = float(limit.partition(" ")[0]), limit.partition(" ")[2]
-        lost = {name: each["percent"] if unit == "%" else each["forgetting"]["value"] for name, each in known.items()}
-        exceeded = [name for name in entries if name not in lost or lost[name] > most]  # what is not known may be more
+        exceeded = [  # what is not known may be more
+            name
+            for name in entries
+            if name not in known or exceeds(limit, known[name]["forgetting"]["value"], known[name]["percent"])
+        ]
     return {
         "entries": dict(entries),
         "forgetting": None if worst is None else {"name": worst, **known[worst]["forgetting"]},

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
+from graftwerk.data.findings import Issue
 from graftwerk.data.settings import DataSettings
+from graftwerk.data.split import fold
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.held_out import first_held_out, own_splits
 from graftwerk.evaluation.loading import Target, find, labels_of, task_of
 from graftwerk.evaluation.sample_outputs import sample_rows
-from graftwerk.evaluation.settings import GENERAL, RetainedSettings
+from graftwerk.evaluation.settings import GENERAL, EvaluationSettings, RetainedSettings
+from graftwerk.sanitize import strings_in
+from graftwerk.serialization.info import WEIGHTS_FILE
 from graftwerk.tasks import dataset_cache
-from graftwerk.tasks.base import Example, Splits, Task
+from graftwerk.tasks.base import Example, Row, Splits, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,22 +38,33 @@ class Retained:
         task: The task of the rows, which may have another head than the run's.
         splits: All rows of the source; ``train`` are for strategies against forgetting, never measured.
         split: Split that is measured.
-        examples: Its encoded rows.
+        rows: Its rows that are measured.
+        examples: These rows, encoded.
         folder: Adapter folder whose head answers, or None if the model has no head for the task.
         base: Fingerprint of the base that this adapter was trained on, or None.
         max_length: Longest row in tokens.
         origin: Where the rows are from.
+        weights: CRC-32 of the adapter's weights, or None if there are none or the folder does not say it.
+        evaluation: Settings of the earlier run, by which its answers are written, or None for those of this run.
     """
 
     name: str
     task: Task
     splits: Splits
     split: str
+    rows: Sequence[Row]
     examples: Sequence[Example]
     folder: Path | None
     base: str | None
     max_length: int
     origin: str
+    weights: int | None = None
+    evaluation: EvaluationSettings | None = None
+
+    @property
+    def identity(self) -> str:
+        """Return what tells rows and weights of the entry from others of the same name."""
+        return self.splits.fingerprint if self.weights is None else f"{self.splits.fingerprint}:{self.weights:08x}"
 
     def encode(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Sequence[Example]:
         """Return the encoded rows of another split."""
@@ -78,6 +93,33 @@ def read_retained(
     )
 
 
+def check_retained(train: Iterable[Row], retained: Sequence[Retained]) -> list[Issue]:
+    """Return an issue for each entry with rows that the run trains on; white space and case do not count.
+
+    Args:
+        train: The run's own training rows.
+        retained: The entries.
+    """
+    if not retained:
+        return []
+    known, issues = {_text_of(row) for row in train}, []
+    for entry in retained:
+        repeated = [row for row in entry.rows if _text_of(row) in known]
+        if repeated:
+            message = (
+                f"{len(repeated):,} of {len(entry.rows):,} rows that tell what is forgotten of `{entry.name}` also "
+                "stand in the train rows: less seems lost than is"
+            )
+            hint = "leave them out of data.train, or name other rows in evaluation.retained"
+            issues.append(Issue("retained-rows", message, len(repeated), example=_text_of(repeated[0])[:80], hint=hint))
+    return issues
+
+
+def _text_of(row: Row) -> str:
+    """Return the longest text of a row, as rows are compared: what is asked, and no label."""
+    return fold(max(strings_in(row), key=len, default=""))
+
+
 def _read_entry(
     name: str,
     entry: RetainedSettings,
@@ -87,7 +129,7 @@ def _read_entry(
     max_length: int,
 ) -> Retained:
     where = f"evaluation.retained.{name}"
-    folder = base = None
+    folder = base = weights = evaluation = None
     if entry.texts is not None:
         task, splits = _read_texts(entry, own_task, architecture, where)
         origin = entry.texts
@@ -106,6 +148,8 @@ def _read_entry(
         own = found.manifest or found.info.own
         task, splits = _read_run(found, own, entry, architecture, where)
         origin = entry.data or entry.run
+        evaluation = None if found.settings is None else found.settings.evaluation
+        weights = (found.info.written(WEIGHTS_FILE) or {}).get("crc32")
         if task.has_head:
             folder, base = found.info.folder, (own.get("base_fingerprint") or found.info.base_fingerprint)
         stored = own.get("max_length")
@@ -120,7 +164,20 @@ def _read_entry(
     if entry.max_rows is not None:
         rows = [rows[place] for place in sample_rows(len(rows), entry.max_rows)]
     examples = task.encode(rows, tokenizer, splits, max_length)
-    return Retained(name, task, splits, split, examples, folder, base, max_length, origin)
+    return Retained(
+        name,
+        task,
+        splits,
+        split,
+        rows,
+        examples,
+        folder,
+        base,
+        max_length,
+        origin,
+        weights=weights,
+        evaluation=evaluation,
+    )
 
 
 def _read_texts(entry: RetainedSettings, own: Task, architecture: Any, where: str) -> tuple[Task, Splits]:

@@ -130,7 +130,7 @@ class RunDriver:
         from graftwerk.evaluation.cost import peak_memory, resident
         from graftwerk.machine import give_back
         from graftwerk.models.hardware import TYPES, compute_type, set_threads
-        from graftwerk.serialization.base_digests import KEY
+        from graftwerk.serialization.base_digests import KEY, digest_of
         from graftwerk.training.augmented import add_augmented
         from graftwerk.training.base_proof import digests_before
         from graftwerk.training.data_checks import first_batch, raise_on_severe
@@ -176,7 +176,7 @@ class RunDriver:
         prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
         if settings.training.retain is not None:
-            identity["retained"] = "+".join(entry.splits.fingerprint for entry in prepared.retained)
+            identity["retained"] = "+".join(entry.identity for entry in prepared.retained)
             self._same_run(snapshot, identity, "retained")
         self._same_run(snapshot, identity, "data")
         bus(Event("phase", 0, name="loading the model"))
@@ -187,6 +187,9 @@ class RunDriver:
         proof = digests_before(adapter, earlier) if self.processes.is_main else {}
         if warm is not None and warm_start(adapter, warm, new_head=new_head):
             refuse_checkpoint(prepared)
+        if settings.training.retain is not None and warm is not None:
+            identity["start"] = digest_of(adapter.state_dict())
+            self._same_run(snapshot, identity, "start")
         prepared = start_head(adapter, prepared, warm=warm is not None and not new_head)
         trainer = Trainer(
             adapter,
@@ -209,8 +212,8 @@ class RunDriver:
             bus.listeners.remove(early.append)
             self._open_folder(snapshot)
         with self._logs(snapshot, early) as log_position:
-            self._measure_retained(trainer, meter)
-            retention = retention_of(settings, prepared, trainer, meter)
+            with self._before_the_first_step(trainer, meter):
+                retention = retention_of(settings, prepared, trainer, meter)
             if snapshot is None:
                 bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
             else:
@@ -237,19 +240,20 @@ class RunDriver:
                 with self.processes.gathered(adapter.model):
                     finish(trainer, prepared, settings, self.folder, self.manifest, cost, meter, trial=self.trial)
 
-    def _measure_retained(self, trainer: Any, meter: Any) -> None:
-        """Measure what is to be retained on the model as it starts, of a resumed run as well."""
+    @contextmanager
+    def _before_the_first_step(self, trainer: Any, meter: Any) -> Iterator[None]:
+        """Measure what is to be retained on the model as it starts, of a resumed run as well, before the block."""
         from graftwerk.training import rng
         from graftwerk.training.validation import StopEvaluation
 
         for text in meter.notes:
             self.bus(Event("warning", 0, text=text))
-        if not meter.entries or self.trial:
-            return
-        self.bus(Event("phase", 0, name="measuring what is to be retained"))
         try:
-            with rng.untouched(self.processes.device):
-                meter.start()
+            if meter.entries and not self.trial:
+                self.bus(Event("phase", 0, name="measuring what is to be retained"))
+                with rng.untouched(self.processes.device):
+                    meter.start()
+            yield
         except StopEvaluation:
             raise RunInterrupted(
                 self.stop.signum or 15,

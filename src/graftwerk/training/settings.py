@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
 
-from graftwerk.settings import Name, Settings
+from graftwerk.settings import Amount, Name, Settings
 
 Tracker = Literal["tensorboard", "jsonl", "wandb", "mlflow"]
 
@@ -24,6 +24,11 @@ class DistillationSettings(Settings):
 
     weight: float = Field(default=1.0, gt=0, description="of the divergence, beside the run's own loss")
     temperature: float = Field(default=2.0, gt=0, description="scores are divided by it, on both sides")
+    teacher: Literal["auto", "start", "base"] = Field(
+        default="auto",
+        description="of a model of text: start, the model as this run found it; base, with the adapter switched off; "
+        "auto: start after a training.warm_start, else base. Heads of earlier runs answer on the start always",
+    )
 
 
 class ConsolidationSettings(Settings):
@@ -40,6 +45,15 @@ class SelfReplaySettings(ReplaySettings):
     max_new_tokens: int = Field(default=48, ge=1, description="longest text in tokens")
 
 
+class RetainedStopSettings(Settings):
+    """Training ends once too much is lost of what is to be retained."""
+
+    within: Amount = Field(
+        default="2 points", description="most that an entry may lose, on rows that are not those it is measured on"
+    )
+    rows: int = Field(default=500, ge=1, description="most rows of each entry that are looked at in each evaluation")
+
+
 class RetainSettings(Settings):
     """Strategies against forgetting what `evaluation.retained` names; they combine."""
 
@@ -53,6 +67,11 @@ class RetainSettings(Settings):
     consolidation: ConsolidationSettings | None = Field(
         default=None, description="hold weights that matter near their start (EWC); a number is the weight"
     )
+    early_stopping: RetainedStopSettings | None = Field(
+        default=None,
+        description="end the training once more is lost than an amount, and save the best step before; `2 points` or "
+        "`5 %` is the amount",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -60,8 +79,10 @@ class RetainSettings(Settings):
         """A number alone stands for the main setting, `true` for the defaults."""
         if isinstance(value, bool):
             return {} if value else None
-        main = "share" if str(info.field_name).endswith("replay") else "weight"
-        return {main: value} if isinstance(value, int | float) else value
+        name = str(info.field_name)
+        main = "within" if name == "early_stopping" else "share" if name.endswith("replay") else "weight"
+        alone = isinstance(value, int | float) or (main == "within" and isinstance(value, str))
+        return {main: value} if alone else value
 
     @model_validator(mode="after")
     def _something(self) -> Self:

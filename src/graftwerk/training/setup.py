@@ -19,7 +19,7 @@ from graftwerk.tasks.classification import Classification
 from graftwerk.training import rng
 from graftwerk.training.class_weights import weighted_task
 from graftwerk.training.events import Event, Listener
-from graftwerk.training.retained_rows import Retained, read_retained
+from graftwerk.training.retained_rows import Retained, check_retained, read_retained
 from graftwerk.training.stream import EncodedStream
 from graftwerk.training.trainer_inputs import TrainingData
 from graftwerk.training.validation import check_settings
@@ -107,6 +107,8 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
         lost = [example.truncated for example in examples[name]]
         findings += check_truncation(lost, max_length, most, name)
     findings += check_encoded(settings, task, splits, examples, position_limit(architecture))
+    retained = read_retained(settings, task, architecture, tokenizer, max_length)
+    findings += check_retained(splits.train, retained)
     found = [asdict(issue) for issue in findings]
     for finding in found:
         emit(Event("finding", 0, **finding))
@@ -120,7 +122,6 @@ def prepare(settings: RunConfig, emit: Listener, labels: Sequence[str] | None = 
             counts = {label: count * learnt.weight_of(label) for label, count in targets.items() if label is not None}
         prior_loss = _prior_loss(counts, len(splits.labels), settings.training.label_smoothing)
     method = with_initial_text(settings.method, tokenizer)
-    retained = read_retained(settings, task, architecture, tokenizer, max_length)
     return Prepared(task, method, splits, tokenizer, examples, max_length, found, prior_loss, retained=retained)
 
 

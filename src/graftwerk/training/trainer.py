@@ -114,8 +114,8 @@ class Trainer:
         self.gradients = self._build_gradients(data)
         self.evaluate = self._build_evaluator()
         self.evaluations = Validation(settings.eval_steps, settings.metric_for_best)
-        self.early_stopping = EarlyStopping(settings.early_stopping_patience)
-        self.callbacks = default_callbacks(self, self.evaluations, self.early_stopping, data.prior_loss)
+        early_stopping = EarlyStopping(settings.early_stopping_patience)
+        self.callbacks = default_callbacks(self, self.evaluations, early_stopping, data.prior_loss)
 
         self.state = TrainState(step=0, micro_batch=self.gradients.initial_micro_batch())
         self.clock = Clock()
@@ -169,7 +169,7 @@ class Trainer:
         with rng.untouched(self.device):
             retention.start(self)
         self.gradients.beside = retention.losses
-        self.callbacks.append(retention)
+        self.callbacks.insert(self.callbacks.index(self.evaluations), retention)
 
     # -- training loop ---------------------------------------------------------------------------------------------
 
@@ -209,8 +209,13 @@ class Trainer:
 
     @property
     def is_finished(self) -> bool:
-        """True once all steps are done or early stopping ends the training."""
-        return self.all_steps_done or self.early_stopping.is_reached(self.state)
+        """True once all steps are done or a callback ends the training."""
+        return self.all_steps_done or any(callback.is_reached(self.state) for callback in self.callbacks)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True if the steps done so far end with an evaluation."""
+        return self.evaluations.is_due(self)
 
     def _step(self) -> StepResult:
         """Take one optimizer step, or skip it if its gradient is not finite or no token was trained."""
@@ -276,7 +281,7 @@ class Trainer:
     def _save_due(self) -> bool:
         step, every = self.state.step, self.settings.save_steps
         is_best = self.state.best is not None and self.state.best["step"] == step
-        return is_best or self.is_finished or (step % every == 0 if every else self.evaluations.is_due(self))
+        return is_best or self.is_finished or (step % every == 0 if every else self.evaluation_due)
 
     def _save(self) -> None:
         self.state.seconds = self.clock.seconds()

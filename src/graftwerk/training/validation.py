@@ -171,14 +171,21 @@ def check_settings(settings: TrainingSettings, has_validation: bool, task: Task)
     Raises:
         ConfigError: The message names the setting.
     """
+    watched = settings.retain is not None and settings.retain.early_stopping is not None
     if not has_validation:
         for name in NEED_ROWS:
-            if getattr(settings, name) is not None:
+            if getattr(settings, name) is not None and not (watched and name == "eval_steps"):
                 raise ConfigError(
                     f"`{name}` needs validation rows",
                     where=f"training.{name}",
                     hint="set data.validation, or leave it out",
                 )
+    if watched and not settings.load_best:
+        raise ConfigError(
+            "the state in which training stops has lost too much, and `load_best: false` would save it",
+            where="training.retain.early_stopping",
+            hint="leave load_best out",
+        )
     if settings.packing and not task.can_pack:
         raise ConfigError(
             f"rows of {task.name} cannot be packed: only what a causal model reads and writes in one row can",

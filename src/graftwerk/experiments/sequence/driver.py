@@ -239,7 +239,11 @@ class SequenceDriver:
             "adapters": variant.adapters,
             "changes": dict(variant.changes),
             "matrix": None if matrix is None else matrix.rows(variant.name),
-            **{name: measure.to_dict(variant.name) for name, measure in measures.items() if matrix is not None},
+            **{
+                name: measure.to_dict(variant.name)
+                for name, measure in measures.items()
+                if matrix is not None and variant.name in measure.values
+            },
             "cost": {
                 "training_seconds": sum(cost["training_seconds"] for cost in costs) / max(len(self.seeds), 1),
                 "retention_seconds": sum(_seconds(cost) for cost in costs) / max(len(self.seeds), 1),

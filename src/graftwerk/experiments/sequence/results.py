@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from graftwerk.errors import DataError
 from graftwerk.evaluation.bootstrap import Floats
-from graftwerk.evaluation.metrics import METRICS
+from graftwerk.evaluation.metrics import METRICS, point
 from graftwerk.evaluation.paired_bootstrap import Difference, JointBootstrap, joint_bootstrap
 from graftwerk.evaluation.row_interval import MetricValue
 from graftwerk.tasks.predictions import Predictions
@@ -28,6 +29,7 @@ from graftwerk.tasks.predictions import Predictions
 Cells = Mapping[tuple[str, int, int, int], Predictions]
 """Predictions by variant, seed, j and i: of the rows of task i after task j was learnt."""
 UNBOUNDED = (-np.inf, np.inf)
+UNDEFINED = "the metric is undefined on these predictions (they are all alike, or a class is absent)"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ class Matrix:
         runs: Seeds of each variant whose tasks are all learnt.
         confidence: Level of the intervals.
         resamples: Draws of rows.
+
+    Attributes:
+        undefined: Why a cell has no value, by variant, j and i.
     """
 
     def __init__(
@@ -70,46 +75,77 @@ class Matrix:
         resamples: int,
     ) -> None:
         self.metrics, self.runs, self.confidence = metrics, runs, confidence
+        self.undefined: dict[tuple[str, int], str] = {}
         self._joints = [self._joint(cells, task, resamples) for task in range(len(metrics))]
 
-    def _joint(self, cells: Cells, task: int, resamples: int) -> JointBootstrap:
-        """Draw the rows of a task together for all cells of its column."""
+    def _joint(self, cells: Cells, task: int, resamples: int) -> JointBootstrap | None:
+        """Draw the rows of a task together for all cells of its column in which its metric is defined."""
         column = {
             f"{variant}/{after}": {seed: cells[variant, seed, after, task] for seed in seeds}
             for variant, seeds in self.runs.items()
             for after in range(task, len(self.metrics))
         }
-        return joint_bootstrap(column, self.metrics[task], resamples=resamples, seed=task)
+        for name, runs in column.items():
+            lacking = [str(seed) for seed, found in runs.items() if point(self.metrics[task], found) is None]
+            if lacking:
+                self.undefined[name, task] = f"{UNDEFINED}: seed {', '.join(lacking)}"
+        column = {name: runs for name, runs in column.items() if (name, task) not in self.undefined}
+        return joint_bootstrap(column, self.metrics[task], resamples=resamples, seed=task) if column else None
 
     def rows(self, variant: str) -> list[list[MetricValue | None]]:
-        """Return the matrix of a variant: a[j][i] with its interval, None above the diagonal."""
-        count = len(self.metrics)
+        """Return the matrix of a variant: a[j][i] with its interval, None above the diagonal.
+
+        A cell whose metric is undefined has no value, and the reason as its ``note``.
+        """
+        places = range(len(self.metrics))
         return [
-            [
-                self._joints[task].figure(f"{variant}/{after}", self.confidence) if task <= after else None
-                for task in range(count)
-            ]
-            for after in range(count)
+            [self._figure(f"{variant}/{after}", task) if task <= after else None for task in places] for after in places
         ]
+
+    def _figure(self, key: str, task: int) -> MetricValue:
+        joint = self._joints[task]
+        if joint is None or (key, task) in self.undefined:
+            return {"value": None, "low": None, "high": None, "note": self.undefined[key, task]}
+        try:
+            return joint.figure(key, self.confidence)
+        except DataError as error:  # too few draws for intervals over seeds
+            value = float(joint.means[joint.methods.index(key)])
+            return {"value": value, "low": None, "high": None, "note": error.what}
 
     def measures(self) -> dict[str, Measure]:
         """Return the measures by name; ``mean`` and ``learning`` only if all metrics have points."""
         names = ["backward_transfer", "forgetting"]
         if all(METRICS[metric].words == " points" for metric in self.metrics):
             names = ["mean", "learning", *names]
-        return {name: self._measure(name) for name in names}
+        return {name: found for name in names if (found := self._measure(name)) is not None}
 
-    def _measure(self, name: str) -> Measure:
+    def _measure(self, name: str) -> Measure | None:
+        """Return a measure of the variants whose cells all have values, or None if there is no such variant."""
         values: dict[str, dict[int, float]] = {}
         draws = []
-        for variant, seeds in self.runs.items():
+        whole = {
+            variant: seeds
+            for variant, seeds in self.runs.items()
+            if not any(key.rpartition("/")[0] == variant for key, _ in self.undefined)
+        }
+        if not whole:
+            return None
+        for variant, seeds in whole.items():
             for place, seed in enumerate(seeds):
                 value, drawn = self._one(name, variant, place, seed)
                 values.setdefault(variant, {})[seed] = value
                 draws.append(drawn)
-        joint = JointBootstrap(tuple(self.runs), values, np.stack(draws, axis=1), limits=UNBOUNDED)
-        figures = {variant: joint.figure(variant, self.confidence) for variant in self.runs}
-        return Measure(figures, values, joint.simultaneous(self.confidence))
+        joint = JointBootstrap(tuple(whole), values, np.stack(draws, axis=1), limits=UNBOUNDED)
+        try:
+            figures = {variant: joint.figure(variant, self.confidence) for variant in whole}
+            return Measure(figures, values, joint.simultaneous(self.confidence))
+        except DataError as error:  # most draws of the rows leave a metric undefined
+            means = dict(zip(whole, joint.means.tolist(), strict=True))
+            bare: dict[str, MetricValue] = {
+                variant: {"value": mean, "low": None, "high": None, "note": error.what}
+                for variant, mean in means.items()
+            }
+            return Measure(bare, values, [])
 
     def _one(self, name: str, variant: str, place: int, seed: int) -> tuple[float, Floats]:
         """Return a measure of one seed: its value, and that of each draw of rows (R,)."""
@@ -131,6 +167,7 @@ class Matrix:
     def _cell(self, variant: str, place: int, seed: int, after: int, task: int) -> tuple[float, Floats]:
         """Return a[after][task] of one seed in points, larger being better, with its draws (R,)."""
         joint, key = self._joints[task], f"{variant}/{after}"
+        assert joint is not None
         first = sum(len(joint.values[name]) for name in joint.methods[: joint.methods.index(key)])
         value, drawn = joint.values[key][seed], joint.draws[:, first + place]
         metric = METRICS[self.metrics[task]]
@@ -139,12 +176,3 @@ class Matrix:
         sign = -1.0 if metric.higher is False else 1.0
         unit = 100 * sign / abs(joint.values[f"{variant}/{task}"][seed] or 1.0)
         return unit * value, unit * drawn
-
-
-def front(variants: Sequence[str], learning: Measure, forgetting: Measure) -> list[str]:
-    """Return the variants that no other beats in both learning and forgetting, by their means."""
-    from graftwerk.experiments.significance import pareto_set
-
-    quality = {name: float(learning.values[name]["value"] or 0.0) for name in variants}
-    cost = {name: float(forgetting.values[name]["value"] or 0.0) for name in variants}
-    return pareto_set(quality, [cost])

@@ -49,7 +49,19 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         for variant in result["variants"]
         for seed, why in variant["failed"].items()
     ]
-    return [text, *failed]
+    return [text, *failed, *unmeasured(result)]
+
+
+def unmeasured(result: Mapping[str, Any]) -> list[str]:
+    """Return what is to be said of each cell that has no value."""
+    names = [str(task["name"]) for task in result["tasks"]]
+    return [
+        f"{variant['name']}, {name} after {after}: {cell['note']}"
+        for variant in result["variants"]
+        for after, row in zip(names, variant["matrix"] or [], strict=False)
+        for name, cell in zip(names, row, strict=True)
+        if cell is not None and cell["value"] is None
+    ]
 
 
 def _figure(measure: Mapping[str, Any] | None) -> str:
@@ -66,7 +78,7 @@ def _matrix(
     rows = [["after", *names]]
     for name, cells in zip(names, matrix, strict=True):
         shown = [
-            "" if cell is None or cell["value"] is None else METRICS[task["metric"]].text(cell["value"])
+            "" if cell is None else DASH if cell["value"] is None else METRICS[task["metric"]].text(cell["value"])
             for task, cell in zip(tasks, cells, strict=True)
         ]
         rows.append([name, *shown])

@@ -58,6 +58,10 @@ class TrainingLoop(Protocol):
     def all_steps_done(self) -> bool:
         """True once all steps are done."""
 
+    @property
+    def evaluation_due(self) -> bool:
+        """True if the steps done so far end with an evaluation."""
+
     def seconds_left(self) -> float | None:
         """Estimate the seconds to the end of the training."""
 
@@ -106,6 +110,10 @@ class Callback:
 
     def on_evaluation_end(self, trainer: TrainingLoop, loss: float | None) -> None:
         """Run after each evaluation, given the validation loss, None if the task has none."""
+
+    def is_reached(self, state: TrainState) -> bool:
+        """Return True if training is to stop."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values."""

@@ -39,6 +39,7 @@ class Setting:
         processes: Processes that train together.
         train: The run's own encoded training rows.
         seed: Seed of the run.
+        warm: True if the run starts from the weights of another.
     """
 
     planned: ClassVar[bool] = False
@@ -51,6 +52,7 @@ class Setting:
     processes: Distributed
     train: Sequence[Example]
     seed: int
+    warm: bool
 
     def batch(self, task: Task, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Return examples of a task as a batch, (B, T) each, on the device."""
@@ -59,10 +61,11 @@ class Setting:
 
 
 class Strategy(ABC):
-    """One loss against forgetting.
+    """One loss against forgetting, or a watch over it.
 
-    Its state is made by `start` from the settings and the model as it is before the first step, the same in a resumed
-    run; rows of a step follow from the seed and the step's number. So nothing of it is stored in checkpoints.
+    What it works with is made by `start` from the settings and the model as it is before the first step, the same in a
+    resumed run; rows of a step follow from the seed and the step's number. So nothing of a loss is stored in
+    checkpoints.
 
     Args:
         setting: What it works with.
@@ -86,7 +89,6 @@ class Strategy(ABC):
         """Hold what `start` leaves, without values: in the plan of a run, whose model has none."""
         self.start()
 
-    @abstractmethod
     def losses(self, step: int, own: PreparedStep, gradients: GradientAccumulator) -> Iterator[Tensor]:
         """Yield losses (scalars) that add up to the strategy's over all processes; each is propagated before the next.
 
@@ -95,6 +97,7 @@ class Strategy(ABC):
             own: The batches of the run's own rows.
             gradients: The accumulator, for its model and size of micro-batches.
         """
+        yield from ()
 
     @property
     @abstractmethod
@@ -102,7 +105,9 @@ class Strategy(ABC):
         """Return the bytes of tensors that it holds."""
 
 
-def kept_examples(setting: Setting, entry: Retained, most: int, strategy: str) -> list[Example]:
+def kept_examples(
+    setting: Setting, entry: Retained, most: int, strategy: str, *, held_out: bool = False
+) -> list[Example]:
     """Return encoded training rows of an entry, evenly spaced; rows that are measured are never among them.
 
     Args:
@@ -110,12 +115,15 @@ def kept_examples(setting: Setting, entry: Retained, most: int, strategy: str) -
         entry: The entry.
         most: Most of them.
         strategy: Name of the strategy, for messages.
+        held_out: Take validation rows in their place, if there are any and the test rows are measured.
 
     Raises:
         ConfigError: The entry has no training rows.
         UnsupportedError: They are streamed.
     """
     rows = entry.splits.train
+    if held_out and entry.split == "test" and entry.splits.validation:
+        rows = entry.splits.validation
     if isinstance(rows, StreamedRows):
         raise UnsupportedError(
             f"rows of `{entry.name}` are streamed, and some of them would have to be kept", where=f"{KEY}.{strategy}"

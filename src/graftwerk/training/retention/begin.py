@@ -43,7 +43,7 @@ def retention_of(
         settings.training.retain,
         kind(
             meter, trainer.adapter, prepared.task, prepared.tokenizer, trainer.distributed, trainer.train,
-            settings.training.seed,
+            settings.training.seed, settings.training.warm_start is not None,
         ),
     )  # fmt: skip
     trainer.retain(retention)

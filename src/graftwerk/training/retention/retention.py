@@ -1,4 +1,4 @@
-"""The strategies of a run together: started before the first step, added to every step, and what they cost."""
+"""The strategies of a run together: started before the first step, part of every step, and what they cost."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from graftwerk.training.callbacks.base import Callback, TrainingLoop
+from graftwerk.training.callbacks.base import Callback, StepResult, TrainingLoop
 from graftwerk.training.gradients import GradientAccumulator
 from graftwerk.training.retention.base import Setting, Strategy
 from graftwerk.training.retention.consolidation import Consolidation
 from graftwerk.training.retention.distillation import Distillation
+from graftwerk.training.retention.early_stopping import RetainedStop
 from graftwerk.training.retention.replay import Replay
 from graftwerk.training.retention.self_replay import SelfReplay
 from graftwerk.training.settings import RetainSettings
 from graftwerk.training.step_batches import PreparedStep
+from graftwerk.training.trainer_state import TrainState
 
 
 class Retention(Callback):
@@ -28,6 +30,7 @@ class Retention(Callback):
 
     Attributes:
         strategies: The strategies, in the order in which their losses are added.
+        watch: The one of them that may end the training, or None.
     """
 
     state_key = "retention"
@@ -42,6 +45,9 @@ class Retention(Callback):
             self.strategies.append(Distillation(setting, settings.distillation))
         if settings.consolidation is not None:
             self.strategies.append(Consolidation(setting, settings.consolidation))
+        self.watch = None if settings.early_stopping is None else RetainedStop(setting, settings.early_stopping)
+        if self.watch is not None:
+            self.strategies.append(self.watch)
         self.seconds = self.start_seconds = 0.0
         self._trainer: TrainingLoop | None = None
 
@@ -53,6 +59,7 @@ class Retention(Callback):
 
         Raises:
             ConfigError, UnsupportedError: As `Strategy.start`.
+            StopEvaluation, DivergedError: As `RetainedMeter.measure`.
         """
         began = time.perf_counter()
         for strategy in self.strategies:
@@ -72,6 +79,18 @@ class Retention(Callback):
             yield from strategy.losses(self._trainer.state.step, own, gradients)
         self.seconds += time.perf_counter() - began
 
+    def on_train_begin(self, trainer: TrainingLoop) -> None:
+        if self.watch is not None:
+            began = time.perf_counter()
+            self.watch.look(trainer)
+            self.seconds += time.perf_counter() - began
+
+    def on_step_end(self, trainer: TrainingLoop, result: StepResult) -> None:
+        self.on_train_begin(trainer)
+
+    def is_reached(self, state: TrainState) -> bool:
+        return self.watch is not None and self.watch.exceeded
+
     def cost(self) -> dict[str, Any]:
         """Return what the strategies cost: seconds before the first step and in all steps, bytes held."""
         return {
@@ -82,9 +101,12 @@ class Retention(Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        found = {} if self.watch is None else {self.watch.name: self.watch.state_dict()}
+        return {"seconds": self.seconds, **found}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if type(state["seconds"]) not in (int, float):
             raise TypeError("`seconds` is not a number")
         self.seconds = float(state["seconds"])
+        if self.watch is not None:
+            self.watch.load_state_dict(state[self.watch.name])

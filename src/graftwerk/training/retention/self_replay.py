@@ -67,7 +67,7 @@ class SelfReplay(Replay):
         texts = tuple({"text": text} for text in written if text.strip())
         splits = Splits(texts, (), (), None, "")
         examples = task.encode(texts, setting.tokenizer, splits, OPENING + self.tokens + 1)
-        entry = Retained("written by the base", task, splits, "train", (), None, None, self.tokens, self.name)
+        entry = Retained("written by the base", task, splits, "train", (), (), None, None, self.tokens, self.name)
         self.remember(entry, examples)
 
     def _written(self) -> Iterator[str]:
