@@ -118,7 +118,8 @@ def test_trace_with_losses_against_forgetting_has_the_bytes_of_a_real_step(
         "data": {"train": str(glosses), "columns": {"text": "text"}, "max_train_rows": 40},
         "training": {"per_device_train_batch_size": 4}, "evaluation": {"retained": {"general": "general"}},
     }  # fmt: skip
-    tree["training"]["retain"] = dict.fromkeys(("replay", "self_replay", "distillation", "consolidation"), 0.5)
+    strategies = dict.fromkeys(("replay", "self_replay", "distillation", "consolidation"), 0.5)
+    tree["training"]["retain"] = {**strategies, "early_stopping": True}
     config = RunConfig.build(tree)
     planned = traced(config, tmp_path)
     monkeypatch.setattr(SelfReplay, "start", SelfReplay.hold)  # what is written may be shorter
