@@ -69,6 +69,10 @@ def native_dropout(self: InputDropout, x: Tensor, dtype: torch.dtype) -> Tensor:
         pytest.param("causal", "lora", 1, {"packing": True}, marks=pytest.mark.slow),
         pytest.param("seq2seq", "lora", 2, {}, marks=pytest.mark.slow),
         pytest.param("masked", "dora", 1, {}, marks=pytest.mark.slow),
+        *(
+            pytest.param(kind, method, 1, {"gradient_checkpointing": True, "dropout": 0.0}, marks=pytest.mark.slow)
+            for kind, method in (("classification", "houlsby"), ("causal", "ia3"), ("causal", "prefix"))
+        ),
     ],
 )
 def test_trainer_compile_is_a_graph_a_stack_and_equals_eager(

@@ -48,7 +48,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class ForwardPasses:
-    """How the forward passes of training run.
+    """The forward passes of training, and how they run.
 
     Attributes:
         activation_cache: Cache that serves the frozen layers' hidden states.
