@@ -190,7 +190,7 @@ class _Unmoved(SingleProcess):
 
 
 class _SettingWithoutValues(Setting):
-    """What strategies against forgetting work with: their batches lose their values, as the run's own do."""
+    """Setting of strategies against forgetting whose batches lose their values, as the run's own do."""
 
     planned = True
 
