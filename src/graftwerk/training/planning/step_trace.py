@@ -190,7 +190,7 @@ class _Unmoved(SingleProcess):
 
 
 class _SettingWithoutValues(Setting):
-    """The setting of strategies against forgetting in a trace: their batches lose their values, as the run's own do."""
+    """Setting of strategies against forgetting whose batches lose their values, as the run's own do."""
 
     planned = True
 
