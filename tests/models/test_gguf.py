@@ -143,7 +143,7 @@ def test_gguf_failed_unpacking_leaves_nothing(tiny_gguf: Path, tmp_path: Path, m
     def full(temporary: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(unpacking, "_put", full)
+    monkeypatch.setattr(unpacking, "_move_whole", full)
     with pytest.raises(ResourceError, match="No space left"):
         model_folder(str(tiny_gguf))
     assert list((tmp_path / "gguf").iterdir()) == []
@@ -154,10 +154,10 @@ def test_put_existing_copy_is_not_replaced(tmp_path: Path) -> None:
     for folder in (mine, theirs):
         folder.mkdir()
         (folder / "model.safetensors").write_text(folder.name)
-    unpacking._put(mine, theirs)
+    unpacking._move_whole(mine, theirs)
     assert (theirs / "model.safetensors").read_text() == "theirs"
     shutil.rmtree(theirs)
-    unpacking._put(mine, theirs)
+    unpacking._move_whole(mine, theirs)
     assert (theirs / "model.safetensors").read_text() == "mine"
 
 
