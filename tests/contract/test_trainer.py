@@ -42,7 +42,7 @@ def test_every_method_and_every_family_is_tried() -> None:
     assert min(families[name] for name in FAMILIES) >= 3
 
 
-def grafted(method: str, family: str) -> tuple[Any, gw.Graft, dict[str, Tensor]]:
+def grafted(method: str, family: str) -> tuple[Any, gw.Adapter, dict[str, Tensor]]:
     """A model, its graft, and a batch with labels: the same with each call."""
     model, batch = model_and_batch(method, family, rows=3)
     torch.manual_seed(0)
@@ -57,7 +57,7 @@ def grafted(method: str, family: str) -> tuple[Any, gw.Graft, dict[str, Tensor]]
     return model, graft, batch
 
 
-def values(graft: gw.Graft) -> dict[str, Tensor]:
+def values(graft: gw.Adapter) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in graft.state_dict().items()}
 
 

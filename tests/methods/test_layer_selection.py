@@ -43,7 +43,7 @@ def bert(layers: int = 4) -> Any:
     ).eval()
 
 
-def layers_of(graft: gw.Graft) -> set[tuple[str, int]]:
+def layers_of(graft: gw.Adapter) -> set[tuple[str, int]]:
     """(stack, layer) of everything that an adapter touches."""
     view = read_architecture(graft.model)
     found = {(str(place.stack), int(place.layer)) for place in graft.targets if place.layer is not None}
@@ -140,7 +140,7 @@ def test_layers_roundtrip_through_folder(family: str, method: dict[str, Any], tm
     _stored_and_loaded(graft, FAMILIES[family].batch(), tmp_path)
 
 
-def _stored_and_loaded(graft: gw.Graft, batch: dict[str, torch.Tensor], folder: Path) -> None:
+def _stored_and_loaded(graft: gw.Adapter, batch: dict[str, torch.Tensor], folder: Path) -> None:
     perturb(graft.parameters(), 7, 0.1)
     model = graft.model
     with torch.no_grad():

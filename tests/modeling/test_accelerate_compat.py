@@ -24,7 +24,7 @@ def answers(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return logits
 
 
-def adapted(model: Any, *names: str, **settings: Any) -> list[gw.Graft]:
+def adapted(model: Any, *names: str, **settings: Any) -> list[gw.Adapter]:
     grafts = []
     for number, name in enumerate(names):
         grafts.append(gw.attach(model, parse_method(settings or METHODS["lora"]), name=name))

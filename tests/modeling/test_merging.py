@@ -27,7 +27,7 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).logits
 
 
-def grafted(settings: dict[str, Any], family: str) -> tuple[Any, dict[str, Tensor], gw.Graft]:
+def grafted(settings: dict[str, Any], family: str) -> tuple[Any, dict[str, Tensor], gw.Adapter]:
     model, batch = model_and_batch("lora", family)
     torch.manual_seed(5)
     graft = gw.attach(model, parse_method(settings), name="a")

@@ -35,7 +35,7 @@ def in_parts(model: Any, folder: Path) -> Any:
     return dispatch_model(model, devices, main_device="cpu", offload_dir=str(folder))
 
 
-def adapted(model: Any, method: str) -> gw.Graft:
+def adapted(model: Any, method: str) -> gw.Adapter:
     torch.manual_seed(3)
     graft = gw.attach(model, method_of(method), name="a")
     perturb(graft.parameters(), 5)

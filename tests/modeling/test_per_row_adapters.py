@@ -35,7 +35,7 @@ PAIRS = [
 CLOSE = {"atol": 1e-9, "rtol": 1e-9}
 
 
-def attached(model: Any, settings: dict[str, Any], name: str, seed: int) -> gw.Graft:
+def attached(model: Any, settings: dict[str, Any], name: str, seed: int) -> gw.Adapter:
     graft = gw.attach(model, parse_method(settings), name=name)
     perturb(graft.parameters(), seed)
     return graft

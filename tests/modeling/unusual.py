@@ -35,7 +35,7 @@ def built(cls: str, config: Any) -> Any:
     return model.double()
 
 
-def moved(model: Any, method: Method, name: str = "a", seed: int = 1) -> gw.Graft:
+def moved(model: Any, method: Method, name: str = "a", seed: int = 1) -> gw.Adapter:
     """A graft in float64 whose every element is away from its start."""
     graft = gw.attach(model, method, name=name)
     perturb(graft.parameters(), seed)

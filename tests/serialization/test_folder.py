@@ -44,7 +44,7 @@ def run(model: Any) -> Tensor:
         return model(**BERT.batch()).logits
 
 
-def grafted(method: Any = "lora", name: str = "news", seed: int = 1) -> gw.Graft:
+def grafted(method: Any = "lora", name: str = "news", seed: int = 1) -> gw.Adapter:
     graft = gw.attach(bert(), parse_method(method), name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -46,7 +46,7 @@ def run(model: Any, family: str) -> Tensor:
     return logits if logits.dim() == 2 else logits[:, -7:]
 
 
-def randomised(graft: gw.Graft) -> gw.Graft:
+def randomised(graft: gw.Adapter) -> gw.Adapter:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in graft.parameters():
@@ -191,7 +191,7 @@ def test_load_adapter_adapted_layers_inside_saved_module(
     expected = run(model, "bert")
     write = store._WRITERS["lora"]
 
-    def as_before(graft: gw.Graft, base_name: str | None) -> Stored:
+    def as_before(graft: gw.Adapter, base_name: str | None) -> Stored:
         stored = write(graft, base_name)
         a, b = torch.randn(2, 16), torch.randn(16, 2)
         layer = f"{PREFIX}bert.pooler.dense"
