@@ -122,10 +122,10 @@ def test_augment_file_and_list_of_rows_give_equal_bytes(tmp_path: Path, labelled
     [
         ({"data": None}, ConfigError, "give a run file or data"),
         ({"config": {}}, ConfigError, "not both"),
-        ({"by": None}, ConfigError, "by what"),
+        ({"by": None}, ConfigError, "no augmenter is named"),
         ({"by": "file"}, ConfigError, "`path`"),
         ({"by": {"name": "file", "path": "x"}}, ConfigError, "makes none"),
-        ({"out": None}, ConfigError, "where to"),
+        ({"out": None}, ConfigError, "no output file is named"),
         ({"out": "rows.csv"}, ConfigError, "ends otherwise"),
         ({"data": []}, DataError, "no rows"),
         ({"data": [{"text": 7}]}, DataError, "no text as `text`"),

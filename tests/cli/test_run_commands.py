@@ -194,7 +194,7 @@ def test_read_settings_splits_methods_seeds_and_overrides() -> None:
         {"learning_rate": 1e-3},
     )
     assert read_settings(["methods={name: lora, r: 2}"]) == ([{"name": "lora", "r": 2}], "0,1,2", {})
-    with pytest.raises(ConfigError, match="which methods"):
+    with pytest.raises(ConfigError, match="no methods are named"):
         read_settings(["seeds=1"])
     with pytest.raises(ConfigError, match="not YAML"):
         read_settings(["methods=[lora"])
