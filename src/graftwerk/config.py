@@ -109,7 +109,8 @@ class RunConfig(Settings):
     def _check_retain(self) -> Self:
         """Refuse strategies that have nothing to retain, and a new head of nothing."""
         retain, training = self.training.retain, self.training
-        if retain is not None and not self.evaluation.retained and (retain.replay or retain.consolidation):
+        needs = retain is not None and (retain.replay or retain.consolidation or retain.early_stopping)
+        if needs and not self.evaluation.retained:
             raise ValueError("`training.retain` keeps what `evaluation.retained` names: give `retained: general`")
         if training.new_head and training.warm_start is None:
             raise ValueError("`training.new_head` leaves the head of `training.warm_start` out; give both, or neither")

@@ -181,6 +181,17 @@ def test_auto_dtype_is_the_checkpoints_and_its_rounding_is_said(
     assert 1e-5 < result["parity"]["max_abs_difference"] < result["parity"]["tolerance"] == 5e-2
 
 
+def test_merged_where_runs_compute_in_16_bits_is_compared_in_the_type_of_the_weights(
+    tiny_encoder: Path, make_adapter: Make, labelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast both round differently, and long texts differ by more than any sane tolerance somewhere."""
+    monkeypatch.setenv("GRAFTWERK_COMPUTE_TYPE", "bfloat16")
+    folder = make_adapter(tiny_encoder, METHODS["lora"], "classification")
+    for made in (gw.merge(folder, tmp_path / "merged", data=labelled), gw.export(folder, tmp_path / "peft", to="peft")):
+        assert made["parity"]["max_abs_difference"] < 1e-5
+        assert made["parity"]["tolerance"] == 1e-4
+
+
 @pytest.mark.parametrize("method", ["prefix", "prompt", "houlsby"])
 def test_method_that_is_no_weight_change_is_refused_and_nothing_written(
     method: str, tiny_encoder: Path, make_adapter: Make, tmp_path: Path

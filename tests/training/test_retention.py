@@ -275,6 +275,7 @@ def test_resuming_with_other_strategies_raises(tmp_path: Path, later: Callable[.
     [
         ({}, {}, "name a strategy"),
         ({"replay": True}, {}, "evaluation.retained"),
+        ({"early_stopping": "2 points"}, {}, "evaluation.retained"),
         ({"replay": {"part": 1}}, {"first": {"run": "x"}}, "unknown key"),
     ],
 )

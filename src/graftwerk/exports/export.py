@@ -120,7 +120,7 @@ def export(
     check_out(out, overwrite=overwrite)
     source = read_source(target, **given)  # type: ignore[arg-type]
     name = base_name or source.loaded.info.base_name or ""
-    tolerance = tolerance_of(torch.float32, source.loaded.dtype, max_difference)
+    tolerance = tolerance_of(torch.float32, source.dtype, max_difference)
     written: list[_Written] = []
 
     def fill(partial: Path) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _compare_peft(source: Source, folder: Path, tolerance: float) -> tuple[Parit
         load_adapter(base, folder, force=True)
         if aside is not None:
             aside.rename(own)
-    parity = source.compared(model, loaded.tokenizer, "the folder for PEFT", tolerance, dtype=loaded.dtype)
+    parity = source.compared(model, loaded.tokenizer, "the folder for PEFT", tolerance)
     return parity, checked_by
 
 
@@ -244,7 +244,7 @@ def _write_llama_cpp(source: Source, partial: Path, out: Path, name: str, tolera
     if quantization_of(model) is not None:  # there is nothing to add to in codes
         dequantize(model)
     apply_gguf(model, partial / ADAPTER_FILE)
-    parity = source.compared(model, loaded.tokenizer, "the GGUF file", tolerance, dtype=loaded.dtype)
+    parity = source.compared(model, loaded.tokenizer, "the GGUF file", tolerance)
     command = f"llama-cli -m {shlex.quote(base)} --lora {shlex.quote(str(out / ADAPTER_FILE))}"
     return _Written(parity, "graftwerk's reader of the GGUF file", command)
 

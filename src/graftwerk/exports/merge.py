@@ -147,10 +147,10 @@ def _write(source: Source, partial: Path, stored: torch.dtype, max_difference: f
         loaded.model.to(stored).save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
     free(loaded)
-    tolerance = tolerance_of(stored, loaded.dtype, max_difference)
+    tolerance = tolerance_of(stored, source.dtype, max_difference)
     merged, tokenizer = _load_plain(loaded.task.auto_class(), partial)
     _check_tokens(source, loaded.task.encode(source.rows, tokenizer, loaded.splits, loaded.max_length))
-    dtype = loaded.dtype if stored == torch.float32 else torch.float32  # a 16-bit model computes in its own type
+    dtype = source.dtype if stored == torch.float32 else torch.float32  # a 16-bit model computes in its own type
     parity = source.compared(merged, tokenizer, "the merged model", tolerance, dtype=dtype)
     text = merged_card(
         loaded.info.own,

@@ -52,6 +52,8 @@ class Source:
         origin: Where the rows are from, in words.
         examples: The rows, encoded.
         answers: The adapter's probabilities for each row, (P, C).
+        dtype: Compute type of the comparison: float32 wherever the weights are, whatever the run computed in. Autocast
+            rounds the adapter and its export differently (SmolLM2: by .075 at one of 256 positions).
     """
 
     loaded: LoadedAdapter
@@ -60,6 +62,7 @@ class Source:
     origin: str
     examples: Sequence[Example]
     answers: Sequence[Tensor]
+    dtype: torch.dtype
 
     def compared(
         self,
@@ -68,7 +71,7 @@ class Source:
         what: str,
         tolerance: float,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
     ) -> Parity:
         """Compare another model with the adapter.
 
@@ -77,12 +80,12 @@ class Source:
             tokenizer: Its tokenizer.
             what: What it is, for the error.
             tolerance: Largest difference of probabilities that is accepted.
-            dtype: Compute type.
+            dtype: Compute type, if it is another than the comparison's.
 
         Raises:
             IntegrityError: The answers, or the tokens of the rows, differ.
         """
-        answers = probabilities(model, self.loaded.task, self.examples, tokenizer, dtype=dtype)
+        answers = probabilities(model, self.loaded.task, self.examples, tokenizer, dtype=dtype or self.dtype)
         return require(compare(self.answers, answers, tolerance), what)
 
 
@@ -127,9 +130,11 @@ def read_source(
         origin = f"{split} rows of {loaded.run}"
     chosen = [chosen[place * len(chosen) // min(rows, len(chosen))] for place in range(min(rows, len(chosen)))]
     examples = loaded.encode(chosen)
-    answers = probabilities(loaded.model, loaded.task, examples, loaded.tokenizer, dtype=loaded.dtype)
+    whole = loaded.model.dtype == torch.float32 and quantization_of(loaded.model) is None
+    dtype = torch.float32 if whole else loaded.dtype
+    answers = probabilities(loaded.model, loaded.task, examples, loaded.tokenizer, dtype=dtype)
     (adapter,) = adapters(loaded.model).values()
-    return Source(loaded, adapter, chosen, origin, examples, answers)
+    return Source(loaded, adapter, chosen, origin, examples, answers, dtype)
 
 
 def to_full_weights(source: Source) -> str | None:
