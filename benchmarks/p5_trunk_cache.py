@@ -127,7 +127,7 @@ class Sides:
         self.trunk: dict[str, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
             work = self._trainer(graft, Path(folder))
-            order = [work.rows_of(step) for step in range(work.total_steps)]
+            order = [work.batch_sampler(step) for step in range(work.total_steps)]
             self.batches = [
                 self.task.collator.collate([self.rows[row] for row in rows], self.tokenizer) for rows in order
             ]

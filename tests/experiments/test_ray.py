@@ -14,12 +14,12 @@ import psutil
 import pytest
 
 from graftwerk.errors import ConfigError, DivergedError, IntegrityError, ResourceError, RunInterrupted
-from graftwerk.experiments import ray_cluster, ray_station
+from graftwerk.experiments import ray_actor, ray_cluster
 from graftwerk.experiments.compare import compare
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.progress import ProgressEvent
+from graftwerk.experiments.ray_actor import RayActor
 from graftwerk.experiments.ray_cluster import RayCluster, RayRunner, read_resources
-from graftwerk.experiments.ray_station import Station
 from graftwerk.experiments.run_archive import pack, unpack
 from graftwerk.experiments.workers import Workers, machines
 from graftwerk.training.run_dir import LOCK
@@ -55,7 +55,7 @@ class Remote:
 
 
 class FakeActor:
-    """A station in this process that is lost when its job raises `RayActorError`."""
+    """An actor in this process that is lost when its job raises `RayActorError`."""
 
     sees_the_folder = True
     made = 0
@@ -64,11 +64,11 @@ class FakeActor:
 
     def __init__(self, folder: str, log: str, lock: str, threads: int) -> None:
         FakeActor.made += 1
-        station = Station(folder, log, lock if self.sees_the_folder else "another", threads)
-        station.runner = Script(Path(log), threads)
-        self.hello, self.close, self.remove = Remote(station.hello), Remote(station.close), Remote(station.remove)
-        self.end_job, self.interrupt = Remote(station.end_job), Remote(station.interrupt)
-        self.run = Remote(lambda *given: self._stream(station.run(*given)))
+        actor = RayActor(folder, log, lock if self.sees_the_folder else "another", threads)
+        actor.runner = Script(Path(log), threads)
+        self.facts, self.close, self.remove = Remote(actor.facts), Remote(actor.close), Remote(actor.remove)
+        self.end_job, self.interrupt = Remote(actor.end_job), Remote(actor.interrupt)
+        self.run = Remote(lambda *given: self._stream(actor.run(*given)))
 
     def _stream(self, messages: Iterator[str | bytes]) -> Iterator[Any]:
         for message in messages:
@@ -147,18 +147,18 @@ def test_ray_runner_job_asked_to_end_is_not_begun_again(runner: RayRunner, monke
 
 
 def test_station_passes_on_an_end_to_the_job_at_work_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    station, asked = Station(str(tmp_path), str(tmp_path / "log"), "", 1), list[str]()
+    actor, asked = RayActor(str(tmp_path), str(tmp_path / "log"), "", 1), list[str]()
 
     def work(job: Mapping[str, Any], on_event: Any) -> dict[str, Any]:
-        station.end_job()
+        actor.end_job()
         return {}
 
-    station.runner = Script(tmp_path / "log")
+    actor.runner = Script(tmp_path / "log")
     monkeypatch.setattr(Script, "work", work, raising=False)
     monkeypatch.setattr(Script, "end_job", lambda self: asked.append("at work"))
-    station.end_job()
-    assert list(station.run('{"kind": "run"}', None)) == ['{"done": {}}']
-    station.end_job()
+    actor.end_job()
+    assert list(actor.run('{"kind": "run"}', None)) == ['{"done": {}}']
+    actor.end_job()
     assert asked == ["at work"]
 
 
@@ -208,7 +208,7 @@ def test_ray_runner_refuses_machines_that_cannot_work_for_this_one(
         runner.run(job_of(runner), lambda event: None)
     assert "on every machine" in str(caught.value.hint)
     monkeypatch.undo()
-    monkeypatch.setattr(Station, "hello", lambda self: '{"host": "b", "graftwerk": "0.0.1", "torch": "2"}')
+    monkeypatch.setattr(RayActor, "facts", lambda self: '{"host": "b", "graftwerk": "0.0.1", "torch": "2"}')
     with pytest.raises(ResourceError, match=r"the machine b has graftwerk 0\.0\.1, and this one"):
         runner.run(job_of(runner), lambda event: None)
 
@@ -219,7 +219,7 @@ def test_ray_runner_folder_comes_back_from_a_machine_that_does_not_share_it(
     """On such a machine the work is done under the same path, which is this one here: nothing of it stays there."""
     folder = runner.folder / "lora-seed0"
     monkeypatch.setattr(FakeActor, "sees_the_folder", False)
-    monkeypatch.setattr(ray_station, "CHUNK", 1000)
+    monkeypatch.setattr(ray_actor, "CHUNK", 1000)
     seen: list[Any] = []
 
     def work(job: Mapping[str, Any], on_event: Any) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def test_ray_runner_folder_comes_back_from_a_machine_that_does_not_share_it(
     assert not (folder / LOCK).exists()
     assert seen == [[], [LOCK, "adapter"], True]  # what was lost on its way is there when the job is begun again
     (runner.folder / "trials" / "empty").mkdir(parents=True)
-    other = Station(str(runner.folder), str(runner.log), "another", 1)
+    other = RayActor(str(runner.folder), str(runner.log), "another", 1)
     other.close()
     assert sorted(path.name for path in runner.folder.iterdir()) == [LOCK, "lora-seed0"]
     assert "does not see" in events[0]["text"]
@@ -352,10 +352,10 @@ def test_compare_on_two_ray_workers_one_of_them_killed_gives_the_table_of_one_pr
             notes.append(event.text)
         if event.run.startswith("lora") and event.run.endswith("seed 0") and event.step and not killed:
             own = psutil.Process().children(recursive=True)  # the cluster is a child of this process
-            stations = [each.pid for each in own if "ray::Station" in each.name() + " ".join(each.cmdline())]
-            assert stations
-            killed.extend(stations)  # whichever of them it was: the other's run is begun again as well
-            for pid in stations:
+            actors = [each.pid for each in own if "ray::RayActor" in each.name() + " ".join(each.cmdline())]
+            assert actors
+            killed.extend(actors)  # whichever of them it was: the other's run is begun again as well
+            for pid in actors:
                 os.kill(pid, signal.SIGKILL)
 
     # as on a machine that shares nothing: the lock is not recognised, and the folders travel

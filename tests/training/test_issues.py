@@ -132,8 +132,8 @@ CASES: dict[str, Case] = {
         True,
     ),
     "retained-rows": Case(
-        {"rows.jsonl": rows()},
-        {"model": "decoder", "task": "causal", "evaluation.retained": {"own": {"texts": "rows.jsonl"}}},
+        {"rows.jsonl": rows(), "kept.jsonl": [{"text": row["text"].upper().replace(" ", "  ")} for row in rows()]},
+        {"model": "decoder", "task": "causal", "evaluation.retained": {"own": {"texts": "kept.jsonl"}}},
     ),
     "held-out-elsewhere": Case(
         {"a.jsonl": rows(8), "b.jsonl": rows(16)[8:], "held.jsonl": rows(10)[9:]},

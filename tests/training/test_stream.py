@@ -63,9 +63,9 @@ def test_stream_small_buffer_takes_every_row_once(tree: Tree, monkeypatch: pytes
     seen: list[tuple[int, ...]] = []
 
     def gradients(self: GradientAccumulator, rows: Any, micro_batch: int) -> Gradient:
-        held.append(len(self.batches.rows_of.part(rows[0] // 12 * 12)))
+        held.append(len(self.batches.sampler.part(rows[0] // 12 * 12)))
         seen.append(tuple(rows))
-        assert [self.batches.rows_of.examples[row].inputs for row in rows]
+        assert [self.batches.sampler.examples[row].inputs for row in rows]
         return Gradient(0.0, torch.tensor([1.0, 1.0, 0.0]))
 
     monkeypatch.setattr(GradientAccumulator, "__call__", gradients)
@@ -102,7 +102,7 @@ def test_stream_dry_run_counts_steps_and_shows_first_batch(tree: Tree, monkeypat
     first: list[Any] = []
 
     def gradients(self: GradientAccumulator, rows: Any, micro_batch: int) -> Gradient:
-        first.append({len(self.batches.rows_of.examples[row].inputs["input_ids"]) for row in rows})
+        first.append({len(self.batches.sampler.examples[row].inputs["input_ids"]) for row in rows})
         return Gradient(0.0, torch.tensor([1.0, 1.0, 0.0]))
 
     monkeypatch.setattr(GradientAccumulator, "__call__", gradients)

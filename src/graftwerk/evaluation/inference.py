@@ -103,17 +103,18 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return module_device(model)
 
 
-def autocast(model: Any, dtype: torch.dtype, *, cache: bool = True) -> AbstractContextManager[Any]:
+def autocast(where: Any, dtype: torch.dtype, *, cache: bool = True) -> AbstractContextManager[Any]:
     """Return the context in which products are computed in ``dtype``; for float32 it does nothing.
 
     Args:
-        model: The model.
+        where: The model, or the device that it computes on.
         dtype: What products are computed in.
         cache: Let torch use a weight that it has cast again within the outermost context: not if the weight changes.
     """
-    return (
-        nullcontext() if dtype == torch.float32 else torch.autocast(device_of(model).type, dtype, cache_enabled=cache)
-    )
+    if dtype == torch.float32:
+        return nullcontext()
+    device = where if isinstance(where, torch.device) else device_of(where)
+    return torch.autocast(device.type, dtype, cache_enabled=cache)
 
 
 @contextmanager

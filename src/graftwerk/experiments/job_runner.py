@@ -176,12 +176,12 @@ class JobRunner:
         That is the job at work, as soon as its process has started, or the next one if there is none.
         """
         with self._lock:
-            known, self._ending = self._ending, True
+            asked, self._ending = self._ending, True
             at_work = self._job is not None
-        if at_work and not known:
+        if at_work and not asked:
             self._pass_on(signal.SIGTERM)
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Give back what other runners may need while there is nothing to do here: nothing, on one machine."""
 
     @contextmanager

@@ -28,7 +28,7 @@ from typing import Any
 from graftwerk.errors import ConfigError, ErrorReport, ResourceError
 from graftwerk.experiments.header import own_version
 from graftwerk.experiments.job_runner import Crashed, JobRunner, OnEvent, rebuilt, signals_to
-from graftwerk.experiments.ray_station import Station, folder_of
+from graftwerk.experiments.ray_actor import RayActor, folder_of
 from graftwerk.experiments.run_archive import pack, unpack
 from graftwerk.training.lock import wait_for
 from graftwerk.training.run_dir import LOCK
@@ -47,7 +47,7 @@ class RayRunner(JobRunner):
 
     Args:
         log: Where what the processes print goes.
-        start: Makes an actor of `Station` from its arguments.
+        start: Makes an actor of `RayActor` from its arguments.
         ray: The package.
     """
 
@@ -143,7 +143,7 @@ class RayRunner(JobRunner):
             return self._actor
         lock = self.folder / LOCK
         actor = self._start(str(self.folder), str(self.log), lock.read_text() if lock.is_file() else "", self.threads)
-        reference = actor.hello.remote()
+        reference = actor.facts.remote()
         while not self._ray.wait([reference], timeout=LOOK_SECONDS)[0]:  # the cluster may be busy with other work
             if self.signum is not None or self._ending:
                 self._ray.kill(actor)
@@ -167,12 +167,12 @@ class RayRunner(JobRunner):
     def end_job(self) -> None:
         """Ask the job to save and end; one that is lost with its worker is not begun again."""
         with self._lock:
-            known, self._ending = self._ending, True
+            asked, self._ending = self._ending, True
             actor = self._actor if self._heard else None
-        if actor is not None and not known:
+        if actor is not None and not asked:
             actor.end_job.remote()
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Give the resources back: the cluster may have shrunk, and a runner that lost its machine waits for them."""
         self._close()
 
@@ -248,7 +248,7 @@ class RayCluster:
     def runners(self, log: Path, most: int | None = None) -> list[JobRunner]:
         """Return job runners; their actors start with their first jobs."""
         others = {name: amount for name, amount in self.resources.items() if name not in ("CPU", "GPU", "memory")}
-        actor = self.ray.remote(Station).options(
+        actor = self.ray.remote(RayActor).options(
             num_cpus=self.resources["CPU"], num_gpus=self.resources.get("GPU", 0), resources=others,
             memory=self.resources.get("memory"), max_restarts=0, max_concurrency=3,
         )  # fmt: skip

@@ -137,7 +137,7 @@ class Workers:
                 runner.check()
                 if not work(runner):
                     if len(self.runners) > 1:
-                        runner.rest()
+                        runner.release()
                     return
         except BaseException as error:  # a defect must reach the main thread, too
             with self._lock:

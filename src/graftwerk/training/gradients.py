@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftwerk.evaluation.inference import autocast
 from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.signals import StopSignals
 from graftwerk.training.step_batches import PreparedStep, StepBatches
@@ -63,10 +64,6 @@ class ForwardPasses:
     def compiling(self) -> AbstractContextManager[Any]:
         """Return a context in which the layers run as they are compiled, for a forward and a backward pass."""
         return nullcontext() if self.compiled is None else self.compiled.active()
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Return a context of the type that forward passes on ``device`` compute in."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(device.type, self.dtype)
 
 
 Beside = Callable[[PreparedStep, "GradientAccumulator"], Iterator[Tensor]]
@@ -134,7 +131,7 @@ class GradientAccumulator:
         for number, (batch, weight, examples) in enumerate(pieces, start=1):
             last = number == len(step.batches)
             with self.passes.compiling(), nullcontext() if last else processes.no_sync(self.model):
-                with self.passes.activation_cache.serving(examples, batch), self.passes.autocast(device):
+                with self.passes.activation_cache.serving(examples, batch), autocast(device, self.passes.dtype):
                     outputs = objective.forward(self.model, batch)
                     mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
                     loss = mean * (weight / (total or 1.0))
@@ -154,7 +151,7 @@ class GradientAccumulator:
         """Propagate losses beside the task's own; DDP sums their gradients with those of the last micro-batch."""
         with self.processes.no_sync(self.model):
             while True:
-                with self.passes.autocast(self.processes.device):
+                with autocast(self.processes.device, self.passes.dtype):
                     loss = next(losses, None)
                 if loss is None:
                     return

@@ -52,7 +52,7 @@ class StepBatches:
         model: Model as `Distributed.prepare` returned it.
         task: Task as it is trained, with class weights.
         tokenizer: Tokenizer of the model.
-        rows_of: Sampler that holds the rows.
+        sampler: Sampler of the rows, which holds their examples.
         settings: Training settings.
         processes: Processes that train together.
         max_length: Tokens of a packed row.
@@ -63,12 +63,12 @@ class StepBatches:
         model: Any,
         task: Task,
         tokenizer: PreTrainedTokenizerBase,
-        rows_of: BatchSampler,
+        sampler: BatchSampler,
         settings: TrainingSettings,
         processes: Distributed,
         max_length: int,
     ) -> None:
-        self.model, self.task, self.tokenizer, self.rows_of = model, task, tokenizer, rows_of
+        self.model, self.task, self.tokenizer, self.sampler = model, task, tokenizer, sampler
         self.settings, self.processes, self.max_length = settings, processes, max_length
         self._next: PreparedStep | None = None
 
@@ -118,7 +118,7 @@ class StepBatches:
         processes, objective = self.processes, self.task.objective
         pieces = micro_batches(
             rows,
-            self.rows_of.lengths,
+            self.sampler.lengths,
             micro_batch,
             tokens=self.settings.per_device_train_tokens,
             processes=processes.world_size,
@@ -126,7 +126,7 @@ class StepBatches:
         )
         before = torch.get_rng_state()
         # A process without rows left takes part with weight zero: the others wait for its gradients.
-        examples = [[self.rows_of.examples[row] for row in piece or rows[:1]] for piece in pieces]
+        examples = [[self.sampler.examples[row] for row in piece or rows[:1]] for piece in pieces]
         batches = [objective.prepare(self._collated(some), self.model) for some in examples]
         weights = [objective.num_targets(batch) if piece else 0 for piece, batch in zip(pieces, batches, strict=True)]
         sent = [moved(batch, processes.device) for batch in batches]

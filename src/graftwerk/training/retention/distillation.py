@@ -6,7 +6,8 @@ Source: Li & Hoiem 2016, arXiv:1606.09282 (learning without forgetting); Hinton 
 Loss: weight * t^2 * KL(teacher || student), with scores over the temperature t. The teacher is the model before this
 task, as in Li & Hoiem. For tasks with heads the heads of the earlier runs answer the run's own rows once, before the
 first step. A model of text is asked in each step, with the adapter's weights of the start in place of today's (after a
-warm start), or with the adapter switched off (`teacher: base`): there is no second model in memory.
+warm start), or with the adapter switched off (`teacher: base`): there is no second model in memory, only, for the
+former, two copies of what is trained.
 Trade-off: needs no row of what is to be retained; holds the model back on its own rows too, and a step of text costs
 two more forward passes.
 """

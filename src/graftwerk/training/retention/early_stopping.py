@@ -95,8 +95,8 @@ class RetainedStop(Strategy):
             kept = (
                 f"step {state.best['step']} is saved" if state.best else "no step before it was measured: it is saved"
             )
-            told = "; ".join(_told(name, *lost[name][:2]) for name in over)
-            text = f"{told}, more than {self.settings.within}; {kept}"
+            losses = "; ".join(_describe_loss(name, *lost[name][:2]) for name in over)
+            text = f"{losses}, more than {self.settings.within}; {kept}"
             trainer.emit(Event("early_stopping", state.step, text=text))
         elif not trainer.validation:
             worst = max(points for _, points, _ in lost.values())
@@ -134,7 +134,7 @@ class RetainedStop(Strategy):
         return rows + found
 
 
-def _told(name: str, metric: str | None, points: float) -> str:
+def _describe_loss(name: str, metric: str | None, points: float) -> str:
     if metric is None:
         return f"no metric is defined any more on `{name}`"
     unit = "points" if METRICS[metric].words == " points" else "%"

@@ -24,7 +24,7 @@ CHUNK = 8 << 20
 """Bytes of a folder in one message."""
 
 
-class Station:
+class RayActor:
     """Job runner on a machine of the cluster; the class of the actors.
 
     Args:
@@ -36,15 +36,16 @@ class Station:
 
     def __init__(self, folder: str, log: str, lock: str, threads: int) -> None:
         self.folder = Path(folder)
-        with suppress(OSError):
+        try:
             self.shared = (self.folder / LOCK).read_text() == lock
-        self.shared = getattr(self, "shared", False)
+        except OSError:
+            self.shared = False
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runner = JobRunner(Path(log), threads)
         self.at_work = False
 
-    def hello(self) -> str:
-        """Return what the driver must know of this machine."""
+    def facts(self) -> str:
+        """Return what the driver must know of this machine, as JSON."""
         return json.dumps({"shared": self.shared, "host": socket.gethostname(), "graftwerk": own_version(),
                            "torch": version("torch"), "python": platform.python_version()})  # fmt: skip
 
