@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from graftwerk.methods.registry import METHODS
 from graftwerk.tasks.objective import ScoreObjective
 from graftwerk.training.events import Event
 from graftwerk.training.planning import step_trace
+from graftwerk.training.retention.base import kept_examples
 from graftwerk.training.retention.consolidation import Consolidation
 from graftwerk.training.retention.distillation import Distillation
 from graftwerk.training.retention.early_stopping import RetainedStop
@@ -46,6 +47,20 @@ def stopping_at(step: int) -> Callable[[Event], None]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return stop
+
+
+class Killed(BaseException):
+    """The end of a process that saves nothing more."""
+
+
+def killed_at(step: int) -> Callable[[Event], None]:
+    """A listener that ends the run once the checkpoint of a step is written."""
+
+    def kill(event: Event) -> None:
+        if event.kind == "checkpoint" and event.step == step:
+            raise Killed
+
+    return kill
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +222,7 @@ def test_fisher_of_the_update_equals_autograd_of_the_weight(
     setting, model = strategy.setting, trainer.adapter.model.eval()
     path = next(path for path in strategy.layers if path.endswith("layer.1.attention.self.value"))
     (entry,) = setting.meter.entries
-    from graftwerk.training.retention.base import batches_of, kept_examples
+    from graftwerk.training.retention.base import batches_of
 
     examples = kept_examples(setting, entry, 5, "consolidation")
     assert len(examples) == 5
@@ -318,10 +333,12 @@ def test_text_model_is_distilled_towards_its_base(tmp_path: Path, tiny_decoder: 
 def test_early_stopping_saves_the_best_step_within_the_bound_and_resumes(
     tmp_path: Path, later: Callable[..., Tree], validation: int | None, caught: list[tuple[Retention, Trainer]]
 ) -> None:
-    """The losses of each evaluation are given: 1, 2 and 9 points. Without validation rows the last step is the best."""
-    losses = iter([1.0, 2.0, 9.0])
+    """The losses of each evaluation are given: 1, 2 and 9 points."""
+    losses: Iterator[float]
 
     def build(name: str) -> Tree:
+        nonlocal losses
+        losses = iter([1.0, 2.0, 9.0])
         given = later(tmp_path / name, {"early_stopping": "5 points"}, eval_steps=1, max_steps=6)
         given["data"]["validation"] = validation
         return given
@@ -333,19 +350,28 @@ def test_early_stopping_saves_the_best_step_within_the_bound_and_resumes(
     said: list[Event] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RetainedStop, "_lost", lost)
+        patch.setattr(
+            "graftwerk.training.callbacks.validation.is_better", lambda *given: True
+        )  # the last one evaluated is best
         run = train(build("whole"), listener=said.append)
-        losses = iter([1.0, 2.0, 9.0])
+        given = build("stopped")
         with pytest.raises(RunInterrupted):
-            train(build("stopped"), listener=stopping_at(2))
-        resumed = train(build("stopped"), resume=True, listener=quiet)
+            train(given, listener=stopping_at(2))
+        resumed = train(given, resume=True, listener=quiet)
+        given = build("killed")
+        with pytest.raises(Killed):
+            train(given, listener=killed_at(3))  # too much is lost, and nothing but the checkpoint knows
+        ended = train(given, resume=True, listener=quiet)
     best = run.manifest["best"]
     assert run.manifest["cost"]["steps"] == 3
-    assert (best["step"], best["metric"]) == (2, "forgetting") if validation is None else best["step"] in (1, 2)
+    assert best["step"] == 2
+    assert (best["metric"] == "forgetting") == (validation is None)
     (event,) = (event for event in said if event.kind == "early_stopping")
     assert "`first` has lost 9.0 points" in event.values["text"]
     assert f"step {best['step']} is saved" in event.values["text"]
     assert run.manifest["cost"]["retention"]["step_seconds"] > 0
-    assert weights(resumed) == weights(run)
+    assert weights(ended) == weights(resumed) == weights(run)
+    assert ended.manifest["cost"]["steps"] == 3
     watch, trainer = caught[0][0].watch, caught[0][1]
     assert watch is not None
     measured = {tuple(example.inputs["input_ids"]) for example in watch.setting.meter.entries[0].examples}
@@ -367,6 +393,9 @@ def test_early_stopping_measures_what_is_lost(
     right = [np.mean(each.scores.argmax(1) == each.targets) for each in (watch.before["first"], found)]  # type: ignore[attr-defined]
     assert watch._lost(entry)[:2] == ("accuracy", pytest.approx(100 * (right[0] - right[1])))
     assert right[0] == 1.0 > right[1]
+    validated = replace(entry, splits=replace(entry.splits, validation=entry.splits.train[:3]))
+    assert len(kept_examples(watch.setting, validated, 500, "early_stopping")) > 3
+    assert len(kept_examples(watch.setting, validated, 500, "early_stopping", held_out=True)) == 3
 
 
 def test_early_stopping_without_the_best_state_raises(tmp_path: Path, later: Callable[..., Tree]) -> None:
