@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import DynamicCache
 
 from graftwerk.config import RunConfig
 from graftwerk.models.load import load_config
@@ -97,7 +98,16 @@ def test_trace_of_step_has_the_bytes_of_a_real_step(
         },
         {},
     )
+    update, stored = DynamicCache.update, list[bool]()
+
+    def store(self: DynamicCache, *given: Any, **more: Any) -> Any:
+        stored.append(torch.is_grad_enabled())
+        return update(self, *given, **more)
+
+    if method != "prefix":  # a prefix is such a cache
+        monkeypatch.setattr(DynamicCache, "update", store)
     planned = traced(config, tmp_path)
+    assert all(stored), "an evaluation stores no keys and values"
     monkeypatch.setattr(step_trace, "FakeTensorMode", RealTensors)
     real = traced(config, tmp_path)
     assert planned.weights == real.weights > 0
