@@ -11,30 +11,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from graftwerk.evaluation.bootstrap import Statistic
+from graftwerk.evaluation.bootstrap import Statistic, mean_over_rows
 from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
-Value = Callable[[SimilarityPredictions], float]
+
+def recall(most: int) -> Callable[[SimilarityPredictions], Statistic]:
+    """Return recall at ``most``, the share of rows whose own text is among so many nearest."""
+    return lambda predictions: mean_over_rows((predictions.ranks <= most).astype(np.float64))
 
 
-def recall(most: int) -> tuple[Value, Callable[[SimilarityPredictions], Statistic]]:
-    """Return recall at ``most``, the share of rows whose own text is among so many nearest, and its statistic."""
-
-    def statistic(predictions: SimilarityPredictions) -> Statistic:
-        return _mean((predictions.ranks <= most).astype(np.float64))
-
-    return lambda predictions: float((predictions.ranks <= most).mean()), statistic
-
-
-def reciprocal_rank(predictions: SimilarityPredictions) -> float:
-    """Return the mean of one over the rank of each row's own text."""
-    return float((1 / predictions.ranks).mean())
-
-
-def reciprocal_rank_statistic(predictions: SimilarityPredictions) -> Statistic:
-    """Return the mean reciprocal rank as a function of bootstrap weights (R, n)."""
-    return _mean(1 / predictions.ranks)
-
-
-def _mean(values: np.ndarray) -> Statistic:
-    return lambda weights: weights @ values / weights.sum(axis=1)
+def reciprocal_rank(predictions: SimilarityPredictions) -> Statistic:
+    """Return the mean of one over the rank of each row's own text, over bootstrap weights (R, n)."""
+    return mean_over_rows(1 / predictions.ranks)
