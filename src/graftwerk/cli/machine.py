@@ -16,7 +16,6 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pydantic",
-    "scikit-learn",
     "tensorboard",
 )
 OPTIONAL = {

@@ -41,7 +41,6 @@ PRELOADED = (
     "accelerate",
     "safetensors.torch",
     "scipy.special",
-    "sklearn.metrics",
     "torch.utils.tensorboard",
     "transformers.models.bert.modeling_bert",  # what it imports, all models import
     "graftwerk.experiments.jobs",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from graftwerk.training.trainer import Trainer
 
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
 
 
 def opening(
