@@ -123,9 +123,4 @@ def run_comparison(
     check_choices(driver.base, metric, prefer, margin)
     with machines(ray, resources) as there:
         driver.run(there, overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
-    report_path = None
-    if report:
-        from graftwerk.reporting.html import write_report
-
-        report_path = write_report(driver.folder)
-    return Comparison(driver.folder, report=report_path)
+    return Comparison.reported(driver.folder, report)

@@ -14,10 +14,10 @@ from graftwerk.experiments.axes import flow, written
 from graftwerk.experiments.budget import Budget
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
+from graftwerk.experiments.result_folder import FORMAT
 from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.tuning import Axes, require_validation
 
-FORMAT = 1
 CONFIG = "config.yaml"
 
 
