@@ -1,9 +1,11 @@
-"""Available memory of the machine."""
+"""Available memory, running processes and installed packages of the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -44,6 +46,25 @@ def kilobytes(path: str, field: str) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return None
+
+
+def is_running(pid: int) -> bool:
+    """Return True if a process exists on this machine, a zombie included."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def give_back() -> None:

@@ -24,10 +24,10 @@ class Frame:
     inner: Box
 
     @classmethod
-    def around(cls, width: float, height: float, y_labels: Sequence[str], *, right: float = RIGHT) -> Frame:
+    def around(cls, width: float, height: float, y_labels: Sequence[str]) -> Frame:
         """Return a frame with a left margin for the longest label of the y axis."""
         left = 8 + max((text_width(label, TICK_SIZE) for label in y_labels), default=0.0)
-        return cls(width, height, Box(left, TOP, width - right, height - BOTTOM))
+        return cls(width, height, Box(left, TOP, width - RIGHT, height - BOTTOM))
 
 
 def heights(frame: Frame) -> int:

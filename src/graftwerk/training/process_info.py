@@ -1,4 +1,4 @@
-"""Facts about processes that the kernel tells: whether they run, and since when."""
+"""Since when processes run, as the kernel tells."""
 
 from __future__ import annotations
 
@@ -24,32 +24,9 @@ def start_ticks(pid: int | str = "self") -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def seconds_since_process_start(pid: int | str = "self") -> float:
-    """Return the seconds since a process started, by the clock that counts from boot.
-
-    Args:
-        pid: Process id, or "self".
-
-    Returns:
-        The seconds; 0.0 on systems without /proc.
-    """
-    ticks = start_ticks(pid)
-    if ticks is None:
-        return 0.0
-    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
-
-
 def process_start() -> float:
-    """Return the value that `time.monotonic()` had when this process started."""
-    return time.monotonic() - seconds_since_process_start()
-
-
-def is_running(pid: int) -> bool:
-    """Return True if a process exists on this machine, a zombie included."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """Return the value that `time.monotonic()` had when this process started; on systems without /proc that of now."""
+    now, ticks = time.monotonic(), start_ticks()
+    if ticks is None:
+        return now
+    return now - max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
