@@ -24,6 +24,7 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method, Role
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.module_index import modes_restored
 from graftwerk.modeling.task_heads import open_targets
 
 
@@ -204,17 +205,13 @@ def draws_at_random(
 
     The global random generators are used; the caller restores them.
     """
-    modes = {module: module.training for module in model.modules()}
     states = []
-    try:
+    with modes_restored(model):
         model.train()
         for seed in (0, 1):
             torch.manual_seed(seed)
             with torch.no_grad():
                 states.append(reach(model, cut, call).clone())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return not torch.equal(*states)
 
 
