@@ -88,13 +88,7 @@ def explain(
 
 
 def show_layers(out: Output, layers: list[dict[str, Any]], compared: bool) -> None:
-    """Show the update of each layer.
-
-    Args:
-        out: The command's output.
-        layers: As `explain` returns them.
-        compared: True if there is another adapter.
-    """
+    """Show the update of each layer."""
     names = (
         "layer",
         "norm",

@@ -62,10 +62,6 @@ def plan(
 def bytes_of(text: str, option: str) -> int:
     """Return the bytes that a size such as `24GB`, `16GiB`, `800 MB` or `1.5e9` means.
 
-    Args:
-        text: The size.
-        option: Option of the command that it was given to.
-
     Raises:
         ConfigError: It is no size above 0.
 

@@ -74,12 +74,6 @@ def read_file(path: Path, source: str, form: TextForm = RECOGNISE) -> Table:
 def read_pair(first: Path, second: Path, source: str, form: TextForm = RECOGNISE) -> Table:
     """Read rows with `source` and `target` from two text files (whatever their suffixes), line by line.
 
-    Args:
-        first: The file of the sources.
-        second: The file of the targets.
-        source: Name of the source for messages.
-        form: Settings of files of text.
-
     Raises:
         DataError: They do not have the same number of lines.
         ResourceError, IntegrityError: as for `read_file`.

@@ -22,11 +22,6 @@ def pair_lines(source: tuple[Path, str], target: tuple[Path, str], table: Table)
 
     A line that is empty on one side is refused later, by the reader of the field, with its place.
 
-    Args:
-        source: Path and text of the first file.
-        target: Path and text of the second file.
-        table: The table that is filled.
-
     Raises:
         DataError: the files have not the same number of lines.
     """

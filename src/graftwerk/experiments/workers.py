@@ -25,12 +25,7 @@ class Machines(Protocol):
     """Jobs at the same time."""
 
     def runners(self, log: Path, most: int | None = None) -> list[JobRunner]:
-        """Return job runners; nothing is started before their first jobs.
-
-        Args:
-            log: Where what the processes print goes.
-            most: No more runners than this.
-        """
+        """Return job runners; nothing is started before their first jobs."""
 
 
 class ThisMachine:
@@ -72,11 +67,7 @@ def machines(
 
 
 class Workers:
-    """Job runners that work at once. A context manager that closes them.
-
-    Args:
-        runners: The runners.
-    """
+    """Job runners that work at once. A context manager that closes them."""
 
     def __init__(self, runners: Sequence[JobRunner]) -> None:
         self.runners = list(runners)

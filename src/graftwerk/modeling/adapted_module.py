@@ -167,12 +167,6 @@ def _answer(host: nn.Module, head: nn.Module, args: Sequence[Any], kwargs: Mappi
 
     The copy is float32; inputs and outputs keep the dtype of the base, which may be another. The output of an
     embedding, whose inputs are integers, has the dtype of the base's own weight.
-
-    Args:
-        host: The base's module.
-        head: The adapter's copy of it.
-        args: Inputs of the module, tensors of any shape.
-        kwargs: Inputs by name.
     """
     own = next((parameter.dtype for parameter in head.parameters()), None)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

@@ -54,12 +54,6 @@ def find_frozen_prefix(
 ) -> FrozenPrefix:
     """Find the end of the trunk when this method trains on a model; weights are not read.
 
-    Args:
-        model: The model.
-        architecture: Its architecture.
-        method: The settings.
-        heads: Paths of the modules that are trained whole.
-
     Raises:
         UnsupportedError: there is no trunk; the message says why.
     """
@@ -167,12 +161,6 @@ def below(
     model: PreTrainedModel, cut: FrozenPrefix, hosts: Sequence[nn.Module], call: Callable[[], Any]
 ) -> list[nn.Module]:
     """Return the modules that make up the trunk, embeddings included, found by running it.
-
-    Args:
-        model: The model.
-        cut: The end of its trunk.
-        hosts: Modules that something trained works in.
-        call: Runs the model.
 
     Raises:
         UnsupportedError: something that trains is among them; the stack drops layers at random.

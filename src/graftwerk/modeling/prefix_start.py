@@ -32,11 +32,6 @@ def starting_values(
 ) -> dict[str, KeysAndValues]:
     """Return the initial keys and values of each attention.
 
-    Args:
-        model: The base, with or without adapters.
-        method: Settings of the prefix, its text tokenized.
-        attentions: The attentions that get a prefix.
-
     Returns:
         Keys and values, (n, G·D) each, by path of the attention.
 

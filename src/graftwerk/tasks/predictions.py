@@ -91,11 +91,6 @@ class Predictions:
     def from_tensors(cls, loss: float | None, tensors: Mapping[str, NDArray[Any]], labels: Sequence[str]) -> Self:
         """Return the predictions that `tensors` gave.
 
-        Args:
-            loss: Their loss.
-            tensors: By the names under which they are stored.
-            labels: Label names of the run.
-
         Raises:
             KeyError: A tensor is missing.
         """

@@ -79,12 +79,7 @@ def opening(
 
 
 def versions(prepared: Prepared, settings: RunConfig) -> dict[str, str]:
-    """Return the versions of Python and of the packages that compute a run.
-
-    Args:
-        prepared: Rows, task and tokenizer of the run.
-        settings: Settings of the run.
-    """
+    """Return the versions of Python and of the packages that compute a run."""
     return {
         "python": sys.version.split()[0],
         **{name: version_of(name) or "unknown" for name in _packages(settings, prepared)},

@@ -163,11 +163,6 @@ def is_better(metric: str, value: float, best: float) -> bool:
 def check_settings(settings: TrainingSettings, has_validation: bool, task: Task) -> None:
     """Raise for settings that need validation rows without any, and for unknown metrics.
 
-    Args:
-        settings: Training settings.
-        has_validation: True if there are validation rows.
-        task: Task of the run.
-
     Raises:
         ConfigError: The message names the setting.
     """

@@ -40,15 +40,7 @@ class Evidence:
 
 
 def find_evidence(folder: Path, model: str, task: str, fingerprint: str, depth: int) -> Evidence:
-    """Read the finished comparisons and searches under a folder that are of this task.
-
-    Args:
-        folder: Where to look; it need not exist.
-        model: Model of the run.
-        task: Name of its task.
-        fingerprint: Of its rows.
-        depth: Layers of the model.
-    """
+    """Read the finished comparisons and searches under a folder that are of this task."""
     found = Evidence()
     labels = {str(_kind(settings_of(label, depth))): label for label in CANDIDATES}
     for depth in range(DEPTH + 1):

@@ -76,10 +76,6 @@ class SearchDriver:
     def run(self, machines: Machines, *, overwrite: bool) -> None:
         """Search, or go on with it, and write the result.
 
-        Args:
-            machines: Where the trials run.
-            overwrite: Remove what an earlier search has left.
-
         Raises:
             ConflictError: The folder holds something else, is in use, or has a search with other settings.
             RunInterrupted: A signal came; the trials at work have saved.

@@ -38,13 +38,7 @@ Listener = Callable[[ProgressEvent], None]
 
 
 class SequenceDriver:
-    """Run one sequence.
-
-    Args:
-        plan: Its runs.
-        seeds: Seeds of the training.
-        listener: Called with every event.
-    """
+    """Run one sequence."""
 
     def __init__(self, plan: Plan, seeds: Sequence[int], listener: Listener) -> None:
         self.plan, self.seeds, self.listener = plan, list(seeds), listener
@@ -63,10 +57,6 @@ class SequenceDriver:
 
     def run(self, runner: type[JobRunner], *, overwrite: bool) -> None:
         """Make what is left of the sequence, and write its result.
-
-        Args:
-            runner: Runs the jobs.
-            overwrite: Train all runs again.
 
         Raises:
             ConflictError: The folder is in use, or holds something else.

@@ -17,11 +17,7 @@ MEASURES = {
 
 
 def plain(result: Mapping[str, Any]) -> str:
-    """Return the result of a sequence as text.
-
-    Args:
-        result: Contents of `sequence.json`.
-    """
+    """Return the result of a sequence as text."""
     variants = result["variants"]
     known = [name for name in MEASURES if any(name in variant for variant in variants)]
     rows = [["variant", *(MEASURES[name] for name in known), "time"]]

@@ -102,11 +102,7 @@ def held_beside(largest: int, products: int) -> int:
 
 
 def held_by_libc(series: Series) -> int | None:
-    """Return the most bytes that the C library's allocator holds, or None if it does not say (it is not glibc 2.33 on).
-
-    Args:
-        series: Allocations of a run on a CPU.
-    """
+    """Return the most bytes that the C library's allocator holds, or None if it says nothing (before glibc 2.33)."""
     if sys.platform != "linux":
         return None
     numbers = (len(series.events), series.evaluation)
@@ -163,9 +159,6 @@ class _Pool:
 
 def held_by_cuda(events: array[int]) -> int:
     """Return the most bytes that torch's caching allocator reserves on a CUDA device.
-
-    Args:
-        events: Allocations as `repeated` returns them.
 
     Example:
         >>> held_by_cuda(array("q", [100, 600, -1, 400, 30 << 20])) >> 20  # a small segment and one of 30 MiB
