@@ -15,7 +15,7 @@ from graftwerk.formatting import count, share
 
 if TYPE_CHECKING:
     from graftwerk.config import RunConfig
-    from graftwerk.experiments.comparison import Comparison
+    from graftwerk.experiments.compare import Comparison
 
 Settings = Annotated[
     list[str] | None,

@@ -42,8 +42,8 @@ def train(
         show_preflight(out, checked)
         raise_on_severe(checked["findings"], checked["allowed"])
         return {"dry_run": True, **checked}
+    from graftwerk.machine import process_start
     from graftwerk.training.distributed import is_main_process
-    from graftwerk.training.process_info import process_start
     from graftwerk.training.progress_display import Progress
     from graftwerk.training.train import run_training
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError, ResourceError
-from graftwerk.evaluation import class_metrics, label_metrics, rank_metrics, score_metrics, tag_metrics, text_metrics
+from graftwerk.evaluation import class_metrics, label_metrics, score_metrics, tag_metrics, text_metrics
 from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
-from graftwerk.evaluation.metric import Metric, over_sets
+from graftwerk.evaluation.metric import Metric, names_in, over_sets
 from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
 from graftwerk.tasks.predictions import (
     ClassPredictions,
@@ -113,9 +114,9 @@ METRICS: dict[str, Metric] = {
     "entity_recall": Metric("entity recall", "share", True, tag_metrics.recall, _of_tags),
     "entity_f1_macro": Metric("macro entity F1", "share", True, tag_metrics.macro_f1, _of_tags),
     "word_accuracy": Metric("word accuracy", "share", True, tag_metrics.word_accuracy, _of_tags),
-    "recall_at_1": Metric("recall at 1", "share", True, rank_metrics.recall(1), _of_ranks),
-    "recall_at_10": Metric("recall at 10", "share", True, rank_metrics.recall(10), _of_ranks),
-    "reciprocal_rank": Metric("mean reciprocal rank", "share", True, rank_metrics.reciprocal_rank, _of_ranks),
+    "recall_at_1": Metric("recall at 1", "share", True, score_metrics.recall(1), _of_ranks),
+    "recall_at_10": Metric("recall at 10", "share", True, score_metrics.recall(10), _of_ranks),
+    "reciprocal_rank": Metric("mean reciprocal rank", "share", True, score_metrics.reciprocal_rank, _of_ranks),
 }
 METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
 
@@ -268,3 +269,30 @@ def row_effect(metric: str, predictions: Predictions) -> float:
     elif isinstance(predictions, TextPredictions) and predictions.sets:
         groups = np.unique(np.asarray(predictions.sets), return_counts=True)[1]
     return (most - least) * float((1 / groups).mean()) / len(groups)
+
+
+def metrics_by_set(predictions: Predictions, **options: Any) -> dict[str, Any]:
+    """Return `metrics_of` of each data set's rows, by its name; empty if there is one data set."""
+    if not isinstance(predictions, TextPredictions):
+        return {}
+    return {name: metrics_of(predictions.of_set(name), **options) for name in names_in(predictions)}
+
+
+def row_scores(predictions: Predictions) -> list[float] | None:
+    """Return a score of each row, higher is better, or None for answers that have none.
+
+    Classes: 1 for the right one, else 0. Numbers: minus the distance from the target. Texts: minus the nats of a token.
+
+    Example:
+        >>> row_scores(ClassPredictions(None, np.array([[0.9, 0.1], [0.6, 0.4]]), np.array([0, 1])))
+        [1.0, 0.0]
+    """
+    if isinstance(predictions, ClassPredictions) and predictions.targets is not None:
+        scores = (predictions.scores.argmax(axis=1) == predictions.targets).astype(float)
+    elif isinstance(predictions, ScorePredictions) and predictions.targets is not None:
+        scores = -np.abs(predictions.values - predictions.targets)
+    elif isinstance(predictions, TextPredictions):
+        scores = -predictions.nll / np.maximum(predictions.tokens, 1)
+    else:
+        return None
+    return [float(f"{score:.4g}") for score in scores]

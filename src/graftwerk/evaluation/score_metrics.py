@@ -1,13 +1,18 @@
-"""Correlations and errors of predicted numbers. What is undefined (a correlation with a constant) is nan.
+"""Correlations and errors of predicted numbers; how near the text is that belongs to another, among all second texts.
+
+What is undefined (a correlation with a constant) is nan. The candidates of a rank stay the same in every bootstrap
+draw: other rows are asked, among the same texts.
 
 Legend: R draws, n rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from graftwerk.evaluation.bootstrap import Floats, Statistic
+from graftwerk.evaluation.bootstrap import Floats, Statistic, mean_over_rows
 from graftwerk.tasks.predictions import ScorePredictions
 from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
@@ -79,3 +84,13 @@ class _Ranks:
         tied = np.add.reduceat(weights[:, self.order], self.starts, axis=1)  # (R, groups)
         ranks: Floats = (np.cumsum(tied, axis=1) - tied + (tied + 1) / 2)[:, self.group]
         return ranks
+
+
+def recall(most: int) -> Callable[[SimilarityPredictions], Statistic]:
+    """Return recall at ``most``, the share of rows whose own text is among so many nearest."""
+    return lambda predictions: mean_over_rows((predictions.ranks <= most).astype(np.float64))
+
+
+def reciprocal_rank(predictions: SimilarityPredictions) -> Statistic:
+    """Return the mean of one over the rank of each row's own text, over bootstrap weights (R, n)."""
+    return mean_over_rows(1 / predictions.ranks)

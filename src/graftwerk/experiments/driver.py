@@ -25,7 +25,6 @@ from graftwerk.errors import (
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
 from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides
 from graftwerk.experiments.budget import Budget, Trials, candidates, describe_budget, tuning_seed
-from graftwerk.experiments.comparison import COMPARISON
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.header import CONFIG, comparison_header
@@ -37,6 +36,7 @@ from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.tuning import chosen, describe_tuning, method_of, planned_runs, read_axes, tuned
 from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
+from graftwerk.reporting.files import COMPARISON
 from graftwerk.serialization.atomic import write_file
 from graftwerk.training.lock import RunLock
 from graftwerk.training.run_dir import LOCK, REPORT, TRUNK, read_manifest

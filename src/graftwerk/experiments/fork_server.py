@@ -48,7 +48,6 @@ PRELOADED = (
     "graftwerk.evaluation.cost",
     "graftwerk.evaluation.evaluate",
     "graftwerk.evaluation.results_io",
-    "graftwerk.evaluation.row_scores",
     "graftwerk.models.load",
     "graftwerk.reporting.html",
     "graftwerk.serialization.folder",

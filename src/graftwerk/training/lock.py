@@ -18,10 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from graftwerk.errors import ConflictError, ErrorReport, ResourceError
-from graftwerk.machine import is_running
+from graftwerk.machine import is_running, start_ticks
 from graftwerk.own_files import open_own
 from graftwerk.serialization.atomic import FAULTS
-from graftwerk.training.process_info import start_ticks
 from graftwerk.training.run_dir import LOCK
 
 PATIENCE = 60

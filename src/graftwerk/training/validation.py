@@ -10,8 +10,7 @@ import torch
 
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import ConfigError, DivergedError
-from graftwerk.evaluation.finite import refuse_broken_base
-from graftwerk.evaluation.inference import Serve, batches_of
+from graftwerk.evaluation.inference import Serve, batches_of, refuse_broken_base
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Predictions, Task
