@@ -59,10 +59,9 @@ def write_rows(folder: Path, rows: int) -> None:
 
 def ours(folder: Path) -> dict[str, Any]:
     """`graftwerk.search`; the clock stops with the sixteenth trial."""
-    began = time.monotonic()
-    from graftwerk.training.process_info import seconds_since_process_start
+    from graftwerk.machine import process_start
 
-    began -= seconds_since_process_start("self")
+    began = process_start()
     from graftwerk import search
 
     at: dict[str, float] = {}
@@ -91,10 +90,9 @@ def ours(folder: Path) -> dict[str, Any]:
 
 def peer(folder: Path) -> dict[str, Any]:
     """Sixteen runs of PEFT one after another, in one process."""
-    began = time.monotonic()
-    from graftwerk.training.process_info import seconds_since_process_start
+    from graftwerk.machine import process_start
 
-    began -= seconds_since_process_start("self")
+    began = process_start()
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import (

@@ -77,9 +77,9 @@ def start_ticks(pid: int | str = "self") -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def process_start() -> float:
-    """Return the value that `time.monotonic()` had when this process started; on systems without /proc that of now."""
-    now, ticks = time.monotonic(), start_ticks()
+def process_start(pid: int | str = "self") -> float:
+    """Return the value that `time.monotonic()` had when a process started; on systems without /proc that of now."""
+    now, ticks = time.monotonic(), start_ticks(pid)
     if ticks is None:
         return now
     return now - max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
