@@ -56,6 +56,24 @@ def label(text: Any, x: float, y: float, class_: str, anchor: str = "start") -> 
     return tag("text", text, x=px(x), y=px(y), class_=class_, text_anchor=None if anchor == "start" else anchor)
 
 
+def point(x: float, y: float, said: str, kind: str, *behind: Any, radius: float = 5.0) -> Markup:
+    """Return a point of a chart that the keyboard reaches and that tells what it stands for.
+
+    Args:
+        x: Its place, in pixels.
+        y: Its place, in pixels.
+        said: Lines of a name and a value, with a tab between them.
+        kind: A class for the style sheet.
+        *behind: What is drawn behind it.
+        radius: Of the dot.
+    """
+    return tag(
+        "g", *behind, circle(x, y, 11, "reach"), circle(x, y, radius, "dot"),
+        class_=f"point {kind}", tabindex="0", role="img", data_tip=said,
+        aria_label=said.replace("\t", ": ").replace("\n", "; "),
+    )  # fmt: skip
+
+
 def path(points: Sequence[tuple[float, float]], class_: str) -> Markup:
     """Return a line through points."""
     if not points:
