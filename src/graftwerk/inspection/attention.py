@@ -129,7 +129,7 @@ def attend(loaded: LoadedAdapter, question: Question) -> TextAttention:
     known = {attention.path: attention for attention in read_architecture(model).attentions}
     stack = "causal" if question.causal else "encoder"
     layers = {
-        id(module): known.get(path, AttentionLayer(path, stack, False, 0, 0, 0, ""))  # type: ignore[arg-type]
+        id(module): known.get(path, AttentionLayer(path, stack, False, 0, 0, 0))  # type: ignore[arg-type]
         for path, module in base_modules(model).items()
     }
     decoder = None if question.decoder_ids is None else question.decoder_ids.shape[1]
