@@ -23,6 +23,7 @@ PATH = "model.decoder.layers.10.encoder_attn.k_proj"
         r"model\..*", r"[^.]+", "k_pro[j-l]", "k_pro[^a-i]", "k_proj|v_proj", "(?:k|v)_proj", r"(self|encoder)_attn.*",
         r"^model.*k_proj$", r"layers\.(?:[0-9]|1[0-1])\..+", "k_proj?", "k{1}_proj", r"\w{6}", r"\w{2,5}", r"\w{7,}",
         r"[\w.]*attn.k\Wproj", r"[]a]_proj", r"[a\-k]_proj", "x*k_proj", "(encoder|decoder)_attn.k_proj", "",
+        "a)|(k_proj",
     ],
 )  # fmt: skip
 def test_named_by_expression_matches_as_in_peft(key: str) -> None:
@@ -52,7 +53,7 @@ def test_named_by_catastrophic_expression_terminates(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     ["q_proj" * 200, "(?:a", "a)", "[a", "a{", "(?=a)", "(?!a)b", "(?i)a", r"(a)\1", r"\bq", "*a", "a**", "a{5,1}",
-     "(.{900}){900}", "\\", "[b-a]", "a*+", "[a&&b]", "[a[b]]", r"\<a"],
+     "(.{900}){900}", "\\", "[b-a]", "a*+", "[a&&b]", "[a[b]]", r"\<a", "$+"],
 )  # fmt: skip
 def test_named_by_unsupported_expression_raises(key: str) -> None:
     with pytest.raises(UnsupportedError, match="regular expression"):

@@ -102,8 +102,12 @@ def _expression(key: str) -> SchemaValidator:
         _refuse(key, f"is longer than {MAX_LENGTH} characters")
     if foreign := _FOREIGN.search(key):
         _refuse(key, f"uses `{foreign[0]}`")
+    whole = rf"(.*\.)?({key})$"
     try:
-        return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({key})$", regex_engine="rust-regex"))
+        re.compile(whole)  # what is malformed there, as `$+` is, Rust may accept
+        return SchemaValidator(core_schema.str_schema(pattern=f"^(?:{whole})", regex_engine="rust-regex"))
+    except (re.error, RecursionError, OverflowError) as error:
+        _refuse(key, f"is malformed ({error})")
     except SchemaError as error:
         why = str(error).rpartition("rror: ")[2].rstrip(".")
         _refuse(key, f"cannot be matched without backtracking ({why})")
