@@ -100,9 +100,7 @@ class GradientAccumulator:
 
     def initial_micro_batch(self) -> int:
         """Return the rows of a micro-batch that the settings ask for."""
-        rows = self.settings.per_device_train_batch_size
-        if self.settings.per_device_train_tokens is not None:  # tokens bound a micro-batch, and rows only the step
-            rows *= self.settings.gradient_accumulation_steps
+        rows = self.settings.max_micro_batch_size
         return math.ceil(rows / self.processes.world_size) if self.processes.shares_rows else rows
 
     def __call__(self, rows: Sequence[int], micro_batch: int) -> Gradient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator, model_validator
@@ -228,3 +229,31 @@ class TrainingSettings(Settings):
         default=("jsonl", "tensorboard"),
         description="destinations of metrics as they happen",
     )
+
+    def global_batch_size(self, devices: int = 1) -> int:
+        """Return the rows of one optimizer step: micro-batch x accumulation x devices.
+
+        Args:
+            devices: Devices that take a micro-batch each. Forked processes of a CPU share one device's rows.
+
+        Example:
+            >>> TrainingSettings(per_device_train_batch_size=8, gradient_accumulation_steps=2).global_batch_size()
+            16
+        """
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * devices
+
+    @property
+    def max_micro_batch_size(self) -> int:
+        """Most rows of a device's micro-batch: all of the step's where `per_device_train_tokens` is the bound."""
+        return self.per_device_train_batch_size if self.per_device_train_tokens is None else self.global_batch_size()
+
+    def micro_batch_overrides(self, rows: int) -> dict[str, int]:
+        """Return the overrides of a run file that compute the same step in micro-batches of so many rows."""
+        return {
+            "training.per_device_train_batch_size": rows,
+            "training.gradient_accumulation_steps": self.global_batch_size() // rows,
+        }
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of the whole training."""
+        return self.max_steps or math.ceil(self.num_train_epochs * steps_per_epoch)
