@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import base_weight
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.low_rank import LowRankModule, low_rank_product
 from graftwerk.methods.placement import module_device
 

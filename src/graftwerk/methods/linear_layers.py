@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import AdapterModule, TargetModule, base_weight
+from graftwerk.methods.base import AdapterModule, TargetModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.dropout import DropoutGroup, dropout
 from graftwerk.methods.layer_selection import LayerSelection
 from graftwerk.methods.target_modules import check_inputs, check_targets, linear_targets

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError
-from graftwerk.methods.base import TargetModule, base_weight
+from graftwerk.methods.base import TargetModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.low_rank import LowRankModule, low_rank_product, merged_product
 
 

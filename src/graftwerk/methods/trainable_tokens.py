@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, UnsupportedError, did_you_mean
-from graftwerk.methods.base import AdapterModule, Role, TargetModule, base_weight
+from graftwerk.methods.base import AdapterModule, Role, TargetModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.layer_selection import LayerSelection
 from graftwerk.methods.placement import module_device
 from graftwerk.methods.target_modules import endings

@@ -16,7 +16,8 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.kernels.dispatch import fused_forward
 from graftwerk.kernels.memory_efficient import ACTIVATIONS, OWN, efficient_mixin
 from graftwerk.kernels.recompute import ActivationTable
-from graftwerk.methods.base import AdapterModule, described
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base_weights import weight_type
 from graftwerk.modeling.accelerate_compat import change_class, is_replaced, swapped_class
 from graftwerk.modeling.adapter_slots import CHILD, AdapterSlots, slots_of
 from graftwerk.modeling.per_row_adapters import forward_rows
@@ -231,7 +232,7 @@ def adapt(module: nn.Module, slots: AdapterSlots, *, head: bool = False, read: b
         called_on_parts = is_replaced(module) or module._forward_pre_hooks
         if weight is not None and hasattr(weight, "placements") and called_on_parts:
             raise UnsupportedError(
-                f"the weight of this {type(module).__name__} is cut by tensor parallelism ({described(weight)}), and "
+                f"the weight of this {type(module).__name__} is cut by tensor parallelism ({weight_type(weight)}), and "
                 f"the parameters of an adapter are whole",
                 hint="load the base without it (`tp_plan`, `parallelize_module`); FSDP2 works",
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import described, is_coded
+from graftwerk.methods.base_weights import is_coded, weight_type
 
 
 class TrainedWeights:
@@ -38,7 +38,7 @@ class TrainedWeights:
         coded = next((name for name, parameter in base.items() if is_coded(parameter)), None)
         if coded is not None:
             raise UnsupportedError(
-                f"full fine-tuning needs weights in floating point; {coded} is quantized ({described(base[coded])})",
+                f"full fine-tuning needs weights in floating point; {coded} is quantized ({weight_type(base[coded])})",
                 hint="use lora on a quantized base, or load it in full precision",
             )
         # Without hooks that load them, a model without storage is one that a dry run has built.
