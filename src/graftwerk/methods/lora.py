@@ -145,7 +145,7 @@ class LoRA(ParameterSelection, TokenSelection):
         rank = self.rank_at(target.path) * target.experts
         a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
         if self.init_lora_weights == "pissa":
-            return PiSSAModule.of(target, module, rank, self.scale_at(target.path), self.lora_dropout)
+            return PiSSAModule.from_base(target, module, rank, self.scale_at(target.path), self.lora_dropout)
         return self._with_factors(target, module, a, b)
 
     def build_from(
@@ -173,11 +173,11 @@ class LoRA(ParameterSelection, TokenSelection):
         """Return the module with A (r, in), B (out, r) and, for DoRA, its magnitude (out,) if it is stored already."""
         scale = self.scale_at(target.path)
         if target.role is Role.PARAMETER:
-            return ParameterLoRA.of(target, module, a, b, scale)
+            return ParameterLoRA.from_base(target, module, a, b, scale)
         if not self.use_dora:
             return LoRAModule(a, b, scale, self.lora_dropout)
         if magnitude is None:
-            return DoRAModule.around(module, a, b, scale, self.lora_dropout)
+            return DoRAModule.from_base(module, a, b, scale, self.lora_dropout)
         return DoRAModule(module, a, b, magnitude, scale, self.lora_dropout)
 
     def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:

@@ -39,7 +39,7 @@ class PiSSAModule(LowRankModule):
         self.register_buffer("start_B", b)
 
     @classmethod
-    def of(cls, target: TargetModule, module: nn.Module, rank: int, scale: float, p: float) -> PiSSAModule:
+    def from_base(cls, target: TargetModule, module: nn.Module, rank: int, scale: float, p: float) -> PiSSAModule:
         """Build it from the weight of a linear layer.
 
         Raises:
