@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.significance import COSTS, apart, between, in_words, one_seed, turned, verdict
+from graftwerk.experiments.pareto import COSTS
+from graftwerk.experiments.significance import (
+    describe_difference,
+    excludes_zero,
+    find_difference,
+    has_one_seed,
+    swapped,
+    verdict,
+)
 from graftwerk.formatting import byte_size, duration, milliseconds, short_count
 from graftwerk.sanitize import clean
 
@@ -88,15 +96,15 @@ def against(
     """Return the verdict against the best method: ``the best mean``, or ``worse by 3.1 [1.2, 5.0]`` and the like."""
     if name == best:
         return "the best mean"
-    difference = turned(between(differences, name, best))  # how much the best is better
+    difference = swapped(find_difference(differences, name, best))  # how much the best is better
     known, found = METRICS[metric], verdict(difference, metric, margin)
-    if apart(difference) and known.higher is False:
-        difference = turned(difference)
+    if excludes_zero(difference) and known.higher is False:
+        difference = swapped(difference)
     low, value, high = (known.text(difference[part]) for part in ("low", "value", "high"))
     span = f"{value} [{low}, {high}]"
     if found == "better":
         return f"worse by {span}"
-    if one_seed(difference) and apart(difference):
+    if has_one_seed(difference) and excludes_zero(difference):
         return f"{'higher' if known.higher is False else 'lower'} by {span}, one seed"
     return f"{found} ({known.text(-difference['value'], signed=True)})"
 
@@ -175,8 +183,8 @@ def ablated(result: Mapping[str, Any]) -> list[str]:
         over = f", means over {cells} cells each" if cells > 1 else ""
         largest = max(differences, key=lambda each: abs(each["value"]))
         if known.better(largest["value"], 0.0) < 0:
-            largest = turned(largest)
-        text = in_words(largest, result["metric"], result.get("margin"))
+            largest = swapped(largest)
+        text = describe_difference(largest, result["metric"], result.get("margin"))
         said.append(f"Effect of {effect['axis']}{over}: {means}; {largest['a']} against {largest['b']}: {text}.")
     return said
 
