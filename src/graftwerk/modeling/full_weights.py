@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -74,3 +75,16 @@ class TrainedWeights:
         for parameter in self.parameters.values():
             parameter.requires_grad_(live and self.trainable)
         self.live = live
+
+
+def warn_of_rounding(weights: TrainedWeights) -> None:
+    """Warn the caller of `attach` of the base's own weights that train in 16 bits; what adapters add is float32."""
+    low = [parameter.dtype for parameter in weights.parameters.values() if parameter.dtype.itemsize < 4]
+    if low:
+        name, lost = str(low[0]).removeprefix("torch."), torch.finfo(low[0]).eps / 2
+        warnings.warn(
+            f"full fine-tuning trains {len(low)} of {len(weights.parameters)} tensors of this base in {name}: steps "
+            f"below {lost:.2%} of a weight are lost in its rounding. Load the base with dtype=torch.float32 (autocast "
+            f"computes in {name} all the same), or use lora, whose parameters are float32",
+            stacklevel=4,
+        )
