@@ -1,9 +1,10 @@
 """P6: 16 trials of `search` that share rows and the frozen layers' states, against 16 runs of PEFT one after another.
 
 Film snippets, MiniLM, LoRA on all linear layers of the top 2 of 6, three epochs, batches of 16: four learning rates
-times four ranks, each trained and measured once, at its end, on the same 500 validation rows. Both may use every core: the peer in each
-step, ours with a worker on each. Ours is `graftwerk search` with the grid sampler and no pruning, from the start of the
-process to the end of the sixteenth trial; its last word on fresh seeds is outside the clock, since the peer has none.
+times four ranks, each trained and measured once, at its end, on the same 500 validation rows. Both may use every core:
+the peer in each step, ours with a worker on each. Ours is `graftwerk search` with the grid sampler and no pruning, from
+the start of the process to the end of the sixteenth trial; its last word on fresh seeds is outside the clock, since the
+peer has none.
 The peer is PEFT under transformers' Trainer (dynamic padding, length groups, no checkpoints), its 16 runs in one
 process that imports, reads and tokenizes once and loads the model for each.
 Both best scores must agree within what 500 rows can show.
@@ -59,10 +60,9 @@ def write_rows(folder: Path, rows: int) -> None:
 
 def ours(folder: Path) -> dict[str, Any]:
     """`graftwerk.search`; the clock stops with the sixteenth trial."""
-    began = time.monotonic()
-    from graftwerk.training.process_info import seconds_since_process_start
+    from graftwerk.machine import process_start
 
-    began -= seconds_since_process_start("self")
+    began = process_start()
     from graftwerk import search
 
     rows = sum(1 for _ in (folder / "train.jsonl").open(encoding="utf-8"))
@@ -93,10 +93,9 @@ def ours(folder: Path) -> dict[str, Any]:
 
 def peer(folder: Path) -> dict[str, Any]:
     """Sixteen runs of PEFT one after another, in one process."""
-    began = time.monotonic()
-    from graftwerk.training.process_info import seconds_since_process_start
+    from graftwerk.machine import process_start
 
-    began -= seconds_since_process_start("self")
+    began = process_start()
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import (

@@ -250,11 +250,7 @@ def measured(each: Mapping[str, Any], key: str) -> float:
 
 def errors(known: Mapping[str, Any], key: str) -> dict[str, float]:
     """Return the relative error of each planned configuration, negative if the plan is too low."""
-    return {
-        name: each["planned"][key] / measured(each, key) - 1
-        for name, each in known.items()
-        if each.get("planned")
-    }
+    return {name: each["planned"][key] / measured(each, key) - 1 for name, each in known.items() if each.get("planned")}
 
 
 def spread(known: Mapping[str, Any]) -> str:

@@ -63,10 +63,10 @@ class Stopwatch:
     """Seconds since the process began, or the launcher of it."""
 
     def __init__(self) -> None:
-        from graftwerk.training.process_info import seconds_since_process_start
+        from graftwerk.machine import process_start
 
         launcher = os.getppid() if "RANK" in os.environ else "self"
-        self.began = time.monotonic() - seconds_since_process_start(launcher)
+        self.began = process_start(launcher)
 
     def seconds(self) -> float:
         return time.monotonic() - self.began

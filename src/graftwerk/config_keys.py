@@ -69,12 +69,6 @@ def full_key(dotted: str) -> list[str]:
 def apply_override(tree: dict[str, Any], dotted: str, value: Any, root: type[Settings]) -> None:
     """Set one key in the content of a run file, in place; an earlier value goes, however it was spelled.
 
-    Args:
-        tree: The content.
-        dotted: The key.
-        value: Its value.
-        root: Settings of a whole run.
-
     Raises:
         ConfigError: A part of the key has no keys of its own.
     """
@@ -122,14 +116,7 @@ def _settings_at(keys: Iterable[Any], tree: Any, root: type[Settings]) -> type[S
 def to_config_error(
     error: ValidationError, tree: Mapping[str, Any], where: str | None, root: type[Settings]
 ) -> ConfigError:
-    """Convert a pydantic error: each key, what is wrong with it, and the nearest valid one.
-
-    Args:
-        error: The error.
-        tree: Content of the run file.
-        where: The run file, for the message.
-        root: Settings of a whole run.
-    """
+    """Convert a pydantic error: each key, what is wrong with it, and the nearest valid one."""
 
     def keys_at(keys: tuple[int | str, ...]) -> set[str]:
         if not keys:

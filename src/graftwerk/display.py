@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from graftwerk.formatting import duration
@@ -63,9 +62,7 @@ class Display:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close_bar()
 
     @property

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 DASH = "\N{EN DASH}"
@@ -86,6 +86,22 @@ def duration(value: float | None, space: str = " ") -> str:
     if minutes < 60:
         return f"{minutes}{space}min {rest:02d}{space}s" if minutes < 10 else f"{minutes}{space}min"
     return _hours(minutes, space)
+
+
+def columns(rows: Sequence[Sequence[str]], left: Container[int], *, rule: bool = False) -> str:
+    """Return rows of cells as lines, with the cells of a column below each other.
+
+    Args:
+        rows: Cells as text; all rows have the same number.
+        left: Positions of the columns that are flush left; the others are flush right.
+        rule: Draw a line below the first row.
+    """
+    padded = []
+    for at, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        lined = (column[0], "-" * width, *column[1:]) if rule else column
+        padded.append([cell.ljust(width) if at in left else cell.rjust(width) for cell in lined])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def _hours(minutes: int, space: str) -> str:

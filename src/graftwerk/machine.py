@@ -1,9 +1,12 @@
-"""Available memory of the machine."""
+"""Available memory, running processes and installed packages of the machine."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 
@@ -44,6 +47,50 @@ def kilobytes(path: str, field: str) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     return None
+
+
+def is_running(pid: int) -> bool:
+    """Return True if a process exists on this machine, a zombie included."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def start_ticks(pid: int | str = "self") -> int | None:
+    """Return the clock ticks after boot at which a process started.
+
+    Args:
+        pid: Process id, or "self".
+
+    Returns:
+        Field 22 of /proc/<pid>/stat; None if there is no such process, or no /proc.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def process_start(pid: int | str = "self") -> float:
+    """Return the value that `time.monotonic()` had when a process started; on systems without /proc that of now."""
+    now, ticks = time.monotonic(), start_ticks(pid)
+    if ticks is None:
+        return now
+    return now - max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def give_back() -> None:

@@ -47,13 +47,12 @@ def refuse_link(path: Path) -> None:
         _refuse(path, "is a pipe, a socket or a device")
 
 
-def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
+def open_own(path: Path, flags: int) -> int:
     """Open a file of ours that is written in place, never through a link.
 
     Args:
         path: The file.
         flags: As for `os.open`. Without O_TRUNC: nothing may be cut off before it is known whose file it is.
-        mode: Of a new file, less the umask.
 
     Returns:
         The descriptor.
@@ -66,7 +65,7 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     extra = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     refuse_link(path)
     try:
-        descriptor = os.open(path, flags | extra, mode)
+        descriptor = os.open(path, flags | extra, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
             _refuse(path, "is a symbolic link")

@@ -7,9 +7,12 @@ run works with are never changed.
 
 from __future__ import annotations
 
+import base64
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime, time
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -85,3 +88,20 @@ def dump_json(value: Any, **options: Any) -> str:
     r"""Dump as `json.dumps` does, characters that act written as ``\uXXXX``: whoever parses it gets them back."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **options)
     return re.sub(rf"(?![\n\t]){_UNSEEN.pattern}", lambda match: json.dumps(match.group())[1:-1], text)
+
+
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it: dates as ISO 8601, bytes as base64, no NaN, numpy's numbers and arrays as ours."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, datetime | date | time):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Sequence | set | frozenset):
+        return [as_json(inner) for inner in value]
+    return as_json(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -80,7 +80,6 @@ def test_largest_batch_grows_by_the_rows_that_were_traced(
     config: Path, monkeypatch: pytest.MonkeyPatch, less: dict[str, float], largest: int | None
 ) -> None:
     monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
-    monkeypatch.setattr(Planner, "_metrics_bytes", lambda *_: 0)
     planner = Planner(RunConfig.load(config, {"per_device_train_batch_size": 16}), num_processes=1)
     monkeypatch.setattr(planner, "_measured", lambda config: figures(**less))
     found = figures(alive=50e3, held=50e3, evaluation=50e3)  # the peak is that of an evaluation
@@ -158,7 +157,6 @@ def test_train_that_cannot_fit_is_refused_with_what_would_fit(
     training["per_device_eval_batch_size"] = 2
     path = run_file(tmp_path, tiny_encoder, glosses, training=training, data={"train": str(glosses)})
     monkeypatch.setattr(planning, "calibration", lambda kind: Calibration(0.0, 1.0, 0))
-    monkeypatch.setattr(Planner, "_metrics_bytes", lambda *_: 0)
     least = Planner(RunConfig.load(path)).plan(largest_batch=False)["memory"]["least_peak_bytes"]
     monkeypatch.setattr(planning, "available", lambda: least - 1)
     before = sorted(tmp_path.rglob("*"))

@@ -13,7 +13,8 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from benchmarks.interval_coverage import single_coverage
 from graftwerk.errors import DataError, ModelError
 from graftwerk.evaluation import metrics
-from graftwerk.evaluation.bootstrap import draw_counts, kinds, percentile_interval, rank_auc, resample
+from graftwerk.evaluation.bootstrap import draw_counts, kinds, percentile_interval, resample
+from graftwerk.evaluation.class_metrics import rank_auc
 from graftwerk.evaluation.metric import over_sets
 from graftwerk.evaluation.metrics import metrics_of, point, row_effect, statistic_of
 from graftwerk.tasks.classification import Classification
@@ -239,7 +240,7 @@ def test_draw_counts_many_rows_are_drawn_in_bounded_blocks(monkeypatch: pytest.M
 
 def test_over_sets_is_the_mean_of_the_sets_and_none_if_one_has_no_value() -> None:
     rows = TextPredictions(None, np.array([0.5, 1.0]), np.array([1, 1]), sets=("a", "b"))
-    defined = replace(metrics.METRICS["accuracy"], value=lambda some: float(some.nll.sum()))
+    defined = replace(metrics.METRICS["accuracy"], statistic=lambda some: lambda weights: weights @ some.nll)
     assert over_sets(defined).value(rows) == 0.75
-    partly = replace(defined, value=lambda some: None if some.nll[0] == 1.0 else 0.5)
+    partly = replace(defined, statistic=lambda some: lambda weights: np.where(some.nll == 1.0, np.nan, 0.5))
     assert over_sets(partly).value(rows) is None

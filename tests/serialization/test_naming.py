@@ -1,4 +1,4 @@
-"""PEFT's ways of naming layers: same answers as PEFT. Its regular expressions: `test_patterns.py`."""
+"""PEFT's ways of naming layers: same answers as PEFT. Its regular expressions: `test_expressions.py`."""
 
 from __future__ import annotations
 

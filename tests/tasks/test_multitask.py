@@ -13,8 +13,7 @@ import pytest
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.evaluation.metrics import metrics_of, point
-from graftwerk.evaluation.per_dataset import metrics_by_set
+from graftwerk.evaluation.metrics import metrics_by_set, metrics_of, point
 from graftwerk.tasks.multitask import Multitask, _settings_of
 from graftwerk.tasks.predictions import TextPredictions
 from graftwerk.tasks.registry import parse_task

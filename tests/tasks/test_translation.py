@@ -14,8 +14,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError, DataError
-from graftwerk.evaluation.metrics import metrics_of
-from graftwerk.evaluation.per_dataset import metrics_by_set
+from graftwerk.evaluation.metrics import metrics_by_set, metrics_of
 from graftwerk.tasks.language_codes import codes_of, language_name
 from graftwerk.tasks.registry import parse_task
 from graftwerk.tasks.text import IGNORED

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from graftwerk.errors import ConflictError
+from graftwerk.machine import start_ticks
 from graftwerk.training.lock import Holder, RunLock
-from graftwerk.training.process_info import start_ticks
 from graftwerk.training.run_dir import LOCK
 from tests.training.children import Child, until
 

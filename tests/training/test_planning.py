@@ -194,10 +194,9 @@ def test_held_by_cuda_follows_the_rules_of_torchs_allocator() -> None:
     assert held_by_cuda(array("q", [9 * mib, 9 * mib, -1, -2, 18 * mib])) == 20 * mib
 
 
-def series(events: list[int], evaluation: int | None = None, evaluated: int | None = None, recorded: int = 1) -> Series:
-    end = len(events) + 1
-    evaluation, evaluated = end if evaluation is None else evaluation, end if evaluated is None else evaluated
-    return Series(array("q", events), bytes([recorded]) * sum(event >= 0 for event in events), evaluation, evaluated)
+def series(events: list[int], evaluation: int | None = None, recorded: int = 1) -> Series:
+    evaluation = len(events) + 1 if evaluation is None else evaluation
+    return Series(array("q", events), bytes([recorded]) * sum(event >= 0 for event in events), evaluation)
 
 
 def test_held_by_libc_covers_what_is_alive() -> None:
@@ -215,9 +214,6 @@ def test_held_by_libc_gives_back_what_is_free_before_an_evaluation() -> None:
     assert trimmed is not None
     assert 43 << 20 <= trimmed < 50 << 20
     assert 63 << 20 <= kept < 70 << 20
-    packages = held_by_libc(series([1 << 20, -1, 1 << 20], 1, 2), 30_000_000)
-    assert packages is not None
-    assert 30_000_000 <= packages <= 36_000_000
 
 
 def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
@@ -228,8 +224,8 @@ def test_repeated_plays_the_step_again_with_numbers_of_its_own() -> None:
     whole, step = repeated(trace, 100, 100), [10, 20, -3, -4]
     events = list(whole.events)
     assert events[:10] == [0, 200, 10, 20, -3, -4, 10, 20, -5, -6]
-    assert events[whole.evaluation : whole.evaluated] == [30, -(2 + 2 * STEPS + 1)]
-    assert len(events) == whole.evaluated + AFTERWARDS * len(step)
+    assert events[whole.evaluation : whole.evaluation + 2] == [30, -(2 + 2 * STEPS + 1)]
+    assert len(events) == whole.evaluation + 2 + AFTERWARDS * len(step)
     assert whole.events[: whole.evaluation] == repeated(trace, 100, None).events
     assert whole.recorded == bytes([0, 1] + [0, 1] * STEPS + [1] + [0, 1] * AFTERWARDS)
     short = repeated(trace, 2, 0)  # evaluated once, at its end

@@ -113,11 +113,6 @@ def plan(
 ) -> list[dict[str, Any]]:
     """Return what each augmenter would do, without making any rows.
 
-    Args:
-        rows: The rows to augment.
-        augmenters: The augmenters, in order.
-        parts: Names of the fields that the task reads.
-
     Returns:
         For each augmenter ``name``, ``settings``, ``variants`` (the most there can be), and ``reads`` and ``writes``.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Compared, ConfigFile
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.compare import show_comparison, show_runs
 from graftwerk.cli.output import Output
 
@@ -23,31 +23,27 @@ Settings = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `ablate` to the app."""
+def ablate(
+    out: Output,
+    options: Compared,
+    config: ConfigFile,
+    settings: Settings = None,
+) -> Result:
+    """Train the run file's method with several values of its settings, and show what each setting does.
 
-    @command(app, "ablate")
-    def ablate(
-        out: Output,
-        options: Compared,
-        config: ConfigFile,
-        settings: Settings = None,
-    ) -> Result:
-        """Train the run file's method with several values of its settings, and show what each setting does.
+    Every combination trains with each seed on the same rows; differences come with paired intervals. The same
+    command again resumes where it stopped. The folder is output_dir.
+    """
+    from graftwerk.experiments.arguments import check_vary
 
-        Every combination trains with each seed on the same rows; differences come with paired intervals. The same
-        command again resumes where it stopped. The folder is output_dir.
-        """
-        from graftwerk.experiments.arguments import check_vary
+    axes, seeds, design, overrides = read_settings(settings or [])
+    vary = check_vary(str(overrides.pop("vary", "training")))
+    if options.dry_run:
+        return _show_plan(out, config, axes, seeds, design, overrides, options)
+    from graftwerk.experiments.ablate import ablate
 
-        axes, seeds, design, overrides = read_settings(settings or [])
-        vary = check_vary(str(overrides.pop("vary", "training")))
-        if options.dry_run:
-            return _show_plan(out, config, axes, seeds, design, overrides, options)
-        from graftwerk.experiments.ablate import ablate
-
-        own: dict[str, Any] = {"design": design, "vary": vary, "quiet": out.quiet}
-        return show_comparison(out, ablate(config, axes, seeds, **own, **options.given(), **overrides))
+    own: dict[str, Any] = {"design": design, "vary": vary, "quiet": out.quiet}
+    return show_comparison(out, ablate(config, axes, seeds, **own, **options.given(), **overrides))
 
 
 def read_settings(given: list[str]) -> tuple[dict[str, Any], Any, str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import DryRun
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 
 Given = Annotated[
@@ -22,69 +22,65 @@ Given = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `augment` to the app."""
+def augment(
+    out: Output,
+    given: Given = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="A file of rows, in place of a run file.", show_default=False)
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            help="word-dropout, word-shuffle, word-insertion, back-translation or forward-translation.",
+            show_default=False,
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option("--out", help="The .jsonl file to make; default: where the run looks.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Resume an unfinished file; use a finished one as it is.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
+    dry_run: DryRun = False,
+) -> Result:
+    """Make further training rows by noise on words, or by letting a model translate.
 
-    @command(app, "augment")
-    def augment(
-        out: Output,
-        given: Given = None,
-        data: Annotated[
-            str | None, typer.Option("--data", help="A file of rows, in place of a run file.", show_default=False)
-        ] = None,
-        by: Annotated[
-            str | None,
-            typer.Option(
-                "--by",
-                help="word-dropout, word-shuffle, word-insertion, back-translation or forward-translation.",
-                show_default=False,
-            ),
-        ] = None,
-        to: Annotated[
-            str | None,
-            typer.Option("--out", help="The .jsonl file to make; default: where the run looks.", show_default=False),
-        ] = None,
-        resume: Annotated[
-            bool, typer.Option("--resume", help="Resume an unfinished file; use a finished one as it is.")
-        ] = False,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over, whatever is there.")] = False,
-        dry_run: DryRun = False,
-    ) -> Result:
-        """Make further training rows by noise on words, or by letting a model translate.
+    The rows go into a file of their own, each with its origin; the real rows stay as they are. Examples:
 
-        The rows go into a file of their own, each with its origin; the real rows stay as they are. Examples:
+    graftwerk augment run.yaml --dry-run
 
-        graftwerk augment run.yaml --dry-run
+    graftwerk augment --data rows.jsonl --by word-dropout probability=0.1 n=2 --out rows.dropped.jsonl
 
-        graftwerk augment --data rows.jsonl --by word-dropout probability=0.1 n=2 --out rows.dropped.jsonl
+    graftwerk augment --data rows.jsonl --by back-translation model=runs/de-en tag='<BT>' --out rows.bt.jsonl
+    """
+    from graftwerk.augmentation.augment import augment
+    from graftwerk.display import Rows
 
-        graftwerk augment --data rows.jsonl --by back-translation model=runs/de-en tag='<BT>' --out rows.bt.jsonl
-        """
-        from graftwerk.augmentation.augment import augment
-        from graftwerk.display import Rows
-
-        with Rows("texts written", quiet=out.quiet) as rows:
-            made: Any = augment(
-                **read_given(given or [], data, by),
-                out=to,
-                resume=resume,
-                overwrite=overwrite,
-                dry_run=dry_run,
-                on_progress=rows,
-            )
-        if isinstance(made, dict):
-            shown = table("augmenter", "reads", "writes", "variants at most", numbers=("variants at most",))
-            for one in made["augmenters"]:
-                shown.add_row(one["name"], printable(one["reads"]), printable(one["writes"]), f"{one['variants']:,}")
-            out.show(shown)
-            out.line(f"\n{made['rows']:,} rows; would be written to {made['file']}")
-            return made
-        if made.found:
-            out.note("the file was there already, and is exactly what was asked for")
-        for sentence in made.sentences():
-            out.line(sentence)
-        out.line(str(made.path))
-        return dict(made.to_dict())
+    with Rows("texts written", quiet=out.quiet) as rows:
+        made: Any = augment(
+            **read_given(given or [], data, by),
+            out=to,
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            on_progress=rows,
+        )
+    if isinstance(made, dict):
+        shown = table("augmenter", "reads", "writes", "variants at most", numbers=("variants at most",))
+        for one in made["augmenters"]:
+            shown.add_row(one["name"], printable(one["reads"]), printable(one["writes"]), f"{one['variants']:,}")
+        out.show(shown)
+        out.line(f"\n{made['rows']:,} rows; would be written to {made['file']}")
+        return made
+    if made.found:
+        out.note("the file was there already, and is exactly what was asked for")
+    for sentence in made.sentences():
+        out.line(sentence)
+    out.line(str(made.path))
+    return dict(made.to_dict())
 
 
 def read_given(given: list[str], data: str | None, by: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Base, Force, RunOrAdapter
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, read
 from graftwerk.errors import GraftwerkError
 from graftwerk.sanitize import visible
@@ -32,62 +32,58 @@ STYLES = {
 }
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `chat` to the app."""
+def chat(
+    out: Output,
+    target: RunOrAdapter,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sample, with logits divided by it; default: the likeliest answer.", show_default=False),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among tokens of so much probability.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among so many of the likeliest tokens.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling.", show_default=False)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer in tokens; default: the run's, or 256.", show_default=False)
+    ] = None,
+    model: Base = None,
+    force: Force = False,
+) -> Result:
+    """Talk to an adapter that writes: several turns, answers as they are written.
 
-    @command(app, "chat")
-    def chat(
-        out: Output,
-        target: RunOrAdapter,
-        temperature: Annotated[
-            float | None,
-            typer.Option(help="Sample, with logits divided by it; default: the likeliest answer.", show_default=False),
-        ] = None,
-        top_p: Annotated[
-            float | None, typer.Option(help="Sample among tokens of so much probability.", show_default=False)
-        ] = None,
-        top_k: Annotated[
-            int | None, typer.Option(help="Sample among so many of the likeliest tokens.", show_default=False)
-        ] = None,
-        seed: Annotated[int | None, typer.Option(help="Seed of sampling.", show_default=False)] = None,
-        max_new_tokens: Annotated[
-            int | None, typer.Option(help="Longest answer in tokens; default: the run's, or 256.", show_default=False)
-        ] = None,
-        model: Base = None,
-        force: Force = False,
-    ) -> Result:
-        """Talk to an adapter that writes: several turns, answers as they are written.
+    Standard input may be a pipe: a turn a line. /reset, /base, /help and /exit are commands.
+    """
+    from graftwerk.evaluation.chat import open_chat
 
-        Standard input may be a pipe: a turn a line. /reset, /base, /help and /exit are commands.
-        """
-        from graftwerk.evaluation.chat import open_chat
-
-        given = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-        }
-        out.note("opening the adapter ...")
-        opened = open_chat(
-            target,
-            model=model,
-            force=force,
-            settings={name: value for name, value in given.items() if value is not None},
-        )
-        if style := STYLES[opened.style]:
-            out.note(style)
-        interactive = sys.stdin.isatty()
-        if interactive:
-            out.note("/help lists the commands")
-        session = Session(out, opened, interactive=interactive)
-        for line in _terminal() if interactive else sys.stdin:
-            if not session.take(line.rstrip("\n")):
-                break
-        if session.empty:
-            out.note(f"{session.empty:,} empty lines were left out")
-        return {"predictions": session.turns}
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+    }
+    out.note("opening the adapter ...")
+    opened = open_chat(
+        target,
+        model=model,
+        force=force,
+        settings={name: value for name, value in given.items() if value is not None},
+    )
+    if style := STYLES[opened.style]:
+        out.note(style)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        out.note("/help lists the commands")
+    session = Session(out, opened, interactive=interactive)
+    for line in _terminal() if interactive else sys.stdin:
+        if not session.take(line.rstrip("\n")):
+            break
+    if session.empty:
+        out.note(f"{session.empty:,} empty lines were left out")
+    return {"predictions": session.turns}
 
 
 def _terminal() -> Iterator[str]:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Compared, ConfigFile
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import count, share
 
 if TYPE_CHECKING:
     from graftwerk.config import RunConfig
-    from graftwerk.experiments.comparison import Comparison
+    from graftwerk.experiments.compare import Comparison
 
 Settings = Annotated[
     list[str] | None,
@@ -33,33 +33,29 @@ Settings = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `compare` to the app."""
+def compare(
+    out: Output,
+    options: Compared,
+    config: ConfigFile,
+    settings: Settings = None,
+) -> Result:
+    """Train and measure methods side by side, over several seeds.
 
-    @command(app, "compare")
-    def compare(
-        out: Output,
-        options: Compared,
-        config: ConfigFile,
-        settings: Settings = None,
-    ) -> Result:
-        """Train and measure methods side by side, over several seeds.
+    Each method trains at its own learning rate on the same rows; differences come with paired intervals. The same
+    command again resumes where it stopped. The folder of the comparison is output_dir.
+    """
+    from graftwerk.experiments.arguments import check_vary
 
-        Each method trains at its own learning rate on the same rows; differences come with paired intervals. The same
-        command again resumes where it stopped. The folder of the comparison is output_dir.
-        """
-        from graftwerk.experiments.arguments import check_vary
+    methods, seeds, overrides = read_settings(settings or [])
+    augment, budget = overrides.pop("augment", None), overrides.pop("budget", None)
+    vary = str(overrides.pop("vary", "training"))
+    if options.dry_run:
+        check_vary(vary)
+        return show_plan(out, config, methods, seeds, overrides, augment, budget, options)
+    from graftwerk.experiments.compare import compare
 
-        methods, seeds, overrides = read_settings(settings or [])
-        augment, budget = overrides.pop("augment", None), overrides.pop("budget", None)
-        vary = str(overrides.pop("vary", "training"))
-        if options.dry_run:
-            check_vary(vary)
-            return show_plan(out, config, methods, seeds, overrides, augment, budget, options)
-        from graftwerk.experiments.compare import compare
-
-        own: dict[str, Any] = {"augment": augment, "budget": budget, "vary": vary, "quiet": out.quiet}
-        return show_comparison(out, compare(config, methods, seeds, **own, **options.given(), **overrides))
+    own: dict[str, Any] = {"augment": augment, "budget": budget, "vary": vary, "quiet": out.quiet}
+    return show_comparison(out, compare(config, methods, seeds, **own, **options.given(), **overrides))
 
 
 def show_comparison(out: Output, compared: Comparison) -> Result:

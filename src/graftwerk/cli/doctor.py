@@ -9,42 +9,38 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Overrides
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import byte_size, count, duration, share
 from graftwerk.training.batch_display import show_batch
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `doctor` to the app."""
+def doctor(
+    out: Output,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run file to check.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+) -> Result:
+    """Check the machine, and with a run file its data and settings.
 
-    @command(app, "doctor")
-    def doctor(
-        out: Output,
-        config: Annotated[
-            Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="A run file to check.", show_default=False)
-        ] = None,
-        overrides: Overrides = None,
-    ) -> Result:
-        """Check the machine, and with a run file its data and settings.
+    Without a run file: cores, memory, versions, the compute type that is fast here. With one: columns, labels,
+    lengths, truncation, duplicates, what would be trained. No model is loaded.
+    """
+    from graftwerk.cli.machine import describe_machine
 
-        Without a run file: cores, memory, versions, the compute type that is fast here. With one: columns, labels,
-        lengths, truncation, duplicates, what would be trained. No model is loaded.
-        """
-        from graftwerk.cli.machine import describe_machine
+    machine = describe_machine()
+    show_machine(out, machine)
+    if config is None:
+        return {"machine": machine}
+    from graftwerk.config import RunConfig
+    from graftwerk.experiments.preflight import preflight
+    from graftwerk.training.data_checks import raise_on_severe
 
-        machine = describe_machine()
-        show_machine(out, machine)
-        if config is None:
-            return {"machine": machine}
-        from graftwerk.config import RunConfig
-        from graftwerk.experiments.preflight import preflight
-        from graftwerk.training.data_checks import raise_on_severe
-
-        checked = preflight(RunConfig.load(config, overrides))
-        show_preflight(out, checked)
-        raise_on_severe(checked["findings"], checked["allowed"])
-        return {"machine": machine, "run": checked}
+    checked = preflight(RunConfig.load(config, overrides))
+    show_preflight(out, checked)
+    raise_on_severe(checked["findings"], checked["allowed"])
+    return {"machine": machine, "run": checked}
 
 
 def show_machine(out: Output, machine: dict[str, Any]) -> None:

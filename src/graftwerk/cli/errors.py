@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 
 SHOWN = 20
@@ -15,76 +15,71 @@ CUT = 160
 """Characters of a text in the table."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `errors` to the app."""
+def errors(
+    out: Output,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    split: Annotated[
+        str | None,
+        typer.Option(help="test or validation; default: test if there are such rows.", show_default=False),
+    ] = None,
+    true: Annotated[
+        str | None,
+        typer.Option(metavar="LABEL", help="Only rows of this label or entity type.", show_default=False),
+    ] = None,
+    predicted: Annotated[
+        str | None,
+        typer.Option(metavar="LABEL", help="Only rows given this label or entity type.", show_default=False),
+    ] = None,
+    contains: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Only rows with this in a text.", show_default=False)
+    ] = None,
+    confident: Annotated[bool, typer.Option("--confident", help="The most confident mistakes first.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Right rows too.")] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Most rows; default: {SHOWN}, and all of them with --output.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A .csv, .tsv or .jsonl file for the rows.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
+) -> Result:
+    """Show the held-out rows that a run answers wrongly, the worst first; no model is loaded.
 
-    @command(app, "errors")
-    def errors(
-        out: Output,
-        run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-        split: Annotated[
-            str | None,
-            typer.Option(help="test or validation; default: test if there are such rows.", show_default=False),
-        ] = None,
-        true: Annotated[
-            str | None,
-            typer.Option(metavar="LABEL", help="Only rows of this label or entity type.", show_default=False),
-        ] = None,
-        predicted: Annotated[
-            str | None,
-            typer.Option(metavar="LABEL", help="Only rows given this label or entity type.", show_default=False),
-        ] = None,
-        contains: Annotated[
-            str | None, typer.Option(metavar="TEXT", help="Only rows with this in a text.", show_default=False)
-        ] = None,
-        confident: Annotated[bool, typer.Option("--confident", help="The most confident mistakes first.")] = False,
-        everything: Annotated[bool, typer.Option("--all", help="Right rows too.")] = False,
-        limit: Annotated[
-            int | None,
-            typer.Option(
-                min=1, help=f"Most rows; default: {SHOWN}, and all of them with --output.", show_default=False
-            ),
-        ] = None,
-        output: Annotated[
-            Path | None,
-            typer.Option("--output", "-o", help="A .csv, .tsv or .jsonl file for the rows.", show_default=False),
-        ] = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
-    ) -> Result:
-        """Show the held-out rows that a run answers wrongly, the worst first; no model is loaded.
+    A run keeps its predictions of the test and validation rows. Tasks whose answers are not right or wrong show all
+    rows, the largest errors first.
 
-        A run keeps its predictions of the test and validation rows. Tasks whose answers are not right or wrong show all
-        rows, the largest errors first.
-        """
-        from graftwerk.errors import ConfigError
-        from graftwerk.evaluation.error_rows import read_errors, write_errors
+    Raises:
+        ConfigError: `--overwrite` without `--output`.
+    """
+    from graftwerk.errors import ConfigError
+    from graftwerk.evaluation.error_rows import read_errors, write_errors
 
-        if overwrite and output is None:
-            raise ConfigError("--overwrite is for the file of --output", hint="--output errors.csv")
-        most = limit if limit is not None or output is not None else SHOWN
-        result = read_errors(
-            run,
-            split=split,
-            true=true,
-            predicted=predicted,
-            contains=contains,
-            confident=confident,
-            everything=everything,
-            limit=most,
-        )
-        rows = result["predictions"]
-        if output is not None:
-            write_errors(output, rows, overwrite=overwrite)
-            result = {**{key: value for key, value in result.items() if key != "predictions"}, "output": output}
-        wrong = "" if result["wrong"] is None else f"{result['wrong']:,} wrong, "
-        out.note(
-            f"{result['split']}: {result['rows']:,} rows, {wrong}{result['matching']:,} match, {len(rows):,} shown"
-        )
-        if output is not None:
-            out.line(str(output))
-        elif rows:
-            _show(out, rows, str(result["error"]))
-        return result
+    if overwrite and output is None:
+        raise ConfigError("--overwrite is for the file of --output", hint="--output errors.csv")
+    most = limit if limit is not None or output is not None else SHOWN
+    result = read_errors(
+        run,
+        split=split,
+        true=true,
+        predicted=predicted,
+        contains=contains,
+        confident=confident,
+        everything=everything,
+        limit=most,
+    )
+    rows = result["predictions"]
+    if output is not None:
+        write_errors(output, rows, overwrite=overwrite)
+        result = {**{key: value for key, value in result.items() if key != "predictions"}, "output": output}
+    wrong = "" if result["wrong"] is None else f"{result['wrong']:,} wrong, "
+    out.note(f"{result['split']}: {result['rows']:,} rows, {wrong}{result['matching']:,} match, {len(rows):,} shown")
+    if output is not None:
+        out.line(str(output))
+    elif rows:
+        _show(out, rows, str(result["error"]))
+    return result
 
 
 def _show(out: Output, rows: list[dict[str, Any]], error: str) -> None:

@@ -7,59 +7,53 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Base, Columns, EvaluationOverrides, Force, RunOrAdapter, columns_of, evaluation_of
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import DASH, byte_size, figure, seconds
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `evaluate` to the app."""
+def evaluate(
+    out: Output,
+    target: RunOrAdapter,
+    settings: EvaluationOverrides = None,
+    data: Annotated[
+        str | None, typer.Option(help="Labelled rows; default: the run's own held-out rows.", show_default=False)
+    ] = None,
+    column: Columns = None,
+    model: Base = None,
+    force: Force = False,
+    baseline: Annotated[
+        bool | None,
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Measure the unadapted base too; default: as the run file says.",
+            show_default=False,
+        ),
+    ] = None,
+) -> Result:
+    """Measure a trained adapter: metrics with intervals, latency, memory, size."""
+    from graftwerk.evaluation.evaluate import evaluate
 
-    @command(app, "evaluate")
-    def evaluate(
-        out: Output,
-        target: RunOrAdapter,
-        settings: EvaluationOverrides = None,
-        data: Annotated[
-            str | None, typer.Option(help="Labelled rows; default: the run's own held-out rows.", show_default=False)
-        ] = None,
-        column: Columns = None,
-        model: Base = None,
-        force: Force = False,
-        baseline: Annotated[
-            bool | None,
-            typer.Option(
-                "--baseline/--no-baseline",
-                help="Measure the unadapted base too; default: as the run file says.",
-                show_default=False,
-            ),
-        ] = None,
-    ) -> Result:
-        """Measure a trained adapter: metrics with intervals, latency, memory, size."""
-        from graftwerk.evaluation.evaluate import evaluate
-
-        result = evaluate(
-            target,
-            data,
-            columns=columns_of(column),
-            model=model,
-            force=force,
-            baseline=baseline,
-            evaluation=evaluation_of(settings),
-            quiet=out.quiet,
-        )
-        before = (result.get("baseline") or {}).get("metrics")
-        show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows", before=before)
-        show_sets(out, result["metrics_by_set"])
-        show_examples(out, result.get("examples") or [])
-        show_cost(out, result["cost"])
-        compute = result["compute"]
-        out.note(
-            f"computed in {compute['type']} on {compute['device']}, {compute['eval_batch_size']} rows a forward pass"
-        )
-        for note in result["notes"]:
-            out.warn(f"note: {note}")
-        return result
+    result = evaluate(
+        target,
+        data,
+        columns=columns_of(column),
+        model=model,
+        force=force,
+        baseline=baseline,
+        evaluation=evaluation_of(settings),
+        quiet=out.quiet,
+    )
+    before = (result.get("baseline") or {}).get("metrics")
+    show_metrics(out, result["metrics"], title=f"{result['split']}: {result['rows']:,} rows", before=before)
+    show_sets(out, result["metrics_by_set"])
+    show_examples(out, result.get("examples") or [])
+    show_cost(out, result["cost"])
+    compute = result["compute"]
+    out.note(f"computed in {compute['type']} on {compute['device']}, {compute['eval_batch_size']} rows a forward pass")
+    for note in result["notes"]:
+        out.warn(f"note: {note}")
+    return result
 
 
 def show_metrics(out: Output, metrics: dict[str, Any], *, title: str, before: dict[str, Any] | None = None) -> None:

@@ -8,94 +8,87 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Base, Force, RunOrAdapter
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 
 MOST = 8
 """Tokens that are shown of a text: those with the largest scores."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `explain` to the app."""
+def explain(
+    out: Output,
+    target: RunOrAdapter,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT ...]", help="Texts whose answers are explained.", show_default=False),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another adapter of the same base, to compare each layer with.", show_default=False),
+    ] = None,
+    attention: Annotated[
+        bool,
+        typer.Option("--attention", help="Show where each text's pass looks, and the share that a prefix takes."),
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the result in the run's folder; `graftwerk report` shows it.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a page with pictures.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --html.")] = False,
+    model: Base = None,
+    force: Force = False,
+) -> Result:
+    """Show what an adapter did: each layer's update, and the tokens that answers come from.
 
-    @command(app, "explain")
-    def explain(
-        out: Output,
-        target: RunOrAdapter,
-        texts: Annotated[
-            list[str] | None,
-            typer.Argument(metavar="[TEXT ...]", help="Texts whose answers are explained.", show_default=False),
-        ] = None,
-        against: Annotated[
-            str | None,
-            typer.Option(help="Another adapter of the same base, to compare each layer with.", show_default=False),
-        ] = None,
-        attention: Annotated[
-            bool,
-            typer.Option("--attention", help="Show where each text's pass looks, and the share that a prefix takes."),
-        ] = False,
-        save: Annotated[
-            bool, typer.Option("--save", help="Keep the result in the run's folder; `graftwerk report` shows it.")
-        ] = False,
-        html: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Write a page with pictures.", show_default=False)
-        ] = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --html.")] = False,
-        model: Base = None,
-        force: Force = False,
-    ) -> Result:
-        """Show what an adapter did: each layer's update, and the tokens that answers come from.
+    Token scores are integrated gradients; for tasks in which the model writes, they are shown next to the base's
+    scores for the same answer.
 
-        Token scores are integrated gradients; for tasks in which the model writes, they are shown next to the base's
-        scores for the same answer.
-        """
-        from graftwerk.display import shown_rows
-        from graftwerk.errors import ConfigError
-        from graftwerk.inspection.explain import explain
-        from graftwerk.reporting.html import check_free, write_explanation
+    Raises:
+        ConfigError: `--overwrite` without `--html`.
+    """
+    from graftwerk.display import shown_rows
+    from graftwerk.errors import ConfigError
+    from graftwerk.inspection.explain import explain
+    from graftwerk.reporting.html import check_free, write_explanation
 
-        if overwrite and html is None:
-            raise ConfigError("--overwrite is for the file of --html", hint="--html explained.html")
-        if html is not None:
-            check_free(html, overwrite)
-        out.note("loading the adapter ...")
-        with shown_rows("explained", None, out.quiet) as rows:
-            found = explain(
-                target,
-                texts or (),
-                against=against,
-                attention=attention,
-                save=save,
-                model=model,
-                force=force,
-                on_progress=rows,
-            )
-        for note in found["notes"]:
-            out.note(note)
-        if found["layers"]:
-            show_layers(out, found["layers"], against is not None)
-        for each in found["attributions"]:
-            show_tokens(out, each)
-        for each in found["attention"]:
-            show_attention(out, each)
-        if found["base_unchanged"] is not None:
-            out.line(
-                "the base is unchanged" if found["base_unchanged"] else "the base DIFFERS from the one used in training"
-            )
-        if html is not None:
-            found["html"] = write_explanation(html, found, Path(target).resolve().name, overwrite=overwrite)
-            out.line(str(html))
-        return found
+    if overwrite and html is None:
+        raise ConfigError("--overwrite is for the file of --html", hint="--html explained.html")
+    if html is not None:
+        check_free(html, overwrite)
+    out.note("loading the adapter ...")
+    with shown_rows("explained", None, out.quiet) as rows:
+        found = explain(
+            target,
+            texts or (),
+            against=against,
+            attention=attention,
+            save=save,
+            model=model,
+            force=force,
+            on_progress=rows,
+        )
+    for note in found["notes"]:
+        out.note(note)
+    if found["layers"]:
+        show_layers(out, found["layers"], against is not None)
+    for each in found["attributions"]:
+        show_tokens(out, each)
+    for each in found["attention"]:
+        show_attention(out, each)
+    if found["base_unchanged"] is not None:
+        out.line(
+            "the base is unchanged" if found["base_unchanged"] else "the base DIFFERS from the one used in training"
+        )
+    if html is not None:
+        found["html"] = write_explanation(html, found, Path(target).resolve().name, overwrite=overwrite)
+        out.line(str(html))
+    return found
 
 
 def show_layers(out: Output, layers: list[dict[str, Any]], compared: bool) -> None:
-    """Show the update of each layer.
-
-    Args:
-        out: The command's output.
-        layers: As `explain` returns them.
-        compared: True if there is another adapter.
-    """
+    """Show the update of each layer."""
     names = (
         "layer",
         "norm",

@@ -8,48 +8,45 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Base
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.errors import ConfigError, IntegrityError
 from graftwerk.formatting import byte_size, count, figure
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `inspect` to the app."""
+def inspect(
+    out: Output,
+    target: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="An adapter folder or a run folder.")],
+    modules: Annotated[bool, typer.Option("--modules", help="One line per module instead of one per layer.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Load the base, and compare each tensor with its digest before training."),
+    ] = False,
+    model: Base = None,
+) -> Result:
+    """Show what an adapter touches, holds and learnt, and where it comes from.
 
-    @command(app, "inspect")
-    def inspect(
-        out: Output,
-        target: Annotated[Path, typer.Argument(metavar="ADAPTER_OR_RUN", help="An adapter folder or a run folder.")],
-        modules: Annotated[
-            bool, typer.Option("--modules", help="One line per module instead of one per layer.")
-        ] = False,
-        verify: Annotated[
-            bool,
-            typer.Option("--verify", help="Load the base, and compare each tensor with its digest before training."),
-        ] = False,
-        model: Base = None,
-    ) -> Result:
-        """Show what an adapter touches, holds and learnt, and where it comes from.
+    No model is loaded except with --verify, which checks that the adapter's files are as they were written, and
+    that the base is, bit for bit, what it was before training.
 
-        No model is loaded except with --verify, which checks that the adapter's files are as they were written, and
-        that the base is, bit for bit, what it was before training.
-        """
-        if model is not None and not verify:
-            raise ConfigError("--model names the base that --verify loads", hint="add --verify, or leave --model out")
-        folder = adapter_in(target)
-        from graftwerk.inspection.adapter import describe_adapter
+    Raises:
+        ConfigError: `--model` without `--verify`.
+    """
+    if model is not None and not verify:
+        raise ConfigError("--model names the base that --verify loads", hint="add --verify, or leave --model out")
+    folder = adapter_in(target)
+    from graftwerk.inspection.adapter import describe_adapter
 
-        described = describe_adapter(folder)
-        show_origin(out, described)
-        show_learnt(out, described, modules=modules)
-        if verify:
-            from graftwerk.inspection.verify import verify as check
+    described = describe_adapter(folder)
+    show_origin(out, described)
+    show_learnt(out, described, modules=modules)
+    if verify:
+        from graftwerk.inspection.verify import verify as check
 
-            out.note("loading the base, and reading all of its tensors ...")
-            described["verified"] = checked = check(target, model=model)
-            show_verified(out, checked)
-        return described
+        out.note("loading the base, and reading all of its tensors ...")
+        described["verified"] = checked = check(target, model=model)
+        show_verified(out, checked)
+    return described
 
 
 def adapter_in(target: Path) -> Path:

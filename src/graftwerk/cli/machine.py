@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pydantic",
-    "scikit-learn",
     "tensorboard",
 )
 OPTIONAL = {
@@ -33,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     from graftwerk.devices import device_names
-    from graftwerk.machine import available
+    from graftwerk.machine import available, version_of
     from graftwerk.models.hardware import compute_type, usable_cores
 
     return {
@@ -46,7 +44,7 @@ def describe_machine() -> dict[str, Any]:
         "devices": device_names(),
         "compute_type": str(compute_type("auto")).removeprefix("torch."),
         "offline": bool(os.environ.get("HF_HUB_OFFLINE")),
-        "versions": {name: _version(name) for name in ("graftwerk", *PACKAGES, *OPTIONAL)},
+        "versions": {name: version_of(name) for name in ("graftwerk", *PACKAGES, *OPTIONAL)},
     }
 
 
@@ -63,11 +61,4 @@ def _number(path: str) -> int | None:
     try:
         return int(Path(path).read_text())
     except (OSError, ValueError):
-        return None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
         return None

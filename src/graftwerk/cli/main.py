@@ -40,6 +40,7 @@ from graftwerk.cli import (
     sequence,
     train,
 )
+from graftwerk.cli.command import add_command
 from graftwerk.cli.output import ReaderGone, dump, read
 from graftwerk.errors import ConfigError, ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.sanitize import clean
@@ -71,30 +72,32 @@ def root(
         raise typer.Exit
 
 
-for module in (
-    init,
-    train,
-    evaluate,
-    plan,
-    recommend,
-    predict,
-    chat,
-    combine,
-    augment,
-    compare,
-    search,
-    ablate,
-    sequence,
-    export,
-    inspect,
-    explain,
-    methods,
-    doctor,
-    schema,
-    report,
-    errors,
+for function in (
+    init.init,
+    train.train,
+    evaluate.evaluate,
+    plan.plan,
+    recommend.recommend,
+    predict.predict,
+    chat.chat,
+    combine.combine,
+    augment.augment,
+    compare.compare,
+    search.search,
+    ablate.ablate,
+    sequence.sequence,
+    export.merge,
+    export.export,
+    export.push,
+    inspect.inspect,
+    explain.explain,
+    methods.methods,
+    doctor.doctor,
+    schema.schema,
+    report.report,
+    errors.errors,
 ):
-    module.register(app)
+    add_command(app, function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,50 +7,44 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, table
 
 if TYPE_CHECKING:
     from graftwerk.methods.base import Method
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `methods` to the app."""
-
-    @command(app, "methods")
-    def methods(out: Output) -> Result:
-        """List the methods: paper, tasks, what they train, whether they merge, their learning rate."""
-        rows = describe_methods()
-        shown = table(
-            "name",
-            "method",
-            "learning rate",
-            "merges",
-            "mixed rows",
-            "quantized base",
-            "PEFT type",
-            "trained parameters",
-            numbers=("learning rate",),
+def methods(out: Output) -> Result:
+    """List the methods: paper, tasks, what they train, whether they merge, their learning rate."""
+    rows = describe_methods()
+    shown = table(
+        "name",
+        "method",
+        "learning rate",
+        "merges",
+        "mixed rows",
+        "quantized base",
+        "PEFT type",
+        "trained parameters",
+        numbers=("learning rate",),
+    )
+    for row in rows:
+        shown.add_row(
+            row["name"],
+            f"{row['title']}\n{row['paper']}",
+            f"{row['learning_rate']:g}",
+            "yes" if row["mergeable"] else "no",
+            "yes" if row["rows"] else "no",
+            "yes" if row["quantized"] else "no",
+            row["peft_type"] or "none",
+            row["parameters"],
         )
-        for row in rows:
-            shown.add_row(
-                row["name"],
-                f"{row['title']}\n{row['paper']}",
-                f"{row['learning_rate']:g}",
-                "yes" if row["mergeable"] else "no",
-                "yes" if row["rows"] else "no",
-                "yes" if row["quantized"] else "no",
-                row["peft_type"] or "none",
-                row["parameters"],
-            )
-        out.show(shown)
-        for row in rows:
-            for shorthand, values in row["shorthands"].items():
-                meaning = ", ".join(f"{key}: {value}" for key, value in values.items())
-                out.line(f"{shorthand} is short for {{name: {row['name']}, {meaning}}}")
-        return {"methods": rows}
+    out.show(shown)
+    for row in rows:
+        for shorthand, values in row["shorthands"].items():
+            meaning = ", ".join(f"{key}: {value}" for key, value in values.items())
+            out.line(f"{shorthand} is short for {{name: {row['name']}, {meaning}}}")
+    return {"methods": rows}
 
 
 def describe_methods() -> list[dict[str, Any]]:

@@ -7,16 +7,14 @@ Libraries print to stdout too. With `--json` their output is redirected to stder
 from __future__ import annotations
 
 import io
-import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from graftwerk.display import console
-from graftwerk.sanitize import clean, dump_json, redacted, visible
+from graftwerk.sanitize import as_json, clean, dump_json, redacted, visible
 from graftwerk.sanitize import printable as printable
 
 if TYPE_CHECKING:
@@ -126,22 +124,5 @@ def stdout_to_stderr() -> Iterator[TextIO]:
 
 def dump(data: Mapping[str, Any]) -> str:
     """Return one line of strict JSON: no NaN, no infinities, and no secrets except those in rows and answers."""
-    said = {key: value if key == "predictions" else redacted(value) for key, value in plain(data).items()}
+    said = {key: value if key == "predictions" else redacted(value) for key, value in as_json(data).items()}
     return dump_json(said)
-
-
-def plain(value: Any) -> Any:
-    """Convert paths, tuples and numpy numbers to JSON values; a number that is not finite becomes null."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Sequence | set | frozenset):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    return str(value)

@@ -8,69 +8,59 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import ConfigFile, Overrides
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, table
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `plan` to the app."""
+def plan(
+    out: Output,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--table", help="Compare all methods at their defaults.")] = False,
+    fit: Annotated[str | None, typer.Option("--fit", help="Say what to change for this memory, as 24GB.")] = None,
+) -> Result:
+    """Plan a run: the memory of training and evaluation, the time of a step, the size of the adapter.
 
-    @command(app, "plan")
-    def plan(
-        out: Output,
-        config: ConfigFile,
-        overrides: Overrides = None,
-        every: Annotated[bool, typer.Option("--table", help="Compare all methods at their defaults.")] = False,
-        fit: Annotated[str | None, typer.Option("--fit", help="Say what to change for this memory, as 24GB.")] = None,
-    ) -> Result:
-        """Plan a run: the memory of training and evaluation, the time of a step, the size of the adapter.
+    From the model's configuration and the rows alone, by one step on tensors without values. Nothing is trained
+    and no weight is loaded.
+    """
+    from graftwerk.config import RunConfig
+    from graftwerk.formatting import byte_size, duration
+    from graftwerk.training.planning.plan import Planner
 
-        From the model's configuration and the rows alone, by one step on tensors without values. Nothing is trained
-        and no weight is loaded.
-        """
-        from graftwerk.config import RunConfig
-        from graftwerk.formatting import byte_size, duration
-        from graftwerk.training.planning.plan import Planner
-
-        limit = None if fit is None else bytes_of(fit, "--fit")
-        settings = RunConfig.load(config, overrides or [])
-        out.note("reading the rows ...")
-        planner = Planner(settings)
-        out.note("tracing a step ...")
-        found = planner.plan()
-        memory, time = found["memory"], found["time"]
-        shown = table("memory", "bytes", numbers=("bytes",))
-        for key, value in memory.items():
-            shown.add_row(key.removesuffix("_bytes").replace("_", " "), byte_size(value))
-        out.show(shown)
-        out.line(f"adapter  {byte_size(found['adapter_bytes'])}")
-        each, whole = duration(time["step_seconds"]), duration(time["training_seconds"])
-        out.line(f"time     {each} a step, {duration(time['epoch_seconds'])} an epoch, {whole} in all")
-        traced, processes = found["traced"], found["processes"]
-        several = f", in each of {processes} processes" if processes > 1 else ""
-        out.line(
-            f"memory is that of {traced['rows']} rows of {traced['tokens']} tokens, the longest there are{several}"
-        )
-        if found["fits"] is not None:
-            said = "fits into" if found["fits"] else "does not fit into"
-            rows = found["largest_batch"]
-            largest = "" if rows is None else f"; largest batch: {rows:,} rows"
-            out.line(f"{said} the {byte_size(found['available_bytes'])} available{largest}")
-        if every:
-            found["methods"] = _every_method(out, planner)
-        if limit is not None:
-            found["fit"] = _fit(out, planner, limit)
-        return found
+    limit = None if fit is None else bytes_of(fit, "--fit")
+    settings = RunConfig.load(config, overrides or [])
+    out.note("reading the rows ...")
+    planner = Planner(settings)
+    out.note("tracing a step ...")
+    found = planner.plan()
+    memory, time = found["memory"], found["time"]
+    shown = table("memory", "bytes", numbers=("bytes",))
+    for key, value in memory.items():
+        shown.add_row(key.removesuffix("_bytes").replace("_", " "), byte_size(value))
+    out.show(shown)
+    out.line(f"adapter  {byte_size(found['adapter_bytes'])}")
+    each, whole = duration(time["step_seconds"]), duration(time["training_seconds"])
+    out.line(f"time     {each} a step, {duration(time['epoch_seconds'])} an epoch, {whole} in all")
+    traced, processes = found["traced"], found["processes"]
+    several = f", in each of {processes} processes" if processes > 1 else ""
+    out.line(f"memory is that of {traced['rows']} rows of {traced['tokens']} tokens, the longest there are{several}")
+    if found["fits"] is not None:
+        said = "fits into" if found["fits"] else "does not fit into"
+        rows = found["largest_batch"]
+        largest = "" if rows is None else f"; largest batch: {rows:,} rows"
+        out.line(f"{said} the {byte_size(found['available_bytes'])} available{largest}")
+    if every:
+        found["methods"] = _every_method(out, planner)
+    if limit is not None:
+        found["fit"] = _fit(out, planner, limit)
+    return found
 
 
 def bytes_of(text: str, option: str) -> int:
     """Return the bytes that a size such as `24GB`, `16GiB`, `800 MB` or `1.5e9` means.
-
-    Args:
-        text: The size.
-        option: Option of the command that it was given to.
 
     Raises:
         ConfigError: It is no size above 0.

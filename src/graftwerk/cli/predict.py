@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import Base, Columns, Force, RunOrAdapter, columns_of, evaluation_of
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable
 from graftwerk.errors import ConfigError
 
@@ -21,76 +21,75 @@ TEXTS = ("text", "text_pair", "anchor", "positive")
 """Fields of an answer that show what was asked."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `predict` to the app."""
+def predict(
+    out: Output,
+    target: RunOrAdapter,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT ...]", help="The texts; - for lines of standard input.", show_default=False),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows in place of texts: a txt, csv, tsv, jsonl or parquet file; - for lines of standard input.",
+            show_default=False,
+        ),
+    ] = None,
+    column: Columns = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .csv, .tsv, .jsonl or .parquet file for the rows with their answers.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the file of --output stops.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
+    model: Base = None,
+    force: Force = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of `evaluation:` in place of the run file's: num_beams=4.",
+            show_default=False,
+        ),
+    ] = None,
+) -> Result:
+    """Answer texts, or every row of a file, with a trained adapter.
 
-    @command(app, "predict")
-    def predict(
-        out: Output,
-        target: RunOrAdapter,
-        texts: Annotated[
-            list[str] | None,
-            typer.Argument(metavar="[TEXT ...]", help="The texts; - for lines of standard input.", show_default=False),
-        ] = None,
-        data: Annotated[
-            str | None,
-            typer.Option(
-                help="Rows in place of texts: a txt, csv, tsv, jsonl or parquet file; - for lines of standard input.",
-                show_default=False,
-            ),
-        ] = None,
-        column: Columns = None,
-        output: Annotated[
-            Path | None,
-            typer.Option(
-                "--output",
-                "-o",
-                help="A .csv, .tsv, .jsonl or .parquet file for the rows with their answers.",
-                show_default=False,
-            ),
-        ] = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on where the file of --output stops.")] = False,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
-        model: Base = None,
-        force: Force = False,
-        settings: Annotated[
-            list[str] | None,
-            typer.Option(
-                "--set",
-                metavar="KEY=VALUE",
-                help="A setting of `evaluation:` in place of the run file's: num_beams=4.",
-                show_default=False,
-            ),
-        ] = None,
-    ) -> Result:
-        """Answer texts, or every row of a file, with a trained adapter.
+    One line each, in order, separated by tabs: the label and its probability, the labels, the score or the
+    entities, then the text; of a task that writes, the answer alone (a line for each of several). A row that cannot
+    be answered (an empty cell, a broken line) has an empty answer, and is counted.
 
-        One line each, in order, separated by tabs: the label and its probability, the labels, the score or the
-        entities, then the text; of a task that writes, the answer alone (a line for each of several). A row that cannot
-        be answered (an empty cell, a broken line) has an empty answer, and is counted.
-        """
-        if texts == ["-"] and not data:
-            texts, data = None, "-"
-        if bool(texts) == bool(data):
-            raise ConfigError(
-                "give texts or --data, not both" if texts else "there is nothing to predict",
-                hint='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
-            )
-        if (resume or overwrite) and output is None:
-            raise ConfigError("--resume and --overwrite are for the file of --output", hint="--output answers.csv")
-        options: dict[str, Any] = {
-            "columns": columns_of(column),
-            "model": model,
-            "force": force,
-            "evaluation": evaluation_of(settings),
-        }
-        if data == "-" and sys.stdin.isatty():
-            out.note("reading lines from the terminal; Ctrl-D ends them")
-        if output is not None:
-            return _to_file(out, target, data or texts, output, {**options, "resume": resume, "overwrite": overwrite})
-        if data is not None:
-            return _rows(out, target, data, options)
-        return _texts(out, target, texts or [], options)
+    Raises:
+        ConfigError: Neither texts nor rows, or both; options for a file without `--output`.
+    """
+    if texts == ["-"] and not data:
+        texts, data = None, "-"
+    if bool(texts) == bool(data):
+        raise ConfigError(
+            "give texts or --data, not both" if texts else "there is nothing to predict",
+            hint='graftwerk predict RUN "some text", or graftwerk predict RUN --data rows.csv',
+        )
+    if (resume or overwrite) and output is None:
+        raise ConfigError("--resume and --overwrite are for the file of --output", hint="--output answers.csv")
+    options: dict[str, Any] = {
+        "columns": columns_of(column),
+        "model": model,
+        "force": force,
+        "evaluation": evaluation_of(settings),
+    }
+    if data == "-" and sys.stdin.isatty():
+        out.note("reading lines from the terminal; Ctrl-D ends them")
+    if output is not None:
+        return _to_file(out, target, data or texts, output, {**options, "resume": resume, "overwrite": overwrite})
+    if data is not None:
+        return _rows(out, target, data, options)
+    return _texts(out, target, texts or [], options)
 
 
 def _texts(out: Output, target: str, texts: list[str], options: Answer) -> Result:

@@ -9,38 +9,34 @@ from typing import Annotated, Any
 
 import typer
 
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output
 from graftwerk.display import PLAIN_WIDTH
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `schema` to the app."""
+def schema(
+    out: Output,
+    prefix: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PREFIX]",
+            help="Only a part: `data`, `training.save`, `method.lora`, `method.r` (of every method).",
+            show_default=False,
+        ),
+    ] = None,
+) -> Result:
+    """List the keys of a run file with their defaults and meanings.
 
-    @command(app, "schema")
-    def schema(
-        out: Output,
-        prefix: Annotated[
-            str | None,
-            typer.Argument(
-                metavar="[PREFIX]",
-                help="Only a part: `data`, `training.save`, `method.lora`, `method.r` (of every method).",
-                show_default=False,
-            ),
-        ] = None,
-    ) -> Result:
-        """List the keys of a run file with their defaults and meanings.
+    With --json: its JSON schema; of a part, the list of its keys.
+    """
+    from graftwerk.schema import keys_below, run_keys, run_schema
 
-        With --json: its JSON schema; of a part, the list of its keys.
-        """
-        from graftwerk.schema import keys_below, run_keys, run_schema
-
-        keys = list(run_keys()) if prefix is None else keys_below(prefix)
-        if not out.as_json:
-            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
-            for key in keys:
-                out.line(describe(key, width))
-        return run_schema() if prefix is None else {"keys": keys}
+    keys = list(run_keys()) if prefix is None else keys_below(prefix)
+    if not out.as_json:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
+        for key in keys:
+            out.line(describe(key, width))
+    return run_schema() if prefix is None else {"keys": keys}
 
 
 def describe(key: dict[str, Any], width: int) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import ConfigFile, Several
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import count
 
@@ -24,36 +24,30 @@ Given = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `search` to the app."""
+def search(
+    out: Output,
+    options: Several,
+    config: ConfigFile,
+    settings: Given = None,
+) -> Result:
+    """Search for better settings of the run's method.
 
-    @command(app, "search")
-    def search(
-        out: Output,
-        options: Several,
-        config: ConfigFile,
-        settings: Given = None,
-    ) -> Result:
-        """Search for better settings of the run's method.
+    Trials see only training and validation rows. The best few are then trained again with fresh seeds, and one
+    is compared with the defaults on the test rows. The same command again resumes; a larger budget adds trials.
+    The folder of the search is output_dir; best.yaml in it is a run file.
+    """
+    from graftwerk.config import parse_overrides
+    from graftwerk.experiments.axes import as_list
 
-        Trials see only training and validation rows. The best few are then trained again with fresh seeds, and one
-        is compared with the defaults on the test rows. The same command again resumes; a larger budget adds trials.
-        The folder of the search is output_dir; best.yaml in it is a run file.
-        """
-        from graftwerk.config import parse_overrides
-        from graftwerk.experiments.axes import as_list
+    given = parse_overrides([*map(as_list, settings or []), *(f"metric={name}" for name in [options.metric] if name)])
+    if options.dry_run:
+        return show_plan(out, config, given)
+    from graftwerk.experiments.search.search import search
 
-        given = parse_overrides(
-            [*map(as_list, settings or []), *(f"metric={name}" for name in [options.metric] if name)]
-        )
-        if options.dry_run:
-            return show_plan(out, config, given)
-        from graftwerk.experiments.search.search import search
-
-        found = search(config, quiet=out.quiet, **{**options.given(), **given})
-        out.line(str(found))
-        out.line(f"\n{found.report}\n{found.folder / 'best.yaml'}\n{found.folder}")
-        return found.to_dict()
+    found = search(config, quiet=out.quiet, **{**options.given(), **given})
+    out.line(str(found))
+    out.line(f"\n{found.report}\n{found.folder / 'best.yaml'}\n{found.folder}")
+    return found.to_dict()
 
 
 def show_plan(out: Output, config: Any, given: dict[str, Any]) -> Result:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import ConfigFile, DryRun
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output
 
 Settings = Annotated[
@@ -20,34 +20,30 @@ Settings = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `sequence` to the app."""
+def sequence(
+    out: Output,
+    config: ConfigFile,
+    settings: Settings = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train everything again.")] = False,
+    dry_run: DryRun = False,
+) -> Result:
+    """Learn tasks one after the other, and measure after each how much of the earlier ones is retained.
 
-    @command(app, "sequence")
-    def sequence(
-        out: Output,
-        config: ConfigFile,
-        settings: Settings = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Train everything again.")] = False,
-        dry_run: DryRun = False,
-    ) -> Result:
-        """Learn tasks one after the other, and measure after each how much of the earlier ones is retained.
+    The file has `tasks` (and optionally `variants`) in addition to the keys of a run file. The same command again
+    resumes where it stopped. The folder of the sequence is output_dir.
+    """
+    from graftwerk.config import parse_overrides
 
-        The file has `tasks` (and optionally `variants`) in addition to the keys of a run file. The same command again
-        resumes where it stopped. The folder of the sequence is output_dir.
-        """
-        from graftwerk.config import parse_overrides
+    overrides = parse_overrides(settings)
+    seeds, variants = overrides.pop("seeds", "0,1,2"), overrides.pop("variants", None)
+    if dry_run:
+        return _show_plan(out, config, seeds, variants, overrides)
+    from graftwerk.experiments.sequence.sequence import sequence
 
-        overrides = parse_overrides(settings)
-        seeds, variants = overrides.pop("seeds", "0,1,2"), overrides.pop("variants", None)
-        if dry_run:
-            return _show_plan(out, config, seeds, variants, overrides)
-        from graftwerk.experiments.sequence.sequence import sequence
-
-        found = sequence(config, seeds, variants=variants, overwrite=overwrite, quiet=out.quiet, **overrides)
-        out.line(found.table())
-        out.line(f"\n{found.report}\n{found.folder}")
-        return found.to_dict()
+    found = sequence(config, seeds, variants=variants, overwrite=overwrite, quiet=out.quiet, **overrides)
+    out.line(found.table())
+    out.line(f"\n{found.report}\n{found.folder}")
+    return found.to_dict()
 
 
 def _show_plan(out: Output, config: Any, seeds: Any, variants: Any, overrides: dict[str, Any]) -> Result:

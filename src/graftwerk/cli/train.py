@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from graftwerk.cli.arguments import ConfigFile, DryRun, Overrides
-from graftwerk.cli.command import Result, command
+from graftwerk.cli.command import Result
 from graftwerk.cli.output import Output, printable, table
 from graftwerk.formatting import byte_size, duration
 
@@ -15,56 +15,50 @@ IN_PROGRESS = frozenset(("step_seconds", "planned_step_seconds", "planned_peak_m
 """Costs that the last line of the progress shows."""
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command `train` to the app."""
+def train(
+    out: Output,
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in output_dir, bit for bit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train despite severe findings about the data (data.allow=[all]).")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    dry_run: DryRun = False,
+) -> Result:
+    """Train an adapter from a run file.
 
-    @command(app, "train")
-    def train(
-        out: Output,
-        config: ConfigFile,
-        overrides: Overrides = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Resume the run in output_dir, bit for bit.")] = False,
-        force: Annotated[
-            bool, typer.Option("--force", help="Train despite severe findings about the data (data.allow=[all]).")
-        ] = False,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
-        dry_run: DryRun = False,
-    ) -> Result:
-        """Train an adapter from a run file.
+    Writes a run folder with the adapter, the metrics, the events and a report; its path is the last line printed.
+    """
+    from graftwerk.config import RunConfig
 
-        Writes a run folder with the adapter, the metrics, the events and a report; its path is the last line printed.
-        """
-        from graftwerk.config import RunConfig
+    settings = RunConfig.load(config, [*(overrides or []), *(["data.allow=[all]"] if force else [])])
+    if dry_run:
+        from graftwerk.cli.doctor import show_preflight
+        from graftwerk.experiments.preflight import preflight
+        from graftwerk.training.data_checks import raise_on_severe
 
-        settings = RunConfig.load(config, [*(overrides or []), *(["data.allow=[all]"] if force else [])])
-        if dry_run:
-            from graftwerk.cli.doctor import show_preflight
-            from graftwerk.experiments.preflight import preflight
-            from graftwerk.training.data_checks import raise_on_severe
+        checked = preflight(settings)
+        show_preflight(out, checked)
+        raise_on_severe(checked["findings"], checked["allowed"])
+        return {"dry_run": True, **checked}
+    from graftwerk.machine import process_start
+    from graftwerk.training.distributed import is_main_process
+    from graftwerk.training.progress_display import Progress
+    from graftwerk.training.train import run_training
 
-            checked = preflight(settings)
-            show_preflight(out, checked)
-            raise_on_severe(checked["findings"], checked["allowed"])
-            return {"dry_run": True, **checked}
-        from graftwerk.training.distributed import is_main_process
-        from graftwerk.training.process_info import process_start
-        from graftwerk.training.progress_display import Progress
-        from graftwerk.training.train import run_training
+    with Progress(quiet=out.quiet) as progress:
+        run = run_training(settings, resume=resume, overwrite=overwrite, listener=progress, started_at=process_start())
+    if not is_main_process():  # under `accelerate launch`: only the main process prints
+        return None
+    from graftwerk.reporting.html import write_report
+    from graftwerk.training.retained import refuse_forgotten
 
-        with Progress(quiet=out.quiet) as progress:
-            run = run_training(
-                settings, resume=resume, overwrite=overwrite, listener=progress, started_at=process_start()
-            )
-        if not is_main_process():  # under `accelerate launch`: only the main process prints
-            return None
-        from graftwerk.reporting.html import write_report
-        from graftwerk.training.retained import refuse_forgotten
-
-        report = write_report(run.folder)
-        show_run(out, run.manifest)
-        out.line(str(run.folder))
-        refuse_forgotten(run.manifest, run.adapter)
-        return {**run.to_dict(), "report": report}
+    report = write_report(run.folder)
+    show_run(out, run.manifest)
+    out.line(str(run.folder))
+    refuse_forgotten(run.manifest, run.adapter)
+    return {**run.to_dict(), "report": report}
 
 
 def show_run(out: Output, manifest: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from graftwerk.data.parsers import (
     Fault,
     Found,
     bad_characters,
+    bare,
     conll_rows,
     delimited_rows,
     json_kind,
@@ -31,7 +32,6 @@ from graftwerk.data.parsers import (
 )
 from graftwerk.data.rows import BadRow, Table, joined
 from graftwerk.data.text_form import RECOGNISE, Recognised, TextForm, recognise_form
-from graftwerk.data.textfiles import pair_lines
 from graftwerk.errors import ConfigError, DataError, IntegrityError, ResourceError
 
 PARQUET_BATCH = 128
@@ -73,12 +73,6 @@ def read_file(path: Path, source: str, form: TextForm = RECOGNISE) -> Table:
 
 def read_pair(first: Path, second: Path, source: str, form: TextForm = RECOGNISE) -> Table:
     """Read rows with `source` and `target` from two text files (whatever their suffixes), line by line.
-
-    Args:
-        first: The file of the sources.
-        second: The file of the targets.
-        source: Name of the source for messages.
-        form: Settings of files of text.
 
     Raises:
         DataError: They do not have the same number of lines.
@@ -353,3 +347,34 @@ READERS: dict[str, Callable[[Path, Table, TextForm], None]] = {
     ".iob": _read_conll,
 }
 """What each ending is read by: the only list of formats."""
+
+
+def split_lines(text: str) -> list[str]:
+    """Return lines as other programs count them (`data.parsers.bare`)."""
+    lines = text.split("\n")
+    if lines and not lines[-1]:
+        lines.pop()
+    return [bare(line) for line in lines]
+
+
+def pair_lines(source: tuple[Path, str], target: tuple[Path, str], table: Table) -> None:
+    """Append rows with `source` and `target` from the lines of two files to a table.
+
+    A line that is empty on one side is refused later, by the reader of the field, with its place.
+
+    Raises:
+        DataError: the files have not the same number of lines.
+    """
+    (first, source_text), (second, target_text) = source, target
+    sources, targets = split_lines(source_text), split_lines(target_text)
+    if len(sources) != len(targets):
+        raise DataError(
+            f"the two files do not belong together line by line: {first} has {len(sources):,} lines,"
+            f" {second} has {len(targets):,}",
+            where=f"{first}, {second}",
+            hint="give two files of the same number of lines, line n of one the translation of line n of the other",
+        )
+    table.columns = ("source", "target")
+    for line, (one, other) in enumerate(zip(sources, targets, strict=True), start=1):
+        table.rows.append({"source": one, "target": other})
+        table.lines.append(line)

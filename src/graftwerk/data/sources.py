@@ -206,11 +206,6 @@ def _check_parts(columns: Mapping[str, str], known: Iterable[str]) -> None:
 def _check_columns(table: Table, wanted: Mapping[str, str], key: str) -> None:
     """Raise ConfigError if a wanted column exists in no row: a mistake in the run file, not in the rows.
 
-    Args:
-        table: The rows.
-        wanted: Columns, by what they are for.
-        key: The key below ``data`` that names the columns: `columns` or `filter`.
-
     Raises:
         ConfigError: a column does not exist; the nearest name is given.
     """

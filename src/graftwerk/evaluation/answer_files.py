@@ -6,15 +6,12 @@ are found by the form of the file alone.
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, time
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +19,7 @@ from graftwerk.data.parsers import MAX_FIELD_CHARACTERS
 from graftwerk.data.row_source import Kind, RowSource
 from graftwerk.errors import ConfigError, ResourceError
 from graftwerk.evaluation.stream import Answered
+from graftwerk.sanitize import as_json
 
 REASON = "reason"
 """The column that says why a row has no answer."""
@@ -205,23 +203,6 @@ class ParquetFile(AnswerFile):
     def close(self) -> None:
         self._writer.close()
         super().close()
-
-
-def as_json(value: Any) -> Any:
-    """Return a value of a row as JSON has it: dates as ISO 8601, bytes as base64, no NaN."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(inner) for inner in value]
-    if isinstance(value, datetime | date | time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    return as_json(value.item()) if hasattr(value, "item") else str(value)
 
 
 def as_cell(value: Any) -> str:

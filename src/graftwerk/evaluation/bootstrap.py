@@ -13,7 +13,7 @@ Legend: R draws, K kinds, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,81 +57,16 @@ def resample(counts: Ints, statistics: Sequence[Statistic], resamples: int, rng:
     return np.concatenate(blocks, axis=1)
 
 
-def accuracy(targets: Ints, predicted: Ints) -> Statistic:
-    """Return the statistic of accuracy, 0 to 1, from ``targets`` and ``predicted``, both (K,)."""
-    right = (targets == predicted).astype(np.float64)
-    return lambda weights: weights @ right / weights.sum(axis=1)
+def share(part: Floats, whole: Floats, undefined: float = 0.0) -> Floats:
+    """Return a part of a whole, any shape, and ``undefined`` where the whole is zero."""
+    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
+    result: Floats = np.divide(part, whole, out=np.full_like(part, undefined), where=whole > 0)
+    return result
 
 
-def f1(targets: Ints, predicted: Ints, classes: int, average: Literal["macro", "weighted"]) -> Statistic:
-    """Return the statistic of F1, 0 to 1, over classes.
-
-    Macro is the plain mean over the classes that a draw has as a target or as a prediction, as scikit-learn does by
-    default; weighted is the mean over targets.
-
-    Args:
-        targets: (K,) class ids.
-        predicted: (K,) class ids.
-        classes: C.
-        average: The mean over classes.
-    """
-    is_target = np.eye(classes)[targets]
-    is_predicted = np.eye(classes)[predicted]
-    both = is_target * is_predicted
-
-    def statistic(weights: Floats) -> Floats:
-        hits, wanted, given = weights @ both, weights @ is_target, weights @ is_predicted
-        seen = wanted + given
-        score = np.divide(2 * hits, seen, out=np.zeros_like(seen), where=seen > 0)
-        shares = wanted if average == "weighted" else (seen > 0).astype(np.float64)
-        result: Floats = (score * shares).sum(axis=1) / shares.sum(axis=1)
-        return result
-
-    return statistic
-
-
-def rank_auc(positive: NDArray[np.bool_], scores: Floats) -> Statistic:
-    """Return the statistic of the area under the ROC curve of one class against the rest, by ranks.
-
-    The area is P(score of a positive > score of a negative) + P(tie)/2. The rows are sorted once; a draw then costs two
-    sums over tied groups and one cumulative sum. Undefined (nan) where a draw has no positive or no negative row.
-
-    Args:
-        positive: (K,) True for rows of the class.
-        scores: (K,) scores of the class.
-    """
-    order = np.argsort(scores, kind="stable")
-    ordered = scores[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-    is_positive = positive[order].astype(np.float64)
-
-    def statistic(weights: Floats) -> Floats:
-        ranked = weights[:, order]
-        above = np.add.reduceat(ranked * is_positive, starts, axis=1)
-        below = np.add.reduceat(ranked, starts, axis=1) - above
-        wins = (above * (np.cumsum(below, axis=1) - 0.5 * below)).sum(axis=1)
-        pairs = above.sum(axis=1) * below.sum(axis=1)
-        result: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
-        return result
-
-    return statistic
-
-
-def roc_auc(targets: Ints, scores: Floats) -> Statistic:
-    """Return the statistic of the area under the ROC curve, 0 to 1.
-
-    For two classes it is that of the second, for more the plain mean over classes, each against the rest; nan where a
-    class is absent.
-
-    Args:
-        targets: (K,) class ids.
-        scores: (K, C) scores.
-    """
-    classes = scores.shape[1]
-    if classes == 2:
-        return rank_auc(targets == 1, scores[:, 1])
-    each = [rank_auc(targets == c, scores[:, c]) for c in range(classes)]
-    return lambda weights: np.mean([f(weights) for f in each], axis=0)
+def mean_over_rows(values: Floats) -> Statistic:
+    """Return the mean of values (K,) over the rows drawn; nan if none was, which happens to the rows of a small set."""
+    return lambda weights: share(weights @ values, weights.sum(axis=1), np.nan)
 
 
 def percentile_interval(draws: Floats, confidence: float) -> tuple[float, float]:

@@ -10,9 +10,8 @@ from typing import Any
 from graftwerk.data.splits_reader import read_unanswered
 from graftwerk.display import RowsDone, shown_rows
 from graftwerk.errors import ConfigError
-from graftwerk.evaluation.finite import refuse_broken_base
 from graftwerk.evaluation.held_out import check_columns, held_out, labelled_rows
-from graftwerk.evaluation.inference import Progress
+from graftwerk.evaluation.inference import Progress, refuse_broken_base
 from graftwerk.evaluation.inference import run_model as run_model
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
 from graftwerk.evaluation.row_errors import naming_source
@@ -85,8 +84,7 @@ def evaluate(
         ('test', 4, ['value', 'low', 'high'])
     """
     from graftwerk.evaluation.cost import latency, peak_memory, size_on_disk
-    from graftwerk.evaluation.metrics import metrics_of, require_packages
-    from graftwerk.evaluation.per_dataset import metrics_by_set
+    from graftwerk.evaluation.metrics import metrics_by_set, metrics_of, require_packages
     from graftwerk.evaluation.results_io import store_evaluation
     from graftwerk.evaluation.sample_outputs import before_and_after, check_baseline, of_base
 

@@ -11,11 +11,7 @@ from graftwerk.evaluation.metrics import METRICS
 
 
 def describe_losses(retained: Mapping[str, Any]) -> str:
-    """Return what was lost of the entries that exceed the limit, or of all if none does.
-
-    Args:
-        retained: `retained` of a manifest.
-    """
+    """Return what was lost of the entries that exceed the limit, or of all if none does."""
     entries = retained["entries"]
     return "; ".join(_describe_loss(name, entries[name]) for name in retained["exceeded"] or entries)
 

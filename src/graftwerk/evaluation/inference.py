@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graftwerk.errors import ModelError
 from graftwerk.methods.placement import module_device
 from graftwerk.tasks.base import Example, Predictions, Task
 
@@ -139,3 +140,28 @@ def without_cache(model: Any) -> Iterator[None]:
     finally:
         if use_cache:
             model.config.use_cache = use_cache
+
+
+def refuse_broken_base(model: nn.Module, *, trained: bool = False) -> None:
+    """Raise where weights that no training has touched are not finite: no setting of a training mends that.
+
+    Args:
+        model: The base with its adapter.
+        trained: Look at the weights that train as well: nothing has been changed in them yet.
+
+    Raises:
+        ModelError: naming the first such weight.
+    """
+    names = [
+        name
+        for name, weight in model.named_parameters()
+        if (trained or not weight.requires_grad)
+        and weight.is_floating_point()
+        and not bool(torch.isfinite(weight).all())
+    ]
+    if names:
+        raise ModelError(
+            f"{len(names):,} weights of the base model hold NaN or infinity, `{names[0]}` among them",
+            where=str(getattr(getattr(model, "config", None), "_name_or_path", "") or "model"),
+            hint="fetch the base again, or use another one: with these weights no training and no setting can help",
+        )

@@ -22,8 +22,7 @@ class Metric:
         unit: ``share`` (0 to 1), ``points`` (0 to 100), ``correlation`` (-1 to 1), ``score`` (the unit of the rows'
             numbers), ``tokens``, or ``nats`` (perplexity: their exponential).
         higher: True if higher is better, False if lower is better, or None if neither is.
-        value: Function from predictions to the value over all rows, or to None if it is undefined on them.
-        statistic: Function from predictions to the metric as a function of row weights (R, n).
+        statistic: Function from predictions to the metric as a function of row weights (R, n); nan if it is undefined.
         defined: Function that says if predictions have what the metric needs.
         signature: Function to the versions and options of the computation, or None.
         cells: True if the metric depends on the confusion matrix only.
@@ -35,7 +34,6 @@ class Metric:
     title: str
     unit: Literal["share", "points", "correlation", "score", "tokens", "nats"]
     higher: bool | None
-    value: Callable[[Any], float | None]
     statistic: Callable[[Any], Statistic]
     defined: Callable[[Predictions], bool]
     signature: Callable[[Any], str] | None = None
@@ -43,6 +41,11 @@ class Metric:
     by_class: bool = False
     package: str | None = None
     caution: Callable[[Any], str | None] = lambda predictions: None
+
+    def value(self, predictions: Any) -> float | None:
+        """Return the value over all rows, or None if it is undefined on them."""
+        value = float(self.statistic(predictions)(np.ones((1, predictions.rows)))[0])
+        return None if math.isnan(value) else value
 
     @property
     def scale(self) -> float:
@@ -90,15 +93,7 @@ def names_in(predictions: Predictions) -> list[str]:
 
 def over_sets(metric: Metric) -> Metric:
     """Return the metric that is the same for one data set, and the macro mean for several."""
-    value_of, statistic_of = metric.value, metric.statistic
-
-    def value(predictions: Any) -> float | None:
-        names = names_in(predictions)
-        if not names:
-            return value_of(predictions)
-        values = [value_of(predictions.of_set(name)) for name in names]
-        known = [each for each in values if each is not None]
-        return float(np.mean(known)) if len(known) == len(values) else None
+    statistic_of = metric.statistic
 
     def statistic(predictions: Any) -> Any:
         names = names_in(predictions)
@@ -108,4 +103,4 @@ def over_sets(metric: Metric) -> Metric:
         each = [(np.flatnonzero(sets == name), statistic_of(predictions.of_set(name))) for name in names]
         return lambda weights: np.mean([of_set(weights[:, rows]) for rows, of_set in each], axis=0)
 
-    return replace(metric, value=value, statistic=statistic)
+    return replace(metric, statistic=statistic)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 
 from graftwerk.errors import DataError, ModelError, ResourceError
-from graftwerk.evaluation import class_metrics, label_metrics, rank_metrics, score_metrics, tag_metrics, text_metrics
+from graftwerk.evaluation import class_metrics, label_metrics, score_metrics, tag_metrics, text_metrics
 from graftwerk.evaluation.bootstrap import Ints, Statistic, resample
-from graftwerk.evaluation.metric import Metric, over_sets
+from graftwerk.evaluation.metric import Metric, names_in, over_sets
 from graftwerk.evaluation.row_interval import MetricValue, interval_over_rows
 from graftwerk.tasks.predictions import (
     ClassPredictions,
@@ -63,76 +64,25 @@ def _of_texts(predictions: Predictions) -> bool:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(
-        "accuracy",
-        "share",
-        True,
-        class_metrics.accuracy,
-        class_metrics.accuracy_statistic,
-        _of_classes,
-        cells=True,
-    ),
-    "f1_macro": Metric(
-        "macro F1",
-        "share",
-        True,
-        class_metrics.f1_macro,
-        class_metrics.f1_macro_statistic,
-        _of_classes,
-        cells=True,
-        by_class=True,
-    ),
-    "f1_weighted": Metric(
-        "weighted F1",
-        "share",
-        True,
-        class_metrics.f1_weighted,
-        class_metrics.f1_weighted_statistic,
-        _of_classes,
-        cells=True,
-    ),
-    "roc_auc": Metric(
-        "ROC-AUC", "share", True, class_metrics.area, class_metrics.area_statistic, _of_classes, by_class=True
-    ),
-    "exact_match": Metric(
-        "exact match", "share", True, text_metrics.exact_match, text_metrics.exact_match_statistic, _of_texts
-    ),
+    "accuracy": Metric("accuracy", "share", True, class_metrics.accuracy, _of_classes, cells=True),
+    "f1_macro": Metric("macro F1", "share", True, class_metrics.f1_macro, _of_classes, cells=True, by_class=True),
+    "f1_weighted": Metric("weighted F1", "share", True, class_metrics.f1_weighted, _of_classes, cells=True),
+    "roc_auc": Metric("ROC-AUC", "share", True, class_metrics.area, _of_classes, by_class=True),
+    "exact_match": Metric("exact match", "share", True, text_metrics.exact_match, _of_texts),
     "rouge1": Metric(
-        "ROUGE-1",
-        "share",
-        True,
-        text_metrics.rouge1,
-        text_metrics.rouge1_statistic,
-        _of_texts,
-        text_metrics.rouge_signature,
-        package="rouge-score",
+        "ROUGE-1", "share", True, text_metrics.rouge1, _of_texts, text_metrics.rouge_signature, package="rouge-score"
     ),
     "rouge2": Metric(
-        "ROUGE-2",
-        "share",
-        True,
-        text_metrics.rouge2,
-        text_metrics.rouge2_statistic,
-        _of_texts,
-        text_metrics.rouge_signature,
-        package="rouge-score",
+        "ROUGE-2", "share", True, text_metrics.rouge2, _of_texts, text_metrics.rouge_signature, package="rouge-score"
     ),
     "rougeL": Metric(
-        "ROUGE-L",
-        "share",
-        True,
-        text_metrics.rouge_l,
-        text_metrics.rouge_l_statistic,
-        _of_texts,
-        text_metrics.rouge_signature,
-        package="rouge-score",
+        "ROUGE-L", "share", True, text_metrics.rouge_l, _of_texts, text_metrics.rouge_signature, package="rouge-score"
     ),
     "rougeL_stemmed": Metric(
         "ROUGE-L, stemmed",
         "share",
         True,
         text_metrics.rouge_l_stemmed,
-        text_metrics.rouge_l_stemmed_statistic,
         _of_texts,
         text_metrics.rouge_stemmed_signature,
         package="rouge-score",
@@ -142,79 +92,31 @@ METRICS: dict[str, Metric] = {
         "points",
         True,
         text_metrics.bleu,
-        text_metrics.bleu_statistic,
         _of_texts,
         text_metrics.bleu_signature,
         package="sacrebleu",
         caution=text_metrics.bleu_caution,
     ),
     "chrf": Metric(
-        "chrF",
-        "points",
-        True,
-        text_metrics.chrf,
-        text_metrics.chrf_statistic,
-        _of_texts,
-        text_metrics.chrf_signature,
-        package="sacrebleu",
+        "chrF", "points", True, text_metrics.chrf, _of_texts, text_metrics.chrf_signature, package="sacrebleu"
     ),
-    "perplexity": Metric(
-        "perplexity",
-        "nats",
-        False,
-        text_metrics.perplexity,
-        text_metrics.perplexity_statistic,
-        _of_likelihoods,
-    ),
-    "length": Metric(
-        "words an answer",
-        "tokens",
-        None,
-        text_metrics.length,
-        text_metrics.length_statistic,
-        _of_texts,
-    ),
-    "pearson": Metric(
-        "Pearson", "correlation", True, score_metrics.pearson, score_metrics.pearson_statistic, _of_scores
-    ),
-    "spearman": Metric(
-        "Spearman", "correlation", True, score_metrics.spearman, score_metrics.spearman_statistic, _of_scores
-    ),
-    "rmse": Metric("RMSE", "score", False, score_metrics.rmse, score_metrics.rmse_statistic, _of_scores),
-    "mae": Metric("MAE", "score", False, score_metrics.mae, score_metrics.mae_statistic, _of_scores),
-    "f1_micro": Metric("micro F1", "share", True, label_metrics.f1_micro, label_metrics.f1_micro_statistic, _of_labels),
-    "f1_labels": Metric(
-        "macro F1 over labels", "share", True, label_metrics.f1_labels, label_metrics.f1_labels_statistic, _of_labels
-    ),
-    "average_precision": Metric(
-        "average precision",
-        "share",
-        True,
-        label_metrics.average_precision,
-        label_metrics.average_precision_statistic,
-        _of_labels,
-    ),
-    "entity_f1": Metric("entity F1", "share", True, tag_metrics.entity_f1, tag_metrics.entity_f1_statistic, _of_tags),
-    "entity_precision": Metric(
-        "entity precision", "share", True, tag_metrics.precision, tag_metrics.precision_statistic, _of_tags
-    ),
-    "entity_recall": Metric("entity recall", "share", True, tag_metrics.recall, tag_metrics.recall_statistic, _of_tags),
-    "entity_f1_macro": Metric(
-        "macro entity F1", "share", True, tag_metrics.macro_f1, tag_metrics.macro_f1_statistic, _of_tags
-    ),
-    "word_accuracy": Metric(
-        "word accuracy", "share", True, tag_metrics.word_accuracy, tag_metrics.word_accuracy_statistic, _of_tags
-    ),
-    "recall_at_1": Metric("recall at 1", "share", True, *rank_metrics.recall(1), _of_ranks),
-    "recall_at_10": Metric("recall at 10", "share", True, *rank_metrics.recall(10), _of_ranks),
-    "reciprocal_rank": Metric(
-        "mean reciprocal rank",
-        "share",
-        True,
-        rank_metrics.reciprocal_rank,
-        rank_metrics.reciprocal_rank_statistic,
-        _of_ranks,
-    ),
+    "perplexity": Metric("perplexity", "nats", False, text_metrics.perplexity, _of_likelihoods),
+    "length": Metric("words an answer", "tokens", None, text_metrics.length, _of_texts),
+    "pearson": Metric("Pearson", "correlation", True, score_metrics.pearson, _of_scores),
+    "spearman": Metric("Spearman", "correlation", True, score_metrics.spearman, _of_scores),
+    "rmse": Metric("RMSE", "score", False, score_metrics.rmse, _of_scores),
+    "mae": Metric("MAE", "score", False, score_metrics.mae, _of_scores),
+    "f1_micro": Metric("micro F1", "share", True, label_metrics.f1_micro, _of_labels),
+    "f1_labels": Metric("macro F1 over labels", "share", True, label_metrics.f1_labels, _of_labels),
+    "average_precision": Metric("average precision", "share", True, label_metrics.average_precision, _of_labels),
+    "entity_f1": Metric("entity F1", "share", True, tag_metrics.entity_f1, _of_tags),
+    "entity_precision": Metric("entity precision", "share", True, tag_metrics.precision, _of_tags),
+    "entity_recall": Metric("entity recall", "share", True, tag_metrics.recall, _of_tags),
+    "entity_f1_macro": Metric("macro entity F1", "share", True, tag_metrics.macro_f1, _of_tags),
+    "word_accuracy": Metric("word accuracy", "share", True, tag_metrics.word_accuracy, _of_tags),
+    "recall_at_1": Metric("recall at 1", "share", True, score_metrics.recall(1), _of_ranks),
+    "recall_at_10": Metric("recall at 10", "share", True, score_metrics.recall(10), _of_ranks),
+    "reciprocal_rank": Metric("mean reciprocal rank", "share", True, score_metrics.reciprocal_rank, _of_ranks),
 }
 METRICS.update({name: over_sets(metric) for name, metric in METRICS.items()})
 
@@ -367,3 +269,30 @@ def row_effect(metric: str, predictions: Predictions) -> float:
     elif isinstance(predictions, TextPredictions) and predictions.sets:
         groups = np.unique(np.asarray(predictions.sets), return_counts=True)[1]
     return (most - least) * float((1 / groups).mean()) / len(groups)
+
+
+def metrics_by_set(predictions: Predictions, **options: Any) -> dict[str, Any]:
+    """Return `metrics_of` of each data set's rows, by its name; empty if there is one data set."""
+    if not isinstance(predictions, TextPredictions):
+        return {}
+    return {name: metrics_of(predictions.of_set(name), **options) for name in names_in(predictions)}
+
+
+def row_scores(predictions: Predictions) -> list[float] | None:
+    """Return a score of each row, higher is better, or None for answers that have none.
+
+    Classes: 1 for the right one, else 0. Numbers: minus the distance from the target. Texts: minus the nats of a token.
+
+    Example:
+        >>> row_scores(ClassPredictions(None, np.array([[0.9, 0.1], [0.6, 0.4]]), np.array([0, 1])))
+        [1.0, 0.0]
+    """
+    if isinstance(predictions, ClassPredictions) and predictions.targets is not None:
+        scores = (predictions.scores.argmax(axis=1) == predictions.targets).astype(float)
+    elif isinstance(predictions, ScorePredictions) and predictions.targets is not None:
+        scores = -np.abs(predictions.values - predictions.targets)
+    elif isinstance(predictions, TextPredictions):
+        scores = -predictions.nll / np.maximum(predictions.tokens, 1)
+    else:
+        return None
+    return [float(f"{score:.4g}") for score in scores]

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from graftwerk.devices import backend, best_device, device_indices
+from graftwerk.machine import kilobytes
 
 SAMPLE_SECONDS = 0.01
 SELF = Path("/proc/self")
@@ -141,7 +142,7 @@ class _HighWater(_Marked):
         return (super().stop() or 0) - _code()
 
     def marks(self) -> list[int]:
-        return [_status("VmHWM") or 0]
+        return [1024 * (kilobytes(str(SELF / "status"), "VmHWM:") or 0)]
 
     def set_back(self) -> None:
         _set_mark_back()
@@ -198,16 +199,6 @@ def _set_mark_back() -> bool:
     except OSError:
         return False
     return True
-
-
-def _status(field: str) -> int | None:
-    try:
-        for line in (SELF / "status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
 
 
 def _resident_set() -> int | None:

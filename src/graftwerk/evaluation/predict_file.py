@@ -14,7 +14,6 @@ from graftwerk.evaluation.answer_files import (
     Columns,
     Written,
     as_cell,
-    as_json,
     check_ending,
     open_answers,
     written_rows,
@@ -22,6 +21,7 @@ from graftwerk.evaluation.answer_files import (
 from graftwerk.evaluation.evaluate import with_settings
 from graftwerk.evaluation.loading import load_adapter_for
 from graftwerk.evaluation.stream import Answered, Answerer, StreamProgress, chunks_of, shifted
+from graftwerk.sanitize import as_json
 
 TOLERANCE = 1e-3
 """By how much a score may differ that is answered once more."""

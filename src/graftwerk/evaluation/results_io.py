@@ -81,11 +81,6 @@ def load_evaluation(run: Path, adapter: Path) -> tuple[dict[str, Any], Predictio
 def save_predictions(folder: Path, predictions: Predictions, name: str = "predictions") -> dict[str, Any]:
     """Write the predictions of each row.
 
-    Args:
-        folder: The run folder, or a folder in it.
-        predictions: The predictions.
-        name: Of the files, before their endings.
-
     Returns:
         ``loss``, and the checksums ``predictions`` and ``answers``, by which `load_predictions` finds them again.
 

@@ -1,15 +1,18 @@
-"""Correlations and errors of predicted numbers. What is undefined (a correlation with a constant) is None.
+"""Correlations and errors of predicted numbers; how near the text is that belongs to another, among all second texts.
+
+What is undefined (a correlation with a constant) is nan. The candidates of a rank stay the same in every bootstrap
+draw: other rows are asked, among the same texts.
 
 Legend: R draws, n rows.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import numpy as np
 
-from graftwerk.evaluation.bootstrap import Floats, Statistic
+from graftwerk.evaluation.bootstrap import Floats, Statistic, mean_over_rows
 from graftwerk.tasks.predictions import ScorePredictions
 from graftwerk.tasks.vector_predictions import SimilarityPredictions
 
@@ -23,52 +26,27 @@ def targets_of(predictions: Scored) -> Floats:
     return np.asarray(predictions.targets, dtype=np.float64)
 
 
-def pearson(predictions: Scored) -> float | None:
-    """Return the linear correlation, -1 to 1, or None if all values or all targets are alike."""
-    return _over_all(pearson_statistic(predictions), predictions)
-
-
-def spearman(predictions: Scored) -> float | None:
-    """Return the correlation of the ranks, tied ones at their mean rank, or None as for `pearson`."""
-    return _over_all(spearman_statistic(predictions), predictions)
-
-
-def rmse(predictions: Scored) -> float | None:
-    """Return the root of the mean squared error, in the unit of the targets."""
-    return _over_all(rmse_statistic(predictions), predictions)
-
-
-def mae(predictions: Scored) -> float | None:
-    """Return the mean absolute error, in the unit of the targets."""
-    return _over_all(mae_statistic(predictions), predictions)
-
-
-def _over_all(statistic: Statistic, predictions: Scored) -> float | None:
-    value = float(statistic(np.ones((1, predictions.rows)))[0])
-    return value if math.isfinite(value) else None
-
-
-def pearson_statistic(predictions: Scored) -> Statistic:
-    """Return the linear correlation as a function of bootstrap weights (R, n)."""
+def pearson(predictions: Scored) -> Statistic:
+    """Return the linear correlation, -1 to 1, over weights (R, n); nan if all values or all targets are alike."""
     # Moved to a mean of zero: sums of squares of large numbers would lose their digits.
     x, y = (values - values.mean() for values in (predictions.values, targets_of(predictions)))  # (n,)
     return lambda weights: _correlation(weights, x[None], y[None])
 
 
-def spearman_statistic(predictions: Scored) -> Statistic:
-    """Return the correlation of the ranks within each draw as a function of bootstrap weights (R, n)."""
+def spearman(predictions: Scored) -> Statistic:
+    """Return the correlation of the ranks within each draw, tied ones at their mean rank, over weights (R, n)."""
     of_values, of_targets = _Ranks(predictions.values), _Ranks(targets_of(predictions))
     return lambda weights: _correlation(weights, of_values(weights), of_targets(weights))
 
 
-def rmse_statistic(predictions: Scored) -> Statistic:
-    """Return the root of the mean squared error as a function of bootstrap weights (R, n)."""
+def rmse(predictions: Scored) -> Statistic:
+    """Return the root of the mean squared error, in the unit of the targets, over weights (R, n)."""
     squared = (predictions.values - targets_of(predictions)) ** 2  # (n,)
     return lambda weights: np.sqrt(weights @ squared / weights.sum(axis=1))
 
 
-def mae_statistic(predictions: Scored) -> Statistic:
-    """Return the mean absolute error as a function of bootstrap weights (R, n)."""
+def mae(predictions: Scored) -> Statistic:
+    """Return the mean absolute error, in the unit of the targets, over weights (R, n)."""
     apart = np.abs(predictions.values - targets_of(predictions))  # (n,)
     return lambda weights: weights @ apart / weights.sum(axis=1)
 
@@ -106,3 +84,13 @@ class _Ranks:
         tied = np.add.reduceat(weights[:, self.order], self.starts, axis=1)  # (R, groups)
         ranks: Floats = (np.cumsum(tied, axis=1) - tied + (tied + 1) / 2)[:, self.group]
         return ranks
+
+
+def recall(most: int) -> Callable[[SimilarityPredictions], Statistic]:
+    """Return recall at ``most``, the share of rows whose own text is among so many nearest."""
+    return lambda predictions: mean_over_rows((predictions.ranks <= most).astype(np.float64))
+
+
+def reciprocal_rank(predictions: SimilarityPredictions) -> Statistic:
+    """Return the mean of one over the rank of each row's own text, over bootstrap weights (R, n)."""
+    return mean_over_rows(1 / predictions.ranks)

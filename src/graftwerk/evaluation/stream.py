@@ -92,12 +92,7 @@ class Answerer:
         return self.opened.evaluation.generation_batch_size if self.opened.task.generates else self.batch_size
 
     def __call__(self, rows: Sequence[SourceRow], on_progress: Callable[[int], None] | None = None) -> list[Answered]:
-        """Answer the rows of one chunk, in their order; called again with the next one.
-
-        Args:
-            rows: The rows.
-            on_progress: Called with the number of rows done.
-        """
+        """Answer the rows of one chunk, in their order; called again with the next one."""
         reasons, usable = self._read(rows)
         examples, unfit = self._encode(rows, usable)
         reasons |= unfit

@@ -10,73 +10,44 @@ from collections.abc import Callable
 
 import numpy as np
 
-from graftwerk.evaluation.bootstrap import Floats, Statistic
+from graftwerk.evaluation.bootstrap import Floats, Statistic, share
 from graftwerk.tasks.spans import spans_of
 from graftwerk.tasks.tag_predictions import TagPredictions
 
 
-def entity_f1(predictions: TagPredictions) -> float:
-    """Return F1 over the entities of all rows, 0 to 1."""
-    return _over_all(entity_f1_statistic(predictions), predictions)
+def entity_f1(predictions: TagPredictions) -> Statistic:
+    """Return F1 over the entities of all rows, 0 to 1, over bootstrap weights (R, n)."""
+    return _micro(predictions, lambda right, found, there: share(2 * right, found + there))
 
 
-def precision(predictions: TagPredictions) -> float:
-    """Return the share of found entities that are right; 0 if none was found."""
-    return _over_all(precision_statistic(predictions), predictions)
+def precision(predictions: TagPredictions) -> Statistic:
+    """Return the share of found entities that are right, over weights (R, n); 0 if none was found."""
+    return _micro(predictions, lambda right, found, there: share(right, found))
 
 
-def recall(predictions: TagPredictions) -> float:
-    """Return the share of entities that were found; 0 if there is none."""
-    return _over_all(recall_statistic(predictions), predictions)
+def recall(predictions: TagPredictions) -> Statistic:
+    """Return the share of entities that were found, over weights (R, n); 0 if there is none."""
+    return _micro(predictions, lambda right, found, there: share(right, there))
 
 
-def macro_f1(predictions: TagPredictions) -> float:
-    """Return the mean F1 over the kinds of entities."""
-    return _over_all(macro_f1_statistic(predictions), predictions)
-
-
-def word_accuracy(predictions: TagPredictions) -> float:
-    """Return the share of words with the right tag."""
-    return _over_all(word_accuracy_statistic(predictions), predictions)
-
-
-def _over_all(statistic: Statistic, predictions: TagPredictions) -> float:
-    return float(statistic(np.ones((1, predictions.rows)))[0])
-
-
-def entity_f1_statistic(predictions: TagPredictions) -> Statistic:
-    """Return entity F1 as a function of bootstrap weights (R, n)."""
-    return _micro(predictions, lambda right, found, there: _share(2 * right, found + there))
-
-
-def precision_statistic(predictions: TagPredictions) -> Statistic:
-    """Return precision as a function of bootstrap weights (R, n)."""
-    return _micro(predictions, lambda right, found, there: _share(right, found))
-
-
-def recall_statistic(predictions: TagPredictions) -> Statistic:
-    """Return recall as a function of bootstrap weights (R, n)."""
-    return _micro(predictions, lambda right, found, there: _share(right, there))
-
-
-def macro_f1_statistic(predictions: TagPredictions) -> Statistic:
-    """Return the mean F1 over kinds as a function of bootstrap weights (R, n)."""
+def macro_f1(predictions: TagPredictions) -> Statistic:
+    """Return the mean F1 over the kinds of entities, over weights (R, n)."""
     _, (right, found, there) = counts_by_kind(predictions)  # (n, K)
 
     def statistic(weights: Floats) -> Floats:
         seen = weights @ found + weights @ there  # (R, K)
-        f1, kinds = _share(2 * (weights @ right), seen), (seen > 0).sum(axis=1)
-        return _share(f1.sum(axis=1), kinds)
+        f1, kinds = share(2 * (weights @ right), seen), (seen > 0).sum(axis=1)
+        return share(f1.sum(axis=1), kinds)
 
     return statistic
 
 
-def word_accuracy_statistic(predictions: TagPredictions) -> Statistic:
-    """Return the share of right words as a function of bootstrap weights (R, n)."""
+def word_accuracy(predictions: TagPredictions) -> Statistic:
+    """Return the share of words with the right tag, over weights (R, n)."""
     pairs = list(zip(predictions.tag_names, predictions.target_names, strict=True))
     right = np.array([sum(a == b for a, b in zip(*pair, strict=True)) for pair in pairs], dtype=np.float64)  # (n,)
     words = np.array([len(tags) for tags, _ in pairs], dtype=np.float64)
-    return lambda weights: _share(weights @ right, weights @ words)
+    return lambda weights: share(weights @ right, weights @ words)
 
 
 def _micro(predictions: TagPredictions, figure: Callable[[Floats, Floats, Floats], Floats]) -> Statistic:
@@ -96,9 +67,3 @@ def counts_by_kind(predictions: TagPredictions) -> tuple[list[str], tuple[Floats
             for _, _, kind in spans:
                 counts[number, row, columns[kind]] += 1
     return kinds, (counts[0], counts[1], counts[2])
-
-
-def _share(part: Floats, whole: Floats) -> Floats:
-    part, whole = np.asarray(part, dtype=np.float64), np.asarray(whole, dtype=np.float64)
-    result: Floats = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
-    return result

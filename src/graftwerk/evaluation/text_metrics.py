@@ -1,4 +1,4 @@
-"""Exact match, ROUGE, BLEU, chrF and perplexity of generated texts, as points and as functions of row weights.
+"""Exact match, ROUGE, BLEU, chrF and perplexity of generated texts, as functions of row weights (R, N).
 
 Each metric is a function of sums over rows (matches, n-grams, log-likelihoods), so a bootstrap draw is a weighted sum
 and costs no new comparison of texts. BLEU (Papineni et al. 2002) and chrF (Popovic 2015) are sacreBLEU's (Post 2018,
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from graftwerk.errors import ResourceError
-from graftwerk.evaluation.bootstrap import Floats, Statistic
+from graftwerk.evaluation.bootstrap import Floats, Statistic, mean_over_rows, share
 from graftwerk.tasks.predictions import TextPredictions
 
 Texts = tuple[str, ...]
@@ -34,54 +34,29 @@ MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko"
 """Tokenizers that need packages of their own (`sacrebleu[ja]`, `sacrebleu[ko]`); without them, characters count."""
 
 
-def exact_match(predictions: TextPredictions) -> float:
-    """Share of rows whose answer is the reference to the letter, but for white space around and inside it."""
-    return float(_exact(*_pairs(predictions)).mean())
+def exact_match(predictions: TextPredictions) -> Statistic:
+    """Return the share of rows whose answer is the reference to the letter, white space aside."""
+    return mean_over_rows(_exact(*_pairs(predictions)))
 
 
-def exact_match_statistic(predictions: TextPredictions) -> Statistic:
-    """Return exact match as a function of bootstrap weights (R, N)."""
-    return _mean(_exact(*_pairs(predictions)))
-
-
-def rouge1(predictions: TextPredictions) -> float:
+def rouge1(predictions: TextPredictions) -> Statistic:
     """Return the mean F-measure of ROUGE-1 (single words) over rows, 0 to 1."""
-    return float(_rouge(*_pairs(predictions))[:, 0].mean())
+    return mean_over_rows(_rouge(*_pairs(predictions))[:, 0])
 
 
-def rouge2(predictions: TextPredictions) -> float:
+def rouge2(predictions: TextPredictions) -> Statistic:
     """Return the mean F-measure of ROUGE-2 (pairs of words) over rows, 0 to 1."""
-    return float(_rouge(*_pairs(predictions))[:, 1].mean())
+    return mean_over_rows(_rouge(*_pairs(predictions))[:, 1])
 
 
-def rouge_l(predictions: TextPredictions) -> float:
+def rouge_l(predictions: TextPredictions) -> Statistic:
     """Return the mean F-measure of ROUGE-L (longest common subsequence) over rows, 0 to 1."""
-    return float(_rouge(*_pairs(predictions))[:, 2].mean())
+    return mean_over_rows(_rouge(*_pairs(predictions))[:, 2])
 
 
-def rouge1_statistic(predictions: TextPredictions) -> Statistic:
-    """Return ROUGE-1 as a function of bootstrap weights (R, N)."""
-    return _mean(_rouge(*_pairs(predictions))[:, 0])
-
-
-def rouge2_statistic(predictions: TextPredictions) -> Statistic:
-    """Return ROUGE-2 as a function of bootstrap weights (R, N)."""
-    return _mean(_rouge(*_pairs(predictions))[:, 1])
-
-
-def rouge_l_statistic(predictions: TextPredictions) -> Statistic:
-    """Return ROUGE-L as a function of bootstrap weights (R, N)."""
-    return _mean(_rouge(*_pairs(predictions))[:, 2])
-
-
-def rouge_l_stemmed(predictions: TextPredictions) -> float:
+def rouge_l_stemmed(predictions: TextPredictions) -> Statistic:
     """Return ROUGE-L over English word stems (Porter 1980): `packages` is `package`."""
-    return float(_rouge(*_pairs(predictions), stemmed=True)[:, 2].mean())
-
-
-def rouge_l_stemmed_statistic(predictions: TextPredictions) -> Statistic:
-    """Return ROUGE-L over word stems as a function of bootstrap weights (R, N)."""
-    return _mean(_rouge(*_pairs(predictions), stemmed=True)[:, 2])
+    return mean_over_rows(_rouge(*_pairs(predictions), stemmed=True)[:, 2])
 
 
 def rouge_signature(predictions: TextPredictions) -> str:
@@ -99,13 +74,8 @@ def _rouge_signature(predictions: TextPredictions, stemmer: str) -> str:
     return f"f-measure|stemmer:{stemmer}|tok:{tokenizer}|version:{version('rouge-score')}"
 
 
-def bleu(predictions: TextPredictions) -> float:
+def bleu(predictions: TextPredictions) -> Statistic:
     """Return corpus BLEU, 0 to 100, as sacrebleu computes it."""
-    return float(bleu_statistic(predictions)(np.ones((1, predictions.rows)))[0])
-
-
-def bleu_statistic(predictions: TextPredictions) -> Statistic:
-    """Return corpus BLEU as a function of bootstrap weights (R, N)."""
     return _of_sums("BLEU", *_pairs(predictions), _tokenizers(predictions))
 
 
@@ -116,13 +86,8 @@ def bleu_signature(predictions: TextPredictions) -> str:
     return signature.replace(f"tok:{_tokenizer_name(signature)}", f"tok:{'+'.join(used)}") if used[1:] else signature
 
 
-def chrf(predictions: TextPredictions) -> float:
+def chrf(predictions: TextPredictions) -> Statistic:
     """Return corpus chrF, 0 to 100, as sacrebleu computes it."""
-    return float(chrf_statistic(predictions)(np.ones((1, predictions.rows)))[0])
-
-
-def chrf_statistic(predictions: TextPredictions) -> Statistic:
-    """Return corpus chrF as a function of bootstrap weights (R, N)."""
     return _of_sums("CHRF", *_pairs(predictions), (ANY,) * predictions.rows)
 
 
@@ -131,50 +96,26 @@ def chrf_signature(predictions: TextPredictions) -> str:
     return _signature("CHRF", ANY)
 
 
-def perplexity(predictions: TextPredictions) -> float | None:
-    """Return exp of the mean negative log-likelihood of a trained token, or None if there is no such token."""
-    tokens = predictions.tokens.sum()
-    return float(np.exp(predictions.nll.sum() / tokens)) if tokens else None
-
-
-def perplexity_statistic(predictions: TextPredictions) -> Statistic:
-    """Return perplexity as a function of bootstrap weights (R, N); nan where a draw has no trained token."""
+def perplexity(predictions: TextPredictions) -> Statistic:
+    """Return exp of the mean negative log-likelihood of a trained token; nan where a draw has no such token."""
     nll, tokens = predictions.nll.astype(np.float64), predictions.tokens.astype(np.float64)
 
     def statistic(weights: Floats) -> Floats:
-        counted = weights @ tokens
-        mean = np.divide(weights @ nll, counted, out=np.full(len(weights), np.nan), where=counted > 0)
-        result: Floats = np.exp(mean)
+        result: Floats = np.exp(share(weights @ nll, weights @ tokens, np.nan))
         return result
 
     return statistic
 
 
-def length(predictions: TextPredictions) -> float:
+def length(predictions: TextPredictions) -> Statistic:
     """Return the mean number of words of an answer."""
-    return float(_words(_pairs(predictions)[0]).mean())
-
-
-def length_statistic(predictions: TextPredictions) -> Statistic:
-    """Return the mean number of words of an answer as a function of bootstrap weights (R, N)."""
-    return _mean(_words(_pairs(predictions)[0]))
+    return mean_over_rows(_words(_pairs(predictions)[0]))
 
 
 def _pairs(predictions: TextPredictions) -> tuple[Texts, Texts]:
     assert predictions.texts is not None
     assert predictions.references is not None
     return predictions.texts, predictions.references
-
-
-def _mean(values: Floats) -> Statistic:
-    """Return the mean over the rows drawn; nan if none was, which happens to the rows of a small set."""
-
-    def statistic(weights: Floats) -> Floats:
-        drawn = weights.sum(axis=1)
-        result: Floats = np.divide(weights @ values, drawn, out=np.full(len(weights), np.nan), where=drawn > 0)
-        return result
-
-    return statistic
 
 
 def _words(texts: Sequence[str]) -> Floats:

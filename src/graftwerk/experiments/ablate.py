@@ -8,8 +8,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
-from graftwerk.experiments.compare import run_comparison
-from graftwerk.experiments.comparison import Comparison
+from graftwerk.experiments.compare import Comparison, run_comparison
 from graftwerk.experiments.driver import ComparisonDriver, Listener
 from graftwerk.experiments.factors import Ablation, read_ablation
 from graftwerk.experiments.method_specs import parse_seeds

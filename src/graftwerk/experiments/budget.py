@@ -215,11 +215,7 @@ class Trials:
         self.spent[spec.tried_for].append(seconds)
 
     def summary(self, failed: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-        """Return what `comparison.json` says of the budget.
-
-        Args:
-            failed: Why trials failed, by name and seed.
-        """
+        """Return what `comparison.json` says of the budget."""
         spent = {
             name: {
                 "trials": len(seconds),

@@ -16,12 +16,27 @@ from typing import Any
 from graftwerk.config import RunConfig
 from graftwerk.experiments.arguments import check_choices
 from graftwerk.experiments.budget import parse_budget
-from graftwerk.experiments.comparison import COMPARISON as COMPARISON
-from graftwerk.experiments.comparison import Comparison
 from graftwerk.experiments.driver import ComparisonDriver, Listener
 from graftwerk.experiments.method_specs import parse_method_specs, parse_seeds
 from graftwerk.experiments.progress import progress_to
+from graftwerk.experiments.result_folder import ResultFolder
+from graftwerk.experiments.table import as_text, rich_table
 from graftwerk.experiments.workers import machines
+from graftwerk.reporting.files import COMPARISON as COMPARISON
+from graftwerk.serialization.untrusted_files import understood
+
+
+class Comparison(ResultFolder):
+    """A comparison on disk: `comparison.json`, beside a run folder for each method and seed."""
+
+    file, key, counted = COMPARISON, "comparison", ("methods", "seeds")
+
+    def _as_text(self) -> str:
+        return as_text(self.result)
+
+    def __rich__(self) -> Any:
+        with understood(self.folder / COMPARISON):
+            return rich_table(self.result)
 
 
 def compare(
@@ -123,9 +138,4 @@ def run_comparison(
     check_choices(driver.base, metric, prefer, margin)
     with machines(ray, resources) as there:
         driver.run(there, overwrite=overwrite, metric=metric, prefer=prefer, margin=margin)
-    report_path = None
-    if report:
-        from graftwerk.reporting.html import write_report
-
-        report_path = write_report(driver.folder)
-    return Comparison(driver.folder, report=report_path)
+    return Comparison.reported(driver.folder, report)

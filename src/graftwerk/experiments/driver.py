@@ -16,7 +16,6 @@ from typing import Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import (
-    ConflictError,
     DivergedError,
     ErrorReport,
     IntegrityError,
@@ -26,24 +25,22 @@ from graftwerk.errors import (
 from graftwerk.experiments.aggregation import RunResult, TrialResult, aggregate, measured_run, trained_trial
 from graftwerk.experiments.arguments import VARY, check_vary, refuse_overrides
 from graftwerk.experiments.budget import Budget, Trials, candidates, describe_budget, tuning_seed
-from graftwerk.experiments.comparison import COMPARISON, COMPARISON_SCALE
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.header import CONFIG, comparison_header
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, with_and_without
 from graftwerk.experiments.progress import ProgressEvent
+from graftwerk.experiments.result_folder import refuse_others, write_result
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.run_results import RunResults
 from graftwerk.experiments.tuning import chosen, describe_tuning, method_of, planned_runs, read_axes, tuned
 from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
-from graftwerk.reporting.files import SEARCH
-from graftwerk.sanitize import redacted
+from graftwerk.reporting.files import COMPARISON
 from graftwerk.serialization.atomic import write_file
-from graftwerk.serialization.strict_json import dump_object
 from graftwerk.training.lock import RunLock
-from graftwerk.training.run_dir import LOCK, MANIFEST, REPORT, TRUNK, read_manifest
+from graftwerk.training.run_dir import LOCK, REPORT, TRUNK, read_manifest
 
 LOG = "workers.log"
 
@@ -130,10 +127,7 @@ class ComparisonDriver:
             ConflictError: The folder is in use, or holds other runs.
             GraftwerkError: As `compare` does.
         """
-        for name, what in ((MANIFEST, "a run"), (SEARCH, "a search")):
-            if (self.folder / name).exists():
-                hint = "give the comparison another one: output_dir=runs/comparison"
-                raise ConflictError(f"{self.folder} is the folder of {what}", hint=hint)
+        refuse_others(self.folder, COMPARISON)
         runs = [self.folder_of(spec, seed).name for spec, seed in self._all_runs()]
         refuse_links(self.folder, (LOCK, COMPARISON, CONFIG, LOG, REPORT, TRUNK, *runs))
         most = len(self.eta.planned) or None  # None: of a budget of time
@@ -351,8 +345,7 @@ class ComparisonDriver:
     # -- output ------------------------------------------------------------------------------------------------------
 
     def _write(self, result: Mapping[str, Any]) -> None:
-        path = self.folder / COMPARISON
-        write_file(path, dump_object(redacted(result), path, room=COMPARISON_SCALE, seal=True), own=True)
+        write_result(self.folder / COMPARISON, result)
 
     def _emit(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None

@@ -12,9 +12,6 @@ class EtaEstimator:
 
     A method's next seed takes about what its others took. For a method that has not run yet the mean of the others
     stands in, until its own steps tell better.
-
-    Args:
-        planned: The method of each run, in order.
     """
 
     planned: list[str]

@@ -63,9 +63,6 @@ class Ablation:
         """Return the names of the cells that have each value of each axis, so that nothing else differs between them.
 
         A combination of the other axes counts only if it was measured with every value of this one.
-
-        Args:
-            measured: Names of the cells that have a result.
         """
         found: dict[str, dict[str, list[str]]] = {}
         for axis, values in self.axes.items():

@@ -41,7 +41,6 @@ PRELOADED = (
     "accelerate",
     "safetensors.torch",
     "scipy.special",
-    "sklearn.metrics",
     "torch.utils.tensorboard",
     "transformers.models.bert.modeling_bert",  # what it imports, all models import
     "graftwerk.experiments.jobs",
@@ -49,7 +48,6 @@ PRELOADED = (
     "graftwerk.evaluation.cost",
     "graftwerk.evaluation.evaluate",
     "graftwerk.evaluation.results_io",
-    "graftwerk.evaluation.row_scores",
     "graftwerk.models.load",
     "graftwerk.reporting.html",
     "graftwerk.serialization.folder",

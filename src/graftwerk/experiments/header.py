@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from graftwerk.config import RunConfig
@@ -15,9 +14,10 @@ from graftwerk.experiments.budget import Budget
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
 from graftwerk.experiments.pareto import COSTS
+from graftwerk.experiments.result_folder import FORMAT
 from graftwerk.experiments.tuning import Axes, require_validation
+from graftwerk.machine import version_of
 
-FORMAT = 1
 CONFIG = "config.yaml"
 
 
@@ -136,7 +136,4 @@ def _notes(
 
 def own_version() -> str:
     """Return the installed version of this package, or "unknown"."""
-    try:
-        return version("graftwerk")
-    except PackageNotFoundError:
-        return "unknown"
+    return version_of("graftwerk") or "unknown"

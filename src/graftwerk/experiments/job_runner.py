@@ -11,15 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from graftwerk import errors
 from graftwerk.errors import ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.experiments.fork_server import CAN_FORK
 from graftwerk.own_files import open_own
+from graftwerk.training.signals import handled_by
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CLOSE_SECONDS = 60
 LOG_TAIL = 12
 """Lines of the log that are quoted when a worker dies without a word."""
@@ -61,9 +61,7 @@ class JobRunner:
     def __enter__(self) -> JobRunner:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._close()
 
     def run(self, job: Mapping[str, Any], on_event: OnEvent) -> dict[str, Any]:
@@ -215,22 +213,15 @@ def signals_to(runners: Sequence[JobRunner]) -> Iterator[None]:
     Raises:
         RunInterrupted: At the end, if a signal came and no job has raised it.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         for runner in runners:
             runner.interrupt(signum)
 
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, on_signal)
-    try:
+    with handled_by(on_signal):
         yield
-    finally:
-        for restored, handler in before.items():
-            signal.signal(restored, handler if handler is not None else signal.SIG_DFL)
+    if threading.current_thread() is not threading.main_thread():
+        return
     for runner in runners:  # it came when the job had ended
         runner.check()
 

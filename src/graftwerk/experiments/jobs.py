@@ -129,8 +129,8 @@ def _run(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     from graftwerk.config import RunConfig
     from graftwerk.evaluation.evaluate import evaluate
     from graftwerk.evaluation.results_io import load_evaluation
+    from graftwerk.machine import process_start
     from graftwerk.reporting.html import write_report
-    from graftwerk.training.process_info import process_start
     from graftwerk.training.train import run_training
 
     def listener(event: Any) -> None:
@@ -161,8 +161,8 @@ def _trial(job: Mapping[str, Any], send: Send) -> dict[str, Any]:
     A job with ``rows`` sends the score of each validation row after each evaluation.
     """
     from graftwerk.config import RunConfig
-    from graftwerk.evaluation.row_scores import row_scores
-    from graftwerk.training.process_info import process_start
+    from graftwerk.evaluation.metrics import row_scores
+    from graftwerk.machine import process_start
     from graftwerk.training.train import run_training
 
     def listener(event: Any) -> None:

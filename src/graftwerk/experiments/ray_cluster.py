@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from graftwerk.errors import ConfigError, ErrorReport, ResourceError
@@ -239,9 +238,7 @@ class RayCluster:
         self.at_once = min(self.wanted or room, room)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._ours:
             self.ray.shutdown()
 

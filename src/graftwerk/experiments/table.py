@@ -15,7 +15,7 @@ from graftwerk.experiments.significance import (
     swapped,
     verdict,
 )
-from graftwerk.formatting import byte_size, duration, milliseconds, short_count
+from graftwerk.formatting import DASH, byte_size, columns, duration, milliseconds, short_count
 from graftwerk.sanitize import clean
 
 HEADINGS = (
@@ -38,7 +38,6 @@ HOW = {
     "tokens": "", "nats": " (less is better)",
 }  # fmt: skip
 """How a metric's values are to be read, by its unit."""
-DASH = "\N{EN DASH}"
 LEFT = frozenset({0, 3})
 """Columns of words; the others are numbers, flush right."""
 SPREAD = HEADINGS.index("SD of seeds")
@@ -208,17 +207,7 @@ def _columns(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
 def as_text(result: Mapping[str, Any]) -> str:
     """Format the result as plain text, for pipes."""
     headings, rows = _columns(result)
-    lines = [headings, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column in LEFT else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*text, "", *describe_result(result)])
+    return "\n".join([columns([headings, *rows], LEFT, rule=True), "", *describe_result(result)])
 
 
 def rich_table(result: Mapping[str, Any]) -> Any:

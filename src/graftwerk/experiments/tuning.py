@@ -142,12 +142,6 @@ def chosen(
 
     That is the best mean of the values whose runs all came to an end, or else of those with the most runs that did.
 
-    Args:
-        specs: What was trained.
-        runs: Results by name and seed.
-        failed: Why runs failed, likewise.
-        metric: Name of the metric that decides.
-
     Returns:
         The specs that go into the ranking; and, for each method that was tuned, ``method``, ``metric``, ``rows``,
         ``chosen`` and what was ``tried``: ``name``, ``changes``, ``value`` (the mean over seeds) and ``failed``.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, TypeVar
 
 from graftwerk.errors import ConfigError
@@ -26,12 +25,7 @@ class Machines(Protocol):
     """Jobs at the same time."""
 
     def runners(self, log: Path, most: int | None = None) -> list[JobRunner]:
-        """Return job runners; nothing is started before their first jobs.
-
-        Args:
-            log: Where what the processes print goes.
-            most: No more runners than this.
-        """
+        """Return job runners; nothing is started before their first jobs."""
 
 
 class ThisMachine:
@@ -73,11 +67,7 @@ def machines(
 
 
 class Workers:
-    """Job runners that work at once. A context manager that closes them.
-
-    Args:
-        runners: The runners.
-    """
+    """Job runners that work at once. A context manager that closes them."""
 
     def __init__(self, runners: Sequence[JobRunner]) -> None:
         self.runners = list(runners)
@@ -87,9 +77,7 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         with ExitStack() as stack:
             for runner in self.runners:
                 stack.push(runner)

@@ -243,14 +243,7 @@ def _sum(
 
 
 def _attached(opened: LoadedAdapter, first: Adapter, heads: Sequence[tuple[Adapter, float]], summed: _Sum) -> Adapter:
-    """Attach the sum as a LoRA of its own, with the mean of heads.
-
-    Args:
-        opened: The base.
-        first: The part whose labels are answered.
-        heads: Parts with these labels, and their weights, above 0.
-        summed: The updates.
-    """
+    """Attach the sum as a LoRA of its own, with the mean of heads."""
     ranks = {path: b.shape[1] for path, (b, _) in summed.factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != usual}

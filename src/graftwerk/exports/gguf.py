@@ -81,12 +81,7 @@ def write_gguf(factors: Factors, config: Any, path: Path) -> None:
 
 @torch.no_grad()
 def apply_gguf(model: nn.Module, path: Path) -> None:
-    """Add the updates of a GGUF file to a model's weights in place, as llama.cpp adds them.
-
-    Args:
-        model: The base, as transformers loads it.
-        path: A file of `write_gguf`.
-    """
+    """Add the updates of a GGUF file to a model's weights in place, as llama.cpp adds them."""
     import gguf
 
     reader = gguf.GGUFReader(path)

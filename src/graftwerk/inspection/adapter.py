@@ -20,8 +20,7 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.serialization.adapter_config import KEYS
 from graftwerk.serialization.folder import read_adapter_config
 from graftwerk.serialization.info import AdapterInfo, check_files
-from graftwerk.serialization.naming import ends_with, named_by
-from graftwerk.serialization.patterns import Steps
+from graftwerk.serialization.naming import Budget, ends_with, named_by
 from graftwerk.serialization.peft_parameters import SETTING
 from graftwerk.serialization.restore import INDICES
 from graftwerk.serialization.vocabulary import BASE_LAYER
@@ -163,7 +162,7 @@ def _parameters(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
     """
     names = info.config.get(SETTING) or []
     layers = info.config.get("target_modules") or []
-    steps, ending = Steps(), ".lora_A.weight"
+    budget, ending = Budget(), ".lora_A.weight"
     for key in [key for key in left if names and key.endswith(ending)]:
         module = key.removesuffix(ending)
         owner, partner = module.replace(f".{BASE_LAYER}", ""), f"{module}.lora_B.weight"
@@ -172,9 +171,9 @@ def _parameters(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
         a, b = left.pop(key), left.pop(partner)
         owned = [f"{owner}.{name.rpartition('.')[2]}" for name in names if _owns(owner, name)]
         numbers = a.numel() + b.numel()
-        ranks = {_rank(info.config, path, steps) for path in owned}
+        ranks = {_rank(info.config, path, budget) for path in owned}
         rank = ranks.pop() if len(ranks) == 1 else 0
-        scales = {_scale(info.config, path, rank, steps) for path in owned} if rank else set()
+        scales = {_scale(info.config, path, rank, budget) for path in owned} if rank else set()
         if len(scales) != 1 or a.shape[0] % rank:
             norm = math.hypot(_norm(a), _norm(b))
             yield Learnt(module, _layer(module), "A and B as stored", numbers, norm)
@@ -192,10 +191,10 @@ def _owns(owner: str, name: str) -> bool:
     return not above or ends_with(owner, [above])
 
 
-def _rank(config: Mapping[str, Any], path: str, steps: Steps) -> int:
+def _rank(config: Mapping[str, Any], path: str, budget: Budget) -> int:
     for key, value in (config.get("rank_pattern") or {}).items():
         try:
-            if named_by(key, path, steps):
+            if named_by(key, path, budget):
                 return int(value)
         except UnsupportedError:
             continue
@@ -203,7 +202,7 @@ def _rank(config: Mapping[str, Any], path: str, steps: Steps) -> int:
 
 
 def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
-    steps = Steps()
+    budget = Budget()
     for ending_a, ending_b, what in _PRODUCTS:
         for key in [key for key in left if key.endswith(ending_a)]:
             module = key.removesuffix(ending_a)
@@ -211,7 +210,7 @@ def _low_rank(info: AdapterInfo, left: dict[str, Tensor]) -> Iterator[Learnt]:
             if b is None:
                 left[key] = a
                 continue
-            yield _product(module, what, b, a, _scale(info.config, module, a.shape[0], steps))
+            yield _product(module, what, b, a, _scale(info.config, module, a.shape[0], budget))
 
 
 def _bottlenecks(left: dict[str, Tensor]) -> Iterator[Learnt]:
@@ -275,11 +274,11 @@ def _product(module: str, what: str, left: Tensor, right: Tensor, scale: float) 
     return Learnt(module, _layer(module), what, numbers, norm, rank=right.shape[0], stable_rank=stable)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int, steps: Steps) -> float:
+def _scale(config: Mapping[str, Any], module: str, rank: int, budget: Budget) -> float:
     alpha = float(config.get("lora_alpha", rank))
     for key, value in (config.get("alpha_pattern") or {}).items():
         try:
-            if named_by(key, module, steps):
+            if named_by(key, module, budget):
                 alpha = float(value)
                 break
         except UnsupportedError:

@@ -135,12 +135,7 @@ def ask(loaded: LoadedAdapter, text: str) -> Question:
 
 
 def attribute(loaded: LoadedAdapter, question: Question) -> Attribution:
-    """Attribute the answer to a text to its tokens.
-
-    Args:
-        loaded: The adapter on its base.
-        question: The text with its answer.
-    """
+    """Attribute the answer to a text to its tokens."""
     with evaluation_mode(loaded.model), quiet():
         adapter = _integrated(loaded, question)
         base = None

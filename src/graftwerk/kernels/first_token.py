@@ -1,7 +1,7 @@
 """The last layer of an encoder at the first token alone, if the head reads nothing else of it.
 
-BERT and its kin classify a row by what the last layer says of its first token. Attention there reads all tokens, but what
-follows it (output projection, feed-forward block, norms, adapters on any of these) works on each token by itself:
+BERT and its kin classify a row by what the last layer says of its first token. Attention there reads all tokens, but
+what follows it (output projection, feed-forward block, norms, adapters on any of these) works on each token by itself:
 
     y_0 = FFN(Attention(x)_0 + x_0)        instead of y_t for each t, of which the head reads y_0
 
@@ -25,7 +25,7 @@ READ_FIRST = frozenset(
     f"{family}ForSequenceClassification"
     for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "Ernie", "Data2VecText", "DebertaV2")
 )
-"""transformers' classes whose head reads the first token alone, with layers at ``encoder.layer`` of their base model."""
+"""Classes of transformers whose head reads the first token alone; their base model has ``encoder.layer``."""
 
 
 @contextmanager

@@ -245,8 +245,8 @@ def _elements(parameter: nn.Parameter) -> int:
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
-def _listing(what: str, keys: list[str], most: int = 5) -> str:
+def _listing(what: str, keys: list[str]) -> str:
     if not keys:
         return ""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return f"{len(keys)} {what}: {', '.join(keys[:most])}{more}"
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f"{len(keys)} {what}: {', '.join(keys[:5])}{more}"

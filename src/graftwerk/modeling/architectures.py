@@ -39,7 +39,6 @@ class AttentionLayer:
         cross: Whether its keys and values come from the encoder.
         layer: Index of its layer within the stack.
         kv_heads, head_dim: Heads G of keys and values, and their width D.
-        key_path: The projection that makes its keys (or the fused one).
     """
 
     path: str
@@ -48,7 +47,6 @@ class AttentionLayer:
     layer: int
     kv_heads: int
     head_dim: int
-    key_path: str
 
 
 @dataclass(frozen=True)
@@ -295,11 +293,8 @@ def _attentions(
             if isinstance(value := getattr(module, name, None), int)
         )
         cross = any(path.endswith(name) for name in layout.cross)
-        found.append(
-            AttentionLayer(
-                path, _stack_kind(model, layout, path), cross, target.layer, width // head_dim, head_dim, target.path
-            )
-        )
+        kind = _stack_kind(model, layout, path)
+        found.append(AttentionLayer(path, kind, cross, target.layer, width // head_dim, head_dim))
     return tuple(found)
 
 

@@ -24,6 +24,7 @@ from graftwerk.errors import UnsupportedError
 from graftwerk.methods.base import Method, Role
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.architectures import Architecture
+from graftwerk.modeling.module_index import modes_restored
 from graftwerk.modeling.task_heads import open_targets
 
 
@@ -52,12 +53,6 @@ def find_frozen_prefix(
     model: PreTrainedModel, architecture: Architecture, method: Method, heads: Iterable[str]
 ) -> FrozenPrefix:
     """Find the end of the trunk when this method trains on a model; weights are not read.
-
-    Args:
-        model: The model.
-        architecture: Its architecture.
-        method: The settings.
-        heads: Paths of the modules that are trained whole.
 
     Raises:
         UnsupportedError: there is no trunk; the message says why.
@@ -167,12 +162,6 @@ def below(
 ) -> list[nn.Module]:
     """Return the modules that make up the trunk, embeddings included, found by running it.
 
-    Args:
-        model: The model.
-        cut: The end of its trunk.
-        hosts: Modules that something trained works in.
-        call: Runs the model.
-
     Raises:
         UnsupportedError: something that trains is among them; the stack drops layers at random.
     """
@@ -204,17 +193,13 @@ def draws_at_random(
 
     The global random generators are used; the caller restores them.
     """
-    modes = {module: module.training for module in model.modules()}
     states = []
-    try:
+    with modes_restored(model):
         model.train()
         for seed in (0, 1):
             torch.manual_seed(seed)
             with torch.no_grad():
                 states.append(reach(model, cut, call).clone())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return not torch.equal(*states)
 
 

@@ -26,9 +26,6 @@ SavedWeights = list[tuple[nn.Parameter, Tensor]]
 def merge_weights(layers: Iterable[tuple[str, nn.Module, AdapterModule]]) -> SavedWeights:
     """Merge each adapter into its layer. If one cannot be merged, none is.
 
-    Args:
-        layers: Path, base module and adapter module of each.
-
     Returns:
         The tensors from before, for `unmerge_weights`.
 
@@ -65,9 +62,6 @@ def _merged_parameters(module: nn.Module, adapter: AdapterModule) -> dict[str, T
 @torch.no_grad()
 def merge_weights_in_place(layers: Sequence[tuple[str, nn.Module, AdapterModule]]) -> None:
     """Merge each adapter into its layer in place: no memory, and no way back.
-
-    Args:
-        layers: Path, base module and adapter module of each.
 
     Raises:
         UnsupportedError: the base is quantized or offloaded; nothing is changed.

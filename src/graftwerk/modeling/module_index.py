@@ -152,3 +152,14 @@ def _walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
             # What FSDP wraps in place keeps its path, and comes after its wrapper: the index holds what is wrapped.
             inner = path if name == _WRAPPED else f"{path}.{name}" if path else name
             yield from _walk(child, inner)
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Put every module of a model back into the mode, training or not, that it was in before the block."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -21,6 +21,7 @@ from graftwerk.methods.placement import module_device
 from graftwerk.methods.prefix_tuning import Prefix
 from graftwerk.modeling.adapter_slots import ModelAdapters
 from graftwerk.modeling.architectures import AttentionLayer
+from graftwerk.modeling.module_index import modes_restored
 from graftwerk.modeling.prefix_attention import MASKS, OURS, configs_of, prefix_attention_forward
 
 KeysAndValues = tuple[Tensor, Tensor]
@@ -30,11 +31,6 @@ def starting_values(
     model: PreTrainedModel, method: Prefix, attentions: Sequence[AttentionLayer]
 ) -> dict[str, KeysAndValues]:
     """Return the initial keys and values of each attention.
-
-    Args:
-        model: The base, with or without adapters.
-        method: Settings of the prefix, its text tokenized.
-        attentions: The attentions that get a prefix.
 
     Returns:
         Keys and values, (n, G·D) each, by path of the attention.
@@ -82,20 +78,17 @@ def _record_kv(model: PreTrainedModel, ids: Tensor) -> dict[int, KeysAndValues]:
     model_adapters = ModelAdapters.of(model)
     recorded: dict[int, KeysAndValues] = {}
     implementations = [(config, config._attn_implementation) for config in configs_of(model)]
-    modes = {module: module.training for module in model.modules()}
     extra: dict[str, Any] = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     token = _recorded.set(recorded)
     try:
         for config, name in implementations:
             if (plain := (name or "").removeprefix(OURS)) in MASKS:
                 config._attn_implementation_internal = _RECORDING + plain
-        model.eval()
-        with contextlib.nullcontext() if model_adapters is None else model_adapters.bare():
+        with modes_restored(model), contextlib.nullcontext() if model_adapters is None else model_adapters.bare():
+            model.eval()
             model.base_model(input_ids=ids, **extra)
     finally:
         _recorded.reset(token)
-        for module, training in modes.items():
-            module.training = training
         for config, name in implementations:
             config._attn_implementation_internal = name
     return recorded

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, ConflictError, UnsupportedError
+from graftwerk.kernels.memory_efficient import own_base
 from graftwerk.methods.base import Method
 from graftwerk.methods.prompt_tuning import Prompt, PromptModule
 from graftwerk.methods.ptuning import PTuning
@@ -283,18 +284,13 @@ def install_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None
     # Before a prefix's hook, which shifts the positions of virtual tokens too.
     host.register_forward_pre_hook(insert, with_kwargs=True, prepend=True)
     decoders = [model.get_submodule(stack.path) for stack in stacks if stack.kind == "decoder"]
-    pools = host is not model and not insert.causal and _POOLS_FIRST.search(_own_class(model).__name__) is not None
+    pools = host is not model and not insert.causal and _POOLS_FIRST.search(own_base(type(model)).__name__) is not None
     if not decoders and not pools:
         host.register_forward_hook(_Trim(insert), with_kwargs=True)
     for decoder in decoders:
         decoder.register_forward_pre_hook(_WidenEncoderMask(host), with_kwargs=True)
     if pools and getattr(model.config, "classifier_pooling", None) == "mean":
         model.register_forward_pre_hook(_WidenPooledMask(host), with_kwargs=True)
-
-
-def _own_class(model: nn.Module) -> type[nn.Module]:
-    base: type[nn.Module] = getattr(type(model), "_graftwerk_base", type(model))
-    return base
 
 
 def remove_hooks(model: PreTrainedModel, model_adapters: ModelAdapters) -> None:

@@ -42,16 +42,7 @@ Seen = Callable[[str, Tensor], None]
 
 
 class _Request(BitsAndBytesConfig):  # type: ignore[misc]
-    """Settings that `from_pretrained` is given.
-
-    Args:
-        name: ``nf4`` or ``int8``.
-        double_quant: Store the scales of nf4 in 8 bits as well.
-        compute: Type that layers of 4 bits multiply in.
-        skip: Names of modules that stay as they are; each must match a layer.
-        whole: The same, but some may match nothing.
-        seen: Listener of the full weights.
-    """
+    """Settings that `from_pretrained` is given, as `quantizer` takes them."""
 
     def __init__(
         self,

@@ -51,9 +51,6 @@ def keep_unpacked(modules: Mapping[str, nn.Module]) -> list[nn.Module]:
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """Return how a model's linear layers are quantized by bitsandbytes, whoever did it, or None if none is.
 
-    Args:
-        model: Any model, with or without adapters.
-
     Returns:
         ``name`` (``nf4``, ``fp4``, ``int8``), ``double_quant``, ``compute_type`` and ``skip``, the paths of the linear
         layers that are not quantized.

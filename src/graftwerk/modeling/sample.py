@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from graftwerk.methods.placement import module_device
+from graftwerk.modeling.module_index import modes_restored
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Bound on the change of outputs by rounding, relative to the largest; 1e-2 for the 16-bit types."""
@@ -22,7 +21,8 @@ def sample_answer(model: PreTrainedModel) -> Tensor | None:
     inputs = _inputs(model)
     if inputs is None:
         return None
-    with _evaluating(model):
+    with modes_restored(model):
+        model.eval()
         try:
             output = model(**inputs)
         except Exception:  # an input that it does not take, whatever it raises then: nothing can be compared
@@ -68,15 +68,3 @@ def _inputs(model: PreTrainedModel) -> dict[str, Tensor] | None:
             image = torch.rand(1, channels, height, width, generator=draw, device="cpu")
             return {"pixel_values": image.to(device, model.dtype)}
     return None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

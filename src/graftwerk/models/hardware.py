@@ -105,14 +105,14 @@ def probe(kind: str = "cpu") -> dict[str, float]:
     return seconds
 
 
-def _seconds(dtype: torch.dtype, kind: str, *, limit: float, repeats: int = 5) -> float:
+def _seconds(dtype: torch.dtype, kind: str, *, limit: float) -> float:
     """Return the shortest time of a few products in seconds; stop early above ``limit``."""
     try:
         a = torch.ones(SIDE.get(kind, 1024), SIDE.get(kind, 1024), dtype=dtype, device=kind)
         best = math.inf
         with torch.inference_mode():
             torch.mm(a, a)  # the first call sets kernels up
-            for _ in range(repeats):
+            for _ in range(5):
                 synchronize([a.device])
                 start = time.perf_counter()
                 torch.mm(a, a)

@@ -12,12 +12,7 @@ from graftwerk.reporting.interval_plot import scale_of, strip
 
 
 def ablation(result: Mapping[str, Any], metric: str) -> Markup:
-    """Return the section on the effects, empty for a comparison of methods.
-
-    Args:
-        result: Contents of `comparison.json`.
-        metric: Name of the metric, for people.
-    """
+    """Return the section on the effects, empty for a comparison of methods."""
     effects = mappings(mapping(result, "ablation"), "effects")
     if not effects:
         return Markup()

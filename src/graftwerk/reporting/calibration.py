@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graftwerk.reporting import numbers
-from graftwerk.reporting.escape import Markup, join, tag
+from graftwerk.reporting.escape import Markup, join
 from graftwerk.reporting.files import items, mappings, number
-from graftwerk.reporting.frame import Frame, axes, circle, line, svg
+from graftwerk.reporting.frame import Frame, axes, circle, line, point, svg
 from graftwerk.reporting.scales import Linear, around
 
 SIZES = {"wide": (560.0, 400.0), "narrow": (350.0, 320.0)}
@@ -35,14 +35,8 @@ def _reliability(bins: Sequence[Known], least: float, size: str) -> Markup:
     marks = []
     for confidence, right, low, high, rows in bins:
         said = f"Sure to {numbers.percent(confidence)}\nRight\t{numbers.percent(right)}\nAnswers\t{numbers.exact(rows)}"
-        marks.append(
-            tag(
-                "g", line(x(confidence), y(low), x(confidence), y(high), "bar"),
-                circle(x(confidence), y(right), 11, "reach"), circle(x(confidence), y(right), 5, "dot"),
-                class_="point recommended", tabindex="0", role="img", data_tip=said,
-                aria_label=said.replace("\t", ": ").replace("\n", "; "),
-            )
-        )  # fmt: skip
+        bar = line(x(confidence), y(low), x(confidence), y(high), "bar")
+        marks.append(point(x(confidence), y(right), said, "recommended", bar))
     return svg(
         frame,
         axes(
@@ -61,10 +55,10 @@ def scatter(residuals: Mapping[str, Any]) -> Markup:
     """Draw the residual of rows against their right number; empty if there are no rows."""
     found = [
         (true, residual)
-        for point in items(residuals, "points")
-        if isinstance(point, list) and len(point) == 2
-        and (true := number({"at": point[0]}, "at")) is not None
-        and (residual := number({"at": point[1]}, "at")) is not None
+        for pair in items(residuals, "points")
+        if isinstance(pair, list) and len(pair) == 2
+        and (true := number({"at": pair[0]}, "at")) is not None
+        and (residual := number({"at": pair[1]}, "at")) is not None
     ]  # fmt: skip
     return join(_scatter(found, size) for size in SIZES) if found else Markup()
 

@@ -31,7 +31,8 @@ def comparison_page(folder: Path, result: Mapping[str, Any]) -> str:
     sections = [_state(result), *_results(result, methods, found, metric)]
     sections += [tuning_section(result)]
     sections += [_runs(folder, result, metric), _failures(result), data_section(mapping(result, "data"))]
-    sections += [_how(result, metric), _repeat(result)]
+    again = "The same command resumes a stopped comparison, and does nothing once all runs are done."
+    sections += [_how(result, metric), page.repeat(words(result, "command"), again)]
     compared = numbers.plural(len(mappings(result, "methods")), "method")
     return page.document(
         title=f"Comparison: {folder.name}",
@@ -204,11 +205,3 @@ def _how(result: Mapping[str, Any], metric: str) -> Markup:
     return page.section(
         "How it was measured", page.facts(rows), tag("h3", "Settings of the methods"), page.facts(methods)
     )
-
-
-def _repeat(result: Mapping[str, Any]) -> Markup:
-    line = words(result, "command")
-    if not line:
-        return page.section("Repeat it", page.paragraph("The command is not stored.", class_="missing"))
-    text = "The same command resumes a stopped comparison, and does nothing once all runs are done."
-    return page.section("Repeat it", page.command(line), page.paragraph(text, class_="note"))

@@ -21,12 +21,7 @@ LONGEST = 160
 
 
 def explanation_page(explanation: Mapping[str, Any], title: str) -> str:
-    """Return an explanation as a page of its own.
-
-    Args:
-        explanation: What `explain` returns.
-        title: Name of the run or the adapter.
-    """
+    """Return an explanation as a page of its own."""
     layers, texts = len(mappings(explanation, "layers")), len(mappings(explanation, "attributions"))
     unchanged = {True: "The base is unchanged.", False: "The base DIFFERS from the one used in training."}
     return page.document(

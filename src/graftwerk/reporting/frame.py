@@ -24,10 +24,10 @@ class Frame:
     inner: Box
 
     @classmethod
-    def around(cls, width: float, height: float, y_labels: Sequence[str], *, right: float = RIGHT) -> Frame:
+    def around(cls, width: float, height: float, y_labels: Sequence[str]) -> Frame:
         """Return a frame with a left margin for the longest label of the y axis."""
         left = 8 + max((text_width(label, TICK_SIZE) for label in y_labels), default=0.0)
-        return cls(width, height, Box(left, TOP, width - right, height - BOTTOM))
+        return cls(width, height, Box(left, TOP, width - RIGHT, height - BOTTOM))
 
 
 def heights(frame: Frame) -> int:
@@ -54,6 +54,24 @@ def circle(x: float, y: float, radius: float, class_: str) -> Markup:
 def label(text: Any, x: float, y: float, class_: str, anchor: str = "start") -> Markup:
     """Return a text at a point, in pixels; ``anchor`` is `start`, `middle` or `end`."""
     return tag("text", text, x=px(x), y=px(y), class_=class_, text_anchor=None if anchor == "start" else anchor)
+
+
+def point(x: float, y: float, said: str, kind: str, *behind: Any, radius: float = 5.0) -> Markup:
+    """Return a point of a chart that the keyboard reaches and that tells what it stands for.
+
+    Args:
+        x: Its place, in pixels.
+        y: Its place, in pixels.
+        said: Lines of a name and a value, with a tab between them.
+        kind: A class for the style sheet.
+        *behind: What is drawn behind it.
+        radius: Of the dot.
+    """
+    return tag(
+        "g", *behind, circle(x, y, 11, "reach"), circle(x, y, radius, "dot"),
+        class_=f"point {kind}", tabindex="0", role="img", data_tip=said,
+        aria_label=said.replace("\t", ": ").replace("\n", "; "),
+    )  # fmt: skip
 
 
 def path(points: Sequence[tuple[float, float]], class_: str) -> Markup:

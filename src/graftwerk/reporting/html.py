@@ -92,12 +92,6 @@ def write_report(folder: str | Path) -> Path:
 def write_explanation(path: str | Path, explanation: Mapping[str, Any], title: str, *, overwrite: bool = False) -> Path:
     """Write an explanation as a page of its own: one file that needs nothing else.
 
-    Args:
-        path: The file.
-        explanation: What `explain` returns.
-        title: Name of the run or the adapter.
-        overwrite: Replace the file.
-
     Returns:
         Its path.
 

@@ -282,11 +282,6 @@ def uses(
     return tag("g", *drawn, transform=f"scale({across:.3f} {down:.3f})")
 
 
-def rect(x: float, y: float, width: float, height: float, class_: str) -> Markup:
-    """Return a rectangle, in pixels."""
-    return tag("rect/", x=px(x), y=px(y), width=px(width), height=px(height), class_=class_)
-
-
 def shortened(name: str, most: float) -> str:
     """Return a name that is no wider than so many pixels: what is left are the number of a layer, and the end.
 

@@ -119,6 +119,13 @@ def command(line: str) -> Markup:
     return tag("pre", tag("code", line))
 
 
+def repeat(line: str, note: str = "") -> Markup:
+    """Return the section with the command that does the same again."""
+    if not line:
+        return section("Repeat it", paragraph("The command is not stored.", class_="missing"))
+    return section("Repeat it", command(line), paragraph(note, class_="note") if note else None)
+
+
 def message(lead: str, said: Any, hint: Any = None, *, grave: bool = False) -> Markup:
     """Return a message with its hint."""
     return tag(

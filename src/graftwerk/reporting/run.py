@@ -65,7 +65,7 @@ def run_page(
         _cost(manifest, evaluation),
         _setting(manifest),
         _config(config),
-        _repeat(manifest),
+        page.repeat(words(manifest, "command")),
     ]
     known = mapping(manifest, "versions")
     versions = ", ".join(f"{name} {words(known, name)}" for name in known)
@@ -389,10 +389,3 @@ def _config(config: str) -> Markup:
     return page.section(
         "The run file", tag("details", tag("summary", "Every setting, defaults included"), page.command(config))
     )
-
-
-def _repeat(manifest: Mapping[str, Any]) -> Markup:
-    line = words(manifest, "command")
-    if not line:
-        return page.section("Repeat it", page.paragraph("The command is not stored.", class_="missing"))
-    return page.section("Repeat it", page.command(line))

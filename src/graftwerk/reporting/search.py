@@ -34,7 +34,9 @@ def search_page(folder: Path, result: Mapping[str, Any]) -> str:
     finished = words(result, "status") == "finished"
     sections = [_notes(result, finished), _last_word(result, metric), _finalists(result, metric)]
     sections += [_charts(result, trials, settings, metric), _trials(result, metric)]
-    sections += [data_section(mapping(result, "data")), _how(result), _repeat(result)]
+    sections += [data_section(mapping(result, "data")), _how(result)]
+    again = "The same command resumes a stopped search; a larger budget adds trials."
+    sections.append(page.repeat(words(result, "command"), again))
     method = words(result, "method", "name") or "a method"
     return page.document(
         title=f"Search: {folder.name}",
@@ -214,11 +216,3 @@ def _how(result: Mapping[str, Any]) -> Markup:
 def _range(axis: Mapping[str, Any]) -> str:
     log = ", logarithmic" if axis.get("log") is True else ""
     return f"{numbers.plain(number(axis, 'low'))} to {numbers.plain(number(axis, 'high'))}{log}"
-
-
-def _repeat(result: Mapping[str, Any]) -> Markup:
-    line = words(result, "command")
-    if not line:
-        return page.section("Repeat it", page.paragraph("The command is not stored.", class_="missing"))
-    text = "The same command resumes a stopped search; a larger budget adds trials."
-    return page.section("Repeat it", page.command(line), page.paragraph(text, class_="note"))

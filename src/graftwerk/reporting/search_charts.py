@@ -10,7 +10,7 @@ from typing import Any
 from graftwerk.reporting import numbers
 from graftwerk.reporting.escape import Markup, join, tag
 from graftwerk.reporting.files import items, mapping, number, words
-from graftwerk.reporting.frame import BOTTOM, TICK_SIZE, TOP, Frame, circle, label, line, path, svg
+from graftwerk.reporting.frame import BOTTOM, TICK_SIZE, TOP, Frame, label, line, path, point, svg
 from graftwerk.reporting.labels import Box, cut, text_width
 from graftwerk.reporting.scales import Linear, Log, around
 
@@ -179,11 +179,8 @@ def parallel(trials: Sequence[Trial], settings: Sequence[Setting], metric: str, 
 
 
 def _point(trial: Trial, x: float, y: float) -> Markup:
-    return tag(
-        "g", circle(x, y, 11, "reach"), circle(x, y, 6.5 if trial.best else 4.5, "dot"),
-        class_=f"point {'recommended' if trial.best else 'on-front'}", tabindex="0", role="img",
-        data_tip=trial.details, aria_label=trial.details.replace("\t", ": ").replace("\n", "; "),
-    )  # fmt: skip
+    kind, radius = ("recommended", 6.5) if trial.best else ("on-front", 4.5)
+    return point(x, y, trial.details, kind, radius=radius)
 
 
 def settings_of(result: Mapping[str, Any]) -> list[Setting]:

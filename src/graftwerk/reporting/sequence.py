@@ -28,7 +28,7 @@ def sequence_page(folder: Path, result: Mapping[str, Any]) -> str:
     variants = [variant for variant in mappings(result, "variants") if items(variant, "matrix")]
     tasks = mappings(result, "tasks")
     sections = [_failures(result), _measures(variants), *(_variant(variant, tasks) for variant in variants)]
-    sections += [_differences(result), _repeat(result)]
+    sections += [_differences(result), page.repeat(words(result, "command"))]
     order = ", then ".join(words(task, "name") for task in tasks)
     return page.document(
         title=f"Sequence: {folder.name}",
@@ -176,7 +176,3 @@ def _differences(result: Mapping[str, Any]) -> Markup:
     headings = [("Variants", ""), ("Measure", ""), ("Difference", "number"), ("Interval", "number"), ("", "")]
     note = "The intervals of a measure hold together. One seed shows nothing of another."
     return page.section("Differences", page.table("Differences", headings, rows), page.paragraph(note, class_="note"))
-
-
-def _repeat(result: Mapping[str, Any]) -> Markup:
-    return page.section("Repeat it", page.command(words(result, "command")))

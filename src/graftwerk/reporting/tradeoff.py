@@ -12,7 +12,8 @@ from itertools import pairwise
 
 from graftwerk.reporting import numbers
 from graftwerk.reporting.escape import Markup, join, tag
-from graftwerk.reporting.frame import LABEL_SIZE, Frame, axes, circle, label, line, path, svg
+from graftwerk.reporting.frame import LABEL_SIZE, Frame, axes, label, line, path, svg
+from graftwerk.reporting.frame import point as frame_point
 from graftwerk.reporting.labels import Box, cut, place, text_width
 from graftwerk.reporting.scales import Linear, Scale, around, clock_ticks, decades, from_zero
 
@@ -137,13 +138,8 @@ def _chart(
             edge = spot.box.right if before else spot.box.left
             text = label(name, edge, spot.box.bottom - 4, "name", "end" if before else "start")
             leader = line(px, py, *spot.line_end(px, py), "leader") if spot.led else None
-        marks.append(
-            tag(
-                "g", leader, bar, circle(px, py, 11, "reach"), circle(px, py, 6.5 if point.recommended else 5, "dot"),
-                class_=f"point {kind}", tabindex="0", role="img", data_tip=point.details,
-                aria_label=point.details.replace("\t", ": ").replace("\n", "; "),
-            )
-        )  # fmt: skip
+        radius = 6.5 if point.recommended else 5.0
+        marks.append(frame_point(px, py, point.details, kind, leader, bar, radius=radius))
         texts.append(tag("g", text, class_=f"point {kind}", aria_hidden="true") if text else Markup())
     drawn = svg(
         frame,

@@ -269,10 +269,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], path: Path) -> None:
     """Check the contents of an `adapter_config.json`.
 
-    Args:
-        config: The contents.
-        path: The file, for messages.
-
     Raises:
         IntegrityError: It names code to run, or has sizes that no adapter has.
         ConfigError: A key is missing, unknown, or has a value of a wrong type.

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from graftwerk.errors import ConflictError, GraftwerkError, ResourceError
+from graftwerk.machine import is_running
 from graftwerk.own_files import refuse_link
 
 FAULTS: dict[int, tuple[str, str]] = {
@@ -285,18 +286,8 @@ def _remove_stale(target: Path) -> None:
     for entry in os.scandir(target.parent):
         if entry.name.startswith(prefix):
             pid = entry.name[len(prefix) :].split("-")[0]
-            if pid.isdigit() and not _alive(int(pid)):
+            if pid.isdigit() and not is_running(int(pid)):
                 _remove(Path(entry.path))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
 
 
 def _remove(path: Path) -> None:

@@ -2,18 +2,28 @@ r"""Matching of layer names in PEFT's files: endings, sometimes patterns. Python
 
 PEFT adapts a layer if its path is an entry of ``target_modules`` or ends with ``.<entry>``, and takes a rank or alpha
 from the first key of a pattern table for which ``(.*\.)?(<key>)$`` matches the path. What such keys are in practice
-(names, dotted paths, paths with escaped dots) is matched here character by character, in time linear in the path;
-other expressions by `patterns.Expression`, which does not backtrack.
+(names, dotted paths, paths with escaped dots) is matched here character by character, in time linear in the path; other
+expressions by the engine that pydantic matches its patterns with, Rust's `regex`, which does not backtrack: it takes
+time linear in the path, and refuses what it cannot match so (looking around, referring back).
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NoReturn
 
-from graftwerk.serialization.patterns import MAX_LENGTH, Expression, Steps
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
+from graftwerk.errors import UnsupportedError
+
+MAX_LENGTH = 512
+SECONDS = 2.0
+"""Processor time for the expressions of a folder. A hostile one takes 60 ms at most; one that names layers 0.1 ms."""
+_FOREIGN = re.compile(r"\(\?(?!:)|\\(?:[^\W_dwsDWS]|[<>])|\[[^\]]*\[|&&|--|~~|[*+?}][*+{]")
+"""What Rust would read otherwise than Python: flags and names, escapes, sets of characters, possessive repetitions."""
 _PLAIN = re.compile(r"(\^)?(\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
 
@@ -42,22 +52,28 @@ def ends_with(path: str, entries: Iterable[str]) -> bool:
     return any(path == entry or path.endswith("." + entry) for entry in entries)
 
 
-def named_by(key: str, path: str, steps: Steps | None = None) -> bool:
+class Budget:
+    """Processor time that matching may still take, for all expressions of a folder and all paths."""
+
+    def __init__(self) -> None:
+        self.seconds = SECONDS
+
+
+def named_by(key: str, path: str, budget: Budget | None = None) -> bool:
     """Return whether a key of a rank or alpha pattern names a path, as PEFT's expression would find.
 
     Args:
         key: A key of a rank or alpha pattern.
         path: The path of a module.
-        steps: What matching may cost, shared by all keys of a folder.
+        budget: What matching may cost, shared by all keys of a folder.
 
     Raises:
         UnsupportedError: the key is an expression that is malformed, cannot be matched without backtracking, or takes
-            too many steps.
+            too long.
     """
     plain = _PLAIN.fullmatch(key) if len(key) <= MAX_LENGTH else None
     if plain is None:
-        starts = {0, *(at + 1 for at, char in enumerate(path) if char == ".")}
-        return _expression(key).matches(path, starts, steps)
+        return _matches(key, path, budget or Budget())
     anchor, prefix, name = plain.groups()
     # A dot that is not escaped stands for any character; all other characters for themselves.
     text = re.sub(r"\\([.-])", lambda match: "\0" if match[1] == "." else match[1], name)
@@ -71,9 +87,34 @@ def named_by(key: str, path: str, steps: Steps | None = None) -> bool:
     return before == 0 or (anchor is None and path[before - 1] == ".")
 
 
+def _matches(key: str, path: str, budget: Budget) -> bool:
+    begun = time.thread_time()
+    found = _expression(key).isinstance_python(path)
+    budget.seconds -= time.thread_time() - begun
+    if budget.seconds < 0:
+        _refuse(key, f"and those before it take more than {SECONDS:g} seconds")
+    return found
+
+
 @lru_cache(maxsize=1_024)
-def _expression(key: str) -> Expression:
-    return Expression(key)
+def _expression(key: str) -> SchemaValidator:
+    if len(key) > MAX_LENGTH:
+        _refuse(key, f"is longer than {MAX_LENGTH} characters")
+    if foreign := _FOREIGN.search(key):
+        _refuse(key, f"uses `{foreign[0]}`")
+    try:
+        return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({key})$", regex_engine="rust-regex"))
+    except SchemaError as error:
+        why = str(error).rpartition("rror: ")[2].rstrip(".")
+        _refuse(key, f"cannot be matched without backtracking ({why})")
+
+
+def _refuse(key: str, why: str) -> NoReturn:
+    raise UnsupportedError(
+        f"the regular expression {key!a:.80} {why}, so it is not evaluated",
+        where="adapter_config.json",
+        hint="write out the names of the layers in its place",
+    )
 
 
 def layer_number(path: str, names: Sequence[str] | None) -> int | None:

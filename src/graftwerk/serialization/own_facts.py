@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from graftwerk.errors import (
-    ConfigError,
-    UnsupportedError,
-)
+from graftwerk.errors import ConfigError, UnsupportedError
+from graftwerk.machine import version_of
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.quantized_layers import quantization_of
 from graftwerk.modeling.saving import class_name
 from graftwerk.sanitize import redact, redacted
 from graftwerk.serialization.fingerprint import digests_beside, fingerprint, fingerprint_of_codes
-from graftwerk.serialization.info import (
-    FORMAT,
-)
+from graftwerk.serialization.info import FORMAT
 from graftwerk.serialization.peft_tokens import rows_of
 from graftwerk.serialization.restore import INDICES, START
 from graftwerk.serialization.strict_json import SEAL
-
-if TYPE_CHECKING:
-    pass
-
 
 _RESERVED = ("format", "name", "base", "files", SEAL)
 
@@ -100,10 +91,5 @@ def _labels(adapter: Adapter) -> list[str] | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("graftwerk", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: version_of(package) for package in ("graftwerk", "torch", "transformers")}
+    return {package: version for package, version in found.items() if version is not None}

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,6 @@ from graftwerk.serialization.peft_tokens import token_config, tokens_apart
 from graftwerk.serialization.vocabulary import (
     saved_by_letters,
 )
-
-if TYPE_CHECKING:
-    pass
 
 PREFIX = "base_model.model."
 LORA_PARTS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")

@@ -19,8 +19,7 @@ from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.modeling.drawn import within
 from graftwerk.modeling.module_index import base_modules
-from graftwerk.serialization.naming import named_by
-from graftwerk.serialization.patterns import Steps
+from graftwerk.serialization.naming import Budget, named_by
 from graftwerk.serialization.peft_format import LORA_PARTS, PREFIX, Restored, listed_layers
 from graftwerk.serialization.peft_parameters import split_parameters
 from graftwerk.serialization.peft_tokens import split_tokens
@@ -84,9 +83,9 @@ def read_lora(
                 f"mis-shaped: {path}.lora_A.weight has rank {value}, but the settings say r={rank}",
                 where="adapter_config.json",
             )
-    alpha_pattern, steps = config.get("alpha_pattern") or {}, Steps()
+    alpha_pattern, budget = config.get("alpha_pattern") or {}, Budget()
     alphas = {
-        path: next((value for key, value in alpha_pattern.items() if named_by(key, path, steps)), config["lora_alpha"])
+        path: next((value for key, value in alpha_pattern.items() if named_by(key, path, budget)), config["lora_alpha"])
         for path in ranks
     }
     for path in [path for path in replaced if path in layers]:

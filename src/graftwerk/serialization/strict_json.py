@@ -163,10 +163,6 @@ def digest_of(values: Mapping[str, Any]) -> str:
 def check_seal(values: Mapping[str, Any], path: Path) -> bool:
     """Check the digest that a file of ours holds of its own content.
 
-    Args:
-        values: Contents of the file.
-        path: The file, for messages.
-
     Returns:
         True if the digest is there and matches; False if the file, of an older version, has none.
 

@@ -84,11 +84,7 @@ class Classification(SequenceTask):
         return 1.0 if self._class_weights is None else float(self._class_weights[label])
 
     def weighted(self, weights: Sequence[float]) -> Self:
-        """Return the task with class weights in the loss, for training.
-
-        Args:
-            weights: One per class, in the order of their ids.
-        """
+        """Return the task with class weights in the loss, for training."""
         bound = self.model_copy()
         bound._class_weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         return bound

@@ -6,7 +6,6 @@ answer is one class here and its metrics. Legend: n rows, C classes, L labels, W
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Predictions(ABC):
+class Predictions:
     """Predictions for rows; subclasses hold the answers.
 
     Attributes:
@@ -39,14 +38,20 @@ class Predictions(ABC):
     loss: float | None
 
     @property
-    @abstractmethod
-    def rows(self) -> int:
-        """Return the number of rows."""
+    def _first(self) -> NDArray[Any]:
+        array: NDArray[Any] = getattr(self, self.arrays[0])
+        return array
 
     @property
-    @abstractmethod
+    def rows(self) -> int:
+        """Return the number of rows."""
+        return len(self._first)
+
+    @property
     def bad_rows(self) -> int:
         """Return the number of rows with a score or likelihood that is NaN or infinite."""
+        bad = ~np.isfinite(self._first)
+        return int(bad.any(axis=tuple(range(1, bad.ndim))).sum())
 
     @property
     def finite(self) -> bool:
@@ -54,20 +59,20 @@ class Predictions(ABC):
         return self.bad_rows == 0
 
     @property
-    @abstractmethod
     def measurable(self) -> bool:
         """Return True if all rows have what answers are compared with."""
+        return getattr(self, "targets", None) is not None
 
     @property
     def num_targets(self) -> float:
         """Return the number of targets that the loss is the mean of."""
         return self.rows
 
-    @abstractmethod
     def same_rows(self, other: Predictions) -> bool:
         """Return True if these are predictions of the same rows, as far as their targets tell."""
+        targets, others = (getattr(each, "targets", None) for each in (self, other))
+        return type(other) is type(self) and self.rows == other.rows and alike(targets, others)
 
-    @abstractmethod
     def answers(self, metric: str, *, cells: bool) -> object:
         """Return what a metric sees of the answers, to compare with another run's for equality.
 
@@ -75,6 +80,7 @@ class Predictions(ABC):
             metric: Name of the metric.
             cells: True if it depends on the confusion matrix only.
         """
+        return self._first.tobytes()
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Return the arrays by the names under which they are stored."""
@@ -84,11 +90,6 @@ class Predictions(ABC):
     @classmethod
     def from_tensors(cls, loss: float | None, tensors: Mapping[str, NDArray[Any]], labels: Sequence[str]) -> Self:
         """Return the predictions that `tensors` gave.
-
-        Args:
-            loss: Their loss.
-            tensors: By the names under which they are stored.
-            labels: Label names of the run.
 
         Raises:
             KeyError: A tensor is missing.
@@ -124,31 +125,11 @@ class ClassPredictions(Predictions):
     scores: Floats
     targets: Ints | None
 
-    @property
-    def rows(self) -> int:
-        return len(self.scores)
-
-    @property
-    def bad_rows(self) -> int:
-        return int((~np.isfinite(self.scores)).any(axis=1).sum()) if self.scores.ndim == 2 else 0
-
-    @property
-    def measurable(self) -> bool:
-        return self.targets is not None
-
     def same_rows(self, other: Predictions) -> bool:
-        if not isinstance(other, ClassPredictions) or self.scores.shape != other.scores.shape:
-            return False
-        return alike(self.targets, other.targets)
+        return super().same_rows(other) and self.scores.shape[1:] == other._first.shape[1:]
 
     def answers(self, metric: str, *, cells: bool) -> object:
         return (self.scores.argmax(axis=1) if cells else self.scores).tobytes()
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        tensors: dict[str, NDArray[Any]] = {"scores": np.ascontiguousarray(self.scores, dtype=np.float64)}
-        if self.targets is not None:
-            tensors["targets"] = np.ascontiguousarray(self.targets, dtype=np.int64)
-        return tensors
 
 
 @dataclass(frozen=True)
@@ -189,14 +170,6 @@ class TextPredictions(Predictions):
         return TextPredictions(loss, nll, tokens, **columns)
 
     @property
-    def rows(self) -> int:
-        return len(self.nll)
-
-    @property
-    def bad_rows(self) -> int:
-        return int((~np.isfinite(self.nll)).sum())
-
-    @property
     def measurable(self) -> bool:
         return True
 
@@ -207,12 +180,6 @@ class TextPredictions(Predictions):
 
     def answers(self, metric: str, *, cells: bool) -> object:
         return self.nll.tobytes() if self.texts is None or metric == "perplexity" else self.texts
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        return {
-            "nll": np.ascontiguousarray(self.nll, dtype=np.float64),
-            "tokens": np.ascontiguousarray(self.tokens, dtype=np.int64),
-        }
 
 
 @dataclass(frozen=True)
@@ -229,24 +196,6 @@ class ScorePredictions(Predictions):
 
     values: Floats
     targets: Floats | None
-
-    @property
-    def rows(self) -> int:
-        return len(self.values)
-
-    @property
-    def bad_rows(self) -> int:
-        return int((~np.isfinite(self.values)).sum())
-
-    @property
-    def measurable(self) -> bool:
-        return self.targets is not None
-
-    def same_rows(self, other: Predictions) -> bool:
-        return isinstance(other, ScorePredictions) and alike(self.targets, other.targets)
-
-    def answers(self, metric: str, *, cells: bool) -> object:
-        return self.values.tobytes()
 
 
 @dataclass(frozen=True)
@@ -267,26 +216,11 @@ class LabelPredictions(Predictions):
     targets: Ints | None
     thresholds: Floats
 
-    @property
-    def rows(self) -> int:
-        return len(self.scores)
-
-    @property
-    def bad_rows(self) -> int:
-        return int((~np.isfinite(self.scores)).any(axis=1).sum())
-
-    @property
-    def measurable(self) -> bool:
-        return self.targets is not None
-
     @cached_property
     def given(self) -> NDArray[np.bool_]:
         """Return which labels are given, (n, L)."""
         chosen: NDArray[np.bool_] = self.scores >= self.thresholds
         return chosen
-
-    def same_rows(self, other: Predictions) -> bool:
-        return isinstance(other, LabelPredictions) and alike(self.targets, other.targets)
 
     def answers(self, metric: str, *, cells: bool) -> object:
         return (self.scores if metric == "average_precision" else self.given).tobytes()

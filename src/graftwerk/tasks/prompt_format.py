@@ -143,10 +143,6 @@ class PromptFormat:
 def check_frame(frame: int, max_length: int) -> None:
     """Check that a request leaves room for a text and an answer.
 
-    Args:
-        frame: Tokens of the request without any text.
-        max_length: Longest row in tokens.
-
     Raises:
         ConfigError: It does not.
     """

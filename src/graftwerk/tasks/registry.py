@@ -82,10 +82,6 @@ def parse_task(value: Any) -> Task:
 def build_multitask(task: Task, sets: Sequence[SetSettings]) -> Multitask:
     """Build the task of a run with several data sets: each learns the run's task or its own, with its own settings.
 
-    Args:
-        task: The run's task, for data sets that name none.
-        sets: The settings of the data sets, in order.
-
     Returns:
         The tasks by the names of their data sets.
 

@@ -88,10 +88,6 @@ class TagPredictions(Predictions):
         return int((~np.isfinite(self.certain)).any(axis=1).sum())
 
     @property
-    def measurable(self) -> bool:
-        return self.targets is not None
-
-    @property
     def num_targets(self) -> float:
         return float((self.tags >= 0).sum())
 
@@ -99,6 +95,3 @@ class TagPredictions(Predictions):
         if not isinstance(other, TagPredictions) or self.labels != other.labels:
             return False
         return alike(self.targets, other.targets) and alike(self.row_ids, other.row_ids)
-
-    def answers(self, metric: str, *, cells: bool) -> object:
-        return self.tags.tobytes()

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from graftwerk.tasks.predictions import Floats, Ints, Predictions, alike
+from graftwerk.tasks.predictions import Floats, Ints, Predictions
 
 RANKED = 256
 """Texts that are compared with all others at a time."""
@@ -30,10 +30,6 @@ class SimilarityPredictions(Predictions):
     anchors: NDArray[np.float32]
     others: NDArray[np.float32] | None
     targets: Floats | None
-
-    @property
-    def rows(self) -> int:
-        return len(self.anchors)
 
     @property
     def bad_rows(self) -> int:
@@ -63,11 +59,6 @@ class SimilarityPredictions(Predictions):
             # The same text in another batch has the same vector but for rounding.
             better[start : start + RANKED] = (scores > own[start : start + RANKED, None] + 1e-6).sum(axis=1)
         return better + 1
-
-    def same_rows(self, other: Predictions) -> bool:
-        return (
-            isinstance(other, SimilarityPredictions) and self.rows == other.rows and alike(self.targets, other.targets)
-        )
 
     def answers(self, metric: str, *, cells: bool) -> object:
         return self.values.tobytes() if self.targets is not None else self.ranks.tobytes()

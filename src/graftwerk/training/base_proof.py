@@ -41,12 +41,7 @@ def digests_before(adapter: Adapter, earlier: Mapping[str, Any]) -> dict[str, An
 
 
 def changed_tensors(adapter: Adapter, proof: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests, by name, of base tensors that are not what they were before training.
-
-    Args:
-        adapter: The adapter, on its base.
-        proof: What `digests_before` returned.
-    """
+    """Return the digests, by name, of base tensors that are not what they were before training."""
     after, before = base_digests(adapter.model), proof["before"]
     return {name: digest for name, digest in after.items() if name in before and before[name] != digest}
 

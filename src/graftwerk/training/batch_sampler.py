@@ -81,11 +81,7 @@ class BatchSampler:
         """The part whose steps are laid out, and the rows of each."""
 
     def __call__(self, step: int) -> list[int]:
-        """Return the rows of a step.
-
-        Args:
-            step: Number of the step, from 0.
-        """
+        """Return the rows of a step."""
         epoch, at, position, part = self._position(step)
         if self._order[0] != part:
             drawn = None if self.draw is None else self.draw(epoch)

@@ -108,9 +108,6 @@ class Checkpoints:
     def save(self, snapshot: Snapshot) -> Path:
         """Write a checkpoint, move the pointers, delete checkpoints that are no longer needed.
 
-        Args:
-            snapshot: State to write.
-
         Returns:
             The folder of the checkpoint.
 
@@ -137,9 +134,6 @@ class Checkpoints:
 
         A part of saving and of resuming: a writer killed between the two leaves an old checkpoint that no later save
         may come to delete.
-
-        Args:
-            snapshot: State of the checkpoint.
         """
         write_file(self.folder / LATEST, f"{self.path(snapshot.step).name}\n", own=True)
         best = snapshot.state.get("best")
@@ -151,9 +145,6 @@ class Checkpoints:
 
     def load(self, step: int) -> Snapshot:
         """Load a checkpoint and verify every file of it.
-
-        Args:
-            step: Step of the checkpoint.
 
         Raises:
             IntegrityError: A file is missing, cut off or changed; the message names it.
@@ -196,9 +187,6 @@ class Checkpoints:
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """Load the trained parameters of a checkpoint and verify them; its other files may be damaged.
-
-        Args:
-            step: Step of the checkpoint.
 
         Returns:
             Parameters of any shape by raw key.
@@ -263,12 +251,7 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _verify(folder: Path, only: str | None = None) -> None:
-    """Raise IntegrityError unless every file exists, none is extra, and every byte is as it was written.
-
-    Args:
-        folder: Folder of the checkpoint.
-        only: Verify this file alone, and the list.
-    """
+    """Raise IntegrityError unless every file exists, none is extra, and every byte is as it was written."""
     listing = folder / FILES
     try:
         there = {entry.name for entry in folder.iterdir()}

@@ -31,10 +31,6 @@ KEY = "training.compile"
 def check_compile(model: Any, device: torch.device) -> None:
     """Raise if a model's layers cannot be compiled here.
 
-    Args:
-        model: The model; its weights are not read.
-        device: Device to train on.
-
     Raises:
         UnsupportedError: It is spread over devices, or its architecture is not in the table.
         ResourceError: There is no compiler.

@@ -62,11 +62,7 @@ WORTH_A_WARNING = frozenset({"warning", "diagnosis", "bad_step", "memory"})
 
 
 class EventBus:
-    """Pass each event to every listener, in the order in which they were added.
-
-    Args:
-        listeners: Functions that take an event.
-    """
+    """Pass each event to every listener, in the order in which they were added."""
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = list(listeners)

@@ -79,8 +79,7 @@ def finish(
         ResourceError: The adapter cannot be written; the checkpoints are intact.
     """
     from graftwerk.evaluation.cost import size_on_disk
-    from graftwerk.evaluation.metrics import metrics_of
-    from graftwerk.evaluation.per_dataset import metrics_by_set
+    from graftwerk.evaluation.metrics import metrics_by_set, metrics_of
     from graftwerk.evaluation.sample_outputs import before_and_after, of_base
     from graftwerk.serialization.folder import save_adapter
 

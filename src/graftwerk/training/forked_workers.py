@@ -135,14 +135,7 @@ def _fork(work: Callable[[], None], writing: int) -> int:
 
 
 def _join(rank: int, world_size: int, folder: str, threads: int) -> None:
-    """Take part as ``rank``: set the environment that a launcher sets, and join the process group.
-
-    Args:
-        rank: Number of this process.
-        world_size: Number of processes.
-        folder: Private folder of the file through which the processes meet.
-        threads: Threads of each process.
-    """
+    """Take part as ``rank``: set the environment that a launcher sets, and join the process group."""
     import torch.distributed
 
     os.environ |= rank_environment(rank, world_size)
@@ -170,10 +163,6 @@ def end_with_parent(signum: int) -> None:
 
 def ended(pid: int, *, wait: bool = False) -> int | None:
     """Return the wait status of a child that has ended.
-
-    Args:
-        pid: Process id of the child.
-        wait: Wait for its end.
 
     Returns:
         The status, 0 if another caller has taken it, None if the child is alive.

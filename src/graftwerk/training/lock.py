@@ -16,12 +16,11 @@ import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from graftwerk.errors import ConflictError, ErrorReport, ResourceError
+from graftwerk.machine import is_running, start_ticks
 from graftwerk.own_files import open_own
 from graftwerk.serialization.atomic import FAULTS
-from graftwerk.training.process_info import is_running, start_ticks
 from graftwerk.training.run_dir import LOCK
 
 PATIENCE = 60
@@ -143,9 +142,7 @@ class RunLock:
     def __enter__(self) -> RunLock:
         return self.acquire()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def _take(self, descriptor: int, *, give_up: bool) -> bool:

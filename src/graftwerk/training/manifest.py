@@ -7,11 +7,11 @@ import json
 import os
 import shlex
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError
+from graftwerk.machine import version_of
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.quantized_layers import quantization_of
 from graftwerk.sanitize import redact, redacted
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from graftwerk.training.trainer import Trainer
 
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "safetensors", "numpy")
 
 
 def opening(
@@ -48,7 +48,7 @@ def opening(
     return {
         "format": FORMAT,
         "status": "running",
-        "graftwerk": _version("graftwerk"),
+        "graftwerk": version_of("graftwerk") or "unknown",
         "versions": versions(prepared, settings),
         "config_digest": f"sha256:{hashlib.sha256(settings.dump().encode()).hexdigest()}",
         "model": redact(settings.model),
@@ -79,13 +79,11 @@ def opening(
 
 
 def versions(prepared: Prepared, settings: RunConfig) -> dict[str, str]:
-    """Return the versions of Python and of the packages that compute a run.
-
-    Args:
-        prepared: Rows, task and tokenizer of the run.
-        settings: Settings of the run.
-    """
-    return {"python": sys.version.split()[0], **{name: _version(name) for name in _packages(settings, prepared)}}
+    """Return the versions of Python and of the packages that compute a run."""
+    return {
+        "python": sys.version.split()[0],
+        **{name: version_of(name) or "unknown" for name in _packages(settings, prepared)},
+    }
 
 
 def _packages(settings: RunConfig, prepared: Prepared) -> list[str]:
@@ -157,7 +155,7 @@ def environment(dtype: torch.dtype, quantized: bool = False) -> dict[str, Any]:
 
     own = {} if dtype == torch.float32 else {"model_dtype": str(dtype).removeprefix("torch.")}
     if quantized:
-        own["bitsandbytes"] = _version("bitsandbytes")
+        own["bitsandbytes"] = version_of("bitsandbytes") or "unknown"
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), **own}
 
 
@@ -172,10 +170,3 @@ def command(settings: RunConfig) -> str:
     if not means_itself:  # ": " or " #" in a folder's name
         place = json.dumps(place, ensure_ascii=False)
     return shlex.join(["graftwerk", "train", os.path.join(folder, CONFIG), f"output_dir={place}"])
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

@@ -39,10 +39,6 @@ def agree_on_types(settings: RunConfig, processes: Distributed) -> tuple[torch.d
 def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
     """Raise for a type that the device cannot train in.
 
-    Args:
-        dtype: Type that forward passes compute in.
-        device: Device to train on.
-
     Raises:
         UnsupportedError: float16 on a CPU, which cannot scale its gradients.
     """
@@ -52,11 +48,6 @@ def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:
 
 def base_dtype(settings: RunConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type that the base's weights are loaded in.
-
-    Args:
-        settings: Settings of the run.
-        compute: Type that forward passes compute in.
-        device: Device to train on.
 
     Raises:
         ConfigError: Weights of 16 bits would be multiplied in another type.
@@ -92,10 +83,6 @@ def base_dtype(settings: RunConfig, compute: torch.dtype, device: torch.device) 
 def check_placement(model: Any, processes: int) -> None:
     """Raise for a model that accelerate has spread over devices, if several processes would train it.
 
-    Args:
-        model: The model.
-        processes: Number of processes that train together.
-
     Raises:
         UnsupportedError: Each process needs a copy of the model on a device of its own.
     """
@@ -108,10 +95,6 @@ def check_placement(model: Any, processes: int) -> None:
 
 def check_checkpointing(model: Any, wanted: bool) -> None:
     """Raise if a model cannot recompute activations but should.
-
-    Args:
-        model: The model.
-        wanted: Value of `training.gradient_checkpointing`.
 
     Raises:
         UnsupportedError: The model cannot recompute activations.

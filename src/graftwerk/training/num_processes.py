@@ -35,7 +35,7 @@ FREE_SHARE = 0.5
 """Share of the free memory that all copies together may take."""
 
 FORKABLE = frozenset({"jemalloc_bg_thd"})
-"""Threads by name that survive a fork: that of the allocator of pyarrow, which sklearn and pandas import."""
+"""Threads by name that survive a fork: that of the allocator of pyarrow, which pandas imports."""
 
 
 def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume: bool) -> int:

@@ -37,12 +37,7 @@ def describe_memory(device: torch.device) -> str:
 
 
 def out_of_memory_error(trainer: TrainingLoop, what: str) -> MemoryShortage:
-    """Return the error for a training that does not fit into memory.
-
-    Args:
-        trainer: The training.
-        what: What did not fit, as a sentence.
-    """
+    """Return the error for a training that does not fit into memory."""
     few = "training.processes=1, " if trainer.distributed.shares_rows else ""
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     return MemoryShortage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
     A setting that an older version did not have, and that is off or left to the machine, is none.
     """
-    old, new = _flat(redacted(_from_anywhere(before))), _flat(redacted(_from_anywhere(now)))
+    old, new = (dict(flat(redacted(_from_anywhere(identity)))) for identity in (before, now))
     return [
         f"{key.removeprefix('config.')}: {_value_text(old, key)} -> {_value_text(new, key)}"
         for key in sorted(old.keys() | new.keys())
@@ -122,14 +122,13 @@ def check_same_settings(settings: RunConfig, folder: RunDir) -> None:
         refuse_changes({"config": before}, {"config": settings.model_dump(mode="json")}, folder.adapter)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        return {prefix: values}
-    return {
-        key: value
-        for name, inner in values.items()
-        for key, value in _flat(inner, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a tree's values by dotted key."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _value_text(values: Mapping[str, Any], key: str) -> str:

@@ -132,10 +132,6 @@ class RetainedMeter:
 def heads_of(adapter: Adapter, entry: Retained) -> dict[str, nn.Module]:
     """Return the frozen heads of an entry's own adapter by path, empty if its task has none.
 
-    Args:
-        adapter: The adapter on whose model they will answer.
-        entry: The entry.
-
     Raises:
         AdapterError: They do not fit the model.
     """
@@ -181,14 +177,7 @@ def points_lost(metric: str, value: float, before: float) -> tuple[float, float]
 
 
 def compared(entry: Retained, before: Predictions, after: Predictions, settings: EvaluationSettings) -> dict[str, Any]:
-    """Return one entry as the manifest has it: the metric before and after, and the points that were lost.
-
-    Args:
-        entry: The entry.
-        before: Predictions before the training.
-        after: Predictions of the same rows after it.
-        settings: Level and draws of the intervals.
-    """
+    """Return one entry as the manifest has it: the metric before and after, and the points that were lost."""
     metric = metric_of(entry, before, after)
     found: dict[str, Any] = {
         "task": entry.task.name,
@@ -235,11 +224,6 @@ def exceeds(limit: str, points: float, percent: float) -> bool:
 def summary(entries: Mapping[str, Mapping[str, Any]], limit: str | None, seconds: float) -> dict[str, Any]:
     """Return the part `retained` of a manifest.
 
-    Args:
-        entries: Each entry, from `compared`.
-        limit: `evaluation.max_forgetting`.
-        seconds: What measuring took.
-
     Returns:
         ``entries``; ``forgetting``, that of the entry which lost most, with its ``name``; ``limit``; ``exceeded``, the
         names of the entries that lost more; ``seconds``.
@@ -264,10 +248,6 @@ def summary(entries: Mapping[str, Mapping[str, Any]], limit: str | None, seconds
 
 def refuse_forgotten(manifest: Mapping[str, Any], adapter: Path) -> None:
     """Raise for a finished run that lost more than `evaluation.max_forgetting` allows.
-
-    Args:
-        manifest: The run's manifest.
-        adapter: Its adapter folder.
 
     Raises:
         ForgettingError: The message names what was lost.

@@ -76,13 +76,6 @@ def read_retained(
 ) -> tuple[Retained, ...]:
     """Read and encode the rows of each entry; no model is loaded.
 
-    Args:
-        settings: Settings of the run.
-        task: Its task, bound to the model.
-        architecture: Configuration of the model.
-        tokenizer: Tokenizer of the model.
-        max_length: Longest row of the run in tokens.
-
     Raises:
         ConfigError: An entry's task needs another kind of model than the run's; or it names nothing to measure on.
         GraftwerkError: As reading rows and adapter folders raises it.
@@ -94,12 +87,7 @@ def read_retained(
 
 
 def check_retained(train: Iterable[Row], retained: Sequence[Retained]) -> list[Issue]:
-    """Return an issue for each entry with rows that the run trains on; white space and case do not count.
-
-    Args:
-        train: The run's own training rows.
-        retained: The entries.
-    """
+    """Return an issue for each entry with rows that the run trains on; white space and case do not count."""
     if not retained:
         return []
     known, issues = {_text_of(row) for row in train}, []
@@ -222,12 +210,7 @@ def _read_rows(task: Task, data: str, columns: Mapping[str, str], labels: Sequen
 
 
 def all_of(data: str, columns: Mapping[str, str]) -> DataSettings:
-    """Return settings that read every row of a file.
-
-    Args:
-        data: The file.
-        columns: Column for each field.
-    """
+    """Return settings that read every row of a file."""
     return DataSettings(train=data, columns=dict(columns), validation=None)
 
 

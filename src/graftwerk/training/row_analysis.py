@@ -65,10 +65,6 @@ class RowAnalysis:
     def finish(self, emit: Listener, step: int) -> None:
         """Write the analyses, and tell of a run that is not shown to be better than a guess.
 
-        Args:
-            emit: Listener of events.
-            step: The last step.
-
         Raises:
             ResourceError: They cannot be written.
         """

@@ -84,11 +84,7 @@ class Run:
 
 
 class RunDir:
-    """A run folder for the one process that writes it.
-
-    Args:
-        path: The run folder; it need not exist yet.
-    """
+    """A run folder for the one process that writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -203,11 +203,6 @@ def training_data(prepared: Prepared, sampler: Sampler | None = None) -> Trainin
 def max_length_of(settings: RunConfig, config: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the most tokens of a row; virtual tokens take positions of the model, which text then cannot use.
 
-    Args:
-        settings: Settings of the run.
-        config: Configuration of the model.
-        tokenizer: Tokenizer of the model.
-
     Raises:
         ConfigError: As `max_length_for` raises it.
     """

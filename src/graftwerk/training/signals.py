@@ -43,18 +43,9 @@ class StopSignals:
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
         """Return a context with the handlers installed; outside the main thread nothing is installed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        previous: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
-        try:
+        with handled_by(self._handle):
             yield self
             self.check()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
@@ -85,6 +76,22 @@ class StopSignals:
 
     def _stopped(self, signum: int) -> RunInterrupted:
         return RunInterrupted(signum, f"stopped at once by {signal.Signals(signum).name}", recovered=self.recoverable())
+
+
+@contextmanager
+def handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM to a handler inside the block; outside the main thread nothing is installed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
 
 
 @contextmanager

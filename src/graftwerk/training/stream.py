@@ -77,10 +77,6 @@ class EncodedStream(Sequence[Example]):
     def hold(self, first: int, last: int) -> list[Example]:
         """Load examples into memory, in place of those that were there.
 
-        Args:
-            first: Number of the first example.
-            last: Number after the last example.
-
         Returns:
             The examples.
 
@@ -115,11 +111,7 @@ class EncodedStream(Sequence[Example]):
 
 
 class LengthsHeld(Sequence[int]):
-    """Tokens of each example in memory, by its number among all.
-
-    Args:
-        stream: The examples.
-    """
+    """Tokens of each example in memory, by its number among all."""
 
     def __init__(self, stream: EncodedStream) -> None:
         self._stream = stream

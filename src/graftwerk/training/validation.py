@@ -10,8 +10,7 @@ import torch
 
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import ConfigError, DivergedError
-from graftwerk.evaluation.finite import refuse_broken_base
-from graftwerk.evaluation.inference import Serve, batches_of
+from graftwerk.evaluation.inference import Serve, batches_of, refuse_broken_base
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.attach import Adapter
 from graftwerk.tasks.base import Example, Predictions, Task
@@ -162,11 +161,6 @@ def is_better(metric: str, value: float, best: float) -> bool:
 
 def check_settings(settings: TrainingSettings, has_validation: bool, task: Task) -> None:
     """Raise for settings that need validation rows without any, and for unknown metrics.
-
-    Args:
-        settings: Training settings.
-        has_validation: True if there are validation rows.
-        task: Task of the run.
 
     Raises:
         ConfigError: The message names the setting.

@@ -10,6 +10,7 @@ from typing import Any
 from graftwerk.errors import ConfigError, GraftwerkError
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.recommendation.rules import CANDIDATES, settings_of
+from graftwerk.experiments.result_folder import SCALE
 from graftwerk.experiments.significance import describe_difference, find_difference, verdict
 from graftwerk.methods.registry import parse_method
 from graftwerk.reporting.files import COMPARISON, SEARCH, at, mapping, mappings, number, words
@@ -19,7 +20,6 @@ DEPTH = 3
 """Folders below the given one that are looked into."""
 SAME_ROWS, SAME_MODEL, SAME_TASK = 4.0, 2.0, 1.0
 """Points of a measurement on the same rows and model, on the same model, or on the same task alone."""
-SCALE = 16
 
 
 @dataclass
@@ -40,15 +40,7 @@ class Evidence:
 
 
 def find_evidence(folder: Path, model: str, task: str, fingerprint: str, depth: int) -> Evidence:
-    """Read the finished comparisons and searches under a folder that are of this task.
-
-    Args:
-        folder: Where to look; it need not exist.
-        model: Model of the run.
-        task: Name of its task.
-        fingerprint: Of its rows.
-        depth: Layers of the model.
-    """
+    """Read the finished comparisons and searches under a folder that are of this task."""
     found = Evidence()
     labels = {str(_kind(settings_of(label, depth))): label for label in CANDIDATES}
     for depth in range(DEPTH + 1):

@@ -23,6 +23,7 @@ from graftwerk.errors import (
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.header import CONFIG
 from graftwerk.experiments.job_runner import Crashed, JobRunner
+from graftwerk.experiments.result_folder import FORMAT, refuse_others, write_result
 from graftwerk.experiments.search.finals import Finals
 from graftwerk.experiments.search.header import search_header
 from graftwerk.experiments.search.journal import JOURNAL, require_optuna
@@ -33,18 +34,14 @@ from graftwerk.experiments.search.study import Study, Ticket
 from graftwerk.experiments.table import format_metric
 from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
-from graftwerk.reporting.files import COMPARISON, SEARCH
+from graftwerk.reporting.files import SEARCH
 from graftwerk.sanitize import redacted
 from graftwerk.serialization.atomic import write_file
-from graftwerk.serialization.strict_json import dump_object
 from graftwerk.training.lock import RunLock, wait_for
-from graftwerk.training.run_dir import CHECKPOINTS, LOCK, MANIFEST, REPORT, TRUNK
+from graftwerk.training.run_dir import CHECKPOINTS, LOCK, REPORT, TRUNK
 
 BEST_FILE, TRIALS, FINALS, BEST, LOG = "best.yaml", "trials", "finals", "best", "workers.log"
-FORMAT = 1
 NO_SCORES = "answers of this task have no score for each row, so that Wilcoxon's test gives no trial up; pruner=median"
-SEARCH_SCALE = 16
-"""Times the size of other JSON files that it may have: it holds each trial."""
 OWN = (BEST_FILE, CONFIG, LOG, REPORT, TRUNK, TRIALS, FINALS, SEARCH, JOURNAL)
 """All that a search writes into its folder; last what marks the others as its own."""
 
@@ -79,20 +76,15 @@ class SearchDriver:
     def run(self, machines: Machines, *, overwrite: bool) -> None:
         """Search, or go on with it, and write the result.
 
-        Args:
-            machines: Where the trials run.
-            overwrite: Remove what an earlier search has left.
-
         Raises:
             ConflictError: The folder holds something else, is in use, or has a search with other settings.
             RunInterrupted: A signal came; the trials at work have saved.
         """
-        there = [name for name in (MANIFEST, COMPARISON, *OWN) if (self.folder / name).exists()]
-        searched, hint = {SEARCH, JOURNAL} & {*there}, "give the search another one: output_dir=runs/search"
-        for name, what in ((MANIFEST, "a run"), (COMPARISON, "a comparison")):
-            if name in there:
-                raise ConflictError(f"{self.folder} is the folder of {what}", hint=hint)
+        refuse_others(self.folder, SEARCH)
+        there = [name for name in OWN if (self.folder / name).exists()]
+        searched = {SEARCH, JOURNAL} & {*there}
         if {*there} - {LOG, TRUNK} and not searched:  # what a search leaves that was killed before its first trial
+            hint = "give the search another one: output_dir=runs/search"
             raise ConflictError(f"{self.folder} holds `{there[0]}`, and no search", hint=hint)
         refuse_links(self.folder, (LOCK, *OWN))
         fresh = not there
@@ -262,10 +254,9 @@ class SearchDriver:
         return 0 if study is None else sum(record["state"] != "running" for record in study.records())
 
     def _write(self, status: str, result: Mapping[str, Any] | None = None) -> None:
-        path = self.folder / SEARCH
         notes = [*self.notes, *self.header["notes"]]
         content = {**self.header, "notes": notes, "status": status, "trials": self.study.records(), **(result or {})}
-        write_file(path, dump_object(redacted(content), path, room=SEARCH_SCALE, seal=True), own=True)
+        write_result(self.folder / SEARCH, content)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)

@@ -21,16 +21,7 @@ def search_header(
     metric: str,
     checked: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the part of `search.json` that is known before training.
-
-    Args:
-        base: Settings that all trials share.
-        axes: The space.
-        wanted: Settings of the search.
-        defaults: Settings of the run file on the axes.
-        metric: Name of the metric that decides.
-        checked: Facts about rows and the method from `jobs`.
-    """
+    """Return the part of `search.json` that is known before training."""
     return {
         "graftwerk": own_version(),
         "command": command_of(base, axes, wanted),

@@ -14,54 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig, parse_overrides
-from graftwerk.errors import ConfigError, IntegrityError
+from graftwerk.errors import ConfigError
 from graftwerk.experiments.progress import progress_to
-from graftwerk.experiments.search.driver import FORMAT, SEARCH_SCALE, SearchDriver
+from graftwerk.experiments.result_folder import ResultFolder
+from graftwerk.experiments.search.driver import SearchDriver
 from graftwerk.experiments.search.journal import require_optuna
 from graftwerk.experiments.search.runs import Listener
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.experiments.search.space import Axis, read_space
 from graftwerk.experiments.search.table import as_text
 from graftwerk.experiments.workers import machines
-from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
-from graftwerk.serialization.untrusted_files import read_sealed, understood
 from graftwerk.settings_parsing import parse_settings
 
 
-class Search:
-    """A search on disk.
+class Search(ResultFolder):
+    """A search on disk: `search.json`, beside a run folder for each trial."""
 
-    Attributes:
-        folder: Its folder, with a run folder for each trial.
-        result: Contents of `search.json`.
-        report: Path of `report.html`, or None if no report was requested.
+    file, key, counted = SEARCH, "folder", ("trials",)
 
-    Raises:
-        ConfigError: There is no search in that folder.
-        IntegrityError: `search.json` is damaged, or has another format version.
-    """
-
-    def __init__(self, folder: str | Path, *, report: Path | None = None) -> None:
-        self.folder = Path(folder)
-        if not (self.folder / SEARCH).is_file():
-            raise ConfigError(f"{folder} holds no search: it has no {SEARCH}")
-        refuse_links(self.folder, (SEARCH,))
-        self.result = read_sealed(self.folder / SEARCH, scale=SEARCH_SCALE)
-        if self.result.get("format") != FORMAT:
-            raise IntegrityError(f"{SEARCH} has another format than {FORMAT}", where=str(self.folder))
-        self.report = report
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the object that `graftwerk search --json` prints."""
-        return {"folder": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
-
-    def __str__(self) -> str:
-        with understood(self.folder / SEARCH):
-            return as_text(self.result)
-
-    def __repr__(self) -> str:
-        return f"<Search {self.folder}: {len(self.result['trials'])} trials>"
+    def _as_text(self) -> str:
+        return as_text(self.result)
 
 
 def search(
@@ -138,12 +111,7 @@ def search(
         wanted = wanted.model_copy(update={"workers": there.at_once})
         driver = SearchDriver(base, axes, wanted, notes, listener=shown)
         driver.run(there, overwrite=overwrite)
-    report_path = None
-    if report:
-        from graftwerk.reporting.html import write_report
-
-        report_path = write_report(driver.folder)
-    return Search(driver.folder, report=report_path)
+    return Search.reported(driver.folder, report)
 
 
 def read_search(

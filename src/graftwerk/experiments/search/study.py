@@ -177,14 +177,7 @@ class Study:
         self._study.tell(ticket.number, state=self._optuna.trial.TrialState.PRUNED)
 
     def refuse(self, ticket: Ticket, reason: str, seconds: float, lacks: int) -> None:
-        """Store that a trial cannot fit into memory, as a constraint that it breaks: the sampler goes elsewhere.
-
-        Args:
-            ticket: The trial.
-            reason: Why, for people.
-            seconds: What it took to find out.
-            lacks: Bytes that it lacks.
-        """
+        """Store that a trial cannot fit into memory, as a constraint that it breaks: the sampler goes elsewhere."""
         ticket.trial.set_user_attr("reason", reason)
         with _quiet(self._optuna):  # a kill may have come between this and the next line
             ticket.trial.set_constraint("memory", lacks)

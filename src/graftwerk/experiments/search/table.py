@@ -8,7 +8,7 @@ from typing import Any
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.search.space import value_text
 from graftwerk.experiments.table import HOW, format_metric
-from graftwerk.formatting import duration
+from graftwerk.formatting import columns, duration
 
 SHOWN = 8
 """Trials of the table; the report has all."""
@@ -36,10 +36,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         )
         for trial in done[:SHOWN]
     ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*text, "", *describe_result(result)])
+    return "\n".join([columns(lines, (), rule=True), "", *describe_result(result)])
 
 
 def describe_result(result: Mapping[str, Any]) -> list[str]:

@@ -11,44 +11,34 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from graftwerk.config import RunConfig
-from graftwerk.errors import ConflictError, DivergedError, ErrorReport, IntegrityError, MemoryShortage, RunInterrupted
+from graftwerk.errors import DivergedError, ErrorReport, IntegrityError, MemoryShortage, RunInterrupted
 from graftwerk.evaluation.results_io import ROWS, load_predictions
 from graftwerk.experiments.aggregation import RunResult, measured_run
-from graftwerk.experiments.comparison import COMPARISON, COMPARISON_SCALE
 from graftwerk.experiments.eta import EtaEstimator
 from graftwerk.experiments.header import own_version
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.progress import ProgressEvent
+from graftwerk.experiments.result_folder import FORMAT, refuse_others, write_result
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
 from graftwerk.experiments.sequence.plan import Plan, Variant
 from graftwerk.experiments.sequence.results import Matrix, Measure
 from graftwerk.own_files import refuse_links
-from graftwerk.reporting.files import CONFIG, SEARCH, SEQUENCE
-from graftwerk.sanitize import redacted
+from graftwerk.reporting.files import CONFIG, SEQUENCE
 from graftwerk.serialization.atomic import write_file
-from graftwerk.serialization.strict_json import dump_object
 from graftwerk.tasks.predictions import Predictions
 from graftwerk.training.lock import RunLock
-from graftwerk.training.run_dir import LOCK, MANIFEST, REPORT, TRUNK, read_manifest
+from graftwerk.training.run_dir import LOCK, REPORT, TRUNK, read_manifest
 
-FORMAT = 1
 LOG = "workers.log"
 LEAST_RESAMPLES = 2000
 Listener = Callable[[ProgressEvent], None]
 
 
 class SequenceDriver:
-    """Run one sequence.
-
-    Args:
-        plan: Its runs.
-        seeds: Seeds of the training.
-        listener: Called with every event.
-    """
+    """Run one sequence."""
 
     def __init__(self, plan: Plan, seeds: Sequence[int], listener: Listener) -> None:
         self.plan, self.seeds, self.listener = plan, list(seeds), listener
@@ -68,25 +58,18 @@ class SequenceDriver:
     def run(self, runner: type[JobRunner], *, overwrite: bool) -> None:
         """Make what is left of the sequence, and write its result.
 
-        Args:
-            runner: Runs the jobs.
-            overwrite: Train all runs again.
-
         Raises:
             ConflictError: The folder is in use, or holds something else.
             GraftwerkError: As `sequence` does.
         """
-        for name, what in ((MANIFEST, "a run"), (COMPARISON, "a comparison"), (SEARCH, "a search")):
-            if (self.folder / name).exists():
-                hint = "give the sequence another one: output_dir=runs/sequence"
-                raise ConflictError(f"{self.folder} is the folder of {what}", hint=hint)
+        refuse_others(self.folder, SEQUENCE)
         below = [f"{variant.name}-seed{seed}" for variant in self.plan.variants for seed in self.seeds]
         refuse_links(self.folder, (LOCK, SEQUENCE, CONFIG, LOG, REPORT, TRUNK, *below))
         with RunLock(self.folder), runner(self.folder / LOG) as workers:
             count = len(self.configs)
             self._emit("note", text=f"{len(self.tasks)} tasks, {len(below)} sequences of them, {count} runs")
             self._check(workers, overwrite)
-            self._write({**self._header(), "status": "running", "variants": []})
+            write_result(self.folder / SEQUENCE, {**self._header(), "status": "running", "variants": []})
             write_file(self.folder / CONFIG, self.plan.dump(), own=True)
             self._run_all(workers, overwrite)
             self._finish()
@@ -188,7 +171,8 @@ class SequenceDriver:
         ]
         first = next((each for each in variants if each["matrix"]), {})
         named = ("matrix", "mean", "learning", "backward_transfer", "forgetting")
-        self._write(
+        write_result(
+            self.folder / SEQUENCE,
             {
                 **self._header(),
                 **{name: first.get(name) for name in named},
@@ -196,7 +180,7 @@ class SequenceDriver:
                 "differences": {name: measure.differences for name, measure in measures.items()},
                 "status": "finished",
                 "seconds": sum(run.manifest["cost"]["training_seconds"] for run in self.runs.values()),
-            }
+            },
         )
         self._emit("end", text="done")
 
@@ -281,10 +265,6 @@ class SequenceDriver:
             "seeds": self.seeds,
             "confidence": configs[0].evaluation.confidence,
         }
-
-    def _write(self, result: Mapping[str, Any]) -> None:
-        path: Path = self.folder / SEQUENCE
-        write_file(path, dump_object(redacted(result), path, room=COMPARISON_SCALE, seal=True), own=True)
 
     def _emit(
         self, kind: Any, run: str = "", text: str = "", step: int = 0, steps: int = 0, left: float | None = None

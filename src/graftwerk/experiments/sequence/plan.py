@@ -88,11 +88,6 @@ class Plan:
     def config_of(self, variant: Variant, seed: int, place: int) -> RunConfig:
         """Return the settings of one run.
 
-        Args:
-            variant: How tasks are learnt.
-            seed: Seed of the training.
-            place: Number of the task, from 0.
-
         Raises:
             ConfigError: Settings are wrong; the message names the task and the variant.
         """

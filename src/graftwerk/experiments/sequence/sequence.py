@@ -6,55 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftwerk.errors import ConfigError, IntegrityError
-from graftwerk.experiments.comparison import COMPARISON_SCALE
 from graftwerk.experiments.job_runner import JobRunner
 from graftwerk.experiments.method_specs import parse_seeds
 from graftwerk.experiments.progress import progress_to
-from graftwerk.experiments.sequence.driver import FORMAT, Listener, SequenceDriver
+from graftwerk.experiments.result_folder import ResultFolder
+from graftwerk.experiments.sequence.driver import Listener, SequenceDriver
 from graftwerk.experiments.sequence.plan import read_plan
 from graftwerk.experiments.sequence.table import plain
-from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEQUENCE
-from graftwerk.serialization.untrusted_files import read_sealed, understood
 
 
-class LearntSequence:
-    """A sequence on disk.
+class LearntSequence(ResultFolder):
+    """A sequence on disk: `sequence.json`, beside a run folder for each variant, seed and task."""
 
-    Attributes:
-        folder: Its folder, with a run folder for each variant, seed and task.
-        result: Contents of `sequence.json`.
-        report: Path of `report.html`, or None if no report was requested.
+    file, key, counted = SEQUENCE, "sequence", ("tasks", "variants")
 
-    Raises:
-        ConfigError: There is no sequence in that folder.
-        IntegrityError: `sequence.json` is damaged, or has another format version.
-    """
-
-    def __init__(self, folder: str | Path, *, report: Path | None = None) -> None:
-        self.folder, self.report = Path(folder), report
-        if not (self.folder / SEQUENCE).is_file():
-            raise ConfigError(f"{folder} holds no sequence: it has no {SEQUENCE}")
-        refuse_links(self.folder, (SEQUENCE,))
-        self.result = read_sealed(self.folder / SEQUENCE, scale=COMPARISON_SCALE)
-        if self.result.get("format") != FORMAT:
-            raise IntegrityError(f"{SEQUENCE} has another format than {FORMAT}", where=str(self.folder))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the object that `graftwerk sequence --json` prints."""
-        return {"sequence": str(self.folder), "report": str(self.report) if self.report else None, **self.result}
-
-    def table(self) -> str:
-        """Return the measures of each variant and its matrix as plain text."""
-        with understood(self.folder / SEQUENCE):
-            return plain(self.result)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def __repr__(self) -> str:
-        return f"<Sequence {self.folder}: {len(self.result['tasks'])} tasks, {len(self.result['variants'])} variants>"
+    def _as_text(self) -> str:
+        return plain(self.result)
 
 
 def sequence(
@@ -107,9 +75,4 @@ def sequence(
     with progress_to(listener, quiet) as shown:
         driver = SequenceDriver(plan, parse_seeds(seeds), shown)
         driver.run(JobRunner, overwrite=overwrite)
-    written = None
-    if report:
-        from graftwerk.reporting.html import write_report
-
-        written = write_report(driver.folder)
-    return LearntSequence(driver.folder, report=written)
+    return LearntSequence.reported(driver.folder, report)

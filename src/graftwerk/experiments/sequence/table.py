@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.table import DASH, format_points
-from graftwerk.formatting import duration
+from graftwerk.experiments.table import format_points
+from graftwerk.formatting import DASH, columns, duration
 from graftwerk.sanitize import clean
 
 MEASURES = {
@@ -17,21 +17,18 @@ MEASURES = {
 
 
 def plain(result: Mapping[str, Any]) -> str:
-    """Return the result of a sequence as text.
-
-    Args:
-        result: Contents of `sequence.json`.
-    """
+    """Return the result of a sequence as text."""
     variants = result["variants"]
     known = [name for name in MEASURES if any(name in variant for variant in variants)]
     rows = [["variant", *(MEASURES[name] for name in known), "time"]]
     for variant in variants:
         figures = [_figure(variant.get(name)) for name in known]
         rows.append([variant["name"], *figures, duration(variant["cost"]["training_seconds"])])
-    parts = [_columns(rows)]
+    parts = [columns(rows, range(len(rows[0])))]
     for variant in variants:
         if variant["matrix"]:
-            parts += [f"{variant['name']}:", _columns(_matrix(result["tasks"], variant["matrix"]))]
+            cells = _matrix(result["tasks"], variant["matrix"])
+            parts += [f"{variant['name']}:", columns(cells, range(len(cells[0])))]
     parts += sentences(result)
     return clean("\n\n".join(parts))
 
@@ -83,10 +80,3 @@ def _matrix(
         ]
         rows.append([name, *shown])
     return rows
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

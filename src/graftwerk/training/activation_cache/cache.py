@@ -312,12 +312,7 @@ class ActivationCache:
     # -- while training and evaluating -----------------------------------------------------------------------------
 
     def serving(self, examples: Sequence[Example], batch: Any) -> AbstractContextManager[None]:
-        """Return a context for the forward pass of a batch, in which the frozen layers are served from the cache.
-
-        Args:
-            examples: Rows of the batch.
-            batch: The same rows, collated.
-        """
+        """Return a context for the forward pass of a batch, in which the frozen layers are served from the cache."""
         if not self.evaluating:
             return nullcontext()
         return self._serving(examples, batch)

@@ -24,11 +24,7 @@ _NOT_IN_KEY = frozenset(
 
 
 class Slots:
-    """Places of the cached rows: distinct rows, longest first, one after the other.
-
-    Args:
-        splits: Encoded rows of each split.
-    """
+    """Places of the cached rows: distinct rows, longest first, one after the other."""
 
     def __init__(self, splits: Sequence[Sequence[Example]]) -> None:
         distinct: dict[bytes, Example] = {}

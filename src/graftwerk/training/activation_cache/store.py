@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftwerk.machine import is_running
 from graftwerk.own_files import refuse_link
-from graftwerk.training.process_info import is_running
 
 MAGIC = b"graftwerk trunk 1\n"
 ALIGN = 4096

@@ -6,10 +6,9 @@ from graftwerk.methods.learning_rates import default_learning_rates
 from graftwerk.training import optim
 from graftwerk.training.callbacks.base import Callback, TrainingLoop
 from graftwerk.training.callbacks.early_stopping import EarlyStopping
-from graftwerk.training.callbacks.health_checks import HealthChecks
+from graftwerk.training.callbacks.health_checks import HealthChecks, UnreachedLayers
 from graftwerk.training.callbacks.progress import Progress, StepLog
 from graftwerk.training.callbacks.skipped_steps import SkippedSteps
-from graftwerk.training.callbacks.unreached_layers import UnreachedLayers
 from graftwerk.training.callbacks.validation import Validation
 
 

@@ -16,11 +16,7 @@ class Progress(Callback):
 
 
 class StepLog(Callback):
-    """Emit a `step` event with the mean loss of every ``logging_steps`` steps.
-
-    Args:
-        logging_steps: Steps whose mean loss is logged together.
-    """
+    """Emit a `step` event with the mean loss of every ``logging_steps`` steps."""
 
     def __init__(self, logging_steps: int) -> None:
         self.logging_steps = logging_steps

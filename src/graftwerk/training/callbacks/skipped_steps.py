@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from graftwerk.errors import DivergedError
-from graftwerk.evaluation.finite import refuse_broken_base
+from graftwerk.evaluation.inference import refuse_broken_base
 from graftwerk.training.callbacks.base import Callback, Outcome, StepResult, TrainingLoop
 from graftwerk.training.events import Event
 

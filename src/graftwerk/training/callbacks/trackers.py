@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from graftwerk.own_files import open_own
 from graftwerk.sanitize import clean
 from graftwerk.serialization.atomic import write_file
 from graftwerk.training.events import Event
+from graftwerk.training.resume_check import flat
 from graftwerk.training.run_dir import ADAPTER, TRACKERS
 
 PROJECT = "graftwerk"
@@ -276,15 +277,6 @@ class Tracking:
     def _remember(self, name: str) -> None:
         self._file.parent.mkdir(exist_ok=True)
         write_file(self._file, f"{name}\n", own=True)
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield a tree's values by dotted key."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

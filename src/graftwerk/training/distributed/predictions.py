@@ -24,10 +24,6 @@ def deal_batches(batches: Sequence[Sequence[int]], world_size: int) -> list[list
 
     Whole batches are dealt, each process taking every ``world_size``-th, so that a batch has the same rows (and scores
     round alike) however many processes there are.
-
-    Args:
-        batches: Row numbers of each batch.
-        world_size: Number of processes.
     """
     return [[row for batch in batches[rank::world_size] for row in batch] for rank in range(world_size)]
 

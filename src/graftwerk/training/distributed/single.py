@@ -14,11 +14,7 @@ from graftwerk.training.distributed.protocol import Distributed
 
 
 class SingleProcess(Distributed):
-    """Train alone: every collective operation is the identity.
-
-    Args:
-        device: Device to train on.
-    """
+    """Train alone: every collective operation is the identity."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.world_size, self.rank = device, 1, 0

@@ -39,13 +39,11 @@ class Series:
         events: For each allocation its size in bytes; for each end minus the number (from 1) of the allocation.
         recorded: For each allocation 1 if autograd recorded the operation that made it, else 0.
         evaluation: Place in ``events`` of the first one of the evaluation.
-        evaluated: Place after its last one.
     """
 
     events: array[int]
     recorded: bytes
     evaluation: int
-    evaluated: int
 
 
 def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Series:
@@ -80,13 +78,12 @@ def repeated(trace: StepTrace, before_evaluation: int, after: int | None) -> Ser
 
     for _ in range(min(STEPS, before_evaluation)):
         play(step, before)
-    stepped = evaluated = len(events)
+    stepped = len(events)
     if after is not None:
         play(trace.evaluation, before + sum(event >= 0 for event in step))
-        evaluated = len(events)
         for _ in range(min(AFTERWARDS, after)):
             play(step, before)
-    return Series(events, bytes(recorded), stepped, evaluated)
+    return Series(events, bytes(recorded), stepped)
 
 
 def held_beside(largest: int, products: int) -> int:
@@ -104,16 +101,11 @@ def held_beside(largest: int, products: int) -> int:
     return PRODUCT * kept + (largest * 3 // 2 if largest >= MAPPED else 0)
 
 
-def held_by_libc(series: Series, packages: int = 0) -> int | None:
-    """Return the most bytes that the C library's allocator holds, or None if it does not say (it is not glibc 2.33 on).
-
-    Args:
-        series: Allocations of a run on a CPU.
-        packages: Bytes that the first evaluation imports, in small blocks.
-    """
+def held_by_libc(series: Series) -> int | None:
+    """Return the most bytes that the C library's allocator holds, or None if it says nothing (before glibc 2.33)."""
     if sys.platform != "linux":
         return None
-    numbers = (len(series.events), series.evaluation, series.evaluated, packages)
+    numbers = (len(series.events), series.evaluation)
     command = [sys.executable, "-S", str(Path(__file__).with_name("malloc_replay.py")), *map(str, numbers)]
     found = []
     for seed in range(REPLAYS):
@@ -167,9 +159,6 @@ class _Pool:
 
 def held_by_cuda(events: array[int]) -> int:
     """Return the most bytes that torch's caching allocator reserves on a CUDA device.
-
-    Args:
-        events: Allocations as `repeated` returns them.
 
     Example:
         >>> held_by_cuda(array("q", [100, 600, -1, 400, 30 << 20])) >> 20  # a small segment and one of 30 MiB

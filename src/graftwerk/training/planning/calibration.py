@@ -38,11 +38,7 @@ class Calibration:
 
 
 def calibration(kind: str) -> Calibration:
-    """Return the terms of this machine.
-
-    Args:
-        kind: Kind of the device that trains.
-    """
+    """Return the terms of this machine."""
     known = _known(kind)
     default = PROCESS_BYTES if kind == "cpu" else 0.0
     return Calibration(

@@ -5,7 +5,7 @@ small blocks that torch makes for it: those of the tensor itself, and those of a
 records. They are freed at other times than their neighbours, which keeps freed memory in pieces. How the pieces fall
 hangs on a few bytes more or less, so their sizes are drawn: one replay tells little, the mean of several much.
 
-    python -S malloc_replay.py EVENTS EVALUATION IMPORTED PACKAGES SEED < events and flags
+    python -S malloc_replay.py EVENTS EVALUATION SEED < events and flags
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ TENSOR, NODE_BEFORE, NODE_AFTER = (512,), (208, 104, 320, 64), (120, 96, 400, 48
 """Bytes of the small blocks of a tensor, and of those that autograd makes before and after its own block."""
 DRAWN, SPREAD = 997, 0.3
 """Sizes that are drawn of each, and by what share of themselves they differ."""
-PACKAGE = 300
-"""Bytes of a block of a package that is imported; with its header 320."""
 _FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
 
@@ -71,27 +69,19 @@ class Heap:
             self.touched.update(range(address // PAGE, (address + size) // PAGE + 1))
         return address
 
-    def packages(self, size: int) -> None:
-        """Take the blocks of packages that are imported, which stay."""
-        taken = self.small([PACKAGE] * (size // (PACKAGE + 20)))
-        if self.touched is not None:
-            self.touched.update(address // PAGE for address in taken)
-
     def free(self, addresses: list[int]) -> None:
         """Free blocks."""
         for address in addresses:
             self.libc.free(address)
 
 
-def replay(events: array[int], recorded: bytes, evaluation: int, imported: int, packages: int, seed: int) -> int:
+def replay(events: array[int], recorded: bytes, evaluation: int, seed: int) -> int:
     """Return the most bytes that are resident at any time, above the start.
 
     Args:
         events: For each allocation its size, or minus the number (from 1) of the allocation that is freed.
         recorded: For each allocation 1 if autograd has a node for it.
         evaluation: Place of the first event of an evaluation, before which freed memory is given back.
-        imported: Place of the first event after it.
-        packages: Bytes of packages that the evaluation imports.
         seed: Seed of the sizes of small blocks.
     """
     draw = random.Random(seed)
@@ -106,8 +96,6 @@ def replay(events: array[int], recorded: bytes, evaluation: int, imported: int, 
     for place, event in enumerate(events):
         if place == evaluation:
             heap.trim()
-        if place == imported:
-            heap.packages(packages)
         if event < 0:
             heap.free(blocks[-event])
         elif event == 0:

@@ -73,10 +73,6 @@ def check_memory(
 def refuse_unfit(planner: Planner, found: dict[str, Any]) -> None:
     """Raise if the tensors of a planned run are larger than the memory that is available.
 
-    Args:
-        planner: Planner of the run.
-        found: Its plan.
-
     Raises:
         ResourceError: They are, and `training.check_memory` is on; the hint says what would fit.
     """
@@ -141,11 +137,7 @@ def planned_cost(
 
 
 def planned(planner: Planner) -> dict[str, Any]:
-    """Return the plan of a run without its largest batch, or ``why_not`` if its step cannot be traced.
-
-    Args:
-        planner: Planner of the run.
-    """
+    """Return the plan of a run without its largest batch, or ``why_not`` if its step cannot be traced."""
     if fsdp_version() and launched_world_size() != "1":
         return {"why_not": "the processes share the base (FSDP), and each one's part is not planned"}
     try:
@@ -159,11 +151,6 @@ def upper_bound(config: RunConfig, prepared: Prepared, architecture: Any) -> flo
     """Return bytes that one process of a training never exceeds, infinite for a model of unknown size.
 
     Everything is counted as if all weights were trained, with twice the values that the widest layers save.
-
-    Args:
-        config: Settings of the run.
-        prepared: Its rows.
-        architecture: Configuration of the model.
     """
     text = architecture.get_text_config()
     width, vocabulary, depth = (

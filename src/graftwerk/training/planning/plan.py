@@ -34,8 +34,6 @@ from graftwerk.training.run_dir import RunDir
 from graftwerk.training.setup import Prepared, prepare, with_initial_text
 from graftwerk.training.warm_start import warm_labels
 
-METRICS_BYTES = 35_000_000
-"""Memory of scikit-learn, which the first evaluation of classes imports."""
 WHOLE = 6
 """Layers up to which a model is traced as a whole."""
 DEPTHS = (2, 3)
@@ -238,8 +236,7 @@ class Planner:
             evaluations = len(batches_of(validation, config.training.per_device_eval_batch_size))
             products = trace.products * shapes + trace.evaluated_products * evaluations
             beside += held_beside(trace.largest, products)
-        imported = self._metrics_bytes()
-        held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series, imported) or 0
+        held = held_by_cuda(series.events) if self.device.type == "cuda" else held_by_libc(series) or 0
         evaluation = trace.evaluation_peak if evaluates else 0
         alive = max(trace.step_peak, evaluation)
         parts = {key: float(value) for key, value in vars(trace).items() if isinstance(value, int | float)}
@@ -268,11 +265,6 @@ class Planner:
             activations_bytes=parts["kept"],
             workspace_bytes=max(0, round(each * peak) - sum(parts.values())),
         )
-
-    def _metrics_bytes(self) -> int:
-        """Return the bytes of packages that the evaluations import."""
-        evaluates = bool(self.prepared.examples["validation"]) and "accuracy" in self.prepared.task.metrics
-        return METRICS_BYTES if evaluates and self.device.type == "cpu" else 0
 
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""

@@ -46,14 +46,7 @@ class MeanStep:
 
 
 def mean_step(train: Sequence[Example], training: TrainingSettings, micro: int, num_processes: int) -> MeanStep:
-    """Return the mean of the first steps of a training.
-
-    Args:
-        train: Training rows.
-        training: Training settings.
-        micro: Rows of a micro-batch of one process.
-        num_processes: Processes that share the rows of a step.
-    """
+    """Return the mean of the first steps of a training."""
     sampled = min(_sampler(train, training).steps_per_epoch, SAMPLED)
     shapes = list(_shapes(train, training, micro, num_processes, sampled))
     tokens = sum(rows * width for rows, width in shapes)
@@ -91,12 +84,7 @@ def _sampler(train: Sequence[Example], training: TrainingSettings) -> BatchSampl
 
 
 def speed_of(dtype: torch.dtype, kind: str) -> float:
-    """Return the floating-point operations that a step does in a second.
-
-    Args:
-        dtype: Type that forward passes compute in.
-        kind: Kind of the device.
-    """
+    """Return the floating-point operations that a step does in a second."""
     from graftwerk.models.hardware import SIDE, probe
 
     return EFFICIENCY * 2 * SIDE.get(kind, 1024) ** 3 / probe(kind)[str(dtype).removeprefix("torch.")]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from graftwerk.config import RunConfig
 from graftwerk.modeling.attach import attach
 from graftwerk.modeling.frozen_layers import reach
+from graftwerk.modeling.module_index import modes_restored
 from graftwerk.tasks.base import Example, Task
 from graftwerk.training.activation_cache.cache import ActivationCache
 from graftwerk.training.activation_cache.plan import cache_dtype
@@ -218,7 +219,7 @@ class _CacheWithoutValues(ActivationCache):
     def _draws(self, call: Callable[[], Any]) -> bool:
         """Return True if the layers have dropout: without values two passes cannot be compared."""
         model = self.adapter.model
-        with _RandomSeen() as random, torch.no_grad(), _modes_restored(model):
+        with _RandomSeen() as random, torch.no_grad(), modes_restored(model):
             model.train()
             reach(model, self.plan.cut, call)  # type: ignore[arg-type]
         return bool(random.seen)
@@ -363,16 +364,6 @@ def trace_step(
         evaluation=meter.events[stepped:],
         recorded=bytes(meter.recorded),
     )
-
-
-@contextmanager
-def _modes_restored(model: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _quantized(model: Any, config: RunConfig) -> dict[str, int]:

@@ -66,9 +66,6 @@ class Strategy(ABC):
     What it works with is made by `start` from the settings and the model as it is before the first step, the same in a
     resumed run; rows of a step follow from the seed and the step's number. So nothing of a loss is stored in
     checkpoints.
-
-    Args:
-        setting: What it works with.
     """
 
     name: ClassVar[str]

@@ -16,13 +16,6 @@ def retention_of(
 ) -> Retention | None:
     """Add the strategies of a run to its training, and return them, or None if it has none.
 
-    Args:
-        settings: Settings of the run.
-        prepared: Its rows.
-        trainer: Its training, before the first step.
-        meter: What is to be retained.
-        kind: Class of what the strategies work with.
-
     Raises:
         UnsupportedError: Parts of the weights are on other processes.
         ConfigError: As `Strategy.start`; or nothing is trained that tasks share.

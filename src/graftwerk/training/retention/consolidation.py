@@ -43,10 +43,6 @@ SCALES = (2.0**16, 2.0**8, 1.0)
 class Consolidation(Strategy):
     """Hold important weights near their start.
 
-    Args:
-        setting: What strategies work with.
-        settings: `training.retain.consolidation`.
-
     Attributes:
         fisher: Mean squared gradient of each layer's weight (out, in), or of each parameter of any shape.
     """

@@ -36,12 +36,7 @@ from graftwerk.training.stream import EncodedStream
 
 
 class Distillation(Strategy):
-    """Keep the answers to the run's own rows.
-
-    Args:
-        setting: What strategies work with.
-        settings: `training.retain.distillation`.
-    """
+    """Keep the answers to the run's own rows."""
 
     name: ClassVar[str] = "distillation"
     paper: ClassVar[str] = "Li & Hoiem 2016, arXiv:1606.09282"

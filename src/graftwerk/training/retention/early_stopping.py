@@ -31,10 +31,6 @@ from graftwerk.training.validation import StopEvaluation
 class RetainedStop(Strategy):
     """Stop when an entry has lost more than a bound.
 
-    Args:
-        setting: What strategies work with.
-        settings: `training.retain.early_stopping`.
-
     Attributes:
         entries: The entries, with the rows that are looked at.
         before: Their predictions before the first step.
@@ -71,11 +67,7 @@ class RetainedStop(Strategy):
         """Hold no tensors: predictions are small, and a forward pass of kept rows is that of an evaluation."""
 
     def look(self, trainer: TrainingLoop) -> None:
-        """Measure what is lost if an evaluation is due; before the run's own, which then may find a best state.
-
-        Args:
-            trainer: The training, between two steps.
-        """
+        """Measure what is lost if an evaluation is due; before the run's own, which then may find a best state."""
         state = trainer.state
         if self.exceeded or not trainer.evaluation_due or state.step == self._measured:
             return

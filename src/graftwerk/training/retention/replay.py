@@ -25,12 +25,7 @@ from graftwerk.training.step_batches import PreparedStep
 
 
 class Replay(Strategy):
-    """Train on kept rows of every entry.
-
-    Args:
-        setting: What strategies work with.
-        settings: `training.retain.replay`.
-    """
+    """Train on kept rows of every entry."""
 
     name: ClassVar[str] = "replay"
     paper: ClassVar[str] = "Chaudhry et al. 2019, arXiv:1902.10486"

@@ -24,10 +24,6 @@ from graftwerk.training.trainer_state import TrainState
 class Retention(Callback):
     """Add the losses of all strategies to every step.
 
-    Args:
-        settings: `training.retain`.
-        setting: What strategies work with.
-
     Attributes:
         strategies: The strategies, in the order in which their losses are added.
         watch: The one of them that may end the training, or None.
@@ -53,9 +49,6 @@ class Retention(Callback):
 
     def start(self, trainer: TrainingLoop) -> None:
         """Prepare all strategies on the model as it is before the first step.
-
-        Args:
-            trainer: The training that they are added to.
 
         Raises:
             ConfigError, UnsupportedError: As `Strategy.start`.

@@ -33,12 +33,7 @@ TOGETHER = 16
 
 
 class SelfReplay(Replay):
-    """Train on texts that the base has written.
-
-    Args:
-        setting: What strategies work with.
-        settings: `training.retain.self_replay`.
-    """
+    """Train on texts that the base has written."""
 
     name: ClassVar[str] = "self_replay"
     paper: ClassVar[str] = "Sun et al. 2020, arXiv:1909.03329; Huang et al. 2024, arXiv:2403.01244"
