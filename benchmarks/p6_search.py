@@ -1,9 +1,10 @@
 """P6: 16 trials of `search` that share rows and the frozen layers' states, against 16 runs of PEFT one after another.
 
 Film snippets, MiniLM, LoRA on all linear layers of the top 2 of 6, three epochs, batches of 16: four learning rates
-times four ranks, each trained and measured on the same 500 validation rows. Both may use every core: the peer in each
-step, ours with a worker on each. Ours is `graftwerk search` with the grid sampler and no pruning, from the start of the
-process to the end of the sixteenth trial; its last word on fresh seeds is outside the clock, since the peer has none.
+times four ranks, each trained and measured once, at its end, on the same 500 validation rows. Both may use every core:
+the peer in each step, ours with a worker on each. Ours is `graftwerk search` with the grid sampler and no pruning, from
+the start of the process to the end of the sixteenth trial; its last word on fresh seeds is outside the clock, since the
+peer has none.
 The peer is PEFT under transformers' Trainer (dynamic padding, length groups, no checkpoints), its 16 runs in one
 process that imports, reads and tokenizes once and loads the model for each.
 Both best scores must agree within what 500 rows can show.
@@ -64,6 +65,8 @@ def ours(folder: Path) -> dict[str, Any]:
     began = process_start()
     from graftwerk import search
 
+    rows = sum(1 for _ in (folder / "train.jsonl").open(encoding="utf-8"))
+    steps = EPOCHS * -(-rows // BATCH)
     at: dict[str, float] = {}
 
     def listen(event: Any) -> None:
@@ -76,7 +79,7 @@ def ours(folder: Path) -> dict[str, Any]:
             "data": {name: str(folder / f"{name}.jsonl") for name in ("train", "validation", "test")},
             "training": {
                 "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH, "trunk_cache": True,
-                "compute_type": "float32", "report_to": ["jsonl"],
+                "compute_type": "float32", "report_to": ["jsonl"], "eval_steps": steps,
             },
             "output_dir": str(folder / "search"),
         },

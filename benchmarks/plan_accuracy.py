@@ -1,12 +1,13 @@
 """P9: planned against measured peak memory and step time, configuration by configuration.
 
 Every configuration trains a few steps in a process of its own (`graftwerk train`), and is planned in another; what is
-measured is kept, so that the command goes on where it was stopped. Those named `CALIBRATION` are what the plan's
-constants were fitted on; the table of docs/planning.md is of the others.
+measured is kept, so that the command goes on where it was stopped. Equal runs differ in memory by several percent, so
+each can be repeated: errors are those of the mean peak and the median step. Those named `CALIBRATION` are what the
+plan's constants were fitted on; the table of docs/planning.md is of the others.
 
-    python -m benchmarks.plan_accuracy --measure [--only TEXT]     train what is not measured yet
-    python -m benchmarks.plan_accuracy --plan                      plan what is measured, print the errors
-    python -m benchmarks.plan_accuracy --page                      write the table into docs/planning.md
+    python -m benchmarks.plan_accuracy --measure [--only TEXT] [--repeats 3]    train what is not measured yet
+    python -m benchmarks.plan_accuracy --plan                                   plan what is measured, print the errors
+    python -m benchmarks.plan_accuracy --page                                   write the table into docs/planning.md
 """
 
 from __future__ import annotations
@@ -204,13 +205,14 @@ def config_of(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def measured(settings: Mapping[str, Any]) -> Any:
+def trained(settings: Mapping[str, Any]) -> dict[str, float]:
     """Return the cost of a training, from the manifest of a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         config = Path(name) / "run.json"
         config.write_text(json.dumps(config_of(settings, Path(name))))
         spawn([sys.executable, "-m", "graftwerk", "train", str(config), "--json"], env=ONE)
-        return json.loads((Path(name) / "run" / "manifest.json").read_text())["cost"]
+        cost = json.loads((Path(name) / "run" / "manifest.json").read_text())["cost"]
+        return {key: cost[key] for key in ("peak_memory_bytes", "step_seconds", "processes")}
 
 
 def planned(settings: Mapping[str, Any]) -> dict[str, float]:
@@ -240,13 +242,29 @@ def store(known: Mapping[str, Any]) -> None:
     FILE.write_text(json.dumps(known, indent=1) + "\n")
 
 
+def measured(each: Mapping[str, Any], key: str) -> float:
+    """Return the mean peak of a configuration's runs, or the median of their steps."""
+    values = [run[key] for run in each["runs"]]
+    return statistics.mean(values) if key == "peak_memory_bytes" else statistics.median(values)
+
+
 def errors(known: Mapping[str, Any], key: str) -> dict[str, float]:
     """Return the relative error of each planned configuration, negative if the plan is too low."""
-    found = {}
-    for name, each in known.items():
-        if each.get("planned") and each["measured"].get(key):
-            found[name] = each["planned"][key] / each["measured"][key] - 1
-    return found
+    return {name: each["planned"][key] / measured(each, key) - 1 for name, each in known.items() if each.get("planned")}
+
+
+def spread(known: Mapping[str, Any]) -> str:
+    """Return how far the peaks of equal runs are apart."""
+    peaks = [[run["peak_memory_bytes"] for run in each["runs"]] for each in known.values() if len(each["runs"]) > 1]
+    if not peaks:
+        return "one run each"
+    apart = [max(found) / min(found) - 1 for found in peaks]
+    fewest, most = min(map(len, peaks)), max(map(len, peaks))
+    number = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return (
+        f"{number} equal runs of each are {100 * statistics.median(apart):.1f} % apart (median), "
+        f"{100 * max(apart):.1f} % at most"
+    )
 
 
 def summary(found: Mapping[str, float]) -> str:
@@ -266,15 +284,15 @@ def page(known: Mapping[str, Any]) -> str:
     """Return the table of docs/planning.md."""
     chosen = {name: known[name] for name in CASES if known.get(name, {}).get("planned")}
     memory, time = errors(chosen, "peak_memory_bytes"), errors(chosen, "step_seconds")
-    lines = [f"Memory: {summary(memory)}.", f"Time of a step: {summary(time)}.", ""]
+    lines = [f"Memory: {summary(memory)}; {spread(chosen)}.", f"Time of a step: {summary(time)}.", ""]
     lines.append("| configuration | planned MB | measured MB | error | planned s | measured s | error |")
     lines.append("|---|---|---|---|---|---|---|")
     for name, each in chosen.items():
         cells = [name]
         for key, scale, digits, found in (("peak_memory_bytes", 1e-6, 0, memory), ("step_seconds", 1, 3, time)):
-            sides = [each[side].get(key) for side in ("planned", "measured")]
-            cells += ["–" if value is None else f"{value * scale:,.{digits}f}" for value in sides]
-            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %" if name in found else "–")
+            sides = (each["planned"][key], measured(each, key))
+            cells += [f"{value * scale:,.{digits}f}" for value in sides]
+            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -286,35 +304,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--only", default="")
     parser.add_argument("--exact", default="")
-    parser.add_argument("--most", type=int, default=1000, help="runs measured by this call")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each configuration")
     options = parser.parse_args(arguments)
     known = stored()
-    left = options.most
     everything = {**CALIBRATION, **CASES}
     for name in sorted(everything, key=lambda name: (name.startswith("smollm2"), name not in CALIBRATION)):
         settings = everything[name]
         if options.only not in name or options.exact not in ("", name):
             continue
-        each = known.setdefault(name, {})
+        each = known.setdefault(name, {"runs": []})
+        if options.measure and options.again:
+            each["runs"] = []
         try:
-            if options.measure and left and (not {"measured", "error"} & set(each) or options.again):
-                left -= 1
-                each["measured"] = measured(settings)
-            if options.plan and "measured" in each and ("planned" not in each or options.again):
+            while options.measure and len(each["runs"]) < options.repeats:
+                each["runs"].append(trained(settings))
+                store(known)
+            if options.plan and each["runs"] and ("planned" not in each or options.again):
                 each["planned"] = planned(settings)
         except WrongResultError as error:
-            each["error"] = str(error).strip()[-200:]
             print(f"{name}: {str(error).strip().splitlines()[-1][:200]}", file=sys.stderr, flush=True)
-            store(known)
             continue
         store(known)
-        if options.measure or options.plan:
-            shown = {key: each[key]["peak_memory_bytes"] / 1e6 for key in ("measured", "planned") if key in each}
-            print(name, shown, flush=True)
-    if options.measure and left == options.most:
-        print("nothing left to measure")
+        if each["runs"] and (options.measure or options.plan):
+            shown = [round(run["peak_memory_bytes"] / 1e6) for run in each["runs"]]
+            plan = each.get("planned", {}).get("peak_memory_bytes", 0) / 1e6
+            print(f"{name}: measured {shown} MB, planned {plan:.0f} MB", flush=True)
     for title, names in (("fitted on", CALIBRATION), ("others", CASES)):
-        part = {name: known[name] for name in names if name in known and "measured" in known[name]}
+        part = {name: known[name] for name in names if name in known and known[name]["runs"]}
         memory, time = (summary(errors(part, key)) for key in ("peak_memory_bytes", "step_seconds"))
         print(f"{title}: memory {memory}; time {time}")
     if options.page:

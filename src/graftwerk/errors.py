@@ -20,30 +20,6 @@ from typing import Any, ClassVar
 
 from graftwerk.sanitize import clean
 
-_RENAMED = {
-    "EnvironmentFault": "ResourceError",
-    "Interrupted": "RunInterrupted",
-    "Explained": "ErrorReport",
-}
-"""Names of earlier versions that still work for one release, each with its name today."""
-_RENAMED_PARTS = {"mend": "hint", "kept": "recovered"}
-"""The same for attributes of an error and keys of its JSON."""
-
-
-def did_you_mean(wrong: str, known: Iterable[str], then: str = "") -> str:
-    """Return the question for the most similar known name, if there is one, and a sentence after it.
-
-    Example:
-        >>> from graftwerk.errors import did_you_mean
-        >>> did_you_mean("lroa", ["lora", "ia3"], "There are: lora, ia3")
-        'did you mean `lora`? There are: lora, ia3'
-        >>> did_you_mean("full", ["lora", "ia3"])
-        ''
-    """
-    named = {name.casefold(): name for name in known}
-    near = difflib.get_close_matches(wrong.casefold(), list(named), n=1, cutoff=0.6)
-    return " ".join(filter(None, [f"did you mean `{named[near[0]]}`?" if near else "", then]))
-
 
 class ErrorReport(BaseException):
     """Base of `GraftwerkError` and `RunInterrupted`: a message in four parts.
@@ -56,6 +32,12 @@ class ErrorReport(BaseException):
         where: A file with its line, a config key, or a module path.
         hint: What to change so that it works.
         recovered: What is still good on disk, and where.
+
+    Example:
+        >>> print(DataError("no label", where="reviews.csv:7", hint="fill the column `label`"))
+        no label
+          where: reviews.csv:7
+          hint: fill the column `label`
     """
 
     code: ClassVar[str] = "error"
@@ -66,21 +48,6 @@ class ErrorReport(BaseException):
     ) -> None:
         super().__init__(what)
         self.what, self.where, self.hint, self.recovered = what, where, hint, recovered
-
-    @property
-    def mend(self) -> str | None:
-        """Return `hint` by its earlier name; deprecated."""
-        return self._renamed("mend")
-
-    @property
-    def kept(self) -> str | None:
-        """Return `recovered` by its earlier name; deprecated."""
-        return self._renamed("kept")
-
-    def _renamed(self, name: str) -> str | None:
-        warnings.warn(f"`{name}` is now called `{_RENAMED_PARTS[name]}`", DeprecationWarning, stacklevel=3)
-        part: str | None = getattr(self, _RENAMED_PARTS[name])
-        return part
 
     def __str__(self) -> str:
         parts = [self.what]
@@ -102,16 +69,26 @@ class ErrorReport(BaseException):
             **{name: None if text is None else clean(text) for name, text in parts.items()},
         }
 
+    # -- names of earlier versions -------------------------------------------------------------------------------------
 
-def _rebuild(cls: type[ErrorReport], args: tuple[Any, ...], values: dict[str, Any]) -> ErrorReport:
-    """Return an error as it was pickled; its parts are no positional arguments."""
-    error = cls.__new__(cls, *args)
-    vars(error).update(values)
-    return error
+    @property
+    def mend(self) -> str | None:
+        """Return `hint` by its earlier name; deprecated."""
+        return self._renamed("mend")
+
+    @property
+    def kept(self) -> str | None:
+        """Return `recovered` by its earlier name; deprecated."""
+        return self._renamed("kept")
+
+    def _renamed(self, name: str) -> str | None:
+        warnings.warn(f"`{name}` is now called `{_RENAMED_PARTS[name]}`", DeprecationWarning, stacklevel=3)
+        part: str | None = getattr(self, _RENAMED_PARTS[name])
+        return part
 
 
 class GraftwerkError(ErrorReport, Exception):
-    """Base class of every error that graftwerk raises on purpose; raised itself for a defect."""
+    """Base class of every error that graftwerk raises on purpose; an instance of it alone reports a defect."""
 
 
 class ConfigError(GraftwerkError):
@@ -205,6 +182,38 @@ class RunInterrupted(ErrorReport):
     def exit_code(self) -> int:  # type: ignore[override]
         """Return 128 plus the signal's number, as a shell does."""
         return 128 + self.signum
+
+
+def did_you_mean(wrong: str, known: Iterable[str], then: str = "") -> str:
+    """Return a suggestion of the most similar known name, if there is one, followed by the sentence ``then``.
+
+    Example:
+        >>> from graftwerk.errors import did_you_mean
+        >>> did_you_mean("lroa", ["lora", "ia3"], "There are: lora, ia3")
+        'did you mean `lora`? There are: lora, ia3'
+        >>> did_you_mean("full", ["lora", "ia3"])
+        ''
+    """
+    named = {name.casefold(): name for name in known}
+    near = difflib.get_close_matches(wrong.casefold(), list(named), n=1, cutoff=0.6)
+    return " ".join(filter(None, [f"did you mean `{named[near[0]]}`?" if near else "", then]))
+
+
+def _rebuild(cls: type[ErrorReport], args: tuple[Any, ...], values: dict[str, Any]) -> ErrorReport:
+    """Return an error as it was pickled; its parts are no positional arguments."""
+    error = cls.__new__(cls, *args)
+    vars(error).update(values)
+    return error
+
+
+_RENAMED = {
+    "EnvironmentFault": "ResourceError",
+    "Interrupted": "RunInterrupted",
+    "Explained": "ErrorReport",
+}
+"""Names of earlier versions that still work for one release, each with its name today."""
+_RENAMED_PARTS = {"mend": "hint", "kept": "recovered"}
+"""The same for attributes of an error and keys of its JSON."""
 
 
 def __getattr__(name: str) -> Any:

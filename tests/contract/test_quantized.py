@@ -23,7 +23,7 @@ import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
 from graftwerk.kernels import flags
 from graftwerk.kernels.fused_lora import can_fuse
-from graftwerk.methods.base import is_quantized
+from graftwerk.methods.base_weights import is_quantized
 from graftwerk.methods.full import Full
 from graftwerk.methods.lora import LoRA
 from graftwerk.modeling.quantized_layers import dequantize, quantization_of

@@ -9,7 +9,7 @@ from benchmarks.interval_coverage import Cell, coverage
 from graftwerk.errors import DataError
 from graftwerk.evaluation.metrics import metrics_of
 from graftwerk.evaluation.paired_bootstrap import joint_bootstrap, paired_difference
-from graftwerk.experiments.significance import in_words, verdict
+from graftwerk.experiments.significance import describe_difference, verdict
 from graftwerk.tasks.predictions import ClassPredictions
 
 
@@ -191,7 +191,7 @@ def test_joint_bootstrap_one_seed_notes_missing_seed_variance() -> None:
     assert pair["low"] > 0
     assert pair["over_seeds"] is False
     assert verdict(pair) == "no difference shown"
-    assert "another may reverse it" in in_words(pair)
+    assert "another may reverse it" in describe_difference(pair)
     more = joint_bootstrap(comparison(np.random.default_rng(7), seeds=2), "accuracy")
     assert "note" not in more.figure("m0", 0.95)
     assert "over_seeds" not in more.simultaneous(0.95)[0]

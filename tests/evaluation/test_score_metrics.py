@@ -14,7 +14,7 @@ from graftwerk.errors import DataError
 from graftwerk.evaluation.metrics import METRICS, check, metrics_of
 from graftwerk.evaluation.paired_bootstrap import paired_difference
 from graftwerk.evaluation.results_io import load_evaluation, store_evaluation
-from graftwerk.experiments.significance import in_words
+from graftwerk.experiments.significance import describe_difference
 from graftwerk.reporting import numbers
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.tasks.predictions import LabelPredictions, Predictions, ScorePredictions
@@ -137,7 +137,7 @@ def test_paired_difference_of_a_better_and_a_worse_model_has_its_direction(
 
 def test_differences_are_shown_in_the_units_of_the_metric() -> None:
     def said(name: str, value: float) -> str:
-        return in_words(
+        return describe_difference(
             {"a": "a", "b": "b", "value": value, "low": value - 0.001, "high": value + 0.001, "p": None}, name
         )
 

@@ -19,8 +19,9 @@ from graftwerk.evaluation import metrics, text_metrics
 from graftwerk.evaluation.metrics import METRICS, metrics_of, packages_of, require_packages, statistic_of
 from graftwerk.evaluation.results_io import load_evaluation, store_evaluation
 from graftwerk.evaluation.text_metrics import UnicodeWords
-from graftwerk.experiments.significance import in_words, margin_of, recommend, verdict
-from graftwerk.experiments.table import against, format_metric
+from graftwerk.experiments.recommended_method import recommend
+from graftwerk.experiments.significance import describe_difference, margin_of, verdict
+from graftwerk.experiments.table import compare_to_best, format_metric
 from graftwerk.reporting import numbers
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.tasks.language_codes import iso_code
@@ -286,8 +287,8 @@ def test_shown_keeps_points_and_scales_shares_to_percent() -> None:
     assert format_metric(0.396, "rougeL") == "39.6"
     assert format_metric(23.42, "bleu") == "23.4"
     assert format_metric(12.34, "perplexity") == "12.3"
-    assert in_words(difference(3.1, 1.2, 5.0), "bleu") == "better by 3.1 points [1.2, 5.0]"
-    assert in_words(difference(0.031, 0.012, 0.05), "rougeL") == "better by 3.1 points [1.2, 5.0]"
+    assert describe_difference(difference(3.1, 1.2, 5.0), "bleu") == "better by 3.1 points [1.2, 5.0]"
+    assert describe_difference(difference(0.031, 0.012, 0.05), "rougeL") == "better by 3.1 points [1.2, 5.0]"
     assert margin_of("bleu", 20.0) == 1.0
     assert margin_of("rougeL", 0.4) == 0.01
     assert margin_of("perplexity", 12.0) == pytest.approx(0.12)
@@ -314,8 +315,8 @@ def test_verdict_lower_perplexity_is_better() -> None:
     d = difference(-2.0, -3.0, -1.0)
     assert verdict(d, "perplexity") == "better"
     assert verdict(d, "bleu") == "worse"
-    assert in_words(d, "perplexity") == "better by 2.0 [1.0, 3.0]"
-    assert against([d], "ia3", "lora", "perplexity") == "worse by 2.0 [1.0, 3.0]"
+    assert describe_difference(d, "perplexity") == "better by 2.0 [1.0, 3.0]"
+    assert compare_to_best([d], "ia3", "lora", "perplexity") == "worse by 2.0 [1.0, 3.0]"
     methods = [method("ia3", 12.0, 10), method("lora", 10.0, 100)]
     chosen = recommend(methods, [d], prefer="trained_parameters", metric="perplexity")
     assert chosen is not None

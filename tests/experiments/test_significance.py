@@ -11,17 +11,9 @@ from hypothesis import strategies as st
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.evaluation.paired_bootstrap import Difference
-from graftwerk.experiments.significance import (
-    apart,
-    at_chance,
-    between,
-    in_words,
-    pareto_front,
-    pareto_set,
-    recommend,
-    turned,
-    verdict,
-)
+from graftwerk.experiments.pareto import pareto_front, pareto_set
+from graftwerk.experiments.recommended_method import at_chance, recommend
+from graftwerk.experiments.significance import describe_difference, excludes_zero, find_difference, swapped, verdict
 
 
 def difference(a: str, b: str, value: float, half: float) -> Difference:
@@ -41,20 +33,20 @@ def pairs(methods: list[dict[str, Any]], half: float) -> list[Difference]:
     ]
 
 
-def test_in_words_states_direction_and_interval() -> None:
-    assert in_words(difference("a", "b", 0.012, 0.009)) == "better by 1.2 points [0.3, 2.1]"
-    assert in_words(difference("a", "b", -0.012, 0.009)) == "worse by 1.2 points [0.3, 2.1]"
-    assert in_words(difference("a", "b", 0.004, 0.012)) == "no difference shown: +0.4 points [−0.8, +1.6]"
-    assert in_words(difference("a", "b", 0.0, 0.0)) == "no difference shown: 0.0 points [0.0, 0.0]"
+def test_describe_difference_states_direction_and_interval() -> None:
+    assert describe_difference(difference("a", "b", 0.012, 0.009)) == "better by 1.2 points [0.3, 2.1]"
+    assert describe_difference(difference("a", "b", -0.012, 0.009)) == "worse by 1.2 points [0.3, 2.1]"
+    assert describe_difference(difference("a", "b", 0.004, 0.012)) == "no difference shown: +0.4 points [−0.8, +1.6]"
+    assert describe_difference(difference("a", "b", 0.0, 0.0)) == "no difference shown: 0.0 points [0.0, 0.0]"
 
 
 def test_verdict_within_the_margin_is_practically_equal() -> None:
     near, wide = difference("a", "b", 0.001, 0.006), difference("a", "b", 0.001, 0.011)
-    assert verdict(near, "accuracy", 0.01) == verdict(turned(near), "accuracy", 0.01) == "practically equal"
+    assert verdict(near, "accuracy", 0.01) == verdict(swapped(near), "accuracy", 0.01) == "practically equal"
     assert verdict(near) == verdict(wide, "accuracy", 0.01) == "no difference shown"
-    assert in_words(near, "accuracy", 0.01) == "practically equal: +0.1 points [−0.5, +0.7]"
+    assert describe_difference(near, "accuracy", 0.01) == "practically equal: +0.1 points [−0.5, +0.7]"
     small = difference("a", "b", 0.004, 0.003)  # better, and too little to matter
-    assert in_words(small, "accuracy", 0.01) == "better by 0.4 points [0.1, 0.7], less than the margin"
+    assert describe_difference(small, "accuracy", 0.01) == "better by 0.4 points [0.1, 0.7], less than the margin"
     one_seed: Difference = {**near, "over_seeds": False}
     assert verdict(one_seed, "accuracy", 0.01) == "no difference shown"
 
@@ -89,14 +81,14 @@ def test_signed_uses_plus_and_minus_signs() -> None:
     assert shown == ["+1.2", "−1.2", "0.0", "0.0", "0.0"]
 
 
-def test_between_returns_difference_in_either_order() -> None:
+def test_find_difference_returns_difference_in_either_order() -> None:
     one = difference("a", "b", 0.02, 0.01)
-    assert between([one], "a", "b") == one
-    assert between([one], "b", "a") == turned(one)
-    assert turned(turned(one)) == one
-    assert turned(one)["low"] == -one["high"]
+    assert find_difference([one], "a", "b") == one
+    assert find_difference([one], "b", "a") == swapped(one)
+    assert swapped(swapped(one)) == one
+    assert swapped(one)["low"] == -one["high"]
     with pytest.raises(KeyError):
-        between([one], "a", "c")
+        find_difference([one], "a", "c")
 
 
 def test_pareto_front_known_values() -> None:
@@ -200,7 +192,7 @@ def test_recommend_reason_agrees_with_intervals(values: list[int], half: int, se
     for one in methods:
         if one is best:
             continue
-        undecided = not apart(between(differences, one["name"], best["name"]))
+        undecided = not excludes_zero(find_difference(differences, one["name"], best["name"]))
         cheaper = one["cost"]["trained_parameters"] < chosen["cost"]["trained_parameters"]
         assert (f"{one['name']} (" in named) == (undecided and cheaper)
     if not seeded:
@@ -209,9 +201,9 @@ def test_recommend_reason_agrees_with_intervals(values: list[int], half: int, se
 
 def test_verdict_one_seed_is_no_difference() -> None:
     far: Difference = {**difference("a", "b", 0.05, 0.01), "over_seeds": False}
-    assert verdict(far) == verdict(turned(far)) == "no difference shown"
-    assert in_words(far) == "+5.0 points [+4.0, +6.0] with one seed each, and another may reverse it"
-    assert in_words({**far, "low": -0.01}).startswith("no difference shown: +5.0")
+    assert verdict(far) == verdict(swapped(far)) == "no difference shown"
+    assert describe_difference(far) == "+5.0 points [+4.0, +6.0] with one seed each, and another may reverse it"
+    assert describe_difference({**far, "low": -0.01}).startswith("no difference shown: +5.0")
     methods = [method("a", 0.80, 2e6), method("b", 0.75, 9)]
     found = recommend(methods, [far], prefer="trained_parameters")
     assert found == {"method": "a", "reason": "the best mean, and ahead, with one seed, of all others"}

@@ -22,7 +22,7 @@ from graftwerk.errors import ConfigError, ResourceError, UnsupportedError
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.inspection import attribution
 from graftwerk.inspection.spectra import spectra
-from graftwerk.methods.base import base_weight
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.reporting.html import write_report
 from tests.exports.conftest import Make

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import graftwerk.modeling.attach as gw
 from graftwerk.errors import UnsupportedError
 from graftwerk.methods import dora
-from graftwerk.methods.base import Role, TargetModule, base_weight
+from graftwerk.methods.base import Role, TargetModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.lora import LoRA
 from graftwerk.methods.registry import parse_method
 from tests.contract.cases import METHODS, model_and_batch, perturb

@@ -46,7 +46,7 @@ def ablate(
         vary: As for `compare`.
         overwrite: Train all runs again.
         metric: The metric that decides. Default: the task's own.
-        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        prefer: The cost that the recommendation minimises, one of `pareto.COSTS`.
         margin: As for `compare`.
         listener: Called with every `ProgressEvent`, in place of the progress display on stderr.
         quiet: Show no progress.

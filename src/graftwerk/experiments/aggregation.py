@@ -16,17 +16,9 @@ from graftwerk.evaluation.paired_bootstrap import Difference, JointBootstrap, jo
 from graftwerk.evaluation.results_io import load_evaluation
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec
-from graftwerk.experiments.significance import (
-    COSTS,
-    FRONT,
-    at_chance,
-    in_words,
-    margin_of,
-    pareto_front,
-    pareto_set,
-    recommend,
-    verdict,
-)
+from graftwerk.experiments.pareto import COSTS, FRONT, pareto_front, pareto_set
+from graftwerk.experiments.recommended_method import at_chance, recommend
+from graftwerk.experiments.significance import describe_difference, margin_of, verdict
 from graftwerk.tasks.predictions import ClassPredictions, Predictions
 from graftwerk.training.run_dir import ADAPTER, TRIAL, read_manifest
 
@@ -91,7 +83,7 @@ def aggregate(
         metric: Name of the metric that decides.
         confidence: Level of the intervals, 0 to 1.
         resamples: Number of bootstrap resamples, raised to `LEAST_RESAMPLES`.
-        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        prefer: The cost that the recommendation minimises, one of `pareto.COSTS`.
         margin: Distance in the metric's own unit within which methods are practically equal, and from the best mean at
             which one may be recommended; or None for `significance.margin_of` and the rule of `recommend`.
         ablation: Axes whose effects are tested, or None.
@@ -162,7 +154,7 @@ def _with_verdict(difference: Difference, metric: str, margin: float, detectable
         "p_better": 1 - larger if METRICS[metric].higher is False else larger,
         **({} if detectable is None else {"detectable": detectable}),
         "verdict": verdict(difference, metric, margin),
-        "text": in_words(difference, metric, margin),
+        "text": describe_difference(difference, metric, margin),
     }
 
 
@@ -173,7 +165,7 @@ def _best(methods: Sequence[Mapping[str, Any]], metric: str) -> float:
 
 
 def _pareto(methods: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any]:
-    """Return the front in quality and in all costs of `significance.FRONT` that were measured, at two digits."""
+    """Return the front in quality and in all costs of `pareto.FRONT` that were measured, at two digits."""
     costs = [cost for cost in FRONT if all(method["cost"].get(cost) is not None for method in methods)]
     rounded = [{method["name"]: float(f"{method['cost'][cost]:.2g}") for method in methods} for cost in costs]
     quality = {method["name"]: method["figure"]["value"] for method in methods}

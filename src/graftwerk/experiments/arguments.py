@@ -7,7 +7,7 @@ from typing import Any
 
 from graftwerk.config import RunConfig, parse_overrides
 from graftwerk.errors import ConfigError
-from graftwerk.experiments.significance import COSTS
+from graftwerk.experiments.pareto import COSTS
 
 VARY = ("training", "split")
 """Choices of what a seed varies: initialisation, order and dropout; and the draw of training rows besides."""

@@ -78,7 +78,7 @@ def compare(
             validation rows as well, with the same test rows.
         overwrite: Train all runs again.
         metric: The metric that decides. Default: the task's own.
-        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        prefer: The cost that the recommendation minimises, one of `pareto.COSTS`.
         margin: Distance in the metric's own unit (0.01 is a point of accuracy) within which two methods are practically
             equal, and from the best mean at which one may be recommended. Default: a point, or one percent of the best
             if the metric has no points.

@@ -13,8 +13,8 @@ from graftwerk.experiments.axes import flow, written
 from graftwerk.experiments.budget import Budget
 from graftwerk.experiments.factors import Ablation
 from graftwerk.experiments.method_specs import MethodSpec, settings_not_used
+from graftwerk.experiments.pareto import COSTS
 from graftwerk.experiments.result_folder import FORMAT
-from graftwerk.experiments.significance import COSTS
 from graftwerk.experiments.tuning import Axes, require_validation
 from graftwerk.machine import version_of
 
@@ -46,7 +46,7 @@ def comparison_header(
         augment: Augmenters as they were given, or None if there are none.
         metric: Name of the metric that decides, or None for the task's own.
         checked: Facts about rows and methods from `jobs`.
-        prefer: The cost that the recommendation minimises, one of `significance.COSTS`.
+        prefer: The cost that the recommendation minimises, one of `pareto.COSTS`.
         margin: Distance in the metric that was given, or None.
         own: The run file's own method, as it is written there.
         axes: Values that are tried for each method, by setting of the training.

@@ -71,10 +71,10 @@ def preflight(config: RunConfig | str | Path | Mapping[str, Any], **overrides: A
     splits = prepared.splits
     encoded = {name: examples for name, examples in prepared.examples.items() if examples}
     training = config.training
-    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    rows_per_step = training.global_batch_size()
     made = rows_planned(prepared, config)
     steps_per_epoch = math.ceil((len(encoded["train"]) + (made or 0)) / rows_per_step)
-    steps = training.max_steps or math.ceil(training.num_train_epochs * steps_per_epoch)
+    steps = training.num_steps(steps_per_epoch)
     device = best_device()
     compute = compute_type(config.compute_type, device)
     check_compute_type(compute, device)

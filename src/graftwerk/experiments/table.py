@@ -6,7 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.significance import COSTS, apart, between, in_words, one_seed, turned, verdict
+from graftwerk.experiments.pareto import COSTS
+from graftwerk.experiments.significance import (
+    describe_difference,
+    excludes_zero,
+    find_difference,
+    has_one_seed,
+    swapped,
+    verdict,
+)
 from graftwerk.formatting import DASH, byte_size, columns, duration, milliseconds, short_count
 from graftwerk.sanitize import clean
 
@@ -41,6 +49,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     methods, metric = ranked(result), result["metric"]
     best = methods[0]["name"] if methods else ""
     chosen = (result.get("recommendation") or {}).get("method")
+    with_forgetting = any("forgetting" in method["cost"] for method in methods)
     rows: list[tuple[str, ...]] = []
     for method in methods:
         figure, cost = method["figure"], method["cost"]
@@ -51,7 +60,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 DASH
                 if figure["low"] is None
                 else DASH.join(format_metric(figure[part], metric) for part in ("low", "high")),
-                against(result["differences"], method["name"], best, metric, result.get("margin")),
+                compare_to_best(result["differences"], method["name"], best, metric, result.get("margin")),
                 format_metric(method.get("seed_spread"), metric),
                 short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
@@ -59,7 +68,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 byte_size(cost.get("peak_memory_bytes")),
                 milliseconds(cost.get("latency_ms_batch_1")),
                 milliseconds(cost.get("latency_ms_batch_32")),
-                *((points(cost.get("forgetting")),) if any("forgetting" in each["cost"] for each in methods) else ()),
+                *((format_points(cost.get("forgetting")),) if with_forgetting else ()),
             )
         )
     return rows
@@ -76,26 +85,26 @@ def format_metric(value: float | None, metric: str) -> str:
     return DASH if value is None else METRICS[metric].text(value)
 
 
-def points(value: float | None) -> str:
+def format_points(value: float | None) -> str:
     """Format points that were lost: -0.2 if they were gained."""
     return DASH if value is None else f"{value:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def against(
+def compare_to_best(
     differences: Sequence[Any], name: str, best: str, metric: str = "accuracy", margin: float | None = None
 ) -> str:
     """Return the verdict against the best method: ``the best mean``, or ``worse by 3.1 [1.2, 5.0]`` and the like."""
     if name == best:
         return "the best mean"
-    difference = turned(between(differences, name, best))  # how much the best is better
+    difference = swapped(find_difference(differences, name, best))  # how much the best is better
     known, found = METRICS[metric], verdict(difference, metric, margin)
-    if apart(difference) and known.higher is False:
-        difference = turned(difference)
+    if excludes_zero(difference) and known.higher is False:
+        difference = swapped(difference)
     low, value, high = (known.text(difference[part]) for part in ("low", "value", "high"))
     span = f"{value} [{low}, {high}]"
     if found == "better":
         return f"worse by {span}"
-    if one_seed(difference) and apart(difference):
+    if has_one_seed(difference) and excludes_zero(difference):
         return f"{'higher' if known.higher is False else 'lower'} by {span}, one seed"
     return f"{found} ({known.text(-difference['value'], signed=True)})"
 
@@ -125,8 +134,8 @@ def describe_result(result: Mapping[str, Any]) -> list[str]:
             f"Seeds of one method differ with a standard deviation of {spread}, pooled; the intervals take it to be "
             "the same for every method, and are too narrow between methods whose own is far above it."
         )
-    said += ablated(result)
-    said += chances(result)
+    said += describe_effects(result)
+    said += describe_probabilities(result)
     if recommendation := result.get("recommendation"):
         said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
     merging = [method["name"] for method in ranked(result) if method.get("mergeable")]
@@ -141,7 +150,7 @@ def describe_result(result: Mapping[str, Any]) -> list[str]:
     return said + [f"Note: {note}." for note in result.get("notes", ())]
 
 
-def chances(result: Mapping[str, Any]) -> list[str]:
+def describe_probabilities(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence on how probably the best is better than each other, and one on the front in several costs."""
     methods, said = ranked(result), []
     if len(methods) > 1 and len(result["seeds"]) > 1:
@@ -161,7 +170,7 @@ def chances(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def ablated(result: Mapping[str, Any]) -> list[str]:
+def describe_effects(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence on the effect of each axis of an ablation: the means, and the largest difference."""
     known, said = METRICS[result["metric"]], []
     for effect in (result.get("ablation") or {}).get("effects", ()):
@@ -174,8 +183,8 @@ def ablated(result: Mapping[str, Any]) -> list[str]:
         over = f", means over {cells} cells each" if cells > 1 else ""
         largest = max(differences, key=lambda each: abs(each["value"]))
         if known.better(largest["value"], 0.0) < 0:
-            largest = turned(largest)
-        text = in_words(largest, result["metric"], result.get("margin"))
+            largest = swapped(largest)
+        text = describe_difference(largest, result["metric"], result.get("margin"))
         said.append(f"Effect of {effect['axis']}{over}: {means}; {largest['a']} against {largest['b']}: {text}.")
     return said
 

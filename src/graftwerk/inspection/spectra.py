@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graftwerk.methods.base import AdapterModule, base_weight
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.modeling.attach import Adapter
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.modeling.weight_updates import factors_of, rank_of, update_of, updated_layers

@@ -13,11 +13,11 @@ from typing import Literal, get_args
 
 from graftwerk.errors import ConfigError
 
-Path = Literal["fused", "lean", "loss", "prepared", "rows", "trunk"]
-"""``fused``: a linear layer and its adapters in one autograd node. ``lean``: frozen norms and activation functions that
-store nothing that backward can recompute. ``loss``: cross-entropy in tiles. ``prepared``: the cache of encoded rows.
-``rows``: batched products for batches whose rows have different adapters. ``trunk``: the cache of hidden states below
-the lowest adapted layer."""
+Path = Literal["first", "fused", "lean", "loss", "prepared", "rows", "trunk"]
+"""``first``: the last layer at the first token alone, if the head reads no other. ``fused``: a linear layer and its
+adapters in one autograd node. ``lean``: frozen norms and activation functions that store nothing that backward can
+recompute. ``loss``: cross-entropy in tiles. ``prepared``: the cache of encoded rows. ``rows``: batched products for
+batches whose rows have different adapters. ``trunk``: the cache of hidden states below the lowest adapted layer."""
 
 PATHS: tuple[Path, ...] = get_args(Path)
 

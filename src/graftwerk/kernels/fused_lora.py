@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from graftwerk.kernels import flags
 from graftwerk.kernels.recompute import ActivationTable, Recompute, SharedInput
-from graftwerk.methods.base import AdapterModule, base_weight, is_plain, is_quantized, is_transposed
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base_weights import base_weight, is_plain, is_quantized, is_transposed
 from graftwerk.methods.dora import DoRAModule
 from graftwerk.methods.dropout import mask_bits
 from graftwerk.methods.lora import LoRAModule

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from graftwerk.devices import backend, is_out_of_memory
 from graftwerk.kernels.chunked_cross_entropy import Head, chunked_cross_entropy
-from graftwerk.methods.base import is_plain
+from graftwerk.methods.base_weights import is_plain
 
 LARGE = 100.0
 """Largest logit of the probe after scaling: beyond every cap in use (Gemma 2: 30)."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from graftwerk.kernels import flags
-from graftwerk.methods.base import is_plain
+from graftwerk.methods.base_weights import is_plain
 
 RECENT = 4
 """Number of recipes that hold at a time. A tensor is read right after it is made, and one that lives on (a layer's

@@ -1,11 +1,14 @@
 """The contract that every method keeps, and nothing about how it gets into a model.
 
-A method is a frozen settings object (`LoRA(r=8)`) that knows three things: which modules of a model it targets (by
-role, never by an architecture's names), how many parameters that costs (a formula), and how to build the adapter
-module for each target.
+    x' = pre_forward(x),   y = module(x'),   y' = post_forward(x', y)          what an adapted module computes
+    merged_weight(W, bias) = W', bias'                                         the same as another weight
 
-One kind of module exists for targets inside a layer (`AdapterModule`), and one each for attention (`prefix_tuning.py`)
-and the input embedding (`prompt_tuning.py`, `ptuning.py`).
+A method (`Method`) is a frozen settings object, such as `LoRA(r=8)`, that knows three things: which modules of a model
+it targets (`select_targets`, by role, never by an architecture's names), how many parameters that costs
+(`num_parameters`, a formula), and the adapter module of each target (`build`).
+
+The adapter module of a target inside a layer is an `AdapterModule`; attention (`prefix_tuning.py`) and the input
+embedding (`prompt_tuning.py`, `ptuning.py`) have modules of their own.
 
 Legend used throughout: B rows, T tokens, H heads, G key/value heads, D head width, d model width, r rank, n virtual
 tokens, L layers.
@@ -19,15 +22,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.placement import OFFLOAD_HOOK, onloaded
-from graftwerk.settings import Settings, parse_settings
+from graftwerk.settings import Settings
+from graftwerk.settings_parsing import parse_settings
 
 
 class Role(StrEnum):
@@ -110,48 +110,23 @@ class TargetModule:
 class AdapterModule(nn.Module):
     """Abstract base: the adapter's part at one module of the base model.
 
-    Three methods, each the identity unless overridden:
+    Three methods, of which a subclass overrides what it needs:
 
-    * ``pre_forward(x) -> x`` changes the module's input,
-    * ``post_forward(x, y) -> y`` changes its output,
-    * ``merged_weight(weight, bias)`` expresses the same as a change of its weights.
+    * ``pre_forward(x) -> x`` changes the module's input; by default it is the identity,
+    * ``post_forward(x, y) -> y`` changes its output; by default it is the identity,
+    * ``merged_weight(weight, bias)`` expresses the same as a change of its weights; by default it raises.
 
-    An adapted module with active adapters computes ``y = module(pre_forward(x))`` and then ``post_forward(x, y)`` for
-    each. Both get whole tensors whose last dimension is the feature width and whose first dimension is the rows (or a
+    Both passes get whole tensors whose last dimension is the feature width and whose first dimension is the rows (or a
     multiple of them). Parameters have the names that PEFT gives them in its files wherever PEFT has the method.
 
     Example:
+        >>> import torch
         >>> class Shift(AdapterModule):
         ...     def post_forward(self, x, y):
         ...         return y + 1
         >>> Shift().post_forward(torch.zeros(2), torch.zeros(2))
         tensor([1., 1.])
     """
-
-    block: Tensor | None = None
-    """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
-    changes with any of them."""
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Names of the base module's parameters that change when the adapter is merged."""
-        return ("weight", "bias")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, whose parameters have versions of their own: ``block`` is left out.
-
-        Parameters that lie in one block with others become tensors of their own, since plain pickle would write the
-        block once for each of them.
-        """
-        state = {key: value for key, value in self.__dict__.items() if key != "block"}
-        if any(one.untyped_storage().nbytes() > one.nbytes for one in self.parameters()):
-            state["_modules"], state["_parameters"] = deepcopy((self._modules, self._parameters))
-        return state
-
-    @property
-    def shares_weight(self) -> bool:
-        """True if the host's weight is another host's, whose module in the same adapter changes it: that one merges."""
-        return False
 
     def pre_forward(self, x: Tensor) -> Tensor:
         """Change the input of the base module.
@@ -191,6 +166,11 @@ class AdapterModule(nn.Module):
         """
         raise UnsupportedError(f"{type(self).__name__} cannot be merged into a weight")
 
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Names of the base module's parameters that change when the adapter is merged."""
+        return ("weight", "bias")
+
     def merged_parameters(self, parameters: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Return all that `parameter_names` lists, with the adapter merged in.
 
@@ -202,6 +182,28 @@ class AdapterModule(nn.Module):
         weight, bias = self.merged_weight(weight, parameters.get("bias"))
         merged = {"weight": weight, "bias": bias}
         return {name: merged[name] for name in parameters}
+
+    @property
+    def shares_weight(self) -> bool:
+        """True if the host's weight is another host's, whose module in the same adapter changes it: that one merges."""
+        return False
+
+    # -- loading and copying -------------------------------------------------------------------------------------------
+
+    block: Tensor | None = None
+    """The one tensor that all parameters are views of, if they were read from a file and do not train: its version
+    changes with any of them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, whose parameters have versions of their own: ``block`` is left out.
+
+        Parameters that lie in one block with others become tensors of their own, since plain pickle would write the
+        block once for each of them.
+        """
+        state = {key: value for key, value in self.__dict__.items() if key != "block"}
+        if any(one.untyped_storage().nbytes() > one.nbytes for one in self.parameters()):
+            state["_modules"], state["_parameters"] = deepcopy((self._modules, self._parameters))
+        return state
 
 
 class Method(Settings):
@@ -319,79 +321,3 @@ class Method(Settings):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
-
-
-def base_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a linear layer, detached: GPT-2's `Conv1D` is transposed, a 4- or 8-bit one dequantized.
-
-    Returns:
-        (out, in).
-
-    Raises:
-        UnsupportedError: it is quantized in a format that is not known here, or spread over processes.
-    """
-    weight = stored_weight(module)
-    if weight.is_meta and OFFLOAD_HOOK in module.__dict__:
-        with onloaded(module):
-            return base_weight(module)
-    if hasattr(weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).detach()  # type: ignore[no-any-return]
-    if is_quantized(weight):
-        scale = getattr(weight, "SCB", None)
-        if scale is None:
-            scale = getattr(getattr(module, "state", None), "SCB", None)  # where the first pass moves it
-        if weight.dtype != torch.int8 or not isinstance(scale, Tensor):
-            raise UnsupportedError(f"the weights of this {type(module).__name__} are codes that cannot be read here")
-        return weight.detach().float() * (scale.to(weight.device)[:, None] / 127)
-    if weight.dtype not in PLAIN_TYPES or is_traceable_wrapper_subclass(weight):
-        raise UnsupportedError(
-            f"the weights of this {type(module).__name__} are {described(weight)}, which cannot be read here",
-            hint="use a method that does not read them (plain lora, ia3, bottleneck), or load the base in bfloat16",
-        )
-    return weight.detach().T if is_transposed(module) else weight.detach()
-
-
-def stored_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight (out, in) as it is stored, without the adapters that an adapted layer may show in it."""
-    weight = module._parameters.get("weight")
-    if weight is None:  # computed from others, by a parametrization
-        weight = module.weight  # type: ignore[assignment]
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-PLAIN_TYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
-"""Types whose numbers mean what they say. An 8-bit one is scaled by numbers that are stored elsewhere."""
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Return True if a weight, any shape, is one of torch's own tensors, dense and of a type in `PLAIN_TYPES`.
-
-    Subclasses (DTensor, torchao's) may hold a part, or codes, and answer for the whole. A fake tensor stands for a
-    plain one: what is planned without values is what runs with them.
-    """
-    exact = type(weight) in (nn.Parameter, Tensor, FakeTensor)
-    return exact and weight.dtype in PLAIN_TYPES and weight.layout is torch.strided
-
-
-def described(weight: Tensor) -> str:
-    """Return the class and type of a weight, any shape, for messages."""
-    return f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
-
-
-def is_quantized(weight: Tensor) -> bool:
-    """Return True if a weight, any shape, holds codes (bitsandbytes' 4 or 8 bits) and not numbers to compute with."""
-    return hasattr(weight, "quant_state") or not weight.is_floating_point()
-
-
-def is_coded(weight: Tensor) -> bool:
-    """Return True if a weight, any shape, is no numbers to train or copy: quantized, FP8, torchao's; not a DTensor."""
-    wrapped = is_traceable_wrapper_subclass(weight) and not hasattr(weight, "placements")
-    return is_quantized(weight) or weight.dtype not in PLAIN_TYPES or wrapped
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Return True if a layer stores its weight as (in, out), as transformers' `Conv1D` does."""
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graftwerk.methods.base import base_weight
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.low_rank import LowRankModule, low_rank_product
 from graftwerk.methods.placement import module_device
 
@@ -42,7 +42,7 @@ class DoRAModule(LowRankModule):
         self.lora_magnitude_vector = magnitude
 
     @classmethod
-    def around(cls, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, p: float) -> DoRAModule:
+    def from_base(cls, base: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float, p: float) -> DoRAModule:
         """Build a module whose m starts at the row norms of W + s B A, on the device of the base's weights.
 
         Args:

@@ -56,7 +56,7 @@ class ParameterLoRA(AdapterModule):
         self.scale, self.experts, self.transposed = scale, experts, transposed
 
     @classmethod
-    def of(
+    def from_base(
         cls, target: TargetModule, module: nn.Module, a: nn.Parameter, b: nn.Parameter, scale: float
     ) -> ParameterLoRA:
         """Return LoRA for one parameter.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import ConfigError
-from graftwerk.methods.base import TargetModule, base_weight
+from graftwerk.methods.base import TargetModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.low_rank import LowRankModule, low_rank_product, merged_product
 
 
@@ -38,7 +39,7 @@ class PiSSAModule(LowRankModule):
         self.register_buffer("start_B", b)
 
     @classmethod
-    def of(cls, target: TargetModule, module: nn.Module, rank: int, scale: float, p: float) -> PiSSAModule:
+    def from_base(cls, target: TargetModule, module: nn.Module, rank: int, scale: float, p: float) -> PiSSAModule:
         """Build it from the weight of a linear layer.
 
         Raises:

@@ -95,9 +95,6 @@ class AttachedAdapter(Protocol):
     def put_weights(self, *, live: bool) -> None:
         """Make the model hold the values that were trained in place, or the base's."""
 
-    in_use: bool
-    """Whether a row of the next batches uses it, as `train_while` was last told."""
-
     def train_while(self, used: bool) -> None:
         """Let its parameters require gradients only while it is used."""
 
@@ -121,6 +118,8 @@ class ModelAdapters:
         self.adapters: dict[str, AttachedAdapter] = {}
         self.flags: dict[str, bool] = {}
         """True for each parameter that required gradients before the first adapter, by name."""
+        self._training: frozenset[str] = frozenset()
+        """Adapters whose parameters may require gradients: those that were last chosen."""
         self.packed_later: list[nn.Module] = []
         """4-bit layers that `keep_unpacked` keeps as they are, as long as there are adapters."""
 
@@ -157,10 +156,11 @@ class ModelAdapters:
 
     def train_used(self) -> None:
         """Let the chosen adapters alone require gradients: DDP waits for those of every parameter that does."""
-        used = self.selection.used()
-        for name, adapter in self.adapters.items():
-            if adapter.in_use != (name in used):
-                adapter.train_while(name in used)
+        used = frozenset(self.selection.used())
+        for name in used ^ self._training:
+            if name in self.adapters:  # else it was removed
+                self.adapters[name].train_while(name in used)
+        self._training = used
 
     def _answering_labels(self) -> tuple[str, ...] | None:
         """Return the label names of the adapter whose head answers, or None for the base's (also if rows differ)."""

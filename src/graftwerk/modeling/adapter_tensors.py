@@ -54,7 +54,6 @@ class AdapterTensors:
         """Their number, once a head was loaded."""
         self._model_adapters = model_adapters
         self._frozen = False
-        self.in_use = True
         self._untrained: frozenset[str] | None = None
         """Raw keys of the parameters that do not train when it is used, while it is not; None while it is used."""
         self._walk: AdapterWalk | None = None
@@ -193,7 +192,6 @@ class AdapterTensors:
         Args:
             used: True if a row of the next batches uses this adapter.
         """
-        self.in_use = used
         if self.weights is not None or self._frozen or used == (self._untrained is None):
             return
         own, untrained = self._own(), self._untrained or ()

@@ -1,33 +1,37 @@
 """Attach a method to a model.
 
-adapter = attach(model, LoRA(r=8), name="news")
-activate(model, "news")                 activate(model, rows=["news", None, "legal"])
-with disabled(model): ...               detach(model)
+    adapter = attach(model, LoRA(r=8), name="news")
+    activate(model, "news")                 activate(model, rows=["news", None, "legal"])
+    with disabled(model): ...               detach(model)
+
+An adapter is built first, which changes nothing (`build.build_adapter`: which modules, and the method's own module at
+each). Then its modules go into slots of the modules that carry them, whose class becomes `adapted_module.Adapted`:
+there a forward pass finds the active adapters.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftwerk.errors import ConfigError, ConflictError, ModelError, UnsupportedError
+from graftwerk.errors import ConfigError, ModelError
 from graftwerk.methods.base import Method, Role
 from graftwerk.methods.placement import adapter_dtype, is_unloaded, module_device, placing_hooks
-from graftwerk.modeling.activate import activate, disabled, refuse_while_merged
+from graftwerk.modeling.activate import activate, disabled
 from graftwerk.modeling.adapted_module import adapt, make_memory_efficient
 from graftwerk.modeling.adapter import Adapter
 from graftwerk.modeling.adapter_slots import ModelAdapters, check_name
 from graftwerk.modeling.architectures import Architecture, read_architecture
+from graftwerk.modeling.attach_checks import check_attachable
 from graftwerk.modeling.build import HOOKED, BuiltAdapter, build_adapter
 from graftwerk.modeling.detach import detach, remove_parts
-from graftwerk.modeling.full_weights import TrainedWeights
+from graftwerk.modeling.full_weights import TrainedWeights, warn_of_rounding
 from graftwerk.modeling.module_index import ModuleIndex, module_index
-from graftwerk.modeling.quantized_layers import keep_unpacked, refuse_packed
+from graftwerk.modeling.quantized_layers import keep_unpacked
 from graftwerk.modeling.row_dims import row_dim
 from graftwerk.modeling.saving import adopt
 from graftwerk.modeling.task_heads import copy_head
@@ -68,6 +72,145 @@ def attach(model: PreTrainedModel, method: Method, name: str = "default") -> Ada
         ('bert.encoder.layer.0.attention.self.query', 'bert.encoder.layer.0.attention.self.value')
     """
     return attach_from_tensors(model, method, name, None)
+
+
+def attach_from_tensors(
+    model: PreTrainedModel, method: Method, name: str, tensors: Mapping[str, Tensor] | None, *, trainable: bool = True
+) -> Adapter:
+    """Attach a method with stored values in place of initial ones.
+
+    If the method allows it, the tensors become its parameters, without a copy; the rest is copied. The caller's mapping
+    is not changed, and its tensors should not be used elsewhere. The model is as before whenever this raises.
+
+    Args:
+        model: As for `attach`.
+        method: As for `attach`.
+        name: As for `attach`.
+        tensors: By raw key, any shape, heads included; or None for initial values.
+        trainable: True to train the adapter further.
+
+    Raises:
+        AdapterError: a tensor is missing, is not known, or has another shape.
+        ConfigError: as for `attach`.
+        ConflictError: the name is taken, or an adapter is merged.
+        ModelError: not a transformers model.
+        UnsupportedError: the method cannot work on this architecture.
+    """
+    check_name(name)
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
+    check_attachable(model, ModelAdapters.of(model), name)
+    architecture, base = read_architecture(model), module_index(model)
+    built = build_adapter(model, method, architecture, base, tensors, trainable=trainable)
+    # Past this point only memory and mismatched tensors can fail; earlier errors leave the model untouched.
+    with _undone_on_error(model, name, base) as model_adapters:
+        adapter = _install(model, model_adapters, name, architecture, base, built)
+        if tensors is not None:
+            adapter.load_state_dict(tensors, heads_alone=built.placed)
+    if tensors is not None and not trainable:
+        adapter.freeze(heads_alone=built.placed)
+    elif adapter.weights is not None:
+        warn_of_rounding(adapter.weights)
+    return adapter
+
+
+@contextmanager
+def _undone_on_error(model: PreTrainedModel, name: str, base: ModuleIndex) -> Iterator[ModelAdapters]:
+    """Yield the model's adapters; if the block raises, take the new one off and restore flags and active adapters."""
+    existing, model_adapters = ModelAdapters.of(model), ModelAdapters.make(model)
+    names, rows = model_adapters.selection.names, model_adapters.selection.rows
+    flags = [parameter.requires_grad for parameter in base.parameters.values()]
+    if existing is None:
+        model_adapters.save_flags(base.parameters)
+        model_adapters.packed_later = keep_unpacked(base.modules)
+    try:
+        yield model_adapters
+    except BaseException:
+        remove_parts(model, name)
+        for parameter, flag in zip(base.parameters.values(), flags, strict=True):
+            parameter.requires_grad_(flag)
+        if existing is None:
+            detach(model)
+        elif rows is not None:
+            activate(model, rows=rows)
+        else:
+            activate(model, names)
+        raise
+
+
+def _install(
+    model: PreTrainedModel,
+    model_adapters: ModelAdapters,
+    name: str,
+    architecture: Architecture,
+    base: ModuleIndex,
+    built: BuiltAdapter,
+) -> Adapter:
+    """Put a built adapter into the model and make it the active one."""
+    method, saved, weights = built.method, built.saved, None
+    if method.kind == "weights":  # all of the base trains, heads included
+        saved, weights = (), _trained_weights(method, model_adapters, base)
+    else:
+        for parameter in base.parameters.values():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+        _insert_modules(model_adapters, name, architecture, base, built)
+        _insert_copies(model_adapters, name, base, saved)
+    if method.kind in HOOKED:
+        HOOKED[method.kind].install_hooks(model, model_adapters)
+    hosts = tuple(built.modules)
+    adapter = Adapter(name, method, model, model_adapters, built.targets, hosts, saved, architecture, weights)
+    model_adapters.adapters[name] = adapter
+    if len(model_adapters.adapters) == 1:
+        make_memory_efficient(base.modules.values(), model_adapters.selection.activations)
+        adopt(model)
+    activate(model, name)
+    return adapter
+
+
+def _insert_modules(
+    model_adapters: ModelAdapters, name: str, architecture: Architecture, base: ModuleIndex, built: BuiltAdapter
+) -> None:
+    """Put an adapter's own modules into the base modules that carry them; layers get their adapted class."""
+    layers = {target.host for target in built.targets}
+    read = {target.host for target in built.targets if target.weight_only or target.role is Role.PARAMETER}
+    for path, module in built.modules.items():
+        host = base.modules[path]
+        slots = model_adapters.slots(host)
+        slots.put(name, module if built.placed else _placed(module, host))
+        if path in layers:  # not attentions and stacks: hooks look into their slots
+            slots.row_dim = row_dim(architecture.model_type, path)
+            adapt(host, slots, read=path in read)
+
+
+def _insert_copies(model_adapters: ModelAdapters, name: str, base: ModuleIndex, paths: Sequence[str]) -> None:
+    """Put trainable copies of the base's modules at these paths, such as the task head, into their slots."""
+    for path in paths:
+        host = base.modules[path]
+        copy = _placed(copy_head(host), host)
+        slots = model_adapters.slots(host)
+        slots.put(name, copy)
+        adapt(host, slots, head=True)
+
+
+def _placed(module: nn.Module, host: nn.Module) -> nn.Module:
+    """Return an adapter's module on the device and in the mode of the base module that carries it, never in 16 bits."""
+    device = module_device(host)
+    if any(parameter.dtype.itemsize < 4 for parameter in module.parameters()):
+        module.to(adapter_dtype())
+    if not is_unloaded(host) and any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
+    if module.training != host.training:
+        module.train(host.training)
+    return module
+
+
+def _trained_weights(method: Method, model_adapters: ModelAdapters, base: ModuleIndex) -> TrainedWeights:
+    """Return the base's own parameters, to be trained in place, with a copy of their values if the method keeps one."""
+    model_adapters.selection.choose(())
+    model_adapters.sync()  # so that the values that are kept are the base's, not another full adapter's
+    hooked = any(placing_hooks(module) for module in base.modules.values())
+    return TrainedWeights(base.parameters, getattr(method, "keep_base", True), model_adapters.flags, hooked=hooked)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -126,207 +269,3 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
             f"there is no adapter `{name}` on this model", hint=f"there are: {', '.join(found) or 'none'}"
         )
     return found[name].state_dict()
-
-
-def attach_from_tensors(
-    model: PreTrainedModel, method: Method, name: str, tensors: Mapping[str, Tensor] | None, *, trainable: bool = True
-) -> Adapter:
-    """Attach a method with stored values in place of initial ones.
-
-    If the method allows it, the tensors become its parameters, without a copy; the rest is copied. The caller's mapping
-    is not changed, and its tensors should not be used elsewhere. The model is as before whenever this raises.
-
-    Args:
-        model: As for `attach`.
-        method: As for `attach`.
-        name: As for `attach`.
-        tensors: By raw key, any shape, heads included; or None for initial values.
-        trainable: True to train the adapter further.
-
-    Raises:
-        AdapterError: a tensor is missing, is not known, or has another shape.
-        ConfigError: as for `attach`.
-        ConflictError: the name is taken, or an adapter is merged.
-        ModelError: not a transformers model.
-        UnsupportedError: the method cannot work on this architecture.
-    """
-    check_name(name)
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(f"attach works on transformers models, not on {type(model).__name__}")
-    existing = ModelAdapters.of(model)
-    _check_attachable(model, existing, name)
-    architecture, base = read_architecture(model), module_index(model)
-    built = build_adapter(model, method, architecture, base, tensors, trainable=trainable)
-    # Past this point only memory and mismatched tensors can fail; earlier errors leave the model untouched.
-    model_adapters = ModelAdapters.make(model)
-    names, rows = model_adapters.selection.names, model_adapters.selection.rows
-    flags = [parameter.requires_grad for parameter in base.parameters.values()]
-    if existing is None:
-        model_adapters.save_flags(base.parameters)
-        model_adapters.packed_later = keep_unpacked(base.modules)
-    try:
-        adapter = _install(model, model_adapters, name, architecture, base, built)
-        if tensors is not None:
-            adapter.load_state_dict(tensors, heads_alone=built.placed)
-    except BaseException:
-        remove_parts(model, name)
-        for parameter, flag in zip(base.parameters.values(), flags, strict=True):
-            parameter.requires_grad_(flag)
-        if existing is None:
-            detach(model)
-        elif rows is not None:
-            activate(model, rows=rows)
-        else:
-            activate(model, names)
-        raise
-    if tensors is not None and not trainable:
-        adapter.freeze(heads_alone=built.placed)
-    elif adapter.weights is not None:
-        _warn_of_rounding(adapter.weights)
-    return adapter
-
-
-def _install(
-    model: PreTrainedModel,
-    model_adapters: ModelAdapters,
-    name: str,
-    architecture: Architecture,
-    base: ModuleIndex,
-    built: BuiltAdapter,
-) -> Adapter:
-    """Put a built adapter into the model and make it the active one."""
-    method, saved, weights = built.method, built.saved, None
-    if method.kind == "weights":  # all of the base trains, heads included
-        saved, weights = (), _trained_weights(method, model_adapters, base)
-    else:
-        for parameter in base.parameters.values():
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-        _insert_modules(model_adapters, name, architecture, base, built)
-        _insert_copies(model_adapters, name, base, saved)
-    if method.kind in HOOKED:
-        HOOKED[method.kind].install_hooks(model, model_adapters)
-    hosts = tuple(built.modules)
-    adapter = Adapter(name, method, model, model_adapters, built.targets, hosts, saved, architecture, weights)
-    model_adapters.adapters[name] = adapter
-    if len(model_adapters.adapters) == 1:
-        make_memory_efficient(base.modules.values(), model_adapters.selection.activations)
-        adopt(model)
-    activate(model, name)
-    return adapter
-
-
-def _trained_weights(method: Method, model_adapters: ModelAdapters, base: ModuleIndex) -> TrainedWeights:
-    """Return the base's own parameters, to be trained in place, with a copy of their values if the method keeps one."""
-    model_adapters.selection.choose(())
-    model_adapters.sync()  # so that the values that are kept are the base's, not another full adapter's
-    hooked = any(placing_hooks(module) for module in base.modules.values())
-    return TrainedWeights(base.parameters, getattr(method, "keep_base", True), model_adapters.flags, hooked=hooked)
-
-
-def _insert_modules(
-    model_adapters: ModelAdapters, name: str, architecture: Architecture, base: ModuleIndex, built: BuiltAdapter
-) -> None:
-    """Put an adapter's own modules into the base modules that carry them; layers get their adapted class."""
-    layers = {target.host for target in built.targets}
-    read = {target.host for target in built.targets if target.weight_only or target.role is Role.PARAMETER}
-    for path, module in built.modules.items():
-        host = base.modules[path]
-        slots = model_adapters.slots(host)
-        slots.put(name, module if built.placed else _placed(module, host))
-        if path in layers:  # not attentions and stacks: hooks look into their slots
-            slots.row_dim = row_dim(architecture.model_type, path)
-            adapt(host, slots, read=path in read)
-
-
-def _insert_copies(model_adapters: ModelAdapters, name: str, base: ModuleIndex, paths: Sequence[str]) -> None:
-    """Put trainable copies of the base's modules at these paths, such as the task head, into their slots."""
-    for path in paths:
-        host = base.modules[path]
-        copy = _placed(copy_head(host), host)
-        slots = model_adapters.slots(host)
-        slots.put(name, copy)
-        adapt(host, slots, head=True)
-
-
-def _placed(module: nn.Module, host: nn.Module) -> nn.Module:
-    """Return an adapter's module on the device and in the mode of the base module that carries it, never in 16 bits."""
-    device = module_device(host)
-    if any(parameter.dtype.itemsize < 4 for parameter in module.parameters()):
-        module.to(adapter_dtype())
-    if not is_unloaded(host) and any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
-        module.to(device)
-    if module.training != host.training:
-        module.train(host.training)
-    return module
-
-
-def _warn_of_rounding(weights: TrainedWeights) -> None:
-    """Warn of the base's own weights that train in 16 bits; what is added to a base is float32."""
-    low = [parameter.dtype for parameter in weights.parameters.values() if parameter.dtype.itemsize < 4]
-    if low:
-        name, lost = str(low[0]).removeprefix("torch."), torch.finfo(low[0]).eps / 2
-        warnings.warn(
-            f"full fine-tuning trains {len(low)} of {len(weights.parameters)} tensors of this base in {name}: steps "
-            f"below {lost:.2%} of a weight are lost in its rounding. Load the base with dtype=torch.float32 (autocast "
-            f"computes in {name} all the same), or use lora, whose parameters are float32",
-            stacklevel=4,
-        )
-
-
-def _check_attachable(model: PreTrainedModel, existing: ModelAdapters | None, name: str) -> None:
-    """Raise if no further adapter, or none of this name, can be attached."""
-    _refuse_foreign(model)
-    _refuse_block_offload(model)
-    if existing is None:
-        refuse_packed(module_index(model).modules)
-        return
-    if name in existing.adapters:
-        raise ConflictError(
-            f"this model has an adapter `{name}` already", hint="delete it first, or choose another name"
-        )
-    refuse_while_merged(existing, "attach another adapter")
-    if any(adapter.weights is not None and adapter.weights.other is None for adapter in existing.adapters.values()):
-        raise UnsupportedError(
-            "this model was fine-tuned in place (keep_base=False); an adapter on it would have no base",
-            hint="attach with Full(keep_base=True), or load the base again",
-        )
-
-
-def _refuse_block_offload(model: PreTrainedModel) -> None:
-    """Raise UnsupportedError if accelerate loads whole blocks at once, and would look for an adapter in its files."""
-    for path, module in module_index(model).modules.items():
-        if any(getattr(hook, "offload", False) and hook.place_submodules for hook in placing_hooks(module)):
-            raise UnsupportedError(
-                f"the weights of this {type(module).__name__} are offloaded as one block (`preload_module_classes`), "
-                f"which would take an adapter inside along",
-                where=path,
-                hint="offload without preload_module_classes, or attach the adapter first",
-            )
-
-
-_FOREIGN = ("peft.", "loralib.", "adapters.methods.")
-
-
-def _refuse_foreign(model: PreTrainedModel) -> None:
-    """Raise UnsupportedError if another library has put adapter layers into the model.
-
-    Theirs would be taken for layers of the base: trained, merged and fingerprinted with it.
-    """
-    path = module_index(model).cached("foreign", lambda: _foreign(model))
-    if path is not None:
-        cls = type(module_index(model).modules[path])
-        raise UnsupportedError(
-            f"this model already has adapter layers of another library ({cls.__module__}.{cls.__name__}), which would "
-            f"be taken for the base's own",
-            where=path,
-            hint="load the base without them and their adapter with `graftwerk.load`, or merge them first (PEFT's "
-            "`merge_and_unload`)",
-        )
-
-
-def _foreign(model: PreTrainedModel) -> str | None:
-    for path, module in module_index(model).modules.items():
-        if any(f"{cls.__module__}.".startswith(_FOREIGN) for cls in type(module).__mro__):
-            return path
-    return None

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.kernels.versioned_cache import shared_block, view_in
-from graftwerk.methods.base import AdapterModule, Method, TargetModule, described, is_coded
+from graftwerk.methods.base import AdapterModule, Method, TargetModule
+from graftwerk.methods.base_weights import is_coded, weight_type
 from graftwerk.methods.placement import adapter_dtype, module_device
 from graftwerk.modeling import prefix_install, prompt_embedding
 from graftwerk.modeling.accelerate_compat import is_replaced
@@ -98,7 +99,7 @@ def _saved_modules(
         coded = next((parameter for parameter in module.parameters() if is_coded(parameter)), None)
         if method.kind != "weights" and coded is not None:
             raise UnsupportedError(
-                f"`{path}` is quantized, so that no copy of it can be trained ({described(coded)})",
+                f"`{path}` is quantized, so that no copy of it can be trained ({weight_type(coded)})",
                 where="method.modules_to_save",
                 hint="load the base with it in full precision (`quantization.skip` in a run file), or adapt it by lora",
             )

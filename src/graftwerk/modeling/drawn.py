@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftwerk.methods.base import is_quantized
+from graftwerk.methods.base_weights import is_quantized
 from graftwerk.methods.placement import onloaded
 from graftwerk.modeling.adapter_slots import CHILD
 from graftwerk.modeling.module_index import ModuleIndex, module_index

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import described, is_coded
+from graftwerk.methods.base_weights import is_coded, weight_type
 
 
 class TrainedWeights:
@@ -38,7 +39,7 @@ class TrainedWeights:
         coded = next((name for name, parameter in base.items() if is_coded(parameter)), None)
         if coded is not None:
             raise UnsupportedError(
-                f"full fine-tuning needs weights in floating point; {coded} is quantized ({described(base[coded])})",
+                f"full fine-tuning needs weights in floating point; {coded} is quantized ({weight_type(base[coded])})",
                 hint="use lora on a quantized base, or load it in full precision",
             )
         # Without hooks that load them, a model without storage is one that a dry run has built.
@@ -74,3 +75,16 @@ class TrainedWeights:
         for parameter in self.parameters.values():
             parameter.requires_grad_(live and self.trainable)
         self.live = live
+
+
+def warn_of_rounding(weights: TrainedWeights) -> None:
+    """Warn the caller of `attach` of the base's own weights that train in 16 bits; what adapters add is float32."""
+    low = [parameter.dtype for parameter in weights.parameters.values() if parameter.dtype.itemsize < 4]
+    if low:
+        name, lost = str(low[0]).removeprefix("torch."), torch.finfo(low[0]).eps / 2
+        warnings.warn(
+            f"full fine-tuning trains {len(low)} of {len(weights.parameters)} tensors of this base in {name}: steps "
+            f"below {lost:.2%} of a weight are lost in its rounding. Load the base with dtype=torch.float32 (autocast "
+            f"computes in {name} all the same), or use lora, whose parameters are float32",
+            stacklevel=4,
+        )

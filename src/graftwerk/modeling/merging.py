@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from graftwerk.errors import ResourceError, UnsupportedError
 from graftwerk.kernels.dispatch import merge_in_place
-from graftwerk.methods.base import AdapterModule, base_weight, described, is_plain, is_quantized, is_transposed
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base_weights import base_weight, is_plain, is_quantized, is_transposed, weight_type
 from graftwerk.methods.lora_parameters import ParameterAdapters
 
 SavedWeights = list[tuple[nn.Parameter, Tensor]]
@@ -139,7 +140,7 @@ def _refuse_unmergeable(path: str, module: nn.Module, adapter: AdapterModule) ->
     for value in (module._parameters[name] for name in names):
         if value is not None and not is_plain(value):
             raise UnsupportedError(
-                f"an adapter cannot be merged into {described(value)}: it stores codes, or a part of the whole",
+                f"an adapter cannot be merged into {weight_type(value)}: it stores codes, or a part of the whole",
                 where=path,
                 hint="load the base in bfloat16 or float32, in one process, and merge there",
             )

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from torch import nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import AdapterModule, Role, TargetModule, described, is_coded
+from graftwerk.methods.base import AdapterModule, Role, TargetModule
+from graftwerk.methods.base_weights import is_coded, weight_type
 from graftwerk.methods.lora_parameters import ParameterAdapters, ParameterLoRA, is_stored_transposed
 from graftwerk.modeling.adapted_module import AdaptedParameters
 from graftwerk.modeling.adapter_slots import slots_of
@@ -52,7 +53,7 @@ def parameter_targets(
 def _unfit(module: nn.Module, parameter: nn.Parameter, silent: bool) -> str | None:
     """Return the reason why no adapter works on a parameter of any shape, or None if one does."""
     if is_coded(parameter):
-        return f"it holds {described(parameter)}, which is quantized"
+        return f"it holds {weight_type(parameter)}, which is quantized"
     if parameter.dim() not in (2, 3):
         return f"it has {parameter.dim()} dimension{'s' if parameter.dim() != 1 else ''}, not two or three"
     if isinstance(module, nn.RNNBase):

@@ -31,7 +31,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
 from graftwerk.errors import ConfigError, UnsupportedError
-from graftwerk.methods.base import base_weight
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.modeling.architectures import base_path
 from graftwerk.modeling.layer_checks import is_weight_only
 

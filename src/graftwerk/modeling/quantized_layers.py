@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import base_weight, is_quantized
+from graftwerk.methods.base_weights import base_weight, is_quantized
 from graftwerk.modeling.module_index import base_modules
 
 REPACKS = "support_avx512bf16_for_cpu"

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from graftwerk.kernels.memory_efficient import own_base
-from graftwerk.methods.base import Role, TargetModule, is_coded
+from graftwerk.methods.base import Role, TargetModule
+from graftwerk.methods.base_weights import is_coded
 from graftwerk.methods.placement import OFFLOAD_HOOK
 from graftwerk.modeling.layer_checks import embedding_unfit, is_weight_only, unfit
 from graftwerk.modeling.module_index import base_modules

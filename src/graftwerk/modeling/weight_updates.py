@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import AdapterModule, base_weight
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.methods.lora import LoRAModule
 from graftwerk.modeling.adapter import Adapter
 

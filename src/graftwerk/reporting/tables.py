@@ -51,7 +51,7 @@ def quality(
             kind=_row_class(method, chosen),
             said=said,
         )
-        against = "the best mean" if name == best else _against(verdicts.between(found, best, name), key)
+        against = "the best mean" if name == best else _against(verdicts.find_difference(found, best, name), key)
         runs = f"{len(seeds[name])} of {planned}" if planned and len(seeds[name]) < planned else str(len(seeds[name]))
         cells = [
             _name(method, chosen, True),
@@ -78,7 +78,7 @@ def _against(difference: verdicts.Difference | None, metric: str) -> str:
     if difference.verdict == "better":
         low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
         return f"worse by {numbers.bare(metric, difference.value)}{numbers.unit(metric)} ({low} to {high})"
-    if difference.apart:  # with one seed
+    if difference.excludes_zero:  # with one seed
         low, high = (numbers.bare(metric, bound) for bound in (difference.low, difference.high))
         return f"{numbers.bare(metric, difference.value)}{numbers.unit(metric)} behind ({low} to {high}), one seed"
     return f"{difference.verdict} ({numbers.signed(metric, -difference.value)})"
@@ -161,7 +161,7 @@ def differences(found: Sequence[verdicts.Difference], result: Mapping[str, Any],
         said = f"{d.a} against {d.b}: {numbers.signed(key, d.value)}{numbers.unit(key)}, interval {limits}"
         kind = "" if shown else "unshown"
         drawing = strip(scale, d.value, d.low, d.high, zero=True, kind=kind, said=said)
-        verdict = f"{d.a} is {d.verdict}" if shown else "one seed: it may be reversed" if d.apart else d.verdict
+        verdict = f"{d.a} is {d.verdict}" if shown else "one seed: it may be reversed" if d.excludes_zero else d.verdict
         p = DASH if d.p is None else "< 0.001" if d.p < 0.001 else f"{d.p:.3f}"
         said_of = verdict if d.p_better is None or d.one_seed else join([verdict, _chance(d.p_better)])
         rows.append(

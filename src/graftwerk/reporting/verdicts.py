@@ -11,7 +11,7 @@ from graftwerk.reporting.files import at, items, mapping, mappings, number, word
 from graftwerk.reporting.tradeoff import COSTS
 
 Verdict = Literal["better", "worse", "practically equal", "no difference shown"]
-_OTHER_WAY: dict[Verdict, Verdict] = {
+_SWAPPED: dict[Verdict, Verdict] = {
     "better": "worse",
     "worse": "better",
     "practically equal": "practically equal",
@@ -34,13 +34,13 @@ class Difference:
     p_better: float | None = None
 
     @property
-    def apart(self) -> bool:
+    def excludes_zero(self) -> bool:
         """Return True if the interval excludes zero; with one seed that shows nothing about methods."""
         return self.low > 0 or self.high < 0
 
-    def turned(self) -> Difference:
+    def swapped(self) -> Difference:
         """Return the same difference as that of ``b`` over ``a``."""
-        verdict = _OTHER_WAY[self.verdict]
+        verdict = _SWAPPED[self.verdict]
         chance = None if self.p_better is None else 1 - self.p_better
         return Difference(self.b, self.a, -self.value, -self.high, -self.low, self.p, verdict, self.one_seed, chance)
 
@@ -53,7 +53,7 @@ def measured(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def differences(result: Mapping[str, Any]) -> list[Difference]:
-    """Return the complete differences, largest first, each turned so that the better mean comes first."""
+    """Return the complete differences, largest first, each swapped so that the better mean comes first."""
     found = []
     less = words(result, "metric") in numbers.LESS_IS_BETTER
     for entry in mappings(result, "differences"):
@@ -71,17 +71,17 @@ def differences(result: Mapping[str, Any]) -> list[Difference]:
                 verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
         a, b, p = words(entry, "a"), words(entry, "b"), number(entry, "p")
         difference = Difference(a, b, value, low, high, p, verdict, one_seed, number(entry, "p_better"))
-        found.append(difference if value >= 0 else difference.turned())
+        found.append(difference if value >= 0 else difference.swapped())
     return sorted(found, key=lambda difference: -difference.value)
 
 
-def between(found: Sequence[Difference], a: str, b: str) -> Difference | None:
+def find_difference(found: Sequence[Difference], a: str, b: str) -> Difference | None:
     """Return the difference of ``a`` over ``b``, or None if it is not among those found."""
     for difference in found:
         if (difference.a, difference.b) == (a, b):
             return difference
         if (difference.a, difference.b) == (b, a):
-            return difference.turned()
+            return difference.swapped()
     return None
 
 
@@ -113,7 +113,7 @@ def headline(result: Mapping[str, Any]) -> str:
     if chosen == best:
         return f"Take {best}: {_beaten(found, best, names)}"
     saving = _saving(result, chosen, best)
-    against = between(found, chosen, best)
+    against = find_difference(found, chosen, best)
     if against is not None and against.verdict == "worse":
         key = words(result, "metric")
         points = numbers.signed(key, -against.value).lstrip("+") + numbers.unit(key)
@@ -166,11 +166,15 @@ def _beaten(found: Sequence[Difference], best: str, names: Sequence[str]) -> str
     others = [name for name in names if name != best]
     if any(difference.one_seed for difference in found):
         return "it has the best value of one seed each, and another seed may reverse that"
-    better = [name for name in others if (d := between(found, best, name)) is not None and d.verdict == "better"]
+    better = [
+        name for name in others if (d := find_difference(found, best, name)) is not None and d.verdict == "better"
+    ]
     if len(better) == len(others):
         return f"it is better than {others[0]}" if len(others) == 1 else "it is better than all the others"
     equal = [
-        name for name in others if (d := between(found, best, name)) is not None and d.verdict == "practically equal"
+        name
+        for name in others
+        if (d := find_difference(found, best, name)) is not None and d.verdict == "practically equal"
     ]
     if len(equal) == len(others):
         return (

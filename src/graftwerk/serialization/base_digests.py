@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftwerk.methods.base import is_quantized
+from graftwerk.methods.base_weights import is_quantized
 from graftwerk.modeling.drawn import unmarked
 from graftwerk.modeling.module_index import base_modules, base_parameters
 from graftwerk.serialization.fingerprint import loaded_parameter

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from graftwerk.errors import AdapterError
-from graftwerk.methods.base import Method, is_transposed
+from graftwerk.methods.base import Method
+from graftwerk.methods.base_weights import is_transposed
 from graftwerk.methods.hira import HiRA
 from graftwerk.methods.miss import MiSS
 from graftwerk.methods.oft import OFT

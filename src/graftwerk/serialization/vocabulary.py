@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwerk.errors import AdapterError, UnsupportedError
-from graftwerk.methods.base import is_transposed
+from graftwerk.methods.base_weights import is_transposed
 from graftwerk.modeling.module_index import base_modules
 
 if TYPE_CHECKING:

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graftwerk.kernels.first_token import first_token_alone
+
 CLASS_WEIGHTS, POSITIONS, WORDS = "class_weights", "label_positions", "label_words"
 """Entries that `Objective.prepare` adds to a batch."""
 OF_LOSS = frozenset(("labels", CLASS_WEIGHTS, POSITIONS, WORDS))
@@ -79,8 +81,17 @@ class Objective(ABC):
         """
 
 
+class RowObjective(Objective):
+    """Forward pass of models whose head gives one answer for a row, (B, C) logits."""
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
+        """Return the model's outputs for a batch of (B, T) tokens; hidden states among them may be of one token."""
+        with first_token_alone(model):
+            return super().forward(model, batch)
+
+
 @dataclass(frozen=True, eq=False)
-class ClassObjective(Objective):
+class ClassObjective(RowObjective):
     """Cross-entropy over the classes of a row.
 
     Attributes:
@@ -114,7 +125,7 @@ class ClassObjective(Objective):
 
 
 @dataclass(frozen=True)
-class ScoreObjective(Objective):
+class ScoreObjective(RowObjective):
     """Mean squared error of standardised numbers.
 
     Attributes:
@@ -144,7 +155,7 @@ class ScoreObjective(Objective):
 
 
 @dataclass(frozen=True)
-class LabelObjective(Objective):
+class LabelObjective(RowObjective):
     """Binary cross-entropy of each label."""
 
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:

@@ -143,17 +143,16 @@ def first_batch(
         encoder-decoders ``answer``, the tokens that the decoder learns.
     """
     training = settings.training
-    size = training.per_device_train_batch_size
-    rows_per_step = size * training.gradient_accumulation_steps
     rows_of = BatchSampler(
         examples,
-        rows_per_step,
+        training.global_batch_size(),
         seed=training.seed,
         group=training.length_group,
         draw=sampler_of(settings, task, examples),
     )
-    tokens = training.per_device_train_tokens
-    pieces = micro_batches(rows_of(0), rows_of.lengths, size if tokens is None else rows_per_step, tokens=tokens)
+    pieces = micro_batches(
+        rows_of(0), rows_of.lengths, training.max_micro_batch_size, tokens=training.per_device_train_tokens
+    )
     chosen = [examples[row] for row in pieces[0]]
     batch = task.collator.collate(chosen, tokenizer)
     shown = []

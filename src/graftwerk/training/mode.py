@@ -1,10 +1,10 @@
-"""Training mode of a model, restored afterwards."""
+"""Training mode of a model, and the types it computes in and is loaded in; the mode is restored afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,9 +12,28 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, UnsupportedError
 from graftwerk.evaluation.inference import without_cache
 from graftwerk.methods.placement import is_dispatched
-from graftwerk.models.hardware import TYPES, frozen_dtype
+from graftwerk.models.hardware import TYPES, compute_type, frozen_dtype
 from graftwerk.models.quantization import require_bitsandbytes
 from graftwerk.tasks.regression import Regression
+
+if TYPE_CHECKING:
+    from graftwerk.training.distributed import Distributed
+
+
+def agree_on_types(settings: RunConfig, processes: Distributed) -> tuple[torch.dtype, torch.dtype]:
+    """Return the type that forward passes compute in, and that of the base's weights: the same for all processes.
+
+    Args:
+        settings: Settings of the run.
+        processes: Processes that train together. Each tries for itself what is fast; the main one decides.
+
+    Raises:
+        UnsupportedError: The device does not compute in this type.
+    """
+    types = list(TYPES.values())
+    dtype = types[processes.broadcast(types.index(compute_type(settings.compute_type, processes.device)))]
+    check_compute_type(dtype, processes.device)
+    return dtype, base_dtype(settings, dtype, processes.device)
 
 
 def check_compute_type(dtype: torch.dtype, device: torch.device) -> None:

@@ -57,7 +57,8 @@ def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume:
                 f"`processes: {asked}`, but {world} were launched", where=KEY, hint="auto: the launcher decides"
             )
         return 1
-    rows = check_processes(settings)
+    check_processes(settings)
+    rows = settings.training.global_batch_size()
     if settings.training.compile:
         return 1
     if asked == "auto":
@@ -72,14 +73,14 @@ def resolve_num_processes(settings: RunConfig, checkpoints: Checkpoints, resume:
     return asked
 
 
-def check_processes(settings: RunConfig) -> int:
-    """Return the rows of a step.
+def check_processes(settings: RunConfig) -> None:
+    """Raise if the number of processes that the settings ask for cannot be used.
 
     Raises:
         ConfigError: The settings ask for more processes than a step has rows, or to compile in several.
     """
     asked = settings.training.processes
-    rows = settings.training.per_device_train_batch_size * settings.training.gradient_accumulation_steps
+    rows = settings.training.global_batch_size()
     if settings.training.compile and asked not in ("auto", 1) and "RANK" not in os.environ:
         raise ConfigError(
             "each forked process would compile the layers for itself, in turn with the others",
@@ -88,7 +89,6 @@ def check_processes(settings: RunConfig) -> int:
         )
     if asked != "auto" and asked > rows and "RANK" not in os.environ:
         raise ConfigError(f"{asked} processes cannot share a step's {rows} rows", where=KEY, hint=f"at most {rows}")
-    return rows
 
 
 def _from_environment() -> int | None:

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from graftwerk.absolute_paths import with_absolute_paths
+from graftwerk.config import RunConfig
 from graftwerk.errors import ConflictError
 from graftwerk.sanitize import redacted
+from graftwerk.serialization.untrusted_files import understood
+from graftwerk.training.checkpoint import Checkpoints, Snapshot
+from graftwerk.training.run_dir import CONFIG, STATE, RunDir
 
 FREE = (
     "config.output_dir",
@@ -75,6 +79,47 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], checkpoint
             f"training.warm_start={checkpoint} and another output_dir",
             recovered=str(checkpoint),
         )
+
+
+def check_same_run(checkpoints: Checkpoints, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
+    """Compare one part of a run's identity with that of the checkpoint it resumes from.
+
+    Args:
+        checkpoints: Checkpoints of the run.
+        snapshot: The checkpoint, or None for a new run, which is compared with nothing.
+        identity: Identity of the run.
+        part: The key in it.
+
+    Raises:
+        ConflictError: The checkpoint is of another run.
+        IntegrityError: Its state is damaged.
+    """
+    if snapshot is None:
+        return
+    folder = checkpoints.path(snapshot.step)
+    with understood(folder / STATE):
+        known, position = snapshot.state["run"].get(part), snapshot.state["log_position"]
+        if type(position) is not int or position < 0:
+            raise TypeError("`log_position` is no number of bytes")
+        if type(count := snapshot.state["processes"]) is not int or count < 1:
+            raise TypeError("`processes` is no number of them")
+    refuse_changes({part: known}, {part: identity[part]}, folder)
+
+
+def check_same_settings(settings: RunConfig, folder: RunDir) -> None:
+    """Compare the settings with those that a finished run was made with.
+
+    Args:
+        settings: Settings of the run.
+        folder: The run folder.
+
+    Raises:
+        ConflictError: They differ in something that changes what is trained.
+    """
+    written = folder.path / CONFIG
+    if written.is_file():
+        before = RunConfig.load(written).model_dump(mode="json")
+        refuse_changes({"config": before}, {"config": settings.model_dump(mode="json")}, folder.adapter)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,36 +1,39 @@
-"""One run in one process, from the lock on its folder to the finished manifest."""
+"""One run in one process, from the lock on its folder to the finished manifest.
+
+Read `RunDriver._train` first: the rows are read, the model is loaded, and only then is anything of an earlier run
+replaced; the training begins or resumes, and what it gave is measured and stored.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graftwerk.config import RunConfig
 from graftwerk.errors import DivergedError, ErrorReport, GraftwerkError, ResourceError, RunInterrupted
 from graftwerk.sanitize import REDACTED, redacted
 from graftwerk.serialization.atomic import FAULTS
 from graftwerk.serialization.strict_json import dump_object
-from graftwerk.serialization.untrusted_files import understood
-from graftwerk.training.callbacks.jsonl import JsonLines
-from graftwerk.training.callbacks.tensorboard import TensorBoard
-from graftwerk.training.callbacks.trackers import SERVICES, Tracking
 from graftwerk.training.checkpoint import OPTIMIZER_SCALE, Checkpoints, Snapshot
 from graftwerk.training.events import Event, EventBus
 from graftwerk.training.lock import RunLock
-from graftwerk.training.resume_check import environment_warning, refuse_changes
-from graftwerk.training.run_dir import (
-    CONFIG,
-    MANIFEST,
-    OPTIMIZER,
-    STATE,
-    WEIGHTS,
-    RunDir,
-)
+from graftwerk.training.resume_check import check_same_run, check_same_settings, environment_warning
+from graftwerk.training.run_dir import MANIFEST, OPTIMIZER, STATE, WEIGHTS, RunDir
+from graftwerk.training.run_logs import open_logs
 from graftwerk.training.signals import StopSignals
+
+if TYPE_CHECKING:
+    import torch
+
+    from graftwerk.modeling.attach import Adapter
+    from graftwerk.training.retained import RetainedMeter
+    from graftwerk.training.retention.retention import Retention
+    from graftwerk.training.setup import Prepared
+    from graftwerk.training.trainer import Trainer
 
 SECRETS_LEFT_OUT = (
     f"a path or URL in the run file holds a secret: no file of the run shows it (it says {REDACTED} there); this "
@@ -100,7 +103,7 @@ class RunDriver:
             earlier = self.folder.claim(resume=resume, overwrite=overwrite) if main else None
             finished = earlier is not None and earlier["status"] == "finished"
             if finished:
-                self._refuse_other_settings()
+                check_same_settings(self.settings, self.folder)
             if main:
                 self.checkpoints.clean()
             self.processes = connect(shares_rows=forked)
@@ -112,13 +115,6 @@ class RunDriver:
                 self.bus(Event("nothing_left", 0, text=text))
             self.processes.barrier()
 
-    def _refuse_other_settings(self) -> None:
-        """Raise ConflictError if a finished run was made with other settings than these."""
-        written = self.folder.path / CONFIG
-        if written.is_file():
-            before = RunConfig.load(written).model_dump(mode="json")
-            refuse_changes({"config": before}, {"config": self.settings.model_dump(mode="json")}, self.folder.adapter)
-
     def _train(self, resume: bool, earlier: Mapping[str, Any]) -> None:
         """Read the data, load the model, train, and store the results.
 
@@ -127,70 +123,35 @@ class RunDriver:
             earlier: Manifest of the run that is resumed. Once it names a cost its training is done (a trial's, or that
                 of an end that was cut short), and what it cost stays true.
         """
-        from graftwerk.evaluation.cost import peak_memory, resident
+        from graftwerk.evaluation.cost import resident
         from graftwerk.machine import give_back
-        from graftwerk.models.hardware import TYPES, compute_type, set_threads
-        from graftwerk.serialization.base_digests import KEY, digest_of
-        from graftwerk.training.augmented import add_augmented
-        from graftwerk.training.base_proof import digests_before
-        from graftwerk.training.data_checks import first_batch, raise_on_severe
+        from graftwerk.models.hardware import set_threads
+        from graftwerk.serialization.base_digests import KEY
         from graftwerk.training.finalize import finish
-        from graftwerk.training.head_start import refuse_checkpoint, start_head
-        from graftwerk.training.manifest import compute_of, data_identity, environment, opening, run_plan
-        from graftwerk.training.mode import base_dtype, check_compute_type
+        from graftwerk.training.manifest import compute_of, environment, opening
+        from graftwerk.training.mode import agree_on_types
         from graftwerk.training.multitask_sampling import sampler_of
-        from graftwerk.training.planning.memory_check import check_memory, planned_cost
         from graftwerk.training.retained import RetainedMeter
-        from graftwerk.training.retention.begin import retention_of
-        from graftwerk.training.setup import load_base_and_attach, prepare, training_data
+        from graftwerk.training.setup import training_data
         from graftwerk.training.trainer import Trainer
         from graftwerk.training.trainer_inputs import RunContext
-        from graftwerk.training.warm_start import warm_labels, warm_start
 
         settings, bus = self.settings, self.bus
         set_threads()
-        dtype = compute_type(settings.compute_type, self.processes.device)
-        types = list(TYPES.values())  # each process has tried for itself what is fast
-        dtype = types[self.processes.broadcast(types.index(dtype))]
-        check_compute_type(dtype, self.processes.device)
-        weights = base_dtype(settings, dtype, self.processes.device)
+        dtype, weights_dtype = agree_on_types(settings, self.processes)
         snapshot = self.checkpoints.load_latest() if resume else None
         identity: dict[str, Any] = {
             "config": redacted(settings.model_dump(mode="json")),
-            "environment": environment(weights, settings.quantization is not None),
+            "environment": environment(weights_dtype, settings.quantization is not None),
         }
-        self._same_run(snapshot, identity, "config")
+        check_same_run(self.checkpoints, snapshot, identity, "config")
         early: list[Event] = []
         bus.listeners.append(early.append)
-        bus(Event("phase", 0, name="reading the data"))
-        new_head, warm = settings.training.new_head, settings.training.warm_start
-        prepared = prepare(settings, bus, None if new_head else warm_labels(warm))
-        raise_on_severe(prepared.findings, settings.data.allow)
-        if snapshot is None:
-            batch = first_batch(
-                settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
-            )
-            bus(Event("first_batch", 0, **batch))
-        sharing = self.processes.world_size if self.processes.shares_rows else 1
-        plan = check_memory(settings, prepared, sharing, bus) if self.processes.is_main else None
-        prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
-        identity["data"] = data_identity(prepared)
-        if settings.training.retain is not None:
-            identity["retained"] = "+".join(entry.identity for entry in prepared.retained)
-            self._same_run(snapshot, identity, "retained")
-        self._same_run(snapshot, identity, "data")
+        prepared, plan = self._read_rows(snapshot, identity)
         bus(Event("phase", 0, name="loading the model"))
         give_back()  # what reading the rows has freed, which would be taken again unseen
         baseline = resident(self.processes.device)
-        adapter, identity["base"] = load_base_and_attach(settings, prepared, weights, dtype, self.processes.device)
-        self._same_run(snapshot, identity, "base")
-        proof = digests_before(adapter, earlier) if self.processes.is_main else {}
-        if warm is not None and warm_start(adapter, warm, new_head=new_head):
-            refuse_checkpoint(prepared)
-        if settings.training.retain is not None and warm is not None:
-            identity["start"] = digest_of(adapter.state_dict())
-            self._same_run(snapshot, identity, "start")
-        prepared = start_head(adapter, prepared, warm=warm is not None and not new_head)
+        adapter, prepared, proof = self._load_model(prepared, dtype, weights_dtype, snapshot, identity, earlier)
         trainer = Trainer(
             adapter,
             prepared.task,
@@ -212,36 +173,150 @@ class RunDriver:
             bus.listeners.remove(early.append)
             self._open_folder(snapshot)
         with self._logs(snapshot, early) as log_position:
-            with self._before_the_first_step(trainer, meter):
-                retention = retention_of(settings, prepared, trainer, meter)
-            if snapshot is None:
-                bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
-            else:
-                trainer.restore(snapshot)
-                bus(Event("resume", snapshot.step, path=str(self.checkpoints.path(snapshot.step))))
-                if text := environment_warning(snapshot.state["run"], identity):
-                    bus(Event("warning", snapshot.step, text=text))
-            asked, used = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), str(dtype).removeprefix("torch.")
-            if asked != "no" and LAUNCHED_PRECISION.get(asked) != used:
-                text = (
-                    f"accelerate's mixed precision ({asked}) is not used: training.compute_type decides; it is {used}"
-                )
-                bus(Event("warning", trainer.state.step, text=text))
+            retention = self._begin(trainer, meter, prepared, snapshot)
             with self._recording_failure(trainer):
-                with peak_memory(above=baseline, device=self.processes.device) as peak:
-                    trainer.fit(log_position)
-                held = self.processes.total_bytes(peak.bytes)
-                first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
-                planned = (
-                    planned_cost(plan, settings, prepared, sharing, trainer, held) if self.processes.is_main else {}
-                )
-                cost: dict[str, Any] = {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
+                cost = self._fit(trainer, prepared, plan, baseline, log_position)
                 cost |= {} if retention is None else {"retention": retention.cost()}
                 with self.processes.gathered(adapter.model):
                     finish(trainer, prepared, settings, self.folder, self.manifest, cost, meter, trial=self.trial)
 
+    def _read_rows(self, snapshot: Snapshot | None, identity: dict[str, Any]) -> tuple[Prepared, Any]:
+        """Read, check and encode the rows, augmented ones included, and plan the memory of the run.
+
+        Args:
+            snapshot: Checkpoint that is resumed, or None.
+            identity: Identity of the run; that of its data is added, and compared with the checkpoint's.
+
+        Returns:
+            The rows, and what `check_memory` has planned, None in processes other than the main one.
+        """
+        from graftwerk.training.augmented import add_augmented
+        from graftwerk.training.data_checks import first_batch, raise_on_severe
+        from graftwerk.training.manifest import data_identity
+        from graftwerk.training.planning.memory_check import check_memory
+        from graftwerk.training.setup import prepare
+        from graftwerk.training.warm_start import warm_labels
+
+        settings, bus = self.settings, self.bus
+        bus(Event("phase", 0, name="reading the data"))
+        labels = None if settings.training.new_head else warm_labels(settings.training.warm_start)
+        prepared = prepare(settings, bus, labels)
+        raise_on_severe(prepared.findings, settings.data.allow)
+        if snapshot is None:
+            batch = first_batch(
+                settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
+            )
+            bus(Event("first_batch", 0, **batch))
+        plan = None
+        if self.processes.is_main:
+            plan = check_memory(settings, prepared, self.processes.processes_per_device, bus)
+        prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
+        identity["data"] = data_identity(prepared)
+        if settings.training.retain is not None:
+            identity["retained"] = "+".join(entry.identity for entry in prepared.retained)
+            check_same_run(self.checkpoints, snapshot, identity, "retained")
+        check_same_run(self.checkpoints, snapshot, identity, "data")
+        return prepared, plan
+
+    def _load_model(
+        self,
+        prepared: Prepared,
+        dtype: torch.dtype,
+        weights_dtype: torch.dtype,
+        snapshot: Snapshot | None,
+        identity: dict[str, Any],
+        earlier: Mapping[str, Any],
+    ) -> tuple[Adapter, Prepared, dict[str, Any]]:
+        """Load the base, attach the adapter, and give it the weights of a warm start.
+
+        Args:
+            prepared: Rows of the run.
+            dtype: Compute type.
+            weights_dtype: Type of the base's weights.
+            snapshot: Checkpoint that is resumed, or None.
+            identity: Identity of the run; that of base and start is added, and compared with the checkpoint's.
+            earlier: Manifest of the run that is resumed.
+
+        Returns:
+            The adapter, the rows with their task as it starts, and digests of the base for the manifest.
+        """
+        from graftwerk.serialization.base_digests import digest_of
+        from graftwerk.training.base_proof import digests_before
+        from graftwerk.training.head_start import refuse_checkpoint, start_head
+        from graftwerk.training.setup import load_base_and_attach
+        from graftwerk.training.warm_start import warm_start
+
+        settings, warm, new_head = self.settings, self.settings.training.warm_start, self.settings.training.new_head
+        adapter, identity["base"] = load_base_and_attach(
+            settings, prepared, weights_dtype, dtype, self.processes.device
+        )
+        check_same_run(self.checkpoints, snapshot, identity, "base")
+        proof = digests_before(adapter, earlier) if self.processes.is_main else {}
+        if warm is not None and warm_start(adapter, warm, new_head=new_head):
+            refuse_checkpoint(prepared)
+        if settings.training.retain is not None and warm is not None:
+            identity["start"] = digest_of(adapter.state_dict())
+            check_same_run(self.checkpoints, snapshot, identity, "start")
+        return adapter, start_head(adapter, prepared, warm=warm is not None and not new_head), proof
+
+    def _begin(
+        self, trainer: Trainer, meter: RetainedMeter, prepared: Prepared, snapshot: Snapshot | None
+    ) -> Retention | None:
+        """Bring a new training, or a resumed one, to the point where its next step follows; tell the listeners.
+
+        Args:
+            trainer: The training, at step 0.
+            meter: What is to be retained.
+            prepared: Rows of the run.
+            snapshot: Checkpoint that is resumed, or None.
+
+        Returns:
+            The strategies against forgetting, or None if the run has none.
+        """
+        from graftwerk.training.manifest import run_plan
+        from graftwerk.training.retention.begin import retention_of
+
+        with self._before_the_first_step(meter):
+            retention = retention_of(self.settings, prepared, trainer, meter)
+        if snapshot is None:
+            self.bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
+        else:
+            trainer.restore(snapshot)
+            self.bus(Event("resume", snapshot.step, path=str(self.checkpoints.path(snapshot.step))))
+            if text := environment_warning(snapshot.state["run"], trainer.identity):
+                self.bus(Event("warning", snapshot.step, text=text))
+        asked, used = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), str(trainer.dtype).removeprefix("torch.")
+        if asked != "no" and LAUNCHED_PRECISION.get(asked) != used:
+            text = f"accelerate's mixed precision ({asked}) is not used: training.compute_type decides; it is {used}"
+            self.bus(Event("warning", trainer.state.step, text=text))
+        return retention
+
+    def _fit(
+        self, trainer: Trainer, prepared: Prepared, plan: Any, baseline: int | None, log_position: Callable[[], int]
+    ) -> dict[str, Any]:
+        """Train to the end, and return what it cost.
+
+        Args:
+            trainer: The training.
+            prepared: Rows of the run.
+            plan: What `check_memory` has planned.
+            baseline: Bytes that the process held before the model was loaded, or None if they are not known.
+            log_position: As for `Trainer.fit`.
+        """
+        from graftwerk.evaluation.cost import peak_memory
+        from graftwerk.training.planning.memory_check import planned_cost
+
+        with peak_memory(above=baseline, device=self.processes.device) as peak:
+            trainer.fit(log_position)
+        held = self.processes.total_bytes(peak.bytes)
+        first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
+        planned: Mapping[str, Any] = {}
+        if self.processes.is_main:
+            planned = planned_cost(plan, self.settings, prepared, self.processes.processes_per_device, trainer, held)
+        return {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
+
     @contextmanager
-    def _before_the_first_step(self, trainer: Any, meter: Any) -> Iterator[None]:
+    def _before_the_first_step(self, meter: RetainedMeter) -> Iterator[None]:
         """Measure what is to be retained on the model as it starts, of a resumed run as well, before the block."""
         from graftwerk.training import rng
         from graftwerk.training.validation import StopEvaluation
@@ -262,18 +337,7 @@ class RunDriver:
                 hint="run the same command with --resume to continue",
             ) from None
 
-    def _same_run(self, snapshot: Snapshot | None, identity: Mapping[str, Any], part: str) -> None:
-        if snapshot is not None:
-            folder = self.checkpoints.path(snapshot.step)
-            with understood(folder / STATE):
-                known, position = snapshot.state["run"].get(part), snapshot.state["log_position"]
-                if type(position) is not int or position < 0:
-                    raise TypeError("`log_position` is no number of bytes")
-                if type(count := snapshot.state["processes"]) is not int or count < 1:
-                    raise TypeError("`processes` is no number of them")
-            refuse_changes({part: known}, {part: identity[part]}, folder)
-
-    def _check_readable(self, trainer: Any) -> None:
+    def _check_readable(self, trainer: Trainer) -> None:
         """Raise, before anything is trained, for a run whose files could be written but not be read again.
 
         Raises:
@@ -305,48 +369,14 @@ class RunDriver:
             self.bus(Event("warning", 0, text=SECRETS_LEFT_OUT))
         self.folder.write_config(resolved)
 
-    @contextmanager
-    def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> Iterator[Callable[[], int]]:
-        """Open the log files; yield the function that forces the event log to the disk and returns its size."""
+    def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> AbstractContextManager[Callable[[], int]]:
+        """Open the logs, in the main process; elsewhere there is no event log, of 0 bytes."""
         if not self.processes.is_main:
-            yield lambda: 0
-            return
-        step = 0 if snapshot is None else snapshot.step
-        offset = 0 if snapshot is None else int(snapshot.state["log_position"])
-        wanted = self.settings.training.report_to
-
-        def warn(text: str) -> None:
-            self.bus(Event("warning", step, text=text))
-
-        log = JsonLines(self.folder.log, offset, warn) if "jsonl" in wanted else None
-        board = (
-            TensorBoard(self.folder.tensorboard, step if snapshot else None, warn) if "tensorboard" in wanted else None
-        )
-        writers: list[Any] = [writer for writer in (log, board) if writer is not None]
-        tree = redacted(self.settings.model_dump(mode="json"))
-        writers += [
-            Tracking(SERVICES[name](), self.folder.path, tree, resumed=snapshot is not None, on_trouble=warn)
-            for name in wanted
-            if name in SERVICES
-        ]
-        self.bus.listeners.extend(writers)
-        try:
-            if log is not None and log.missing:
-                warn(f"{log.path} is {log.missing:,} bytes shorter than it was at the checkpoint")
-            for event in early if log is not None and snapshot is None else ():
-                log(event)  # type: ignore[misc]  # events from before the folder was this run's
-            yield log.sync if log is not None else self._log_bytes
-        finally:
-            for writer in writers:
-                self.bus.listeners.remove(writer)
-                writer.close()
-
-    def _log_bytes(self) -> int:
-        """Return the size of the existing event log in bytes, 0 if there is none."""
-        return self.folder.log.stat().st_size if self.folder.log.is_file() else 0
+            return nullcontext(lambda: 0)
+        return open_logs(self.settings, self.folder, self.bus, snapshot, early)
 
     @contextmanager
-    def _recording_failure(self, trainer: Any) -> Iterator[None]:
+    def _recording_failure(self, trainer: Trainer) -> Iterator[None]:
         """Write into the manifest how a failed run ended, if it can still be written."""
         try:
             yield

@@ -97,13 +97,12 @@ class Trainer:
         self.model = self.distributed.prepare(adapter.model)
         self.parameters = list(adapter.parameters())
 
-        devices = 1 if self.distributed.shares_rows else self.distributed.world_size
-        self.rows_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * devices
+        self.rows_per_step = settings.global_batch_size(self.distributed.num_devices)
         self.batch_sampler = BatchSampler(
             data.train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=data.sampler
         )
         self.steps_per_epoch = self.batch_sampler.steps_per_epoch
-        self.total_steps = settings.max_steps or math.ceil(settings.num_train_epochs * self.steps_per_epoch)
+        self.total_steps = settings.num_steps(self.steps_per_epoch)
         self.warmup_steps = math.ceil(settings.warmup_ratio * self.total_steps)
 
         self.optimizer = self._build_optimizer()
@@ -168,7 +167,7 @@ class Trainer:
         """
         with rng.untouched(self.device):
             retention.start(self)
-        self.gradients.beside = retention.losses
+        self.gradients.extra_losses = retention.losses
         self.callbacks.insert(self.callbacks.index(self.evaluations), retention)
 
     # -- training loop ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from graftwerk.errors import ConfigError, GraftwerkError
 from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.recommendation.rules import CANDIDATES, settings_of
 from graftwerk.experiments.result_folder import SCALE
-from graftwerk.experiments.significance import between, in_words, verdict
+from graftwerk.experiments.significance import describe_difference, find_difference, verdict
 from graftwerk.methods.registry import parse_method
 from graftwerk.reporting.files import COMPARISON, SEARCH, at, mapping, mappings, number, words
 from graftwerk.serialization.untrusted_files import read_sealed
@@ -104,9 +104,9 @@ def _compared(
             _add(found, label, weight, f"the best mean there: {METRICS[metric].title} {value}", source)
             continue
         try:
-            difference = between(at(result, "differences") or [], name, best)
+            difference = find_difference(at(result, "differences") or [], name, best)
             said = verdict(difference, metric)
-            text = in_words(difference, metric)
+            text = describe_difference(difference, metric)
         except (KeyError, TypeError):
             continue
         points = -weight if said == "worse" else weight / 2

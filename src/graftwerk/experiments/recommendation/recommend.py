@@ -185,13 +185,16 @@ def _candidate(
 def _plan(candidate: Candidate, planner: Any, memory: int | None) -> None:
     """Plan a candidate, with a smaller micro-batch if it does not fit otherwise; note why it cannot be used."""
     training = candidate.config.training
-    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    rows = training.per_device_train_batch_size
     tree = candidate.config.model_dump(mode="json")
     sizes = [rows >> halvings for halvings in range(rows.bit_length()) if rows % (1 << halvings) == 0]
     tried = (
         [{}]
         if memory is None
-        else [_micro(rows, steps, size) for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])]
+        else [
+            {} if size == rows else training.micro_batch_overrides(size)
+            for size in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        ]
     )
     for changes in tried:
         try:
@@ -212,15 +215,6 @@ def _plan(candidate: Candidate, planner: Any, memory: int | None) -> None:
             return
         limit = plan["available_bytes"] if memory is None else memory
         candidate.missing = f"needs {byte_size(plan['memory']['train_peak_bytes'])}, and there are {byte_size(limit)}"
-
-
-def _micro(rows: int, steps: int, size: int) -> dict[str, Any]:
-    if size == rows:
-        return {}
-    return {
-        "training.per_device_train_batch_size": size,
-        "training.gradient_accumulation_steps": steps * rows // size,
-    }
 
 
 def _sharpen(usable: list[Candidate], aim: str) -> None:

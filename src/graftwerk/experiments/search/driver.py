@@ -235,9 +235,8 @@ class SearchDriver:
             return False
         if rows is None and self.wanted.pruner == "wilcoxon" and NO_SCORES not in self.notes:
             self._note(NO_SCORES)
-        training = config.training
-        rows_a_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        step = round(100 * event["step"] / math.ceil(self.train_rows / rows_a_step))
+        steps_per_epoch = math.ceil(self.train_rows / config.training.global_batch_size())
+        step = round(100 * event["step"] / steps_per_epoch)
         return self.study.is_hopeless(ticket, step, value, rows)
 
     def _spent(self) -> bool:

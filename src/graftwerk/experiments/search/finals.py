@@ -12,9 +12,10 @@ from graftwerk.evaluation.metrics import METRICS
 from graftwerk.experiments.aggregation import RunResult, aggregate, measured_run
 from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec
+from graftwerk.experiments.pareto import COSTS
 from graftwerk.experiments.search.runs import Active, Runs
 from graftwerk.experiments.search.settings import SearchSettings
-from graftwerk.experiments.significance import COSTS, between, in_words, verdict
+from graftwerk.experiments.significance import describe_difference, find_difference, verdict
 from graftwerk.experiments.table import format_metric
 from graftwerk.experiments.workers import Workers
 from graftwerk.training.lock import wait_for
@@ -91,9 +92,9 @@ class Finals:
         measured = {method["name"]: method for method in result["methods"]}
         difference = None
         if all(measured.get(name, {}).get("figure") for name in (BEST, DEFAULTS)):
-            difference = dict(between(result["differences"], BEST, DEFAULTS))
+            difference = dict(find_difference(result["differences"], BEST, DEFAULTS))
             difference["verdict"] = verdict(difference, self.metric)  # type: ignore[arg-type]
-            difference["text"] = in_words(difference, self.metric)  # type: ignore[arg-type]
+            difference["text"] = describe_difference(difference, self.metric)  # type: ignore[arg-type]
         stands = self.winner == DEFAULTS or (difference is not None and difference["verdict"] == "worse")
         best = measured[DEFAULTS] if stands or BEST not in measured else measured[BEST]
         return {

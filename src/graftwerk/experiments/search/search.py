@@ -25,7 +25,7 @@ from graftwerk.experiments.search.space import Axis, read_space
 from graftwerk.experiments.search.table import as_text
 from graftwerk.experiments.workers import machines
 from graftwerk.reporting.files import SEARCH
-from graftwerk.settings import parse_settings
+from graftwerk.settings_parsing import parse_settings
 
 
 class Search(ResultFolder):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.table import points
+from graftwerk.experiments.table import format_points
 from graftwerk.formatting import DASH, columns, duration
 from graftwerk.sanitize import clean
 
@@ -65,7 +65,7 @@ def _figure(measure: Mapping[str, Any] | None) -> str:
     if measure is None:
         return DASH
     low, high = measure["low"], measure["high"]
-    return points(measure["value"]) + ("" if low is None else f" [{points(low)}, {points(high)}]")
+    return format_points(measure["value"]) + ("" if low is None else f" [{format_points(low)}, {format_points(high)}]")
 
 
 def _matrix(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.methods.base import is_quantized
+from graftwerk.methods.base_weights import is_quantized
 from graftwerk.modeling.architectures import read_architecture
 from graftwerk.modeling.module_index import base_parameters
 from graftwerk.training.distributed.forked import SummedGradients

@@ -165,11 +165,9 @@ def upper_bound(config: RunConfig, prepared: Prepared, architecture: Any) -> flo
     training, outputs = config.training, vocabulary if "LM" in prepared.task.auto_class().__name__ else width
     total = 0.0
     for rows, split in (
-        (training.per_device_train_batch_size, "train"),
+        (training.max_micro_batch_size, "train"),
         (training.per_device_eval_batch_size, "validation"),
     ):
-        if training.per_device_train_tokens is not None:
-            rows *= training.gradient_accumulation_steps
         longest = BatchSampler(prepared.examples[split], rows, seed=0, group=False).longest
         layers = depth if split == "train" else 2
         saved = layers * (40 * width + 8 * inner + 6 * heads * longest) + 3 * outputs

@@ -179,9 +179,7 @@ class Planner:
         """Return the run with batches of so many rows, and what that changes in the settings."""
         training, changes = self.config.training, dict[str, Any]()
         if rows != training.per_device_train_batch_size:
-            steps = training.gradient_accumulation_steps * training.per_device_train_batch_size // rows
-            changes["training.per_device_train_batch_size"] = rows
-            changes["training.gradient_accumulation_steps"] = steps
+            changes |= training.micro_batch_overrides(rows)
         if evaluated != training.per_device_eval_batch_size:
             changes["training.per_device_eval_batch_size"] = evaluated
         if recompute != training.gradient_checkpointing:
@@ -271,10 +269,8 @@ class Planner:
     def _steps(self, config: RunConfig) -> tuple[int, int, int]:
         """Return the steps of the training, those of an epoch, and those from one evaluation to the next."""
         training = config.training
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-        per_epoch = math.ceil(len(self.prepared.examples["train"]) / rows)
-        steps = training.max_steps or math.ceil(training.num_train_epochs * per_epoch)
-        return steps, per_epoch, training.eval_steps or per_epoch
+        per_epoch = math.ceil(len(self.prepared.examples["train"]) / training.global_batch_size())
+        return training.num_steps(per_epoch), per_epoch, training.eval_steps or per_epoch
 
     def _largest_batch(self, config: RunConfig, found: Mapping[str, float], memory: Memory, free: int) -> int | None:
         """Return the most rows of a micro-batch that fit: a step's tensors grow by the same bytes with each row.

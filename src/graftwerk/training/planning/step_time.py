@@ -80,8 +80,7 @@ def _shapes(
 
 
 def _sampler(train: Sequence[Example], training: TrainingSettings) -> BatchSampler:
-    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    return BatchSampler(train, rows, seed=training.seed, group=training.length_group)
+    return BatchSampler(train, training.global_batch_size(), seed=training.seed, group=training.length_group)
 
 
 def speed_of(dtype: torch.dtype, kind: str) -> float:

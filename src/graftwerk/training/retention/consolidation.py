@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from graftwerk.errors import DivergedError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, evaluation_mode
-from graftwerk.methods.base import AdapterModule, base_weight
+from graftwerk.methods.base import AdapterModule
+from graftwerk.methods.base_weights import base_weight
 from graftwerk.modeling.module_index import base_modules
 from graftwerk.modeling.weight_updates import updated_layers
 from graftwerk.tasks.base import Example
