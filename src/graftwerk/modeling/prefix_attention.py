@@ -6,7 +6,7 @@ bias by as many columns, and calls the implementation that the model had. Withou
 call on, so that outputs are the base's bits. Nothing goes into the cache: a prefix is put in front at every call, after
 the cache was read.
 
-Legend: B rows, H heads, G key/value heads, D head width, Q queries, K keys, n virtual tokens.
+Legend: B rows, H heads, G key/value heads, D head width, Q queries, K keys, n virtual tokens, S = n + K.
 """
 
 from __future__ import annotations
@@ -52,18 +52,21 @@ def prefix_attention_forward(
         attention_mask: (B or 1, H or 1, Q, K), or None. Booleans are True where a key is seen; numbers are added to
             the scores.
         **kwargs: As transformers passes them.
+
+    Returns:
+        What the implementation returns: outputs (B, Q, H, D), and weights (B, H, Q, S) or None.
     """
-    original = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
+    attention = sdpa_attention_forward if implementation == "sdpa" else _eager_of(module)
     prefix = _active_prefix(module, key)
     if prefix is not None:
         n = prefix.key.shape[2]
         call = AttentionCall(module, query, key, attention_mask, kwargs, sdpa=implementation == "sdpa")
-        attention_mask = prefix.masks.widened(call, n, prefix.seen)  # (B or 1, H or 1, Q, n + K)
+        attention_mask = prefix.masks.widened(call, n, prefix.seen)  # (B or 1, H or 1, Q, S)
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))  # (B or 1, H, Q, n + K)
-        key = torch.cat((prefix.key, key), dim=2)  # (B, G, n + K, D)
-        value = torch.cat((prefix.value, value), dim=2)  # (B, G, n + K, D)
-    return original(module, query, key, value, attention_mask, **kwargs)
+            kwargs["position_bias"] = F.pad(kwargs["position_bias"], (n, 0))  # (B or 1, H, Q, S)
+        key = torch.cat((prefix.key, key), dim=2)  # (B, G, S, D)
+        value = torch.cat((prefix.value, value), dim=2)  # (B, G, S, D)
+    return attention(module, query, key, value, attention_mask, **kwargs)
 
 
 class _ActivePrefix(NamedTuple):

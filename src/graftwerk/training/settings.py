@@ -31,7 +31,7 @@ class TrainingSettings(Settings):
         default=16,
         ge=1,
         validation_alias=AliasChoices("per_device_train_batch_size", "batch_size"),
-        description="rows per step and device",
+        description="rows of a micro-batch on each device",
     )
     per_device_train_tokens: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
