@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import graftwerk as gw
 from graftwerk.kernels import flags
-from graftwerk.methods.linear_layers import InputDropout
+from graftwerk.methods.dropout import InputDropout
 from tests.contract.cases import METHODS, REFUSED, method_of, perturb
 from tests.families import FAMILIES, Family
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError, ResourceError, UnsupportedError
 from graftwerk.kernels import flags
-from graftwerk.methods.linear_layers import InputDropout
+from graftwerk.methods.dropout import InputDropout
 from graftwerk.modeling.architectures import Architecture
 from graftwerk.training import compilation
 from graftwerk.training.events import Event

@@ -27,6 +27,9 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from graftwerk.methods.base import AdapterModule
 
 _HASH = -2048144789
 
@@ -136,3 +139,34 @@ def draw_seed() -> int:
         with _disable_current_modes():
             return int(torch.randint(2**62, (), device="cpu"))
     return int(torch.randint(2**62, (), device="cpu"))
+
+
+class InputDropout(AdapterModule):
+    """Abstract: an adapter module whose update reads its input with entries dropped while training.
+
+    Args:
+        p: Probability of dropping an entry.
+    """
+
+    dropout: float
+    group: DropoutGroup
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.__dict__.update(dropout=p, group=DropoutGroup())  # past `__setattr__`, as in `low_rank.Factor`
+
+    @property
+    def p(self) -> float:
+        """Probability of dropping an entry now: 0 outside training."""
+        return self.dropout if self.training else 0.0
+
+    def seed(self, x: Tensor) -> int:
+        """Return the seed of the mask on ``x`` (..., in), the same for all modules of the group."""
+        return self.group.seed(x, self)
+
+    def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x (..., in) as the update reads it: in the dtype of the parameters, entries dropped while training."""
+        h = x.to(dtype)
+        if self.p and torch.compiler.is_compiling():
+            return F.dropout(h, self.p)  # no seed can be read inside a graph, whose compiler fuses torch's own mask
+        return dropout(h, self.p, self.seed(x)) if self.p else h

@@ -19,9 +19,10 @@ from pydantic import AliasChoices, Field
 from torch import Tensor, nn
 
 from graftwerk.methods.base import AdapterModule, TargetModule
-from graftwerk.methods.linear_layers import LinearLayerMethod, Rank, WeightUpdate
+from graftwerk.methods.linear_layers import LinearLayerMethod, Rank
 from graftwerk.methods.low_rank import init_factors
 from graftwerk.methods.target_modules import check_patterns, value_of
+from graftwerk.methods.weight_update import WeightUpdate
 
 
 class HiRAModule(WeightUpdate):

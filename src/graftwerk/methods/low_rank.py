@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftwerk.methods.base import ATTENTION_ROLES, AdapterModule, Role, TargetModule
-from graftwerk.methods.dropout import DropoutGroup
-from graftwerk.methods.linear_layers import InputDropout
+from graftwerk.methods.dropout import DropoutGroup, InputDropout
 
 
 class Factor(nn.Module):

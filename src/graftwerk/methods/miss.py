@@ -29,7 +29,9 @@ from torch.nn import functional as F
 
 from graftwerk.errors import ConfigError
 from graftwerk.methods.base import AdapterModule, TargetModule
-from graftwerk.methods.linear_layers import InputDropout, LinearLayerMethod, Rank, WeightUpdate
+from graftwerk.methods.dropout import InputDropout
+from graftwerk.methods.linear_layers import LinearLayerMethod, Rank
+from graftwerk.methods.weight_update import WeightUpdate
 
 
 class MiSSModule(InputDropout):
