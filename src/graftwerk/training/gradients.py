@@ -1,5 +1,10 @@
 """The gradient of one step, accumulated over micro-batches and processes.
 
+    loss = sum over micro-batches i of (n_i / N) mean_i         mean_i over the n_i targets of micro-batch i
+
+N is the number of targets of the whole step, on all processes, so that the result does not depend on how the step was
+cut up.
+
 Legend: P processes.
 """
 
@@ -66,7 +71,7 @@ class ForwardPasses:
         return nullcontext() if self.compiled is None else self.compiled.active()
 
 
-Beside = Callable[[PreparedStep, "GradientAccumulator"], Iterator[Tensor]]
+ExtraLosses = Callable[[PreparedStep, "GradientAccumulator"], Iterator[Tensor]]
 """Yields losses (scalars) that are added to those of a step, before the micro-batches of the step itself."""
 
 
@@ -95,7 +100,7 @@ class GradientAccumulator:
         self.optimizer, self.scaler, self.stop = optimizer, scaler, stop
         self.model, self.task = batches.model, batches.task
         self.settings, self.processes = batches.settings, batches.processes
-        self.beside: Beside | None = None
+        self.extra_losses: ExtraLosses | None = None
         """Losses beside the task's own, or None."""
 
     def initial_micro_batch(self) -> int:
@@ -106,8 +111,6 @@ class GradientAccumulator:
     def __call__(self, rows: Sequence[int], micro_batch: int) -> Gradient:
         """Set the parameters' gradients to those of the step, clipped.
 
-        Micro-batches count by their number of targets, so that the result does not depend on how the step was cut up.
-
         Args:
             rows: Rows of the step, of all processes.
             micro_batch: Rows of a micro-batch.
@@ -115,16 +118,16 @@ class GradientAccumulator:
         Returns:
             The loss, the norm before clipping and the number of targets; all 0 in a step without a target.
         """
-        return self.of(self.batches.take(rows, micro_batch))
+        return self.accumulate(self.batches.take(rows, micro_batch))
 
-    def of(self, step: PreparedStep) -> Gradient:
+    def accumulate(self, step: PreparedStep) -> Gradient:
         """Set the parameters' gradients to those of batches that are collated already."""
         processes, device, objective = self.processes, self.processes.device, self.task.objective
         total = processes.sum_scalar(float(sum(step.weights)))
         loss_sum = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
-        if self.beside is not None:
-            self._add(self.beside(step, self))
+        if self.extra_losses is not None:
+            self._backward_extra(self.extra_losses(step, self))
         pieces = zip(step.batches, step.weights, step.examples, strict=True)
         for number, (batch, weight, examples) in enumerate(pieces, start=1):
             last = number == len(step.batches)
@@ -145,7 +148,7 @@ class GradientAccumulator:
         each = processes.gather(torch.stack([loss_sum, norm, signum]))  # (P, 3)
         return Gradient(total, torch.stack([each[:, 0].sum(), each[processes.rank, 1], each[:, 2].max()]))
 
-    def _add(self, losses: Iterator[Tensor]) -> None:
+    def _backward_extra(self, losses: Iterator[Tensor]) -> None:
         """Propagate losses beside the task's own; DDP sums their gradients with those of the last micro-batch."""
         with self.processes.no_sync(self.model):
             while True:

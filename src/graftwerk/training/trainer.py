@@ -168,7 +168,7 @@ class Trainer:
         """
         with rng.untouched(self.device):
             retention.start(self)
-        self.gradients.beside = retention.losses
+        self.gradients.extra_losses = retention.losses
         self.callbacks.insert(self.callbacks.index(self.evaluations), retention)
 
     # -- training loop ---------------------------------------------------------------------------------------------

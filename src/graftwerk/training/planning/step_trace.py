@@ -313,7 +313,7 @@ def trace_step(
     with torch.random.fork_rng(devices=[]), fake, meter, training_mode(model, training.gradient_checkpointing):
         meter.restart()
         start = meter.alive
-        gradient = trainer.gradients.of(step)
+        gradient = trainer.gradients.accumulate(step)
         optim.step_if(trainer.optimizer, gradient.finite)
         step_peak, moved, calls = meter.peak, meter.moved, meter.calls
         operations, attention, products = meter.operations, meter.attention, len(meter.products)
