@@ -34,6 +34,7 @@ from graftwerk.experiments.job_runner import Crashed, JobRunner
 from graftwerk.experiments.method_specs import MethodSpec, with_and_without
 from graftwerk.experiments.progress import ProgressEvent
 from graftwerk.experiments.run_events import NOTED, RunEvents, result_line
+from graftwerk.experiments.run_results import RunResults
 from graftwerk.experiments.tuning import chosen, describe_tuning, method_of, planned_runs, read_axes, tuned
 from graftwerk.experiments.workers import Machines, Workers
 from graftwerk.own_files import refuse_links
@@ -89,10 +90,8 @@ class ComparisonDriver:
         self.folder = base.output_dir
         self.listener = listener
         self.lock, self.at_once = threading.RLock(), 1
-        self.tried: dict[str, dict[int, TrialResult]] = {spec.name: {} for spec in self.specs}
-        self.failed_tries: dict[str, dict[int, str]] = {spec.name: {} for spec in self.specs}
-        self.runs: dict[str, dict[int, RunResult]] = {spec.name: {} for spec in self.specs}
-        self.failed: dict[str, dict[int, str]] = {spec.name: {} for spec in self.specs}
+        names = [spec.name for spec in self.specs]
+        self.tries, self.finals = RunResults[TrialResult](names), RunResults[RunResult](names)
         self.ranked: list[MethodSpec] = []
         self.tuning: list[dict[str, Any]] = []
 
@@ -198,33 +197,25 @@ class ComparisonDriver:
                 self.specs = self.trials.made
             else:
                 workers.each(self._all_runs(), run)
-            self._in_order(self.tried, self.failed_tries)
-            self.ranked, self.tuning = chosen(self.specs, self.tried, self.failed_tries, metric)
+            self.tries.sort()
+            self.ranked, self.tuning = chosen(self.specs, self.tries.found, self.tries.failed, metric)
             left = [(spec, seed) for seed in self.seeds for spec in self.ranked if spec.tried_for]
             if self.trials is None:
                 for spec, seed in left:
-                    if seed not in self.tried[spec.name]:
-                        self.failed[spec.name][seed] = self.failed_tries[spec.name][seed]
-                left = [(spec, seed) for spec, seed in left if seed in self.tried[spec.name]]
+                    if seed not in self.tries.found[spec.name]:
+                        self.finals.failed[spec.name][seed] = self.tries.failed[spec.name][seed]
+                left = [(spec, seed) for spec, seed in left if seed in self.tries.found[spec.name]]
             workers.each(left, finish)
-            self._in_order(self.runs, self.failed)
+            self.finals.sort()
         except ErrorReport as error:
             # without a budget, a trial that is chosen is a reported run as well
-            finished = sum(len(by_seed) for by_seed in self.tried.values())
-            finished += 0 if self.axes and not self.budget else sum(len(by_seed) for by_seed in self.runs.values())
-            failed = sum(len(by_seed) for runs in (self.failed, self.failed_tries) for by_seed in runs.values())
+            finished = self.tries.num_found + (0 if self.axes and not self.budget else self.finals.num_found)
+            failed = self.tries.num_failed + self.finals.num_failed
             failures = f" ({failed} failed)" if failed else ""
             error.recovered = f"{finished} of {len(self.eta.planned)} runs{failures} in {self.folder}"
             if isinstance(error, RunInterrupted):
                 error.hint = "run the same command again to resume"
             raise
-
-    @staticmethod
-    def _in_order(*results: dict[str, dict[int, Any]]) -> None:
-        """Sort results of runs by their seeds: those at once end in any order."""
-        for by_name in results:
-            for name, by_seed in by_name.items():
-                by_name[name] = dict(sorted(by_seed.items()))
 
     def _next_trial(self, runner: JobRunner, *, trials: Trials, metric: str, overwrite: bool) -> bool:
         """Make a trial of the method whose turn it is; False if each has spent its budget or tried all there is."""
@@ -246,8 +237,8 @@ class ComparisonDriver:
         """Aggregate the results and write them below the header."""
         result = aggregate(
             self.ranked,
-            self.runs,
-            self.failed,
+            self.finals.found,
+            self.finals.failed,
             metric=header["metric"],
             confidence=self.base.evaluation.confidence,
             resamples=self.base.evaluation.resamples,
@@ -255,14 +246,14 @@ class ComparisonDriver:
             margin=margin,
             ablation=self.ablation,
         )
-        found = [run for runs in (self.tried, self.runs) for by_seed in runs.values() for run in by_seed.values()]
-        folders = {run.folder: run.manifest["cost"].get("training_seconds") or 0.0 for run in found}
+        made: list[TrialResult] = [*self.tries, *self.finals]
+        folders = {run.folder: run.manifest["cost"].get("training_seconds") or 0.0 for run in made}
         seconds = sum(folders.values())
         notes = [*filter(None, [result.get("at_chance")]), *describe_tuning(self.tuning), *header["notes"]]
         if self.tuning:
             result["tuning"] = self.tuning
         if self.trials is not None:
-            result["budget"] = self.trials.summary(self.failed_tries)
+            result["budget"] = self.trials.summary(self.tries.failed)
             notes.insert(0, describe_budget(result["budget"]))
         shutil.rmtree(self.folder / TRUNK, ignore_errors=True)  # hidden states shared by runs on the same layers
         self._write({**header, "notes": notes, **result, "status": "finished", "seconds": seconds})
@@ -294,7 +285,7 @@ class ComparisonDriver:
         """
         folder = self.folder_of(spec, seed)
         run_label = f"{spec.name}, seed {seed}"
-        failed = self.failed_tries if trial else self.failed
+        failed = (self.tries if trial else self.finals).failed
         manifest = None if overwrite else read_manifest(folder)
         if manifest is not None:
             if (found := self._loaded(spec, seed, trial)) is not None:
@@ -338,10 +329,10 @@ class ComparisonDriver:
         folder = self.folder_of(spec, seed)
         if trial:
             if (tried := trained_trial(folder)) is not None:
-                self.tried[spec.name][seed] = tried
+                self.tries.found[spec.name][seed] = tried
             return tried
         if (found := measured_run(folder)) is not None:
-            self.runs[spec.name][seed] = found
+            self.finals.found[spec.name][seed] = found
         return found
 
     def _record_failure(self, spec: MethodSpec, seed: int, reason: str, failed: dict[str, dict[int, str]]) -> None:
