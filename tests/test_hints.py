@@ -12,7 +12,7 @@ import typer
 
 from graftwerk.cli.main import app
 from graftwerk.schema import run_keys
-from graftwerk.settings import known_keys
+from graftwerk.settings_parsing import known_keys
 from graftwerk.training.settings import TrainingSettings
 
 SRC = Path(__file__).parents[1] / "src" / "graftwerk"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "graftwerk"
-BASE = {"errors", "settings", "resource_paths", "devices", "machine", "own_files", "sanitize", "yaml_files"}
+PARSING = {"settings", "settings_parsing"}
+BASE = {*PARSING, "errors", "resource_paths", "devices", "machine", "own_files", "sanitize", "yaml_files"}
 SETTINGS = {"augmentation.settings", "data.settings", "training.settings", "evaluation.settings"}
 BELOW_TASKS = {*BASE, "data.settings", "data"}
 BELOW_TRAIN = {*BELOW_TASKS, *SETTINGS, "kernels", "tasks", "models", "methods", "modeling", "serialization", "config"}
@@ -22,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "sanitize": set(),
     "errors": {"sanitize"},
     "other_names": set(),
-    "settings": {"errors", "other_names"},
+    "settings": set(),
+    "settings_parsing": {"errors", "other_names", "settings"},
     "formatting": set(),
     "display": {"formatting", "sanitize"},
     "machine": set(),
@@ -32,15 +34,15 @@ ALLOWED: dict[str, set[str]] = {
     "resource_paths": {"errors", "sanitize"},
     "own_files": {"errors"},
     "kernels": {"devices", "errors", "methods"},
-    "augmentation.settings": {"errors", "settings"},
+    "augmentation.settings": {"errors", *PARSING},
     "data.settings": {"settings", "augmentation.settings"},
     "training.settings": {"settings"},
     "evaluation.settings": {"settings"},
-    "methods": {"errors", "other_names", "settings"},
+    "methods": {"errors", "other_names", *PARSING},
     "config_keys": {*BASE, "methods", "tasks", *SETTINGS},
     "config_secrets": {"models", "sanitize"},
     "config": {*BASE, "absolute_paths", "config_keys", "config_secrets", "methods", "models", "tasks", *SETTINGS},
-    "schema": {"augmentation.settings", "config", "errors", "methods", "models", "other_names", "settings", "tasks"},
+    "schema": {"augmentation.settings", "config", "errors", "methods", "models", "other_names", *PARSING, "tasks"},
     "modeling": {"errors", "methods", "kernels"},
     "serialization": {*BASE, "modeling", "methods"},
     "data": {*BASE, "data.settings"},

@@ -12,7 +12,8 @@ from graftwerk.data.settings import DataSettings
 from graftwerk.errors import ConfigError
 from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.methods.registry import METHODS, SHORTHANDS
-from graftwerk.settings import Settings, describe_faults, known_keys, spellings
+from graftwerk.settings import Settings
+from graftwerk.settings_parsing import describe_faults, known_keys, spellings
 from graftwerk.tasks.registry import TASKS
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.yaml_files import parse_override_value

@@ -15,7 +15,8 @@ from graftwerk.methods.base import Method
 from graftwerk.methods.registry import METHODS, SHORTHANDS
 from graftwerk.models.quantization import Quantization
 from graftwerk.other_names import lead
-from graftwerk.settings import Settings, known_keys
+from graftwerk.settings import Settings
+from graftwerk.settings_parsing import known_keys
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.registry import TASKS
 

@@ -11,7 +11,7 @@ from graftwerk.cli.schema import describe
 from graftwerk.config import RunConfig
 from graftwerk.methods.registry import METHODS, SHORTHANDS, parse_method
 from graftwerk.schema import run_keys, run_schema
-from graftwerk.settings import known_keys
+from graftwerk.settings_parsing import known_keys
 from tests.cli.commands import Run
 
 

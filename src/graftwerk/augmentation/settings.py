@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, model_validator
 
 from graftwerk.errors import ConfigError
-from graftwerk.settings import Settings, parse_choice
+from graftwerk.settings import Settings
+from graftwerk.settings_parsing import parse_choice
 
 Probability = Annotated[float, Field(gt=0, lt=1)]
 Times = Annotated[float, Field(gt=0, le=100)]

@@ -13,7 +13,7 @@ from graftwerk.evaluation.settings import EvaluationSettings
 from graftwerk.modeling.attach import disabled
 from graftwerk.modeling.virtual_positions import positions_taken
 from graftwerk.models.positions import position_limit
-from graftwerk.settings import parse_settings
+from graftwerk.settings_parsing import parse_settings
 from graftwerk.tasks.base import Example, Task
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.instruction import Instruction

@@ -17,7 +17,7 @@ from graftwerk.evaluation.inference import run_model as run_model
 from graftwerk.evaluation.loading import LoadedAdapter, load_adapter_for
 from graftwerk.evaluation.row_errors import naming_source
 from graftwerk.evaluation.settings import WRITTEN, EvaluationSettings
-from graftwerk.settings import parse_settings
+from graftwerk.settings_parsing import parse_settings
 from graftwerk.tasks.base import Example, Predictions, Row, Task
 from graftwerk.tasks.text import TextTask
 

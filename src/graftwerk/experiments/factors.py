@@ -16,7 +16,8 @@ from graftwerk.config import RunConfig
 from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.experiments.axes import several, text_of, written
 from graftwerk.experiments.method_specs import NO_AXES, MethodSpec, slug
-from graftwerk.settings import Settings, spellings
+from graftwerk.settings import Settings
+from graftwerk.settings_parsing import spellings
 from graftwerk.training.settings import TrainingSettings
 
 Design = Literal["grid", "one-at-a-time"]

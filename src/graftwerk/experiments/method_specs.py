@@ -12,7 +12,7 @@ import yaml
 from graftwerk.errors import ConfigError
 from graftwerk.methods.base import Method
 from graftwerk.methods.registry import parse_method
-from graftwerk.settings import parse_settings
+from graftwerk.settings_parsing import parse_settings
 from graftwerk.training.settings import TrainingSettings
 
 LABEL = "label"

@@ -20,7 +20,7 @@ from graftwerk.experiments.aggregation import TrialResult
 from graftwerk.experiments.axes import several
 from graftwerk.experiments.method_specs import NO_AXES, MethodSpec, slug
 from graftwerk.experiments.table import format_metric
-from graftwerk.settings import parse_settings, spellings
+from graftwerk.settings_parsing import parse_settings, spellings
 from graftwerk.training.settings import TrainingSettings
 
 Axes = dict[str, tuple[Any, ...]]

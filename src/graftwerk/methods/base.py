@@ -26,7 +26,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from graftwerk.errors import UnsupportedError
-from graftwerk.settings import Settings, parse_settings
+from graftwerk.settings import Settings
+from graftwerk.settings_parsing import parse_settings
 
 
 class Role(StrEnum):

@@ -19,7 +19,7 @@ from graftwerk.methods.prompt_tuning import Prompt
 from graftwerk.methods.ptuning import PTuning
 from graftwerk.methods.shira import SHiRA
 from graftwerk.other_names import OTHER_METHODS
-from graftwerk.settings import parse_choice
+from graftwerk.settings_parsing import parse_choice
 
 METHODS: dict[str, type[Method]] = {
     method.name: method

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from graftwerk.data.settings import SetSettings
-from graftwerk.settings import parse_choice, parse_settings
+from graftwerk.settings_parsing import parse_choice, parse_settings
 from graftwerk.tasks.base import Task
 from graftwerk.tasks.causal import Causal
 from graftwerk.tasks.classification import Classification

@@ -26,7 +26,7 @@ from graftwerk.experiments.workers import machines
 from graftwerk.own_files import refuse_links
 from graftwerk.reporting.files import SEARCH
 from graftwerk.serialization.untrusted_files import read_sealed, understood
-from graftwerk.settings import parse_settings
+from graftwerk.settings_parsing import parse_settings
 
 
 class Search:

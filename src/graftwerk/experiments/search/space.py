@@ -15,7 +15,7 @@ from graftwerk.errors import ConfigError, did_you_mean
 from graftwerk.experiments.axes import flow, several
 from graftwerk.experiments.search.settings import SearchSettings
 from graftwerk.methods.search_spaces import SEARCH_SPACES
-from graftwerk.settings import known_keys, spellings
+from graftwerk.settings_parsing import known_keys, spellings
 from graftwerk.training.settings import TrainingSettings
 from graftwerk.yaml_files import parse_override_value
 
