@@ -35,14 +35,7 @@ from graftwerk.methods.lora_parameters import ParameterLoRA, ParameterSelection
 from graftwerk.methods.low_rank import LowRankModule, init_factors, low_rank_product, merged_product, share_dropout
 from graftwerk.methods.pissa import PiSSAModule
 from graftwerk.methods.target_modules import check_patterns, value_of
-from graftwerk.methods.trainable_tokens import (
-    TokenSelection,
-    build_rows,
-    connect_rows,
-    num_row_parameters,
-    stored_rows,
-    token_indices,
-)
+from graftwerk.methods.trainable_tokens import TokenSelection
 
 
 class LoRAModule(LowRankModule):
@@ -141,8 +134,9 @@ class LoRA(ParameterSelection, TokenSelection):
 
     def build(self, target: TargetModule, module: nn.Module) -> AdapterModule:
         if target.is_table:
-            return build_rows(target, module, token_indices(target, self.trainable_token_indices))
+            return self.build_rows(target, module)
         rank = self.rank_at(target.path) * target.experts
+        # Drawn for PiSSA too: what is drawn after it, such as a head, does not depend on how factors start.
         a, b = init_factors(target.in_features, target.out_features, rank, zero_b=self.init_lora_weights is True)
         if self.init_lora_weights == "pissa":
             return PiSSAModule.from_base(target, module, rank, self.scale_at(target.path), self.lora_dropout)
@@ -152,7 +146,7 @@ class LoRA(ParameterSelection, TokenSelection):
         self, target: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]
     ) -> AdapterModule | None:
         if target.is_table:
-            return stored_rows(target, module, token_indices(target, self.trainable_token_indices), parameters)
+            return self.build_rows_from(target, module, parameters)
         names = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")[: 3 if self.use_dora else 2]
         if self.init_lora_weights == "pissa" or parameters.keys() != {*names}:
             return None
@@ -181,13 +175,13 @@ class LoRA(ParameterSelection, TokenSelection):
         return DoRAModule(module, a, b, magnitude, scale, self.lora_dropout)
 
     def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
-        connect_rows(targets, built)
+        super().connect(targets, built)
         share_dropout(targets, built)
 
     def num_parameters(self, targets: Iterable[TargetModule]) -> int:
         """Return the sum of r (in + out) over the targets, times E for a parameter, another out with DoRA, and rows."""
         return sum(
-            num_row_parameters(t, self.trainable_token_indices)
+            self.num_row_parameters(t)
             if t.is_table
             else self.rank_at(t.path) * t.experts * (t.in_features + t.out_features) + t.out_features * self.use_dora
             for t in targets

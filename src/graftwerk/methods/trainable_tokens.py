@@ -15,7 +15,7 @@ Legend: V tokens of the vocabulary, d width, n trained rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -172,6 +172,31 @@ class TokenSelection(LayerSelection):
     def trained_rows(self, tables: Sequence[TargetModule]) -> dict[str, tuple[int, ...]]:
         return rows_by_table(tables, self.trainable_token_indices)
 
+    def build_rows(self, table: TargetModule, module: nn.Module) -> TokenRows:
+        """Build the module for one table, which starts as the base's rows."""
+        return build_rows(table, module, token_indices(table, self.trainable_token_indices))
+
+    def build_rows_from(
+        self, table: TargetModule, module: nn.Module, parameters: Mapping[str, nn.Parameter]
+    ) -> TokenRows | None:
+        """Build the module for one table around stored rows (n, d), or return None if they are not those it needs."""
+        return stored_rows(table, module, token_indices(table, self.trainable_token_indices), parameters)
+
+    def num_row_parameters(self, table: TargetModule) -> int:
+        """Return n d for a table, 0 for one that shares another's."""
+        if table.tied_to is not None:
+            return 0
+        return len(token_indices(table, self.trainable_token_indices)) * width(table)
+
+    def connect(self, targets: Sequence[TargetModule], built: Mapping[str, AdapterModule]) -> None:
+        """Let the modules that share a table share its trained rows."""
+        for target in targets:
+            if target.tied_to is not None:
+                follower, leader = built[target.path], built[target.tied_to]
+                assert isinstance(follower, TokenRows)
+                assert isinstance(leader, TokenRows)
+                follower.follow(leader)
+
 
 def checked_indices(value: Any) -> TokenIndices | None:
     """Return the setting as tuples.
@@ -288,11 +313,6 @@ def token_indices(table: TargetModule, wanted: TokenIndices | None) -> tuple[int
     return next(rows for name, rows in wanted.items() if name in endings(path))
 
 
-def num_row_parameters(table: TargetModule, wanted: TokenIndices | None) -> int:
-    """Return n d for a table, 0 for one that shares another's."""
-    return 0 if table.tied_to is not None else len(token_indices(table, wanted)) * width(table)
-
-
 def build_rows(
     table: TargetModule, module: nn.Module, indices: Sequence[int], rows: nn.Parameter | None = None
 ) -> TokenRows:
@@ -333,13 +353,3 @@ def stored_rows(
     if parameters.keys() != {ROWS} or parameters[ROWS].shape != (len(indices), width(table)):
         return None
     return build_rows(table, module, indices, parameters[ROWS])
-
-
-def connect_rows(targets: Iterable[TargetModule], built: Mapping[str, AdapterModule]) -> None:
-    """Let the modules that share a table share its trained rows."""
-    for target in targets:
-        if target.tied_to is not None:
-            follower, leader = built[target.path], built[target.tied_to]
-            assert isinstance(follower, TokenRows)
-            assert isinstance(leader, TokenRows)
-            follower.follow(leader)
