@@ -69,75 +69,7 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     output_dir: Path = Field(default=Path("runs/run"), description="the run folder")
 
-    @field_validator("task", mode="before")
-    @classmethod
-    def _task(cls, value: Any) -> Task:
-        return parse_task(value)
-
-    @field_serializer("task")
-    def _dump_task(self, task: Task) -> dict[str, Any]:
-        return task.to_dict()
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _method(cls, value: Any) -> Method:
-        return parse_method(value)
-
-    @field_serializer("method")
-    def _dump_method(self, method: Method) -> dict[str, Any]:
-        return method.to_dict()
-
-    @model_validator(mode="after")
-    def _compose_multitask(self) -> Self:
-        """Compose the task from those of several data sets, unless a resolved run file has it already."""
-        if self.data.sets and not isinstance(self.task, Multitask):
-            object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
-        return self
-
-    @model_validator(mode="after")
-    def _check_quantization(self) -> Self:
-        """Refuse a method that trains weights which are codes, before anything is read or loaded."""
-        if self.quantization is not None and self.method.kind == "weights":
-            raise ValueError(
-                f"`method: {self.method.name}` trains the base's own weights, and `quantization: "
-                f"{self.quantization.name}` stores them as codes, which have no gradient; use lora, or leave "
-                f"`quantization` out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_retain(self) -> Self:
-        """Refuse strategies that have nothing to retain, and a new head of nothing."""
-        retain, training = self.training.retain, self.training
-        needs = retain is not None and (retain.replay or retain.consolidation or retain.early_stopping)
-        if needs and not self.evaluation.retained:
-            raise ValueError("`training.retain` keeps what `evaluation.retained` names: give `retained: general`")
-        if training.new_head and training.warm_start is None:
-            raise ValueError("`training.new_head` leaves the head of `training.warm_start` out; give both, or neither")
-        return self
-
-    @model_validator(mode="after")
-    def _check_sampling(self) -> Self:
-        """Refuse settings of sampling that would do nothing in a run."""
-        changed = self.evaluation.model_fields_set & set(SAMPLING)
-        default = EvaluationSettings()
-        named = sorted(name for name in changed if getattr(self.evaluation, name) != getattr(default, name))
-        if named and not self.task.generates:
-            raise ValueError(
-                f"`evaluation.{named[0]}` does nothing for {self.task.name}: nothing is written; leave it out"
-            )
-        if self.evaluation.num_return_sequences > 1:
-            raise ValueError(
-                "`evaluation.num_return_sequences`: a run measures one answer to a row; `graftwerk predict RUN"
-                " --set num_return_sequences=3` gives several"
-            )
-        return self
-
-    @property
-    def compute_type(self) -> str:
-        """The compute type that is asked for: weights of 16 bits are multiplied in their own type."""
-        own = self.training.compute_type
-        return self.model_dtype if own == "auto" and self.model_dtype not in ("auto", "float32") else own
+    # -- loading and saving --------------------------------------------------------------------------------------------
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | dict[str, Any] | None = None) -> RunConfig:
@@ -234,3 +166,75 @@ class RunConfig(Settings):
         if again != tree:
             raise ConfigError("a text of the run file has characters that YAML does not give back")
         return text
+
+    @property
+    def compute_type(self) -> str:
+        """The compute type that is asked for: weights of 16 bits are multiplied in their own type."""
+        own = self.training.compute_type
+        return self.model_dtype if own == "auto" and self.model_dtype not in ("auto", "float32") else own
+
+    # -- parts by name, and what fits together -------------------------------------------------------------------------
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _task(cls, value: Any) -> Task:
+        return parse_task(value)
+
+    @field_serializer("task")
+    def _dump_task(self, task: Task) -> dict[str, Any]:
+        return task.to_dict()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Method:
+        return parse_method(value)
+
+    @field_serializer("method")
+    def _dump_method(self, method: Method) -> dict[str, Any]:
+        return method.to_dict()
+
+    @model_validator(mode="after")
+    def _compose_multitask(self) -> Self:
+        """Compose the task from those of several data sets, unless a resolved run file has it already."""
+        if self.data.sets and not isinstance(self.task, Multitask):
+            object.__setattr__(self, "task", build_multitask(self.task, self.data.sets))  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> Self:
+        """Refuse a method that trains weights which are codes, before anything is read or loaded."""
+        if self.quantization is not None and self.method.kind == "weights":
+            raise ValueError(
+                f"`method: {self.method.name}` trains the base's own weights, and `quantization: "
+                f"{self.quantization.name}` stores them as codes, which have no gradient; use lora, or leave "
+                f"`quantization` out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_retain(self) -> Self:
+        """Refuse strategies that have nothing to retain, and a new head of nothing."""
+        retain, training = self.training.retain, self.training
+        needs = retain is not None and (retain.replay or retain.consolidation or retain.early_stopping)
+        if needs and not self.evaluation.retained:
+            raise ValueError("`training.retain` keeps what `evaluation.retained` names: give `retained: general`")
+        if training.new_head and training.warm_start is None:
+            raise ValueError("`training.new_head` leaves the head of `training.warm_start` out; give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        """Refuse settings of sampling that would do nothing in a run."""
+        changed = self.evaluation.model_fields_set & set(SAMPLING)
+        default = EvaluationSettings()
+        named = sorted(name for name in changed if getattr(self.evaluation, name) != getattr(default, name))
+        if named and not self.task.generates:
+            raise ValueError(
+                f"`evaluation.{named[0]}` does nothing for {self.task.name}: nothing is written; leave it out"
+            )
+        if self.evaluation.num_return_sequences > 1:
+            raise ValueError(
+                "`evaluation.num_return_sequences`: a run measures one answer to a row; `graftwerk predict RUN"
+                " --set num_return_sequences=3` gives several"
+            )
+        return self
