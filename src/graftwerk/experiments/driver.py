@@ -285,7 +285,7 @@ class ComparisonDriver:
         """
         folder = self.folder_of(spec, seed)
         run_label = f"{spec.name}, seed {seed}"
-        failed = (self.tries if trial else self.finals).failed
+        failed = self.tries.failed if trial else self.finals.failed
         manifest = None if overwrite else read_manifest(folder)
         if manifest is not None:
             if (found := self._loaded(spec, seed, trial)) is not None:

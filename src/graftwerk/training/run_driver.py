@@ -282,7 +282,7 @@ class RunDriver:
         from graftwerk.training.manifest import run_plan
         from graftwerk.training.retention.begin import retention_of
 
-        with self._before_the_first_step(trainer, meter):
+        with self._before_the_first_step(meter):
             retention = retention_of(self.settings, prepared, trainer, meter)
         if snapshot is None:
             self.bus(Event("start", 0, **run_plan(trainer), parameters=self.manifest["parameters"]))
@@ -298,7 +298,7 @@ class RunDriver:
         return retention
 
     def _fit(
-        self, trainer: Trainer, prepared: Prepared, plan: Any, baseline: int, log_position: Callable[[], int]
+        self, trainer: Trainer, prepared: Prepared, plan: Any, baseline: int | None, log_position: Callable[[], int]
     ) -> dict[str, Any]:
         """Train to the end, and return what it cost.
 
@@ -306,7 +306,7 @@ class RunDriver:
             trainer: The training.
             prepared: Rows of the run.
             plan: What `check_memory` has planned.
-            baseline: Bytes that the process held before the model was loaded.
+            baseline: Bytes that the process held before the model was loaded, or None if they are not known.
             log_position: As for `Trainer.fit`.
         """
         from graftwerk.evaluation.cost import peak_memory
@@ -322,7 +322,7 @@ class RunDriver:
         return {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
 
     @contextmanager
-    def _before_the_first_step(self, trainer: Trainer, meter: RetainedMeter) -> Iterator[None]:
+    def _before_the_first_step(self, meter: RetainedMeter) -> Iterator[None]:
         """Measure what is to be retained on the model as it starts, of a resumed run as well, before the block."""
         from graftwerk.training import rng
         from graftwerk.training.validation import StopEvaluation
