@@ -104,9 +104,8 @@ class GradientAccumulator:
         """Losses beside the task's own, or None."""
 
     def initial_micro_batch(self) -> int:
-        """Return the rows of a micro-batch that the settings ask for."""
-        rows = self.settings.max_micro_batch_size
-        return math.ceil(rows / self.processes.world_size) if self.processes.shares_rows else rows
+        """Return the rows of a micro-batch of this process that the settings ask for."""
+        return math.ceil(self.settings.max_micro_batch_size / self.processes.processes_per_device)
 
     def __call__(self, rows: Sequence[int], micro_batch: int) -> Gradient:
         """Set the parameters' gradients to those of the step, clipped.

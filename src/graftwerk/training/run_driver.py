@@ -183,11 +183,6 @@ class RunDriver:
                 with self.processes.gathered(adapter.model):
                     finish(trainer, prepared, settings, self.folder, self.manifest, cost, meter, trial=self.trial)
 
-    @property
-    def _num_sharing(self) -> int:
-        """Number of forked processes that share the rows of a step, 1 without any."""
-        return self.processes.world_size if self.processes.shares_rows else 1
-
     def _read_rows(self, snapshot: Snapshot | None, identity: dict[str, Any]) -> tuple[Prepared, Any]:
         """Read, check and encode the rows, augmented ones included, and plan the memory of the run.
 
@@ -215,7 +210,11 @@ class RunDriver:
                 settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
             )
             bus(Event("first_batch", 0, **batch))
-        plan = check_memory(settings, prepared, self._num_sharing, bus) if self.processes.is_main else None
+        plan = (
+            check_memory(settings, prepared, self.processes.processes_per_device, bus)
+            if self.processes.is_main
+            else None
+        )
         prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
         if settings.training.retain is not None:
@@ -318,7 +317,7 @@ class RunDriver:
         first = None if trainer.clock.first_step_at is None else trainer.clock.first_step_at - self.started_at
         planned: Mapping[str, Any] = {}
         if self.processes.is_main:
-            planned = planned_cost(plan, self.settings, prepared, self._num_sharing, trainer, held)
+            planned = planned_cost(plan, self.settings, prepared, self.processes.processes_per_device, trainer, held)
         return {**planned, "peak_memory_bytes": held, "first_step_seconds": first}
 
     @contextmanager

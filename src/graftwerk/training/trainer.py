@@ -97,8 +97,7 @@ class Trainer:
         self.model = self.distributed.prepare(adapter.model)
         self.parameters = list(adapter.parameters())
 
-        devices = 1 if self.distributed.shares_rows else self.distributed.world_size
-        self.rows_per_step = settings.global_batch_size(devices)
+        self.rows_per_step = settings.global_batch_size(self.distributed.num_devices)
         self.batch_sampler = BatchSampler(
             data.train, self.rows_per_step, seed=settings.seed, group=settings.length_group, draw=data.sampler
         )

@@ -38,6 +38,16 @@ class Distributed(Protocol):
         """True for the process that writes files."""
         return self.rank == 0
 
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that bring rows of their own to a step."""
+        return 1 if self.shares_rows else self.world_size
+
+    @property
+    def processes_per_device(self) -> int:
+        """Number of processes that divide the rows of one device."""
+        return self.world_size if self.shares_rows else 1
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Return the model on this process's device, ready for the forward passes of training.
 
