@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,10 +172,7 @@ class RunDriver:
         if self.processes.is_main:
             bus.listeners.remove(early.append)
             self._open_folder(snapshot)
-        logs = (
-            open_logs(settings, self.folder, bus, snapshot, early) if self.processes.is_main else nullcontext(lambda: 0)
-        )
-        with logs as log_position:
+        with self._logs(snapshot, early) as log_position:
             retention = self._begin(trainer, meter, prepared, snapshot)
             with self._recording_failure(trainer):
                 cost = self._fit(trainer, prepared, plan, baseline, log_position)
@@ -210,11 +207,9 @@ class RunDriver:
                 settings, prepared.task, prepared.splits, prepared.examples["train"], prepared.tokenizer
             )
             bus(Event("first_batch", 0, **batch))
-        plan = (
-            check_memory(settings, prepared, self.processes.processes_per_device, bus)
-            if self.processes.is_main
-            else None
-        )
+        plan = None
+        if self.processes.is_main:
+            plan = check_memory(settings, prepared, self.processes.processes_per_device, bus)
         prepared = add_augmented(prepared, settings, self.folder.path, bus, self.processes)
         identity["data"] = data_identity(prepared)
         if settings.training.retain is not None:
@@ -373,6 +368,12 @@ class RunDriver:
         if REDACTED in resolved:
             self.bus(Event("warning", 0, text=SECRETS_LEFT_OUT))
         self.folder.write_config(resolved)
+
+    def _logs(self, snapshot: Snapshot | None, early: list[Event]) -> AbstractContextManager[Callable[[], int]]:
+        """Open the logs, in the main process; elsewhere there is no event log, of 0 bytes."""
+        if not self.processes.is_main:
+            return nullcontext(lambda: 0)
+        return open_logs(self.settings, self.folder, self.bus, snapshot, early)
 
     @contextmanager
     def _recording_failure(self, trainer: Trainer) -> Iterator[None]:
