@@ -24,7 +24,7 @@ from graftwerk.experiments.factors import read_ablation
 from graftwerk.experiments.header import comparison_header
 from graftwerk.experiments.method_specs import parse_method_specs
 from graftwerk.experiments.progress import ProgressEvent
-from graftwerk.experiments.table import ablated
+from graftwerk.experiments.table import describe_effects
 from graftwerk.experiments.tuning import read_axes
 from graftwerk.tasks.predictions import ClassPredictions
 from tests.cli.commands import run_file
@@ -142,7 +142,7 @@ def test_effects_are_differences_of_means_over_the_same_other_values() -> None:
     # two cells a value know more than one: the interval of a main effect is narrower than that of two cells
     single = joint.difference(names[0], names[2], 0.95)
     assert difference["high"] - difference["low"] < single["high"] - single["low"]
-    said = ablated({"ablation": found, "metric": "accuracy"})
+    said = describe_effects({"ablation": found, "metric": "accuracy"})
     assert said[0].startswith("Effect of method.r, means over 2 cells each: 4: ")
     assert "; 8 against 4: better by " in said[0]
     # a cell that failed takes its block with it, so that nothing else differs

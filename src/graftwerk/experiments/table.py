@@ -50,6 +50,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     methods, metric = ranked(result), result["metric"]
     best = methods[0]["name"] if methods else ""
     chosen = (result.get("recommendation") or {}).get("method")
+    with_forgetting = any("forgetting" in method["cost"] for method in methods)
     rows: list[tuple[str, ...]] = []
     for method in methods:
         figure, cost = method["figure"], method["cost"]
@@ -60,7 +61,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 DASH
                 if figure["low"] is None
                 else DASH.join(format_metric(figure[part], metric) for part in ("low", "high")),
-                against(result["differences"], method["name"], best, metric, result.get("margin")),
+                compare_to_best(result["differences"], method["name"], best, metric, result.get("margin")),
                 format_metric(method.get("seed_spread"), metric),
                 short_count(cost.get("trained_parameters")),
                 byte_size(cost.get("adapter_bytes")),
@@ -68,7 +69,7 @@ def rows_of(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 byte_size(cost.get("peak_memory_bytes")),
                 milliseconds(cost.get("latency_ms_batch_1")),
                 milliseconds(cost.get("latency_ms_batch_32")),
-                *((points(cost.get("forgetting")),) if any("forgetting" in each["cost"] for each in methods) else ()),
+                *((format_points(cost.get("forgetting")),) if with_forgetting else ()),
             )
         )
     return rows
@@ -85,12 +86,12 @@ def format_metric(value: float | None, metric: str) -> str:
     return DASH if value is None else METRICS[metric].text(value)
 
 
-def points(value: float | None) -> str:
+def format_points(value: float | None) -> str:
     """Format points that were lost: -0.2 if they were gained."""
     return DASH if value is None else f"{value:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def against(
+def compare_to_best(
     differences: Sequence[Any], name: str, best: str, metric: str = "accuracy", margin: float | None = None
 ) -> str:
     """Return the verdict against the best method: ``the best mean``, or ``worse by 3.1 [1.2, 5.0]`` and the like."""
@@ -134,8 +135,8 @@ def describe_result(result: Mapping[str, Any]) -> list[str]:
             f"Seeds of one method differ with a standard deviation of {spread}, pooled; the intervals take it to be "
             "the same for every method, and are too narrow between methods whose own is far above it."
         )
-    said += ablated(result)
-    said += chances(result)
+    said += describe_effects(result)
+    said += describe_probabilities(result)
     if recommendation := result.get("recommendation"):
         said.append(f"* Recommended: {recommendation['method']}: {recommendation['reason']}.")
     merging = [method["name"] for method in ranked(result) if method.get("mergeable")]
@@ -150,7 +151,7 @@ def describe_result(result: Mapping[str, Any]) -> list[str]:
     return said + [f"Note: {note}." for note in result.get("notes", ())]
 
 
-def chances(result: Mapping[str, Any]) -> list[str]:
+def describe_probabilities(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence on how probably the best is better than each other, and one on the front in several costs."""
     methods, said = ranked(result), []
     if len(methods) > 1 and len(result["seeds"]) > 1:
@@ -170,7 +171,7 @@ def chances(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def ablated(result: Mapping[str, Any]) -> list[str]:
+def describe_effects(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence on the effect of each axis of an ablation: the means, and the largest difference."""
     known, said = METRICS[result["metric"]], []
     for effect in (result.get("ablation") or {}).get("effects", ()):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graftwerk.evaluation.metrics import METRICS
-from graftwerk.experiments.table import DASH, points
+from graftwerk.experiments.table import DASH, format_points
 from graftwerk.formatting import duration
 from graftwerk.sanitize import clean
 
@@ -68,7 +68,7 @@ def _figure(measure: Mapping[str, Any] | None) -> str:
     if measure is None:
         return DASH
     low, high = measure["low"], measure["high"]
-    return points(measure["value"]) + ("" if low is None else f" [{points(low)}, {points(high)}]")
+    return format_points(measure["value"]) + ("" if low is None else f" [{format_points(low)}, {format_points(high)}]")
 
 
 def _matrix(
