@@ -11,7 +11,7 @@ Result = TypeVar("Result", bound=TrialResult)
 
 
 class RunResults(Generic[Result]):
-    """What the runs of some methods have given so far.
+    """Hold what the runs of some methods have given so far.
 
     Args:
         methods: Names of the methods.
