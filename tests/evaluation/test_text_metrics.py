@@ -21,7 +21,7 @@ from graftwerk.evaluation.results_io import load_evaluation, store_evaluation
 from graftwerk.evaluation.text_metrics import UnicodeWords
 from graftwerk.experiments.recommended_method import recommend
 from graftwerk.experiments.significance import describe_difference, margin_of, verdict
-from graftwerk.experiments.table import against, format_metric
+from graftwerk.experiments.table import compare_to_best, format_metric
 from graftwerk.reporting import numbers
 from graftwerk.serialization.info import OWN_FILE
 from graftwerk.tasks.language_codes import iso_code
@@ -316,7 +316,7 @@ def test_verdict_lower_perplexity_is_better() -> None:
     assert verdict(d, "perplexity") == "better"
     assert verdict(d, "bleu") == "worse"
     assert describe_difference(d, "perplexity") == "better by 2.0 [1.0, 3.0]"
-    assert against([d], "ia3", "lora", "perplexity") == "worse by 2.0 [1.0, 3.0]"
+    assert compare_to_best([d], "ia3", "lora", "perplexity") == "worse by 2.0 [1.0, 3.0]"
     methods = [method("ia3", 12.0, 10), method("lora", 10.0, 100)]
     chosen = recommend(methods, [d], prefer="trained_parameters", metric="perplexity")
     assert chosen is not None
