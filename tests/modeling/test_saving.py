@@ -102,6 +102,10 @@ def test_save_pretrained_saves_base_and_each_adapter(method: str, tmp_path: Path
         model.save_pretrained(tmp_path)
     base = plain(model, tmp_path)
     assert torch.equal(answers(base, batch), bare)
+    for (
+        parameter
+    ) in base.parameters():  # mapped from the file, at any address: DoRA's sums over rows may round otherwise
+        parameter.data = parameter.data.clone()
     load_adapter(base, tmp_path / "adapters" / "a")
     gw.activate(model, "a")
     assert torch.equal(answers(base, batch), answers(model, batch))

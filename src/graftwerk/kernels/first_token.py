@@ -29,13 +29,15 @@ READ_FIRST = frozenset(
 
 
 @contextmanager
-def first_token_alone(model: nn.Module) -> Iterator[None]:
+def first_token_alone(model: nn.Module, *, backward: bool = False) -> Iterator[None]:
     """Compute the last layer for the first token alone inside the block, if nothing else of it is read.
 
     Hidden states that the outputs hold are (B, 1, d) then; logits are those of the plain path.
 
     Args:
         model: Any model, perhaps wrapped for several processes.
+        backward: True if the backward pass is in the block too, which gradient checkpointing needs: it runs the layer
+            again there.
 
     Example:
         >>> import torch
@@ -48,7 +50,7 @@ def first_token_alone(model: nn.Module) -> Iterator[None]:
         >>> bool(torch.allclose(alone, model(tokens).logits, atol=1e-6))
         True
     """
-    module = _end_of_attention(getattr(model, "module", model)) if flags.enabled("first") else None
+    module = _end_of_attention(getattr(model, "module", model), backward) if flags.enabled("first") else None
     if module is None:
         yield
         return
@@ -64,7 +66,7 @@ def _first_token(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ..
     return tuple(x[:, :1] for x in inputs)
 
 
-def _end_of_attention(model: Any) -> nn.Module | None:
+def _end_of_attention(model: Any, backward: bool) -> nn.Module | None:
     """Return the module after the last layer's attention, or None if more than the first token may be read."""
     bases = (each for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
     known: Any = next((each for each in bases if each.__name__ in READ_FIRST), None)
@@ -74,9 +76,9 @@ def _end_of_attention(model: Any) -> nn.Module | None:
     if config.output_hidden_states or config.output_attentions or getattr(config, "chunk_size_feed_forward", 0):
         return None
     layer = stack.encoder.layer[-1]
-    if layer.training and getattr(layer, "gradient_checkpointing", False):  # backward runs the layer again, unhooked
+    if layer.training and getattr(layer, "gradient_checkpointing", False) and not backward:
         return None
-    # Prompts and prefixes work by hooks; compiled and offloaded modules have another call.
+    # Prompts and prefixes work by hooks, and the block may be within another one; offloaded modules have another call.
     seen = (stack, stack.encoder, layer, layer.attention, layer.attention.output)
     if any(_is_changed(module) for module in seen):
         return None
@@ -86,4 +88,4 @@ def _end_of_attention(model: Any) -> nn.Module | None:
 
 def _is_changed(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or module._compiled_call_impl is not None or "forward" in vars(module)
+    return bool(hooks) or "forward" in vars(module)

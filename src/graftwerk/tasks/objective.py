@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,14 @@ class Objective(ABC):
         """
         return model(**{name: tensor for name, tensor in batch.items() if name not in OF_LOSS})
 
+    def narrowed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context for `forward` and backward passes in which layers compute no more than the loss reads.
+
+        Args:
+            model: The model, perhaps wrapped for several processes.
+        """
+        return nullcontext()
+
     @abstractmethod
     def loss(self, outputs: Any, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:
         """Return the mean loss over the targets of a batch.
@@ -88,6 +97,10 @@ class RowObjective(Objective):
         """Return the model's outputs for a batch of (B, T) tokens; hidden states among them may be of one token."""
         with first_token_alone(model):
             return super().forward(model, batch)
+
+    def narrowed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which a model whose head reads the first token alone ends its last layer there."""
+        return first_token_alone(model, backward=True)
 
 
 @dataclass(frozen=True, eq=False)

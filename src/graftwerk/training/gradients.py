@@ -130,7 +130,8 @@ class GradientAccumulator:
         pieces = zip(step.batches, step.weights, step.examples, strict=True)
         for number, (batch, weight, examples) in enumerate(pieces, start=1):
             last = number == len(step.batches)
-            with self.passes.compiling(), nullcontext() if last else processes.no_sync(self.model):
+            syncing = nullcontext() if last else processes.no_sync(self.model)
+            with self.passes.compiling(), objective.narrowed(self.model), syncing:
                 with self.passes.activation_cache.serving(examples, batch), autocast(device, self.passes.dtype):
                     outputs = objective.forward(self.model, batch)
                     mean = objective.loss(outputs, batch, self.settings.label_smoothing)  # (), over the micro-batch
