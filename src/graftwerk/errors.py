@@ -88,7 +88,7 @@ class ErrorReport(BaseException):
 
 
 class GraftwerkError(ErrorReport, Exception):
-    """Base class of every error that graftwerk raises on purpose; an instance of it alone reports a defect."""
+    """Base class of every error that graftwerk raises on purpose; raised itself, it reports a defect."""
 
 
 class ConfigError(GraftwerkError):

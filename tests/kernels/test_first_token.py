@@ -11,7 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from graftwerk.kernels import flags
-from graftwerk.kernels.first_token import READ_FIRST, first_token_alone
+from graftwerk.kernels.first_token import READERS, first_token_alone
 from graftwerk.methods.registry import parse_method
 from graftwerk.modeling.activate import activate
 from graftwerk.modeling.attach import attach
@@ -19,7 +19,7 @@ from graftwerk.tasks.objective import ClassObjective, LabelObjective, ScoreObjec
 from tests.contract.cases import METHODS
 from tests.families import SMALL
 
-FAMILIES = [name.removesuffix("ForSequenceClassification") for name in sorted(READ_FIRST)]
+FAMILIES = [name.removesuffix("ForSequenceClassification") for name in sorted(READERS)]
 HOOKED = {"prompt": 3, "ptuning mlp": 3, "ptuning lstm": 3, "prefix": 0, "prefix mlp": 0}
 """Tokens that methods with hooks on the stack put in front of a row."""
 
@@ -47,7 +47,7 @@ def batch_of(labels: Tensor | None = None) -> dict[str, Tensor]:
 def lengths_read(model: Any) -> list[int]:
     """Note the number of tokens that the last layer's feed-forward block reads, from now on."""
     lengths: list[int] = []
-    block = model.base_model.encoder.layer[-1].intermediate
+    block = model.base_model.encoder.layer[-1].intermediate.dense
     block.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
     return lengths
 
@@ -139,6 +139,20 @@ def _chunked(model: Any) -> None:
     model.config.chunk_size_feed_forward = 3
 
 
+class _Mean(nn.Module):
+    """A reader of all tokens in place of the pooler."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.mean(dim=1)
+
+
+def _other_stack(model: Any) -> None:
+    class Stack(type(model.bert)):  # type: ignore[misc]
+        pass
+
+    model.bert.__class__ = Stack
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -147,8 +161,22 @@ def _chunked(model: Any) -> None:
         _chunked,
         lambda model: setattr(model.config, "output_hidden_states", True),
         lambda model: model.base_model.register_forward_hook(lambda module, inputs, output: None),
+        lambda model: setattr(model.bert, "pooler", _Mean()),
+        lambda model: model.bert.pooler.register_forward_hook(lambda module, inputs, output: None),
+        lambda model: setattr(model, "forward", model.forward),
+        _other_stack,
     ],
-    ids=["checkpointing", "another forward", "chunks", "hidden states", "a hook"],
+    ids=[
+        "checkpointing",
+        "another forward",
+        "chunks",
+        "hidden states",
+        "a hook",
+        "another reader",
+        "a reader's hook",
+        "a forward of its own",
+        "another stack",
+    ],
 )
 def test_whole_layer_runs_if_more_than_the_first_token_may_be_read(change: Callable[[Any], None]) -> None:
     model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -156,7 +184,21 @@ def test_whole_layer_runs_if_more_than_the_first_token_may_be_read(change: Calla
     lengths = lengths_read(model)
     outputs = ClassObjective().forward(model, batch_of())
     outputs.logits.sum().backward()
+    assert lengths
     assert set(lengths) <= {3, 9}
+
+
+def test_replaced_head_that_reads_all_tokens_gets_them() -> None:
+    model = classifier("Roberta")
+    model.classifier = nn.Sequential(_Mean(), nn.Linear(SMALL["hidden_size"], 3))
+    with flags.plain("first"):
+        whole = ClassObjective().forward(model, batch_of()).logits
+    assert torch.equal(ClassObjective().forward(model, batch_of()).logits, whole)
+
+
+def test_model_without_layers_is_left_alone() -> None:
+    model = classifier(num_hidden_layers=0)
+    assert ClassObjective().forward(model, batch_of()).logits.shape == (4, 3)
 
 
 def test_checkpointed_layer_runs_again_for_the_first_token() -> None:

@@ -53,7 +53,8 @@ def test_named_by_catastrophic_expression_terminates(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     ["q_proj" * 200, "(?:a", "a)", "[a", "a{", "(?=a)", "(?!a)b", "(?i)a", r"(a)\1", r"\bq", "*a", "a**", "a{5,1}",
-     "(.{900}){900}", "\\", "[b-a]", "a*+", "[a&&b]", "[a[b]]", r"\<a", "$+"],
+     "(.{900}){900}", "\\", "[b-a]", "a*+", "[a&&b]", "[a[b]]", r"\<a", "$+", "a{ 3 }", "a{3 ,4}", "[]x[a]]",
+     "[^]x[a]]", r"[\]x[a]]"],
 )  # fmt: skip
 def test_named_by_unsupported_expression_raises(key: str) -> None:
     with pytest.raises(UnsupportedError, match="regular expression"):
@@ -66,3 +67,16 @@ def test_named_by_expressions_that_take_too_long_raise(monkeypatch: pytest.Monke
     budget = Budget()
     with pytest.raises(UnsupportedError, match=r"more than 0\.02 seconds"):
         any(named_by("(.?){9000}b", f"layer.{number}.a", budget) for number in range(1_000))
+
+
+def test_named_by_refused_expressions_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes on after a refusal, as `inspect` does, gets to the end of the time."""
+    monkeypatch.setattr(naming, "SECONDS", 0.02)
+    budget, told = Budget(), ""
+    for number in range(200):
+        with pytest.raises(UnsupportedError) as refused:
+            named_by(f"(.{{{8000 + number}}}){{900}}", "layer.a", budget)
+        told = str(refused.value)
+        if "more than" in told:
+            break
+    assert "more than 0.02 seconds" in told

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sklearn.metrics  # noqa: F401  # once here, and not in every fork
 import torch
 
 from graftwerk import machine
@@ -113,7 +112,7 @@ def test_forked_collectives() -> None:
 
 
 ALONE = """
-import numpy, scipy.special, sklearn.metrics, torch, transformers
+import numpy, scipy.special, torch, transformers
 import graftwerk.training.trainer
 from graftwerk.training.num_processes import _alone
 before, again = _alone(), _alone()

@@ -1,13 +1,13 @@
-"""Resampling, vectorised: draws of rows as weights, and the metrics as functions of weights.
+"""Resampling, vectorised: draws of rows as weights, and intervals of statistics that are functions of weights.
 
-A bootstrap draw of n rows is a vector of counts that sum to n. Every metric here is a function of such counts, so a
+A bootstrap draw of n rows is a vector of counts that sum to n. Every metric is a function of such counts, so a
 thousand draws are one (draws, kinds) matrix and a metric over all of them is a matrix product or a cumulative sum,
 never a Python loop over draws. Rows that a metric cannot tell apart are one *kind*: accuracy and F1 see only (target,
 predicted), so their draws are multinomial counts of the cells of the confusion matrix, which has the same law as
 drawing the rows and is as cheap for a million rows as for a hundred.
 
 Source of the scheme: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 13.
-Legend: R draws, K kinds, C classes.
+Legend: R draws, K kinds.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Metric:
     def value(self, predictions: Any) -> float | None:
         """Return the value over all rows, or None if it is undefined on them."""
         value = float(self.statistic(predictions)(np.ones((1, predictions.rows)))[0])
-        return None if math.isnan(value) else value
+        return value if math.isfinite(value) else None
 
     @property
     def scale(self) -> float:

@@ -1,4 +1,4 @@
-"""Correlations and errors of predicted numbers; how near the text is that belongs to another, among all second texts.
+"""Correlations and errors of predicted numbers, and ranks of the text that belongs to another.
 
 What is undefined (a correlation with a constant) is nan. The candidates of a rank stay the same in every bootstrap
 draw: other rows are asked, among the same texts.
@@ -87,7 +87,7 @@ class _Ranks:
 
 
 def recall(most: int) -> Callable[[SimilarityPredictions], Statistic]:
-    """Return recall at ``most``, the share of rows whose own text is among so many nearest."""
+    """Return recall at ``most``, the share of rows whose own text is among so many nearest, over weights (R, N)."""
     return lambda predictions: mean_over_rows((predictions.ranks <= most).astype(np.float64))
 
 

@@ -35,22 +35,22 @@ MECAB = {"ja": ("ja-mecab", ("MeCab", "ipadic")), "ko": ("ko-mecab", ("mecab_ko"
 
 
 def exact_match(predictions: TextPredictions) -> Statistic:
-    """Return the share of rows whose answer is the reference to the letter, white space aside."""
+    """Return the share of rows whose answer is the reference but for white space, over weights (R, N)."""
     return mean_over_rows(_exact(*_pairs(predictions)))
 
 
 def rouge1(predictions: TextPredictions) -> Statistic:
-    """Return the mean F-measure of ROUGE-1 (single words) over rows, 0 to 1."""
+    """Return the mean F-measure of ROUGE-1 (single words), 0 to 1, over weights (R, N)."""
     return mean_over_rows(_rouge(*_pairs(predictions))[:, 0])
 
 
 def rouge2(predictions: TextPredictions) -> Statistic:
-    """Return the mean F-measure of ROUGE-2 (pairs of words) over rows, 0 to 1."""
+    """Return the mean F-measure of ROUGE-2 (pairs of words), 0 to 1, over weights (R, N)."""
     return mean_over_rows(_rouge(*_pairs(predictions))[:, 1])
 
 
 def rouge_l(predictions: TextPredictions) -> Statistic:
-    """Return the mean F-measure of ROUGE-L (longest common subsequence) over rows, 0 to 1."""
+    """Return the mean F-measure of ROUGE-L (longest common subsequence), 0 to 1, over weights (R, N)."""
     return mean_over_rows(_rouge(*_pairs(predictions))[:, 2])
 
 
@@ -75,7 +75,7 @@ def _rouge_signature(predictions: TextPredictions, stemmer: str) -> str:
 
 
 def bleu(predictions: TextPredictions) -> Statistic:
-    """Return corpus BLEU, 0 to 100, as sacrebleu computes it."""
+    """Return corpus BLEU, 0 to 100, as sacrebleu computes it, over weights (R, N)."""
     return _of_sums("BLEU", *_pairs(predictions), _tokenizers(predictions))
 
 
@@ -87,7 +87,7 @@ def bleu_signature(predictions: TextPredictions) -> str:
 
 
 def chrf(predictions: TextPredictions) -> Statistic:
-    """Return corpus chrF, 0 to 100, as sacrebleu computes it."""
+    """Return corpus chrF, 0 to 100, as sacrebleu computes it, over weights (R, N)."""
     return _of_sums("CHRF", *_pairs(predictions), (ANY,) * predictions.rows)
 
 
@@ -108,7 +108,7 @@ def perplexity(predictions: TextPredictions) -> Statistic:
 
 
 def length(predictions: TextPredictions) -> Statistic:
-    """Return the mean number of words of an answer."""
+    """Return the mean number of words of an answer, over weights (R, N)."""
     return mean_over_rows(_words(_pairs(predictions)[0]))
 
 

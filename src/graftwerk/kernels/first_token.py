@@ -20,19 +20,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftwerk.kernels import flags
+from graftwerk.kernels.memory_efficient import own_base
 
-READ_FIRST = frozenset(
-    f"{family}ForSequenceClassification"
-    for family in ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "Ernie", "Data2VecText", "DebertaV2")
-)
-"""Classes of transformers whose head reads the first token alone; their base model has ``encoder.layer``."""
+TRANSFORMERS = "transformers.models."
+
+READERS = {
+    f"{family}ForSequenceClassification": reader
+    for family, reader in {
+        "Bert": "bert.pooler",
+        "Camembert": "classifier",
+        "Data2VecText": "classifier",
+        "DebertaV2": "pooler",
+        "Electra": "classifier",
+        "Ernie": "ernie.pooler",
+        "Roberta": "classifier",
+        "XLMRoberta": "classifier",
+    }.items()
+}
+"""For each class of transformers whose head reads the first token alone, the module that reads it."""
 
 
 @contextmanager
 def first_token_alone(model: nn.Module, *, backward: bool = False) -> Iterator[None]:
     """Compute the last layer for the first token alone inside the block, if nothing else of it is read.
 
-    Hidden states that the outputs hold are (B, 1, d) then; logits are those of the plain path.
+    Hidden states that the outputs hold are (B, 1, d) then. Logits are those of the plain path; with dropout, this layer
+    draws masks for one token, so that a seed gives others.
 
     Args:
         model: Any model, perhaps wrapped for several processes.
@@ -68,24 +81,32 @@ def _first_token(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor, ..
 
 def _end_of_attention(model: Any, backward: bool) -> nn.Module | None:
     """Return the module after the last layer's attention, or None if more than the first token may be read."""
-    bases = (each for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
-    known: Any = next((each for each in bases if each.__name__ in READ_FIRST), None)
-    if known is None or type(model).forward is not known.forward:
+    bases = (each for each in type(model).__mro__ if each.__module__.startswith(TRANSFORMERS))
+    known: Any = next((each for each in bases if each.__name__ in READERS), None)
+    if known is None or type(model).forward is not known.forward or "forward" in vars(model):
         return None
     config, stack = model.config, model.base_model
     if config.output_hidden_states or config.output_attentions or getattr(config, "chunk_size_feed_forward", 0):
         return None
-    layer = stack.encoder.layer[-1]
+    layers = getattr(getattr(stack, "encoder", None), "layer", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        return None
+    layer, reader = layers[-1], model.get_submodule(READERS[known.__name__])
+    attention = getattr(layer, "attention", None)
+    end = getattr(attention, "output", None)
     if layer.training and getattr(layer, "gradient_checkpointing", False) and not backward:
         return None
-    # Prompts and prefixes work by hooks, and the block may be within another one; offloaded modules have another call.
-    seen = (stack, stack.encoder, layer, layer.attention, layer.attention.output)
-    if any(_is_changed(module) for module in seen):
-        return None
-    end: nn.Module = layer.attention.output
-    return end
+    block = (getattr(layer, "intermediate", None), getattr(layer, "output", None))
+    seen = (stack, stack.encoder, layer, attention, end, *block, reader)
+    return end if all(_is_as_published(module) for module in seen) else None
 
 
-def _is_changed(module: nn.Module) -> bool:
+def _is_as_published(module: nn.Module | None) -> bool:
+    """Return True if a module is one of transformers' own, with nothing that would see or change its tokens.
+
+    Prompts and prefixes work by hooks, offloaded modules have another forward, and the block may be within another one.
+    """
+    if module is None or not own_base(type(module)).__module__.startswith(TRANSFORMERS):
+        return False
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "forward" in vars(module)
+    return not hooks and "forward" not in vars(module)

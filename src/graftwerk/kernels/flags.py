@@ -1,5 +1,7 @@
 """The switch of all kernels and fast paths: each equals its plain path, and turning it off changes only the time.
 
+One exception: with dropout, ``first`` draws masks for one token, so that a seed gives others.
+
 Tests and benchmarks compare the two; ``GRAFTWERK_PLAIN=1`` in the environment turns all of them off for a whole
 process, to find out whether one is to blame for a problem. (``GRAFTWERK_PLAIN=fused,trunk``: these alone.)
 """

@@ -22,8 +22,9 @@ from graftwerk.errors import UnsupportedError
 MAX_LENGTH = 512
 SECONDS = 2.0
 """Processor time for the expressions of a folder. A hostile one takes 60 ms at most; one that names layers 0.1 ms."""
-_FOREIGN = re.compile(r"\(\?(?!:)|\\(?:[^\W_dwsDWS]|[<>])|\[[^\]]*\[|&&|--|~~|[*+?}][*+{]")
-"""What Rust would read otherwise than Python: flags and names, escapes, sets of characters, possessive repetitions."""
+_FOREIGN = re.compile(r"\(\?(?!:)|\\(?:[^\W_dwsDWS]|[<>])|\[\^?\]?(?:\\.|[^\]\\])*\[|&&|--|~~|[*+?}][*+{]|\{[^}]*\s")
+"""What Rust would read otherwise than Python: flags and names, escapes, sets within sets, possessive repetitions, and
+spaces in the bounds of a repetition."""
 _PLAIN = re.compile(r"(\^)?(\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
 
@@ -88,15 +89,16 @@ def named_by(key: str, path: str, budget: Budget | None = None) -> bool:
 
 
 def _matches(key: str, path: str, budget: Budget) -> bool:
-    begun = time.thread_time()
-    found = _expression(key).isinstance_python(path)
-    budget.seconds -= time.thread_time() - begun
     if budget.seconds < 0:
-        _refuse(key, f"and those before it take more than {SECONDS:g} seconds")
-    return found
+        _refuse(key, f"comes after others that took more than {SECONDS:g} seconds")
+    begun = time.thread_time()
+    try:
+        return _expression(key).isinstance_python(path)
+    finally:  # a refusal takes time too, and some callers go on after it
+        budget.seconds -= time.thread_time() - begun
 
 
-@lru_cache(maxsize=1_024)
+@lru_cache(maxsize=32)  # one may take 8 MB
 def _expression(key: str) -> SchemaValidator:
     if len(key) > MAX_LENGTH:
         _refuse(key, f"is longer than {MAX_LENGTH} characters")
