@@ -59,7 +59,7 @@ def share_dropout(targets: Sequence[TargetModule], built: Mapping[str, AdapterMo
         module = built[target.path]
         if target.role in READ_TOGETHER and isinstance(module, LowRankModule):
             key = target.path.rpartition(".")[0], target.role in ATTENTION_ROLES
-            module.group = groups.setdefault(key, module.group)
+            module.__dict__["group"] = groups.setdefault(key, module.group)  # as in `Factor`
 
 
 def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

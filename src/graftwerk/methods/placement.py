@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,7 @@ def module_device(module: nn.Module) -> torch.device:
     It is that of its own weights, or where accelerate loads them if they are offloaded; the CPU if there are none, or
     none have been loaded yet.
     """
-    for part in module.modules():
+    for part in itertools.chain((module,), module.modules()):  # most are linear layers, whose parts need no walk
         own = next((parameter for parameter in part._parameters.values() if parameter is not None), None)
         if own is not None:
             return _execution_device(part) if own.is_meta else own.device

@@ -181,10 +181,10 @@ def build_from_tensors(
         if path not in by_path:
             return None
         by_path[path][key[len(path) + 1 :]] = tensor
-    dtype, devices = adapter_dtype(), {module_device(module) for module in modules}
+    dtype, devices = adapter_dtype(), [module_device(module) for module in modules]
     # Moved and converted as a whole, and then viewed: one copy, and not one for each parameter.
-    stored = shared_block(tensors.values()) if len(devices) == 1 else None
-    whole = None if stored is None else stored.to(next(iter(devices)), dtype)
+    stored = shared_block(tensors.values()) if len(set(devices)) == 1 else None
+    whole = None if stored is None else stored.to(devices[0], dtype)
     block = None if trainable else whole  # parameters that train have versions of their own
 
     def placed(tensor: Tensor, device: torch.device) -> Tensor:
@@ -193,8 +193,7 @@ def build_from_tensors(
         return view_in(whole.data if trainable else whole, tensor)
 
     built: dict[str, AdapterModule] = {}
-    for target, module in zip(targets, modules, strict=True):
-        device = module_device(module)
+    for target, module, device in zip(targets, modules, devices, strict=True):
         parameters = {
             name: nn.Parameter(placed(tensor, device), trainable) for name, tensor in by_path[target.path].items()
         }

@@ -50,7 +50,7 @@ def _endings_of(path: str) -> list[str]:
 
 def ends_with(path: str, entries: Iterable[str]) -> bool:
     """Return True if an entry equals the path or is its ending after a dot, as PEFT matches its lists."""
-    return any(path == entry or path.endswith("." + entry) for entry in entries)
+    return ("." + path).endswith(tuple("." + entry for entry in entries))
 
 
 class Budget:
