@@ -73,7 +73,11 @@ ALL_METHODS: tuple[Any, ...] = (
 CASES = dict(
     [
         *(case("minilm", method) for method in ALL_METHODS),
-        *(case("decoder-small", method, rows=4, length=128) for method in ALL_METHODS if method != "bitfit"),
+        *(
+            case("decoder-small", method, rows=4, length=128)
+            for method in ALL_METHODS
+            if method not in ("bitfit", "probe")
+        ),
         *(
             case("seq2seq-small", method, rows=8, length=64)
             for method in ("lora", "houlsby", "prefix", "prompt", "ia3", "full")
@@ -84,7 +88,7 @@ CASES = dict(
         case("minilm", {"name": "lora", "lora_dropout": 0.1}),
         case("minilm", gradient_checkpointing=True),
         case("minilm", rows=4, gradient_accumulation_steps=4),
-        case("minilm", validation=64),
+        case("minilm", validation=48),
         case("minilm", processes=2),
         case("minilm", {"name": "lora", "layers": "top-2"}, trunk_cache=True),
         case("minilm", {"name": "probe"}, trunk_cache=True),
