@@ -39,6 +39,7 @@ def test_plan_command_prints_memory_time_and_size(graftwerk: Run, config: Path, 
     assert "fits into 100 GB as it is" in shown
     assert f"fits into the {byte_size(plan['available_bytes'])[:1]}" in shown
     assert "processes" not in shown
+    assert re.search(r"time +[1-9][\d.]* (µs|ms) a step", shown)  # of a tiny model, and not 0 s
 
 
 @pytest.mark.parametrize("names", [("full", "lora", "prefix"), pytest.param((*METHODS,), marks=pytest.mark.slow)])

@@ -27,7 +27,7 @@ def plan(
     and no weight is loaded.
     """
     from graftwerk.config import RunConfig
-    from graftwerk.formatting import byte_size, duration
+    from graftwerk.formatting import byte_size, duration, seconds
     from graftwerk.training.planning.plan import Planner
 
     limit = None if fit is None else bytes_of(fit, "--fit")
@@ -42,7 +42,7 @@ def plan(
         shown.add_row(key.removesuffix("_bytes").replace("_", " "), byte_size(value))
     out.show(shown)
     out.line(f"adapter  {byte_size(found['adapter_bytes'])}")
-    each, whole = duration(time["step_seconds"]), duration(time["training_seconds"])
+    each, whole = seconds(time["step_seconds"]), duration(time["training_seconds"])
     out.line(f"time     {each} a step, {duration(time['epoch_seconds'])} an epoch, {whole} in all")
     traced, processes = found["traced"], found["processes"]
     several = f", in each of {processes} processes" if processes > 1 else ""
