@@ -75,6 +75,13 @@ def test_metric_over_all_rows_and_each_draw_equals_other_libraries(name: str, ma
     np.testing.assert_allclose(METRICS[name].statistic(predictions)(weights), expected, atol=1e-12)
 
 
+def test_metrics_of_numbers_beyond_float64_are_undefined() -> None:
+    beyond = ScorePredictions(None, np.array([1e200, 1.0, 2.0]), np.array([0.0, 1.0, 3.0]))
+    with np.errstate(over="ignore"):
+        assert METRICS["rmse"].value(beyond) is None  # its square is infinite, which JSON does not hold
+    assert METRICS["mae"].value(beyond) == pytest.approx(1e200 / 3)
+
+
 @pytest.mark.parametrize("shift", [0.0, 1e9])
 def test_correlation_of_constant_answers_is_undefined_and_far_from_zero_exact(shift: float) -> None:
     few = scores()
