@@ -74,6 +74,8 @@ def traced(config: RunConfig, folder: Path) -> step_trace.StepTrace:
         ("decoder", "causal", {"name": "lora", "lora_dropout": 0.1}, {}),
         ("decoder", "causal", "prefix", {}),
         ("decoder", "causal", "dora", {}),
+        ("decoder", "causal", {"name": "lora", "layers": "top-1"}, {"trunk_cache": True, "num_train_epochs": 2}),
+        ("encoder", "classification", {"name": "lora", "layers": "top-1"}, {"trunk_cache": True}),
     ],
 )
 def test_trace_of_step_has_the_bytes_of_a_real_step(

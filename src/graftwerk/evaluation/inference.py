@@ -130,6 +130,18 @@ def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def without_gradients(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Run a model as in evaluation, without gradients and stored keys, for values that training may read too.
+
+    Args:
+        model: The model, which is in the mode it was in afterwards.
+        dtype: What products are computed in.
+    """
+    with evaluation_mode(model), without_cache(model), torch.no_grad(), autocast(model, dtype):
+        yield
+
+
+@contextmanager
 def without_cache(model: Any) -> Iterator[None]:
     """Keep a model from storing keys and values of every layer, which only generation reads again."""
     use_cache = getattr(model.config, "use_cache", None)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import GraftwerkError, UnsupportedError
-from graftwerk.evaluation.inference import autocast, evaluation_mode, to_device
+from graftwerk.evaluation.inference import autocast, to_device, without_gradients
 from graftwerk.kernels import flags
 from graftwerk.machine import available
 from graftwerk.modeling.architectures import Architecture, read_architecture
@@ -141,14 +141,14 @@ class ActivationCache:
         slots = Slots(splits)
         every = max(1, len(slots.rows) // TRIED)
         self._tried_rows = slots.rows[::every][-TRIED:]  # of all lengths
-        surveyed = to_device(self.task.collator.collate(self._tried_rows[-SURVEYED:], self.tokenizer), adapter.model)
+        surveyed = self._batch_of(self._tried_rows[-SURVEYED:])
 
         def call() -> Any:
             return self.task.objective.forward(adapter.model, surveyed)
 
         stacks = {stack.path for stack in view.stacks}  # where a prefix keeps its network, which nothing runs through
         hosts = [adapter.model.get_submodule(path) for path in (*adapter.hosts, *adapter.heads) if path not in stacks]
-        with evaluation_mode(adapter.model), torch.no_grad(), autocast(adapter.model, self.dtype):
+        with without_gradients(adapter.model, self.dtype):
             self._modules = below(adapter.model, cut, hosts, call)
             self._extras = extras_of(adapter.model, cut, call)
             began = time.perf_counter()
@@ -240,7 +240,7 @@ class ActivationCache:
     def _computed(self, sink: MemoryStates | FileStates, slots: Slots, step: int) -> Tensor | None:
         rows, tokens, model = ROWS, TOKENS, self.adapter.model
         try:
-            with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
+            with without_gradients(model, self.dtype):
                 done = 0
                 while done < len(slots.rows):
                     lengths = [row.length for row in slots.rows[done:]]
@@ -269,10 +269,15 @@ class ActivationCache:
         """Return the states (T, d) of each row."""
         cut, model = self.plan.cut, self.adapter.model
         assert cut is not None
-        batch = to_device(self.task.collator.collate(examples, self.tokenizer), model)
+        batch = self._batch_of(examples)
         states = reach(model, cut, lambda: self.task.objective.forward(model, batch))
         dtype = cache_dtype(self.settings)
         return [states[row, : example.length].to(dtype).cpu() for row, example in enumerate(examples)]
+
+    def _batch_of(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return rows as a batch on the model's device."""
+        collated = self.task.collator.collate(examples, self.tokenizer)
+        return to_device(self.task.objective.prepare(collated, self.adapter.model), self.adapter.model)
 
     def _memory_limit(self) -> float:
         if self.settings.trunk_cache_gb is not None:
@@ -290,8 +295,8 @@ class ActivationCache:
     def _verify(self, slots: Slots, step: int) -> None:
         """Compare both paths on a few rows, and drop the cache if they differ."""
         model, rows = self.adapter.model, self._tried_rows
-        batch = to_device(self.task.collator.collate(rows, self.tokenizer), model)
-        with evaluation_mode(model), torch.no_grad(), autocast(model, self.dtype):
+        batch = self._batch_of(rows)
+        with without_gradients(model, self.dtype):
             plain = self.task.objective.forward(model, batch).logits.float()
             with self.serving(rows, batch):
                 cached = self.task.objective.forward(model, batch).logits.float()

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from graftwerk.config import RunConfig
+from graftwerk.evaluation.inference import without_cache
 from graftwerk.modeling.attach import attach
 from graftwerk.modeling.frozen_layers import reach
 from graftwerk.modeling.module_index import modes_restored
@@ -219,10 +220,16 @@ class _CacheWithoutValues(ActivationCache):
     def _draws(self, call: Callable[[], Any]) -> bool:
         """Return True if the layers have dropout: without values two passes cannot be compared."""
         model = self.adapter.model
-        with _RandomSeen() as random, torch.no_grad(), modes_restored(model):
+        with _RandomSeen() as random, torch.no_grad(), without_cache(model), modes_restored(model):
             model.train()
             reach(model, self.plan.cut, call)  # type: ignore[arg-type]
         return bool(random.seen)
+
+    def _batch_of(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """Return the shapes of a batch, prepared while its labels had values."""
+        with unset_fake_temporarily() as fake:
+            batch = super()._batch_of(examples)
+        return _without_values(fake, batch) if isinstance(fake, FakeTensorMode) else batch
 
     def _load_or_compute(self, slots: Slots, step: int) -> None:
         self._facts.update(where="nowhere", reused=False)
@@ -255,7 +262,7 @@ def trace_step(
         UnsupportedError: The method does not support this architecture.
         ConfigError: A target matches nothing.
     """
-    from graftwerk.evaluation.inference import autocast, batches_of, evaluation_mode, without_cache
+    from graftwerk.evaluation.inference import autocast, batches_of, evaluation_mode
     from graftwerk.models.positions import fix_padding
     from graftwerk.training import optim
     from graftwerk.training.checkpoint import Checkpoints
