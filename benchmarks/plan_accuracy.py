@@ -246,15 +246,21 @@ def store(known: Mapping[str, Any]) -> None:
     FILE.write_text(json.dumps(known, indent=1) + "\n")
 
 
-def measured(each: Mapping[str, Any], key: str) -> float:
-    """Return the mean peak of a configuration's runs, or the median of their steps."""
-    values = [run[key] for run in each["runs"]]
+def measured(each: Mapping[str, Any], key: str) -> float | None:
+    """Return the mean peak of a configuration's runs, or the median of their steps; None if it was not measured."""
+    values = [run[key] for run in each["runs"] if run[key] is not None]
+    if not values:
+        return None
     return statistics.mean(values) if key == "peak_memory_bytes" else statistics.median(values)
 
 
 def errors(known: Mapping[str, Any], key: str) -> dict[str, float]:
     """Return the relative error of each planned configuration, negative if the plan is too low."""
-    return {name: each["planned"][key] / measured(each, key) - 1 for name, each in known.items() if each.get("planned")}
+    return {
+        name: each["planned"][key] / value - 1
+        for name, each in known.items()
+        if each.get("planned") and (value := measured(each, key)) is not None
+    }
 
 
 def spread(known: Mapping[str, Any]) -> str:
@@ -295,8 +301,8 @@ def page(known: Mapping[str, Any]) -> str:
         cells = [name]
         for key, scale, digits, found in (("peak_memory_bytes", 1e-6, 0, memory), ("step_seconds", 1, 3, time)):
             sides = (each["planned"][key], measured(each, key))
-            cells += [f"{value * scale:,.{digits}f}" for value in sides]
-            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %")
+            cells += ["–" if value is None else f"{value * scale:,.{digits}f}" for value in sides]
+            cells.append(f"{100 * found[name]:+.{int(not digits)}f} %" if name in found else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

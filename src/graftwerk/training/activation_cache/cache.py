@@ -26,6 +26,7 @@ from graftwerk.devices import is_out_of_memory, release
 from graftwerk.errors import GraftwerkError, UnsupportedError
 from graftwerk.evaluation.inference import autocast, to_device, without_gradients
 from graftwerk.kernels import flags
+from graftwerk.kernels.lm_head import comparable
 from graftwerk.machine import available
 from graftwerk.modeling.architectures import Architecture, read_architecture
 from graftwerk.modeling.attach import Adapter, adapters
@@ -297,15 +298,14 @@ class ActivationCache:
         model, rows = self.adapter.model, self._tried_rows
         batch = self._batch_of(rows)
         with without_gradients(model, self.dtype):
-            plain = self.task.objective.forward(model, batch).logits.float()
+            plain = comparable(self.task.objective.forward(model, batch))
             with self.serving(rows, batch):
-                cached = self.task.objective.forward(model, batch).logits.float()
+                cached = comparable(self.task.objective.forward(model, batch))
         self._rows_served = self._tokens_served = 0
         apart = float((plain - cached).norm() / plain.norm().clamp_min(1e-12))
         allowed = max(TOLERANCE[self.dtype], TOLERANCE[cache_dtype(self.settings)])
         self._facts["difference"] = apart
-        wrong = self.processes.any(not apart <= allowed)
-        if wrong:
+        if self.processes.any(not apart <= allowed):
             self._states = self._on_device = None
             self._facts["why_not_used"] = f"its logits differ from those of the plain path by {apart:.2g}"
             self._warn(
