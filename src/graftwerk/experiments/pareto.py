@@ -15,7 +15,7 @@ COSTS: dict[str, str] = {
     "latency_ms_batch_1": "latency, one row",
     "latency_ms_batch_32": "latency, 32 rows",
 }
-"""What a method costs, and how that is called; smaller is better for all."""
+"""Costs of a method, with their titles; smaller is better for all."""
 
 FRONT = ("peak_memory_bytes", "training_seconds", "adapter_bytes")
 """Costs of the front in several costs at once: memory, time, size."""

@@ -18,7 +18,7 @@ FORMAT = 1
 SCALE = 16
 """Times the size of other JSON files that the result may have: it holds each trial, or each pair of methods."""
 HOLDS = {MANIFEST: "a run", COMPARISON: "a comparison", SEARCH: "a search", SEQUENCE: "a sequence"}
-"""What a folder holds, by the file that only such a folder has."""
+"""Kinds of folders, each by the file that no other kind has."""
 
 
 class ResultFolder:

@@ -23,7 +23,7 @@ MAX_LENGTH = 512
 SECONDS = 2.0
 """Processor time for the expressions of a folder. A hostile one takes 60 ms at most; one that names layers 0.1 ms."""
 _FOREIGN = re.compile(r"\(\?(?!:)|\\(?:[^\W_dwsDWS]|[<>])|\[\^?\]?(?:\\.|[^\]\\])*\[|&&|--|~~|[*+?}][*+{]|\{[^}]*\s")
-"""What Rust would read otherwise than Python: flags and names, escapes, sets within sets, possessive repetitions, and
+"""Syntax that Rust reads otherwise than Python: flags and names, escapes, sets within sets, possessive repetitions, and
 spaces in the bounds of a repetition."""
 _PLAIN = re.compile(r"(\^)?(\.\*\\?\.)?((?:[\w.-]|\\[.-])+)\$?", re.ASCII)
 
